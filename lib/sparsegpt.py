@@ -1,0 +1,99 @@
+"""Weights, a Hessian and a ratio become repaired weights (SparseGPT: Frantar & Alistarh, 2023)."""
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+BLOCK = 128  # columns per block, published
+DAMPING = 0.01  # share of the Hessian's mean diagonal, published
+RETRIES = 2  # each with ten times the damping
+
+
+class Factor(NamedTuple):
+    """``upper`` [in, in], the upper Cholesky factor of the inverse damped Hessian, and the ``dead`` columns [in]."""
+
+    upper: Tensor
+    dead: Tensor
+
+
+class NotPositiveDefinite(ValueError):
+    """The Hessian could not be factorised, whatever damping was tried."""
+
+
+def inverse_factor(hessian: Tensor) -> Factor:
+    """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. ``hessian`` is used up.
+
+    A column whose input was always zero gets H = 1. A Hessian that is not positive definite is tried again with ten
+    times the damping, twice, with a warning.
+
+    Raises:
+        NotPositiveDefinite: and then still it is not.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    damp = DAMPING * diagonal.mean()
+    for attempt in range(RETRIES + 1):
+        diagonal += damp if attempt == 0 else damp * (10**attempt - 10 ** (attempt - 1))
+        # H flipped in both axes = LL' gives H = RR' with R upper triangular, so that U = inv(R): one factorisation
+        # and one triangular solve, where the plain way (factorise, invert, factorise) does three.
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        if not failed:
+            identity = torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if torch.isfinite(upper).all():
+                return Factor(upper, dead)
+        if attempt < RETRIES:
+            log.warning("a Hessian is not positive definite; its damping is raised tenfold")
+    raise NotPositiveDefinite(f"its Hessian is not positive definite, even with {DAMPING * 10**RETRIES:g} of damping")
+
+
+def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+    """Return ``weight`` [out, in] with ``ratio`` of each block of 128 columns zeroed and the others making up for it.
+
+    Args:
+        ratio: fraction to remove, in [0, 1]; not used with ``nm``.
+        nm: (N, M), keep N of every M columns, chosen group by group from the weights as updated so far.
+    """
+    columns = weight.shape[1]
+    w = weight.detach().to(torch.float32, copy=True).T.contiguous()  # [in, out]: a column of W is a row in memory
+    w[factor.dead] = 0
+    upper, diagonal = factor.upper, factor.upper.diagonal()
+    width = BLOCK if nm is None else max(nm[1], BLOCK - BLOCK % nm[1])  # a group never straddles two blocks
+    for left in range(0, columns, width):
+        right = min(left + width, columns)
+        block, errors = w[left:right], torch.empty_like(w[left:right])  # [block, out]
+        if nm is None:
+            remove = _smallest(block.square() / diagonal[left:right, None].square(), ratio)
+        for i in range(right - left):
+            if nm is not None and i % nm[1] == 0:
+                group = slice(i, i + nm[1])
+                score = block[group].square() / diagonal[left:right][group, None].square()  # [M, out]
+                lowest = score.topk(nm[1] - nm[0], dim=0, largest=False).indices
+                chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(0, lowest, True)
+            gone = remove[i] if nm is None else chosen[i % nm[1]]
+            row = upper[left + i, left:right]
+            torch.where(gone, block[i] / row[i], 0, out=errors[i])
+            block[i].masked_fill_(gone, 0)
+            block[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
+        w[right:].addmm_(upper[left:right, right:].T, errors, alpha=-1)
+    return w.T.to(weight.dtype).contiguous()
+
+
+def _smallest(score: Tensor, ratio: float) -> Tensor:
+    """Return a mask of the entries up to and including the int(n * ratio)-th (from 0) of the sorted scores, published."""
+    index = int(score.numel() * ratio)
+    if index >= score.numel():
+        return torch.ones_like(score, dtype=torch.bool)
+    return score <= nth_smallest(score, index)
+
+
+def nth_smallest(values: Tensor, index: int) -> Tensor:
+    """Return the ``index``-th (from 0) of the sorted entries of ``values``, as a tensor without dimensions."""
+    flat = values.flatten()
+    # Selection beats sorting on a CPU; on a GPU it runs on a single multiprocessor, and sorting wins.
+    return flat.sort().values[index] if flat.is_cuda else flat.kthvalue(index + 1).values
