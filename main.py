@@ -279,7 +279,7 @@ def _print_table(console: Console, record: dict, save: Path, task: Task) -> None
         console.print(f"model:   {record['saved_model']}", highlight=False)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Leave the terminal to our own lines: the libraries' chatter is not the user's."""
     import transformers
 
@@ -296,7 +296,7 @@ def _quiet() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for something that the user can mend."""
     args = make_parser().parse_args(argv)
-    _quiet()
+    quiet()
     try:
         run(args, Console())
     except UserError as error:
