@@ -3,13 +3,17 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -51,17 +55,42 @@ def load_or_measure(
 
 def measure(metric: str, model: str, layers: Sequence[PrunableLayer], blocks: nn.ModuleList) -> LayerMetrics:
     """Return the metric of every layer, measured block by block on the weights' own devices."""
-    values = {}
-    with tqdm(total=len(layers), desc=metric, unit="matrix", disable=None) as bar:
+    values: dict[str, float] = {}
+    with tqdm(total=len(layers), desc=metric, unit="matrix", disable=None) as bar, _single_threaded() as workers:
         for index, group in groupby(layers, key=lambda layer: layer.block):
-            with resident(blocks[index]):
-                for layer in group:
-                    try:
-                        values[layer.name] = METRICS[metric](spectrum(layer.module.weight))
-                    except NoFit as error:
-                        raise UserError(f"{layer.name}: {metric} cannot be computed, {error}") from error
+            group = list(group)
+            with resident(blocks[index]) as device:
+                for layer, value in zip(group, _map(partial(_value, metric), group, workers, device), strict=True):
+                    values[layer.name] = value
                     bar.update()
     return LayerMetrics(metric, model, values)
+
+
+def _value(metric: str, layer: PrunableLayer) -> float:
+    try:
+        return METRICS[metric](spectrum(layer.module.weight))
+    except NoFit as error:
+        raise UserError(f"{layer.name}: {metric} cannot be computed, {error}") from error
+
+
+def _map(function: Callable, items: Sequence, workers: ThreadPoolExecutor, device: torch.device) -> Iterable:
+    return workers.map(function, items) if device.type == "cpu" else map(function, items)
+
+
+@contextmanager
+def _single_threaded() -> Iterator[ThreadPoolExecutor]:
+    """Yield as many workers as there were threads, each with one thread for its linear algebra.
+
+    Faster than one matrix at a time on all threads, and the rounding of an SVD, and with it the bin in which the peak of
+    a spectrum falls, no longer depends on the number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(threads)
 
 
 def read_cache(folder: Path, metric: str, model: str, layers: Sequence[PrunableLayer]) -> LayerMetrics | None:

@@ -77,7 +77,7 @@ def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | N
                 chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(0, lowest, True)
             gone = remove[i] if nm is None else chosen[i % nm[1]]
             row = upper[left + i, left:right]
-            torch.where(gone, block[i] / row[i], 0, out=errors[i])
+            torch.mul(block[i] / row[i], gone, out=errors[i])
             block[i].masked_fill_(gone, 0)
             block[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
         w[right:].addmm_(upper[left:right, right:].T, errors, alpha=-1)
