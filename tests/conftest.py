@@ -1,0 +1,140 @@
+"""What the tests share: one thread, tiny models and texts made on the spot, and SmolLM2."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lib.models import find_blocks, load_llm, locate, prunable_layers
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+torch.set_num_threads(1)  # the order of float32 sums, and so the last digit, depends on the number of threads
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the published figures that take over a minute each")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes over a minute; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes over a minute; add --slow"))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Return a function of a file's name in tests/golden: its content."""
+
+    def read(name: str):
+        path = GOLDEN / name
+        return json.loads(path.read_text()) if path.suffix == ".json" else np.load(path)
+
+    return read
+
+
+# ------------------------------------------------------------------------------------------- a tiny text and model
+
+
+def tiny_sentences(count: int, seed: int = 0) -> str:
+    """Return ``count`` sentences of made-up words, always the same for a seed."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abdeiklmnorstu", k=draw.randint(2, 7))) for _ in range(150)]
+    return "\n".join(" ".join(draw.choices(words, k=draw.randint(4, 12))).capitalize() + "." for _ in range(count))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator([tiny_sentences(300)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> Path:
+    """Return a text file of a few thousand tokens."""
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text(tiny_sentences(200, seed=1), encoding="utf-8")
+    return path
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """Return a random LLaMA of three blocks with grouped-query attention, always the same."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tiny_tokenizer) -> Path:
+    """Return the folder of a saved tiny LLaMA and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture
+def tiny_windows() -> torch.Tensor:
+    """Return 7 windows of 24 token ids, [7, 24]."""
+    return torch.randint(3, 300, (7, 24), generator=torch.Generator().manual_seed(5))
+
+
+# --------------------------------------------------------------------------------------------------------- SmolLM2
+
+
+@pytest.fixture(scope="session")
+def smollm2_source():
+    """Return SmolLM2-135M, converted to a folder at the first run; its package is a requirement of the tests."""
+    return locate("smollm2-135m", str(ROOT / "llm_weights"))
+
+
+@pytest.fixture
+def smollm2(smollm2_source):
+    """Return a fresh SmolLM2-135M in float32."""
+    return load_llm(smollm2_source, "float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_layers(smollm2_source):
+    """Return the dense SmolLM2's blocks and layers, to be read only."""
+    model = load_llm(smollm2_source, "float32")
+    return find_blocks(model)[1], prunable_layers(model)
