@@ -261,9 +261,10 @@ def test_exponent_falls_as_the_tail_grows_heavier(metric):
     assert alphas == sorted(alphas) and alphas[0] < alphas[2] - 1
 
 
-def test_fit_is_twenty_times_faster_than_the_loop():
-    # The loop's time at N = 4096 is that of a sample of its candidates, scaled up: all of them would take seconds.
-    eigs = (torch.rand(4096, generator=torch.Generator().manual_seed(0)) ** -0.7).sort().values
+def test_fit_is_twenty_times_faster_than_the_loop(golden):
+    # A real spectrum, stretched to 4096 values. The loop's time is that of a sample of its candidates, scaled up.
+    logs = np.log(golden("spectra.npz")["5.mlp.up_proj"])
+    eigs = torch.tensor(np.exp(np.interp(np.linspace(0, len(logs) - 1, 4096), np.arange(len(logs)), logs))).float()
     sample = range(0, 4095, 65)
     loop, fast = [], []
     for _ in range(3):
@@ -273,7 +274,7 @@ def test_fit_is_twenty_times_faster_than_the_loop():
         start = time.perf_counter()
         fit_tail(eigs, torch.arange(4095))
         fast.append(time.perf_counter() - start)
-    assert min(loop) > 20 * min(fast), (min(loop), min(fast))
+    assert min(loop) > 20 * min(fast), (min(loop), min(fast))  # over 100 times when nothing else runs
 
 
 @pytest.mark.gpu
