@@ -1,0 +1,316 @@
+"""Statistics and the walk over blocks against direct computation, and what they must leave as it was."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import nn
+from transformers import Cache
+
+from conftest import tiny_llama
+from lib import UserError
+from lib.allocation import SparsityPlan, uniform
+from lib.calibration import STATISTICS, catch_block_inputs, input_statistics, run_block
+from lib.models import find_blocks, prunable_layers, resident
+from lib.prune import count_zeros, prune_model
+from lib.pruners import PRUNERS
+
+# Each statistic from all inputs of a layer at once, x: [samples, tokens, in], in float64.
+EXACT = {
+    "squared_norms": lambda x: x.double().square().sum(1).mean(0),
+    "hessian": lambda x: 2 * torch.stack([s.double().T @ s.double() for s in x]).mean(0),
+}
+
+
+def inputs_of_layers(model, windows) -> dict[str, torch.Tensor]:
+    """Return what enters each layer of the dense ``model``, in float64, [samples, tokens, in]: by hooks of our own."""
+    model, seen = copy.deepcopy(model).double(), {}
+    for layer in prunable_layers(model):
+        layer.module.register_forward_hook(lambda _, args, out, name=layer.name: seen.setdefault(name, []).append(args[0]))
+    with torch.no_grad():
+        for window in windows:
+            model(window[None], use_cache=False)
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+@torch.no_grad()
+def walk(model, windows, statistic) -> list:
+    """Return the statistics of all layers, block by block, from a walk over the dense ``model``."""
+    blocks, layers = find_blocks(model)[1], prunable_layers(model)
+    inputs, found = catch_block_inputs(model, blocks, windows), []
+    hidden = inputs.hidden
+    for index, block in enumerate(blocks):
+        outs = []
+
+        def passes(block=block, index=index, hidden=hidden, outs=outs):
+            for sample in range(len(hidden)):
+                outs.append(run_block(block, hidden[sample : sample + 1], inputs.arguments[index]))
+                yield
+
+        linears = {layer.name: layer.module for layer in layers if layer.block == index}
+        found += input_statistics(linears, statistic, len(windows), passes())
+        hidden = torch.cat(outs)
+    return found
+
+
+def by_layer(found) -> dict[str, torch.Tensor]:
+    return {name: one.value for one in found for name in one.layers}
+
+
+def plan_for(layers, ratio=0.5, nm=None) -> SparsityPlan:
+    return SparsityPlan(ratio, uniform(layers, ratio), nm)
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    blocks, weights = find_blocks(model)[1], {}
+    for layer in prunable_layers(model):
+        with resident(blocks[layer.block]):
+            weights[layer.name] = layer.module.weight.detach().clone()
+    return weights
+
+
+# --------------------------------------------------------------------------------------------------- the statistics
+
+
+@pytest.mark.parametrize("nsamples", [1, 3, 7])
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_statistics_are_the_direct_ones(statistic, nsamples, tiny_model, tiny_windows):
+    windows = tiny_windows[:nsamples]
+    found = by_layer(walk(tiny_model, windows, statistic))
+    inputs = inputs_of_layers(tiny_model, windows)
+    assert list(found) == [layer.name for layer in prunable_layers(tiny_model)]
+    for name, value in found.items():
+        exact = EXACT[statistic](inputs[name])
+        assert value.dtype == torch.float32
+        # float32 over some hundred terms and three blocks, of the largest entry
+        torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_order_of_samples_does_not_matter(statistic, tiny_model, tiny_windows):
+    # A key/value cache that outlives a sample would make the second see the first.
+    a, b = (by_layer(walk(tiny_model, w, statistic)) for w in (tiny_windows, tiny_windows.flip(0)))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=2e-5, atol=1e-6 * a[name].abs().max().item())
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_the_same_sample_many_times_is_as_once(statistic, tiny_model, tiny_windows):
+    once, often = (by_layer(walk(tiny_model, tiny_windows[:1].repeat(n, 1), statistic)) for n in (1, 5))
+    for name in once:
+        torch.testing.assert_close(often[name], once[name], rtol=1e-5, atol=1e-6 * once[name].abs().max().item())
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_layers_with_the_same_input_share_one_statistic(statistic, tiny_model, tiny_windows):
+    found = [[name.rsplit(".", 1)[1] for name in one.layers] for one in walk(tiny_model, tiny_windows[:2], statistic)]
+    assert found == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 3
+
+
+def test_a_shared_hessian_is_factorised_once(tiny_model, tiny_windows):
+    prepared, given = [], []
+    pruner = PRUNERS["sparsegpt"]
+
+    def prepare(hessian):
+        prepared.append(pruner.prepare(hessian))
+        return prepared[-1]
+
+    def prune(weight, factor, ratio, nm):
+        given.append(factor)
+        return pruner.prune(weight, factor, ratio, nm)
+
+    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
+    spy = pruner._replace(prepare=prepare, prune=prune)
+    prune_model(tiny_model, blocks, layers, plan_for(layers), spy, tiny_windows[:2])
+    assert len(prepared) == 4 * 3
+    order = [i for block in range(3) for i in (0, 0, 0, 1, 2, 2, 3)]
+    assert all(g is prepared[4 * (n // 7) + i] for n, (g, i) in enumerate(zip(given, order, strict=True)))
+
+
+def test_statistics_refuse_a_layer_that_is_not_reached():
+    a, b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def passes():
+        a(torch.ones(1, 2, 3))
+        yield
+
+    with pytest.raises(UserError, match="second"):
+        input_statistics({"first": a, "second": b}, "squared_norms", 1, passes())
+    assert not a._forward_pre_hooks and not b._forward_pre_hooks
+
+
+# --------------------------------------------------------------------------------------------------------- the walk
+
+
+def test_blocks_get_all_other_arguments_and_no_live_cache(tiny_model, tiny_windows):
+    tiny_model.config.use_cache = True
+    inputs = catch_block_inputs(tiny_model, find_blocks(tiny_model)[1], tiny_windows)
+    assert tiny_model.config.use_cache is True
+    assert inputs.hidden.shape == (7, 24, 32) and len(inputs.arguments) == 3
+    for args, kwargs in inputs.arguments:
+        assert "position_embeddings" in kwargs
+        assert not any(isinstance(value, Cache) for value in [*args, *kwargs.values()])
+        assert not kwargs.get("use_cache")
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_walk_prunes_as_a_plain_loop_over_the_model_does(name, tiny_model, tiny_windows):
+    # Oracle: for block i, run the whole model, its blocks before i pruned already, and take the inputs by hooks.
+    reference, pruner = copy.deepcopy(tiny_model), PRUNERS[name]
+    for index in range(3):
+        inputs = inputs_of_layers(reference, tiny_windows)
+        for layer in prunable_layers(reference):
+            if layer.block == index:
+                value = EXACT[pruner.statistic](inputs[layer.name]).float() if pruner.statistic else None
+                prepared = pruner.prepare(value)
+                layer.module.weight.data = pruner.prune(layer.module.weight.data, prepared, 0.5, None)
+    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
+    prune_model(tiny_model, blocks, layers, plan_for(layers), pruner, tiny_windows)
+    got, expected = weights_of(tiny_model), weights_of(reference)
+    for layer in got:
+        differ = ((got[layer] == 0) != (expected[layer] == 0)).float().mean().item()
+        assert differ == 0, (layer, differ)
+        torch.testing.assert_close(got[layer], expected[layer], rtol=5e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_report_says_what_was_done(name, tiny_model, tiny_windows):
+    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
+    ratios = {layer.name: 0.2 + 0.03 * i for i, layer in enumerate(layers)}
+    metric = {layer.name: float(i) for i, layer in enumerate(layers)}
+    rows = prune_model(tiny_model, blocks, layers, SparsityPlan(0.5, ratios), PRUNERS[name], tiny_windows, metric)
+    assert [(r.name, r.shape, r.metric, r.ratio) for r in rows] == [
+        (layer.name, tuple(layer.module.weight.shape), metric[layer.name], ratios[layer.name]) for layer in layers
+    ]
+    for row, layer, zeros in zip(rows, layers, count_zeros(blocks, layers), strict=True):
+        weight = layer.module.weight
+        assert row.sparsity == (weight == 0).double().mean().item() == zeros / weight.numel()
+        assert row.sparsity == pytest.approx(row.ratio, abs=1 / min(weight.shape))
+
+
+def snapshot(model) -> tuple:
+    modules = list(model.modules())
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules]
+    return [id(m) for m in modules], hooks, model.config.use_cache, model.training
+
+
+class Broken(Exception):
+    pass
+
+
+def failing_prune(*_):
+    raise Broken
+
+
+def failing_forward(*_, **__):
+    raise Broken
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("way", ["ends well", "pruner fails", "block fails", "embedding fails", "window fails"])
+def test_model_is_as_before_on_any_exit(way, use_cache, tiny_model, tiny_windows, monkeypatch):
+    tiny_model.config.use_cache = use_cache
+    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
+    before, pruner = snapshot(tiny_model), PRUNERS["wanda"]
+    if way == "pruner fails":
+        pruner = pruner._replace(prune=failing_prune)
+    elif way == "block fails":
+        monkeypatch.setattr(blocks[1].mlp, "forward", failing_forward)
+    elif way == "embedding fails":
+        monkeypatch.setattr(tiny_model.model.embed_tokens, "forward", failing_forward)
+    elif way == "window fails":
+        tiny_windows[3, 5] = 10_000  # no such token
+    run = lambda: prune_model(tiny_model, blocks, layers, plan_for(layers), pruner, tiny_windows)  # noqa: E731
+    if way == "ends well":
+        run()
+    else:
+        with pytest.raises(IndexError if way == "window fails" else Broken):
+            run()
+    assert snapshot(tiny_model) == before
+
+
+def test_model_without_calibration_is_not_run(tiny_model, monkeypatch):
+    monkeypatch.setattr(tiny_model, "forward", failing_forward)
+    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
+    prune_model(tiny_model, blocks, layers, plan_for(layers), PRUNERS["magnitude"], None)
+
+
+def test_arguments_that_depend_on_the_text_are_refused(tiny_model, tiny_windows):
+    class Odd(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.config = model, model.config
+
+        def get_input_embeddings(self):
+            return self.model.get_input_embeddings()
+
+        def forward(self, ids, **_):
+            hidden = self.model.model.embed_tokens(ids)
+            for block in self.model.model.layers:
+                hidden = block(hidden, bias=ids.float().mean())
+
+    with pytest.raises(UserError, match="Odd"):
+        catch_block_inputs(Odd(tiny_model), find_blocks(tiny_model)[1], tiny_windows)
+
+
+# ------------------------------------------------------------------------------------------------ more than one place
+
+
+@pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
+@pytest.mark.parametrize("name", PRUNERS)
+def test_offloaded_model_is_pruned_to_the_same_weights(name, nm, tiny_windows):
+    here, away = tiny_llama(), tiny_llama()
+    cpu_offload(away, execution_device=torch.device("cpu"))
+    assert prunable_layers(away)[0].module.weight.is_meta
+    rows = []
+    for model in (here, away):
+        layers, blocks = prunable_layers(model), find_blocks(model)[1]
+        rows.append(prune_model(model, blocks, layers, plan_for(layers, 0.5, nm), PRUNERS[name], tiny_windows))
+    assert rows[0] == rows[1]
+    expected, got = weights_of(here), weights_of(away)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert prunable_layers(away)[0].module.weight.is_meta  # given back
+    assert count_zeros(find_blocks(away)[1], prunable_layers(away)) == count_zeros(find_blocks(here)[1], prunable_layers(here))
+    with torch.no_grad():  # and the model computes with the pruned weights
+        assert torch.equal(away(tiny_windows[:1]).logits, here(tiny_windows[:1]).logits)
+
+
+def test_offloaded_block_is_given_back_after_an_error(tiny_windows):
+    model = tiny_llama()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    layers, blocks = prunable_layers(model), find_blocks(model)[1]
+    with pytest.raises(Broken):
+        broken = PRUNERS["wanda"]._replace(prune=failing_prune)
+        prune_model(model, blocks, layers, plan_for(layers), broken, tiny_windows)
+    assert all(layer.module.weight.is_meta for layer in layers)
+    with torch.no_grad():
+        assert torch.equal(model(tiny_windows[:1]).logits, tiny_llama()(tiny_windows[:1]).logits)
+
+
+def test_resident_block_stays_where_it_is(tiny_model):
+    block = find_blocks(tiny_model)[1][0]
+    weight = block.mlp.up_proj.weight
+    with resident(block) as device:
+        assert device == torch.device("cpu") and block.mlp.up_proj.weight is weight
+    assert block.mlp.up_proj.weight is weight
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("split", ["one GPU", "last block on the CPU"])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_walk_on_cuda_does_as_on_the_cpu(name, split, tiny_windows):
+    from accelerate import dispatch_model
+
+    here, there = tiny_llama(), tiny_llama()
+    last = "cpu" if split != "one GPU" else 0
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 0, "model.layers.2": last}
+    places |= {"model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+    there = dispatch_model(there, places, main_device=0)
+    for model in (here, there):
+        layers, blocks = prunable_layers(model), find_blocks(model)[1]
+        prune_model(model, blocks, layers, plan_for(layers), PRUNERS[name], tiny_windows)
+    expected, got = weights_of(here), weights_of(there)
+    for layer in expected:
+        same = (got[layer].cpu() == 0) == (expected[layer] == 0)
+        assert same.float().mean().item() >= 0.98, layer
