@@ -1,0 +1,327 @@
+"""Bad input: one line that says what was given and what to type, exit status 2, and nothing written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import transformers
+
+import main
+from conftest import ROOT
+from lib import models, results
+from lib.allocation import ALLOCATIONS
+from lib.metrics import METRICS
+from lib.pruners import PRUNERS
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
+    """Return the working folder of a run, with a model, texts and a few wrong things in it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder, "tiny-llama")
+    shutil.copy(tiny_text, "long.txt")
+    Path("short.txt").write_text("Only a few words.")
+    Path("empty.txt").write_text("")
+    Path("words.json").write_text('[{"words": "a"}]')
+    Path("file").write_text("a file")
+    Path("nothing").mkdir()
+    Path("other").mkdir()
+    Path("other/notes.md").write_text("no model")
+    Path("noweights").mkdir()
+    shutil.copy(tiny_folder / "config.json", "noweights")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text("{")
+    Path("broken/model.safetensors").write_text("")
+    Path("bad.gguf").write_text("no GGUF")
+    for name, values in {"foreign": 3.0, "longer": 2.0, "bare": 1.0}.items():
+        Path(name).mkdir()
+        np.save(f"{name}/alpha_peak.npy", np.full(28 if name != "foreign" else 21, values))
+    layers = models.prunable_layers(models.load_skeleton(models.locate("tiny-llama", "unused")))
+    about = {"model": "other-model", "metric": "alpha_peak", "layers": [layer.name for layer in layers]}
+    about |= {"shapes": [list(layer.module.weight.shape) for layer in layers], "mean_abs": [1.0] * 21}
+    Path("foreign/alpha_peak.json").write_text(json.dumps(about))
+    return tmp_path
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def status_of(argv: list[str]) -> int:
+    try:
+        return main.main(argv)
+    except SystemExit as error:
+        return error.code
+
+
+def arguments(text: str) -> list[str]:
+    """Return a good command line of the tiny model with the flags in ``text`` put over it; ``--flag -`` takes one out."""
+    flags = {
+        "--model": "tiny-llama",
+        "--calib_data": "long.txt",
+        "--eval_data": "long.txt",
+        "--seqlen": "32",
+        "--nsamples": "3",
+        "--save": "save",
+    }
+    words, extra = text.split(), []
+    while words:
+        word = words.pop(0)
+        values = []
+        while words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        if values == ["-"]:
+            flags.pop(word, None)
+        elif word in flags and values:
+            flags[word] = values[0]
+        else:
+            extra += [word, *values]
+    return [part for item in flags.items() for part in item] + extra
+
+
+WANDA = "--prune_method wanda --sparsity_ratio 0.5"
+WW = "--prune_method magnitude_ww --sparsity_ratio 0.5"
+
+# What is typed -> what the line must say. All of this is known before the weights are loaded.
+BEFORE_LOADING = {
+    # names
+    "--prune_method wnda --sparsity_ratio 0.5": "Did you mean 'wanda'",
+    "--prune_method Wanda --sparsity_ratio 0.5": "Did you mean 'wanda'",
+    "--prune_method wanda_w --sparsity_ratio 0.5": "Did you mean 'wanda_ww'",
+    "--prune_method xyzzy --sparsity_ratio 0.5": "magnitude, wanda, sparsegpt",
+    f"{WW} --ww_metric alpha_peek": "Did you mean 'alpha_peak'",
+    f"{WW} --ww_metric alphamid": "Did you mean 'alpha_mid'",
+    f"{WW} --mapping_type blockwise": "Did you mean 'block_wise'",
+    f"{WANDA} --dtype float61": "Did you mean 'float16'",
+    f"{WANDA} --calib_data wikitext": "Did you mean 'wikitext2'",
+    f"{WANDA} --eval_data wiki_lead": "Did you mean 'wiki_leads'",
+    f"{WANDA} --sparsity_type unstructerd": "Did you mean 'unstructured'",
+    # numbers
+    "--prune_method wanda --sparsity_ratio 1": "--sparsity_ratio 1",
+    "--prune_method wanda --sparsity_ratio 1.5": "--sparsity_ratio 1.5",
+    "--prune_method wanda --sparsity_ratio=-0.1": "--sparsity_ratio -0.1",
+    "--prune_method wanda --sparsity_ratio nan": "--sparsity_ratio nan",
+    "--prune_method wanda --sparsity_ratio half": "half",
+    f"{WW} --epsilon=-0.1": "--epsilon -0.1",
+    f"{WW} --epsilon 1.1": "--epsilon 1.1",
+    f"{WW} --epsilon nan": "--epsilon nan",
+    f"{WANDA} --nsamples 0": "--nsamples 0",
+    f"{WANDA} --nsamples=-3": "--nsamples -3",
+    f"{WANDA} --nsamples 1.5": "1.5",
+    f"{WANDA} --seqlen 0": "--seqlen 0",
+    f"{WANDA} --seqlen=-1": "--seqlen -1",
+    f"{WANDA} --eval_windows 0": "--eval_windows 0",
+    f"{WANDA} --seed zero": "zero",
+    f"{WANDA} --eval_wikitext maybe": "maybe",
+    # contradictions
+    "--prune_method magnitude --sparsity_ratio 0.5 --use_variant": "--use_variant",
+    "--prune_method sparsegpt_ww --sparsity_ratio 0.5 --use_variant": "--use_variant",
+    "--use_variant": "--use_variant",
+    "--prune_method wanda --sparsity_type 2:4 --use_variant": "--use_variant",
+    "--prune_method wanda --sparsity_type 2:4 --sparsity_ratio 0.6": "0.5",
+    "--prune_method wanda --sparsity_type 1:4 --sparsity_ratio 0.5": "0.75",
+    "--prune_method wanda --sparsity_type 4:2": "4:2",
+    "--prune_method wanda --sparsity_type 4:4": "4:4",
+    "--prune_method wanda --sparsity_type 0:4": "0:4",
+    "--prune_method wanda --sparsity_type 2:4:8": "2:4:8",
+    "--prune_method wanda --sparsity_type a:b": "a:b",
+    "--prune_method wanda_ww --sparsity_type 2:4": "--prune_method wanda",
+    "--prune_method wanda --sparsity_type 2:5": "2:5",  # 32 columns
+    "--prune_method wanda": "--sparsity_ratio",
+    "--sparsity_ratio 0.5": "--prune_method",
+    "--sparsity_type 2:4": "--prune_method",
+    "--save_model kept": "--prune_method",
+    # flags
+    f"{WANDA} --sparsity 0.5": "--sparsity",  # no abbreviations
+    f"{WANDA} --nsample 4": "--nsamples",
+    f"{WANDA} --epsilom 0.1": "Did you mean '--epsilon'",
+    f"{WANDA} more": "more",
+    f"{WANDA} --model -": "--model",
+    "--prune_method": "--prune_method",
+    # not built yet
+    f"{WANDA} --eval_zero_shot": "--eval_zero_shot",
+    f"{WW} --ww_metric spectral_norm": "spectral_norm" if "spectral_norm" not in METRICS else None,
+    # places
+    f"{WANDA} --save file": "--save file",
+    f"{WANDA} --save file/below": "--save file/below",
+    f"{WANDA} --save /proc/nowhere": "--save /proc/nowhere",
+    f"{WANDA} --save_model file": "--save_model file",
+    f"{WW} --ww_metric_cache file": "file",
+    # models
+    f"{WANDA} --model ./missing": "--model ./missing",
+    f"{WANDA} --model missing/": "--model missing/",
+    f"{WANDA} --model /no/such/folder": "--model /no/such/folder",
+    f"{WANDA} --model smollm": "Did you mean 'smollm2-135m'",
+    f"{WANDA} --model missing.gguf": "--model missing.gguf",
+    f"{WANDA} --model nothing": "empty",
+    f"{WANDA} --model other": "config.json",
+    f"{WANDA} --model noweights": "no weights",
+    f"{WANDA} --model adapter": "adapter",
+    f"{WANDA} --model broken": "--model broken",
+    f"{WANDA} --model long.txt": "--model long.txt",
+    f"{WANDA} --model bad.gguf": "bad.gguf",
+    # texts
+    f"{WANDA} --calib_data missing.txt": "missing.txt",
+    f"{WANDA} --calib_data empty.txt": "empty",
+    f"{WANDA} --eval_data empty.txt": "empty",
+    f"{WANDA} --calib_data short.txt": "tokens",
+    f"{WANDA} --eval_data short.txt": "tokens",
+    f"{WANDA} --eval_windows 100000": "tokens",
+    f"{WANDA} --calib_data words.json": "`text`",
+    f"{WANDA} --calib_data nothing": "nothing",
+    f"{WANDA} --eval_data tiny-llama/model.safetensors": ".txt",
+    # caches
+    f"{WW} --ww_metric_cache foreign": "other-model",
+    f"{WW} --ww_metric_cache longer": "28",
+    f"{WW} --ww_metric_cache bare": "28",
+}
+
+
+def check_one_line(capsys, status: int, say: str) -> str:
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert "Traceback" not in out + err
+    lines = [line for line in err.splitlines() if not line.startswith(("INFO: ", "WARNING: "))]
+    assert len(lines) == 1 and lines[0].startswith("main.py: error: "), err
+    assert say in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(("typed", "say"), [(k, v) for k, v in BEFORE_LOADING.items() if v], ids=str)
+def test_refused_before_the_model_is_loaded(typed, say, place, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
+    before = everything(place)
+    check_one_line(capsys, status_of(arguments(typed)), say)
+    assert everything(place) == before
+
+
+def test_the_good_command_line_is_good(place):
+    # Otherwise the refusals above might have another reason.
+    for typed in (WANDA, WW, ""):
+        assert status_of(arguments(typed)) == 0
+    assert Path("save").is_dir() and Path("data/tiny-llama/alpha_peak.npy").is_file()
+
+
+@pytest.mark.parametrize("method", [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS])
+def test_every_method_needs_a_sparsity(method, place, capsys):
+    check_one_line(capsys, status_of(arguments(f"--prune_method {method}")), "--sparsity_ratio")
+
+
+def test_hub_that_cannot_be_reached(place, capsys, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them\nmore")
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
+    before = everything(place)
+    line = check_one_line(capsys, status_of(arguments(f"{WANDA} --model meta-llama/Llama-2-7b-hf")), "--model DIR")
+    assert "meta-llama/Llama-2-7b-hf" in line and everything(place) == before
+
+
+def test_hub_text_that_cannot_be_reached(place, capsys, monkeypatch):
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
+    before = everything(place)
+    for typed in (f"{WANDA} --calib_data c4", f"{WANDA} --eval_data wikitext2"):
+        check_one_line(capsys, status_of(arguments(typed)), "FILE.txt")
+    assert everything(place) == before
+
+
+def test_model_that_is_not_supported(place, capsys, monkeypatch):
+    transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, architectures=["GPT2LMHeadModel"]).save_pretrained("gpt2")
+    Path("gpt2/model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
+    check_one_line(capsys, status_of(arguments(f"{WANDA} --model gpt2")), "GPT2LMHeadModel")
+    assert not Path("save").exists()
+
+
+# --------------------------------------------------------------------------------------------------- the disk is full
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_disk_that_is_too_full_is_known_before_loading(place, capsys, monkeypatch):
+    monkeypatch.setattr(results.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
+    before = everything(place)
+    check_one_line(capsys, status_of(arguments(f"{WANDA} --save_model kept")), "full")
+    assert everything(place) == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("I/O error: ... (os error 28)")], ids=str)
+def test_disk_full_while_the_model_is_saved(error, place, capsys, monkeypatch):
+    def half(self, folder, **_):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", half)
+    check_one_line(capsys, status_of(arguments(f"{WANDA} --save_model kept")), "kept")
+    assert not any(Path(name).exists() and list(Path(name).iterdir()) for name in ("kept", "save"))
+
+
+@pytest.mark.parametrize("file", ["perplexity_", "layers_", "run_"])
+def test_disk_full_while_the_figures_are_written(file, place, capsys, monkeypatch):
+    write = Path.write_text
+
+    def until_full(self, text, *args, **kwargs):
+        if file in self.name:
+            write(self, text[:10])
+            full()
+        return write(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", until_full)
+    check_one_line(capsys, status_of(arguments(WANDA)), "No space left")
+    assert not Path("save").exists() or os.listdir("save") == []
+
+
+def test_disk_full_while_the_metric_is_written(place, capsys, monkeypatch):
+    monkeypatch.setattr(np, "save", full)
+    check_one_line(capsys, status_of(arguments(WW)), "No space left")
+    assert not list(Path("data/tiny-llama").glob("alpha_peak.npy")) and not Path("save").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- while running
+
+
+def damaged(name, change):
+    """Write the tiny model anew with one weight changed."""
+    model = transformers.AutoModelForCausalLM.from_pretrained("tiny-llama")
+    change(model.get_submodule(name).weight.data)
+    model.save_pretrained("tiny-llama")
+
+
+@pytest.mark.parametrize("typed", ["--prune_method magnitude --sparsity_ratio 0.5", WANDA, WW, "--prune_method sparsegpt --sparsity_ratio 0.5"])
+def test_weights_that_are_not_finite_name_the_layer(typed, place, capsys):
+    damaged("model.layers.2.mlp.down_proj", lambda w: w[0].fill_(float("nan")))
+    check_one_line(capsys, status_of(arguments(typed)), "model.layers.2.mlp.down_proj")
+    assert not Path("save").exists()
+
+
+def test_zero_matrix_names_the_layer(place, capsys):
+    damaged("model.layers.1.self_attn.v_proj", lambda w: w.zero_())
+    check_one_line(capsys, status_of(arguments(WW)), "model.layers.1.self_attn.v_proj")
+    assert not Path("save").exists() and not Path("data").exists()
+
+
+def test_program_itself_ends_with_one_line_and_status_two(place):
+    # Once as it is run: a process of its own, whatever Python and the libraries write on stderr included.
+    command = [sys.executable, str(ROOT / "main.py"), *arguments(f"{WANDA} --eval_data short.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("INFO: ", "WARNING: "))]
+    assert len(lines) == 1 and lines[0].startswith("main.py: error: --eval_data short.txt: too short"), done.stderr
+    assert not Path("save").exists()
