@@ -1,0 +1,249 @@
+"""The shape of the repository: which room may import which, what lies at the top, and that every command parses."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+from conftest import ROOT
+
+# A room imports only from a lower row; lib/__init__.py (UserError) is below all.
+ROWS = {
+    "registry": 0,
+    "esd": 0,
+    "sparsegpt": 0,
+    "results": 0,
+    "models": 1,
+    "data": 1,
+    "metrics": 2,
+    "allocation": 2,
+    "calibration": 2,
+    "eval": 2,
+    "pruners": 3,
+    "prune": 4,
+}
+COMMAND_FOLDERS = ("", "lora_ft", "image_classifiers")  # row 5, with main.py
+SLOW_TO_IMPORT = {"datasets", "lm_eval", "weightwatcher", "timm", "peft"}
+TOP = "main.py lib scripts data lora_ft image_classifiers INSTALL.md README.md LICENSE requirements.txt tests .ci pyproject.toml .gitignore"
+
+ROOMS = sorted((ROOT / "lib").glob("*.py"))
+COMMANDS = sorted(p for folder in COMMAND_FOLDERS for p in (ROOT / folder).glob("*.py"))
+
+
+def tracked() -> list[str]:
+    """Return the files that git keeps, and those that it would: neither ignored nor committed yet."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in out.split("\0") if name and (ROOT / name).exists()]
+
+
+def imports(tree: ast.AST) -> list[tuple[str, str]]:
+    """Return (module, name) of every import in ``tree``, those inside functions too; name is "" for plain ones."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the row"
+            found += [(node.module, alias.name) for alias in node.names]
+    return found
+
+
+def rooms_of(path: Path) -> set[str]:
+    """Return the rooms of lib that ``path`` imports."""
+    rooms = set()
+    for module, name in imports(ast.parse(path.read_text())):
+        if module == "lib":
+            rooms |= {name} if (ROOT / "lib" / f"{name}.py").exists() else set()
+        elif module.startswith("lib."):
+            rooms.add(module.split(".")[1])
+    return rooms
+
+
+def test_every_room_has_a_row():
+    assert {path.stem for path in ROOMS} - {"__init__"} == set(ROWS)
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
+def test_a_room_imports_only_from_lower_rows(path):
+    row = ROWS.get(path.stem, -1)
+    assert {room for room in rooms_of(path) if ROWS[room] >= row} == set()
+    others = {module.split(".")[0] for module, _ in imports(ast.parse(path.read_text()))}
+    assert not others & {"main", "lora_ft", "image_classifiers", "scripts", "tests", "conftest"}
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
+def test_lib_neither_parses_arguments_nor_prints(path):
+    tree = ast.parse(path.read_text())
+    assert "argparse" not in {module for module, _ in imports(tree)}
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert "print" not in called
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
+def test_slow_packages_are_imported_where_they_are_needed(path):
+    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom | ast.If | ast.Try)]
+    assert not {module.split(".")[0] for node in top for module, _ in imports(node)} & SLOW_TO_IMPORT
+
+
+def test_importing_lib_loads_no_slow_package():
+    names = ", ".join(f"lib.{room}" for room in ROWS)
+    code = f"import sys, {names}; print([m for m in {sorted(SLOW_TO_IMPORT)} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", [*ROOMS, *COMMANDS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_modules_say_what_they_are(path):
+    tree = ast.parse(path.read_text())
+    assert (ast.get_docstring(tree) or "").count("\n") == 0 and ast.get_docstring(tree)
+    assert ".cuda(" not in path.read_text(), "the weight's own device, whatever it is"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            assert len(given) <= 7, f"{path.name}:{node.name} takes {len(given)} arguments"
+
+
+def test_the_top_level_holds_nothing_else():
+    assert {name.split("/")[0] for name in tracked()} <= set(TOP.split())
+
+
+def test_no_large_file_is_committed():
+    assert {name: size for name in tracked() if (size := (ROOT / name).stat().st_size) > 300_000} == {}
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+
+SCRIPTS = [name for name in tracked() if name.endswith(".sh") or name.startswith(".ci/")]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_parses(name):
+    first = (ROOT / name).read_text().splitlines()[0]
+    assert re.fullmatch(r"#!.*\b(ba)?sh|# .*", first), "says what runs it, or that it is sourced"
+    done = subprocess.run(["bash", "-n", name], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """Return the words of every ``python ...`` and ``bash ...`` command in the code blocks of a Markdown ``text``."""
+    found = []
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"\s(?:&&|\||;)\s", line.strip().removeprefix("$ ")):
+                words = shlex.split(part, comments=True)
+                while words and re.fullmatch(r"\w+=\S*", words[0]):  # VARIABLE=value python ...
+                    words.pop(0)
+                if words and re.fullmatch(r"(\S*/)?(python\d?|bash|sh)", words[0]):
+                    found.append(words)
+    return found
+
+
+def documents() -> dict[str, str]:
+    return {name: (ROOT / name).read_text() for name in tracked() if name.endswith(".md") and not name.startswith("tests/")}
+
+
+def check_command(words: list[str]) -> None:
+    program, rest = words[1], words[2:]
+    if program in ("-m", "-c"):
+        assert program == "-c" or rest[0] in ("venv", "pip", "pytest"), words
+        return
+    assert program in tracked(), f"{' '.join(words)}: there is no {program}"
+    if program == "main.py" and "--help" not in rest:
+        main.check_args(main.make_parser().parse_args(rest))
+    elif program.endswith(".py") and program.count("/"):
+        check_flags(ROOT / program, rest)
+
+
+def check_flags(program: Path, rest: list[str]) -> None:
+    """Every flag that is given stands in the program as a string."""
+    known = {node.value for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, ast.Constant)}
+    given = {word.split("=")[0] for word in rest if word.startswith("--")}
+    assert given - {"--help"} <= known, (program, given - known)
+
+
+def test_readme_is_there_and_shows_the_two_commands():
+    commands = commands_of((ROOT / "README.md").read_text())
+    assert ["bash", "scripts/demo.sh"] in commands and any(words[1:2] == ["scripts/test.sh"] for words in commands)
+    assert any(words[1] == "main.py" for words in commands)
+
+
+def test_every_command_in_the_documents_parses(monkeypatch, tmp_path):
+    # A local text in an example need not be there.
+    monkeypatch.setattr("lib.data.check_text", lambda *_: None)
+    for name, text in documents().items():
+        for words in commands_of(text):
+            try:
+                check_command(words)
+            except (Exception, SystemExit) as error:
+                pytest.fail(f"{name}: {' '.join(words)}: {error}")
+
+
+def test_every_command_in_the_scripts_parses():
+    # Commands of main.py in scripts, as far as their flags go: values may be variables.
+    known = set(main.make_parser()._option_string_actions)
+    for name in SCRIPTS:
+        for line in (ROOT / name).read_text().replace("\\\n", " ").splitlines():
+            if "main.py" in line and not line.lstrip().startswith("#") and "/main.py" not in line:
+                flags = {word.split("=")[0] for word in line.split("main.py", 1)[1].split() if word.startswith("--")}
+                assert flags <= known, (name, flags - known)
+
+
+def test_every_flag_is_in_the_readme():
+    flags = {flag for flag in main.make_parser()._option_string_actions if flag.startswith("--")} - {"--help"}
+    assert not {flag for flag in flags if flag not in (ROOT / "README.md").read_text()}
+
+
+def test_help_explains_every_flag_in_groups(capsys):
+    parser = main.make_parser()
+    assert all(action.help for action in parser._actions)
+    text = parser.format_help()
+    for group in ("model", "data", "pruning", "allocation", "evaluation", "output"):
+        assert re.search(rf"^{group}\b.*:$", text, flags=re.M), group
+
+
+PUBLISHED_DEFAULTS = {
+    "seed": 0,
+    "nsamples": 128,
+    "sparsity_ratio": 0,
+    "sparsity_type": "unstructured",
+    "cache_dir": "llm_weights",
+    "use_variant": False,
+    "ww_metric": "alpha_peak",
+    "epsilon": 0.3,
+    "mapping_type": "block_wise",
+    "eval_zero_shot": False,
+    # mended or new
+    "save": "results",
+    "eval_wikitext": True,
+    "dtype": "auto",
+    "seqlen": 2048,
+    "calib_data": "c4",
+    "eval_data": "wikitext2",
+    "eval_windows": None,
+}
+
+
+def test_defaults_are_the_published_ones():
+    args = vars(main.make_parser().parse_args(["--model", "m"]))
+    assert {name: args[name] for name in PUBLISHED_DEFAULTS} == PUBLISHED_DEFAULTS
+
+
+def test_published_command_is_understood():
+    command = (
+        "--model meta-llama/Llama-2-7b-hf --cache_dir llm_weights/ --prune_method wanda_ww --sparsity_ratio 0.7 "
+        "--save results/ --ww_metric alpha_peak --ww_metric_cache ./data/llama2-7b-hf/ --epsilon 0.3"
+    )
+    task = main.check_args(main.make_parser().parse_args(command.split()))
+    assert (task.method, task.target, task.nm) == ("wanda_ww", 0.7, None)
+
+
+@pytest.mark.parametrize(("given", "value"), [([], True), (["true"], True), (["False"], False)])
+def test_eval_wikitext_takes_true_and_false(given, value):
+    flags = ["--eval_wikitext", *given] if given else []
+    assert main.make_parser().parse_args(["--model", "m", *flags]).eval_wikitext is value
