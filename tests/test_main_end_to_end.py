@@ -1,0 +1,328 @@
+"""Whole runs: main.py on a tiny model and on SmolLM2, and SmolLM2 against the published code's figures."""
+
+import hashlib
+import json
+import logging
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import main
+from conftest import ROOT
+from lib.allocation import ALLOCATIONS, MAPPINGS, SparsityPlan, heavy_tailed, uniform
+from lib.data import evaluation_windows
+from lib.esd import spectrum
+from lib.eval import perplexity
+from lib.metrics import METRICS, measure
+from lib.models import find_blocks, prunable_layers
+from lib.prune import count_zeros, prune_model
+from lib.pruners import PRUNERS
+
+# ---------------------------------------------------------------------------------------- the published code's figures
+
+# Rounding moves Wanda's masks from block to block and SparseGPT's more so: two independent implementations differ by
+# this much. Magnitude knows nothing of the input, and its masks are exact; what remains is the loss's rounding.
+TOLERANCE = {"dense": 1e-4, "magnitude": 1e-3, "wanda": 0.02, "sparsegpt": 0.08}
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture
+def windows(golden):
+    return {split: torch.from_numpy(golden("windows.npz")[split].astype(np.int64)) for split in ("calibration", "evaluation")}
+
+
+def zero_mask_hash(weight: torch.Tensor) -> str:
+    return hashlib.sha256((weight == 0).to(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("key", "method", "ratio", "nm"),
+    [
+        ("dense_0", "dense", 0.0, None),
+        ("magnitude_0.5", "magnitude", 0.5, None),
+        pytest.param("wanda_0.5", "wanda", 0.5, None, marks=SLOW),
+        ("wanda_0.5_2of4", "wanda", 0.5, (2, 4)),
+        ("sparsegpt_0.5", "sparsegpt", 0.5, None),
+        pytest.param("sparsegpt_0.5_2of4", "sparsegpt", 0.5, (2, 4), marks=SLOW),
+        ("magnitude_ww_0.5_eps0.2", "magnitude_ww", 0.5, None),
+        pytest.param("wanda_ww_0.7_eps0.2", "wanda_ww", 0.7, None, marks=SLOW),
+        pytest.param("sparsegpt_ww_0.7_eps0.2", "sparsegpt_ww", 0.7, None, marks=SLOW),
+    ],
+)
+def test_published_perplexity(key, method, ratio, nm, smollm2, windows, golden):
+    expected, name = golden("pruning.json")[key], method.removesuffix("_ww")
+    blocks, layers = find_blocks(smollm2)[1], prunable_layers(smollm2)
+    if method != "dense":
+        ratios = uniform(layers, ratio)
+        if method.endswith("_ww"):
+            values = measure("alpha_peak", "smollm2-135m", layers, blocks).values
+            ratios = heavy_tailed(layers, ratio, values=values, epsilon=0.2, mapping="block_wise")
+        prune_model(smollm2, blocks, layers, SparsityPlan(ratio, ratios, nm), PRUNERS[name], windows["calibration"])
+
+    # Where the sparsity is not by the published ratios to the last weight: ``_ww``, by two alphas that may jump.
+    zeros = count_zeros(blocks, layers)
+    total = [sum(layer.module.weight.numel() for layer in layers if layer.block == b) for b in range(30)]
+    per_block = [sum(z for z, layer in zip(zeros, layers, strict=True) if layer.block == b) / total[b] for b in range(30)]
+    exact = 1e-9 if method in ("dense", "magnitude") else 2e-5 if not method.endswith("_ww") else 2e-2
+    assert per_block == pytest.approx(expected["per_block_sparsity"], abs=exact)
+    assert sum(zeros) / sum(total) == pytest.approx(expected["sparsity"], abs=min(exact, 1e-3))
+
+    for layer in layers:  # those of the first six blocks
+        short = layer.name.removeprefix("model.layers.")
+        if short in expected.get("zero_mask_sha256", {}):
+            assert zero_mask_hash(layer.module.weight) == expected["zero_mask_sha256"][short], short
+    within = (0.03 if ratio == 0.7 else TOLERANCE[name]) if name == "wanda" else TOLERANCE[name]
+    if method == "magnitude_ww":
+        within = 0.02  # two of the 210 alphas jump with the SVD's rounding, and their blocks' ratios with them
+    got = perplexity(smollm2, windows["evaluation"])
+    print(f"{key}: {got:.4f}, published {expected['perplexity']:.4f}, {got / expected['perplexity'] - 1:+.3%}")
+    assert got == pytest.approx(expected["perplexity"], rel=within)
+
+
+# ------------------------------------------------------------------------------------------------- main.py on SmolLM2
+
+
+def table_of(path: Path) -> list[dict[str, str]]:
+    header, *rows = [line.split("\t") for line in path.read_text().splitlines()]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
+    save, kept, cache = tmp_path / "save", tmp_path / "kept", tmp_path / "cache"
+    flags = "--model smollm2-135m --prune_method wanda_ww --sparsity_ratio 0.5 --epsilon 0.2 --calib_data wiki_leads "
+    flags += f"--eval_data wiki_leads --seqlen 128 --nsamples 4 --eval_windows 8 --cache_dir {ROOT / 'llm_weights'} "
+    flags += f"--save {save} --save_model {kept} --ww_metric_cache {cache}"
+    assert main.main(flags.split()) == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+    run = "wanda_ww_sparsity_0.5"
+    assert sorted(p.name for p in save.iterdir()) == [f"layers_{run}.tsv", f"perplexity_{run}.txt", f"run_{run}.json"]
+    record = json.loads((save / f"run_{run}.json").read_text())
+    rows = table_of(save / f"layers_{run}.tsv")
+
+    # The perplexity file, in the published format.
+    (row,) = table_of(save / f"perplexity_{run}.txt")
+    assert row == {
+        "method": "wanda_ww",
+        "actual_sparsity": f"{record['sparsity']:.4f}",
+        "ppl_test": f"{record['perplexity']:.4f}",
+    }
+
+    # The record.
+    assert record["target_sparsity"] == 0.5 and record["sparsity"] == pytest.approx(0.5, abs=1 / 576)
+    assert record["dense_zeros"] == pytest.approx(0.000315377, abs=1e-9)
+    assert record["calibration"] == {"text": "wiki_leads", "windows": 4, "seqlen": 128}
+    assert record["evaluation"] == {"text": "wiki_leads", "windows": 8, "seqlen": 128}
+    assert set(record["flags"]) >= {a.dest for a in main.make_parser()._actions} - {"help"}
+    assert record["flags"]["seed"] == 0 and record["flags"]["epsilon"] == 0.2
+    assert record["versions"]["torch"] == version("torch") and record["versions"]["transformers"] == version("transformers")
+    assert record["model"]["name"] == "smollm2-135m" and record["model"]["dtype"] in ("float32", "float16")
+    assert {"git_commit", "device"} <= set(record)
+    assert {"load", "metric", "prune", "evaluate"} <= set(record["stages"])
+    assert all(stage["seconds"] >= 0 and stage["peak_rss_mb"] > 100 for stage in record["stages"].values())
+
+    # The table of layers, and what was written to the folder.
+    model = AutoModelForCausalLM.from_pretrained(kept / "wanda_ww_0.5", dtype=torch.float32)
+    layers = prunable_layers(model)
+    assert [r["name"] for r in rows] == [layer.name for layer in layers] and len(rows) == 210
+    sizes = [layer.module.weight.numel() for layer in layers]
+    for r, layer in zip(rows, layers, strict=True):
+        weight = layer.module.weight
+        assert r["shape"] == "x".join(map(str, weight.shape))
+        assert float(r["sparsity"]) == pytest.approx((weight == 0).double().mean().item(), abs=1e-6)
+        assert float(r["planned_ratio"]) == pytest.approx(float(r["sparsity"]), abs=1 / 576)
+    zeros = sum(count_zeros(find_blocks(model)[1], layers))
+    assert zeros / sum(sizes) == record["sparsity"]
+    planned = sum(float(r["planned_ratio"]) * n for r, n in zip(rows, sizes, strict=True)) / sum(sizes)
+    assert planned == pytest.approx(0.5, abs=1e-6)
+
+    # The metric and the plan behind it.
+    dense = AutoModelForCausalLM.from_pretrained(smollm2_source.path, dtype=torch.float32)
+    values = {layer.name: METRICS["alpha_peak"](spectrum(layer.module.weight)) for layer in prunable_layers(dense)[:21]}
+    kept_values = np.load(cache / "alpha_peak.npy")
+    assert kept_values[:21] == pytest.approx(list(values.values()), rel=1e-5)
+    assert [float(r["metric"]) for r in rows] == pytest.approx(kept_values.tolist(), abs=1e-6)
+    plan = heavy_tailed(layers, 0.5, values=dict(zip([x.name for x in layers], kept_values, strict=True)), epsilon=0.2, mapping="block_wise")
+    assert [float(r["planned_ratio"]) for r in rows] == pytest.approx(list(plan.values()), abs=1e-6)
+
+    # The folder is a plain model that evaluates to the same perplexity.
+    tokenizer = AutoTokenizer.from_pretrained(kept / "wanda_ww_0.5")
+    windows = evaluation_windows("wiki_leads", tokenizer, 128, 8)
+    assert perplexity(model.eval(), windows) == pytest.approx(record["perplexity"], rel=1e-6 if not torch.cuda.is_available() else 1e-2)
+    assert record["perplexity"] > 1.05 * perplexity(dense.eval(), windows)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "kept", "save"]
+    assert [p.name for p in kept.iterdir()] == ["wanda_ww_0.5"]
+
+
+# -------------------------------------------------------------------------------------------- main.py on a tiny model
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch, tiny_folder, tiny_text, capsys):
+    """Return a function of more flags: it runs main.py on the tiny model and returns the record."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(text: str, seqlen: int = 32) -> dict:
+        for path in Path("save").glob("*"):
+            path.unlink()
+        flags = ["--model", str(tiny_folder), "--calib_data", str(tiny_text), "--eval_data", str(tiny_text)]
+        flags += ["--seqlen", str(seqlen), "--nsamples", "5", "--save", "save", *text.split()]
+        assert main.main(flags) == 0, capsys.readouterr().err
+        (path,) = Path("save").glob("run_*.json")
+        return json.loads(path.read_text())
+
+    return run
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {layer.name: layer.module.weight.detach() for layer in prunable_layers(model)}
+
+
+ALL_METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS]
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_every_method_meets_its_target(method, tiny_run):
+    record = tiny_run(f"--prune_method {method} --sparsity_ratio 0.5 --save_model kept")
+    assert record["sparsity"] == pytest.approx(0.5, abs=1 / 32) and record["target_sparsity"] == 0.5
+    weights = saved_weights(Path("kept") / f"{method}_0.5")
+    total = sum(w.numel() for w in weights.values())
+    assert sum((w == 0).sum().item() for w in weights.values()) / total == record["sparsity"]
+    rows = table_of(Path("save") / f"layers_{method}_sparsity_0.5.tsv")
+    assert {r["name"]: float(r["sparsity"]) for r in rows} == pytest.approx(
+        {name: (w == 0).double().mean().item() for name, w in weights.items()}, abs=1e-6
+    )
+    assert all((r["metric"] == "") == ("_" not in method) for r in rows)
+    assert len({r["planned_ratio"] for r in rows}) == (3 if "_" in method else 1)  # block-wise: one per block
+    assert record["perplexity"] > 1
+
+
+def test_method_names_are_the_published_ones():
+    published = {"magnitude", "wanda", "sparsegpt", "magnitude_ww", "wanda_ww", "sparsegpt_ww"}
+    assert published <= set(ALL_METHODS) == set(main.METHODS)
+
+
+def test_methods_do_different_things(tiny_run):
+    # A mistyped branch would leave one method's result equal to another's, or to the dense one.
+    found = {None: tiny_run("")["perplexity"]}
+    for method in ALL_METHODS:
+        found[method] = tiny_run(f"--prune_method {method} --sparsity_ratio 0.6")["perplexity"]
+    assert len(set(found.values())) == len(found), found
+
+
+def test_a_run_repeats_itself_and_the_seed_matters(tiny_run):
+    flags = "--prune_method sparsegpt_ww --sparsity_ratio 0.6"
+    first, again, other = tiny_run(flags), tiny_run(flags), tiny_run(flags + " --seed 1")
+    assert first["perplexity"] == again["perplexity"] != other["perplexity"]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_every_metric_and_mapping_steers_the_plan(metric, mapping, tiny_run):
+    flags = f"--prune_method magnitude_ww --sparsity_ratio 0.5 --ww_metric {metric} --mapping_type {mapping} --epsilon 0.2"
+    record = tiny_run(flags)
+    rows = table_of(Path("save/layers_magnitude_ww_sparsity_0.5.tsv"))
+    planned = [float(r["planned_ratio"]) for r in rows]
+    assert len(set(planned)) == (3 if mapping == "block_wise" else 21)
+    if mapping == "layer_wise":  # the more of the metric, the more is pruned
+        assert sorted(range(21), key=lambda i: float(rows[i]["metric"])) == sorted(range(21), key=planned.__getitem__)
+    assert (Path("data") / Path(record["model"]["path"]).name / f"{metric}.npy").is_file()
+
+
+def test_the_metric_is_read_the_second_time(tiny_run, monkeypatch):
+    flags = "--prune_method magnitude_ww --sparsity_ratio 0.5"
+    first = tiny_run(flags)
+    monkeypatch.setattr("lib.metrics.spectrum", None)
+    assert tiny_run(flags)["perplexity"] == first["perplexity"]
+
+
+def test_a_published_cache_is_used_with_one_warning(tiny_run, caplog):
+    Path("published").mkdir()
+    np.save("published/alpha_peak.npy", np.repeat([2.0, 3.0, 4.0], 7))
+    with caplog.at_level(logging.WARNING):
+        tiny_run("--prune_method magnitude_ww --sparsity_ratio 0.5 --epsilon 0.2 --ww_metric_cache published")
+    planned = [float(r["planned_ratio"]) for r in table_of(Path("save/layers_magnitude_ww_sparsity_0.5.tsv"))]
+    assert planned == pytest.approx([0.4] * 7 + [0.5] * 7 + [0.6] * 7, abs=1e-6)
+    assert len([r for r in caplog.records if "cannot be checked" in r.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+@pytest.mark.parametrize(("pattern", "target"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75), ("3:16", 0.8125)])
+def test_groups_are_obeyed(method, pattern, target, tiny_run):
+    keep, group = map(int, pattern.split(":"))
+    record = tiny_run(f"--prune_method {method} --sparsity_type {pattern} --save_model kept")
+    assert record["sparsity"] == record["target_sparsity"] == target
+    for name, weight in saved_weights(Path("kept") / f"{method}_{target}").items():
+        assert ((weight != 0).view(len(weight), -1, group).sum(2) == keep).all(), name
+    again = tiny_run(f"--prune_method {method} --sparsity_type {pattern} --sparsity_ratio {target}")
+    assert again["perplexity"] == record["perplexity"]
+
+
+def test_the_variant_is_another_method(tiny_run):
+    plain = tiny_run("--prune_method wanda --sparsity_ratio 0.5")
+    variant = tiny_run("--prune_method wanda --sparsity_ratio 0.5 --use_variant")
+    assert variant["sparsity"] == pytest.approx(0.5, abs=0.001) and variant["perplexity"] != plain["perplexity"]
+    ww = tiny_run("--prune_method wanda_ww --sparsity_ratio 0.5 --use_variant --epsilon 0.2")
+    assert ww["sparsity"] == pytest.approx(0.5, abs=0.001)
+
+
+def test_dense_run(tiny_run):
+    record = tiny_run("")
+    assert record["sparsity"] == record["dense_zeros"] == 0 and record["target_sparsity"] == 0
+    assert sorted(p.name for p in Path("save").iterdir()) == ["perplexity_dense_sparsity_0.0.txt", "run_dense_sparsity_0.0.json"]
+    (row,) = table_of(Path("save/perplexity_dense_sparsity_0.0.txt"))
+    assert row["method"] == "dense" and row["actual_sparsity"] == "0.0000"
+
+
+def test_evaluation_can_be_left_out(tiny_run):
+    record = tiny_run("--prune_method magnitude --sparsity_ratio 0.5 --eval_wikitext false --eval_data c4")
+    assert record["perplexity"] is None and record["evaluation"] is None
+    assert not list(Path("save").glob("perplexity_*"))
+
+
+def test_text_that_is_not_used_is_not_loaded(tiny_run):
+    # Magnitude needs no calibration text: the hub's is not asked for (no test reaches the network).
+    assert tiny_run("--prune_method magnitude --sparsity_ratio 0.5 --calib_data c4")["calibration"] is None
+
+
+def test_seqlen_is_capped_at_the_context_with_a_warning(tiny_run, caplog):
+    with caplog.at_level(logging.WARNING):
+        record = tiny_run("--prune_method wanda --sparsity_ratio 0.5", seqlen=2048)
+    assert record["calibration"]["seqlen"] == record["evaluation"]["seqlen"] == 128
+    assert [r.levelname for r in caplog.records if "2048" in r.getMessage() and "128" in r.getMessage()] == ["WARNING"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_is_that_of_the_saved_model(dtype, tiny_run):
+    record = tiny_run(f"--prune_method sparsegpt --sparsity_ratio 0.5 --dtype {dtype} --save_model kept")
+    assert record["model"]["dtype"] == dtype
+    model = AutoModelForCausalLM.from_pretrained("kept/sparsegpt_0.5", dtype="auto")
+    assert str(model.dtype) == f"torch.{dtype}"
+
+
+def test_a_saved_model_can_be_evaluated_and_is_replaced_whole(tiny_run):
+    flags = "--prune_method wanda --sparsity_ratio 0.5 --save_model kept"
+    pruned = tiny_run(flags)
+    Path("kept/wanda_0.5/stale").write_text("from an earlier run")
+    tiny_run(flags)
+    assert not Path("kept/wanda_0.5/stale").exists() and [p.name for p in Path("kept").iterdir()] == ["wanda_0.5"]
+    again = tiny_run("--model kept/wanda_0.5")
+    assert again["perplexity"] == pruned["perplexity"] and again["dense_zeros"] == pruned["sparsity"]
+
+
+def test_results_lie_in_results_by_default(tmp_path, monkeypatch, tiny_folder, tiny_text):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["--model", str(tiny_folder), "--eval_data", str(tiny_text), "--seqlen", "32"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_every_method_on_cuda_in_float16(method, tiny_run):
+    record = tiny_run(f"--prune_method {method} --sparsity_ratio 0.5 --save_model kept")
+    assert record["model"]["dtype"] == "float16" and record["sparsity"] == pytest.approx(0.5, abs=1 / 32)
