@@ -1,6 +1,7 @@
 """Prune a LLaMA-family language model layer by layer and measure its perplexity: python main.py --help"""
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -255,11 +256,15 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         "stages": stages.table,
         "flags": vars(args),
     }
+    files = {f"run_{task.run}.json": results.run_text(record)}
     if perplexity is not None:
-        results.write_perplexity(save, task.run, task.method, measured, perplexity)
+        files[f"perplexity_{task.run}.txt"] = results.perplexity_text(task.method, measured, perplexity)
     if rows:
-        results.write_layers(save, task.run, rows)
-    results.write_run(save, task.run, record)
+        files[f"layers_{task.run}.tsv"] = results.layers_text(rows)
+    earlier = results.read_run(save, task.run)
+    if earlier and earlier.get("flags") != json.loads(json.dumps(vars(args))):  # --seed 1, 2:4 ... : the same file names
+        log.warning("%s/*_%s.* of a run with other flags are replaced", save, task.run)
+    results.write_files(save, files)
     _print_table(console, record, save, task)
     return record
 

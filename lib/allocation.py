@@ -95,5 +95,5 @@ def _warn_of_cap(
         "that needs no cap is %.4f",
         what,
         ", ".join(names),
-        (1 - target) / (1 + target - 2 * mean_x),
+        math.floor(1e4 * (1 - target) / (1 + target - 2 * mean_x)) / 1e4,  # rounded up it would bring the cap back
     )

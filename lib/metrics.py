@@ -107,20 +107,21 @@ def read_cache(folder: Path, metric: str, model: str, layers: Sequence[PrunableL
     mend = f"give another --ww_metric_cache, or delete {path} to have it computed"
     try:
         values = np.load(path, allow_pickle=False).astype(np.float64)
-        about = json.loads(sidecar.read_text()) if sidecar.exists() else None
-    except (OSError, ValueError) as error:
+        has_sidecar = sidecar.exists()
+        about = json.loads(sidecar.read_text()) if has_sidecar else None
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a metric cache ({error}); {mend}") from error
     if values.ndim != 1 or len(values) != len(layers):
         raise UserError(f"{path}: holds {values.size} values and {model} has {len(layers)} matrices; {mend}")
     if not np.isfinite(values).all():
         raise UserError(f"{path}: holds values that are not finite; {mend}")
-    if about is None:
-        log.warning("%s has no %s beside it: whether it belongs to %s cannot be checked", path, sidecar.name, model)
-    else:
+    if has_sidecar:
         try:
             _check_sidecar(about, metric, model, layers, f"{path}: ", f"; {mend}")
         except (KeyError, TypeError) as error:
             raise UserError(f"{sidecar}: is no sidecar of a metric cache ({error!r}); {mend}") from error
+    elif not all(layer.module.weight.is_meta for layer in layers):  # said once, when the model is there
+        log.warning("%s has no %s beside it: whether it belongs to %s cannot be checked", path, sidecar.name, model)
     return LayerMetrics(metric, model, dict(zip((layer.name for layer in layers), values.tolist(), strict=True)))
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,36 +83,49 @@ def prepare(flag: str, folder: Path, need_bytes: int = 0) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` to a temporary name beside ``path`` and rename it."""
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
+    write_files(path.parent, {path.name: text})
+
+
+def write_files(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write each of ``texts`` {file name: content} to ``folder``, all of them or none.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; what is there already is left as it is.
+    """
+    written: dict[Path, Path] = {}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_text(text, encoding="utf-8")
-        tmp.rename(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            tmp = folder / f".{name}.{os.getpid()}"
+            written[tmp] = folder / name
+            tmp.write_text(text, encoding="utf-8")
+        for tmp, path in written.items():
+            tmp.rename(path)
     except OSError as error:
-        with suppress(OSError):
-            tmp.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        for tmp in written:
+            with suppress(OSError):
+                tmp.unlink()
+        raise UserError(f"{folder / name}: cannot be written ({error.strerror or error})") from error
 
 
-def write_perplexity(folder: Path, run: str, method: str, sparsity: float, perplexity: float) -> None:
-    """Write ``perplexity_<run>.txt`` in the published format; ``run`` is ``{method}_sparsity_{ratio}``."""
-    text = f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{perplexity:.4f}\n"
-    write_atomically(folder / f"perplexity_{run}.txt", text)
+def perplexity_text(method: str, sparsity: float, perplexity: float) -> str:
+    """Return the content of ``perplexity_<run>.txt``, in the published format."""
+    return f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{perplexity:.4f}\n"
 
 
-def write_layers(folder: Path, run: str, rows: Sequence[LayerReport]) -> None:
-    """Write ``layers_<run>.tsv``, a row per matrix."""
+def layers_text(rows: Sequence[LayerReport]) -> str:
+    """Return the content of ``layers_<run>.tsv``, a row per matrix."""
     lines = ["name\tshape\tmetric\tplanned_ratio\tsparsity"]
     for row in rows:
         metric = "" if row.metric is None else f"{row.metric:.6f}"
         shape = "x".join(map(str, row.shape))
         lines.append(f"{row.name}\t{shape}\t{metric}\t{row.ratio:.6f}\t{row.sparsity:.6f}")
-    write_atomically(folder / f"layers_{run}.tsv", "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
-def write_run(folder: Path, run: str, record: dict) -> None:
-    """Write ``run_<run>.json``: ``record`` and, below it, where the numbers come from."""
-    write_atomically(folder / f"run_{run}.json", json.dumps(record | provenance(), indent=1, default=str) + "\n")
+def run_text(record: dict) -> str:
+    """Return the content of ``run_<run>.json``: ``record`` and, below it, where the numbers come from."""
+    return json.dumps(record | provenance(), indent=1, default=str) + "\n"
 
 
 def read_run(folder: Path, run: str) -> dict | None:

@@ -17,16 +17,16 @@ def names(folder: Path) -> list[str]:
 
 
 def test_perplexity_file_is_as_published(tmp_path):
-    results.write_perplexity(tmp_path / "new", "wanda_sparsity_0.5", "wanda", 0.50001234, 22.428142547607422)
+    text = results.perplexity_text("wanda", 0.50001234, 22.428142547607422)
+    results.write_atomically(tmp_path / "new" / "perplexity_wanda_sparsity_0.5.txt", text)
     assert names(tmp_path / "new") == ["perplexity_wanda_sparsity_0.5.txt"]
-    text = (tmp_path / "new" / "perplexity_wanda_sparsity_0.5.txt").read_text()
+    assert (tmp_path / "new" / "perplexity_wanda_sparsity_0.5.txt").read_text() == text
     assert text == "method\tactual_sparsity\tppl_test\nwanda\t0.5000\t22.4281\n"
 
 
-def test_layers_file_has_a_row_per_matrix(tmp_path):
+def test_layers_file_has_a_row_per_matrix():
     rows = [LayerReport("a.q", (4, 8), 2.3456789, 0.25, 0.28125), LayerReport("a.k", (2, 8), None, 0.5, 0.5)]
-    results.write_layers(tmp_path, "wanda_sparsity_0.5", rows)
-    header, first, second = (tmp_path / "layers_wanda_sparsity_0.5.tsv").read_text().splitlines()
+    header, first, second = results.layers_text(rows).splitlines()
     assert len(header.split("\t")) == 5
     name, shape, metric, ratio, sparsity = first.split("\t")
     assert (name, shape, float(ratio), float(sparsity)) == ("a.q", "4x8", 0.25, 0.28125)
@@ -34,9 +34,8 @@ def test_layers_file_has_a_row_per_matrix(tmp_path):
     assert second.split("\t")[2] == ""
 
 
-def test_run_file_says_where_the_numbers_come_from(tmp_path):
-    results.write_run(tmp_path, "dense_sparsity_0.0", {"perplexity": 3.5, "folder": Path("a")})
-    record = json.loads((tmp_path / "run_dense_sparsity_0.0.json").read_text())
+def test_run_file_says_where_the_numbers_come_from():
+    record = json.loads(results.run_text({"perplexity": 3.5, "folder": Path("a")}))
     assert record["perplexity"] == 3.5 and {"torch", "transformers", "python"} <= set(record["versions"])
     assert {"git_commit", "device"} <= set(record)
 
@@ -105,5 +104,5 @@ def test_an_earlier_run_is_read_or_is_none(tmp_path):
     assert results.read_run(tmp_path, "x") is None
     (tmp_path / "run_x.json").write_text("{")
     assert results.read_run(tmp_path, "x") is None
-    results.write_run(tmp_path, "x", {"perplexity": 1.0})
+    results.write_atomically(tmp_path / "run_x.json", results.run_text({"perplexity": 1.0}))
     assert results.read_run(tmp_path, "x")["perplexity"] == 1.0
