@@ -3,29 +3,48 @@
 import argparse
 import json
 import logging
+import math
 import os
 import re
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import UserError, allocation, data, eval, metrics, models, prune, pruners, registry, results
+from lib import UserError, allocation, data, esd, eval, metrics, models, plans, prune, pruners, registry, results, scores, search
 
 log = logging.getLogger("main")
 
 METHODS = [f"{p}_{a}" if a else p for a in allocation.ALLOCATIONS for p in pruners.PRUNERS]
-# Names of the published code that are not built yet: refused with a line of their own.
-LATER_METRICS = (
-    "alpha spectral_norm log_spectral_norm log_norm norm stable_rank entropy mp_softrank random_distance"
-).split()
+METRICS = [*metrics.METRICS, *metrics.WEIGHTWATCHER]
+# What the allocations call by another name than the flag, or want for the numbers that they share out.
+PARAMETERS = {"mapping": "mapping_type"}
+OWN_FLAGS = {"owl": ("owl_m", "owl_lambda"), "dlp": ("dlp_alpha",), "atp": ("atp_beta",)}
+METRIC_FLAGS = "ww_metric ww_metric_cache epsilon mapping_type farms farms_rows farms_ratio farms_steps esd_driver".split()
+
+
+class _Note(argparse.Action):
+    """Stores a value and notes that it was given: a flag that would do nothing is to be refused."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = [*getattr(namespace, "given", []), self.dest]
 
 
 class _Parser(argparse.ArgumentParser):
     """Answers a wrong command line with one line."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("action", None, _Note)
 
     def error(self, message: str) -> NoReturn:
         unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
@@ -38,6 +57,15 @@ def _true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
+
+
+def _number_or_auto(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,16 +90,33 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seqlen", type=int, default=2048, metavar="N", help="window length, tokens; at most the model's context")
 
     add = parser.add_argument_group("pruning").add_argument
-    add("--prune_method", metavar="METHOD", help=f"{{{','.join(METHODS)}}}; _ww: layer-wise sparsity by --ww_metric")
+    add("--prune_method", metavar="METHOD", help=f"{{{','.join(pruners.PRUNERS)}}}, each alone or with a suffix that says how "
+        f"the sparsity is shared out, {{{','.join('_' + a for a in allocation.ALLOCATIONS if a)}}}; _ww: by --ww_metric")
     add("--sparsity_ratio", type=float, default=0.0, metavar="S", help="fraction of the weights to remove, in [0, 1)")
     add("--sparsity_type", default="unstructured", metavar="TYPE", help="unstructured, or N:M (2:4, 4:8 ...): keep N of M")
     add("--use_variant", action="store_true", help="Wanda's variant: one share of each row's score instead of a count")
 
-    add = parser.add_argument_group("allocation (methods with _ww)").add_argument
-    add("--ww_metric", default="alpha_peak", metavar="METRIC", help=f"{{{','.join(metrics.METRICS)}}} of each matrix")
+    add = parser.add_argument_group("allocation").add_argument
+    add("--ww_metric", default="alpha_peak", metavar="METRIC", help=f"of each matrix, for _ww: {{{','.join(METRICS)}}}; "
+        "a larger alpha, stable rank or entropy means less heavy-tailed and is pruned more; so is a larger norm, as published")
     add("--ww_metric_cache", metavar="DIR", help="where the metric is kept (default: data/<model's own folder name>)")
-    add("--epsilon", type=float, default=0.3, metavar="E", help="half width of the map from metric to sparsity, in [0, 1]")
-    add("--mapping_type", default="block_wise", metavar="TYPE", help=f"{{{','.join(allocation.MAPPINGS)}}}")
+    add("--epsilon", type=_number_or_auto, default=0.3, metavar="E", help="half width of the map from metric to sparsity "
+        "for _ww, in [0, 1], or auto: the best one on held-out calibration text")
+    add("--mapping_type", default="block_wise", metavar="TYPE", help=f"for _ww: {{{','.join(allocation.MAPPINGS)}}}")
+    add("--esd_driver", default="exact", metavar="NAME", help=f"{{{','.join(esd.DRIVERS)}}}; exact: float32 SVD, as published; "
+        "fast: eigenvalues of the float64 Gram matrix")
+    add("--farms", action="store_true", help="spectra of windows of one aspect ratio (FARMS) instead of whole matrices")
+    add("--farms_rows", type=int, default=2000, metavar="N", help="rows of a window; at most the matrix's shorter side")
+    add("--farms_ratio", type=float, default=1.0, metavar="Q", help="columns of a window over its rows")
+    add("--farms_steps", type=int, default=15, metavar="K", help="windows in each direction, a count")
+    add("--metrics_only", action="store_true", help="compute the metric, keep it, show it, and end")
+    add("--owl_m", type=float, default=5.0, metavar="M", help="for _owl: outliers exceed M times the block's mean score")
+    add("--owl_lambda", type=float, default=0.08, metavar="L", help="for _owl: half width of the map, a sparsity in [0, 1]")
+    add("--dlp_alpha", type=float, default=0.15, metavar="A", help="for _dlp: half width of the map, a sparsity in [0, 1]")
+    add("--atp_beta", type=float, default=0.005, metavar="B", help="for _atp: from block to block, a sparsity in [0, 1]")
+    add("--plan", metavar="FILE", help="take the layers' ratios from a file that --save_plan wrote")
+    add("--save_plan", metavar="FILE", help="write the layers' ratios, by name, as JSON")
+    add("--export_llmcompressor", metavar="FILE", help="write the layers' ratios as an llm-compressor recipe (YAML)")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_data", default="wikitext2", metavar="TEXT", help=f"evaluation text: {texts}")
@@ -104,22 +149,73 @@ def check_args(args: argparse.Namespace) -> Task:
     """Find every contradiction that needs no model, and return what is asked for."""
     registry.check_name("--dtype", args.dtype, models.DTYPES)
     registry.check_name("--mapping_type", args.mapping_type, allocation.MAPPINGS)
-    if args.ww_metric in LATER_METRICS:
-        raise UserError(f"--ww_metric {args.ww_metric}: not built yet; choose from: {', '.join(metrics.METRICS)}")
-    registry.check_name("--ww_metric", args.ww_metric, metrics.METRICS)
+    registry.check_name("--ww_metric", args.ww_metric, METRICS)
+    registry.check_name("--esd_driver", args.esd_driver, esd.DRIVERS)
     data.check_text("--calib_data", args.calib_data)
     data.check_text("--eval_data", args.eval_data)
     if not 0 <= args.sparsity_ratio < 1:
         raise UserError(f"--sparsity_ratio {args.sparsity_ratio}: must be at least 0 and below 1")
-    if not 0 <= args.epsilon <= 1:
-        raise UserError(f"--epsilon {args.epsilon}: must be between 0 and 1")
-    for flag in ("nsamples", "seqlen", "eval_windows"):
-        value, least = getattr(args, flag), 2 if flag == "seqlen" and args.eval_wikitext else 1
+    if args.epsilon != "auto" and not 0 <= args.epsilon <= 1:
+        raise UserError(f"--epsilon {args.epsilon}: must be between 0 and 1, or auto")
+    for flag in ("owl_lambda", "dlp_alpha", "atp_beta"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")
+    for flag in ("owl_m", "farms_ratio"):
+        if not 0 < getattr(args, flag) < math.inf:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be above 0")
+    for flag in ("nsamples", "seqlen", "eval_windows", "farms_rows", "farms_steps"):
+        value, least = getattr(args, flag), 2 if flag == "farms_rows" or flag == "seqlen" and args.eval_wikitext else 1
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
     if args.eval_zero_shot:
         raise UserError("--eval_zero_shot: not built yet; save the model with --save_model and run lm-eval on it")
-    return _check_method(args)
+    _check_metric(args)
+    task = _check_metrics_only(args) if args.metrics_only else _check_method(args)
+    _check_unused(args, task)
+    return task
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    return [*getattr(args, "given", []), *(["farms"] if args.farms else [])]
+
+
+def _check_metric(args: argparse.Namespace) -> None:
+    windows = [flag for flag in _given(args) if flag.startswith("farms_")]
+    if windows and not args.farms:
+        raise UserError(f"--{windows[0]} without --farms does nothing; add --farms")
+    if args.ww_metric in metrics.WEIGHTWATCHER:
+        if args.farms or args.esd_driver != "exact":
+            flag = "--farms" if args.farms else f"--esd_driver {args.esd_driver}"
+            raise UserError(f"{flag} with --ww_metric {args.ww_metric}: that metric goes through weightwatcher's own spectrum")
+
+
+def _check_metrics_only(args: argparse.Namespace) -> Task:
+    for flag in ("prune_method", "sparsity_ratio", "save_model", "plan", "save_plan", "export_llmcompressor"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag} with --metrics_only: nothing is pruned then; leave one of them out")
+    return Task("metrics", None, "ww", 0.0, None)
+
+
+def _check_unused(args: argparse.Namespace, task: Task) -> None:
+    """Refuse flags of an allocation that is not asked for.
+
+    Those of _ww are let pass with a uniform method: published command lines give them there too.
+    """
+    for suffix, flags in OWN_FLAGS.items():
+        for flag in flags:
+            if flag in _given(args) and suffix != task.allocation:
+                raise UserError(f"--{flag} does nothing with {task.method}; it is for the methods with _{suffix}")
+    if task.allocation not in ("", "ww") or args.plan:
+        for flag in METRIC_FLAGS:
+            if flag in _given(args):
+                raise UserError(f"--{flag} does nothing with {task.method}; it is for the methods with _ww")
+    if args.epsilon == "auto":
+        if task.allocation != "ww" or args.metrics_only:
+            raise UserError(f"--epsilon auto with {task.method}: needs a --prune_method with _ww")
+        same = args.calib_data not in data.DATASETS and Path(args.calib_data).resolve() == Path(args.eval_data).resolve()
+        if same and args.eval_wikitext:
+            raise UserError("--epsilon auto: --calib_data and --eval_data are one file, so that the choice would see the "
+                            "evaluation text; give two")  # fmt: skip
 
 
 def _check_method(args: argparse.Namespace) -> Task:
@@ -128,17 +224,21 @@ def _check_method(args: argparse.Namespace) -> Task:
         if args.sparsity_ratio or nm:
             what = f"--sparsity_type {args.sparsity_type}" if nm else f"--sparsity_ratio {args.sparsity_ratio}"
             raise UserError(f"{what} without a method; add --prune_method, one of: {', '.join(METHODS)}")
-        if args.save_model or args.use_variant:
-            raise UserError(f"--{'save_model' if args.save_model else 'use_variant'} without --prune_method does nothing")
+        for flag in ("save_model", "use_variant", "plan", "save_plan", "export_llmcompressor"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag} without --prune_method does nothing")
         return Task("dense", None, "", 0.0, None)
     method = registry.check_name("--prune_method", args.prune_method, METHODS)
     name, _, suffix = method.partition("_")
     if args.use_variant and name not in pruners.VARIANTS:
         raise UserError(f"--use_variant with --prune_method {method}: only {', '.join(pruners.VARIANTS)} has a variant")
+    if args.export_llmcompressor and name not in plans.LLM_COMPRESSOR:
+        raise UserError(f"--export_llmcompressor with {method}: for {' and '.join(plans.LLM_COMPRESSOR)} only")
     target = args.sparsity_ratio
-    if nm:
-        if suffix:
-            raise UserError(f"--sparsity_type {args.sparsity_type} with {method}: not built yet; use --prune_method {name}")
+    if args.plan:
+        target = _check_plan(args, method)
+        method = f"{name}_plan"
+    elif nm:
         if args.use_variant:
             raise UserError(f"--use_variant with --sparsity_type {args.sparsity_type}: the variant is unstructured only")
         implied = 1 - nm[0] / nm[1]
@@ -152,6 +252,21 @@ def _check_method(args: argparse.Namespace) -> Task:
         raise UserError(f"--prune_method {method} without a sparsity; add --sparsity_ratio (or --sparsity_type N:M)")
     table = pruners.VARIANTS if args.use_variant else pruners.PRUNERS
     return Task(method, table[name], suffix, target, nm)
+
+
+def _check_plan(args: argparse.Namespace, method: str) -> float:
+    """Return the target of the plan that is to be used."""
+    if "_" in method:
+        raise UserError(f"--plan with --prune_method {method}: the plan is the allocation; use {method.partition('_')[0]}")
+    if args.sparsity_type != "unstructured" or args.save_plan:
+        flag = "save_plan" if args.save_plan else f"sparsity_type {args.sparsity_type}"
+        raise UserError(f"--plan with --{flag}: the plan says all of that already; leave one of them out")
+    content = plans.read_plan(Path(args.plan))
+    if args.sparsity_ratio and abs(args.sparsity_ratio - content["target"]) > 1e-9:
+        raise UserError(f"--sparsity_ratio {args.sparsity_ratio} with --plan {args.plan}: that plan is for {content['target']}")
+    if args.use_variant and any("nm" in row for row in content["layers"].values()):
+        raise UserError("--use_variant with a plan of N:M: the variant is unstructured only")
+    return content["target"]
 
 
 def _parse_nm(text: str) -> tuple[int, int]:
@@ -181,6 +296,23 @@ def _seqlen(asked: int, context: int | None) -> int:
     return context
 
 
+class Texts(NamedTuple):
+    """Windows of token ids, [windows, seqlen]; None where nothing needs them."""
+
+    calibration: Tensor | None = None
+    evaluation: Tensor | None = None
+    search: tuple[Tensor, Tensor] | None = None  # of calibration and held out, for --epsilon auto
+
+
+class Loaded(NamedTuple):
+    """The model and what is asked of it again and again."""
+
+    model: PreTrainedModel
+    blocks: nn.ModuleList
+    layers: list[models.PrunableLayer]
+    name: str
+
+
 def run(args: argparse.Namespace, console: Console) -> dict:
     """Do what ``args`` ask for, in the order in which it happens, and return the run's record."""
     task = check_args(args)
@@ -192,55 +324,49 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     with stages.stage("text"):
         source = models.locate(args.model, args.cache_dir)
         skeleton = models.load_skeleton(source)
-        sparse = [] if task.pruner is None else models.prunable_layers(skeleton)
-        if task.nm:
-            _check_divisible(sparse, task.nm)
-        cache = Path(args.ww_metric_cache or Path("data") / source.name)
-        if task.allocation:
-            metrics.read_cache(cache, args.ww_metric, source.name, sparse)
-            results.prepare("--ww_metric_cache", cache)
-        target_folder = Path(args.save_model or "") / f"{task.method}_{task.target}"
-        if args.save_model:
-            size = sum(p.numel() for p in skeleton.parameters()) * (4 if args.dtype == "float32" else 2)
-            results.prepare("--save_model", target_folder.parent, size)
+        _check_against(args, task, source, skeleton)
         seqlen = _seqlen(args.seqlen, models.context_length(skeleton))
         tokenizer = models.load_tokenizer(source)
-        calibration = evaluation = None
-        if task.pruner and task.pruner.statistic:
-            calibration = data.calibration_windows(args.calib_data, tokenizer, args.nsamples, seqlen, args.seed)
-        if args.eval_wikitext:
-            evaluation = data.evaluation_windows(args.eval_data, tokenizer, seqlen, args.eval_windows)
+        texts = _read_texts(args, task, tokenizer, seqlen)
 
     with stages.stage("load"):
         log.info("loading %s", source.path)
         model = models.load_llm(source, args.dtype)
-        blocks = models.find_blocks(model)[1]
-        layers = models.prunable_layers(model)
+        loaded = Loaded(model, models.find_blocks(model)[1], models.prunable_layers(model), source.name)
+    _, blocks, layers, _ = loaded
     dense_zeros = sum(prune.count_zeros(blocks, layers))
+    if args.metrics_only:
+        with stages.stage("metric"):
+            values = _metric(args, loaded)
+        _print_metric(console, args, layers, values, _cache(args, source))
+        return {"method": task.method, "metric": values, "stages": stages.table}
 
-    rows, metric, ratios = [], None, {}
+    rows, trials, epsilon = [], [], None
     if task.pruner:
-        if task.allocation:
-            with stages.stage("metric"):
-                metric = metrics.load_or_measure(cache, args.ww_metric, source.name, layers, blocks).values
-        share = allocation.ALLOCATIONS[task.allocation]
-        ratios = share(layers, task.target, values=metric, epsilon=args.epsilon, mapping=args.mapping_type)
-        plan = allocation.SparsityPlan(task.target, ratios, task.nm)
+        values = _values(args, task, loaded, texts.calibration, stages)
+        plan_of = partial(_plan, args, task, layers, values)
+        if args.epsilon == "auto":
+            with stages.stage("search"):
+                trials = _search(args, task, loaded, texts, values, plan_of)
+            _print_trials(console, trials)
+        epsilon = search.best(trials).epsilon if trials else args.epsilon
+        plan = plans.load_plan(Path(args.plan), source.name, layers) if args.plan else plan_of(epsilon)
+        _write_plan(args, task, plan, loaded)
         with stages.stage("prune"):
-            rows = prune.prune_model(model, blocks, layers, plan, task.pruner, calibration, metric)
+            rows = prune.prune_model(model, blocks, layers, plan, task.pruner, texts.calibration, values)
 
     total = sum(layer.module.weight.numel() for layer in layers)
     measured = sum(prune.count_zeros(blocks, layers)) / total
     perplexity = None
-    if evaluation is not None:
+    if texts.evaluation is not None:
         with stages.stage("evaluate"):
-            perplexity = eval.perplexity(model, evaluation)
+            perplexity = eval.perplexity(model, texts.evaluation)
     if args.save_model:
         with stages.stage("save"):
-            models.save_llm(model, tokenizer, target_folder)
-            written = prune.checkpoint_sparsity(target_folder, [layer.name for layer in layers])
-            if written != measured:
-                raise RuntimeError(f"{target_folder}: holds a sparsity of {written}, the model has {measured}")
+            _save_model(_model_folder(args, task), loaded, tokenizer, measured)
+
+    def about(name: str, windows: Tensor | None) -> dict | None:
+        return None if windows is None else {"text": name, "windows": len(windows), "seqlen": seqlen}
 
     record = {
         "complete": True,
@@ -250,11 +376,13 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         "dense_zeros": dense_zeros / total,
         "perplexity": perplexity,
         "model": source._asdict() | {"dtype": str(model.dtype).removeprefix("torch."), "parameters": model.num_parameters()},
-        "calibration": None if calibration is None else {"text": args.calib_data, "windows": len(calibration), "seqlen": seqlen},
-        "evaluation": None if evaluation is None else {"text": args.eval_data, "windows": len(evaluation), "seqlen": seqlen},
-        "saved_model": str(target_folder) if args.save_model else None,
+        "calibration": about(args.calib_data, texts.calibration),
+        "evaluation": about(args.eval_data, texts.evaluation),
+        "epsilon": epsilon if task.allocation == "ww" else None,
+        "epsilon_search": [trial._asdict() for trial in trials],
+        "saved_model": str(_model_folder(args, task)) if args.save_model else None,
         "stages": stages.table,
-        "flags": vars(args),
+        "flags": {name: value for name, value in vars(args).items() if name != "given"},
     }
     files = {f"run_{task.run}.json": results.run_text(record)}
     if perplexity is not None:
@@ -262,14 +390,163 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     if rows:
         files[f"layers_{task.run}.tsv"] = results.layers_text(rows)
     earlier = results.read_run(save, task.run)
-    if earlier and earlier.get("flags") != json.loads(json.dumps(vars(args))):  # --seed 1, 2:4 ... : the same file names
+    if earlier and earlier.get("flags") != json.loads(json.dumps(record["flags"])):  # --seed 1, 2:4 ...: the same names
         log.warning("%s/*_%s.* of a run with other flags are replaced", save, task.run)
     results.write_files(save, files)
-    _print_table(console, record, save, task)
+    _print_table(console, record, save, task, rows)
     return record
 
 
-def _print_table(console: Console, record: dict, save: Path, task: Task) -> None:
+def _cache(args: argparse.Namespace, source: models.Source) -> Path:
+    return Path(args.ww_metric_cache or Path("data") / source.name)
+
+
+def _model_folder(args: argparse.Namespace, task: Task) -> Path:
+    return Path(args.save_model) / f"{task.method}_{task.target}"
+
+
+def _settings(args: argparse.Namespace) -> metrics.Settings:
+    farms = esd.Farms(args.farms_rows, args.farms_ratio, args.farms_steps) if args.farms else None
+    return metrics.Settings(args.esd_driver, farms, args.seed)
+
+
+def _check_against(args: argparse.Namespace, task: Task, source: models.Source, skeleton: PreTrainedModel) -> None:
+    """Find every contradiction between the flags and the model's shapes, and every place that cannot be written."""
+    layers = models.prunable_layers(skeleton)
+    if task.nm:
+        _check_divisible(layers, task.nm)
+    if task.allocation == "ww":
+        settings = _settings(args)
+        metrics.read_cache(_cache(args, source), args.ww_metric, source.name, layers, settings)
+        results.prepare("--ww_metric_cache", _cache(args, source))
+        for layer in layers if args.farms else ():
+            try:
+                esd.farms_windows(tuple(layer.module.weight.shape), settings.farms)
+            except esd.NoFit as error:
+                raise UserError(f"--farms: {layer.name}, {error}; lower --farms_rows or --farms_ratio") from error
+    if args.plan:
+        plans.load_plan(Path(args.plan), source.name, layers)
+    for flag in ("save_plan", "export_llmcompressor"):
+        if getattr(args, flag):
+            results.prepare(f"--{flag}", Path(getattr(args, flag)).parent)
+    if args.save_model:
+        size = sum(p.numel() for p in skeleton.parameters()) * (4 if args.dtype == "float32" else 2)
+        results.prepare("--save_model", _model_folder(args, task).parent, size)
+
+
+def _read_texts(args: argparse.Namespace, task: Task, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Texts:
+    if args.metrics_only:
+        return Texts()
+    calibration = evaluation = held_out = None
+    wants = allocation.ALLOCATIONS[task.allocation].wants
+    if task.pruner and (task.pruner.statistic or wants in BLOCK_SCORES):
+        calibration = data.calibration_windows(args.calib_data, tokenizer, args.nsamples, seqlen, args.seed)
+    if args.epsilon == "auto":
+        held_out = data.search_windows(args.calib_data, tokenizer, search.WINDOWS, seqlen, args.seed)
+    if args.eval_wikitext:
+        evaluation = data.evaluation_windows(args.eval_data, tokenizer, seqlen, args.eval_windows)
+    return Texts(calibration, evaluation, held_out)
+
+
+def _metric(args: argparse.Namespace, loaded: Loaded) -> dict[str, float]:
+    folder = Path(args.ww_metric_cache or Path("data") / loaded.name)
+    return metrics.load_or_measure(
+        folder, args.ww_metric, loaded.name, loaded.layers, loaded.blocks, _settings(args)
+    ).values
+
+
+def _values(
+    args: argparse.Namespace, task: Task, loaded: Loaded, calibration: Tensor | None, stages: results.Stages
+) -> dict[str, float] | None:
+    """Return what the allocation wants to know of each layer."""
+    wants = None if args.plan else allocation.ALLOCATIONS[task.allocation].wants
+    if wants is None:
+        return None
+    model, blocks, layers, _ = loaded
+    with stages.stage("metric"):
+        if wants == "metric":
+            return _metric(args, loaded)
+        if wants in BLOCK_SCORES:
+            return prune.score_blocks(model, blocks, layers, calibration, partial(BLOCK_SCORES[wants], args))
+        return scores.shares_below(blocks, layers, task.target, WEIGHT_SCORES[wants])
+
+
+# What an allocation may want, by Allocation.wants.
+BLOCK_SCORES = {
+    "outlier_ratio": lambda args, found: scores.outlier_ratio(found, args.owl_m),
+    "median_score": lambda args, found: scores.median_score(found),
+}
+WEIGHT_SCORES = {"lamp_score": scores.lamp_score, "magnitude_score": scores.magnitude_score}
+
+
+def _plan(
+    args: argparse.Namespace, task: Task, layers: list[models.PrunableLayer], values: dict | None, epsilon: float
+) -> allocation.SparsityPlan:
+    how = allocation.ALLOCATIONS[task.allocation]
+    given = {name: getattr(args, PARAMETERS.get(name, name)) for name in how.flags}
+    if "epsilon" in given:
+        given["epsilon"] = epsilon
+    ratios = how.share(layers, task.target, values, **given)
+    if task.nm is None:
+        return allocation.SparsityPlan(task.target, ratios)
+    nm = dict.fromkeys(ratios, task.nm)
+    if task.allocation:
+        nm = allocation.mixed_nm(layers, ratios, task.target, task.nm[1])
+    return allocation.SparsityPlan(task.target, {name: 1 - n / m for name, (n, m) in nm.items()}, nm)
+
+
+def _search(
+    args: argparse.Namespace, task: Task, loaded: Loaded, texts: Texts, values: dict, plan_of: Callable
+) -> list[search.Trial]:
+    model, blocks, layers, _ = loaded
+    largest = allocation.largest_epsilon(layers, task.target, values, args.mapping_type)
+    grid = search.epsilon_grid(largest)
+    return search.try_epsilons(model, blocks, layers, plan_of, grid, task.pruner, texts.search)
+
+
+def _write_plan(args: argparse.Namespace, task: Task, plan: allocation.SparsityPlan, loaded: Loaded) -> None:
+    if args.save_plan:
+        made_by = {"method": task.method, "flags": {name: value for name, value in vars(args).items() if name != "given"}}
+        plans.save_plan(Path(args.save_plan), plan, loaded.name, loaded.layers, made_by)
+    if args.export_llmcompressor:
+        recipe = plans.llm_compressor_recipe(plan, loaded.layers, task.method.partition("_")[0])
+        results.write_atomically(Path(args.export_llmcompressor), recipe)
+
+
+def _save_model(folder: Path, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, measured: float) -> None:
+    models.save_llm(loaded.model, tokenizer, folder)
+    written = prune.checkpoint_sparsity(folder, [layer.name for layer in loaded.layers])
+    if written != measured:
+        raise RuntimeError(f"{folder}: holds a sparsity of {written}, the model has {measured}")
+
+
+def _print_metric(
+    console: Console, args: argparse.Namespace, layers: list[models.PrunableLayer], values: dict, folder: Path
+) -> None:
+    """Show the metric by type of matrix."""
+    kinds: dict[str, list[float]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(values[layer.name])
+    table = Table(title=f"{args.model}: {args.ww_metric}", title_justify="left")
+    for heading in ("matrix", "smallest", "mean", "largest"):
+        table.add_column(heading, justify="left" if heading == "matrix" else "right")
+    for kind, found in [*kinds.items(), ("all", list(values.values()))]:
+        table.add_row(kind, *(f"{x:.4f}" for x in (min(found), sum(found) / len(found), max(found))))
+    console.print(table)
+    console.print(f"kept in: {folder}/{_settings(args).stem(args.ww_metric)}.npy", highlight=False)
+
+
+def _print_trials(console: Console, trials: list[search.Trial]) -> None:
+    table = Table(title="--epsilon auto: perplexity on held-out calibration text", title_justify="left")
+    table.add_column("epsilon", justify="right")
+    table.add_column("perplexity", justify="right")
+    chosen = search.best(trials)
+    for trial in trials:
+        table.add_row(f"{trial.epsilon:.2f}", f"{trial.perplexity:.2f}" + (" <- taken" if trial is chosen else ""))
+    console.print(table)
+
+
+def _print_table(console: Console, record: dict, save: Path, task: Task, rows: list[results.LayerReport]) -> None:
     table = Table(title=f"{record['model']['given']}: {task.method}", title_justify="left")
     for heading in ("method", "target", "sparsity", "perplexity", "seconds", "peak memory"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
@@ -279,6 +556,10 @@ def _print_table(console: Console, record: dict, save: Path, task: Task) -> None
     row = (f"{task.target:g}", f"{record['sparsity']:.4f}", ppl, f"{seconds:.1f}", f"{peak} MB")
     table.add_row(task.method, *row)
     console.print(table)
+    patterns = Counter("{}:{}".format(*row.nm) for row in rows if row.nm)
+    if len(patterns) > 1:
+        each = ", ".join(f"{count} at {pattern}" for pattern, count in sorted(patterns.items()))
+        console.print(f"layers:  {each} (see the .tsv)", highlight=False)
     console.print(f"written: {save}/*_{task.run}.*", highlight=False)
     if record["saved_model"]:
         console.print(f"model:   {record['saved_model']}", highlight=False)

@@ -12,30 +12,39 @@ from lib.models import PrunableLayer
 log = logging.getLogger(__name__)
 
 MAPPINGS = ("block_wise", "layer_wise")
+_NM_TOLERANCE = 1e-3  # of the parameters
 
 
-class SparsityPlan(NamedTuple("SparsityPlan", [("target", float), ("ratios", dict), ("nm", tuple | None)])):
+class SparsityPlan(NamedTuple("SparsityPlan", [("target", float), ("ratios", dict), ("nm", dict | None)])):
     """What is to be removed: ``ratios`` by layer name, and the ``target`` that they add up to, weighted by size.
 
-    With ``nm`` = (N, M), N of every M columns are kept and the ratios are all 1 - N/M.
+    With ``nm``, {layer name: (N, M)} or one (N, M) for all, N of every M columns are kept and each ratio is 1 - N/M.
     """
 
-    def __new__(cls, target: float, ratios: dict[str, float], nm: tuple[int, int] | None = None):
+    def __new__(cls, target: float, ratios: dict[str, float], nm: dict | tuple[int, int] | None = None):
+        if isinstance(nm, tuple):
+            nm = dict.fromkeys(ratios, nm)
         for name, ratio in ratios.items():
             if not 0 <= ratio <= 1:  # a NaN fails too
                 raise ValueError(f"{name}: a ratio of {ratio} is outside [0, 1]")
+        if nm is not None and nm.keys() != ratios.keys():
+            raise ValueError("N:M must be given for every layer that has a ratio")
         return super().__new__(cls, target, ratios, nm)
 
 
-def uniform(layers: Sequence[PrunableLayer], target: float, **_) -> dict[str, float]:
-    """Return the target for every layer."""
+Values = Mapping[str, float]  # a number by layer name
+Ratios = dict[str, float]
+
+
+def uniform(layers: Sequence[PrunableLayer], target: float, values: Values | None = None) -> Ratios:
+    """Return the same ratio for every layer."""
     return {layer.name: target for layer in layers}
 
 
 def heavy_tailed(
-    layers: Sequence[PrunableLayer], target: float, values: Mapping[str, float], epsilon: float, mapping: str, **_
-) -> dict[str, float]:
-    """Return a lower ratio for a small metric, a higher one for a large metric (paper, section 3.2).
+    layers: Sequence[PrunableLayer], target: float, values: Values, epsilon: float, mapping: str
+) -> Ratios:
+    """Return ratios that grow linearly with a metric such as alpha (paper, section 3.2).
 
     With x the metric scaled to [0, 1]: ratio = (1 - epsilon + 2 epsilon x) * c, c such that the ratios, weighted by the
     layers' sizes, add up to the target.
@@ -45,20 +54,147 @@ def heavy_tailed(
         epsilon: half width of the map before scaling, in [0, 1].
         mapping: ``block_wise`` (each matrix of a block gets the block's mean metric) or ``layer_wise``.
     """
+    groups, x = _scaled_groups(layers, values, mapping)
+    ratios = spread([1 - epsilon + 2 * epsilon * value for value in x], _sizes(groups), target)
+    _warn_of_cap(groups, ratios, f"--epsilon that needs no cap is {_typed(largest_epsilon(layers, target, values, mapping))}")
+    return _by_name(groups, ratios)
+
+
+def largest_epsilon(layers: Sequence[PrunableLayer], target: float, values: Values, mapping: str) -> float:
+    """Return the largest epsilon, at most 1, with which ``heavy_tailed`` needs no cap: (1 - s) / (1 + s - 2 mean x)."""
+    groups, x = _scaled_groups(layers, values, mapping)
+    sizes = _sizes(groups)
+    room = 1 + target - 2 * sum(n * value for n, value in zip(sizes, x, strict=True)) / sum(sizes)
+    return 1.0 if room <= 1 - target else (1 - target) / room
+
+
+def _scaled_groups(
+    layers: Sequence[PrunableLayer], values: Values, mapping: str
+) -> tuple[list[list[PrunableLayer]], list[float]]:
+    """Return the groups that share a ratio, and the mean metric of each, scaled to [0, 1]."""
+    groups = _blocks(layers) if mapping == "block_wise" else [[layer] for layer in layers]
+    return groups, _scaled([sum(values[layer.name] for layer in group) / len(group) for group in groups])
+
+
+def outlier_weighted(layers: Sequence[PrunableLayer], target: float, values: Values, owl_lambda: float) -> Ratios:
+    """Return block ratios that fall linearly with the share of outliers, within +- ``owl_lambda`` (OWL: Yin et al., 2024).
+
+    Args:
+        values: each block's outlier ratio, by layer name.
+    """
+    groups = _blocks(layers)
+    x = _scaled([values[group[0].name] for group in groups])
+    return _around(groups, target, [-2 * owl_lambda * value for value in x], "--owl_lambda", owl_lambda)
+
+
+def dynamic(layers: Sequence[PrunableLayer], target: float, values: Values, dlp_alpha: float) -> Ratios:
+    """Return block ratios that fall linearly with the importance 1 - score / sum of scores (DLP: Chen et al., 2025).
+
+    Args:
+        values: each block's median score, by layer name.
+        dlp_alpha: half width of the map.
+    """
+    groups = _blocks(layers)
+    scores = [values[group[0].name] for group in groups]
+    x = _scaled([1 - score / sum(scores) for score in scores])
+    return _around(groups, target, [-2 * dlp_alpha * value for value in x], "--dlp_alpha", dlp_alpha)
+
+
+def arithmetic(layers: Sequence[PrunableLayer], target: float, values: None, atp_beta: float) -> Ratios:
+    """Return block ratios that grow by ``atp_beta`` from one to the next: target - beta (L-1)/2 + beta i (arXiv 2502.14770)."""
+    groups = _blocks(layers)
+    return _around(groups, target, [atp_beta * i for i in range(len(groups))], "--atp_beta", atp_beta)
+
+
+def erdos_renyi(layers: Sequence[PrunableLayer], target: float, values: Values | None = None) -> Ratios:
+    """Return ratios whose densities are in proportion to (n_in + n_out) / (n_in n_out), none above 1 (Mocanu et al., 2018)."""
+    return _erdos_renyi(layers, [], target)
+
+
+def erdos_renyi_plus(layers: Sequence[PrunableLayer], target: float, values: Values | None = None) -> Ratios:
+    """Return the same with the layers of the last block kept dense (ER-plus: Liu et al., 2022)."""
+    groups = _blocks(layers)
+    return _erdos_renyi([layer for group in groups[:-1] for layer in group], groups[-1], target)
+
+
+def from_shares(layers: Sequence[PrunableLayer], target: float, values: Values) -> Ratios:
+    """Return ``values``, each layer's share of weights below one threshold over all layers, as ratios."""
     groups = [[layer] for layer in layers]
-    if mapping == "block_wise":
-        groups = [list(group) for _, group in groupby(layers, key=lambda layer: layer.block)]
-    metric = [sum(values[layer.name] for layer in group) / len(group) for group in groups]
-    sizes = [sum(layer.module.weight.numel() for layer in group) for group in groups]
-    low, high = min(metric), max(metric)
-    x = [(m - low) / (high - low) if high > low else 0.5 for m in metric]
-    ratios = spread([1 - epsilon + 2 * epsilon * value for value in x], sizes, target)
-    _warn_of_cap([group[0] for group in groups], ratios, x, sizes, target, mapping)
+    return _by_name(groups, spread([values[layer.name] for layer in layers], _sizes(groups), target))
+
+
+class Allocation(NamedTuple):
+    """How the overall target is shared out.
+
+    ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name. ``wants`` says what ``values`` are:
+    ``metric`` (--ww_metric), ``outlier_ratio``, ``median_score`` (from a calibration pass), ``lamp_score``,
+    ``magnitude_score`` (shares below one threshold), or None. ``flags`` names the hyper-parameters.
+    """
+
+    share: Callable[..., Ratios]
+    wants: str | None = None
+    flags: tuple[str, ...] = ()
+
+
+# By the suffix of the method: <pruner>[_<allocation>].
+ALLOCATIONS: dict[str, Allocation] = {
+    "": Allocation(uniform),
+    "ww": Allocation(heavy_tailed, "metric", ("epsilon", "mapping")),
+    "owl": Allocation(outlier_weighted, "outlier_ratio", ("owl_lambda",)),
+    "dlp": Allocation(dynamic, "median_score", ("dlp_alpha",)),
+    "atp": Allocation(arithmetic, None, ("atp_beta",)),
+    "er": Allocation(erdos_renyi),
+    "er_plus": Allocation(erdos_renyi_plus),
+    "lamp": Allocation(from_shares, "lamp_score"),
+    "global": Allocation(from_shares, "magnitude_score"),
+}
+
+
+def _erdos_renyi(layers: Sequence[PrunableLayer], dense: Sequence[PrunableLayer], target: float) -> Ratios:
+    sizes = _sizes([[layer] for layer in layers])
+    kept = sum(_sizes([[layer] for layer in dense]))
+    budget = (1 - target) * (sum(sizes) + kept) - kept  # of weights to keep in ``layers``
+    if budget < 0 or not layers:
+        raise UserError(f"a sparsity of {target} cannot be met with the last block kept dense; lower --sparsity_ratio")
+    shapes = [layer.module.weight.shape for layer in layers]
+    densities = spread([(n_out + n_in) / (n_out * n_in) for n_out, n_in in shapes], sizes, budget / sum(sizes))
+    ratios = {layer.name: 1 - density for layer, density in zip(layers, densities, strict=True)}
+    return ratios | {layer.name: 0.0 for layer in dense}
+
+
+def _around(
+    groups: Sequence[Sequence[PrunableLayer]], target: float, offsets: Sequence[float], flag: str, width: float
+) -> Ratios:
+    """Return target + offset, shifted so that the mean weighted by size is the target, within [0, 1]."""
+    sizes = _sizes(groups)
+    mean = math.fsum(n * offset for n, offset in zip(sizes, offsets, strict=True)) / sum(sizes)
+    offsets = [offset - mean for offset in offsets]
+    ratios = spread([max(0.0, target + offset) for offset in offsets], sizes, target)
+    if max(offsets) > 0:
+        most = width * min((1 - target) / max(offsets), target / -min(offsets))
+        _warn_of_cap(groups, ratios, f"{flag} that needs no cap is {_typed(most)}", floor=target + min(offsets) < 0)
+    return _by_name(groups, ratios)
+
+
+def _blocks(layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
+    return [list(group) for _, group in groupby(layers, key=lambda layer: layer.block)]
+
+
+def _sizes(groups: Sequence[Sequence[PrunableLayer]]) -> list[int]:
+    return [sum(layer.module.weight.numel() for layer in group) for group in groups]
+
+
+def _scaled(values: Sequence[float]) -> list[float]:
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.5 for value in values]
+
+
+def _by_name(groups: Sequence[Sequence[PrunableLayer]], ratios: Sequence[float]) -> Ratios:
     return {layer.name: ratio for group, ratio in zip(groups, ratios, strict=True) for layer in group}
 
 
-# How the overall target is shared out, by the suffix of the method: <pruner>[_<allocation>].
-ALLOCATIONS: dict[str, Callable[..., dict[str, float]]] = {"": uniform, "ww": heavy_tailed}
+def _typed(value: float) -> str:
+    return f"{math.floor(1e4 * value) / 1e4:.4f}"  # rounded up it would bring the cap back
 
 
 def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
@@ -73,7 +209,7 @@ def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[
         room = budget - sum(sizes[i] for i in capped)
         weight = math.fsum(sizes[i] * shape[i] for i in free)
         if room > 0 and not weight:  # what is left has shape 0: proportion says nothing there
-            raise UserError(f"a sparsity of {target} cannot be met with this --epsilon; lower it")
+            raise UserError(f"a sparsity of {target} cannot be met by this allocation; lower --sparsity_ratio or --epsilon")
         scale = room / weight if weight else 0
         over = [i for i in free if scale * shape[i] > 1]
         if not over:
@@ -82,18 +218,40 @@ def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[
 
 
 def _warn_of_cap(
-    firsts: Sequence[PrunableLayer], ratios: list[float], x: list[float], sizes: list[int], target: float, mapping: str
+    groups: Sequence[Sequence[PrunableLayer]], ratios: Sequence[float], largest: str, floor: bool = False
 ) -> None:
-    capped = [layer for layer, ratio in zip(firsts, ratios, strict=True) if ratio == 1]
-    if not capped:
+    capped = [group for group, ratio in zip(groups, ratios, strict=True) if ratio == 1]
+    if not capped and not floor:
         return
-    what = "blocks" if mapping == "block_wise" else "layers"
-    names = [str(layer.block) if mapping == "block_wise" else layer.name for layer in capped]
-    mean_x = sum(n * value for n, value in zip(sizes, x, strict=True)) / sum(sizes)
-    log.warning(
-        "%s %s would be pruned by more than all: capped at 1, the rest spread over the others; the largest --epsilon "
-        "that needs no cap is %.4f",
-        what,
-        ", ".join(names),
-        math.floor(1e4 * (1 - target) / (1 + target - 2 * mean_x)) / 1e4,  # rounded up it would bring the cap back
-    )
+    whole = len(groups[0]) > 1
+    names = ", ".join(str(group[0].block) if whole else group[0].name for group in capped)
+    what = f"{'blocks' if whole else 'layers'} {names} would be pruned by more than all: capped at 1" if capped else ""
+    less = "some blocks would be pruned by less than nothing: left dense" if floor else ""
+    cut = "; ".join(part for part in (what, less) if part)
+    log.warning("%s, the rest spread over the others; the largest %s", cut, largest)
+
+
+def mixed_nm(layers: Sequence[PrunableLayer], ratios: Ratios, target: float, group: int) -> dict[str, tuple[int, int]]:
+    """Return (N, M = ``group``) for each layer, N as its ratio wants it and the whole within 1/1000 of the target.
+
+    Each layer's M - N starts as the whole part of M * ratio; what the budget has left goes to the layers with the largest
+    remainders, and single steps then mend what is over or short. At least one of M is kept.
+    """
+    sizes = {layer.name: layer.module.weight.numel() for layer in layers}
+    removed = {name: min(group - 1, math.floor(group * ratio + 1e-9)) for name, ratio in ratios.items()}
+    left = target * group * sum(sizes.values()) - sum(sizes[name] * count for name, count in removed.items())
+    for name in sorted(ratios, key=lambda name: removed[name] - group * ratios[name]):  # largest remainder first
+        if removed[name] < group - 1 and abs(left - sizes[name]) < abs(left):
+            removed[name] += 1
+            left -= sizes[name]
+    while abs(left) > _NM_TOLERANCE * group * sum(sizes.values()):
+        step = 1 if left > 0 else -1
+        able = [name for name in ratios if 0 <= removed[name] + step <= group - 1]
+        best = min(able, key=lambda name: abs(left - step * sizes[name]), default=None)
+        if best is None or abs(left - step * sizes[best]) >= abs(left):
+            reached = target - left / (group * sum(sizes.values()))
+            log.warning("mixed N:%d reaches a sparsity of %.4f where %.4f was asked for", group, reached, target)
+            break
+        removed[best] += step
+        left -= step * sizes[best]
+    return {name: (group - count, group) for name, count in removed.items()}

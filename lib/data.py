@@ -128,7 +128,12 @@ def calibration_windows(
     Raises:
         UserError: the text is too short for a window.
     """
-    text = read_text("--calib_data", name, "train")
+    return _draw(name, read_text("--calib_data", name, "train"), tokenizer, nsamples, seqlen, seed)
+
+
+def _draw(
+    name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+) -> Tensor:
     random.seed(seed)
     if text.documents is None:
         tokens = _tokenise(tokenizer, text.stream)
@@ -150,6 +155,25 @@ def calibration_windows(
         start = random.randint(0, len(tokens) - seqlen - 1)
         windows.append(tokens[start : start + seqlen])
     return torch.stack(windows)
+
+
+def search_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return ``count`` random windows of calibration and as many held out, both of the training text, without overlap.
+
+    Of documents every second one is held out; of a stream the last fifth.
+
+    Raises:
+        UserError: either part is too short for a window.
+    """
+    text = read_text("--calib_data", name, "train")
+    if text.documents is not None:
+        parts = [Text(documents=text.documents[half::2]) for half in (0, 1)]
+    else:
+        cut = len(text.stream) * 4 // 5
+        parts = [Text(stream=text.stream[:cut]), Text(stream=text.stream[cut:])]
+    return tuple(_draw(f"{name} (for --epsilon auto)", part, tokenizer, count, seqlen, seed) for part in parts)
 
 
 def evaluation_windows(

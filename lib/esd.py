@@ -1,21 +1,38 @@
 """A weight matrix becomes its spectrum (ESD: empirical spectral density), and the spectrum becomes a number."""
 
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 HISTOGRAM_BINS = 100  # of log10(eigenvalue), published
-_FEW_POINTS, _MORE_POINTS = 16, 128  # of each candidate's tail, to bound its KS distance from below
+_POINTS = 8  # of each candidate's tail, to bound its KS distance from below
+_BATCH_ENTRIES = 2**26  # of FARMS windows at a time: 256 MiB in float32
 _FLOAT32_SLACK = 2e-5  # float32 and float64 KS distances differ by less: 2e-6 at most was seen, up to N = 8192
 
 
 class Spectrum(NamedTuple):
-    """Ascending eigenvalues of W'W (``eigs``: [N] float32, N = min(shape)) and the shape of W."""
+    """Ascending eigenvalues of W'W (``eigs``: [N] float32, N = min(shape)) and the shape of W.
+
+    ``fell_back`` says that the fast driver had to give way to a float64 SVD.
+    """
 
     eigs: Tensor
     shape: tuple[int, ...]
+    fell_back: bool = False
+
+
+class Farms(NamedTuple):
+    """Windows of FARMS (Hu et al., ICML 2025): ``rows`` x int(rows * ratio), at ``steps`` places in each direction.
+
+    ``rows`` is cut to the matrix's shorter side.
+    """
+
+    rows: int = 2000
+    ratio: float = 1.0
+    steps: int = 15
 
 
 class PowerLaw(NamedTuple):
@@ -30,18 +47,79 @@ class NoFit(ValueError):
     """The spectrum admits no power-law fit; the message says why."""
 
 
-def spectrum(weight: Tensor) -> Spectrum:
-    """Return the spectrum of ``weight`` [out, in]: squared float32 singular values, ascending, none dropped.
+def spectrum(weight: Tensor, driver: str = "exact", farms: Farms | None = None) -> Spectrum:
+    """Return the spectrum of ``weight`` [out, in]: its squared singular values, ascending, none dropped.
 
     Computed on the weight's own device (paper, section 3.1: the ESD of the correlation matrix W'W).
 
+    Args:
+        driver: a name of DRIVERS.
+        farms: instead of the whole matrix's spectrum, the union of those of these windows.
+
     Raises:
-        NoFit: the weight holds values that are not finite.
+        NoFit: the weight holds values that are not finite, or a window is larger than the matrix.
     """
-    matrix = weight.detach().to(torch.float32)
+    matrix = weight.detach()
     if not torch.isfinite(matrix).all():
         raise NoFit("the weight holds values that are not finite")
-    return Spectrum(torch.linalg.svdvals(matrix).square().flip(0), tuple(weight.shape))
+    if farms is None:
+        eigs, fell_back = DRIVERS[driver](matrix[None])
+        return Spectrum(eigs[0], tuple(weight.shape), fell_back)
+    parts = [DRIVERS[driver](batch) for batch in _window_batches(matrix, farms)]
+    eigs = torch.cat([eigs.flatten() for eigs, _ in parts]).sort().values
+    return Spectrum(eigs, tuple(weight.shape), any(fell_back for _, fell_back in parts))
+
+
+def _exact(matrices: Tensor) -> tuple[Tensor, bool]:
+    """Return the squared float32 singular values of ``matrices`` [B, out, in], ascending, as published."""
+    return torch.linalg.svdvals(matrices.float()).square().flip(-1), False
+
+
+def _fast(matrices: Tensor) -> tuple[Tensor, bool]:
+    """Return the eigenvalues of the float64 Gram matrices on the shorter side, and whether an SVD had to be done.
+
+    Their errors are about 2 sqrt(N) eps of the largest eigenvalue: where that is more than 1e-4 of the smallest (a
+    float32 SVD is then off by more), the matrix gets a float64 SVD. A float32 Gram matrix would have negative eigenvalues.
+    """
+    wide = matrices.double()
+    wide = wide if wide.shape[-2] <= wide.shape[-1] else wide.mT
+    eigs = torch.linalg.eigvalsh(wide @ wide.mT)
+    noise = 2e4 * math.sqrt(eigs.shape[-1]) * torch.finfo(torch.float64).eps
+    bad = eigs[:, 0] <= noise * eigs[:, -1]
+    if bad.any():
+        eigs[bad] = torch.linalg.svdvals(wide[bad]).square().flip(-1)
+    return eigs.float(), bool(bad.any())
+
+
+# How the singular values are computed: [B, out, in] -> ([B, N] float32 eigenvalues, ascending; was there a fallback).
+DRIVERS: dict[str, Callable[[Tensor], tuple[Tensor, bool]]] = {"exact": _exact, "fast": _fast}
+
+
+def farms_windows(shape: tuple[int, int], farms: Farms) -> tuple[tuple[int, int], list[int], list[int]]:
+    """Return the windows' shape and the rows and the columns at which they start.
+
+    Raises:
+        NoFit: a window has more columns than the matrix.
+    """
+    rows = min(farms.rows, *shape)
+    window = (rows, int(rows * farms.ratio))
+    if not 0 < window[1] <= shape[1]:
+        raise NoFit(f"windows of {window[0]}x{window[1]} do not fit into a matrix of {shape[0]}x{shape[1]}")
+    starts = []
+    for size, part in zip(shape, window, strict=True):
+        room = size - part
+        step = max(1, room // (farms.steps - 1)) if farms.steps > 1 else 1
+        # Where there is no room for so many, several would start at the same place: each is taken once.
+        starts.append(sorted({min(i * step, room) for i in range(farms.steps)}))
+    return window, *starts
+
+
+def _window_batches(matrix: Tensor, farms: Farms) -> Iterator[Tensor]:
+    (height, width), tops, lefts = farms_windows(tuple(matrix.shape), farms)
+    places = [(top, left) for top in tops for left in lefts]
+    count = max(1, _BATCH_ENTRIES // (height * width))
+    for first in range(0, len(places), count):
+        yield torch.stack([matrix[y : y + height, x : x + width] for y, x in places[first : first + count]])
 
 
 def alpha_mid(spec: Spectrum) -> float:
@@ -54,6 +132,72 @@ def alpha_peak(spec: Spectrum) -> float:
     """Return the tail exponent, its lower end sought around the peak of the log-spectrum (paper, section 3.1)."""
     eigs = _fittable(spec)
     return fit_tail(eigs, peak_candidates(eigs)).alpha
+
+
+def alpha(spec: Spectrum) -> float:
+    """Return the tail exponent, its lower end sought among all eigenvalues but the last (weightwatcher's alpha)."""
+    eigs = _fittable(spec)
+    return fit_tail(eigs, torch.arange(len(eigs) - 1, device=eigs.device)).alpha
+
+
+def spectral_norm(spec: Spectrum) -> float:
+    """Return the largest eigenvalue: the squared spectral norm of W (weightwatcher's definition)."""
+    return _positive(spec)[-1].item()
+
+
+def log_spectral_norm(spec: Spectrum) -> float:
+    """Return log10 of the largest eigenvalue."""
+    return math.log10(spectral_norm(spec))
+
+
+def norm(spec: Spectrum) -> float:
+    """Return the sum of the eigenvalues: the squared Frobenius norm of W (weightwatcher's definition)."""
+    return _positive(spec).sum().item()
+
+
+def log_norm(spec: Spectrum) -> float:
+    """Return log10 of the sum of the eigenvalues."""
+    return math.log10(norm(spec))
+
+
+def stable_rank(spec: Spectrum) -> float:
+    """Return the sum of the eigenvalues over the largest."""
+    return norm(spec) / spectral_norm(spec)
+
+
+def entropy(spec: Spectrum) -> float:
+    """Return the Shannon entropy of the eigenvalues' shares in their sum, over the log of the matrix's rank.
+
+    Of rank one there is no such ratio.
+    """
+    eigs = _positive(spec)
+    svals = eigs.sqrt()
+    rank = int((svals > svals[-1] * max(spec.shape) * torch.finfo(svals.dtype).eps).sum())
+    if rank < 2:
+        raise NoFit("a matrix of rank one has no entropy")
+    share = eigs / eigs.sum()
+    return -torch.special.xlogy(share, share).sum().item() / math.log(rank)
+
+
+def alpha_weighted(spec: Spectrum) -> float:
+    """Return alpha times log10 of the largest eigenvalue."""
+    return alpha(spec) * log_spectral_norm(spec)
+
+
+def log_alpha_norm(spec: Spectrum) -> float:
+    """Return log10 of the sum of the eigenvalues to the power of alpha."""
+    logs = _positive(spec).log()
+    return torch.logsumexp(alpha(spec) * logs, 0).item() / math.log(10)  # the powers themselves may overflow
+
+
+def _positive(spec: Spectrum) -> Tensor:
+    """Return the eigenvalues in float64; there must be one above zero."""
+    eigs = spec.eigs.double()
+    if not torch.isfinite(eigs).all():
+        raise NoFit("the spectrum holds values that are not finite")
+    if not len(eigs) or eigs[-1] <= 0:
+        raise NoFit("the matrix is zero")
+    return eigs
 
 
 def peak_candidates(eigs: Tensor) -> Tensor:
@@ -99,39 +243,38 @@ def fit_tail(eigs: Tensor, candidates: Tensor) -> PowerLaw:
         raise NoFit("no candidate for the start of the tail gives a finite exponent above 1")
 
     every = torch.arange(len(eigs), device=eigs.device)
-
-    def bound(count: int) -> Tensor:  # the largest distance at ``count`` points of each tail: at most D, [C]
-        share = torch.linspace(0, 1, count, device=eigs.device, dtype=torch.float64)
-        return _distance(logs, exponent, tail, starts, starts[:, None] + (share * (tail[starts, None] - 1)).long())
-
-    def measured(batch: Tensor) -> Tensor:  # D itself, [B]
-        return _distance(logs, exponent, tail, batch, every[None, int(batch.min()) :])
-
-    step = 512 if eigs.is_cuda else 8  # few large kernels there, little wasted work here
-    best = measured(starts[bound(_FEW_POINTS).topk(min(step, len(starts)), largest=False).indices]).min().item()
-    for count in (_FEW_POINTS, _MORE_POINTS):
-        bounds, order = bound(count).sort()
-        starts = starts[order[bounds <= best + _FLOAT32_SLACK]]
-    bounds = bounds[: len(starts)]
-    distances = torch.full_like(bounds, math.inf)
-    done = 0
-    while done < len(starts) and bounds[done] <= best + _FLOAT32_SLACK:
-        distances[done : done + step] = measured(starts[done : done + step])
-        best = min(best, distances[done : done + step].min().item())
-        done += step
-    ties = starts[distances <= best + _FLOAT32_SLACK].sort().values.tolist()
+    share = torch.linspace(0, 1, _POINTS, device=eigs.device, dtype=torch.float64)
+    points = starts[:, None] + (share * (tail[starts, None] - 1)).long()  # [C, P]
+    bounds = _gaps(logs, exponent, tail, starts, points).amax(1)  # of D from below, [C]
+    batch = 256 if eigs.is_cuda else 4  # few large kernels there, little wasted work here
+    best, near = math.inf, []
+    while len(starts):
+        first = bounds.topk(min(batch, len(starts)), largest=False).indices
+        measured = starts[first]
+        distances, worst = _gaps(logs, exponent, tail, measured, every[None, int(measured.min()) :]).max(1)
+        near += zip(distances.tolist(), measured.tolist(), strict=True)
+        best = min(best, distances.min().item())
+        bounds[first] = math.inf
+        left = bounds <= best + _FLOAT32_SLACK
+        starts, bounds = starts[left], bounds[left]
+        # Where a tail is farthest from its law, its neighbours are far from theirs: the next bounds are tight.
+        points = (worst + measured.min()).unique()[None]
+        bounds = torch.maximum(bounds, _gaps(logs, exponent, tail, starts, points).amax(1))
+        left = bounds <= best + _FLOAT32_SLACK
+        starts, bounds = starts[left], bounds[left]
+    ties = sorted(start for distance, start in near if distance <= best + _FLOAT32_SLACK)
     fits = [fit for fit in (_plain_fit(eigs, i) for i in ties) if fit.alpha > 1 and math.isfinite(fit.alpha)]
     if not fits:
         raise NoFit("no candidate for the start of the tail gives a finite exponent above 1")
     return min(fits, key=lambda fit: (fit.distance, fit.index))
 
 
-def _distance(logs: Tensor, exponent: Tensor, tail: Tensor, starts: Tensor, points: Tensor) -> Tensor:
-    """Return max_j |1 - (e_j/e_i)^(1-alpha_i) - (j-i)/(N-i)| for each start i [C] over its points j >= i of [C or 1, P]."""
+def _gaps(logs: Tensor, exponent: Tensor, tail: Tensor, starts: Tensor, points: Tensor) -> Tensor:
+    """Return |1 - (e_j/e_i)^(1-alpha_i) - (j-i)/(N-i)| of each start i [C] at points j of [C or 1, P]; 0 for j < i."""
     rank = points - starts[:, None]
     model = (logs[starts, None] - logs[points]).mul_(exponent[starts, None]).exp_()
     gap = (rank / tail[starts, None]).add_(model).sub_(1).abs_()
-    return gap.masked_fill_(rank < 0, 0).amax(1)
+    return gap.masked_fill_(rank < 0, 0)
 
 
 def _plain_fit(eigs: Tensor, start: int) -> PowerLaw:

@@ -17,16 +17,58 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lib import UserError
-from lib.esd import NoFit, Spectrum, alpha_mid, alpha_peak, spectrum
+from lib import UserError, esd
+from lib.esd import Farms, NoFit, Spectrum, spectrum
 from lib.models import PrunableLayer, resident
 
 log = logging.getLogger(__name__)
 
-# A layer's number from its spectrum; a new metric is one function and one line.
-METRICS: dict[str, Callable[[Spectrum], float]] = {"alpha_peak": alpha_peak, "alpha_mid": alpha_mid}
+# A layer's number from its spectrum; a new metric is one function and one line. All are mapped the same way, a larger
+# number to a higher sparsity, as published. For alpha, the stable rank and the entropy that is the theory's direction
+# (larger: less heavy-tailed, less well trained); for the norms it is the published choice.
+METRICS: dict[str, Callable[[Spectrum], float]] = {
+    "alpha_peak": esd.alpha_peak,
+    "alpha_mid": esd.alpha_mid,
+    "alpha": esd.alpha,
+    "alpha_weighted": esd.alpha_weighted,
+    "log_alpha_norm": esd.log_alpha_norm,
+    "spectral_norm": esd.spectral_norm,
+    "log_spectral_norm": esd.log_spectral_norm,
+    "norm": esd.norm,
+    "log_norm": esd.log_norm,
+    "stable_rank": esd.stable_rank,
+    "entropy": esd.entropy,
+}
+# Metrics that weightwatcher measures: the column of its table, and what makes it fill that column.
+WEIGHTWATCHER: dict[str, tuple[str, dict[str, bool]]] = {
+    "mp_softrank": ("mp_softrank", {"mp_fit": True}),
+    "random_distance": ("rand_distance", {"randomize": True}),
+}
 
 _SAME_WEIGHTS = 1e-3  # relative, of a layer's mean |W|: far above what rounding to half precision does to it
+_PRUNED = 0.1  # of a matrix's weights zero: no dense checkpoint has that many
+
+
+class Settings(NamedTuple):
+    """How a metric is measured: the ``driver`` of the spectrum, its FARMS windows, and weightwatcher's ``seed``."""
+
+    driver: str = "exact"
+    farms: Farms | None = None
+    seed: int = 0
+
+    def stem(self, metric: str) -> str:
+        """Return the name of the cache's files without their suffix; the published one for the published settings."""
+        windows = "" if self.farms is None else "_farms_{}x{:g}_{}".format(*self.farms)
+        return metric + windows + ("" if self.driver == "exact" else f"_{self.driver}")
+
+    def about(self, metric: str) -> dict:
+        """Return what a sidecar says of them, as far as they matter to ``metric``."""
+        if metric in WEIGHTWATCHER:
+            return {"seed": self.seed} if metric == "random_distance" else {}
+        return {"driver": self.driver, "farms": None if self.farms is None else self.farms._asdict()}
+
+
+PUBLISHED = Settings()
 
 
 class LayerMetrics(NamedTuple):
@@ -38,39 +80,95 @@ class LayerMetrics(NamedTuple):
 
 
 def load_or_measure(
-    folder: Path, metric: str, model: str, layers: Sequence[PrunableLayer], blocks: nn.ModuleList
+    folder: Path,
+    metric: str,
+    model: str,
+    layers: Sequence[PrunableLayer],
+    blocks: nn.ModuleList,
+    settings: Settings = PUBLISHED,
 ) -> LayerMetrics:
     """Return the metric of every layer, from ``folder`` if it is there; if not, it is measured and kept there.
 
     Raises:
         UserError: the cache belongs to something else (see ``read_cache``), or a layer's spectrum admits no fit.
     """
-    cached = read_cache(folder, metric, model, layers)
+    cached = read_cache(folder, metric, model, layers, settings)
     if cached is not None:
         return cached
-    measured = measure(metric, model, layers, blocks)
-    write_cache(folder, measured, layers, blocks)
+    measured = measure(metric, model, layers, blocks, settings)
+    write_cache(folder, measured, layers, blocks, settings)
     return measured
 
 
-def measure(metric: str, model: str, layers: Sequence[PrunableLayer], blocks: nn.ModuleList) -> LayerMetrics:
+def measure(
+    metric: str,
+    model: str,
+    layers: Sequence[PrunableLayer],
+    blocks: nn.ModuleList,
+    settings: Settings = PUBLISHED,
+) -> LayerMetrics:
     """Return the metric of every layer, measured block by block on the weights' own devices."""
     values: dict[str, float] = {}
     with tqdm(total=len(layers), desc=metric, unit="matrix", disable=None) as bar, _single_threaded() as workers:
         for index, group in groupby(layers, key=lambda layer: layer.block):
             group = list(group)
             with resident(blocks[index]) as device:
-                for layer, value in zip(group, _map(partial(_value, metric), group, workers, device), strict=True):
-                    values[layer.name] = value
+                _warn_of_zeros(metric, group, values)
+                if metric in WEIGHTWATCHER:
+                    numbers = _through_weightwatcher(metric, group, settings.seed)
+                else:
+                    numbers = _map(partial(_value, metric, settings), group, workers, device)
+                for layer, number in zip(group, numbers, strict=True):
+                    values[layer.name] = number
                     bar.update()
     return LayerMetrics(metric, model, values)
 
 
-def _value(metric: str, layer: PrunableLayer) -> float:
+def _value(metric: str, settings: Settings, layer: PrunableLayer) -> float:
     try:
-        return METRICS[metric](spectrum(layer.module.weight))
+        spec = spectrum(layer.module.weight, settings.driver, settings.farms)
+        if spec.fell_back:
+            log.warning("%s: too ill-conditioned for the fast driver; a float64 SVD is used", layer.name)
+        return METRICS[metric](spec)
     except NoFit as error:
         raise UserError(f"{layer.name}: {metric} cannot be computed, {error}") from error
+
+
+def _warn_of_zeros(metric: str, group: Sequence[PrunableLayer], measured: dict[str, float]) -> None:
+    if measured:  # one look at the first block tells a pruned checkpoint
+        return
+    zeros = sum((layer.module.weight == 0).sum().item() for layer in group)
+    share = zeros / sum(layer.module.weight.numel() for layer in group)
+    if share > _PRUNED:
+        log.warning(
+            "%.0f %% of the first block's weights are zero: %s then describes the pruning, not the training",
+            100 * share,
+            metric,
+        )
+
+
+def _through_weightwatcher(metric: str, group: Sequence[PrunableLayer], seed: int) -> list[float]:
+    """Return what weightwatcher makes of each layer, matched by name; it reads float32 on the CPU."""
+    from weightwatcher import WeightWatcher
+
+    logging.getLogger("weightwatcher").setLevel(logging.ERROR)
+    column, switches = WEIGHTWATCHER[metric]
+    names = {layer.name: layer.name.replace(".", "/") for layer in group}  # a module's name has no dots
+    holder = nn.ModuleDict()
+    for layer in group:
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.weight = nn.Parameter(layer.module.weight.detach().float().cpu(), requires_grad=False)
+        linear.out_features, linear.in_features = linear.weight.shape
+        holder[names[layer.name]] = linear
+    np.random.seed(seed % 2**32)  # weightwatcher shuffles the weights with numpy's global generator
+    table = WeightWatcher(model=holder).analyze(**switches)
+    found = dict(zip(table["longname"], table.get(column, []), strict=False))
+    for layer in group:
+        value = found.get(names[layer.name])
+        if value is None or not np.isfinite(value) or value < 0:  # -1: its fit failed
+            what = "weightwatcher skipped it" if value is None else f"weightwatcher gives {value}"
+            raise UserError(f"{layer.name}: {metric} cannot be computed, {what}; choose another --ww_metric")
+    return [float(found[names[layer.name]]) for layer in group]
 
 
 def _map(function: Callable, items: Sequence, workers: ThreadPoolExecutor, device: torch.device) -> Iterable:
@@ -93,7 +191,9 @@ def _single_threaded() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def read_cache(folder: Path, metric: str, model: str, layers: Sequence[PrunableLayer]) -> LayerMetrics | None:
+def read_cache(
+    folder: Path, metric: str, model: str, layers: Sequence[PrunableLayer], settings: Settings = PUBLISHED
+) -> LayerMetrics | None:
     """Return the values in ``folder``, None if it has none of this metric.
 
     ``layers`` may be those of a model without weights; if they have weights, those must be the ones that were measured.
@@ -101,7 +201,8 @@ def read_cache(folder: Path, metric: str, model: str, layers: Sequence[PrunableL
     Raises:
         UserError: the file is damaged, or belongs to another model, or to other layers or weights.
     """
-    path, sidecar = folder / f"{metric}.npy", folder / f"{metric}.json"
+    stem = settings.stem(metric)
+    path, sidecar = folder / f"{stem}.npy", folder / f"{stem}.json"
     if not path.exists():
         return None
     mend = f"give another --ww_metric_cache, or delete {path} to have it computed"
@@ -117,7 +218,10 @@ def read_cache(folder: Path, metric: str, model: str, layers: Sequence[PrunableL
         raise UserError(f"{path}: holds values that are not finite; {mend}")
     if has_sidecar:
         try:
-            _check_sidecar(about, metric, model, layers, f"{path}: ", f"; {mend}")
+            _check_sidecar(about, LayerMetrics(metric, model, {}), layers, f"{path}: ", f"; {mend}")
+            said = about.get("settings", settings.about(metric))  # sidecars of older runs have none
+            if said != settings.about(metric):
+                raise UserError(f"{path}: was measured with {said}, not {settings.about(metric)}; {mend}")
         except (KeyError, TypeError) as error:
             raise UserError(f"{sidecar}: is no sidecar of a metric cache ({error!r}); {mend}") from error
     elif not all(layer.module.weight.is_meta for layer in layers):  # said once, when the model is there
@@ -125,9 +229,8 @@ def read_cache(folder: Path, metric: str, model: str, layers: Sequence[PrunableL
     return LayerMetrics(metric, model, dict(zip((layer.name for layer in layers), values.tolist(), strict=True)))
 
 
-def _check_sidecar(
-    about: dict, metric: str, model: str, layers: Sequence[PrunableLayer], path: str, mend: str
-) -> None:
+def _check_sidecar(about: dict, wanted: LayerMetrics, layers: Sequence[PrunableLayer], path: str, mend: str) -> None:
+    metric, model = wanted.metric, wanted.model
     if about["model"] != model:
         raise UserError(f"{path}belongs to the model {about['model']}, not to {model}{mend}")
     if about["metric"] != metric:
@@ -143,7 +246,11 @@ def _check_sidecar(
 
 
 def write_cache(
-    folder: Path, metrics: LayerMetrics, layers: Sequence[PrunableLayer], blocks: nn.ModuleList
+    folder: Path,
+    metrics: LayerMetrics,
+    layers: Sequence[PrunableLayer],
+    blocks: nn.ModuleList,
+    settings: Settings = PUBLISHED,
 ) -> None:
     """Write ``<metric>.npy`` (float64, one value per matrix in model order, as published) and its sidecar."""
     means = []
@@ -153,25 +260,26 @@ def write_cache(
     about = {
         "model": metrics.model,
         "metric": metrics.metric,
+        "settings": settings.about(metrics.metric),
         "layers": [layer.name for layer in layers],
         "shapes": [list(layer.module.weight.shape) for layer in layers],
         "dtype": str(layers[0].module.weight.dtype).removeprefix("torch."),
         "mean_abs": means,  # tells weights apart that have the same names and shapes
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
     }
-    path = folder / f"{metrics.metric}.npy"
+    stem = settings.stem(metrics.metric)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The sidecar first: values without one would be taken for a published file.
-        tmp = folder / f".{metrics.metric}.json.{os.getpid()}"
+        tmp = folder / f".{stem}.json.{os.getpid()}"
         tmp.write_text(json.dumps(about, indent=1) + "\n")
-        tmp.rename(folder / f"{metrics.metric}.json")
-        tmp = folder / f".{metrics.metric}.{os.getpid()}.npy"
+        tmp.rename(folder / f"{stem}.json")
+        tmp = folder / f".{stem}.{os.getpid()}.npy"
         np.save(tmp, np.array([metrics.values[layer.name] for layer in layers], dtype=np.float64))
-        tmp.rename(path)
+        tmp.rename(folder / f"{stem}.npy")
     except OSError as error:
         raise UserError(f"--ww_metric_cache {folder}: cannot be written ({error.strerror or error})") from error
 
 
 def _mean_abs(module: nn.Module) -> float:
-    return module.weight.detach().abs().mean(dtype=module.weight.float().dtype).item()
+    return module.weight.detach().abs().mean(dtype=torch.float32).item()

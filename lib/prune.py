@@ -1,7 +1,7 @@
 """Walks the blocks: measures, prunes, passes the data on."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -63,9 +63,38 @@ def prune_model(
             for layer in group:
                 weight = layer.module.weight
                 value = None if metric is None else metric[layer.name]
+                nm = None if plan.nm is None else plan.nm[layer.name]
                 ratio = plan.ratios[layer.name]
-                report.append(LayerReport(layer.name, tuple(weight.shape), value, ratio, sparsity(weight)))
+                report.append(LayerReport(layer.name, tuple(weight.shape), value, ratio, sparsity(weight), nm))
     return report
+
+
+@torch.no_grad()
+def score_blocks(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    layers: Sequence[PrunableLayer],
+    windows: Tensor,
+    number: Callable[[list[Tensor]], float],
+) -> dict[str, float]:
+    """Return, by layer name, ``number`` of the scores |W| * sqrt(s) of the layer's block, in the dense model.
+
+    Args:
+        windows: of calibration, [samples, tokens].
+        number: what becomes of the scores of a block's layers, each [out, in].
+    """
+    inputs = catch_block_inputs(model, blocks, windows)
+    values = {}
+    grouped = [list(group) for _, group in groupby(layers, key=lambda layer: layer.block)]
+    for group in tqdm(grouped, desc="dense statistics", unit="block", disable=None):
+        index = group[0].block
+        with resident(blocks[index]) as device:
+            linears = {layer.name: layer.module for layer in group}
+            passes = _passes(blocks[index], index, inputs, device, keep=True)
+            found = input_statistics(linears, "squared_norms", len(inputs.hidden), passes)
+            scores = [linears[name].weight.abs() * value.sqrt() for names, value in found for name in names]
+            values |= dict.fromkeys(linears, number(scores))
+    return values
 
 
 def _prepared(
@@ -93,7 +122,8 @@ def _prepared(
 def _prune_layer(module: nn.Module, name: str, plan: SparsityPlan, pruner: Pruner, prepared: object) -> None:
     if not torch.isfinite(module.weight).all():
         raise UserError(f"{name}: its weights are not finite; the checkpoint is damaged")
-    weight = pruner.prune(module.weight.data, prepared, plan.ratios[name], plan.nm)
+    nm = None if plan.nm is None else plan.nm[name]
+    weight = pruner.prune(module.weight.data, prepared, plan.ratios[name], nm)
     if not torch.isfinite(weight).all():
         raise UserError(f"{name}: its pruned weights are not finite; try --dtype bfloat16 or --dtype float32")
     module.weight.data.copy_(weight)
@@ -111,6 +141,23 @@ def _passes(
         if keep:
             inputs.hidden[sample : sample + 1] = out
         yield
+
+
+def snapshot(blocks: nn.ModuleList, layers: Sequence[PrunableLayer]) -> list[Tensor]:
+    """Return a copy of every layer's weight, in the memory of the CPU, for ``restore``."""
+    kept = []
+    for index, group in groupby(layers, key=lambda layer: layer.block):
+        with resident(blocks[index]):
+            kept += [layer.module.weight.detach().to("cpu", copy=True) for layer in group]
+    return kept
+
+
+def restore(blocks: nn.ModuleList, layers: Sequence[PrunableLayer], kept: Sequence[Tensor]) -> None:
+    """Put the weights of a ``snapshot`` back."""
+    for index, group in groupby(zip(layers, kept, strict=True), key=lambda pair: pair[0].block):
+        with resident(blocks[index]):
+            for layer, weight in group:
+                layer.module.weight.data.copy_(weight)
 
 
 def count_zeros(blocks: nn.ModuleList, layers: Sequence[PrunableLayer]) -> list[int]:

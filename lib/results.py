@@ -22,13 +22,17 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "safeten
 
 
 class LayerReport(NamedTuple):
-    """One row of the per-layer table: planned ``ratio`` and measured ``sparsity`` are fractions of the matrix."""
+    """One row of the per-layer table: planned ``ratio`` and measured ``sparsity`` are fractions of the matrix.
+
+    ``nm`` is (N, M) where N of every M columns were kept.
+    """
 
     name: str
     shape: tuple[int, ...]
     metric: float | None
     ratio: float
     sparsity: float
+    nm: tuple[int, int] | None = None
 
 
 class Stages:
@@ -115,11 +119,12 @@ def perplexity_text(method: str, sparsity: float, perplexity: float) -> str:
 
 def layers_text(rows: Sequence[LayerReport]) -> str:
     """Return the content of ``layers_<run>.tsv``, a row per matrix."""
-    lines = ["name\tshape\tmetric\tplanned_ratio\tsparsity"]
+    lines = ["name\tshape\tmetric\tplanned_ratio\tsparsity\ttype"]
     for row in rows:
         metric = "" if row.metric is None else f"{row.metric:.6f}"
         shape = "x".join(map(str, row.shape))
-        lines.append(f"{row.name}\t{shape}\t{metric}\t{row.ratio:.6f}\t{row.sparsity:.6f}")
+        kind = "unstructured" if row.nm is None else "{}:{}".format(*row.nm)
+        lines.append(f"{row.name}\t{shape}\t{metric}\t{row.ratio:.6f}\t{row.sparsity:.6f}\t{kind}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,13 +1,12 @@
 """Spectra and power-law fits against a plain loop, the published figures, and cases a pencil can check."""
 
 import math
-import time
 
 import numpy as np
 import pytest
 import torch
 
-from lib.esd import NoFit, Spectrum, alpha_mid, alpha_peak, fit_tail, peak_candidates, spectrum
+from lib.esd import DRIVERS, Farms, NoFit, Spectrum, alpha_mid, alpha_peak, farms_windows, fit_tail, peak_candidates, spectrum
 from lib.metrics import METRICS
 
 
@@ -261,22 +260,6 @@ def test_exponent_falls_as_the_tail_grows_heavier(metric):
     assert alphas == sorted(alphas) and alphas[0] < alphas[2] - 1
 
 
-def test_fit_is_twenty_times_faster_than_the_loop(golden):
-    # A real spectrum, stretched to 4096 values. The loop's time is that of a sample of its candidates, scaled up.
-    logs = np.log(golden("spectra.npz")["5.mlp.up_proj"])
-    eigs = torch.tensor(np.exp(np.interp(np.linspace(0, len(logs) - 1, 4096), np.arange(len(logs)), logs))).float()
-    sample = range(0, 4095, 65)
-    loop, fast = [], []
-    for _ in range(3):
-        start = time.perf_counter()
-        oracle_fit(eigs, sample)
-        loop.append((time.perf_counter() - start) * 4095 / len(sample))
-        start = time.perf_counter()
-        fit_tail(eigs, torch.arange(4095))
-        fast.append(time.perf_counter() - start)
-    assert min(loop) > 20 * min(fast), (min(loop), min(fast))  # over 100 times when nothing else runs
-
-
 @pytest.mark.gpu
 def test_fit_on_cuda_is_that_on_the_cpu():
     weight = student(300, 500)
@@ -286,3 +269,174 @@ def test_fit_on_cuda_is_that_on_the_cpu():
     moved = Spectrum(here.eigs.cuda(), here.shape)  # the very same spectrum
     assert alpha_peak(moved) == pytest.approx(alpha_peak(here), rel=1e-5)
     assert alpha_mid(moved) == pytest.approx(alpha_mid(here), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- every candidate's fit
+
+
+def draws_of_laws() -> list[torch.Tensor]:
+    draw = np.random.default_rng(3)
+    cases = []
+    for case in range(40):
+        size = int(draw.integers(30, 700))
+        if case % 2:
+            eigs = draw.standard_t(1 + case % 5, size) ** 2 + 1e-12
+        else:
+            eigs = (1 - draw.random(size)) ** (-1 / (0.7 + case % 7))
+        cases.append(torch.tensor(np.sort(eigs)).float())
+    cases.append(torch.tensor([1.0] * 5 + [2.0] * 5 + [4.0] * 5 + [8.0] * 2))  # ties everywhere
+    return cases
+
+
+@pytest.mark.parametrize("case", range(41))
+def test_fit_over_all_candidates_is_the_loops(case):
+    eigs = draws_of_laws()[case]
+    index, alpha = oracle_fit(eigs, range(len(eigs) - 1))
+    fit = fit_tail(eigs, torch.arange(len(eigs) - 1))
+    assert (fit.index, fit.alpha) == (index, alpha)
+
+
+# ------------------------------------------------------------------------------- weightwatcher's metrics as the oracle
+
+WATCHED = {
+    "alpha": "alpha",
+    "spectral_norm": "spectral_norm",
+    "log_spectral_norm": "log_spectral_norm",
+    "norm": "norm",
+    "log_norm": "log_norm",
+    "stable_rank": "stable_rank",
+    "entropy": "entropy",
+    "alpha_weighted": "alpha_weighted",
+    "log_alpha_norm": "log_alpha_norm",
+}
+
+
+@pytest.fixture(scope="module")
+def watched(smollm2_layers):
+    """Return weightwatcher's table of three blocks, by layer name."""
+    import logging
+
+    from weightwatcher import WeightWatcher
+
+    logging.getLogger("weightwatcher").setLevel(logging.ERROR)
+    blocks, layers = smollm2_layers
+    rows = {}
+    for block in (0, 13, 29):
+        for _, row in WeightWatcher(model=blocks[block]).analyze().iterrows():
+            rows[f"model.layers.{block}.{row['longname']}"] = row
+    assert len(rows) == 21
+    return {layer.name: (layer.module.weight, rows[layer.name]) for layer in layers if layer.name in rows}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(("metric", "column"), WATCHED.items())
+def test_metric_is_weightwatchers(metric, column, driver, watched):
+    # weightwatcher takes float64 singular values, ours are float32 in the exact driver.
+    for name, (weight, row) in watched.items():
+        assert METRICS[metric](spectrum(weight, driver)) == pytest.approx(row[column], rel=1e-3), name
+
+
+def test_metrics_by_pencil():
+    spec = spec_of([1.0, 1.0, 2.0, 4.0])
+    assert METRICS["spectral_norm"](spec) == 4 and METRICS["norm"](spec) == 8 and METRICS["stable_rank"](spec) == 2
+    assert METRICS["log_spectral_norm"](spec) == pytest.approx(math.log10(4))
+    assert METRICS["log_norm"](spec) == pytest.approx(math.log10(8))
+    # Shares 1/8 1/8 1/4 1/2: 3/8 + 3/8 + 1/2 + 1/2 bits of 2.
+    assert METRICS["entropy"](spec) == pytest.approx(1.75 / 2)
+    assert METRICS["entropy"](spec_of([3.0, 3.0, 3.0])) == pytest.approx(1)
+    alpha = METRICS["alpha"](spec)
+    assert METRICS["alpha_weighted"](spec) == pytest.approx(alpha * math.log10(4))
+    assert METRICS["log_alpha_norm"](spec) == pytest.approx(math.log10(2 + 2**alpha + 4**alpha))
+
+
+@pytest.mark.parametrize("metric", ["spectral_norm", "norm", "stable_rank", "entropy", "log_norm"])
+def test_norms_of_nothing_are_refused(metric):
+    with pytest.raises(NoFit):
+        METRICS[metric](spec_of([0.0, 0.0, 0.0]))
+
+
+# ---------------------------------------------------------------------------------------------------- the fast driver
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (30, 90), (90, 30)])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e4])
+def test_fast_driver_is_closer_to_the_truth(shape, condition):
+    generator = torch.Generator().manual_seed(7)
+    rank = min(shape)
+    left = torch.linalg.qr(torch.randn(shape[0], rank, generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(shape[1], rank, generator=generator, dtype=torch.float64))[0]
+    svals = torch.logspace(0, -math.log10(condition), rank, dtype=torch.float64)
+    weight = (left * svals @ right.T).float()
+    truth = torch.linalg.svdvals(weight.double()).square().flip(0)
+    fast, exact = spectrum(weight, "fast"), spectrum(weight)
+    assert not fast.fell_back and fast.eigs.dtype == torch.float32 and (fast.eigs.diff() >= 0).all()
+    # Rounding to float32, and what cancels in W'W: 2 sqrt(N) eps of the largest eigenvalue.
+    noise = 2 * math.sqrt(rank) * 2.3e-16 * condition**2 + 6e-8
+    assert ((fast.eigs.double() - truth).abs() / truth).max() < noise
+    assert (fast.eigs.double() - truth).abs().max() <= (exact.eigs.double() - truth).abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (30, 90)])
+def test_fast_driver_gives_way_where_float64_does_not_suffice(shape):
+    weight = student(*shape)
+    weight[1] = weight[0] * (1 + 1e-7)  # all but singular: its Gram matrix has an eigenvalue of rounding errors
+    fast = spectrum(weight, "fast")
+    truth = torch.linalg.svdvals(weight.double()).square().flip(0)
+    assert fast.fell_back
+    assert torch.allclose(fast.eigs.double()[1:], truth[1:], rtol=1e-6)
+    assert (fast.eigs >= 0).all()
+
+
+def test_drivers_agree_on_real_matrices(golden, smollm2_layers):
+    for layer in smollm2_layers[1][:14]:
+        exact, fast = spectrum(layer.module.weight), spectrum(layer.module.weight, "fast")
+        assert not fast.fell_back
+        # float32 singular values are off by their eps of the largest: the smallest of them show it.
+        assert torch.allclose(exact.eigs.sqrt(), fast.eigs.sqrt(), rtol=0, atol=1e-5 * exact.eigs[-1].sqrt().item())
+        assert alpha_mid(fast) == pytest.approx(alpha_mid(exact), rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- FARMS
+
+
+def test_farms_windows_by_pencil():
+    assert farms_windows((100, 60), Farms(50, 1.0, 4)) == ((50, 50), [0, 16, 32, 48], [0, 3, 6, 9])
+    assert farms_windows((100, 60), Farms(2000, 1.0, 3)) == ((60, 60), [0, 20, 40], [0])  # cut to the shorter side
+    assert farms_windows((100, 60), Farms(20, 0.5, 2)) == ((20, 10), [0, 80], [0, 50])
+    assert farms_windows((12, 12), Farms(10, 1.0, 6)) == ((10, 10), [0, 1, 2], [0, 1, 2])  # room for three places only
+    assert farms_windows((12, 12), Farms(10, 1.0, 1)) == ((10, 10), [0], [0])
+    with pytest.raises(NoFit, match="30x45.*32x40"):
+        farms_windows((32, 40), Farms(30, 1.5, 3))
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(("shape", "farms"), [((70, 50), Farms(30, 1.0, 3)), ((40, 90), Farms(25, 2.0, 4)), ((33, 33), Farms(11, 0.7, 5))])
+def test_farms_spectrum_is_the_union_of_the_windows(shape, farms, driver, monkeypatch):
+    weight = student(*shape)
+    height, width = farms.rows, int(farms.rows * farms.ratio)
+    found = []
+    for i in range(farms.steps):
+        for j in range(farms.steps):
+            y = i * max(1, (shape[0] - height) // (farms.steps - 1))
+            x = j * max(1, (shape[1] - width) // (farms.steps - 1))
+            found += torch.linalg.svdvals(weight[y : y + height, x : x + width].double()).square().tolist()
+    expected = torch.tensor(sorted(found))
+    eigs = spectrum(weight, driver, farms).eigs
+    assert torch.allclose(eigs, expected, rtol=1e-3, atol=1e-6 * expected[-1].item())
+    monkeypatch.setattr("lib.esd._BATCH_ENTRIES", 1)  # one window at a time
+    assert torch.allclose(spectrum(weight, driver, farms).eigs, eigs, rtol=1e-5)
+
+
+def test_one_window_over_all_is_the_matrix():
+    weight = student(40, 40)
+    assert torch.equal(spectrum(weight, "exact", Farms(40, 1.0, 15)).eigs, spectrum(weight).eigs)
+
+
+def test_farms_does_not_know_the_aspect_ratio():
+    # The point of it: W'W of noise has another spectrum when W is longer, its windows have not.
+    generator = torch.Generator().manual_seed(0)
+    wide, square = torch.randn(60, 600, generator=generator), torch.randn(60, 60, generator=generator)
+    stretch = [(spectrum(w).eigs.median() / spectrum(w).eigs.mean()).item() for w in (wide, square)]
+    windows = [spectrum(w, "exact", Farms(30, 1.0, 10)).eigs for w in (wide, square)]
+    assert stretch[0] > 1.5 * stretch[1]
+    assert (windows[0].median() / windows[0].mean()).item() == pytest.approx((windows[1].median() / windows[1].mean()).item(), rel=0.1)

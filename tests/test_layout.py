@@ -25,7 +25,10 @@ ROWS = {
     "calibration": 2,
     "eval": 2,
     "pruners": 3,
+    "scores": 2,
+    "plans": 3,
     "prune": 4,
+    "search": 5,
 }
 COMMAND_FOLDERS = ("", "lora_ft", "image_classifiers")  # row 5, with main.py
 SLOW_TO_IMPORT = {"datasets", "lm_eval", "weightwatcher", "timm", "peft"}

@@ -16,7 +16,6 @@ import main
 from conftest import ROOT
 from lib import models, results
 from lib.allocation import ALLOCATIONS
-from lib.metrics import METRICS
 from lib.pruners import PRUNERS
 
 
@@ -48,6 +47,20 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     about = {"model": "other-model", "metric": "alpha_peak", "layers": [layer.name for layer in layers]}
     about |= {"shapes": [list(layer.module.weight.shape) for layer in layers], "mean_abs": [1.0] * 21}
     Path("foreign/alpha_peak.json").write_text(json.dumps(about))
+    Path("plans").mkdir()
+    rows = {layer.name: {"ratio": 0.5, "shape": list(layer.module.weight.shape)} for layer in layers}
+    good = {"model": "tiny-llama", "target": 0.5, "layers": rows}
+    name = "model.layers.1.mlp.down_proj"
+    for kind, change in {
+        "good": {},
+        "other": {"model": "other-model"},
+        "short": {"layers": {key: row for key, row in rows.items() if key != name}},
+        "extra": {"layers": rows | {"model.layers.9.mlp.down_proj": rows[name]}},
+        "shape": {"layers": rows | {name: {"ratio": 0.5, "shape": [1, 2]}}},
+        "wide": {"layers": rows | {name: rows[name] | {"ratio": 1.5}}},
+        "budget": {"target": 0.6},
+    }.items():
+        Path(f"plans/{kind}.json").write_text(json.dumps(good | change))
     return tmp_path
 
 
@@ -133,7 +146,6 @@ BEFORE_LOADING = {
     "--prune_method wanda --sparsity_type 0:4": "0:4",
     "--prune_method wanda --sparsity_type 2:4:8": "2:4:8",
     "--prune_method wanda --sparsity_type a:b": "a:b",
-    "--prune_method wanda_ww --sparsity_type 2:4": "--prune_method wanda",
     "--prune_method wanda --sparsity_type 2:5": "2:5",  # 32 columns
     "--prune_method wanda": "--sparsity_ratio",
     "--sparsity_ratio 0.5": "--prune_method",
@@ -148,7 +160,48 @@ BEFORE_LOADING = {
     "--prune_method": "--prune_method",
     # not built yet
     f"{WANDA} --eval_zero_shot": "--eval_zero_shot",
-    f"{WW} --ww_metric spectral_norm": "spectral_norm" if "spectral_norm" not in METRICS else None,
+    # allocations
+    "--prune_method wanda_owll --sparsity_ratio 0.5": "Did you mean 'wanda_owl'",
+    f"{WW} --esd_driver quick": "exact, fast",
+    f"{WW} --epsilon automatic": "auto",
+    f"{WANDA} --epsilon auto": "_ww",
+    f"{WW} --epsilon auto": "one file",
+    f"{WW} --owl_lambda 0.1": "_owl",
+    f"{WANDA} --owl_m 4": "_owl",
+    f"{WW} --dlp_alpha 0.1": "_dlp",
+    "--prune_method wanda_owl --sparsity_ratio 0.5 --atp_beta 0.1": "_atp",
+    "--prune_method wanda_owl --sparsity_ratio 0.5 --epsilon 0.1": "_ww",
+    "--prune_method wanda_er --sparsity_ratio 0.5 --ww_metric alpha": "_ww",
+    "--prune_method wanda_owl --sparsity_ratio 0.5 --owl_lambda 1.5": "--owl_lambda 1.5",
+    "--prune_method wanda_owl --sparsity_ratio 0.5 --owl_m 0": "--owl_m 0",
+    "--prune_method wanda_dlp --sparsity_ratio 0.5 --dlp_alpha=-0.1": "--dlp_alpha -0.1",
+    "--prune_method wanda_atp --sparsity_ratio 0.5 --atp_beta nan": "--atp_beta nan",
+    f"{WW} --farms_rows 16": "--farms",
+    f"{WW} --farms --farms_rows 1": "--farms_rows 1",
+    f"{WW} --farms --farms_ratio 0": "--farms_ratio 0",
+    f"{WW} --farms --farms_steps 0": "--farms_steps 0",
+    f"{WW} --farms --farms_rows 30 --farms_ratio 1.5": "do not fit",
+    f"{WW} --farms --ww_metric mp_softrank": "weightwatcher",
+    f"{WW} --esd_driver fast --ww_metric random_distance": "weightwatcher",
+    "--prune_method wanda_owl --sparsity_ratio 0.5 --farms": "_ww",
+    f"{WW} --metrics_only": "--metrics_only",
+    "--metrics_only --save_plan plan.json": "--metrics_only",
+    "--save_plan plan.json": "--prune_method",
+    "--plan plan.json": "--prune_method",
+    "--prune_method wanda --plan missing.json": "missing.json",
+    "--prune_method wanda --plan words.json": "words.json",
+    "--prune_method wanda --plan plans/other.json": "other-model",
+    "--prune_method wanda --plan plans/short.json": "lacks the layer model.layers.1.mlp.down_proj",
+    "--prune_method wanda --plan plans/extra.json": "model.layers.9.mlp.down_proj",
+    "--prune_method wanda --plan plans/shape.json": "shape",
+    "--prune_method wanda --plan plans/wide.json": "outside [0, 1]",
+    "--prune_method wanda --plan plans/budget.json": "add up to",
+    "--prune_method wanda_ww --plan plans/good.json": "use wanda",
+    "--prune_method wanda --plan plans/good.json --sparsity_ratio 0.6": "0.5",
+    "--prune_method wanda --plan plans/good.json --sparsity_type 2:4": "--sparsity_type",
+    "--prune_method wanda --plan plans/good.json --epsilon 0.1": "--epsilon",
+    "--prune_method magnitude --sparsity_ratio 0.5 --export_llmcompressor r.yaml": "wanda and sparsegpt",
+    f"{WANDA} --save_plan file/plan.json": "file",
     # places
     f"{WANDA} --save file": "--save file",
     f"{WANDA} --save file/below": "--save file/below",

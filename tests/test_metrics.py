@@ -12,7 +12,8 @@ import torch
 from conftest import tiny_llama
 from lib import UserError, metrics
 from lib.esd import spectrum
-from lib.metrics import METRICS, load_or_measure, measure, read_cache
+from lib.esd import Farms
+from lib.metrics import METRICS, WEIGHTWATCHER, Settings, load_or_measure, measure, read_cache
 from lib.models import find_blocks, load_skeleton, locate, prunable_layers
 
 MODEL = "tiny-llama"
@@ -225,3 +226,104 @@ def test_a_write_that_fails_leaves_no_half_file(tmp_path, parts, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         load_or_measure(tmp_path, "alpha_mid", MODEL, *parts)
     assert not (tmp_path / "alpha_mid.npy").exists()
+
+
+# ---------------------------------------------------------------------------------------------- other ways to measure
+
+
+@pytest.mark.parametrize("settings", [Settings("fast"), Settings("exact", Farms(16, 1.0, 3)), Settings("fast", Farms(8, 1.5, 2))])
+def test_settings_have_a_cache_of_their_own(settings, tmp_path, parts):
+    layers, blocks = parts
+    published = load_or_measure(tmp_path, "alpha_mid", MODEL, layers, blocks)
+    found = load_or_measure(tmp_path, "alpha_mid", MODEL, layers, blocks, settings)
+    assert settings.stem("alpha_mid") != "alpha_mid" and (tmp_path / f"{settings.stem('alpha_mid')}.npy").is_file()
+    assert read_cache(tmp_path, "alpha_mid", MODEL, layers, settings) == found != published
+    assert read_cache(tmp_path, "alpha_mid", MODEL, layers) == published
+    said = json.loads((tmp_path / f"{settings.stem('alpha_mid')}.json").read_text())["settings"]
+    assert said == settings.about("alpha_mid")
+
+
+def test_another_settings_cache_under_this_name_is_refused(filled, parts):
+    edit(filled, settings={"driver": "fast", "farms": None})
+    refused(filled, parts, "fast")
+
+
+def test_a_pruned_checkpoint_is_noticed(parts, caplog):
+    layers, blocks = parts
+    measure("alpha_mid", MODEL, layers, blocks)
+    assert not caplog.records
+    for layer in layers[:7]:
+        weight = layer.module.weight.data
+        weight[weight.abs() < weight.abs().median()] = 0
+    measure("alpha_mid", MODEL, layers, blocks)
+    assert "describes the pruning" in caplog.text
+
+
+def test_a_fallback_of_the_fast_driver_names_the_layer(parts, caplog):
+    layers, blocks = parts
+    layers[3].module.weight.data[1] = layers[3].module.weight.data[0]
+    measure("spectral_norm", MODEL, layers, blocks, Settings("fast"))
+    assert [r for r in caplog.records if layers[3].name in r.getMessage() and "ill-conditioned" in r.getMessage()]
+
+
+# ---------------------------------------------------------------------------------------------------- weightwatcher
+
+
+class Watcher:
+    """Stands in for weightwatcher: returns a table whose rows are in another order, without those in ``skip``."""
+
+    skip: tuple = ()
+    calls: list = []
+
+    def __init__(self, model):
+        self.model = model
+
+    def analyze(self, **switches):
+        import pandas
+
+        self.calls.append((switches, np.random.random()))
+        rows = [(name, module.weight.shape[0] + i / 100) for i, (name, module) in enumerate(self.model.items())]
+        rows = [row for row in reversed(rows) if row[0].rpartition("/")[2] not in self.skip]
+        columns = {"mp_softrank": [x for _, x in rows], "rand_distance": [x / 1000 for _, x in rows]}
+        return pandas.DataFrame({"longname": [name for name, _ in rows]} | columns)
+
+
+@pytest.fixture
+def watcher(monkeypatch):
+    import weightwatcher
+
+    monkeypatch.setattr(Watcher, "skip", ())
+    monkeypatch.setattr(Watcher, "calls", [])
+    monkeypatch.setattr(weightwatcher, "WeightWatcher", Watcher)
+    return Watcher
+
+
+@pytest.mark.parametrize(("metric", "switch", "scale"), [("mp_softrank", "mp_fit", 1), ("random_distance", "randomize", 1000)])
+def test_weightwatcher_is_matched_by_name(metric, switch, scale, watcher, parts):
+    layers, blocks = parts
+    found = measure(metric, MODEL, layers, blocks, Settings(seed=5))
+    expected = [layer.module.weight.shape[0] + i % 7 / 100 for i, layer in enumerate(layers)]
+    assert [x * scale for x in found.values.values()] == pytest.approx(expected)
+    assert all(switches == {switch: True} for switches, _ in watcher.calls)
+    assert {draw for _, draw in watcher.calls} == {np.random.RandomState(5).random()}  # seeded for each block
+
+
+@pytest.mark.parametrize("metric", WEIGHTWATCHER)
+def test_a_layer_that_weightwatcher_skips_is_named(metric, watcher, parts):
+    watcher.skip = ("o_proj",)
+    with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.o_proj.*skipped"):
+        measure(metric, MODEL, *parts)
+
+
+def test_the_seed_belongs_to_random_distance(watcher, tmp_path, parts):
+    load_or_measure(tmp_path, "random_distance", MODEL, *parts, Settings(seed=1))
+    with pytest.raises(UserError, match="seed"):
+        load_or_measure(tmp_path, "random_distance", MODEL, *parts, Settings(seed=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", WEIGHTWATCHER)
+def test_metrics_that_go_through_weightwatcher_repeat_themselves(metric, smollm2_layers):
+    blocks, layers = smollm2_layers
+    first, again = (measure(metric, MODEL, layers[:2], blocks) for _ in range(2))
+    assert first == again and all(0 < value < 1 for value in first.values.values())

@@ -25,10 +25,11 @@ def test_perplexity_file_is_as_published(tmp_path):
 
 
 def test_layers_file_has_a_row_per_matrix():
-    rows = [LayerReport("a.q", (4, 8), 2.3456789, 0.25, 0.28125), LayerReport("a.k", (2, 8), None, 0.5, 0.5)]
+    rows = [LayerReport("a.q", (4, 8), 2.3456789, 0.25, 0.28125), LayerReport("a.k", (2, 8), None, 0.5, 0.5, (4, 8))]
     header, first, second = results.layers_text(rows).splitlines()
-    assert len(header.split("\t")) == 5
-    name, shape, metric, ratio, sparsity = first.split("\t")
+    assert header.split("\t") == ["name", "shape", "metric", "planned_ratio", "sparsity", "type"]
+    name, shape, metric, ratio, sparsity, kind = first.split("\t")
+    assert (kind, second.split("\t")[5]) == ("unstructured", "4:8")
     assert (name, shape, float(ratio), float(sparsity)) == ("a.q", "4x8", 0.25, 0.28125)
     assert float(metric) == pytest.approx(2.3456789, abs=1e-5)
     assert second.split("\t")[2] == ""

@@ -1,0 +1,92 @@
+"""A sparsity plan becomes a file, and a file a plan."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib import UserError
+from lib.allocation import SparsityPlan
+from lib.models import PrunableLayer
+from lib.results import write_atomically
+
+_BUDGET = 1e-3  # by which a plan's own target may miss the ratios' mean: mixed N:M does
+
+# llm-compressor's modifier for each of our pruners; its magnitude modifier takes one sparsity for all layers.
+LLM_COMPRESSOR = {"wanda": "WandaPruningModifier", "sparsegpt": "SparseGPTModifier"}
+
+
+def save_plan(path: Path, plan: SparsityPlan, model: str, layers: Sequence[PrunableLayer], made_by: dict) -> None:
+    """Write ``plan`` as JSON: whose it is, what made it, and each layer's ratio (and N:M) and shape by name."""
+    rows = {}
+    for layer in layers:
+        rows[layer.name] = {"ratio": plan.ratios[layer.name], "shape": list(layer.module.weight.shape)}
+        if plan.nm is not None:
+            rows[layer.name]["nm"] = list(plan.nm[layer.name])
+    content = {"model": model, "target": plan.target, "made_by": made_by, "layers": rows}
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def load_plan(path: Path, model: str, layers: Sequence[PrunableLayer]) -> SparsityPlan:
+    """Return the plan in ``path``, which must be one for ``layers`` of ``model``.
+
+    Raises:
+        UserError: the file cannot be read, or is a plan for another model or other layers, or misses its own target.
+    """
+    content = read_plan(path)
+    target, rows = content["target"], content["layers"]
+    if content["model"] != model:
+        raise UserError(f"--plan {path}: is a plan for the model {content['model']}, not for {model}")
+    names = {layer.name for layer in layers}
+    for what, odd in (("lacks the layer", names - rows.keys()), ("has a layer that is not in the model,", rows.keys() - names)):
+        if odd:
+            raise UserError(f"--plan {path}: {what} {sorted(odd)[0]} ({len(odd)} in all); make the plan anew with --save_plan")
+    for layer in layers:
+        if rows[layer.name]["shape"] != list(layer.module.weight.shape):
+            raise UserError(f"--plan {path}: {layer.name} has another shape there, {rows[layer.name]['shape']}")
+    has_nm = {"nm" in row for row in rows.values()}
+    try:
+        nm = {layer.name: tuple(rows[layer.name]["nm"]) for layer in layers} if True in has_nm else None
+        if nm and any(not 0 < n <= m or abs(rows[name]["ratio"] - (1 - n / m)) > 1e-9 for name, (n, m) in nm.items()):
+            raise ValueError("an N:M and its ratio contradict each other")
+        plan = SparsityPlan(target, {layer.name: float(rows[layer.name]["ratio"]) for layer in layers}, nm)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--plan {path}: is no sparsity plan ({error})") from error
+    total = sum(layer.module.weight.numel() for layer in layers)
+    mean = sum(plan.ratios[layer.name] * layer.module.weight.numel() for layer in layers) / total
+    if abs(mean - target) > _BUDGET:
+        raise UserError(f"--plan {path}: its ratios add up to {mean:.4f} and its target is {target}; mend one of them")
+    return plan
+
+
+def read_plan(path: Path) -> dict:
+    """Return the content of a plan's file: ``model``, ``target`` in (0, 1), ``layers``."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for row in content["layers"].values():
+            row["ratio"], row["shape"]
+        if not (isinstance(content["model"], str) and 0 < content["target"] < 1 and content["layers"]):
+            raise ValueError("its model, target or layers are not what they should be")
+    except OSError as error:
+        raise UserError(f"--plan {path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--plan {path}: is no sparsity plan ({type(error).__name__}: {error})") from error
+    return content
+
+
+def llm_compressor_recipe(plan: SparsityPlan, layers: Sequence[PrunableLayer], pruner: str) -> str:
+    """Return an llm-compressor recipe (YAML) that prunes with this plan: a sparsity for each target, in model order.
+
+    Raises:
+        UserError: that program cannot express the plan.
+    """
+    if pruner not in LLM_COMPRESSOR:
+        raise UserError(f"--export_llmcompressor with {pruner}: llm-compressor takes layer-wise sparsity with {' and '.join(LLM_COMPRESSOR)} only")
+    patterns = set(plan.nm.values()) if plan.nm else {None}
+    if len(patterns) > 1:
+        raise UserError("--export_llmcompressor: llm-compressor has one N:M for all layers; use --sparsity_type unstructured")
+    pattern = patterns.pop()
+    structure = "0:0" if pattern is None else f"{pattern[1] - pattern[0]}:{pattern[1]}"  # there N counts the zeros
+    lines = ["pruning_stage:", "  pruning_modifiers:", f"    {LLM_COMPRESSOR[pruner]}:", f'      mask_structure: "{structure}"']
+    lines += ["      sparsity:"] + [f"        - {plan.ratios[layer.name]:.6f}" for layer in layers]
+    lines += ["      targets:"] + [f"        - {layer.name}" for layer in layers]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,177 @@
+"""Time the spectra and the power-law fit against the plain formulation, written out here: python scripts/bench_metrics.py"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lib import UserError, results
+from lib.esd import Spectrum, alpha_peak, fit_tail, peak_candidates, spectrum
+from lib.models import find_blocks, load_llm, locate, prunable_layers
+
+FIT_SIZES = (576, 4096, 8192)
+SHAPES = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096))
+LLAMA_7B = ((4096, 4096), (11008, 4096))
+
+
+def plain_fit(eigs: Tensor, candidates: Tensor) -> tuple[int, float]:
+    """The published formulation: a Python loop over the candidates; returns the index and alpha of the best."""
+    logs, total = eigs.log(), len(eigs)
+    best = (math.inf, -1, math.nan)
+    for i in candidates.tolist():
+        count = float(total - i)
+        alpha = 1 + count / (logs[i:].sum() - count * logs[i])
+        if alpha > 1:
+            gap = 1 - (eigs[i:] / eigs[i]) ** (1 - alpha) - torch.arange(total - i) / count
+            distance = gap.abs().max().item()
+            if distance < best[0]:
+                best = (distance, i, alpha.item())
+    return best[1:]
+
+
+def plain_spectrum(weight: Tensor) -> Tensor:
+    return torch.linalg.svdvals(weight.float()).square().flip(0)
+
+
+def compare(plain: Callable[[], object], ours: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Return the median seconds of both, taking turns."""
+    seconds: tuple[list, list] = ([], [])
+    for _ in range(rounds):
+        for function, into in zip((plain, ours), seconds, strict=True):
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            into.append(time.perf_counter() - start)
+    return median(seconds[0]), median(seconds[1])
+
+
+def draws(size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return spectra of three kinds: of a heavy-tailed matrix, and drawn from a Pareto and a squared Student law."""
+    weight = torch.randn(size, size, generator=generator) / torch.rand(size, 1, generator=generator).sqrt()
+    pareto = torch.rand(size, generator=generator, dtype=torch.float64).pow(-1 / 1.5).float()
+    normal = torch.randn(4, size, generator=generator)
+    student = normal[0].square() / normal[1:].square().mean(0)  # three degrees of freedom
+    return {"matrix": plain_spectrum(weight), "Pareto": pareto.sort().values, "Student": student.sort().values}
+
+
+def bench_fit(rounds: int) -> list[dict]:
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    for size in FIT_SIZES:
+        every = torch.arange(size - 1)
+        for kind, eigs in draws(size, generator).items():
+            if fit_tail(eigs, every).index != plain_fit(eigs, every)[0]:
+                raise AssertionError(f"{kind}, N = {size}: the two fits differ")
+            times = compare(lambda e=eigs, c=every: plain_fit(e, c), lambda e=eigs, c=every: fit_tail(e, c), rounds)
+            rows.append(_row(f"fit, all candidates, {kind}, N = {size}", *times))
+    return rows
+
+
+def bench_spectra(rounds: int) -> list[dict]:
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    for shape in SHAPES:
+        weight = torch.randn(shape, generator=generator)
+        for driver in ("exact", "fast"):
+            times = compare(lambda w=weight: plain_spectrum(w), lambda w=weight, d=driver: spectrum(w, d), rounds)
+            rows.append(_row(f"spectrum, {driver}, {shape[0]}x{shape[1]}", *times))
+    return rows
+
+
+def bench_model(rounds: int, cache_dir: str) -> list[dict]:
+    model = load_llm(locate("smollm2-135m", cache_dir), "float32")
+    find_blocks(model)
+    weights = [layer.module.weight.detach() for layer in prunable_layers(model)]
+
+    def plain() -> None:
+        for weight in weights:
+            eigs = plain_spectrum(weight)
+            plain_fit(eigs, peak_candidates(eigs))
+
+    def ours(driver: str) -> None:
+        for weight in weights:
+            alpha_peak(spectrum(weight, driver))
+
+    def every(fit: Callable) -> None:
+        for eigs in spectra:
+            fit(eigs, torch.arange(len(eigs) - 1))
+
+    spectra = [plain_spectrum(weight) for weight in weights]
+    wrong = sum(fit_tail(e, c).index != plain_fit(e, c)[0] for e in spectra for c in (torch.arange(len(e) - 1),))
+    rows = [_row(f"SmolLM2, alpha_peak, {driver}", *compare(plain, lambda d=driver: ours(d), rounds)) for driver in ("exact", "fast")]
+    rows.append(_row("SmolLM2, fits over all candidates", *compare(lambda: every(plain_fit), lambda: every(fit_tail), rounds)))
+    jumps = sum(
+        abs(alpha_peak(Spectrum(e, w.shape)) / alpha_peak(spectrum(w, "fast")) - 1) > 1e-3
+        for e, w in zip(spectra, weights, strict=True)
+    )
+    print(f"SmolLM2: {wrong} of {len(weights)} fits choose another index; alpha_peak jumps on {jumps} with the fast driver")
+    return rows
+
+
+def bench_cuda(rounds: int) -> list[dict]:
+    rows = []
+    for shape in LLAMA_7B:
+        weight = torch.randn(shape, device="cuda")
+        spectrum(weight, "fast"), plain_spectrum(weight)  # warm up
+        times = compare(lambda w=weight: plain_spectrum(w), lambda w=weight: spectrum(w, "fast"), rounds)
+        rows.append(_row(f"CUDA spectrum, fast, {shape[0]}x{shape[1]}", *times))
+    return rows
+
+
+def _row(what: str, plain: float, ours: float) -> dict:
+    print(f"{what}: {plain / ours:.1f}", flush=True)
+    return {"what": what, "plain_seconds": plain, "seconds": ours, "ratio": plain / ours}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench_metrics.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of which the median is taken (default: 3)")
+    parser.add_argument("--cache_dir", default="llm_weights", metavar="DIR", help="where SmolLM2 is kept (default: llm_weights)")
+    parser.add_argument("--out", default="results/bench_metrics.json", metavar="FILE", help="(default: results/bench_metrics.json)")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: must be at least 1")
+    torch.set_num_threads(1)
+    try:
+        results.prepare("--out", Path(args.out).parent)
+        rows = bench_fit(args.rounds) + bench_spectra(args.rounds) + bench_model(args.rounds, args.cache_dir)
+        rows += bench_cuda(args.rounds) if torch.cuda.is_available() else []
+        machine = {"cpu": _cpu(), "load": os.getloadavg()[0], "threads": 1} | results.provenance()
+        results.write_atomically(Path(args.out), json.dumps({"rows": rows, "machine": machine}, indent=1) + "\n")
+    except UserError as error:
+        print(f"bench_metrics.py: error: {error}", file=sys.stderr)
+        return 2
+    table = Table(title=f"seconds, one thread, median of {args.rounds}; {machine['cpu']}", title_justify="left")
+    for heading in ("what", "plain", "ours", "ratio"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    for row in rows:
+        table.add_row(row["what"], f"{row['plain_seconds']:.4f}", f"{row['seconds']:.4f}", f"{row['ratio']:.1f}")
+    Console().print(table)
+    print(f"written: {args.out}")
+    return 0
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Plans to and from files, the recipe for another program, mixed N:M and --epsilon auto, through main.py."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+import main
+from conftest import tiny_llama, tiny_sentences
+from lib import UserError, search
+from lib.allocation import ALLOCATIONS, SparsityPlan, uniform
+from lib.data import search_windows
+from lib.models import find_blocks, prunable_layers
+from lib.plans import llm_compressor_recipe, load_plan, save_plan
+from lib.prune import restore, snapshot
+from lib.pruners import PRUNERS
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, tiny_folder, tiny_text):
+    """Return a function that runs main.py on the tiny model in a folder of its own and returns the record."""
+    monkeypatch.chdir(tmp_path)
+    Path("other.txt").write_text(tiny_sentences(200, seed=9), encoding="utf-8")
+
+    def start(flags: str) -> dict:
+        size = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data other.txt --seqlen 32 --nsamples 5 --save save"
+        return main.run(main.make_parser().parse_args(f"{size} {flags}".split()), Console(quiet=True))
+
+    return start
+
+
+def table_of(path: str) -> list[dict[str, str]]:
+    header, *rows = (line.split("\t") for line in Path(path).read_text().splitlines())
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("flags", ["--sparsity_ratio 0.6", "--sparsity_type 4:8"])
+def test_a_plan_comes_back_and_prunes_the_same(flags, run):
+    first = run(f"--prune_method wanda_ww {flags} --mapping_type layer_wise --save_plan plans/p.json --save_model kept")
+    again = run("--prune_method wanda --plan plans/p.json --save_model kept")
+    assert again["method"] == "wanda_plan" and again["target_sparsity"] == first["target_sparsity"]
+    assert (again["perplexity"], again["sparsity"]) == (first["perplexity"], first["sparsity"])
+    planned = [table_of(f"save/layers_{m}_sparsity_{first['target_sparsity']}.tsv") for m in ("wanda_ww", "wanda_plan")]
+    assert [(r["name"], r["planned_ratio"], r["type"]) for r in planned[0]] == [
+        (r["name"], r["planned_ratio"], r["type"]) for r in planned[1]
+    ]
+
+
+def test_a_plans_file_names_every_layer(tmp_path):
+    layers = prunable_layers(tiny_llama())
+    plan = SparsityPlan(0.5, uniform(layers, 0.5), (2, 4))
+    save_plan(tmp_path / "p.json", plan, "m", layers, {"method": "x"})
+    rows = json.loads((tmp_path / "p.json").read_text())["layers"]
+    assert list(rows) == [layer.name for layer in layers] and rows[layers[0].name]["nm"] == [2, 4]
+    assert load_plan(tmp_path / "p.json", "m", layers) == plan
+    rows[layers[0].name]["nm"] = [1, 4]
+    content = json.loads((tmp_path / "p.json").read_text()) | {"layers": rows}
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="contradict"):
+        load_plan(tmp_path / "p.json", "m", layers)
+
+
+def test_recipe_has_a_sparsity_for_each_target_in_model_order(run):
+    run("--prune_method sparsegpt_ww --sparsity_ratio 0.6 --export_llmcompressor r.yaml")
+    (modifier,) = yaml.safe_load(Path("r.yaml").read_text())["pruning_stage"]["pruning_modifiers"].items()
+    rows = table_of("save/layers_sparsegpt_ww_sparsity_0.6.tsv")
+    assert modifier[0] == "SparseGPTModifier" and modifier[1]["mask_structure"] == "0:0"
+    assert modifier[1]["targets"] == [r["name"] for r in rows]
+    assert modifier[1]["sparsity"] == [float(r["planned_ratio"]) for r in rows]
+    in_model = [name for name, _ in tiny_llama().named_modules() if name in set(modifier[1]["targets"])]
+    assert in_model == modifier[1]["targets"]  # llm-compressor goes by the model's order, whatever the list's
+
+
+def test_recipe_counts_the_zeros_of_nm():
+    layers = prunable_layers(tiny_llama())
+    text = llm_compressor_recipe(SparsityPlan(0.75, uniform(layers, 0.75), (1, 4)), layers, "wanda")
+    assert yaml.safe_load(text)["pruning_stage"]["pruning_modifiers"]["WandaPruningModifier"]["mask_structure"] == "3:4"
+    mixed = dict.fromkeys((x.name for x in layers), (1, 4)) | {layers[0].name: (2, 4)}
+    with pytest.raises(UserError, match="one N:M"):
+        llm_compressor_recipe(SparsityPlan(0.75, uniform(layers, 0.75), mixed), layers, "wanda")
+
+
+# ----------------------------------------------------------------------------------------------------------- mixed N:M
+
+
+@pytest.mark.parametrize("suffix", [name for name in ALLOCATIONS if name not in ("", "er_plus")])
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_mixed_nm_is_obeyed_in_every_layer(pruner, suffix, run):
+    record = run(f"--prune_method {pruner}_{suffix} --sparsity_type 4:8 --save_model kept")
+    rows = table_of(f"save/layers_{pruner}_{suffix}_sparsity_0.5.tsv")
+    from safetensors.torch import load_file
+
+    weights = load_file(f"kept/{pruner}_{suffix}_0.5/model.safetensors")
+    for row in rows:
+        keep, group = map(int, row["type"].split(":"))
+        kept = (weights[f"{row['name']}.weight"] != 0).view(-1, group).sum(1)
+        assert group == 8 and (kept <= keep).all() and float(row["planned_ratio"]) == pytest.approx(1 - keep / 8)
+        if pruner != "sparsegpt":  # a repaired weight may be zero by itself
+            assert (kept == keep).all()
+    assert record["sparsity"] == pytest.approx(0.5, abs=2e-3)
+
+
+# -------------------------------------------------------------------------------------------------------- epsilon auto
+
+
+def test_grid_is_zero_and_twentieths():
+    assert search.epsilon_grid(0.21) == [0, 0.05, 0.1, 0.15, 0.2]
+    assert search.epsilon_grid(0.2) == [0, 0.05, 0.1, 0.15, 0.2]
+    assert search.epsilon_grid(0.04) == [0]
+
+
+def test_best_is_the_lowest_finite_and_the_smallest_of_equals():
+    trials = [search.Trial(0.1, math.nan), search.Trial(0.3, 5.0), search.Trial(0.2, 5.0), search.Trial(0.0, math.inf)]
+    assert search.best(trials) == search.Trial(0.2, 5.0)
+
+
+@pytest.mark.parametrize("method", [f"{p}_ww" for p in PRUNERS])
+def test_epsilon_auto_takes_the_best_and_prunes_with_it(method, run):
+    auto = run(f"--prune_method {method} --sparsity_ratio 0.6 --epsilon auto")
+    trials = auto["epsilon_search"]
+    assert trials[0]["epsilon"] == 0 and len(trials) > 3
+    assert auto["epsilon"] == min(trials, key=lambda t: (t["perplexity"], t["epsilon"]))["epsilon"]
+    named = run(f"--prune_method {method} --sparsity_ratio 0.6 --epsilon {auto['epsilon']}")
+    assert (named["perplexity"], named["sparsity"]) == (auto["perplexity"], auto["sparsity"])
+
+
+def test_epsilon_auto_never_reads_the_evaluation_text(run, monkeypatch):
+    seen = []
+    real = search.perplexity
+    monkeypatch.setattr(search, "perplexity", lambda model, windows: seen.append(windows) or real(model, windows))
+    held = [run(f"--prune_method magnitude_ww --sparsity_ratio 0.6 --epsilon auto --eval_windows {n}")["epsilon_search"] for n in (1, 3)]
+    assert held[0] == held[1] and len({w.numel() for w in seen}) == 1
+
+
+def test_search_windows_do_not_overlap(tiny_tokenizer, tmp_path):
+    (tmp_path / "two.txt").write_text("ab " * 4000 + "su " * 1000)  # the last fifth is another text
+    parts = search_windows(str(tmp_path / "two.txt"), tiny_tokenizer, 8, 32, 0)
+    assert [set(tiny_tokenizer.decode(part.flatten()).split()) & {"ab", "su"} for part in parts] == [{"ab"}, {"su"}]
+    assert all(part.shape == (8, 32) for part in parts)
+
+
+def test_snapshot_gives_the_weights_back(tiny_windows):
+    model = tiny_llama()
+    blocks, layers = find_blocks(model)[1], prunable_layers(model)
+    kept = snapshot(blocks, layers)
+    with torch.no_grad():
+        before = model(tiny_windows[:1]).logits
+        for layer in layers:
+            layer.module.weight.zero_()
+        assert not torch.equal(model(tiny_windows[:1]).logits, before)
+        restore(blocks, layers, kept)
+        assert torch.equal(model(tiny_windows[:1]).logits, before)
+
+
+# -------------------------------------------------------------------------------------------------------- metrics only
+
+
+def test_metrics_only_computes_and_ends(run, monkeypatch, capsys, tiny_folder):
+    monkeypatch.setattr(main.eval, "perplexity", lambda *_: pytest.fail("it evaluates"))
+    record = run("--metrics_only --ww_metric stable_rank --esd_driver fast --calib_data c4")
+    assert len(record["metric"]) == 21 and Path("data", tiny_folder.name, "stable_rank_fast.npy").is_file()
+    assert not Path("save").exists()
