@@ -12,7 +12,10 @@ _FLOAT32_SLACK = 2e-5  # float32 and float64 KS distances differ by less: 2e-6 a
 
 
 class Spectrum(NamedTuple):
-    """Ascending eigenvalues of W'W (``eigs``: [N] float32, N = min(shape)) and the shape of W."""
+    """Ascending eigenvalues of W'W (``eigs``: [N] float32) and the shape of W.
+
+    N = min(shape) of a matrix; of a convolution [out, in, kh, kw] kh * kw * min(out, in).
+    """
 
     eigs: Tensor
     shape: tuple[int, ...]
@@ -33,7 +36,9 @@ class NoFit(ValueError):
 def spectrum(weight: Tensor) -> Spectrum:
     """Return the spectrum of ``weight`` [out, in]: squared float32 singular values, ascending, none dropped.
 
-    Computed on the weight's own device (paper, section 3.1: the ESD of the correlation matrix W'W).
+    Computed on the weight's own device (paper, section 3.1: the ESD of the correlation matrix W'W). Of a convolution
+    [out, in, kh, kw]: those of the matrices [out, in] at all kernel positions together, each matrix scaled by sqrt(1/2)
+    (published).
 
     Raises:
         NoFit: the weight holds values that are not finite.
@@ -41,7 +46,9 @@ def spectrum(weight: Tensor) -> Spectrum:
     matrix = weight.detach().to(torch.float32)
     if not torch.isfinite(matrix).all():
         raise NoFit("the weight holds values that are not finite")
-    return Spectrum(torch.linalg.svdvals(matrix).square().flip(0), tuple(weight.shape))
+    if matrix.ndim == 4:
+        matrix = matrix.permute(2, 3, 0, 1) * math.sqrt(0.5)  # [kh, kw, out, in]
+    return Spectrum(torch.linalg.svdvals(matrix).square().flatten().sort().values, tuple(weight.shape))
 
 
 def alpha_mid(spec: Spectrum) -> float:
