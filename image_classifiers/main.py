@@ -233,7 +233,7 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     measured = sum(prune.count_zeros(parts.blocks, parts.pruned)) / total
     if args.save_model:
         with stages.stage("save"):
-            models.save(model, target_folder)
+            models.save(model, size, target_folder)
             written = prune.checkpoint_sparsity(target_folder, [layer.name for layer in parts.pruned])
             if written != measured:
                 raise RuntimeError(f"{target_folder}: holds a sparsity of {written}, the model has {measured}")

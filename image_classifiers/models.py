@@ -316,12 +316,16 @@ def _check_resampling(state: dict[str, Tensor], own: dict[str, Tensor], path: Pa
         log.warning("%s: %s; it is resampled, since the weights are for images of another size", path.name, shapes)
 
 
-def save(model: nn.Module, target: Path) -> None:
-    """Write a folder (config.json, model.safetensors) from which timm makes the model: ``local-dir:FOLDER``."""
+def save(model: nn.Module, size: int, target: Path) -> None:
+    """Write a folder (config.json, model.safetensors) from which timm makes the model: ``local-dir:FOLDER``.
+
+    Args:
+        size: the side in pixels of the images that it takes.
+    """
     import timm.models
 
     with new_folder(target) as folder:
-        timm.models.save_for_hf(model, folder, safe_serialization=True)
+        timm.models.save_for_hf(model, folder, safe_serialization=True, data_config={"input_size": (3, size, size)})
 
 
 def _some(keys: list[str]) -> str:

@@ -19,13 +19,13 @@ from lib import UserError
 
 METHODS = ("magnitude", "magnitude_ww", "wanda", "wanda_ww")
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
-SIZE = 16  # the digits' 8x8 pixels, doubled
+SIZE = 8
 # timm's own architectures, made small: what differs from the named one.
 SMALL = {
-    "vit": ("deit_tiny_patch16_224", {"img_size": SIZE, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 4}),
-    "convnext": ("convnext_atto", {"patch_size": 2, "dims": (32, 64, 96, 128), "depths": (2, 2, 2, 2), "kernel_sizes": 3}),
+    "vit": ("deit_tiny_patch16_224", {"img_size": SIZE, "patch_size": 2, "embed_dim": 64, "depth": 6, "num_heads": 4}),
+    "convnext": ("convnext_atto", {"patch_size": 1, "dims": (32, 64, 96, 128), "depths": (2, 2, 2, 2), "kernel_sizes": 3}),
 }
-EPOCHS, BATCH, RATE, DECAY = 40, 64, 2e-3, 0.05
+EPOCHS, BATCH, RATE, DECAY = 60, 64, 3e-3, 0.05
 LEAST = 95.0  # per cent of the test images
 
 
@@ -33,9 +33,10 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
     """Train the small model ``name`` from scratch, seeded, write it to ``folder``, and return its test accuracy."""
     import timm
 
+    torch.set_num_threads(1)  # these matrices are too small to share; the same weights on every machine
     torch.manual_seed(seed)
     architecture, changes = SMALL[name]
-    model = timm.create_model(architecture, num_classes=10, drop_path_rate=0.1, **changes)
+    model = timm.create_model(architecture, num_classes=10, **changes)
     transform = data.evaluation_transform(SIZE, None, data.MEAN_STD[True])
     splits = [data.digits(None, None, train=train) for train in (True, False)]
     training, test = (data.Prepared(images, range(len(images.items)), transform) for images in splits)
@@ -46,9 +47,9 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
     model.train()
     for epoch in range(EPOCHS):
         for images, labels in loader:
-            # A digit moved by a pixel is the same digit; rolled, since the border is empty.
-            moved = images.roll(tuple(torch.randint(-2, 3, (2,)).tolist()), dims=(2, 3))
-            loss = nn.functional.cross_entropy(model(moved), labels, label_smoothing=0.1)
+            # A digit moved by a pixel is the same digit; rolled, since the border is nearly empty.
+            moved = images.roll(tuple(torch.randint(-1, 2, (2,)).tolist()), dims=(2, 3))
+            loss = nn.functional.cross_entropy(model(moved), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -58,7 +59,7 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
     found = accuracy(model.eval(), data.batches(test, 150, 0)).top1
     if found < LEAST:
         raise UserError(f"the {name} reached {found:.2f} % and {LEAST} % are wanted; raise EPOCHS in scripts/image_demo.py")
-    models.save(model, folder)
+    models.save(model, SIZE, folder)
     return found
 
 
