@@ -103,7 +103,7 @@ def _folder(flag: str, given: str | None, inner: str = "") -> Images:
 
 
 def evaluation_transform(size: int, crop_pct: float | None, mean_std: tuple) -> Callable:
-    """Return what makes an image a tensor [3, size, size]: resized (bicubic), centre cropped, normalised (published)."""
+    """Return what makes an image a tensor [3, size, size]: resized (bicubic), cropped, normalised (published)."""
     from timm.data.transforms_factory import transforms_imagenet_eval
 
     whole = size <= WHOLE_IMAGE_UP_TO or size >= WHOLE_IMAGE_FROM

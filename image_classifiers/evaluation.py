@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Accuracy(NamedTuple):
-    """Percentages of ``images``: the label is the likeliest class (``top1``), or among the five likeliest (``top5``)."""
+    """Percentages of ``images``: the label is the likeliest class (``top1``), or among the first five (``top5``)."""
 
     top1: float
     top5: float

@@ -27,17 +27,17 @@ METHODS = [f"{p}_{a}" if a else p for a in allocation.ALLOCATIONS for p in pruni
 TRAINING_FLAGS = (
     "aa auto_resume clip_grad color_jitter cutmix cutmix_minmax disable_eval dist_eval dist_on_itp dist_url drop_path "
     "enable_wandb epochs eval finetune head_init_scale layer_decay layer_scale_init_value local_rank log_dir lr min_lr "
-    "mixup mixup_mode mixup_prob mixup_switch_prob model_ema model_ema_decay model_ema_eval model_ema_force_cpu model_key "
-    "model_prefix momentum opt opt_betas opt_eps output_dir pin_mem project recount remode reprob resplit save_ckpt "
-    "save_ckpt_freq save_ckpt_num smoothing start_epoch train_interpolation update_freq wandb_ckpt warmup_epochs "
-    "warmup_steps weight_decay weight_decay_end world_size"
+    "mixup mixup_mode mixup_prob mixup_switch_prob model_ema model_ema_decay model_ema_eval model_ema_force_cpu "
+    "model_key model_prefix momentum opt opt_betas opt_eps output_dir pin_mem project recount remode reprob resplit "
+    "save_ckpt save_ckpt_freq save_ckpt_num smoothing start_epoch train_interpolation update_freq wandb_ckpt "
+    "warmup_epochs warmup_steps weight_decay weight_decay_end world_size"
 ).split()
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="image_classifiers/main.py",
-        description="Prune a ViT, DeiT or ConvNeXt and measure its accuracy. Without --prune_metric: the dense model's.",
+        description="Prune a ViT, DeiT or ConvNeXt and measure its accuracy. Without --prune_metric: the dense one's.",
         epilog="example: python image_classifiers/main.py --model convnext_base --data_path IMAGENET --resume WEIGHTS "
         "--prune_metric wanda_ww --sparsity 0.8 --save_dir OUT --WW_metric alpha_mid --epsilon 0.2",
         allow_abbrev=False,
@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("model").add_argument
     add("--model", required=True, help=f"name that timm knows, or a folder written by --save_model; {models.SUPPORTED}")
-    add("--resume", metavar="FILE", help="weights: .safetensors or checkpoint, timm's or the original layout (default: timm's own)")
+    add("--resume", metavar="FILE", help="weights in timm's or their original layout (default: timm's own weights)")
     add("--input_size", type=int, metavar="N", help="side of the images, pixels (default: the model's own)")
     add("--nb_classes", type=int, metavar="N", help="classes of the model, a count (default: the model's own)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
@@ -53,30 +53,45 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data_set", default="IMNET", metavar="SET", help=f"{{{','.join(data.DATASETS)}}}")
-    add("--data_path", metavar="DIR", help="IMNET: holds train and val, each a folder per class; image_folder: for calibration")
+    add(
+        "--data_path",
+        metavar="DIR",
+        help="IMNET: holds train/ and val/; image_folder: a folder per class, to calibrate",
+    )
     add("--eval_data_path", metavar="DIR", help="image_folder only: images to test on, a folder per class")
     add("--nsamples", type=int, default=4096, metavar="N", help="calibration images, a count")
     add("--published_calibration", action="store_true", help="calibrate on augmented images, drawn with replacement")
     add("--batch_size", type=int, default=256, metavar="N", help="images at a time, a count")
     add("--num_workers", type=int, metavar="N", help="processes that read images (default: one a core, at most 10)")
-    add("--crop_pct", type=float, metavar="P", help="share of an image that the centre crop keeps (default: 224/256 as published)")
-    add("--imagenet_default_mean_and_std", type=true_or_false, nargs="?", const=True, default=True, metavar="{true,false}",
-        help="normalise by ImageNet's mean and deviation; false: by 0.5")  # fmt: skip
+    add("--crop_pct", type=float, metavar="P", help="share of an image that is kept (default: 224/256, as published)")
+    switch = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "{true,false}"}
+    add("--imagenet_default_mean_and_std", default=True, **switch, help="of ImageNet, to normalise by; false: 0.5")
 
     add = parser.add_argument_group("pruning").add_argument
     add("--prune_metric", metavar="METHOD", help=f"{{{','.join(METHODS)}}}; _ww: layer-wise sparsity by --WW_metric")
     add("--sparsity", type=float, default=0.0, metavar="S", help="fraction of the blocks' weights to remove, in [0, 1)")
-    add("--propagate", default="dense", metavar="HOW", help=f"{{{','.join(prune.PROPAGATE)}}}: blocks before a block, in calibration")
-    add("--hidden_device", metavar="DEVICE", help="keeps the calibration's hidden states: cpu saves GPU memory (default: the model's)")
+    add(
+        "--propagate",
+        default="dense",
+        metavar="HOW",
+        help=f"{{{','.join(prune.PROPAGATE)}}}: what calibration passes on",
+    )
+    add("--hidden_device", metavar="DEVICE", help="of hidden states; cpu saves GPU memory (default: the model's)")
 
     add = parser.add_argument_group("allocation (methods with _ww)").add_argument
     add("--WW_metric", default="alpha_mid", metavar="METRIC", help=f"{{{','.join(metrics.METRICS)}}} of each matrix")
-    add("--metric_cache", "--ww_metric_cache", default="./metric_cache", metavar="DIR", help="the metric is kept in DIR/<model>")
-    add("--epsilon", type=float, default=0.2, metavar="E", help="half width of the map from metric to sparsity, in [0, 1]")
+    cache = ("--metric_cache", "--ww_metric_cache")  # the second is what errors of the cache speak of
+    add(*cache, default="./metric_cache", metavar="DIR", help="the metric is kept in DIR/<model>")
+    add(
+        "--epsilon",
+        type=float,
+        default=0.2,
+        metavar="E",
+        help="half width of the map from metric to sparsity, in [0, 1]",
+    )
 
     add = parser.add_argument_group("evaluation and output").add_argument
-    add("--use_amp", type=true_or_false, nargs="?", const=True, default=False, metavar="{true,false}",
-        help="evaluate in half precision (autocast)")  # fmt: skip
+    add("--use_amp", default=False, **switch, help="evaluate in half precision (autocast)")
     add("--save_dir", default="results", metavar="DIR", help="where the run's figures are written")
     add("--save_model", metavar="DIR", help="write the pruned model to DIR/{method}_{sparsity}, for timm or --model")
     for flag in TRAINING_FLAGS:
@@ -118,7 +133,9 @@ def check_args(args: argparse.Namespace) -> Task:
         _check_device(flag, getattr(args, flag))
     if args.prune_metric is None:
         if args.sparsity:
-            raise UserError(f"--sparsity {args.sparsity} without a method; add --prune_metric, one of: {', '.join(METHODS)}")
+            raise UserError(
+                f"--sparsity {args.sparsity} without a method; add --prune_metric, one of: {', '.join(METHODS)}"
+            )
         if args.save_model:
             raise UserError("--save_model without --prune_metric does nothing")
         return Task("dense", None, "", 0.0)
@@ -166,7 +183,9 @@ def open_images(args: argparse.Namespace, task: Task, size: int, classes: int) -
         training = find(args.data_path, args.eval_data_path, True)
         if training.classes != found.classes:
             other = sorted(set(training.classes) ^ set(found.classes))
-            raise UserError(f"--data_path {args.data_path}: calibration and test differ in their classes ({', '.join(other[:5])})")
+            raise UserError(
+                f"--data_path {args.data_path}: calibration and test differ in their classes ({', '.join(other[:5])})"
+            )
         indices = data.draw(training, args.nsamples, args.seed, replacement=args.published_calibration)
         random = args.published_calibration
         transform = data.augmenting_transform(size, mean_std) if random else plain
@@ -216,7 +235,9 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     if task.pruner:
         if task.allocation:
             with stages.stage("metric"):
-                values = metrics.load_or_measure(cache, args.WW_metric, source.label, parts.measured, parts.blocks).values
+                values = metrics.load_or_measure(
+                    cache, args.WW_metric, source.label, parts.measured, parts.blocks
+                ).values
         share = allocation.ALLOCATIONS[task.allocation]
         ratios = share(parts.pruned, task.target, values=values, epsilon=args.epsilon, mapping="layer_wise")
         plan = allocation.SparsityPlan(task.target, ratios)
@@ -246,7 +267,8 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         "dense_zeros": dense_zeros / total,
         "dense": dense._asdict(),
         "accuracy": after._asdict(),
-        "model": source._asdict() | {"parameters": parameters, "prunable": total, "input_size": size, "device": str(device)},
+        "model": source._asdict()
+        | {"parameters": parameters, "prunable": total, "input_size": size, "device": str(device)},
         "calibration": len(sets.calibration) if sets.calibration else None,
         "saved_model": str(target_folder) if args.save_model else None,
         "stages": stages.table,
@@ -255,6 +277,10 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     files = {f"run_{task.run}.json": results.run_text(record), f"{task.target}.txt": sentence(after)}
     if rows:
         files[f"layers_{task.run}.tsv"] = results.layers_text(rows)
+    if (save / f"{task.target}.txt").exists() and results.read_run(
+        save, task.run
+    ) is None:  # as published: no method in it
+        log.warning("%s/%s.txt of another method is replaced; its JSON stays", save, task.target)
     results.write_files(save, files)
     _print_table(console, record, save, task)
     return record

@@ -1,4 +1,4 @@
-"""A timm name, a folder or a weight file becomes an image classifier, of which this module knows the blocks and layers."""
+"""A timm name, a folder or a weight file becomes an image classifier, and its blocks and layers are found."""
 
 import argparse
 import logging
@@ -22,7 +22,7 @@ _LISTED = 6  # keys in an error
 
 
 class Source(NamedTuple):
-    """Where a model comes from: ``given`` by the user, the ``name`` under which timm makes it, its ``folder`` if it has one."""
+    """Where a model comes from: ``given`` by the user, the ``name`` that timm makes it by, its ``folder`` if any."""
 
     given: str
     name: str
@@ -64,7 +64,9 @@ def locate(model: str) -> Source:
             raise UserError(f"--model {model}: the folder holds no {absent[0]}; give one that --save_model wrote")
         return Source(model, f"local-dir:{path}", path)
     if not timm.is_model(model):
-        what = "is a file; give the model's name, and the file as --resume" if path.is_file() else "timm has no such model"
+        what = (
+            "is a file; give the model's name, and the file as --resume" if path.is_file() else "timm has no such model"
+        )
         hint = did_you_mean(model, timm.list_models())
         raise UserError(f"--model {model}: {what}.{hint} Supported: {SUPPORTED}")
     return Source(model, model, None)
@@ -107,6 +109,7 @@ def load(source: Source, resume: str | None, size: int, classes: int | None) -> 
             f"--nb_classes {classes}: timm's weights of {source.given} know {about['num_classes']} classes; "
             "give fine-tuned weights with --resume"
         )
+    log.info("looking up timm's weights of %s in its cache and on the Hugging Face hub", source.given)
     try:
         return _create(source, options, "cpu", pretrained=True).eval()
     except UserError as error:
@@ -145,7 +148,9 @@ def find_parts(model: nn.Module, given: str | None = None) -> Parts:
     lists = {
         name: kinds.pop()
         for name, module in model.named_modules()
-        if isinstance(module, nn.Sequential | nn.ModuleList) and len(kinds := set(map(_kind, module))) == 1 and None not in kinds
+        if isinstance(module, nn.Sequential | nn.ModuleList)
+        and len(kinds := set(map(_kind, module))) == 1
+        and None not in kinds
     }
     kinds = set(lists.values())
     if kinds == {"transformer"} and len(lists) == 1:
@@ -154,7 +159,9 @@ def find_parts(model: nn.Module, given: str | None = None) -> Parts:
     elif kinds == {"convnext"} and len({name.split(".")[0] for name in lists}) == 1:
         chain = _stages(model, next(iter(lists)).split(".")[0], lists)
     else:
-        what = "its blocks are not all of one kind, in one chain" if lists else "it has no blocks of a kind that is known"
+        what = (
+            "its blocks are not all of one kind, in one chain" if lists else "it has no blocks of a kind that is known"
+        )
         raise _refusal(model, given, what)
     measured = [
         PrunableLayer(f"{name}.{inner}", index, module)
@@ -276,13 +283,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     }
     if any(wrong.values()):
         parts = [f"it {what} {len(keys)}: {_some(keys)}" for what, keys in wrong.items() if keys]
-        hint = "; --nb_classes says how many classes the model has" if any("head" in s for s in wrong["has of another shape"]) else ""
+        hint = (
+            "; --nb_classes says how many classes the model has"
+            if any("head" in s for s in wrong["has of another shape"])
+            else ""
+        )
         raise UserError(f"{path}: its weights do not fit {type(model).__name__}; {'; '.join(parts)}{hint}")
     model.load_state_dict(state)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Return the tensors by name in a ``.safetensors`` file or a PyTorch checkpoint, read without running code in it."""
+    """Return the tensors by name in a ``.safetensors`` file or a PyTorch checkpoint; code in it is not run."""
     from safetensors.torch import load_file
 
     if not path.is_file():
@@ -308,7 +319,12 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def _check_resampling(state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
     """Warn of positions, and refuse patches, that timm would resample without a word."""
     for key in ("pos_embed", "patch_embed.proj.weight"):
-        if key not in state or key not in own or state[key].shape[1:] == own[key].shape[1:] or state[key].ndim != own[key].ndim:
+        if (
+            key not in state
+            or key not in own
+            or state[key].shape[1:] == own[key].shape[1:]
+            or state[key].ndim != own[key].ndim
+        ):
             continue
         shapes = f"{key} is {list(state[key].shape)} and the model's {list(own[key].shape)}"
         if key != "pos_embed" or state[key].shape[2] != own[key].shape[2]:

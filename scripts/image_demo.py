@@ -4,8 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from rich.console import Console
@@ -16,13 +15,17 @@ from image_classifiers import data, main, models
 from image_classifiers.evaluation import accuracy
 from lib import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("magnitude", "magnitude_ww", "wanda", "wanda_ww")
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 SIZE = 8
 # timm's own architectures, made small: what differs from the named one.
 SMALL = {
     "vit": ("deit_tiny_patch16_224", {"img_size": SIZE, "patch_size": 2, "embed_dim": 64, "depth": 6, "num_heads": 4}),
-    "convnext": ("convnext_atto", {"patch_size": 1, "dims": (32, 64, 96, 128), "depths": (2, 2, 2, 2), "kernel_sizes": 3}),
+    "convnext": (
+        "convnext_atto",
+        {"patch_size": 1, "dims": (32, 64, 96, 128), "depths": (2, 2, 2, 2), "kernel_sizes": 3},
+    ),
 }
 EPOCHS, BATCH, RATE, DECAY = 40, 32, 2e-3, 0.05
 LEAST = 95.0  # per cent of the test images
@@ -58,7 +61,9 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
             print(f"  epoch {epoch + 1}/{EPOCHS}: loss {loss.item():.4f}", flush=True)
     found = accuracy(model.eval(), data.batches(test, 150, 0)).top1
     if found < LEAST:
-        raise UserError(f"the {name} reached {found:.2f} % and {LEAST} % are wanted; raise EPOCHS in scripts/image_demo.py")
+        raise UserError(
+            f"the {name} reached {found:.2f} % and {LEAST} % are wanted; raise EPOCHS in scripts/image_demo.py"
+        )
     models.save(model, SIZE, folder)
     return found
 
@@ -100,7 +105,9 @@ def plot(found: dict[str, tuple[dict, dict]], path: Path) -> None:
         axis.axhline(dense["accuracy"]["top1"], color="grey", linestyle=":", label="dense")
         for method in METHODS:
             line = "-" if method.endswith("_ww") else "--"
-            axis.plot(SPARSITIES, [records[method, s]["accuracy"]["top1"] for s in SPARSITIES], line, marker="o", label=method)
+            axis.plot(
+                SPARSITIES, [records[method, s]["accuracy"]["top1"] for s in SPARSITIES], line, marker="o", label=method
+            )
         axis.set(title=f"{name} on scikit-learn's digits", xlabel="sparsity of the blocks")
     axes[0][0].set_ylabel("top-1 accuracy, %")
     axes[0][0].legend()
@@ -126,7 +133,9 @@ def demo(epsilon: str, save: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="image_demo.sh", description=__doc__, allow_abbrev=False)
     parser.add_argument("--epsilon", default="0.2", metavar="E", help="half width of the map (default: 0.2)")
-    parser.add_argument("--save", default="results/image_demo", metavar="DIR", help="where it goes (default: results/image_demo)")
+    parser.add_argument(
+        "--save", default="results/image_demo", metavar="DIR", help="where it goes (default: results/image_demo)"
+    )
     args = parser.parse_args()
     main.quiet()
     try:

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from PIL import Image
+from test_image_models import tiny_convnext, tiny_vit
 from torchvision import transforms
 
-from conftest import ROOT
 from image_classifiers import data, main, pruning
 from image_classifiers.evaluation import accuracy
 from image_classifiers.models import find_parts, save
 from lib import UserError, allocation
-from test_image_models import tiny_convnext, tiny_vit
 
 PROGRAM = ROOT / "image_classifiers" / "main.py"
 
@@ -58,7 +58,9 @@ def call(capsys, *flags) -> tuple[int, str]:
 
 
 def test_a_run_as_published_from_inside_the_folder(vit_folder, tmp_path):
-    flags = f"--model {vit_folder} --data_set digits --prune_metric wanda_ww --sparsity 0.6 --nsamples 200 --batch_size 64"
+    flags = (
+        f"--model {vit_folder} --data_set digits --prune_metric wanda_ww --sparsity 0.6 --nsamples 200 --batch_size 64"
+    )
     flags += f" --WW_metric alpha_mid --epsilon 0.2 --save_dir {tmp_path}/out --metric_cache {tmp_path}/cache"
     flags += f" --save_model {tmp_path}/models --num_workers 0"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -67,16 +69,22 @@ def test_a_run_as_published_from_inside_the_folder(vit_folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
-    assert {p.name for p in out.iterdir()} == {"0.6.txt", "run_wanda_ww_sparsity_0.6.json", "layers_wanda_ww_sparsity_0.6.tsv"}
+    assert {p.name for p in out.iterdir()} == {
+        "0.6.txt",
+        "run_wanda_ww_sparsity_0.6.json",
+        "layers_wanda_ww_sparsity_0.6.tsv",
+    }
     record = json.loads((out / "run_wanda_ww_sparsity_0.6.json").read_text())
     text = (out / "0.6.txt").read_text()
     assert re.fullmatch(r"Accuracy of the network on 450 test images: \d+\.\d{5}%\n", text)
 
-    # The saved model, loaded by timm and evaluated by a plain loop, has the accuracy and the sparsity that were written.
+    # The saved model, loaded by timm and evaluated by a plain loop, has the accuracy and sparsity that were written.
     model = timm.create_model(f"local-dir:{tmp_path}/models/wanda_ww_0.6", pretrained=True).eval()
     logits, labels = logits_of(model)
     top1 = 100 * (logits.argmax(1) == labels).double().mean().item()
-    top5 = 100 * np.mean([label in row.sort(descending=True).indices[:5] for row, label in zip(logits, labels, strict=True)])
+    top5 = 100 * np.mean(
+        [label in row.sort(descending=True).indices[:5] for row, label in zip(logits, labels, strict=True)]
+    )
     assert float(text.split()[-1].rstrip("%")) == pytest.approx(top1, abs=1e-5)
     assert record["accuracy"] == pytest.approx({"top1": top1, "top5": top5, "images": 450})
     layers = find_parts(model).pruned
@@ -108,7 +116,16 @@ def logits_of(model) -> tuple[torch.Tensor, torch.Tensor]:
 def test_convnext_keeps_its_metric_under_its_own_name(tmp_path, capsys):
     for name, changes in (("one", {}), ("two", {"dims": (12, 16, 20, 24)})):
         save(tiny_convnext(**changes), 8, tmp_path / name)
-        flags = ["--model", tmp_path / name, "--data_set", "digits", "--prune_metric", "magnitude_ww", "--sparsity", 0.5]
+        flags = [
+            "--model",
+            tmp_path / name,
+            "--data_set",
+            "digits",
+            "--prune_metric",
+            "magnitude_ww",
+            "--sparsity",
+            0.5,
+        ]
         flags += ["--save_dir", tmp_path / "out", "--metric_cache", tmp_path / "cache", "--num_workers", 0]
         assert call(capsys, *flags)[0] == 0
         assert len(np.load(tmp_path / "cache" / name / "alpha_mid.npy")) == 18  # three a block
@@ -189,7 +206,9 @@ def test_draws():
 def test_digits_are_split_by_class_and_nothing_is_in_both():
     train, test = (data.digits(None, None, train=train) for train in (True, False))
     assert (len(train.items), len(test.items)) == (1347, 450)
-    share = np.bincount([label for _, label in test.items]) / np.bincount([label for _, label in (*train.items, *test.items)])
+    share = np.bincount([label for _, label in test.items]) / np.bincount(
+        [label for _, label in (*train.items, *test.items)]
+    )
     assert np.allclose(share, 450 / 1797, atol=0.005)
 
 
@@ -232,7 +251,9 @@ def test_training_flags_are_answered_with_one_warning(vit_folder, tmp_path, caps
     with caplog.at_level(logging.WARNING):
         assert call(capsys, *flags, "--epochs", 300, "--opt_betas", 0.9, 0.999, "--model_ema", "true", "--eval")[0] == 0
     warnings = [record.getMessage() for record in caplog.records if "do nothing" in record.getMessage()]
-    assert warnings == ["flags of the published training script, which do nothing here: --epochs, --eval, --model_ema, --opt_betas"]
+    assert warnings == [
+        "flags of the published training script, which do nothing here: --epochs, --eval, --model_ema, --opt_betas"
+    ]
 
 
 def test_help_explains_every_flag():
@@ -251,11 +272,11 @@ BAD = {  # flags (M: a good model, I: images in folders), and what is said
     "--model I": "the folder holds no config.json",
     "--model I/train/n01/0.png": "is a file; give the model's name",
     "--model deit_tiny_patch16_224.nosuch --data_path I": "timm cannot make it",
-    "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I": "timm's weights of deit_tiny_patch16_224 know 1000 classes",
-    "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume I/train/n01/0.png": "cannot be read as weights",
+    "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I": "weights of deit_tiny_patch16_224 know 1000",
+    "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume I/val/n01/0.png": "cannot be read as weights",
     "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume M/model.safetensors": "its weights do not fit",
     "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume nosuch.pth": "there is no such file",
-    "--model convnext_atto --input_size 8 --nb_classes 2 --data_path I": "--input_size 8: convnext_atto cannot take such images",
+    "--model convnext_atto --input_size 8 --nb_classes 2 --data_path I": "convnext_atto cannot take such images",
     "--model M": "--data_path is missing",
     "--model M --data_path nosuch": "there is no folder nosuch/val",
     "--model M --data_path I/train/n01": "there is no folder",
@@ -313,13 +334,17 @@ def test_classes_of_calibration_and_test_must_be_the_same(imagenet, tmp_path, ca
     for name in ("n01", "n03"):
         (tmp_path / "other" / name).symlink_to(imagenet / "train" / "n01")
     flags = ["--model", tmp_path / "two", "--data_set", "image_folder", "--data_path", tmp_path / "other"]
-    status, said = call(capsys, *flags, "--eval_data_path", imagenet / "val", *WANDA.split(), "--save_dir", tmp_path / "out")
+    status, said = call(
+        capsys, *flags, "--eval_data_path", imagenet / "val", *WANDA.split(), "--save_dir", tmp_path / "out"
+    )
     assert status == 2 and "calibration and test differ in their classes (n02, n03)" in said
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "image_classifiers").rglob("*.sh")), ids=lambda path: path.name)
 def test_scripts_refuse_what_is_not_there(script, tmp_path):
-    bad = {"download_weights.sh": [tmp_path, "resnet18"], "prune.sh": ["resnet18", tmp_path]}.get(script.name, [tmp_path])
+    bad = {"download_weights.sh": [tmp_path, "resnet18"], "prune.sh": ["resnet18", tmp_path]}.get(
+        script.name, [tmp_path]
+    )
     done = subprocess.run(["bash", script, *map(str, bad)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "error: " in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -82,7 +82,9 @@ def test_the_papers_models_are_found(name):
     ],
 )
 def test_other_models_are_refused_by_name(name, kind):
-    with pytest.raises(UserError, match=rf"^--model {name}: {kind} is not supported, .*; supported: .*ViT, DeiT and ConvNeXt"):
+    with pytest.raises(
+        UserError, match=rf"^--model {name}: {kind} is not supported, .*; supported: .*ViT, DeiT and ConvNeXt"
+    ):
         skeleton(locate(name), None, None)
 
 
@@ -215,9 +217,13 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
     with pytest.raises(UserError, match=r"it lacks 1: norm\.bias; it has, and the model has not 1: extra\.weight$"):
         load_weights(tiny_vit(), path)
     torch.save(state, path)
-    with pytest.raises(UserError, match=r"another shape 2: head\.weight \[10, 24\] for \[7, 24\], head\.bias .*--nb_classes"):
+    with pytest.raises(
+        UserError, match=r"another shape 2: head\.weight \[10, 24\] for \[7, 24\], head\.bias .*--nb_classes"
+    ):
         load_weights(tiny_vit(num_classes=7), path)
-    with pytest.raises(UserError, match=r"patch_embed\.proj\.weight is \[24, 3, 2, 2\] and the model's \[24, 3, 4, 4\]"):
+    with pytest.raises(
+        UserError, match=r"patch_embed\.proj\.weight is \[24, 3, 2, 2\] and the model's \[24, 3, 4, 4\]"
+    ):
         load_weights(tiny_vit(patch_size=4), path)
     for other in (tiny_convnext(), tiny_vit(embed_dim=32), tiny_vit(depth=4)):
         before = {k: v.clone() for k, v in other.state_dict().items()}
@@ -230,6 +236,15 @@ def test_positions_for_another_size_are_resampled_with_a_warning(tmp_path, caplo
     torch.save(tiny_vit().state_dict(), tmp_path / "w.pth")
     load_weights(tiny_vit(img_size=12), tmp_path / "w.pth")
     assert "pos_embed is [1, 17, 24] and the model's [1, 37, 24]; it is resampled" in caplog.text
+
+
+def test_without_a_file_the_hub_is_asked():
+    with pytest.raises(
+        UserError, match=r"^--model deit_tiny_patch16_224: timm's weights cannot be loaded .*--resume FILE"
+    ):
+        load(locate("deit_tiny_patch16_224"), None, 224, None)  # the tests are offline
+    with pytest.raises(UserError, match=r"--nb_classes 7: timm's weights .* know 1000 classes"):
+        load(locate("deit_tiny_patch16_224"), None, 224, 7)  # whose classifier would be left random
 
 
 class Sly:

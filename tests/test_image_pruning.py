@@ -1,4 +1,4 @@
-"""Image classifiers: spectra, statistics, the walk with dense and pruned predecessors, and masks, each against an oracle."""
+"""Image classifiers: spectra, statistics, the walk with dense and pruned predecessors, and masks."""
 
 import copy
 import weakref
@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from test_image_models import TINY, some_images, tiny_convnext, tiny_vit
 
 from image_classifiers.models import find_parts
 from image_classifiers.pruning import IMAGE_PRUNERS, block_inputs, wanda_of_matrix
@@ -15,7 +16,6 @@ from lib.esd import alpha_mid, spectrum
 from lib.metrics import measure
 from lib.prune import PROPAGATE, prune_blocks, sparsity
 from lib.pruners import Pruner
-from test_image_models import TINY, some_images, tiny_convnext, tiny_vit
 
 IMAGES = some_images(11)
 makes = pytest.mark.parametrize("make", TINY.values(), ids=TINY)
@@ -27,7 +27,14 @@ def in_batches(size: int, images: torch.Tensor = IMAGES):
         yield batch, torch.zeros(len(batch), dtype=torch.long)
 
 
-def prune(model, method: str, ratios: dict | float = 0.5, propagate: str = "dense", size: int = 4, pruner: Pruner | None = None):
+def prune(
+    model,
+    method: str,
+    ratios: dict | float = 0.5,
+    propagate: str = "dense",
+    size: int = 4,
+    pruner: Pruner | None = None,
+):
     parts = find_parts(model)
     pruner = pruner or IMAGE_PRUNERS[method]
     ratios = uniform(parts.pruned, ratios) if isinstance(ratios, float) else ratios
@@ -36,7 +43,7 @@ def prune(model, method: str, ratios: dict | float = 0.5, propagate: str = "dens
 
 
 def statistics(model, statistic: str, propagate: str = "dense", size: int = 4) -> list[torch.Tensor]:
-    """Return the statistic of every pruned layer, in order, as the walk hands it to the pruner; with half of W zeroed."""
+    """Return the statistic of every pruned layer as the walk hands it to the pruner, which zeroes half of W."""
     seen = []
 
     def note(weight, prepared, ratio, nm):
