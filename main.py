@@ -39,7 +39,7 @@ class _Note(argparse.Action):
         namespace.given = [*getattr(namespace, "given", []), self.dest]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Answers a wrong command line with one line."""
 
     def __init__(self, *args, **kwargs) -> None:
@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
-def _true_or_false(text: str) -> bool:
+def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
@@ -69,7 +69,7 @@ def _number_or_auto(text: str) -> float | str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="main.py",
         description="Prune a LLaMA-family model and measure its perplexity. Without --prune_method: the dense model's.",
         epilog="example: python main.py --model smollm2-135m --prune_method wanda_ww --sparsity_ratio 0.5 "
@@ -121,7 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_data", default="wikitext2", metavar="TEXT", help=f"evaluation text: {texts}")
     add("--eval_windows", type=int, metavar="N", help="windows to evaluate, a count (default: all)")
-    add("--eval_wikitext", type=_true_or_false, nargs="?", const=True, default=True, metavar="{true,false}",
+    add("--eval_wikitext", type=true_or_false, nargs="?", const=True, default=True, metavar="{true,false}",
         help="measure the perplexity on --eval_data")  # fmt: skip
     add("--eval_zero_shot", action="store_true", help="zero-shot tasks (not built yet)")
 

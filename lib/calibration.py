@@ -14,12 +14,14 @@ from lib.models import entry_device
 class BlockInputs(NamedTuple):
     """What the model hands to its blocks.
 
-    ``hidden`` [samples, tokens, width] enters block 0; ``arguments[i]`` are all other arguments of block i's call (mask,
-    position embeddings ...), the same for every sample. No live cache is among them.
+    ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
+    ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every sample.
+    No live cache is among them. ``samples`` is what statistics are divided by, None for the number of tokens.
     """
 
-    hidden: Tensor
+    hidden: Tensor | list[Tensor]
     arguments: list[tuple[tuple, dict]]
+    samples: int | None
 
 
 class InputStatistic(NamedTuple):
@@ -97,11 +99,11 @@ def catch_block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, windows: T
     finally:
         for i, block in enumerate(originals):
             blocks[i] = block
-    return BlockInputs(hidden, arguments)
+    return BlockInputs(hidden, arguments, len(hidden))
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple, dict]) -> Tensor:
-    """Return what ``block`` makes of ``hidden`` [1, tokens, width]."""
+    """Return what ``block`` makes of ``hidden`` [batch, tokens, width]."""
     args, kwargs = arguments
     out = block(hidden, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
@@ -109,14 +111,14 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple, dict]) -
 
 @torch.no_grad()
 def input_statistics(
-    linears: dict[str, nn.Module], statistic: str, samples: int, passes: Iterable[object]
+    linears: dict[str, nn.Module], statistic: str, samples: int | None, passes: Iterable[object]
 ) -> list[InputStatistic]:
     """Return the mean over samples of a statistic of each layer's input, once per distinct input.
 
     Args:
-        linears: the layers by name.
+        linears: the layers by name; 1x1 convolutions are the linear layers that they are.
         statistic: a name of STATISTICS.
-        samples: the number of samples that the passes hold in all.
+        samples: the number of samples that the passes hold in all; None for the mean over tokens.
         passes: an iterable that makes one forward pass through the layers at each step.
 
     Raises:
@@ -124,11 +126,12 @@ def input_statistics(
     """
     add = STATISTICS[statistic]
     totals: dict[str, Tensor | None] = {}
+    tokens: dict[str, int] = {}
     sharing: dict[str, list[str]] = {}  # layer that does the adding -> the layers with the same input
     seen: list[tuple[Tensor, str]] = []  # inputs of the pass under way, kept so that identity means identity
 
     def watch(name: str):
-        def hook(_, args: tuple) -> None:
+        def hook(module: nn.Module, args: tuple) -> None:
             (x,) = args
             if any(name in names[1:] for names in sharing.values()):
                 return
@@ -138,7 +141,10 @@ def input_statistics(
                 return
             seen.append((x, name))
             sharing.setdefault(name, [name])
-            totals[name] = add(x.reshape(-1, x.shape[-1]).float(), totals.get(name))
+            x = x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x  # [batch, in, height, width]: channels last
+            x = x.reshape(-1, x.shape[-1])
+            totals[name] = add(x.float(), totals.get(name))
+            tokens[name] = tokens.get(name, 0) + len(x)
 
         return hook
 
@@ -154,7 +160,7 @@ def input_statistics(
         raise UserError(f"{sorted(unreached)[0]}: the forward pass does not reach this layer; the model is not supported")
     result = []
     for leader, names in sharing.items():
-        value = totals.pop(leader).div_(samples)
+        value = totals.pop(leader).div_(samples or tokens[leader])
         if not torch.isfinite(value).all():
             raise UserError(f"{names[0]}: its input overflows (not finite); try --dtype bfloat16 or --dtype float32")
         result.append(InputStatistic(names, value))

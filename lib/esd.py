@@ -14,9 +14,10 @@ _FLOAT32_SLACK = 2e-5  # float32 and float64 KS distances differ by less: 2e-6 a
 
 
 class Spectrum(NamedTuple):
-    """Ascending eigenvalues of W'W (``eigs``: [N] float32, N = min(shape)) and the shape of W.
+    """Ascending eigenvalues of W'W (``eigs``: [N] float32) and the shape of W.
 
-    ``fell_back`` says that the fast driver had to give way to a float64 SVD.
+    N = min(shape) of a matrix; of a convolution [out, in, kh, kw] kh * kw * min(out, in). ``fell_back`` says that the fast
+    driver had to give way to a float64 SVD.
     """
 
     eigs: Tensor
@@ -50,7 +51,9 @@ class NoFit(ValueError):
 def spectrum(weight: Tensor, driver: str = "exact", farms: Farms | None = None) -> Spectrum:
     """Return the spectrum of ``weight`` [out, in]: its squared singular values, ascending, none dropped.
 
-    Computed on the weight's own device (paper, section 3.1: the ESD of the correlation matrix W'W).
+    Computed on the weight's own device (paper, section 3.1: the ESD of the correlation matrix W'W). Of a convolution
+    [out, in, kh, kw]: those of the matrices [out, in] at all kernel positions together, each matrix scaled by sqrt(1/2)
+    (published).
 
     Args:
         driver: a name of DRIVERS.
@@ -63,8 +66,13 @@ def spectrum(weight: Tensor, driver: str = "exact", farms: Farms | None = None) 
     if not torch.isfinite(matrix).all():
         raise NoFit("the weight holds values that are not finite")
     if farms is None:
-        eigs, fell_back = DRIVERS[driver](matrix[None])
-        return Spectrum(eigs[0], tuple(weight.shape), fell_back)
+        matrices = matrix[None]  # [1, out, in]
+        if matrix.ndim == 4:  # [kh * kw, out, in]
+            matrices = matrix.float().permute(2, 3, 0, 1).flatten(0, 1) * math.sqrt(0.5)
+        eigs, fell_back = DRIVERS[driver](matrices)
+        return Spectrum(eigs.flatten().sort().values, tuple(weight.shape), fell_back)
+    if matrix.ndim != 2:
+        raise NoFit("FARMS is about matrices, not convolutions")
     parts = [DRIVERS[driver](batch) for batch in _window_batches(matrix, farms)]
     eigs = torch.cat([eigs.flatten() for eigs, _ in parts]).sort().values
     return Spectrum(eigs, tuple(weight.shape), any(fell_back for _, fell_back in parts))

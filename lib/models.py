@@ -1,9 +1,6 @@
 """A name or a folder becomes a model, of which this room knows where the blocks and their linear layers are."""
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lib import UserError
 from lib.registry import did_you_mean
+from lib.results import new_folder
 
 log = logging.getLogger(__name__)
 
@@ -188,31 +186,9 @@ def save_llm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target:
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
-    tmp = old = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        model.save_pretrained(tmp)
-        tokenizer.save_pretrained(tmp)
-        tmp.chmod(0o777 & ~_umask())  # mkdtemp's own is private
-        if target.exists():
-            old = target.with_name(f".{target.name}-old-{os.getpid()}")
-            target.rename(old)
-        tmp.rename(target)
-    except Exception as error:  # safetensors has an error class of its own for a full disk
-        if not isinstance(error, OSError) and "os error" not in str(error):
-            raise
-        raise UserError(f"{target}: the model cannot be saved there ({_first_line(error)})") from error
-    finally:
-        for leftover in (tmp, old):
-            if leftover is not None:
-                shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with new_folder(target) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -26,6 +26,9 @@ def sparsity(weight: Tensor) -> float:
     return (weight == 0).sum().item() / weight.numel()
 
 
+PROPAGATE = ("dense", "pruned")
+
+
 @torch.no_grad()
 def prune_model(
     model: PreTrainedModel,
@@ -48,19 +51,39 @@ def prune_model(
         UserError: statistics or weights that are not finite, or a Hessian that cannot be factorised; names the layer.
     """
     inputs = None if pruner.statistic is None else catch_block_inputs(model, blocks, windows)
+    return prune_blocks(blocks, layers, plan, pruner, inputs, metric)
+
+
+@torch.no_grad()
+def prune_blocks(
+    blocks: Sequence[nn.Module],
+    layers: Sequence[PrunableLayer],
+    plan: SparsityPlan,
+    pruner: Pruner,
+    inputs: BlockInputs | None,
+    metric: Mapping[str, float] | None = None,
+    propagate: str = "pruned",
+) -> list[LayerReport]:
+    """Prune as ``prune_model`` does, given what enters the blocks; a block without layers only passes the data on.
+
+    Args:
+        inputs: used up; None for a pruner that wants no statistic.
+        propagate: what a block's inputs come from, ``pruned`` or ``dense`` predecessors. Dense ones need one pass a block.
+    """
     report = []
-    grouped = [list(group) for _, group in groupby(layers, key=lambda layer: layer.block)]
-    for group in tqdm(grouped, desc="pruning", unit="block", disable=None):
-        index = group[0].block
+    grouped = {index: list(group) for index, group in groupby(layers, key=lambda layer: layer.block)}
+    steps = sorted(grouped) if inputs is None else range(max(grouped) + 1)
+    for index in tqdm(steps, desc="pruning", unit="block", disable=None):
         with resident(blocks[index]) as device:
-            linears = {layer.name: layer.module for layer in group}
-            for names, prepared in _prepared(linears, pruner, inputs, blocks[index], index, device):
+            linears = {layer.name: layer.module for layer in grouped.get(index, ())}
+            keep = propagate == "dense"
+            for names, prepared in _prepared(linears, pruner, inputs, blocks[index], index, device, keep):
                 for name in names:
                     _prune_layer(linears[name], name, plan, pruner, prepared)
-            if inputs is not None and group is not grouped[-1]:
+            if inputs is not None and index != steps[-1] and not (keep and linears):
                 for _ in _passes(blocks[index], index, inputs, device, keep=True):
                     pass
-            for layer in group:
+            for layer in grouped.get(index, ()):
                 weight = layer.module.weight
                 value = None if metric is None else metric[layer.name]
                 nm = None if plan.nm is None else plan.nm[layer.name]
@@ -91,7 +114,7 @@ def score_blocks(
         with resident(blocks[index]) as device:
             linears = {layer.name: layer.module for layer in group}
             passes = _passes(blocks[index], index, inputs, device, keep=True)
-            found = input_statistics(linears, "squared_norms", len(inputs.hidden), passes)
+            found = input_statistics(linears, "squared_norms", inputs.samples, passes)
             scores = [linears[name].weight.abs() * value.sqrt() for names, value in found for name in names]
             values |= dict.fromkeys(linears, number(scores))
     return values
@@ -104,42 +127,45 @@ def _prepared(
     block: nn.Module,
     index: int,
     device: torch.device,
+    keep: bool,
 ) -> Iterator[tuple[list[str], object]]:
     """Yield the layers that share an input, and what the pruner makes of that input's statistic."""
     if inputs is None:
         yield list(linears), None
         return
-    passes = _passes(block, index, inputs, device, keep=False)
-    statistics = input_statistics(linears, pruner.statistic, len(inputs.hidden), passes)
+    passes = _passes(block, index, inputs, device, keep) if linears else ()
+    statistics = input_statistics(linears, pruner.statistic, inputs.samples, passes)
     while statistics:
         names, value = statistics.pop(0)  # a Hessian is let go of before the next one is factorised
         try:
             yield names, pruner.prepare(value)
         except NotPositiveDefinite as error:
-            raise UserError(f"{names[0]}: {error}; give more calibration text (--nsamples)") from error
+            raise UserError(f"{names[0]}: {error}; give more calibration data (--nsamples)") from error
 
 
 def _prune_layer(module: nn.Module, name: str, plan: SparsityPlan, pruner: Pruner, prepared: object) -> None:
     if not torch.isfinite(module.weight).all():
         raise UserError(f"{name}: its weights are not finite; the checkpoint is damaged")
     nm = None if plan.nm is None else plan.nm[name]
-    weight = pruner.prune(module.weight.data, prepared, plan.ratios[name], nm)
+    # A 1x1 convolution [out, in, 1, 1] is the matrix that it is.
+    weight = pruner.prune(module.weight.data.flatten(1), prepared, plan.ratios[name], nm)
     if not torch.isfinite(weight).all():
         raise UserError(f"{name}: its pruned weights are not finite; try --dtype bfloat16 or --dtype float32")
-    module.weight.data.copy_(weight)
+    module.weight.data.copy_(weight.view_as(module.weight))
 
 
 def _passes(
     block: nn.Module, index: int, inputs: BlockInputs, device: torch.device, keep: bool
 ) -> Iterator[None]:
-    """Run every sample through ``block``, a step each; with ``keep``, what comes out replaces what went in."""
+    """Run every sample or batch through ``block``, a step each; with ``keep``, what comes out replaces what went in."""
     from accelerate.utils import send_to_device
 
     arguments = send_to_device(inputs.arguments[index], device)
-    for sample in range(len(inputs.hidden)):
-        out = run_block(block, inputs.hidden[sample : sample + 1].to(device), arguments)
+    hidden = inputs.hidden if isinstance(inputs.hidden, list) else inputs.hidden.unsqueeze(1)  # views, one sample each
+    for i in range(len(hidden)):
+        out = run_block(block, hidden[i].to(device), arguments)
         if keep:
-            inputs.hidden[sample : sample + 1] = out
+            hidden[i] = out.to(hidden[i].device)
         yield
 
 

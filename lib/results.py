@@ -18,7 +18,7 @@ import torch
 
 from lib import UserError
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "safetensors")
+PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "numpy", "safetensors")
 
 
 class LayerReport(NamedTuple):
@@ -110,6 +110,40 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> None:
             with suppress(OSError):
                 tmp.unlink()
         raise UserError(f"{folder / name}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``target`` that takes its place when the with statement ends without an error.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    tmp = old = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        yield tmp
+        tmp.chmod(0o777 & ~_umask())  # mkdtemp's own is private
+        if target.exists():
+            old = target.with_name(f".{target.name}-old-{os.getpid()}")
+            target.rename(old)
+        tmp.rename(target)
+    except Exception as error:  # safetensors has an error class of its own for a full disk
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"{target}: the model cannot be saved there ({reason})") from error
+    finally:
+        for leftover in (tmp, old):
+            if leftover is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def perplexity_text(method: str, sparsity: float, perplexity: float) -> str:

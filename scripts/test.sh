@@ -3,5 +3,6 @@
 source "$(dirname "$0")/env.sh"
 need requirements.txt
 need scripts/requirements-data.txt --no-deps
+need scripts/requirements-images.txt
 need tests/requirements.txt
 exec "$PYTHON_BIN" -m pytest "$@"

@@ -1,0 +1,195 @@
+"""Images become batches of tensors."""
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lib import UserError
+
+log = logging.getLogger(__name__)
+
+MEAN_STD = {  # by --imagenet_default_mean_and_std
+    True: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    False: ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+WHOLE_IMAGE_UP_TO, WHOLE_IMAGE_FROM = 32, 384  # sides at which nothing is cropped off (published)
+CROP = 224 / 256
+DIGITS_TEST = 450  # of 1,797
+
+
+class Images(NamedTuple):
+    """``items[i]`` is (RGB image, label); ``classes`` are their names; ``paths``, if they are files, those."""
+
+    items: Sequence
+    classes: list[str]
+    paths: list[str] | None = None
+
+
+# ------------------------------------------------------------------------------------------------------- images
+
+
+def imnet(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
+    """ImageNet's layout: a folder per class in DATA_PATH/train and DATA_PATH/val."""
+    return _folder("--data_path", data_path, "train" if train else "val")
+
+
+def image_folder(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
+    """A folder per class in DATA_PATH (calibration) and in EVAL_DATA_PATH (test)."""
+    return _folder("--data_path", data_path) if train else _folder("--eval_data_path", eval_data_path)
+
+
+def cifar(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
+    """CIFAR-100, fetched to DATA_PATH if it is not there."""
+    from torchvision.datasets import CIFAR100
+
+    if data_path is None:
+        raise UserError("--data_set CIFAR: add --data_path, the folder that holds CIFAR-100 or is to hold it")
+    try:
+        items = CIFAR100(data_path, train=train, download=True)
+    except Exception as error:  # the network's errors, a full disk, a damaged archive
+        raise UserError(f"--data_path {data_path}: CIFAR-100 cannot be read or fetched ({error})") from error
+    return Images(items, items.classes)
+
+
+def digits(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a stratified quarter, always the same, is for test."""
+    from PIL import Image
+
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise UserError("--data_set digits: needs scikit-learn; type: pip install scikit-learn") from error
+    found = load_digits()
+    split = train_test_split(found.images, found.target, test_size=DIGITS_TEST, stratify=found.target, random_state=0)
+    pixels, labels = (split[0], split[2]) if train else (split[1], split[3])
+    grey = (pixels * (255 / 16)).round().astype(np.uint8)
+    items = [(Image.fromarray(image).convert("RGB"), int(label)) for image, label in zip(grey, labels, strict=True)]
+    return Images(items, [str(digit) for digit in range(10)])
+
+
+# Images by name: a function of --data_path, --eval_data_path, and of the split, so that only one is read.
+DATASETS: dict[str, Callable[[str | None, str | None, bool], Images]] = {
+    "IMNET": imnet,
+    "CIFAR": cifar,
+    "image_folder": image_folder,
+    "digits": digits,
+}
+
+
+def _folder(flag: str, given: str | None, inner: str = "") -> Images:
+    from torchvision.datasets import ImageFolder
+
+    if given is None:
+        raise UserError(f"{flag} is missing: the folder of the images (--data_set says which kind)")
+    path = Path(given).expanduser() / inner
+    if not path.is_dir():
+        raise UserError(f"{flag} {given}: there is no folder {path}; it should hold a folder of images per class")
+    try:
+        found = ImageFolder(str(path))
+    except (OSError, ValueError) as error:  # no folder inside, or one without images
+        raise UserError(f"{flag} {given}: {path} should hold a folder of images per class ({error})") from error
+    return Images(found, found.classes, [sample[0] for sample in found.samples])
+
+
+# ----------------------------------------------------------------------------------------------------- batches
+
+
+def evaluation_transform(size: int, crop_pct: float | None, mean_std: tuple) -> Callable:
+    """Return what makes an image a tensor [3, size, size]: resized (bicubic), cropped, normalised (published)."""
+    from timm.data.transforms_factory import transforms_imagenet_eval
+
+    whole = size <= WHOLE_IMAGE_UP_TO or size >= WHOLE_IMAGE_FROM
+    return transforms_imagenet_eval(
+        img_size=size,
+        crop_pct=crop_pct or (1.0 if whole else CROP),
+        crop_mode="squash" if whole and crop_pct is None else "center",
+        interpolation="bicubic",
+        mean=mean_std[0],
+        std=mean_std[1],
+    )
+
+
+def augmenting_transform(size: int, mean_std: tuple) -> Callable:
+    """Return the random training transform that the published code calibrates with."""
+    from timm.data import create_transform
+
+    return create_transform(
+        input_size=size,
+        is_training=True,
+        color_jitter=0.4,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+        mean=mean_std[0],
+        std=mean_std[1],
+    )
+
+
+def draw(images: Images, count: int, seed: int, replacement: bool) -> list[int]:
+    """Return ``count`` random indices of ``images``.
+
+    Raises:
+        UserError: without replacement there are not as many.
+    """
+    have = len(images.items)
+    generator = torch.Generator().manual_seed(seed)
+    if replacement:
+        return torch.randint(have, (count,), generator=generator).tolist()
+    if count > have:
+        raise UserError(f"--nsamples {count}: there are {have} training images; lower it")
+    return torch.randperm(have, generator=generator)[:count].tolist()
+
+
+class Prepared(Dataset):
+    """The images at ``indices`` as tensors, with their labels; one that cannot be read is what is wrong with it.
+
+    With a ``seed``, each is transformed with its own random state, so that neither the batch size nor the number of
+    workers matters.
+    """
+
+    def __init__(self, images: Images, indices: Sequence[int], transform: Callable, seed: int | None = None) -> None:
+        self.images, self.indices, self.transform, self.seed = images, indices, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int] | str:
+        if self.seed is not None:
+            state = (self.seed * 1_000_003 + i) % 2**32
+            random.seed(state)
+            np.random.seed(state)
+            torch.manual_seed(state)
+        try:
+            image, label = self.images.items[self.indices[i]]
+            return self.transform(image), label
+        except (OSError, SyntaxError, ValueError) as error:  # PIL's, of what is no image or is cut off
+            path = self.images.paths[self.indices[i]] if self.images.paths else f"image {self.indices[i]}"
+            return f"{path}: cannot be read as an image ({str(error).splitlines()[0]}); mend or remove it"
+
+
+def batches(prepared: Prepared, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield tensors [batch, 3, height, width] and labels [batch], in order.
+
+    Raises:
+        UserError: an image cannot be read; names it.
+    """
+    generator = torch.Generator().manual_seed(0)  # workers get their seeds from it, not from the global one
+    for batch in DataLoader(prepared, batch_size, num_workers=workers, collate_fn=_collate, generator=generator):
+        if isinstance(batch, str):
+            raise UserError(batch)
+        yield batch
+
+
+def _collate(items: list) -> tuple[Tensor, Tensor] | str:
+    wrong = next((item for item in items if isinstance(item, str)), None)  # an error raised here would lose its type
+    return wrong or (torch.stack([x for x, _ in items]), torch.tensor([label for _, label in items]))

@@ -1,0 +1,32 @@
+"""How many of the test images are classified correctly."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class Accuracy(NamedTuple):
+    """Percentages of ``images``: the label is the likeliest class (``top1``), or among the first five (``top5``)."""
+
+    top1: float
+    top5: float
+    images: int
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], use_amp: bool = False) -> Accuracy:
+    """Return the accuracy of ``model`` over all ``batches`` of images and labels; ``use_amp``: in half precision."""
+    device = next(model.parameters()).device
+    first = five = count = 0
+    for images, labels in tqdm(batches, desc="accuracy", unit="batch", disable=None):
+        with torch.autocast(device.type, enabled=use_amp):
+            logits = model(images.to(device))  # [batch, classes]
+        likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = likeliest == labels.to(device)[:, None]
+        first += hits[:, 0].sum().item()
+        five += hits.sum().item()
+        count += len(labels)
+    return Accuracy(100 * first / count, 100 * five / count, count)

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# vit_large_patch16_224 at sparsities of 0.4 to 0.8.   use: bash image_classifiers/scripts/vit_l.sh IMAGENET [OUT [SPARSITY ...]]
+exec bash "$(dirname "$0")/prune.sh" vit_large_patch16_224 "$@"

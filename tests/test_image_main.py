@@ -1,0 +1,356 @@
+"""Image classifiers: whole runs, the files they leave, the images they read, and bad input."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_image_models import tiny_convnext, tiny_vit
+from torchvision import transforms
+
+from image_classifiers import data, main, pruning
+from image_classifiers.evaluation import accuracy
+from image_classifiers.models import find_parts, save
+from lib import UserError, allocation
+
+PROGRAM = ROOT / "image_classifiers" / "main.py"
+
+
+@pytest.fixture(scope="module")
+def vit_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifiers") / "tiny-vit"
+    save(tiny_vit(), 8, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """Return a folder in ImageNet's layout: two classes, of six training and three validation images each."""
+    root = tmp_path_factory.mktemp("imagenet")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for name in ("n01", "n02"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 256, (12, 10 + i, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def call(capsys, *flags) -> tuple[int, str]:
+    """Return the exit status of the command line and what it said on stderr."""
+    try:
+        status = main.main([str(flag) for flag in flags])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    return status, capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_as_published_from_inside_the_folder(vit_folder, tmp_path):
+    flags = (
+        f"--model {vit_folder} --data_set digits --prune_metric wanda_ww --sparsity 0.6 --nsamples 200 --batch_size 64"
+    )
+    flags += f" --WW_metric alpha_mid --epsilon 0.2 --save_dir {tmp_path}/out --metric_cache {tmp_path}/cache"
+    flags += f" --save_model {tmp_path}/models --num_workers 0"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "main.py", *flags.split()], cwd=PROGRAM.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} == {
+        "0.6.txt",
+        "run_wanda_ww_sparsity_0.6.json",
+        "layers_wanda_ww_sparsity_0.6.tsv",
+    }
+    record = json.loads((out / "run_wanda_ww_sparsity_0.6.json").read_text())
+    text = (out / "0.6.txt").read_text()
+    assert re.fullmatch(r"Accuracy of the network on 450 test images: \d+\.\d{5}%\n", text)
+
+    # The saved model, loaded by timm and evaluated by a plain loop, has the accuracy and sparsity that were written.
+    model = timm.create_model(f"local-dir:{tmp_path}/models/wanda_ww_0.6", pretrained=True).eval()
+    logits, labels = logits_of(model)
+    top1 = 100 * (logits.argmax(1) == labels).double().mean().item()
+    top5 = 100 * np.mean(
+        [label in row.sort(descending=True).indices[:5] for row, label in zip(logits, labels, strict=True)]
+    )
+    assert float(text.split()[-1].rstrip("%")) == pytest.approx(top1, abs=1e-5)
+    assert record["accuracy"] == pytest.approx({"top1": top1, "top5": top5, "images": 450})
+    layers = find_parts(model).pruned
+    zeros = [(layer.module.weight == 0).double().mean().item() for layer in layers]
+    sizes = [layer.module.weight.numel() for layer in layers]
+    assert record["sparsity"] == pytest.approx(np.average(zeros, weights=sizes), rel=1e-12)
+    assert abs(record["sparsity"] - 0.6) <= len(layers) / sum(sizes)
+
+    # What stands in the table of layers, and the dense accuracy.
+    rows = [line.split("\t") for line in (out / "layers_wanda_ww_sparsity_0.6.tsv").read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == [layer.name for layer in layers]
+    assert [float(row[4]) for row in rows] == pytest.approx(zeros, abs=1e-6)
+    assert sorted(rows, key=lambda row: float(row[2])) == sorted(rows, key=lambda row: float(row[3]))
+    logits, labels = logits_of(tiny_vit())
+    assert record["dense"]["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+    assert "dense" in done.stdout and "wanda_ww" in done.stdout and f"{top1:.2f}" in done.stdout
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["tiny-vit"]
+
+
+@torch.no_grad()
+def logits_of(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits and labels of all test digits, prepared by hand."""
+    images = data.digits(None, None, train=False).items
+    mean, std = (torch.tensor(values)[:, None, None] for values in data.MEAN_STD[True])
+    pixels = [(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std for image, _ in images]
+    return model(torch.stack(pixels)), torch.tensor([label for _, label in images])
+
+
+def test_convnext_keeps_its_metric_under_its_own_name(tmp_path, capsys):
+    for name, changes in (("one", {}), ("two", {"dims": (12, 16, 20, 24)})):
+        save(tiny_convnext(**changes), 8, tmp_path / name)
+        flags = [
+            "--model",
+            tmp_path / name,
+            "--data_set",
+            "digits",
+            "--prune_metric",
+            "magnitude_ww",
+            "--sparsity",
+            0.5,
+        ]
+        flags += ["--save_dir", tmp_path / "out", "--metric_cache", tmp_path / "cache", "--num_workers", 0]
+        assert call(capsys, *flags)[0] == 0
+        assert len(np.load(tmp_path / "cache" / name / "alpha_mid.npy")) == 18  # three a block
+    # The second run reads what the first one wrote; values that are not those of the weights show in its ratios.
+    kept = np.load(tmp_path / "cache" / "two" / "alpha_mid.npy")
+    np.save(tmp_path / "cache" / "two" / "alpha_mid.npy", np.where(np.arange(18) == 17, 2 * kept.max(), kept))
+    before = (tmp_path / "out" / "layers_magnitude_ww_sparsity_0.5.tsv").read_text().splitlines()
+    assert call(capsys, *flags)[0] == 0
+    after = (tmp_path / "out" / "layers_magnitude_ww_sparsity_0.5.tsv").read_text().splitlines()
+    assert float(after[-1].split("\t")[3]) > float(before[-1].split("\t")[3]) and before[0] == after[0]
+
+
+def test_dense_evaluation_and_images_in_folders(vit_folder, imagenet, tmp_path, capsys):
+    save(tiny_vit(num_classes=2), 8, tmp_path / "two")
+    common = ["--model", tmp_path / "two", "--save_dir", tmp_path / "out", "--num_workers", 0]
+    assert call(capsys, *common, "--data_path", imagenet)[0] == 0
+    imnet = json.loads((tmp_path / "out" / "run_dense_sparsity_0.0.json").read_text())
+    folders = ["--data_set", "image_folder", "--data_path", imagenet / "train", "--eval_data_path", imagenet / "val"]
+    pruning = ["--prune_metric", "wanda", "--sparsity", 0.5, "--nsamples", 12]
+    assert call(capsys, *common, *folders, *pruning)[0] == 0
+    folder = json.loads((tmp_path / "out" / "run_wanda_sparsity_0.5.json").read_text())
+    assert imnet["dense"] == imnet["accuracy"] == folder["dense"] and imnet["dense"]["images"] == 6
+    assert imnet["dense"]["top5"] == 100  # of two classes
+
+
+def test_results_depend_neither_on_the_batch_size_nor_on_the_workers(vit_folder, tmp_path, capsys):
+    common = ["--model", vit_folder, "--data_set", "digits", "--prune_metric", "wanda", "--sparsity", 0.7]
+    common += ["--nsamples", 50, "--published_calibration"]
+    masks = []
+    for batch, workers in ((50, 0), (7, 0), (16, 1)):
+        out = tmp_path / f"{batch}"
+        flags = ["--batch_size", batch, "--num_workers", workers, "--save_dir", out, "--save_model", out]
+        assert call(capsys, *common, *flags)[0] == 0
+        model = timm.create_model(f"local-dir:{out}/wanda_0.7", pretrained=True)
+        masks.append(torch.cat([layer.module.weight.flatten() == 0 for layer in find_parts(model).pruned]))
+    # float32 sums in another order may swap the two scores at a threshold, in a matrix or two
+    assert all((masks[0] != mask).sum() <= 4 for mask in masks[1:])
+
+
+def test_half_precision_evaluates_nearly_the_same():
+    model, images = tiny_vit(), data.digits(None, None, train=False)
+    prepared = data.Prepared(images, range(450), data.evaluation_transform(8, None, data.MEAN_STD[True]))
+    one, other = (accuracy(model, data.batches(prepared, 100, 0), amp) for amp in (False, True))
+    assert one.images == other.images == 450 and abs(one.top1 - other.top1) < 3
+
+
+# --------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "steps"),
+    [
+        (224, None, [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)]),
+        (224, 0.9, [transforms.Resize(248, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)]),
+        (384, None, [transforms.Resize((384, 384), transforms.InterpolationMode.BICUBIC)]),
+        (32, None, [transforms.Resize((32, 32), transforms.InterpolationMode.BICUBIC)]),
+    ],
+)
+@pytest.mark.parametrize("imagenet_mean", [True, False])
+def test_images_are_prepared_as_published(size, crop_pct, steps, imagenet_mean):
+    pixels = np.random.default_rng(1).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    mean = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if imagenet_mean else ([0.5] * 3, [0.5] * 3)
+    wanted = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(*mean)])(image)
+    found = data.evaluation_transform(size, crop_pct, data.MEAN_STD[imagenet_mean])(image)
+    assert found.shape == (3, size, size) and torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_draws():
+    images = data.digits(None, None, train=True)
+    draws = [data.draw(images, 1000, seed, replacement=False) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert all(len(set(draw)) == 1000 and max(draw) < 1347 for draw in draws)
+    again = data.draw(images, 4096, 0, replacement=True)
+    assert again == data.draw(images, 4096, 0, replacement=True) and len(again) == 4096 > len(set(again))
+
+
+def test_digits_are_split_by_class_and_nothing_is_in_both():
+    train, test = (data.digits(None, None, train=train) for train in (True, False))
+    assert (len(train.items), len(test.items)) == (1347, 450)
+    share = np.bincount([label for _, label in test.items]) / np.bincount(
+        [label for _, label in (*train.items, *test.items)]
+    )
+    assert np.allclose(share, 450 / 1797, atol=0.005)
+
+
+def test_published_calibration_is_seeded_per_image_and_augmented():
+    images = data.digits(None, None, train=True)
+    transform = data.augmenting_transform(16, data.MEAN_STD[True])
+    one, other, third = (data.Prepared(images, [5, 5, 9], transform, seed) for seed in (0, 0, 1))
+    assert torch.equal(one[1][0], other[1][0]) and not torch.equal(one[1][0], third[1][0])
+    assert not torch.equal(one[0][0], one[1][0])  # the same image, drawn twice, looks different
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def test_published_command_is_understood():
+    command = (
+        "--model convnext_base --data_path IMAGENET --resume WEIGHTS --prune_metric wanda_ww --sparsity 0.8 "
+        "--save_dir OUT --WW_metric alpha_mid --epsilon 0.2"
+    )
+    task = main.check_args(main.make_parser().parse_args(command.split()))
+    assert (task.method, task.allocation, task.target) == ("wanda_ww", "ww", 0.8)
+    assert task.pruner is pruning.IMAGE_PRUNERS["wanda"]
+
+
+def test_every_pruner_and_allocation_is_offered():
+    assert {"magnitude", "wanda", "magnitude_ww", "wanda_ww", "sparsegpt", "sparsegpt_ww"} <= set(main.METHODS)
+    assert len(main.METHODS) == len(main.ALLOCATIONS) * len(pruning.IMAGE_PRUNERS)
+
+
+def test_defaults_are_the_published_ones():
+    args = main.make_parser().parse_args(["--model", "m"])
+    published = {"nsamples": 4096, "batch_size": 256, "seed": 0, "data_set": "IMNET", "WW_metric": "alpha_mid"}
+    published |= {"sparsity": 0, "crop_pct": None, "imagenet_default_mean_and_std": True, "use_amp": False}
+    ours = {"metric_cache": "./metric_cache", "propagate": "dense", "published_calibration": False, "device": "auto"}
+    assert {name: getattr(args, name) for name in published | ours} == published | ours
+
+
+def test_training_flags_are_answered_with_one_warning(vit_folder, tmp_path, capsys, caplog):
+    flags = ["--model", vit_folder, "--data_set", "digits", "--save_dir", tmp_path, "--num_workers", 0]
+    with caplog.at_level(logging.WARNING):
+        assert call(capsys, *flags, "--epochs", 300, "--opt_betas", 0.9, 0.999, "--model_ema", "true", "--eval")[0] == 0
+    warnings = [record.getMessage() for record in caplog.records if "do nothing" in record.getMessage()]
+    assert warnings == [
+        "flags of the published training script, which do nothing here: --epochs, --eval, --model_ema, --opt_betas"
+    ]
+
+
+def test_help_explains_every_flag():
+    parser = main.make_parser()
+    assert all(action.help for action in parser._actions)
+    text = parser.format_help()
+    for group in ("model", "data", "pruning", "allocation", "evaluation and output"):
+        assert re.search(rf"^{group}\b.*:$", text, flags=re.M), group
+    assert "--epochs" not in text
+
+
+WANDA = "--prune_metric wanda --sparsity 0.5"
+BAD = {  # flags (M: a good model, I: images in folders), and what is said
+    "--model deit_tinny_patch16_224": "timm has no such model. Did you mean 'deit_tiny_patch16_224'?",
+    "--model resnet18 --data_path I": "ResNet is not supported",
+    "--model I": "the folder holds no config.json",
+    "--model I/train/n01/0.png": "is a file; give the model's name",
+    "--model deit_tiny_patch16_224.nosuch --data_path I": "timm cannot make it",
+    "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I": "weights of deit_tiny_patch16_224 know 1000",
+    "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume I/val/n01/0.png": "cannot be read as weights",
+    "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume M/model.safetensors": "its weights do not fit",
+    "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume nosuch.pth": "there is no such file",
+    "--model convnext_atto --input_size 8 --nb_classes 2 --data_path I": "convnext_atto cannot take such images",
+    "--model M": "--data_path is missing",
+    "--model M --data_path nosuch": "there is no folder nosuch/val",
+    "--model M --data_path I/train/n01": "there is no folder",
+    "--model M --data_set image_folder --eval_data_path I/train/n01": "should hold a folder of images per class",
+    "--model M --data_path I": "2 classes of images, and the model has 10; for a model that has 2, add --nb_classes 2",
+    "--model M --data_set digits --nb_classes 7": "--nb_classes 7: the model in",
+    "--model M --data_set digits --input_size 16": "--input_size 16: the model in",
+    f"--model M --data_set digits {WANDA}": "--nsamples 4096: there are 1347 training images; lower it",
+    f"--model M --data_set digits {WANDA} --nsamples 0": "--nsamples 0: must be at least 1",
+    "--model M --data_set digit": "no such choice. Did you mean 'digits'?",
+    "--model M --data_set digits --eval_data_path I": "--eval_data_path with --data_set digits does nothing",
+    "--model M --data_set digits --prune_metric wanda_w --sparsity 0.5": "Did you mean 'wanda_ww'?",
+    "--model M --data_set digits --prune_metric wanda": "without a sparsity; add --sparsity",
+    "--model M --data_set digits --sparsity 0.5": "without a method; add --prune_metric",
+    "--model M --data_set digits --prune_metric wanda --sparsity 1": "--sparsity 1.0: must be at least 0 and below 1",
+    f"--model M --data_set digits {WANDA} --epsilon 2": "--epsilon 2.0: must be between 0 and 1",
+    f"--model M --data_set digits {WANDA} --propagate sparse": "Choose from: dense, pruned",
+    "--model M --data_set digits --prune_metric wanda_ww --sparsity 0.5 --WW_metric alfa_mid": "no such choice",
+    "--model M --data_set digits --device cuda:99": "cannot be used",
+    "--model M --data_set digits --crop_pct 1.5": "--crop_pct 1.5: must be above 0",
+    "--model M --data_set digits --save_model out": "--save_model without --prune_metric does nothing",
+    "--model M --data_set digits --save_dir M/config.json": "cannot be written",
+    "--model M --data_set digits --sparcity 0.5": "Did you mean '--sparsity'?",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(flags, vit_folder, imagenet, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"M": vit_folder, "I": imagenet}
+    words = [re.sub(r"^[MI](?=/|$)", lambda found: str(places[found[0]]), word) for word in flags.split()]
+    status, said = call(capsys, *words)
+    assert status == 2 and BAD[flags] in said
+    errors = [line for line in said.splitlines() if "error:" in line]
+    assert len(errors) == 1 and "Traceback" not in said and said.rstrip().endswith(errors[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(workers, imagenet, tmp_path):
+    root = tmp_path / "images"
+    (root / "a").mkdir(parents=True)
+    good = (imagenet / "val" / "n01" / "0.png").read_bytes()
+    for name, content in (("1.png", good), ("2.png", good[: len(good) // 2]), ("3.png", good)):
+        (root / "a" / name).write_bytes(content)
+    images = data.image_folder(None, str(root), train=False)
+    prepared = data.Prepared(images, range(3), data.evaluation_transform(8, None, data.MEAN_STD[True]))
+    with pytest.raises(UserError, match=rf"^{root}/a/2\.png: cannot be read as an image \(.*\); mend or remove it$"):
+        list(data.batches(prepared, 2, workers))
+
+
+def test_classes_of_calibration_and_test_must_be_the_same(imagenet, tmp_path, capsys):
+    save(tiny_vit(num_classes=2), 8, tmp_path / "two")
+    (tmp_path / "other").mkdir()
+    for name in ("n01", "n03"):
+        (tmp_path / "other" / name).symlink_to(imagenet / "train" / "n01")
+    flags = ["--model", tmp_path / "two", "--data_set", "image_folder", "--data_path", tmp_path / "other"]
+    status, said = call(
+        capsys, *flags, "--eval_data_path", imagenet / "val", *WANDA.split(), "--save_dir", tmp_path / "out"
+    )
+    assert status == 2 and "calibration and test differ in their classes (n02, n03)" in said
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "image_classifiers").rglob("*.sh")), ids=lambda path: path.name)
+def test_scripts_refuse_what_is_not_there(script, tmp_path):
+    bad = {"download_weights.sh": [tmp_path, "resnet18"], "prune.sh": ["resnet18", tmp_path]}.get(
+        script.name, [tmp_path]
+    )
+    done = subprocess.run(["bash", script, *map(str, bad)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "error: " in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_scripts_flags_are_the_parsers():
+    text = (ROOT / "image_classifiers" / "scripts" / "prune.sh").read_text().replace("\\\n", " ")
+    flags = re.findall(r"--\w+", text.split("main.py", 1)[1])
+    assert len(flags) > 7 and set(flags) <= set(main.make_parser()._option_string_actions)
