@@ -78,7 +78,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--eval_windows", type=int, metavar="N", help="windows to evaluate, a count (default: all)")
     add("--eval_wikitext", type=_true_or_false, nargs="?", const=True, default=True, metavar="{true,false}",
         help="measure the perplexity on --eval_data")  # fmt: skip
-    add("--eval_zero_shot", action="store_true", help="zero-shot tasks (not built yet)")
+    add("--eval_zero_shot", action="store_true", help="answer --tasks with lm-eval and measure the accuracy")
+    add("--tasks", default=",".join(eval.ZERO_SHOT_TASKS), metavar="A,B", help="lm-eval's names of tasks or groups")
+    add("--num_fewshot", type=int, default=0, metavar="N", help="worked examples before each question, a count")
+    add("--limit", type=int, metavar="N", help="questions per task, a count (default: all)")
+    add("--eval_batch_size", default="auto", metavar="N", help="choices at a time; auto: what the GPU holds, 8 on a CPU")
+    add("--include_path", metavar="DIR", help="folder of more lm-eval task files, such as data/tasks")
 
     add = parser.add_argument_group("output").add_argument
     add("--save", default="results", metavar="DIR", help="where the run's figures are written")
@@ -117,9 +122,24 @@ def check_args(args: argparse.Namespace) -> Task:
         value, least = getattr(args, flag), 2 if flag == "seqlen" and args.eval_wikitext else 1
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
-    if args.eval_zero_shot:
-        raise UserError("--eval_zero_shot: not built yet; save the model with --save_model and run lm-eval on it")
+    _check_zero_shot(args)
     return _check_method(args)
+
+
+def _check_zero_shot(args: argparse.Namespace) -> None:
+    if not args.eval_zero_shot:
+        parser = make_parser()
+        for flag in ("tasks", "num_fewshot", "limit", "eval_batch_size", "include_path"):
+            if getattr(args, flag) != parser.get_default(flag):
+                raise UserError(f"--{flag} {getattr(args, flag)} without --eval_zero_shot does nothing")
+    if not any(args.tasks.split(",")):
+        raise UserError(f"--tasks {args.tasks!r}: names no task; give lm-eval's names with commas between them")
+    if args.num_fewshot < 0:
+        raise UserError(f"--num_fewshot {args.num_fewshot}: must be at least 0")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: must be at least 1")
+    if args.eval_batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", args.eval_batch_size):
+        raise UserError(f"--eval_batch_size {args.eval_batch_size}: must be auto or at least 1")
 
 
 def _check_method(args: argparse.Namespace) -> Task:
@@ -210,6 +230,11 @@ def run(args: argparse.Namespace, console: Console) -> dict:
             calibration = data.calibration_windows(args.calib_data, tokenizer, args.nsamples, seqlen, args.seed)
         if args.eval_wikitext:
             evaluation = data.evaluation_windows(args.eval_data, tokenizer, seqlen, args.eval_windows)
+    questions = None
+    if args.eval_zero_shot:
+        with stages.stage("tasks"):
+            names = list(dict.fromkeys(filter(None, args.tasks.split(","))))
+            questions = eval.find_tasks(names, args.include_path, args.num_fewshot)
 
     with stages.stage("load"):
         log.info("loading %s", source.path)
@@ -241,6 +266,11 @@ def run(args: argparse.Namespace, console: Console) -> dict:
             written = prune.checkpoint_sparsity(target_folder, [layer.name for layer in layers])
             if written != measured:
                 raise RuntimeError(f"{target_folder}: holds a sparsity of {written}, the model has {measured}")
+    zero_shot = None
+    if questions is not None:
+        with stages.stage("zero_shot"):
+            batch = args.eval_batch_size if args.eval_batch_size == "auto" else int(args.eval_batch_size)
+            zero_shot = eval.zero_shot(model, tokenizer, questions, args.num_fewshot, args.limit, batch)
 
     record = {
         "complete": True,
@@ -249,6 +279,7 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         "sparsity": measured,
         "dense_zeros": dense_zeros / total,
         "perplexity": perplexity,
+        "zero_shot": None if zero_shot is None else {"means": zero_shot.means, "lm_eval": zero_shot.full},
         "model": source._asdict() | {"dtype": str(model.dtype).removeprefix("torch."), "parameters": model.num_parameters()},
         "calibration": None if calibration is None else {"text": args.calib_data, "windows": len(calibration), "seqlen": seqlen},
         "evaluation": None if evaluation is None else {"text": args.eval_data, "windows": len(evaluation), "seqlen": seqlen},
@@ -256,15 +287,22 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         "stages": stages.table,
         "flags": vars(args),
     }
-    files = {f"run_{task.run}.json": results.run_text(record)}
+    files = {}
     if perplexity is not None:
         files[f"perplexity_{task.run}.txt"] = results.perplexity_text(task.method, measured, perplexity)
+    table = ""
+    if zero_shot is not None:
+        table = results.zero_shot_table(zero_shot.scores, zero_shot.means)
+        files[f"zero_shot_{task.run}.txt"] = results.zero_shot_text(task.method, table)
     if rows:
         files[f"layers_{task.run}.tsv"] = results.layers_text(rows)
+    files[f"run_{task.run}.json"] = results.run_text(record)  # last: it says that the run is complete
     earlier = results.read_run(save, task.run)
     if earlier and earlier.get("flags") != json.loads(json.dumps(vars(args))):  # --seed 1, 2:4 ... : the same file names
         log.warning("%s/*_%s.* of a run with other flags are replaced", save, task.run)
     results.write_files(save, files)
+    if table:
+        console.print(table, highlight=False, soft_wrap=True)
     _print_table(console, record, save, task)
     return record
 
@@ -291,7 +329,8 @@ def quiet() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("lib").setLevel(logging.INFO)
     log.setLevel(logging.INFO)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for name in ("huggingface_hub", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -18,7 +18,7 @@ import torch
 
 from lib import UserError
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "safetensors")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
 
 
 class LayerReport(NamedTuple):
@@ -121,6 +121,23 @@ def layers_text(rows: Sequence[LayerReport]) -> str:
         shape = "x".join(map(str, row.shape))
         lines.append(f"{row.name}\t{shape}\t{metric}\t{row.ratio:.6f}\t{row.sparsity:.6f}")
     return "\n".join(lines) + "\n"
+
+
+def zero_shot_table(scores: Sequence[tuple], means: Mapping[str, float]) -> str:
+    """Return a table of ``scores`` (task, metric, value, standard error or None, samples), the ``means`` below it."""
+    rows = [("task", "metric", "value", "stderr", "samples")]
+    for task, metric, value, stderr, samples in scores:
+        rows.append((task, metric, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", str(samples)))
+    rows += [("mean", metric, f"{value:.4f}", "", "") for metric, value in means.items()]
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    just = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
+    lines = ["  ".join(f(cell, w) for f, cell, w in zip(just, row, width, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def zero_shot_text(method: str, table: str) -> str:
+    """Return the content of ``zero_shot_<run>.txt``: ``{method}:``, as published, and the table."""
+    return f"{method}:\n{table}"
 
 
 def run_text(record: dict) -> str:

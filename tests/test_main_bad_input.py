@@ -147,8 +147,20 @@ BEFORE_LOADING = {
     f"{WANDA} --model -": "--model",
     "--prune_method": "--prune_method",
     # not built yet
-    f"{WANDA} --eval_zero_shot": "--eval_zero_shot",
     f"{WW} --ww_metric spectral_norm": "spectral_norm" if "spectral_norm" not in METRICS else None,
+    # zero-shot tasks: their data are fetched before the model is loaded, and no test reaches the hub
+    f"{WANDA} --eval_zero_shot": "--tasks boolq: cannot be loaded",
+    f"{WANDA} --eval_zero_shot --tasks winogrand": "Did you mean 'winogrande'",
+    f"{WANDA} --eval_zero_shot --tasks winogrande,capital_cities": "--include_path DIR",
+    f"{WANDA} --eval_zero_shot --tasks ,": "--tasks ','",
+    f"{WANDA} --eval_zero_shot --include_path missing": "--include_path missing",
+    f"{WANDA} --eval_zero_shot --include_path nothing": "no lm-eval task files",
+    f"{WANDA} --eval_zero_shot --num_fewshot=-1": "--num_fewshot -1",
+    f"{WANDA} --eval_zero_shot --limit 0": "--limit 0",
+    f"{WANDA} --eval_zero_shot --eval_batch_size 0": "--eval_batch_size 0",
+    f"{WANDA} --eval_zero_shot --eval_batch_size all": "--eval_batch_size all",
+    f"{WANDA} --tasks boolq": "--eval_zero_shot",
+    f"{WANDA} --limit 10": "--eval_zero_shot",
     # places
     f"{WANDA} --save file": "--save file",
     f"{WANDA} --save file/below": "--save file/below",
