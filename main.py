@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tasks", default=",".join(eval.ZERO_SHOT_TASKS), metavar="A,B", help="lm-eval's names of tasks or groups")
     add("--num_fewshot", type=int, default=0, metavar="N", help="worked examples before each question, a count")
     add("--limit", type=int, metavar="N", help="questions per task, a count (default: all)")
-    add("--eval_batch_size", default="auto", metavar="N", help="choices at a time; auto: what the GPU holds, 8 on a CPU")
+    add("--eval_batch_size", default="auto", metavar="N", help="choices at a time; auto: what a GPU holds, 8 on a CPU")
     add("--include_path", metavar="DIR", help="folder of more lm-eval task files, such as data/tasks")
 
     add = parser.add_argument_group("output").add_argument

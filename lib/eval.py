@@ -58,7 +58,7 @@ class Tasks(NamedTuple):
 
 
 class TaskScore(NamedTuple):
-    """One figure of one task: ``samples`` is the number of questions it is over, ``stderr`` None if lm-eval has none."""
+    """One figure of one task, over ``samples`` questions; ``stderr`` is None where lm-eval has none."""
 
     task: str
     metric: str
@@ -86,13 +86,14 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
     mend = "task files that need no hub: --include_path DIR (data/tasks holds some), --tasks with their names"
     if include_path is not None:
         if not Path(include_path).is_dir():
-            raise UserError(f"--include_path {include_path}: there is no such folder; give one that holds lm-eval task files")
+            raise UserError(f"--include_path {include_path}: there is no such folder; give one with lm-eval task files")
         if not TaskManager(include_path=include_path, include_defaults=False).all_tasks:
             raise UserError(f"--include_path {include_path}: the folder holds no lm-eval task files (*.yaml)")
     manager = TaskManager(include_path=include_path)
     for name in names:  # all names before the first data: those may have to be fetched
         if name not in manager.task_index:
-            raise UserError(f"--tasks {name}: lm-eval has no such task.{did_you_mean(name, manager.all_tasks)} For {mend}")
+            hint = did_you_mean(name, manager.all_tasks)
+            raise UserError(f"--tasks {name}: lm-eval has no such task.{hint} For {mend}")
     tasks = {}
     for name in names:
         try:
@@ -104,7 +105,7 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError(f"--tasks {name}: runs code that the model writes, or needs images; leave it out")
         if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to 0 and say so in its log only
-            raise UserError(f"--num_fewshot {num_fewshot}: {name} is zero-shot by its definition; leave one of them out")
+            raise UserError(f"--num_fewshot {num_fewshot}: {name} is zero-shot by its definition; leave one out")
     return Tasks(list(tasks.values()), manager)
 
 
@@ -163,4 +164,4 @@ def _warn_of_nan(tasks: Tasks) -> None:
     answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
     broken = sum(math.isnan(likelihood) for likelihood, _ in answers)
     if broken:
-        log.warning("%d of %d log-likelihoods are not a number: the accuracies below mean nothing", broken, len(answers))
+        log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, len(answers))

@@ -1,5 +1,6 @@
 """Zero-shot accuracy: against log-likelihoods added up in float64, on the small real model, and as a run leaves it."""
 
+import copy
 import json
 import logging
 import math
@@ -71,8 +72,9 @@ def test_accuracy_is_that_of_log_likelihoods_in_float64(made_up, tiny_model, tin
     assert found.full["versions"] == {"made_up": 7}
 
 
-def test_evaluation_repeats_itself_and_leaves_model_and_tokenizer_alone(made_up, tiny_model, tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(tiny_tokenizer, "pad_token", None)
+def test_evaluation_repeats_itself_and_leaves_model_and_tokenizer_alone(made_up, tiny_model, tiny_tokenizer):
+    tiny_tokenizer = copy.deepcopy(tiny_tokenizer)
+    tiny_tokenizer.pad_token = None
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     tasks = eval.find_tasks(["made_up"], str(made_up[0]), 0)
     first, again = (eval.zero_shot(tiny_model, tiny_tokenizer, tasks) for _ in range(2))
@@ -86,7 +88,7 @@ def test_evaluation_repeats_itself_and_leaves_model_and_tokenizer_alone(made_up,
 def test_logits_that_are_not_numbers_are_said_to_be(made_up, tiny_model, tiny_tokenizer, caplog):
     tasks = eval.find_tasks(["made_up"], str(made_up[0]), 0)
     eval.zero_shot(tiny_model, tiny_tokenizer, tasks)
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name == "lib.eval"]
     tiny_model.model.norm.weight.data.fill_(math.nan)
     with caplog.at_level(logging.WARNING):
         eval.zero_shot(tiny_model, tiny_tokenizer, tasks)
@@ -171,7 +173,8 @@ def test_a_run_leaves_the_table_and_the_full_result(made_up, tmp_path, tiny_fold
     assert rows[0][:2] == ["made_up", "acc"] and rows[0][4] == "9"
     assert float(rows[0][2]) == pytest.approx(full["results"]["made_up"]["acc,none"], abs=5e-5)
     assert float(rows[0][3]) == pytest.approx(full["results"]["made_up"]["acc_stderr,none"], abs=5e-5)
-    assert rows[-2][:2] == ["mean", "acc"] and float(rows[-2][2]) == pytest.approx(record["zero_shot"]["means"]["acc"], abs=5e-5)
+    assert rows[-2][:2] == ["mean", "acc"]
+    assert float(rows[-2][2]) == pytest.approx(record["zero_shot"]["means"]["acc"], abs=5e-5)
     assert {"tasks", "zero_shot"} <= set(record["stages"]) and record["versions"]["lm_eval"]
     assert not Path("save/perplexity_magnitude_sparsity_0.5.txt").exists()
 
