@@ -152,6 +152,11 @@ def read_run(folder: Path, run: str) -> dict | None:
     return None
 
 
+def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
+    """Return whether ``record`` is that of a run that ended well, with these very ``flags``."""
+    return bool(record) and record.get("complete") is True and record.get("flags") == json.loads(json.dumps(flags))
+
+
 def provenance() -> dict:
     """Return package versions, git commit, devices and the time, for the run's record."""
     versions = {"python": sys.version.split()[0]}
