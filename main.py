@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -201,8 +202,21 @@ def _seqlen(asked: int, context: int | None) -> int:
     return context
 
 
-def run(args: argparse.Namespace, console: Console) -> dict:
-    """Do what ``args`` ask for, in the order in which it happens, and return the run's record."""
+def _once(kept: dict | None, make: Callable, *args):
+    """Return ``make(*args)``, or what it returned for the same arguments when ``kept`` was last used."""
+    if kept is None:
+        return make(*args)
+    if (make, args) not in kept:
+        kept[make, args] = make(*args)
+    return kept[make, args]
+
+
+def run(args: argparse.Namespace, console: Console, kept: dict | None = None) -> dict:
+    """Do what ``args`` ask for, in the order in which it happens, and return the run's record.
+
+    Several runs of one process may share a dict ``kept``: texts and the model are then loaded once, and the model has
+    its dense weights again at the start of each.
+    """
     task = check_args(args)
     save = Path(args.save)
     results.prepare("--save", save)
@@ -211,7 +225,7 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     # Whatever can be known without the weights is found out first: 13 GB take a while to load.
     with stages.stage("text"):
         source = models.locate(args.model, args.cache_dir)
-        skeleton = models.load_skeleton(source)
+        skeleton = _once(kept, models.load_skeleton, source)
         sparse = [] if task.pruner is None else models.prunable_layers(skeleton)
         if task.nm:
             _check_divisible(sparse, task.nm)
@@ -224,23 +238,27 @@ def run(args: argparse.Namespace, console: Console) -> dict:
             size = sum(p.numel() for p in skeleton.parameters()) * (4 if args.dtype == "float32" else 2)
             results.prepare("--save_model", target_folder.parent, size)
         seqlen = _seqlen(args.seqlen, models.context_length(skeleton))
-        tokenizer = models.load_tokenizer(source)
+        tokenizer = _once(kept, models.load_tokenizer, source)
         calibration = evaluation = None
         if task.pruner and task.pruner.statistic:
-            calibration = data.calibration_windows(args.calib_data, tokenizer, args.nsamples, seqlen, args.seed)
+            draws = (args.calib_data, tokenizer, args.nsamples, seqlen, args.seed)
+            calibration = _once(kept, data.calibration_windows, *draws)
         if args.eval_wikitext:
-            evaluation = data.evaluation_windows(args.eval_data, tokenizer, seqlen, args.eval_windows)
+            evaluation = _once(kept, data.evaluation_windows, args.eval_data, tokenizer, seqlen, args.eval_windows)
     questions = None
     if args.eval_zero_shot:
         with stages.stage("tasks"):
-            names = list(dict.fromkeys(filter(None, args.tasks.split(","))))
-            questions = eval.find_tasks(names, args.include_path, args.num_fewshot)
+            names = tuple(dict.fromkeys(filter(None, args.tasks.split(","))))
+            questions = _once(kept, eval.find_tasks, names, args.include_path, args.num_fewshot)
 
     with stages.stage("load"):
-        log.info("loading %s", source.path)
-        model = models.load_llm(source, args.dtype)
+        if kept is None or (models.load_llm, (source, args.dtype)) not in kept:
+            log.info("loading %s", source.path)
+        model = _once(kept, models.load_llm, source, args.dtype)
         blocks = models.find_blocks(model)[1]
         layers = models.prunable_layers(model)
+        if kept is not None:
+            prune.set_weights(blocks, layers, _once(kept, prune.copy_weights, blocks, tuple(layers)))
     dense_zeros = sum(prune.count_zeros(blocks, layers))
 
     rows, metric, ratios = [], None, {}

@@ -122,6 +122,24 @@ def count_zeros(blocks: nn.ModuleList, layers: Sequence[PrunableLayer]) -> list[
     return zeros
 
 
+def copy_weights(blocks: nn.ModuleList, layers: Sequence[PrunableLayer]) -> list[Tensor]:
+    """Return a copy of each layer's weight, in CPU memory."""
+    weights = []
+    for index, group in groupby(layers, key=lambda layer: layer.block):
+        with resident(blocks[index]):
+            weights += [layer.module.weight.detach().to("cpu", copy=True) for layer in group]
+    return weights
+
+
+def set_weights(blocks: nn.ModuleList, layers: Sequence[PrunableLayer], weights: Sequence[Tensor]) -> None:
+    """Give each layer the weight that ``copy_weights`` returned for it."""
+    remaining = iter(weights)
+    for index, group in groupby(layers, key=lambda layer: layer.block):
+        with resident(blocks[index]):
+            for layer in group:
+                layer.module.weight.data.copy_(next(remaining))
+
+
 def checkpoint_sparsity(folder: Path, names: Sequence[str]) -> float:
     """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files."""
     from safetensors import safe_open
