@@ -5,14 +5,14 @@ import random
 
 import pytest
 import torch
+from conftest import tiny_llama
+from test_allocation import budget_of, layers_of, llama_like, numel
 from torch import nn
 
-from conftest import tiny_llama
 from lib import UserError, scores
 from lib.allocation import ALLOCATIONS, mixed_nm
 from lib.models import PrunableLayer, find_blocks, prunable_layers
 from lib.prune import score_blocks
-from test_allocation import budget_of, layers_of, llama_like, numel
 
 EXACT = 1e-9  # sums of at most a few hundred float64
 

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from lib.esd import DRIVERS, Farms, NoFit, Spectrum, alpha_mid, alpha_peak, farms_windows, fit_tail, peak_candidates, spectrum
+from lib.esd import (
+    DRIVERS,
+    Farms,
+    NoFit,
+    Spectrum,
+    alpha_mid,
+    alpha_peak,
+    farms_windows,
+    fit_tail,
+    peak_candidates,
+    spectrum,
+)
 from lib.metrics import METRICS
 
 

@@ -19,7 +19,7 @@ from torchvision import transforms
 from image_classifiers import data, main, pruning
 from image_classifiers.evaluation import accuracy
 from image_classifiers.models import find_parts, save
-from lib import UserError, allocation
+from lib import UserError
 
 PROGRAM = ROOT / "image_classifiers" / "main.py"
 

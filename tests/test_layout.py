@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import main
-from conftest import ROOT
 
 # A room imports only from a lower row; lib/__init__.py (UserError) is below all.
 ROWS = {
@@ -229,6 +229,11 @@ PUBLISHED_DEFAULTS = {
     "calib_data": "c4",
     "eval_data": "wikitext2",
     "eval_windows": None,
+    "tasks": "boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa",
+    "num_fewshot": 0,
+    "limit": None,
+    "eval_batch_size": "auto",
+    "include_path": None,
 }
 
 

@@ -8,11 +8,10 @@ import os
 import numpy as np
 import pytest
 import torch
-
 from conftest import tiny_llama
+
 from lib import UserError, metrics
-from lib.esd import spectrum
-from lib.esd import Farms
+from lib.esd import Farms, spectrum
 from lib.metrics import METRICS, WEIGHTWATCHER, Settings, load_or_measure, measure, read_cache
 from lib.models import find_blocks, load_skeleton, locate, prunable_layers
 

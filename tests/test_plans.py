@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import tiny_llama, tiny_sentences
 from rich.console import Console
 
 import main
-from conftest import tiny_llama, tiny_sentences
 from lib import UserError, search
 from lib.allocation import ALLOCATIONS, SparsityPlan, uniform
 from lib.data import search_windows
