@@ -62,6 +62,11 @@ class Checkpoint(NamedTuple):
         return Path(self.source.path)
 
     @property
+    def deployment(self) -> Path:
+        """The folder of its graphs, where the published command looks for them."""
+        return self.folder / "deployment"
+
+    @property
     def sparsity(self) -> float:
         return self.zeros / self.block_weights
 
@@ -191,16 +196,6 @@ def fingerprint(folder: Path) -> str:
     """Return a hash of names, sizes and times of a model's files: tells an export that is older than its weights."""
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
-
-
-def agreement(logits, reference) -> dict:
-    """Return how far ``logits`` [positions, vocabulary] are from ``reference``: arrays of numpy.
-
-    ``relative`` is the largest difference over the largest reference logit; ``top1`` the fraction of positions with
-    the same most likely token.
-    """
-    relative = float(abs(logits - reference).max() / abs(reference).max())
-    return {"relative": relative, "top1": float((logits.argmax(-1) == reference.argmax(-1)).mean())}
 
 
 def physical_cores() -> int:

@@ -16,6 +16,8 @@ from lib import UserError  # noqa: E402
 
 ENGINE = "deepsparse"
 VERSION = "1.8.0"
+ENGINE_VENV = ROOT / ".venv-deepsparse"
+ENGINE_REQUIREMENTS = HERE / "requirements-deepsparse.txt"
 OLDEST, NEWEST = (3, 8), (3, 11)  # Pythons for which the engine's package was built
 WITHOUT = "to measure without it: --engines onnxruntime torch_float32 torch_bfloat16 torch_csr"
 LICENCE = (
@@ -37,22 +39,26 @@ def export_python() -> str:
     return str(_python(folder))
 
 
+def check_deepsparse() -> None:
+    """Refuse, before anything is made, a machine or a Python on which the engine cannot be installed."""
+    check_machine(platform.machine(), _cpu_flags())
+    if not _is_made(ENGINE_VENV, ENGINE_REQUIREMENTS):
+        find_python()
+
+
 def deepsparse_python() -> str:
     """Return the interpreter of ``.venv-deepsparse``; made if need be, after its licence was said.
 
     Raises:
         UserError: a machine or a Python on which the engine cannot run, or an index that cannot be reached.
     """
-    check_machine(platform.machine(), _cpu_flags())
-    folder = ROOT / ".venv-deepsparse"
-    requirements = HERE / "requirements-deepsparse.txt"
-    if not _is_made(folder, requirements):
-        python = find_python()
-        print(LICENCE.format(folder), flush=True)
-        _make_venv(python, folder)
-        _install(folder, requirements)
-    check_version(folder)
-    return str(_python(folder))
+    check_deepsparse()
+    if not _is_made(ENGINE_VENV, ENGINE_REQUIREMENTS):
+        print(LICENCE.format(ENGINE_VENV), flush=True)
+        _make_venv(find_python(), ENGINE_VENV)
+        _install(ENGINE_VENV, ENGINE_REQUIREMENTS)
+    check_version(ENGINE_VENV)
+    return str(_python(ENGINE_VENV))
 
 
 def check_machine(machine: str, flags: set[str]) -> None:

@@ -18,7 +18,6 @@ from common import (  # it puts the repository's root on the path
     TEXT_HELP,
     Checkpoint,
     Parser,
-    agreement,
     check_free,
     check_graph,
     command,
@@ -27,6 +26,7 @@ from common import (  # it puts the repository's root on the path
     open_checkpoint,
     written_folder,
 )
+from engines import agreement
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -274,7 +274,7 @@ def add_export_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     data.check_text("--text", args.text)
     checkpoint = open_checkpoint(args.model)
-    out = Path(args.out) if args.out else checkpoint.folder / "deployment"
+    out = Path(args.out) if args.out else checkpoint.deployment
     check_free("--out", out, "export.json")
     print(describe(export(checkpoint, args.sequence_length, out, args.graphs, args.text), out))
 

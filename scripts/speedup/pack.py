@@ -57,7 +57,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def _pack_file(source: Path, target: Path) -> Counter:
-    """Write the packed form of one file and return the bytes of its tensors before and after, and of those with a mask."""
+    """Write the packed form of one file; return its bytes before and after, and those of the tensors with a mask."""
     packed, about, size = {}, {}, Counter()
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata() or {}
