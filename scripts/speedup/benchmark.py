@@ -20,6 +20,7 @@ from common import (
     check_sparse,
     command,
     export_hint,
+    fingerprint,
     graph_file,
     open_checkpoint,
     physical_cores,
@@ -103,18 +104,16 @@ def summarise(result: dict, sparsities: list[float], tokens: int) -> list[dict]:
 def check_agreement(rows: list[dict]) -> None:
     """Refuse figures of an engine that computes something else than the model."""
     for row in rows:
-        if not row["logits"]["relative"] <= TOLERANCE[row["engine"]]:
+        off, most = row["logits"]["relative"], TOLERANCE[row["engine"]]
+        if not off <= most:
             raise UserError(
-                f"{row['engine']}: the logits ({row['graph']}, sparsity {row['sparsity']:.2f}) are off PyTorch's "
-                f"by {row['logits']['relative']:.1e} of the largest (at most {TOLERANCE[row['engine']]:g}), so its time "
-                "says nothing; leave it out with --engines"
+                f"{row['engine']}: its logits ({row['graph']}, sparsity {row['sparsity']:.2f}) disagree with PyTorch's by "
+                f"{off:.1e} of the largest, at most {most:g}: its time says nothing; leave it out with --engines"
             )
 
 
 def check_exports(checkpoints: list[Checkpoint], graphs: list[str], length: int) -> None:
     """Refuse a model without graphs of this length, or whose graphs are of other weights than it has now."""
-    from common import fingerprint
-
     for checkpoint in checkpoints:
         for graph in graphs:
             path = graph_file(checkpoint.deployment, graph)
@@ -260,7 +259,7 @@ def check_pair(dense: Checkpoint, sparse: list[Checkpoint]) -> None:
     for checkpoint in sparse:
         check_sparse(checkpoint, "prune it first: python main.py --prune_method ... --save_model DIR")
         if (checkpoint.block_weights, checkpoint.head_weights) != (dense.block_weights, dense.head_weights):
-            raise UserError(f"{checkpoint.source.given}: is of another shape than {dense.source.given}, not pruned from it")
+            raise UserError(f"{checkpoint.source.given}: has other shapes than the dense model, {dense.source.given}")
         if checkpoint.sparsity <= dense.sparsity:
             raise UserError(
                 f"{dense.source.given}: is no denser ({dense.sparsity:.4f} zeros) than {checkpoint.source.given} "

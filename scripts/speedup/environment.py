@@ -54,7 +54,7 @@ def deepsparse_python() -> str:
     """
     check_deepsparse()
     if not _is_made(ENGINE_VENV, ENGINE_REQUIREMENTS):
-        print(LICENCE.format(ENGINE_VENV), flush=True)
+        print(LICENCE.format(ENGINE_VENV), file=sys.stderr)
         _make_venv(find_python(), ENGINE_VENV)
         _install(ENGINE_VENV, ENGINE_REQUIREMENTS)
     check_version(ENGINE_VENV)
@@ -139,7 +139,7 @@ def _is_made(folder: Path, requirements: Path) -> bool:
 
 
 def _make_venv(python: str, folder: Path) -> None:
-    print(f"making {folder.name} with {python}", flush=True)
+    print(f"making {folder.name} with {python}", file=sys.stderr)
     done = subprocess.run([python, "-m", "venv", "--clear", str(folder)], capture_output=True, text=True)
     if done.returncode:
         hint = "on Debian: apt-get install python3-venv"
@@ -147,7 +147,7 @@ def _make_venv(python: str, folder: Path) -> None:
 
 
 def _install(folder: Path, requirements: Path) -> None:
-    print(f"installing {requirements.name} into {folder.name}, once", flush=True)
+    print(f"installing {requirements.name} into {folder.name}, once", file=sys.stderr)
     pip = [str(_python(folder)), "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
     done = subprocess.run([*pip, "-r", str(requirements)], capture_output=True, text=True)
     if done.returncode:

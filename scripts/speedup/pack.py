@@ -161,9 +161,11 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(args.model)
     check_sparse(checkpoint, "prune it first: python main.py --prune_method ... --save_model DIR")
     if args.format == "2of4":
-        two_of_four.measure(checkpoint, out)
-    else:
-        print(report(checkpoint.folder, out, checkpoint.sparsity))
+        found = two_of_four.measure(checkpoint)
+    # Two of four and the mask's bit for each are as small as two numbers with their places: one container for both.
+    print(report(checkpoint.folder, out, checkpoint.sparsity))
+    if args.format == "2of4":
+        two_of_four.leave(found, checkpoint, out)
 
 
 def main(argv: list[str] | None = None) -> int:

