@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
+from conftest import tiny_llama
 from torch import nn
 from transformers import Cache
 
-from conftest import tiny_llama
 from lib import UserError
 from lib.allocation import SparsityPlan, uniform
 from lib.calibration import STATISTICS, catch_block_inputs, input_statistics, run_block

@@ -9,8 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-
 from conftest import ROOT, tiny_sentences
+
 from lib import UserError
 from lib.data import DATASETS, calibration_windows, evaluation_windows, read_text
 

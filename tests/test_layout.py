@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import main
-from conftest import ROOT
 
 # A room imports only from a lower row; lib/__init__.py (UserError) is below all.
 ROWS = {

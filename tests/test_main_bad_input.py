@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import transformers
+from conftest import ROOT
 
 import main
-from conftest import ROOT
 from lib import models, results
 from lib.allocation import ALLOCATIONS
 from lib.metrics import METRICS

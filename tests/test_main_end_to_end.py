@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import main
-from conftest import ROOT
 from lib.allocation import ALLOCATIONS, MAPPINGS, SparsityPlan, heavy_tailed, uniform
 from lib.data import evaluation_windows
 from lib.esd import spectrum

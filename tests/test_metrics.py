@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pytest
 import torch
-
 from conftest import tiny_llama
+
 from lib import UserError, metrics
 from lib.esd import spectrum
 from lib.metrics import METRICS, load_or_measure, measure, read_cache

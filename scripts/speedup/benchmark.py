@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import environment
-from common import (
+from checkpoints import (
     GRAPHS,
     Checkpoint,
     Parser,
@@ -104,11 +104,12 @@ def summarise(result: dict, sparsities: list[float], tokens: int) -> list[dict]:
 def check_agreement(rows: list[dict]) -> None:
     """Refuse figures of an engine that computes something else than the model."""
     for row in rows:
-        off, most = row["logits"]["relative"], TOLERANCE[row["engine"]]
+        engine, off, most = row["engine"], row["logits"]["relative"], TOLERANCE[row["engine"]]
         if not off <= most:
+            what = f"{engine}: its logits ({row['graph']}, sparsity {row['sparsity']:.2f}) disagree with PyTorch's"
             raise UserError(
-                f"{row['engine']}: its logits ({row['graph']}, sparsity {row['sparsity']:.2f}) disagree with PyTorch's by "
-                f"{off:.1e} of the largest, at most {most:g}: its time says nothing; leave it out with --engines"
+                f"{what} by {off:.1e} of the largest (at most {most:g}), so its time says nothing; "
+                "leave it out with --engines"
             )
 
 

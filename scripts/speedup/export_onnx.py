@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import (  # it puts the repository's root on the path
+from checkpoints import (  # it puts the repository's root on the path
     GRAPHS,
     OPSET,
     TEXT_HELP,

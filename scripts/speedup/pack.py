@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Parser, check_free, check_sparse, command, open_checkpoint, written_folder
+from checkpoints import Parser, check_free, check_sparse, command, open_checkpoint, written_folder
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,9 +42,11 @@ def pack(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def unpack(mask: Tensor, values: Tensor, shape: list[int]) -> Tensor:
-    """Return the tensor that ``pack`` was given."""
+    """Return the tensor that ``pack`` was given; a mask and values that do not belong together are a ValueError."""
     count = int(np.prod(shape))
     kept = torch.from_numpy(np.unpackbits(mask.numpy(), count=count).astype(bool))
+    if int(kept.sum()) != values.numel():
+        raise ValueError(f"{values.numel()} values for {int(kept.sum())} places")
     flat = torch.zeros(count, dtype=BITS[values.element_size()])
     flat[kept] = _bits(values)
     return flat.view(values.dtype).reshape(shape)
@@ -82,13 +84,15 @@ def _unpack_file(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = file.metadata() or {}
         names = set(file.keys())
         for name, about in json.loads(metadata.pop(KEY, "{}")).items():
-            if f"{name}.mask" in names:
-                tensor = unpack(file.get_tensor(f"{name}.mask"), file.get_tensor(f"{name}.values"), about["shape"])
-            else:
-                tensor = file.get_tensor(name)
-            if digest(tensor) != about["sha256"]:
+            parts = [name] if name in names else [f"{name}.mask", f"{name}.values"]
+            parts = [file.get_tensor(part) for part in parts]
+            try:
+                tensors[name] = parts[0] if len(parts) == 1 else unpack(*parts, about["shape"])
+                same = digest(tensors[name]) == about["sha256"]
+            except ValueError:
+                same = False
+            if not same:
                 raise UserError(f"{source}: {name} is not what was packed (its SHA-256 differs); the file is damaged")
-            tensors[name] = tensor
     return tensors, metadata
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import benchmark
 import environment
 import torch
-from common import (
+from checkpoints import (
     LEAST_SPARSE,
     ROOT,
     Checkpoint,
@@ -85,7 +85,7 @@ def _check_args(args: argparse.Namespace) -> None:
         environment.check_deepsparse()
 
 
-def checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
+def find_models(args: argparse.Namespace) -> list[Checkpoint]:
     """Return the dense model and the pruned ones that ``args`` ask for, made where need be."""
     given = [open_checkpoint(model) for model in args.models]
     work = Path(args.work) / given[0].source.name
@@ -106,7 +106,7 @@ def checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
 
 def run(args: argparse.Namespace) -> None:
     _check_args(args)
-    chosen = checkpoints(args)
+    chosen = find_models(args)
     for checkpoint in chosen:
         if is_exported(checkpoint, args.sequence_length, args.graphs):
             print(f"exported before: {checkpoint.deployment}", flush=True)

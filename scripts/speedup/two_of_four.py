@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import Checkpoint
+from checkpoints import Checkpoint
 from engines import agreement, take_turns
 from torch import Tensor, nn
 
@@ -39,8 +39,8 @@ def check_two_of_four(layers: list[models.PrunableLayer]) -> None:
     for layer in layers:
         wrong = breaks_two_of_four(layer.module.weight)
         if wrong:
-            what = "its columns are no multiple of 4" if wrong < 0 else f"{wrong} groups of 4 hold more than 2 numbers"
-            raise UserError(f"{layer.name}: is not 2:4, {what}; use --format bitmask, or prune with --sparsity_type 2:4")
+            what = "no multiple of 4 columns" if wrong < 0 else f"{wrong} groups of 4 hold more than 2 numbers"
+            raise UserError(f"{layer.name}: is not 2:4, {what}; prune it with --sparsity_type 2:4")
 
 
 def _convert(layers: list[models.PrunableLayer]) -> tuple[int, int]:
