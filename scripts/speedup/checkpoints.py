@@ -14,8 +14,8 @@ from typing import NamedTuple, NoReturn
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib import UserError, models, prune  # noqa: E402
-from main import quiet  # noqa: E402
+from lib import UserError, models, prune
+from main import quiet
 
 OPSET = 14
 MOST_IR = 9  # DeepSparse 1.8.0 reads no newer file

@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib import UserError  # noqa: E402
+from lib import UserError
 
 ENGINE = "deepsparse"
 VERSION = "1.8.0"

@@ -63,7 +63,7 @@ def _pack_file(source: Path, target: Path) -> Counter:
     packed, about, size = {}, {}, Counter()
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata() or {}
-        for name in file.keys():  # noqa: SIM118  (not a dict)
+        for name in file.keys():
             tensor = file.get_tensor(name)
             about[name] = {"shape": list(tensor.shape), "sha256": digest(tensor)}
             parts = pack(tensor)
