@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_llama
 from safetensors.torch import load_file
+from test_models import build
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lib import UserError
@@ -136,6 +137,16 @@ def test_export_record_says_what_the_files_hold(folders):
         assert (found["ir"], found["opset"]) == (proto.ir_version, 14) and proto.ir_version <= 9
         assert {entry.version for entry in proto.opset_import} == {14}
         assert 0 < found["onnxruntime"]["relative"] <= CLOSE and found["onnxruntime"]["top1"] == 1
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "opt projected", "gpt-neox", "phi3"])
+def test_other_kinds_of_models(kind, tmp_path, tiny_tokenizer, tiny_text, capsys):
+    build(kind).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    argv = [str(tmp_path / "model"), "--text", str(tiny_text), "--sequence_length"]
+    assert export_onnx.main([*argv, "8"]) == 0  # compared with PyTorch there
+    if kind == "gemma3":  # its local blocks look back 8 tokens
+        assert "look back 8 tokens only" in one_line(capsys, export_onnx.main([*argv, "9"]))
 
 
 def test_weights_over_the_limit_of_a_file_go_beside_it(folders, tmp_path, tiny_text, monkeypatch):

@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     add("dense", metavar="DENSE", help="folder of the dense model, exported")
     add("sparse", metavar="SPARSE", nargs="+", help="folders of models pruned from it, exported")
     add("--sequence_length", type=int, default=2048, metavar="N", help="the window length that was exported, tokens")
-    add("--graphs", nargs="+", default=list(GRAPHS), choices=list(GRAPHS), help="whole window, one token")
+    add("--graphs", nargs="+", default=GRAPHS, choices=GRAPHS, help="whole window, one token")
     add_measuring_flags(parser)
     return command(parser, run, argv)
 

@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from engines import FILES
 
 from lib import UserError, models, prune
 from main import quiet
 
+ROOT = Path(__file__).resolve().parents[2]
 OPSET = 14
 MOST_IR = 9  # DeepSparse 1.8.0 reads no newer file
-GRAPHS = {"prefill": "model", "decode": "decode"}  # and their files: NAME.onnx, NAME.npz
+GRAPHS = list(FILES)
 LEAST_SPARSE = 0.05  # fewer zeros than this and a checkpoint was not pruned
 TEXT_HELP = "text for the check of the logits: a name of main.py's --eval_data or a .txt, .json or .jsonl file"
 
@@ -148,7 +150,7 @@ def written_folder(out: Path) -> Iterator[Path]:
 
 
 def graph_file(folder: Path, graph: str) -> Path:
-    return folder / f"{GRAPHS[graph]}.onnx"
+    return folder / f"{FILES[graph]}.onnx"
 
 
 def read_graph(path: Path):

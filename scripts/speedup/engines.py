@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+# The graphs, a whole window and one token after a window, and their files: NAME.onnx, NAME.npz.
 FILES = {"prefill": "model", "decode": "decode"}
 
 
@@ -84,7 +85,7 @@ def _torch(job: Job, dtype: str, csr: bool = False) -> Loaded:
     import torch
     from transformers import DynamicCache
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from lib import models
 
     torch.set_num_threads(job.cores)

@@ -8,12 +8,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lib import UserError
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 ENGINE = "deepsparse"
 VERSION = "1.8.0"
 ENGINE_VENV = ROOT / ".venv-deepsparse"

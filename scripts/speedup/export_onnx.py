@@ -203,8 +203,8 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], te
     _check_disk(checkpoint, model, length, out, graphs)
     given = examples(model, window)
     model.set_attn_implementation("eager")  # scaled dot product attention has no operator in this opset
-    head = model.get_output_embeddings().weight
-    weights = (checkpoint.zeros + int((head == 0).sum()), checkpoint.block_weights + head.numel())
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]  # the head among them
+    weights = (sum(int((w == 0).sum()) for w in matrices), sum(w.numel() for w in matrices))
     record = {
         "complete": True,
         "model": checkpoint.source.given,
@@ -234,9 +234,13 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], te
 
 
 def _load(checkpoint: Checkpoint, length: int, text: str) -> tuple[PreTrainedModel, Tensor]:
-    context = models.context_length(models.load_skeleton(checkpoint.source))
+    skeleton = models.load_skeleton(checkpoint.source)
+    context = models.context_length(skeleton)
     if length < 2 or (context is not None and length > context):
         raise UserError(f"--sequence_length {length}: must be at least 2 and at most the model's context, {context}")
+    sliding = getattr(skeleton.config.get_text_config(), "sliding_window", None)
+    if sliding and length > sliding:  # the graph has one mask for all blocks
+        raise UserError(f"--sequence_length {length}: its blocks look back {sliding} tokens only; give at most that")
     window = data.evaluation_windows(text, models.load_tokenizer(checkpoint.source), length, 1)
     return models.load_llm(checkpoint.source, "float32").cpu(), window
 
@@ -267,7 +271,7 @@ def describe(record: dict, out: Path) -> str:
 def add_export_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--sequence_length", type=int, default=2048, metavar="N", help="window length, tokens; fixed in the graph")
-    add("--graphs", nargs="+", default=list(GRAPHS), choices=list(GRAPHS), help="whole window, one token")
+    add("--graphs", nargs="+", default=GRAPHS, choices=GRAPHS, help="whole window, one token")
     add("--text", default="wiki_leads", help=TEXT_HELP)
 
 
