@@ -1,0 +1,294 @@
+"""A dense model and models pruned from it become a table of latencies and speed-ups, engine by engine."""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import environment
+from checkpoints import (
+    GRAPHS,
+    Checkpoint,
+    Parser,
+    check_graph,
+    check_sparse,
+    command,
+    export_hint,
+    fingerprint,
+    graph_file,
+    open_checkpoint,
+    physical_cores,
+)
+from engines import ENGINES
+from rich.console import Console
+from rich.table import Table
+
+from lib import UserError, results
+
+log = logging.getLogger("main")  # whose level main.quiet() sets
+
+# Largest difference of logits over the largest logit. Float32 engines sum in another order; DeepSparse approximates
+# exponentials as well; bfloat16 keeps 8 bits of every activation through all blocks.
+TOLERANCE = {name: 5e-5 for name in ENGINES} | {"deepsparse": 5e-4, "torch_bfloat16": 0.25}
+ISA = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2")
+
+
+def processor() -> dict:
+    """Return the CPU's model, the widest instruction sets that matter here, and its cores."""
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info)}
+    flags = set(fields.get("flags", "").split())
+    return {
+        "model": fields.get("model name", "unknown"),
+        "instructions": [name for name in ISA if name in flags],
+        "physical_cores": physical_cores(),
+        "logical_cores": os.cpu_count(),
+    }
+
+
+def check_load(cores: int, when: str) -> None:
+    load = os.getloadavg()[0]
+    if load > cores:
+        log.warning("the machine is busy %s: load average %.1f on %d cores; distrust the figures", when, load, cores)
+
+
+def run_engine(engine: str, graph: str, models: list[dict], args: argparse.Namespace) -> dict:
+    """Return what ``engines.py`` measured in a process of its own, or {"error": its last line}."""
+    python = environment.deepsparse_python() if engine == "deepsparse" else sys.executable
+    spec = {"engine": engine, "graph": graph, "models": models}
+    spec |= {"cores": args.cores, "warmup": args.warmup, "rounds": args.rounds}
+    threads = {name: str(args.cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    variables = os.environ | threads | {"NM_DISABLE_ANALYTICS": "True", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as tmp:
+        given, found = Path(tmp, "spec.json"), Path(tmp, "result.json")
+        given.write_text(json.dumps(spec))
+        program = str(Path(__file__).with_name("engines.py"))
+        done = subprocess.run([python, program, given, found], env=variables, capture_output=True, text=True)
+        if found.is_file():
+            return json.loads(found.read_text())
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    killed = f"killed by signal {-done.returncode} (out of memory?): " if done.returncode < 0 else ""
+    return {"engine": engine, "graph": graph, "error": f"{killed}{last}"[:500]}
+
+
+def summarise(result: dict, sparsities: list[float], tokens: int) -> list[dict]:
+    """Return a row per model: the first is the dense one, to which the others are compared round by round."""
+    dense = result["models"][0]["seconds"]
+    rows = []
+    for model, sparsity in zip(result["models"], sparsities, strict=True):
+        seconds = model["seconds"]
+        ratios = sorted(d / s for d, s in zip(dense, seconds, strict=True))
+        rows.append(
+            {
+                "graph": result["graph"],
+                "engine": result["engine"],
+                "sparsity": sparsity,
+                "median_seconds": statistics.median(seconds),
+                "least_seconds": min(seconds),
+                "tokens_per_second": tokens / statistics.median(seconds),
+                "speedup": statistics.median(ratios),
+                "speedup_range": [ratios[0], ratios[-1]],
+                "supported_operators": model["supported"],
+                "logits": model["agreement"],
+            }
+        )
+    return rows
+
+
+def check_agreement(rows: list[dict]) -> None:
+    """Refuse figures of an engine that computes something else than the model."""
+    for row in rows:
+        engine, off, most = row["engine"], row["logits"]["relative"], TOLERANCE[row["engine"]]
+        if not off <= most:
+            what = f"{engine}: its logits ({row['graph']}, sparsity {row['sparsity']:.2f}) disagree with PyTorch's"
+            raise UserError(
+                f"{what} by {off:.1e} of the largest (at most {most:g}), so its time says nothing; "
+                "leave it out with --engines"
+            )
+
+
+def check_exports(checkpoints: list[Checkpoint], graphs: list[str], length: int) -> None:
+    """Refuse a model without graphs of this length, or whose graphs are of other weights than it has now."""
+    for checkpoint in checkpoints:
+        for graph in graphs:
+            path = graph_file(checkpoint.deployment, graph)
+            check_graph(path, graph, length)
+            record = checkpoint.deployment / "export.json"
+            if not path.with_suffix(".npz").is_file() or not record.is_file():
+                raise UserError(f"{path}: was not written by export_onnx.py; {export_hint(path, length)}")
+            if json.loads(record.read_text())["fingerprint"] != fingerprint(checkpoint.folder):
+                raise UserError(f"{path}: is of other weights than the model's; {export_hint(path, length)}")
+
+
+def benchmark(checkpoints: list[Checkpoint], args: argparse.Namespace) -> dict:
+    """Measure the dense model ``checkpoints[0]`` and its pruned ones in every engine and write JSON and PNG."""
+    check_exports(checkpoints, args.graphs, args.sequence_length)
+    sparsities = [checkpoint.sparsity for checkpoint in checkpoints]
+    models = [
+        {"folder": str(c.folder), "deployment": str(c.deployment), "sparse": index > 0}
+        for index, c in enumerate(checkpoints)
+    ]
+    check_load(os.cpu_count(), "before the measurement")
+    record = {"complete": True, "processor": processor(), "loadavg_before": os.getloadavg(), "rows": [], "failed": []}
+    record |= {"models": [str(c.folder) for c in checkpoints], "flags": vars(args), "versions_of_engines": {}}
+    for graph in args.graphs:
+        for engine in args.engines:
+            log.info("%s: %s, %d models, %d cores", graph, engine, len(models), args.cores)
+            result = run_engine(engine, graph, models, args)
+            if "error" in result:
+                log.warning("%s cannot run the %s graph: %s", engine, graph, result["error"])
+                record["failed"].append(result)
+                continue
+            record["versions_of_engines"] |= result["versions"]
+            rows = summarise(result, sparsities, args.sequence_length if graph == "prefill" else 1)
+            check_agreement(rows)
+            record["rows"] += rows
+    check_load(os.cpu_count(), "after the measurement")
+    record["loadavg_after"] = os.getloadavg()
+    record["ideal"] = [checkpoints[0].ideal_speedup(sparsity) for sparsity in sparsities]
+    if not record["rows"]:
+        raise UserError(f"no engine could run: {record['failed'][0]['error']}")
+    return record
+
+
+def table(record: dict, graph: str) -> Table:
+    about = record["processor"]
+    flags = record["flags"]
+    title = (
+        f"{graph}, {flags['sequence_length']} tokens, {flags['cores']} of {about['physical_cores']} cores of "
+        f"{about['model']} ({', '.join(about['instructions'][:2])}), load {record['loadavg_before'][0]:.1f}"
+    )
+    out = Table(title=title, title_justify="left")
+    headings = "engine,sparsity,median ms,least ms,tokens/s,speed-up,range,vs bfloat16,ops,logits off"
+    for heading in headings.split(","):
+        out.add_column(heading, justify="left" if heading == "engine" else "right")
+    rows = [row for row in record["rows"] if row["graph"] == graph]
+    bfloat16 = next((row["median_seconds"] for row in rows if row["engine"] == "torch_bfloat16"), None)
+    for before, row in zip([None, *rows], rows, strict=False):
+        low, high = row["speedup_range"]
+        if before is not None and before["engine"] != row["engine"]:
+            out.add_section()
+        out.add_row(
+            row["engine"],
+            f"{row['sparsity']:.2f}",
+            f"{row['median_seconds'] * 1e3:.1f}",
+            f"{row['least_seconds'] * 1e3:.1f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['speedup']:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            "-" if bfloat16 is None else f"{bfloat16 / row['median_seconds']:.2f}",
+            "-" if row["supported_operators"] is None else f"{row['supported_operators']:.0%}",
+            f"{row['logits']['relative']:.0e}",
+        )
+    return out
+
+
+def plot(record: dict, path: Path) -> None:
+    """Draw speed-up over sparsity, a line per engine, and the ideal given that the head stays dense."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    graphs = record["flags"]["graphs"]
+    figure, axes = pyplot.subplots(1, len(graphs), figsize=(5.5 * len(graphs), 4.2), squeeze=False)
+    for axis, graph in zip(axes[0], graphs, strict=True):
+        rows = [row for row in record["rows"] if row["graph"] == graph]
+        for engine in dict.fromkeys(row["engine"] for row in rows):
+            line = [row for row in rows if row["engine"] == engine]
+            x, y = [row["sparsity"] for row in line], [row["speedup"] for row in line]
+            low, high = zip(*(row["speedup_range"] for row in line), strict=True)
+            below, above = [a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]
+            axis.errorbar(x, y, yerr=[below, above], marker="o", capsize=3, label=engine)
+        x = [row["sparsity"] for row in rows if row["engine"] == rows[0]["engine"]]
+        axis.plot(x, record["ideal"], "k--", label="ideal, head dense")
+        axis.set(title=f"{graph}, {record['flags']['sequence_length']} tokens", xlabel="sparsity of the blocks")
+        axis.set_ylabel("speed-up over the same engine's dense model")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    tmp = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(tmp, format="png", dpi=120)
+    tmp.rename(path)
+    pyplot.close(figure)
+
+
+def leave(record: dict, args: argparse.Namespace) -> None:
+    """Print the tables and write ``speedup_<tokens>.json`` and ``.png`` to --save."""
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    for graph in args.graphs:
+        console.print(table(record, graph))
+    ideal = ", ".join(f"{bound:.2f}" for bound in record["ideal"][1:])
+    console.print(f"ideal speed-up, the head staying dense: {ideal}", highlight=False)
+    for failed in record["failed"]:
+        what = f"{failed['engine']} could not run the {failed['graph']} graph"
+        console.print(f"{what}: {failed['error']}", highlight=False)
+    path = Path(args.save) / f"speedup_{args.sequence_length}.json"
+    results.write_atomically(path, json.dumps(record | results.provenance(), indent=1, default=str) + "\n")
+    plot(record, path.with_suffix(".png"))
+    console.print(f"written: {path} and .png", highlight=False)
+
+
+def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES), help="what to measure with")
+    add("--cores", type=int, default=physical_cores(), metavar="N", help="threads of every engine")
+    add("--rounds", type=int, default=10, metavar="N", help="times that every model takes its turn")
+    add("--warmup", type=int, default=2, metavar="N", help="rounds before that, which do not count")
+    add("--save", default="results/speedup", metavar="DIR", help="where JSON and PNG go")
+
+
+def check_measuring_flags(args: argparse.Namespace) -> None:
+    for flag, least in (("cores", 1), ("rounds", 1), ("warmup", 0)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+    if args.cores > physical_cores():
+        raise UserError(f"--cores {args.cores}: this machine has {physical_cores()} physical cores")
+    results.prepare("--save", Path(args.save))
+
+
+def check_pair(dense: Checkpoint, sparse: list[Checkpoint]) -> None:
+    """Refuse pruned models that were not pruned, or that are of another shape than the dense one."""
+    for checkpoint in sparse:
+        check_sparse(checkpoint, "prune it first: python main.py --prune_method ... --save_model DIR")
+        if (checkpoint.block_weights, checkpoint.head_weights) != (dense.block_weights, dense.head_weights):
+            raise UserError(f"{checkpoint.source.given}: has other shapes than the dense model, {dense.source.given}")
+        if checkpoint.sparsity <= dense.sparsity:
+            raise UserError(
+                f"{dense.source.given}: is no denser ({dense.sparsity:.4f} zeros) than {checkpoint.source.given} "
+                f"({checkpoint.sparsity:.4f}); the dense model comes first"
+            )
+
+
+def run(args: argparse.Namespace) -> None:
+    check_measuring_flags(args)
+    dense, *sparse = [open_checkpoint(model) for model in (args.dense, *args.sparse)]
+    check_pair(dense, sparse)
+    if "deepsparse" in args.engines:
+        environment.deepsparse_python()
+    leave(benchmark([dense, *sparse], args), args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="benchmark.py", description=__doc__)
+    add = parser.add_argument
+    add("dense", metavar="DENSE", help="folder of the dense model, exported")
+    add("sparse", metavar="SPARSE", nargs="+", help="folders of models pruned from it, exported")
+    add("--sequence_length", type=int, default=2048, metavar="N", help="the window length that was exported, tokens")
+    add("--graphs", nargs="+", default=GRAPHS, choices=GRAPHS, help="whole window, one token")
+    add_measuring_flags(parser)
+    return command(parser, run, argv)
+
+
+if __name__ == "__main__":
+    if find_spec("onnx") is None:  # the main environment: ONNX Runtime has one of its own beside it
+        os.execv(environment.export_python(), [environment.export_python(), *sys.argv])
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Exported models become latencies: one engine, in a process of its own, on models that take turns."""
+
+# Runs in the DeepSparse environment too, which is old and has no torch: nothing but numpy is imported up here.
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# The graphs, a whole window and one token after a window, and their files: NAME.onnx, NAME.npz.
+FILES = {"prefill": "model", "decode": "decode"}
+
+
+class Job(NamedTuple):
+    """What a loader gets: the folder of the model, the graph, the cores, and the input by the graph's names."""
+
+    folder: Path
+    deployment: Path
+    graph: str
+    cores: int
+    feed: dict
+    sparse: bool
+
+    @property
+    def onnx(self) -> str:
+        return str(self.deployment / f"{FILES[self.graph]}.onnx")
+
+
+class Loaded(NamedTuple):
+    """A function that runs the model once and returns its logits [1, tokens, vocabulary]; the operators' share."""
+
+    run: Callable
+    supported: "float | None" = None  # of the graph's operators that the engine runs itself
+
+
+def deepsparse(job: Job) -> Loaded:
+    """DeepSparse 1.8.0: compiles the graph for these very weights and skips their zeros."""
+    from deepsparse import Engine
+
+    engine = Engine(model=job.onnx, batch_size=1, num_cores=job.cores)
+    for name, shape in zip(engine.input_names, engine.input_shapes):  # noqa: B905  (Python 3.8)
+        if tuple(shape) != job.feed[name].shape:
+            raise RuntimeError(f"runs {name} as {list(shape)}, not {list(job.feed[name].shape)} as asked")
+    inputs = [np.ascontiguousarray(job.feed[name]) for name in engine.input_names]
+    return Loaded(lambda: engine.run(inputs)[0], engine.fraction_of_supported_ops)
+
+
+def onnxruntime(job: Job) -> Loaded:
+    """ONNX Runtime on the CPU, the same file: dense kernels, whatever the weights."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job.cores
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(job.onnx, options, providers=["CPUExecutionProvider"])
+    # All outputs, as in the other engines: keys and values are wanted for the next token. A graph with an operator that
+    # the provider lacks makes no session, so the share is 1.
+    return Loaded(lambda: session.run(None, job.feed)[0], 1.0)
+
+
+def torch_float32(job: Job) -> Loaded:
+    """PyTorch, dense kernels in float32."""
+    return _torch(job, "float32")
+
+
+def torch_bfloat16(job: Job) -> Loaded:
+    """PyTorch, dense kernels in bfloat16: what the same machine does without any sparsity."""
+    return _torch(job, "bfloat16")
+
+
+def torch_csr(job: Job) -> Loaded:
+    """PyTorch with the pruned matrices as CSR, a generic sparse kernel; the dense model stays dense float32."""
+    return _torch(job, "float32", csr=job.sparse)
+
+
+ENGINES = {f.__name__: f for f in (deepsparse, onnxruntime, torch_float32, torch_bfloat16, torch_csr)}
+
+
+def _torch(job: Job, dtype: str, csr: bool = False) -> Loaded:
+    import torch
+    from transformers import DynamicCache
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from lib import models
+
+    torch.set_num_threads(job.cores)
+    model = models.load_llm(models.locate(str(job.folder), ""), dtype)
+    if csr:
+        _to_csr(model, models.prunable_layers(model))
+    ids = torch.from_numpy(job.feed["input_ids"])
+    past = [torch.from_numpy(array).to(model.dtype) for name, array in job.feed.items() if name != "input_ids"]
+    cache = DynamicCache()
+    for layer in range(len(past) // 2):
+        cache.update(past[2 * layer], past[2 * layer + 1], layer)
+
+    @torch.inference_mode()
+    def prefill():
+        return model(input_ids=ids, use_cache=False).logits
+
+    @torch.inference_mode()
+    def decode():
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)  # forgets the token again, so that the next run is the same: a view, no copy
+        return logits
+
+    return Loaded(decode if past else prefill)
+
+
+def _to_csr(model, layers) -> None:
+    """Put a CSR matrix in the place of every linear layer of the blocks."""
+    import warnings
+
+    import torch
+
+    class CsrLinear(torch.nn.Module):
+        def __init__(self, linear) -> None:
+            super().__init__()
+            self.weight, self.bias = linear.weight.detach().to_sparse_csr(), linear.bias
+
+        def forward(self, x):
+            out = (self.weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+            return out if self.bias is None else out + self.bias
+
+    warnings.filterwarnings("ignore", message="Sparse CSR")
+    for layer in layers:
+        parent, _, name = layer.name.rpartition(".")
+        setattr(model.get_submodule(parent), name, CsrLinear(layer.module))
+
+
+def take_turns(runs: list, warmup: int, rounds: int) -> list:
+    """Return the seconds of every run in every round, [runs][rounds]; a round begins with another run each time."""
+    for _ in range(warmup):
+        for run in runs:
+            run()
+    seconds = [[] for _ in runs]
+    for index in range(rounds):
+        for turn in range(len(runs)):
+            which = (index + turn) % len(runs)
+            start = time.perf_counter()
+            runs[which]()
+            seconds[which].append(time.perf_counter() - start)
+    return seconds
+
+
+def agreement(logits, reference) -> dict:
+    """Return how far ``logits`` [positions, vocabulary] are from ``reference``: arrays of numpy.
+
+    ``relative`` is the largest difference over the largest reference logit; ``top1`` the fraction of positions with
+    the same most likely token.
+    """
+    relative = float(abs(logits - reference).max() / abs(reference).max())
+    return {"relative": relative, "top1": float((logits.argmax(-1) == reference.argmax(-1)).mean())}
+
+
+def measure(spec: dict) -> dict:
+    """Load every model of ``spec`` in its engine, let them take turns, and return what was measured."""
+    loaded, agrees = [], []
+    for model in spec["models"]:
+        deployment = Path(model["deployment"])
+        arrays = dict(np.load(deployment / f"{FILES[spec['graph']]}.npz"))
+        feed = {name[6:]: array for name, array in arrays.items() if name.startswith("input:")}
+        job = Job(Path(model["folder"]), deployment, spec["graph"], spec["cores"], feed, model["sparse"])
+        loaded.append(ENGINES[spec["engine"]](job))
+        out = loaded[-1].run()
+        out = out if isinstance(out, np.ndarray) else out.float().numpy()
+        agrees.append(agreement(out[0][arrays["positions"]], arrays["logits"]))
+    seconds = take_turns([one.run for one in loaded], spec["warmup"], spec["rounds"])
+    packages = ["torch", "transformers"] if spec["engine"].startswith("torch") else [spec["engine"]]
+    return {
+        "engine": spec["engine"],
+        "graph": spec["graph"],
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "loadavg": os.getloadavg(),
+        "models": [
+            {"seconds": times, "supported": one.supported, "agreement": agree}
+            for times, one, agree in zip(seconds, loaded, agrees)  # noqa: B905  (Python 3.8)
+        ],
+    }
+
+
+if __name__ == "__main__":
+    result = measure(json.loads(Path(sys.argv[1]).read_text()))
+    Path(sys.argv[2]).write_text(json.dumps(result))

@@ -1,0 +1,136 @@
+"""A model becomes a table of speed-ups: pruned if asked, exported where it was not yet, measured. What run.sh runs."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import benchmark
+import environment
+import torch
+from checkpoints import (
+    LEAST_SPARSE,
+    ROOT,
+    Checkpoint,
+    Parser,
+    check_free,
+    command,
+    fingerprint,
+    locate_folder,
+    open_checkpoint,
+)
+from export_onnx import add_export_flags, describe, export
+
+from lib import UserError, data, models
+
+METHODS = ("magnitude", "magnitude_ww")  # of main.py, those that need no calibration text
+EPSILON = "0.1"  # half of the default: at a sparsity of 0.9 no matrix of SmolLM2 loses every weight
+
+
+def is_exported(checkpoint: Checkpoint, length: int, graphs: list[str]) -> bool:
+    """Say whether the graphs of these weights and this length are there."""
+    path = checkpoint.deployment / "export.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    same = record.get("fingerprint") == fingerprint(checkpoint.folder) and record.get("sequence_length") == length
+    return same and set(graphs) <= set(record["graphs"])
+
+
+def prune_to(model: str, sparsities: list[float], method: str, work: Path) -> list[Checkpoint]:
+    """Prune ``model`` with main.py to each sparsity, into ``work``, where that was not done before."""
+    pruned = []
+    for sparsity in sparsities:
+        folder = work / f"{method}_{sparsity}"
+        if folder.is_dir():
+            print(f"pruned before: {folder}", flush=True)
+        else:
+            flags = f"--prune_method {method} --sparsity_ratio {sparsity} --epsilon {EPSILON} --eval_wikitext false"
+            where = ["--save_model", str(work), "--save", str(work / "figures")]
+            done = subprocess.run([sys.executable, "main.py", "--model", model, *flags.split(), *where], cwd=ROOT)
+            if done.returncode:
+                raise UserError(f"--sparsity {sparsity}: {model} could not be pruned, see above")
+        pruned.append(open_checkpoint(str(folder)))
+    return pruned
+
+
+def stand_in(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Return a dense model of the same shape: the zeros of ``checkpoint`` filled with numbers as large as its others.
+
+    Its text is nonsense. Its latency is that of the dense model, which depends on no value but zero.
+    """
+    if not folder.is_dir():
+        model = models.load_llm(checkpoint.source, "float32")
+        draw = torch.Generator().manual_seed(0)
+        for layer in models.prunable_layers(model):
+            weight = layer.module.weight.data
+            zero = weight == 0
+            spread = weight[~zero].std() if (~zero).sum() > 1 else torch.tensor(0.02)
+            weight[zero] = torch.randn(int(zero.sum()), generator=draw) * spread
+        models.save_llm(model, models.load_tokenizer(checkpoint.source), folder)
+    return open_checkpoint(str(folder))
+
+
+def _check_args(args: argparse.Namespace) -> None:
+    """Find what needs no model to be found; nothing is made before."""
+    benchmark.check_measuring_flags(args)
+    data.check_text("--text", args.text)
+    for sparsity in args.sparsity or ():
+        if not LEAST_SPARSE <= sparsity < 1:
+            raise UserError(f"--sparsity {sparsity}: must be at least {LEAST_SPARSE} and below 1")
+    if args.sparsity and (len(args.models) > 1 or args.dense):
+        raise UserError("--sparsity: prunes one dense MODEL; leave it out for models that are pruned already")
+    for model in (*args.models, *([args.dense] if args.dense else [])):
+        locate_folder(model)
+    if "deepsparse" in args.engines:
+        environment.check_deepsparse()
+
+
+def find_models(args: argparse.Namespace) -> list[Checkpoint]:
+    """Return the dense model and the pruned ones that ``args`` ask for, made where need be."""
+    given = [open_checkpoint(model) for model in args.models]
+    work = Path(args.work) / given[0].source.name
+    if args.sparsity:
+        dense, sparse = given[0], prune_to(args.models[0], sorted(set(args.sparsity)), args.method, work)
+    else:
+        for checkpoint in given:
+            benchmark.check_sparse(checkpoint, "add --sparsity 0.5 0.7 0.8 0.9 to have it pruned here")
+        if args.dense:
+            dense = open_checkpoint(args.dense)
+        else:
+            print(f"no --dense: {given[0].folder} with its zeros filled stands in for the dense model", flush=True)
+            dense = stand_in(given[0], work / f"dense-{fingerprint(given[0].folder)}")
+        sparse = sorted(given, key=lambda checkpoint: checkpoint.sparsity)
+    benchmark.check_pair(dense, sparse)
+    return [dense, *sparse]
+
+
+def run(args: argparse.Namespace) -> None:
+    _check_args(args)
+    chosen = find_models(args)
+    for checkpoint in chosen:
+        if is_exported(checkpoint, args.sequence_length, args.graphs):
+            print(f"exported before: {checkpoint.deployment}", flush=True)
+            continue
+        check_free("the export", checkpoint.deployment, "export.json")
+        record = export(checkpoint, args.sequence_length, checkpoint.deployment, args.graphs, args.text)
+        print(describe(record, checkpoint.deployment), flush=True)
+    if "deepsparse" in args.engines:
+        environment.deepsparse_python()
+    benchmark.leave(benchmark.benchmark(chosen, args), args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="run.sh", description="Export pruned models and measure them against their dense one.")
+    add = parser.add_argument
+    add("models", metavar="MODEL", nargs="+", help="folder of a pruned model; a dense one with --sparsity")
+    add("--dense", metavar="MODEL", help="the model they were pruned from (default: MODEL with its zeros filled)")
+    add("--sparsity", type=float, nargs="+", metavar="S", help="prune MODEL to each of these first")
+    add("--method", default="magnitude_ww", choices=METHODS, help="of --sparsity; models of other methods: main.py")
+    add("--work", default="out/speedup", metavar="DIR", help="where models that are made here go")
+    add_export_flags(parser)
+    benchmark.add_measuring_flags(parser)
+    return command(parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
