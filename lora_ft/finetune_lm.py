@@ -1,0 +1,355 @@
+"""Train LoRA adapters on a pruned model to win back its perplexity: python lora_ft/finetune_lm.py --help"""
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+import main as pruning
+from lib import UserError, data, models, registry, results
+from lora_ft import common
+
+# The published settings, each a flag; what is not here is transformers' default.
+PUBLISHED = {
+    "learning_rate": 1e-4,
+    "num_train_epochs": 1.0,
+    "per_device_train_batch_size": 1,
+    "warmup_steps": 5,
+    "optim": "adamw_torch",
+    "logging_steps": 10,
+    "save_steps": 50,
+    "eval_steps": 50,
+}
+# Decided in ``settle`` unless a flag says otherwise.
+OPEN = ("bf16", "fp16", "eval_strategy", "gradient_accumulation_steps")
+LAST = "last"  # --resume_from_checkpoint without a folder
+# lib speaks of main.py's flags
+FLAGS = {
+    "--model": "--model_name_or_path",
+    "--seqlen": "--block_size",
+    "--calib_data": "--train_file",
+    "--eval_data": "--validation_file",
+}
+
+
+@dataclass
+class LoraArguments:
+    """What the Trainer's own arguments do not cover."""
+
+    _argument_group_name = "LoRA"
+
+    model_name_or_path: str = field(metadata={"help": "the pruned model: folder or hub id"})
+    config_name: str | None = field(
+        default=None, metadata={"help": "folder or hub id that lends the tokenizer and config which the model's folder lacks"}
+    )
+    cache_dir: str = field(default=common.CACHE, metadata={"help": "where weights from the hub are kept"})
+    dtype: str = field(
+        default="auto", metadata={"help": f"of the frozen weights, {','.join(models.DTYPES)}; auto: the mixed precision's"}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": f"text: {','.join(data.DATASETS)} or a .txt, .json or .jsonl file (field `text`)"}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "training text, instead of --dataset_name's"})
+    validation_file: str | None = field(default=None, metadata={"help": "evaluation text, instead of --dataset_name's"})
+    block_size: int = field(default=2048, metadata={"help": "tokens of a training sample; at most the model's context"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "blocks to train on (default: all)"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "blocks to evaluate on (default: all)"})
+    batch_size: int = field(
+        default=128, metadata={"help": "blocks of an optimizer step, over all devices and accumulation steps"}
+    )
+    lora_r: int = field(default=8, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=16, metadata={"help": "scale of the adapters, divided by their rank"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "of the adapters' input, in [0, 1)"})
+    lora_target_modules: str = field(
+        default="q_proj,v_proj", metadata={"help": "layers that get an adapter, by commas; or all-linear"}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace the adapter and the checkpoints in --output_dir"}
+    )
+
+
+class Parser(pruning.Parser, HfArgumentParser):
+    """The Trainer's own arguments, and answers of one line."""
+
+
+class CheckedTrainer(Trainer):
+    """Stops at a loss that is not finite; the Trainer would leave it out of its log and go on."""
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise _not_finite("the training loss", loss.item(), self.state.global_step + 1)
+        return loss
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        if not math.isfinite(metrics["eval_loss"]):
+            raise _not_finite("the evaluation loss", metrics["eval_loss"], self.state.global_step)
+        return metrics
+
+
+def _not_finite(what: str, loss: float, step: int) -> UserError:
+    return UserError(f"{what} is {loss} at step {step}: stopped; lower --learning_rate, or try --dtype float32 or --bf16")
+
+
+def make_parser() -> Parser:
+    parser = Parser((LoraArguments, TrainingArguments), prog="finetune_lm.py", description=__doc__, allow_abbrev=False)
+    parser.set_defaults(output_dir=None, **PUBLISHED, **dict.fromkeys(OPEN))
+    resume = parser._option_string_actions["--resume_from_checkpoint"]
+    resume.nargs, resume.const = "?", LAST
+    resume.help = "go on from a checkpoint's folder; without one, from the last checkpoint in --output_dir"
+    return parser
+
+
+# ----------------------------------------------------------------------------------------------------- arguments
+
+
+def check_args(args: Namespace) -> None:
+    """Find every contradiction that needs no model."""
+    registry.check_name("--dtype", args.dtype, models.DTYPES)
+    if not args.do_train and not args.do_eval:
+        raise UserError("nothing to do; add --do_train, --do_eval or both")
+    if args.do_predict:
+        raise UserError("--do_predict: does nothing here; use --do_eval, or lora_ft/evaluate_ppl.py on the adapter")
+    for flag in ("batch_size", "lora_r", "lora_alpha", "max_train_samples", "max_eval_samples"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if not 0 <= args.lora_dropout < 1:
+        raise UserError(f"--lora_dropout {args.lora_dropout}: must be at least 0 and below 1")
+    for split, do in (("train", args.do_train), ("validation", args.do_eval)):
+        if do:
+            data.check_text(*text_of(args, split))
+    if args.do_train and args.do_eval and text_of(args, "train")[1] == text_of(args, "validation")[1]:
+        name = text_of(args, "train")[1]
+        if name not in data.DATASETS:
+            common.log.warning("%s is both trained and evaluated on; give another text: --validation_file FILE", name)
+    _check_output(args)
+
+
+def text_of(args: Namespace, split: str) -> tuple[str, str]:
+    """Return the flag that gives the text of ``split`` ("train" or "validation"), and the text's name."""
+    flag = f"{split}_file"
+    if getattr(args, flag) is not None:
+        return f"--{flag}", getattr(args, flag)
+    if args.dataset_name is None:
+        raise UserError(f"no text; give --dataset_name, one of {', '.join(data.DATASETS)}, or --{flag} FILE")
+    return "--dataset_name", args.dataset_name
+
+
+def _check_output(args: Namespace) -> None:
+    if args.output_dir is None:
+        raise UserError("--output_dir is missing; give the folder that the adapter goes to")
+    folder = Path(args.output_dir).expanduser()
+    if args.resume_from_checkpoint:
+        args.resume_from_checkpoint = str(_checkpoint(folder, args.resume_from_checkpoint))
+    if int(os.environ.get("RANK", 0)) > 0:
+        return  # what the first process of several does here, the others would find half done
+    results.prepare("--output_dir", folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite_output_dir or args.resume_from_checkpoint):
+        mend = "add --overwrite_output_dir to start anew, --resume_from_checkpoint to go on, or give another folder"
+        raise UserError(f"--output_dir {folder}: is not empty; {mend}")
+
+
+def _checkpoint(folder: Path, given: str) -> Path:
+    """Return the checkpoint to go on from; of those in ``folder`` the last that was written to its end."""
+    state = "trainer_state.json"  # written last
+    if given != LAST:
+        if not (Path(given).expanduser() / state).is_file():
+            raise UserError(f"--resume_from_checkpoint {given}: is no checkpoint, it holds no {state}")
+        return Path(given).expanduser()
+    found = {int(path.parent.name.split("-")[1]): path.parent for path in folder.glob(f"checkpoint-*/{state}")}
+    if not found:
+        raise UserError(f"--resume_from_checkpoint: {folder} holds no checkpoint; leave it out to start from the beginning")
+    return found[max(found)]
+
+
+def settle(args: Namespace) -> tuple[LoraArguments, TrainingArguments]:
+    """Return the two groups of arguments, with what was left open decided."""
+    if args.bf16 is None and args.fp16 is None and torch.cuda.is_available() and not args.use_cpu:
+        args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.fp16 = not args.bf16
+    args.bf16, args.fp16 = bool(args.bf16), bool(args.fp16)
+    if args.eval_strategy is None:
+        args.eval_strategy = "steps" if args.do_train and args.do_eval else "no"
+    if args.label_names is None:
+        args.label_names = ["labels"]  # the Trainer cannot read them off a model inside adapters
+    if args.disable_tqdm is None:
+        args.disable_tqdm = not sys.stderr.isatty()
+    args.dataloader_pin_memory &= torch.cuda.is_available()
+    args.prediction_loss_only = True  # all logits of the evaluation would be kept otherwise
+    accumulate, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
+    try:
+        lora, training = Parser((LoraArguments, TrainingArguments)).parse_dict(vars(args))
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error).strip().splitlines()[0]) from error
+    if training.n_gpu > 1:
+        training._n_gpu = 1  # one process spreads the model over its GPUs, and not the batch
+    at_once = training.per_device_train_batch_size * training.world_size
+    if accumulate is None and lora.batch_size % at_once:
+        share = f"{training.per_device_train_batch_size} on each of {training.world_size} devices"
+        raise UserError(f"--batch_size {lora.batch_size}: is no multiple of --per_device_train_batch_size, {share}")
+    training.gradient_accumulation_steps = accumulate or lora.batch_size // at_once
+    if lora.dtype == "auto":
+        lora.dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+    return lora, training
+
+
+def _check_targets(given: str, skeleton) -> str | list[str]:
+    if given == "all-linear":
+        return given
+    names = dict.fromkeys(layer.name.rpartition(".")[2] for layer in models.prunable_layers(skeleton))
+    return [registry.check_name("--lora_target_modules", name.strip(), [*names, "all-linear"]) for name in given.split(",")]
+
+
+# ------------------------------------------------------------------------------------------------------- the run
+
+
+def run(args: Namespace) -> None:
+    """Do what ``args`` ask for, in the order in which it happens."""
+    check_args(args)
+    lora, training = settle(args)
+    base = common.find_base(lora.model_name_or_path, lora.config_name, lora.cache_dir)
+    common.check_length("--block_size", lora.block_size, base.skeleton)
+    targets = _check_targets(lora.lora_target_modules, base.skeleton)
+    if training.resume_from_checkpoint:
+        _check_same_adapter(Path(training.resume_from_checkpoint), lora, targets)
+    train = evaluation = None
+    if training.do_train:
+        train = data.training_blocks(*text_of(args, "train"), "train", base.tokenizer, lora.block_size, lora.max_train_samples)
+    if training.do_eval:
+        where = text_of(args, "validation")
+        evaluation = data.training_blocks(*where, "test", base.tokenizer, lora.block_size, lora.max_eval_samples)
+
+    alone = training.world_size == 1 and not training.use_cpu
+    loaded = common.load_base(base, lora.dtype, None if alone else training.device)
+    set_seed(training.seed)
+    model = _with_adapter(loaded, base, lora, targets)
+    trainer = CheckedTrainer(model, training, _collate, train_dataset=train, eval_dataset=evaluation)
+    out = Path(training.output_dir)
+    if training.should_save and not training.resume_from_checkpoint:
+        _clear(out)
+    about = {"model": common.identity(base.source), "sparsity": loaded.sparsity, "arguments": vars(lora)}
+    if training.do_train:
+        metrics = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics
+        _save_adapter(trainer, out, loaded, base)
+        if training.should_save:
+            _write(out / "train_results.json", metrics | {"train_samples": len(train)} | about)
+            _plot(trainer.state.log_history, out / "loss_curve.png")
+    if training.do_eval:
+        metrics = trainer.evaluate()
+        metrics |= {"perplexity": math.exp(metrics["eval_loss"]), "eval_samples": len(evaluation)}
+        if training.should_save:
+            _write(out / "eval_results.json", metrics | about)
+            print(f"perplexity on {text_of(args, 'validation')[1]} {metrics['perplexity']:.4f}")
+    if training.should_save:
+        print(f"written: {out}")
+
+
+def _with_adapter(loaded: common.Loaded, base: common.Base, lora: LoraArguments, targets: str | list[str]):
+    """Return the model with fresh adapters, which change nothing yet, around the target layers."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+    )
+    model = get_peft_model(loaded.model, config)
+    config.base_model_name_or_path = common.identity(base.source)
+    return model
+
+
+def _check_same_adapter(checkpoint: Path, lora: LoraArguments, targets: str | list[str]) -> None:
+    before = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    now = {"r": lora.lora_r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
+    for name, value in now.items():
+        if before[name] != value:
+            flag = f"--{name if name.startswith('lora') else 'lora_' + name}"
+            raise UserError(f"{flag} {value}: the run in {checkpoint.parent} was started with {before[name]}; give that")
+    if targets != "all-linear" and set(targets) != set(before["target_modules"]):
+        was = ",".join(sorted(before["target_modules"]))
+        raise UserError(f"--lora_target_modules {','.join(targets)}: the run in {checkpoint.parent} was started with {was}")
+
+
+def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
+    ids = torch.stack(rows).long()  # [batch, block_size]
+    return {"input_ids": ids, "labels": ids.clone()}  # the model shifts the labels itself
+
+
+# ------------------------------------------------------------------------------------------------ what is left behind
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run left: a later resumption would take its checkpoints for this run's."""
+    for path in folder.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name):
+            shutil.rmtree(path)
+    for name in ("adapter_config.json", "adapter_model.safetensors", common.BASE, "train_results.json", "eval_results.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "loss_curve.png").unlink(missing_ok=True)
+
+
+def _save_adapter(trainer: Trainer, out: Path, loaded: common.Loaded, base: common.Base) -> None:
+    """Write the adapter beside the checkpoints, its config last, so that a folder with a config is whole."""
+    tmp = out / ".adapter"
+    trainer.save_model(str(tmp))  # by all processes: sharded weights are gathered
+    if not trainer.args.should_save:
+        return
+    common.write_base(out, loaded, base)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp / name).replace(out / name)
+    shutil.rmtree(tmp)
+
+
+def _write(path: Path, record: dict) -> None:
+    results.write_atomically(path, json.dumps(record | results.provenance(), indent=1, default=str) + "\n")
+
+
+def _plot(history: list[dict], path: Path) -> None:
+    """Draw the training and the evaluation loss over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        points = [(row["step"], row[key]) for row in history if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
+    axes.legend()
+    tmp = path.with_name(f".{path.name}")
+    figure.savefig(tmp, format="png", dpi=120)
+    pyplot.close(figure)
+    tmp.replace(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status: 0, or 2 for something that the user can mend."""
+    args = make_parser().parse_args(argv)
+    common.quiet()
+    try:
+        with common.renamed(FLAGS):
+            run(args)
+    except UserError as error:
+        print(f"finetune_lm.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
