@@ -202,8 +202,8 @@ def training_blocks(
 ) -> Tensor:
     """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
 
-    Documents are tokenised one by one, each with the tokenizer's special tokens (the field's practice in fine-tuning); a
-    stream gets them once, at its start. No more of the text is tokenised than ``most`` blocks need.
+    Documents are tokenised one by one, each with the tokenizer's special tokens, as is usual in fine-tuning; a stream
+    gets them once, at its start. No more of the text is tokenised than ``most`` blocks need.
 
     Raises:
         UserError: the text is too short for one block.
@@ -215,9 +215,9 @@ def training_blocks(
     with tqdm(total=most, desc=f"tokenising {name}", unit="block", disable=None) as bar:
         for start in range(0, len(pieces), step):
             special = not stream or start == 0
-            for ids in tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids:
-                tokens.append(torch.tensor(ids, dtype=torch.int32))  # of a whole shard, int64 would be gigabytes
-                have += len(ids)
+            some = tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
+            tokens += [torch.tensor(ids, dtype=torch.int32) for ids in some]  # of a whole shard, int64 would be gigabytes
+            have += sum(map(len, some))
             count = min(have // size, most or have)
             bar.update(count - bar.n)
             if count == most:

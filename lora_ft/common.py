@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,7 @@ def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
     borrows_tokenizer = bool(names) and not names & set(_TOKENIZER_FILES)
     if config_name is None:
         if borrows_tokenizer and "config.json" in names:
-            raise UserError(f"--model {model}: the folder holds no tokenizer; say where it comes from: --config_name NAME")
+            raise UserError(f"--model {model}: the folder holds no tokenizer; say whose it is: --config_name NAME")
         source = lender = models.locate(model, cache_dir)
     else:
         with renamed({"--model": "--config_name"}):
@@ -124,7 +125,8 @@ def check_adapter(given: str, base: Base) -> None:
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for path in (config, weights):
         if not path.is_file():
-            hint = "" if path is weights or not (folder / "config.json").is_file() else "; it holds a model, not an adapter"
+            model = path is config and (folder / "config.json").is_file()
+            hint = "; it holds a model, not an adapter" if model else ""
             raise UserError(f"--lora_weights {given}: the folder holds no {path.name}{hint}")
     try:
         about = json.loads(config.read_text(encoding="utf-8"))
@@ -174,7 +176,14 @@ def load_adapter(given: str, loaded: Loaded, base: Base):
     from peft import PeftModel
 
     check_base(Path(given).expanduser(), f"--lora_weights {given}", loaded, base)
-    return PeftModel.from_pretrained(loaded.model, Path(given).expanduser()).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(loaded.model, Path(given).expanduser()).eval()
+        except UserWarning as error:
+            raise UserError(
+                f"--lora_weights {given}: lacks weights that its config names ({_first_line(error)})"
+            ) from error
 
 
 def write_base(folder: Path, loaded: Loaded, base: Base) -> None:

@@ -23,17 +23,18 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_model_flags(parser)
-    parser.add_argument("--lora_weights", metavar="DIR", help="the adapter: finetune_lm.py's --output_dir (default: none)")
+    add = parser.add_argument
+    add("--lora_weights", metavar="DIR", help="the adapter: finetune_lm.py's --output_dir; without it the model alone")
     add_text_flags(parser)
-    parser.add_argument("--eval_zero_shot", action="store_true", help="zero-shot tasks (not built yet)")
-    parser.add_argument("--result_dir", default="results", metavar="DIR", help="where perplexity.txt and .json are written")
+    add("--eval_zero_shot", action="store_true", help="zero-shot tasks (not built yet)")
+    add("--result_dir", default="results", metavar="DIR", help="where perplexity.txt and perplexity.json are written")
     return parser
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="the pruned model: folder or hub id")
-    add("--config_name", metavar="NAME", help="folder or hub id that lends the tokenizer and config the model's folder lacks")
+    add("--config_name", metavar="NAME", help="folder or hub id that lends the tokenizer or config the model lacks")
     add("--cache_dir", default=common.CACHE, metavar="DIR", help="where weights from the hub are kept")
     add("--dtype", default="auto", help=f"{{{','.join(models.DTYPES)}}}; auto: float16 on CUDA, float32 on CPU")
 
@@ -49,7 +50,7 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
 def check_args(args: argparse.Namespace) -> None:
     """Find every contradiction that needs no model."""
     if args.eval_zero_shot:
-        raise UserError("--eval_zero_shot: not built yet; merge the adapter (lora_ft/merge.py) and run lm-eval on the result")
+        raise UserError("--eval_zero_shot: not built yet; merge the adapter (lora_ft/merge.py) and run lm-eval on that")
     check_text_args(args)
     results.prepare("--result_dir", Path(args.result_dir))
 

@@ -33,6 +33,7 @@ PUBLISHED = {
 }
 # Decided in ``settle`` unless a flag says otherwise.
 OPEN = ("bf16", "fp16", "eval_strategy", "gradient_accumulation_steps")
+WRITTEN = ("train_results.json", "eval_results.json", "loss_curve.png")  # beside the adapter
 LAST = "last"  # --resume_from_checkpoint without a folder
 # lib speaks of main.py's flags
 FLAGS = {
@@ -51,14 +52,16 @@ class LoraArguments:
 
     model_name_or_path: str = field(metadata={"help": "the pruned model: folder or hub id"})
     config_name: str | None = field(
-        default=None, metadata={"help": "folder or hub id that lends the tokenizer and config which the model's folder lacks"}
+        default=None, metadata={"help": "folder or hub id that lends the tokenizer or config the model lacks"}
     )
     cache_dir: str = field(default=common.CACHE, metadata={"help": "where weights from the hub are kept"})
     dtype: str = field(
-        default="auto", metadata={"help": f"of the frozen weights, {','.join(models.DTYPES)}; auto: the mixed precision's"}
+        default="auto",
+        metadata={"help": f"of the frozen weights: {','.join(models.DTYPES)}; auto: as --bf16 and --fp16"},
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": f"text: {','.join(data.DATASETS)} or a .txt, .json or .jsonl file (field `text`)"}
+        default=None,
+        metadata={"help": f"text: {','.join(data.DATASETS)}, or a .txt, .json, .jsonl file (field `text`)"},
     )
     train_file: str | None = field(default=None, metadata={"help": "training text, instead of --dataset_name's"})
     validation_file: str | None = field(default=None, metadata={"help": "evaluation text, instead of --dataset_name's"})
@@ -100,7 +103,7 @@ class CheckedTrainer(Trainer):
 
 
 def _not_finite(what: str, loss: float, step: int) -> UserError:
-    return UserError(f"{what} is {loss} at step {step}: stopped; lower --learning_rate, or try --dtype float32 or --bf16")
+    return UserError(f"{what} is {loss} at step {step}, so training stops; lower --learning_rate, or try --bf16")
 
 
 def make_parser() -> Parser:
@@ -122,6 +125,8 @@ def check_args(args: Namespace) -> None:
         raise UserError("nothing to do; add --do_train, --do_eval or both")
     if args.do_predict:
         raise UserError("--do_predict: does nothing here; use --do_eval, or lora_ft/evaluate_ppl.py on the adapter")
+    if args.resume_from_checkpoint and not args.do_train:
+        raise UserError("--resume_from_checkpoint without --do_train does nothing; add --do_train")
     for flag in ("batch_size", "lora_r", "lora_alpha", "max_train_samples", "max_eval_samples"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
@@ -163,14 +168,18 @@ def _check_output(args: Namespace) -> None:
 
 def _checkpoint(folder: Path, given: str) -> Path:
     """Return the checkpoint to go on from; of those in ``folder`` the last that was written to its end."""
-    state = "trainer_state.json"  # written last
+    last, parts = "trainer_state.json", ("trainer_state.json", "adapter_config.json")
     if given != LAST:
-        if not (Path(given).expanduser() / state).is_file():
-            raise UserError(f"--resume_from_checkpoint {given}: is no checkpoint, it holds no {state}")
-        return Path(given).expanduser()
-    found = {int(path.parent.name.split("-")[1]): path.parent for path in folder.glob(f"checkpoint-*/{state}")}
+        path = Path(given).expanduser()
+        lacking = [part for part in parts if not (path / part).is_file()]
+        if lacking:
+            raise UserError(
+                f"--resume_from_checkpoint {given}: is no checkpoint of a LoRA run, it holds no {lacking[0]}"
+            )
+        return path
+    found = {int(path.parent.name.split("-")[1]): path.parent for path in folder.glob(f"checkpoint-*/{last}")}
     if not found:
-        raise UserError(f"--resume_from_checkpoint: {folder} holds no checkpoint; leave it out to start from the beginning")
+        raise UserError(f"--resume_from_checkpoint: {folder} holds no checkpoint; leave the flag out to start anew")
     return found[max(found)]
 
 
@@ -208,8 +217,8 @@ def settle(args: Namespace) -> tuple[LoraArguments, TrainingArguments]:
 def _check_targets(given: str, skeleton) -> str | list[str]:
     if given == "all-linear":
         return given
-    names = dict.fromkeys(layer.name.rpartition(".")[2] for layer in models.prunable_layers(skeleton))
-    return [registry.check_name("--lora_target_modules", name.strip(), [*names, "all-linear"]) for name in given.split(",")]
+    names = [*dict.fromkeys(layer.name.rpartition(".")[2] for layer in models.prunable_layers(skeleton)), "all-linear"]
+    return [registry.check_name("--lora_target_modules", name.strip(), names) for name in given.split(",")]
 
 
 # ------------------------------------------------------------------------------------------------------- the run
@@ -224,36 +233,60 @@ def run(args: Namespace) -> None:
     targets = _check_targets(lora.lora_target_modules, base.skeleton)
     if training.resume_from_checkpoint:
         _check_same_adapter(Path(training.resume_from_checkpoint), lora, targets)
-    train = evaluation = None
-    if training.do_train:
-        train = data.training_blocks(*text_of(args, "train"), "train", base.tokenizer, lora.block_size, lora.max_train_samples)
-    if training.do_eval:
-        where = text_of(args, "validation")
-        evaluation = data.training_blocks(*where, "test", base.tokenizer, lora.block_size, lora.max_eval_samples)
+    train = _blocks(args, "train", base) if training.do_train else None
+    evaluation = _blocks(args, "validation", base) if training.do_eval else None
 
     alone = training.world_size == 1 and not training.use_cpu
     loaded = common.load_base(base, lora.dtype, None if alone else training.device)
     set_seed(training.seed)
     model = _with_adapter(loaded, base, lora, targets)
     trainer = CheckedTrainer(model, training, _collate, train_dataset=train, eval_dataset=evaluation)
-    out = Path(training.output_dir)
-    if training.should_save and not training.resume_from_checkpoint:
-        _clear(out)
-    about = {"model": common.identity(base.source), "sparsity": loaded.sparsity, "arguments": vars(lora)}
+    about = {"model": common.identity(base.source), "sparsity": loaded.sparsity, "flags": _given(args)}
     if training.do_train:
-        metrics = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics
-        _save_adapter(trainer, out, loaded, base)
-        if training.should_save:
-            _write(out / "train_results.json", metrics | {"train_samples": len(train)} | about)
-            _plot(trainer.state.log_history, out / "loss_curve.png")
+        _train(trainer, about, loaded, base)
     if training.do_eval:
-        metrics = trainer.evaluate()
-        metrics |= {"perplexity": math.exp(metrics["eval_loss"]), "eval_samples": len(evaluation)}
-        if training.should_save:
-            _write(out / "eval_results.json", metrics | about)
-            print(f"perplexity on {text_of(args, 'validation')[1]} {metrics['perplexity']:.4f}")
+        _evaluate(trainer, about, text_of(args, "validation")[1])
     if training.should_save:
-        print(f"written: {out}")
+        print(f"written: {training.output_dir}")
+
+
+def _train(trainer: Trainer, about: dict, loaded: common.Loaded, base: common.Base) -> None:
+    """Train, and write the adapter, the figures and the loss curve."""
+    args, out = trainer.args, Path(trainer.args.output_dir)
+    if args.should_save and not args.resume_from_checkpoint:
+        _clear(out)
+    blocks, size = trainer.train_dataset.shape
+    common.log.info("training %d of %d parameters on %d blocks of %d tokens, %d to a step",
+                    *trainer.model.get_nb_trainable_parameters(), blocks, size,
+                    args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)  # fmt: skip
+    metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    _save_adapter(trainer, out, loaded, base)
+    if args.should_save:
+        _write(out / "train_results.json", metrics | {"train_samples": blocks} | about)
+        _plot(trainer.state.log_history, out / "loss_curve.png")
+
+
+def _evaluate(trainer: Trainer, about: dict, text: str) -> None:
+    """Evaluate, and write and print the perplexity."""
+    metrics = trainer.evaluate()
+    perplexity = (
+        torch.tensor(metrics["eval_loss"], dtype=torch.float64).exp().item()
+    )  # math.exp raises where this is inf
+    metrics |= {"perplexity": perplexity, "eval_samples": len(trainer.eval_dataset)}
+    if trainer.args.should_save:
+        _write(Path(trainer.args.output_dir) / "eval_results.json", metrics | about)
+        print(f"perplexity on {text} {perplexity:.4f}")
+
+
+def _blocks(args: Namespace, split: str, base: common.Base) -> Tensor:
+    """Return the blocks of ``split`` ("train" or "validation"), [blocks, block_size] int32."""
+    most = args.max_train_samples if split == "train" else args.max_eval_samples
+    of_text = "train" if split == "train" else "test"
+    blocks = data.training_blocks(*text_of(args, split), of_text, base.tokenizer, args.block_size, most)
+    if most and len(blocks) < most:
+        common.log.warning("%s has %d blocks of %d tokens, and not the %d that were asked for",
+                           text_of(args, split)[1], len(blocks), args.block_size, most)  # fmt: skip
+    return blocks
 
 
 def _with_adapter(loaded: common.Loaded, base: common.Base, lora: LoraArguments, targets: str | list[str]):
@@ -278,10 +311,10 @@ def _check_same_adapter(checkpoint: Path, lora: LoraArguments, targets: str | li
     for name, value in now.items():
         if before[name] != value:
             flag = f"--{name if name.startswith('lora') else 'lora_' + name}"
-            raise UserError(f"{flag} {value}: the run in {checkpoint.parent} was started with {before[name]}; give that")
+            raise UserError(f"{flag} {value}: the run of {checkpoint} was started with {before[name]}; give that")
     if targets != "all-linear" and set(targets) != set(before["target_modules"]):
         was = ",".join(sorted(before["target_modules"]))
-        raise UserError(f"--lora_target_modules {','.join(targets)}: the run in {checkpoint.parent} was started with {was}")
+        raise UserError(f"--lora_target_modules {','.join(targets)}: the run of {checkpoint} was started with {was}")
 
 
 def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
@@ -297,9 +330,8 @@ def _clear(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
-    for name in ("adapter_config.json", "adapter_model.safetensors", common.BASE, "train_results.json", "eval_results.json"):
+    for name in ("adapter_config.json", "adapter_model.safetensors", common.BASE, *WRITTEN):
         (folder / name).unlink(missing_ok=True)
-    (folder / "loss_curve.png").unlink(missing_ok=True)
 
 
 def _save_adapter(trainer: Trainer, out: Path, loaded: common.Loaded, base: common.Base) -> None:
@@ -316,6 +348,12 @@ def _save_adapter(trainer: Trainer, out: Path, loaded: common.Loaded, base: comm
 
 def _write(path: Path, record: dict) -> None:
     results.write_atomically(path, json.dumps(record | results.provenance(), indent=1, default=str) + "\n")
+
+
+def _given(args: Namespace) -> dict:
+    """Return the arguments that are not transformers' own defaults, the published settings among them."""
+    plain = vars(Parser((LoraArguments, TrainingArguments)).parse_args(["--model_name_or_path", ""]))
+    return {name: value for name, value in vars(args).items() if value != plain[name]}
 
 
 def _plot(history: list[dict], path: Path) -> None:

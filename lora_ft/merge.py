@@ -34,9 +34,10 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     evaluate_ppl.add_model_flags(parser)
-    parser.add_argument("--lora_weights", required=True, metavar="DIR", help="the adapter: finetune_lm.py's --output_dir")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the merged model is written; a new folder")
-    parser.add_argument("--keep_dense", action="store_true", help="let the adapter fill the zeros of the layers it changes")
+    add = parser.add_argument
+    add("--lora_weights", required=True, metavar="DIR", help="the adapter: finetune_lm.py's --output_dir")
+    add("--out", required=True, metavar="DIR", help="where the merged model is written; a new folder")
+    add("--keep_dense", action="store_true", help="let the adapter fill the zeros of the layers it changes")
     evaluate_ppl.add_text_flags(parser)
     return parser
 
