@@ -235,6 +235,8 @@ def run(args: Namespace) -> None:
         _check_same_adapter(Path(training.resume_from_checkpoint), lora, targets)
     train = _blocks(args, "train", base) if training.do_train else None
     evaluation = _blocks(args, "validation", base) if training.do_eval else None
+    if evaluation is not None and training.world_size > 1:
+        training.per_device_eval_batch_size = _even_batch(len(evaluation), training)
 
     alone = training.world_size == 1 and not training.use_cpu
     loaded = common.load_base(base, lora.dtype, None if alone else training.device)
@@ -287,6 +289,20 @@ def _blocks(args: Namespace, split: str, base: common.Base) -> Tensor:
         common.log.warning("%s has %d blocks of %d tokens, and not the %d that were asked for",
                            text_of(args, split)[1], len(blocks), args.block_size, most)  # fmt: skip
     return blocks
+
+
+def _even_batch(blocks: int, training: TrainingArguments) -> int:
+    """Return the largest evaluation batch that leaves none of several processes with a partly filled one.
+
+    The Trainer fills such a batch up with blocks that it has seen, and they would count in the mean loss.
+    """
+    asked = training.per_device_eval_batch_size
+    even = (batch for batch in range(asked, 1, -1) if blocks % (batch * training.world_size) == 0)
+    batch = next(even, 1)  # batches of one are filled up too, but whole, and those are left out again
+    if batch < asked:
+        common.log.info("--per_device_eval_batch_size is %d, so that %d blocks go evenly into %d processes",
+                        batch, blocks, training.world_size)  # fmt: skip
+    return batch
 
 
 def _with_adapter(loaded: common.Loaded, base: common.Base, lora: LoraArguments, targets: str | list[str]):

@@ -210,15 +210,16 @@ def test_evaluation_without_training_is_that_of_the_pruned_model(place, tmp_path
 
 
 def test_two_processes_make_the_adapter_of_one(place, tmp_path):
-    # The same four blocks to a step, two in each process. From lora_ft/, as users type it.
+    # The same four blocks to a step, two in each process. --multi_gpu is what makes the launcher start several
+    # processes; --use_cpu keeps them off the GPUs. From lora_ft/, as some type it.
     same = {"lora_dropout": 0, "max_train_samples": 12}
     assert finetune(place, tmp_path / "one", **same) == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = f"-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --main_process_port {port}"
+    launch = f"-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}"
     launch += " --mixed_precision no --dynamo_backend no finetune_lm.py"
-    command = [sys.executable, *launch.split(), *words(place, tmp_path / "two", **same, ddp_backend="gloo")]
+    command = [sys.executable, *launch.split(), *words(place, tmp_path / "two", **same, use_cpu=True, ddp_backend="gloo")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT / "lora_ft", env=env, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
