@@ -352,6 +352,9 @@ def _clear(folder: Path) -> None:
 
 def _save_adapter(trainer: Trainer, out: Path, loaded: common.Loaded, base: common.Base) -> None:
     """Write the adapter beside the checkpoints, its config last, so that a folder with a config is whole."""
+    if not all(torch.isfinite(weight).all() for weight in trainer.model.parameters() if weight.requires_grad):
+        step = trainer.state.global_step
+        raise UserError(f"the adapter's weights are not finite after step {step}; lower --learning_rate, or try --bf16")
     tmp = out / ".adapter"
     trainer.save_model(str(tmp))  # by all processes: sharded weights are gathered
     if not trainer.args.should_save:

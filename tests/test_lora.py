@@ -1,5 +1,6 @@
 """LoRA recovery: training, resumption, several processes, evaluation and merging, on a tiny pruned LLaMA."""
 
+import copy
 import json
 import math
 import os
@@ -13,11 +14,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, Trainer
 
 import main
 from conftest import ROOT, tiny_llama, tiny_sentences
-from lib import models
+from lib import data, models
 from lib.data import evaluation_windows
 from lib.eval import perplexity
 from lora_ft import evaluate_ppl, finetune_lm, merge
@@ -212,14 +214,15 @@ def test_evaluation_without_training_is_that_of_the_pruned_model(place, tmp_path
 def test_two_processes_make_the_adapter_of_one(place, tmp_path):
     # The same four blocks to a step, two in each process. --multi_gpu is what makes the launcher start several
     # processes; --use_cpu keeps them off the GPUs. From lora_ft/, as some type it.
-    same = {"lora_dropout": 0, "max_train_samples": 12}
+    same = {"lora_dropout": 0, "max_train_samples": 12, "max_eval_samples": 19}  # 19: none is evaluated twice
     assert finetune(place, tmp_path / "one", **same) == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = f"-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}"
     launch += " --mixed_precision no --dynamo_backend no finetune_lm.py"
-    command = [sys.executable, *launch.split(), *words(place, tmp_path / "two", **same, use_cpu=True, ddp_backend="gloo")]
+    flags = words(place, tmp_path / "two", **same, use_cpu=True, ddp_backend="gloo")
+    command = [sys.executable, *launch.split(), *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT / "lora_ft", env=env, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -227,6 +230,84 @@ def test_two_processes_make_the_adapter_of_one(place, tmp_path):
     assert worst(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-3
     results = [record(tmp_path / out / "eval_results.json")["perplexity"] for out in ("one", "two")]
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- texts and lent parts
+
+
+@pytest.fixture
+def documents(monkeypatch, tiny_tokenizer):
+    """Put eight documents in C4's place and return them, and the list of those that get tokenised."""
+    texts = [tiny_sentences(count, seed) for seed, count in enumerate([1, 30, 2, 25, 1, 40, 3, 60])]
+    monkeypatch.setitem(data.DATASETS, "c4", lambda split: data.Text(texts if split == "train" else texts[:2]))
+    monkeypatch.setattr(data, "_DOCUMENTS_AT_ONCE", 2)
+    seen = []
+    tokenise = type(tiny_tokenizer).__call__
+
+    def noted(self, text, **kwargs):
+        seen.extend(text if isinstance(text, list) else [text])
+        return tokenise(self, text, **kwargs)
+
+    monkeypatch.setattr(type(tiny_tokenizer), "__call__", noted)
+    return texts, seen
+
+
+@pytest.fixture
+def with_bos(tiny_tokenizer):
+    """Return a tokenizer that begins every text with <s>, as LLaMA's does."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def test_blocks_of_documents(documents, with_bos):
+    texts, seen = documents
+    joined = [token for text in texts for token in [1, *with_bos(text, add_special_tokens=False).input_ids]]
+    seen.clear()
+    blocks = data.training_blocks("--dataset_name", "c4", "train", with_bos, 50)
+    assert blocks.flatten().tolist() == joined[: len(joined) // 50 * 50] and seen == texts
+    seen.clear()
+    few = data.training_blocks("--dataset_name", "c4", "train", with_bos, 50, most=3)
+    assert torch.equal(few, blocks[:3]) and seen == texts[:2]  # the first two hold enough
+
+
+def test_blocks_of_a_stream(monkeypatch, with_bos, tmp_path):
+    text = tiny_sentences(120)
+    (tmp_path / "text.txt").write_text(text)
+    monkeypatch.setattr(data, "_PIECE", 500)
+    assert "".join(data._pieces(text)) == text and len(data._pieces(text)) > 5
+    blocks = data.training_blocks("--train_file", str(tmp_path / "text.txt"), "train", with_bos, 50)
+    whole = with_bos(text, verbose=False).input_ids
+    assert blocks.flatten().tolist() == whole[: len(whole) // 50 * 50]
+
+
+def test_published_command(place, documents, tiny_tokenizer, tmp_path, monkeypatch):
+    # The pruned folder holds weights alone; config and tokenizer come from --config_name, a folder in the hub's place.
+    monkeypatch.chdir(tmp_path)
+    bare, lender = tmp_path / "PRUNED", tmp_path / "meta-llama/Llama-2-7b-hf"
+    bare.mkdir()
+    shutil.copy(place / "pruned/model.safetensors", bare)
+    tiny_llama().config.save_pretrained(lender)
+    tiny_tokenizer.save_pretrained(lender)
+    shutil.copy(place / "pruned/model.safetensors", lender)
+    command = (
+        "--model_name_or_path PRUNED --config_name meta-llama/Llama-2-7b-hf --dataset_name c4 --num_train_epochs 1 "
+        "--block_size 2048 --per_device_train_batch_size 1 --per_device_eval_batch_size 8 --do_train --do_eval "
+        "--max_train_samples 100000 --max_eval_samples 128 --learning_rate 1e-4 --overwrite_output_dir --output_dir OUT"
+    )
+    args = finetune_lm.make_parser().parse_args(command.split())
+    lora, training = finetune_lm.settle(args)
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules) == (8, 16, 0.05, "q_proj,v_proj")
+    assert (training.gradient_accumulation_steps, training.warmup_steps, training.logging_steps) == (128, 5, 10)
+    assert (training.save_steps, training.eval_strategy, training.optim) == (50, "steps", "adamw_torch")
+    assert finetune_lm.main(command.replace("2048", "32").split()) == 0  # the tiny model's context is 128
+    assert record(tmp_path / "OUT/adapter_config.json")["base_model_name_or_path"] == str(bare)
+    assert not {path.name for path in bare.iterdir()} - {"model.safetensors"}
+
+    flags = "--model PRUNED --config_name meta-llama/Llama-2-7b-hf --lora_weights OUT --ctx_length 32 --dataset "
+    assert evaluate_ppl.main([*flags.split(), str(place / "val.txt")]) == 0
+    assert merge.main([*flags.split(), str(place / "val.txt"), "--out", "MERGED"]) == 0
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "MERGED").iterdir()}
 
 
 # ---------------------------------------------------------------------------------------------- evaluating, merging
@@ -255,7 +336,7 @@ def test_evaluate_ppl_is_main_and_writes_the_published_line(place, adapter, tmp_
 
 def test_wikitext2_has_the_published_name(place, tmp_path, monkeypatch, capsys):
     text = (place / "val.txt").read_text()
-    monkeypatch.setitem(evaluate_ppl.data.DATASETS, "wikitext2", lambda split: evaluate_ppl.data.Text(stream=text))
+    monkeypatch.setitem(data.DATASETS, "wikitext2", lambda split: data.Text(stream=text))
     flags = f"--model {place / 'pruned'} --ctx_length {BLOCK} --result_dir {tmp_path}"
     assert evaluate_ppl.main(flags.split()) == 0
     assert capsys.readouterr().out.startswith("perplexity on wikitext ")
