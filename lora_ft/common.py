@@ -230,7 +230,7 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # a training text is long
     main.quiet()
     log.setLevel(logging.INFO)
-    # peft looks for a config beside the weights, to see whether the vocabulary grew. It did not; the config may be lent.
+    # peft looks for a config beside the weights to see whether the vocabulary grew, which it does not here.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
     if int(os.environ.get("RANK", 0)) > 0:
         for name in ("lora_ft", "lib", "main"):

@@ -193,6 +193,8 @@ def settle(args: Namespace) -> tuple[LoraArguments, TrainingArguments]:
         args.eval_strategy = "steps" if args.do_train and args.do_eval else "no"
     if args.label_names is None:
         args.label_names = ["labels"]  # the Trainer cannot read them off a model inside adapters
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every adapter is used in every step; looking for others costs time
     if args.disable_tqdm is None:
         args.disable_tqdm = not sys.stderr.isatty()
     args.dataloader_pin_memory &= torch.cuda.is_available()

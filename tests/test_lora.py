@@ -221,7 +221,7 @@ def test_two_processes_make_the_adapter_of_one(place, tmp_path):
         port = free.getsockname()[1]
     launch = f"-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}"
     launch += " --mixed_precision no --dynamo_backend no finetune_lm.py"
-    flags = words(place, tmp_path / "two", **same, use_cpu=True, ddp_backend="gloo")
+    flags = words(place, tmp_path / "two", **same, use_cpu=True, ddp_backend="gloo", gradient_checkpointing=True)
     command = [sys.executable, *launch.split(), *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT / "lora_ft", env=env, capture_output=True, text=True, timeout=150)
