@@ -1,7 +1,6 @@
 """Measure the perplexity of a pruned model, with its LoRA adapter or without: python lora_ft/evaluate_ppl.py --help"""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -86,8 +85,7 @@ def run(args: argparse.Namespace) -> dict:
     folder = Path(args.result_dir)
     name = "wikitext" if args.dataset == "wikitext2" else args.dataset  # the published line's name for it
     line = f"perplexity on {name} {perplexity}"
-    results.write_atomically(folder / "perplexity.json", json.dumps(record | results.provenance(), indent=1) + "\n")
-    results.write_atomically(folder / "perplexity.txt", line + "\n")
+    results.write_files(folder, {"perplexity.json": results.run_text(record), "perplexity.txt": line + "\n"})
     print(line)
     return record
 

@@ -266,7 +266,8 @@ def _train(trainer: Trainer, about: dict, loaded: common.Loaded, base: common.Ba
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     _save_adapter(trainer, out, loaded, base)
     if args.should_save:
-        _write(out / "train_results.json", metrics | {"train_samples": blocks} | about)
+        record = metrics | {"train_samples": blocks} | about
+        results.write_atomically(out / "train_results.json", results.run_text(record))
         _plot(trainer.state.log_history, out / "loss_curve.png")
 
 
@@ -278,7 +279,8 @@ def _evaluate(trainer: Trainer, about: dict, text: str) -> None:
     )  # math.exp raises where this is inf
     metrics |= {"perplexity": perplexity, "eval_samples": len(trainer.eval_dataset)}
     if trainer.args.should_save:
-        _write(Path(trainer.args.output_dir) / "eval_results.json", metrics | about)
+        path = Path(trainer.args.output_dir) / "eval_results.json"
+        results.write_atomically(path, results.run_text(metrics | about))
         print(f"perplexity on {text} {perplexity:.4f}")
 
 
@@ -367,10 +369,6 @@ def _save_adapter(trainer: Trainer, out: Path, loaded: common.Loaded, base: comm
     shutil.rmtree(tmp)
 
 
-def _write(path: Path, record: dict) -> None:
-    results.write_atomically(path, json.dumps(record | results.provenance(), indent=1, default=str) + "\n")
-
-
 def _given(args: Namespace) -> dict:
     """Return the arguments that are not transformers' own defaults, the published settings among them."""
     plain = vars(Parser((LoraArguments, TrainingArguments)).parse_args(["--model_name_or_path", ""]))
@@ -404,6 +402,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with common.renamed(FLAGS):
             run(args)
+    except torch.OutOfMemoryError:
+        mend = "lower --per_device_train_batch_size or --block_size, or add --gradient_checkpointing"
+        print(f"finetune_lm.py: error: the GPU's memory does not suffice; {mend}", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"finetune_lm.py: error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,6 @@
 """Merge a LoRA adapter into the pruned weights without filling their zeros: python lora_ft/merge.py --help"""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace, console: Console) -> list[Row]:
         "lora_weights": args.lora_weights,
         "evaluation": {"text": args.dataset, "windows": len(windows), "seqlen": args.ctx_length},
     }
-    results.write_atomically(out / "merge.json", json.dumps(record | results.provenance(), indent=1) + "\n")
+    results.write_atomically(out / "merge.json", results.run_text(record))
     _print(console, rows, out, args)
     return rows
 

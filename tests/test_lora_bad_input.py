@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
 from conftest import tiny_llama, tiny_sentences
 from lib import models
@@ -200,6 +200,16 @@ def test_text_that_is_both_trained_and_evaluated_on_is_warned_of(place, caplog, 
 def test_learning_rate_that_ruins_the_adapter(place, capsys):
     status, line = status_and_line("finetune", "--learning_rate 1e30 --warmup_steps 0 --max_train_samples 8", capsys)
     assert status == 2 and "the training loss is nan at step" in line.splitlines()[-1]
+    assert not list(Path("out").glob("adapter*"))
+
+
+def test_memory_that_does_not_suffice(place, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    status, line = status_and_line("finetune", "", capsys)
+    assert status == 2 and "--gradient_checkpointing" in line.splitlines()[-1] and "Traceback" not in line
     assert not list(Path("out").glob("adapter*"))
 
 
