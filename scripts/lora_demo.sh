@@ -18,7 +18,7 @@ echo "[2/5] the pruned model's perplexity"
 "$PYTHON_BIN" lora_ft/evaluate_ppl.py --model "$pruned" $text --result_dir "$out/before"
 echo "[3/5] train"
 "$PYTHON_BIN" lora_ft/finetune_lm.py --model_name_or_path "$pruned" --dataset_name wiki_leads --block_size 256 \
-    --max_train_samples 160 --batch_size 8 --per_device_train_batch_size 4 --learning_rate 1e-3 \
+    --max_train_samples 48 --batch_size 4 --per_device_train_batch_size 4 --learning_rate 2e-3 --warmup_steps 2 \
     --lora_target_modules all-linear --logging_steps 2 --do_train --output_dir "$out/adapter"
 echo "[4/5] the perplexity with the adapter"
 "$PYTHON_BIN" lora_ft/evaluate_ppl.py --model "$pruned" --lora_weights "$out/adapter" $text --result_dir "$out/after"
