@@ -31,6 +31,7 @@ PUBLISHED = {
     "save_steps": 50,
     "eval_steps": 50,
 }
+BATCH = 128  # blocks to an optimizer step, published
 # Decided in ``settle`` unless a flag says otherwise.
 OPEN = ("bf16", "fp16", "eval_strategy", "gradient_accumulation_steps")
 WRITTEN = ("train_results.json", "eval_results.json", "loss_curve.png")  # beside the adapter
@@ -68,8 +69,8 @@ class LoraArguments:
     block_size: int = field(default=2048, metadata={"help": "tokens of a training sample; at most the model's context"})
     max_train_samples: int | None = field(default=None, metadata={"help": "blocks to train on (default: all)"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "blocks to evaluate on (default: all)"})
-    batch_size: int = field(
-        default=128, metadata={"help": "blocks of an optimizer step, over all devices and accumulation steps"}
+    batch_size: int | None = field(
+        default=None, metadata={"help": f"blocks to a step, over all devices and accumulation steps; None: {BATCH}"}
     )
     lora_r: int = field(default=8, metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=16, metadata={"help": "scale of the adapters, divided by their rank"})
@@ -206,14 +207,24 @@ def settle(args: Namespace) -> tuple[LoraArguments, TrainingArguments]:
         raise UserError(str(error).strip().splitlines()[0]) from error
     if training.n_gpu > 1:
         training._n_gpu = 1  # one process spreads the model over its GPUs, and not the batch
-    at_once = training.per_device_train_batch_size * training.world_size
-    if accumulate is None and lora.batch_size % at_once:
-        share = f"{training.per_device_train_batch_size} on each of {training.world_size} devices"
-        raise UserError(f"--batch_size {lora.batch_size}: is no multiple of --per_device_train_batch_size, {share}")
-    training.gradient_accumulation_steps = accumulate or lora.batch_size // at_once
+    training.gradient_accumulation_steps = _accumulation(lora.batch_size, accumulate, training)
     if lora.dtype == "auto":
         lora.dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     return lora, training
+
+
+def _accumulation(batch: int | None, steps: int | None, training: TrainingArguments) -> int:
+    """Return the accumulation steps that make ``batch`` blocks to a step, or the ``steps`` that were asked for."""
+    at_once = training.per_device_train_batch_size * training.world_size
+    if steps is not None:
+        if batch not in (None, steps * at_once):
+            made = f"makes {steps * at_once} blocks to a step; leave one of the two out"
+            raise UserError(f"--batch_size {batch} with --gradient_accumulation_steps {steps}: that {made}")
+        return steps
+    if (batch or BATCH) % at_once:
+        share = f"{training.per_device_train_batch_size} blocks on each of {training.world_size} devices"
+        raise UserError(f"--batch_size {batch or BATCH}: is not made of {share}; give a multiple of {at_once}")
+    return (batch or BATCH) // at_once
 
 
 def _check_targets(given: str, skeleton) -> str | list[str]:
