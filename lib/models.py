@@ -152,22 +152,24 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise _unreadable(source, error, "the tokenizer of ") from error
 
 
-def load_llm(source: Source, dtype: str) -> PreTrainedModel:
+def load_llm(source: Source, dtype: str, device: torch.device | None = None) -> PreTrainedModel:
     """Return the model in evaluation mode: over all GPUs (and the CPU, if they do not suffice), or on the CPU.
 
     Args:
         dtype: a name of DTYPES; ``auto`` is float16 with CUDA (as published) and float32 without.
+        device: where all of the model goes instead.
 
     Raises:
         UserError: weights that are missing, damaged or of another model, or too large for GPU and CPU memory.
     """
     cuda = torch.cuda.is_available()
+    spread = "auto" if cuda else None
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             cache_dir=source.cache_dir,
             dtype=DTYPES[dtype] or (torch.float16 if cuda else torch.float32),
-            device_map="auto" if cuda else None,
+            device_map=spread if device is None else {"": device},
             output_loading_info=True,
         )
     except Exception as error:

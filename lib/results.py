@@ -18,7 +18,7 @@ import torch
 
 from lib import UserError
 
-PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
+PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
 
 
 class LayerReport(NamedTuple):
