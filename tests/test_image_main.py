@@ -216,6 +216,19 @@ def test_metrics_of_weightwatcher_are_refused_for_convolutions(tmp_path, capsys)
     assert status == 2 and "--WW_metric mp_softrank: is about matrices" in said and not (tmp_path / "out").exists()
 
 
+def test_propagate_reaches_the_walk(vit_folder, tmp_path, capsys):
+    zeros = {}
+    for how in ("default", "dense", "pruned"):
+        flags = ["--model", vit_folder, "--data_set", "digits", "--prune_metric", "wanda", "--sparsity", 0.7]
+        flags += ["--nsamples", 50, "--num_workers", 0, "--save_dir", tmp_path / how, "--save_model", tmp_path / how]
+        assert call(capsys, *flags, *([] if how == "default" else ["--propagate", how]))[0] == 0
+        model = timm.create_model(f"local-dir:{tmp_path / how}/wanda_0.7", pretrained=True)
+        zeros[how] = [layer.module.weight == 0 for layer in find_parts(model).pruned]
+    same = [torch.equal(a, b) for a, b in zip(zeros["dense"], zeros["pruned"], strict=True)]
+    assert all(same[:4]) and not any(same[4:])  # four layers a block
+    assert all(map(torch.equal, zeros["default"], zeros["dense"]))
+
+
 def test_half_precision_evaluates_nearly_the_same():
     model, images = tiny_vit(), data.digits(None, None, train=False)
     prepared = data.Prepared(images, range(450), data.evaluation_transform(8, None, data.MEAN_STD[True]))
