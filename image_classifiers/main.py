@@ -319,7 +319,8 @@ def _prune(
             metric = metrics.load_or_measure(folder, args.WW_metric, known.source.label, parts.measured, parts.blocks)
             values = metric.values
         elif task.wants in BLOCK_SCORES:
-            number = partial(BLOCK_SCORES[task.wants], args)
+            outliers = partial(scores.outlier_ratio, multiple=args.owl_m)
+            number = {"outlier_ratio": outliers, "median_score": scores.median_score}[task.wants]
             values = prune.block_scores(parts.blocks, parts.pruned, calibrate(), number)
         elif task.wants:
             values = scores.shares_below(parts.blocks, parts.pruned, task.target, WEIGHT_SCORES[task.wants])
