@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +18,13 @@ from rich.table import Table
 
 from image_classifiers import data, models, pruning
 from image_classifiers.evaluation import Accuracy, accuracy
-from lib import UserError, allocation, metrics, prune, pruners, registry, results
-from main import Parser, quiet, true_or_false
+from lib import UserError, allocation, metrics, prune, pruners, registry, results, scores
+from lib.calibration import BlockInputs
+from main import BLOCK_SCORES, METRICS, OWN_FLAGS, WEIGHT_SCORES, Parser, quiet, true_or_false
 
 log = logging.getLogger("main")
 
-# Those that need no more than the matrices' shapes or --WW_metric.
-ALLOCATIONS = {a: how for a, how in allocation.ALLOCATIONS.items() if how.wants in (None, "metric") and a != "atp"}
-METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in pruning.IMAGE_PRUNERS]
+METHODS = [f"{p}_{a}" if a else p for a in allocation.ALLOCATIONS for p in pruning.IMAGE_PRUNERS]
 
 # Of the published parser, which was a training script's: understood, and without any effect.
 TRAINING_FLAGS = (
@@ -80,8 +81,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--hidden_device", metavar="DEVICE", help="of hidden states; cpu saves GPU memory (default: the model's)")
 
-    add = parser.add_argument_group("allocation (methods with _ww)").add_argument
-    add("--WW_metric", default="alpha_mid", metavar="METRIC", help=f"{{{','.join(metrics.METRICS)}}} of each matrix")
+    add = parser.add_argument_group(
+        "allocation (methods with a suffix; of _ww what is not said otherwise)"
+    ).add_argument
+    add("--WW_metric", default="alpha_mid", metavar="METRIC", help=f"{{{','.join(METRICS)}}} of each matrix")
     cache = ("--metric_cache", "--ww_metric_cache")  # the second is what errors of the cache speak of
     add(*cache, default="./metric_cache", metavar="DIR", help="the metric is kept in DIR/<model>")
     add(
@@ -91,6 +94,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="E",
         help="half width of the map from metric to sparsity, in [0, 1]",
     )
+
+    add(
+        "--owl_m", type=float, default=5.0, metavar="M", help="for _owl: outliers exceed M times the block's mean score"
+    )
+    add("--owl_lambda", type=float, default=0.08, metavar="L", help="for _owl: half width of the map, in [0, 1]")
+    add("--dlp_alpha", type=float, default=0.15, metavar="A", help="for _dlp: half width of the map, in [0, 1]")
+    add("--atp_beta", type=float, default=0.005, metavar="B", help="for _atp: from block to block, in [0, 1]")
 
     add = parser.add_argument_group("evaluation and output").add_argument
     add("--use_amp", default=False, **switch, help="evaluate in half precision (autocast)")
@@ -110,6 +120,11 @@ class Task(NamedTuple):
     target: float
 
     @property
+    def wants(self) -> str | None:
+        """Return what the allocation wants to know of each layer."""
+        return allocation.ALLOCATIONS[self.allocation].wants
+
+    @property
     def run(self) -> str:
         return f"{self.method}_sparsity_{self.target}"
 
@@ -118,11 +133,14 @@ def check_args(args: argparse.Namespace) -> Task:
     """Find every contradiction that needs neither model nor images, and return what is asked for."""
     registry.check_name("--data_set", args.data_set, data.DATASETS)
     registry.check_name("--propagate", args.propagate, prune.PROPAGATE)
-    registry.check_name("--WW_metric", args.WW_metric, metrics.METRICS)
+    registry.check_name("--WW_metric", args.WW_metric, METRICS)
     if not 0 <= args.sparsity < 1:
         raise UserError(f"--sparsity {args.sparsity}: must be at least 0 and below 1")
-    if not 0 <= args.epsilon <= 1:
-        raise UserError(f"--epsilon {args.epsilon}: must be between 0 and 1")
+    for flag in ("epsilon", "owl_lambda", "dlp_alpha", "atp_beta"):
+        if not 0 <= getattr(args, flag) <= 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be between 0 and 1")
+    if not 0 < args.owl_m < math.inf:
+        raise UserError(f"--owl_m {args.owl_m}: must be above 0")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         raise UserError(f"--crop_pct {args.crop_pct}: must be above 0 and at most 1")
     for flag, least in (("nsamples", 1), ("batch_size", 1), ("input_size", 1), ("nb_classes", 2), ("num_workers", 0)):
@@ -145,6 +163,10 @@ def check_args(args: argparse.Namespace) -> Task:
     if not args.sparsity:
         raise UserError(f"--prune_metric {method} without a sparsity; add --sparsity")
     name, _, suffix = method.partition("_")
+    for other, flags in OWN_FLAGS.items():
+        idle = [flag for flag in flags if flag in getattr(args, "given", []) and suffix != other]
+        if idle:
+            raise UserError(f"--{idle[0]} does nothing with {method}; it is for the methods with _{other}")
     return Task(method, pruning.IMAGE_PRUNERS[name], suffix, args.sparsity)
 
 
@@ -181,7 +203,7 @@ def open_images(args: argparse.Namespace, task: Task, size: int, classes: int) -
             f"for a model that has {len(found.classes)}, add --nb_classes {len(found.classes)}"
         )
     calibration = None
-    if task.pruner and task.pruner.statistic:
+    if task.pruner and (task.pruner.statistic or task.wants in BLOCK_SCORES):
         training = find(args.data_path, args.eval_data_path, True)
         if training.classes != found.classes:
             other = sorted(set(training.classes) ^ set(found.classes))
@@ -195,73 +217,75 @@ def open_images(args: argparse.Namespace, task: Task, size: int, classes: int) -
     return Sets(data.Prepared(found, range(len(found.items)), plain), calibration)
 
 
+class Prepared(NamedTuple):
+    """What is known before the weights are loaded."""
+
+    source: models.Source
+    size: int
+    cache: Path
+    saved: Path | None
+    sets: Sets
+
+
+def prepare(args: argparse.Namespace, task: Task) -> Prepared:
+    """Find out whatever can be known without the weights, so that nothing is computed in vain."""
+    results.prepare("--save_dir", Path(args.save_dir))
+    source = models.locate(args.model)
+    skeleton, size = models.skeleton(source, args.input_size, args.nb_classes)
+    cache = Path(args.metric_cache) / source.label
+    if task.wants == "metric":
+        measured = models.find_parts(skeleton).measured
+        if args.WW_metric in metrics.WEIGHTWATCHER and any(layer.module.weight.ndim > 2 for layer in measured):
+            raise UserError(f"--WW_metric {args.WW_metric}: is about matrices, and {args.model} holds convolutions")
+        metrics.read_cache(cache, args.WW_metric, source.label, measured)
+        results.prepare("--metric_cache", cache)
+    saved = Path(args.save_model) / f"{task.method}_{task.target}" if args.save_model else None
+    if saved:
+        results.prepare("--save_model", saved.parent, 4 * sum(p.numel() for p in skeleton.parameters()))
+    return Prepared(source, size, cache, saved, open_images(args, task, size, skeleton.num_classes))
+
+
 def run(args: argparse.Namespace, console: Console) -> dict:
     """Do what ``args`` ask for, in the order in which it happens, and return the run's record."""
     task = check_args(args)
     ignored = [flag for flag in TRAINING_FLAGS if hasattr(args, flag)]
     if ignored:
         log.warning("flags of the published training script, which do nothing here: --%s", ", --".join(ignored))
-    save = Path(args.save_dir)
-    results.prepare("--save_dir", save)
     stages = results.Stages()
-
-    # Whatever can be known without the weights is found out first.
     with stages.stage("images"):
-        source = models.locate(args.model)
-        skeleton, size = models.skeleton(source, args.input_size, args.nb_classes)
-        cache = Path(args.metric_cache) / source.label
-        if task.allocation == "ww":
-            metrics.read_cache(cache, args.WW_metric, source.label, models.find_parts(skeleton).measured)
-            results.prepare("--metric_cache", cache)
-        target_folder = Path(args.save_model or "") / f"{task.method}_{task.target}"
-        if args.save_model:
-            need = 4 * sum(p.numel() for p in skeleton.parameters())
-            results.prepare("--save_model", target_folder.parent, need)
-        sets = open_images(args, task, size, skeleton.num_classes)
-
+        known = prepare(args, task)
     with stages.stage("load"):
-        model = models.load(source, args.resume, size, args.nb_classes)
+        model = models.load(known.source, args.resume, known.size, args.nb_classes)
         _warn_of_normalisation(model, args)
         device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         parts = models.find_parts(model.to(device))
     workers = min(10, os.cpu_count() or 1) if args.num_workers is None else args.num_workers
-
-    def read(prepared: data.Prepared) -> Iterator:
-        return data.batches(prepared, args.batch_size, workers)
+    read = partial(data.batches, batch_size=args.batch_size, workers=workers)
 
     dense_zeros = sum(prune.count_zeros(parts.blocks, parts.pruned))
     with stages.stage("evaluate dense"):
-        dense = accuracy(model, read(sets.test), args.use_amp)
-
-    rows, values, after = [], None, dense
+        dense = after = accuracy(model, read(known.sets.test), args.use_amp)
+    rows = []
     if task.pruner:
-        if task.allocation == "ww":
-            with stages.stage("metric"):
-                values = metrics.load_or_measure(
-                    cache, args.WW_metric, source.label, parts.measured, parts.blocks
-                ).values
-        how = ALLOCATIONS[task.allocation]
-        flags = {"epsilon": args.epsilon, "mapping": "layer_wise"}
-        ratios = how.share(parts.pruned, task.target, values, **{name: flags[name] for name in how.flags})
-        plan = allocation.SparsityPlan(task.target, ratios)
-        with stages.stage("prune"):
-            inputs = None
-            if sets.calibration:
-                inputs = pruning.block_inputs(model, parts.blocks, read(sets.calibration), args.hidden_device)
-            rows = prune.prune_blocks(parts.blocks, parts.pruned, plan, task.pruner, inputs, values, args.propagate)
-            del inputs
+        calibrate = None
+        if known.sets.calibration:
+
+            def calibrate() -> BlockInputs:
+                return pruning.block_inputs(model, parts.blocks, read(known.sets.calibration), args.hidden_device)
+
+        rows = _prune(args, task, known, parts, calibrate, stages)
         with stages.stage("evaluate"):
-            after = accuracy(model, read(sets.test), args.use_amp)
+            after = accuracy(model, read(known.sets.test), args.use_amp)
 
     total = sum(layer.module.weight.numel() for layer in parts.pruned)
     measured = sum(prune.count_zeros(parts.blocks, parts.pruned)) / total
-    if args.save_model:
+    if known.saved:
         with stages.stage("save"):
-            models.save(model, size, target_folder)
-            written = prune.checkpoint_sparsity(target_folder, [layer.name for layer in parts.pruned])
+            models.save(model, known.size, known.saved)
+            written = prune.checkpoint_sparsity(known.saved, [layer.name for layer in parts.pruned])
             if written != measured:
-                raise RuntimeError(f"{target_folder}: holds a sparsity of {written}, the model has {measured}")
-    parameters = sum(p.numel() for p in model.parameters())
+                raise RuntimeError(f"{known.saved}: holds a sparsity of {written}, the model has {measured}")
+    about = {"parameters": sum(p.numel() for p in model.parameters()), "prunable": total}
     record = {
         "complete": True,
         "method": task.method,
@@ -270,23 +294,52 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         "dense_zeros": dense_zeros / total,
         "dense": dense._asdict(),
         "accuracy": after._asdict(),
-        "model": source._asdict()
-        | {"parameters": parameters, "prunable": total, "input_size": size, "device": str(device)},
-        "calibration": len(sets.calibration) if sets.calibration else None,
-        "saved_model": str(target_folder) if args.save_model else None,
+        "model": known.source._asdict() | about | {"input_size": known.size, "device": str(device)},
+        "calibration": len(known.sets.calibration) if known.sets.calibration else None,
+        "saved_model": str(known.saved) if known.saved else None,
         "stages": stages.table,
         "flags": vars(args),
     }
-    files = {f"run_{task.run}.json": results.run_text(record), f"{task.target}.txt": sentence(after)}
+    _write(Path(args.save_dir), task, record, after, rows)
+    _print_table(console, record, Path(args.save_dir), task)
+    return record
+
+
+def _prune(
+    args: argparse.Namespace,
+    task: Task,
+    known: Prepared,
+    parts: models.Parts,
+    calibrate: Callable[[], BlockInputs] | None,
+    stages: results.Stages,
+) -> list[results.LayerReport]:
+    values, folder = None, known.cache
+    with stages.stage("metric"):
+        if task.wants == "metric":
+            metric = metrics.load_or_measure(folder, args.WW_metric, known.source.label, parts.measured, parts.blocks)
+            values = metric.values
+        elif task.wants in BLOCK_SCORES:
+            outliers = partial(scores.outlier_ratio, multiple=args.owl_m)
+            number = {"outlier_ratio": outliers, "median_score": scores.median_score}[task.wants]
+            values = prune.block_scores(parts.blocks, parts.pruned, calibrate(), number)
+        elif task.wants:
+            values = scores.shares_below(parts.blocks, parts.pruned, task.target, WEIGHT_SCORES[task.wants])
+    how = allocation.ALLOCATIONS[task.allocation]
+    flags = vars(args) | {"mapping": "layer_wise"}  # a ratio for each matrix, as published
+    ratios = how.share(parts.pruned, task.target, values, **{name: flags[name] for name in how.flags})
+    plan = allocation.SparsityPlan(task.target, ratios)
+    with stages.stage("prune"):
+        inputs = calibrate() if task.pruner.statistic else None
+        return prune.prune_blocks(parts.blocks, parts.pruned, plan, task.pruner, inputs, values, args.propagate)
+
+
+def _write(save: Path, task: Task, record: dict, found: Accuracy, rows: list[results.LayerReport]) -> None:
+    files = {f"run_{task.run}.json": results.run_text(record), f"{task.target}.txt": sentence(found)}
     if rows:
         files[f"layers_{task.run}.tsv"] = results.layers_text(rows)
-    if (save / f"{task.target}.txt").exists() and results.read_run(
-        save, task.run
-    ) is None:  # as published: no method in it
+    if (save / f"{task.target}.txt").exists() and results.read_run(save, task.run) is None:
         log.warning("%s/%s.txt of another method is replaced; its JSON stays", save, task.target)
     results.write_files(save, files)
-    _print_table(console, record, save, task)
-    return record
 
 
 def sentence(found: Accuracy) -> str:

@@ -156,7 +156,7 @@ def _erdos_renyi(layers: Sequence[PrunableLayer], dense: Sequence[PrunableLayer]
     budget = (1 - target) * (sum(sizes) + kept) - kept  # of weights to keep in ``layers``
     if budget < 0 or not layers:
         raise UserError(f"a sparsity of {target} cannot be met with the last block kept dense; lower --sparsity_ratio")
-    shapes = [layer.module.weight.shape for layer in layers]
+    shapes = [layer.module.weight.shape[:2] for layer in layers]  # of 1x1 convolutions too
     densities = spread([(n_out + n_in) / (n_out * n_in) for n_out, n_in in shapes], sizes, budget / sum(sizes))
     ratios = {layer.name: 1 - density for layer, density in zip(layers, densities, strict=True)}
     return ratios | {layer.name: 0.0 for layer in dense}

@@ -106,17 +106,27 @@ def score_blocks(
         windows: of calibration, [samples, tokens].
         number: what becomes of the scores of a block's layers, each [out, in].
     """
-    inputs = catch_block_inputs(model, blocks, windows)
+    return block_scores(blocks, layers, catch_block_inputs(model, blocks, windows), number)
+
+
+@torch.no_grad()
+def block_scores(
+    blocks: Sequence[nn.Module],
+    layers: Sequence[PrunableLayer],
+    inputs: BlockInputs,
+    number: Callable[[list[Tensor]], float],
+) -> dict[str, float]:
+    """Score as ``score_blocks`` does, given what enters the blocks, which is used up."""
     values = {}
-    grouped = [list(group) for _, group in groupby(layers, key=lambda layer: layer.block)]
-    for group in tqdm(grouped, desc="dense statistics", unit="block", disable=None):
-        index = group[0].block
+    grouped = {index: list(group) for index, group in groupby(layers, key=lambda layer: layer.block)}
+    for index in tqdm(range(max(grouped) + 1), desc="dense statistics", unit="block", disable=None):
         with resident(blocks[index]) as device:
-            linears = {layer.name: layer.module for layer in group}
+            linears = {layer.name: layer.module for layer in grouped.get(index, ())}
             passes = _passes(blocks[index], index, inputs, device, keep=True)
             found = input_statistics(linears, "squared_norms", inputs.samples, passes)
-            scores = [linears[name].weight.abs() * value.sqrt() for names, value in found for name in names]
-            values |= dict.fromkeys(linears, number(scores))
+            scores = [linears[name].weight.flatten(1).abs() * value.sqrt() for names, value in found for name in names]
+            if scores:
+                values |= dict.fromkeys(linears, number(scores))
     return values
 
 

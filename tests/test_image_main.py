@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,13 +14,16 @@ import timm
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_image_models import tiny_convnext, tiny_vit
+from test_image_models import some_images, tiny_convnext, tiny_vit
+from test_image_pruning import exact
 from torchvision import transforms
 
 from image_classifiers import data, main, pruning
 from image_classifiers.evaluation import accuracy
 from image_classifiers.models import find_parts, save
-from lib import UserError
+from lib import UserError, allocation, metrics
+from lib.prune import block_scores
+from lib.scores import outlier_ratio
 
 PROGRAM = ROOT / "image_classifiers" / "main.py"
 
@@ -165,6 +169,66 @@ def test_results_depend_neither_on_the_batch_size_nor_on_the_workers(vit_folder,
     assert all((masks[0] != mask).sum() <= 4 for mask in masks[1:])
 
 
+@pytest.mark.parametrize("suffix", allocation.ALLOCATIONS)
+def test_every_allocation_adds_up_to_the_target(suffix, tmp_path, capsys):
+    model = tiny_convnext(conv_mlp=True)
+    save(model, 8, tmp_path / "tiny")
+    method = f"magnitude_{suffix}".rstrip("_")
+    flags = ["--model", tmp_path / "tiny", "--data_set", "digits", "--prune_metric", method, "--sparsity", 0.5]
+    flags += ["--save_dir", tmp_path, "--metric_cache", tmp_path, "--num_workers", 0, "--nsamples", 20]
+    assert call(capsys, *flags)[0] == 0
+    layers = find_parts(model).pruned
+    record = json.loads((tmp_path / f"run_{method}_sparsity_0.5.json").read_text())
+    assert abs(record["sparsity"] - 0.5) <= len(layers) / sum(layer.module.weight.numel() for layer in layers)
+    rows = [line.split("\t") for line in (tmp_path / f"layers_{method}_sparsity_0.5.tsv").read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == [layer.name for layer in layers]
+    assert (len({row[3] for row in rows}) == 1) == (suffix == "")
+
+
+def test_scores_of_blocks_are_those_of_the_dense_model():
+    # OWL's share of outliers from statistics of our own, downsampling between the blocks included.
+    model = tiny_convnext(conv_mlp=True)
+    parts, images = find_parts(model), some_images()
+    wanted = {}
+    means = dict(zip([layer.name for layer in parts.pruned], exact(model, "squared_norms", images), strict=True))
+    for index in {layer.block for layer in parts.pruned}:
+        layers = [layer for layer in parts.pruned if layer.block == index]
+        scores = [layer.module.weight.detach().double().flatten(1).abs() * means[layer.name].sqrt() for layer in layers]
+        flat = torch.cat([score.flatten() for score in scores])
+        wanted |= dict.fromkeys([layer.name for layer in layers], 100 * (flat > 2 * flat.mean()).double().mean().item())
+    inputs = pruning.block_inputs(model, parts.blocks, [(images[:3], None), (images[3:], None)], None)
+    found = block_scores(parts.blocks, parts.pruned, inputs, partial(outlier_ratio, multiple=2.0))
+    assert found == pytest.approx(wanted) and len(set(found.values())) > 1
+
+
+@pytest.mark.parametrize("metric", metrics.METRICS)
+def test_every_metric_is_measured(metric):
+    parts = find_parts(tiny_convnext(conv_mlp=True, dims=(16, 24, 32, 40), kernel_sizes=5))
+    values = metrics.measure(metric, "tiny", parts.measured, parts.blocks).values
+    assert list(values) == [layer.name for layer in parts.measured]
+    assert np.isfinite(list(values.values())).all() and len(set(values.values())) > 1
+
+
+def test_metrics_of_weightwatcher_are_refused_for_convolutions(tmp_path, capsys):
+    save(tiny_convnext(), 8, tmp_path / "tiny")
+    flags = ["--model", tmp_path / "tiny", "--data_set", "digits", "--prune_metric", "magnitude_ww", "--sparsity", 0.5]
+    status, said = call(capsys, *flags, "--WW_metric", "mp_softrank", "--save_dir", tmp_path / "out")
+    assert status == 2 and "--WW_metric mp_softrank: is about matrices" in said and not (tmp_path / "out").exists()
+
+
+def test_propagate_reaches_the_walk(vit_folder, tmp_path, capsys):
+    zeros = {}
+    for how in ("default", "dense", "pruned"):
+        flags = ["--model", vit_folder, "--data_set", "digits", "--prune_metric", "wanda", "--sparsity", 0.7]
+        flags += ["--nsamples", 50, "--num_workers", 0, "--save_dir", tmp_path / how, "--save_model", tmp_path / how]
+        assert call(capsys, *flags, *([] if how == "default" else ["--propagate", how]))[0] == 0
+        model = timm.create_model(f"local-dir:{tmp_path / how}/wanda_0.7", pretrained=True)
+        zeros[how] = [layer.module.weight == 0 for layer in find_parts(model).pruned]
+    same = [torch.equal(a, b) for a, b in zip(zeros["dense"], zeros["pruned"], strict=True)]
+    assert all(same[:4]) and not any(same[4:])  # four layers a block
+    assert all(map(torch.equal, zeros["default"], zeros["dense"]))
+
+
 def test_half_precision_evaluates_nearly_the_same():
     model, images = tiny_vit(), data.digits(None, None, train=False)
     prepared = data.Prepared(images, range(450), data.evaluation_transform(8, None, data.MEAN_STD[True]))
@@ -203,6 +267,14 @@ def test_draws():
     assert again == data.draw(images, 4096, 0, replacement=True) and len(again) == 4096 > len(set(again))
 
 
+def test_images_come_with_their_own_labels_in_the_order_that_is_asked_for():
+    images = data.digits(None, None, train=True)
+    transform = data.evaluation_transform(8, None, data.MEAN_STD[True])
+    pixels, labels = next(data.batches(data.Prepared(images, [900, 3, 77], transform), 3, 0))
+    assert labels.tolist() == [images.items[i][1] for i in (900, 3, 77)]
+    assert torch.equal(pixels, torch.stack([transform(images.items[i][0]) for i in (900, 3, 77)]))
+
+
 def test_digits_are_split_by_class_and_nothing_is_in_both():
     train, test = (data.digits(None, None, train=train) for train in (True, False))
     assert (len(train.items), len(test.items)) == (1347, 450)
@@ -235,7 +307,7 @@ def test_published_command_is_understood():
 
 def test_every_pruner_and_allocation_is_offered():
     assert {"magnitude", "wanda", "magnitude_ww", "wanda_ww", "sparsegpt", "sparsegpt_ww"} <= set(main.METHODS)
-    assert len(main.METHODS) == len(main.ALLOCATIONS) * len(pruning.IMAGE_PRUNERS)
+    assert len(main.METHODS) == len(allocation.ALLOCATIONS) * len(pruning.IMAGE_PRUNERS)
 
 
 def test_defaults_are_the_published_ones():
@@ -295,6 +367,8 @@ BAD = {  # flags (M: a good model, I: images in folders), and what is said
     f"--model M --data_set digits {WANDA} --epsilon 2": "--epsilon 2.0: must be between 0 and 1",
     f"--model M --data_set digits {WANDA} --propagate sparse": "Choose from: dense, pruned",
     "--model M --data_set digits --prune_metric wanda_ww --sparsity 0.5 --WW_metric alfa_mid": "no such choice",
+    f"--model M --data_set digits {WANDA} --owl_m 3": "--owl_m does nothing with wanda",
+    f"--model M --data_set digits {WANDA} --owl_lambda 3": "--owl_lambda 3.0: must be between 0 and 1",
     "--model M --data_set digits --device cuda:99": "cannot be used",
     "--model M --data_set digits --crop_pct 1.5": "--crop_pct 1.5: must be above 0",
     "--model M --data_set digits --save_model out": "--save_model without --prune_metric does nothing",

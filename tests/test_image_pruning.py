@@ -54,7 +54,7 @@ def statistics(model, statistic: str, propagate: str = "dense", size: int = 4) -
     return seen
 
 
-def exact(model, statistic: str) -> list[torch.Tensor]:
+def exact(model, statistic: str, images: torch.Tensor = IMAGES) -> list[torch.Tensor]:
     """Return the same from hooks on a whole forward pass of ``model`` in float64, all images at once."""
     model, seen = copy.deepcopy(model).double(), []
 
@@ -66,7 +66,7 @@ def exact(model, statistic: str) -> list[torch.Tensor]:
     for layer in find_parts(model).pruned:
         layer.module.register_forward_pre_hook(note)
     with torch.no_grad():
-        model(IMAGES.double())
+        model(images.double())
     return seen
 
 
