@@ -36,6 +36,7 @@ log = logging.getLogger("main")  # whose level main.quiet() sets
 # Largest difference of logits over the largest logit. Float32 engines sum in another order; DeepSparse approximates
 # exponentials as well; bfloat16 keeps 8 bits of every activation through all blocks.
 TOLERANCE = {name: 5e-5 for name in ENGINES} | {"deepsparse": 5e-4, "torch_bfloat16": 0.25}
+DECODE_ROUNDS = 5  # times --rounds: a token takes a tenth of a window's time, and is disturbed the more easily
 ISA = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2")
 
 
@@ -62,7 +63,8 @@ def run_engine(engine: str, graph: str, models: list[dict], args: argparse.Names
     """Return what ``engines.py`` measured in a process of its own, or {"error": its last line}."""
     python = environment.deepsparse_python() if engine == "deepsparse" else sys.executable
     spec = {"engine": engine, "graph": graph, "models": models}
-    spec |= {"cores": args.cores, "warmup": args.warmup, "rounds": args.rounds}
+    rounds = args.rounds * (DECODE_ROUNDS if graph == "decode" else 1)
+    spec |= {"cores": args.cores, "warmup": args.warmup, "rounds": rounds}
     threads = {name: str(args.cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     variables = os.environ | threads | {"NM_DISABLE_ANALYTICS": "True", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as tmp:
@@ -241,7 +243,7 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES), help="what to measure with")
     add("--cores", type=int, default=physical_cores(), metavar="N", help="threads of every engine")
-    add("--rounds", type=int, default=10, metavar="N", help="times that every model takes its turn")
+    add("--rounds", type=int, default=10, metavar="N", help="turns of every model; five times that of decoding")
     add("--warmup", type=int, default=2, metavar="N", help="rounds before that, which do not count")
     add("--save", default="results/speedup", metavar="DIR", help="where JSON and PNG go")
 

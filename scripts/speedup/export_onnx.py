@@ -118,7 +118,7 @@ def write_graph(wrapper: nn.Module, example: Example, path: Path) -> None:
         torch.onnx.export(
             wrapper,
             tuple(example.inputs.values()),
-            path,
+            str(path),  # of a Path the exporter does not know that it may write files beside it
             input_names=list(example.inputs),
             output_names=example.outputs,
             opset_version=OPSET,
