@@ -243,11 +243,9 @@ def _check_unused(args: argparse.Namespace, task: Task) -> None:
 
 
 def _check_zero_shot(args: argparse.Namespace) -> None:
-    if not args.eval_zero_shot:
-        parser = make_parser()
-        for flag in ("tasks", "num_fewshot", "limit", "eval_batch_size", "include_path"):
-            if getattr(args, flag) != parser.get_default(flag):
-                raise UserError(f"--{flag} {getattr(args, flag)} without --eval_zero_shot does nothing")
+    for flag in ("tasks", "num_fewshot", "limit", "eval_batch_size", "include_path"):
+        if flag in _given(args) and not args.eval_zero_shot:
+            raise UserError(f"--{flag} {getattr(args, flag)} without --eval_zero_shot does nothing")
     if not any(args.tasks.split(",")):
         raise UserError(f"--tasks {args.tasks!r}: names no task; give lm-eval's names with commas between them")
     if args.num_fewshot < 0:

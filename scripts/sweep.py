@@ -53,7 +53,7 @@ def settings(args: argparse.Namespace, rest: list[str]) -> list[argparse.Namespa
 
 
 def sweep(todo: list[argparse.Namespace], force: bool) -> tuple[list[dict], list[dict], int]:
-    """Run what is not complete; return all records, those that were made now, and the number of settings that failed."""
+    """Run what is not complete; return all records, those made now, and the number of settings that failed."""
     kept: dict = {}
     records, made, failed = [], [], 0
     for i, args in enumerate(todo):

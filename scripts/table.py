@@ -187,13 +187,14 @@ def as_csv(lines: list[list[str]], _: str) -> str:
     return out.getvalue()
 
 
-def as_latex(lines: list[list[str]], title: str) -> str:
+def as_latex(cells: list[list[str]], title: str) -> str:
     def escape(text: str) -> str:
         return "".join(f"\\{c}" if c in "&%$#_{}" else c for c in text)
 
-    rows = [" & ".join(map(escape, line)) + r" \\" for line in lines]
-    begin = f"\\begin{{tabular}}{{ll{'r' * (len(lines[0]) - 2)}}}"
-    return "\n".join([f"% {title}", begin, r"\hline", rows[0], r"\hline", *rows[1:], r"\hline", r"\end{tabular}"]) + "\n"
+    rows = [" & ".join(map(escape, line)) + r" \\" for line in cells]
+    begin = f"\\begin{{tabular}}{{ll{'r' * (len(cells[0]) - 2)}}}"
+    lines = [f"% {title}", begin, r"\hline", rows[0], r"\hline", *rows[1:], r"\hline", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
 
 
 FORMATS = {"text": as_text, "markdown": as_markdown, "csv": as_csv, "latex": as_latex}

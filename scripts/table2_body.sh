@@ -30,7 +30,7 @@ for sparsity in ${SPARSITY:-0.7}; do
     for method in ${METHODS:-magnitude_ww wanda_ww sparsegpt_ww}; do
         flags=("${common[@]}")
         if [ "$method" != dense ]; then flags+=(--prune_method "$method" --sparsity_ratio "$sparsity"); fi
-        case "$method" in *_*) if [ -n "$cache" ]; then flags+=(--ww_metric_cache "$cache"); fi ;; esac
+        case "$method" in *_ww) if [ -n "$cache" ]; then flags+=(--ww_metric_cache "$cache"); fi ;; esac
         case "$method" in
             magnitude_ww) flags+=(--epsilon "$EPSILON_MAGNITUDE") ;;
             wanda_ww) flags+=(--epsilon "$EPSILON_WANDA") ;;

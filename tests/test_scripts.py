@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import main
+from conftest import ROOT
 from lib.allocation import SparsityPlan, heavy_tailed
 from lib.models import prunable_layers
 
@@ -56,10 +56,13 @@ SHAPES = {
 NAMES = dict(zip(PUBLISHED, json.loads(table.PUBLISHED.read_text())["models"], strict=True))
 
 
+# One thread, as in the other tests: several of them stall each other where the cores are shared.
+ENVIRONMENT = os.environ | {"PYTHON_BIN": sys.executable, "OMP_NUM_THREADS": "1"}
+
+
 def shell(script: str, *flags: str, **variables: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHON_BIN": sys.executable} | variables
     command = ["bash", f"scripts/{script}.sh", *flags]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=300)
 
 
 def dry(script: str, *flags: str, **variables: str) -> list:
@@ -139,10 +142,9 @@ def small(tiny_folder, tiny_text, tmp_path_factory) -> tuple[dict, list[str], Pa
 def finished(small) -> Path:
     """Run llama_7b.sh, stop it after its first method, start it again; return the folder of its results."""
     variables, flags, save = small
-    env = os.environ | {"PYTHON_BIN": sys.executable} | variables
     first, second = (save / f"run_{m}_ww_sparsity_0.7.json" for m in ("magnitude", "wanda"))
     process = subprocess.Popen(
-        ["bash", "scripts/llama_7b.sh", *flags], cwd=ROOT, env=env, start_new_session=True,
+        ["bash", "scripts/llama_7b.sh", *flags], cwd=ROOT, env=ENVIRONMENT | variables, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 200
