@@ -123,7 +123,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--eval_windows", type=int, metavar="N", help="windows to evaluate, a count (default: all)")
     add("--eval_wikitext", type=true_or_false, nargs="?", const=True, default=True, metavar="{true,false}",
         help="measure the perplexity on --eval_data")  # fmt: skip
-    add("--eval_zero_shot", action="store_true", help="zero-shot tasks (not built yet)")
+    add("--eval_zero_shot", action="store_true", help="answer --tasks with lm-eval and measure the accuracy")
+    add("--tasks", default=",".join(eval.ZERO_SHOT_TASKS), metavar="A,B", help="lm-eval's names of tasks or groups")
+    add("--num_fewshot", type=int, default=0, metavar="N", help="worked examples before each question, a count")
+    add("--limit", type=int, metavar="N", help="questions per task, a count (default: all)")
+    add("--eval_batch_size", default="auto", metavar="N", help="choices at a time; auto: what a GPU holds, 8 on a CPU")
+    add("--include_path", metavar="DIR", help="folder of more lm-eval task files, such as data/tasks")
 
     add = parser.add_argument_group("output").add_argument
     add("--save", default="results", metavar="DIR", help="where the run's figures are written")
@@ -167,8 +172,7 @@ def check_args(args: argparse.Namespace) -> Task:
         value, least = getattr(args, flag), 2 if flag == "farms_rows" or flag == "seqlen" and args.eval_wikitext else 1
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
-    if args.eval_zero_shot:
-        raise UserError("--eval_zero_shot: not built yet; save the model with --save_model and run lm-eval on it")
+    _check_zero_shot(args)
     _check_metric(args)
     task = _check_metrics_only(args) if args.metrics_only else _check_method(args)
     _check_unused(args, task)
@@ -216,6 +220,22 @@ def _check_unused(args: argparse.Namespace, task: Task) -> None:
         if same and args.eval_wikitext:
             raise UserError("--epsilon auto: --calib_data and --eval_data are one file, so that the choice would see the "
                             "evaluation text; give two")  # fmt: skip
+
+
+def _check_zero_shot(args: argparse.Namespace) -> None:
+    for flag in ("tasks", "num_fewshot", "limit", "eval_batch_size", "include_path"):
+        if flag in _given(args) and not args.eval_zero_shot:
+            raise UserError(f"--{flag} {getattr(args, flag)} without --eval_zero_shot does nothing")
+    if args.eval_zero_shot and args.metrics_only:
+        raise UserError("--eval_zero_shot with --metrics_only: nothing is evaluated then; leave one of them out")
+    if not any(args.tasks.split(",")):
+        raise UserError(f"--tasks {args.tasks!r}: names no task; give lm-eval's names with commas between them")
+    if args.num_fewshot < 0:
+        raise UserError(f"--num_fewshot {args.num_fewshot}: must be at least 0")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: must be at least 1")
+    if args.eval_batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", args.eval_batch_size):
+        raise UserError(f"--eval_batch_size {args.eval_batch_size}: must be auto or at least 1")
 
 
 def _check_method(args: argparse.Namespace) -> Task:
@@ -313,8 +333,26 @@ class Loaded(NamedTuple):
     name: str
 
 
-def run(args: argparse.Namespace, console: Console) -> dict:
-    """Do what ``args`` ask for, in the order in which it happens, and return the run's record."""
+def flags_of(args: argparse.Namespace) -> dict:
+    """Return the flags as the run's record keeps them."""
+    return {name: value for name, value in vars(args).items() if name != "given"}
+
+
+def _once(kept: dict | None, make: Callable, *args):
+    """Return ``make(*args)``, or what it returned for the same arguments when ``kept`` was last used."""
+    if kept is None:
+        return make(*args)
+    if (make, args) not in kept:
+        kept[make, args] = make(*args)
+    return kept[make, args]
+
+
+def run(args: argparse.Namespace, console: Console, kept: dict | None = None) -> dict:
+    """Do what ``args`` ask for, in the order in which it happens, and return the run's record.
+
+    Several runs of one process may share a dict ``kept``: texts and the model are then loaded once, and the model has
+    its dense weights again at the start of each.
+    """
     task = check_args(args)
     save = Path(args.save)
     results.prepare("--save", save)
@@ -323,17 +361,25 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     # Whatever can be known without the weights is found out first: 13 GB take a while to load.
     with stages.stage("text"):
         source = models.locate(args.model, args.cache_dir)
-        skeleton = models.load_skeleton(source)
+        skeleton = _once(kept, models.load_skeleton, source)
         _check_against(args, task, source, skeleton)
         seqlen = _seqlen(args.seqlen, models.context_length(skeleton))
-        tokenizer = models.load_tokenizer(source)
-        texts = _read_texts(args, task, tokenizer, seqlen)
+        tokenizer = _once(kept, models.load_tokenizer, source)
+        texts = _read_texts(args, task, tokenizer, seqlen, partial(_once, kept))
+    questions = None
+    if args.eval_zero_shot:
+        with stages.stage("tasks"):
+            names = tuple(dict.fromkeys(filter(None, args.tasks.split(","))))
+            questions = _once(kept, eval.find_tasks, names, args.include_path, args.num_fewshot)
 
     with stages.stage("load"):
-        log.info("loading %s", source.path)
-        model = models.load_llm(source, args.dtype)
+        if kept is None or (models.load_llm, (source, args.dtype)) not in kept:
+            log.info("loading %s", source.path)
+        model = _once(kept, models.load_llm, source, args.dtype)
         loaded = Loaded(model, models.find_blocks(model)[1], models.prunable_layers(model), source.name)
-    _, blocks, layers, _ = loaded
+        _, blocks, layers, _ = loaded
+        if kept is not None:
+            prune.restore(blocks, layers, _once(kept, prune.snapshot, blocks, tuple(layers)))
     dense_zeros = sum(prune.count_zeros(blocks, layers))
     if args.metrics_only:
         with stages.stage("metric"):
@@ -364,6 +410,11 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     if args.save_model:
         with stages.stage("save"):
             _save_model(_model_folder(args, task), loaded, tokenizer, measured)
+    zero_shot = None
+    if questions is not None:
+        with stages.stage("zero_shot"):
+            batch = args.eval_batch_size if args.eval_batch_size == "auto" else int(args.eval_batch_size)
+            zero_shot = eval.zero_shot(model, tokenizer, questions, args.num_fewshot, args.limit, batch)
 
     def about(name: str, windows: Tensor | None) -> dict | None:
         return None if windows is None else {"text": name, "windows": len(windows), "seqlen": seqlen}
@@ -375,6 +426,7 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         "sparsity": measured,
         "dense_zeros": dense_zeros / total,
         "perplexity": perplexity,
+        "zero_shot": None if zero_shot is None else {"means": zero_shot.means, "lm_eval": zero_shot.full},
         "model": source._asdict() | {"dtype": str(model.dtype).removeprefix("torch."), "parameters": model.num_parameters()},
         "calibration": about(args.calib_data, texts.calibration),
         "evaluation": about(args.eval_data, texts.evaluation),
@@ -382,17 +434,24 @@ def run(args: argparse.Namespace, console: Console) -> dict:
         "epsilon_search": [trial._asdict() for trial in trials],
         "saved_model": str(_model_folder(args, task)) if args.save_model else None,
         "stages": stages.table,
-        "flags": {name: value for name, value in vars(args).items() if name != "given"},
+        "flags": flags_of(args),
     }
-    files = {f"run_{task.run}.json": results.run_text(record)}
+    files = {}
     if perplexity is not None:
         files[f"perplexity_{task.run}.txt"] = results.perplexity_text(task.method, measured, perplexity)
+    table = ""
+    if zero_shot is not None:
+        table = results.zero_shot_table(zero_shot.scores, zero_shot.means)
+        files[f"zero_shot_{task.run}.txt"] = results.zero_shot_text(task.method, table)
     if rows:
         files[f"layers_{task.run}.tsv"] = results.layers_text(rows)
+    files[f"run_{task.run}.json"] = results.run_text(record)  # last: it says that the run is complete
     earlier = results.read_run(save, task.run)
     if earlier and earlier.get("flags") != json.loads(json.dumps(record["flags"])):  # --seed 1, 2:4 ...: the same names
         log.warning("%s/*_%s.* of a run with other flags are replaced", save, task.run)
     results.write_files(save, files)
+    if table:
+        console.print(table, highlight=False, soft_wrap=True)
     _print_table(console, record, save, task, rows)
     return record
 
@@ -434,17 +493,19 @@ def _check_against(args: argparse.Namespace, task: Task, source: models.Source, 
         results.prepare("--save_model", _model_folder(args, task).parent, size)
 
 
-def _read_texts(args: argparse.Namespace, task: Task, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> Texts:
+def _read_texts(
+    args: argparse.Namespace, task: Task, tokenizer: PreTrainedTokenizerBase, seqlen: int, once: Callable
+) -> Texts:
     if args.metrics_only:
         return Texts()
     calibration = evaluation = held_out = None
     wants = allocation.ALLOCATIONS[task.allocation].wants
     if task.pruner and (task.pruner.statistic or wants in BLOCK_SCORES):
-        calibration = data.calibration_windows(args.calib_data, tokenizer, args.nsamples, seqlen, args.seed)
+        calibration = once(data.calibration_windows, args.calib_data, tokenizer, args.nsamples, seqlen, args.seed)
     if args.epsilon == "auto":
-        held_out = data.search_windows(args.calib_data, tokenizer, search.WINDOWS, seqlen, args.seed)
+        held_out = once(data.search_windows, args.calib_data, tokenizer, search.WINDOWS, seqlen, args.seed)
     if args.eval_wikitext:
-        evaluation = data.evaluation_windows(args.eval_data, tokenizer, seqlen, args.eval_windows)
+        evaluation = once(data.evaluation_windows, args.eval_data, tokenizer, seqlen, args.eval_windows)
     return Texts(calibration, evaluation, held_out)
 
 
@@ -572,7 +633,8 @@ def quiet() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("lib").setLevel(logging.INFO)
     log.setLevel(logging.INFO)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for name in ("huggingface_hub", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

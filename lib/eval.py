@@ -1,12 +1,31 @@
 """How good is the model now."""
 
+import copy
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lib import UserError
 from lib.models import entry_device
+from lib.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+log = logging.getLogger(__name__)
+
+# The paper's seven tasks, by lm-eval's names.
+ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+MEANS = ("acc", "acc_norm")  # averaged over the tasks; acc_norm: choices compared per byte of their length
+_CPU_BATCH = 8  # where "auto" cannot be found out by running out of memory: that would end the process
 
 _LOSS_TOKENS = 512  # at a time: a float32 copy of all logits of a large vocabulary would be gigabytes
 
@@ -26,3 +45,123 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
         total = sum(F.cross_entropy(part.float(), target, reduction="sum") for part, target in parts)
         losses.append(total / len(targets))
     return torch.stack(losses).mean().exp().item()
+
+
+# ----------------------------------------------------------------------------------------------------- zero-shot
+
+
+class Tasks(NamedTuple):
+    """Tasks that are ready to be evaluated: their data are loaded. ``manager`` knows where they came from."""
+
+    tasks: list
+    manager: "TaskManager"
+
+
+class TaskScore(NamedTuple):
+    """One figure of one task, over ``samples`` questions; ``stderr`` is None where lm-eval has none."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    samples: int
+
+
+class ZeroShot(NamedTuple):
+    """All ``scores``, the ``means`` over the tasks that have the metric, and lm-eval's own result, ``full``."""
+
+    scores: list[TaskScore]
+    means: dict[str, float]
+    full: dict
+
+
+def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int) -> Tasks:
+    """Load the tasks ``names`` (lm-eval's, or those defined in ``include_path``) and their data; a group is its tasks.
+
+    Raises:
+        UserError: a name is not known, its data cannot be loaded, or it is a task that cannot be run like this.
+    """
+    from lm_eval.tasks import TaskManager
+
+    mend = "task files that need no hub: --include_path DIR (data/tasks holds some), --tasks with their names"
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise UserError(f"--include_path {include_path}: there is no such folder; give one with lm-eval task files")
+        if not TaskManager(include_path=include_path, include_defaults=False).all_tasks:
+            raise UserError(f"--include_path {include_path}: the folder holds no lm-eval task files (*.yaml)")
+    manager = TaskManager(include_path=include_path)
+    for name in names:  # all names before the first data: those may have to be fetched
+        if name not in manager.task_index:
+            hint = did_you_mean(name, manager.all_tasks)
+            raise UserError(f"--tasks {name}: lm-eval has no such task.{hint} For {mend}")
+    tasks = {}
+    for name in names:
+        try:
+            tasks |= manager.load([name])["tasks"]
+        except Exception as error:  # a task definition may run anything, and the hub may be out of reach
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--tasks {name}: cannot be loaded ({reason}); {mend}") from error
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise UserError(f"--tasks {name}: runs code that the model writes, or needs images; leave it out")
+        if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to 0 and say so in its log only
+            raise UserError(f"--num_fewshot {num_fewshot}: {name} is zero-shot by its definition; leave one out")
+    return Tasks(list(tasks.values()), manager)
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Tasks,
+    num_fewshot: int = 0,
+    limit: int | None = None,
+    batch_size: int | str = "auto",
+) -> ZeroShot:
+    """Return what lm-eval makes of the model in memory on ``tasks``.
+
+    Args:
+        limit: questions per task, None for all.
+        batch_size: choices at a time; ``auto`` is the largest that the GPU has room for, and 8 on a CPU.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    if batch_size == "auto" and entry_device(model).type == "cpu":
+        batch_size = _CPU_BATCH
+    # lm-eval gives the tokenizer a padding token, which is not to end up in a saved folder.
+    adapter = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    full = simple_evaluate(
+        adapter,
+        tasks=list(tasks.tasks),
+        task_manager=tasks.manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        log_samples=False,
+    )
+    _warn_of_nan(tasks)
+    scores = _scores(full)
+    values = {metric: [score.value for score in scores if score.metric == metric] for metric in MEANS}
+    return ZeroShot(scores, {metric: sum(v) / len(v) for metric, v in values.items() if v}, full)
+
+
+def _scores(full: dict) -> list[TaskScore]:
+    found = []
+    for task, row in full["results"].items():
+        for key, value in row.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr"):
+                continue
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
+            stderr = row.get(f"{metric}_stderr,{filtered}")  # the string N/A for metrics without
+            samples = full["n-samples"][task]["effective"]
+            found.append(TaskScore(task, name, value, stderr if isinstance(stderr, float) else None, samples))
+    return found
+
+
+def _warn_of_nan(tasks: Tasks) -> None:
+    """Say so if log-likelihoods are not a number: lm-eval would take the first choice, which looks like an accuracy."""
+    answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
+    broken = sum(math.isnan(likelihood) for likelihood, _ in answers)
+    if broken:
+        log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, len(answers))

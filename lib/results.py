@@ -18,7 +18,7 @@ import torch
 
 from lib import UserError
 
-PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "numpy", "safetensors")
+PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
 
 
 class LayerReport(NamedTuple):
@@ -162,6 +162,23 @@ def layers_text(rows: Sequence[LayerReport]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def zero_shot_table(scores: Sequence[tuple], means: Mapping[str, float]) -> str:
+    """Return a table of ``scores`` (task, metric, value, standard error or None, samples), the ``means`` below it."""
+    rows = [("task", "metric", "value", "stderr", "samples")]
+    for task, metric, value, stderr, samples in scores:
+        rows.append((task, metric, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", str(samples)))
+    rows += [("mean", metric, f"{value:.4f}", "", "") for metric, value in means.items()]
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    just = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
+    lines = ["  ".join(f(cell, w) for f, cell, w in zip(just, row, width, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def zero_shot_text(method: str, table: str) -> str:
+    """Return the content of ``zero_shot_<run>.txt``: ``{method}:``, as published, and the table."""
+    return f"{method}:\n{table}"
+
+
 def run_text(record: dict) -> str:
     """Return the content of ``run_<run>.json``: ``record`` and, below it, where the numbers come from."""
     return json.dumps(record | provenance(), indent=1, default=str) + "\n"
@@ -172,6 +189,11 @@ def read_run(folder: Path, run: str) -> dict | None:
     with suppress(OSError, ValueError):
         return json.loads((folder / f"run_{run}.json").read_text(encoding="utf-8"))
     return None
+
+
+def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
+    """Return whether ``record`` is that of a run that ended well, with these very ``flags``."""
+    return bool(record) and record.get("complete") is True and record.get("flags") == json.loads(json.dumps(flags))
 
 
 def provenance() -> dict:

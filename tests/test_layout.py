@@ -229,6 +229,11 @@ PUBLISHED_DEFAULTS = {
     "calib_data": "c4",
     "eval_data": "wikitext2",
     "eval_windows": None,
+    "tasks": "boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa",
+    "num_fewshot": 0,
+    "limit": None,
+    "eval_batch_size": "auto",
+    "include_path": None,
 }
 
 

@@ -158,8 +158,19 @@ BEFORE_LOADING = {
     f"{WANDA} more": "more",
     f"{WANDA} --model -": "--model",
     "--prune_method": "--prune_method",
-    # not built yet
-    f"{WANDA} --eval_zero_shot": "--eval_zero_shot",
+    # zero-shot tasks: their data are fetched before the model is loaded, and no test reaches the hub
+    f"{WANDA} --eval_zero_shot": "--tasks boolq: cannot be loaded",
+    f"{WANDA} --eval_zero_shot --tasks winogrand": "Did you mean 'winogrande'",
+    f"{WANDA} --eval_zero_shot --tasks winogrande,capital_cities": "--include_path DIR",
+    f"{WANDA} --eval_zero_shot --tasks ,": "--tasks ','",
+    f"{WANDA} --eval_zero_shot --include_path missing": "--include_path missing",
+    f"{WANDA} --eval_zero_shot --include_path nothing": "no lm-eval task files",
+    f"{WANDA} --eval_zero_shot --num_fewshot=-1": "--num_fewshot -1",
+    f"{WANDA} --eval_zero_shot --limit 0": "--limit 0",
+    f"{WANDA} --eval_zero_shot --eval_batch_size 0": "--eval_batch_size 0",
+    f"{WANDA} --eval_zero_shot --eval_batch_size all": "--eval_batch_size all",
+    f"{WANDA} --tasks boolq": "--eval_zero_shot",
+    f"{WANDA} --limit 10": "--eval_zero_shot",
     # allocations
     "--prune_method wanda_owll --sparsity_ratio 0.5": "Did you mean 'wanda_owl'",
     f"{WW} --esd_driver quick": "exact, fast",
