@@ -1,7 +1,13 @@
 # Sourced by the other scripts: makes .venv at the repository's root if there is none, installs into it what was not
-# installed yet, and leaves its interpreter in $PYTHON_BIN.   use: source scripts/env.sh; need requirements.txt ...
+# installed yet, and leaves its interpreter in $PYTHON_BIN. Given PYTHON_BIN, it uses that as it is.
+#   use: source scripts/env.sh; need requirements.txt ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ -n "${PYTHON_BIN:-}" ]; then  # an environment of your own: used as it is
+    need() { :; }
+    return
+fi
 
 fail() { echo "$(basename "$0"): error: $1" >&2; exit 2; }
 
