@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # The paper's seven tasks, by lm-eval's names.
 ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 MEANS = ("acc", "acc_norm")  # averaged over the tasks; acc_norm: choices compared per byte of their length
+_LOCAL_TASKS = "task files that need no hub: --include_path DIR (data/tasks holds some), --tasks with their names"
 _CPU_BATCH = 8  # where "auto" cannot be found out by running out of memory: that would end the process
 
 _LOSS_TOKENS = 512  # at a time: a float32 copy of all logits of a large vocabulary would be gigabytes
@@ -81,32 +82,40 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
     Raises:
         UserError: a name is not known, its data cannot be loaded, or it is a task that cannot be run like this.
     """
-    from lm_eval.tasks import TaskManager
-
-    mend = "task files that need no hub: --include_path DIR (data/tasks holds some), --tasks with their names"
-    if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise UserError(f"--include_path {include_path}: there is no such folder; give one with lm-eval task files")
-        if not TaskManager(include_path=include_path, include_defaults=False).all_tasks:
-            raise UserError(f"--include_path {include_path}: the folder holds no lm-eval task files (*.yaml)")
-    manager = TaskManager(include_path=include_path)
-    for name in names:  # all names before the first data: those may have to be fetched
-        if name not in manager.task_index:
-            hint = did_you_mean(name, manager.all_tasks)
-            raise UserError(f"--tasks {name}: lm-eval has no such task.{hint} For {mend}")
+    manager = _task_manager(names, include_path)
     tasks = {}
     for name in names:
         try:
             tasks |= manager.load([name])["tasks"]
         except Exception as error:  # a task definition may run anything, and the hub may be out of reach
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--tasks {name}: cannot be loaded ({reason}); {mend}") from error
+            raise UserError(f"--tasks {name}: cannot be loaded ({reason}); {_LOCAL_TASKS}") from error
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError(f"--tasks {name}: runs code that the model writes, or needs images; leave it out")
         if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to 0 and say so in its log only
             raise UserError(f"--num_fewshot {num_fewshot}: {name} is zero-shot by its definition; leave one out")
     return Tasks(list(tasks.values()), manager)
+
+
+def _task_manager(names: Sequence[str], include_path: str | None) -> "TaskManager":
+    """Return a manager that knows all of ``names``."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise UserError(f"--include_path {include_path}: there is no such folder; give one with lm-eval task files")
+        local = TaskManager(include_path=include_path, include_defaults=False)
+        if not local.all_tasks:
+            raise UserError(f"--include_path {include_path}: the folder holds no lm-eval task files (*.yaml)")
+        if set(names) <= set(local.all_subtasks):  # lm-eval's own, over ten thousand, take seconds to list
+            return local
+    manager = TaskManager(include_path=include_path)
+    for name in names:  # all names before the first data: those may have to be fetched
+        if name not in manager.task_index:
+            hint = did_you_mean(name, manager.all_tasks)
+            raise UserError(f"--tasks {name}: lm-eval has no such task.{hint} For {_LOCAL_TASKS}")
+    return manager
 
 
 def zero_shot(
