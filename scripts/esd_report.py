@@ -167,6 +167,7 @@ def draw_spectra(layers: Sequence[PrunableLayer], blocks, args: argparse.Namespa
             eigs = spectrum(layer.module.weight, args.esd_driver).eigs.cpu()
         eigs = eigs[eigs > 0]
         bins = np.logspace(np.log10(eigs[0].item()), np.log10(eigs[-1].item()), 60)
+        bins[[0, -1]] *= 1 - 1e-6, 1 + 1e-6  # rounding would leave the largest outside
         axes.hist(eigs.numpy(), bins=bins, density=True, color="tab:blue", alpha=0.6)
         fit = _fit(eigs, args.ww_metric)
         if fit is not None:
@@ -179,7 +180,18 @@ def draw_spectra(layers: Sequence[PrunableLayer], blocks, args: argparse.Namespa
             axes.legend(fontsize=8, loc="lower left")
         axes.set(xscale="log", yscale="log", xlabel="eigenvalue of W'W", ylabel="density")
         axes.set_title(layer.name, fontsize=8)
+        _tick_log(axes, (eigs[-1] / eigs[0]).item())
     return figure
+
+
+def _tick_log(axes, span: float) -> None:
+    """Label powers of ten, or 1 2 5 where the axis spans few of them; no labels between, which would overlap."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if span < 50:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def _fit(eigs: torch.Tensor, metric: str) -> PowerLaw | None:
