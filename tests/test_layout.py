@@ -166,6 +166,8 @@ def check_command(words: list[str]) -> None:
 
 
 def parser_of(program: Path) -> argparse.ArgumentParser:
+    if str(ROOT / "scripts") not in sys.path:  # as when one of them is run
+        sys.path.insert(0, str(ROOT / "scripts"))
     return import_module(".".join(program.relative_to(ROOT).with_suffix("").parts)).make_parser()
 
 
@@ -173,7 +175,11 @@ def check_flags(program: Path, rest: list[str]) -> None:
     """Every flag that is given is one of the program's parser, or stands in the program as a string."""
     if "def make_parser(" in program.read_text():
         if "--help" not in rest:
-            parser_of(program).parse_args(rest)
+            _, unknown = parser_of(program).parse_known_args(rest)
+            if unknown and program.stem in ("sweep", "compare_allocations"):  # the rest is main.py's
+                main.check_args(main.make_parser().parse_args(unknown))
+            elif unknown:
+                parser_of(program).parse_args(rest)
         return
     known = {node.value for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, ast.Constant)}
     given = {word.split("=")[0] for word in rest if word.startswith("--")}
