@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import main
-from conftest import ROOT
 from lib.allocation import SparsityPlan, heavy_tailed
 from lib.models import prunable_layers
 
@@ -94,6 +94,8 @@ def test_script_settings_can_be_overridden():
     assert {(run.model, run.save, run.epsilon, run.seed) for run in runs} == {("a b", "there", 0.1, 3)}
     assert {run.ww_metric_cache for run in runs} == {None}, "another model's metric is not kept under this one's name"
     assert dry("llama_13b", MODEL="m", CACHE="c", METHODS="wanda_ww")[0].ww_metric_cache == "c"
+    for run in dry("llama_13b", METHODS="dense wanda wanda_owl sparsegpt_dlp"):
+        main.check_args(run)  # which refuses flags of another allocation
 
 
 @pytest.mark.parametrize(("script", "limit"), [("llama_30b", None), ("llama_65b", 2000), ("llama2_70b", 2000)])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, tiny_sentences
 
 import main
-from conftest import ROOT, tiny_sentences
 from lib import UserError, eval, results
 from lib.models import find_blocks, load_tokenizer, prunable_layers
 
