@@ -139,16 +139,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--eval_wikitext", type=true_or_false, nargs="?", const=True, default=True, metavar="{true,false}",
         help="measure the perplexity on --eval_data")  # fmt: skip
     add("--eval_zero_shot", action="store_true", help="answer --tasks with lm-eval and measure the accuracy")
-    add("--tasks", default=",".join(eval.ZERO_SHOT_TASKS), metavar="A,B", help="lm-eval's names of tasks or groups")
-    add("--num_fewshot", type=int, default=0, metavar="N", help="worked examples before each question, a count")
-    add("--limit", type=int, metavar="N", help="questions per task, a count (default: all)")
-    add("--eval_batch_size", default="auto", metavar="N", help="choices at a time; auto: what a GPU holds, 8 on a CPU")
-    add("--include_path", metavar="DIR", help="folder of more lm-eval task files, such as data/tasks")
+    add_zero_shot_flags(add)
 
     add = parser.add_argument_group("output").add_argument
     add("--save", default="results", metavar="DIR", help="where the run's figures are written")
     add("--save_model", metavar="DIR", help="write the pruned model to DIR/{method}_{ratio}")
     return parser
+
+
+def add_zero_shot_flags(add: Callable) -> None:
+    add("--tasks", default=",".join(eval.ZERO_SHOT_TASKS), metavar="A,B", help="lm-eval's names of tasks or groups")
+    add("--num_fewshot", type=int, default=0, metavar="N", help="worked examples before each question, a count")
+    add("--limit", type=int, metavar="N", help="questions per task, a count (default: all)")
+    add("--eval_batch_size", default="auto", metavar="N", help="choices at a time; auto: what a GPU holds, 8 on a CPU")
+    add("--include_path", metavar="DIR", help="folder of more lm-eval task files, such as data/tasks")
 
 
 class Task(NamedTuple):
@@ -187,7 +191,7 @@ def check_args(args: argparse.Namespace) -> Task:
         value, least = getattr(args, flag), 2 if flag == "farms_rows" or flag == "seqlen" and args.eval_wikitext else 1
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
-    _check_zero_shot(args)
+    check_zero_shot(args)
     _check_metric(args)
     task = _check_metrics_only(args) if args.metrics_only else _check_method(args)
     _check_unused(args, task)
@@ -200,7 +204,7 @@ def flags_of(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _given(args: argparse.Namespace) -> list[str]:
-    return [*getattr(args, "given", []), *(["farms"] if args.farms else [])]
+    return [*getattr(args, "given", []), *(["farms"] if getattr(args, "farms", False) else [])]
 
 
 def _check_metric(args: argparse.Namespace) -> None:
@@ -242,7 +246,8 @@ def _check_unused(args: argparse.Namespace, task: Task) -> None:
                             "evaluation text; give two")  # fmt: skip
 
 
-def _check_zero_shot(args: argparse.Namespace) -> None:
+def check_zero_shot(args: argparse.Namespace) -> None:
+    """Find contradictions among the flags of ``add_zero_shot_flags``."""
     for flag in ("tasks", "num_fewshot", "limit", "eval_batch_size", "include_path"):
         if flag in _given(args) and not args.eval_zero_shot:
             raise UserError(f"--{flag} {getattr(args, flag)} without --eval_zero_shot does nothing")
@@ -379,11 +384,8 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
         seqlen = _seqlen(args.seqlen, models.context_length(skeleton))
         tokenizer = _once(kept, models.load_tokenizer, source)
         texts = _read_texts(args, task, tokenizer, seqlen, kept)
-    questions = None
-    if args.eval_zero_shot:
-        with stages.stage("tasks"):
-            names = tuple(dict.fromkeys(filter(None, args.tasks.split(","))))
-            questions = _once(kept, eval.find_tasks, names, args.include_path, args.num_fewshot)
+    with stages.stage("tasks"):
+        questions = zero_shot_tasks(args, kept)
 
     with stages.stage("load"):
         if kept is None or (models.load_llm, (source, args.dtype)) not in kept:
@@ -423,11 +425,10 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
     if args.save_model:
         with stages.stage("save"):
             _save_model(_model_folder(args, task), loaded, tokenizer, measured)
-    zero_shot = None
+    answers = None
     if questions is not None:
         with stages.stage("zero_shot"):
-            batch = args.eval_batch_size if args.eval_batch_size == "auto" else int(args.eval_batch_size)
-            zero_shot = eval.zero_shot(model, tokenizer, questions, args.num_fewshot, args.limit, batch)
+            answers = zero_shot(args, model, tokenizer, questions)
 
     def about(name: str, windows: Tensor | None) -> dict | None:
         return None if windows is None else {"text": name, "windows": len(windows), "seqlen": seqlen}
@@ -439,7 +440,7 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
         "sparsity": measured,
         "dense_zeros": dense_zeros / total,
         "perplexity": perplexity,
-        "zero_shot": None if zero_shot is None else {"means": zero_shot.means, "lm_eval": zero_shot.full},
+        "zero_shot": None if answers is None else {"means": answers.means, "lm_eval": answers.full},
         "model": source._asdict() | {"dtype": str(model.dtype).removeprefix("torch."), "parameters": model.num_parameters()},
         "calibration": about(args.calib_data, texts.calibration),
         "evaluation": about(args.eval_data, texts.evaluation),
@@ -453,8 +454,8 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
     if perplexity is not None:
         files[f"perplexity_{task.run}.txt"] = results.perplexity_text(task.method, measured, perplexity)
     table = ""
-    if zero_shot is not None:
-        table = results.zero_shot_table(zero_shot.scores, zero_shot.means)
+    if answers is not None:
+        table = results.zero_shot_table(answers.scores, answers.means)
         files[f"zero_shot_{task.run}.txt"] = results.zero_shot_text(task.method, table)
     if rows:
         files[f"layers_{task.run}.tsv"] = results.layers_text(rows)
@@ -467,6 +468,22 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
         console.print(table, highlight=False, soft_wrap=True)
     _print_table(console, record, save, task, rows)
     return record
+
+
+def zero_shot_tasks(args: argparse.Namespace, kept: dict | None = None) -> eval.Tasks | None:
+    """Return the tasks that ``args`` ask for, their data loaded; None without --eval_zero_shot."""
+    if not args.eval_zero_shot:
+        return None
+    names = tuple(dict.fromkeys(filter(None, args.tasks.split(","))))
+    return _once(kept, eval.find_tasks, names, args.include_path, args.num_fewshot)
+
+
+def zero_shot(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: eval.Tasks
+) -> eval.ZeroShot:
+    """Return what the model answers to ``tasks``."""
+    batch = args.eval_batch_size if args.eval_batch_size == "auto" else int(args.eval_batch_size)
+    return eval.zero_shot(model, tokenizer, tasks, args.num_fewshot, args.limit, batch)
 
 
 def _cache(args: argparse.Namespace, source: models.Source) -> Path:

@@ -25,8 +25,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--lora_weights", metavar="DIR", help="the adapter: finetune_lm.py's --output_dir; without it the model alone")
     add_text_flags(parser)
-    add("--eval_zero_shot", action="store_true", help="zero-shot tasks (not built yet)")
-    add("--result_dir", default="results", metavar="DIR", help="where perplexity.txt and perplexity.json are written")
+    add("--eval_zero_shot", action="store_true", help="answer --tasks with lm-eval and measure the accuracy")
+    pruning.add_zero_shot_flags(add)
+    add("--result_dir", default="results", metavar="DIR", help="where perplexity.txt, perplexity.json and zero_shot.txt are written")
     return parser
 
 
@@ -48,8 +49,7 @@ def add_text_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Find every contradiction that needs no model."""
-    if args.eval_zero_shot:
-        raise UserError("--eval_zero_shot: not built yet; merge the adapter (lora_ft/merge.py) and run lm-eval on that")
+    pruning.check_zero_shot(args)
     check_text_args(args)
     results.prepare("--result_dir", Path(args.result_dir))
 
@@ -69,24 +69,31 @@ def run(args: argparse.Namespace) -> dict:
     if args.lora_weights is not None:
         common.check_adapter(args.lora_weights, base)
     windows = data.evaluation_windows(args.dataset, base.tokenizer, args.ctx_length, args.eval_windows)
+    tasks = pruning.zero_shot_tasks(args)
 
     loaded = common.load_base(base, args.dtype)
     model = loaded.model if args.lora_weights is None else common.load_adapter(args.lora_weights, loaded, base)
     perplexity = eval.perplexity(model, windows)
+    zero_shot = None if tasks is None else pruning.zero_shot(args, model, base.tokenizer, tasks)
 
     record = {
         "perplexity": perplexity,
+        "zero_shot": None if zero_shot is None else {"means": zero_shot.means, "lm_eval": zero_shot.full},
         "model": common.identity(base.source),
         "sparsity": loaded.sparsity,
         "lora_weights": args.lora_weights,
         "evaluation": {"text": args.dataset, "windows": len(windows), "seqlen": args.ctx_length},
-        "flags": vars(args),
+        "flags": pruning.flags_of(args),
     }
     folder = Path(args.result_dir)
     name = "wikitext" if args.dataset == "wikitext2" else args.dataset  # the published line's name for it
     line = f"perplexity on {name} {perplexity}"
-    results.write_files(folder, {"perplexity.json": results.run_text(record), "perplexity.txt": line + "\n"})
+    files = {"perplexity.json": results.run_text(record), "perplexity.txt": line + "\n"}
+    if zero_shot is not None:
+        files["zero_shot.txt"] = results.zero_shot_table(zero_shot.scores, zero_shot.means)
+    results.write_files(folder, files)
     print(line)
+    print(files.get("zero_shot.txt", ""), end="")
     return record
 
 

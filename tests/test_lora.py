@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 import main
 from conftest import ROOT, tiny_llama, tiny_sentences
+from lib import eval as lib_eval
 from lib import data, models
 from lib.data import evaluation_windows
 from lib.eval import perplexity
@@ -317,6 +318,18 @@ def evaluated(place, tmp_path, *more: str) -> dict:
     flags = f"--dataset {place / 'val.txt'} --ctx_length {BLOCK} --result_dir {tmp_path / 'res'}"
     assert evaluate_ppl.main([*flags.split(), *more]) == 0
     return record(tmp_path / "res/perplexity.json")
+
+
+def test_evaluate_ppl_answers_tasks_with_the_adapter_on(place, adapter, tmp_path, monkeypatch):
+    seen = []
+    real = lib_eval.zero_shot
+    monkeypatch.setattr(lib_eval, "zero_shot", lambda model, *rest: seen.append(model) or real(model, *rest))
+    tasks = f"--eval_zero_shot --tasks capital_cities --include_path {ROOT / 'data' / 'tasks'} --limit 6".split()
+    found = evaluated(place, tmp_path, "--model", str(place / "pruned"), "--lora_weights", str(adapter), *tasks)
+    scores = found["zero_shot"]["lm_eval"]["results"]["capital_cities"]
+    assert scores["acc,none"] == found["zero_shot"]["means"]["acc"] and 0 <= scores["acc,none"] <= 1
+    assert "capital_cities" in (tmp_path / "res/zero_shot.txt").read_text()
+    assert isinstance(seen[0], PeftModel)
 
 
 def test_evaluate_ppl_is_main_and_writes_the_published_line(place, adapter, tmp_path, windows):
