@@ -43,7 +43,9 @@ METRICS = [*metrics.METRICS, *metrics.WEIGHTWATCHER]
 # What the allocations call by another name than the flag, or want for the numbers that they share out.
 PARAMETERS = {"mapping": "mapping_type"}
 OWN_FLAGS = {"owl": ("owl_m", "owl_lambda"), "dlp": ("dlp_alpha",), "atp": ("atp_beta",)}
-METRIC_FLAGS = "ww_metric ww_metric_cache epsilon mapping_type farms farms_rows farms_ratio farms_steps esd_driver".split()
+METRIC_FLAGS = (
+    "ww_metric ww_metric_cache epsilon mapping_type farms farms_rows farms_ratio farms_steps esd_driver".split()
+)
 
 
 class _Note(argparse.Action):
@@ -105,30 +107,71 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seqlen", type=int, default=2048, metavar="N", help="window length, tokens; at most the model's context")
 
     add = parser.add_argument_group("pruning").add_argument
-    add("--prune_method", metavar="METHOD", help=f"{{{','.join(pruners.PRUNERS)}}}, each alone or with a suffix that says how "
-        f"the sparsity is shared out, {{{','.join('_' + a for a in allocation.ALLOCATIONS if a)}}}; _ww: by --ww_metric")
+    add(
+        "--prune_method",
+        metavar="METHOD",
+        help=f"{{{','.join(pruners.PRUNERS)}}}, each alone or with a suffix that says how the "
+        f"sparsity is shared out, {{{','.join('_' + a for a in allocation.ALLOCATIONS if a)}}}; _ww: by --ww_metric",
+    )
     add("--sparsity_ratio", type=float, default=0.0, metavar="S", help="fraction of the weights to remove, in [0, 1)")
-    add("--sparsity_type", default="unstructured", metavar="TYPE", help="unstructured, or N:M (2:4, 4:8 ...): keep N of M")
+    add(
+        "--sparsity_type",
+        default="unstructured",
+        metavar="TYPE",
+        help="unstructured, or N:M (2:4, 4:8 ...): keep N of M",
+    )
     add("--use_variant", action="store_true", help="Wanda's variant: one share of each row's score instead of a count")
 
     add = parser.add_argument_group("allocation").add_argument
-    add("--ww_metric", default="alpha_peak", metavar="METRIC", help=f"of each matrix, for _ww: {{{','.join(METRICS)}}}; "
-        "a larger alpha, stable rank or entropy means less heavy-tailed and is pruned more; so is a larger norm, as published")
+    add(
+        "--ww_metric",
+        default="alpha_peak",
+        metavar="METRIC",
+        help=f"of each matrix, for _ww: {{{','.join(METRICS)}}}; "
+        "a larger alpha, stable rank or entropy (less heavy-tailed) is pruned more; so is a larger norm, as published",
+    )
     add("--ww_metric_cache", metavar="DIR", help="where the metric is kept (default: data/<model's own folder name>)")
-    add("--epsilon", type=_number_or_auto, default=0.3, metavar="E", help="half width of the map from metric to sparsity "
-        "for _ww, in [0, 1], or auto: the best one on held-out calibration text")
+    add(
+        "--epsilon",
+        type=_number_or_auto,
+        default=0.3,
+        metavar="E",
+        help="half width of the map from metric to sparsity "
+        "for _ww, in [0, 1], or auto: the best one on held-out calibration text",
+    )
     add("--mapping_type", default="block_wise", metavar="TYPE", help=f"for _ww: {{{','.join(allocation.MAPPINGS)}}}")
-    add("--esd_driver", default="exact", metavar="NAME", help=f"{{{','.join(esd.DRIVERS)}}}; exact: float32 SVD, as published; "
-        "fast: eigenvalues of the float64 Gram matrix")
+    add(
+        "--esd_driver",
+        default="exact",
+        metavar="NAME",
+        help=f"{{{','.join(esd.DRIVERS)}}}; exact: float32 SVD, as published; "
+        "fast: eigenvalues of the float64 Gram matrix",
+    )
     add("--farms", action="store_true", help="spectra of windows of one aspect ratio (FARMS) instead of whole matrices")
     add("--farms_rows", type=int, default=2000, metavar="N", help="rows of a window; at most the matrix's shorter side")
     add("--farms_ratio", type=float, default=1.0, metavar="Q", help="columns of a window over its rows")
     add("--farms_steps", type=int, default=15, metavar="K", help="windows in each direction, a count")
     add("--metrics_only", action="store_true", help="compute the metric, keep it, show it, and end")
-    add("--owl_m", type=float, default=5.0, metavar="M", help="for _owl: outliers exceed M times the block's mean score")
-    add("--owl_lambda", type=float, default=0.08, metavar="L", help="for _owl: half width of the map, a sparsity in [0, 1]")
-    add("--dlp_alpha", type=float, default=0.15, metavar="A", help="for _dlp: half width of the map, a sparsity in [0, 1]")
-    add("--atp_beta", type=float, default=0.005, metavar="B", help="for _atp: from block to block, a sparsity in [0, 1]")
+    add(
+        "--owl_m", type=float, default=5.0, metavar="M", help="for _owl: outliers exceed M times the block's mean score"
+    )
+    add(
+        "--owl_lambda",
+        type=float,
+        default=0.08,
+        metavar="L",
+        help="for _owl: half width of the map, a sparsity in [0, 1]",
+    )
+    add(
+        "--dlp_alpha",
+        type=float,
+        default=0.15,
+        metavar="A",
+        help="for _dlp: half width of the map, a sparsity in [0, 1]",
+    )
+    add(
+        "--atp_beta", type=float, default=0.005, metavar="B", help="for _atp: from block to block, a sparsity in [0, 1]"
+    )
     add("--plan", metavar="FILE", help="take the layers' ratios from a file that --save_plan wrote")
     add("--save_plan", metavar="FILE", help="write the layers' ratios, by name, as JSON")
     add("--export_llmcompressor", metavar="FILE", help="write the layers' ratios as an llm-compressor recipe (YAML)")
@@ -214,11 +257,21 @@ def _check_metric(args: argparse.Namespace) -> None:
     if args.ww_metric in metrics.WEIGHTWATCHER:
         if args.farms or args.esd_driver != "exact":
             flag = "--farms" if args.farms else f"--esd_driver {args.esd_driver}"
-            raise UserError(f"{flag} with --ww_metric {args.ww_metric}: that metric goes through weightwatcher's own spectrum")
+            raise UserError(
+                f"{flag} with --ww_metric {args.ww_metric}: that metric goes through weightwatcher's own spectrum"
+            )
 
 
 def _check_metrics_only(args: argparse.Namespace) -> Task:
-    for flag in ("prune_method", "sparsity_ratio", "eval_zero_shot", "save_model", "plan", "save_plan", "export_llmcompressor"):
+    for flag in (
+        "prune_method",
+        "sparsity_ratio",
+        "eval_zero_shot",
+        "save_model",
+        "plan",
+        "save_plan",
+        "export_llmcompressor",
+    ):
         if getattr(args, flag):
             raise UserError(f"--{flag} with --metrics_only: nothing is pruned then; leave one of them out")
     return Task("metrics", None, "ww", 0.0, None)
@@ -240,10 +293,14 @@ def _check_unused(args: argparse.Namespace, task: Task) -> None:
     if args.epsilon == "auto":
         if task.allocation != "ww" or args.metrics_only:
             raise UserError(f"--epsilon auto with {task.method}: needs a --prune_method with _ww")
-        same = args.calib_data not in data.DATASETS and Path(args.calib_data).resolve() == Path(args.eval_data).resolve()
+        same = (
+            args.calib_data not in data.DATASETS and Path(args.calib_data).resolve() == Path(args.eval_data).resolve()
+        )
         if same and args.eval_wikitext:
-            raise UserError("--epsilon auto: --calib_data and --eval_data are one file, so that the choice would see the "
-                            "evaluation text; give two")  # fmt: skip
+            raise UserError(
+                "--epsilon auto: --calib_data and --eval_data are one file, so that the choice would see the "
+                "evaluation text; give two"
+            )
 
 
 def check_zero_shot(args: argparse.Namespace) -> None:
@@ -283,7 +340,9 @@ def _check_method(args: argparse.Namespace) -> Task:
         method = f"{name}_plan"
     elif nm:
         if args.use_variant:
-            raise UserError(f"--use_variant with --sparsity_type {args.sparsity_type}: the variant is unstructured only")
+            raise UserError(
+                f"--use_variant with --sparsity_type {args.sparsity_type}: the variant is unstructured only"
+            )
         implied = 1 - nm[0] / nm[1]
         if target and abs(target - implied) > 1e-9:
             raise UserError(
@@ -300,13 +359,17 @@ def _check_method(args: argparse.Namespace) -> Task:
 def _check_plan(args: argparse.Namespace, method: str) -> float:
     """Return the target of the plan that is to be used."""
     if "_" in method:
-        raise UserError(f"--plan with --prune_method {method}: the plan is the allocation; use {method.partition('_')[0]}")
+        raise UserError(
+            f"--plan with --prune_method {method}: the plan is the allocation; use {method.partition('_')[0]}"
+        )
     if args.sparsity_type != "unstructured" or args.save_plan:
         flag = "save_plan" if args.save_plan else f"sparsity_type {args.sparsity_type}"
         raise UserError(f"--plan with --{flag}: the plan says all of that already; leave one of them out")
     content = plans.read_plan(Path(args.plan))
     if args.sparsity_ratio and abs(args.sparsity_ratio - content["target"]) > 1e-9:
-        raise UserError(f"--sparsity_ratio {args.sparsity_ratio} with --plan {args.plan}: that plan is for {content['target']}")
+        raise UserError(
+            f"--sparsity_ratio {args.sparsity_ratio} with --plan {args.plan}: that plan is for {content['target']}"
+        )
     if args.use_variant and any("nm" in row for row in content["layers"].values()):
         raise UserError("--use_variant with a plan of N:M: the variant is unstructured only")
     return content["target"]
@@ -441,7 +504,8 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
         "dense_zeros": dense_zeros / total,
         "perplexity": perplexity,
         "zero_shot": None if answers is None else {"means": answers.means, "lm_eval": answers.full},
-        "model": source._asdict() | {"dtype": str(model.dtype).removeprefix("torch."), "parameters": model.num_parameters()},
+        "model": source._asdict()
+        | {"dtype": str(model.dtype).removeprefix("torch."), "parameters": model.num_parameters()},
         "calibration": about(args.calib_data, texts.calibration),
         "evaluation": about(args.eval_data, texts.evaluation),
         "epsilon": epsilon if task.allocation == "ww" else None,

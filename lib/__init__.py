@@ -1,4 +1,4 @@
-"""The parts of the experiment; this file holds the one thing that every room may use, the error that a user can mend."""
+"""The parts of the experiment; here is what every room may use, the error that a user can mend."""
 
 
 class UserError(Exception):

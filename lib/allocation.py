@@ -56,7 +56,9 @@ def heavy_tailed(
     """
     groups, x = _scaled_groups(layers, values, mapping)
     ratios = spread([1 - epsilon + 2 * epsilon * value for value in x], _sizes(groups), target)
-    _warn_of_cap(groups, ratios, f"--epsilon that needs no cap is {_typed(largest_epsilon(layers, target, values, mapping))}")
+    _warn_of_cap(
+        groups, ratios, f"--epsilon that needs no cap is {_typed(largest_epsilon(layers, target, values, mapping))}"
+    )
     return _by_name(groups, ratios)
 
 
@@ -77,7 +79,7 @@ def _scaled_groups(
 
 
 def outlier_weighted(layers: Sequence[PrunableLayer], target: float, values: Values, owl_lambda: float) -> Ratios:
-    """Return block ratios that fall linearly with the share of outliers, within +- ``owl_lambda`` (OWL: Yin et al., 2024).
+    """Return block ratios that fall linearly with the share of outliers +- ``owl_lambda`` (OWL: Yin et al., 2024).
 
     Args:
         values: each block's outlier ratio, by layer name.
@@ -101,13 +103,13 @@ def dynamic(layers: Sequence[PrunableLayer], target: float, values: Values, dlp_
 
 
 def arithmetic(layers: Sequence[PrunableLayer], target: float, values: None, atp_beta: float) -> Ratios:
-    """Return block ratios that grow by ``atp_beta`` from one to the next: target - beta (L-1)/2 + beta i (arXiv 2502.14770)."""
+    """Return target - beta (L-1)/2 + beta i for block i of L, with beta = ``atp_beta`` (ATP: arXiv 2502.14770)."""
     groups = _blocks(layers)
     return _around(groups, target, [atp_beta * i for i in range(len(groups))], "--atp_beta", atp_beta)
 
 
 def erdos_renyi(layers: Sequence[PrunableLayer], target: float, values: Values | None = None) -> Ratios:
-    """Return ratios whose densities are in proportion to (n_in + n_out) / (n_in n_out), none above 1 (Mocanu et al., 2018)."""
+    """Return ratios whose densities go with (n_in + n_out) / (n_in n_out), none above 1 (Mocanu et al., 2018)."""
     return _erdos_renyi(layers, [], target)
 
 
@@ -126,8 +128,8 @@ def from_shares(layers: Sequence[PrunableLayer], target: float, values: Values) 
 class Allocation(NamedTuple):
     """How the overall target is shared out.
 
-    ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name. ``wants`` says what ``values`` are:
-    ``metric`` (--ww_metric), ``outlier_ratio``, ``median_score`` (from a calibration pass), ``lamp_score``,
+    ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name. ``wants`` says what ``values``
+    are: ``metric`` (--ww_metric), ``outlier_ratio``, ``median_score`` (from a calibration pass), ``lamp_score``,
     ``magnitude_score`` (shares below one threshold), or None. ``flags`` names the hyper-parameters.
     """
 
@@ -209,7 +211,9 @@ def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[
         room = budget - sum(sizes[i] for i in capped)
         weight = math.fsum(sizes[i] * shape[i] for i in free)
         if room > 0 and not weight:  # what is left has shape 0: proportion says nothing there
-            raise UserError(f"a sparsity of {target} cannot be met by this allocation; lower --sparsity_ratio or --epsilon")
+            raise UserError(
+                f"a sparsity of {target} cannot be met by this allocation; lower --sparsity_ratio or --epsilon"
+            )
         scale = room / weight if weight else 0
         over = [i for i in free if scale * shape[i] > 1]
         if not over:
@@ -234,8 +238,8 @@ def _warn_of_cap(
 def mixed_nm(layers: Sequence[PrunableLayer], ratios: Ratios, target: float, group: int) -> dict[str, tuple[int, int]]:
     """Return (N, M = ``group``) for each layer, N as its ratio wants it and the whole within 1/1000 of the target.
 
-    Each layer's M - N starts as the whole part of M * ratio; what the budget has left goes to the layers with the largest
-    remainders, and single steps then mend what is over or short. At least one of M is kept.
+    Each layer's M - N starts as the whole part of M * ratio; what the budget has left goes to the layers with
+    the largest remainders, and single steps then mend what is over or short. At least one of M is kept.
     """
     sizes = {layer.name: layer.module.weight.numel() for layer in layers}
     removed = {name: min(group - 1, math.floor(group * ratio + 1e-9)) for name, ratio in ratios.items()}

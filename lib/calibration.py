@@ -15,8 +15,8 @@ class BlockInputs(NamedTuple):
     """What the model hands to its blocks.
 
     ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
-    ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every sample.
-    No live cache is among them. ``samples`` is what statistics are divided by, None for the number of tokens.
+    ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
+    sample. No live cache is among them. ``samples`` is what statistics are divided by, None for the number of tokens.
     """
 
     hidden: Tensor | list[Tensor]
@@ -157,7 +157,9 @@ def input_statistics(
             handle.remove()
     unreached = set(linears) - {name for names in sharing.values() for name in names}
     if unreached:
-        raise UserError(f"{sorted(unreached)[0]}: the forward pass does not reach this layer; the model is not supported")
+        raise UserError(
+            f"{sorted(unreached)[0]}: the forward pass does not reach this layer; the model is not supported"
+        )
     result = []
     for leader, names in sharing.items():
         value = totals.pop(leader).div_(samples or tokens[leader])

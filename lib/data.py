@@ -79,7 +79,9 @@ def check_text(flag: str, name: str) -> None:
     path = Path(name).expanduser()
     if path.suffix not in LOCAL_SUFFIXES:
         hint = did_you_mean(name, DATASETS)
-        raise UserError(f"{flag} {name}: no such text.{hint} Give one of {', '.join(DATASETS)}, or a .txt/.json/.jsonl file")
+        raise UserError(
+            f"{flag} {name}: no such text.{hint} Give one of {', '.join(DATASETS)}, or a .txt/.json/.jsonl file"
+        )
     if not path.is_file():
         raise UserError(f"{flag} {name}: there is no such file")
     if path.stat().st_size == 0:
@@ -122,9 +124,7 @@ def _hub(path: str, config: str | None, split: str, **kwargs):
 # ----------------------------------------------------------------------------------------------------- windows
 
 
-def calibration_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
-) -> Tensor:
+def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int) -> Tensor:
     """Return ``nsamples`` random windows of the training text, [nsamples, seqlen] int64.
 
     Drawn with ``random`` after ``random.seed(seed)``, in the published order of draws.
@@ -135,9 +135,7 @@ def calibration_windows(
     return _draw(name, read_text("--calib_data", name, "train"), tokenizer, nsamples, seqlen, seed)
 
 
-def _draw(
-    name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
-) -> Tensor:
+def _draw(name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int) -> Tensor:
     random.seed(seed)
     if text.documents is None:
         tokens = _tokenise(tokenizer, text.stream)
@@ -180,9 +178,7 @@ def search_windows(
     return tuple(_draw(f"{name} (for --epsilon auto)", part, tokenizer, count, seqlen, seed) for part in parts)
 
 
-def evaluation_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None = None
-) -> Tensor:
+def evaluation_windows(name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None = None) -> Tensor:
     """Return the non-overlapping windows of the test text, [windows, seqlen] int64; what is left over is dropped.
 
     Raises:
@@ -216,7 +212,9 @@ def training_blocks(
         for start in range(0, len(pieces), step):
             special = not stream or start == 0
             some = tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
-            tokens += [torch.tensor(ids, dtype=torch.int32) for ids in some]  # of a whole shard, int64 would be gigabytes
+            tokens += [
+                torch.tensor(ids, dtype=torch.int32) for ids in some
+            ]  # of a whole shard, int64 would be gigabytes
             have += sum(map(len, some))
             count = min(have // size, most or have)
             bar.update(count - bar.n)
@@ -241,4 +239,6 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 def _check_length(flag: str, name: str, have: int, need: int, who: str = "it has") -> None:
     if have < need:
-        raise UserError(f"{flag} {name}: too short, {who} {have} tokens and {need} are needed; lower --seqlen or give more text")
+        raise UserError(
+            f"{flag} {name}: too short, {who} {have} tokens and {need} are needed; lower --seqlen or give more text"
+        )

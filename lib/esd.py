@@ -16,8 +16,8 @@ _FLOAT32_SLACK = 2e-5  # float32 and float64 KS distances differ by less: 2e-6 a
 class Spectrum(NamedTuple):
     """Ascending eigenvalues of W'W (``eigs``: [N] float32) and the shape of W.
 
-    N = min(shape) of a matrix; of a convolution [out, in, kh, kw] kh * kw * min(out, in). ``fell_back`` says that the fast
-    driver had to give way to a float64 SVD.
+    N = min(shape) of a matrix; of a convolution [out, in, kh, kw] kh * kw * min(out, in). ``fell_back`` says that the
+    fast driver had to give way to a float64 SVD.
     """
 
     eigs: Tensor
@@ -87,7 +87,7 @@ def _fast(matrices: Tensor) -> tuple[Tensor, bool]:
     """Return the eigenvalues of the float64 Gram matrices on the shorter side, and whether an SVD had to be done.
 
     Their errors are about 2 sqrt(N) eps of the largest eigenvalue: where that is more than 1e-4 of the smallest (a
-    float32 SVD is then off by more), the matrix gets a float64 SVD. A float32 Gram matrix would have negative eigenvalues.
+    float32 SVD is then off by more), the matrix gets a float64 SVD. A float32 Gram matrix has negative eigenvalues.
     """
     wide = matrices.double()
     wide = wide if wide.shape[-2] <= wide.shape[-1] else wide.mT

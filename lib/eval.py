@@ -49,7 +49,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
 
 
 class Tasks(NamedTuple):
-    """Tasks that are ready to be evaluated: their data are loaded. ``manager`` (lm-eval's) knows where they came from."""
+    """Tasks ready to be evaluated, their data loaded. ``manager`` (lm-eval's) knows where they came from."""
 
     tasks: list
     manager: object

@@ -179,8 +179,8 @@ def _map(function: Callable, items: Sequence, workers: ThreadPoolExecutor, devic
 def _single_threaded() -> Iterator[ThreadPoolExecutor]:
     """Yield as many workers as there were threads, each with one thread for its linear algebra.
 
-    Faster than one matrix at a time on all threads, and the rounding of an SVD, and with it the bin in which the peak of
-    a spectrum falls, no longer depends on the number of cores.
+    Faster than one matrix at a time on all threads, and the rounding of an SVD, and with it the bin in which the peak
+    of a spectrum falls, no longer depends on the number of cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -37,9 +37,14 @@ def load_plan(path: Path, model: str, layers: Sequence[PrunableLayer]) -> Sparsi
     if content["model"] != model:
         raise UserError(f"--plan {path}: is a plan for the model {content['model']}, not for {model}")
     names = {layer.name for layer in layers}
-    for what, odd in (("lacks the layer", names - rows.keys()), ("has a layer that is not in the model,", rows.keys() - names)):
+    for what, odd in (
+        ("lacks the layer", names - rows.keys()),
+        ("has a layer that is not in the model,", rows.keys() - names),
+    ):
         if odd:
-            raise UserError(f"--plan {path}: {what} {sorted(odd)[0]} ({len(odd)} in all); make the plan anew with --save_plan")
+            raise UserError(
+                f"--plan {path}: {what} {sorted(odd)[0]} ({len(odd)} in all); make the plan anew with --save_plan"
+            )
     for layer in layers:
         if rows[layer.name]["shape"] != list(layer.module.weight.shape):
             raise UserError(f"--plan {path}: {layer.name} has another shape there, {rows[layer.name]['shape']}")
@@ -80,13 +85,23 @@ def llm_compressor_recipe(plan: SparsityPlan, layers: Sequence[PrunableLayer], p
         UserError: that program cannot express the plan.
     """
     if pruner not in LLM_COMPRESSOR:
-        raise UserError(f"--export_llmcompressor with {pruner}: llm-compressor takes layer-wise sparsity with {' and '.join(LLM_COMPRESSOR)} only")
+        raise UserError(
+            f"--export_llmcompressor with {pruner}: llm-compressor takes layer-wise sparsity with "
+            f"{' and '.join(LLM_COMPRESSOR)} only"
+        )
     patterns = set(plan.nm.values()) if plan.nm else {None}
     if len(patterns) > 1:
-        raise UserError("--export_llmcompressor: llm-compressor has one N:M for all layers; use --sparsity_type unstructured")
+        raise UserError(
+            "--export_llmcompressor: llm-compressor has one N:M for all layers; use --sparsity_type unstructured"
+        )
     pattern = patterns.pop()
     structure = "0:0" if pattern is None else f"{pattern[1] - pattern[0]}:{pattern[1]}"  # there N counts the zeros
-    lines = ["pruning_stage:", "  pruning_modifiers:", f"    {LLM_COMPRESSOR[pruner]}:", f'      mask_structure: "{structure}"']
+    lines = [
+        "pruning_stage:",
+        "  pruning_modifiers:",
+        f"    {LLM_COMPRESSOR[pruner]}:",
+        f'      mask_structure: "{structure}"',
+    ]
     lines += ["      sparsity:"] + [f"        - {plan.ratios[layer.name]:.6f}" for layer in layers]
     lines += ["      targets:"] + [f"        - {layer.name}" for layer in layers]
     return "\n".join(lines) + "\n"

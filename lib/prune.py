@@ -41,8 +41,8 @@ def prune_model(
 ) -> list[LayerReport]:
     """Prune ``layers`` in place, block by block, and report what was planned and what came of it.
 
-    For a pruner that wants a statistic, each block sees the calibration ``windows`` [samples, tokens] twice: once dense,
-    for the statistics of its layers' inputs, and once pruned, for what the next block gets (as published).
+    For a pruner that wants a statistic, each block sees the calibration ``windows`` [samples, tokens] twice: once
+    dense, for the statistics of its layers' inputs, and once pruned, for what the next block gets (as published).
 
     Args:
         metric: what the plan was made from, by layer name; for the report only.
@@ -68,7 +68,7 @@ def prune_blocks(
 
     Args:
         inputs: used up; None for a pruner that wants no statistic.
-        propagate: what a block's inputs come from, ``pruned`` or ``dense`` predecessors. Dense ones need one pass a block.
+        propagate: what a block's inputs come from, ``pruned`` or ``dense`` predecessors. Dense: one pass a block.
     """
     report = []
     grouped = {index: list(group) for index, group in groupby(layers, key=lambda layer: layer.block)}
@@ -164,9 +164,7 @@ def _prune_layer(module: nn.Module, name: str, plan: SparsityPlan, pruner: Prune
     module.weight.data.copy_(weight.view_as(module.weight))
 
 
-def _passes(
-    block: nn.Module, index: int, inputs: BlockInputs, device: torch.device, keep: bool
-) -> Iterator[None]:
+def _passes(block: nn.Module, index: int, inputs: BlockInputs, device: torch.device, keep: bool) -> Iterator[None]:
     """Run every sample or batch through ``block``, a step each; with ``keep``, what comes out replaces what went in."""
     from accelerate.utils import send_to_device
 

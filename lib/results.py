@@ -75,7 +75,9 @@ def prepare(flag: str, folder: Path, need_bytes: int = 0) -> None:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror or error}); give another folder") from error
+        raise UserError(
+            f"{flag} {folder}: cannot be written ({error.strerror or error}); give another folder"
+        ) from error
     finally:
         for path in made:
             with suppress(OSError):

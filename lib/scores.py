@@ -50,8 +50,8 @@ def shares_below(
 ) -> dict[str, float]:
     """Return the share of each layer's weights that are among the model's ``target`` with the smallest scores.
 
-    The threshold is exact and needs no memory to speak of: two counts over the bits of the float32 scores, which are in the
-    order of the scores since none is negative. Of the weights that lie on it, each layer loses the same share.
+    The threshold is exact and needs no memory to speak of: two counts over the bits of the float32 scores, which are in
+    the order of the scores since none is negative. Of the weights that lie on it, each layer loses the same share.
     """
 
     def bits() -> Iterator[tuple[PrunableLayer, Tensor]]:

@@ -61,5 +61,7 @@ def try_epsilons(
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """Return the trial with the lowest perplexity, the smallest epsilon of equals; one that is not finite never wins."""
-    return min(trials, key=lambda trial: (trial.perplexity if math.isfinite(trial.perplexity) else math.inf, trial.epsilon))
+    """Return the trial with the lowest perplexity, of equals the smallest epsilon; what is not finite never wins."""
+    return min(
+        trials, key=lambda trial: (trial.perplexity if math.isfinite(trial.perplexity) else math.inf, trial.epsilon)
+    )

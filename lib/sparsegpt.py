@@ -85,7 +85,7 @@ def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | N
 
 
 def _smallest(score: Tensor, ratio: float) -> Tensor:
-    """Return a mask of the entries up to and including the int(n * ratio)-th (from 0) of the sorted scores, published."""
+    """Return a mask of the entries up to the int(n * ratio)-th (from 0) of the sorted scores, inclusive (published)."""
     index = int(score.numel() * ratio)
     if index >= score.numel():
         return torch.ones_like(score, dtype=torch.bool)

@@ -27,7 +27,12 @@ def make_parser() -> argparse.ArgumentParser:
     add_text_flags(parser)
     add("--eval_zero_shot", action="store_true", help="answer --tasks with lm-eval and measure the accuracy")
     pruning.add_zero_shot_flags(add)
-    add("--result_dir", default="results", metavar="DIR", help="where perplexity.txt, perplexity.json and zero_shot.txt are written")
+    add(
+        "--result_dir",
+        default="results",
+        metavar="DIR",
+        help="where perplexity.txt, perplexity.json and zero_shot.txt are written",
+    )
     return parser
 
 

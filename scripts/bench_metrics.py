@@ -1,4 +1,4 @@
-"""Time the spectra and the power-law fit against the plain formulation, written out here: python scripts/bench_metrics.py"""
+"""Time spectra and power-law fits against the plain formulation, written out here: python scripts/bench_metrics.py"""
 
 import argparse
 import json
@@ -112,13 +112,20 @@ def bench_model(rounds: int, cache_dir: str) -> list[dict]:
 
     spectra = [plain_spectrum(weight) for weight in weights]
     wrong = sum(fit_tail(e, c).index != plain_fit(e, c)[0] for e in spectra for c in (torch.arange(len(e) - 1),))
-    rows = [_row(f"SmolLM2, alpha_peak, {driver}", *compare(plain, lambda d=driver: ours(d), rounds)) for driver in ("exact", "fast")]
-    rows.append(_row("SmolLM2, fits over all candidates", *compare(lambda: every(plain_fit), lambda: every(fit_tail), rounds)))
+    rows = [
+        _row(f"SmolLM2, alpha_peak, {driver}", *compare(plain, lambda d=driver: ours(d), rounds))
+        for driver in ("exact", "fast")
+    ]
+    rows.append(
+        _row("SmolLM2, fits over all candidates", *compare(lambda: every(plain_fit), lambda: every(fit_tail), rounds))
+    )
     jumps = sum(
         abs(alpha_peak(Spectrum(e, w.shape)) / alpha_peak(spectrum(w, "fast")) - 1) > 1e-3
         for e, w in zip(spectra, weights, strict=True)
     )
-    print(f"SmolLM2: {wrong} of {len(weights)} fits choose another index; alpha_peak jumps on {jumps} with the fast driver")
+    print(
+        f"SmolLM2: {wrong} of {len(weights)} fits choose another index; alpha_peak jumps on {jumps} if fast"
+    )
     return rows
 
 
@@ -140,8 +147,12 @@ def _row(what: str, plain: float, ours: float) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_metrics.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of which the median is taken (default: 3)")
-    parser.add_argument("--cache_dir", default="llm_weights", metavar="DIR", help="where SmolLM2 is kept (default: llm_weights)")
-    parser.add_argument("--out", default="results/bench_metrics.json", metavar="FILE", help="(default: results/bench_metrics.json)")
+    parser.add_argument(
+        "--cache_dir", default="llm_weights", metavar="DIR", help="where SmolLM2 is kept (default: llm_weights)"
+    )
+    parser.add_argument(
+        "--out", default="results/bench_metrics.json", metavar="FILE", help="(default: results/bench_metrics.json)"
+    )
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: must be at least 1")

@@ -4,8 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(SCRIPTS.parent), str(SCRIPTS)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sweep
 
@@ -33,7 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sparsities", default="0.5,0.6,0.7", metavar="S,S", help="values of --sparsity_ratio")
     for suffix, (flag, values) in VALUES.items():
         add(f"--{flag}s", default=values, metavar="X,X", help=f"values of --{flag}, for _{suffix}")
-    add("--save", default="results/allocations", metavar="DIR", help="run files, table and plot; a setting has a folder")
+    add(
+        "--save", default="results/allocations", metavar="DIR", help="run files, table and plot; a setting has a folder"
+    )
     add("--force", action="store_true", help="run what is complete, too")
     return parser
 
@@ -59,7 +60,10 @@ def settings(args: argparse.Namespace, rest: list[str]) -> dict[str, list[argpar
 def table(rows: dict[str, dict[float, float]], sparsities: list[float]) -> str:
     """Return a Markdown table of perplexities, the best of each column in bold."""
     best = {s: min((found[s] for found in rows.values() if s in found), default=None) for s in sparsities}
-    lines = ["| allocation | " + " | ".join(f"{s:g}" for s in sparsities) + " |", "|---" + "|---:" * len(sparsities) + "|"]
+    lines = [
+        "| allocation | " + " | ".join(f"{s:g}" for s in sparsities) + " |",
+        "|---" + "|---:" * len(sparsities) + "|",
+    ]
     for label, found in rows.items():
         cells = [f"{found[s]:.2f}" if s in found else "-" for s in sparsities]
         cells = [f"**{cell}**" if found.get(s) == best[s] else cell for s, cell in zip(sparsities, cells, strict=True)]

@@ -21,7 +21,9 @@ def demo(sparsity: str, epsilon: str, save: str) -> None:
     records = []
     size = ["--nsamples", "8", "--eval_windows", "10", "--save", save]
     for method in (None, *METHODS):
-        pruning = [] if method is None else ["--prune_method", method, "--sparsity_ratio", sparsity, "--epsilon", epsilon]
+        pruning = (
+            [] if method is None else ["--prune_method", method, "--sparsity_ratio", sparsity, "--epsilon", epsilon]
+        )
         print(f"\n[{len(records) + 1}/{len(METHODS) + 1}] {method or 'dense'}", flush=True)
         args = main.make_parser().parse_args(SETTING + size + pruning)
         records.append(main.run(args, Console(quiet=True)))
@@ -30,7 +32,12 @@ def demo(sparsity: str, epsilon: str, save: str) -> None:
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for record in records:
         seconds = sum(stage["seconds"] for stage in record["stages"].values())
-        figures = (f"{record['target_sparsity']:g}", f"{record['sparsity']:.4f}", f"{record['perplexity']:.2f}", f"{seconds:.1f}")
+        figures = (
+            f"{record['target_sparsity']:g}",
+            f"{record['sparsity']:.4f}",
+            f"{record['perplexity']:.2f}",
+            f"{seconds:.1f}",
+        )
         table.add_row(record["method"], *figures)
     console = Console()
     console.print(table)
@@ -43,7 +50,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="demo.sh", description=__doc__, allow_abbrev=False)
     parser.add_argument("--sparsity_ratio", default="0.5", metavar="S", help="fraction to remove (default: 0.5)")
     parser.add_argument("--epsilon", default="0.2", metavar="E", help="half width of the map (default: 0.2)")
-    parser.add_argument("--save", default="results/demo", metavar="DIR", help="where the figures go (default: results/demo)")
+    parser.add_argument(
+        "--save", default="results/demo", metavar="DIR", help="where the figures go (default: results/demo)"
+    )
     args = parser.parse_args()
     main.quiet()
     try:

@@ -35,7 +35,10 @@ class Report(NamedTuple):
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="esd_report.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="esd_report.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--model", required=True, help="as for main.py")
@@ -47,7 +50,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sparsity_ratio", type=float, default=0.7, metavar="S", help="of the plan that is shown, a fraction")
     add("--epsilon", type=float, default=0.3, metavar="E", help="of the plan that is shown")
     add("--mapping_type", default="block_wise", metavar="TYPE", help="of the plan that is shown")
-    add("--layers", metavar="A,B", help="names of layers whose spectra are drawn (default: of the smallest, the middle and the largest metric)")
+    add(
+        "--layers",
+        metavar="A,B",
+        help="names of layers whose spectra are drawn (default: of the smallest, the middle and the largest metric)",
+    )
     add("--out", default="results/esd_report", metavar="DIR", help="where the report goes")
     return parser
 
@@ -55,7 +62,14 @@ def make_parser() -> argparse.ArgumentParser:
 def report(args: argparse.Namespace) -> Path:
     """Write the report and return its page."""
     flags = ["--model", args.model, "--cache_dir", args.cache_dir, "--dtype", args.dtype, "--ww_metric", args.ww_metric]
-    flags += ["--esd_driver", args.esd_driver, "--sparsity_ratio", str(args.sparsity_ratio), "--epsilon", str(args.epsilon)]
+    flags += [
+        "--esd_driver",
+        args.esd_driver,
+        "--sparsity_ratio",
+        str(args.sparsity_ratio),
+        "--epsilon",
+        str(args.epsilon),
+    ]
     flags += ["--mapping_type", args.mapping_type, "--prune_method", "magnitude_ww"]
     program.check_args(program.make_parser().parse_args(flags))
     out = Path(args.out)
@@ -211,7 +225,9 @@ def _write_table(path: Path, about: Report) -> None:
     lines = [f"name\tblock\tshape\t{about.metric}\tplanned_ratio"]
     for layer in about.layers:
         shape = "x".join(map(str, layer.module.weight.shape))
-        lines.append(f"{layer.name}\t{layer.block}\t{shape}\t{about.values[layer.name]:.6f}\t{about.ratios[layer.name]:.6f}")
+        lines.append(
+            f"{layer.name}\t{layer.block}\t{shape}\t{about.values[layer.name]:.6f}\t{about.ratios[layer.name]:.6f}"
+        )
     results.write_atomically(path, "\n".join(lines) + "\n")
 
 
@@ -220,7 +236,8 @@ def _write_page(path: Path, about: Report) -> None:
     found = np.array(list(about.values.values()))
     results.write_atomically(path, f"""# {about.model}: {about.metric}
 
-{len(about.layers)} matrices; {about.metric} from {found.min():.3f} ({lowest}) to {found.max():.3f} ({highest}), mean {found.mean():.3f}.
+{len(about.layers)} matrices; {about.metric} from {found.min():.3f} ({lowest}) to {found.max():.3f} ({highest}), mean
+{found.mean():.3f}.
 Plan: {about.title}. Every matrix is in [layers.tsv](layers.tsv).
 
 ## Blocks

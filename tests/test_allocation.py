@@ -82,7 +82,9 @@ def capped_oracle(shape: dict[str, float], layers, target) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
-@pytest.mark.parametrize(("target", "epsilon"), [(0.1, 0.0), (0.5, 0.2), (0.7, 0.3), (0.8, 0.9), (0.95, 0.5), (0.6, 0.999)])
+@pytest.mark.parametrize(
+    ("target", "epsilon"), [(0.1, 0.0), (0.5, 0.2), (0.7, 0.3), (0.8, 0.9), (0.95, 0.5), (0.6, 0.999)]
+)
 @pytest.mark.parametrize("seed", range(4))
 def test_ratios_are_those_of_the_definition(seed, target, epsilon, mapping):
     layers = uneven(seed) if seed else llama_like(32)
@@ -99,7 +101,9 @@ def test_pencil():
     layers = layers_of([[(10, 10)], [(10, 10)]])
     values = {"blocks.0.m0": 2.0, "blocks.1.m0": 4.0}
     for mapping in MAPPINGS:
-        assert list(heavy_tailed(layers, 0.5, values=values, epsilon=0.2, mapping=mapping).values()) == pytest.approx([0.4, 0.6])
+        assert list(heavy_tailed(layers, 0.5, values=values, epsilon=0.2, mapping=mapping).values()) == pytest.approx(
+            [0.4, 0.6]
+        )
     # 300 weights in the second: its ratio r and the first's 2/3 r with 100 * 2/3 r + 300 r = 200.
     layers = layers_of([[(10, 10)], [(10, 30)]])
     ratios = heavy_tailed(layers, 0.5, values=values, epsilon=0.2, mapping="block_wise")
@@ -150,7 +154,11 @@ def test_budget_is_met_and_no_ratio_is_outside(allocation, mapping, seed):
         target, epsilon = draw.uniform(0.01, 0.99), draw.uniform(0, 0.99)
         values = {x.name: draw.lognormvariate(1, 1) for x in layers}
         how = ALLOCATIONS[allocation]
-        flags = {"epsilon": epsilon, "mapping": mapping, **dict.fromkeys(("owl_lambda", "dlp_alpha", "atp_beta"), epsilon / 4)}
+        flags = {
+            "epsilon": epsilon,
+            "mapping": mapping,
+            **dict.fromkeys(("owl_lambda", "dlp_alpha", "atp_beta"), epsilon / 4),
+        }
         if allocation == "er_plus":  # the last block stays dense: there is a most that can be removed
             last = sum(numel(x) for x in layers if x.block == layers[-1].block)
             target *= 1 - last / sum(map(numel, layers))

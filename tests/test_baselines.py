@@ -176,7 +176,9 @@ def test_dense_statistics_are_those_of_whole_passes(tiny_windows):
     sums = {}
     hooks = [
         layer.module.register_forward_pre_hook(
-            lambda _, args, name=layer.name: sums.update({name: sums.get(name, 0) + args[0].double().square().sum((0, 1))})
+            lambda _, args, name=layer.name: sums.update(
+                {name: sums.get(name, 0) + args[0].double().square().sum((0, 1))}
+            )
         )
         for layer in layers
     ]

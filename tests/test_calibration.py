@@ -27,7 +27,9 @@ def inputs_of_layers(model, windows) -> dict[str, torch.Tensor]:
     """Return what enters each layer of the dense ``model``, in float64, [samples, tokens, in]: by hooks of our own."""
     model, seen = copy.deepcopy(model).double(), {}
     for layer in prunable_layers(model):
-        layer.module.register_forward_hook(lambda _, args, out, name=layer.name: seen.setdefault(name, []).append(args[0]))
+        layer.module.register_forward_hook(
+            lambda _, args, out, name=layer.name: seen.setdefault(name, []).append(args[0])
+        )
     with torch.no_grad():
         for window in windows:
             model(window[None], use_cache=False)
@@ -271,7 +273,9 @@ def test_offloaded_model_is_pruned_to_the_same_weights(name, nm, tiny_windows):
     expected, got = weights_of(here), weights_of(away)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert prunable_layers(away)[0].module.weight.is_meta  # given back
-    assert count_zeros(find_blocks(away)[1], prunable_layers(away)) == count_zeros(find_blocks(here)[1], prunable_layers(here))
+    assert count_zeros(find_blocks(away)[1], prunable_layers(away)) == count_zeros(
+        find_blocks(here)[1], prunable_layers(here)
+    )
     with torch.no_grad():  # and the model computes with the pruned weights
         assert torch.equal(away(tiny_windows[:1]).logits, here(tiny_windows[:1]).logits)
 

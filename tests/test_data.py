@@ -142,7 +142,10 @@ def test_hub_that_cannot_be_reached_is_one_line(name, monkeypatch, tiny_tokenize
         raise ConnectionError("Couldn't reach 'x' on the Hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    for call in (lambda: calibration_windows(name, tiny_tokenizer, 1, 8, 0), lambda: evaluation_windows(name, tiny_tokenizer, 8)):
+    for call in (
+        lambda: calibration_windows(name, tiny_tokenizer, 1, 8, 0),
+        lambda: evaluation_windows(name, tiny_tokenizer, 8),
+    ):
         with pytest.raises(UserError, match=r"--calib_data FILE") as caught:
             call()
         assert "\n" not in str(caught.value)
@@ -183,7 +186,9 @@ def test_wiki_leads_without_the_package_says_what_to_type(monkeypatch, tiny_toke
 
 
 def test_wiki_text_is_not_in_the_repository():
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     here = "\n".join((ROOT / f).read_bytes().decode("utf-8", "ignore") for f in files if f and (ROOT / f).is_file())
     extracts = [article["extract"] for article in wiki_articles().values()]
     assert not [extract[:60] for extract in extracts if len(extract) > 60 and extract[:60] in here]

@@ -69,7 +69,9 @@ def random_spectra() -> list:
     for case in range(40):
         rows, columns = draw.integers(12, 260, 2)
         weight = draw.standard_t(draw.uniform(1.5, 12), size=(rows, columns)) * 10 ** draw.uniform(-2, 1)
-        cases.append(pytest.param(np.linalg.svd(weight, compute_uv=False)[::-1] ** 2, id=f"student{case}-{min(rows, columns)}"))
+        cases.append(
+            pytest.param(np.linalg.svd(weight, compute_uv=False)[::-1] ** 2, id=f"student{case}-{min(rows, columns)}")
+        )
     for case in range(40):
         size = int(draw.integers(5, 700))
         eigs = (1 - draw.random(size)) ** (-1 / draw.uniform(0.3, 6)) * 10 ** draw.uniform(-3, 2)
@@ -185,7 +187,9 @@ def test_scale_leaves_alpha_mid_and_each_fit_unchanged(scale):
     a, b = spectrum(weight), spectrum(weight * scale)
     assert alpha_mid(b) == pytest.approx(alpha_mid(a), rel=1e-4)  # rounding of the SVD's small values
     for i in range(0, 59, 7):
-        assert fit_tail(b.eigs, torch.tensor([i])).alpha == pytest.approx(fit_tail(a.eigs, torch.tensor([i])).alpha, rel=1e-4)
+        assert fit_tail(b.eigs, torch.tensor([i])).alpha == pytest.approx(
+            fit_tail(a.eigs, torch.tensor([i])).alpha, rel=1e-4
+        )
 
 
 def test_scale_leaves_alpha_peak_unchanged_below_one():
@@ -234,7 +238,9 @@ def test_alpha_mid_refuses(eigs):
 
 def test_alpha_mid_needs_no_more_than_its_tail():
     # A zero below the middle is not in the tail: that matrix has a fit.
-    assert alpha_mid(spec_of(BAD["a zero"])) == pytest.approx(oracle_alpha(torch.tensor(BAD["a zero"]).float(), 5).item())
+    assert alpha_mid(spec_of(BAD["a zero"])) == pytest.approx(
+        oracle_alpha(torch.tensor(BAD["a zero"]).float(), 5).item()
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -259,7 +265,9 @@ def test_metric_is_a_number_and_the_same_twice(metric):
 def test_exponent_of_a_transposed_matrix_is_the_same(metric):
     # W'W and WW' have the same eigenvalues but for zeros, and none of those is kept.
     weight = student()
-    assert METRICS[metric](spectrum(weight.T.contiguous())) == pytest.approx(METRICS[metric](spectrum(weight)), rel=1e-4)
+    assert METRICS[metric](spectrum(weight.T.contiguous())) == pytest.approx(
+        METRICS[metric](spectrum(weight)), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("metric", ["alpha_peak", "alpha_mid"])
@@ -421,7 +429,9 @@ def test_farms_windows_by_pencil():
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize(("shape", "farms"), [((70, 50), Farms(30, 1.0, 3)), ((40, 90), Farms(25, 2.0, 4)), ((33, 33), Farms(11, 0.7, 5))])
+@pytest.mark.parametrize(
+    ("shape", "farms"), [((70, 50), Farms(30, 1.0, 3)), ((40, 90), Farms(25, 2.0, 4)), ((33, 33), Farms(11, 0.7, 5))]
+)
 def test_farms_spectrum_is_the_union_of_the_windows(shape, farms, driver, monkeypatch):
     weight = student(*shape)
     height, width = farms.rows, int(farms.rows * farms.ratio)
@@ -450,4 +460,6 @@ def test_farms_does_not_know_the_aspect_ratio():
     stretch = [(spectrum(w).eigs.median() / spectrum(w).eigs.mean()).item() for w in (wide, square)]
     windows = [spectrum(w, "exact", Farms(30, 1.0, 10)).eigs for w in (wide, square)]
     assert stretch[0] > 1.5 * stretch[1]
-    assert (windows[0].median() / windows[0].mean()).item() == pytest.approx((windows[1].median() / windows[1].mean()).item(), rel=0.1)
+    assert (windows[0].median() / windows[0].mean()).item() == pytest.approx(
+        (windows[1].median() / windows[1].mean()).item(), rel=0.1
+    )

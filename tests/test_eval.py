@@ -26,7 +26,9 @@ def oracle(model, windows) -> float:
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_perplexity_is_that_of_the_definition(tiny_model, tiny_windows, count):
-    assert perplexity(tiny_model, tiny_windows[:count]) == pytest.approx(oracle(tiny_model, tiny_windows[:count]), rel=1e-5)
+    assert perplexity(tiny_model, tiny_windows[:count]) == pytest.approx(
+        oracle(tiny_model, tiny_windows[:count]), rel=1e-5
+    )
 
 
 def test_windows_longer_than_a_chunk_of_the_loss(tiny_model):
@@ -46,9 +48,7 @@ def test_loss_is_float32_for_half_precision(tiny_model, tiny_windows):
     half = tiny_model.bfloat16()
     assert perplexity(half, tiny_windows) == pytest.approx(exact, rel=2e-2)
     with torch.no_grad():
-        nats = [
-            nn.functional.cross_entropy(half(w[None]).logits[0, :-1].double(), w[1:]).item() for w in tiny_windows
-        ]
+        nats = [nn.functional.cross_entropy(half(w[None]).logits[0, :-1].double(), w[1:]).item() for w in tiny_windows]
     assert perplexity(half, tiny_windows) == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
 
 

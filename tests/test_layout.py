@@ -34,7 +34,10 @@ ROWS = {
 }
 COMMAND_FOLDERS = ("", "lora_ft", "image_classifiers")  # row 5, with main.py
 SLOW_TO_IMPORT = {"datasets", "lm_eval", "weightwatcher", "timm", "peft", "matplotlib"}
-TOP = "main.py lib scripts data lora_ft image_classifiers INSTALL.md README.md LICENSE requirements.txt tests .ci pyproject.toml .gitignore"
+TOP = (
+    "main.py lib scripts data lora_ft image_classifiers INSTALL.md README.md LICENSE requirements.txt tests .ci "
+    "pyproject.toml .gitignore"
+)
 
 ROOMS = sorted((ROOT / "lib").glob("*.py"))
 COMMANDS = sorted(p for folder in COMMAND_FOLDERS for p in (ROOT / folder).glob("*.py"))
@@ -92,7 +95,11 @@ def test_lib_neither_parses_arguments_nor_prints(path):
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
 def test_slow_packages_are_imported_where_they_are_needed(path):
-    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom | ast.If | ast.Try)]
+    top = [
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.If | ast.Try)
+    ]
     assert not {module.split(".")[0] for node in top for module, _ in imports(node)} & SLOW_TO_IMPORT
 
 
@@ -150,7 +157,9 @@ def commands_of(text: str) -> list[list[str]]:
 
 
 def documents() -> dict[str, str]:
-    return {name: (ROOT / name).read_text() for name in tracked() if name.endswith(".md") and not name.startswith("tests/")}
+    return {
+        name: (ROOT / name).read_text() for name in tracked() if name.endswith(".md") and not name.startswith("tests/")
+    }
 
 
 def check_command(words: list[str]) -> None:

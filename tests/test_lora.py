@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, tiny_llama, tiny_sentences
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, Trainer
 
 import main
-from conftest import ROOT, tiny_llama, tiny_sentences
-from lib import eval as lib_eval
 from lib import data, models
+from lib import eval as lib_eval
 from lib.data import evaluation_windows
 from lib.eval import perplexity
 from lora_ft import evaluate_ppl, finetune_lm, merge

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_llama, tiny_sentences
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
-from conftest import tiny_llama, tiny_sentences
 from lib import models
 from lora_ft import evaluate_ppl, finetune_lm, merge
 

@@ -76,7 +76,7 @@ def status_of(argv: list[str]) -> int:
 
 
 def arguments(text: str) -> list[str]:
-    """Return a good command line of the tiny model with the flags in ``text`` put over it; ``--flag -`` takes one out."""
+    """Return a good command line of the tiny model with the flags in ``text`` over it; ``--flag -`` takes one out."""
     flags = {
         "--model": "tiny-llama",
         "--calib_data": "long.txt",
@@ -305,7 +305,9 @@ def test_hub_text_that_cannot_be_reached(place, capsys, monkeypatch):
 
 
 def test_model_that_is_not_supported(place, capsys, monkeypatch):
-    transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, architectures=["GPT2LMHeadModel"]).save_pretrained("gpt2")
+    transformers.GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=4, architectures=["GPT2LMHeadModel"]
+    ).save_pretrained("gpt2")
     Path("gpt2/model.safetensors").write_bytes(b"")
     monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
     check_one_line(capsys, status_of(arguments(f"{WANDA} --model gpt2")), "GPT2LMHeadModel")
@@ -327,7 +329,9 @@ def test_disk_that_is_too_full_is_known_before_loading(place, capsys, monkeypatc
     assert everything(place) == before
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("I/O error: ... (os error 28)")], ids=str)
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("I/O error: ... (os error 28)")], ids=str
+)
 def test_disk_full_while_the_model_is_saved(error, place, capsys, monkeypatch):
     def half(self, folder, **_):
         (Path(folder) / "model.safetensors").write_bytes(b"half")
@@ -369,7 +373,10 @@ def damaged(name, change):
     model.save_pretrained("tiny-llama")
 
 
-@pytest.mark.parametrize("typed", ["--prune_method magnitude --sparsity_ratio 0.5", WANDA, WW, "--prune_method sparsegpt --sparsity_ratio 0.5"])
+@pytest.mark.parametrize(
+    "typed",
+    ["--prune_method magnitude --sparsity_ratio 0.5", WANDA, WW, "--prune_method sparsegpt --sparsity_ratio 0.5"],
+)
 def test_weights_that_are_not_finite_name_the_layer(typed, place, capsys):
     damaged("model.layers.2.mlp.down_proj", lambda w: w[0].fill_(float("nan")))
     check_one_line(capsys, status_of(arguments(typed)), "model.layers.2.mlp.down_proj")

@@ -32,7 +32,10 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture
 def windows(golden):
-    return {split: torch.from_numpy(golden("windows.npz")[split].astype(np.int64)) for split in ("calibration", "evaluation")}
+    return {
+        split: torch.from_numpy(golden("windows.npz")[split].astype(np.int64))
+        for split in ("calibration", "evaluation")
+    }
 
 
 def zero_mask_hash(weight: torch.Tensor) -> str:
@@ -66,7 +69,9 @@ def test_published_perplexity(key, method, ratio, nm, smollm2, windows, golden):
     # Where the sparsity is not by the published ratios to the last weight: ``_ww``, by two alphas that may jump.
     zeros = count_zeros(blocks, layers)
     total = [sum(layer.module.weight.numel() for layer in layers if layer.block == b) for b in range(30)]
-    per_block = [sum(z for z, layer in zip(zeros, layers, strict=True) if layer.block == b) / total[b] for b in range(30)]
+    per_block = [
+        sum(z for z, layer in zip(zeros, layers, strict=True) if layer.block == b) / total[b] for b in range(30)
+    ]
     exact = 1e-9 if method in ("dense", "magnitude") else 2e-5 if not method.endswith("_ww") else 2e-2
     assert per_block == pytest.approx(expected["per_block_sparsity"], abs=exact)
     assert sum(zeros) / sum(total) == pytest.approx(expected["sparsity"], abs=min(exact, 1e-3))
@@ -119,7 +124,9 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     assert record["evaluation"] == {"text": "wiki_leads", "windows": 8, "seqlen": 128}
     assert set(record["flags"]) >= {a.dest for a in main.make_parser()._actions} - {"help"}
     assert record["flags"]["seed"] == 0 and record["flags"]["epsilon"] == 0.2
-    assert record["versions"]["torch"] == version("torch") and record["versions"]["transformers"] == version("transformers")
+    assert record["versions"]["torch"] == version("torch") and record["versions"]["transformers"] == version(
+        "transformers"
+    )
     assert record["model"]["name"] == "smollm2-135m" and record["model"]["dtype"] in ("float32", "float16")
     assert {"git_commit", "device"} <= set(record)
     assert {"load", "metric", "prune", "evaluate"} <= set(record["stages"])
@@ -146,13 +153,21 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     kept_values = np.load(cache / "alpha_peak.npy")
     assert kept_values[:21] == pytest.approx(list(values.values()), rel=1e-5)
     assert [float(r["metric"]) for r in rows] == pytest.approx(kept_values.tolist(), abs=1e-6)
-    plan = heavy_tailed(layers, 0.5, values=dict(zip([x.name for x in layers], kept_values, strict=True)), epsilon=0.2, mapping="block_wise")
+    plan = heavy_tailed(
+        layers,
+        0.5,
+        values=dict(zip([x.name for x in layers], kept_values, strict=True)),
+        epsilon=0.2,
+        mapping="block_wise",
+    )
     assert [float(r["planned_ratio"]) for r in rows] == pytest.approx(list(plan.values()), abs=1e-6)
 
     # The folder is a plain model that evaluates to the same perplexity.
     tokenizer = AutoTokenizer.from_pretrained(kept / "wanda_ww_0.5")
     windows = evaluation_windows("wiki_leads", tokenizer, 128, 8)
-    assert perplexity(model.eval(), windows) == pytest.approx(record["perplexity"], rel=1e-6 if not torch.cuda.is_available() else 1e-2)
+    assert perplexity(model.eval(), windows) == pytest.approx(
+        record["perplexity"], rel=1e-6 if not torch.cuda.is_available() else 1e-2
+    )
     assert record["perplexity"] > 1.05 * perplexity(dense.eval(), windows)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "kept", "save"]
     assert [p.name for p in kept.iterdir()] == ["wanda_ww_0.5"]
@@ -227,7 +242,9 @@ def test_a_run_repeats_itself_and_the_seed_matters(tiny_run):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_every_metric_and_mapping_steers_the_plan(metric, mapping, tiny_run):
-    flags = f"--prune_method magnitude_ww --sparsity_ratio 0.5 --ww_metric {metric} --mapping_type {mapping} --epsilon 0.2"
+    flags = (
+        f"--prune_method magnitude_ww --sparsity_ratio 0.5 --ww_metric {metric} --mapping_type {mapping} --epsilon 0.2"
+    )
     record = tiny_run(flags)
     rows = table_of(Path("save/layers_magnitude_ww_sparsity_0.5.tsv"))
     planned = [float(r["planned_ratio"]) for r in rows]
@@ -277,7 +294,10 @@ def test_the_variant_is_another_method(tiny_run):
 def test_dense_run(tiny_run):
     record = tiny_run("")
     assert record["sparsity"] == record["dense_zeros"] == 0 and record["target_sparsity"] == 0
-    assert sorted(p.name for p in Path("save").iterdir()) == ["perplexity_dense_sparsity_0.0.txt", "run_dense_sparsity_0.0.json"]
+    assert sorted(p.name for p in Path("save").iterdir()) == [
+        "perplexity_dense_sparsity_0.0.txt",
+        "run_dense_sparsity_0.0.json",
+    ]
     (row,) = table_of(Path("save/perplexity_dense_sparsity_0.0.txt"))
     assert row["method"] == "dense" and row["actual_sparsity"] == "0.0000"
 

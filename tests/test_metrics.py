@@ -50,7 +50,9 @@ def refused(folder, parts, match, model=MODEL, metric="alpha_mid"):
 def test_values_are_those_of_the_matrices_by_name(metric, parts):
     found = measure(metric, MODEL, *parts)
     assert (found.metric, found.model) == (metric, MODEL)
-    assert found.values == pytest.approx({x.name: METRICS[metric](spectrum(x.module.weight)) for x in parts[0]}, rel=1e-6)
+    assert found.values == pytest.approx(
+        {x.name: METRICS[metric](spectrum(x.module.weight)) for x in parts[0]}, rel=1e-6
+    )
     assert all(isinstance(value, float) for value in found.values.values())
 
 
@@ -112,7 +114,9 @@ def test_bare_published_file_is_accepted_with_a_warning(tmp_path, parts, caplog)
     assert list(found.values.values()) == values.tolist()
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "cannot be checked" in caplog.records[0].getMessage() and "alpha_peak.npy" in caplog.records[0].getMessage()
-    assert [p.name for p in tmp_path.iterdir()] == ["alpha_peak.npy"]  # it is not given a sidecar that it did not come with
+    assert [p.name for p in tmp_path.iterdir()] == [
+        "alpha_peak.npy"
+    ]  # it is not given a sidecar that it did not come with
 
 
 @pytest.mark.parametrize("count", [20, 22, 0, 42])
@@ -230,7 +234,9 @@ def test_a_write_that_fails_leaves_no_half_file(tmp_path, parts, monkeypatch):
 # ---------------------------------------------------------------------------------------------- other ways to measure
 
 
-@pytest.mark.parametrize("settings", [Settings("fast"), Settings("exact", Farms(16, 1.0, 3)), Settings("fast", Farms(8, 1.5, 2))])
+@pytest.mark.parametrize(
+    "settings", [Settings("fast"), Settings("exact", Farms(16, 1.0, 3)), Settings("fast", Farms(8, 1.5, 2))]
+)
 def test_settings_have_a_cache_of_their_own(settings, tmp_path, parts):
     layers, blocks = parts
     published = load_or_measure(tmp_path, "alpha_mid", MODEL, layers, blocks)
@@ -297,7 +303,9 @@ def watcher(monkeypatch):
     return Watcher
 
 
-@pytest.mark.parametrize(("metric", "switch", "scale"), [("mp_softrank", "mp_fit", 1), ("random_distance", "randomize", 1000)])
+@pytest.mark.parametrize(
+    ("metric", "switch", "scale"), [("mp_softrank", "mp_fit", 1), ("random_distance", "randomize", 1000)]
+)
 def test_weightwatcher_is_matched_by_name(metric, switch, scale, watcher, parts):
     layers, blocks = parts
     found = measure(metric, MODEL, layers, blocks, Settings(seed=5))

@@ -1,4 +1,4 @@
-"""Each kind of model on a tiny random configuration: what is found, how it is walked and pruned, and what is refused."""
+"""Each kind of model on a tiny random configuration: what is found, how it is walked and pruned, what is refused."""
 
 import json
 import math
@@ -91,7 +91,9 @@ def test_walk_gives_the_models_own_hidden_states(kind, tiny_windows):
     blocks = find_blocks(model, family)[1]
     own: list[list] = [[] for _ in blocks]
     handles = [
-        block.register_forward_hook(lambda _, args, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out))
+        block.register_forward_hook(
+            lambda _, args, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out)
+        )
         for block, kept in zip(blocks, own, strict=True)
     ]
     for window in tiny_windows:
@@ -99,7 +101,7 @@ def test_walk_gives_the_models_own_hidden_states(kind, tiny_windows):
     for handle in handles:
         handle.remove()
 
-    hidden, arguments = catch_block_inputs(model, blocks, tiny_windows)
+    hidden, arguments, _ = catch_block_inputs(model, blocks, tiny_windows)
     for index, block in enumerate(blocks):
         hidden = torch.cat([run_block(block, hidden[i : i + 1], arguments[index]) for i in range(len(hidden))])
         assert torch.equal(hidden, torch.cat(own[index])), index
@@ -109,7 +111,7 @@ def test_walk_gives_the_models_own_hidden_states(kind, tiny_windows):
 @torch.no_grad()
 def test_walk_gives_what_the_model_puts_out(kind, tiny_windows):
     model = build(kind)
-    hidden, arguments = catch_block_inputs(model, find_blocks(model)[1], tiny_windows[:1])
+    hidden, arguments, _ = catch_block_inputs(model, find_blocks(model)[1], tiny_windows[:1])
     own = model(tiny_windows[:1], use_cache=False, output_hidden_states=True).hidden_states
     assert torch.equal(hidden, own[0])
     for index, block in enumerate(find_blocks(model)[1][: BLOCKS - 1]):  # the last one is put out after its norm
@@ -147,7 +149,10 @@ def test_saved_model_reads_back(kind, tmp_path, tiny_tokenizer, tiny_windows):
     prune_model(model, blocks, layers, SparsityPlan(0.5, uniform(layers, 0.5)), PRUNERS["magnitude"], None)
     save_llm(model, tiny_tokenizer, tmp_path / "saved")
     total = sum(layer.module.weight.numel() for layer in layers)
-    assert checkpoint_sparsity(tmp_path / "saved", [layer.name for layer in layers]) == sum(count_zeros(blocks, layers)) / total
+    assert (
+        checkpoint_sparsity(tmp_path / "saved", [layer.name for layer in layers])
+        == sum(count_zeros(blocks, layers)) / total
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
     source = locate(str(tmp_path / "saved"), str(tmp_path))
@@ -181,7 +186,10 @@ _TINY_MOE = _COMMON | _MLP | _GQA
 REFUSED = {
     "MixtralForCausalLM": (tf.MixtralConfig(**_TINY_MOE, num_local_experts=4), "experts"),
     "Qwen2MoeForCausalLM": (tf.Qwen2MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16), "experts"),
-    "Qwen3MoeForCausalLM": (tf.Qwen3MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16, head_dim=8), "experts"),
+    "Qwen3MoeForCausalLM": (
+        tf.Qwen3MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16, head_dim=8),
+        "experts",
+    ),
     "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "Conv1D"),
     "T5ForConditionalGeneration": (tf.T5Config(vocab_size=300, d_model=32, num_layers=2), "encoder-decoder"),
     "BartForConditionalGeneration": (tf.BartConfig(vocab_size=300, d_model=32), "encoder-decoder"),
@@ -321,7 +329,12 @@ def test_gguf_file_is_converted_once(tmp_path, monkeypatch, smollm2_source):
     assert all(torch.equal(state[name], value) for name, value in named.state_dict().items())
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     # q and k are stored with their rows in another order, the others as they are
-    names = {"ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj"}
+    names = {
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+    }
     for block in (0, 17, 29):
         for short, name in names.items():
             tensor = tensors[f"blk.{block}.{short}.weight"]

@@ -27,7 +27,9 @@ def run(tmp_path, monkeypatch, tiny_folder, tiny_text):
     Path("other.txt").write_text(tiny_sentences(200, seed=9), encoding="utf-8")
 
     def start(flags: str) -> dict:
-        size = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data other.txt --seqlen 32 --nsamples 5 --save save"
+        size = (
+            f"--model {tiny_folder} --calib_data {tiny_text} --eval_data other.txt --seqlen 32 --nsamples 5 --save save"
+        )
         return main.run(main.make_parser().parse_args(f"{size} {flags}".split()), Console(quiet=True))
 
     return start
@@ -135,7 +137,10 @@ def test_epsilon_auto_never_reads_the_evaluation_text(run, monkeypatch):
     seen = []
     real = search.perplexity
     monkeypatch.setattr(search, "perplexity", lambda model, windows: seen.append(windows) or real(model, windows))
-    held = [run(f"--prune_method magnitude_ww --sparsity_ratio 0.6 --epsilon auto --eval_windows {n}")["epsilon_search"] for n in (1, 3)]
+    held = [
+        run(f"--prune_method magnitude_ww --sparsity_ratio 0.6 --epsilon auto --eval_windows {n}")["epsilon_search"]
+        for n in (1, 3)
+    ]
     assert held[0] == held[1] and len({w.numel() for w in seen}) == 1
 
 

@@ -80,7 +80,7 @@ def oracle_variant(weight, norms, ratio):
 
 
 def oracle_sparsegpt(weight, hessian, ratio=None, nm=None, block=128):
-    """Optimal brain surgery column by column in float64; the inverse is shrunk by elimination, without a Cholesky factor.
+    """Optimal brain surgery column by column in float64; the inverse is shrunk by elimination, without Cholesky.
 
     Once the columns left of j are fixed, the inverse Hessian of the remaining ones is what elimination leaves; its
     entry at j is the squared diagonal of the Cholesky factor in the paper's formulation.
@@ -93,7 +93,7 @@ def oracle_sparsegpt(weight, hessian, ratio=None, nm=None, block=128):
             w[:, j] = 0
     inverse = torch.linalg.inv(h + torch.eye(columns) * 0.01 * h.diagonal().mean())
     diagonal, eliminated = [], []  # of the shrinking inverse: its entry at j, its row from j on
-    for j in range(columns):
+    for _ in range(columns):
         diagonal.append(inverse[0, 0].item())
         eliminated.append(inverse[0] / inverse[0, 0])
         inverse = inverse[1:, 1:] - torch.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
@@ -340,7 +340,9 @@ def test_walk_names_the_layer(tiny_model, tiny_windows):
 @pytest.mark.parametrize("name", PRUNERS)
 def test_weights_that_are_not_finite_name_the_layer(name, tiny_model, tiny_windows):
     layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
-    bad = layers[9] if PRUNERS[name].statistic is None else layers[6]  # down_proj of block 0 spoils no input of its block
+    bad = (
+        layers[9] if PRUNERS[name].statistic is None else layers[6]
+    )  # down_proj of block 0 spoils no input of its block
     bad.module.weight.data[0, 0] = math.nan
     with pytest.raises(UserError, match=bad.name):
         plan = SparsityPlan(0.5, uniform(layers, 0.5))

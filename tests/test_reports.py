@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-
 from conftest import ROOT
 from test_esd import oracle_fit, student
 
@@ -24,7 +23,9 @@ def is_png(path) -> bool:
 def test_report_shows_what_a_run_would_plan(metric, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--model", str(tiny_folder), "--ww_metric", metric, "--sparsity_ratio", "0.6", "--epsilon", "0.2"]
-    assert esd_report.main([*flags, "--layers", "layers.1.mlp.up_proj,layers.0.self_attn.q_proj", "--out", "report"]) == 0
+    assert (
+        esd_report.main([*flags, "--layers", "layers.1.mlp.up_proj,layers.0.self_attn.q_proj", "--out", "report"]) == 0
+    )
     assert all(is_png(tmp_path / "report" / f"{name}.png") for name in ("blocks", "heat_map", "spectra"))
     header, *rows = ((tmp_path / "report/layers.tsv").read_text()).splitlines()
     assert header.split("\t") == ["name", "block", "shape", metric, "planned_ratio"] and len(rows) == 21

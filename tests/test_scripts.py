@@ -117,7 +117,9 @@ def test_published_settings_give_legal_plans_on_the_true_shapes(script):
     layers = prunable_layers(model)
     assert len(layers) == 7 * blocks
     draw = torch.Generator().manual_seed(0)
-    values = dict(zip([layer.name for layer in layers], (2 + 6 * torch.rand(len(layers), generator=draw)).tolist(), strict=True))
+    values = dict(
+        zip([layer.name for layer in layers], (2 + 6 * torch.rand(len(layers), generator=draw)).tolist(), strict=True)
+    )
     sizes = [layer.module.weight.numel() for layer in layers]
     for epsilon in PUBLISHED[script][2:]:
         ratios = heavy_tailed(layers, 0.7, values=values, epsilon=epsilon, mapping="block_wise")
@@ -221,7 +223,14 @@ def test_table_of_real_runs_in_every_format(finished, capsys):
 
 def record(method: str, perplexity: float | None, target: float = 0.7, **changes) -> dict:
     """Return what a run of LLaMA-7B as published would leave, with ``changes`` of flags."""
-    flags = {"epsilon": 0.2, "eval_data": "wikitext2", "tasks": "a,b", "num_fewshot": 0, "limit": None, "seed": 0} | changes
+    flags = {
+        "epsilon": 0.2,
+        "eval_data": "wikitext2",
+        "tasks": "a,b",
+        "num_fewshot": 0,
+        "limit": None,
+        "seed": 0,
+    } | changes
     return {
         "complete": True, "method": method, "target_sparsity": target, "perplexity": perplexity, "flags": flags,
         "model": {"name": "llama-7b-hf", "parameters": 6738415616}, "finished": "2025-01-01T00:00:00",
@@ -241,7 +250,8 @@ def test_paper_figures_stand_beside_their_own_cells_only(tmp_path, capsys):
     other = record("wanda", 90.0)
     other["model"] = {"name": "llama-7b-hf", "parameters": 1000}  # of that name, but another model
     rows = csv_of(tmp_path, {"a": record("wanda", 86.1), "b": record("wanda_ww", 24.0), "c": record("dense", 5.7, 0.0),
-                             "d": record("sparsegpt", 9.9, 0.5), "e": record("wanda_xyz", 30.0), "f": other}, capsys)  # fmt: skip
+                             "d": record("sparsegpt", 9.9, 0.5), "e": record("wanda_xyz", 30.0),
+                              "f": other}, capsys)  # fmt: skip
     assert rows == [
         ["method", "allocation", "sparsity", "LLaMA-7B", "paper", "llama-7b-hf"],
         ["dense", "", "0", "5.70", "5.68", ""],
@@ -255,7 +265,11 @@ def test_paper_figures_stand_beside_their_own_cells_only(tmp_path, capsys):
 
 
 def test_settings_are_not_mixed_in_a_cell(tmp_path, capsys):
-    runs = {"a": record("wanda_ww", 24.0), "b": record("wanda_ww", 25.0, epsilon=0.1), "c": record("wanda_ww", 31.0, eval_data="c4")}
+    runs = {
+        "a": record("wanda_ww", 24.0),
+        "b": record("wanda_ww", 25.0, epsilon=0.1),
+        "c": record("wanda_ww", 31.0, eval_data="c4"),
+    }
     newer = record("wanda_ww", 24.5)
     newer["finished"] = "2025-02-01T00:00:00"
     rows = csv_of(tmp_path, runs | {"d": newer, "e": record("wanda_ww", 9.0) | {"complete": False}}, capsys)
@@ -277,13 +291,27 @@ def test_zero_shot_table_and_a_perplexity_that_is_not_finite(tmp_path, capsys):
 def test_published_figures_are_the_checked_ones():
     rows = json.loads(table.PUBLISHED.read_text())["perplexity"]
     one = ("LLaMA-7B", "LLaMA-13B", "LLaMA-30B", "LLaMA-65B")
-    assert [rows["dense"][m] for m in (*one, "Llama-2-7B", "Llama-2-13B", "Llama-2-70B")] == [5.68, 5.09, 4.1, 3.53, 5.47, 4.88, 3.31]
+    assert [rows["dense"][m] for m in (*one, "Llama-2-7B", "Llama-2-13B", "Llama-2-70B")] == [
+        5.68,
+        5.09,
+        4.1,
+        3.53,
+        5.47,
+        4.88,
+        3.31,
+    ]
     four = {"wanda": [85.77, 55.90, 17.37, 15.23], "wanda_owl": [24.55, 17.17, 10.75, 8.61],
             "sparsegpt": [26.30, 19.24, 12.56, 10.45], "sparsegpt_owl": [19.49, 14.55, 10.28, 8.28],
             "magnitude": [48419.12, 84539.45, 977.73, 46.89]}  # fmt: skip
     assert {method: [rows[method][m] for m in one] for method in four} == four
     assert all(len(rows[method]) == 4 for method in four)
-    assert rows["wanda_ww"] == {"LLaMA-7B": 23.86, "LLaMA-13B": 14.21, "LLaMA-30B": 9.68, "Llama-2-7B": 28.87, "Llama-2-13B": 14.16}
+    assert rows["wanda_ww"] == {
+        "LLaMA-7B": 23.86,
+        "LLaMA-13B": 14.21,
+        "LLaMA-30B": 9.68,
+        "Llama-2-7B": 28.87,
+        "Llama-2-13B": 14.16,
+    }
     assert (rows["sparsegpt_ww"], rows["magnitude_ww"]) == ({"LLaMA-7B": 18.54}, {"LLaMA-13B": 2029.2})
     assert len(rows) == 9
 
@@ -304,9 +332,11 @@ def test_sweep_is_what_separate_runs_are(small, tmp_path, capsys, monkeypatch):
     assert len(loads) == 1 and "9 settings in" in out
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("run_*.json"))
     assert len(files) == 9 and "epsilon_0.1/run_wanda_ww_sparsity_0.5.json" in files
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "sweep.png").stat().st_size > 5000
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG") and (
+        tmp_path / "sweep.png"
+    ).stat().st_size > 5000
     # The last of each method, after everything else had pruned the same model, against a process of its own in spirit.
-    for where, method in {"": [], "epsilon_0.1": ["--prune_method", "wanda_ww", "--sparsity_ratio", "0.5", "--epsilon", "0.1"],
+    for where, method in {"": [], "epsilon_0.1": "--prune_method wanda_ww --sparsity_ratio 0.5 --epsilon 0.1".split(),
                           ".": ["--prune_method", "sparsegpt", "--sparsity_ratio", "0.5"]}.items():  # fmt: skip
         assert main.main([*flags, *method, "--save", str(tmp_path / "alone")]) == 0
         (path,) = (tmp_path / "alone").glob("run_*.json")
@@ -339,7 +369,8 @@ def test_time_saved_is_a_lower_bound_by_what_was_measured():
 
 
 def test_table2_of_smollm2_runs(tmp_path):
-    done = shell("table2_smollm2", "--nsamples", "2", "--seqlen", "64", "--eval_windows", "2", "--ww_metric_cache", str(tmp_path / "c"),
+    done = shell("table2_smollm2", "--nsamples", "2", "--seqlen", "64", "--eval_windows", "2",
+                 "--ww_metric_cache", str(tmp_path / "c"),
                  SAVE=str(tmp_path), METHODS="dense magnitude", SPARSITY="0.5", FORMAT="csv")  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = [line.split(",") for line in done.stdout.splitlines() if line.startswith(("dense,", "magnitude,"))]
