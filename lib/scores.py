@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lib.models import PrunableLayer, resident
-from lib.sparsegpt import nth_smallest
 
 _BUCKETS = 2**16  # of the upper half of a float32's bits, and then of the lower half
 
@@ -23,8 +22,12 @@ def outlier_ratio(scores: Sequence[Tensor], multiple: float) -> float:
 
 def median_score(scores: Sequence[Tensor]) -> float:
     """Return the median of a block's scores, the lower one of two (DLP: Chen et al., 2025)."""
-    flat = torch.cat([score.flatten() for score in scores])
-    return nth_smallest(flat, (len(flat) - 1) // 2).item()
+    rank = (sum(score.numel() for score in scores) + 1) // 2  # from 1
+    # By counting bits, as below: a block of a large model has a thousand million scores, too many to sort beside it.
+    bits = [score.contiguous().view(torch.int32).flatten() for score in scores]
+    high, rank = _bucket(sum(_count(b >> 16) for b in bits), rank)
+    low, _ = _bucket(sum(_count(b[(b >> 16) == high] & 0xFFFF) for b in bits), rank)
+    return torch.tensor([high << 16 | low], dtype=torch.int32).view(torch.float32).item()
 
 
 # ------------------------------------------------------------------------------- one threshold over the whole model
@@ -60,14 +63,11 @@ def shares_below(
                 for layer in group:
                     yield layer, score(layer.module.weight).contiguous().view(torch.int32).flatten()
 
-    def count(values: Tensor) -> Tensor:
-        return torch.bincount(values, minlength=_BUCKETS).cpu()
-
     total = sum(layer.module.weight.numel() for layer in layers)
     wanted = target * total
-    upper = {layer.name: count(b >> 16) for layer, b in bits()}
+    upper = {layer.name: _count(b >> 16) for layer, b in bits()}
     high, wanted = _bucket(sum(upper.values()), wanted)
-    lower = {layer.name: count(b[(b >> 16) == high] & 0xFFFF) for layer, b in bits()}
+    lower = {layer.name: _count(b[(b >> 16) == high] & 0xFFFF) for layer, b in bits()}
     low, wanted = _bucket(sum(lower.values()), wanted)
     share = wanted / sum(part[low].item() for part in lower.values())  # of those on the threshold
     shares = {}
@@ -76,6 +76,10 @@ def shares_below(
         removed = above[:high].sum().item() + on[:low].sum().item() + share * on[low].item()
         shares[layer.name] = removed / layer.module.weight.numel()
     return shares
+
+
+def _count(values: Tensor) -> Tensor:
+    return torch.bincount(values, minlength=_BUCKETS).cpu()
 
 
 def _bucket(counts: Tensor, wanted: float) -> tuple[int, float]:

@@ -166,6 +166,12 @@ def test_block_scores_by_pencil():
     assert scores.median_score(parts) == 1.0  # of 0 1 1 1 2 17, the lower one
 
 
+@pytest.mark.parametrize("sizes", [(1,), (2,), (7, 8), (100, 33, 1)])
+def test_median_is_torchs(sizes):
+    parts = [torch.rand(size, generator=torch.Generator().manual_seed(size)) for size in sizes]
+    assert scores.median_score(parts) == torch.cat(parts).median().item()
+
+
 def test_dense_statistics_are_those_of_whole_passes(tiny_windows):
     model = tiny_llama()
     blocks, layers = find_blocks(model)[1], prunable_layers(model)
