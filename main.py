@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -282,6 +283,9 @@ def _check_unused(args: argparse.Namespace, task: Task) -> None:
 
     Those of _ww are let pass with a uniform method: published command lines give them there too.
     """
+    odd = [flag for flag in _given(args) if flag.startswith("farms") or flag == "esd_driver"]
+    if odd and task.allocation != "ww":
+        raise UserError(f"--{odd[0]} does nothing with {task.method}; it is for the methods with _ww")
     for suffix, flags in OWN_FLAGS.items():
         for flag in flags:
             if flag in _given(args) and suffix != task.allocation:
@@ -343,6 +347,17 @@ def _check_method(args: argparse.Namespace) -> Task:
             raise UserError(
                 f"--use_variant with --sparsity_type {args.sparsity_type}: the variant is unstructured only"
             )
+        if suffix and nm[0] == 1:
+            more = f"{2 * nm[0]}:{2 * nm[1]}"
+            raise UserError(
+                f"--sparsity_type 1:{nm[1]} with {method}: every layer keeps at least one of {nm[1]}: nothing can be "
+                f"shared out; use {more}"
+            )
+        if suffix and args.export_llmcompressor:
+            raise UserError(
+                f"--export_llmcompressor with --sparsity_type {args.sparsity_type} and {method}: "
+                "llm-compressor has one N:M for all layers"
+            )
         implied = 1 - nm[0] / nm[1]
         if target and abs(target - implied) > 1e-9:
             raise UserError(
@@ -366,6 +381,8 @@ def _check_plan(args: argparse.Namespace, method: str) -> float:
         flag = "save_plan" if args.save_plan else f"sparsity_type {args.sparsity_type}"
         raise UserError(f"--plan with --{flag}: the plan says all of that already; leave one of them out")
     content = plans.read_plan(Path(args.plan))
+    if args.export_llmcompressor and len({str(row.get("nm")) for row in content["layers"].values()}) > 1:
+        raise UserError("--export_llmcompressor with a plan of mixed N:M: llm-compressor has one N:M for all layers")
     if args.sparsity_ratio and abs(args.sparsity_ratio - content["target"]) > 1e-9:
         raise UserError(
             f"--sparsity_ratio {args.sparsity_ratio} with --plan {args.plan}: that plan is for {content['target']}"
@@ -437,6 +454,7 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
     task = check_args(args)
     save = Path(args.save)
     results.prepare("--save", save)
+    _warn_of_replacement(args, task)
     stages = results.Stages()
 
     # Whatever can be known without the weights is found out first: 13 GB take a while to load.
@@ -447,6 +465,7 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
         seqlen = _seqlen(args.seqlen, models.context_length(skeleton))
         tokenizer = _once(kept, models.load_tokenizer, source)
         texts = _read_texts(args, task, tokenizer, seqlen, kept)
+        _check_vocabulary(args, skeleton, texts)
     with stages.stage("tasks"):
         questions = zero_shot_tasks(args, kept)
 
@@ -488,22 +507,18 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
     if args.save_model:
         with stages.stage("save"):
             _save_model(_model_folder(args, task), loaded, tokenizer, measured)
-    answers = None
-    if questions is not None:
-        with stages.stage("zero_shot"):
-            answers = zero_shot(args, model, tokenizer, questions)
 
     def about(name: str, windows: Tensor | None) -> dict | None:
         return None if windows is None else {"text": name, "windows": len(windows), "seqlen": seqlen}
 
     record = {
-        "complete": True,
+        "complete": questions is None,
         "method": task.method,
         "target_sparsity": task.target,
         "sparsity": measured,
         "dense_zeros": dense_zeros / total,
         "perplexity": perplexity,
-        "zero_shot": None if answers is None else {"means": answers.means, "lm_eval": answers.full},
+        "zero_shot": None,
         "model": source._asdict()
         | {"dtype": str(model.dtype).removeprefix("torch."), "parameters": model.num_parameters()},
         "calibration": about(args.calib_data, texts.calibration),
@@ -517,18 +532,17 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
     files = {}
     if perplexity is not None:
         files[f"perplexity_{task.run}.txt"] = results.perplexity_text(task.method, measured, perplexity)
-    table = ""
-    if answers is not None:
-        table = results.zero_shot_table(answers.scores, answers.means)
-        files[f"zero_shot_{task.run}.txt"] = results.zero_shot_text(task.method, table)
     if rows:
         files[f"layers_{task.run}.tsv"] = results.layers_text(rows)
     files[f"run_{task.run}.json"] = results.run_text(record)  # last: it says that the run is complete
-    earlier = results.read_run(save, task.run)
-    if earlier and earlier.get("flags") != json.loads(json.dumps(record["flags"])):  # --seed 1, 2:4 ...: the same names
-        log.warning("%s/*_%s.* of a run with other flags are replaced", save, task.run)
     results.write_files(save, files)
-    if table:
+    if questions is not None:  # takes hours: what is known before is on disk by now
+        with stages.stage("zero_shot"):
+            answers = zero_shot(args, model, tokenizer, questions)
+        record |= {"complete": True, "zero_shot": {"means": answers.means, "lm_eval": answers.full}}
+        table = results.zero_shot_table(answers.scores, answers.means)
+        text = {f"zero_shot_{task.run}.txt": results.zero_shot_text(task.method, table)}
+        results.write_files(save, text | {f"run_{task.run}.json": results.run_text(record)})
         console.print(table, highlight=False, soft_wrap=True)
     _print_table(console, record, save, task, rows)
     return record
@@ -548,6 +562,15 @@ def zero_shot(
     """Return what the model answers to ``tasks``."""
     batch = args.eval_batch_size if args.eval_batch_size == "auto" else int(args.eval_batch_size)
     return eval.zero_shot(model, tokenizer, tasks, args.num_fewshot, args.limit, batch)
+
+
+def _warn_of_replacement(args: argparse.Namespace, task: Task) -> None:
+    """Say what will be replaced: published names hold neither the seed nor N:M nor epsilon."""
+    earlier = results.read_run(Path(args.save), task.run)
+    if earlier and earlier.get("flags") != json.loads(json.dumps(flags_of(args))):
+        log.warning("%s/*_%s.* of a run with other flags will be replaced", args.save, task.run)
+    if args.save_model and _model_folder(args, task).exists():
+        log.warning("%s is there already and will be replaced", _model_folder(args, task))
 
 
 def _cache(args: argparse.Namespace, source: models.Source) -> Path:
@@ -581,9 +604,12 @@ def _check_against(args: argparse.Namespace, task: Task, source: models.Source, 
         plans.load_plan(Path(args.plan), source.name, layers)
     for flag in ("save_plan", "export_llmcompressor"):
         if getattr(args, flag):
+            if Path(getattr(args, flag)).is_dir():
+                raise UserError(f"--{flag} {getattr(args, flag)}: is a folder; give a file")
             results.prepare(f"--{flag}", Path(getattr(args, flag)).parent)
     if args.save_model:
-        size = sum(p.numel() for p in skeleton.parameters()) * (4 if args.dtype == "float32" else 2)
+        wide = args.dtype == "float32" or (args.dtype == "auto" and not torch.cuda.is_available())
+        size = sum(p.numel() for p in skeleton.parameters()) * (4 if wide else 2)
         results.prepare("--save_model", _model_folder(args, task).parent, size)
 
 
@@ -603,6 +629,16 @@ def _read_texts(
     if args.eval_wikitext:
         evaluation = _once(kept, data.evaluation_windows, args.eval_data, tokenizer, seqlen, args.eval_windows)
     return Texts(calibration, evaluation, held_out)
+
+
+def _check_vocabulary(args: argparse.Namespace, skeleton: PreTrainedModel, texts: Texts) -> None:
+    most = skeleton.get_input_embeddings().num_embeddings
+    found = max([int(w.max()) for w in (texts.calibration, texts.evaluation) if w is not None], default=0)
+    if found >= most:
+        raise UserError(
+            f"--model {args.model}: its tokenizer gives token {found} and the model has {most} embeddings; they do not "
+            "belong together"
+        )
 
 
 def _metric(args: argparse.Namespace, loaded: Loaded) -> dict[str, float]:
@@ -676,11 +712,13 @@ def _search(
 
 
 def _write_plan(args: argparse.Namespace, task: Task, plan: allocation.SparsityPlan, loaded: Loaded) -> None:
+    recipe = None
+    if args.export_llmcompressor:
+        recipe = plans.llm_compressor_recipe(plan, loaded.layers, task.method.partition("_")[0])
     if args.save_plan:
         made_by = {"method": task.method, "flags": flags_of(args)}
         plans.save_plan(Path(args.save_plan), plan, loaded.name, loaded.layers, made_by)
-    if args.export_llmcompressor:
-        recipe = plans.llm_compressor_recipe(plan, loaded.layers, task.method.partition("_")[0])
+    if recipe:
         results.write_atomically(Path(args.export_llmcompressor), recipe)
 
 
@@ -759,6 +797,10 @@ def main(argv: list[str] | None = None) -> int:
         run(args, Console())
     except UserError as error:
         print(f"main.py: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        print(f"main.py: error: {first}; lower --nsamples or --seqlen, or use more GPUs", file=sys.stderr)
         return 2
     return 0
 

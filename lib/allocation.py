@@ -98,6 +98,8 @@ def dynamic(layers: Sequence[PrunableLayer], target: float, values: Values, dlp_
     """
     groups = _blocks(layers)
     scores = [values[group[0].name] for group in groups]
+    if not sum(scores) > 0:
+        raise UserError("_dlp: every block's median score is zero: the checkpoint is pruned by half already; use _owl")
     x = _scaled([1 - score / sum(scores) for score in scores])
     return _around(groups, target, [-2 * dlp_alpha * value for value in x], "--dlp_alpha", dlp_alpha)
 
@@ -245,12 +247,13 @@ def mixed_nm(layers: Sequence[PrunableLayer], ratios: Ratios, target: float, gro
     removed = {name: min(group - 1, math.floor(group * ratio + 1e-9)) for name, ratio in ratios.items()}
     left = target * group * sum(sizes.values()) - sum(sizes[name] * count for name, count in removed.items())
     for name in sorted(ratios, key=lambda name: removed[name] - group * ratios[name]):  # largest remainder first
-        if removed[name] < group - 1 and abs(left - sizes[name]) < abs(left):
+        if ratios[name] > 0 and removed[name] < group - 1 and abs(left - sizes[name]) < abs(left):
             removed[name] += 1
             left -= sizes[name]
     while abs(left) > _NM_TOLERANCE * group * sum(sizes.values()):
         step = 1 if left > 0 else -1
-        able = [name for name in ratios if 0 <= removed[name] + step <= group - 1]
+        # What an allocation keeps dense stays so.
+        able = [name for name in ratios if 0 <= removed[name] + step <= group - 1 and (step < 0 or ratios[name] > 0)]
         best = min(able, key=lambda name: abs(left - step * sizes[name]), default=None)
         if best is None or abs(left - step * sizes[best]) >= abs(left):
             reached = target - left / (group * sum(sizes.values()))

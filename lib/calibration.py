@@ -1,5 +1,6 @@
 """Tokens become hidden states, and hidden states become statistics of each layer's input."""
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from transformers import Cache, PreTrainedModel
 
 from lib import UserError
 from lib.models import entry_device
+
+log = logging.getLogger(__name__)
 
 
 class BlockInputs(NamedTuple):
@@ -91,7 +94,9 @@ def catch_block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, windows: T
                 pass
             entering = calls[0][0]
             if hidden is None:
-                hidden = entering.new_empty(len(windows), *entering.shape[1:])
+                size = len(windows) * entering.numel() * entering.element_size()
+                where = _room_for(size, entering.device)
+                hidden = torch.empty(len(windows), *entering.shape[1:], dtype=entering.dtype, device=where)
                 arguments = [(_without_cache(args), _without_cache(kwargs)) for _, args, kwargs in calls]
             elif sample == 1 and not _same(arguments[0], (_without_cache(calls[0][1]), _without_cache(calls[0][2]))):
                 raise UserError(f"{type(model).__name__}: what its blocks are given depends on the text; not supported")
@@ -100,6 +105,17 @@ def catch_block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, windows: T
         for i, block in enumerate(originals):
             blocks[i] = block
     return BlockInputs(hidden, arguments, len(hidden))
+
+
+def _room_for(size: int, device: torch.device) -> torch.device | str:
+    """Return where hidden states of ``size`` bytes are kept: on a GPU only if they leave it most of its room.
+
+    A model that was spread over GPU and CPU has filled the GPU; Hessians and activations need what is left.
+    """
+    if device.type != "cuda" or 4 * size <= torch.cuda.mem_get_info(device)[0]:
+        return device
+    log.info("hidden states (%.1f GiB) are kept in the memory of the CPU: the GPU has little room", size / 2**30)
+    return "cpu"
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple, dict]) -> Tensor:

@@ -94,6 +94,7 @@ def load_or_measure(
     """
     cached = read_cache(folder, metric, model, layers, settings)
     if cached is not None:
+        _check_offloaded(folder / settings.stem(metric), layers, blocks)
         return cached
     measured = measure(metric, model, layers, blocks, settings)
     write_cache(folder, measured, layers, blocks, settings)
@@ -207,13 +208,16 @@ def read_cache(
         return None
     mend = f"give another --ww_metric_cache, or delete {path} to have it computed"
     try:
-        values = np.load(path, allow_pickle=False).astype(np.float64)
+        values = np.load(path, allow_pickle=False)
+        if not isinstance(values, np.ndarray) or values.ndim != 1:
+            raise ValueError("it holds no list of numbers")
+        values = values.astype(np.float64)
         has_sidecar = sidecar.exists()
         about = json.loads(sidecar.read_text()) if has_sidecar else None
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a metric cache ({error}); {mend}") from error
-    if values.ndim != 1 or len(values) != len(layers):
-        raise UserError(f"{path}: holds {values.size} values and {model} has {len(layers)} matrices; {mend}")
+    if len(values) != len(layers):
+        raise UserError(f"{path}: holds {len(values)} values and {model} has {len(layers)} matrices; {mend}")
     if not np.isfinite(values).all():
         raise UserError(f"{path}: holds values that are not finite; {mend}")
     if has_sidecar:
@@ -241,8 +245,24 @@ def _check_sidecar(about: dict, wanted: LayerMetrics, layers: Sequence[PrunableL
         weight = layer.module.weight
         if list(weight.shape) != shape:
             raise UserError(f"{path}{layer.name} had the shape {shape} and has {list(weight.shape)} now{mend}")
-        if not weight.is_meta and abs(_mean_abs(layer.module) - mean) > _SAME_WEIGHTS * mean:
-            raise UserError(f"{path}was measured on other weights of the name {model} (see {layer.name}){mend}")
+        if not weight.is_meta:
+            _check_mean(layer, mean, path, mend)
+
+
+def _check_mean(layer: PrunableLayer, mean: float, path: str, mend: str) -> None:
+    if abs(_mean_abs(layer.module) - mean) > _SAME_WEIGHTS * mean:
+        raise UserError(f"{path}was measured on other weights of the same name and shape (see {layer.name}){mend}")
+
+
+def _check_offloaded(stem: Path, layers: Sequence[PrunableLayer], blocks: nn.ModuleList) -> None:
+    """Check the weights that ``read_cache`` has not seen, since accelerate keeps them outside the modules."""
+    sidecar = stem.with_name(f"{stem.name}.json")
+    means = json.loads(sidecar.read_text())["mean_abs"] if sidecar.exists() else []
+    away = [(layer, mean) for layer, mean in zip(layers, means, strict=False) if layer.module.weight.is_meta]
+    for index, group in groupby(away, key=lambda pair: pair[0].block):
+        with resident(blocks[index]):
+            for layer, mean in group:
+                _check_mean(layer, mean, f"{sidecar}: ", "; give another --ww_metric_cache, or delete it and its .npy")
 
 
 def write_cache(

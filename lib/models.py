@@ -297,11 +297,13 @@ def _check_support(given: str, model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def resident(block: nn.Module) -> Iterator[torch.device]:
+def resident(block: nn.Module, write: bool = False) -> Iterator[torch.device]:
     """Hold the block's weights on its compute device, yield that device, and give the weights back.
 
+    With ``write``, what was changed of them is kept.
+
     A block that ``device_map="auto"`` left on the CPU keeps its weights outside the modules: they are fetched here
-    once, instead of at each call, and written back on leaving. Any other block is where it always is.
+    once, instead of at each call. Any other block is where it always is.
     """
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
     from accelerate.utils import has_offloaded_params, set_module_tensor_to_device
@@ -316,6 +318,6 @@ def resident(block: nn.Module) -> Iterator[torch.device]:
         yield next(block.parameters()).device
     finally:
         for module, hook in away:
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, parameter in module.named_parameters(recurse=False) if write else ():
                 hook.weights_map[name].copy_(parameter.data)
             add_hook_to_module(module, hook)

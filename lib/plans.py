@@ -51,11 +51,17 @@ def load_plan(path: Path, model: str, layers: Sequence[PrunableLayer]) -> Sparsi
     has_nm = {"nm" in row for row in rows.values()}
     try:
         nm = {layer.name: tuple(rows[layer.name]["nm"]) for layer in layers} if True in has_nm else None
+        if nm and any(type(n) is not int or type(m) is not int for n, m in nm.values()):
+            raise ValueError("N and M must be whole numbers")
         if nm and any(not 0 < n <= m or abs(rows[name]["ratio"] - (1 - n / m)) > 1e-9 for name, (n, m) in nm.items()):
             raise ValueError("an N:M and its ratio contradict each other")
         plan = SparsityPlan(target, {layer.name: float(rows[layer.name]["ratio"]) for layer in layers}, nm)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"--plan {path}: is no sparsity plan ({error})") from error
+    for layer in layers if nm else ():
+        if layer.module.weight.shape[1] % nm[layer.name][1]:
+            raise UserError(f"--plan {path}: {layer.name} has {layer.module.weight.shape[1]} columns, which "
+                            f"{nm[layer.name][1]} does not divide")  # fmt: skip
     total = sum(layer.module.weight.numel() for layer in layers)
     mean = sum(plan.ratios[layer.name] * layer.module.weight.numel() for layer in layers) / total
     if abs(mean - target) > _BUDGET:

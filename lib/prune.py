@@ -74,7 +74,7 @@ def prune_blocks(
     grouped = {index: list(group) for index, group in groupby(layers, key=lambda layer: layer.block)}
     steps = sorted(grouped) if inputs is None else range(max(grouped) + 1)
     for index in tqdm(steps, desc="pruning", unit="block", disable=None):
-        with resident(blocks[index]) as device:
+        with resident(blocks[index], write=True) as device:
             linears = {layer.name: layer.module for layer in grouped.get(index, ())}
             keep = propagate == "dense"
             for names, prepared in _prepared(linears, pruner, inputs, blocks[index], index, device, keep):
@@ -122,6 +122,8 @@ def block_scores(
     for index in tqdm(range(max(grouped) + 1), desc="dense statistics", unit="block", disable=None):
         with resident(blocks[index]) as device:
             linears = {layer.name: layer.module for layer in grouped.get(index, ())}
+            for name, module in linears.items():
+                _check_finite(name, module)
             passes = _passes(blocks[index], index, inputs, device, keep=True)
             found = input_statistics(linears, "squared_norms", inputs.samples, passes)
             scores = [linears[name].weight.flatten(1).abs() * value.sqrt() for names, value in found for name in names]
@@ -153,9 +155,15 @@ def _prepared(
             raise UserError(f"{names[0]}: {error}; give more calibration data (--nsamples)") from error
 
 
-def _prune_layer(module: nn.Module, name: str, plan: SparsityPlan, pruner: Pruner, prepared: object) -> None:
+def _check_finite(name: str, module: nn.Module) -> None:
     if not torch.isfinite(module.weight).all():
         raise UserError(f"{name}: its weights are not finite; the checkpoint is damaged")
+
+
+def _prune_layer(module: nn.Module, name: str, plan: SparsityPlan, pruner: Pruner, prepared: object) -> None:
+    _check_finite(name, module)
+    if plan.ratios[name] == 0:  # the published thresholds would take the smallest weight all the same
+        return
     nm = None if plan.nm is None else plan.nm[name]
     # A 1x1 convolution [out, in, 1, 1] is the matrix that it is.
     weight = pruner.prune(module.weight.data.flatten(1), prepared, plan.ratios[name], nm)
@@ -189,7 +197,7 @@ def snapshot(blocks: nn.ModuleList, layers: Sequence[PrunableLayer]) -> list[Ten
 def restore(blocks: nn.ModuleList, layers: Sequence[PrunableLayer], kept: Sequence[Tensor]) -> None:
     """Put the weights of a ``snapshot`` back."""
     for index, group in groupby(zip(layers, kept, strict=True), key=lambda pair: pair[0].block):
-        with resident(blocks[index]):
+        with resident(blocks[index], write=True):
             for layer, weight in group:
                 layer.module.weight.data.copy_(weight)
 

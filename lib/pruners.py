@@ -1,6 +1,7 @@
 """Weights, a statistic of their input and a ratio become weights with zeros. All pruners are listed here."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,16 +65,19 @@ def wanda_variant(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple
     cumulative, total = ordered.cumsum(dim=1), score.sum(dim=1, keepdim=True)
     low, high = VARIANT_SHARES
     share = 0.4
+    miss, best = math.inf, None
     while True:
         within = cumulative <= share * total
         sparsity = within.sum().item() / within.numel()
-        if abs(sparsity - ratio) <= VARIANT_TOLERANCE or high - low < VARIANT_TOLERANCE:
+        if abs(sparsity - ratio) < miss:
+            miss, best = abs(sparsity - ratio), within
+        if miss <= VARIANT_TOLERANCE or high - low < VARIANT_TOLERANCE:
             break
         low, high = (low, share) if sparsity > ratio else (share, high)
         share = (low + high) / 2
-    if abs(sparsity - ratio) > VARIANT_TOLERANCE:
-        log.warning("Wanda's variant reached a sparsity of %.4f where %.4f was planned", sparsity, ratio)
-    return weight.masked_fill(torch.zeros_like(within).scatter_(1, order, within), 0)
+    if miss > VARIANT_TOLERANCE:
+        log.warning("Wanda's variant misses %.4f by %.4f in a matrix of %dx%d", ratio, miss, *weight.shape)
+    return weight.masked_fill(torch.zeros_like(best).scatter_(1, order, best), 0)
 
 
 def sparsegpt(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | None) -> Tensor:

@@ -130,7 +130,12 @@ def new_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             old = target.with_name(f".{target.name}-old-{os.getpid()}")
             target.rename(old)
-        tmp.rename(target)
+        try:
+            tmp.rename(target)
+        except OSError:
+            if old is not None:
+                old.rename(target)
+            raise
     except Exception as error:  # safetensors has an error class of its own for a full disk
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise

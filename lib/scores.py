@@ -6,6 +6,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from lib import UserError
 from lib.models import PrunableLayer, resident
 
 _BUCKETS = 2**16  # of the upper half of a float32's bits, and then of the lower half
@@ -16,7 +17,7 @@ _BUCKETS = 2**16  # of the upper half of a float32's bits, and then of the lower
 def outlier_ratio(scores: Sequence[Tensor], multiple: float) -> float:
     """Return the percentage of a block's scores that exceed ``multiple`` times their mean (OWL: Yin et al., 2024)."""
     count = sum(score.numel() for score in scores)
-    mean = sum(score.double().sum().item() for score in scores) / count
+    mean = sum(score.sum(dtype=torch.float64).item() for score in scores) / count
     return 100 * sum((score > multiple * mean).sum().item() for score in scores) / count
 
 
@@ -61,6 +62,8 @@ def shares_below(
         for index, group in groupby(layers, key=lambda layer: layer.block):
             with resident(blocks[index]):
                 for layer in group:
+                    if not torch.isfinite(layer.module.weight).all():
+                        raise UserError(f"{layer.name}: its weights are not finite; the checkpoint is damaged")
                     yield layer, score(layer.module.weight).contiguous().view(torch.int32).flatten()
 
     total = sum(layer.module.weight.numel() for layer in layers)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from lib import UserError
 from lib.allocation import SparsityPlan
 from lib.eval import perplexity
 from lib.models import PrunableLayer
@@ -61,7 +62,12 @@ def try_epsilons(
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """Return the trial with the lowest perplexity, of equals the smallest epsilon; what is not finite never wins."""
-    return min(
-        trials, key=lambda trial: (trial.perplexity if math.isfinite(trial.perplexity) else math.inf, trial.epsilon)
-    )
+    """Return the trial with the lowest perplexity, of equals the one with the smallest epsilon.
+
+    Raises:
+        UserError: no perplexity is finite.
+    """
+    finite = [trial for trial in trials if math.isfinite(trial.perplexity)]
+    if not finite:
+        raise UserError("--epsilon auto: the perplexity is not finite after any epsilon; lower --sparsity_ratio")
+    return min(finite, key=lambda trial: (trial.perplexity, trial.epsilon))

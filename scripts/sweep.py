@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 from rich.console import Console
 
 import main
@@ -67,7 +68,7 @@ def sweep(todo: list[argparse.Namespace], force: bool) -> tuple[list[dict], list
         try:
             made.append(main.run(args, Console(quiet=True), kept))
             records.append(made[-1])
-        except UserError as error:  # one setting does not stop the others
+        except (UserError, torch.OutOfMemoryError) as error:  # one setting does not stop the others
             print(f"sweep.py: error: {what}: {error}", file=sys.stderr)
             failed += 1
     return records, made, failed

@@ -21,6 +21,11 @@ EVALUATION = {
 }
 
 
+# Flags that make another method of a run, and the published value of each; the paper's figure is for those.
+STEERING = {"ww_metric": "alpha_peak", "mapping_type": "block_wise", "use_variant": False, "farms": False}
+SETTING = STEERING | {"nsamples": 128, "calib_data": "c4", "eval_windows": None}
+
+
 class Column(NamedTuple):
     """A model and what it was evaluated on: figures on two texts do not belong in one column."""
 
@@ -38,6 +43,13 @@ class Row(NamedTuple):
     extra: str = ""
 
 
+class Cell(NamedTuple):
+    """A figure, and whether it was made as published (but for epsilon, which the paper tuned by hand)."""
+
+    figure: float
+    as_published: bool
+
+
 def read_runs(folder: Path, value: str) -> list[dict]:
     """Return the complete records under ``folder`` that have a ``value``, the newest last; say which are left out."""
     runs = []
@@ -47,11 +59,16 @@ def read_runs(folder: Path, value: str) -> list[dict]:
             if record["complete"] is not True:
                 raise ValueError("not complete")
             if record[value] is not None:
+                _measured(record, value)
                 record["column"] = _column(record, value)
                 runs.append(record)
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"table.py: {path} is left out: {type(error).__name__}: {error}", file=sys.stderr)
     return sorted(runs, key=lambda record: record["finished"])
+
+
+def _measured(record: dict, value: str) -> float:
+    return record["perplexity"] if value == "perplexity" else 100 * record["zero_shot"]["means"]["acc"]
 
 
 def _column(record: dict, value: str) -> Column:
@@ -63,7 +80,7 @@ def _column(record: dict, value: str) -> Column:
     return Column(model["name"], model["parameters"], evaluation)
 
 
-def cells_of(runs: list[dict], value: str) -> dict[Row, dict[Column, float]]:
+def cells_of(runs: list[dict], value: str) -> dict[Row, dict[Column, Cell]]:
     """Return the figures by row and column; of two runs with the same flags the newer one counts.
 
     Where runs of one cell differ in a flag (--epsilon, --nsamples ...), each setting gets a row of its own.
@@ -74,7 +91,7 @@ def cells_of(runs: list[dict], value: str) -> dict[Row, dict[Column, float]]:
         row = Row(run["target_sparsity"], run["method"], "" if pattern == "unstructured" else pattern)
         grouped[row][run["column"]].append(run)
     ignored = PLACES | EVALUATION["perplexity"] | EVALUATION["zero_shot"]
-    cells: dict[Row, dict[Column, float]] = defaultdict(dict)
+    cells: dict[Row, dict[Column, Cell]] = defaultdict(dict)
     for row, columns in grouped.items():
         differing = {
             flag
@@ -84,9 +101,13 @@ def cells_of(runs: list[dict], value: str) -> dict[Row, dict[Column, float]]:
         }
         for column, same in columns.items():
             for run in same:
-                extra = ", ".join(f"{flag} {run['flags'].get(flag)}" for flag in sorted(differing))
-                figure = run["perplexity"] if value == "perplexity" else 100 * run["zero_shot"]["means"]["acc"]
-                cells[row._replace(extra=extra)][column] = figure
+                flags = run["flags"]
+                other = {flag for flag, published in STEERING.items() if flags.get(flag, published) != published}
+                if not row.method.endswith("_ww"):
+                    other &= {"use_variant"}
+                extra = ", ".join(f"{flag} {flags.get(flag)}" for flag in sorted(differing | other))
+                as_published = all(flags.get(flag, published) == published for flag, published in SETTING.items())
+                cells[row._replace(extra=extra)][column] = Cell(_measured(run, value), as_published)
     return cells
 
 
@@ -107,7 +128,7 @@ def published_figure(row: Row, column: Column, published: dict) -> float | None:
     return published["perplexity"].get(row.method, {}).get(published_name(column, published))
 
 
-def table(cells: dict[Row, dict[Column, float]], value: str, published: dict) -> list[list[str]]:
+def table(cells: dict[Row, dict[Column, Cell]], value: str, published: dict) -> list[list[str]]:
     """Return the lines of the table as text, headings first; a paper's figure stands to the right of its cell."""
     order = list(published["models"])
     columns = {column for row in cells.values() for column in row}
@@ -116,8 +137,10 @@ def table(cells: dict[Row, dict[Column, float]], value: str, published: dict) ->
     paper = {
         (row, column): figure
         for row in cells
-        for column in cells[row]
-        if value == "perplexity" and (figure := published_figure(row, column, published)) is not None
+        for column, cell in cells[row].items()
+        if cell.as_published
+        and value == "perplexity"
+        and (figure := published_figure(row, column, published)) is not None
     }
     headings = ["method", "allocation", "sparsity"]
     for column in columns:
@@ -130,7 +153,7 @@ def table(cells: dict[Row, dict[Column, float]], value: str, published: dict) ->
         allocation = ALLOCATIONS.get(suffix, suffix) if pruner != "dense" else ""
         labels = [pruner, ", ".join(filter(None, (allocation, row.extra))), row.pattern or f"{row.target:g}"]
         for column in columns:
-            labels.append(_figure(cells[row].get(column)))
+            labels.append(_figure(cells[row][column].figure if column in cells[row] else None))
             labels += [_figure(paper.get((row, column)))] if any(c == column for _, c in paper) else []
         lines.append(labels)
     return lines

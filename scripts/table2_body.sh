@@ -26,8 +26,13 @@ stop() {
 trap 'stop 130' INT
 trap 'stop 143' TERM
 
+dense_done=""
 for sparsity in ${SPARSITY:-0.7}; do
     for method in ${METHODS:-magnitude_ww wanda_ww sparsegpt_ww}; do
+        if [ "$method" = dense ]; then  # once, whatever the sparsities
+            if [ -n "$dense_done" ]; then continue; fi
+            dense_done=1
+        fi
         flags=("${common[@]}")
         if [ "$method" != dense ]; then flags+=(--prune_method "$method" --sparsity_ratio "$sparsity"); fi
         case "$method" in *_ww) if [ -n "$cache" ]; then flags+=(--ww_metric_cache "$cache"); fi ;; esac

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from conftest import ROOT
 
@@ -43,6 +44,14 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     for name, values in {"foreign": 3.0, "longer": 2.0, "bare": 1.0}.items():
         Path(name).mkdir()
         np.save(f"{name}/alpha_peak.npy", np.full(28 if name != "foreign" else 21, values))
+    for name in ("archive", "square"):
+        Path(name).mkdir()
+    np.savez("archive/archive.npz", np.ones(21))
+    Path("archive/archive.npz").rename("archive/alpha_peak.npy")
+    np.save("square/alpha_peak.npy", np.ones((21, 1)))
+    shutil.copytree(tiny_folder, "mismatched")  # half the embeddings that the tokenizer has tokens
+    config = json.loads(Path("mismatched/config.json").read_text())
+    Path("mismatched/config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     layers = models.prunable_layers(models.load_skeleton(models.locate("tiny-llama", "unused")))
     about = {"model": "other-model", "metric": "alpha_peak", "layers": [layer.name for layer in layers]}
     about |= {"shapes": [list(layer.module.weight.shape) for layer in layers], "mean_abs": [1.0] * 21}
@@ -59,6 +68,8 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
         "shape": {"layers": rows | {name: {"ratio": 0.5, "shape": [1, 2]}}},
         "wide": {"layers": rows | {name: rows[name] | {"ratio": 1.5}}},
         "budget": {"target": 0.6},
+        "groups": {"layers": {key: row | {"nm": [4, 7], "ratio": 3 / 7} for key, row in rows.items()}, "target": 3 / 7},
+        "halves": {"layers": {key: row | {"nm": [1.5, 3]} for key, row in rows.items()}},
     }.items():
         Path(f"plans/{kind}.json").write_text(json.dumps(good | change))
     return tmp_path
@@ -201,6 +212,17 @@ BEFORE_LOADING = {
     "--prune_method wanda --plan plans/good.json --epsilon 0.1": "--epsilon",
     "--prune_method magnitude --sparsity_ratio 0.5 --export_llmcompressor r.yaml": "wanda and sparsegpt",
     f"{WANDA} --save_plan file/plan.json": "file",
+    f"{WANDA} --save_plan nothing": "is a folder",
+    "--prune_method wanda --plan plans/groups.json": "which 7 does not divide",
+    "--prune_method wanda --plan plans/halves.json": "whole numbers",
+    "--prune_method wanda_ww --sparsity_type 1:4": "use 2:8",
+    "--prune_method wanda_ww --sparsity_type 4:8 --export_llmcompressor r.yaml": "one N:M for all layers",
+    f"{WANDA} --farms": "_ww",
+    f"{WANDA} --esd_driver fast": "_ww",
+    "--farms": "_ww",
+    f"{WANDA} --model mismatched": "do not belong together",
+    f"{WW} --ww_metric_cache archive": "cannot be read as a metric cache",
+    f"{WW} --ww_metric_cache square": "no list of numbers",
     # zero-shot tasks: their data are fetched before the model is loaded, and no test reaches the hub
     f"{WANDA} --eval_zero_shot": "--tasks boolq: cannot be loaded",
     f"{WANDA} --eval_zero_shot --tasks winogrand": "Did you mean 'winogrande'",
@@ -355,6 +377,28 @@ def test_disk_full_while_the_figures_are_written(file, place, capsys, monkeypatc
     monkeypatch.setattr(Path, "write_text", until_full)
     check_one_line(capsys, status_of(arguments(WANDA)), "No space left")
     assert not Path("save").exists() or os.listdir("save") == []
+
+
+def test_out_of_memory_is_one_line(place, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    monkeypatch.setattr(main.prune, "prune_model", fail)
+    check_one_line(capsys, status_of(arguments(WANDA)), "lower --nsamples")
+
+
+def test_a_checkpoint_without_medians_is_refused_by_dlp(place, capsys):
+    assert status_of(arguments("--prune_method magnitude --sparsity_ratio 0.7 --save_model kept")) == 0
+    capsys.readouterr()
+    again = "--prune_method wanda_dlp --sparsity_ratio 0.8 --model kept/magnitude_0.7"
+    check_one_line(capsys, status_of(arguments(again)), "pruned by half already")
+
+
+@pytest.mark.parametrize("method", ["wanda_dlp", "wanda_owl", "magnitude_lamp", "magnitude_global", "magnitude_ww"])
+def test_a_weight_that_is_not_finite_is_named(method, place, capsys):
+    damaged("model.layers.1.mlp.up_proj", lambda weight: weight[0].fill_(float("nan")))
+    line = check_one_line(capsys, status_of(arguments(f"--prune_method {method} --sparsity_ratio 0.5")), "up_proj")
+    assert "model.layers.1.mlp.up_proj" in line
 
 
 def test_disk_full_while_the_metric_is_written(place, capsys, monkeypatch):

@@ -109,6 +109,15 @@ def test_mixed_nm_is_obeyed_in_every_layer(pruner, suffix, run):
     assert record["sparsity"] == pytest.approx(0.5, abs=2e-3)
 
 
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("flags", ["--sparsity_ratio 0.4", "--sparsity_type 4:8 --sparsity_ratio 0.5"])
+def test_what_is_kept_dense_stays_dense(pruner, flags, run):
+    # A threshold at the smallest score would take that one weight all the same.
+    record = run(f"--prune_method {pruner}_er_plus {flags}")
+    rows = table_of(f"save/layers_{pruner}_er_plus_sparsity_{record['target_sparsity']}.tsv")
+    assert {(r["planned_ratio"], r["sparsity"]) for r in rows if "layers.2." in r["name"]} == {("0.000000", "0.000000")}
+
+
 # -------------------------------------------------------------------------------------------------------- epsilon auto
 
 
@@ -121,6 +130,11 @@ def test_grid_is_zero_and_twentieths():
 def test_best_is_the_lowest_finite_and_the_smallest_of_equals():
     trials = [search.Trial(0.1, math.nan), search.Trial(0.3, 5.0), search.Trial(0.2, 5.0), search.Trial(0.0, math.inf)]
     assert search.best(trials) == search.Trial(0.2, 5.0)
+
+
+def test_nothing_finite_is_an_error():
+    with pytest.raises(UserError, match="not finite"):
+        search.best([search.Trial(0.0, math.nan), search.Trial(0.1, math.inf)])
 
 
 @pytest.mark.parametrize("method", [f"{p}_ww" for p in PRUNERS])

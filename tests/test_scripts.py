@@ -89,7 +89,7 @@ def test_script_settings_can_be_overridden():
     variables = {"MODEL": "a b", "SAVE": "there", "SPARSITY": "0.5 0.6", "METHODS": "dense wanda wanda_ww"}
     runs = dry("llama_13b", "--epsilon", "0.1", "--seed", "3", **variables)
     assert [(run.prune_method, run.sparsity_ratio) for run in runs] == [
-        (None, 0.0), ("wanda", 0.5), ("wanda_ww", 0.5), (None, 0.0), ("wanda", 0.6), ("wanda_ww", 0.6)
+        (None, 0.0), ("wanda", 0.5), ("wanda_ww", 0.5), ("wanda", 0.6), ("wanda_ww", 0.6)
     ]  # fmt: skip
     assert {(run.model, run.save, run.epsilon, run.seed) for run in runs} == {("a b", "there", 0.1, 3)}
     assert {run.ww_metric_cache for run in runs} == {None}, "another model's metric is not kept under this one's name"
@@ -278,6 +278,30 @@ def test_settings_are_not_mixed_in_a_cell(tmp_path, capsys):
         ["wanda", "AlphaPruning, epsilon 0.2", "0.7", "31.00", "24.50", "23.86"],
     ]
     assert rows[0][3:] == ["LLaMA-7B (c4, 166 windows of 2048)", "LLaMA-7B (wikitext2, 166 windows of 2048)", "paper"]
+
+
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        ({"ww_metric": "stable_rank"}, "AlphaPruning, ww_metric stable_rank"),
+        ({"mapping_type": "layer_wise"}, "AlphaPruning, mapping_type layer_wise"),
+        ({"farms": True}, "AlphaPruning, farms True"),
+        ({"nsamples": 4}, "AlphaPruning"),
+        ({"eval_windows": 4}, "AlphaPruning"),
+        ({"calib_data": "wiki_leads"}, "AlphaPruning"),
+    ],
+)
+def test_the_papers_figure_is_for_its_own_setting(change, label, tmp_path, capsys):
+    # One run alone: nothing else tells that it is another method.
+    header, row = csv_of(tmp_path, {"a": record("wanda_ww", 366.0, **change)}, capsys)
+    assert "paper" not in header and row[1] == label
+
+
+def test_a_run_without_the_metric_is_left_out(tmp_path, capsys):
+    odd, good = record("wanda", 9.0), record("magnitude", 9.0)
+    odd["zero_shot"], good["zero_shot"] = {"means": {"f1": 0.5}}, {"means": {"acc": 0.5}}
+    rows = csv_of(tmp_path, {"a": odd, "b": good}, capsys, "--value", "zero_shot")
+    assert [row[0] for row in rows] == ["method", "magnitude"]
 
 
 def test_zero_shot_table_and_a_perplexity_that_is_not_finite(tmp_path, capsys):
