@@ -86,13 +86,13 @@ def _exact(matrices: Tensor) -> tuple[Tensor, bool]:
 def _fast(matrices: Tensor) -> tuple[Tensor, bool]:
     """Return the eigenvalues of the float64 Gram matrices on the shorter side, and whether an SVD had to be done.
 
-    Their errors are about 2 sqrt(N) eps of the largest eigenvalue: where that is more than 1e-4 of the smallest (a
+    Their errors are about 2 sqrt(N) eps of the largest eigenvalue: where that is more than 1e-3 of the smallest (a
     float32 SVD is then off by more), the matrix gets a float64 SVD. A float32 Gram matrix has negative eigenvalues.
     """
     wide = matrices.double()
     wide = wide if wide.shape[-2] <= wide.shape[-1] else wide.mT
     eigs = torch.linalg.eigvalsh(wide @ wide.mT)
-    noise = 2e4 * math.sqrt(eigs.shape[-1]) * torch.finfo(torch.float64).eps
+    noise = 2e3 * math.sqrt(eigs.shape[-1]) * torch.finfo(torch.float64).eps
     bad = eigs[:, 0] <= noise * eigs[:, -1]
     if bad.any():
         eigs[bad] = torch.linalg.svdvals(wide[bad]).square().flip(-1)

@@ -88,7 +88,8 @@ def bench_spectra(rounds: int) -> list[dict]:
         weight = torch.randn(shape, generator=generator)
         for driver in ("exact", "fast"):
             times = compare(lambda w=weight: plain_spectrum(w), lambda w=weight, d=driver: spectrum(w, d), rounds)
-            rows.append(_row(f"spectrum, {driver}, {shape[0]}x{shape[1]}", *times))
+            fell_back = " (fell back to an SVD)" if spectrum(weight, driver).fell_back else ""
+            rows.append(_row(f"spectrum, {driver}, {shape[0]}x{shape[1]}{fell_back}", *times))
     return rows
 
 
