@@ -71,14 +71,15 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
 def prune_all(folder: Path, epsilon: str, save: Path) -> tuple[dict, dict]:
     """Return the record of the dense model, and those of the pruned ones by (method, sparsity)."""
     setting = f"--model {folder} --data_set digits --nsamples 1024 --num_workers 0 --epsilon {epsilon}".split()
-    setting += ["--save_dir", str(save), "--metric_cache", str(save / "metric_cache")]
+    setting += ["--metric_cache", str(save / "metric_cache")]
     quiet = Console(quiet=True)
     parse = main.make_parser().parse_args
-    dense = main.run(parse(setting), quiet)
+    dense = main.run(parse([*setting, "--save_dir", str(save / "dense")]), quiet)
     records = {}
     for method in METHODS:
         for sparsity in SPARSITIES:
-            args = parse([*setting, "--prune_metric", method, "--sparsity", str(sparsity)])
+            where = ["--save_dir", str(save / method)]  # the published file names do not hold the method
+            args = parse([*setting, *where, "--prune_metric", method, "--sparsity", str(sparsity)])
             records[method, sparsity] = main.run(args, quiet)
     return dense, records
 
