@@ -57,11 +57,18 @@ class _Note(argparse.Action):
         namespace.given = [*getattr(namespace, "given", []), self.dest]
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Answers a wrong command line with one line."""
 
     def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, formatter_class=_Help, allow_abbrev=False, **kwargs)
         self.register("action", None, _Note)
 
     def error(self, message: str) -> NoReturn:
@@ -92,8 +99,6 @@ def make_parser() -> argparse.ArgumentParser:
         description="Prune a LLaMA-family model and measure its perplexity. Without --prune_method: the dense model's.",
         epilog="example: python main.py --model smollm2-135m --prune_method wanda_ww --sparsity_ratio 0.5 "
         "--epsilon 0.2 --calib_data wiki_leads --eval_data wiki_leads --seqlen 512 --nsamples 16",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("model").add_argument
     add("--model", required=True, help=f"hub id, local folder, .gguf file, or {models.SMOLLM2}")
@@ -111,8 +116,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--prune_method",
         metavar="METHOD",
-        help=f"{{{','.join(pruners.PRUNERS)}}}, each alone or with a suffix that says how the "
-        f"sparsity is shared out, {{{','.join('_' + a for a in allocation.ALLOCATIONS if a)}}}; _ww: by --ww_metric",
+        help=f"{{{', '.join(pruners.PRUNERS)}}}, each alone or with a suffix that says how the "
+        f"sparsity is shared out, {{{', '.join('_' + a for a in allocation.ALLOCATIONS if a)}}}; _ww: by --ww_metric",
     )
     add("--sparsity_ratio", type=float, default=0.0, metavar="S", help="fraction of the weights to remove, in [0, 1)")
     add(
@@ -128,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--ww_metric",
         default="alpha_peak",
         metavar="METRIC",
-        help=f"of each matrix, for _ww: {{{','.join(METRICS)}}}; "
+        help=f"of each matrix, for _ww: {{{', '.join(METRICS)}}}; "
         "a larger alpha, stable rank or entropy (less heavy-tailed) is pruned more; so is a larger norm, as published",
     )
     add("--ww_metric_cache", metavar="DIR", help="where the metric is kept (default: data/<model's own folder name>)")

@@ -43,8 +43,6 @@ def make_parser() -> argparse.ArgumentParser:
         description="Prune a ViT, DeiT or ConvNeXt and measure its accuracy. Without --prune_metric: the dense one's.",
         epilog="example: python image_classifiers/main.py --model convnext_base --data_path IMAGENET --resume WEIGHTS "
         "--prune_metric wanda_ww --sparsity 0.8 --save_dir OUT --WW_metric alpha_mid --epsilon 0.2",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("model").add_argument
     add("--model", required=True, help=f"name that timm knows, or a folder written by --save_model; {models.SUPPORTED}")

@@ -18,8 +18,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = pruning.Parser(
         prog="evaluate_ppl.py",
         description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_model_flags(parser)
     add = parser.add_argument

@@ -108,7 +108,7 @@ def _not_finite(what: str, loss: float, step: int) -> UserError:
 
 
 def make_parser() -> Parser:
-    parser = Parser((LoraArguments, TrainingArguments), prog="finetune_lm.py", description=__doc__, allow_abbrev=False)
+    parser = Parser((LoraArguments, TrainingArguments), prog="finetune_lm.py", description=__doc__)
     parser.set_defaults(output_dir=None, **PUBLISHED, **dict.fromkeys(OPEN))
     resume = parser._option_string_actions["--resume_from_checkpoint"]
     resume.nargs, resume.const = "?", LAST

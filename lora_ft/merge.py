@@ -29,8 +29,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = pruning.Parser(
         prog="merge.py",
         description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     evaluate_ppl.add_model_flags(parser)
     add = parser.add_argument
