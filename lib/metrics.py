@@ -110,6 +110,7 @@ def measure(
 ) -> LayerMetrics:
     """Return the metric of every layer, measured block by block on the weights' own devices."""
     values: dict[str, float] = {}
+    fell_back: list[str] = []
     with tqdm(total=len(layers), desc=metric, unit="matrix", disable=None) as bar, _single_threaded() as workers:
         for index, group in groupby(layers, key=lambda layer: layer.block):
             group = list(group)
@@ -118,18 +119,21 @@ def measure(
                 if metric in WEIGHTWATCHER:
                     numbers = _through_weightwatcher(metric, group, settings.seed)
                 else:
-                    numbers = _map(partial(_value, metric, settings), group, workers, device)
+                    numbers = _map(partial(_value, metric, settings, fell_back), group, workers, device)
                 for layer, number in zip(group, numbers, strict=True):
                     values[layer.name] = number
                     bar.update()
+    if fell_back:
+        names = ", ".join(sorted(fell_back)[:3]) + (" ..." if len(fell_back) > 3 else "")
+        log.warning("too ill-conditioned for the fast driver, a float64 SVD was taken: %d, %s", len(fell_back), names)
     return LayerMetrics(metric, model, values)
 
 
-def _value(metric: str, settings: Settings, layer: PrunableLayer) -> float:
+def _value(metric: str, settings: Settings, fell_back: list[str], layer: PrunableLayer) -> float:
     try:
         spec = spectrum(layer.module.weight, settings.driver, settings.farms)
         if spec.fell_back:
-            log.warning("%s: too ill-conditioned for the fast driver; a float64 SVD is used", layer.name)
+            fell_back.append(layer.name)
         return METRICS[metric](spec)
     except NoFit as error:
         raise UserError(f"{layer.name}: {metric} cannot be computed, {error}") from error
