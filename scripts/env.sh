@@ -24,7 +24,7 @@ PYTHON_BIN="$PWD/.venv/bin/python"
 # need FILE [pip options]: install a requirements file, unless this very file was installed before.
 need() {
     local file="$1"; shift
-    local stamp=".venv/installed-$(basename "$file")"
+    local stamp=".venv/installed-${file//\//-}"
     cmp -s "$file" "$stamp" && return
     echo "installing $file (the first time takes minutes)"
     "$PYTHON_BIN" -m pip install --quiet --disable-pip-version-check "$@" -r "$file" || fail "pip could not install $file"

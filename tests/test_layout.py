@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -283,3 +284,22 @@ def test_published_command_is_understood():
 def test_eval_wikitext_takes_true_and_false(given, value):
     flags = ["--eval_wikitext", *given] if given else []
     assert main.make_parser().parse_args(["--model", "m", *flags]).eval_wikitext is value
+
+
+def test_a_requirements_file_is_installed_once_whatever_its_folder(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "env.sh").write_text((ROOT / "scripts" / "env.sh").read_text())
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@" >> pip.log\n')
+    python.chmod(0o755)
+    for name in ("requirements.txt", "scripts/requirements.txt"):
+        (tmp_path / name).write_text(f"# {name}\n")
+    lines = "source scripts/env.sh; need requirements.txt; need scripts/requirements.txt --no-deps"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON_BIN"}
+    for _ in range(2):
+        subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert len((tmp_path / "pip.log").read_text().splitlines()) == 2
+    (tmp_path / "requirements.txt").write_text("# changed\n")
+    subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert len((tmp_path / "pip.log").read_text().splitlines()) == 3
