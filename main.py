@@ -486,7 +486,7 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
     if args.metrics_only:
         with stages.stage("metric"):
             values = _metric(args, loaded)
-        _print_metric(console, args, layers, values, _cache(args, source))
+        _print_metric(console, args, layers, values, metric_folder(args, source.name))
         return {"method": task.method, "metric": values, "stages": stages.table}
 
     rows, trials, epsilon = [], [], None
@@ -511,7 +511,8 @@ def run(args: argparse.Namespace, console: Console, kept: dict | None = None) ->
             perplexity = eval.perplexity(model, texts.evaluation)
     if args.save_model:
         with stages.stage("save"):
-            _save_model(_model_folder(args, task), loaded, tokenizer, measured)
+            models.save_llm(model, tokenizer, _model_folder(args, task))
+            prune.check_saved(_model_folder(args, task), layers, measured)
 
     def about(name: str, windows: Tensor | None) -> dict | None:
         return None if windows is None else {"text": name, "windows": len(windows), "seqlen": seqlen}
@@ -578,8 +579,9 @@ def _warn_of_replacement(args: argparse.Namespace, task: Task) -> None:
         log.warning("%s is there already and will be replaced", _model_folder(args, task))
 
 
-def _cache(args: argparse.Namespace, source: models.Source) -> Path:
-    return Path(args.ww_metric_cache or Path("data") / source.name)
+def metric_folder(args: argparse.Namespace, name: str) -> Path:
+    """Return where the metrics of the model ``name`` are kept."""
+    return Path(args.ww_metric_cache or Path("data") / name)
 
 
 def _model_folder(args: argparse.Namespace, task: Task) -> Path:
@@ -598,8 +600,8 @@ def _check_against(args: argparse.Namespace, task: Task, source: models.Source, 
         _check_divisible(layers, task.nm)
     if task.allocation == "ww":
         settings = _settings(args)
-        metrics.read_cache(_cache(args, source), args.ww_metric, source.name, layers, settings)
-        results.prepare("--ww_metric_cache", _cache(args, source))
+        metrics.read_cache(metric_folder(args, source.name), args.ww_metric, source.name, layers, settings)
+        results.prepare("--ww_metric_cache", metric_folder(args, source.name))
         for layer in layers if args.farms else ():
             try:
                 esd.farms_windows(tuple(layer.module.weight.shape), settings.farms)
@@ -613,8 +615,7 @@ def _check_against(args: argparse.Namespace, task: Task, source: models.Source, 
                 raise UserError(f"--{flag} {getattr(args, flag)}: is a folder; give a file")
             results.prepare(f"--{flag}", Path(getattr(args, flag)).parent)
     if args.save_model:
-        wide = args.dtype == "float32" or (args.dtype == "auto" and not torch.cuda.is_available())
-        size = sum(p.numel() for p in skeleton.parameters()) * (4 if wide else 2)
+        size = models.saved_bytes(skeleton, args.dtype)
         results.prepare("--save_model", _model_folder(args, task).parent, size)
 
 
@@ -647,7 +648,7 @@ def _check_vocabulary(args: argparse.Namespace, skeleton: PreTrainedModel, texts
 
 
 def _metric(args: argparse.Namespace, loaded: Loaded) -> dict[str, float]:
-    folder = Path(args.ww_metric_cache or Path("data") / loaded.name)
+    folder = metric_folder(args, loaded.name)
     return metrics.load_or_measure(
         folder, args.ww_metric, loaded.name, loaded.layers, loaded.blocks, _settings(args)
     ).values
@@ -725,13 +726,6 @@ def _write_plan(args: argparse.Namespace, task: Task, plan: allocation.SparsityP
         plans.save_plan(Path(args.save_plan), plan, loaded.name, loaded.layers, made_by)
     if recipe:
         results.write_atomically(Path(args.export_llmcompressor), recipe)
-
-
-def _save_model(folder: Path, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, measured: float) -> None:
-    models.save_llm(loaded.model, tokenizer, folder)
-    written = prune.checkpoint_sparsity(folder, [layer.name for layer in loaded.layers])
-    if written != measured:
-        raise RuntimeError(f"{folder}: holds a sparsity of {written}, the model has {measured}")
 
 
 def _print_metric(

@@ -280,9 +280,7 @@ def run(args: argparse.Namespace, console: Console) -> dict:
     if known.saved:
         with stages.stage("save"):
             models.save(model, known.size, known.saved)
-            written = prune.checkpoint_sparsity(known.saved, [layer.name for layer in parts.pruned])
-            if written != measured:
-                raise RuntimeError(f"{known.saved}: holds a sparsity of {written}, the model has {measured}")
+            prune.check_saved(known.saved, parts.pruned, measured)
     about = {"parameters": sum(p.numel() for p in model.parameters()), "prunable": total}
     record = {
         "complete": True,

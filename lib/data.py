@@ -212,9 +212,7 @@ def training_blocks(
         for start in range(0, len(pieces), step):
             special = not stream or start == 0
             some = tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
-            tokens += [
-                torch.tensor(ids, dtype=torch.int32) for ids in some
-            ]  # of a whole shard, int64 would be gigabytes
+            tokens += [torch.tensor(ids, dtype=torch.int32) for ids in some]  # int64 of a shard would be gigabytes
             have += sum(map(len, some))
             count = min(have // size, most or have)
             bar.update(count - bar.n)

@@ -254,7 +254,7 @@ def _check_sidecar(about: dict, wanted: LayerMetrics, layers: Sequence[PrunableL
 
 
 def _check_mean(layer: PrunableLayer, mean: float, path: str, mend: str) -> None:
-    if abs(_mean_abs(layer.module) - mean) > _SAME_WEIGHTS * mean:
+    if not same_weights(layer.module, mean):
         raise UserError(f"{path}was measured on other weights of the same name and shape (see {layer.name}){mend}")
 
 
@@ -280,7 +280,7 @@ def write_cache(
     means = []
     for index, group in groupby(layers, key=lambda layer: layer.block):
         with resident(blocks[index]):
-            means += [_mean_abs(layer.module) for layer in group]
+            means += [mean_abs(layer.module) for layer in group]
     about = {
         "model": metrics.model,
         "metric": metrics.metric,
@@ -305,5 +305,12 @@ def write_cache(
         raise UserError(f"--ww_metric_cache {folder}: cannot be written ({error.strerror or error})") from error
 
 
-def _mean_abs(module: nn.Module) -> float:
+def same_weights(module: nn.Module, mean: float) -> bool:
+    """Return whether ``mean`` is that of the module's |W|, but for rounding."""
+    own = mean_abs(module)
+    return abs(own - mean) <= _SAME_WEIGHTS * min(own, mean)
+
+
+def mean_abs(module: nn.Module) -> float:
+    """Return the mean of |W|, which tells weights apart that have the same name and shape."""
     return module.weight.detach().abs().mean(dtype=torch.float32).item()

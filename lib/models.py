@@ -193,6 +193,12 @@ def save_llm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target:
         tokenizer.save_pretrained(folder)
 
 
+def saved_bytes(skeleton: PreTrainedModel, dtype: str) -> int:
+    """Return the size of the weights once ``load_llm`` has read them as ``dtype``, in bytes."""
+    wide = dtype == "float32" or (dtype == "auto" and not torch.cuda.is_available())
+    return sum(p.numel() for p in skeleton.parameters()) * (4 if wide else 2)
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """Return the number of positions that the model was made for, None if its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

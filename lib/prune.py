@@ -211,6 +211,13 @@ def count_zeros(blocks: nn.ModuleList, layers: Sequence[PrunableLayer]) -> list[
     return zeros
 
 
+def check_saved(folder: Path, layers: Sequence[PrunableLayer], measured: float) -> None:
+    """Read a saved folder back: its sparsity must be the one that the model in memory has."""
+    written = checkpoint_sparsity(folder, [layer.name for layer in layers])
+    if written != measured:
+        raise RuntimeError(f"{folder}: holds a sparsity of {written}, the model has {measured}")
+
+
 def checkpoint_sparsity(folder: Path, names: Sequence[str]) -> float:
     """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files."""
     from safetensors import safe_open

@@ -153,6 +153,22 @@ def _umask() -> int:
     return mask
 
 
+def save_figure(figure, path: Path, dpi: int) -> None:
+    """Write a matplotlib ``figure`` as a PNG, under a temporary name at first.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    tmp = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(tmp, dpi=dpi, format="png")
+        tmp.rename(path)
+    except OSError as error:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 def perplexity_text(method: str, sparsity: float, perplexity: float) -> str:
     """Return the content of ``perplexity_<run>.txt``, in the published format."""
     return f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{perplexity:.4f}\n"

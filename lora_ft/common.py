@@ -14,7 +14,7 @@ from typing import NamedTuple
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import main
-from lib import UserError, models, prune, results
+from lib import UserError, metrics, models, prune, results
 
 log = logging.getLogger("lora_ft")
 
@@ -23,7 +23,6 @@ CACHE = str(ROOT / "llm_weights")  # the same from wherever a command is typed
 BASE = "base_model.json"  # beside an adapter: which weights it was trained on
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-_SAME_WEIGHTS = 1e-3  # relative, of a layer's mean |W|: far above what rounding to half precision does to it
 _DENSE = 0.01  # a sparsity below this is no pruning
 
 
@@ -188,7 +187,8 @@ def load_adapter(given: str, loaded: Loaded, base: Base):
 
 def write_base(folder: Path, loaded: Loaded, base: Base) -> None:
     """Write beside an adapter which weights it was trained on."""
-    about = {"model": identity(base.source), "sparsity": loaded.sparsity, "mean_abs": _mean_abs(loaded)}
+    about = {"model": identity(base.source), "sparsity": loaded.sparsity}
+    about["mean_abs"] = {layer.name: metrics.mean_abs(layer.module) for layer in loaded.layers}
     results.write_atomically(folder / BASE, json.dumps(about, indent=1) + "\n")
 
 
@@ -199,16 +199,12 @@ def check_base(folder: Path, flag: str, loaded: Loaded, base: Base) -> None:
         log.warning("%s: has no %s: whether it was trained on %s cannot be checked", flag, BASE, base.source.given)
         return
     about = json.loads(path.read_text(encoding="utf-8"))
-    for name, mean in _mean_abs(loaded).items():
-        if abs(about["mean_abs"].get(name, 0) - mean) > _SAME_WEIGHTS * mean:
+    for layer in loaded.layers:
+        if not metrics.same_weights(layer.module, about["mean_abs"].get(layer.name, 0)):
             raise UserError(
-                f"{flag}: was trained on other weights than those of --model {base.source.given} (see {name}); "
+                f"{flag}: was trained on other weights than those of --model {base.source.given} (see {layer.name}); "
                 f"give the model it was trained on, {about['model']}"
             )
-
-
-def _mean_abs(loaded: Loaded) -> dict[str, float]:
-    return {layer.name: layer.module.weight.detach().float().abs().mean().item() for layer in loaded.layers}
 
 
 def identity(source: models.Source) -> str:

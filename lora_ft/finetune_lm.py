@@ -400,10 +400,8 @@ def _plot(history: list[dict], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker=".", label=label)
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
     axes.legend()
-    tmp = path.with_name(f".{path.name}")
-    figure.savefig(tmp, format="png", dpi=120)
+    results.save_figure(figure, path, dpi=120)
     pyplot.close(figure)
-    tmp.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:

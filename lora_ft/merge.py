@@ -54,8 +54,7 @@ def run(args: argparse.Namespace, console: Console) -> list[Row]:
     common.check_length("--ctx_length", args.ctx_length, base.skeleton)
     common.check_adapter(args.lora_weights, base)
     out = Path(args.out)
-    size = sum(p.numel() for p in base.skeleton.parameters()) * (4 if args.dtype == "float32" else 2)
-    results.prepare("--out", out, size)
+    results.prepare("--out", out, models.saved_bytes(base.skeleton, args.dtype))
     windows = data.evaluation_windows(args.dataset, base.tokenizer, args.ctx_length, args.eval_windows)
 
     loaded = common.load_base(base, args.dtype)
@@ -72,9 +71,7 @@ def run(args: argparse.Namespace, console: Console) -> list[Row]:
         rows.append(Row("merged, zeros kept", _sparsity(loaded), eval.perplexity(merged, windows)))
 
     models.save_llm(merged, base.tokenizer, out)
-    written = prune.checkpoint_sparsity(out, [layer.name for layer in loaded.layers])
-    if written != rows[-1].sparsity:
-        raise RuntimeError(f"{out}: holds a sparsity of {written}, the model has {rows[-1].sparsity}")
+    prune.check_saved(out, loaded.layers, rows[-1].sparsity)
     record = {
         "rows": [row._asdict() for row in rows],
         "written": rows[-1].state,

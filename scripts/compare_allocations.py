@@ -85,9 +85,7 @@ def plot(rows: dict[str, dict[float, float]], sparsities: list[float], title: st
     axes.grid(axis="x", which="both", alpha=0.3)
     axes.set(xscale="log", xlabel="perplexity", title=title)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    tmp = path.with_name(f".{path.name}")
-    figure.savefig(tmp, dpi=150, format="png")
-    tmp.rename(path)
+    results.save_figure(figure, path, dpi=150)
 
 
 def run(argv: list[str]) -> int:

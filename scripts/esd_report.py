@@ -79,7 +79,7 @@ def report(args: argparse.Namespace) -> Path:
     chosen = [] if args.layers is None else [_full_name(name, known) for name in args.layers.split(",")]
     model = models.load_llm(source, args.dtype)
     blocks, layers = models.find_blocks(model)[1], models.prunable_layers(model)
-    folder = Path(args.ww_metric_cache or Path("data") / source.name)
+    folder = program.metric_folder(args, source.name)
     settings = metrics.Settings(args.esd_driver)
     values = metrics.load_or_measure(folder, args.ww_metric, source.name, layers, blocks, settings).values
     ratios = allocation.heavy_tailed(layers, args.sparsity_ratio, values, args.epsilon, args.mapping_type)
@@ -89,10 +89,10 @@ def report(args: argparse.Namespace) -> Path:
 
     out.mkdir(parents=True, exist_ok=True)
     _write_table(out / "layers.tsv", about)
-    _save(draw_blocks(about), out / "blocks.png")
-    _save(draw_heat_map(about), out / "heat_map.png")
+    results.save_figure(draw_blocks(about), out / "blocks.png", dpi=130)
+    results.save_figure(draw_heat_map(about), out / "heat_map.png", dpi=130)
     by_name = {layer.name: layer for layer in layers}
-    _save(draw_spectra([by_name[name] for name in chosen], blocks, args), out / "spectra.png")
+    results.save_figure(draw_spectra([by_name[name] for name in chosen], blocks, args), out / "spectra.png", dpi=130)
     _write_page(out / "report.md", about)
     return out / "report.md"
 
@@ -252,16 +252,6 @@ Plan: {about.title}. Every matrix is in [layers.tsv](layers.tsv).
 
 ![density of the eigenvalues](spectra.png)
 """)  # fmt: skip
-
-
-def _save(figure, path: Path) -> None:
-    tmp = path.with_name(f".{path.name}")
-    try:
-        figure.savefig(tmp, dpi=130, format="png")
-        tmp.rename(path)
-    except OSError as error:
-        tmp.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from image_classifiers import data, main, models
 from image_classifiers.evaluation import accuracy
-from lib import UserError
+from lib import UserError, results
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("magnitude", "magnitude_ww", "wanda", "wanda_ww")
@@ -113,8 +113,7 @@ def plot(found: dict[str, tuple[dict, dict]], path: Path) -> None:
     axes[0][0].set_ylabel("top-1 accuracy, %")
     axes[0][0].legend()
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    results.save_figure(figure, path, dpi=120)
 
 
 def demo(epsilon: str, save: Path) -> None:

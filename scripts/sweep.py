@@ -93,10 +93,7 @@ def saved_seconds(made: list[dict], start_up: float) -> float:
 
 def plot(records: list[dict], path: Path) -> None:
     """Write a PNG: perplexity over sparsity, a line per method and epsilon, log axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[float, float]]] = {}
     dense = [record for record in records if record["method"] == "dense"]
@@ -105,7 +102,8 @@ def plot(records: list[dict], path: Path) -> None:
         label += f", epsilon {record['flags']['epsilon']}" if label.endswith("_ww") else ""
         if record not in dense:
             lines.setdefault(label, []).append((record["target_sparsity"], record["perplexity"]))
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for label, points in lines.items():
         style = "o-" if "_" in label else "s--"
         axes.plot(*zip(*sorted(points), strict=True), style, label=label, linewidth=1, markersize=4)
@@ -114,10 +112,7 @@ def plot(records: list[dict], path: Path) -> None:
     axes.set(yscale="log", xlabel="sparsity", title=records[0]["model"]["name"])
     axes.set_ylabel(f"perplexity, {records[0]['evaluation']['text']}")
     axes.legend(fontsize="small")
-    tmp = path.with_name(f".{path.name}")
-    figure.savefig(tmp, dpi=150, bbox_inches="tight", format="png")
-    pyplot.close(figure)
-    tmp.rename(path)
+    results.save_figure(figure, path, dpi=150)
 
 
 def run(argv: list[str], start_up: float) -> int:

@@ -217,9 +217,7 @@ def plot(record: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(tmp, format="png", dpi=120)
-    tmp.rename(path)
+    results.save_figure(figure, path, dpi=120)
     pyplot.close(figure)
 
 
