@@ -1,8 +1,18 @@
-"""The parts of the experiment; here is what every room may use, the error that a user can mend."""
+"""Errors that the user can fix, and the rooms of the experiment."""
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what was given, what is true, what to type.
+    """An error that the user can fix, in one line: what was given, what is true, what to type.
 
-    Row 5 (``main.py`` and the other commands) prints it without a traceback and exits with status 2.
+    ``field`` is the flag at fault by the name of its settings field, None where no flag is. The command that runs
+    prints the flag in its own spelling (``lib.command``) without a traceback and exits with status 2.
     """
+
+    def __init__(self, field: str | None, text: str) -> None:
+        super().__init__(text if field is None else f"--{field} {text}")
+        self.field, self.text = field, text
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,4 @@
-"""Numbers become ratios that add up to the budget."""
+"""Allocations: how the overall sparsity is distributed over layers, within the budget."""
 
 import logging
 import math
@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from lib import UserError
-from lib.models import PrunableLayer
+from lib.layers import Layer
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +36,13 @@ Values = Mapping[str, float]  # a number by layer name
 Ratios = dict[str, float]
 
 
-def uniform(layers: Sequence[PrunableLayer], target: float, values: Values | None = None) -> Ratios:
+def uniform(layers: Sequence[Layer], target: float, values: Values | None = None) -> Ratios:
     """Return the same ratio for every layer."""
     return {layer.name: target for layer in layers}
 
 
 def heavy_tailed(
-    layers: Sequence[PrunableLayer], target: float, values: Values, epsilon: float, mapping: str
+    layers: Sequence[Layer], target: float, values: Values, epsilon: float, mapping_type: str
 ) -> Ratios:
     """Return ratios that grow linearly with a metric such as alpha (paper, section 3.2).
 
@@ -52,33 +52,32 @@ def heavy_tailed(
     Args:
         values: the metric by layer name.
         epsilon: half width of the map before scaling, in [0, 1].
-        mapping: ``block_wise`` (each matrix of a block gets the block's mean metric) or ``layer_wise``.
+        mapping_type: ``block_wise`` (each matrix of a block gets the block's mean metric) or ``layer_wise``.
     """
-    groups, x = _scaled_groups(layers, values, mapping)
+    groups, x = _scaled_groups(layers, values, mapping_type)
     ratios = spread([1 - epsilon + 2 * epsilon * value for value in x], _sizes(groups), target)
-    _warn_of_cap(
-        groups, ratios, f"--epsilon that needs no cap is {_typed(largest_epsilon(layers, target, values, mapping))}"
-    )
+    largest = _typed(largest_epsilon(layers, target, values, mapping_type))
+    _warn_of_cap(groups, ratios, f"--epsilon that needs no cap is {largest}")
     return _by_name(groups, ratios)
 
 
-def largest_epsilon(layers: Sequence[PrunableLayer], target: float, values: Values, mapping: str) -> float:
+def largest_epsilon(layers: Sequence[Layer], target: float, values: Values, mapping_type: str) -> float:
     """Return the largest epsilon, at most 1, with which ``heavy_tailed`` needs no cap: (1 - s) / (1 + s - 2 mean x)."""
-    groups, x = _scaled_groups(layers, values, mapping)
+    groups, x = _scaled_groups(layers, values, mapping_type)
     sizes = _sizes(groups)
     room = 1 + target - 2 * sum(n * value for n, value in zip(sizes, x, strict=True)) / sum(sizes)
     return 1.0 if room <= 1 - target else (1 - target) / room
 
 
 def _scaled_groups(
-    layers: Sequence[PrunableLayer], values: Values, mapping: str
-) -> tuple[list[list[PrunableLayer]], list[float]]:
+    layers: Sequence[Layer], values: Values, mapping_type: str
+) -> tuple[list[list[Layer]], list[float]]:
     """Return the groups that share a ratio, and the mean metric of each, scaled to [0, 1]."""
-    groups = _blocks(layers) if mapping == "block_wise" else [[layer] for layer in layers]
+    groups = _blocks(layers) if mapping_type == "block_wise" else [[layer] for layer in layers]
     return groups, _scaled([sum(values[layer.name] for layer in group) / len(group) for group in groups])
 
 
-def outlier_weighted(layers: Sequence[PrunableLayer], target: float, values: Values, owl_lambda: float) -> Ratios:
+def outlier_weighted(layers: Sequence[Layer], target: float, values: Values, owl_lambda: float) -> Ratios:
     """Return block ratios that fall linearly with the share of outliers +- ``owl_lambda`` (OWL: Yin et al., 2024).
 
     Args:
@@ -89,7 +88,7 @@ def outlier_weighted(layers: Sequence[PrunableLayer], target: float, values: Val
     return _around(groups, target, [-2 * owl_lambda * value for value in x], "--owl_lambda", owl_lambda)
 
 
-def dynamic(layers: Sequence[PrunableLayer], target: float, values: Values, dlp_alpha: float) -> Ratios:
+def dynamic(layers: Sequence[Layer], target: float, values: Values, dlp_alpha: float) -> Ratios:
     """Return block ratios that fall linearly with the importance 1 - score / sum of scores (DLP: Chen et al., 2025).
 
     Args:
@@ -99,36 +98,37 @@ def dynamic(layers: Sequence[PrunableLayer], target: float, values: Values, dlp_
     groups = _blocks(layers)
     scores = [values[group[0].name] for group in groups]
     if not sum(scores) > 0:
-        raise UserError("_dlp: every block's median score is zero: the checkpoint is pruned by half already; use _owl")
+        text = "_dlp: every block's median score is zero: the checkpoint is pruned by half already; use _owl"
+        raise UserError(None, text)
     x = _scaled([1 - score / sum(scores) for score in scores])
     return _around(groups, target, [-2 * dlp_alpha * value for value in x], "--dlp_alpha", dlp_alpha)
 
 
-def arithmetic(layers: Sequence[PrunableLayer], target: float, values: None, atp_beta: float) -> Ratios:
+def arithmetic(layers: Sequence[Layer], target: float, values: None, atp_beta: float) -> Ratios:
     """Return target - beta (L-1)/2 + beta i for block i of L, with beta = ``atp_beta`` (ATP: arXiv 2502.14770)."""
     groups = _blocks(layers)
     return _around(groups, target, [atp_beta * i for i in range(len(groups))], "--atp_beta", atp_beta)
 
 
-def erdos_renyi(layers: Sequence[PrunableLayer], target: float, values: Values | None = None) -> Ratios:
+def erdos_renyi(layers: Sequence[Layer], target: float, values: Values | None = None) -> Ratios:
     """Return ratios whose densities go with (n_in + n_out) / (n_in n_out), none above 1 (Mocanu et al., 2018)."""
     return _erdos_renyi(layers, [], target)
 
 
-def erdos_renyi_plus(layers: Sequence[PrunableLayer], target: float, values: Values | None = None) -> Ratios:
+def erdos_renyi_plus(layers: Sequence[Layer], target: float, values: Values | None = None) -> Ratios:
     """Return the same with the layers of the last block kept dense (ER-plus: Liu et al., 2022)."""
     groups = _blocks(layers)
     return _erdos_renyi([layer for group in groups[:-1] for layer in group], groups[-1], target)
 
 
-def from_shares(layers: Sequence[PrunableLayer], target: float, values: Values) -> Ratios:
+def from_shares(layers: Sequence[Layer], target: float, values: Values) -> Ratios:
     """Return ``values``, each layer's share of weights below one threshold over all layers, as ratios."""
     groups = [[layer] for layer in layers]
     return _by_name(groups, spread([values[layer.name] for layer in layers], _sizes(groups), target))
 
 
 class Allocation(NamedTuple):
-    """How the overall target is shared out.
+    """How the overall target is distributed over layers.
 
     ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name. ``wants`` says what ``values``
     are: ``metric`` (--ww_metric), ``outlier_ratio``, ``median_score`` (from a calibration pass), ``lamp_score``,
@@ -143,7 +143,7 @@ class Allocation(NamedTuple):
 # By the suffix of the method: <pruner>[_<allocation>].
 ALLOCATIONS: dict[str, Allocation] = {
     "": Allocation(uniform),
-    "ww": Allocation(heavy_tailed, "metric", ("epsilon", "mapping")),
+    "ww": Allocation(heavy_tailed, "metric", ("epsilon", "mapping_type")),
     "owl": Allocation(outlier_weighted, "outlier_ratio", ("owl_lambda",)),
     "dlp": Allocation(dynamic, "median_score", ("dlp_alpha",)),
     "atp": Allocation(arithmetic, None, ("atp_beta",)),
@@ -154,20 +154,22 @@ ALLOCATIONS: dict[str, Allocation] = {
 }
 
 
-def _erdos_renyi(layers: Sequence[PrunableLayer], dense: Sequence[PrunableLayer], target: float) -> Ratios:
+def _erdos_renyi(layers: Sequence[Layer], dense: Sequence[Layer], target: float) -> Ratios:
     sizes = _sizes([[layer] for layer in layers])
     kept = sum(_sizes([[layer] for layer in dense]))
     budget = (1 - target) * (sum(sizes) + kept) - kept  # of weights to keep in ``layers``
     if budget < 0 or not layers:
-        raise UserError(f"a sparsity of {target} cannot be met with the last block kept dense; lower --sparsity_ratio")
-    shapes = [layer.module.weight.shape[:2] for layer in layers]  # of 1x1 convolutions too
+        raise UserError(
+            "sparsity_ratio", f"{target}: cannot be met with the last block kept dense; lower it"
+        )
+    shapes = [layer.shape[:2] for layer in layers]  # of 1x1 convolutions too
     densities = spread([(n_out + n_in) / (n_out * n_in) for n_out, n_in in shapes], sizes, budget / sum(sizes))
     ratios = {layer.name: 1 - density for layer, density in zip(layers, densities, strict=True)}
     return ratios | {layer.name: 0.0 for layer in dense}
 
 
 def _around(
-    groups: Sequence[Sequence[PrunableLayer]], target: float, offsets: Sequence[float], flag: str, width: float
+    groups: Sequence[Sequence[Layer]], target: float, offsets: Sequence[float], flag: str, width: float
 ) -> Ratios:
     """Return target + offset, shifted so that the mean weighted by size is the target, within [0, 1]."""
     sizes = _sizes(groups)
@@ -180,12 +182,12 @@ def _around(
     return _by_name(groups, ratios)
 
 
-def _blocks(layers: Sequence[PrunableLayer]) -> list[list[PrunableLayer]]:
+def _blocks(layers: Sequence[Layer]) -> list[list[Layer]]:
     return [list(group) for _, group in groupby(layers, key=lambda layer: layer.block)]
 
 
-def _sizes(groups: Sequence[Sequence[PrunableLayer]]) -> list[int]:
-    return [sum(layer.module.weight.numel() for layer in group) for group in groups]
+def _sizes(groups: Sequence[Sequence[Layer]]) -> list[int]:
+    return [sum(layer.size for layer in group) for group in groups]
 
 
 def _scaled(values: Sequence[float]) -> list[float]:
@@ -193,7 +195,7 @@ def _scaled(values: Sequence[float]) -> list[float]:
     return [(value - low) / (high - low) if high > low else 0.5 for value in values]
 
 
-def _by_name(groups: Sequence[Sequence[PrunableLayer]], ratios: Sequence[float]) -> Ratios:
+def _by_name(groups: Sequence[Sequence[Layer]], ratios: Sequence[float]) -> Ratios:
     return {layer.name: ratio for group, ratio in zip(groups, ratios, strict=True) for layer in group}
 
 
@@ -213,9 +215,8 @@ def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[
         room = budget - sum(sizes[i] for i in capped)
         weight = math.fsum(sizes[i] * shape[i] for i in free)
         if room > 0 and not weight:  # what is left has shape 0: proportion says nothing there
-            raise UserError(
-                f"a sparsity of {target} cannot be met by this allocation; lower --sparsity_ratio or --epsilon"
-            )
+            text = f"{target}: cannot be met by this allocation; lower it, or the allocation's width (epsilon)"
+            raise UserError("sparsity_ratio", text)
         scale = room / weight if weight else 0
         over = [i for i in free if scale * shape[i] > 1]
         if not over:
@@ -224,26 +225,26 @@ def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[
 
 
 def _warn_of_cap(
-    groups: Sequence[Sequence[PrunableLayer]], ratios: Sequence[float], largest: str, floor: bool = False
+    groups: Sequence[Sequence[Layer]], ratios: Sequence[float], largest: str, floor: bool = False
 ) -> None:
     capped = [group for group, ratio in zip(groups, ratios, strict=True) if ratio == 1]
     if not capped and not floor:
         return
     whole = len(groups[0]) > 1
     names = ", ".join(str(group[0].block) if whole else group[0].name for group in capped)
-    what = f"{'blocks' if whole else 'layers'} {names} would be pruned by more than all: capped at 1" if capped else ""
-    less = "some blocks would be pruned by less than nothing: left dense" if floor else ""
+    what = f"{'blocks' if whole else 'layers'} {names} would need a sparsity above 1: capped at 1" if capped else ""
+    less = "some blocks would need a sparsity below 0: left dense" if floor else ""
     cut = "; ".join(part for part in (what, less) if part)
     log.warning("%s, the rest spread over the others; the largest %s", cut, largest)
 
 
-def mixed_nm(layers: Sequence[PrunableLayer], ratios: Ratios, target: float, group: int) -> dict[str, tuple[int, int]]:
+def mixed_nm(layers: Sequence[Layer], ratios: Ratios, target: float, group: int) -> dict[str, tuple[int, int]]:
     """Return (N, M = ``group``) for each layer, N as its ratio wants it and the whole within 1/1000 of the target.
 
     Each layer's M - N starts as the whole part of M * ratio; what the budget has left goes to the layers with
-    the largest remainders, and single steps then mend what is over or short. At least one of M is kept.
+    the largest remainders, and single steps then correct what is over or short. At least one of M is kept.
     """
-    sizes = {layer.name: layer.module.weight.numel() for layer in layers}
+    sizes = {layer.name: layer.size for layer in layers}
     removed = {name: min(group - 1, math.floor(group * ratio + 1e-9)) for name, ratio in ratios.items()}
     left = target * group * sum(sizes.values()) - sum(sizes[name] * count for name, count in removed.items())
     for name in sorted(ratios, key=lambda name: removed[name] - group * ratios[name]):  # largest remainder first

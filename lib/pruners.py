@@ -1,14 +1,17 @@
-"""Weights, a statistic of their input and a ratio become weights with zeros. All pruners are listed here."""
+"""Pruners: weights, a statistic of their input and a ratio become weights with zeros."""
+
+from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
+from lib.lazy import torch
 from lib.sparsegpt import Factor, inverse_factor, nth_smallest, repair
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,9 @@
-"""A name becomes the entry of a dict, or an error that says which names there are."""
+"""Registries: names are checked against what there is, and an error lists the choices."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import TypeVar
 
 from lib import UserError
-
-Entry = TypeVar("Entry")
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -17,7 +14,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
-def check_name(flag: str, name: str, names: Iterable[str]) -> str:
+def check_name(field: str, name: str, names: Iterable[str]) -> str:
     """Return ``name`` if it is one of ``names``.
 
     Raises:
@@ -25,10 +22,6 @@ def check_name(flag: str, name: str, names: Iterable[str]) -> str:
     """
     names = list(names)
     if name not in names:
-        raise UserError(f"{flag} {name}: no such choice.{did_you_mean(name, names)} Choose from: {', '.join(names)}")
+        hint = did_you_mean(name, names)
+        raise UserError(field, f"{name}: invalid choice.{hint} Choose from: {', '.join(names)}")
     return name
-
-
-def find(flag: str, name: str, entries: Mapping[str, Entry]) -> Entry:
-    """Return ``entries[name]``; a name that is not there is a UserError as in ``check_name``."""
-    return entries[check_name(flag, name, entries)]

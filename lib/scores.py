@@ -1,13 +1,19 @@
-"""Dense weights, and statistics of their inputs, become the numbers that other papers share the sparsity out by."""
+"""Scores of dense weights: the numbers from which OWL, DLP, LAMP and global magnitude distribute the sparsity."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from tqdm import tqdm
 
-from lib import UserError
-from lib.models import PrunableLayer, resident
+from lib.blocks import Weights, check_finite
+from lib.calibration import BlockInputs, input_statistics, passes
+from lib.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BUCKETS = 2**16  # of the upper half of a float32's bits, and then of the lower half
 
@@ -49,36 +55,85 @@ def lamp_score(weight: Tensor) -> Tensor:
     return torch.empty_like(score).scatter_(0, order, score).float().view(weight.shape)
 
 
-def shares_below(
-    blocks: nn.ModuleList, layers: Sequence[PrunableLayer], target: float, score: Callable[[Tensor], Tensor]
-) -> dict[str, float]:
+def shares_below(weights: Weights, target: float, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """Return the share of each layer's weights that are among the model's ``target`` with the smallest scores.
 
-    The threshold is exact and needs no memory to speak of: two counts over the bits of the float32 scores, which are in
-    the order of the scores since none is negative. Of the weights that lie on it, each layer loses the same share.
+    The threshold is exact and its memory that of one layer: two counts over the bits of the float32 scores, which are
+    in the order of the scores since none is negative. Of the weights that lie on it, each layer loses the same share.
     """
 
-    def bits() -> Iterator[tuple[PrunableLayer, Tensor]]:
-        for index, group in groupby(layers, key=lambda layer: layer.block):
-            with resident(blocks[index]):
-                for layer in group:
-                    if not torch.isfinite(layer.module.weight).all():
-                        raise UserError(f"{layer.name}: its weights are not finite; the checkpoint is damaged")
-                    yield layer, score(layer.module.weight).contiguous().view(torch.int32).flatten()
+    def bits() -> Iterator[tuple[str, Tensor]]:
+        for block in weights.visit():
+            for name, linear in block.linears.items():
+                check_finite(name, linear.weight)
+                yield name, score(linear.weight).contiguous().view(torch.int32).flatten()
 
-    total = sum(layer.module.weight.numel() for layer in layers)
-    wanted = target * total
-    upper = {layer.name: _count(b >> 16) for layer, b in bits()}
+    wanted = target * sum(layer.size for layer in weights.layers)
+    upper = {name: _count(b >> 16) for name, b in bits()}
     high, wanted = _bucket(sum(upper.values()), wanted)
-    lower = {layer.name: _count(b[(b >> 16) == high] & 0xFFFF) for layer, b in bits()}
+    lower = {name: _count(b[(b >> 16) == high] & 0xFFFF) for name, b in bits()}
     low, wanted = _bucket(sum(lower.values()), wanted)
     share = wanted / sum(part[low].item() for part in lower.values())  # of those on the threshold
     shares = {}
-    for layer in layers:
+    for layer in weights.layers:
         above, on = upper[layer.name], lower[layer.name]
         removed = above[:high].sum().item() + on[:low].sum().item() + share * on[low].item()
-        shares[layer.name] = removed / layer.module.weight.numel()
+        shares[layer.name] = removed / layer.size
     return shares
+
+
+# ------------------------------------------------------------------------------ by what an allocation wants to know
+
+
+def score_blocks(
+    weights: Weights, inputs: BlockInputs, number: Callable[[list[Tensor]], float]
+) -> dict[str, float]:
+    """Return, by layer name, ``number`` of the scores |W| * sqrt(s) of the layer's block, in the dense model.
+
+    Args:
+        inputs: what enters the blocks, modified in place.
+        number: of the scores of a block's layers, each [out, in].
+    """
+    values = {}
+    last = max(layer.block for layer in weights.layers)
+    with torch.no_grad(), tqdm(total=last + 1, desc="dense statistics", unit="block", disable=None) as bar:
+        for block in weights.visit():
+            if block.index > last:
+                break
+            for name, linear in block.linears.items():
+                check_finite(name, linear.weight)
+            steps = passes(block, inputs, keep=True)
+            found = input_statistics(block.linears, "squared_norms", inputs.samples, steps)
+            scores = [
+                block.linears[name].weight.flatten(1).abs() * value.sqrt() for names, value in found for name in names
+            ]
+            if scores:
+                values |= dict.fromkeys(block.linears, number(scores))
+            bar.update()
+    return values
+
+
+# What an allocation may want (``Allocation.wants``): from a dense calibration pass, by block ...
+BLOCK_SCORES: dict[str, Callable[..., float]] = {"outlier_ratio": outlier_ratio, "median_score": median_score}
+# ... or from the weights alone, one threshold over the whole model.
+WEIGHT_SCORES: dict[str, Callable[[Tensor], Tensor]] = {"lamp_score": lamp_score, "magnitude_score": magnitude_score}
+
+
+def measure_scores(
+    wants: str, weights: Weights, target: float, enter: Callable[[], BlockInputs], outlier_multiple: float
+) -> dict[str, float]:
+    """Return what an allocation ``wants`` to know of each layer, by name.
+
+    Args:
+        enter: gives what enters the blocks; called only where a calibration pass is needed.
+        outlier_multiple: of the mean score, for ``outlier_ratio``.
+    """
+    if wants in WEIGHT_SCORES:
+        return shares_below(weights, target, WEIGHT_SCORES[wants])
+    number = BLOCK_SCORES[wants]
+    if wants == "outlier_ratio":
+        number = partial(number, multiple=outlier_multiple)
+    return score_blocks(weights, enter(), number)
 
 
 def _count(values: Tensor) -> Tensor:

@@ -1,20 +1,24 @@
-"""Candidate plans become the one after which held-out text is predicted best."""
+"""Search for epsilon: the plan after which held-out calibration text is predicted best."""
+
+from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from lib import UserError
 from lib.allocation import SparsityPlan
-from lib.eval import perplexity
-from lib.models import PrunableLayer
-from lib.prune import prune_model, restore, snapshot
+from lib.blocks import Weights
+from lib.calibration import enter_blocks
+from lib.evaluation import perplexity
+from lib.prune import walk
 from lib.pruners import Pruner
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -35,29 +39,36 @@ def epsilon_grid(largest: float) -> list[float]:
 
 
 def try_epsilons(
-    model: PreTrainedModel,
-    blocks: nn.ModuleList,
-    layers: Sequence[PrunableLayer],
+    weights: Weights,
     plan_of: Callable[[float], SparsityPlan],
     grid: Sequence[float],
     pruner: Pruner,
     windows: tuple[Tensor, Tensor],
+    dense: Mapping[str, Tensor] | None = None,
 ) -> list[Trial]:
-    """Return the perplexity after pruning with each epsilon of ``grid``; the model's weights are given back unpruned.
+    """Return the perplexity after pruning with each epsilon of ``grid``; the weights are dense again afterwards.
+
+    Epsilons that lead to the same plan, as all do where every metric is the same, are tried once.
 
     Args:
         plan_of: the plan that an epsilon leads to.
         windows: of calibration and held out, each [samples, tokens].
+        dense: the caller's snapshot of the weights; without one, a copy is held in the CPU's memory meanwhile.
     """
     calibration, held_out = windows
-    dense = snapshot(blocks, layers)
+    dense = weights.snapshot() if dense is None else dense
+    found: dict[tuple, float] = {}
     trials = []
     for epsilon in tqdm(grid, desc="epsilon", unit="trial", disable=None):
-        try:
-            prune_model(model, blocks, layers, plan_of(epsilon), pruner, calibration)
-            trials.append(Trial(epsilon, perplexity(model, held_out)))
-        finally:
-            restore(blocks, layers, dense)
+        plan = plan_of(epsilon)
+        key = (*plan.ratios.values(), *(plan.nm or {}).values())
+        if key not in found:
+            try:
+                walk(weights, plan, pruner, enter_blocks(weights, calibration) if pruner.statistic else None)
+                found[key] = perplexity(weights.model, held_out)
+            finally:
+                weights.restore(dense)
+        trials.append(Trial(epsilon, found[key]))
     return trials
 
 
@@ -69,5 +80,5 @@ def best(trials: Sequence[Trial]) -> Trial:
     """
     finite = [trial for trial in trials if math.isfinite(trial.perplexity)]
     if not finite:
-        raise UserError("--epsilon auto: the perplexity is not finite after any epsilon; lower --sparsity_ratio")
+        raise UserError("epsilon", "auto: the perplexity is not finite after any epsilon; lower --sparsity_ratio")
     return min(finite, key=lambda trial: (trial.perplexity, trial.epsilon))

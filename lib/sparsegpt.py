@@ -1,10 +1,14 @@
-"""Weights, a Hessian and a ratio become repaired weights (SparseGPT: Frantar & Alistarh, 2023)."""
+"""SparseGPT: pruned weights repaired with the inverse Hessian (Frantar & Alistarh, 2023)."""
+
+from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+from lib.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -1,21 +1,24 @@
-"""How good is the model now."""
+"""Perplexity and zero-shot accuracy."""
+
+from __future__ import annotations
 
 import copy
 import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import UserError
-from lib.models import entry_device
+from lib import UserError, first_line
+from lib.calibration import entry_device
+from lib.lazy import torch
 from lib.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -28,21 +31,27 @@ _CPU_BATCH = 8  # where "auto" cannot be found out by running out of memory: tha
 _LOSS_TOKENS = 512  # at a time: a float32 copy of all logits of a large vocabulary would be gigabytes
 
 
-@torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     """Return exp of the mean over ``windows`` [count, seqlen] of the mean next-token loss (nats, float32).
 
-    Not finite if the model's logits are not: a pruned model may be that broken, and then that is the result.
+    Not finite if the model's logits are not: a pruned model may be that broken, and then that is the result, with a
+    warning.
     """
     losses = []
-    for window in tqdm(windows, desc="perplexity", unit="window", disable=None):
-        ids = window[None].to(entry_device(model))
-        logits = model(ids, use_cache=False).logits[0, :-1]  # [seqlen - 1, vocabulary]
-        targets = ids[0, 1:].to(logits.device)
-        parts = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
-        total = sum(F.cross_entropy(part.float(), target, reduction="sum") for part, target in parts)
-        losses.append(total / len(targets))
-    return torch.stack(losses).mean().exp().item()
+    cross_entropy = torch.nn.functional.cross_entropy
+    with torch.no_grad():
+        for window in tqdm(windows, desc="perplexity", unit="window", disable=None):
+            ids = window[None].to(entry_device(model))
+            logits = model(ids, use_cache=False).logits[0, :-1]  # [seqlen - 1, vocabulary]
+            targets = ids[0, 1:].to(logits.device)
+            parts = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
+            total = sum(cross_entropy(part.float(), target, reduction="sum") for part, target in parts)
+            losses.append(total / len(targets))
+        result = torch.stack(losses).mean().exp().item()
+    if not math.isfinite(result):
+        hint = "" if model.dtype != torch.float16 else "; bfloat16 does not where float16 does: --dtype bfloat16"
+        log.warning("the perplexity is not finite (%s): the model is broken, or its numbers overflow%s", result, hint)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------- zero-shot
@@ -85,13 +94,12 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
         try:
             tasks |= manager.load([name])["tasks"]
         except Exception as error:  # a task definition may run anything, and the hub may be out of reach
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--tasks {name}: cannot be loaded ({reason}); {_LOCAL_TASKS}") from error
+            raise UserError("tasks", f"{name}: cannot be loaded ({first_line(error)}); {_LOCAL_TASKS}") from error
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise UserError(f"--tasks {name}: runs code that the model writes, or needs images; leave it out")
+            raise UserError("tasks", f"{name}: runs code that the model writes, or needs images; leave it out")
         if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to 0 and say so in its log only
-            raise UserError(f"--num_fewshot {num_fewshot}: {name} is zero-shot by its definition; leave one out")
+            raise UserError("num_fewshot", f"{num_fewshot}: {name} is zero-shot by its definition; leave one out")
     return Tasks(list(tasks.values()), manager)
 
 
@@ -101,17 +109,17 @@ def _task_manager(names: Sequence[str], include_path: str | None) -> object:
 
     if include_path is not None:
         if not Path(include_path).is_dir():
-            raise UserError(f"--include_path {include_path}: there is no such folder; give one with lm-eval task files")
+            raise UserError("include_path", f"{include_path}: folder not found; give one with lm-eval task files")
         local = TaskManager(include_path=include_path, include_defaults=False)
         if not local.all_tasks:
-            raise UserError(f"--include_path {include_path}: the folder holds no lm-eval task files (*.yaml)")
+            raise UserError("include_path", f"{include_path}: the folder holds no lm-eval task files (*.yaml)")
         if set(names) <= set(local.all_subtasks):  # lm-eval's own, over ten thousand, take seconds to list
             return local
     manager = TaskManager(include_path=include_path)
     for name in names:  # all names before the first data: those may have to be fetched
         if name not in manager.task_index:
             hint = did_you_mean(name, manager.all_tasks)
-            raise UserError(f"--tasks {name}: lm-eval has no such task.{hint} For {_LOCAL_TASKS}")
+            raise UserError("tasks", f"{name}: lm-eval has no such task.{hint} For {_LOCAL_TASKS}")
     return manager
 
 

@@ -1,0 +1,271 @@
+"""Command lines: flags declared as data, parsed before torch is imported, and one wrapper for every main()."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
+
+from lib import UserError
+from lib.registry import check_name, did_you_mean
+
+log = logging.getLogger("main")
+
+
+def flag(default: Any, help: str, **about) -> Any:
+    """Declare a flag as a field of a dataclass of ``Flags``.
+
+    Args:
+        default: the value without the flag; ``MISSING`` makes the flag required.
+        help: what it does, with its unit.
+        about: ``metavar``; ``choices`` (a sequence of names); ``least``, ``above``, ``most``, ``below`` (its range);
+            ``needs`` (the field without which it does nothing); ``only`` (the allocation that it is for);
+            ``prunes`` (it does nothing unless something is pruned); ``convert`` (from text, where the type is not
+            enough); ``nargs``; ``positional``.
+    """
+    return field(default=default, metadata={"help": help, **about})
+
+
+@dataclass(kw_only=True)
+class Flags:
+    """Settings of a command: dataclasses of flags, put together by inheritance, each a group with a ``_title``.
+
+    ``_spelled`` maps fields to the published spelling of their flags where that differs; ``given`` names the fields
+    that the command line set.
+    """
+
+    _title: ClassVar[str] = ""
+    _spelled: ClassVar[dict[str, str]] = {}
+    _ignored: ClassVar[Sequence[str]] = ()  # flags of a published script that are understood and have no effect
+    given: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
+
+    @classmethod
+    def spelling(cls, name: str) -> str:
+        """Return the flag of the field ``name`` without its dashes."""
+        return cls._spelled.get(name, name)
+
+    @classmethod
+    def declared(cls) -> Iterator[tuple[str, Field, Any]]:
+        """Yield (title of the group, field, type) of every flag, in the order of the groups."""
+        by_name = {item.name: item for item in fields(cls) if item.name != "given"}
+        hints = get_type_hints(cls)
+        for group in cls.__mro__:
+            if is_dataclass(group):
+                for name in group.__dict__.get("__annotations__", {}):
+                    if name in by_name:
+                        item = by_name.pop(name)
+                        yield item.metadata.get("title", group._title), item, hints[name]
+
+    def flags(self) -> dict[str, Any]:
+        """Return every flag in its spelling and its value, as a run's record keeps them."""
+        return {self.spelling(item.name): getattr(self, item.name) for _, item, _ in self.declared()}
+
+    def check(self) -> None:
+        """Refuse contradictions between the flags; extended by the commands.
+
+        Raises:
+            UserError: naming the flag.
+        """
+
+
+Settings = TypeVar("Settings", bound=Flags)
+
+
+# ----------------------------------------------------------------------------------------------------------- parsing
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
+        if unknown:
+            message += "." + did_you_mean(unknown[1].split("=")[0], self._option_string_actions)
+        raise UserError(None, f"{message} (--help lists the flags)")
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def number_or_auto(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+
+
+def make_parser(settings: type[Flags], prog: str, description: str, epilog: str | None = None) -> Parser:
+    """Return the argparse parser of the flags that ``settings`` declares."""
+    formatter = argparse.HelpFormatter
+    parser = Parser(
+        prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=formatter
+    )
+    groups: dict[str, Any] = {}
+    for title, item, kind in settings.declared():
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add(groups[title], settings.spelling(item.name), item, kind)
+    for name in settings._ignored:
+        parser.add_argument(f"--{name}", nargs="*", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add(group, spelling: str, item: Field, kind: Any) -> None:
+    about = item.metadata
+    text = about["help"]
+    choices = f"{{{', '.join(name or repr(name) for name in about['choices'])}}}" if about.get("choices") else ""
+    text = text.replace("{choices}", choices) if "{choices}" in text else f"{text} {choices}".rstrip()
+    if not any(item.default is none for none in (None, False, MISSING)):
+        text += f" (default: {item.default})"
+    options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if about.get("positional"):
+        group.add_argument(item.name, metavar=about.get("metavar"), nargs=about.get("nargs"), **options)
+        return
+    options |= {"dest": item.name, "required": item.default is MISSING}
+    if kind is bool and item.default is False:
+        options["action"] = "store_true"
+    elif kind is bool:
+        options |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "{true,false}"}
+    else:
+        plain = next((t for t in (int, float) if str(t.__name__) in str(kind)), str)
+        options |= {"type": about.get("convert", plain), "metavar": about.get("metavar"), "nargs": about.get("nargs")}
+    names = [f"--{name}" for name in (spelling, *about.get("aliases", ()))]
+    group.add_argument(*names, **options)
+
+
+def parse(
+    settings: type[Settings], argv: Sequence[str] | None, parser: Parser, rest: list[str] | None = None
+) -> Settings:
+    """Return the settings that the command line ``argv`` gives, checked as far as no model is needed.
+
+    Args:
+        rest: takes what the parser does not know, for a command that passes it on; without it, that is an error.
+
+    Raises:
+        UserError: an unknown flag, a value out of its range, a contradiction.
+    """
+    if rest is None:
+        values = vars(parser.parse_args(argv))
+    else:
+        namespace, unknown = parser.parse_known_args(argv)
+        values = vars(namespace)
+        rest += unknown
+    ignored = [name for name in settings._ignored if name in values]
+    if ignored:
+        text = "flags of the published training script, which do nothing here: --%s"
+        log.warning(text, ", --".join(ignored))
+    made = settings(**{name: value for name, value in values.items() if name not in ignored})
+    made.given = frozenset(values) - set(ignored)
+    check_values(made)
+    made.check()
+    return made
+
+
+def check_values(settings: Flags) -> None:
+    """Refuse a value that its flag's declaration does not allow, and a flag without the one that it needs."""
+    for _, item, _ in settings.declared():
+        value, about = getattr(settings, item.name), item.metadata
+        if about.get("choices") and value is not None:
+            for name in value if isinstance(value, list) else [value]:
+                check_name(item.name, name, about["choices"])
+        _check_range(item.name, value, about)
+        needed = about.get("needs")
+        if needed and item.name in settings.given and not getattr(settings, needed):
+            spelling = settings.spelling(needed)
+            raise UserError(item.name, f"without --{spelling} does nothing; add --{spelling}")
+
+
+def _check_range(name: str, value: Any, about: Any) -> None:
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            continue
+        least, above, most, below = (about.get(key) for key in ("least", "above", "most", "below"))
+        fits = (
+            (least is None or number >= least)
+            and (above is None or above < number < math.inf)
+            and (most is None or number <= most)
+            and (below is None or number < below)
+        )
+        if not fits:
+            raise UserError(name, f"{number}: must be {_range(least, above, most, below)}")
+
+
+def _range(least: Any, above: Any, most: Any, below: Any) -> str:
+    if least is not None and most is not None:
+        return f"between {least} and {most}"
+    parts = (("at least", least), ("above", above), ("at most", most), ("below", below))
+    return " and ".join(f"{word} {bound}" for word, bound in parts if bound is not None)
+
+
+# ----------------------------------------------------------------------------------------------------------- running
+
+
+def command(
+    settings: type[Settings],
+    run: Callable[[Settings], Any],
+    argv: Sequence[str] | None,
+    parser: Parser,
+    resume: str = "the same command starts again",
+    processes: bool = False,
+    out_of_memory: str = "lower --nsamples or --seqlen, or use more GPUs",
+) -> int:
+    """Run a command line and return its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C.
+
+    Args:
+        run: does the work; what it returns is taken as the status if it is an int.
+        resume: what to do after Ctrl-C.
+        processes: whether several processes may run it together (torchrun, accelerate launch).
+        out_of_memory: what to do if a GPU's memory is used up.
+    """
+    prog = parser.prog
+    quiet()
+    try:
+        parsed = parse(settings, argv, parser)
+        if not processes and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            text = "runs as one process, which spreads the model over all GPUs itself; start it with python"
+            raise UserError(None, f"{os.environ['WORLD_SIZE']} processes were started (WORLD_SIZE): {prog} {text}")
+        status = run(parsed)
+    except UserError as error:
+        text = error.text if error.field is None else f"--{settings.spelling(error.field)} {error.text}"
+        print(f"{prog}: error: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted; {resume}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "torch" not in sys.modules or not isinstance(error, sys.modules["torch"].OutOfMemoryError):
+            raise
+        print(f"{prog}: error: out of GPU memory ({str(error).splitlines()[0]}); {out_of_memory}", file=sys.stderr)
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+def quiet() -> None:
+    """Silence third-party logging and progress bars; lib's own messages and warnings are shown."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    for name in ("lib", "main", "lora_ft", "image_classifiers"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in ("huggingface_hub", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    if not sys.stderr.isatty():  # bars of downloads and of loading would fill a log file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.set_verbosity_error()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if int(os.environ.get("RANK", 0)) > 0:  # of several processes, the first one speaks
+        for name in ("lib", "main", "lora_ft"):
+            logging.getLogger(name).setLevel(logging.ERROR)

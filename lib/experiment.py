@@ -1,0 +1,336 @@
+"""Experiment: what is checked before the weights are loaded, what several runs share, and how a plan is made."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lib import UserError, allocation, calibration, data, esd, evaluation, files, metrics, models, plans, scores, search
+from lib.allocation import SparsityPlan
+from lib.blocks import Weights, weights_of
+from lib.layers import Layer, prunable_layers
+from lib.record import read_run
+from lib.settings import Experiment, Task, ZeroShot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("main")
+
+MISSED = 0.002  # by which a measured sparsity may miss the target before it is worth a warning
+
+
+class Windows(NamedTuple):
+    """Windows of token ids, [windows, seqlen]; None where nothing needs them."""
+
+    calibration: Tensor | None = None
+    evaluation: Tensor | None = None
+    search: tuple[Tensor, Tensor] | None = None  # of calibration and held out, for --epsilon auto
+
+
+class Prepared(NamedTuple):
+    """What is known before the weights are loaded."""
+
+    source: models.Source
+    skeleton: PreTrainedModel
+    layers: tuple[Layer, ...]
+    dtypes: models.Dtypes
+    tokenizer: PreTrainedTokenizerBase
+    seqlen: int
+    windows: Windows
+    questions: evaluation.Tasks | None
+    reserve: int  # bytes of each GPU that are left for the work
+
+
+class Session:
+    """What several runs of one process share: texts, questions, the model and a copy of its dense weights.
+
+    A session that is not ``shared`` is for one run and keeps nothing.
+    """
+
+    def __init__(self, shared: bool = False) -> None:
+        self.shared = shared
+        self.dense: Mapping[str, Tensor] | None = None
+        self._made: dict = {}
+
+    def once(self, make: Callable, *args):
+        """Return ``make(*args)``, or in a shared session what it returned for the same arguments before."""
+        if not self.shared:
+            return make(*args)
+        key = (getattr(make, "func", make), getattr(make, "args", ()), args)
+        if key not in self._made:
+            self._made[key] = make(*args)
+        return self._made[key]
+
+    def weights(self, known: Prepared) -> Weights:
+        """Return the model's dense weights, loaded or restored."""
+        dtypes = known.dtypes
+        key = ("weights", known.source, dtypes)
+        if key in self._made:
+            self._made[key].restore(self.dense)
+            return self._made[key]
+        log.info("loading %s", known.source.path)
+        model = models.load_llm(known.source, dtypes.compute, reserve=known.reserve)
+        weights = weights_of(model, None if dtypes.stored == dtypes.compute else dtypes.stored)
+        if self.shared:
+            self._made[key], self.dense = weights, weights.snapshot()
+        return weights
+
+
+# ------------------------------------------------------------------------------------- before the weights are loaded
+
+
+def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
+    """Find out whatever can be known without the weights: 13 GB take a while to load."""
+    files.prepare("save", Path(settings.save))
+    warn_of_replacement(settings, task)
+    source = models.locate(settings.model, settings.cache_dir)
+    skeleton = session.once(models.load_skeleton, source)
+    layers = session.once(prunable_layers, skeleton)
+    dtypes = models.choose_dtypes(settings.dtype, skeleton)
+    _check_layers(settings, task, source, layers)
+    if settings.save_model:
+        size = models.saved_bytes(skeleton, source, dtypes.stored)
+        files.prepare("save_model", model_folder(settings, task).parent, size)
+    reads = not settings.metrics_only and (settings.eval_wikitext or wants_calibration(task))
+    seqlen = _seqlen(settings.seqlen, models.context_length(skeleton), reads)
+    tokenizer = session.once(models.load_tokenizer, source)
+    windows = _read_windows(settings, task, tokenizer, seqlen, session)
+    _check_vocabulary(settings, skeleton, windows)
+    hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
+    calibrated = settings.nsamples if wants_calibration(task) else 0
+    reserve = models.working_set(skeleton, dtypes.compute, hessians, calibrated, seqlen)
+    tasks = questions(settings, session)
+    return Prepared(source, skeleton, layers, dtypes, tokenizer, seqlen, windows, tasks, reserve)
+
+
+def warn_of_replacement(settings: Experiment, task: Task) -> None:
+    """Warn of what will be replaced: published names hold neither the seed nor N:M nor epsilon."""
+    earlier = read_run(Path(settings.save), task.run)
+    if earlier and earlier.get("flags") != json.loads(json.dumps(settings.flags())):
+        log.warning("%s/*_%s.* of a run with other flags will be replaced", settings.save, task.run)
+    if settings.save_model and model_folder(settings, task).exists():
+        log.warning("%s already exists and will be replaced", model_folder(settings, task))
+
+
+def model_folder(settings: Experiment, task: Task) -> Path:
+    """Return where the pruned model is saved."""
+    return Path(settings.save_model) / task.folder
+
+
+def metric_folder(settings: Experiment, name: str) -> Path:
+    """Return where the metrics of the model ``name`` are cached."""
+    return Path(settings.ww_metric_cache or Path("data") / name)
+
+
+def metric_settings(settings: Experiment) -> metrics.Settings:
+    farms = esd.Farms(settings.farms_rows, settings.farms_ratio, settings.farms_steps) if settings.farms else None
+    return metrics.Settings(settings.esd_driver, farms, settings.seed)
+
+
+def wants_calibration(task: Task) -> bool:
+    """Return whether the pruner or the allocation needs calibration text."""
+    return bool(task.pruner and (task.pruner.statistic or task.wants in scores.BLOCK_SCORES))
+
+
+def _check_layers(settings: Experiment, task: Task, source: models.Source, layers: tuple[Layer, ...]) -> None:
+    """Find every contradiction between the flags and the model's shapes, and every place that cannot be written."""
+    for layer in layers if task.nm else ():
+        if layer.shape[1] % task.nm[1]:
+            text = f"{layer.name} has {layer.shape[1]} columns, which {task.nm[1]} does not divide"
+            raise UserError("sparsity_type", f"{settings.sparsity_type}: {text}")
+    if task.allocation == "ww":
+        folder, how = metric_folder(settings, source.name), metric_settings(settings)
+        metrics.read_cache(folder, settings.ww_metric, source.name, layers, how)
+        files.prepare("ww_metric_cache", folder)
+        for layer in layers if settings.farms else ():
+            try:
+                esd.farms_windows(layer.shape, how.farms)
+            except esd.NoFit as error:
+                raise UserError("farms", f"with {layer.name}: {error}; lower --farms_rows or --farms_ratio") from error
+    elif task.pruner and task.wants is None and not settings.plan:
+        make_plan(settings, task, layers, None)  # from shapes alone: it is met, or refused here
+    if settings.plan:
+        plans.load_plan(Path(settings.plan), source.name, layers)
+    for name in ("save_plan", "export_llmcompressor"):
+        path = getattr(settings, name)
+        if path:
+            if Path(path).is_dir():
+                raise UserError(name, f"{path}: is a folder; give a file")
+            files.prepare(name, Path(path).parent)
+
+
+def _seqlen(asked: int, context: int | None, reads: bool) -> int:
+    if context is None or asked <= context:
+        return asked
+    if reads:
+        log.warning("--seqlen %d is more than the model's context; using %d", asked, context)
+    return context
+
+
+def _read_windows(
+    settings: Experiment, task: Task, tokenizer: PreTrainedTokenizerBase, seqlen: int, session: Session
+) -> Windows:
+    if settings.metrics_only:
+        return Windows()
+    windows = Windows()
+    if wants_calibration(task):
+        draws = (settings.calib_data, tokenizer, settings.nsamples, seqlen, settings.seed)
+        windows = windows._replace(calibration=session.once(data.calibration_windows, *draws))
+    if settings.epsilon == "auto":
+        draws = (settings.calib_data, tokenizer, search.WINDOWS, seqlen, settings.seed)
+        windows = windows._replace(search=session.once(data.search_windows, *draws))
+    if settings.eval_wikitext:
+        cut = (settings.eval_data, tokenizer, seqlen, settings.eval_windows)
+        windows = windows._replace(evaluation=session.once(data.evaluation_windows, *cut))
+    return windows
+
+
+def _check_vocabulary(settings: Experiment, skeleton: PreTrainedModel, windows: Windows) -> None:
+    most = skeleton.get_input_embeddings().num_embeddings
+    texts = (windows.calibration, windows.evaluation)
+    largest = max([int(text.max()) for text in texts if text is not None], default=0)
+    if largest >= most:
+        what = f"its tokenizer gives token {largest} and the model has {most} embeddings"
+        raise UserError("model", f"{settings.model}: {what}; they do not belong together")
+
+
+def questions(settings: ZeroShot, session: Session) -> evaluation.Tasks | None:
+    """Return the tasks that the settings ask for, their data loaded; None without --eval_zero_shot."""
+    if not settings.eval_zero_shot:
+        return None
+    names = tuple(dict.fromkeys(filter(None, settings.tasks.split(","))))
+    return session.once(evaluation.find_tasks, names, settings.include_path, settings.num_fewshot)
+
+
+def zero_shot(
+    settings: ZeroShot, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: evaluation.Tasks
+) -> evaluation.ZeroShot:
+    """Return what the model answers to ``tasks``."""
+    batch = settings.eval_batch_size if settings.eval_batch_size == "auto" else int(settings.eval_batch_size)
+    return evaluation.zero_shot(model, tokenizer, tasks, settings.num_fewshot, settings.limit, batch)
+
+
+# ------------------------------------------------------------------------------------------------------ with weights
+
+
+def measure_values(
+    settings: Experiment, task: Task, weights: Weights, known: Prepared, session: Session
+) -> dict[str, float] | None:
+    """Return what the allocation wants to know of each layer, None if that is nothing."""
+    wants = None if settings.plan else task.wants
+    if wants is None:
+        return None
+    if wants == "metric":
+        folder, how = metric_folder(settings, known.source.name), metric_settings(settings)
+        return metrics.load_or_measure(folder, settings.ww_metric, known.source.name, weights, how).values
+    target = task.target if wants in scores.WEIGHT_SCORES else 0.0  # the other scores depend on no target
+    multiple = settings.owl_m if wants == "outlier_ratio" else 0.0
+    enter = partial(enter_blocks, weights, known.windows.calibration)
+    return session.once(partial(_scores, wants, weights, target, multiple), known.windows.calibration, enter)
+
+
+def _scores(wants: str, weights: Weights, target: float, multiple: float, _: Tensor | None, enter: Callable) -> dict:
+    return scores.measure_scores(wants, weights, target, enter, multiple)
+
+
+def enter_blocks(weights: Weights, windows: Tensor) -> calibration.BlockInputs:
+    return calibration.enter_blocks(weights, windows)
+
+
+def make_plan(
+    settings: Experiment,
+    task: Task,
+    layers: tuple[Layer, ...],
+    values: Mapping[str, float] | None,
+    epsilon: float | None = None,
+) -> SparsityPlan:
+    """Return the plan that the allocation makes of ``values``; ``epsilon`` replaces that of the settings."""
+    how = allocation.ALLOCATIONS[task.allocation]
+    hyper = {name: getattr(settings, name) for name in how.flags}
+    if epsilon is not None and "epsilon" in hyper:
+        hyper["epsilon"] = epsilon
+    ratios = how.share(layers, task.target, values, **hyper)
+    if task.nm is None:
+        return SparsityPlan(task.target, ratios)
+    nm = dict.fromkeys(ratios, task.nm)
+    if task.allocation:
+        nm = allocation.mixed_nm(layers, ratios, task.target, task.nm[1])
+    return SparsityPlan(task.target, {name: 1 - n / m for name, (n, m) in nm.items()}, nm)
+
+
+def choose_plan(
+    settings: Experiment, task: Task, weights: Weights, known: Prepared, values: Mapping[str, float] | None, dense
+) -> tuple[SparsityPlan, list[search.Trial]]:
+    """Return the plan, written where the settings say, and what was tried for it."""
+    trials: list[search.Trial] = []
+    layers = weights.layers
+    if settings.plan:
+        plan = plans.load_plan(Path(settings.plan), known.source.name, layers)
+    elif settings.epsilon == "auto":
+        largest = allocation.largest_epsilon(layers, task.target, values, settings.mapping_type)
+        plan_of = partial(make_plan, settings, task, layers, values)
+        grid = search.epsilon_grid(largest)
+        trials = search.try_epsilons(weights, plan_of, grid, task.pruner, known.windows.search, dense)
+        plan = plan_of(search.best(trials).epsilon)
+    else:
+        plan = make_plan(settings, task, layers, values)
+    _write_plan(settings, task, plan, known)
+    return plan, trials
+
+
+def searched(trials: list[search.Trial]) -> dict:
+    """Return what a record holds of the search for epsilon: nothing where there was none."""
+    if not trials:
+        return {}
+    return {"epsilon": search.best(trials).epsilon, "epsilon_search": [trial._asdict() for trial in trials]}
+
+
+def _write_plan(settings: Experiment, task: Task, plan: SparsityPlan, known: Prepared) -> None:
+    recipe = None
+    if settings.export_llmcompressor:
+        recipe = plans.llm_compressor_recipe(plan, known.layers, task.method.partition("_")[0])
+    if settings.save_plan:
+        made_by = {"method": task.method, "flags": settings.flags()}
+        plans.save_plan(Path(settings.save_plan), plan, known.source.name, known.layers, made_by)
+    if recipe:
+        files.write_atomically(Path(settings.export_llmcompressor), recipe)
+
+
+def warn_of_miss(target: float, sparsity: float) -> None:
+    """Warn where the measured sparsity misses the target by more than rounding."""
+    if abs(sparsity - target) > MISSED:
+        text = "the measured sparsity, %.4f, misses the target of %g: per row, Wanda removes a whole number of weights"
+        log.warning(text, sparsity, target)
+
+
+def described(settings: Experiment, task: Task, known: Prepared) -> dict:
+    """Return what a run's record holds before anything is measured."""
+
+    def text(name: str, windows: Tensor | None) -> dict | None:
+        return None if windows is None else {"text": name, "windows": len(windows), "seqlen": known.seqlen}
+
+    about = {
+        "dtype": str(known.dtypes.compute).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in known.skeleton.parameters()),
+    }
+    return {
+        "method": task.method,
+        "target_sparsity": task.target,
+        "sparsity": None,
+        "dense_zeros": None,
+        "perplexity": None,
+        "zero_shot": None,
+        "model": known.source._asdict() | about,
+        "calibration": text(settings.calib_data, known.windows.calibration),
+        "evaluation": text(settings.eval_data, known.windows.evaluation),
+        "epsilon": settings.epsilon if task.allocation == "ww" else None,
+        "epsilon_search": [],
+        "saved_model": None,
+        "flags": settings.flags(),
+    }

@@ -1,0 +1,18 @@
+"""Lazy imports of numpy, torch and transformers, so that --help and a mistyped flag are answered at once."""
+
+from importlib import import_module
+
+
+class Lazy:
+    """A module that is imported when one of its names is first used."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(import_module(self._name), attribute)
+
+
+torch = Lazy("torch")
+numpy = Lazy("numpy")
+transformers = Lazy("transformers")

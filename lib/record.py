@@ -1,0 +1,192 @@
+"""Run records: stages, figures and where they come from, and the formats of the files that a run writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+from lib.files import write_files
+from lib.lazy import torch
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
+
+
+class LayerReport(NamedTuple):
+    """One row of the per-layer table: planned ``ratio`` and measured ``sparsity`` are fractions of the matrix.
+
+    ``nm`` is (N, M) where N of every M columns were kept.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    metric: float | None
+    ratio: float
+    sparsity: float
+    nm: tuple[int, int] | None = None
+
+
+class Record:
+    """The record of a run, written whenever there is more of it.
+
+    Attributes:
+        content: what ``run_<run>.json`` holds; ``complete`` is False until the end.
+        stages: seconds and peak memory of each stage, {stage: {"seconds", "peak_rss_mb", "peak_cuda_mb"}}.
+        rows: the per-layer table, ``layers_<run>.tsv``.
+        files: other files to write, {name: text}.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self.folder, self.run = folder, run
+        self.stages: dict[str, dict] = {}
+        self.rows: list[LayerReport] = []
+        self.files: dict[str, str] = {}
+        self.content: dict = {"complete": False}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what happens inside the with statement as ``name``."""
+        with suppress(OSError):  # resets the peak; without it (not Linux) the peak is that of the run so far
+            Path("/proc/self/clear_refs").write_text("5")
+        for device in cuda_in_use():
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        yield
+        for device in cuda_in_use():
+            torch.cuda.synchronize(device)
+        row = {"seconds": round(time.perf_counter() - start, 3), "peak_rss_mb": _peak_rss_mb()}
+        peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
+        self.stages[name] = row | ({"peak_cuda_mb": peaks} if peaks else {})
+
+    def write(self, complete: bool = False) -> None:
+        """Write all files; the run file last, since it says whether the run is complete."""
+        self.content["complete"] = complete
+        files = dict(self.files)
+        if self.rows:
+            files[f"layers_{self.run}.tsv"] = layers_text(self.rows)
+        files[f"run_{self.run}.json"] = run_text(self.whole())
+        write_files(self.folder, files)
+
+    def whole(self) -> dict:
+        """Return the content with the stages so far."""
+        return self.content | {"stages": self.stages}
+
+    @contextmanager
+    def kept(self, resume: str) -> Iterator[None]:
+        """Tell, should what happens inside the with statement fail, what is on disk and how to ``resume``."""
+        try:
+            yield
+        except BaseException:
+            log.warning("figures so far: %s/*_%s.*; %s", self.folder, self.run, resume)
+            raise
+
+
+def cuda_in_use() -> list[int]:
+    """Return the CUDA devices on which this process holds memory.
+
+    Any other would get a context of half a gigabyte, and before CUDA is initialised its statistics cannot be asked for.
+    """
+    if "torch" not in sys.modules or not torch.cuda.is_initialized():
+        return []
+    return [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(device)]
+
+
+def _peak_rss_mb() -> int:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 1024)
+
+
+def perplexity_text(method: str, sparsity: float, perplexity: float) -> str:
+    """Return the content of ``perplexity_<run>.txt``, in the published format."""
+    return f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{perplexity:.4f}\n"
+
+
+def layers_text(rows: Sequence[LayerReport]) -> str:
+    """Return the content of ``layers_<run>.tsv``, a row per matrix."""
+    lines = ["name\tshape\tmetric\tplanned_ratio\tsparsity\ttype"]
+    for row in rows:
+        metric = "" if row.metric is None else f"{row.metric:.6f}"
+        shape = "x".join(map(str, row.shape))
+        kind = "unstructured" if row.nm is None else "{}:{}".format(*row.nm)
+        lines.append(f"{row.name}\t{shape}\t{metric}\t{row.ratio:.6f}\t{row.sparsity:.6f}\t{kind}")
+    return "\n".join(lines) + "\n"
+
+
+def zero_shot_table(scores: Sequence[tuple], means: Mapping[str, float]) -> str:
+    """Return a table of ``scores`` (task, metric, value, standard error or None, samples), the ``means`` below it."""
+    rows = [("task", "metric", "value", "stderr", "samples")]
+    for task, metric, value, stderr, samples in scores:
+        rows.append((task, metric, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", str(samples)))
+    rows += [("mean", metric, f"{value:.4f}", "", "") for metric, value in means.items()]
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    just = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
+    lines = ["  ".join(f(cell, w) for f, cell, w in zip(just, row, width, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def zero_shot_text(method: str, table: str) -> str:
+    """Return the content of ``zero_shot_<run>.txt``: ``{method}:``, as published, and the table."""
+    return f"{method}:\n{table}"
+
+
+def run_text(record: Mapping) -> str:
+    """Return the content of ``run_<run>.json``: ``record`` and, below it, where the numbers come from."""
+    return json.dumps(_json(record | provenance()), indent=1, default=str, allow_nan=False) + "\n"
+
+
+def _json(value):
+    """Return ``value`` with null for numbers that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _json(item) for key, item in value.items()}
+    return [_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_run(folder: Path, run: str) -> dict | None:
+    """Return the record of an earlier run of the same name, None if there is none that can be read."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / f"run_{run}.json").read_text(encoding="utf-8"))
+    return None
+
+
+def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
+    """Return whether ``record`` is that of a run that ended well, with these very ``flags``."""
+    return bool(record) and record.get("complete") is True and record.get("flags") == json.loads(json.dumps(flags))
+
+
+def provenance() -> dict:
+    """Return package versions, git commit, devices and the time, for the run's record."""
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    cuda = [torch.cuda.get_device_name(device) for device in cuda_in_use()]
+    return {
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "device": cuda or [f"cpu ({torch.get_num_threads()} threads)"],
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None

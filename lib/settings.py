@@ -1,0 +1,355 @@
+"""Settings: the groups of flags that the commands share, and what contradicts what."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from lib import UserError, data, plans
+from lib.allocation import ALLOCATIONS, MAPPINGS
+from lib.command import Flags, flag, number_or_auto
+from lib.esd import DRIVERS, METRICS, WEIGHTWATCHER
+from lib.evaluation import ZERO_SHOT_TASKS
+from lib.models import DTYPES, SMOLLM2
+from lib.pruners import PRUNERS, VARIANTS, Pruner
+from lib.registry import check_name, did_you_mean
+
+METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS]
+TEXTS = f"{{{', '.join(data.DATASETS)}}} or a .txt, .json or .jsonl file (field `text`)"
+
+
+@dataclass(kw_only=True)
+class Model(Flags):
+    _title: ClassVar[str] = "model"
+
+    model: str = flag(MISSING, f"hub id, local folder, .gguf file, or {SMOLLM2}")
+    cache_dir: str = flag("llm_weights", "where weights from the hub or from GGUF are kept", metavar="DIR")
+    dtype: str = flag(
+        "auto",
+        "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU, "
+        "which saves in the checkpoint's own",
+        choices=DTYPES,
+        metavar="NAME",
+    )
+    seed: int = flag(0, "random seed for sampling calibration data", metavar="N")
+
+
+@dataclass(kw_only=True)
+class Texts(Flags):
+    _title: ClassVar[str] = "data"
+
+    calib_data: str = flag("c4", f"calibration text: {TEXTS}", metavar="TEXT")
+    nsamples: int = flag(128, "calibration windows, a count", least=1, metavar="N")
+    seqlen: int = flag(2048, "window length, tokens; at most the model's context", least=1, metavar="N")
+
+
+@dataclass(kw_only=True)
+class Pruning(Flags):
+    _title: ClassVar[str] = "pruning"
+
+    prune_method: str | None = flag(
+        None,
+        f"{{{', '.join(PRUNERS)}}}, each alone or with a suffix for how the sparsity is distributed over layers, "
+        f"{{{', '.join('_' + a for a in ALLOCATIONS if a)}}}; _ww: by --ww_metric",
+        metavar="METHOD",
+    )
+    sparsity_ratio: float = flag(0.0, "fraction of the weights to remove, in [0, 1)", least=0, below=1, metavar="S")
+    sparsity_type: str = flag("unstructured", "unstructured, or N:M (2:4, 4:8 ...): keep N of M", metavar="TYPE")
+    use_variant: bool = flag(False, "Wanda's variant: one share of each row's score instead of a count", prunes=True)
+
+
+@dataclass(kw_only=True)
+class Metric(Flags):
+    _title: ClassVar[str] = "allocation"
+
+    ww_metric: str = flag(
+        "alpha_peak",
+        "metric of each matrix, for _ww: {choices}; a larger alpha, stable rank or entropy (less heavy-tailed) is "
+        "pruned more; so is a larger norm, as published",
+        choices=[*METRICS, *WEIGHTWATCHER],
+        only="ww",
+        metavar="METRIC",
+    )
+    ww_metric_cache: str | None = flag(
+        None, "folder in which the metric is cached (default: data/<model's own folder name>)", only="ww", metavar="DIR"
+    )
+    epsilon: float | str = flag(
+        0.3,
+        "half width of the map from metric to sparsity for _ww, in [0, 1], or auto: the best on held-out calibration "
+        "text",
+        least=0,
+        most=1,
+        convert=number_or_auto,
+        only="ww",
+        metavar="E",
+    )
+
+
+@dataclass(kw_only=True)
+class Spectra(Flags):
+    _title: ClassVar[str] = "allocation"
+
+    mapping_type: str = flag("block_wise", "for _ww: {choices}", choices=MAPPINGS, only="ww", metavar="TYPE")
+    esd_driver: str = flag(
+        "exact",
+        "{choices}; exact: float32 SVD, as published; fast: eigenvalues of the float64 Gram matrix",
+        choices=DRIVERS,
+        only="ww",
+        metavar="NAME",
+    )
+    farms: bool = flag(False, "spectra of windows of one aspect ratio (FARMS) instead of whole matrices", only="ww")
+    farms_rows: int = flag(
+        2000, "rows of a window; at most the matrix's shorter side", least=2, needs="farms", only="ww", metavar="N"
+    )
+    farms_ratio: float = flag(1.0, "columns of a window over its rows", above=0, needs="farms", only="ww", metavar="Q")
+    farms_steps: int = flag(15, "windows in each direction, a count", least=1, needs="farms", only="ww", metavar="K")
+    metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
+
+
+@dataclass(kw_only=True)
+class Widths(Flags):
+    _title: ClassVar[str] = "allocation"
+
+    owl_m: float = flag(
+        5.0, "for _owl: outliers exceed M times the block's mean score", above=0, only="owl", metavar="M"
+    )
+    owl_lambda: float = flag(
+        0.08, "for _owl: half width of the map, a sparsity in [0, 1]", least=0, most=1, only="owl", metavar="L"
+    )
+    dlp_alpha: float = flag(
+        0.15, "for _dlp: half width of the map, a sparsity in [0, 1]", least=0, most=1, only="dlp", metavar="A"
+    )
+    atp_beta: float = flag(
+        0.005, "for _atp: step from block to block, a sparsity in [0, 1]", least=0, most=1, only="atp", metavar="B"
+    )
+
+
+@dataclass(kw_only=True)
+class Plans(Flags):
+    _title: ClassVar[str] = "allocation"
+
+    plan: str | None = flag(
+        None, "take the layers' ratios from a file that --save_plan wrote", prunes=True, metavar="FILE"
+    )
+    save_plan: str | None = flag(None, "write the layers' ratios, by name, as JSON", prunes=True, metavar="FILE")
+    export_llmcompressor: str | None = flag(
+        None, "write the layers' ratios as an llm-compressor recipe (YAML)", prunes=True, metavar="FILE"
+    )
+
+
+@dataclass(kw_only=True)
+class Evaluation(Flags):
+    _title: ClassVar[str] = "evaluation"
+
+    eval_data: str = flag("wikitext2", f"evaluation text: {TEXTS}", metavar="TEXT")
+    eval_windows: int | None = flag(None, "windows to evaluate, a count (default: all)", least=1, metavar="N")
+    eval_wikitext: bool = flag(True, "measure the perplexity on --eval_data")
+
+
+@dataclass(kw_only=True)
+class ZeroShot(Flags):
+    _title: ClassVar[str] = "evaluation"
+
+    eval_zero_shot: bool = flag(False, "answer --tasks with lm-eval and measure the accuracy")
+    tasks: str = flag(
+        ",".join(ZERO_SHOT_TASKS), "lm-eval's names of tasks or groups", needs="eval_zero_shot", metavar="A,B"
+    )
+    num_fewshot: int = flag(
+        0, "worked examples before each question, a count", least=0, needs="eval_zero_shot", metavar="N"
+    )
+    limit: int | None = flag(
+        None, "questions per task, a count (default: all)", least=1, needs="eval_zero_shot", metavar="N"
+    )
+    eval_batch_size: str = flag(
+        "auto", "batch size; auto: the largest that fits on the GPU, 8 on a CPU", needs="eval_zero_shot", metavar="N"
+    )
+    include_path: str | None = flag(
+        None, "folder of more lm-eval task files, such as data/tasks", needs="eval_zero_shot", metavar="DIR"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if not any(self.tasks.split(",")):
+            raise UserError("tasks", f"{self.tasks!r}: names no task; give lm-eval's names with commas between them")
+        if self.eval_batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", self.eval_batch_size):
+            raise UserError("eval_batch_size", f"{self.eval_batch_size}: must be auto or at least 1")
+
+
+@dataclass(kw_only=True)
+class Output(Flags):
+    _title: ClassVar[str] = "output"
+
+    save: str = flag("results", "where the run's figures are written", metavar="DIR")
+    save_model: str | None = flag(None, "write the pruned model to DIR/{method}_{ratio}", prunes=True, metavar="DIR")
+
+
+# ------------------------------------------------------------------------------------------------- what is asked for
+
+
+class Task(NamedTuple):
+    """What the flags ask for: names in registries, the sparsity they imply, and N:M."""
+
+    method: str  # "dense" without pruning
+    pruner: Pruner | None
+    allocation: str
+    target: float
+    nm: tuple[int, int] | None = None
+
+    @property
+    def run(self) -> str:
+        """Name of the run in its files."""
+        return f"{self.method}_sparsity_{self.target}"
+
+    @property
+    def folder(self) -> str:
+        """Name of the pruned model's folder."""
+        return f"{self.method}_{self.target}"
+
+    @property
+    def wants(self) -> str | None:
+        """What the allocation wants to know of each layer."""
+        return ALLOCATIONS[self.allocation].wants
+
+
+@dataclass(kw_only=True)
+class Experiment(Model, Texts, Pruning, Metric, Spectra, Widths, Plans, Evaluation, ZeroShot, Output):
+    """The flags of main.py."""
+
+    def check(self) -> None:
+        super().check()
+        for name in ("calib_data", "eval_data"):
+            data.check_text(name, getattr(self, name))
+        if self.eval_wikitext and self.seqlen < 2:
+            raise UserError("seqlen", f"{self.seqlen}: must be at least 2")
+        if self.ww_metric in WEIGHTWATCHER and (self.farms or self.esd_driver != "exact"):
+            name, given = ("farms", "") if self.farms else ("esd_driver", f"{self.esd_driver} ")
+            text = f"{given}with --ww_metric {self.ww_metric}: that metric goes through weightwatcher's own spectrum"
+            raise UserError(name, text)
+        self.task()
+
+    def task(self) -> Task:
+        """Return what is asked for.
+
+        Raises:
+            UserError: flags that contradict each other, or that do nothing for this method.
+        """
+        task = self._metrics_only() if self.metrics_only else self._method()
+        check_only(self, task, planned=bool(self.plan))
+        if self.epsilon == "auto":
+            self._check_search(task)
+        return task
+
+    def _check_search(self, task: Task) -> None:
+        if task.allocation != "ww" or self.metrics_only:
+            raise UserError("epsilon", f"auto with {task.method}: needs a --prune_method with _ww")
+        same = (
+            self.calib_data not in data.DATASETS and Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
+        )
+        if same and self.eval_wikitext:
+            text = "--calib_data and --eval_data are one file, so the choice would see the evaluation text; give two"
+            raise UserError("epsilon", f"auto: {text}")
+
+    def _metrics_only(self) -> Task:
+        for name in ("prune_method", "sparsity_ratio", "eval_zero_shot", *pruning_flags(self)):
+            if getattr(self, name):
+                raise UserError(name, "with --metrics_only: nothing is pruned then; leave one of them out")
+        return Task("metrics", None, "ww", 0.0)
+
+    def _method(self) -> Task:
+        nm = None if self.sparsity_type == "unstructured" else parse_nm(self.sparsity_type)
+        if self.prune_method is None:
+            return self._dense(nm)
+        method, target = check_name("prune_method", self.prune_method, METHODS), self.sparsity_ratio
+        name, _, suffix = method.partition("_")
+        if self.use_variant and name not in VARIANTS:
+            text = f"with --prune_method {method}: only {', '.join(VARIANTS)} has a variant"
+            raise UserError("use_variant", text)
+        if self.export_llmcompressor and name not in plans.LLM_COMPRESSOR:
+            raise UserError("export_llmcompressor", f"with {method}: for {' and '.join(plans.LLM_COMPRESSOR)} only")
+        if self.plan:
+            method, suffix, target = f"{name}_plan", "", self._planned_target(method)
+        elif nm:
+            target = self._nm_target(method, suffix, nm)
+        elif not target:
+            text = f"{method} without a sparsity; add --sparsity_ratio (or --sparsity_type N:M)"
+            raise UserError("prune_method", text)
+        table = VARIANTS if self.use_variant else PRUNERS
+        return Task(method, table[name], suffix, target, nm)
+
+    def _dense(self, nm: tuple[int, int] | None) -> Task:
+        if self.sparsity_ratio or nm:
+            name = "sparsity_type" if nm else "sparsity_ratio"
+            text = f"{getattr(self, name)} without a method; add --prune_method, one of: {', '.join(METHODS)}"
+            raise UserError(name, text)
+        for name in pruning_flags(self):
+            if getattr(self, name):
+                raise UserError(name, "without --prune_method does nothing")
+        return Task("dense", None, "", 0.0)
+
+    def _planned_target(self, method: str) -> float:
+        """Return the target of the plan that is to be used."""
+        if "_" in method:
+            text = f"with --prune_method {method}: the plan is the allocation; use {method.partition('_')[0]}"
+            raise UserError("plan", text)
+        if self.sparsity_type != "unstructured" or self.save_plan:
+            name = "save_plan" if self.save_plan else f"sparsity_type {self.sparsity_type}"
+            raise UserError("plan", f"with --{name}: the plan says all of that already; leave one of them out")
+        content = plans.read_plan(Path(self.plan))
+        mixed = len({str(row.get("nm")) for row in content["layers"].values()}) > 1
+        if self.export_llmcompressor and mixed:
+            text = "with a plan of mixed N:M: llm-compressor has one N:M for all layers"
+            raise UserError("export_llmcompressor", text)
+        if self.sparsity_ratio and abs(self.sparsity_ratio - content["target"]) > 1e-9:
+            text = f"{self.sparsity_ratio} with --plan {self.plan}: that plan is for {content['target']}"
+            raise UserError("sparsity_ratio", text)
+        if self.use_variant and any("nm" in row for row in content["layers"].values()):
+            raise UserError("use_variant", "with a plan of N:M: the variant is unstructured only")
+        return content["target"]
+
+    def _nm_target(self, method: str, suffix: str, nm: tuple[int, int]) -> float:
+        """Return the sparsity that N:M implies."""
+        given = f"with --sparsity_type {self.sparsity_type}"
+        if self.use_variant:
+            raise UserError("use_variant", f"{given}: the variant is unstructured only")
+        if suffix and nm[0] == 1:
+            nothing = f"every layer keeps at least one of {nm[1]}: nothing can be distributed; use 2:{2 * nm[1]}"
+            raise UserError("sparsity_type", f"1:{nm[1]} with {method}: {nothing}")
+        if suffix and self.export_llmcompressor:
+            text = f"{given} and {method}: llm-compressor has one N:M for all layers"
+            raise UserError("export_llmcompressor", text)
+        implied = 1 - nm[0] / nm[1]
+        if self.sparsity_ratio and abs(self.sparsity_ratio - implied) > 1e-9:
+            fix = f"that type removes {implied:g}; leave --sparsity_ratio out or give {implied:g}"
+            raise UserError("sparsity_ratio", f"{self.sparsity_ratio} {given}: {fix}")
+        return implied
+
+
+def pruning_flags(settings: Flags) -> list[str]:
+    """Return the fields that do nothing unless something is pruned."""
+    return [item.name for _, item, _ in settings.declared() if item.metadata.get("prunes")]
+
+
+def check_only(settings: Flags, task: Task, planned: bool = False) -> None:
+    """Refuse flags of an allocation that is not asked for.
+
+    The published flags of _ww are accepted with a uniform method: published command lines give them there too.
+    """
+    tolerated = () if planned or task.allocation else [name for name in Metric.__annotations__] + ["mapping_type"]
+    for _, item, _ in settings.declared():
+        only = item.metadata.get("only")
+        if only and item.name in settings.given and only != task.allocation and item.name not in tolerated:
+            raise UserError(item.name, f"does nothing with {task.method}; it is for the methods with _{only}")
+
+
+def parse_nm(text: str) -> tuple[int, int]:
+    """Return (N, M) of ``N:M``."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found:
+        hint = did_you_mean(text, ["unstructured"])
+        raise UserError("sparsity_type", f"{text}: must be unstructured or N:M such as 2:4.{hint}")
+    keep, group = int(found[1]), int(found[2])
+    if not 0 < keep < group:
+        raise UserError("sparsity_type", f"{text}: N:M keeps N of M, so N must be at least 1 and below M")
+    return keep, group

@@ -1,0 +1,70 @@
+"""Tables that the commands show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib.layers import Layer
+from lib.record import LayerReport
+from lib.search import Trial, best
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show(console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table, its first column aligned to the left and the others to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def line(console: Console, text: str) -> None:
+    """Print one line as it is."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def show_metric(
+    console: Console, title: str, layers: Sequence[Layer], values: Mapping[str, float], cache: Path
+) -> None:
+    """Print the metric by kind of matrix."""
+    kinds: dict[str, list[float]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(values[layer.name])
+    rows = []
+    for kind, numbers in [*kinds.items(), ("all", list(values.values()))]:
+        figures = (min(numbers), sum(numbers) / len(numbers), max(numbers))
+        rows.append((kind, *(f"{x:.4f}" for x in figures)))
+    show(console, title, ("matrix", "smallest", "mean", "largest"), rows)
+    line(console, f"cached in: {cache}")
+
+
+def show_trials(console: Console, trials: Sequence[Trial]) -> None:
+    """Print what was tried for --epsilon auto, if it was."""
+    if not trials:
+        return
+    chosen = best(trials)
+    rows = [(f"{t.epsilon:.2f}", f"{t.perplexity:.2f}" + (" <- taken" if t is chosen else "")) for t in trials]
+    show(console, "--epsilon auto: perplexity on held-out calibration text", ("epsilon", "perplexity"), rows)
+
+
+def show_run(console: Console, record: Mapping, stages: Mapping[str, Mapping], rows: Sequence[LayerReport]) -> None:
+    """Print the figures of a run of main.py."""
+    seconds = sum(stage["seconds"] for stage in stages.values())
+    peak = max(stage["peak_rss_mb"] for stage in stages.values())
+    perplexity = "-" if record["perplexity"] is None else f"{record['perplexity']:.4f}"
+    row = (record["method"], f"{record['target_sparsity']:g}", f"{record['sparsity']:.4f}", perplexity)
+    headings = ("method", "target", "sparsity", "perplexity", "seconds", "peak memory")
+    show(console, f"{record['model']['given']}: {record['method']}", headings, [(*row, f"{seconds:.1f}", f"{peak} MB")])
+    patterns = Counter("{}:{}".format(*report.nm) for report in rows if report.nm)
+    if len(patterns) > 1:
+        each = ", ".join(f"{count} at {pattern}" for pattern, count in sorted(patterns.items()))
+        line(console, f"layers:  {each} (see the .tsv)")
