@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
@@ -265,17 +266,15 @@ def save_llm(
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
-    own = model.dtype
     with new_folder(target) as folder:
-        if dtype in (None, own):
+        if dtype in (None, model.dtype):
             model.save_pretrained(folder)
         else:
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-            model.config.dtype = dtype
-            try:
-                model.save_pretrained(folder, state_dict=state)
-            finally:
-                model.config.dtype = own
+            model.save_pretrained(folder, state_dict=state)
+            config = json.loads((folder / "config.json").read_text())  # save_pretrained notes the model's own dtype
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save_pretrained(folder)
 
 

@@ -14,7 +14,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib.models import find_blocks, load_llm, locate, prunable_layers
+import main
+from lib.blocks import Weights, weights_of
+from lib.command import parse
+from lib.models import load_llm, locate
+from lib.settings import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -47,6 +51,11 @@ def golden():
         return json.loads(path.read_text()) if path.suffix == ".json" else np.load(path)
 
     return read
+
+
+def settings(flags: str | list[str]) -> Experiment:
+    """Return main.py's settings of a command line, checked."""
+    return parse(Experiment, flags.split() if isinstance(flags, str) else flags, main.PARSER)
 
 
 # ------------------------------------------------------------------------------------------- a tiny text and model
@@ -113,6 +122,11 @@ def tiny_model() -> LlamaForCausalLM:
 
 
 @pytest.fixture
+def tiny_weights(tiny_model) -> Weights:
+    return weights_of(tiny_model)
+
+
+@pytest.fixture
 def tiny_windows() -> torch.Tensor:
     """Return 7 windows of 24 token ids, [7, 24]."""
     return torch.randint(3, 300, (7, 24), generator=torch.Generator().manual_seed(5))
@@ -127,14 +141,18 @@ def smollm2_source():
     return locate("smollm2-135m", str(ROOT / "llm_weights"))
 
 
+def on_cpu(source, dtype: torch.dtype = torch.float32):
+    """Return the model on the CPU, also where CUDA is present: figures and devices are then the same everywhere."""
+    return load_llm(source, dtype, torch.device("cpu"))
+
+
 @pytest.fixture
 def smollm2(smollm2_source):
-    """Return a fresh SmolLM2-135M in float32."""
-    return load_llm(smollm2_source, "float32")
+    """Return a fresh SmolLM2-135M in float32, on the CPU."""
+    return on_cpu(smollm2_source)
 
 
 @pytest.fixture(scope="session")
-def smollm2_layers(smollm2_source):
-    """Return the dense SmolLM2's blocks and layers, to be read only."""
-    model = load_llm(smollm2_source, "float32")
-    return find_blocks(model)[1], prunable_layers(model)
+def smollm2_weights(smollm2_source) -> Weights:
+    """Return the dense SmolLM2's weights, to be read only."""
+    return weights_of(on_cpu(smollm2_source))

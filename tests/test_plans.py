@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_llama, tiny_sentences
+from conftest import settings, tiny_llama, tiny_sentences
 from rich.console import Console
 
 import main
 from lib import UserError, search
 from lib.allocation import ALLOCATIONS, SparsityPlan, uniform
 from lib.data import search_windows
-from lib.models import find_blocks, prunable_layers
+from lib.blocks import weights_of
+from lib.layers import prunable_layers
 from lib.plans import llm_compressor_recipe, load_plan, save_plan
-from lib.prune import restore, snapshot
 from lib.pruners import PRUNERS
 
 
@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch, tiny_folder, tiny_text):
         size = (
             f"--model {tiny_folder} --calib_data {tiny_text} --eval_data other.txt --seqlen 32 --nsamples 5 --save save"
         )
-        return main.run(main.make_parser().parse_args(f"{size} {flags}".split()), Console(quiet=True))
+        return main.run(settings(f"{size} {flags}"), Console(quiet=True))
 
     return start
 
@@ -78,6 +78,14 @@ def test_recipe_has_a_sparsity_for_each_target_in_model_order(run):
     assert modifier[1]["sparsity"] == [float(r["planned_ratio"]) for r in rows]
     in_model = [name for name, _ in tiny_llama().named_modules() if name in set(modifier[1]["targets"])]
     assert in_model == modifier[1]["targets"]  # llm-compressor goes by the model's order, whatever the list's
+
+
+def test_recipe_leaves_out_what_stays_dense(run):
+    # llm-compressor's SparseGPT takes a weight or two of a layer of sparsity 0.
+    run("--prune_method sparsegpt_er_plus --sparsity_ratio 0.4 --export_llmcompressor r.yaml")
+    (modifier,) = yaml.safe_load(Path("r.yaml").read_text())["pruning_stage"]["pruning_modifiers"].values()
+    assert len(modifier["targets"]) == len(modifier["sparsity"]) == 14
+    assert not [name for name in modifier["targets"] if "layers.2." in name] and min(modifier["sparsity"]) > 0
 
 
 def test_recipe_counts_the_zeros_of_nm():
@@ -158,6 +166,16 @@ def test_epsilon_auto_never_reads_the_evaluation_text(run, monkeypatch):
     assert held[0] == held[1] and len({w.numel() for w in seen}) == 1
 
 
+def test_epsilons_that_lead_to_one_plan_are_tried_once(tiny_weights, tiny_windows, monkeypatch):
+    walks = []
+    monkeypatch.setattr(search, "walk", lambda *_: walks.append(1))
+    plan = SparsityPlan(0.5, uniform(tiny_weights.layers, 0.5))
+    windows = (tiny_windows, tiny_windows)
+    trials = search.try_epsilons(tiny_weights, lambda _: plan, [0, 0.05, 0.1], PRUNERS["magnitude"], windows)
+    assert len(walks) == 1 and [t.epsilon for t in trials] == [0, 0.05, 0.1]
+    assert len({t.perplexity for t in trials}) == 1
+
+
 def test_search_windows_do_not_overlap(tiny_tokenizer, tmp_path):
     (tmp_path / "two.txt").write_text("ab " * 4000 + "su " * 1000)  # the last fifth is another text
     parts = search_windows(str(tmp_path / "two.txt"), tiny_tokenizer, 8, 32, 0)
@@ -167,14 +185,14 @@ def test_search_windows_do_not_overlap(tiny_tokenizer, tmp_path):
 
 def test_snapshot_gives_the_weights_back(tiny_windows):
     model = tiny_llama()
-    blocks, layers = find_blocks(model)[1], prunable_layers(model)
-    kept = snapshot(blocks, layers)
+    weights = weights_of(model)
+    dense = weights.snapshot()
     with torch.no_grad():
         before = model(tiny_windows[:1]).logits
-        for layer in layers:
-            layer.module.weight.zero_()
+        for layer in weights.layers:
+            model.get_submodule(layer.name).weight.zero_()
         assert not torch.equal(model(tiny_windows[:1]).logits, before)
-        restore(blocks, layers, kept)
+        weights.restore(dense)
         assert torch.equal(model(tiny_windows[:1]).logits, before)
 
 
@@ -182,7 +200,7 @@ def test_snapshot_gives_the_weights_back(tiny_windows):
 
 
 def test_metrics_only_computes_and_ends(run, monkeypatch, capsys, tiny_folder):
-    monkeypatch.setattr(main.eval, "perplexity", lambda *_: pytest.fail("it evaluates"))
+    monkeypatch.setattr(main.evaluation, "perplexity", lambda *_: pytest.fail("it evaluates"))
     record = run("--metrics_only --ww_metric stable_rank --esd_driver fast --calib_data c4")
     assert len(record["metric"]) == 21 and Path("data", tiny_folder.name, "stable_rank_fast.npy").is_file()
     assert not Path("save").exists()

@@ -1,15 +1,19 @@
-"""What a run leaves behind: formats, atomic writing, and the folders that are refused."""
+"""Output files and run records: formats, atomic writing, what is left of a killed run, and refused folders."""
 
 import json
+import math
 import os
+import socket
 import stat
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from lib import UserError, results
-from lib.results import LayerReport, Stages
+from lib import UserError, files, record
+from lib.record import LayerReport, Record
 
 
 def names(folder: Path) -> list[str]:
@@ -17,8 +21,8 @@ def names(folder: Path) -> list[str]:
 
 
 def test_perplexity_file_is_as_published(tmp_path):
-    text = results.perplexity_text("wanda", 0.50001234, 22.428142547607422)
-    results.write_atomically(tmp_path / "new" / "perplexity_wanda_sparsity_0.5.txt", text)
+    text = record.perplexity_text("wanda", 0.50001234, 22.428142547607422)
+    files.write_atomically(tmp_path / "new" / "perplexity_wanda_sparsity_0.5.txt", text)
     assert names(tmp_path / "new") == ["perplexity_wanda_sparsity_0.5.txt"]
     assert (tmp_path / "new" / "perplexity_wanda_sparsity_0.5.txt").read_text() == text
     assert text == "method\tactual_sparsity\tppl_test\nwanda\t0.5000\t22.4281\n"
@@ -26,7 +30,7 @@ def test_perplexity_file_is_as_published(tmp_path):
 
 def test_layers_file_has_a_row_per_matrix():
     rows = [LayerReport("a.q", (4, 8), 2.3456789, 0.25, 0.28125), LayerReport("a.k", (2, 8), None, 0.5, 0.5, (4, 8))]
-    header, first, second = results.layers_text(rows).splitlines()
+    header, first, second = record.layers_text(rows).splitlines()
     assert header.split("\t") == ["name", "shape", "metric", "planned_ratio", "sparsity", "type"]
     name, shape, metric, ratio, sparsity, kind = first.split("\t")
     assert (kind, second.split("\t")[5]) == ("unstructured", "4:8")
@@ -36,14 +40,20 @@ def test_layers_file_has_a_row_per_matrix():
 
 
 def test_run_file_says_where_the_numbers_come_from():
-    record = json.loads(results.run_text({"perplexity": 3.5, "folder": Path("a")}))
-    assert record["perplexity"] == 3.5 and {"torch", "transformers", "python"} <= set(record["versions"])
-    assert {"git_commit", "device"} <= set(record)
+    read = json.loads(record.run_text({"perplexity": 3.5, "folder": Path("a")}))
+    assert read["perplexity"] == 3.5 and {"torch", "transformers", "python"} <= set(read["versions"])
+    assert {"git_commit", "device"} <= set(read)
+
+
+def test_run_file_is_json_whatever_the_figures():
+    text = record.run_text({"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": (1.5, None)})
+    read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (read["a"], read["b"], read["d"]) == (None, [None, {"c": None}], [1.5, None])
 
 
 def test_writing_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "figures.txt"
-    results.write_atomically(path, "old")
+    files.write_atomically(path, "old")
     write = Path.write_text
 
     def half(self, text, *args, **kwargs):
@@ -52,24 +62,24 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(UserError, match=r"figures\.txt.*No space left"):
-        results.write_atomically(path, "newer")
+        files.write_atomically(path, "newer")
     assert path.read_text() == "old" and names(tmp_path) == ["figures.txt"]
 
 
 def test_a_written_file_replaces_the_old_one_and_can_be_read_by_others(tmp_path):
     os.umask(0o022)
     path = tmp_path / "figures.txt"
-    results.write_atomically(path, "old")
-    results.write_atomically(path, "new")
+    files.write_atomically(path, "old")
+    files.write_atomically(path, "new")
     assert path.read_text() == "new" and names(tmp_path) == ["figures.txt"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
 def test_prepare_leaves_no_trace(tmp_path):
-    results.prepare("--save", tmp_path / "a" / "b")
+    files.prepare("save", tmp_path / "a" / "b")
     assert names(tmp_path) == []
     (tmp_path / "here").mkdir()
-    results.prepare("--save", tmp_path / "here")
+    files.prepare("save", tmp_path / "here")
     assert names(tmp_path) == ["here"] and names(tmp_path / "here") == []
 
 
@@ -77,33 +87,143 @@ def test_prepare_leaves_no_trace(tmp_path):
 def test_prepare_refuses_what_cannot_be_written(tmp_path, where):
     (tmp_path / "file").write_text("a")
     with pytest.raises(UserError, match="--save .*cannot be written") as caught:
-        results.prepare("--save", tmp_path / where)
+        files.prepare("save", tmp_path / where)
     assert "\n" not in str(caught.value) and names(tmp_path) == ["file"]
 
 
 def test_prepare_refuses_a_full_disk(tmp_path):
-    with pytest.raises(UserError, match="--save_model .*full"):
-        results.prepare("--save_model", tmp_path, need_bytes=2**80)
+    with pytest.raises(UserError, match=r"--save_model .*full, 1\d{15} GiB are needed and \d"):
+        files.prepare("save_model", tmp_path, need_bytes=2**80)
 
 
-def test_stages_measure_seconds_and_memory():
-    stages = Stages()
-    with stages.stage("wait"):
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (900, "900 bytes"), (1536, "1.5 KiB"), (300 * 2**20, "300 MiB"), (2**31, "2.0 GiB")],
+)
+def test_sizes_are_readable(size, text):
+    assert files.readable(size) == text
+
+
+def test_stages_measure_seconds_and_memory(tmp_path):
+    run = Record(tmp_path, "x")
+    with run.stage("wait"):
         time.sleep(0.05)
-    with stages.stage("fill"):
+    with run.stage("fill"):
         block = b"x" * 200_000_000
     del block
-    assert 0.05 <= stages.table["wait"]["seconds"] < 5
+    assert 0.05 <= run.stages["wait"]["seconds"] < 5
     # each stage has its own peak, where the system lets it be reset
-    assert stages.table["fill"]["peak_rss_mb"] >= stages.table["wait"]["peak_rss_mb"] + 150
-    with stages.stage("after"):
+    assert run.stages["fill"]["peak_rss_mb"] >= run.stages["wait"]["peak_rss_mb"] + 150
+    with run.stage("after"):
         pass
-    assert stages.table["after"]["peak_rss_mb"] <= stages.table["fill"]["peak_rss_mb"]
+    assert run.stages["after"]["peak_rss_mb"] <= run.stages["fill"]["peak_rss_mb"]
+
+
+class Cuda:
+    """Stands in for torch.cuda: two devices, not initialised at first; only ``used`` ones hold memory."""
+
+    def __init__(self) -> None:
+        self.used: list[int] = []
+        self.asked: list[tuple[str, int]] = []
+
+    def is_initialized(self) -> bool:
+        return bool(self.used)
+
+    def device_count(self) -> int:
+        return 2
+
+    def memory_reserved(self, device: int) -> int:
+        return device in self.used
+
+    def __getattr__(self, name: str):
+        def call(device: int):
+            if not self.used:
+                raise RuntimeError("Invalid device argument: did you call init?")
+            self.asked.append((name, device))
+            return 3 * 2**20
+
+        return call
+
+
+def test_stages_ask_nothing_of_cuda_before_it_is_initialised(tmp_path, monkeypatch):
+    cuda = Cuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    run = Record(tmp_path, "x")
+    with run.stage("prepare"):
+        pass
+    with run.stage("load"):
+        cuda.used = [1]
+    with run.stage("prune"):
+        pass
+    assert "peak_cuda_mb" not in run.stages["prepare"]
+    assert run.stages["load"]["peak_cuda_mb"] == run.stages["prune"]["peak_cuda_mb"] == {"cuda:1": 3}
+    assert {device for _, device in cuda.asked} == {1}  # the other one gets no context
+    assert ("reset_peak_memory_stats", 1) in cuda.asked and ("synchronize", 1) in cuda.asked
+
+
+def test_a_record_is_written_with_what_is_known(tmp_path):
+    run = Record(tmp_path, "wanda_sparsity_0.5")
+    run.rows = [LayerReport("a.q", (4, 8), None, 0.25, 0.28125)]
+    run.content["sparsity"] = 0.28
+    run.write()
+    assert names(tmp_path) == ["layers_wanda_sparsity_0.5.tsv", "run_wanda_sparsity_0.5.json"]
+    assert record.read_run(tmp_path, run.run)["complete"] is False
+    run.files["perplexity.txt"] = "x"
+    run.write(complete=True)
+    assert record.read_run(tmp_path, run.run)["complete"] is True and "perplexity.txt" in names(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- folders of saved models
+
+
+def no_such_process() -> int:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    return child.pid
+
+
+def left_behind(target: Path, owner: str) -> Path:
+    folder = target.with_name(f".{target.name}-{owner}")
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text("half")
+    return folder
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_one_to_this_target(tmp_path, caplog):
+    target, here, gone = tmp_path / "wanda_0.5", socket.gethostname(), no_such_process()
+    dead = left_behind(target, f"{here}-{gone}")
+    others = [
+        left_behind(target, f"{here}-{os.getppid()}"),  # still at work
+        left_behind(target, f"elsewhere-{gone}"),  # of a machine that shares the disk
+        left_behind(tmp_path / "wanda_0.55", f"{here}-{gone}"),  # of another target
+    ]
+    with files.new_folder(target) as folder:
+        (folder / "x").write_text("whole")
+    assert not dead.exists() and str(dead) in caplog.text
+    assert all(other.is_dir() for other in others)
+    assert (target / "x").read_text() == "whole"
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path):
+    target = tmp_path / "m"
+    old = left_behind(target, f"old-{socket.gethostname()}-{no_such_process()}")
+    with pytest.raises(KeyboardInterrupt), files.new_folder(target):
+        raise KeyboardInterrupt
+    assert not old.exists() and (target / "model.safetensors").read_text() == "half"
+
+
+def test_a_save_that_fails_leaves_the_old_folder_and_no_trace(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "x").write_text("old")
+    with pytest.raises(UserError, match="No space left"), files.new_folder(tmp_path / "m") as folder:
+        (folder / "x").write_text("new")
+        raise OSError(28, "No space left on device")
+    assert names(tmp_path) == ["m"] and (tmp_path / "m" / "x").read_text() == "old"
 
 
 def test_an_earlier_run_is_read_or_is_none(tmp_path):
-    assert results.read_run(tmp_path, "x") is None
+    assert record.read_run(tmp_path, "x") is None
     (tmp_path / "run_x.json").write_text("{")
-    assert results.read_run(tmp_path, "x") is None
-    results.write_atomically(tmp_path / "run_x.json", results.run_text({"perplexity": 1.0}))
-    assert results.read_run(tmp_path, "x")["perplexity"] == 1.0
+    assert record.read_run(tmp_path, "x") is None
+    files.write_atomically(tmp_path / "run_x.json", record.run_text({"perplexity": 1.0}))
+    assert record.read_run(tmp_path, "x")["perplexity"] == 1.0
