@@ -91,7 +91,7 @@ def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, re
             models.save_llm(weights.model, known.tokenizer, folder, known.dtypes.stored)
             prune.check_saved(folder, weights, record.content["sparsity"])
     except UserError as error:
-        log.error("%s; the figures are measured all the same", error)
+        log.warning("%s; the figures are measured all the same", error)
         return error
     record.content["saved_model"] = str(folder)
     return None

@@ -264,7 +264,10 @@ def quiet() -> None:
     if not sys.stderr.isatty():  # bars of downloads and of loading would fill a log file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "transformers" in sys.modules:
-        sys.modules["transformers"].utils.logging.set_verbosity_error()
+        transformers_logging = sys.modules["transformers"].utils.logging
+        transformers_logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if int(os.environ.get("RANK", 0)) > 0:  # of several processes, the first one speaks
         for name in ("lib", "main", "lora_ft"):

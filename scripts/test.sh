@@ -5,4 +5,6 @@ need requirements.txt
 need scripts/requirements-data.txt --no-deps
 need scripts/requirements-images.txt
 need tests/requirements.txt
-exec "$PYTHON_BIN" -m pytest "$@"
+# A process per core, each with one thread; a file's tests stay together, since they share what is slow to make.
+export OMP_NUM_THREADS=1
+exec "$PYTHON_BIN" -m pytest -n auto --dist loadfile "$@"

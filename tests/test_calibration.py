@@ -101,7 +101,8 @@ def test_the_same_sample_many_times_is_as_once(statistic, tiny_model, tiny_windo
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_layers_with_the_same_input_share_one_statistic(statistic, tiny_model, tiny_windows):
-    found = [[name.rsplit(".", 1)[1] for name in one.layers] for one in dense_statistics(tiny_model, tiny_windows[:2], statistic)]
+    statistics = dense_statistics(tiny_model, tiny_windows[:2], statistic)
+    found = [[name.rsplit(".", 1)[1] for name in one.layers] for one in statistics]
     assert found == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 3
 
 

@@ -146,7 +146,7 @@ def test_hub_that_cannot_be_reached_is_one_line(name, monkeypatch, tiny_tokenize
         lambda: calibration_windows(name, tiny_tokenizer, 1, 8, 0),
         lambda: evaluation_windows(name, tiny_tokenizer, 8),
     ):
-        with pytest.raises(UserError, match=r"--calib_data FILE") as caught:
+        with pytest.raises(UserError, match=r"wiki_leads .* local \.txt") as caught:
             call()
         assert "\n" not in str(caught.value)
 

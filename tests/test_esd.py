@@ -8,6 +8,7 @@ import torch
 
 from lib.esd import (
     DRIVERS,
+    METRICS,
     Farms,
     NoFit,
     Spectrum,
@@ -18,7 +19,6 @@ from lib.esd import (
     peak_candidates,
     spectrum,
 )
-from lib.metrics import METRICS
 
 
 def spec_of(eigs) -> Spectrum:
@@ -99,9 +99,9 @@ def test_fit_chooses_as_the_loop_does(eigs):
     check_against_oracle(torch.tensor(eigs.copy(), dtype=torch.float32))
 
 
-def test_fit_of_real_matrices(smollm2_layers):
-    for layer in smollm2_layers[1][::23]:
-        check_against_oracle(spectrum(layer.module.weight).eigs)
+def test_fit_of_real_matrices(smollm2_weights):
+    for weight in [*smollm2_weights.snapshot().values()][::23]:
+        check_against_oracle(spectrum(weight).eigs)
 
 
 # ------------------------------------------------------------------------------------------- the published figures
@@ -117,15 +117,16 @@ def test_published_alphas_from_published_spectra(golden):
         assert fit_tail(spec.eigs, every).alpha == pytest.approx(alphas["alpha_all_candidates"][i], rel=1e-5), name
 
 
-def test_published_alphas_from_the_weights(golden, smollm2_layers):
+def test_published_alphas_from_the_weights(golden, smollm2_weights):
     alphas = golden("alphas.json")
     jumped = []
-    for i, layer in enumerate(smollm2_layers[1][: len(alphas["names"])]):
-        assert layer.name == f"model.layers.{alphas['names'][i]}"
-        spec = spectrum(layer.module.weight)
-        assert alpha_mid(spec) == pytest.approx(alphas["alpha_mid"][i], rel=1e-5), layer.name
+    weights = smollm2_weights.snapshot()
+    for i, (name, weight) in enumerate([*weights.items()][: len(alphas["names"])]):
+        assert name == f"model.layers.{alphas['names'][i]}"
+        spec = spectrum(weight)
+        assert alpha_mid(spec) == pytest.approx(alphas["alpha_mid"][i], rel=1e-5), name
         if alpha_peak(spec) != pytest.approx(alphas["alpha_peak"][i], rel=1e-5):
-            jumped.append(layer.name)
+            jumped.append(name)
     assert len(jumped) <= 2, jumped  # two equally full bins, and the SVD's rounding decides between them
 
 
@@ -331,20 +332,19 @@ WATCHED = {
 
 
 @pytest.fixture(scope="module")
-def watched(smollm2_layers):
+def watched(smollm2_weights):
     """Return weightwatcher's table of three blocks, by layer name."""
     import logging
 
     from weightwatcher import WeightWatcher
 
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
-    blocks, layers = smollm2_layers
     rows = {}
     for block in (0, 13, 29):
-        for _, row in WeightWatcher(model=blocks[block]).analyze().iterrows():
+        for _, row in WeightWatcher(model=smollm2_weights.modules[block]).analyze().iterrows():
             rows[f"model.layers.{block}.{row['longname']}"] = row
     assert len(rows) == 21
-    return {layer.name: (layer.module.weight, rows[layer.name]) for layer in layers if layer.name in rows}
+    return {name: (weight, rows[name]) for name, weight in smollm2_weights.snapshot().items() if name in rows}
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -406,9 +406,9 @@ def test_fast_driver_gives_way_where_float64_does_not_suffice(shape):
     assert (fast.eigs >= 0).all()
 
 
-def test_drivers_agree_on_real_matrices(golden, smollm2_layers):
-    for layer in smollm2_layers[1][:14]:
-        exact, fast = spectrum(layer.module.weight), spectrum(layer.module.weight, "fast")
+def test_drivers_agree_on_real_matrices(golden, smollm2_weights):
+    for weight in [*smollm2_weights.snapshot().values()][:14]:
+        exact, fast = spectrum(weight), spectrum(weight, "fast")
         assert not fast.fell_back
         # float32 singular values are off by their eps of the largest: the smallest of them show it.
         assert torch.allclose(exact.eigs.sqrt(), fast.eigs.sqrt(), rtol=0, atol=1e-5 * exact.eigs[-1].sqrt().item())

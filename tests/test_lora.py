@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, tiny_llama, tiny_sentences
+from lib.eval import perplexity
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
@@ -22,7 +23,6 @@ import main
 from lib import data, models
 from lib import eval as lib_eval
 from lib.data import evaluation_windows
-from lib.eval import perplexity
 from lora_ft import evaluate_ppl, finetune_lm, merge
 
 BLOCK = 32

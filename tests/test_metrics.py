@@ -12,8 +12,7 @@ from conftest import tiny_llama
 
 from lib import UserError, metrics
 from lib.blocks import Weights, weights_of
-from lib.esd import Farms, spectrum
-from lib.esd import METRICS, WEIGHTWATCHER
+from lib.esd import METRICS, WEIGHTWATCHER, Farms, spectrum
 from lib.fingerprint import fingerprint, same_weights
 from lib.layers import prunable_layers
 from lib.metrics import Settings, load_or_measure, measure, read_cache
@@ -71,7 +70,8 @@ def test_file_is_as_published(metric, tiny_weights, tmp_path):
     found = load_or_measure(tmp_path, metric, MODEL, tiny_weights)
     values = np.load(tmp_path / f"{metric}.npy", allow_pickle=False)
     assert values.dtype == np.float64 and values.shape == (21,)
-    assert values.tolist() == [found.values[layer.name] for layer in tiny_weights.layers]  # model order: q k v o gate up down
+    # in the model's order: q k v o gate up down
+    assert values.tolist() == [found.values[layer.name] for layer in tiny_weights.layers]
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{metric}.json", f"{metric}.npy"]
 
 
@@ -322,7 +322,8 @@ def test_a_pruned_checkpoint_is_noticed(tiny_weights, caplog):
 def test_a_fallback_of_the_fast_driver_names_the_layer(tiny_weights, caplog):
     matrix(tiny_weights, 3)[1] = matrix(tiny_weights, 3)[0]
     measure("spectral_norm", MODEL, tiny_weights, Settings("fast"))
-    assert [r for r in caplog.records if tiny_weights.layers[3].name in r.getMessage() and "ill-conditioned" in r.getMessage()]
+    name = tiny_weights.layers[3].name
+    assert [r for r in caplog.records if name in r.getMessage() and "ill-conditioned" in r.getMessage()]
 
 
 # ---------------------------------------------------------------------------------------------------- weightwatcher

@@ -13,8 +13,8 @@ from rich.console import Console
 import main
 from lib import UserError, search
 from lib.allocation import ALLOCATIONS, SparsityPlan, uniform
-from lib.data import search_windows
 from lib.blocks import weights_of
+from lib.data import search_windows
 from lib.layers import prunable_layers
 from lib.plans import llm_compressor_recipe, load_plan, save_plan
 from lib.pruners import PRUNERS

@@ -11,8 +11,12 @@ import torch
 from conftest import ROOT, tiny_sentences
 
 import main
-from lib import UserError, eval, results
-from lib.models import find_blocks, load_tokenizer, prunable_layers
+from lib import UserError, evaluation, record
+from lib.allocation import SparsityPlan, uniform
+from lib.blocks import weights_of
+from lib.models import load_tokenizer
+from lib.prune import walk
+from lib.pruners import PRUNERS
 
 TASKS = ROOT / "data" / "tasks"
 
@@ -54,7 +58,8 @@ def log_likelihood(model, tokenizer, question: str, choice: str) -> float:
 @pytest.mark.parametrize("batch", ["auto", 3])
 def test_accuracy_is_that_of_log_likelihoods_in_float64(made_up, tiny_model, tiny_tokenizer, batch):
     folder, rows = made_up
-    found = eval.zero_shot(tiny_model, tiny_tokenizer, eval.find_tasks(["made_up"], str(folder), 0), batch_size=batch)
+    tasks = evaluation.find_tasks(["made_up"], str(folder), 0)
+    found = evaluation.zero_shot(tiny_model, tiny_tokenizer, tasks, batch_size=batch)
     plain = normed = 0
     for row in rows:
         # acc_norm: per byte of the choice itself, without the space before it
@@ -76,41 +81,41 @@ def test_evaluation_repeats_itself_and_leaves_model_and_tokenizer_alone(made_up,
     tiny_tokenizer = copy.deepcopy(tiny_tokenizer)
     tiny_tokenizer.pad_token = None
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
-    tasks = eval.find_tasks(["made_up"], str(made_up[0]), 0)
-    first, again = (eval.zero_shot(tiny_model, tiny_tokenizer, tasks) for _ in range(2))
+    tasks = evaluation.find_tasks(["made_up"], str(made_up[0]), 0)
+    first, again = (evaluation.zero_shot(tiny_model, tiny_tokenizer, tasks) for _ in range(2))
     assert first.scores == again.scores
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
     assert tiny_tokenizer.pad_token is None
-    limited = eval.zero_shot(tiny_model, tiny_tokenizer, tasks, limit=5)
+    limited = evaluation.zero_shot(tiny_model, tiny_tokenizer, tasks, limit=5)
     assert {s.samples for s in limited.scores} == {5}
 
 
 def test_logits_that_are_not_numbers_are_said_to_be(made_up, tiny_model, tiny_tokenizer, caplog):
-    tasks = eval.find_tasks(["made_up"], str(made_up[0]), 0)
-    eval.zero_shot(tiny_model, tiny_tokenizer, tasks)
-    assert not [r for r in caplog.records if r.name == "lib.eval"]
+    tasks = evaluation.find_tasks(["made_up"], str(made_up[0]), 0)
+    evaluation.zero_shot(tiny_model, tiny_tokenizer, tasks)
+    assert not [r for r in caplog.records if r.name == "lib.evaluation"]
     tiny_model.model.norm.weight.data.fill_(math.nan)
     with caplog.at_level(logging.WARNING):
-        eval.zero_shot(tiny_model, tiny_tokenizer, tasks)
+        evaluation.zero_shot(tiny_model, tiny_tokenizer, tasks)
     assert [r.getMessage() for r in caplog.records if "48 of 48" in r.getMessage()]
 
 
 def test_worked_examples_are_asked_for_or_refused(made_up, tiny_model, tiny_tokenizer):
     folder, rows = made_up
-    tasks = eval.find_tasks(["made_up"], str(folder), 2)
-    eval.zero_shot(tiny_model, tiny_tokenizer, tasks, num_fewshot=2)
+    tasks = evaluation.find_tasks(["made_up"], str(folder), 2)
+    evaluation.zero_shot(tiny_model, tiny_tokenizer, tasks, num_fewshot=2)
     prompt = tasks.tasks[0].instances[0].args[0]
     assert prompt.count("\n\n") == 2 and prompt.endswith(rows[0]["question"])
     write_task(folder, rows, "num_fewshot: 0\n")
     with pytest.raises(UserError, match="--num_fewshot 2: made_up is zero-shot"):
-        eval.find_tasks(["made_up"], str(folder), 2)
+        evaluation.find_tasks(["made_up"], str(folder), 2)
 
 
 def test_published_tasks_are_known_to_the_installed_harness():
     from lm_eval.tasks import TaskManager
 
     published = "boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa".split()
-    assert sorted(eval.ZERO_SHOT_TASKS) == sorted(published)
+    assert sorted(evaluation.ZERO_SHOT_TASKS) == sorted(published)
     assert set(published) <= set(TaskManager().all_subtasks)
 
 
@@ -118,7 +123,7 @@ def test_published_tasks_are_known_to_the_installed_harness():
 
 
 def test_own_tasks_are_four_choices_without_a_favourite_place():
-    tasks = {task.task_name: list(task.test_docs()) for task in eval.find_tasks(
+    tasks = {task.task_name: list(task.test_docs()) for task in evaluation.find_tasks(
         ["capital_cities", "lm_eval_worked_questions"], str(TASKS), 0).tasks}  # fmt: skip
     assert len(tasks["capital_cities"]) > 100 and len(tasks["lm_eval_worked_questions"]) >= 273
     for docs in tasks.values():
@@ -131,16 +136,11 @@ def test_own_tasks_are_four_choices_without_a_favourite_place():
 
 
 def test_heavily_pruned_smollm2_falls_to_chance(smollm2, smollm2_source):
-    from lib.allocation import SparsityPlan, uniform
-    from lib.prune import prune_model
-    from lib.pruners import PRUNERS
-
-    tokenizer, tasks = load_tokenizer(smollm2_source), eval.find_tasks(["capital_cities"], str(TASKS), 0)
-    dense = eval.zero_shot(smollm2, tokenizer, tasks)
-    layers = prunable_layers(smollm2)
-    plan = SparsityPlan(0.8, uniform(layers, 0.8))
-    prune_model(smollm2, find_blocks(smollm2)[1], layers, plan, PRUNERS["magnitude"], None)
-    pruned = eval.zero_shot(smollm2, tokenizer, tasks)
+    tokenizer, tasks = load_tokenizer(smollm2_source), evaluation.find_tasks(["capital_cities"], str(TASKS), 0)
+    dense = evaluation.zero_shot(smollm2, tokenizer, tasks)
+    weights = weights_of(smollm2)
+    walk(weights, SparsityPlan(0.8, uniform(weights.layers, 0.8)), PRUNERS["magnitude"], None)
+    pruned = evaluation.zero_shot(smollm2, tokenizer, tasks)
     assert dense.means["acc"] > 0.75  # measured: 0.85
     error = math.sqrt(0.25 * 0.75 / 114)
     assert abs(pruned.means["acc"] - 0.25) < 3 * error, "four choices: chance is a quarter"
@@ -163,21 +163,21 @@ def test_a_run_leaves_the_table_and_the_full_result(made_up, tmp_path, tiny_fold
     assert first == "magnitude:" and table in out
     heading, *rows = [line.split() for line in table.splitlines()]
     assert heading == ["task", "metric", "value", "stderr", "samples"]
-    record = json.loads(Path("save/run_magnitude_sparsity_0.5.json").read_text())
-    full = record["zero_shot"]["lm_eval"]
+    run = json.loads(Path("save/run_magnitude_sparsity_0.5.json").read_text())
+    full = run["zero_shot"]["lm_eval"]
     assert full["versions"]["made_up"] == 7 and full["n-samples"]["made_up"] == {"original": 12, "effective": 9}
     assert rows[0][:2] == ["made_up", "acc"] and rows[0][4] == "9"
     assert float(rows[0][2]) == pytest.approx(full["results"]["made_up"]["acc,none"], abs=5e-5)
     assert float(rows[0][3]) == pytest.approx(full["results"]["made_up"]["acc_stderr,none"], abs=5e-5)
     assert rows[-2][:2] == ["mean", "acc"]
-    assert float(rows[-2][2]) == pytest.approx(record["zero_shot"]["means"]["acc"], abs=5e-5)
-    assert {"tasks", "zero_shot"} <= set(record["stages"]) and record["versions"]["lm_eval"]
+    assert float(rows[-2][2]) == pytest.approx(run["zero_shot"]["means"]["acc"], abs=5e-5)
+    assert {"prepare", "zero_shot"} <= set(run["stages"]) and run["versions"]["lm_eval"]
     assert not Path("save/perplexity_magnitude_sparsity_0.5.txt").exists()
 
 
 def test_means_are_over_the_tasks_that_have_the_metric():
-    scores = [eval.TaskScore("a", "acc", 0.5, 0.01, 10), eval.TaskScore("b", "f1", 0.25, None, 20)]
-    lines = results.zero_shot_table(scores, {"acc": 0.5}).splitlines()
+    scores = [evaluation.TaskScore("a", "acc", 0.5, 0.01, 10), evaluation.TaskScore("b", "f1", 0.25, None, 20)]
+    lines = record.zero_shot_table(scores, {"acc": 0.5}).splitlines()
     assert [line.split() for line in lines[1:]] == [
         ["a", "acc", "0.5000", "0.0100", "10"],
         ["b", "f1", "0.2500", "20"],
