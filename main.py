@@ -42,7 +42,17 @@ def run(settings: Experiment, console: Console, session: Session | None = None) 
     with record.stage("prepare"):  # all that can be known without the weights
         known = experiment.prepare(settings, task, session)
         record.content |= experiment.described(settings, task, known)
+    try:
+        return work(settings, task, known, session, record, console)
+    finally:
+        if known.journal is not None:
+            known.journal.close()
 
+
+def work(
+    settings: Experiment, task: Task, known: Prepared, session: Session, record: Record, console: Console
+) -> dict:
+    """Load, measure, allocate, prune, save, evaluate, report."""
     with record.stage("load"):
         weights = session.weights(known)
         record.content["dense_zeros"] = weights.sparsity()
@@ -50,9 +60,7 @@ def run(settings: Experiment, console: Console, session: Session | None = None) 
     with record.stage("measure"):
         values = experiment.measure_values(settings, task, weights, known, session)
     if settings.metrics_only:
-        folder, stem = experiment.metric_folder(settings, known.source.name), experiment.metric_settings(settings)
-        cache = folder / f"{stem.stem(settings.ww_metric)}.npy"
-        tables.show_metric(console, f"{settings.model}: {settings.ww_metric}", weights.layers, values, cache)
+        tables.show_metric(console, settings, weights.layers, values, experiment.metric_file(settings, known))
         return record.whole() | {"metric": values}
 
     if task.pruner:
@@ -62,15 +70,17 @@ def run(settings: Experiment, console: Console, session: Session | None = None) 
             tables.show_trials(console, trials)
 
         with record.stage("prune"):
-            windows = known.windows.calibration
-            inputs = calibration.enter_blocks(weights, windows) if task.pruner.statistic else None
-            record.rows = prune.walk(weights, plan, task.pruner, inputs, values)
+            experiment.begin_journal(settings, weights, known, plan)
+            inputs = None
+            if task.pruner.statistic:
+                inputs = calibration.enter_blocks(weights, known.windows.calibration, settings.hidden_states)
+            record.rows = prune.walk(weights, plan, task.pruner, inputs, values, journal=known.journal)
 
     record.content["sparsity"] = weights.sparsity()
     unsaved = save(settings, task, weights, known, record)  # before whatever may still fail
     with record.kept(_resume(settings, record)):
         record.write()
-        evaluate(settings, task, weights, known, record, console)
+        evaluate(task, weights, known, record, console, settings)
         record.write(complete=unsaved is None)
 
     show(settings, record, console)
@@ -80,30 +90,33 @@ def run(settings: Experiment, console: Console, session: Session | None = None) 
 
 
 def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, record: Record) -> UserError | None:
-    """Write the pruned model; return the error instead of raising it, since the figures can still be had."""
+    """Complete the pruned model's folder; return an error instead of raising it: the figures can still be had."""
     if task.pruner:
         experiment.warn_of_miss(task.target, record.content["sparsity"])
-    if not settings.save_model:
+    if known.journal is None:
         return None
-    folder = experiment.model_folder(settings, task)
+    journal = known.journal
     try:
         with record.stage("save"):
-            models.save_llm(weights.model, known.tokenizer, folder, known.dtypes.stored)
-            prune.check_saved(folder, weights, record.content["sparsity"])
+            with weights.edges() as edges:
+                models.complete_folder(journal.folder, weights.model, known.tokenizer, edges, known.dtypes.stored)
+            prune.check_saved(journal.folder, weights, record.content["sparsity"])
+            journal.finish()
+            weights.moved(journal.folder, journal.target)
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)
         return error
-    record.content["saved_model"] = str(folder)
+    record.content["saved_model"] = str(journal.target)
     return None
 
 
 def evaluate(
-    settings: Experiment, task: Task, weights: Weights, known: Prepared, record: Record, console: Console
+    task: Task, weights: Weights, known: Prepared, record: Record, console: Console, settings: Experiment
 ) -> None:
     """Measure perplexity, then zero-shot accuracy, which may take hours: what is known before is on disk by then."""
     if known.windows.evaluation is not None:
         with record.stage("evaluate"):
-            perplexity = evaluation.perplexity(weights.model, known.windows.evaluation)
+            perplexity = evaluation.perplexity_by_blocks(weights, known.windows.evaluation)
         record.content["perplexity"] = perplexity
         text = perplexity_text(task.method, record.content["sparsity"], perplexity)
         record.files[f"perplexity_{task.run}.txt"] = text
@@ -111,7 +124,8 @@ def evaluate(
         return
     record.write()
     with record.stage("zero_shot"):
-        answers = experiment.zero_shot(settings, weights.model, known.tokenizer, known.questions)
+        model = experiment.whole_model(weights, known, record.content["saved_model"])
+        answers = experiment.zero_shot(settings, model, known.tokenizer, known.questions)
     record.content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
     table = zero_shot_table(answers.scores, answers.means)
     record.files[f"zero_shot_{task.run}.txt"] = zero_shot_text(task.method, table)
@@ -130,13 +144,19 @@ def _resume(settings: Experiment, record: Record) -> str:
     saved = record.content["saved_model"]
     if saved is None:
         return "the same command starts again" + (" (--save_model DIR would keep the model)" if record.rows else "")
-    measure = f"--eval_data {settings.eval_data} --seqlen {settings.seqlen}"
-    return f"the pruned model is saved; measure it with: python main.py --model {saved} {measure}"
+    measure = f"python main.py --model {saved} --eval_data {settings.eval_data} --seqlen {settings.seqlen}"
+    return f"the pruned model is saved; the same command resumes, and so does: {measure}"
+
+
+def _after_interrupt(settings: Experiment) -> str:
+    if settings.save_model and settings.prune_method:
+        return "the same command resumes after the last finished block"
+    return "the same command starts again; with --save_model it would resume"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
-    return command(Experiment, partial(_run, console=Console()), argv, PARSER)
+    return command(Experiment, partial(_run, console=Console()), argv, PARSER, resume=_after_interrupt)
 
 
 def _run(settings: Experiment, console: Console) -> None:

@@ -1,5 +1,7 @@
 """Allocations: how the overall sparsity is distributed over layers, within the budget."""
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +32,11 @@ class SparsityPlan(NamedTuple("SparsityPlan", [("target", float), ("ratios", dic
         if nm is not None and nm.keys() != ratios.keys():
             raise ValueError("N:M must be given for every layer that has a ratio")
         return super().__new__(cls, target, ratios, nm)
+
+    def digest(self) -> str:
+        """Return a hash of the ratios and of N:M."""
+        content = [self.ratios, {name: list(nm) for name, nm in (self.nm or {}).items()}]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 Values = Mapping[str, float]  # a number by layer name

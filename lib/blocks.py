@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError
+from lib import UserError, stream
 from lib.layers import Layer, find_blocks, linear_modules, prunable_layers
 from lib.lazy import torch
 
@@ -24,6 +27,11 @@ class Block(NamedTuple):
     module: nn.Module
     linears: dict[str, nn.Module]
     device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the block is computed in."""
+        return next(self.module.parameters()).dtype
 
 
 class Weights:
@@ -43,8 +51,10 @@ class Weights:
         layers: Sequence[Layer],
         linears: Sequence[Mapping[str, nn.Module]],
         stored: torch.dtype | None = None,
+        prefix: str = "",
     ) -> None:
         self.model, self.modules, self.layers, self.stored = model, modules, tuple(layers), stored
+        self.prefix = prefix  # of the blocks' names
         self._linears = linears
 
     @property
@@ -55,8 +65,42 @@ class Weights:
     def visit(self, write: bool = False) -> Iterator[Block]:
         """Lend the blocks one by one, in order; with ``write``, what was changed of their weights is kept."""
         for index, module in enumerate(self.modules):
-            with _on_device(module, write) as device:
+            with self._lent(index, write) as device:
                 yield Block(index, module, dict(self._linears[index]), device)
+
+    @contextmanager
+    def _lent(self, index: int, write: bool) -> Iterator[torch.device]:
+        """Hold a block's weights on its compute device, yield that device, and take the weights back."""
+        with _on_device(self.modules[index], write) as device:
+            yield device
+
+    def block_names(self, index: int) -> list[str]:
+        """Return the full names of a block's parameters."""
+        return [f"{self.prefix}.{index}.{name}" for name, _ in self.modules[index].named_parameters()]
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Return the parameters of a block that is lent, by their full names."""
+        values = (parameter.data for _, parameter in self.modules[index].named_parameters())
+        return dict(zip(self.block_names(index), values, strict=True))
+
+    def adopt(self, index: int, path: Path) -> None:
+        """Replace the parameters of a block that is lent by those in the safetensors file ``path``."""
+        entries = stream.read_header(path)
+        for name, tensor in self.tensors(index).items():
+            tensor.copy_(stream.read_tensor(entries[name]))
+        self.keep(index, path)
+
+    def keep(self, index: int, path: Path) -> None:
+        """Note that a block, as it is lent now, is in the file ``path``."""
+
+    def moved(self, old: Path, new: Path) -> None:
+        """Note that the files of blocks have moved with their folder."""
+
+    @contextmanager
+    def edges(self) -> Iterator[dict[str, Tensor]]:
+        """Hold what stands around the blocks: the embedding, the last norm and the head; yield it by name."""
+        inside = {name for i in range(len(self.modules)) for name in self.block_names(i)}
+        yield {name: p.data for name, p in self.model.named_parameters() if name not in inside}
 
     def map(self, function: Callable[[str, Tensor], object]) -> dict:
         """Return ``function(name, weight)`` of every layer by name."""
@@ -79,7 +123,7 @@ class Weights:
         """Return the measured fraction of zeros over all layers."""
         return sum(self.zeros().values()) / sum(layer.size for layer in self.layers)
 
-    def snapshot(self) -> dict[str, Tensor]:
+    def snapshot(self) -> Mapping[str, Tensor]:
         """Return a copy of every layer's weight in the CPU's memory, for ``restore``."""
         return self.map(lambda _, weight: weight.to("cpu", copy=True))
 
@@ -90,14 +134,145 @@ class Weights:
                 linear.weight.data.copy_(snapshot[name])
 
 
+class Streamed(Weights):
+    """The weights of a checkpoint on disk, of which one block at a time is in memory, and the next one is on its way.
+
+    Changed blocks are written to files of their own, and read from there from then on. ``model`` is on the meta device
+    but for its buffers; the parameters around the blocks are in memory inside ``edges`` only.
+    """
+
+    in_memory = False
+
+    def __init__(
+        self, model: nn.Module, checkpoint: stream.Checkpoint, device: torch.device, stored: torch.dtype
+    ) -> None:
+        prefix, modules = find_blocks(model)
+        super().__init__(model, modules, prunable_layers(model), _linears_by_block(prefix, modules), stored, prefix)
+        self.checkpoint, self.device, self.compute = checkpoint, device, model.dtype
+        self.changed: dict[int, Path] = {}  # block -> the file that holds it now
+        self._scratch = tempfile.TemporaryDirectory(prefix="streamed-", ignore_cleanup_errors=True)
+        self._keys = _checkpoint_names(model, checkpoint)
+        self._next: tuple[int, Future] | None = None
+        self._reader = ThreadPoolExecutor(1)
+        self._held = 0  # nested uses of ``edges``
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+
+    def scratch(self, folder: Path) -> None:
+        """Keep changed blocks that no journal keeps, those of a search's trials, in a folder inside ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._scratch = tempfile.TemporaryDirectory(prefix=".streamed-", dir=folder, ignore_cleanup_errors=True)
+
+    def keep(self, index: int, path: Path) -> None:
+        self.changed[index] = path
+
+    def moved(self, old: Path, new: Path) -> None:
+        self.changed = {i: new / path.name if path.parent == old else path for i, path in self.changed.items()}
+        self._next = None
+
+    def snapshot(self) -> Mapping[str, Tensor]:
+        """Return nothing: the dense weights stay on disk as they are."""
+        return {}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Forget what was changed."""
+        self.changed.clear()
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        names = self.block_names(index)
+        if index in self.changed:
+            entries = stream.read_header(self.changed[index])
+            return {name: stream.read_tensor(entries[name]) for name in names}
+        return {name: stream.read_tensor(self.checkpoint.entries[self._keys[name]]) for name in names}
+
+    @contextmanager
+    def _lent(self, index: int, write: bool) -> Iterator[torch.device]:
+        ahead, self._next = self._next, None
+        tensors = ahead[1].result() if ahead and ahead[0] == index else self._read(index)
+        if index + 1 < len(self.modules):
+            self._next = (index + 1, self._reader.submit(self._read, index + 1))
+        module = self.modules[index]
+        for name in list(tensors):  # freed one by one: beside the block itself no copy of it stays
+            _assign(module, name.removeprefix(f"{self.prefix}.{index}."), tensors.pop(name), self.device, self.compute)
+        before = self.changed.get(index)
+        try:
+            yield self.device
+            if write and self.changed.get(index) is before:
+                path = Path(self._scratch.name) / f"{index}.safetensors"
+                stream.write_shard(path, self.tensors(index), self.stored)
+                self.changed[index] = path
+        finally:
+            _to_meta(module)
+
+    @contextmanager
+    def edges(self) -> Iterator[dict[str, Tensor]]:
+        inside = {name for i in range(len(self.modules)) for name in self.block_names(i)}
+        outside = [name for name in self._keys if name not in inside]
+        if not self._held:
+            for name in outside:
+                tensor = stream.read_tensor(self.checkpoint.entries[self._keys[name]])
+                _assign(self.model, name, tensor, self.device, self.compute)
+            self.model.tie_weights()
+        self._held += 1
+        try:
+            yield {name: self.model.get_parameter(name).data for name in outside}
+        finally:
+            self._held -= 1
+            if not self._held:
+                for name in outside:
+                    parent, _, leaf = name.rpartition(".")
+                    _forget(self.model.get_submodule(parent), leaf)
+                self.model.tie_weights()
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    parent, _, leaf = name.rpartition(".")
+    value = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    module.get_submodule(parent)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def _to_meta(module: nn.Module) -> None:
+    for part in module.modules():
+        for name in part._parameters:
+            _forget(part, name)
+
+
+def _forget(module: nn.Module, name: str) -> None:
+    parameter = module._parameters[name]
+    if parameter is not None:
+        empty = torch.empty_like(parameter, device="meta")
+        module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+
+
+def _checkpoint_names(model: nn.Module, checkpoint: stream.Checkpoint) -> dict[str, str]:
+    """Return the checkpoint's name of each of the model's parameters.
+
+    Raises:
+        UserError: a parameter has no tensor there, or one of another shape.
+    """
+    base = f"{model.base_model_prefix}."
+    names = {}
+    for name, parameter in model.named_parameters():  # of tied ones the first
+        found = next((n for n in (name, name.removeprefix(base), base + name) if n in checkpoint.entries), None)
+        if found is None or checkpoint.entries[found].shape != tuple(parameter.shape):
+            text = f"the tensors in {checkpoint.folder} are not named as the model's ({name}); use --stream never"
+            raise UserError(None, text)
+        names[name] = found
+    return names
+
+
 def weights_of(model: nn.Module, stored: torch.dtype | None = None) -> Weights:
     """Return the weights of a causal language model."""
     prefix, modules = find_blocks(model)
-    linears = [
+    return Weights(model, modules, prunable_layers(model), _linears_by_block(prefix, modules), stored, prefix)
+
+
+def _linears_by_block(prefix: str, modules: Sequence[nn.Module]) -> list[dict[str, nn.Module]]:
+    return [
         {f"{prefix}.{i}.{name}": linear for name, linear in linear_modules(module).items()}
         for i, module in enumerate(modules)
     ]
-    return Weights(model, modules, prunable_layers(model), linears, stored)
 
 
 def check_finite(name: str, weight: Tensor) -> None:

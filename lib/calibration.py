@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib import UserError
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROPAGATE = ("dense", "pruned")
+HIDDEN_STATES = ("auto", "gpu", "cpu", "disk")
 
 
 class BlockInputs(NamedTuple):
@@ -60,56 +65,81 @@ class _Caught(Exception):
     """Ends a forward pass once the blocks' inputs are known."""
 
 
-def _stub(block: nn.Module, calls: list, last: bool) -> nn.Module:
-    """Return a module that stands in a block's place: it notes the call and hands the hidden states on."""
+def _stub(block: nn.Module, act: Callable[..., Tensor]) -> nn.Module:
+    """Return a module that stands in a block's place and calls ``act`` with what the block would be called with."""
 
     class Stub(torch.nn.Module):
         def __getattr__(self, name: str):  # some models ask a block for its kind of attention
             return getattr(block, name)
 
-        def forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
-            calls.append((hidden, args, kwargs))
-            if last:
-                raise _Caught
-            return hidden
+        def forward(self, *args, **kwargs) -> Tensor:
+            return act(*args, **kwargs)
 
     return Stub()
 
 
-def enter_blocks(weights: Weights, windows: Tensor) -> BlockInputs:
+@contextmanager
+def _in_place_of_blocks(weights: Weights, act: Callable[..., Tensor]) -> Iterator[None]:
+    """Let ``act(index, hidden, *args, **kwargs)`` stand in the blocks' places; what is around them is in memory."""
+    blocks = weights.modules
+    originals = list(blocks)
+    with weights.edges(), torch.no_grad():
+        try:
+            for i, block in enumerate(originals):
+                blocks[i] = _stub(block, partial(act, i))
+            yield
+        finally:
+            for i, block in enumerate(originals):
+                blocks[i] = block
+
+
+def enter_blocks(weights: Weights, windows: Tensor, place: str = "auto") -> BlockInputs:
     """Return what enters the blocks for ``windows`` [samples, tokens] of token ids.
 
     The embedding and whatever else comes before the blocks are the model's own; stubs stand in the blocks' places.
 
+    Args:
+        place: a name of HIDDEN_STATES, where the hidden states are kept.
+
     Raises:
         UserError: the model gives its blocks something that depends on the text, such as a mask of padding.
     """
-    model, blocks, calls = weights.model, weights.modules, []
-    originals, hidden = list(blocks), None
-    try:
-        for i, block in enumerate(originals):
-            blocks[i] = _stub(block, calls, last=i == len(originals) - 1)
+    calls: list[tuple] = []
+    hidden, last = None, len(weights.modules) - 1
+
+    def note(index: int, entering: Tensor, *args, **kwargs) -> Tensor:
+        calls.append((entering, _without_cache(args), _without_cache(kwargs)))
+        if index == last:
+            raise _Caught
+        return entering
+
+    with _in_place_of_blocks(weights, note):
         for sample, window in enumerate(windows):
             calls.clear()
-            try:
-                with torch.no_grad():
-                    model(window[None].to(entry_device(model)), use_cache=False)
-            except _Caught:
-                pass
+            with suppress(_Caught):
+                weights.model(window[None].to(entry_device(weights.model)), use_cache=False)
             entering = calls[0][0]
             if hidden is None:
-                size = len(windows) * entering.numel() * entering.element_size()
-                where = _room_for(size, entering.device)
-                hidden = torch.empty(len(windows), *entering.shape[1:], dtype=entering.dtype, device=where)
-                arguments = [(_without_cache(args), _without_cache(kwargs)) for _, args, kwargs in calls]
-            elif sample == 1 and not _same(arguments[0], (_without_cache(calls[0][1]), _without_cache(calls[0][2]))):
-                text = f"{type(model).__name__}: what its blocks are given depends on the text; not supported"
-                raise UserError(None, text)
+                hidden = _room_for((len(windows), *entering.shape[1:]), entering, place)
+                arguments = [(args, kwargs) for _, args, kwargs in calls]
+            elif sample == 1 and not _same(arguments[0], calls[0][1:]):
+                text = "what its blocks are given depends on the text; not supported"
+                raise UserError(None, f"{type(weights.model).__name__}: {text}")
             hidden[sample] = entering[0]
-    finally:
-        for i, block in enumerate(originals):
-            blocks[i] = block
     return BlockInputs(hidden, arguments, len(hidden))
+
+
+def leave_blocks(weights: Weights, windows: Tensor, inputs: BlockInputs) -> Iterator[Tensor]:
+    """Yield the logits [tokens, vocabulary] of each window, given what left the blocks for it."""
+    leaving: list[Tensor] = []
+
+    def hand_back(index: int, entering: Tensor, *args, **kwargs) -> Tensor:
+        return leaving[0].to(entering.device) if index == 0 else entering
+
+    with _in_place_of_blocks(weights, hand_back):
+        for window, hidden in zip(windows, inputs.hidden, strict=True):
+            leaving[:] = [hidden[None]]
+            yield weights.model(window[None].to(entry_device(weights.model)), use_cache=False).logits[0]
 
 
 def entry_device(model: nn.Module) -> torch.device:
@@ -118,15 +148,24 @@ def entry_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device  # offloaded: its hook fetches the ids
 
 
-def _room_for(size: int, device: torch.device) -> torch.device | str:
-    """Return where hidden states of ``size`` bytes are kept: on a GPU only if they leave it most of its room.
+def _room_for(shape: tuple[int, ...], like: Tensor, place: str) -> Tensor:
+    """Return a buffer for hidden states; ``auto``: on a GPU only if that leaves most of its room.
 
     A model that was spread over GPU and CPU has filled the GPU; Hessians and activations need what is left.
     """
-    if device.type != "cuda" or 4 * size <= torch.cuda.mem_get_info(device)[0]:
-        return device
-    log.info("hidden states (%.1f GiB) are kept in the memory of the CPU: the GPU has little room", size / 2**30)
-    return "cpu"
+    size = math.prod(shape) * like.element_size()
+    if place == "auto":
+        place = "gpu" if like.is_cuda and 4 * size <= torch.cuda.mem_get_info(like.device)[0] else "cpu"
+        if like.is_cuda and place == "cpu":
+            text = "hidden states (%.1f GiB) are kept in the memory of the CPU: the GPU has little room"
+            log.info(text, size / 2**30)
+    if place == "gpu":
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    if place == "disk":
+        file = tempfile.NamedTemporaryFile(prefix="hidden-states-")  # removed with the last reference to its pages
+        file.truncate(size)
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
+    return torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
 
 
 def _without_cache(arguments):

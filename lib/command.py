@@ -217,7 +217,7 @@ def command(
     run: Callable[[Settings], Any],
     argv: Sequence[str] | None,
     parser: Parser,
-    resume: str = "the same command starts again",
+    resume: str | Callable[[Any], str] = "the same command starts again",
     processes: bool = False,
     out_of_memory: str = "lower --nsamples or --seqlen, or use more GPUs",
 ) -> int:
@@ -225,7 +225,7 @@ def command(
 
     Args:
         run: does the work; what it returns is taken as the status if it is an int.
-        resume: what to do after Ctrl-C.
+        resume: what to do after Ctrl-C, also as a function of the settings.
         processes: whether several processes may run it together (torchrun, accelerate launch).
         out_of_memory: what to do if a GPU's memory is used up.
     """
@@ -242,7 +242,8 @@ def command(
         print(f"{prog}: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted; {resume}", file=sys.stderr)
+        text = resume if isinstance(resume, str) else resume(parsed)
+        print(f"\n{prog}: interrupted; {text}", file=sys.stderr)
         return 130
     except Exception as error:
         if "torch" not in sys.modules or not isinstance(error, sys.modules["torch"].OutOfMemoryError):

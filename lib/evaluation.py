@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
 from lib import UserError, first_line
-from lib.calibration import entry_device
+from lib.blocks import Weights
+from lib.calibration import advance, enter_blocks, entry_device, leave_blocks
 from lib.lazy import torch
 from lib.registry import did_you_mean
 
@@ -37,19 +38,37 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     Not finite if the model's logits are not: a pruned model may be that broken, and then that is the result, with a
     warning.
     """
+    with torch.no_grad():
+        every = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in windows)
+        return _perplexity(every, windows, model.dtype)
+
+
+def perplexity_by_blocks(weights: Weights, windows: Tensor) -> float:
+    """Return the same, all windows going through one block before the next: each block is fetched once.
+
+    For a model that is larger than the GPU's memory, or than all memory; any other is evaluated window by window.
+    """
+    if weights.in_memory:
+        return perplexity(weights.model, windows)
+    inputs = enter_blocks(weights, windows)
+    for block in tqdm(weights.visit(), total=len(weights.modules), desc="evaluating", unit="block", disable=None):
+        advance(block, inputs)
+    return _perplexity(leave_blocks(weights, windows, inputs), windows, weights.model.dtype)
+
+
+def _perplexity(every: Iterable[Tensor], windows: Tensor, dtype: torch.dtype) -> float:
+    """Return the perplexity that the logits [seqlen, vocabulary] of each window have."""
     losses = []
     cross_entropy = torch.nn.functional.cross_entropy
-    with torch.no_grad():
-        for window in tqdm(windows, desc="perplexity", unit="window", disable=None):
-            ids = window[None].to(entry_device(model))
-            logits = model(ids, use_cache=False).logits[0, :-1]  # [seqlen - 1, vocabulary]
-            targets = ids[0, 1:].to(logits.device)
-            parts = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
-            total = sum(cross_entropy(part.float(), target, reduction="sum") for part, target in parts)
-            losses.append(total / len(targets))
-        result = torch.stack(losses).mean().exp().item()
+    bar = tqdm(zip(every, windows, strict=True), total=len(windows), desc="perplexity", unit="window", disable=None)
+    for logits, window in bar:
+        logits, targets = logits[:-1], window[1:].to(logits.device)
+        parts = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
+        total = sum(cross_entropy(part.float(), target, reduction="sum") for part, target in parts)
+        losses.append(total / len(targets))
+    result = torch.stack(losses).mean().exp().item()
     if not math.isfinite(result):
-        hint = "" if model.dtype != torch.float16 else "; bfloat16 does not where float16 does: --dtype bfloat16"
+        hint = "" if dtype != torch.float16 else "; bfloat16 does not where float16 does: --dtype bfloat16"
         log.warning("the perplexity is not finite (%s): the model is broken, or its numbers overflow%s", result, hint)
     return result
 

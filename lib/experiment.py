@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lib import UserError, allocation, calibration, data, esd, evaluation, files, metrics, models, plans, scores, search
 from lib.allocation import SparsityPlan
-from lib.blocks import Weights, weights_of
+from lib.blocks import Streamed, Weights, weights_of
+from lib.journal import Identity, Journal, digest, partial_folder
 from lib.layers import Layer, prunable_layers
-from lib.record import read_run
+from lib.lazy import torch
+from lib.record import provenance, read_run
 from lib.settings import Experiment, Task, ZeroShot
+from lib.stream import Checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +48,8 @@ class Prepared(NamedTuple):
     windows: Windows
     questions: evaluation.Tasks | None
     reserve: int  # bytes of each GPU that are left for the work
+    streamed: Path | None  # the folder from which the weights are streamed
+    journal: Journal | None  # of the pruned model's folder
 
 
 class Session:
@@ -74,9 +79,15 @@ class Session:
         if key in self._made:
             self._made[key].restore(self.dense)
             return self._made[key]
-        log.info("loading %s", known.source.path)
-        model = models.load_llm(known.source, dtypes.compute, reserve=known.reserve)
-        weights = weights_of(model, None if dtypes.stored == dtypes.compute else dtypes.stored)
+        if known.streamed:
+            log.info("streaming %s block by block", known.streamed)
+            model = models.empty_llm(known.source, known.streamed, dtypes.compute)
+            device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+            weights = Streamed(model, Checkpoint(known.streamed), device, dtypes.stored)
+        else:
+            log.info("loading %s", known.source.path)
+            model = models.load_llm(known.source, dtypes.compute, reserve=known.reserve)
+            weights = weights_of(model, None if dtypes.stored == dtypes.compute else dtypes.stored)
         if self.shared:
             self._made[key], self.dense = weights, weights.snapshot()
         return weights
@@ -95,8 +106,9 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     dtypes = models.choose_dtypes(settings.dtype, skeleton)
     _check_layers(settings, task, source, layers)
     if settings.save_model:
-        size = models.saved_bytes(skeleton, source, dtypes.stored)
-        files.prepare("save_model", model_folder(settings, task).parent, size)
+        target = model_folder(settings, task)
+        have = sum(path.stat().st_size for path in partial_folder(target).glob("*.safetensors"))
+        files.prepare("save_model", target.parent, models.saved_bytes(skeleton, source, dtypes.stored) - have)
     reads = not settings.metrics_only and (settings.eval_wikitext or wants_calibration(task))
     seqlen = _seqlen(settings.seqlen, models.context_length(skeleton), reads)
     tokenizer = session.once(models.load_tokenizer, source)
@@ -105,8 +117,36 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
     calibrated = settings.nsamples if wants_calibration(task) else 0
     reserve = models.working_set(skeleton, dtypes.compute, hessians, calibrated, seqlen)
+    streamed = _streamed_folder(settings, task, source, models.fits_in_memory(skeleton, dtypes.compute, reserve))
     tasks = questions(settings, session)
-    return Prepared(source, skeleton, layers, dtypes, tokenizer, seqlen, windows, tasks, reserve)
+    journal = _open_journal(settings, task)  # last: what is refused above leaves no trace
+    return Prepared(
+        source, skeleton, layers, dtypes, tokenizer, seqlen, windows, tasks, reserve, streamed, journal
+    )
+
+
+def _streamed_folder(settings: Experiment, task: Task, source: models.Source, fits: bool) -> Path | None:
+    """Return the folder from which the weights are streamed, None if they are loaded."""
+    if settings.stream == "never" or (settings.stream == "auto" and fits):
+        return None
+    if settings.eval_zero_shot and not fits:
+        text = "the model does not fit into the memory of the GPUs and the CPU together, which lm-eval needs"
+        raise UserError("eval_zero_shot", f"with a streamed model: {text}; leave it out, and measure on more GPUs")
+    if task.pruner and not settings.save_model:
+        why = "always" if settings.stream == "always" else "auto (the model does not fit into memory)"
+        raise UserError("stream", f"{why} without --save_model: pruned blocks go to disk; add --save_model DIR")
+    folder = models.local_copy(source)
+    Checkpoint(folder)  # refuses what cannot be streamed
+    return folder
+
+
+def _open_journal(settings: Experiment, task: Task) -> Journal | None:
+    if not settings.save_model:
+        return None
+    earlier = read_run(Path(settings.save), task.run)
+    same = bool(earlier) and earlier.get("flags") == json.loads(json.dumps(settings.flags()))
+    unmeasured = same and earlier.get("complete") is False
+    return Journal(model_folder(settings, task), settings.restart, unmeasured)
 
 
 def warn_of_replacement(settings: Experiment, task: Task) -> None:
@@ -114,7 +154,7 @@ def warn_of_replacement(settings: Experiment, task: Task) -> None:
     earlier = read_run(Path(settings.save), task.run)
     if earlier and earlier.get("flags") != json.loads(json.dumps(settings.flags())):
         log.warning("%s/*_%s.* of a run with other flags will be replaced", settings.save, task.run)
-    if settings.save_model and model_folder(settings, task).exists():
+    if settings.save_model and model_folder(settings, task).exists() and not (earlier and not earlier.get("complete")):
         log.warning("%s already exists and will be replaced", model_folder(settings, task))
 
 
@@ -126,6 +166,20 @@ def model_folder(settings: Experiment, task: Task) -> Path:
 def metric_folder(settings: Experiment, name: str) -> Path:
     """Return where the metrics of the model ``name`` are cached."""
     return Path(settings.ww_metric_cache or Path("data") / name)
+
+
+def metric_file(settings: Experiment, known: Prepared) -> Path:
+    """Return the file in which the metric is cached."""
+    stem = metric_settings(settings).stem(settings.ww_metric)
+    return metric_folder(settings, known.source.name) / f"{stem}.npy"
+
+
+def whole_model(weights: Weights, known: Prepared, saved: str | None) -> PreTrainedModel:
+    """Return the model in memory: a streamed one is loaded from its folder, which is known to fit."""
+    if not isinstance(weights, Streamed):
+        return weights.model
+    source = known.source if saved is None else models.locate(saved, known.source.cache_dir)
+    return models.load_llm(source, known.dtypes.compute, reserve=known.reserve)
 
 
 def metric_settings(settings: Experiment) -> metrics.Settings:
@@ -231,16 +285,12 @@ def measure_values(
         return metrics.load_or_measure(folder, settings.ww_metric, known.source.name, weights, how).values
     target = task.target if wants in scores.WEIGHT_SCORES else 0.0  # the other scores depend on no target
     multiple = settings.owl_m if wants == "outlier_ratio" else 0.0
-    enter = partial(enter_blocks, weights, known.windows.calibration)
+    enter = partial(calibration.enter_blocks, weights, known.windows.calibration, settings.hidden_states)
     return session.once(partial(_scores, wants, weights, target, multiple), known.windows.calibration, enter)
 
 
 def _scores(wants: str, weights: Weights, target: float, multiple: float, _: Tensor | None, enter: Callable) -> dict:
     return scores.measure_scores(wants, weights, target, enter, multiple)
-
-
-def enter_blocks(weights: Weights, windows: Tensor) -> calibration.BlockInputs:
-    return calibration.enter_blocks(weights, windows)
 
 
 def make_plan(
@@ -275,13 +325,52 @@ def choose_plan(
     elif settings.epsilon == "auto":
         largest = allocation.largest_epsilon(layers, task.target, values, settings.mapping_type)
         plan_of = partial(make_plan, settings, task, layers, values)
-        grid = search.epsilon_grid(largest)
-        trials = search.try_epsilons(weights, plan_of, grid, task.pruner, known.windows.search, dense)
+        trials = _search(settings, task, weights, known, plan_of, search.epsilon_grid(largest), dense)
         plan = plan_of(search.best(trials).epsilon)
     else:
         plan = make_plan(settings, task, layers, values)
     _write_plan(settings, task, plan, known)
     return plan, trials
+
+
+def _search(
+    settings: Experiment, task: Task, weights: Weights, known: Prepared, plan_of: Callable, grid: list[float], dense
+) -> list[search.Trial]:
+    """Try every epsilon of the grid; what an unfinished run tried already is not tried again."""
+    journal, tried = known.journal, {}
+    if journal is not None:
+        key = digest([settings.identity(), [digest(part) for part in known.windows.search], known.source.name])
+        tried = _Noted(journal, key)
+        if isinstance(weights, Streamed):
+            weights.scratch(journal.scratch)
+    return search.try_epsilons(weights, plan_of, grid, task.pruner, known.windows.search, dense, tried)
+
+
+class _Noted(dict):
+    """Results of a search by plan, each of them noted in the journal as soon as it is known."""
+
+    def __init__(self, journal: Journal, key: str) -> None:
+        noted = journal.noted("search") or {}
+        super().__init__(noted["found"] if noted.get("key") == key else {})
+        self._journal, self._key = journal, key
+
+    def __setitem__(self, plan: str, perplexity: float) -> None:
+        super().__setitem__(plan, perplexity)
+        self._journal.note("search", {"key": self._key, "found": dict(self)})
+
+
+def begin_journal(settings: Experiment, weights: Weights, known: Prepared, plan: SparsityPlan) -> None:
+    """Let the journal find out whether it holds blocks of this very run; the weights are still dense."""
+    if known.journal is None:
+        return
+    windows = known.windows.calibration
+    versions = provenance()["versions"]
+    device = next(iter(weights.visit())).device.type
+    same = {name: versions[name] for name in ("torch", "transformers")} | {"device": device}
+    calibrated = "none" if windows is None else digest(windows)
+    known.journal.begin(
+        Identity(settings.identity(), plan.digest(), calibrated, same, metrics.fingerprints(weights))
+    )
 
 
 def searched(trials: list[search.Trial]) -> dict:

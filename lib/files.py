@@ -118,7 +118,7 @@ def _remove_leftovers(target: Path) -> None:
         owner = re.fullmatch(r"(?:old-)?(.+)-(\d+)", path.name.removeprefix(f".{target.name}-"))
         if not owner or not path.is_dir() or owner[1] != socket.gethostname():  # of another machine: unknown
             continue
-        if not _alive(int(owner[2])):
+        if not is_alive(int(owner[2])):
             if path.name.startswith(f".{target.name}-old-") and not target.exists():  # killed between two renames
                 path.rename(target)
                 continue
@@ -126,7 +126,8 @@ def _remove_leftovers(target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Return whether a process of this machine is running."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

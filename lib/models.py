@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, first_line
+from lib import UserError, first_line, stream
 from lib.files import new_folder
 from lib.hub import check_hub
 from lib.layers import SUPPORTED, architecture, check_support, find_blocks, linear_modules
@@ -16,6 +17,7 @@ from lib.lazy import torch, transformers
 from lib.registry import did_you_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -272,10 +274,71 @@ def save_llm(
         else:
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=state)
-            config = json.loads((folder / "config.json").read_text())  # save_pretrained notes the model's own dtype
-            config["dtype"] = str(dtype).removeprefix("torch.")
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            _note_dtype(folder, dtype)
         tokenizer.save_pretrained(folder)
+
+
+def complete_folder(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edges: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Make a Hugging Face folder of one that holds a shard per block.
+
+    Args:
+        edges: what stands around the blocks, by name.
+        dtype: that it is written in, as the blocks were.
+    """
+    stream.write_shard(folder / "model-edges.safetensors", edges, dtype)
+    stream.write_index(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    _note_dtype(folder, dtype)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _note_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Write into a saved config what its weights are in; transformers notes what the model computes in."""
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def local_copy(source: Source) -> Path:
+    """Return the local folder of a model, fetched from the hub where need be."""
+    if Path(source.path).is_dir():
+        return Path(source.path)
+    from huggingface_hub import snapshot_download
+
+    kinds = ["*.safetensors", "*.json", "tokenizer*", "*.model"]
+    try:
+        return Path(snapshot_download(source.path, cache_dir=source.cache_dir, allow_patterns=kinds))
+    except Exception as error:
+        raise _unreadable(source, error) from error
+
+
+def empty_llm(source: Source, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model in evaluation mode, its parameters on the meta device and its buffers in memory."""
+    from accelerate import init_empty_weights
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    model.name_or_path = source.path
+    return model.eval()
+
+
+def fits_in_memory(skeleton: PreTrainedModel, dtype: torch.dtype, reserve: int) -> bool:
+    """Return whether the weights fit into what GPUs, less ``reserve`` bytes each, and CPU have free."""
+    size = sum(p.numel() for p in skeleton.parameters()) * torch.finfo(dtype).bits // 8
+    return size <= sum(_free_memory(reserve if torch.cuda.is_available() else 0).values())
 
 
 _TOKENIZER_BYTES = 2**25  # the largest vocabularies' files, where they cannot be looked at before the download

@@ -13,6 +13,7 @@ from lib import UserError
 from lib.allocation import SparsityPlan
 from lib.blocks import Block, Weights, check_finite
 from lib.calibration import BlockInputs, advance, input_statistics, passes
+from lib.journal import Journal
 from lib.lazy import torch
 from lib.pruners import Pruner
 from lib.record import LayerReport
@@ -31,6 +32,7 @@ def walk(
     inputs: BlockInputs | None,
     metric: Mapping[str, float] | None = None,
     propagate: str = "pruned",
+    journal: Journal | None = None,
 ) -> list[LayerReport]:
     """Prune the layers in place, block by block, and report what was planned and what came of it.
 
@@ -42,6 +44,7 @@ def walk(
         inputs: what enters the blocks, modified in place; None for a pruner that wants no statistic.
         metric: what the plan was made from, by layer name; for the report only.
         propagate: what a block's inputs come from, ``pruned`` or ``dense`` predecessors. Dense: one pass a block.
+        journal: keeps each finished block; those that it holds already are taken from there.
 
     Raises:
         UserError: statistics or weights that are not finite, or a Hessian that cannot be factorised; names the layer.
@@ -52,16 +55,31 @@ def walk(
         for block in weights.visit(write=True):
             if block.index > last:
                 break
-            keep = propagate == "dense" and bool(block.linears)
-            for names, prepared in _prepared(block, pruner, inputs, keep):
-                for name in names:
-                    _prune_layer(block.linears[name], name, plan, pruner, prepared, weights.stored)
-                del prepared  # a factor of the Hessian: not to outlive its layers
+            done = journal is not None and block.index in journal
+            keep = propagate == "dense" and bool(block.linears) and not done
+            if done:
+                weights.adopt(block.index, journal.path(block.index))
+                rows = journal.rows(block.index)
+            else:
+                _prune_block(block, plan, pruner, inputs, keep, weights.stored)
+                rows = _report(block, plan, metric)
             if inputs is not None and block.index != last and not keep:
                 advance(block, inputs)
-            report += _report(block, plan, metric)
+            if journal is not None and not done:
+                journal.add(block.index, weights.tensors(block.index), weights.stored or block.dtype, rows)
+                weights.keep(block.index, journal.path(block.index))
+            report += rows
             bar.update()
     return report
+
+
+def _prune_block(
+    block: Block, plan: SparsityPlan, pruner: Pruner, inputs: BlockInputs | None, keep: bool, stored: torch.dtype | None
+) -> None:
+    for names, prepared in _prepared(block, pruner, inputs, keep):
+        for name in names:
+            _prune_layer(block.linears[name], name, plan, pruner, prepared, stored)
+        del prepared  # a factor of the Hessian: not to outlive its layers
 
 
 def _prepared(

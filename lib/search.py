@@ -13,7 +13,7 @@ from lib import UserError
 from lib.allocation import SparsityPlan
 from lib.blocks import Weights
 from lib.calibration import enter_blocks
-from lib.evaluation import perplexity
+from lib.evaluation import perplexity_by_blocks
 from lib.prune import walk
 from lib.pruners import Pruner
 
@@ -45,6 +45,7 @@ def try_epsilons(
     pruner: Pruner,
     windows: tuple[Tensor, Tensor],
     dense: Mapping[str, Tensor] | None = None,
+    tried: dict[str, float] | None = None,
 ) -> list[Trial]:
     """Return the perplexity after pruning with each epsilon of ``grid``; the weights are dense again afterwards.
 
@@ -54,18 +55,19 @@ def try_epsilons(
         plan_of: the plan that an epsilon leads to.
         windows: of calibration and held out, each [samples, tokens].
         dense: the caller's snapshot of the weights; without one, a copy is held in the CPU's memory meanwhile.
+        tried: perplexities by plan that an earlier run found; each new one is added as soon as it is known.
     """
     calibration, held_out = windows
     dense = weights.snapshot() if dense is None else dense
-    found: dict[tuple, float] = {}
+    found = {} if tried is None else tried
     trials = []
     for epsilon in tqdm(grid, desc="epsilon", unit="trial", disable=None):
         plan = plan_of(epsilon)
-        key = (*plan.ratios.values(), *(plan.nm or {}).values())
+        key = plan.digest()
         if key not in found:
             try:
                 walk(weights, plan, pruner, enter_blocks(weights, calibration) if pruner.statistic else None)
-                found[key] = perplexity(weights.model, held_out)
+                found[key] = perplexity_by_blocks(weights, held_out)
             finally:
                 weights.restore(dense)
         trials.append(Trial(epsilon, found[key]))

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from lib import UserError, data, plans
 from lib.allocation import ALLOCATIONS, MAPPINGS
+from lib.calibration import HIDDEN_STATES
 from lib.command import Flags, flag, number_or_auto
 from lib.esd import DRIVERS, METRICS, WEIGHTWATCHER
 from lib.evaluation import ZERO_SHOT_TASKS
@@ -185,6 +186,29 @@ class Output(Flags):
     save_model: str | None = flag(None, "write the pruned model to DIR/{method}_{ratio}", prunes=True, metavar="DIR")
 
 
+@dataclass(kw_only=True)
+class Scale(Flags):
+    _title: ClassVar[str] = "large models"
+
+    stream: str = flag(
+        "auto",
+        "read the weights block by block from disk: {choices}; auto: when they do not fit into the free memory of GPUs "
+        "and CPU. A streamed model is pruned into --save_model",
+        choices=("auto", "always", "never"),
+        metavar="WHEN",
+    )
+    hidden_states: str = flag(
+        "auto",
+        "where calibration's hidden states are kept: {choices}; auto: on the GPU where there is room, else in the "
+        "CPU's memory",
+        choices=HIDDEN_STATES,
+        metavar="WHERE",
+    )
+    restart: bool = flag(
+        False, "begin again where --save_model holds an unfinished run, instead of resuming it", prunes=True
+    )
+
+
 # ------------------------------------------------------------------------------------------------- what is asked for
 
 
@@ -214,7 +238,7 @@ class Task(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Experiment(Model, Texts, Pruning, Metric, Spectra, Widths, Plans, Evaluation, ZeroShot, Output):
+class Experiment(Model, Texts, Pruning, Metric, Spectra, Widths, Plans, Evaluation, ZeroShot, Output, Scale):
     """The flags of main.py."""
 
     def check(self) -> None:
@@ -228,6 +252,15 @@ class Experiment(Model, Texts, Pruning, Metric, Spectra, Widths, Plans, Evaluati
             text = f"{given}with --ww_metric {self.ww_metric}: that metric goes through weightwatcher's own spectrum"
             raise UserError(name, text)
         self.task()
+        if self.restart and not self.save_model:
+            raise UserError("restart", "without --save_model does nothing; add --save_model")
+
+    def identity(self) -> dict[str, object]:
+        """Return the flags on which the pruned weights depend, in their spelling."""
+        groups = (Texts, Pruning, Metric, Spectra, Widths)
+        names = [name for group in groups for name in group.__annotations__ if not name.startswith("_")]
+        names = ["seed", "dtype", "plan", *(name for name in names if name not in ("ww_metric_cache", "metrics_only"))]
+        return {self.spelling(name): getattr(self, name) for name in names}
 
     def task(self) -> Task:
         """Return what is asked for.

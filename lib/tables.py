@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lib.layers import Layer
 from lib.record import LayerReport
 from lib.search import Trial, best
+from lib.settings import Experiment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +34,7 @@ def line(console: Console, text: str) -> None:
 
 
 def show_metric(
-    console: Console, title: str, layers: Sequence[Layer], values: Mapping[str, float], cache: Path
+    console: Console, settings: Experiment, layers: Sequence[Layer], values: Mapping[str, float], cache: Path
 ) -> None:
     """Print the metric by kind of matrix."""
     kinds: dict[str, list[float]] = {}
@@ -43,6 +44,7 @@ def show_metric(
     for kind, numbers in [*kinds.items(), ("all", list(values.values()))]:
         figures = (min(numbers), sum(numbers) / len(numbers), max(numbers))
         rows.append((kind, *(f"{x:.4f}" for x in figures)))
+    title = f"{settings.model}: {settings.ww_metric}"
     show(console, title, ("matrix", "smallest", "mean", "largest"), rows)
     line(console, f"cached in: {cache}")
 

@@ -1,0 +1,241 @@
+"""Journal of finished blocks: a run that is killed resumes after its last whole block, and nothing is ever mixed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lib import UserError, fingerprint, stream
+from lib.files import is_alive
+from lib.lazy import torch
+from lib.record import LayerReport
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "pruning.json"  # stays in the finished folder: what made the model
+_LOCK = ".lock"
+
+
+class Identity(NamedTuple):
+    """What must be the same for a run to be resumed, in words for an error and as what is compared."""
+
+    flags: Mapping[str, object]
+    plan: str
+    calibration: str
+    versions: Mapping[str, str]
+    fingerprints: Mapping[str, str]
+
+
+def partial_folder(target: Path) -> Path:
+    """Return the folder in which the model for ``target`` is made."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def digest(value: object) -> str:
+    """Return a hash of a tensor's values or of anything that JSON holds."""
+    if isinstance(value, torch.Tensor):
+        data = value.cpu().contiguous().numpy().tobytes()
+    else:
+        data = json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+class Journal:
+    """The folder in which a pruned model is made, one shard per finished block.
+
+    A block is finished when the manifest names its shard, its checksum and its rows; the manifest is written after the
+    shard, both durably. The folder takes the place of ``target`` when all blocks are finished.
+    """
+
+    def __init__(self, target: Path, restart: bool = False, unmeasured: bool = False) -> None:
+        """Open the journal for ``target``.
+
+        Args:
+            restart: throw an unfinished run away.
+            unmeasured: a whole model in ``target`` is that of a run that was stopped in its evaluation: it is resumed.
+        """
+        self.target, self.folder = target, partial_folder(target)
+        self.finished: dict[int, dict] = {}
+        self.notes: dict[str, object] = {}  # what a search found
+        self._identity: dict = {}
+        try:
+            if unmeasured and not restart and not self.folder.exists() and (target / MANIFEST).is_file():
+                target.rename(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            if restart:
+                for path in self.folder.iterdir():
+                    if path.name != _LOCK:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        except OSError as error:
+            text = f"{self.folder}: cannot be written ({error.strerror or error})"
+            raise UserError("save_model", text) from error
+        self._found = self._read_manifest()
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what need not outlive the run."""
+        return self.folder / "scratch"
+
+    # ------------------------------------------------------------------------------------------------ who is at work
+
+    def _lock(self) -> None:
+        path, me = self.folder / _LOCK, {"host": socket.gethostname(), "process": os.getpid()}
+        text = json.dumps(me)
+        try:
+            with path.open("x") as file:  # the file system decides between two that come at once
+                file.write(text)
+            return
+        except FileExistsError:
+            pass
+        try:
+            owner = json.loads(path.read_text())
+        except (OSError, ValueError):
+            owner = {}
+        elsewhere = owner.get("host") not in (None, me["host"])
+        if owner != me and (elsewhere or is_alive(owner.get("process", 0))):
+            who = f"process {owner.get('process')} on {owner.get('host')}"
+            raise UserError("save_model", f"{self.target}: {who} is at work there; give another folder, or wait for it")
+        if owner and owner != me:
+            log.warning("%s: process %s, which was at work there, is gone; taking over", self.folder, owner["process"])
+        tmp = path.with_name(f"{_LOCK}.{os.getpid()}")
+        tmp.write_text(text)
+        tmp.rename(path)
+
+    def close(self) -> None:
+        """Free the folder for another process."""
+        if self.folder.is_dir():
+            (self.folder / _LOCK).unlink(missing_ok=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def finish(self) -> None:
+        """Put the finished folder in the target's place."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        old = self.target.with_name(f".{self.target.name}-old-{socket.gethostname()}-{os.getpid()}")
+        try:
+            (self.folder / _LOCK).unlink(missing_ok=True)
+            if self.target.exists():
+                self.target.rename(old)
+            self.folder.rename(self.target)
+            stream.sync_folder(self.target.parent)
+        except OSError as error:
+            text = f"{self.target}: cannot be written ({error.strerror or error})"
+            raise UserError("save_model", text) from error
+        shutil.rmtree(old, ignore_errors=True)
+
+    # -------------------------------------------------------------------------------------------- what is known so far
+
+    def _read_manifest(self) -> dict:
+        try:
+            found = json.loads((self.folder / MANIFEST).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def begin(self, identity: Identity) -> None:
+        """Resume where an earlier run of this very identity was stopped, or start.
+
+        Raises:
+            UserError: the folder holds blocks of a run with other flags, weights, calibration or versions.
+        """
+        now = json.loads(json.dumps(identity._asdict()))
+        before = self._found.get("identity")
+        self._identity = now
+        if before:
+            self._check_same(before, now)
+            for key, about in sorted(self._found["blocks"].items(), key=lambda item: int(item[0])):
+                if int(key) != len(self.finished):
+                    break
+                path = self.folder / about["shard"]
+                if not path.is_file() or stream.checksum(path) != about["sha256"]:
+                    log.warning("%s is damaged: its block and those after it are pruned again", path)
+                    break
+                self.finished[int(key)] = about
+            if self.finished:
+                log.info("resuming after block %d of the run in %s", max(self.finished), self.folder)
+        self._write()
+
+    def _check_same(self, before: dict, now: dict) -> None:
+        other = [k for k in now["flags"] if before["flags"].get(k, now["flags"][k]) != now["flags"][k]]
+        if other:
+            what = f"--{other[0]} was {before['flags'][other[0]]} and is {now['flags'][other[0]]} now"
+        elif before["calibration"] != now["calibration"]:
+            what = "its calibration windows were others"
+        elif before["versions"] != now["versions"]:
+            name = next(n for n in now["versions"] if before["versions"].get(n) != now["versions"][n])
+            what = f"{name} was {before['versions'].get(name)} and is {now['versions'][name]} now"
+        elif changed := fingerprint.first_difference(before["fingerprints"], now["fingerprints"]):
+            what = f"the dense weights were others (see {changed})"
+        elif before["plan"] != now["plan"]:
+            what = "its plan of ratios was another"
+        else:
+            return
+        text = f"{self.target}: an unfinished run there is another one, {what}; add --restart to begin again"
+        raise UserError("save_model", text)
+
+    def note(self, name: str, value: object) -> None:
+        """Keep something that was found on the way, for a run that resumes."""
+        self.notes[name] = value
+        self._write()
+
+    def noted(self, name: str) -> object:
+        """Return what an earlier run noted."""
+        return self._found.get("notes", {}).get(name)
+
+    def _write(self) -> None:
+        content = {
+            "identity": self._identity or self._found.get("identity"),
+            "blocks": self.finished if self._identity else self._found.get("blocks", {}),
+            "notes": self._found.get("notes", {}) | self.notes,
+        }
+        path = self.folder / MANIFEST
+        tmp = path.with_name(f".{MANIFEST}.{os.getpid()}")
+        try:
+            with tmp.open("w") as file:
+                json.dump(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            tmp.rename(path)
+        except OSError as error:
+            raise UserError("save_model", f"{path}: cannot be written ({error.strerror or error})") from error
+        stream.sync_folder(self.folder)
+
+    # ------------------------------------------------------------------------------------------------------- blocks
+
+    def __contains__(self, index: int) -> bool:
+        return index in self.finished
+
+    def path(self, index: int) -> Path:
+        """Return the file of a block."""
+        return self.folder / f"model-block-{index:05d}.safetensors"
+
+    def rows(self, index: int) -> list[LayerReport]:
+        """Return the report on the layers of a finished block."""
+        return [
+            LayerReport(r[0], tuple(r[1]), *r[2:5], None if r[5] is None else tuple(r[5]))
+            for r in self.finished[index]["rows"]
+        ]
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Return the parameters of a finished block by name."""
+        return {name: stream.read_tensor(entry) for name, entry in stream.read_header(self.path(index)).items()}
+
+    def add(self, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: list[LayerReport]) -> None:
+        """Make a block durable: its shard, then the manifest that names it."""
+        path = self.path(index)
+        sha256 = stream.write_shard(path, tensors, dtype)
+        self.finished[index] = {"shard": path.name, "sha256": sha256, "rows": [list(row) for row in rows]}
+        self._write()
