@@ -46,8 +46,8 @@ class Stages:
         """Measure what happens inside the with statement as ``name``."""
         with suppress(OSError):  # resets the peak; without it (not Linux) the peak is that of the run so far
             Path("/proc/self/clear_refs").write_text("5")
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(device)
+        for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+            torch.cuda.reset_peak_memory_stats(device)  # raises before CUDA is initialised
         start = time.perf_counter()
         yield
         for device in range(torch.cuda.device_count()):
