@@ -22,10 +22,12 @@ from image_classifiers import main as image_main
 from image_classifiers.models import save as save_image_model
 from lib import metrics
 from lib.allocation import ALLOCATIONS
+from lib.models import locate
 from lib.pruners import PRUNERS
 from lora_ft import evaluate_ppl, merge
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import bench_metrics
 import compare_allocations
 import esd_report
 import sweep
@@ -378,6 +380,12 @@ def test_esd_report(cuda, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert esd_report.main(["--model", str(tiny_folder), "--out", "report"]) == 0
     assert cuda.operations and Path("report/spectra.png").is_file()
+
+
+def test_the_benchmark_of_metrics_stays_on_the_cpu(cuda, tiny_folder, monkeypatch):
+    monkeypatch.setattr(bench_metrics, "locate", lambda *_: locate(str(tiny_folder), "unused"))
+    rows = bench_metrics.bench_model(1, "unused")
+    assert len(rows) == 3 and cuda.operations == 0  # the table says that it is about a thread of a CPU
 
 
 # ------------------------------------------------------------------------------------------ LoRA, image classifiers
