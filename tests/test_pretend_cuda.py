@@ -305,14 +305,21 @@ def test_every_metric(metric, runs):
     np.testing.assert_allclose(np.load(f"../there/{metric}.npy"), np.load(f"../here/{metric}.npy"), rtol=1e-5)
 
 
-@pytest.mark.parametrize("metric", metrics.WEIGHTWATCHER)
-def test_metrics_of_weightwatcher(metric, runs, tmp_path, tiny_tokenizer):
+@pytest.fixture(scope="module")
+def one_block(tmp_path_factory, tiny_tokenizer) -> Path:
+    """Return the folder of a model of one block, for what takes long."""
+    folder = tmp_path_factory.mktemp("models") / "one-block"
     model = tiny_llama()
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1  # each of its matrices takes seconds
-    model.save_pretrained(tmp_path / "one-block")
-    tiny_tokenizer.save_pretrained(tmp_path / "one-block")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("metric", metrics.WEIGHTWATCHER)
+def test_metrics_of_weightwatcher(metric, runs, one_block):
     with pretend_cuda() as cuda:
-        runs(f"--metrics_only --ww_metric {metric} --ww_metric_cache cache", "work", model=tmp_path / "one-block")
+        runs(f"--metrics_only --ww_metric {metric} --ww_metric_cache cache", "work", model=one_block)
     values = np.load(f"cache/{metric}.npy")
     assert cuda.operations and values.shape == (7,) and np.isfinite(values).all()
 
@@ -384,8 +391,8 @@ def test_esd_report(cuda, tiny_folder, tmp_path, monkeypatch):
     assert cuda.operations and Path("report/spectra.png").is_file()
 
 
-def test_the_benchmark_of_metrics_stays_on_the_cpu(cuda, tiny_folder, monkeypatch):
-    monkeypatch.setattr(bench_metrics, "locate", lambda *_: locate(str(tiny_folder), "unused"))
+def test_the_benchmark_of_metrics_stays_on_the_cpu(cuda, one_block, monkeypatch):
+    monkeypatch.setattr(bench_metrics, "locate", lambda *_: locate(str(one_block), "unused"))
     rows = bench_metrics.bench_model(1, "unused")
     assert len(rows) == 3 and cuda.operations == 0  # the table says that it is about a thread of a CPU
 
