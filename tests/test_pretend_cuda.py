@@ -357,6 +357,15 @@ def test_runs_with_a_block_on_the_cpu(method, rehearse, tmp_path):
     rehearse(flags, free=TIGHT)
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt_owl"])
+def test_runs_whose_hidden_states_are_kept_on_the_cpu(method, rehearse, caplog):
+    # All of the model fits (85 kB), so that no hook of accelerate moves what enters a block; a quarter of what is free
+    # is less than 30 * 24 * 32 float16 numbers.
+    with caplog.at_level("INFO", logger="lib"):
+        rehearse(f"--prune_method {method} --sparsity_ratio 0.5 --nsamples 30", free=150_000)
+    assert "kept in the memory of the CPU" in caplog.text
+
+
 def test_zero_shot(rehearse):
     tasks = f"--eval_zero_shot --include_path {ROOT}/data/tasks --tasks capital_cities --limit 2 --eval_batch_size 4"
     record = rehearse(f"--eval_wikitext false {tasks}")
