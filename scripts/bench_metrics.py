@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lib import UserError, results
 from lib.esd import Spectrum, alpha_peak, fit_tail, peak_candidates, spectrum
-from lib.models import find_blocks, load_llm, locate, prunable_layers
+from lib.models import load_llm, locate, prunable_layers
 
 FIT_SIZES = (576, 4096, 8192)
 SHAPES = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096))
@@ -35,7 +35,7 @@ def plain_fit(eigs: Tensor, candidates: Tensor) -> tuple[int, float]:
         count = float(total - i)
         alpha = 1 + count / (logs[i:].sum() - count * logs[i])
         if alpha > 1:
-            gap = 1 - (eigs[i:] / eigs[i]) ** (1 - alpha) - torch.arange(total - i) / count
+            gap = 1 - (eigs[i:] / eigs[i]) ** (1 - alpha) - torch.arange(total - i, device=eigs.device) / count
             distance = gap.abs().max().item()
             if distance < best[0]:
                 best = (distance, i, alpha.item())
@@ -94,8 +94,8 @@ def bench_spectra(rounds: int) -> list[dict]:
 
 
 def bench_model(rounds: int, cache_dir: str) -> list[dict]:
-    model = load_llm(locate("smollm2-135m", cache_dir), "float32")
-    find_blocks(model)
+    # Without a device it would go to a GPU if there is one; the table is about one thread of a CPU.
+    model = load_llm(locate("smollm2-135m", cache_dir), "float32", torch.device("cpu"))
     weights = [layer.module.weight.detach() for layer in prunable_layers(model)]
 
     def plain() -> None:

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# On a machine with a CUDA GPU: run the tests that need one, then time every method on random blocks of LLaMA-7B's
+# shapes and print a Markdown table. Downloads no model. What follows is passed on to gpu_check.py. Without a GPU: 2.
+source "$(dirname "$0")/env.sh"
+need requirements.txt
+if ! "$PYTHON_BIN" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_check.sh: error: no CUDA device here, nothing was checked" >&2
+    exit 2
+fi
+need scripts/requirements-data.txt --no-deps
+need scripts/requirements-images.txt
+need tests/requirements.txt
+failed=0
+"$PYTHON_BIN" -m pytest -m gpu tests || failed=1
+"$PYTHON_BIN" scripts/gpu_check.py "$@" || failed=1
+exit "$failed"
