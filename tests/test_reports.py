@@ -24,7 +24,7 @@ def test_report_shows_what_a_run_would_plan(metric, tiny_folder, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     flags = ["--model", str(tiny_folder), "--ww_metric", metric, "--sparsity_ratio", "0.6", "--epsilon", "0.2"]
     assert (
-        esd_report.main([*flags, "--layers", "layers.1.mlp.up_proj,layers.0.self_attn.q_proj", "--out", "report"]) == 0
+        esd_report.main([*flags, "--layers", "layers.1.mlp.up_proj,layers.0.self_attn.q_proj", "--save", "report"]) == 0
     )
     assert all(is_png(tmp_path / "report" / f"{name}.png") for name in ("blocks", "heat_map", "spectra"))
     header, *rows = ((tmp_path / "report/layers.tsv").read_text()).splitlines()
@@ -39,11 +39,13 @@ def test_report_shows_what_a_run_would_plan(metric, tiny_folder, tmp_path, monke
 @pytest.mark.parametrize(
     ("flags", "say"),
     [
-        ("--layers layers.9.mlp.up_proj", "there is no such layer"),
+        ("--layers layers.9.mlp.up_proj", "layer not found"),
         ("--layers mlp.up_proj", "3 layers end in that"),
         ("--ww_metric alpha_peek", "Did you mean 'alpha_peak'"),
         ("--sparsity_ratio 1.5", "--sparsity_ratio 1.5"),
-        ("--out file/below", "--out"),
+        ("--save file/below", "--save"),
+        ("--epsilon auto", "--epsilon auto"),
+        ("--ww_metric mp_softrank --esd_driver fast", "--esd_driver fast"),
     ],
 )
 def test_report_refuses_in_one_line(flags, say, tiny_folder, tmp_path, monkeypatch, capsys):
@@ -65,7 +67,7 @@ def test_comparison_runs_every_setting_once(tiny_folder, tiny_text, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {tiny_text} --seqlen 32 --nsamples 3".split()
     flags += "--allocations ,ww,owl,atp --sparsities 0.5,0.6 --epsilons 0.1,0.3 --atp_betas 0.01 --save cmp".split()
-    assert compare_allocations.run(flags) == 0
+    assert compare_allocations.main(flags) == 0
     text = (tmp_path / "cmp/allocations.md").read_text()
     rows = [line.split("|")[1].strip() for line in text.splitlines()[2:]]
     assert rows == ["uniform", "ww epsilon 0.1", "ww epsilon 0.3", "owl", "atp atp_beta 0.01"]
@@ -73,7 +75,7 @@ def test_comparison_runs_every_setting_once(tiny_folder, tiny_text, tmp_path, mo
     record = json.loads((tmp_path / "cmp/ww_epsilon_0.3/run_wanda_ww_sparsity_0.6.json").read_text())
     assert f"{record['perplexity']:.2f}" in text.splitlines()[4]
     capsys.readouterr()
-    assert compare_allocations.run(flags) == 0
+    assert compare_allocations.main(flags) == 0
     assert capsys.readouterr().out.count("skipped") == 10
     assert (tmp_path / "cmp/allocations.md").read_text() == text
 
@@ -90,5 +92,5 @@ def test_comparisons_table_by_pencil():
 
 def test_comparison_refuses_in_one_line(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert compare_allocations.run(["--model", str(tiny_folder), "--allocations", "owll"]) == 2
+    assert compare_allocations.main(["--model", str(tiny_folder), "--allocations", "owll"]) == 2
     assert "Did you mean 'owl'" in capsys.readouterr().err
