@@ -27,7 +27,6 @@ Rows = Mapping[str, Mapping[float, float]]  # perplexity by sparsity, by label
 
 @dataclass(kw_only=True)
 class Comparison(sweep.Several):
-    _title: ClassVar[str] = sweep.Several._title
     _lists: ClassVar[Sequence[str]] = ("prune_method", "sparsity_ratio", *TRIED.values())
     _spelled: ClassVar[dict[str, str]] = {
         "prune_method": "pruner", "sparsity_ratio": "sparsities", "epsilon": "epsilons", "atp_beta": "atp_betas"

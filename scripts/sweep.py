@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 
 import main as program
-from lib import UserError, files
+from lib import UserError, files, first_line
 from lib.command import check_values, command, flag, make_parser
 from lib.experiment import Session
 from lib.lazy import torch
@@ -113,7 +113,6 @@ def numbers(field: str, text: str) -> list[float]:
 
 @dataclass(kw_only=True)
 class Sweep(Several):
-    _title: ClassVar[str] = Several._title
     _lists: ClassVar[Sequence[str]] = ("prune_method", "sparsity_ratio", "epsilon")
     _spelled: ClassVar[dict[str, str]] = {
         "prune_method": "methods", "sparsity_ratio": "sparsities", "epsilon": "epsilons"
@@ -188,9 +187,12 @@ def run_all(todo: Sequence[Experiment], force: bool) -> tuple[list[dict | None],
         try:
             made.append(program.run(settings, Console(quiet=True), session))
             records.append(made[-1])
+        except UserError as error:
+            log.error("%s failed: %s", _name(settings), error)
+            records.append(None)
         except Exception as error:  # one setting does not stop the others, hours into a sweep
-            expected = isinstance(error, (UserError, torch.OutOfMemoryError))
-            log.error("%s failed: %s", _name(settings), error, exc_info=None if expected else error)
+            known = isinstance(error, torch.OutOfMemoryError)
+            log.error("%s failed: %s", _name(settings), first_line(error), exc_info=None if known else error)
             records.append(None)
     return records, made
 

@@ -14,26 +14,32 @@ import bench_metrics
 import compare_allocations
 import esd_report
 
+import main
+
 
 def is_png(path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG\r\n") and path.stat().st_size > 5000
 
 
-@pytest.mark.parametrize("metric", ["alpha_peak", "alpha", "alpha_mid", "stable_rank"])
-def test_report_shows_what_a_run_would_plan(metric, tiny_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "metric", ["alpha_peak", "alpha", "alpha_mid", "stable_rank", "alpha_peak --farms --farms_rows 16 --farms_steps 3"]
+)
+def test_report_shows_what_a_run_plans(metric, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", str(tiny_folder), "--ww_metric", metric, "--sparsity_ratio", "0.6", "--epsilon", "0.2"]
-    assert (
-        esd_report.main([*flags, "--layers", "layers.1.mlp.up_proj,layers.0.self_attn.q_proj", "--save", "report"]) == 0
-    )
+    flags = f"--model {tiny_folder} --ww_metric {metric} --sparsity_ratio 0.6 --epsilon 0.2".split()
+    chosen = ["--layers", "layers.1.mlp.up_proj,layers.0.self_attn.q_proj"]
+    assert esd_report.main([*flags, *chosen, "--save", "report"]) == 0
     assert all(is_png(tmp_path / "report" / f"{name}.png") for name in ("blocks", "heat_map", "spectra"))
-    header, *rows = ((tmp_path / "report/layers.tsv").read_text()).splitlines()
-    assert header.split("\t") == ["name", "block", "shape", metric, "planned_ratio"] and len(rows) == 21
     page = (tmp_path / "report/report.md").read_text()
     assert all(f"({name})" in page for name in ("blocks.png", "heat_map.png", "spectra.png", "layers.tsv"))
-    sizes = [int(row.split("\t")[2].split("x")[0]) * int(row.split("\t")[2].split("x")[1]) for row in rows]
-    ratios = [float(row.split("\t")[4]) for row in rows]
-    assert sum(n * r for n, r in zip(sizes, ratios, strict=True)) / sum(sizes) == pytest.approx(0.6, abs=1e-5)
+    assert main.main([*flags, "--prune_method", "magnitude_ww", "--eval_wikitext", "false", "--save", "run"]) == 0
+    report, run = (
+        [line.split("\t") for line in (tmp_path / path).read_text().splitlines()]
+        for path in ("report/layers.tsv", "run/layers_magnitude_ww_sparsity_0.6.tsv")
+    )
+    assert report[0] == ["name", "block", "shape", metric.split()[0], "planned_ratio"] and len(report) == 22
+    # name, shape, metric, planned ratio
+    assert [(row[0], *row[2:]) for row in report[1:]] == [tuple(row[:4]) for row in run[1:]]
 
 
 @pytest.mark.parametrize(
