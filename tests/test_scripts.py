@@ -508,7 +508,7 @@ def test_demo_shows_what_was_gained_and_what_moves(monkeypatch, tmp_path, capsys
     shown = {row[0]: row[3] for line in out.splitlines() if len(row := line.replace("│", " ").split()) == 5}
     expected = {"dense": "14.00", "wanda": "600.00", "wanda_ww": "~450.00", "sparsegpt": "~180.00"}
     assert {method: shown[method] for method in expected} == expected
-    assert "wanda at 0.7: perplexity 600.00 uniform, ~450.00 by alpha (-25 %)" in out
+    assert "wanda at 0.7: perplexity 600.00 uniform, ~450.00 by alpha (-25.0 %)" in out
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     program, *rest = shlex.split(out.splitlines()[-1])[1:]
     assert program == "main.py" and parse(Experiment, rest, main.PARSER).eval_windows == 10
