@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,11 +55,12 @@ class Prepared(NamedTuple):
 class Session:
     """What several runs of one process share: texts, questions, the model and a copy of its dense weights.
 
-    A session that is not ``shared`` is for one run and keeps nothing.
+    A session that is not ``shared`` is for one run and keeps nothing. The model is loaded once, so it has to leave room
+    on each GPU for the neediest of the ``planned`` runs.
     """
 
-    def __init__(self, shared: bool = False) -> None:
-        self.shared = shared
+    def __init__(self, shared: bool = False, planned: Sequence[Experiment] = ()) -> None:
+        self.shared, self.planned = shared, planned
         self.dense: Mapping[str, Tensor] | None = None
         self._made: dict = {}
 
@@ -114,9 +115,7 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     tokenizer = session.once(models.load_tokenizer, source)
     windows = _read_windows(settings, task, tokenizer, seqlen, session)
     _check_vocabulary(settings, skeleton, windows)
-    hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
-    calibrated = settings.nsamples if wants_calibration(task) else 0
-    reserve = models.working_set(skeleton, dtypes.compute, hessians, calibrated, seqlen)
+    reserve = max(_reserve(run, skeleton, dtypes, seqlen, session) for run in (settings, *session.planned))
     streamed = _streamed_folder(settings, task, source, models.fits_in_memory(skeleton, dtypes.compute, reserve))
     tasks = questions(settings, session)
     journal = _open_journal(settings, task)  # last: what is refused above leaves no trace
@@ -190,6 +189,15 @@ def metric_settings(settings: Experiment) -> metrics.Settings:
 def wants_calibration(task: Task) -> bool:
     """Return whether the pruner or the allocation needs calibration text."""
     return bool(task.pruner and (task.pruner.statistic or task.wants in scores.BLOCK_SCORES))
+
+
+def _reserve(
+    settings: Experiment, skeleton: PreTrainedModel, dtypes: models.Dtypes, seqlen: int, session: Session
+) -> int:
+    task = settings.task()
+    hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
+    calibrated = settings.nsamples if wants_calibration(task) else 0
+    return session.once(models.working_set, skeleton, dtypes.compute, hessians, calibrated, seqlen)
 
 
 def _check_layers(settings: Experiment, task: Task, source: models.Source, layers: tuple[Layer, ...]) -> None:

@@ -106,7 +106,6 @@ class Spectra(Flags):
     )
     farms_ratio: float = flag(1.0, "columns of a window over its rows", above=0, needs="farms", only="ww", metavar="Q")
     farms_steps: int = flag(15, "windows in each direction, a count", least=1, needs="farms", only="ww", metavar="K")
-    metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
 
 
 @dataclass(kw_only=True)
@@ -131,6 +130,7 @@ class Widths(Flags):
 class Plans(Flags):
     _title: ClassVar[str] = "allocation"
 
+    metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
     plan: str | None = flag(
         None, "take the layers' ratios from a file that --save_plan wrote", prunes=True, metavar="FILE"
     )

@@ -1,30 +1,49 @@
-"""Time spectra and power-law fits against the plain formulation, written out here: python scripts/bench_metrics.py"""
+"""Benchmark of spectra and power-law fits against the plain formulation: python scripts/bench_metrics.py"""
 
-import argparse
+from __future__ import annotations
+
 import json
 import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from lib import UserError, results
+from lib import files, tables
+from lib.blocks import weights_of
+from lib.command import Flags, command, flag, make_parser
 from lib.esd import Spectrum, alpha_peak, fit_tail, peak_candidates, spectrum
-from lib.models import load_llm, locate, prunable_layers
+from lib.lazy import torch
+from lib.models import load_llm, locate
+from lib.record import provenance
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FIT_SIZES = (576, 4096, 8192)
 SHAPES = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096))
 LLAMA_7B = ((4096, 4096), (11008, 4096))
+
+
+@dataclass(kw_only=True)
+class Benchmark(Flags):
+    _title: ClassVar[str] = "benchmark"
+
+    rounds: int = flag(3, "of which the median is taken, a count", least=1, metavar="N")
+    cache_dir: str = flag("llm_weights", "where SmolLM2 is kept", metavar="DIR")
+    save: str = flag("results", "where bench_metrics.json is written", metavar="DIR")
+
+
+PARSER = make_parser(Benchmark, "bench_metrics.py", __doc__)
 
 
 def plain_fit(eigs: Tensor, candidates: Tensor) -> tuple[int, float]:
@@ -94,9 +113,8 @@ def bench_spectra(rounds: int) -> list[dict]:
 
 
 def bench_model(rounds: int, cache_dir: str) -> list[dict]:
-    # Without a device it would go to a GPU if there is one; the table is about one thread of a CPU.
-    model = load_llm(locate("smollm2-135m", cache_dir), "float32", torch.device("cpu"))
-    weights = [layer.module.weight.detach() for layer in prunable_layers(model)]
+    model = load_llm(locate("smollm2-135m", cache_dir), torch.float32, device="cpu")
+    weights = list(weights_of(model).map(lambda _, weight: weight).values())
 
     def plain() -> None:
         for weight in weights:
@@ -124,9 +142,7 @@ def bench_model(rounds: int, cache_dir: str) -> list[dict]:
         abs(alpha_peak(Spectrum(e, w.shape)) / alpha_peak(spectrum(w, "fast")) - 1) > 1e-3
         for e, w in zip(spectra, weights, strict=True)
     )
-    print(
-        f"SmolLM2: {wrong} of {len(weights)} fits choose another index; alpha_peak jumps on {jumps} if fast"
-    )
+    print(f"SmolLM2: {wrong} of {len(weights)} fits choose another index; alpha_peak jumps on {jumps} if fast")
     return rows
 
 
@@ -145,36 +161,22 @@ def _row(what: str, plain: float, ours: float) -> dict:
     return {"what": what, "plain_seconds": plain, "seconds": ours, "ratio": plain / ours}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench_metrics.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of which the median is taken (default: 3)")
-    parser.add_argument(
-        "--cache_dir", default="llm_weights", metavar="DIR", help="where SmolLM2 is kept (default: llm_weights)"
-    )
-    parser.add_argument(
-        "--out", default="results/bench_metrics.json", metavar="FILE", help="(default: results/bench_metrics.json)"
-    )
-    args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds}: must be at least 1")
+def run(settings: Benchmark) -> None:
+    """Measure, print a table, and write it with the machine it is about."""
     torch.set_num_threads(1)
-    try:
-        results.prepare("--out", Path(args.out).parent)
-        rows = bench_fit(args.rounds) + bench_spectra(args.rounds) + bench_model(args.rounds, args.cache_dir)
-        rows += bench_cuda(args.rounds) if torch.cuda.is_available() else []
-        machine = {"cpu": _cpu(), "load": os.getloadavg()[0], "threads": 1} | results.provenance()
-        results.write_atomically(Path(args.out), json.dumps({"rows": rows, "machine": machine}, indent=1) + "\n")
-    except UserError as error:
-        print(f"bench_metrics.py: error: {error}", file=sys.stderr)
-        return 2
-    table = Table(title=f"seconds, one thread, median of {args.rounds}; {machine['cpu']}", title_justify="left")
-    for heading in ("what", "plain", "ours", "ratio"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
-    for row in rows:
-        table.add_row(row["what"], f"{row['plain_seconds']:.4f}", f"{row['seconds']:.4f}", f"{row['ratio']:.1f}")
-    Console().print(table)
-    print(f"written: {args.out}")
-    return 0
+    folder, rounds = Path(settings.save), settings.rounds
+    files.prepare("save", folder)
+    rows = bench_fit(rounds) + bench_spectra(rounds) + bench_model(rounds, settings.cache_dir)
+    rows += bench_cuda(rounds) if torch.cuda.is_available() else []
+    machine = {"cpu": _cpu(), "load": os.getloadavg()[0], "threads": 1} | provenance()
+    text = json.dumps({"rows": rows, "machine": machine}, indent=1) + "\n"
+    files.write_atomically(folder / "bench_metrics.json", text)
+    figures = [
+        (row["what"], f"{row['plain_seconds']:.4f}", f"{row['seconds']:.4f}", f"{row['ratio']:.1f}") for row in rows
+    ]
+    title = f"seconds, one thread, median of {rounds}; {machine['cpu']}"
+    tables.show(Console(), title, ("what", "plain", "ours", "ratio"), figures)
+    print(f"written: {folder}/bench_metrics.json")
 
 
 def _cpu() -> str:
@@ -183,6 +185,11 @@ def _cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
+    return command(Benchmark, run, argv, PARSER)
 
 
 if __name__ == "__main__":

@@ -1,63 +1,77 @@
-"""Every allocation on one model and pruner becomes a table and a plot, the model loaded and calibrated once."""
+"""Comparison of every allocation on one model and pruner: a table and a plot, loaded and calibrated once."""
 
-import argparse
+from __future__ import annotations
+
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sweep
 
-import main
-from lib import UserError, registry, results
+from lib import UserError, files
 from lib.allocation import ALLOCATIONS
+from lib.command import command, flag, make_parser
 from lib.pruners import PRUNERS
+from lib.registry import check_name
+from lib.settings import Experiment
 
-# Hyper-parameters that are tried, by suffix; others are run with main.py's defaults.
-VALUES = {"ww": ("epsilon", "0.1,0.2,0.3"), "atp": ("atp_beta", "0.005,0.010,0.013")}
+# Hyper-parameters of which several values are tried, by suffix; others have main.py's defaults.
+TRIED = {"ww": "epsilon", "atp": "atp_beta"}
 
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="compare_allocations.py",
-        description=__doc__,
-        epilog="All other flags are main.py's and hold for every setting: --model, --calib_data ... "
-        "A setting whose run file is complete, with the same flags, is skipped.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--pruner", default="wanda", help=f"{{{','.join(PRUNERS)}}}")
-    add("--allocations", default=",".join(ALLOCATIONS), metavar="A,B", help="suffixes; an empty one is uniform")
-    add("--sparsities", default="0.5,0.6,0.7", metavar="S,S", help="values of --sparsity_ratio")
-    for suffix, (flag, values) in VALUES.items():
-        add(f"--{flag}s", default=values, metavar="X,X", help=f"values of --{flag}, for _{suffix}")
-    add(
-        "--save", default="results/allocations", metavar="DIR", help="run files, table and plot; a setting has a folder"
-    )
-    add("--force", action="store_true", help="run what is complete, too")
-    return parser
+Rows = Mapping[str, Mapping[float, float]]  # perplexity by sparsity, by label
 
 
-def settings(args: argparse.Namespace, rest: list[str]) -> dict[str, list[argparse.Namespace]]:
-    """Return main.py's flags for each label of a row of the table, one set for each sparsity, checked."""
-    registry.check_name("--pruner", args.pruner, PRUNERS)
-    found: dict[str, list[argparse.Namespace]] = {}
-    for suffix in args.allocations.split(","):
-        registry.check_name("--allocations", suffix, ALLOCATIONS)
-        flag = VALUES[suffix][0] if suffix in VALUES else None
-        for value in getattr(args, f"{flag}s").split(",") if flag else [None]:
-            label = (suffix or "uniform") + (f" {flag} {value}" if flag else "")
-            for sparsity in args.sparsities.split(","):
-                flags = [*rest, "--save", str(Path(args.save) / label.replace(" ", "_"))]
-                flags += ["--prune_method", f"{args.pruner}_{suffix}".rstrip("_"), "--sparsity_ratio", sparsity]
-                setting = main.make_parser().parse_args(flags + ([f"--{flag}", value] if flag else []))
-                main.check_args(setting)
-                found.setdefault(label, []).append(setting)
-    return found
+@dataclass(kw_only=True)
+class Comparison(sweep.Several):
+    _lists: ClassVar[Sequence[str]] = ("prune_method", "sparsity_ratio", *TRIED.values())
+    _spelled: ClassVar[dict[str, str]] = {
+        "prune_method": "pruner", "sparsity_ratio": "sparsities", "epsilon": "epsilons", "atp_beta": "atp_betas"
+    }  # fmt: skip
+
+    prune_method: str = flag("wanda", "what prunes:", choices=PRUNERS, metavar="NAME")
+    allocations: str = flag(",".join(ALLOCATIONS), "main.py's suffixes; an empty one is uniform", metavar="A,B")
+    sparsity_ratio: str = flag("0.5,0.6,0.7", "sparsities", metavar="S,S")
+    epsilon: str = flag("0.1,0.2,0.3", "values of --epsilon, for _ww", metavar="E,E")
+    atp_beta: str = flag("0.005,0.010,0.013", "values of --atp_beta, for _atp", metavar="B,B")
+    save: str = flag("results/allocations", "run files (a setting has a folder), table and plot", metavar="DIR")
+
+    def suffixes(self) -> list[str]:
+        return [check_name("allocations", suffix.strip(), ALLOCATIONS) for suffix in self.allocations.split(",")]
+
+    def methods(self) -> list[str | None]:
+        return [f"{self.prune_method}_{suffix}".rstrip("_") for suffix in self.suffixes()]
+
+    def check(self) -> None:
+        super().check()
+        for suffix, name in TRIED.items():
+            if name in self.given and suffix not in self.suffixes():
+                raise UserError(name, f"does nothing without _{suffix}; add {suffix} to --allocations")
+
+    def labelled(self) -> list[tuple[str, Experiment]]:
+        """Return the settings of each run, checked, and the label of each one's row in the table."""
+        found = []
+        for suffix, method in zip(self.suffixes(), self.methods(), strict=True):
+            name = TRIED.get(suffix)
+            for value in sweep.words(getattr(self, name)) if name else [None]:
+                label = f"{suffix} {name} {value}" if name else suffix or "uniform"
+                changes = {name: sweep.number(name, value)} if name else {}
+                for sparsity in sweep.numbers("sparsity_ratio", self.sparsity_ratio):
+                    setting = self.one(method, label.replace(" ", "_"), sparsity_ratio=sparsity, **changes)
+                    found.append((label, setting))
+        return found
+
+    def settings(self) -> list[Experiment]:
+        return [setting for _, setting in self.labelled()]
 
 
-def table(rows: dict[str, dict[float, float]], sparsities: list[float]) -> str:
+PARSER = make_parser(Comparison, "compare_allocations.py", __doc__, sweep.REST)
+
+
+def table(rows: Rows, sparsities: Sequence[float]) -> str:
     """Return a Markdown table of perplexities, the best of each column in bold."""
     best = {s: min((found[s] for found in rows.values() if s in found), default=None) for s in sparsities}
     lines = [
@@ -71,7 +85,7 @@ def table(rows: dict[str, dict[float, float]], sparsities: list[float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: dict[str, dict[float, float]], sparsities: list[float], title: str, path: Path) -> None:
+def plot(rows: Rows, sparsities: Sequence[float], title: str, path: Path) -> None:
     """Write a PNG: a line for each allocation, a mark for its perplexity at each sparsity, log axis."""
     from matplotlib.figure import Figure
 
@@ -85,35 +99,33 @@ def plot(rows: dict[str, dict[float, float]], sparsities: list[float], title: st
     axes.grid(axis="x", which="both", alpha=0.3)
     axes.set(xscale="log", xlabel="perplexity", title=title)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    results.save_figure(figure, path, dpi=150)
+    files.save_figure(figure, path, dpi=150)
 
 
-def run(argv: list[str]) -> int:
-    """Run the comparison of the command line ``argv``; return 0, 1 if a setting failed, 2 for a wrong command line."""
-    args, rest = make_parser().parse_known_args(argv)
-    try:
-        wanted = settings(args, rest)
-        results.prepare("--save", Path(args.save))
-    except UserError as error:
-        print(f"compare_allocations.py: error: {error}", file=sys.stderr)
-        return 2
-    records, _, failed = sweep.sweep([setting for group in wanted.values() for setting in group], args.force)
-    by_flags = {str(sorted(record["flags"].items(), key=str)): record for record in records}
+def run(comparison: Comparison) -> int:
+    """Run the comparison; return 0, or 1 if a setting failed."""
+    folder = Path(comparison.save)
+    files.prepare("save", folder)
+    labels, settings = zip(*comparison.labelled(), strict=True)
+    records, _ = sweep.run_all(settings, comparison.force)
     rows: dict[str, dict[float, float]] = {}
-    for label, group in wanted.items():
-        for setting in group:
-            record = by_flags.get(str(sorted(main.flags_of(setting).items(), key=str)))
-            if record is not None and record["perplexity"] is not None:
-                rows.setdefault(label, {})[record["target_sparsity"]] = record["perplexity"]
+    for label, record in zip(labels, records, strict=True):
+        for found in sweep.measured([record]):
+            rows.setdefault(label, {})[found["target_sparsity"]] = found["perplexity"]
     if rows:
-        sparsities = sorted({s for found in rows.values() for s in found})
+        sparsities = sorted({sparsity for found in rows.values() for sparsity in found})
         text = table(rows, sparsities)
-        results.write_atomically(Path(args.save) / "allocations.md", text)
-        plot(rows, sparsities, f"{records[0]['model']['name']}, {args.pruner}", Path(args.save) / "allocations.png")
-        print(f"\n{text}\nwritten: {args.save}/allocations.md, allocations.png")
-    return 1 if failed else 0
+        files.write_atomically(folder / "allocations.md", text)
+        name = sweep.measured(records)[0]["model"]["name"]
+        plot(rows, sparsities, f"{name}, {comparison.prune_method}", folder / "allocations.png")
+        print(f"\n{text}\nwritten: {folder}/allocations.md, allocations.png")
+    return 1 if None in records else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status: 0, 1 if a setting failed, 2 for a wrong flag."""
+    return command(Comparison, run, argv, PARSER, resume=sweep.RESUME)
 
 
 if __name__ == "__main__":
-    main.quiet()
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(main())

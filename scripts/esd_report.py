@@ -1,25 +1,65 @@
-"""Show a model's metric in pictures: python scripts/esd_report.py --model smollm2-135m"""
+"""Report of a model's metric in pictures: python scripts/esd_report.py --model smollm2-135m"""
 
-import argparse
+from __future__ import annotations
+
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-import torch
+from lib import UserError, experiment, files
+from lib.blocks import Weights
+from lib.command import Flags, command, flag, make_parser
+from lib.esd import NoFit, PowerLaw, Spectrum, fit_tail, peak_candidates, spectrum
+from lib.layers import Layer
+from lib.lazy import numpy, torch
+from lib.settings import Experiment, Metric, Model, Spectra
 
-import main as program
-from lib import UserError, allocation, metrics, models, results
-from lib.esd import NoFit, PowerLaw, fit_tail, peak_candidates, spectrum
-from lib.models import PrunableLayer, resident
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("main")
 MOST_TICKS = 40  # on an axis of blocks
+
+
+@dataclass(kw_only=True)
+class Plan(Flags):
+    _title: ClassVar[str] = "report"
+
+    sparsity_ratio: float = flag(0.7, "of the plan that is shown, a fraction", least=0, below=1, metavar="S")
+    layers: str | None = flag(
+        None,
+        "names of layers whose spectra are drawn (default: of the smallest, the middle and the largest metric)",
+        metavar="A,B",
+    )
+    save: str = flag("results/esd_report", "where the report is written", metavar="DIR")
+
+
+@dataclass(kw_only=True)
+class Settings(Plan, Model, Metric, Spectra):
+    """The flags of esd_report.py: main.py's for the metric and the plan, and what is drawn."""
+
+    def check(self) -> None:
+        super().check()
+        if self.epsilon == "auto":
+            raise UserError("epsilon", "auto: is a search on text, which the report does not read; give a number")
+        self.experiment()
+
+    def experiment(self) -> Experiment:
+        """Return the settings of the run whose plan is shown, checked."""
+        known = {item.name for _, item, _ in Experiment.declared()}
+        shared = {item.name: getattr(self, item.name) for _, item, _ in self.declared() if item.name in known}
+        made = Experiment(**shared, prune_method="magnitude_ww", eval_wikitext=False)
+        made.check()
+        return made
+
+
+PARSER = make_parser(Settings, "esd_report.py", __doc__)
 
 
 class Report(NamedTuple):
@@ -27,72 +67,31 @@ class Report(NamedTuple):
 
     model: str
     metric: str
-    layers: list[PrunableLayer]
-    values: dict[str, float]
-    ratios: dict[str, float]
+    layers: Sequence[Layer]
+    values: Mapping[str, float]
+    ratios: Mapping[str, float]
     title: str  # of the plan
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="esd_report.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="as for main.py")
-    add("--cache_dir", default="llm_weights", metavar="DIR", help="as for main.py")
-    add("--dtype", default="auto", help="as for main.py")
-    add("--ww_metric", default="alpha_peak", metavar="METRIC", help="as for main.py")
-    add("--ww_metric_cache", metavar="DIR", help="as for main.py")
-    add("--esd_driver", default="exact", help="as for main.py")
-    add("--sparsity_ratio", type=float, default=0.7, metavar="S", help="of the plan that is shown, a fraction")
-    add("--epsilon", type=float, default=0.3, metavar="E", help="of the plan that is shown")
-    add("--mapping_type", default="block_wise", metavar="TYPE", help="of the plan that is shown")
-    add(
-        "--layers",
-        metavar="A,B",
-        help="names of layers whose spectra are drawn (default: of the smallest, the middle and the largest metric)",
-    )
-    add("--out", default="results/esd_report", metavar="DIR", help="where the report goes")
-    return parser
-
-
-def report(args: argparse.Namespace) -> Path:
+def report(settings: Settings) -> Path:
     """Write the report and return its page."""
-    flags = ["--model", args.model, "--cache_dir", args.cache_dir, "--dtype", args.dtype, "--ww_metric", args.ww_metric]
-    flags += [
-        "--esd_driver",
-        args.esd_driver,
-        "--sparsity_ratio",
-        str(args.sparsity_ratio),
-        "--epsilon",
-        str(args.epsilon),
-    ]
-    flags += ["--mapping_type", args.mapping_type, "--prune_method", "magnitude_ww"]
-    program.check_args(program.make_parser().parse_args(flags))
-    out = Path(args.out)
-    results.prepare("--out", out)
-    source = models.locate(args.model, args.cache_dir)
-    known = [layer.name for layer in models.prunable_layers(models.load_skeleton(source))]
-    chosen = [] if args.layers is None else [_full_name(name, known) for name in args.layers.split(",")]
-    model = models.load_llm(source, args.dtype)
-    blocks, layers = models.find_blocks(model)[1], models.prunable_layers(model)
-    folder = program.metric_folder(args, source.name)
-    settings = metrics.Settings(args.esd_driver)
-    values = metrics.load_or_measure(folder, args.ww_metric, source.name, layers, blocks, settings).values
-    ratios = allocation.heavy_tailed(layers, args.sparsity_ratio, values, args.epsilon, args.mapping_type)
-    plan = f"sparsity {args.sparsity_ratio:g}, epsilon {args.epsilon:g}, {args.mapping_type}"
-    about = Report(source.name, args.ww_metric, layers, values, ratios, plan)
-    chosen = chosen or _typical(values)
+    run, session, out = settings.experiment(), experiment.Session(), Path(settings.save)
+    task = run.task()
+    known = experiment.prepare(run, task, session)
+    names = [layer.name for layer in known.layers]
+    chosen = [] if settings.layers is None else [_full_name(name, names) for name in settings.layers.split(",")]
+    weights = session.weights(known)
+    values = experiment.measure_values(run, task, weights, known, session)
+    ratios = experiment.make_plan(run, task, known.layers, values).ratios
+    title = f"sparsity {run.sparsity_ratio:g}, epsilon {run.epsilon:g}, {run.mapping_type}"
+    about = Report(known.source.name, run.ww_metric, known.layers, values, ratios, title)
+    spectra = _spectra(weights, chosen or _typical(values), run)
 
     out.mkdir(parents=True, exist_ok=True)
     _write_table(out / "layers.tsv", about)
-    results.save_figure(draw_blocks(about), out / "blocks.png", dpi=130)
-    results.save_figure(draw_heat_map(about), out / "heat_map.png", dpi=130)
-    by_name = {layer.name: layer for layer in layers}
-    results.save_figure(draw_spectra([by_name[name] for name in chosen], blocks, args), out / "spectra.png", dpi=130)
+    files.save_figure(draw_blocks(about), out / "blocks.png", dpi=130)
+    files.save_figure(draw_heat_map(about), out / "heat_map.png", dpi=130)
+    files.save_figure(draw_spectra(spectra, run.ww_metric), out / "spectra.png", dpi=130)
     _write_page(out / "report.md", about)
     return out / "report.md"
 
@@ -100,23 +99,34 @@ def report(args: argparse.Namespace) -> Path:
 def _full_name(name: str, known: Sequence[str]) -> str:
     found = [full for full in known if full == name or full.endswith("." + name)]
     if len(found) != 1:
-        what = f"{len(found)} layers end in that" if found else "there is no such layer"
-        raise UserError(f"--layers {name}: {what}; give names such as {known[0]}")
+        what = f"{len(found)} layers end in that" if found else "layer not found"
+        raise UserError("layers", f"{name}: {what}; give names such as {known[0]}")
     return found[0]
 
 
-def _typical(values: dict[str, float]) -> list[str]:
+def _typical(values: Mapping[str, float]) -> list[str]:
     ordered = sorted(values, key=values.get)
     return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
 
 
-def _by_block(about: Report, numbers: dict[str, float]) -> list[float]:
+def _spectra(weights: Weights, names: Sequence[str], run: Experiment) -> dict[str, Spectrum]:
+    """Return the spectra of the layers ``names``, in that order, on the CPU."""
+    found = {}
+    how = experiment.metric_settings(run)
+    for block in weights.visit():
+        for name in block.linears.keys() & set(names):
+            spec = spectrum(block.linears[name].weight, how.driver, how.farms)
+            found[name] = spec._replace(eigs=spec.eigs.cpu())
+    return {name: found[name] for name in names}
+
+
+def _by_block(about: Report, numbers: Mapping[str, float]) -> list[float]:
     """Return the mean over each block's matrices, weighted by size for ratios."""
     means = []
     for _, group in groupby(about.layers, key=lambda layer: layer.block):
         group = list(group)
-        sizes = [layer.module.weight.numel() if numbers is about.ratios else 1 for layer in group]
-        means.append(float(np.average([numbers[layer.name] for layer in group], weights=sizes)))
+        sizes = [layer.size if numbers is about.ratios else 1 for layer in group]
+        means.append(float(numpy.average([numbers[layer.name] for layer in group], weights=sizes)))
     return means
 
 
@@ -131,7 +141,7 @@ def draw_blocks(about: Report):
     upper.set_ylabel(f"mean {about.metric}")
     upper.set_title(f"{about.model}: {about.title}")
     lower.bar(range(len(ratio)), ratio, color="tab:orange")
-    lower.axhline(np.average(ratio), color="black", linewidth=0.8, linestyle="--")
+    lower.axhline(numpy.average(ratio), color="black", linewidth=0.8, linestyle="--")
     lower.set_ylabel("planned sparsity")
     lower.set_ylim(0, 1)
     lower.set_xlabel("block")
@@ -151,12 +161,12 @@ def draw_heat_map(about: Report):
 
     kinds = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in about.layers))
     count = 1 + max(layer.block for layer in about.layers)
-    grid = np.full((len(kinds), count), np.nan)
+    grid = numpy.full((len(kinds), count), numpy.nan)
     for layer in about.layers:
         grid[kinds.index(layer.name.rpartition(".")[2]), layer.block] = about.values[layer.name]
     figure = Figure(figsize=(max(6.0, 2.5 + 0.16 * count), 1.2 + 0.35 * len(kinds)), layout="constrained")
     axes = figure.subplots()
-    low, high = np.nanpercentile(grid, [1, 99])  # one outlier would leave the rest in one colour
+    low, high = numpy.nanpercentile(grid, [1, 99])  # one outlier would leave the rest in one colour
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("block")
@@ -166,36 +176,38 @@ def draw_heat_map(about: Report):
     return figure
 
 
-def draw_spectra(layers: Sequence[PrunableLayer], blocks, args: argparse.Namespace):
+def draw_spectra(spectra: Mapping[str, Spectrum], metric: str):
     """Draw the density of each layer's eigenvalues over log axes, and its fitted tail."""
     from matplotlib.figure import Figure
 
-    columns = min(3, len(layers))
-    rows = -(-len(layers) // columns)
+    columns = min(3, len(spectra))
+    rows = -(-len(spectra) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flat
-    for axes in grid[len(layers) :] if len(layers) < rows * columns else ():
+    for axes in grid[len(spectra) :]:
         axes.set_axis_off()
-    for layer, axes in zip(layers, grid, strict=False):
-        with resident(blocks[layer.block]):
-            eigs = spectrum(layer.module.weight, args.esd_driver).eigs.cpu()
-        eigs = eigs[eigs > 0]
-        bins = np.logspace(np.log10(eigs[0].item()), np.log10(eigs[-1].item()), 60)
-        bins[[0, -1]] *= 1 - 1e-6, 1 + 1e-6  # rounding would leave the largest outside
-        axes.hist(eigs.numpy(), bins=bins, density=True, color="tab:blue", alpha=0.6)
-        fit = _fit(eigs, args.ww_metric)
-        if fit is not None:
-            tail = eigs[fit.index :]
-            start, share = tail[0].item(), len(tail) / len(eigs)
-            x = np.logspace(np.log10(start), np.log10(eigs[-1].item()), 50)
-            law = share * (fit.alpha - 1) / start * (x / start) ** -fit.alpha
-            axes.plot(x, law, color="tab:red", label=f"alpha {fit.alpha:.2f}")
-            axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="start of the tail")
-            axes.legend(fontsize=8, loc="lower left")
-        axes.set(xscale="log", yscale="log", xlabel="eigenvalue of W'W", ylabel="density")
-        axes.set_title(layer.name, fontsize=8)
-        _tick_log(axes, (eigs[-1] / eigs[0]).item())
+    for (name, spec), axes in zip(spectra.items(), grid, strict=False):
+        _draw_spectrum(axes, name, spec.eigs, metric)
     return figure
+
+
+def _draw_spectrum(axes, name: str, eigs: Tensor, metric: str) -> None:
+    eigs = eigs[eigs > 0]
+    bins = numpy.logspace(numpy.log10(eigs[0].item()), numpy.log10(eigs[-1].item()), 60)
+    bins[[0, -1]] *= 1 - 1e-6, 1 + 1e-6  # rounding would leave the largest outside
+    axes.hist(eigs.numpy(), bins=bins, density=True, color="tab:blue", alpha=0.6)
+    fit = _fit(eigs, metric)
+    if fit is not None:
+        tail = eigs[fit.index :]
+        start, share = tail[0].item(), len(tail) / len(eigs)
+        x = numpy.logspace(numpy.log10(start), numpy.log10(eigs[-1].item()), 50)
+        law = share * (fit.alpha - 1) / start * (x / start) ** -fit.alpha
+        axes.plot(x, law, color="tab:red", label=f"alpha {fit.alpha:.2f}")
+        axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="start of the tail")
+        axes.legend(fontsize=8, loc="lower left")
+    axes.set(xscale="log", yscale="log", xlabel="eigenvalue of W'W", ylabel="density")
+    axes.set_title(name, fontsize=8)
+    _tick_log(axes, (eigs[-1] / eigs[0]).item())
 
 
 def _tick_log(axes, span: float) -> None:
@@ -208,7 +220,7 @@ def _tick_log(axes, span: float) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
-def _fit(eigs: torch.Tensor, metric: str) -> PowerLaw | None:
+def _fit(eigs: Tensor, metric: str) -> PowerLaw | None:
     """Return the fit that the metric is about; that of alpha_peak for a metric that fits nothing."""
     try:
         if metric == "alpha_mid":
@@ -224,17 +236,17 @@ def _fit(eigs: torch.Tensor, metric: str) -> PowerLaw | None:
 def _write_table(path: Path, about: Report) -> None:
     lines = [f"name\tblock\tshape\t{about.metric}\tplanned_ratio"]
     for layer in about.layers:
-        shape = "x".join(map(str, layer.module.weight.shape))
+        shape = "x".join(map(str, layer.shape))
         lines.append(
             f"{layer.name}\t{layer.block}\t{shape}\t{about.values[layer.name]:.6f}\t{about.ratios[layer.name]:.6f}"
         )
-    results.write_atomically(path, "\n".join(lines) + "\n")
+    files.write_atomically(path, "\n".join(lines) + "\n")
 
 
 def _write_page(path: Path, about: Report) -> None:
     lowest, _, highest = _typical(about.values)
-    found = np.array(list(about.values.values()))
-    results.write_atomically(path, f"""# {about.model}: {about.metric}
+    found = numpy.array(list(about.values.values()))
+    files.write_atomically(path, f"""# {about.model}: {about.metric}
 
 {len(about.layers)} matrices; {about.metric} from {found.min():.3f} ({lowest}) to {found.max():.3f} ({highest}), mean
 {found.mean():.3f}.
@@ -254,15 +266,9 @@ Plan: {about.title}. Every matrix is in [layers.tsv](layers.tsv).
 """)  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    program.quiet()
-    try:
-        print(f"written: {report(args)}")
-    except UserError as error:
-        print(f"esd_report.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
+    return command(Settings, lambda settings: print(f"written: {report(settings)}"), argv, PARSER)
 
 
 if __name__ == "__main__":

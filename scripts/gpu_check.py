@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib import scores
 from lib.allocation import SparsityPlan
-from lib.calibration import STATISTICS
+from lib.blocks import weights_of
+from lib.calibration import STATISTICS, enter_blocks
 from lib.esd import DRIVERS, fit_tail, spectrum
-from lib.models import find_blocks, prunable_layers
-from lib.prune import prune_model
+from lib.prune import walk
 from lib.pruners import PRUNERS, VARIANTS, Pruner
 
 RATIO, NM = 0.5, (2, 4)
@@ -274,21 +274,22 @@ def random_llama(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.
 def walks(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for each pruner: the whole walk over a few blocks, calibration included."""
     model = random_llama(sizes, device)
-    layers = prunable_layers(model)
-    blocks = find_blocks(model)[1]
-    dense = [layer.module.weight.detach().to("cpu", copy=True) for layer in layers]
+    weights = weights_of(model)
+    dense = weights.snapshot()
     windows = torch.randint(sizes.vocabulary, (sizes.samples, sizes.tokens)).to(device)
-    plan = SparsityPlan(RATIO, {layer.name: RATIO for layer in layers})
+    plan = SparsityPlan(RATIO, {layer.name: RATIO for layer in weights.layers})
 
     def reset() -> None:
-        for layer, weight in zip(layers, dense, strict=True):
-            layer.module.weight.data.copy_(weight)
+        weights.restore(dense)
 
     def kept(_: object) -> Tensor:
-        return torch.cat([(layer.module.weight != 0).flatten().cpu() for layer in layers])
+        return torch.cat([*weights.map(lambda _, weight: (weight != 0).flatten().cpu()).values()])
+
+    def prune(pruner: Pruner) -> None:
+        walk(weights, plan, pruner, enter_blocks(weights, windows) if pruner.statistic else None)
 
     for name, pruner in PRUNERS.items():
-        ours = partial(prune_model, model, blocks, layers, plan, pruner, windows)
+        ours = partial(prune, pruner)
         plain = partial(plain_methods.walk, model, windows, plain_methods.METHODS[name], RATIO)
         what = f"walk, {name}, {sizes.blocks} blocks, {sizes.samples} x {sizes.tokens} tokens"
         yield Case(what, ours, plain, same_zeros, reset, kept)

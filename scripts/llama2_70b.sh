@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 2, Llama-2-70B: AlphaPruning at 0.7 with the published settings. How to change them: table2_body.sh.
+# Table 2, Llama-2-70B: AlphaPruning at 0.7 with the published settings. How to change them: llama_common.sh.
 NAME=llama2_70b HUB=meta-llama/Llama-2-70b-hf PUBLISHED_CACHE=data/llama2-70b-hf ZERO_SHOT_LIMIT=2000
 EPSILON_MAGNITUDE=0.4 EPSILON_WANDA=0.3 EPSILON_SPARSEGPT=0.3
-source "$(dirname "$0")/table2_body.sh"
+source "$(dirname "$0")/llama_common.sh"

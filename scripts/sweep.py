@@ -1,84 +1,206 @@
-"""Sparsities, methods and epsilons become run files and a plot, the model and the texts loaded once."""
+"""Sweep: methods, sparsities and epsilons become run files and a plot, the model and the texts loaded once."""
 
-import argparse
+from __future__ import annotations
+
+import logging
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import Field, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from rich.console import Console
 
-import main
-from lib import UserError, results
+import main as program
+from lib import UserError, files, first_line
+from lib.command import check_values, command, flag, make_parser
+from lib.experiment import Session
+from lib.lazy import torch
+from lib.record import is_complete, read_run
+from lib.registry import check_name
+from lib.settings import METHODS, Experiment
 
-METHODS = "dense,magnitude,wanda,sparsegpt,magnitude_ww,wanda_ww,sparsegpt_ww"
+log = logging.getLogger("main")
 
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sweep.py",
-        description=__doc__,
-        epilog="All other flags are main.py's and hold for every setting: --model, --calib_data ... "
-        "A setting whose run file is complete, with the same flags, is skipped.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--sparsities", default="0.5,0.6,0.7", metavar="S,S", help="values of --sparsity_ratio")
-    parser.add_argument("--methods", default=METHODS, metavar="M,M", help="values of --prune_method, and dense")
-    parser.add_argument("--epsilons", default="0.2", metavar="E,E", help="values of --epsilon, for methods with _ww")
-    parser.add_argument("--save", default="results/sweep", metavar="DIR", help="run files, and sweep.png; _ww below it")
-    parser.add_argument("--force", action="store_true", help="run what is complete, too")
-    return parser
+RESUME = "the same command resumes"
+REST = (
+    "All other flags are main.py's; one for certain methods only (--owl_m, --save_model ...) is not given to others. "
+    "A setting whose run file is complete, with the same flags, is skipped."
+)
 
 
-def settings(args: argparse.Namespace, rest: list[str]) -> list[argparse.Namespace]:
-    """Return the flags of main.py for each setting, checked; the calibrated texts are the same for all.
+@dataclass(kw_only=True)
+class Several(Experiment):
+    """The flags of main.py, of which some (``_lists``) hold several values in one text."""
 
-    Each epsilon has a folder of its own, since the names of run files hold the method and the sparsity only.
-    """
-    found = []
-    for method in args.methods.split(","):
-        epsilons = args.epsilons.split(",") if method.endswith("_ww") else [None]
-        for sparsity in args.sparsities.split(",") if method != "dense" else [None]:
-            for epsilon in epsilons:
-                folder = Path(args.save) / f"epsilon_{epsilon}" if epsilon else Path(args.save)
-                flags = [*rest, "--save", str(folder)]
-                flags += ["--prune_method", method, "--sparsity_ratio", sparsity] if sparsity else []
-                flags += ["--epsilon", epsilon] if epsilon else []
-                setting = main.make_parser().parse_args(flags)
-                main.check_args(setting)
-                found.append(setting)
+    _title: ClassVar[str] = "settings to run"
+    _lists: ClassVar[Sequence[str]] = ()
+
+    force: bool = flag(False, "run what is complete, too")
+
+    def methods(self) -> list[str | None]:
+        """Return the values of --prune_method, None for the dense model."""
+        raise NotImplementedError
+
+    def settings(self) -> list[Experiment]:
+        """Return the settings of each run, checked."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        if self.metrics_only:
+            raise UserError("metrics_only", "prunes nothing, so there is nothing to sweep; use main.py")
+        pruned = [setting for setting in self.settings() if setting.prune_method]
+        for name in ("save_plan", "export_llmcompressor"):
+            if getattr(self, name) and len(pruned) > 1:
+                text = f"{getattr(self, name)}: {len(pruned)} settings would write the same file; use main.py"
+                raise UserError(name, text)
+
+    def one(self, method: str | None, below: str = "", **changes) -> Experiment:
+        """Return main.py's settings of one run: the flags that its ``method`` understands, and the ``changes``.
+
+        Args:
+            below: folder below --save and --save_model, since names of runs hold the method and the sparsity only.
+
+        Raises:
+            UserError: what main.py would say to them.
+        """
+        values = {}
+        for _, item, _ in Experiment.declared():
+            # What no method understands reaches main.py's check, which refuses it.
+            kept = _understands(method, item) or not any(_understands(other, item) for other in self.methods())
+            if kept and item.name in self.given and item.name not in self._lists:
+                values[item.name] = getattr(self, item.name)
+        values |= {"prune_method": method, "save": str(Path(self.save) / below)} | changes
+        if "save_model" in values:
+            values["save_model"] = str(Path(self.save_model) / below)
+        made = Experiment(**values)
+        made.given = frozenset(values)
+        check_values(made)
+        made.check()
+        return made
+
+
+def _understands(method: str | None, item: Field) -> bool:
+    only = item.metadata.get("only")
+    if method is None and item.metadata.get("prunes"):
+        return False
+    return only is None or only == (method or "").partition("_")[2]
+
+
+def words(text: str) -> list[str]:
+    """Return what commas or spaces separate."""
+    return text.replace(",", " ").split()
+
+
+def number(field: str, word: str) -> float:
+    """Return the number that ``word`` is."""
+    try:
+        return float(word)
+    except ValueError:
+        raise UserError(field, f"{word!r} is not a number") from None
+
+
+def numbers(field: str, text: str) -> list[float]:
+    """Return the numbers that commas or spaces separate."""
+    found = [number(field, word) for word in words(text)]
+    if not found:
+        raise UserError(field, f"{text!r}: holds no number")
     return found
 
 
-def sweep(todo: list[argparse.Namespace], force: bool) -> tuple[list[dict], list[dict], int]:
-    """Run what is not complete; return all records, those made now, and the number of settings that failed."""
-    kept: dict = {}
-    records, made, failed = [], [], 0
-    for i, args in enumerate(todo):
-        what = _name(args)
-        record = results.read_run(Path(args.save), main.check_args(args).run)
-        if not force and results.is_complete(record, main.flags_of(args)):
-            print(f"[{i + 1}/{len(todo)}] {what}: complete already, skipped (--force runs it again)", flush=True)
+@dataclass(kw_only=True)
+class Sweep(Several):
+    _lists: ClassVar[Sequence[str]] = ("prune_method", "sparsity_ratio", "epsilon")
+    _spelled: ClassVar[dict[str, str]] = {
+        "prune_method": "methods", "sparsity_ratio": "sparsities", "epsilon": "epsilons"
+    }  # fmt: skip
+
+    prune_method: str = flag(
+        "dense,magnitude,wanda,sparsegpt,magnitude_ww,wanda_ww,sparsegpt_ww",
+        "main.py's methods, and dense",
+        aliases=["prune_method"],
+        metavar="M,M",
+    )
+    sparsity_ratio: str = flag("0.5,0.6,0.7", "sparsities", aliases=["sparsity_ratio"], metavar="S,S")
+    epsilon: str = flag(
+        "0.2",
+        "for the methods with _ww: E (or auto), several, or one for a method: wanda_ww=E; where a method has several, "
+        "each has a folder of its own",
+        aliases=["epsilon"],
+        metavar="E,E",
+    )
+    save: str = flag("results/sweep", "where run files and sweep.png are written", metavar="DIR")
+
+    def methods(self) -> list[str | None]:
+        names = [check_name("prune_method", name, ["dense", *METHODS]) for name in words(self.prune_method)]
+        if not names:
+            raise UserError("prune_method", f"{self.prune_method!r}: names no method")
+        return [None if name == "dense" else name for name in dict.fromkeys(names)]
+
+    def settings(self) -> list[Experiment]:
+        sparsities, found = numbers("sparsity_ratio", self.sparsity_ratio), []
+        for method in self.methods():
+            if method is None:
+                found.append(self.one(None))
+                continue
+            epsilons = self._epsilons(method) if method.endswith("_ww") else []
+            for sparsity in sparsities:
+                for epsilon in epsilons:
+                    below = f"epsilon_{epsilon}" if len(epsilons) > 1 else ""
+                    found.append(self.one(method, below, sparsity_ratio=sparsity, epsilon=epsilon))
+                if not epsilons:
+                    found.append(self.one(method, sparsity_ratio=sparsity))
+        return found
+
+    def _epsilons(self, method: str) -> list[float | str]:
+        entries: dict[str, list[float | str]] = {}  # "": those for all
+        for word in words(self.epsilon):
+            name, _, value = word.rpartition("=")
+            if name:
+                check_name("epsilon", name, [name for name in METHODS if name.endswith("_ww")])
+            entries.setdefault(name, []).append("auto" if value == "auto" else number("epsilon", value))
+        found = entries.get(method) or entries.get("")
+        if not found:
+            raise UserError("epsilon", f"{self.epsilon!r}: holds none for {method}; add {method}=E, or E for all")
+        return found
+
+
+PARSER = make_parser(Sweep, "sweep.py", __doc__, REST)
+
+
+def run_all(todo: Sequence[Experiment], force: bool) -> tuple[list[dict | None], list[dict]]:
+    """Run what is not complete; return the record of each setting, None where it failed, and those made now."""
+    session = Session(shared=True, planned=todo)
+    records: list[dict | None] = []
+    made: list[dict] = []
+    for i, settings in enumerate(todo):
+        what = f"[{i + 1}/{len(todo)}] {_name(settings)}"
+        record = read_run(Path(settings.save), settings.task().run)
+        if not force and is_complete(record, settings.flags()):
+            print(f"{what}: complete already, skipped (--force runs it again)", flush=True)
             records.append(record)
             continue
-        print(f"[{i + 1}/{len(todo)}] {what}", flush=True)
+        print(what, flush=True)
         try:
-            made.append(main.run(args, Console(quiet=True), kept))
+            made.append(program.run(settings, Console(quiet=True), session))
             records.append(made[-1])
-        except (UserError, torch.OutOfMemoryError) as error:  # one setting does not stop the others
-            print(f"sweep.py: error: {what}: {error}", file=sys.stderr)
-            failed += 1
-    return records, made, failed
+        except UserError as error:
+            log.error("%s failed: %s", _name(settings), error)
+            records.append(None)
+        except Exception as error:  # one setting does not stop the others, hours into a sweep
+            known = isinstance(error, torch.OutOfMemoryError)
+            log.error("%s failed: %s", _name(settings), first_line(error), exc_info=None if known else error)
+            records.append(None)
+    return records, made
 
 
-def _name(args: argparse.Namespace) -> str:
-    if not args.prune_method:
-        return "dense"
-    epsilon = f", epsilon {args.epsilon}" if args.prune_method.endswith("_ww") else ""
-    return f"{args.prune_method} at {args.sparsity_ratio:g}{epsilon}"
+def _name(settings: Experiment) -> str:
+    task = settings.task()
+    epsilon = f", epsilon {settings.epsilon}" if task.allocation == "ww" else ""
+    return f"{task.method} at {task.target:g}{epsilon}" if task.pruner else task.method
 
 
 def saved_seconds(made: list[dict], start_up: float) -> float:
@@ -87,56 +209,56 @@ def saved_seconds(made: list[dict], start_up: float) -> float:
     Each would have started Python (``start_up`` seconds) and have read the texts and the model as the first one had to;
     for a calibrated method that is more than the first, dense or magnitude, may have read: hence at least.
     """
-    loading = [sum(record["stages"][name]["seconds"] for name in ("text", "load")) for record in made]
+    loading = [sum(record["stages"][name]["seconds"] for name in ("prepare", "load")) for record in made]
     return sum(start_up + max(0.0, loading[0] - own) for own in loading[1:])
 
 
-def plot(records: list[dict], path: Path) -> None:
+def plot(records: Sequence[dict], path: Path) -> None:
     """Write a PNG: perplexity over sparsity, a line per method and epsilon, log axis."""
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[float, float]]] = {}
-    dense = [record for record in records if record["method"] == "dense"]
-    for record in records:
-        label = record["method"]
-        label += f", epsilon {record['flags']['epsilon']}" if label.endswith("_ww") else ""
-        if record not in dense:
-            lines.setdefault(label, []).append((record["target_sparsity"], record["perplexity"]))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    for record in records:
+        label = record["method"]
+        if label == "dense":
+            axes.axhline(record["perplexity"], color="black", linewidth=0.8, linestyle=":", label="dense")
+            continue
+        label += f", epsilon {record['flags']['epsilon']}" if label.endswith("_ww") else ""
+        lines.setdefault(label, []).append((record["target_sparsity"], record["perplexity"]))
     for label, points in lines.items():
         style = "o-" if "_" in label else "s--"
         axes.plot(*zip(*sorted(points), strict=True), style, label=label, linewidth=1, markersize=4)
-    for record in dense:
-        axes.axhline(record["perplexity"], color="black", linewidth=0.8, linestyle=":", label="dense")
     axes.set(yscale="log", xlabel="sparsity", title=records[0]["model"]["name"])
     axes.set_ylabel(f"perplexity, {records[0]['evaluation']['text']}")
     axes.legend(fontsize="small")
-    results.save_figure(figure, path, dpi=150)
+    files.save_figure(figure, path, dpi=150)
 
 
-def run(argv: list[str], start_up: float) -> int:
-    """Run the sweep of the command line ``argv``; return 0, 1 if a setting failed, 2 for a wrong command line."""
-    args, rest = make_parser().parse_known_args(argv)
-    try:
-        todo = settings(args, rest)
-        results.prepare("--save", Path(args.save))
-    except UserError as error:
-        print(f"sweep.py: error: {error}", file=sys.stderr)
-        return 2
-    begin = time.perf_counter()
-    records, made, failed = sweep(todo, args.force)
+def measured(records: Sequence[dict | None]) -> list[dict]:
+    """Return the records that hold a perplexity."""
+    return [record for record in records if record and record["perplexity"] is not None]
+
+
+def run(sweep: Sweep) -> int:
+    """Run the sweep; return 0, or 1 if a setting failed."""
+    files.prepare("save", Path(sweep.save))
+    start_up, begin = _since_start(), time.perf_counter()
+    records, made = run_all(sweep.settings(), sweep.force)
     seconds = time.perf_counter() - begin + start_up
     if made:
         saved = saved_seconds(made, start_up)
         print(
             f"{len(made)} settings in {seconds:.0f} s; as separate runs of main.py at least {seconds + saved:.0f} s "
-            f"({(seconds + saved) / seconds:.2f} times as long): each starts in {start_up:.1f} s and loads for itself"
+            f"({(seconds + saved) / seconds:.2f} times as long): each starts and loads for itself"
         )
-    measured = [record for record in records if record["perplexity"] is not None]
-    if measured:
-        plot(measured, Path(args.save) / "sweep.png")
-        print(f"written: {args.save}/sweep.png; the table: python scripts/table.py {args.save}")
+    if measured(records):
+        plot(measured(records), Path(sweep.save) / "sweep.png")
+        print(f"written: {sweep.save}/sweep.png; the table: python scripts/table.py {sweep.save}")
+    failed = records.count(None)
+    if failed:
+        log.error("%d of %d settings failed; the same command runs only these again", failed, len(records))
     return 1 if failed else 0
 
 
@@ -147,6 +269,10 @@ def _since_start() -> float:
     return time.time() - psutil.Process().create_time()
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status: 0, 1 if a setting failed, 2 for a wrong flag."""
+    return command(Sweep, run, argv, PARSER, resume=RESUME)
+
+
 if __name__ == "__main__":
-    main.quiet()
-    sys.exit(run(sys.argv[1:], _since_start()))
+    sys.exit(main())

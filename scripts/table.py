@@ -1,14 +1,23 @@
-"""Run files under a folder become one table in the paper's layout, the paper's figures beside them."""
+"""Table in the paper's layout of the run files under a folder, the paper's figures beside them."""
 
-import argparse
+from __future__ import annotations
+
 import csv
-import io
 import json
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+
+from lib import UserError, tables
+from lib.command import Flags, command, flag, make_parser
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published_results.json"
 PRUNERS = ("dense", "magnitude", "wanda", "sparsegpt")  # the order of the rows; others come after them
@@ -24,6 +33,19 @@ EVALUATION = {
 # Flags that make another method of a run, and the published value of each; the paper's figure is for those.
 STEERING = {"ww_metric": "alpha_peak", "mapping_type": "block_wise", "use_variant": False, "farms": False}
 SETTING = STEERING | {"nsamples": 128, "calib_data": "c4", "eval_windows": None}
+FORMATS = ("text", "markdown", "csv", "latex")
+
+
+@dataclass(kw_only=True)
+class Settings(Flags):
+    _title: ClassVar[str] = "table"
+
+    folder: str = flag(MISSING, "where the run files are, at any depth", positional=True)
+    format: str = flag("text", "of the table", choices=FORMATS, metavar="NAME")
+    value: str = flag("perplexity", "what the cells hold", choices=EVALUATION, metavar="NAME")
+
+
+PARSER = make_parser(Settings, "table.py", __doc__)
 
 
 class Column(NamedTuple):
@@ -188,26 +210,10 @@ def caption(columns: set[Column], value: str) -> str:
 # ------------------------------------------------------------------------------------------------------ formats
 
 
-def as_text(lines: list[list[str]], title: str) -> str:
-    width = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[f(cell, w) for f, cell, w in zip(_just(line), line, width, strict=True)] for line in lines]
-    return f"{title}\n\n" + "".join("  ".join(line).rstrip() + "\n" for line in padded)
-
-
-def _just(line: list[str]) -> list:
-    return [str.ljust] * 2 + [str.rjust] * (len(line) - 2)
-
-
 def as_markdown(lines: list[list[str]], title: str) -> str:
     rule = [":--"] * 2 + ["--:"] * (len(lines[0]) - 2)
     rows = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in (rows[0], rule, *rows[1:]))
-
-
-def as_csv(lines: list[list[str]], _: str) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(lines)
-    return out.getvalue()
 
 
 def as_latex(cells: list[list[str]], title: str) -> str:
@@ -220,24 +226,33 @@ def as_latex(cells: list[list[str]], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-FORMATS = {"text": as_text, "markdown": as_markdown, "csv": as_csv, "latex": as_latex}
+def show(lines: list[list[str]], title: str, form: str) -> None:
+    """Print the ``lines``, headings first, in a format of FORMATS."""
+    if form == "text":
+        console = Console(width=10_000)  # never squeezed into the 80 columns that rich takes a file to have
+        tables.line(console, title)
+        tables.show(console, "", lines[0], lines[1:])
+    elif form == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
+    else:
+        sys.stdout.write((as_markdown if form == "markdown" else as_latex)(lines, title))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="table.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="where the run files are, at any depth")
-    parser.add_argument("--format", choices=FORMATS, default="text", help="of the table (default: text)")
-    parser.add_argument("--value", choices=EVALUATION, default="perplexity", help="what the cells hold")
-    args = parser.parse_args(argv)
-    runs = read_runs(args.folder, args.value)
+def run(settings: Settings) -> None:
+    """Read the run files and print the table."""
+    folder = Path(settings.folder)
+    runs = read_runs(folder, settings.value)
     if not runs:
-        what = f"holds no complete run with a {args.value} (run_*.json)" if args.folder.is_dir() else "is no folder"
-        print(f"table.py: error: {args.folder}: {what}; give the --save folder of main.py", file=sys.stderr)
-        return 2
-    cells = cells_of(runs, args.value)
-    lines = table(cells, args.value, json.loads(PUBLISHED.read_text(encoding="utf-8")))
-    sys.stdout.write(FORMATS[args.format](lines, caption({run["column"] for run in runs}, args.value)))
-    return 0
+        what = f"holds no complete run with a {settings.value} (run_*.json)" if folder.is_dir() else "folder not found"
+        raise UserError(None, f"{folder}: {what}; give the --save folder of main.py")
+    cells = cells_of(runs, settings.value)
+    lines = table(cells, settings.value, json.loads(PUBLISHED.read_text(encoding="utf-8")))
+    show(lines, caption({run["column"] for run in runs}, settings.value), settings.format)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
+    return command(Settings, run, argv, PARSER)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The scripts are run: published settings, interrupted and restarted; table and sweep on real run files."""
+"""The scripts are run: published settings, interrupted and restarted; table, sweep and demo on real run files."""
 
 import csv
-import importlib.util
 import io
 import json
 import math
@@ -10,28 +9,26 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import main
+from lib import UserError, models
 from lib.allocation import SparsityPlan, heavy_tailed
-from lib.models import prunable_layers
+from lib.command import parse
+from lib.layers import prunable_layers
+from lib.settings import Experiment
 
+sys.path.insert(0, str(ROOT / "scripts"))
 
-def load(name: str):
-    """Return a script of the folder scripts as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-table, sweep, is_complete = load("table"), load("sweep"), load("is_complete")
+import demo
+import sweep
+import table
 
 # The paper's settings, script -> hub id, metric cache, epsilon of magnitude / wanda / sparsegpt.
 PUBLISHED = {
@@ -65,11 +62,18 @@ def shell(script: str, *flags: str, **variables: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=300)
 
 
-def dry(script: str, *flags: str, **variables: str) -> list:
-    """Return the parsed flags of each run that the script would make."""
+def planned(*flags: str) -> list[Experiment]:
+    """Return the settings that a sweep of these flags would run."""
+    return parse(sweep.Sweep, flags, sweep.PARSER).settings()
+
+
+def dry(script: str, *flags: str, **variables: str) -> list[Experiment]:
+    """Return the settings that the command which the script prints would run."""
     done = shell(script, *flags, DRY_RUN="1", **variables)
     assert done.returncode == 0, done.stderr
-    return [main.make_parser().parse_args(shlex.split(line)[1:]) for line in done.stdout.splitlines()]
+    interpreter, program, *rest = shlex.split(done.stdout)
+    assert (interpreter, program) == (sys.executable, "scripts/sweep.py")
+    return planned(*rest)
 
 
 @pytest.mark.parametrize("script", PUBLISHED)
@@ -79,7 +83,6 @@ def test_script_has_the_published_settings(script):
     assert [run.prune_method for run in runs] == ["magnitude_ww", "wanda_ww", "sparsegpt_ww"]
     assert [run.epsilon for run in runs] == epsilons
     for run in runs:
-        main.check_args(run)
         assert (run.model, run.ww_metric_cache, run.save) == (hub, cache, f"results/{script}")
         assert (run.sparsity_ratio, run.ww_metric, run.mapping_type) == (0.7, "alpha_peak", "block_wise")
         assert (run.calib_data, run.eval_data, run.nsamples, run.seqlen, run.seed) == ("c4", "wikitext2", 128, 2048, 0)
@@ -89,13 +92,15 @@ def test_script_settings_can_be_overridden():
     variables = {"MODEL": "a b", "SAVE": "there", "SPARSITY": "0.5 0.6", "METHODS": "dense wanda wanda_ww"}
     runs = dry("llama_13b", "--epsilon", "0.1", "--seed", "3", **variables)
     assert [(run.prune_method, run.sparsity_ratio) for run in runs] == [
-        (None, 0.0), ("wanda", 0.5), ("wanda_ww", 0.5), ("wanda", 0.6), ("wanda_ww", 0.6)
+        (None, 0.0), ("wanda", 0.5), ("wanda", 0.6), ("wanda_ww", 0.5), ("wanda_ww", 0.6)
     ]  # fmt: skip
-    assert {(run.model, run.save, run.epsilon, run.seed) for run in runs} == {("a b", "there", 0.1, 3)}
+    assert {(run.model, run.save, run.seed) for run in runs} == {("a b", "there", 3)}
+    assert [run.epsilon for run in runs if run.prune_method == "wanda_ww"] == [0.1, 0.1]
     assert {run.ww_metric_cache for run in runs} == {None}, "another model's metric is not kept under this one's name"
-    assert dry("llama_13b", MODEL="m", CACHE="c", METHODS="wanda_ww")[0].ww_metric_cache == "c"
-    for run in dry("llama_13b", METHODS="dense wanda wanda_owl sparsegpt_dlp"):
-        main.check_args(run)  # which refuses flags of another allocation
+    caches = [run.ww_metric_cache for run in dry("llama_13b", MODEL="m", CACHE="c", METHODS="dense wanda wanda_ww")]
+    assert caches == [None, None, "c"]
+    # A flag of another allocation would be refused.
+    assert len(dry("llama_13b", METHODS="dense wanda wanda_owl sparsegpt_dlp")) == 4
 
 
 @pytest.mark.parametrize(("script", "limit"), [("llama_30b", None), ("llama_65b", 2000), ("llama2_70b", 2000)])
@@ -120,9 +125,9 @@ def test_published_settings_give_legal_plans_on_the_true_shapes(script):
     values = dict(
         zip([layer.name for layer in layers], (2 + 6 * torch.rand(len(layers), generator=draw)).tolist(), strict=True)
     )
-    sizes = [layer.module.weight.numel() for layer in layers]
+    sizes = [layer.size for layer in layers]
     for epsilon in PUBLISHED[script][2:]:
-        ratios = heavy_tailed(layers, 0.7, values=values, epsilon=epsilon, mapping="block_wise")
+        ratios = heavy_tailed(layers, 0.7, values=values, epsilon=epsilon, mapping_type="block_wise")
         plan = SparsityPlan(0.7, ratios)  # refuses a ratio outside [0, 1]
         budget = math.fsum(plan.ratios[layer.name] * n for layer, n in zip(layers, sizes, strict=True)) / sum(sizes)
         assert budget == pytest.approx(0.7, abs=1e-12)
@@ -144,26 +149,23 @@ def small(tiny_folder, tiny_text, tmp_path_factory) -> tuple[dict, list[str], Pa
 
 @pytest.fixture(scope="module")
 def finished(small) -> Path:
-    """Run llama_7b.sh, stop it after its first method, start it again; return the folder of its results."""
+    """Run llama_7b.sh, interrupt it in its second method, start it again; return the folder of its results."""
     variables, flags, save = small
     first, second = (save / f"run_{m}_ww_sparsity_0.7.json" for m in ("magnitude", "wanda"))
     process = subprocess.Popen(
-        ["bash", "scripts/llama_7b.sh", *flags], cwd=ROOT, env=ENVIRONMENT | variables, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        ["bash", "scripts/llama_7b.sh", *flags], cwd=ROOT, env=ENVIRONMENT | variables,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    lines = [process.stdout.readline(), process.stdout.readline()]
+    assert [line.split()[:2] for line in lines] == [["[1/2]", "magnitude_ww"], ["[2/2]", "wanda_ww"]]
+    process.send_signal(signal.SIGINT)  # reaches Python itself: the script has become it
     errors = process.communicate(timeout=100)[1]
-    assert process.returncode == 143 and "stopped" in errors, errors
-    with pytest.raises(ProcessLookupError):  # nothing of it is left
-        os.killpg(process.pid, 0)
-    assert first.exists() and not second.exists()
+    assert process.returncode == 130 and errors.splitlines()[-1] == f"sweep.py: interrupted; {sweep.RESUME}", errors
+    assert "Traceback" not in errors and first.exists() and not second.exists()
     made = first.stat().st_mtime_ns
     again = shell("llama_7b", *flags, **variables)
     assert again.returncode == 0, again.stderr
-    assert first.stat().st_mtime_ns == made and "magnitude_ww at 0.7 is complete already" in again.stdout
+    assert first.stat().st_mtime_ns == made and "magnitude_ww at 0.7, epsilon 0.3: complete already" in again.stdout
     assert again.stdout.count("complete already") == 1
     return save
 
@@ -175,29 +177,27 @@ def test_restarted_script_completes_what_is_left(finished):
         assert record["sparsity"] == pytest.approx(0.7, abs=1 / 32)
 
 
-def test_a_run_is_complete_only_with_the_same_flags(finished, small):
+def test_a_run_is_complete_only_with_the_same_flags(finished, small, monkeypatch):
     variables, flags, save = small
     flags = ["--model", variables["MODEL"], "--save", str(save), "--ww_metric_cache", variables["CACHE"], *flags]
-    flags += ["--prune_method", "wanda_ww", "--sparsity_ratio", "0.7", "--epsilon"]
-    assert is_complete.is_complete([*flags, "0.2"])
-    assert not is_complete.is_complete([*flags, "0.3"]) and not is_complete.is_complete([*flags, "0.2", "--seed", "1"])
-    assert not is_complete.is_complete([*flags, "2"]) and not is_complete.is_complete([*flags, "0.2", "--nonsense"])
+    flags += ["--methods", "wanda_ww", "--sparsities", "0.7"]
+    monkeypatch.setattr(main, "run", lambda *_: {"perplexity": None})
+
+    def skipped(*more: str, force: bool = False) -> bool:
+        records, made = sweep.run_all(planned(*flags, *more), force)
+        assert len(records) == 1
+        return not made
+
+    assert skipped("--epsilons", "0.2") and not skipped("--epsilons", "0.2", force=True)
+    assert not skipped("--epsilons", "0.3") and not skipped("--epsilons", "0.2", "--seed", "1")
     path = save / "run_wanda_ww_sparsity_0.7.json"
     text = path.read_text()
     try:
         for damaged in (text.replace('"complete": true', '"complete": false'), text[: len(text) // 2]):
             path.write_text(damaged)
-            assert not is_complete.is_complete([*flags, "0.2"])
+            assert not skipped("--epsilons", "0.2")
     finally:
         path.write_text(text)
-
-
-def test_a_method_that_fails_does_not_stop_the_others(finished, small):
-    variables, flags, save = small
-    done_before = (save / "run_magnitude_ww_sparsity_0.7.json").stat().st_mtime_ns
-    done = shell("llama_7b", *flags, **(variables | {"METHODS": "nonsense magnitude_ww", "FORCE": "1"}))
-    assert done.returncode == 1 and "failed: nonsense at 0.7;" in done.stderr
-    assert (save / "run_magnitude_ww_sparsity_0.7.json").stat().st_mtime_ns > done_before, "FORCE runs it again"
 
 
 # ------------------------------------------------------------------------------------------------------ the table
@@ -214,7 +214,8 @@ def test_table_of_real_runs_in_every_format(finished, capsys):
         outs[form] = capsys.readouterr().out
     rows = list(csv.reader(io.StringIO(outs["csv"])))
     assert rows[1:] == expected and rows[0] == ["method", "allocation", "sparsity", "tiny-llama"]
-    assert [line.split() for line in outs["text"].splitlines()[3:]] == expected
+    shown = [line.split("│")[1:-1] for line in outs["text"].splitlines() if "AlphaPruning" in line]
+    assert [[cell.strip() for cell in row] for row in shown] == expected
     assert [line.strip("| ").split(" | ") for line in outs["markdown"].splitlines()[4:]] == expected
     latex = [line.removesuffix(r" \\").split(" & ") for line in outs["latex"].splitlines() if "AlphaPruning" in line]
     assert latex == expected
@@ -309,7 +310,7 @@ def test_zero_shot_table_and_a_perplexity_that_is_not_finite(tmp_path, capsys):
     accurate["zero_shot"] = {"means": {"acc": 0.43219}}
     assert csv_of(tmp_path, {"a": accurate}, capsys)[1][3] == "inf"
     assert csv_of(tmp_path, {}, capsys, "--value", "zero_shot")[1] == ["wanda", "uniform", "0.7", "43.22"]
-    assert table.main([str(tmp_path / "nowhere")]) == 2 and "is no folder" in capsys.readouterr().err
+    assert table.main([str(tmp_path / "nowhere")]) == 2 and "folder not found" in capsys.readouterr().err
 
 
 def test_published_figures_are_the_checked_ones():
@@ -349,16 +350,15 @@ def test_sweep_is_what_separate_runs_are(small, tmp_path, capsys, monkeypatch):
     command = [*flags, "--save", str(tmp_path), "--sparsities", "0.6,0.5", "--epsilons", "0.2,0.1"]
     command += ["--methods", "magnitude,wanda_ww,sparsegpt,dense"]
     loads = []
-    load_llm = main.models.load_llm
-    monkeypatch.setattr(main.models, "load_llm", lambda *args: loads.append(args) or load_llm(*args))
-    assert sweep.run(command, 1.0) == 0
+    load_llm = models.load_llm
+    monkeypatch.setattr(models, "load_llm", lambda *args, **more: loads.append(args) or load_llm(*args, **more))
+    assert sweep.main(command) == 0
     out = capsys.readouterr().out
     assert len(loads) == 1 and "9 settings in" in out
-    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("run_*.json"))
-    assert len(files) == 9 and "epsilon_0.1/run_wanda_ww_sparsity_0.5.json" in files
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG") and (
-        tmp_path / "sweep.png"
-    ).stat().st_size > 5000
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("run_*.json"))
+    assert len(found) == 9 and "epsilon_0.1/run_wanda_ww_sparsity_0.5.json" in found
+    png = (tmp_path / "sweep.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 5000
     # The last of each method, after everything else had pruned the same model, against a process of its own in spirit.
     for where, method in {"": [], "epsilon_0.1": "--prune_method wanda_ww --sparsity_ratio 0.5 --epsilon 0.1".split(),
                           ".": ["--prune_method", "sparsegpt", "--sparsity_ratio", "0.5"]}.items():  # fmt: skip
@@ -369,7 +369,7 @@ def test_sweep_is_what_separate_runs_are(small, tmp_path, capsys, monkeypatch):
         path.unlink()
     capsys.readouterr()
     (tmp_path / "run_sparsegpt_sparsity_0.5.json").unlink()
-    assert sweep.run(command, 1.0) == 0
+    assert sweep.main(command) == 0
     out = capsys.readouterr().out
     assert out.count("complete already") == 8 and "1 settings in" in out
     assert table.main([str(tmp_path), "--format", "csv"]) == 0
@@ -379,13 +379,104 @@ def test_sweep_is_what_separate_runs_are(small, tmp_path, capsys, monkeypatch):
 def test_sweep_checks_every_setting_before_the_first(small, tmp_path, capsys):
     variables, flags, _ = small
     command = ["--model", variables["MODEL"], *flags, "--save", str(tmp_path / "s"), "--methods", "dense,wandaa"]
-    assert sweep.run(command, 1.0) == 2
+    assert sweep.main(command) == 2
     assert "Did you mean 'wanda'" in capsys.readouterr().err and not (tmp_path / "s").exists()
 
 
+def refusal(*flags: str) -> str:
+    with pytest.raises(UserError) as caught:
+        planned("--model", "m", *flags)
+    return str(caught.value)
+
+
+def test_a_sweeps_lists_become_settings():
+    flags = ["--model", "m", "--save", "s", "--sparsities", "0.6, 0.5", "--nsamples", "7", "--owl_m", "3"]
+    flags += ["--methods", "dense magnitude_owl wanda_ww sparsegpt_ww", "--save_model", "out", "--seed", "2"]
+    runs = planned(*flags, "--epsilons", "0.1,0.2,sparsegpt_ww=0.3")
+    assert [(r.prune_method, r.sparsity_ratio, r.save, r.save_model) for r in runs] == [
+        (None, 0.0, "s", None),
+        ("magnitude_owl", 0.6, "s", "out"), ("magnitude_owl", 0.5, "s", "out"),
+        ("wanda_ww", 0.6, "s/epsilon_0.1", "out/epsilon_0.1"), ("wanda_ww", 0.6, "s/epsilon_0.2", "out/epsilon_0.2"),
+        ("wanda_ww", 0.5, "s/epsilon_0.1", "out/epsilon_0.1"), ("wanda_ww", 0.5, "s/epsilon_0.2", "out/epsilon_0.2"),
+        ("sparsegpt_ww", 0.6, "s", "out"), ("sparsegpt_ww", 0.5, "s", "out"),
+    ]  # fmt: skip
+    assert [r.epsilon for r in runs if r.prune_method and r.prune_method.endswith("_ww")] == [
+        0.1,
+        0.2,
+        0.1,
+        0.2,
+        0.3,
+        0.3,
+    ]
+    assert [r.owl_m for r in runs[:4]] == [5.0, 3.0, 3.0, 5.0], "a flag goes to the methods that understand it"
+    assert {(r.nsamples, r.seed) for r in runs} == {(7, 2)}
+    # What is recorded is what main.py would record: a run of one is complete for the other.
+    alone = "--model m --save s --nsamples 7 --seed 2 --prune_method magnitude_owl --sparsity_ratio 0.6 --owl_m 3"
+    assert parse(Experiment, [*alone.split(), "--save_model", "out"], main.PARSER).flags() == runs[1].flags()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--methods wanda_ww --epsilons magnitude_ww=0.1", "holds none for wanda_ww"),
+        ("--epsilons wanda=0.1", "Did you mean 'wanda_ww'"),
+        ("--epsilons wanda_ww=x", "'x' is not a number"),
+        ("--epsilons 2", "must be between 0 and 1"),
+        ("--sparsities 0.5;0.6", "'0.5;0.6' is not a number"),
+        ("--sparsities ,", "holds no number"),
+        ("--methods ,", "names no method"),
+        ("--owl_m 3", "it is for the methods with _owl"),
+        ("--save_plan p.json", "18 settings would write the same file"),
+        ("--metrics_only", "nothing to sweep"),
+        ("--sparsitys 0.5", "Did you mean '--sparsities'"),
+    ],
+)
+def test_sweep_refuses_what_it_could_not_mean(flags, says):
+    assert says in refusal(*flags.split())
+
+
+def test_a_setting_that_fails_does_not_stop_the_others(small, tmp_path, capsys, caplog):
+    variables, flags, _ = small
+    np.save(tmp_path / "alpha_peak.npy", np.ones(3))  # of another model
+    flags = ["--model", variables["MODEL"], *flags, "--ww_metric_cache", str(tmp_path), "--save", str(tmp_path / "s")]
+    flags += ["--methods", "magnitude_ww,magnitude", "--sparsities", "0.5"]
+    assert sweep.main(flags) == 1
+    assert "magnitude_ww at 0.5, epsilon 0.2 failed" in caplog.text and "holds 3 values" in caplog.text
+    assert [path.name for path in (tmp_path / "s").glob("run_*")] == ["run_magnitude_sparsity_0.5.json"]
+    capsys.readouterr()
+    assert sweep.main(flags) == 1, "and is tried again"
+    assert capsys.readouterr().out.count("complete already") == 1
+
+
+def test_records_come_in_the_order_of_the_settings(monkeypatch, tmp_path):
+    def run(settings, *_):
+        if settings.prune_method == "wanda":
+            raise RuntimeError("not foreseen")
+        return {"method": settings.prune_method}
+
+    monkeypatch.setattr(main, "run", run)
+    flags = ["--model", "m", "--save", str(tmp_path), "--sparsities", "0.5", "--methods", "sparsegpt,wanda,magnitude"]
+    records, made = sweep.run_all(planned(*flags), force=False)
+    assert records == [{"method": "sparsegpt"}, None, {"method": "magnitude"}] and made == [records[0], records[2]]
+
+
+def test_the_model_is_loaded_with_room_for_the_neediest_setting(small, tmp_path, monkeypatch):
+    # On a GPU the first run's needs would otherwise decide how much of the model goes there.
+    variables, flags, _ = small
+    rooms = []
+    load_llm = models.load_llm
+    monkeypatch.setattr(models, "load_llm", lambda *a, reserve, **k: rooms.append(reserve) or load_llm(*a, **k))
+    common = ["--model", variables["MODEL"], *flags, "--save", str(tmp_path)]
+    pruned = ["--prune_method", "sparsegpt", "--sparsity_ratio", "0.5"]
+    assert main.main(common) == main.main([*common, *pruned]) == 0
+    assert sweep.main([*common, "--force", "--methods", "dense,sparsegpt", "--sparsities", "0.5"]) == 0
+    dense, alone, swept = rooms
+    assert dense < alone == swept
+
+
 def test_time_saved_is_a_lower_bound_by_what_was_measured():
-    def made(text: float, load_: float) -> dict:
-        return {"stages": {"text": {"seconds": text}, "load": {"seconds": load_}, "prune": {"seconds": 9.0}}}
+    def made(prepare: float, load: float) -> dict:
+        return {"stages": {"prepare": {"seconds": prepare}, "load": {"seconds": load}, "prune": {"seconds": 9.0}}}
 
     # the second pays nothing again, the third only its own calibration text
     assert sweep.saved_seconds([made(3, 2), made(0, 0), made(4, 0)], 5.0) == (5 + 5) + (5 + 1)
@@ -400,3 +491,34 @@ def test_table2_of_smollm2_runs(tmp_path):
     rows = [line.split(",") for line in done.stdout.splitlines() if line.startswith(("dense,", "magnitude,"))]
     assert [row[:3] for row in rows] == [["dense", "", "0"], ["magnitude", "uniform", "0.5"]]
     assert 1 < float(rows[0][3]) < float(rows[1][3]) and "measured on 20" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------ the demo
+
+
+def test_demo_shows_what_was_gained_and_what_moves(monkeypatch, tmp_path, capsys):
+    figures = {("dense", 0.0): 14.0, ("wanda", 0.7): 600.0, ("wanda_ww", 0.7): 450.0, ("sparsegpt", 0.7): 180.0}
+    records = [record(method, ppl, target, epsilon=0.2) for (method, target), ppl in figures.items()]
+    records = [r | {"sparsity": r["target_sparsity"], "stages": {"load": {"seconds": 1.0}}} for r in records]
+    asked = []
+    monkeypatch.setattr(sweep, "run_all", lambda todo, force: asked.append(todo) or (records, records))
+    assert demo.main(["--save", str(tmp_path), "--sparsity_ratio", "0.7"]) == 0
+    assert [run.prune_method for run in asked[0]] == [None, "wanda", "sparsegpt", "wanda_ww", "sparsegpt_ww"]
+    out = capsys.readouterr().out
+    shown = {row[0]: row[3] for line in out.splitlines() if len(row := line.replace("│", " ").split()) == 5}
+    expected = {"dense": "14.00", "wanda": "600.00", "wanda_ww": "~450.00", "sparsegpt": "~180.00"}
+    assert {method: shown[method] for method in expected} == expected
+    assert "wanda at 0.7: perplexity 600.00 uniform, ~450.00 by alpha (-25.0 %)" in out
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    program, *rest = shlex.split(out.splitlines()[-1])[1:]
+    assert program == "main.py" and parse(Experiment, rest, main.PARSER).eval_windows == 10
+
+
+@pytest.mark.parametrize(("flags", "says"), [(["--epsilon", "2"], "--epsilon 2.0"), (["--save", "f/x"], "--save f/x"),
+                                             (["--sparsity_ratio", "1"], "--sparsity_ratio 1.0")])  # fmt: skip
+def test_demo_refuses_in_one_line(flags, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").write_text("")
+    assert demo.main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"demo.sh: error: {says}")
