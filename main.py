@@ -96,6 +96,8 @@ def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, re
     if known.journal is None:
         return None
     journal = known.journal
+    if journal.failure:
+        return journal.failure
     try:
         with record.stage("save"):
             with weights.edges() as edges:

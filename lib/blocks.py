@@ -42,7 +42,10 @@ class Weights:
         layers: the prunable layers, in the model's order.
         stored: the dtype that the checkpoint is written in, or None for the dtype of the computation. Pruned weights
             are rounded to it, so that what is measured is what is saved.
+        streamed: whether the weights live on disk.
     """
+
+    streamed = False
 
     def __init__(
         self,
@@ -141,7 +144,7 @@ class Streamed(Weights):
     but for its buffers; the parameters around the blocks are in memory inside ``edges`` only.
     """
 
-    in_memory = False
+    in_memory, streamed = False, True
 
     def __init__(
         self, model: nn.Module, checkpoint: stream.Checkpoint, device: torch.device, stored: torch.dtype

@@ -175,7 +175,7 @@ def metric_file(settings: Experiment, known: Prepared) -> Path:
 
 def whole_model(weights: Weights, known: Prepared, saved: str | None) -> PreTrainedModel:
     """Return the model in memory: a streamed one is loaded from its folder, which is known to fit."""
-    if not isinstance(weights, Streamed):
+    if not weights.streamed:
         return weights.model
     source = known.source if saved is None else models.locate(saved, known.source.cache_dir)
     return models.load_llm(source, known.dtypes.compute, reserve=known.reserve)

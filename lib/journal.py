@@ -67,6 +67,7 @@ class Journal:
         self.target, self.folder = target, partial_folder(target)
         self.finished: dict[int, dict] = {}
         self.notes: dict[str, object] = {}  # what a search found
+        self.failure: UserError | None = None  # of a block that could not be written
         self._identity: dict = {}
         try:
             if unmeasured and not restart and not self.folder.exists() and (target / MANIFEST).is_file():

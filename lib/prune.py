@@ -65,12 +65,24 @@ def walk(
                 rows = _report(block, plan, metric)
             if inputs is not None and block.index != last and not keep:
                 advance(block, inputs)
-            if journal is not None and not done:
-                journal.add(block.index, weights.tensors(block.index), weights.stored or block.dtype, rows)
-                weights.keep(block.index, journal.path(block.index))
+            if journal is not None and not done and not journal.failure:
+                _keep(block, weights, journal, rows)
             report += rows
             bar.update()
     return report
+
+
+def _keep(block: Block, weights: Weights, journal: Journal, rows: list[LayerReport]) -> None:
+    """Make a finished block durable; where the disk is full, what is in memory is pruned on without it."""
+    try:
+        journal.add(block.index, weights.tensors(block.index), weights.stored or block.dtype, rows)
+    except UserError as error:
+        if weights.streamed:
+            raise
+        log.warning("%s; pruning continues, the figures can still be had", error)
+        journal.failure = error
+        return
+    weights.keep(block.index, journal.path(block.index))
 
 
 def _prune_block(

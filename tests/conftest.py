@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -57,6 +58,11 @@ def golden():
 def settings(flags: str | list[str]) -> Experiment:
     """Return main.py's settings of a command line, checked."""
     return parse(Experiment, flags.split() if isinstance(flags, str) else flags, main.PARSER)
+
+
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a saved folder, whatever the number of its files."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 # ------------------------------------------------------------------------------------------- a tiny text and model

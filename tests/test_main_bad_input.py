@@ -15,7 +15,7 @@ import transformers
 from conftest import ROOT
 
 import main
-from lib import files, models
+from lib import files, models, stream
 from lib.layers import prunable_layers
 from lib.settings import METHODS
 
@@ -354,18 +354,27 @@ def test_disk_that_is_too_full_is_known_before_loading(place, capsys, monkeypatc
     assert everything(place) == before
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError("I/O error: ... (os error 28)")], ids=str
-)
-def test_disk_full_while_the_model_is_saved(error, place, capsys, monkeypatch):
-    def half(self, folder, **_):
-        (Path(folder) / "model.safetensors").write_bytes(b"half")
-        raise error
+@pytest.mark.parametrize("block", ["block-00001", "edges"])
+@pytest.mark.parametrize("stream_it", ["never", "always"])
+def test_disk_full_while_the_model_is_saved(block, stream_it, place, capsys, monkeypatch):
+    write = stream.os.fsync
 
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", half)
-    check_one_line(capsys, status_of(arguments(f"{WANDA} --save_model kept")), "kept")
-    assert not Path("kept").exists() or not list(Path("kept").iterdir())
-    assert len(list(Path("save").iterdir())) == 3, "the figures can still be had"
+    def until_full(descriptor: int) -> None:
+        if block in os.readlink(f"/proc/self/fd/{descriptor}"):
+            full()
+        write(descriptor)
+
+    monkeypatch.setattr(stream.os, "fsync", until_full)
+    flags = f"{WANDA} --save_model kept --stream {stream_it}"
+    check_one_line(capsys, status_of(arguments(flags)), "No space left")
+    assert not Path("kept/wanda_0.5").exists() and not list(Path("kept").rglob("*.safetensors.*"))
+    figures = {path.name.partition("_")[0] for path in Path("save").glob("*")}
+    lost = stream_it == "always" and block != "edges"  # a streamed block has no other place: the run ends there
+    assert figures == (set() if lost else {"layers", "perplexity", "run"})
+    # and the same command resumes once there is room
+    monkeypatch.setattr(stream.os, "fsync", write)
+    assert status_of(arguments(flags)) == 0
+    assert Path("kept/wanda_0.5/config.json").is_file()
 
 
 @pytest.mark.parametrize("file", ["perplexity_", "layers_", "run_"])

@@ -358,7 +358,7 @@ def test_a_failing_evaluation_leaves_the_model_and_the_layers(error, keep, tiny_
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(main.evaluation, "perplexity", fail)
+    monkeypatch.setattr(main.evaluation, "perplexity_by_blocks", fail)
     saving = " --save_model kept" if keep else ""
     with pytest.raises(AssertionError):  # of the exit status
         tiny_run(f"--prune_method wanda --sparsity_ratio 0.5{saving}")
@@ -370,26 +370,13 @@ def test_a_failing_evaluation_leaves_the_model_and_the_layers(error, keep, tiny_
     assert ("python main.py --model kept/wanda_0.5" in caplog.text) == keep == Path("kept/wanda_0.5").is_dir()
 
 
-def test_a_disk_that_is_full_while_the_model_is_saved_leaves_the_figures(tiny_run, monkeypatch, caplog):
-    def full(*_):
-        raise UserError(None, "kept: the model cannot be saved there (No space left on device)")
-
-    monkeypatch.setattr(models, "save_llm", full)
-    with pytest.raises(AssertionError, match="No space left"):
-        tiny_run("--prune_method wanda --sparsity_ratio 0.5 --save_model kept")
-    names, record = on_disk("wanda")
-    assert [name.partition("_")[0] for name in names] == ["layers", "perplexity", "run"]
-    assert record["perplexity"] > 1 and record["saved_model"] is None and record["complete"] is False
-    assert "the figures are measured all the same" in caplog.text
-
-
 def test_the_model_is_saved_before_it_is_evaluated(tiny_run, monkeypatch):
     order = []
-    for room, name in ((models, "save_llm"), (prune, "walk"), (main.evaluation, "perplexity")):
+    for room, name in ((prune, "walk"), (models, "complete_folder"), (main.evaluation, "perplexity_by_blocks")):
         real = getattr(room, name)
-        monkeypatch.setattr(room, name, lambda *a, real=real, name=name: order.append(name) or real(*a))
+        monkeypatch.setattr(room, name, lambda *a, real=real, name=name, **k: order.append(name) or real(*a, **k))
     tiny_run("--prune_method wanda --sparsity_ratio 0.5 --save_model kept")
-    assert order == ["walk", "save_llm", "perplexity"]
+    assert order == ["walk", "complete_folder", "perplexity_by_blocks"]
 
 
 def test_a_sparsity_that_misses_the_target_triggers_a_warning(tiny_run, caplog):

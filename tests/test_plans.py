@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import settings, tiny_llama, tiny_sentences
+from conftest import saved_tensors, settings, tiny_llama, tiny_sentences
 from rich.console import Console
 
 import main
@@ -105,9 +105,7 @@ def test_recipe_counts_the_zeros_of_nm():
 def test_mixed_nm_is_obeyed_in_every_layer(pruner, suffix, run):
     record = run(f"--prune_method {pruner}_{suffix} --sparsity_type 4:8 --save_model kept")
     rows = table_of(f"save/layers_{pruner}_{suffix}_sparsity_0.5.tsv")
-    from safetensors.torch import load_file
-
-    weights = load_file(f"kept/{pruner}_{suffix}_0.5/model.safetensors")
+    weights = saved_tensors(Path("kept") / f"{pruner}_{suffix}_0.5")
     for row in rows:
         keep, group = map(int, row["type"].split(":"))
         kept = (weights[f"{row['name']}.weight"] != 0).view(-1, group).sum(1)
@@ -157,8 +155,8 @@ def test_epsilon_auto_takes_the_best_and_prunes_with_it(method, run):
 
 def test_epsilon_auto_never_reads_the_evaluation_text(run, monkeypatch):
     seen = []
-    real = search.perplexity
-    monkeypatch.setattr(search, "perplexity", lambda model, windows: seen.append(windows) or real(model, windows))
+    real = search.perplexity_by_blocks
+    monkeypatch.setattr(search, "perplexity_by_blocks", lambda w, windows: seen.append(windows) or real(w, windows))
     held = [
         run(f"--prune_method magnitude_ww --sparsity_ratio 0.6 --epsilon auto --eval_windows {n}")["epsilon_search"]
         for n in (1, 3)

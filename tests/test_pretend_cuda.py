@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_llama, tiny_sentences
+from conftest import ROOT, saved_tensors, tiny_llama, tiny_sentences
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pretend_cuda import FREE, CudaTensor, DeviceMix, pretend_cuda
@@ -333,7 +333,7 @@ def test_a_saved_model_and_plan_can_be_used_again(runs, tmp_path):
         again, _ = runs(f"--prune_method wanda --plan {plan}", "planned")
         saved, _ = runs("", "saved", model=kept / "wanda_ww_0.5")
     assert again["perplexity"] == first["perplexity"] == saved["perplexity"]
-    weights = load_file(kept / "wanda_ww_0.5" / "model.safetensors")
+    weights = saved_tensors(kept / "wanda_ww_0.5")
     assert all(type(weight) is torch.Tensor and weight.dtype == torch.float16 for weight in weights.values())
     for row in layers:
         zeros = (weights[f"{row['name']}.weight"] == 0).double().mean().item()
