@@ -282,12 +282,18 @@ def quiet_peft() -> None:
 
 
 @contextmanager
-def kept(resume: str) -> Iterator[None]:
-    """Tell, should what happens inside the with statement fail, what is on disk and how to ``resume``."""
+def kept(resume: str, unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Tell, should what happens inside the with statement fail, what is on disk and how to ``resume``.
+
+    Args:
+        unless: of an error of this class, nothing is said.
+    """
     try:
         yield
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(resume) from error
+    except unless:
+        raise
     except Exception:
         log.warning("%s", resume)
         raise
