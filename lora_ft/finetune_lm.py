@@ -540,7 +540,8 @@ def _plot(history: list[dict], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=label)
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
-    axes.legend()
+    if axes.lines:  # none where the run is shorter than --logging_steps
+        axes.legend()
     files.save_figure(figure, path, dpi=120)
     pyplot.close(figure)
 
