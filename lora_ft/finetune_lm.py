@@ -139,7 +139,7 @@ class Finetune(Lora, Texts, Training, Replace):
                 text = "%s is both trained and evaluated on; give another text: --validation_file FILE"
                 common.log.warning(text, name)
         if self.lora_target_modules != "all-linear" and not all(self.lora_target_modules.split(",")):
-            raise UserError("lora_target_modules", f"{self.lora_target_modules!r}: an empty name; put one comma between")
+            raise UserError("lora_target_modules", f"{self.lora_target_modules!r}: holds an empty name")
 
 
 PARSER = make_parser(

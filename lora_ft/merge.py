@@ -22,7 +22,7 @@ from lora_ft import common
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor, nn
+    from torch import Tensor
 
 PRUNED, BESIDE, PLAINLY, KEPT = STATES = ("pruned", "adapter beside it", "merged plainly", "merged, zeros kept")
 

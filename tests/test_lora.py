@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, Trainer
 
 import main
-from lib import data, evaluation, models
+from lib import data, evaluation
 from lib.blocks import weights_of
 from lib.data import evaluation_windows
 from lib.evaluation import perplexity
