@@ -158,11 +158,14 @@ def _after_interrupt(settings: Experiment) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
-    return command(Experiment, partial(_run, console=Console()), argv, PARSER, resume=_after_interrupt)
+    return command(Experiment, partial(_run, console=Console()), argv, PARSER)
 
 
 def _run(settings: Experiment, console: Console) -> None:
-    run(settings, console)
+    try:
+        run(settings, console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_after_interrupt(settings)) from None
 
 
 if __name__ == "__main__":

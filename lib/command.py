@@ -28,7 +28,8 @@ def flag(default: Any, help: str, **about) -> Any:
         about: ``metavar``; ``choices`` (a sequence of names); ``least``, ``above``, ``most``, ``below`` (its range);
             ``needs`` (the field without which it does nothing); ``only`` (the allocation that it is for);
             ``prunes`` (it does nothing unless something is pruned); ``convert`` (from text, where the type is not
-            enough); ``nargs``; ``positional``.
+            enough); ``nargs`` (``?`` lets a switch take true or false as well); ``const`` (the value of a flag with
+            ``nargs="?"`` that stands alone); ``aliases``; ``positional``.
     """
     return field(default=default, metadata={"help": help, **about})
 
@@ -134,13 +135,14 @@ def _add(group, spelling: str, item: Field, kind: Any) -> None:
         group.add_argument(item.name, metavar=about.get("metavar"), nargs=about.get("nargs"), **options)
         return
     options |= {"dest": item.name, "required": item.default is MISSING}
-    if kind is bool and item.default is False:
+    if kind is bool and item.default is False and not about.get("nargs"):
         options["action"] = "store_true"
     elif kind is bool:
         options |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "{true,false}"}
     else:
         plain = next((t for t in (int, float) if str(t.__name__) in str(kind)), str)
         options |= {"type": about.get("convert", plain), "metavar": about.get("metavar"), "nargs": about.get("nargs")}
+        options["const"] = about.get("const")
     names = [f"--{name}" for name in (spelling, *about.get("aliases", ()))]
     group.add_argument(*names, **options)
 
@@ -217,7 +219,7 @@ def command(
     run: Callable[[Settings], Any],
     argv: Sequence[str] | None,
     parser: Parser,
-    resume: str | Callable[[Any], str] = "the same command starts again",
+    resume: str = "the same command starts again",
     processes: bool = False,
     out_of_memory: str = "lower --nsamples or --seqlen, or use more GPUs",
 ) -> int:
@@ -225,25 +227,30 @@ def command(
 
     Args:
         run: does the work; what it returns is taken as the status if it is an int.
-        resume: what to do after Ctrl-C, also as a function of the settings.
+        resume: what to do after Ctrl-C, unless the KeyboardInterrupt carries a text of its own.
         processes: whether several processes may run it together (torchrun, accelerate launch).
         out_of_memory: what to do if a GPU's memory is used up.
     """
-    prog = parser.prog
+    return answer(parser.prog, settings, lambda: run(parse(settings, argv, parser)), resume, processes, out_of_memory)
+
+
+def answer(
+    prog: str, settings: type[Flags], work: Callable[[], Any], resume: str, processes: bool, out_of_memory: str
+) -> int:
+    """Do ``work``, which reads the command line too, and return the exit status; see ``command``."""
     quiet()
     try:
-        parsed = parse(settings, argv, parser)
         if not processes and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             text = "runs as one process, which spreads the model over all GPUs itself; start it with python"
             raise UserError(None, f"{os.environ['WORLD_SIZE']} processes were started (WORLD_SIZE): {prog} {text}")
-        status = run(parsed)
+        status = work()
     except UserError as error:
         text = error.text if error.field is None else f"--{settings.spelling(error.field)} {error.text}"
         print(f"{prog}: error: {text}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        text = resume if isinstance(resume, str) else resume(parsed)
-        print(f"\n{prog}: interrupted; {text}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\n{prog}: interrupted; {str(error) or resume}", file=sys.stderr)
         return 130
     except Exception as error:
         if "torch" not in sys.modules or not isinstance(error, sys.modules["torch"].OutOfMemoryError):

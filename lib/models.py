@@ -200,6 +200,9 @@ def load_llm(
     options = {"device_map": None if device is None else {"": device}}
     if device is None and torch.cuda.is_available():
         options = {"device_map": "auto", "max_memory": _free_memory(reserve)}
+    if config is not None:  # transformers looks for both in the folder otherwise
+        generation = transformers.GenerationConfig.from_model_config(config)
+        options |= {"config": config, "generation_config": generation}
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -207,7 +210,6 @@ def load_llm(
             dtype=dtype,
             output_loading_info=True,
             **options,
-            **({} if config is None else {"config": config}),
         )
     except Exception as error:
         raise _unreadable(source, error) from error

@@ -1,20 +1,26 @@
-"""A pruned model and a LoRA adapter are found, checked against each other and loaded."""
+"""Pruned models and LoRA adapters: found, checked against each other and loaded."""
+
+from __future__ import annotations
 
 import json
 import logging
-import os
-import re
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from lib import UserError, data, files, fingerprint, first_line, metrics, models
+from lib.blocks import Weights, weights_of
+from lib.command import Flags, flag
+from lib.lazy import torch
+from lib.settings import TEXTS
 
-import main
-from lib import UserError, metrics, models, prune, results
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("lora_ft")
 
@@ -26,36 +32,61 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _DENSE = 0.01  # a sparsity below this is no pruning
 
 
+# ---------------------------------------------------------------------------------------------------------- flags
+
+
+@dataclass(kw_only=True)
+class PrunedModel(Flags):
+    _title: ClassVar[str] = "model"
+
+    model: str = flag(MISSING, "the pruned model: folder or hub id")
+    config_name: str | None = flag(
+        None, "folder or hub id that lends the tokenizer or config the model lacks", metavar="NAME"
+    )
+    cache_dir: str = flag(CACHE, "where weights from the hub are kept", metavar="DIR")
+    dtype: str = flag(
+        "auto",
+        "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU",
+        choices=models.DTYPES,
+        metavar="NAME",
+    )
+
+
+@dataclass(kw_only=True)
+class Dataset(Flags):
+    _title: ClassVar[str] = "data"
+
+    dataset: str = flag("wikitext2", f"evaluation text: {TEXTS}", metavar="TEXT")
+    ctx_length: int = flag(2048, "window length, tokens; at most the model's context", least=2, metavar="N")
+    eval_windows: int | None = flag(None, "windows to evaluate, a count (default: all)", least=1, metavar="N")
+
+    def check(self) -> None:
+        super().check()
+        data.check_text("dataset", self.dataset)
+
+
+# ------------------------------------------------------------------------------------------------- before loading
+
+
 class Base(NamedTuple):
-    """A model as its folder describes it: without weights, and with the tokenizer that belongs to it."""
+    """A model as its folder describes it, without weights, and the tokenizer that belongs to it.
+
+    ``config`` is that of another model which lends it, None for the model's own.
+    """
 
     source: models.Source
     skeleton: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-
-
-class Loaded(NamedTuple):
-    """A model with its weights, its matrices that are pruned, and the number of zeros in each of them."""
-
-    model: PreTrainedModel
-    layers: list[models.PrunableLayer]
-    zeros: list[int]
-
-    @property
-    def sparsity(self) -> float:
-        return sum(self.zeros) / sum(layer.module.weight.numel() for layer in self.layers)
+    config: object | None = None
 
 
 @contextmanager
-def renamed(flags: Mapping[str, str]) -> Iterator[None]:
-    """Let an error of lib, which speaks of main.py's flags, name the flags that this command has in their place."""
+def _lent_by(field: str) -> Iterator[None]:
+    """Let an error about a model name the flag ``field``, which gave that model."""
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(r"--\w+", lambda flag: flags.get(flag[0], flag[0]), str(error))) from error
-
-
-# ------------------------------------------------------------------------------------------------- before loading
+        raise UserError(field, error.text) from error
 
 
 def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
@@ -73,41 +104,28 @@ def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
     borrows_tokenizer = bool(names) and not names & set(_TOKENIZER_FILES)
     if config_name is None:
         if borrows_tokenizer and "config.json" in names:
-            raise UserError(f"--model {model}: the folder holds no tokenizer; say whose it is: --config_name NAME")
-        source = lender = models.locate(model, cache_dir)
+            raise UserError("model", f"{model}: the folder holds no tokenizer; give its model: --config_name NAME")
+        source = models.locate(model, cache_dir)
+        return Base(source, models.load_skeleton(source), models.load_tokenizer(source))
+    with _lent_by("config_name"):
+        lender = models.locate(config_name, cache_dir)
+    if borrows_config:
+        source = models.Source(model, str(folder), folder.resolve().name, cache_dir)
+        with _lent_by("config_name"):
+            skeleton = models.load_skeleton(lender)
     else:
-        with renamed({"--model": "--config_name"}):
-            lender = models.locate(config_name, cache_dir)
-        source = _with_config(folder, lender) if borrows_config else models.locate(model, cache_dir)
-    skeleton = models.load_skeleton(source)
-    with renamed({"--model": "--config_name"} if borrows_tokenizer else {}):
+        source = models.locate(model, cache_dir)
+        skeleton = models.load_skeleton(source)
+    with _lent_by("config_name" if borrows_tokenizer else "model"):
         tokenizer = models.load_tokenizer(lender if borrows_tokenizer else source)
-    return Base(source, skeleton, tokenizer)
+    return Base(source, skeleton, tokenizer, skeleton.config if borrows_config else None)
 
 
-def _with_config(folder: Path, lender: models.Source) -> models.Source:
-    """Return a source that holds the weights of ``folder`` and the config of ``lender``."""
-    joined = tempfile.TemporaryDirectory(prefix="lora_ft-")
-    _joined.append(joined)
-    for path in folder.iterdir():
-        (Path(joined.name) / path.name).symlink_to(path.resolve())
-    try:
-        AutoConfig.from_pretrained(lender.path, cache_dir=lender.cache_dir).save_pretrained(joined.name)
-    except Exception as error:  # whatever a wrong config.json, or a hub that cannot be reached, leads to
-        raise UserError(f"--config_name {lender.given}: its config cannot be loaded ({_first_line(error)})") from error
-    return models.Source(str(folder), joined.name, folder.resolve().name, lender.cache_dir)
-
-
-_joined: list[tempfile.TemporaryDirectory] = []  # kept until the program ends, since weights are read from there
-
-
-def check_length(flag: str, length: int, skeleton: PreTrainedModel) -> None:
+def check_length(field: str, length: int, skeleton: PreTrainedModel) -> None:
     """Refuse a number of tokens that the model was not made for."""
     context = models.context_length(skeleton)
-    if length < 2:
-        raise UserError(f"{flag} {length}: must be at least 2, since a loss needs a next token")
     if context is not None and length > context:
-        raise UserError(f"{flag} {length}: is more than the model's context; give at most {context}")
+        raise UserError(field, f"{length}: is more than the model's context; give at most {context}")
 
 
 def check_adapter(given: str, base: Base) -> None:
@@ -116,95 +134,124 @@ def check_adapter(given: str, base: Base) -> None:
     Raises:
         UserError: as said, naming the first matrix that does not fit and the model that the adapter was made for.
     """
+    about, shapes = _described(given)
+    fix = f"it was made for {about.get('base_model_name_or_path')}, give that --model"
+    modules = dict(base.skeleton.named_modules())
+    for key, shape in shapes.items():
+        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
+        wanted = getattr(modules.get(name), "weight", None)
+        if part[:1] not in ("A", "B") or not part.endswith(".weight"):
+            continue
+        if wanted is None:
+            raise UserError("lora_weights", f"{given}: {base.source.given} has no layer {name}; {fix}")
+        axis, side = (1, "columns") if part[0] == "A" else (0, "rows")
+        if shape[axis] != wanted.shape[axis]:
+            have = f"{name} has {wanted.shape[axis]} {side} and the adapter is for {shape[axis]}"
+            raise UserError("lora_weights", f"{given}: does not fit {base.source.given}, {have}; {fix}")
+
+
+def _described(given: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
+    """Return the config of the LoRA adapter in the folder ``given``, and the shapes of its matrices by key."""
     from safetensors import safe_open
 
     folder = Path(given).expanduser()
     if not folder.is_dir():
-        raise UserError(f"--lora_weights {given}: there is no such folder; give the --output_dir of finetune_lm.py")
+        raise UserError("lora_weights", f"{given}: folder not found; give the --output_dir of finetune_lm.py")
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for path in (config, weights):
         if not path.is_file():
             model = path is config and (folder / "config.json").is_file()
             hint = "; it holds a model, not an adapter" if model else ""
-            raise UserError(f"--lora_weights {given}: the folder holds no {path.name}{hint}")
+            raise UserError("lora_weights", f"{given}: the folder holds no {path.name}{hint}")
     try:
         about = json.loads(config.read_text(encoding="utf-8"))
         with safe_open(weights, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except Exception as error:  # safetensors has an error class of its own
-        raise UserError(f"--lora_weights {given}: cannot be read ({_first_line(error)})") from error
+        raise UserError("lora_weights", f"{given}: cannot be read ({first_line(error)})") from error
     if about.get("peft_type") != "LORA":
-        raise UserError(f"--lora_weights {given}: is a {about.get('peft_type')} adapter; only LORA is supported")
-    mend = f"; it was made for {about.get('base_model_name_or_path')}, give that --model"
-    modules = dict(base.skeleton.named_modules())
-    for key, shape in shapes.items():
-        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
-        wanted = getattr(modules.get(name), "weight", None)
-        if part[:1] in ("A", "B") and part.endswith(".weight"):
-            if wanted is None:
-                raise UserError(f"--lora_weights {given}: {base.source.given} has no layer {name}{mend}")
-            axis, side = (1, "columns") if part[0] == "A" else (0, "rows")
-            if shape[axis] != wanted.shape[axis]:
-                have = f"{name} has {wanted.shape[axis]} {side} and the adapter is for {shape[axis]}"
-                raise UserError(f"--lora_weights {given}: does not fit {base.source.given}, {have}{mend}")
+        raise UserError("lora_weights", f"{given}: is a {about.get('peft_type')} adapter; only LORA is supported")
+    return about, shapes
 
 
 # -------------------------------------------------------------------------------------------------------- loading
 
 
-def load_base(base: Base, dtype: str, device=None) -> Loaded:
-    """Return the model with its weights, all of them on GPUs or all of them on the CPU."""
-    model = models.load_llm(base.source, dtype, device)
+def load_base(
+    base: Base, dtype: torch.dtype, seqlen: int, device: torch.device | None = None, stored: torch.dtype | None = None
+) -> Weights:
+    """Return the model with its weights, all of them on GPUs or all of them on the CPU.
+
+    Args:
+        seqlen: tokens of a window: each GPU keeps room for the work on one.
+        device: where all of the model goes instead.
+        stored: see ``Weights``.
+    """
+    reserve = models.working_set(base.skeleton, dtype, hessians=False, windows=1, seqlen=seqlen)
+    model = models.load_llm(base.source, dtype, device, reserve, base.config)
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if "cpu" in places and len(places) > 1:
         need = "does not fit in the GPUs' memory, which LoRA needs; use more GPUs, or none (CUDA_VISIBLE_DEVICES=)"
-        raise UserError(f"--model {base.source.given}: {need}")
-    layers = models.prunable_layers(model)
-    loaded = Loaded(model, layers, prune.count_zeros(models.find_blocks(model)[1], layers))
-    if loaded.sparsity < _DENSE:
-        log.warning("--model %s: is dense, not pruned: its sparsity is %.4f", base.source.given, loaded.sparsity)
-    return loaded
+        raise UserError("model", f"{base.source.given}: {need}")
+    weights = weights_of(model, stored)
+    sparsity = weights.sparsity()
+    if sparsity < _DENSE:
+        log.warning("the model %s is dense, not pruned: its sparsity is %.4f", base.source.given, sparsity)
+    return weights
 
 
-def load_adapter(given: str, loaded: Loaded, base: Base):
-    """Return the model with the adapter around its layers (a PeftModel, in evaluation mode).
+def load_adapter(given: str, weights: Weights, base: Base) -> PeftModel:
+    """Return the model with the adapter around its layers, in evaluation mode.
 
     Raises:
-        UserError: the adapter was trained on other weights, as far as it says on which.
+        UserError: the adapter was trained on other weights, as far as it says on which, or lacks some of its own.
+    """
+    check_base(given, weights, base)
+    return attach(given, weights)
+
+
+def attach(given: str, weights: Weights) -> PeftModel:
+    """Return the model with the adapter around its layers, in evaluation mode.
+
+    Raises:
+        UserError: the adapter lacks weights that its config names.
     """
     from peft import PeftModel
 
-    check_base(Path(given).expanduser(), f"--lora_weights {given}", loaded, base)
+    quiet_peft()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys")
         try:
-            return PeftModel.from_pretrained(loaded.model, Path(given).expanduser()).eval()
+            return PeftModel.from_pretrained(weights.model, Path(given).expanduser()).eval()
         except UserWarning as error:
-            raise UserError(
-                f"--lora_weights {given}: lacks weights that its config names ({_first_line(error)})"
-            ) from error
+            text = f"{given}: lacks weights that its config names ({first_line(error)})"
+            raise UserError("lora_weights", text) from error
 
 
-def write_base(folder: Path, loaded: Loaded, base: Base) -> None:
+def write_base(folder: Path, weights: Weights, base: Base, sparsity: float) -> None:
     """Write beside an adapter which weights it was trained on."""
-    about = {"model": identity(base.source), "sparsity": loaded.sparsity}
-    about["mean_abs"] = {layer.name: metrics.mean_abs(layer.module) for layer in loaded.layers}
-    results.write_atomically(folder / BASE, json.dumps(about, indent=1) + "\n")
+    about = {"model": identity(base.source), "sparsity": sparsity, "fingerprints": metrics.fingerprints(weights)}
+    files.write_atomically(folder / BASE, json.dumps(about, indent=1) + "\n")
 
 
-def check_base(folder: Path, flag: str, loaded: Loaded, base: Base) -> None:
-    """Refuse the adapter in ``folder`` if it says that it was trained on other weights than ``loaded``."""
-    path = folder / BASE
-    if not path.is_file():
-        log.warning("%s: has no %s: whether it was trained on %s cannot be checked", flag, BASE, base.source.given)
+def check_base(given: str, weights: Weights, base: Base) -> None:
+    """Refuse the adapter in the folder ``given`` if it says that it was trained on other weights than ``weights``.
+
+    Raises:
+        UserError: naming the first layer that is another.
+    """
+    path = Path(given).expanduser() / BASE
+    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = about.get("fingerprints")
+    if before is None:
+        lacks = f"{BASE} is an older version's, without fingerprints" if about else f"has no {BASE}"
+        text = "--lora_weights %s: %s: whether it was trained on %s cannot be checked"
+        log.warning(text, given, lacks, base.source.given)
         return
-    about = json.loads(path.read_text(encoding="utf-8"))
-    for layer in loaded.layers:
-        if not metrics.same_weights(layer.module, about["mean_abs"].get(layer.name, 0)):
-            raise UserError(
-                f"{flag}: was trained on other weights than those of --model {base.source.given} (see {layer.name}); "
-                f"give the model it was trained on, {about['model']}"
-            )
+    other = fingerprint.first_difference(before, metrics.fingerprints(weights))
+    if other:
+        text = f"was trained on other weights than those of --model {base.source.given} (see {other})"
+        raise UserError("lora_weights", f"{given}: {text}; give the model it was trained on, {about['model']}")
 
 
 def identity(source: models.Source) -> str:
@@ -213,25 +260,40 @@ def identity(source: models.Source) -> str:
     return str(path.resolve()) if path.exists() else source.given
 
 
-def adapted_layers(model) -> dict[str, object]:
-    """Return the layers of a PeftModel that have an adapter, by their names in the model itself."""
+def adapted_layers(model: PeftModel) -> dict[str, nn.Module]:
+    """Return the layers of the model that have an adapter, by their names in the model without adapters."""
+    return {name: layer.get_base_layer() for name, layer in lora_layers(model).items()}
+
+
+def lora_layers(model: PeftModel) -> dict[str, nn.Module]:
+    """Return peft's own modules, which hold a layer and its adapter, by the layers' names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     modules = model.base_model.model.named_modules()
-    return {name: module.get_base_layer() for name, module in modules if isinstance(module, BaseTunerLayer)}
+    return {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
 
 
-def quiet() -> None:
-    """Leave the terminal to our own lines, and among several processes to those of the first."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # a training text is long
-    main.quiet()
-    log.setLevel(logging.INFO)
-    # peft looks for a config beside the weights to see whether the vocabulary grew, which it does not here.
+# ----------------------------------------------------------------------------------------------------- what is said
+
+
+def quiet_peft() -> None:
+    """Silence peft's search for a config that would tell whether the vocabulary grew, which it does not here."""
     warnings.filterwarnings("ignore", message="Could not find a config file in")
-    if int(os.environ.get("RANK", 0)) > 0:
-        for name in ("lora_ft", "lib", "main"):
-            logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+@contextmanager
+def kept(resume: str, unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Tell, should what happens inside the with statement fail, what is on disk and how to ``resume``.
+
+    Args:
+        unless: of an error of this class, nothing is said.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(resume) from error
+    except unless:
+        raise
+    except Exception:
+        log.warning("%s", resume)
+        raise

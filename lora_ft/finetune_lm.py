@@ -1,271 +1,343 @@
 """Train LoRA adapters on a pruned model to win back its perplexity: python lora_ft/finetune_lm.py --help"""
 
+from __future__ import annotations
+
 import json
 import math
 import os
 import re
 import shutil
 import sys
-from argparse import Namespace
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from torch import Tensor
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-
-import main as pruning
-from lib import UserError, data, models, registry, results
+from lib import UserError, data, files, models
+from lib.blocks import Weights
+from lib.command import Flags, Parser, answer, flag, make_parser, parse
+from lib.layers import prunable_layers
+from lib.lazy import torch, transformers
+from lib.record import run_text
+from lib.registry import check_name
+from lib.settings import TEXTS
 from lora_ft import common
 
-# The published settings, each a flag; what is not here is transformers' default.
-PUBLISHED = {
-    "learning_rate": 1e-4,
-    "num_train_epochs": 1.0,
-    "per_device_train_batch_size": 1,
-    "warmup_steps": 5,
-    "optim": "adamw_torch",
-    "logging_steps": 10,
-    "save_steps": 50,
-    "eval_steps": 50,
-}
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
+
 BATCH = 128  # blocks to an optimizer step, published
 # Decided in ``settle`` unless a flag says otherwise.
-OPEN = ("bf16", "fp16", "eval_strategy", "gradient_accumulation_steps")
+OPEN = ("bf16", "fp16", "eval_strategy")
 WRITTEN = ("train_results.json", "eval_results.json", "loss_curve.png")  # beside the adapter
 LAST = "last"  # --resume_from_checkpoint without a folder
-# lib speaks of main.py's flags
-FLAGS = {
-    "--model": "--model_name_or_path",
-    "--seqlen": "--block_size",
-    "--calib_data": "--train_file",
-    "--eval_data": "--validation_file",
-}
+RESUME = "the same command with --resume_from_checkpoint resumes from the last checkpoint in --output_dir"
+
+# An update this many times larger than its layer's weight: in float32 sums nothing of the weight's share is left.
+DROWNED = 2.0**23
+# Times the loss at the start, and that of equal chances for all tokens: in perplexity, the square.
+RUINED = 2.0
 
 
-@dataclass
-class LoraArguments:
-    """What the Trainer's own arguments do not cover."""
+@dataclass(kw_only=True)
+class Lora(Flags):
+    _title: ClassVar[str] = "model and adapter"
 
-    _argument_group_name = "LoRA"
-
-    model_name_or_path: str = field(metadata={"help": "the pruned model: folder or hub id"})
-    config_name: str | None = field(
-        default=None, metadata={"help": "folder or hub id that lends the tokenizer or config the model lacks"}
+    model: str = flag(MISSING, "the pruned model: folder or hub id", aliases=["model"])
+    config_name: str | None = flag(
+        None, "folder or hub id that lends the tokenizer or config the model lacks", metavar="NAME"
     )
-    cache_dir: str = field(default=common.CACHE, metadata={"help": "where weights from the hub are kept"})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": f"of the frozen weights: {','.join(models.DTYPES)}; auto: as --bf16 and --fp16"},
+    cache_dir: str = flag(common.CACHE, "where weights from the hub are kept", metavar="DIR")
+    dtype: str = flag(
+        "auto", "{choices} of the frozen weights; auto: as --bf16 and --fp16", choices=models.DTYPES, metavar="NAME"
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": f"text: {','.join(data.DATASETS)}, or a .txt, .json, .jsonl file (field `text`)"},
-    )
-    train_file: str | None = field(default=None, metadata={"help": "training text, instead of --dataset_name's"})
-    validation_file: str | None = field(default=None, metadata={"help": "evaluation text, instead of --dataset_name's"})
-    block_size: int = field(default=2048, metadata={"help": "tokens of a training sample; at most the model's context"})
-    max_train_samples: int | None = field(default=None, metadata={"help": "blocks to train on (default: all)"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "blocks to evaluate on (default: all)"})
-    batch_size: int | None = field(
-        default=None, metadata={"help": f"blocks to a step, over all devices and accumulation steps; None: {BATCH}"}
-    )
-    lora_r: int = field(default=8, metadata={"help": "rank of the adapters"})
-    lora_alpha: int = field(default=16, metadata={"help": "scale of the adapters, divided by their rank"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "of the adapters' input, in [0, 1)"})
-    lora_target_modules: str = field(
-        default="q_proj,v_proj", metadata={"help": "layers that get an adapter, by commas; or all-linear"}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "replace the adapter and the checkpoints in --output_dir"}
+    lora_r: int = flag(8, "rank of the adapters", least=1, metavar="R")
+    lora_alpha: int = flag(16, "scale of the adapters, divided by their rank", least=1, metavar="A")
+    lora_dropout: float = flag(0.05, "of the adapters' input, a share in [0, 1)", least=0, below=1, metavar="P")
+    lora_target_modules: str = flag(
+        "q_proj,v_proj", "layers that get an adapter, by commas; or all-linear", metavar="L,L"
     )
 
 
-class Parser(pruning.Parser, HfArgumentParser):
-    """The Trainer's own arguments, and answers of one line."""
+@dataclass(kw_only=True)
+class Texts(Flags):
+    _title: ClassVar[str] = "data"
+
+    dataset_name: str | None = flag(None, f"text: {TEXTS}", metavar="TEXT")
+    train_file: str | None = flag(None, "training text, instead of --dataset_name's", metavar="FILE")
+    validation_file: str | None = flag(None, "evaluation text, instead of --dataset_name's", metavar="FILE")
+    block_size: int = flag(
+        2048, "tokens of a training sample; at most the model's context", least=2, metavar="N"
+    )
+    max_train_samples: int | None = flag(None, "blocks to train on, a count (default: all)", least=1, metavar="N")
+    max_eval_samples: int | None = flag(None, "blocks to evaluate on, a count (default: all)", least=1, metavar="N")
+    batch_size: int | None = flag(
+        None,
+        f"blocks to a step, over all devices and accumulation steps (default: {BATCH})",
+        least=1,
+        metavar="N",
+    )
 
 
-class CheckedTrainer(Trainer):
-    """Stops at a loss that is not finite; the Trainer would leave it out of its log and go on."""
+@dataclass(kw_only=True)
+class Training(Flags):
+    """Flags of transformers' Trainer whose published values differ from its own, or which decide what is done."""
 
-    def training_step(self, *args, **kwargs) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise _not_finite("the training loss", loss.item(), self.state.global_step + 1)
-        return loss
+    _title: ClassVar[str] = "training, by transformers' Trainer"
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        if not math.isfinite(metrics["eval_loss"]):
-            raise _not_finite("the evaluation loss", metrics["eval_loss"], self.state.global_step)
-        return metrics
+    do_train: bool = flag(False, "train", nargs="?")
+    do_eval: bool = flag(False, "evaluate, at the end and while training", nargs="?")
+    output_dir: str = flag(MISSING, "where the adapter, checkpoints and figures are written", metavar="DIR")
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "resume from a checkpoint's folder; without one, from the last checkpoint in --output_dir",
+        nargs="?",
+        const=LAST,
+        needs="do_train",
+        metavar="DIR",
+    )
+    learning_rate: float = flag(1e-4, "peak learning rate", above=0, metavar="X")
+    num_train_epochs: float = flag(1.0, "passes over the training blocks", above=0, metavar="N")
+    per_device_train_batch_size: int = flag(1, "blocks at once on each device", least=1, metavar="N")
+    gradient_accumulation_steps: int | None = flag(
+        None, "forward passes to a step (default: what --batch_size needs)", least=1, metavar="N"
+    )
+    warmup_steps: float = flag(5, "steps, or a share of all steps below 1", least=0, metavar="N")
+    optim: str = flag("adamw_torch", "optimizer, by the Trainer's name", metavar="NAME")
+    logging_steps: float = flag(10, "steps from one log line to the next", above=0, metavar="N")
+    save_steps: float = flag(50, "steps from one checkpoint to the next", above=0, metavar="N")
+    eval_steps: float = flag(50, "steps from one evaluation to the next", above=0, metavar="N")
 
 
-def _not_finite(what: str, loss: float, step: int) -> UserError:
-    return UserError(f"{what} is {loss} at step {step}, so training stops; lower --learning_rate, or try --bf16")
+@dataclass(kw_only=True)
+class Replace(Flags):
+    _title: ClassVar[str] = Training._title
+
+    overwrite_output_dir: bool = flag(False, "replace the adapter and the checkpoints in --output_dir", nargs="?")
 
 
-def make_parser() -> Parser:
-    parser = Parser((LoraArguments, TrainingArguments), prog="finetune_lm.py", description=__doc__)
-    parser.set_defaults(output_dir=None, **PUBLISHED, **dict.fromkeys(OPEN))
-    resume = parser._option_string_actions["--resume_from_checkpoint"]
-    resume.nargs, resume.const = "?", LAST
-    resume.help = "go on from a checkpoint's folder; without one, from the last checkpoint in --output_dir"
-    return parser
+@dataclass(kw_only=True)
+class Finetune(Lora, Texts, Training, Replace):
+    """The flags of finetune_lm.py, without those that only the Trainer knows."""
+
+    _spelled: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
+
+    def check(self) -> None:
+        super().check()
+        if not self.do_train and not self.do_eval:
+            raise UserError(None, "nothing to do; add --do_train, --do_eval or both")
+        for split, do in (("train", self.do_train), ("validation", self.do_eval)):
+            if do:
+                data.check_text(*text_of(self, split))
+        if self.do_train and self.do_eval and text_of(self, "train")[1] == text_of(self, "validation")[1]:
+            name = text_of(self, "train")[1]
+            if name not in data.DATASETS:
+                text = "%s is both trained and evaluated on; give another text: --validation_file FILE"
+                common.log.warning(text, name)
+        if self.lora_target_modules != "all-linear" and not all(self.lora_target_modules.split(",")):
+            raise UserError("lora_target_modules", f"{self.lora_target_modules!r}: holds an empty name")
+
+
+PARSER = make_parser(
+    Finetune,
+    "finetune_lm.py",
+    "Train LoRA adapters on a pruned model to win back its perplexity.",
+    "Every other field of transformers' TrainingArguments is a flag too, such as --gradient_checkpointing, --bf16 or "
+    "--per_device_eval_batch_size: https://huggingface.co/docs/transformers/main_classes/trainer",
+)
+
+
+def text_of(settings: Texts, split: str) -> tuple[str, str]:
+    """Return the field that gives the text of ``split`` ("train" or "validation"), and the text's name."""
+    field = f"{split}_file"
+    if getattr(settings, field) is not None:
+        return field, getattr(settings, field)
+    if settings.dataset_name is None:
+        raise UserError(None, f"no text; give --dataset_name, one of {', '.join(data.DATASETS)}, or --{field} FILE")
+    return "dataset_name", settings.dataset_name
 
 
 # ----------------------------------------------------------------------------------------------------- arguments
 
 
-def check_args(args: Namespace) -> None:
-    """Find every contradiction that needs no model."""
-    registry.check_name("--dtype", args.dtype, models.DTYPES)
-    if not args.do_train and not args.do_eval:
-        raise UserError("nothing to do; add --do_train, --do_eval or both")
-    if args.do_predict:
-        raise UserError("--do_predict: does nothing here; use --do_eval, or lora_ft/evaluate_ppl.py on the adapter")
-    if args.resume_from_checkpoint and not args.do_train:
-        raise UserError("--resume_from_checkpoint without --do_train does nothing; add --do_train")
-    for flag in ("batch_size", "lora_r", "lora_alpha", "max_train_samples", "max_eval_samples"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if not 0 <= args.lora_dropout < 1:
-        raise UserError(f"--lora_dropout {args.lora_dropout}: must be at least 0 and below 1")
-    for split, do in (("train", args.do_train), ("validation", args.do_eval)):
-        if do:
-            data.check_text(*text_of(args, split))
-    if args.do_train and args.do_eval and text_of(args, "train")[1] == text_of(args, "validation")[1]:
-        name = text_of(args, "train")[1]
-        if name not in data.DATASETS:
-            common.log.warning("%s is both trained and evaluated on; give another text: --validation_file FILE", name)
-    _check_output(args)
+def read(argv: Sequence[str] | None) -> tuple[Finetune, dict]:
+    """Return the settings of the command line ``argv``, checked, and the Trainer's other arguments by name.
+
+    The settings come first: transformers takes seconds to import.
+    """
+    rest: list[str] = []
+    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    settings = parse(Finetune, words, PARSER, rest)
+    _check_output(settings)
+    other = vars(trainer_parser().parse_args(rest))
+    if other["do_predict"]:
+        raise UserError("do_predict", "does nothing here; use --do_eval, or lora_ft/evaluate_ppl.py on the adapter")
+    return settings, other
 
 
-def text_of(args: Namespace, split: str) -> tuple[str, str]:
-    """Return the flag that gives the text of ``split`` ("train" or "validation"), and the text's name."""
-    flag = f"{split}_file"
-    if getattr(args, flag) is not None:
-        return f"--{flag}", getattr(args, flag)
-    if args.dataset_name is None:
-        raise UserError(f"no text; give --dataset_name, one of {', '.join(data.DATASETS)}, or --{flag} FILE")
-    return "--dataset_name", args.dataset_name
+def _underscored(word: str) -> str:
+    """Return ``--a_b`` for ``--a-b``, which transformers' own parser takes as well."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
 
 
-def _check_output(args: Namespace) -> None:
-    if args.output_dir is None:
-        raise UserError("--output_dir is missing; give the folder that the adapter goes to")
-    folder = Path(args.output_dir).expanduser()
-    if args.resume_from_checkpoint:
-        args.resume_from_checkpoint = str(_checkpoint(folder, args.resume_from_checkpoint))
+def trainer_parser() -> Parser:
+    """Return the parser of all of the Trainer's arguments, with None for what ``settle`` decides."""
+
+    class TrainerParser(Parser, transformers.HfArgumentParser):
+        def error(self, message: str):
+            self._option_string_actions |= PARSER._option_string_actions  # for "did you mean"
+            super().error(message)
+
+    parser = TrainerParser(transformers.TrainingArguments, prog=PARSER.prog, allow_abbrev=False)
+    parser.set_defaults(**dict.fromkeys(OPEN))
+    return parser
+
+
+def _check_output(settings: Finetune) -> None:
+    """Refuse an --output_dir that cannot take this run, and find the checkpoint to resume from."""
+    folder = Path(settings.output_dir).expanduser()
+    if settings.resume_from_checkpoint:
+        settings.resume_from_checkpoint = str(_checkpoint(folder, settings.resume_from_checkpoint))
     if int(os.environ.get("RANK", 0)) > 0:
         return  # what the first process of several does here, the others would find half done
-    results.prepare("--output_dir", folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite_output_dir or args.resume_from_checkpoint):
-        mend = "add --overwrite_output_dir to start anew, --resume_from_checkpoint to go on, or give another folder"
-        raise UserError(f"--output_dir {folder}: is not empty; {mend}")
+    files.prepare("output_dir", folder)
+    taken = folder.is_dir() and any(folder.iterdir())
+    if taken and not (settings.overwrite_output_dir or settings.resume_from_checkpoint):
+        fix = "add --overwrite_output_dir to start anew, --resume_from_checkpoint to resume, or give another folder"
+        raise UserError("output_dir", f"{folder}: is not empty; {fix}")
 
 
 def _checkpoint(folder: Path, given: str) -> Path:
-    """Return the checkpoint to go on from; of those in ``folder`` the last that was written to its end."""
+    """Return the checkpoint to resume from; of those in ``folder`` the last that was written to its end."""
     last, parts = "trainer_state.json", ("trainer_state.json", "adapter_config.json")
     if given != LAST:
         path = Path(given).expanduser()
         lacking = [part for part in parts if not (path / part).is_file()]
         if lacking:
-            raise UserError(
-                f"--resume_from_checkpoint {given}: is no checkpoint of a LoRA run, it holds no {lacking[0]}"
-            )
+            text = f"{given}: is no checkpoint of a LoRA run, it holds no {lacking[0]}"
+            raise UserError("resume_from_checkpoint", text)
         return path
     found = {int(path.parent.name.split("-")[1]): path.parent for path in folder.glob(f"checkpoint-*/{last}")}
     if not found:
-        raise UserError(f"--resume_from_checkpoint: {folder} holds no checkpoint; leave the flag out to start anew")
+        text = f"with --output_dir {folder}: the folder holds no checkpoint; leave the flag out to start anew"
+        raise UserError("resume_from_checkpoint", text)
     return found[max(found)]
 
 
-def settle(args: Namespace) -> tuple[LoraArguments, TrainingArguments]:
-    """Return the two groups of arguments, with what was left open decided."""
-    if args.bf16 is None and args.fp16 is None and torch.cuda.is_available() and not args.use_cpu:
-        args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        args.fp16 = not args.bf16
-    args.bf16, args.fp16 = bool(args.bf16), bool(args.fp16)
-    if args.eval_strategy is None:
-        args.eval_strategy = "steps" if args.do_train and args.do_eval else "no"
-    if args.label_names is None:
-        args.label_names = ["labels"]  # the Trainer cannot read them off a model inside adapters
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # every adapter is used in every step; looking for others costs time
-    if args.disable_tqdm is None:
-        args.disable_tqdm = not sys.stderr.isatty()
-    args.dataloader_pin_memory &= torch.cuda.is_available()
-    args.prediction_loss_only = True  # all logits of the evaluation would be kept otherwise
-    accumulate, args.gradient_accumulation_steps = args.gradient_accumulation_steps, 1
+def settle(settings: Finetune, other: dict) -> TrainingArguments:
+    """Return the Trainer's arguments, with what was left open decided.
+
+    Raises:
+        UserError: arguments that contradict each other.
+    """
+    other = dict(other)
+    if other["bf16"] is None and other["fp16"] is None and torch.cuda.is_available() and not other["use_cpu"]:
+        other["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+        other["fp16"] = not other["bf16"]
+    other |= {name: bool(other[name]) for name in ("bf16", "fp16")}
+    if other["eval_strategy"] is None:
+        other["eval_strategy"] = "steps" if settings.do_train and settings.do_eval else "no"
+    if other["label_names"] is None:
+        other["label_names"] = ["labels"]  # the Trainer cannot read them off a model inside adapters
+    if other["ddp_find_unused_parameters"] is None:
+        other["ddp_find_unused_parameters"] = False  # every adapter is used in every step; a search costs time
+    if other["disable_tqdm"] is None:
+        other["disable_tqdm"] = not sys.stderr.isatty()
+    other["dataloader_pin_memory"] &= torch.cuda.is_available()
+    other["prediction_loss_only"] = True  # all logits of the evaluation would be kept otherwise
+    other["logging_nan_inf_filter"] = False  # it waits for the GPU after every forward pass; CheckedTrainer looks
+    own = {item.name: getattr(settings, item.name) for item in fields(Training) if item.name != "given"}
     try:
-        lora, training = Parser((LoraArguments, TrainingArguments)).parse_dict(vars(args))
+        training = transformers.TrainingArguments(**other | own | {"gradient_accumulation_steps": 1})
     except (ValueError, ImportError) as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
+        raise UserError(None, str(error).strip().splitlines()[0]) from error
     if training.n_gpu > 1:
         training._n_gpu = 1  # one process spreads the model over its GPUs, and not the batch
-    training.gradient_accumulation_steps = _accumulation(lora.batch_size, accumulate, training)
-    if lora.dtype == "auto":
-        lora.dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
-    return lora, training
+    training.gradient_accumulation_steps = _accumulation(settings, training)
+    return training
 
 
-def _accumulation(batch: int | None, steps: int | None, training: TrainingArguments) -> int:
-    """Return the accumulation steps that make ``batch`` blocks to a step, or the ``steps`` that were asked for."""
+def _accumulation(settings: Finetune, training: TrainingArguments) -> int:
+    """Return the accumulation steps that make --batch_size blocks to a step, or those that were asked for."""
+    batch, steps = settings.batch_size, settings.gradient_accumulation_steps
     at_once = training.per_device_train_batch_size * training.world_size
     if steps is not None:
         if batch not in (None, steps * at_once):
             made = f"makes {steps * at_once} blocks to a step; leave one of the two out"
-            raise UserError(f"--batch_size {batch} with --gradient_accumulation_steps {steps}: that {made}")
+            raise UserError("batch_size", f"{batch} with --gradient_accumulation_steps {steps}: that {made}")
         return steps
     if (batch or BATCH) % at_once:
         share = f"{training.per_device_train_batch_size} blocks on each of {training.world_size} devices"
-        raise UserError(f"--batch_size {batch or BATCH}: is not made of {share}; give a multiple of {at_once}")
+        raise UserError("batch_size", f"{batch or BATCH}: is not made of {share}; give a multiple of {at_once}")
     return (batch or BATCH) // at_once
 
 
-def _check_targets(given: str, skeleton) -> str | list[str]:
+def _frozen_dtype(settings: Finetune, training: TrainingArguments) -> torch.dtype:
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+
+
+def _check_targets(given: str, skeleton: PreTrainedModel) -> str | list[str]:
     if given == "all-linear":
         return given
-    names = [*dict.fromkeys(layer.name.rpartition(".")[2] for layer in models.prunable_layers(skeleton)), "all-linear"]
-    return [registry.check_name("--lora_target_modules", name.strip(), names) for name in given.split(",")]
+    names = [*dict.fromkeys(layer.name.rpartition(".")[2] for layer in prunable_layers(skeleton)), "all-linear"]
+    return [check_name("lora_target_modules", name.strip(), names) for name in given.split(",")]
+
+
+def _check_same_adapter(checkpoint: Path, settings: Lora, targets: str | list[str]) -> None:
+    """Refuse to resume from a checkpoint whose adapter is another."""
+    before = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    for name in ("lora_r", "lora_alpha", "lora_dropout"):
+        value, was = getattr(settings, name), before["r" if name == "lora_r" else name]
+        if was != value:
+            raise UserError(name, f"{value}: the run of {checkpoint} was started with {was}; give that")
+    if targets != "all-linear" and set(targets) != set(before["target_modules"]):
+        was = ",".join(sorted(before["target_modules"]))
+        raise UserError("lora_target_modules", f"{','.join(targets)}: the run of {checkpoint} was started with {was}")
 
 
 # ------------------------------------------------------------------------------------------------------- the run
 
 
-def run(args: Namespace) -> None:
-    """Do what ``args`` ask for, in the order in which it happens."""
-    check_args(args)
-    lora, training = settle(args)
-    base = common.find_base(lora.model_name_or_path, lora.config_name, lora.cache_dir)
-    common.check_length("--block_size", lora.block_size, base.skeleton)
-    targets = _check_targets(lora.lora_target_modules, base.skeleton)
+def run(settings: Finetune, other: dict) -> None:
+    """Do what the settings ask for, in the order in which it happens."""
+    training = settle(settings, other)
+    base = common.find_base(settings.model, settings.config_name, settings.cache_dir)
+    common.check_length("block_size", settings.block_size, base.skeleton)
+    targets = _check_targets(settings.lora_target_modules, base.skeleton)
     if training.resume_from_checkpoint:
-        _check_same_adapter(Path(training.resume_from_checkpoint), lora, targets)
-    train = _blocks(args, "train", base) if training.do_train else None
-    evaluation = _blocks(args, "validation", base) if training.do_eval else None
+        _check_same_adapter(Path(training.resume_from_checkpoint), settings, targets)
+    train = _blocks(settings, "train", base) if training.do_train else None
+    evaluation = _blocks(settings, "validation", base) if training.do_eval else None
     if evaluation is not None and training.world_size > 1:
         training.per_device_eval_batch_size = _even_batch(len(evaluation), training)
 
     alone = training.world_size == 1 and not training.use_cpu
-    loaded = common.load_base(base, lora.dtype, None if alone else training.device)
-    set_seed(training.seed)
-    model = _with_adapter(loaded, base, lora, targets)
-    trainer = CheckedTrainer(model, training, _collate, train_dataset=train, eval_dataset=evaluation)
-    about = {"model": common.identity(base.source), "sparsity": loaded.sparsity, "flags": _given(args)}
+    device = None if alone else training.device
+    weights = common.load_base(base, _frozen_dtype(settings, training), settings.block_size, device)
+    transformers.set_seed(training.seed)
+    model = _with_adapter(weights, base, settings, targets)
+    trainer = checked_trainer(model, training, _collate, train, evaluation)
+    flags = settings.flags() | _differing(other)
+    about = {"model": common.identity(base.source), "sparsity": weights.sparsity(), "flags": flags}
     if training.do_train:
-        _train(trainer, about, loaded, base)
+        with common.kept(RESUME, unless=Ruined):
+            train_adapter(trainer, about, weights, base)
     if training.do_eval:
-        _evaluate(trainer, about, text_of(args, "validation")[1])
+        saved = f"the adapter is saved in {training.output_dir}" if training.do_train else "nothing was written"
+        with common.kept(f"{saved}; measure it with: python lora_ft/evaluate_ppl.py"):
+            _evaluate(trainer, about, text_of(settings, "validation")[1])
     if training.should_save:
         print(f"written: {training.output_dir}")
 
 
-def _train(trainer: Trainer, about: dict, loaded: common.Loaded, base: common.Base) -> None:
+def train_adapter(trainer: Trainer, about: dict, weights: Weights, base: common.Base) -> None:
     """Train, and write the adapter, the figures and the loss curve."""
     args, out = trainer.args, Path(trainer.args.output_dir)
     if args.should_save and not args.resume_from_checkpoint:
@@ -275,34 +347,35 @@ def _train(trainer: Trainer, about: dict, loaded: common.Loaded, base: common.Ba
                     *trainer.model.get_nb_trainable_parameters(), blocks, size,
                     args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)  # fmt: skip
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
-    _save_adapter(trainer, out, loaded, base)
+    check_adapter(trainer)
+    _save_adapter(trainer, out, weights, base, about["sparsity"])
     if args.should_save:
         record = metrics | {"train_samples": blocks} | about
-        results.write_atomically(out / "train_results.json", results.run_text(record))
+        files.write_atomically(out / "train_results.json", run_text(record))
         _plot(trainer.state.log_history, out / "loss_curve.png")
 
 
 def _evaluate(trainer: Trainer, about: dict, text: str) -> None:
     """Evaluate, and write and print the perplexity."""
     metrics = trainer.evaluate()
-    perplexity = (
-        torch.tensor(metrics["eval_loss"], dtype=torch.float64).exp().item()
-    )  # math.exp raises where this is inf
+    # math.exp raises where this is inf
+    perplexity = torch.tensor(metrics["eval_loss"], dtype=torch.float64).exp().item()
     metrics |= {"perplexity": perplexity, "eval_samples": len(trainer.eval_dataset)}
     if trainer.args.should_save:
         path = Path(trainer.args.output_dir) / "eval_results.json"
-        results.write_atomically(path, results.run_text(metrics | about))
+        files.write_atomically(path, run_text(metrics | about))
         print(f"perplexity on {text} {perplexity:.4f}")
 
 
-def _blocks(args: Namespace, split: str, base: common.Base) -> Tensor:
+def _blocks(settings: Finetune, split: str, base: common.Base) -> Tensor:
     """Return the blocks of ``split`` ("train" or "validation"), [blocks, block_size] int32."""
-    most = args.max_train_samples if split == "train" else args.max_eval_samples
+    most = settings.max_train_samples if split == "train" else settings.max_eval_samples
     of_text = "train" if split == "train" else "test"
-    blocks = data.training_blocks(*text_of(args, split), of_text, base.tokenizer, args.block_size, most)
+    field, name = text_of(settings, split)
+    blocks = data.training_blocks(field, name, of_text, base.tokenizer, settings.block_size, most)
     if most and len(blocks) < most:
-        common.log.warning("%s has %d blocks of %d tokens, and not the %d that were asked for",
-                           text_of(args, split)[1], len(blocks), args.block_size, most)  # fmt: skip
+        text = "%s has %d blocks of %d tokens, and not the %d that were asked for"
+        common.log.warning(text, name, len(blocks), settings.block_size, most)
     return blocks
 
 
@@ -315,42 +388,113 @@ def _even_batch(blocks: int, training: TrainingArguments) -> int:
     even = (batch for batch in range(asked, 1, -1) if blocks % (batch * training.world_size) == 0)
     batch = next(even, 1)  # batches of one are filled up too, but whole, and those are left out again
     if batch < asked:
-        common.log.info("--per_device_eval_batch_size is %d, so that %d blocks go evenly into %d processes",
-                        batch, blocks, training.world_size)  # fmt: skip
+        text = "--per_device_eval_batch_size is %d, so that %d blocks go evenly into %d processes"
+        common.log.info(text, batch, blocks, training.world_size)
     return batch
 
 
-def _with_adapter(loaded: common.Loaded, base: common.Base, lora: LoraArguments, targets: str | list[str]):
+def _with_adapter(weights: Weights, base: common.Base, settings: Lora, targets: str | list[str]) -> PeftModel:
     """Return the model with fresh adapters, which change nothing yet, around the target layers."""
     from peft import LoraConfig, get_peft_model
 
+    common.quiet_peft()
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules=targets,
     )
-    model = get_peft_model(loaded.model, config)
+    model = get_peft_model(weights.model, config)
     config.base_model_name_or_path = common.identity(base.source)
     return model
-
-
-def _check_same_adapter(checkpoint: Path, lora: LoraArguments, targets: str | list[str]) -> None:
-    before = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-    now = {"r": lora.lora_r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
-    for name, value in now.items():
-        if before[name] != value:
-            flag = f"--{name if name.startswith('lora') else 'lora_' + name}"
-            raise UserError(f"{flag} {value}: the run of {checkpoint} was started with {before[name]}; give that")
-    if targets != "all-linear" and set(targets) != set(before["target_modules"]):
-        was = ",".join(sorted(before["target_modules"]))
-        raise UserError(f"--lora_target_modules {','.join(targets)}: the run of {checkpoint} was started with {was}")
 
 
 def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
     ids = torch.stack(rows).long()  # [batch, block_size]
     return {"input_ids": ids, "labels": ids.clone()}  # the model shifts the labels itself
+
+
+# ----------------------------------------------------------------------------------------- training that goes wrong
+
+
+class Ruined(UserError):
+    """An error after which nothing is left to resume."""
+
+
+def checked_trainer(
+    model: PeftModel, training: TrainingArguments, collate, train: Tensor | None, evaluation: Tensor | None
+) -> Trainer:
+    """Return a Trainer that stops at a loss that is not finite, and keeps the first and the last loss of a step.
+
+    The attributes are ``first_loss`` and ``last_loss``, means over this process's blocks of a step, nats per token.
+    """
+
+    class CheckedTrainer(transformers.Trainer):
+        first_loss = last_loss = None
+        _so_far: Tensor | float = 0.0
+
+        def training_step(self, *args, **kwargs) -> Tensor:
+            loss = super().training_step(*args, **kwargs)  # this pass's share of the step's mean
+            self._so_far = self._so_far + loss
+            if self.accelerator.sync_gradients:  # the last pass of a step: each look waits for the GPU
+                self.last_loss, self._so_far = float(self._so_far), 0.0
+                if not math.isfinite(self.last_loss):
+                    raise _not_finite("the training loss", self.last_loss, self.state.global_step + 1)
+                if self.first_loss is None:
+                    self.first_loss = self.last_loss
+            return loss
+
+        def evaluate(self, *args, **kwargs) -> dict[str, float]:
+            metrics = super().evaluate(*args, **kwargs)
+            if not math.isfinite(metrics["eval_loss"]):
+                raise _not_finite("the evaluation loss", metrics["eval_loss"], self.state.global_step)
+            return metrics
+
+    return CheckedTrainer(model, training, collate, train_dataset=train, eval_dataset=evaluation)
+
+
+def _not_finite(what: str, loss: float, step: int) -> UserError:
+    return Ruined(None, f"{what} is {loss} at step {step}; lower --learning_rate, or try --bf16")
+
+
+def check_adapter(trainer: Trainer) -> None:
+    """Refuse an adapter that training has certainly ruined, before it is saved.
+
+    Its weights are not finite; or an update is so much larger than its layer's weight that nothing of the weight is
+    left in a sum of the two; or the last loss is far above both that of the first step and ln(vocabulary), that of a
+    model that gives all tokens equal chances.
+
+    Raises:
+        Ruined: as said.
+    """
+    step, fix = trainer.state.global_step, "lower --learning_rate"
+    for name, layer in common.lora_layers(trainer.model).items():
+        update, weight = update_norm(layer), layer.get_base_layer().weight.detach().float().norm().item()
+        if not math.isfinite(update):
+            text = f"the adapter's weights for {name} are not finite after step {step}; {fix}, or try --bf16"
+            raise Ruined(None, text)
+        if weight > 0 and update > DROWNED * weight:
+            size = f"its update of {name} is {update / weight:.1e} times as large as the layer's weight"
+            raise Ruined(None, f"the adapter is ruined after step {step}, {size}; {fix}")
+    first, last = trainer.first_loss, trainer.last_loss
+    chance = math.log(trainer.model.get_input_embeddings().num_embeddings)
+    if last is not None and last > RUINED * max(first, chance):
+        known = f"{first:.4g} at its start and {chance:.4g} for equal chances"
+        text = f"the training loss is {last:.4g} nats per token, against {known}"
+        raise Ruined(None, f"the adapter is ruined after step {step}, {text}; {fix}")
+
+
+def update_norm(layer) -> float:
+    """Return the Frobenius norm of alpha / r B A, what an adapter adds to its layer's weight [out, in].
+
+    Not finite if A [r, in] or B [out, r] is not. From two r x r products in float64, so that it costs nothing and
+    does not overflow: ||BA||^2 = trace(B'B AA').
+    """
+    (adapter,) = layer.active_adapters
+    a, b = (part[adapter].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
+    squared = ((b.T @ b) * (a @ a.T)).sum().item()
+    return layer.scaling[adapter] * math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else squared
 
 
 # ------------------------------------------------------------------------------------------------ what is left behind
@@ -365,25 +509,22 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _save_adapter(trainer: Trainer, out: Path, loaded: common.Loaded, base: common.Base) -> None:
+def _save_adapter(trainer: Trainer, out: Path, weights: Weights, base: common.Base, sparsity: float) -> None:
     """Write the adapter beside the checkpoints, its config last, so that a folder with a config is whole."""
-    if not all(torch.isfinite(weight).all() for weight in trainer.model.parameters() if weight.requires_grad):
-        step = trainer.state.global_step
-        raise UserError(f"the adapter's weights are not finite after step {step}; lower --learning_rate, or try --bf16")
     tmp = out / ".adapter"
     trainer.save_model(str(tmp))  # by all processes: sharded weights are gathered
     if not trainer.args.should_save:
         return
-    common.write_base(out, loaded, base)
+    common.write_base(out, weights, base, sparsity)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (tmp / name).replace(out / name)
     shutil.rmtree(tmp)
 
 
-def _given(args: Namespace) -> dict:
-    """Return the arguments that are not transformers' own defaults, the published settings among them."""
-    plain = vars(Parser((LoraArguments, TrainingArguments)).parse_args(["--model_name_or_path", ""]))
-    return {name: value for name, value in vars(args).items() if value != plain[name]}
+def _differing(other: Mapping[str, object]) -> dict:
+    """Return those of the Trainer's other arguments that are not its defaults."""
+    plain = vars(trainer_parser().parse_args([]))
+    return {name: value for name, value in other.items() if value != plain[name]}
 
 
 def _plot(history: list[dict], path: Path) -> None:
@@ -399,26 +540,17 @@ def _plot(history: list[dict], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=label)
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
-    axes.legend()
-    results.save_figure(figure, path, dpi=120)
+    if axes.lines:  # none where the run is shorter than --logging_steps
+        axes.legend()
+    files.save_figure(figure, path, dpi=120)
     pyplot.close(figure)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for something that the user can mend."""
-    args = make_parser().parse_args(argv)
-    common.quiet()
-    try:
-        with common.renamed(FLAGS):
-            run(args)
-    except torch.OutOfMemoryError:
-        mend = "lower --per_device_train_batch_size or --block_size, or add --gradient_checkpointing"
-        print(f"finetune_lm.py: error: the GPU's memory does not suffice; {mend}", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"finetune_lm.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # a training text is long
+    fix = "lower --per_device_train_batch_size or --block_size, or add --gradient_checkpointing"
+    return answer(PARSER.prog, Finetune, lambda: run(*read(argv)), "the same command starts again", True, fix)
 
 
 if __name__ == "__main__":

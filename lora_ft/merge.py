@@ -1,123 +1,179 @@
 """Merge a LoRA adapter into the pruned weights without filling their zeros: python lora_ft/merge.py --help"""
 
-import argparse
+from __future__ import annotations
+
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-import main as pruning
-from lib import UserError, data, eval, models, prune, results
-from lora_ft import common, evaluate_ppl
+from lib import UserError, data, evaluation, files, models, prune, tables
+from lib.blocks import Weights
+from lib.command import Flags, command, flag, make_parser
+from lib.lazy import torch
+from lib.record import run_text
+from lora_ft import common
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+
+PRUNED, BESIDE, PLAINLY, KEPT = STATES = ("pruned", "adapter beside it", "merged plainly", "merged, zeros kept")
+
+
+@dataclass(kw_only=True)
+class Adapter(Flags):
+    _title: ClassVar[str] = "adapter"
+
+    lora_weights: str = flag(common.MISSING, "the adapter: finetune_lm.py's --output_dir", metavar="DIR")
+    keep_dense: bool = flag(False, "let the adapter fill the zeros of the layers it changes")
+    out: str = flag(common.MISSING, "where the merged model is written; a new folder", metavar="DIR")
+
+    def check(self) -> None:
+        super().check()
+        out = Path(self.out)
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError("out", f"{out}: is not empty; give a new folder")
+
+
+@dataclass(kw_only=True)
+class Merge(common.PrunedModel, Adapter, common.Dataset):
+    """The flags of merge.py."""
+
+
+PARSER = make_parser(Merge, "merge.py", "Merge a LoRA adapter into the pruned weights without filling their zeros.")
 
 
 class Row(NamedTuple):
-    """One state of the model, its ``sparsity`` over the layers in the blocks, and its perplexity."""
+    """One state of the model, its ``sparsity`` over the layers in the blocks, and its perplexity, None until known."""
 
     state: str
     sparsity: float
-    perplexity: float
+    perplexity: float | None = None
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = pruning.Parser(
-        prog="merge.py",
-        description=__doc__,
-    )
-    evaluate_ppl.add_model_flags(parser)
-    add = parser.add_argument
-    add("--lora_weights", required=True, metavar="DIR", help="the adapter: finetune_lm.py's --output_dir")
-    add("--out", required=True, metavar="DIR", help="where the merged model is written; a new folder")
-    add("--keep_dense", action="store_true", help="let the adapter fill the zeros of the layers it changes")
-    evaluate_ppl.add_text_flags(parser)
-    return parser
+class Report:
+    """Rows of merge.json, beside the merged model, written whenever there are more of them."""
+
+    def __init__(self, settings: Merge, about: dict) -> None:
+        self.settings, self.about = settings, about
+        self.rows: dict[str, Row] = {}
+
+    def add(self, *rows: Row) -> None:
+        """Take rows in, in place of those of the same states, and write."""
+        self.rows |= {row.state: row for row in rows}
+        self.write()
+
+    def write(self, complete: bool = False) -> None:
+        rows = [row._asdict() for row in self.sorted()]
+        files.write_atomically(
+            Path(self.settings.out) / "merge.json", run_text({"complete": complete, "rows": rows} | self.about)
+        )
+
+    def sorted(self) -> list[Row]:
+        return [self.rows[state] for state in STATES if state in self.rows]
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Find every contradiction that needs no model."""
-    evaluate_ppl.check_text_args(args)
-    out = Path(args.out)
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out}: is not empty; give a new folder")
+def run(settings: Merge, console: Console) -> list[Row]:
+    """Merge, write the merged model, and then report what each step does to sparsity and perplexity."""
+    out = Path(settings.out)
+    base = common.find_base(settings.model, settings.config_name, settings.cache_dir)
+    common.check_length("ctx_length", settings.ctx_length, base.skeleton)
+    common.check_adapter(settings.lora_weights, base)
+    dtypes = models.choose_dtypes(settings.dtype, base.skeleton)
+    files.prepare("out", out, models.saved_bytes(base.skeleton, base.source, dtypes.stored))
+    cut = (settings.ctx_length, settings.eval_windows)
+    windows = data.evaluation_windows(settings.dataset, base.tokenizer, *cut, field="dataset")
 
-
-def run(args: argparse.Namespace, console: Console) -> list[Row]:
-    """Merge, write the merged model, and report what each step does to sparsity and perplexity."""
-    check_args(args)
-    base = common.find_base(args.model, args.config_name, args.cache_dir)
-    common.check_length("--ctx_length", args.ctx_length, base.skeleton)
-    common.check_adapter(args.lora_weights, base)
-    out = Path(args.out)
-    results.prepare("--out", out, models.saved_bytes(base.skeleton, args.dtype))
-    windows = data.evaluation_windows(args.dataset, base.tokenizer, args.ctx_length, args.eval_windows)
-
-    loaded = common.load_base(base, args.dtype)
-    model = common.load_adapter(args.lora_weights, loaded, base)
+    weights = common.load_base(base, dtypes.compute, settings.ctx_length, stored=dtypes.stored)
+    pruned = weights.sparsity()
+    model = common.load_adapter(settings.lora_weights, weights, base)
     adapted = common.adapted_layers(model)
-    masks = {name: layer.weight == 0 for name, layer in adapted.items()}
-    with model.disable_adapter():
-        rows = [Row("pruned", loaded.sparsity, eval.perplexity(model, windows))]
-    rows.append(Row("adapter beside it", loaded.sparsity, eval.perplexity(model, windows)))
-    merged = model.merge_and_unload()
-    rows.append(Row("merged plainly", _sparsity(loaded), eval.perplexity(merged, windows)))
-    if not args.keep_dense:
-        apply_masks(adapted, masks)
-        rows.append(Row("merged, zeros kept", _sparsity(loaded), eval.perplexity(merged, windows)))
+    before = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in adapted.items()}
+    state = PLAINLY if settings.keep_dense else KEPT
+    merge(model, weights, before if state == KEPT else None)
+    merged = weights.sparsity()
+    models.save_llm(weights.model, base.tokenizer, out, dtypes.stored)  # before whatever may still fail
+    prune.check_saved(out, weights, merged)
 
-    models.save_llm(merged, base.tokenizer, out)
-    prune.check_saved(out, loaded.layers, rows[-1].sparsity)
-    record = {
-        "rows": [row._asdict() for row in rows],
-        "written": rows[-1].state,
-        "model": common.identity(base.source),
-        "lora_weights": args.lora_weights,
-        "evaluation": {"text": args.dataset, "windows": len(windows), "seqlen": args.ctx_length},
-    }
-    results.write_atomically(out / "merge.json", results.run_text(record))
-    _print(console, rows, out, args)
-    return rows
-
-
-@torch.no_grad()
-def apply_masks(layers: dict[str, torch.nn.Module], masks: dict[str, Tensor]) -> None:
-    """Zero each layer's weight where its mask [out, in] is true."""
-    for name, layer in layers.items():
-        layer.weight.masked_fill_(masks[name], 0)
+    measure = f"python lora_ft/evaluate_ppl.py --model {out} --dataset {settings.dataset}"
+    saved = f"the merged model is saved in {out}, the figures so far in {out}/merge.json"
+    with common.kept(f"{saved}; measure it with: {measure} --ctx_length {settings.ctx_length}"):
+        evaluated = {"text": settings.dataset, "windows": len(windows), "seqlen": settings.ctx_length}
+        about = {"written": state, "model": common.identity(base.source), "lora_weights": settings.lora_weights}
+        report = Report(settings, about | {"evaluation": evaluated, "flags": settings.flags()})
+        report.add(Row(PRUNED, pruned), Row(state, merged))
+        report.add(Row(state, merged, evaluation.perplexity(weights.model, windows)))
+        for name, layer in adapted.items():
+            layer.weight.data.copy_(before[name])
+        evaluate_others(report, weights, windows)
+        report.write(complete=True)
+    show(console, report, state)
+    return report.sorted()
 
 
-def _sparsity(loaded: common.Loaded) -> float:
-    # The layers are those of the model before it got its adapters; merging has changed their weights in place.
-    zeros = prune.count_zeros(models.find_blocks(loaded.model)[1], loaded.layers)
-    return loaded._replace(zeros=zeros).sparsity
+def merge(model: PeftModel, weights: Weights, before: Mapping[str, Tensor] | None) -> None:
+    """Add each adapter's product to its layer's weight, in place, and take the adapters off.
+
+    The sums are rounded to the dtype that they are saved in, so that what is measured is what is saved.
+
+    Args:
+        before: the layers' weights without the adapter, whose zeros are kept; None to let them be filled.
+
+    Raises:
+        UserError: a merged weight is not finite.
+    """
+    adapted = common.adapted_layers(model)
+    model.merge_and_unload()
+    for name, layer in adapted.items():
+        weight = layer.weight.data
+        if before is not None:
+            weight.masked_fill_(before[name].to(weight.device) == 0, 0)
+        if weights.stored is not None:
+            weight.copy_(weight.to(weights.stored))
+        if not torch.isfinite(weight).all():
+            text = f"its product added to {name} is not finite; train it again, or try --dtype bfloat16"
+            raise UserError("lora_weights", text)
 
 
-def _print(console: Console, rows: list[Row], out: Path, args: argparse.Namespace) -> None:
-    table = Table(title=f"{args.lora_weights} in {args.model}, perplexity on {args.dataset}", title_justify="left")
-    for heading in ("model", "sparsity", "perplexity"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for row in rows:
-        table.add_row(row.state, f"{row.sparsity:.4f}", f"{row.perplexity:.4f}")
-    console.print(table)
-    console.print(f"written: {out}, {rows[-1].state}, with a sparsity of {rows[-1].sparsity:.4f}", highlight=False)
+def evaluate_others(report: Report, weights: Weights, windows: Tensor) -> None:
+    """Measure the states before the merge, and the merge that fills the zeros if that is not the one written.
+
+    ``weights`` are those without the adapter.
+    """
+    rows, adapter = report.rows, report.settings.lora_weights
+    report.add(rows[PRUNED]._replace(perplexity=evaluation.perplexity(weights.model, windows)))
+    model = common.attach(adapter, weights)
+    report.add(Row(BESIDE, rows[PRUNED].sparsity, evaluation.perplexity(model, windows)))
+    if PLAINLY not in rows:
+        merge(model, weights, None)
+        report.add(Row(PLAINLY, weights.sparsity(), evaluation.perplexity(weights.model, windows)))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for something that the user can mend."""
-    args = make_parser().parse_args(argv)
-    common.quiet()
-    try:
-        with common.renamed(evaluate_ppl.FLAGS):
-            run(args, Console())
-    except UserError as error:
-        print(f"merge.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def show(console: Console, report: Report, state: str) -> None:
+    """Print the rows and where the merged model is."""
+    settings = report.settings
+    title = f"{settings.lora_weights} in {settings.model}, perplexity on {settings.dataset}"
+    rows = [(row.state, f"{row.sparsity:.4f}", f"{row.perplexity:.4f}") for row in report.sorted()]
+    tables.show(console, title, ("model", "sparsity", "perplexity"), rows)
+    sparsity = report.rows[state].sparsity
+    tables.line(console, f"written: {settings.out}, {state}, with a sparsity of {sparsity:.4f}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
+    fix = "lower --ctx_length, or use more GPUs"
+    return command(Merge, partial(_run, console=Console()), argv, PARSER, out_of_memory=fix)
+
+
+def _run(settings: Merge, console: Console) -> None:
+    run(settings, console)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, Trainer
 
 import main
-from lib import data, models
-from lib import eval as lib_eval
+from lib import data, evaluation
+from lib.blocks import weights_of
 from lib.data import evaluation_windows
+from lib.evaluation import perplexity
+from lib.layers import prunable_layers
 from lora_ft import evaluate_ppl, finetune_lm, merge
 
 BLOCK = 32
@@ -30,9 +32,10 @@ BLOCK = 32
 
 def prune_half(model) -> None:
     """Zero the smaller half of each row of every linear layer in the blocks."""
-    for layer in models.prunable_layers(model):
-        weight = layer.module.weight.data
-        weight[weight.abs() < weight.abs().median(dim=1, keepdim=True).values] = 0
+    for block in weights_of(model).visit(write=True):
+        for linear in block.linears.values():
+            weight = linear.weight.data
+            weight[weight.abs() < weight.abs().median(dim=1, keepdim=True).values] = 0
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def test_only_the_adapter_is_trained(place, adapter):
 
 def test_all_linear(place, tmp_path):
     assert finetune(place, tmp_path / "out", lora_target_modules="all-linear", lora_r=2, max_train_samples=4) == 0
-    layers = {layer.name for layer in models.prunable_layers(tiny_llama())}
+    layers = {layer.name for layer in prunable_layers(tiny_llama())}
     assert {name.removeprefix("base_model.model.").split(".lora_")[0] for name in weights(tmp_path / "out")} == layers
 
 
@@ -265,10 +268,10 @@ def test_blocks_of_documents(documents, with_bos):
     texts, seen = documents
     joined = [token for text in texts for token in [1, *with_bos(text, add_special_tokens=False).input_ids]]
     seen.clear()
-    blocks = data.training_blocks("--dataset_name", "c4", "train", with_bos, 50)
+    blocks = data.training_blocks("dataset_name", "c4", "train", with_bos, 50)
     assert blocks.flatten().tolist() == joined[: len(joined) // 50 * 50] and seen == texts
     seen.clear()
-    few = data.training_blocks("--dataset_name", "c4", "train", with_bos, 50, most=3)
+    few = data.training_blocks("dataset_name", "c4", "train", with_bos, 50, most=3)
     assert torch.equal(few, blocks[:3]) and seen == texts[:2]  # the first two hold enough
 
 
@@ -277,7 +280,7 @@ def test_blocks_of_a_stream(monkeypatch, with_bos, tmp_path):
     (tmp_path / "text.txt").write_text(text)
     monkeypatch.setattr(data, "_PIECE", 500)
     assert "".join(data._pieces(text)) == text and len(data._pieces(text)) > 5
-    blocks = data.training_blocks("--train_file", str(tmp_path / "text.txt"), "train", with_bos, 50)
+    blocks = data.training_blocks("train_file", str(tmp_path / "text.txt"), "train", with_bos, 50)
     whole = with_bos(text, verbose=False).input_ids
     assert blocks.flatten().tolist() == whole[: len(whole) // 50 * 50]
 
@@ -296,8 +299,8 @@ def test_published_command(place, documents, tiny_tokenizer, tmp_path, monkeypat
         "--block_size 2048 --per_device_train_batch_size 1 --per_device_eval_batch_size 8 --do_train --do_eval "
         "--max_train_samples 100000 --max_eval_samples 128 --learning_rate 1e-4 --overwrite_output_dir --output_dir OUT"
     )
-    args = finetune_lm.make_parser().parse_args(command.split())
-    lora, training = finetune_lm.settle(args)
+    lora, other = finetune_lm.read(command.split())
+    training = finetune_lm.settle(lora, other)
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules) == (8, 16, 0.05, "q_proj,v_proj")
     assert (training.gradient_accumulation_steps, training.warmup_steps, training.logging_steps) == (128, 5, 10)
     assert (training.save_steps, training.eval_strategy, training.optim) == (50, "steps", "adamw_torch")
@@ -322,8 +325,8 @@ def evaluated(place, tmp_path, *more: str) -> dict:
 
 def test_evaluate_ppl_answers_tasks_with_the_adapter_on(place, adapter, tmp_path, monkeypatch):
     seen = []
-    real = lib_eval.zero_shot
-    monkeypatch.setattr(lib_eval, "zero_shot", lambda model, *rest: seen.append(model) or real(model, *rest))
+    real = evaluation.zero_shot
+    monkeypatch.setattr(evaluation, "zero_shot", lambda model, *rest: seen.append(model) or real(model, *rest))
     tasks = f"--eval_zero_shot --tasks capital_cities --include_path {ROOT / 'data' / 'tasks'} --limit 6".split()
     found = evaluated(place, tmp_path, "--model", str(place / "pruned"), "--lora_weights", str(adapter), *tasks)
     scores = found["zero_shot"]["lm_eval"]["results"]["capital_cities"]
@@ -386,7 +389,7 @@ def test_merge(keep_dense, place, adapter, tmp_path, windows, capsys):
         if name in by_hand and not keep_dense:
             assert torch.equal(weight == 0, before[name] == 0)
 
-    layers = [f"{layer.name}.weight" for layer in models.prunable_layers(tiny_llama())]
+    layers = [f"{layer.name}.weight" for layer in prunable_layers(tiny_llama())]
     total = sum(before[name].numel() for name in layers)
     zeros = {key: sum((tensors[name] == 0).sum().item() for name in layers) / total
              for key, tensors in {"before": before, "plain": before | by_hand}.items()}  # fmt: skip

@@ -10,8 +10,9 @@ from conftest import tiny_llama, tiny_sentences
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
-from lib import models
-from lora_ft import evaluate_ppl, finetune_lm, merge
+from lib import evaluation, models
+from lib.blocks import weights_of
+from lora_ft import common, evaluate_ppl, finetune_lm, merge
 
 FINETUNE = {
     "--model_name_or_path": "pruned",
@@ -37,8 +38,9 @@ def made(tmp_path_factory, tiny_tokenizer) -> Path:
     """Return a folder with a pruned model, its adapter, texts, and a few wrong things."""
     folder = tmp_path_factory.mktemp("bad")
     model = tiny_llama()
-    for layer in models.prunable_layers(model):
-        layer.module.weight.data[:, ::2] = 0
+    for block in weights_of(model).visit(write=True):
+        for linear in block.linears.values():
+            linear.weight.data[:, ::2] = 0
     for name in ("pruned", "bare"):
         model.save_pretrained(folder / name)
     tiny_tokenizer.save_pretrained(folder / "pruned")
@@ -100,21 +102,22 @@ def status_and_line(program: str, text: str, capsys) -> tuple[int, str]:
 
 # What is typed -> what the line must say. All of this is known before the weights are loaded.
 BEFORE_LOADING = [
-    ("finetune", "--model_name_or_path no/such/folder", "--model_name_or_path no/such/folder: there is no such folder"),
+    ("finetune", "--model_name_or_path no/such/folder", "--model_name_or_path no/such/folder: folder not found"),
     ("finetune", "--model_name_or_path full", "--model_name_or_path full: the folder holds no config.json"),
     ("finetune", "--model_name_or_path adapter", "it holds a LoRA adapter"),
     ("finetune", "--model_name_or_path bare", "--config_name NAME"),
-    ("finetune", "--model_name_or_path bare --config_name ./nowhere", "--config_name ./nowhere: there is no such"),
+    ("finetune", "--model_name_or_path bare --config_name ./nowhere", "--config_name ./nowhere: folder not found"),
     ("finetune", "--model_name_or_path -", "required: --model_name_or_path"),
-    ("finetune", "--train_file no.txt", "--train_file no.txt: there is no such file"),
+    ("finetune", "--train_file no.txt", "--train_file no.txt: file not found"),
     ("finetune", "--train_file -", "give --dataset_name, one of c4, wikitext2, wiki_leads, or --train_file"),
     ("finetune", "--train_file - --dataset_name wiki_lead", "Did you mean 'wiki_leads'"),
     ("finetune", "--train_file empty.txt", "--train_file empty.txt: the file is empty"),
-    ("finetune", "--train_file blank.txt", "too short, it has"),
-    ("finetune", "--validation_file short.txt", "lower --block_size"),
+    ("finetune", "--train_file blank.txt", "--train_file blank.txt: too short, it has"),
+    ("finetune", "--validation_file short.txt", "--validation_file short.txt: too short, it has"),
     ("finetune", "--block_size 129", "--block_size 129: is more than the model's context; give at most 128"),
     ("finetune", "--block_size 1", "--block_size 1: must be at least 2"),
-    ("finetune", "--block_size x", "--block_size/--block-size: invalid int value: 'x'"),
+    ("finetune", "--block_size x", "--block_size: invalid int value: 'x'"),
+    ("finetune", "--block-size 129", "--block_size 129: is more than"),
     ("finetune", "--blok_size 32", "unrecognized arguments: --blok_size 32. Did you mean '--block_size'"),
     ("finetune", "--batch_size 0", "--batch_size 0"),
     ("finetune", "--batch_size 3 --per_device_train_batch_size 2", "give a multiple of 2"),
@@ -126,26 +129,28 @@ BEFORE_LOADING = [
     ("finetune", "--dtype half", "--dtype half"),
     ("finetune", "--do_train - --do_eval -", "add --do_train, --do_eval or both"),
     ("finetune", "--do_predict True", "--do_predict"),
-    ("finetune", "--output_dir -", "--output_dir is missing"),
+    ("finetune", "--output_dir -", "required: --output_dir"),
     ("finetune", "--output_dir file/x", "--output_dir file/x: cannot be written"),
     ("finetune", "--output_dir full", "add --overwrite_output_dir"),
-    ("finetune", "--output_dir full --resume_from_checkpoint", "full holds no checkpoint"),
+    ("finetune", "--output_dir full --resume_from_checkpoint", "--output_dir full: the folder holds no checkpoint"),
     ("finetune", "--output_dir full --resume_from_checkpoint full", "full: is no checkpoint"),
     ("finetune", "--output_dir adapter --resume_from_checkpoint --do_train -", "add --do_train"),
     ("finetune", "--output_dir adapter --resume_from_checkpoint --lora_r 4", "--lora_r 4: the run of adapter/check"),
     ("finetune", "--output_dir adapter --resume_from_checkpoint --lora_target_modules o_proj", "with q_proj,v_proj"),
-    ("finetune", "--logging_steps 0", "--logging_steps"),
+    ("finetune", "--logging_steps 0", "--logging_steps 0.0: must be above 0"),
+    ("finetune", "--learning_rate nan", "--learning_rate nan: must be above 0"),
+    ("finetune", "--grad_checkpointing True", "Did you mean '--gradient_checkpointing'"),
     ("finetune", "--fp16 True --bf16 True --use_cpu True", "fp16 and bf16"),
-    ("evaluate", "--model nowhere/", "--model nowhere/: there is no such folder"),
-    ("evaluate", "--lora_weights nowhere", "--lora_weights nowhere: there is no such folder"),
+    ("evaluate", "--model nowhere/", "--model nowhere/: folder not found"),
+    ("evaluate", "--lora_weights nowhere", "--lora_weights nowhere: folder not found"),
     ("evaluate", "--lora_weights pruned", "holds no adapter_config.json; it holds a model, not an adapter"),
     ("evaluate", "--lora_weights prefix", "PREFIX_TUNING"),
     ("evaluate", "--model narrow", "does not fit narrow, model.layers.0.self_attn.q_proj has 16 columns"),
     ("evaluate", "--dataset empty.txt", "--dataset empty.txt: the file is empty"),
-    ("evaluate", "--dataset short.txt", "lower --ctx_length"),
+    ("evaluate", "--dataset short.txt", "--dataset short.txt: too short, it has"),
     ("evaluate", "--ctx_length 129", "give at most 128"),
     ("evaluate", "--eval_windows 0", "--eval_windows 0"),
-    ("evaluate", "--tasks boolq", "--tasks boolq without --eval_zero_shot"),
+    ("evaluate", "--tasks boolq", "--tasks without --eval_zero_shot does nothing; add --eval_zero_shot"),
     ("evaluate", "--eval_zero_shot --tasks winogrand", "Did you mean 'winogrande'"),
     ("evaluate", "--result_dir file/x", "--result_dir file/x: cannot be written"),
     ("merge", "--out full", "--out full: is not empty"),
@@ -180,17 +185,51 @@ def test_adapter_that_lacks_weights(place, capsys):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("program", ["evaluate", "merge"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapter_of_weights_that_were_fine_tuned(program, dtype, place, capsys):
+    # One matrix changed by a rank-8 update of 2 % of its norm, where it is not pruned; saved as it is, or rounded.
+    model = AutoModelForCausalLM.from_pretrained("pruned")
+    weight = model.model.layers[1].mlp.up_proj.weight.data
+    draw = torch.Generator().manual_seed(3)
+    update = torch.randn(weight.shape[0], 8, generator=draw) @ torch.randn(8, weight.shape[1], generator=draw)
+    update[weight == 0] = 0
+    weight += update * (0.02 * weight.norm() / update.norm())
+    shutil.copytree("pruned", "tuned")
+    model.to(getattr(torch, dtype)).save_pretrained("tuned")
+    status, line = status_and_line(program, "--model tuned", capsys)
+    assert status == 2 and "on other weights than those of --model tuned" in line.splitlines()[-1]
+    assert "(see model.layers.1.mlp.up_proj)" in line and not Path("out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_adapter_of_weights_that_were_rounded(dtype, place, caplog, capsys):
+    shutil.copytree("pruned", "half")
+    AutoModelForCausalLM.from_pretrained("pruned", dtype=getattr(torch, dtype)).save_pretrained("half")
+    assert status_and_line("evaluate", "--model half", capsys)[0] == 0
+    assert "cannot be checked" not in caplog.text
+
+
 def test_adapter_that_does_not_say_what_it_belongs_to(place, caplog, capsys):
     Path("adapter/base_model.json").unlink()
     assert status_and_line("evaluate", "", capsys)[0] == 0
-    assert "cannot be checked" in caplog.text
+    assert "adapter: has no base_model.json: whether it was trained on pruned cannot be checked" in caplog.text
+
+
+@pytest.mark.parametrize("program", ["evaluate", "merge"])
+def test_adapter_of_an_older_version_is_accepted_with_one_line(program, place, caplog, capsys):
+    about = json.loads(Path("adapter/base_model.json").read_text())
+    layers = about.pop("fingerprints")
+    Path("adapter/base_model.json").write_text(json.dumps(about | {"mean_abs": dict.fromkeys(layers, 0.05)}))
+    assert status_and_line(program, "", capsys)[0] == 0
+    assert caplog.text.count("cannot be checked") == 1 and "an older version's, without fingerprints" in caplog.text
 
 
 def test_dense_model_is_warned_of(place, caplog, capsys):
     assert status_and_line("finetune", "", capsys)[0] == 0
     assert "dense" not in caplog.text
     assert status_and_line("finetune", "--model_name_or_path dense --output_dir out2", capsys)[0] == 0
-    assert "--model dense: is dense, not pruned: its sparsity is 0.0000" in caplog.text
+    assert "the model dense is dense, not pruned: its sparsity is 0.0000" in caplog.text
 
 
 def test_text_that_is_both_trained_and_evaluated_on_is_warned_of(place, caplog, capsys):
@@ -200,9 +239,100 @@ def test_text_that_is_both_trained_and_evaluated_on_is_warned_of(place, caplog, 
 
 
 def test_learning_rate_that_ruins_the_adapter(place, capsys):
+    # Whether the loss is no longer a number, or is that of equal chances since a norm of infinity divides all by
+    # itself to zero, depends on the order of the processor's sums. Neither may pass for an adapter.
     status, line = status_and_line("finetune", "--learning_rate 1e30 --warmup_steps 0 --max_train_samples 8", capsys)
-    assert status == 2 and "the training loss is nan at step" in line.splitlines()[-1]
+    last = line.splitlines()[-1]
+    assert status == 2 and "lower --learning_rate" in last and (" at step " in last or "is ruined after step" in last)
     assert not list(Path("out").glob("adapter*"))
+    assert "--resume_from_checkpoint" not in line  # nothing is left to resume
+
+
+def trained_then(change, monkeypatch) -> None:
+    """Let ``change`` spoil the Trainer's model after training has ended well."""
+    train = Trainer.train
+
+    def spoils(self, *args, **kwargs):
+        result = train(self, *args, **kwargs)
+        change(self)
+        return result
+
+    monkeypatch.setattr(Trainer, "train", spoils)
+
+
+def scale_b(trainer, factor: float) -> None:
+    for name, weight in trainer.model.named_parameters():
+        if "layers.1.self_attn.v_proj.lora_B" in name:
+            assert weight.abs().max() > 0
+            weight.data *= factor
+
+
+@pytest.mark.parametrize(
+    ("factor", "says"),
+    [
+        (1e30, "model.layers.1.self_attn.v_proj is"),  # finite: the step's loss cannot tell
+        (float("nan"), "weights for model.layers.1.self_attn.v_proj are not finite"),
+        (float("inf"), "weights for model.layers.1.self_attn.v_proj are not finite"),
+    ],
+)
+def test_adapter_that_is_ruined_is_not_saved(factor, says, place, capsys, monkeypatch):
+    trained_then(lambda trainer: scale_b(trainer, factor), monkeypatch)
+    status, line = status_and_line("finetune", "", capsys)
+    assert status == 2 and says in line.splitlines()[-1] and "lower --learning_rate" in line.splitlines()[-1]
+    assert not list(Path("out").glob("adapter*"))
+
+
+def test_large_update_is_not_taken_for_a_ruin(place, capsys, monkeypatch):
+    trained_then(lambda trainer: scale_b(trainer, 1000), monkeypatch)
+    assert status_and_line("finetune", "", capsys)[0] == 0
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.5, 0), (10, 2)])
+def test_loss_far_above_that_of_equal_chances(factor, status, place, capsys, monkeypatch):
+    # The second of two steps has its loss multiplied. Its true value is close to the first step's, which is that of a
+    # random model of 300 tokens: between ln(300) = 5.7 and twice that.
+    calls, loss = [], Trainer.compute_loss
+
+    def spoils(self, model, *args, **kwargs):
+        calls.append(1)
+        return loss(self, model, *args, **kwargs) * (factor if len(calls) > 2 else 1)  # two blocks to a step
+
+    monkeypatch.setattr(Trainer, "compute_loss", spoils)
+    found, line = status_and_line("finetune", "--do_eval -", capsys)
+    assert found == status and len(calls) == 4, line
+    assert ("for equal chances" in line and "5.704" in line) == bool(status)
+    assert len(list(Path("out").glob("adapter*"))) == (0 if status else 2)
+
+
+def test_norm_of_an_update():
+    # W + 2 BA written out, for numbers that a pencil can check: B A = [[3, 4], [0, 0]], its norm 5, times 16 / 8.
+    from peft import LoraConfig, get_peft_model
+
+    class Tiny(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2, bias=False)
+
+    model = get_peft_model(Tiny(), LoraConfig(r=8, lora_alpha=16, target_modules=["layer"]))
+    (layer,) = common.lora_layers(model).values()
+    a, b = torch.zeros(8, 2), torch.zeros(2, 8)
+    a[0], b[0, 0] = torch.tensor([3.0, 4.0]), 1.0
+    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a, b
+    assert finetune_lm.update_norm(layer) == 10
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(8, 2, generator=draw), torch.randn(2, 8, generator=draw)
+    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a, b
+    by_hand = (2 * b.double() @ a.double()).norm().item()
+    assert finetune_lm.update_norm(layer) == pytest.approx(by_hand, rel=1e-12)  # float64, sixteen terms to a sum
+
+
+def test_interrupted_training_says_how_it_resumes(place, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted)
+    status, line = status_and_line("finetune", "", capsys)
+    assert status == 130 and "the same command with --resume_from_checkpoint resumes" in line.splitlines()[-1]
 
 
 def test_memory_that_does_not_suffice(place, capsys, monkeypatch):
@@ -223,6 +353,56 @@ def test_merged_model_that_cannot_be_written(place, capsys, monkeypatch):
     status, line = status_and_line("merge", "", capsys)
     assert status == 2 and "No space left" in line.splitlines()[-1]
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(torch.OutOfMemoryError("CUDA out of memory."), 2), (KeyboardInterrupt(), 130)], ids=str
+)
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_merged_model_outlives_a_failed_evaluation(call, error, status, place, caplog, capsys, monkeypatch):
+    assert status_and_line("merge", "--out whole", capsys)[0] == 0
+    calls, perplexity = [], evaluation.perplexity
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return perplexity(*args)
+
+    monkeypatch.setattr(evaluation, "perplexity", fails)
+    found, line = status_and_line("merge", "", capsys)
+    assert found == status
+    said = line + caplog.text
+    assert "the merged model is saved in out" in said
+    assert "python lora_ft/evaluate_ppl.py --model out --dataset other.txt --ctx_length 32" in said
+    assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    about, whole = (json.loads(Path(out, "merge.json").read_text()) for out in ("out", "whole"))
+    assert whole["complete"] is True and about["complete"] is False
+    had = [row["perplexity"] is not None for row in about["rows"]]
+    assert sum(had) == call - 1
+    by_state = {row["state"]: row for row in whole["rows"]}
+    for row in about["rows"]:
+        expected = by_state[row["state"]]
+        assert row == (expected if row["perplexity"] is not None else expected | {"perplexity": None})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_merged_model_keeps_the_dtype_and_the_zeros(dtype, place, capsys):
+    AutoModelForCausalLM.from_pretrained("pruned", dtype=getattr(torch, dtype)).save_pretrained("pruned")
+    before = load_file("pruned/model.safetensors")
+    assert status_and_line("merge", "", capsys)[0] == 0
+    after = load_file("out/model.safetensors")
+    assert before.keys() == after.keys() and {w.dtype for w in after.values()} == {getattr(torch, dtype)}
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
+    assert all((after[name][before[name] == 0] == 0).all() for name in after)
+    # What was measured is what was saved: the same folder gives the same perplexity.
+    merged = json.loads(Path("out/merge.json").read_text())["rows"][-1]
+    assert status_and_line("evaluate", "--model out --lora_weights - --result_dir res", capsys)[0] == 0
+    found = json.loads(Path("res/perplexity.json").read_text())
+    assert (found["perplexity"], found["sparsity"]) == (merged["perplexity"], merged["sparsity"])
+    assert status_and_line("merge", "--dtype float32 --out plain", capsys)[0] == 0
+    assert {w.dtype for w in load_file("plain/model.safetensors").values()} == {torch.float32}
 
 
 def test_base_weights_are_never_written_to(place, capsys):
