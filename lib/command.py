@@ -28,7 +28,7 @@ def flag(default: Any, help: str, **about) -> Any:
         about: ``metavar``; ``choices`` (a sequence of names); ``least``, ``above``, ``most``, ``below`` (its range);
             ``needs`` (the field without which it does nothing); ``only`` (the allocation that it is for);
             ``prunes`` (it does nothing unless something is pruned); ``convert`` (from text, where the type is not
-            enough); ``nargs``; ``positional``.
+            enough); ``valued`` (a switch that also takes true or false); ``nargs``; ``positional``; ``aliases``.
     """
     return field(default=default, metadata={"help": help, **about})
 
@@ -50,6 +50,11 @@ class Flags:
     def spelling(cls, name: str) -> str:
         """Return the flag of the field ``name`` without its dashes."""
         return cls._spelled.get(name, name)
+
+    @classmethod
+    def respelled(cls, text: str) -> str:
+        """Return ``text`` with every field that it names as ``--field`` in its flag's spelling."""
+        return re.sub(r"--(\w+)", lambda found: f"--{cls.spelling(found[1])}", text)
 
     @classmethod
     def declared(cls) -> Iterator[tuple[str, Field, Any]]:
@@ -81,6 +86,10 @@ Settings = TypeVar("Settings", bound=Flags)
 # ----------------------------------------------------------------------------------------------------------- parsing
 
 
+class Misspelled(UserError):
+    """A command line that the parser does not understand; it is quoted as it was typed."""
+
+
 class Parser(argparse.ArgumentParser):
     """Parser whose errors are UserErrors."""
 
@@ -88,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
         if unknown:
             message += "." + did_you_mean(unknown[1].split("=")[0], self._option_string_actions)
-        raise UserError(None, f"{message} (--help lists the flags)")
+        raise Misspelled(None, f"{message} (--help lists the flags)")
 
 
 def true_or_false(text: str) -> bool:
@@ -116,15 +125,15 @@ def make_parser(settings: type[Flags], prog: str, description: str, epilog: str 
     for title, item, kind in settings.declared():
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add(groups[title], settings.spelling(item.name), item, kind)
+        _add(groups[title], settings, item, kind)
     for name in settings._ignored:
         parser.add_argument(f"--{name}", nargs="*", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
-def _add(group, spelling: str, item: Field, kind: Any) -> None:
+def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
     about = item.metadata
-    text = about["help"]
+    text = settings.respelled(about["help"])
     choices = f"{{{', '.join(name or repr(name) for name in about['choices'])}}}" if about.get("choices") else ""
     text = text.replace("{choices}", choices) if "{choices}" in text else f"{text} {choices}".rstrip()
     if not any(item.default is none for none in (None, False, MISSING)):
@@ -134,14 +143,14 @@ def _add(group, spelling: str, item: Field, kind: Any) -> None:
         group.add_argument(item.name, metavar=about.get("metavar"), nargs=about.get("nargs"), **options)
         return
     options |= {"dest": item.name, "required": item.default is MISSING}
-    if kind is bool and item.default is False:
+    if kind is bool and item.default is False and not about.get("valued"):
         options["action"] = "store_true"
     elif kind is bool:
         options |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "{true,false}"}
     else:
         plain = next((t for t in (int, float) if str(t.__name__) in str(kind)), str)
         options |= {"type": about.get("convert", plain), "metavar": about.get("metavar"), "nargs": about.get("nargs")}
-    names = [f"--{name}" for name in (spelling, *about.get("aliases", ()))]
+    names = [f"--{name}" for name in (settings.spelling(item.name), *about.get("aliases", ()))]
     group.add_argument(*names, **options)
 
 
@@ -238,7 +247,7 @@ def command(
             raise UserError(None, f"{os.environ['WORLD_SIZE']} processes were started (WORLD_SIZE): {prog} {text}")
         status = run(parsed)
     except UserError as error:
-        text = error.text if error.field is None else f"--{settings.spelling(error.field)} {error.text}"
+        text = str(error) if isinstance(error, Misspelled) else settings.respelled(str(error))
         print(f"{prog}: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from lib import UserError, allocation, calibration, data, esd, evaluation, files, metrics, models, plans, scores, search
 from lib.allocation import SparsityPlan
 from lib.blocks import Weights, weights_of
+from lib.command import Flags
 from lib.layers import Layer, prunable_layers
 from lib.record import read_run
-from lib.settings import Experiment, Task, ZeroShot
+from lib.settings import Experiment, Output, Task, ZeroShot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +110,7 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     return Prepared(source, skeleton, layers, dtypes, tokenizer, seqlen, windows, tasks, reserve)
 
 
-def warn_of_replacement(settings: Experiment, task: Task) -> None:
+def warn_of_replacement(settings: Output, task: Task) -> None:
     """Warn of what will be replaced: published names hold neither the seed nor N:M nor epsilon."""
     earlier = read_run(Path(settings.save), task.run)
     if earlier and earlier.get("flags") != json.loads(json.dumps(settings.flags())):
@@ -118,7 +119,7 @@ def warn_of_replacement(settings: Experiment, task: Task) -> None:
         log.warning("%s already exists and will be replaced", model_folder(settings, task))
 
 
-def model_folder(settings: Experiment, task: Task) -> Path:
+def model_folder(settings: Output, task: Task) -> Path:
     """Return where the pruned model is saved."""
     return Path(settings.save_model) / task.folder
 
@@ -244,7 +245,7 @@ def enter_blocks(weights: Weights, windows: Tensor) -> calibration.BlockInputs:
 
 
 def make_plan(
-    settings: Experiment,
+    settings: Flags,
     task: Task,
     layers: tuple[Layer, ...],
     values: Mapping[str, float] | None,

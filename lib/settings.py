@@ -46,7 +46,7 @@ class Texts(Flags):
 
 
 @dataclass(kw_only=True)
-class Pruning(Flags):
+class Method(Flags):
     _title: ClassVar[str] = "pruning"
 
     prune_method: str | None = flag(
@@ -56,6 +56,12 @@ class Pruning(Flags):
         metavar="METHOD",
     )
     sparsity_ratio: float = flag(0.0, "fraction of the weights to remove, in [0, 1)", least=0, below=1, metavar="S")
+
+
+@dataclass(kw_only=True)
+class Pruning(Flags):
+    _title: ClassVar[str] = "pruning"
+
     sparsity_type: str = flag("unstructured", "unstructured, or N:M (2:4, 4:8 ...): keep N of M", metavar="TYPE")
     use_variant: bool = flag(False, "Wanda's variant: one share of each row's score instead of a count", prunes=True)
 
@@ -214,7 +220,7 @@ class Task(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Experiment(Model, Texts, Pruning, Metric, Spectra, Widths, Plans, Evaluation, ZeroShot, Output):
+class Experiment(Model, Texts, Method, Pruning, Metric, Spectra, Widths, Plans, Evaluation, ZeroShot, Output):
     """The flags of main.py."""
 
     def check(self) -> None:
