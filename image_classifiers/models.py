@@ -108,8 +108,8 @@ def load(source: Source, resume: str | None, size: int, classes: int | None) -> 
         return model.eval()
     about = _create(source, {}, "meta").pretrained_cfg
     if classes not in (None, about["num_classes"]):  # timm would leave a random classifier there
-        text = f"timm's weights of {source.given} know {about['num_classes']}; give fine-tuned weights with --resume"
-        raise UserError("nb_classes", f"{classes}: {text}")
+        text = f"timm's weights of {source.given} are for {about['num_classes']} classes"
+        raise UserError("nb_classes", f"{classes}: {text}; give fine-tuned weights with --resume")
     log.info("looking up timm's weights of %s in its cache and on the Hugging Face hub", source.given)
     try:
         return _create(source, options, "cpu", pretrained=True).eval()
