@@ -1,17 +1,18 @@
-"""Images become batches of tensors."""
+"""Images: where they come from, how they become tensors, and their batches."""
+
+from __future__ import annotations
 
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from lib import UserError, first_line
+from lib.lazy import numpy, torch
 
-from lib import UserError
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +38,25 @@ class Images(NamedTuple):
 
 def imnet(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
     """ImageNet's layout: a folder per class in DATA_PATH/train and DATA_PATH/val."""
-    return _folder("--data_path", data_path, "train" if train else "val")
+    return _folder("data_path", data_path, "train" if train else "val")
 
 
 def image_folder(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
     """A folder per class in DATA_PATH (calibration) and in EVAL_DATA_PATH (test)."""
-    return _folder("--data_path", data_path) if train else _folder("--eval_data_path", eval_data_path)
+    return _folder("data_path", data_path) if train else _folder("eval_data_path", eval_data_path)
 
 
 def cifar(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
-    """CIFAR-100, fetched to DATA_PATH if it is not there."""
+    """CIFAR-100 in DATA_PATH, downloaded if it is missing."""
     from torchvision.datasets import CIFAR100
 
     if data_path is None:
-        raise UserError("--data_set CIFAR: add --data_path, the folder that holds CIFAR-100 or is to hold it")
+        raise UserError("data_set", "CIFAR: add --data_path, the folder that holds CIFAR-100 or is to hold it")
     try:
         items = CIFAR100(data_path, train=train, download=True)
     except Exception as error:  # the network's errors, a full disk, a damaged archive
-        raise UserError(f"--data_path {data_path}: CIFAR-100 cannot be read or fetched ({error})") from error
+        text = f"{data_path}: CIFAR-100 cannot be read or downloaded ({first_line(error)})"
+        raise UserError("data_path", text) from error
     return Images(items, items.classes)
 
 
@@ -66,11 +68,11 @@ def digits(data_path: str | None, eval_data_path: str | None, train: bool) -> Im
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise UserError("--data_set digits: needs scikit-learn; type: pip install scikit-learn") from error
+        raise UserError("data_set", "digits: needs scikit-learn; run: pip install scikit-learn") from error
     found = load_digits()
     split = train_test_split(found.images, found.target, test_size=DIGITS_TEST, stratify=found.target, random_state=0)
     pixels, labels = (split[0], split[2]) if train else (split[1], split[3])
-    grey = (pixels * (255 / 16)).round().astype(np.uint8)
+    grey = (pixels * (255 / 16)).round().astype(numpy.uint8)
     items = [(Image.fromarray(image).convert("RGB"), int(label)) for image, label in zip(grey, labels, strict=True)]
     return Images(items, [str(digit) for digit in range(10)])
 
@@ -82,20 +84,22 @@ DATASETS: dict[str, Callable[[str | None, str | None, bool], Images]] = {
     "image_folder": image_folder,
     "digits": digits,
 }
+FROM_DATA_PATH, FROM_EVAL_DATA_PATH = ("IMNET", "CIFAR", "image_folder"), ("image_folder",)  # who reads these folders
 
 
-def _folder(flag: str, given: str | None, inner: str = "") -> Images:
+def _folder(field: str, given: str | None, inner: str = "") -> Images:
     from torchvision.datasets import ImageFolder
 
     if given is None:
-        raise UserError(f"{flag} is missing: the folder of the images (--data_set says which kind)")
+        raise UserError(field, "is missing; give the folder of the images (--data_set tells their layout)")
     path = Path(given).expanduser() / inner
     if not path.is_dir():
-        raise UserError(f"{flag} {given}: there is no folder {path}; it should hold a folder of images per class")
+        raise UserError(field, f"{given}: folder {path} not found; it should hold a folder of images per class")
     try:
         found = ImageFolder(str(path))
     except (OSError, ValueError) as error:  # no folder inside, or one without images
-        raise UserError(f"{flag} {given}: {path} should hold a folder of images per class ({error})") from error
+        text = f"{given}: {path} should hold a folder of images per class ({first_line(error)})"
+        raise UserError(field, text) from error
     return Images(found, found.classes, [sample[0] for sample in found.samples])
 
 
@@ -139,19 +143,19 @@ def draw(images: Images, count: int, seed: int, replacement: bool) -> list[int]:
     """Return ``count`` random indices of ``images``.
 
     Raises:
-        UserError: without replacement there are not as many.
+        UserError: without replacement, and there are fewer images than that.
     """
     have = len(images.items)
     generator = torch.Generator().manual_seed(seed)
     if replacement:
         return torch.randint(have, (count,), generator=generator).tolist()
     if count > have:
-        raise UserError(f"--nsamples {count}: there are {have} training images; lower it")
+        raise UserError("nsamples", f"{count}: there are only {have} training images; lower it")
     return torch.randperm(have, generator=generator)[:count].tolist()
 
 
-class Prepared(Dataset):
-    """The images at ``indices`` as tensors, with their labels; one that cannot be read is what is wrong with it.
+class Prepared:
+    """Images at ``indices`` as tensors, with their labels; in place of one that cannot be read, what is wrong with it.
 
     With a ``seed``, each is transformed with its own random state, so that neither the batch size nor the number of
     workers matters.
@@ -167,14 +171,14 @@ class Prepared(Dataset):
         if self.seed is not None:
             state = (self.seed * 1_000_003 + i) % 2**32
             random.seed(state)
-            np.random.seed(state)
+            numpy.random.seed(state)
             torch.manual_seed(state)
         try:
             image, label = self.images.items[self.indices[i]]
             return self.transform(image), label
         except (OSError, SyntaxError, ValueError) as error:  # PIL's, of what is no image or is cut off
             path = self.images.paths[self.indices[i]] if self.images.paths else f"image {self.indices[i]}"
-            return f"{path}: cannot be read as an image ({str(error).splitlines()[0]}); mend or remove it"
+            return f"{path}: cannot be read as an image ({str(error).splitlines()[0]}); replace or remove it"
 
 
 def batches(prepared: Prepared, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -184,9 +188,12 @@ def batches(prepared: Prepared, batch_size: int, workers: int) -> Iterator[tuple
         UserError: an image cannot be read; names it.
     """
     generator = torch.Generator().manual_seed(0)  # workers get their seeds from it, not from the global one
-    for batch in DataLoader(prepared, batch_size, num_workers=workers, collate_fn=_collate, generator=generator):
+    loader = torch.utils.data.DataLoader(
+        prepared, batch_size, num_workers=workers, collate_fn=_collate, generator=generator
+    )
+    for batch in loader:
         if isinstance(batch, str):
-            raise UserError(batch)
+            raise UserError(None, batch)
         yield batch
 
 

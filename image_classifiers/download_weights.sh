@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetch the weight files of the paper's five models from where their authors keep them, into image_classifiers/weights
-# or the folder that is given. A file that is there already is left alone.   use: download_weights.sh [FOLDER [NAME ...]]
+# or the folder that is given. Existing files are left alone.   use: download_weights.sh [FOLDER [NAME ...]]
 set -euo pipefail
 
 FOLDER="${1:-$(dirname "${BASH_SOURCE[0]}")/weights}"
@@ -18,22 +18,22 @@ vit_large_patch16_224 $TIMM/jx_vit_large_p16_224-4ee7a4dc.pth 4ee7a4dc
 "
 
 fail() { echo "download_weights.sh: error: $1" >&2; exit 2; }
-command -v curl >/dev/null || fail "curl is not there; install it"
+command -v curl >/dev/null || fail "curl not found; install it"
 known="$(awk 'NF {print $1}' <<<"$FILES")"
 for name in "$@"; do
-    grep -qx -- "$name" <<<"$known" || fail "$name: no such name; choose from: $(tr '\n' ' ' <<<"$known")"
+    grep -qx -- "$name" <<<"$known" || fail "$name: invalid name; choose from: $(tr '\n' ' ' <<<"$known")"
 done
 mkdir -p "$FOLDER" || fail "$FOLDER: cannot be written"
 while read -r name url sha; do
     [ -n "$name" ] || continue
     [ $# -eq 0 ] || [[ " $* " == *" $name "* ]] || continue
     file="$FOLDER/$name.pth"
-    if [ -f "$file" ]; then echo "$file is there"; continue; fi
+    if [ -f "$file" ]; then echo "$file already exists"; continue; fi
     echo "fetching $url"
     curl --fail --location --retry 3 --continue-at - --output "$file.part" "$url" || fail "$url: cannot be fetched"
     if [ "$sha" != - ] && [[ "$(sha256sum "$file.part")" != "$sha"* ]]; then
         rm "$file.part"
-        fail "$url: what came is not the file that was published; try again"
+        fail "$url: the download is not the published file; try again"
     fi
     mv "$file.part" "$file"
 done <<<"$FILES"

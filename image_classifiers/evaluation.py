@@ -1,11 +1,16 @@
-"""How many of the test images are classified correctly."""
+"""Accuracy: the share of the test images that a model classifies correctly."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
+
+from lib.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Accuracy(NamedTuple):
@@ -16,13 +21,12 @@ class Accuracy(NamedTuple):
     images: int
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], use_amp: bool = False) -> Accuracy:
     """Return the accuracy of ``model`` over all ``batches`` of images and labels; ``use_amp``: in half precision."""
     device = next(model.parameters()).device
     first = five = count = 0
     for images, labels in tqdm(batches, desc="accuracy", unit="batch", disable=None):
-        with torch.autocast(device.type, enabled=use_amp):
+        with torch.no_grad(), torch.autocast(device.type, enabled=use_amp):
             logits = model(images.to(device))  # [batch, classes]
         likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = likeliest == labels.to(device)[:, None]

@@ -1,18 +1,23 @@
-"""A timm name, a folder or a weight file becomes an image classifier, and its blocks and layers are found."""
+"""Image classifiers: found by timm name, folder or weight file, and their blocks and layers by structure."""
+
+from __future__ import annotations
 
 import argparse
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from lib import UserError
-from lib.models import PrunableLayer
+from lib import UserError, first_line
+from lib.blocks import Weights
+from lib.files import new_folder
+from lib.layers import Layer
+from lib.lazy import torch
 from lib.registry import did_you_mean
-from lib.results import new_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +40,14 @@ class Source(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What of a classifier is pruned and measured.
+    """Weights of a classifier, both over one chain of modules: its blocks, and what downsamples between them.
 
-    ``blocks``: the chain that hidden states pass through, downsampling included; ``pruned``: linear layers and 1x1
-    convolutions inside the blocks; ``measured``: those and the depthwise convolutions, in the model's order.
+    ``pruned`` lends the linear layers and 1x1 convolutions inside the blocks; ``measured`` those and the depthwise
+    convolutions, in the model's order.
     """
 
-    blocks: nn.ModuleList
-    pruned: list[PrunableLayer]
-    measured: list[PrunableLayer]
+    pruned: Weights
+    measured: Weights
 
 
 # ---------------------------------------------------------------------------------------------------- finding
@@ -53,7 +57,7 @@ def locate(model: str) -> Source:
     """Return where ``model`` comes from: a name that timm knows, or a folder that ``--save_model`` wrote.
 
     Raises:
-        UserError: neither is there.
+        UserError: it is neither.
     """
     import timm
 
@@ -61,14 +65,13 @@ def locate(model: str) -> Source:
     if path.is_dir():
         absent = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
         if absent:
-            raise UserError(f"--model {model}: the folder holds no {absent[0]}; give one that --save_model wrote")
+            raise UserError("model", f"{model}: the folder holds no {absent[0]}; give one that --save_model wrote")
         return Source(model, f"local-dir:{path}", path)
     if not timm.is_model(model):
-        what = (
-            "is a file; give the model's name, and the file as --resume" if path.is_file() else "timm has no such model"
-        )
+        what = "is a file; give the model's name, and the file as --resume"
+        what = what if path.is_file() else "timm has no such model"
         hint = did_you_mean(model, timm.list_models())
-        raise UserError(f"--model {model}: {what}.{hint} Supported: {SUPPORTED}")
+        raise UserError("model", f"{model}: {what}.{hint} Supported: {SUPPORTED}")
     return Source(model, model, None)
 
 
@@ -81,14 +84,14 @@ def skeleton(source: Source, size: int | None, classes: int | None) -> tuple[nn.
     model = _create(source, {"num_classes": classes}, "meta")
     own = model.pretrained_cfg["input_size"][-1]
     if size and size != own and source.folder:
-        raise UserError(f"--input_size {size}: the model in {source.given} takes {own}")
+        raise UserError("input_size", f"{size}: the model in {source.given} takes {own}")
     if not model.num_classes:
-        raise UserError(f"--model {source.given}: has no classifier; add --nb_classes and --resume, or choose another")
+        raise UserError("model", f"{source.given}: has no classifier; add --nb_classes and --resume, or choose another")
     if source.folder and classes not in (None, _create(source, {}, "meta").num_classes):
-        raise UserError(f"--nb_classes {classes}: the model in {source.given} has another number; leave the flag out")
+        text = f"{classes}: the model in {source.given} has another number of classes; leave the flag out"
+        raise UserError("nb_classes", text)
     model = _create(source, _options(model, size, classes), "meta")
-    parts = find_parts(model, source.given)
-    _check_chain(model, parts.blocks, size or own, source.given)
+    _check_chain(model, find_parts(model, source.given).pruned.modules, size or own, source.given)
     return model, size or own
 
 
@@ -105,16 +108,14 @@ def load(source: Source, resume: str | None, size: int, classes: int | None) -> 
         return model.eval()
     about = _create(source, {}, "meta").pretrained_cfg
     if classes not in (None, about["num_classes"]):  # timm would leave a random classifier there
-        raise UserError(
-            f"--nb_classes {classes}: timm's weights of {source.given} know {about['num_classes']} classes; "
-            "give fine-tuned weights with --resume"
-        )
+        text = f"timm's weights of {source.given} are for {about['num_classes']} classes"
+        raise UserError("nb_classes", f"{classes}: {text}; give fine-tuned weights with --resume")
     log.info("looking up timm's weights of %s in its cache and on the Hugging Face hub", source.given)
     try:
         return _create(source, options, "cpu", pretrained=True).eval()
     except UserError as error:
         other = "give a weight file: --resume FILE (image_classifiers/download_weights.sh fetches the published ones)"
-        raise UserError(f"{error}; {other}") from error
+        raise UserError(error.field, f"{error.text}; {other}") from error
 
 
 def _create(source: Source, options: dict, device: str, pretrained: bool = False) -> nn.Module:
@@ -124,8 +125,8 @@ def _create(source: Source, options: dict, device: str, pretrained: bool = False
         with torch.device(device):
             return timm.create_model(source.name, pretrained=pretrained, **options).eval()
     except Exception as error:  # whatever a wrong tag, size or folder, or a hub out of reach leads to
-        what = "timm's weights cannot be loaded" if pretrained else "timm cannot make it"
-        raise UserError(f"--model {source.given}: {what} ({_first_line(error)})") from error
+        what = "timm's weights cannot be loaded" if pretrained else "timm cannot create it"
+        raise UserError("model", f"{source.given}: {what} ({first_line(error)})") from error
 
 
 def _options(model: nn.Module, size: int | None, classes: int | None) -> dict:
@@ -138,46 +139,59 @@ def _options(model: nn.Module, size: int | None, classes: int | None) -> dict:
 
 
 def find_parts(model: nn.Module, given: str | None = None) -> Parts:
-    """Return the blocks and layers of ``model``, found by their structure.
+    """Return the weights of ``model``, its blocks found by their structure.
 
     Either one list of transformer blocks, or stages of ConvNeXt blocks with what lies between them.
 
     Raises:
         UserError: the model is of another structure; it is named by ``given``.
     """
-    lists = {
-        name: kinds.pop()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Sequential | nn.ModuleList)
-        and len(kinds := set(map(_kind, module))) == 1
-        and None not in kinds
-    }
-    kinds = set(lists.values())
-    if kinds == {"transformer"} and len(lists) == 1:
-        (name,) = lists
-        chain = [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
-    elif kinds == {"convnext"} and len({name.split(".")[0] for name in lists}) == 1:
-        chain = _stages(model, next(iter(lists)).split(".")[0], lists)
-    else:
-        what = (
-            "its blocks are not all of one kind, in one chain" if lists else "it has no blocks of a kind that is known"
-        )
-        raise _refusal(model, given, what)
-    measured = [
-        PrunableLayer(f"{name}.{inner}", index, module)
-        for index, name in enumerate(chain)
-        if _kind(model.get_submodule(name))
-        for inner, module in _matrices(model.get_submodule(name)).items()
-    ]
-    inside = {layer.name for layer in measured}
+    chain = _chain(model, given)
+    measured = _weights(model, chain, lambda module: True)
+    inside = {layer.name for layer in measured.layers}
     for name in chain:  # what lies between blocks may hold one: the downsampling convolution
         between = [] if _kind(model.get_submodule(name)) else list(_matrices(model.get_submodule(name)))
         inside |= {f"{name}.{inner}" for inner in between if len(between) == 1}
     outside = [name for name in _matrices(model) if name not in inside]
     if len(outside) > MOST_OUTSIDE:
         raise _refusal(model, given, f"{len(outside)} matrices outside its blocks would stay dense ({outside[0]} ...)")
-    blocks = nn.ModuleList(model.get_submodule(name) for name in chain)
-    return Parts(blocks, [layer for layer in measured if _pointwise(layer.module)], measured)
+    return Parts(_weights(model, chain, _pointwise), measured)
+
+
+def _chain(model: nn.Module, given: str | None) -> list[str]:
+    """Return the names of the modules that hidden states pass through, in order."""
+    lists = {
+        name: kinds.pop()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Sequential | torch.nn.ModuleList)
+        and len(kinds := set(map(_kind, module))) == 1
+        and None not in kinds
+    }
+    kinds = set(lists.values())
+    if kinds == {"transformer"} and len(lists) == 1:
+        (name,) = lists
+        return [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
+    if kinds == {"convnext"} and len({name.split(".")[0] for name in lists}) == 1:
+        return _stages(model, next(iter(lists)).split(".")[0], lists)
+    what = "its blocks are not all of one kind, in one chain" if lists else "it has no blocks of a known kind"
+    raise _refusal(model, given, what)
+
+
+def _weights(model: nn.Module, chain: list[str], wanted: Callable[[nn.Module], bool]) -> Weights:
+    """Return the weights over the modules of ``chain`` whose layers are the ``wanted`` matrices of its blocks."""
+    modules = [model.get_submodule(name) for name in chain]
+    linears = [
+        {f"{name}.{inner}": matrix for inner, matrix in _matrices(module).items() if wanted(matrix)}
+        if _kind(module)
+        else {}
+        for name, module in zip(chain, modules, strict=True)
+    ]
+    layers = [
+        Layer(name, index, tuple(matrix.weight.shape))
+        for index, found in enumerate(linears)
+        for name, matrix in found.items()
+    ]
+    return Weights(model, modules, layers, linears)
 
 
 def _stages(model: nn.Module, root: str, lists: dict[str, str]) -> list[str]:
@@ -200,7 +214,7 @@ def _kind(block: nn.Module) -> str | None:
         return None  # position biases, say: they would stay dense
     linear = [m for m in matrices.values() if _pointwise(m)]
     other = [m for m in matrices.values() if not _pointwise(m)]
-    if not other and len(linear) >= 4 and all(isinstance(m, nn.Linear) for m in linear):
+    if not other and len(linear) >= 4 and all(isinstance(m, torch.nn.Linear) for m in linear):
         return "transformer"  # attention: two or more, MLP: two or more
     if len(other) == 1 and len(linear) == 2 and _depthwise(other[0]):
         width = other[0].out_channels
@@ -210,22 +224,22 @@ def _kind(block: nn.Module) -> str | None:
 
 
 def _matrices(module: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)}
+    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    return {name: inner for name, inner in module.named_modules() if isinstance(inner, kinds)}
 
 
 def _pointwise(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, torch.nn.Conv2d):
         plain = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1
         return plain and module.padding in (0, (0, 0), "same", "valid")
-    return isinstance(module, nn.Linear)
+    return isinstance(module, torch.nn.Linear)
 
 
 def _depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
+    return isinstance(module, torch.nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
 
 
-@torch.no_grad()
-def _check_chain(model: nn.Module, blocks: nn.ModuleList, size: int, given: str) -> None:
+def _check_chain(model: nn.Module, blocks: Sequence[nn.Module], size: int, given: str) -> None:
     """Refuse a model whose forward pass does not hand one tensor from block to block."""
     calls: list[tuple] = []
 
@@ -235,9 +249,11 @@ def _check_chain(model: nn.Module, blocks: nn.ModuleList, size: int, given: str)
     hooks = [block.register_forward_hook(note, with_kwargs=True) for block in blocks]
     try:
         device = next(model.parameters()).device
-        model(torch.zeros(1, 3, size, size, device=device))
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size, device=device))
     except Exception as error:  # too small for the downsampling, say
-        raise UserError(f"--input_size {size}: {given} cannot take such images ({_first_line(error)})") from error
+        text = f"{size}: {given} cannot take images of this size ({first_line(error)})"
+        raise UserError("input_size", text) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -252,7 +268,7 @@ def _check_chain(model: nn.Module, blocks: nn.ModuleList, size: int, given: str)
 
 def _refusal(model: nn.Module, given: str | None, reason: str) -> UserError:
     kind = type(model).__name__
-    return UserError(f"--model {given or kind}: {kind} is not supported, {reason}; supported: {SUPPORTED}")
+    return UserError("model", f"{given or kind}: {kind} is not supported, {reason}; supported: {SUPPORTED}")
 
 
 # ----------------------------------------------------------------------------------------------------- weights
@@ -271,24 +287,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         state = remap(dict(state), model) if remap else state
     except (KeyError, RuntimeError, ValueError, AttributeError):
-        pass  # keys of something else: they are listed below
+        pass  # keys of another model: they are listed below
+    shapes = {key: (list(state[key].shape), list(own[key].shape)) for key in own if key in state}
     wrong = {
-        "lacks": sorted(own.keys() - state.keys()),
-        "has, and the model has not": sorted(state.keys() - own.keys()),
-        "has of another shape": [
-            f"{key} {list(state[key].shape)} for {list(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ],
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [f"{key} {has} for {needs}" for key, (has, needs) in shapes.items() if has != needs],
     }
     if any(wrong.values()):
-        parts = [f"it {what} {len(keys)}: {_some(keys)}" for what, keys in wrong.items() if keys]
-        hint = (
-            "; --nb_classes says how many classes the model has"
-            if any("head" in s for s in wrong["has of another shape"])
-            else ""
-        )
-        raise UserError(f"{path}: its weights do not fit {type(model).__name__}; {'; '.join(parts)}{hint}")
+        parts = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in wrong.items() if keys]
+        head = any("head" in text for text in wrong["of another shape"])
+        hint = "; set the model's number of classes with --nb_classes" if head else ""
+        raise UserError(None, f"{path}: its weights do not fit {type(model).__name__}; {'; '.join(parts)}{hint}")
     model.load_state_dict(state)
 
 
@@ -297,22 +307,22 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise UserError(f"--resume {path}: there is no such file")
+        raise UserError("resume", f"{path}: file not found")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts keep their flags beside
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the readers raise on a damaged file, or on one that wants to run code
-        raise UserError(f"--resume {path}: cannot be read as weights ({_first_line(error)})") from error
+        raise UserError("resume", f"{path}: cannot be read as weights ({first_line(error)})") from error
     for key in ("model", "module", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             ema = [k for k in state if "ema" in k and k != key]
             log.info("%s: using its entry %r%s", path.name, key, f", not {ema[0]!r}" if ema else "")
             state = state[key]
             break
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"--resume {path}: holds no weights by name; give a state_dict, or one under `model`")
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError("resume", f"{path}: holds no weights by name; give a state_dict, or one under `model`")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -328,7 +338,7 @@ def _check_resampling(state: dict[str, Tensor], own: dict[str, Tensor], path: Pa
             continue
         shapes = f"{key} is {list(state[key].shape)} and the model's {list(own[key].shape)}"
         if key != "pos_embed" or state[key].shape[2] != own[key].shape[2]:
-            raise UserError(f"{path}: its weights do not fit; {shapes}")
+            raise UserError(None, f"{path}: its weights do not fit; {shapes}")
         log.warning("%s: %s; it is resampled, since the weights are for images of another size", path.name, shapes)
 
 
@@ -346,7 +356,3 @@ def save(model: nn.Module, size: int, target: Path) -> None:
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:_LISTED]) + (f" ... (and {len(keys) - _LISTED} more)" if len(keys) > _LISTED else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

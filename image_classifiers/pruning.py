@@ -1,18 +1,24 @@
 """Images become what enters the blocks, and a statistic becomes one threshold per matrix."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
+from lib.blocks import Weights
 from lib.calibration import BlockInputs
+from lib.lazy import torch
 from lib.pruners import PRUNERS, Pruner, magnitude
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def wanda_of_matrix(weight: Tensor, mean_squares: Tensor, ratio: float, nm: None = None) -> Tensor:
     """Zero everything <= the int(n * ratio)-th (from 0) of the sorted |W| * sqrt(s), one threshold for the matrix.
 
     Args:
+        weight: [out, in].
         mean_squares: s [in] float32, the mean over tokens of x^2.
     """
     kept = magnitude(weight.abs() * mean_squares.sqrt(), None, ratio, None) != 0
@@ -27,13 +33,11 @@ class _Caught(Exception):
     """Ends a forward pass once the first block's input is known."""
 
 
-@torch.no_grad()
-def block_inputs(
-    model: nn.Module, blocks: nn.ModuleList, batches: Iterable[tuple[Tensor, Tensor]], kept_on: str | None
-) -> BlockInputs:
-    """Return what enters the first of ``blocks`` for each of ``batches``; statistics will be means over tokens.
+def block_inputs(weights: Weights, batches: Iterable[tuple[Tensor, Tensor]], kept_on: str | None) -> BlockInputs:
+    """Return what enters the first block for each of ``batches``; statistics will be means over tokens.
 
     Args:
+        batches: of images [batch, 3, height, width] and labels, which are not read.
         kept_on: the device that holds the hidden states; None for the model's own.
     """
     hidden: list[Tensor] = []
@@ -42,14 +46,15 @@ def block_inputs(
         hidden.append(args[0].to(kept_on or args[0].device))
         raise _Caught
 
-    device = next(model.parameters()).device
-    handle = blocks[0].register_forward_pre_hook(catch)
+    device = next(weights.model.parameters()).device
+    handle = weights.modules[0].register_forward_pre_hook(catch)
     try:
         for images, _ in batches:
             try:
-                model(images.to(device))
+                with torch.no_grad():
+                    weights.model(images.to(device))
             except _Caught:
                 pass
     finally:
         handle.remove()
-    return BlockInputs(hidden, [((), {})] * len(blocks), samples=None)
+    return BlockInputs(hidden, [((), {})] * len(weights.modules), samples=None)

@@ -117,15 +117,18 @@ def make_parser(settings: type[Flags], prog: str, description: str, epilog: str 
     for title, item, kind in settings.declared():
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add(groups[title], settings.spelling(item.name), item, kind)
+        _add(groups[title], settings, item, kind)
     for name in settings._ignored:
         parser.add_argument(f"--{name}", nargs="*", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
-def _add(group, spelling: str, item: Field, kind: Any) -> None:
+def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
     about = item.metadata
     text = about["help"]
+    for name in re.findall(r"\{(\w+)\}", text):  # another flag, in its spelling
+        if name != "choices":
+            text = text.replace(f"{{{name}}}", f"--{settings.spelling(name)}")
     choices = f"{{{', '.join(name or repr(name) for name in about['choices'])}}}" if about.get("choices") else ""
     text = text.replace("{choices}", choices) if "{choices}" in text else f"{text} {choices}".rstrip()
     if not any(item.default is none for none in (None, False, MISSING)):
@@ -143,7 +146,7 @@ def _add(group, spelling: str, item: Field, kind: Any) -> None:
         plain = next((t for t in (int, float) if str(t.__name__) in str(kind)), str)
         options |= {"type": about.get("convert", plain), "metavar": about.get("metavar"), "nargs": about.get("nargs")}
         options["const"] = about.get("const")
-    names = [f"--{name}" for name in (spelling, *about.get("aliases", ()))]
+    names = [f"--{name}" for name in (settings.spelling(item.name), *about.get("aliases", ()))]
     group.add_argument(*names, **options)
 
 
@@ -245,8 +248,7 @@ def answer(
             raise UserError(None, f"{os.environ['WORLD_SIZE']} processes were started (WORLD_SIZE): {prog} {text}")
         status = work()
     except UserError as error:
-        text = error.text if error.field is None else f"--{settings.spelling(error.field)} {error.text}"
-        print(f"{prog}: error: {text}", file=sys.stderr)
+        print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", 0)) == 0:

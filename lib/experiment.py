@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from lib import UserError, allocation, calibration, data, esd, evaluation, files, metrics, models, plans, scores, search
 from lib.allocation import SparsityPlan
 from lib.blocks import Streamed, Weights, weights_of
+from lib.command import Flags
 from lib.journal import Identity, Journal, digest, partial_folder
 from lib.layers import Layer, prunable_layers
 from lib.lazy import torch
 from lib.record import provenance, read_run
-from lib.settings import Experiment, Task, ZeroShot
+from lib.settings import Experiment, Output, Task, ZeroShot
 from lib.stream import Checkpoint
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def _open_journal(settings: Experiment, task: Task) -> Journal | None:
     return Journal(model_folder(settings, task), settings.restart, unmeasured)
 
 
-def warn_of_replacement(settings: Experiment, task: Task) -> None:
+def warn_of_replacement(settings: Output, task: Task) -> None:
     """Warn of what will be replaced: published names hold neither the seed nor N:M nor epsilon."""
     earlier = read_run(Path(settings.save), task.run)
     if earlier and earlier.get("flags") != json.loads(json.dumps(settings.flags())):
@@ -157,7 +158,7 @@ def warn_of_replacement(settings: Experiment, task: Task) -> None:
         log.warning("%s already exists and will be replaced", model_folder(settings, task))
 
 
-def model_folder(settings: Experiment, task: Task) -> Path:
+def model_folder(settings: Output, task: Task) -> Path:
     """Return where the pruned model is saved."""
     return Path(settings.save_model) / task.folder
 
@@ -302,7 +303,7 @@ def _scores(wants: str, weights: Weights, target: float, multiple: float, _: Ten
 
 
 def make_plan(
-    settings: Experiment,
+    settings: Flags,
     task: Task,
     layers: tuple[Layer, ...],
     values: Mapping[str, float] | None,

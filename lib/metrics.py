@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
-from lib import UserError, fingerprint
+from lib import UserError, fingerprint, flag_name
 from lib.blocks import Block, Weights
 from lib.esd import METRICS, WEIGHTWATCHER, Farms, NoFit, spectrum
 from lib.layers import Layer
@@ -134,7 +134,7 @@ def _value(name: str, weight: Tensor, metric: str, settings: Settings, fell_back
             fell_back.append(name)
         return METRICS[metric](spec)
     except NoFit as error:
-        hint = "; choose another --ww_metric, or another allocation" if (weight == 0).all() else ""
+        hint = f"; choose another {flag_name('ww_metric')}, or another allocation" if (weight == 0).all() else ""
         raise UserError(None, f"{name}: {metric} cannot be computed, {error}{hint}") from error
     except torch.linalg.LinAlgError as error:
         text = f"{name}: its singular values do not converge ({str(error).splitlines()[0]}); try --esd_driver fast"
@@ -173,7 +173,7 @@ def _through_weightwatcher(metric: str, block: Block, seed: int) -> dict[str, fl
         value = found.get(names[name])
         if value is None or not numpy.isfinite(value) or value < 0:  # -1: its fit failed
             what = "weightwatcher skipped it" if value is None else f"weightwatcher gives {value}"
-            raise UserError(None, f"{name}: {metric} cannot be computed, {what}; choose another --ww_metric")
+            raise UserError(None, f"{name}: {metric} cannot be computed, {what}; choose another {flag_name('ww_metric')}")
     return {name: float(found[names[name]]) for name in block.linears}
 
 
@@ -237,7 +237,7 @@ def read_cache(
 
 
 def _fix(path: Path) -> str:
-    return f"give another --ww_metric_cache, or delete {path} to have it computed"
+    return f"give another {flag_name('ww_metric_cache')}, or delete {path} to have it computed"
 
 
 def _check_sidecar(about: dict, wanted: LayerMetrics, layers: Sequence[Layer], path: Path, fix: str) -> None:

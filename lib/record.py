@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,6 +45,7 @@ class Record:
         stages: seconds and peak memory of each stage, {stage: {"seconds", "peak_rss_mb", "peak_cuda_mb"}}.
         rows: the per-layer table, ``layers_<run>.tsv``.
         files: other files to write, {name: text}.
+        written: whether ``write`` has succeeded.
     """
 
     def __init__(self, folder: Path, run: str) -> None:
@@ -53,6 +54,7 @@ class Record:
         self.rows: list[LayerReport] = []
         self.files: dict[str, str] = {}
         self.content: dict = {"complete": False}
+        self.written = False
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -77,18 +79,24 @@ class Record:
             files[f"layers_{self.run}.tsv"] = layers_text(self.rows)
         files[f"run_{self.run}.json"] = run_text(self.whole())
         write_files(self.folder, files)
+        self.written = True
 
     def whole(self) -> dict:
         """Return the content with the stages so far."""
         return self.content | {"stages": self.stages}
 
     @contextmanager
-    def kept(self, resume: str) -> Iterator[None]:
-        """Tell, should what happens inside the with statement fail, what is on disk and how to ``resume``."""
+    def kept(self, resume: str | Callable[[], str]) -> Iterator[None]:
+        """Tell, should what happens inside the with statement fail, what is on disk and how to ``resume``.
+
+        Args:
+            resume: what to do then; a function if that depends on what was saved inside the with statement.
+        """
         try:
             yield
         except BaseException:
-            log.warning("figures so far: %s/*_%s.*; %s", self.folder, self.run, resume)
+            figures = f"figures so far: {self.folder}/*_{self.run}.*" if self.written else "no figures were written"
+            log.warning("%s; %s", figures, resume if isinstance(resume, str) else resume())
             raise
 
 

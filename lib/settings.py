@@ -47,16 +47,22 @@ class Texts(Flags):
 
 
 @dataclass(kw_only=True)
-class Pruning(Flags):
+class Method(Flags):
     _title: ClassVar[str] = "pruning"
 
     prune_method: str | None = flag(
         None,
         f"{{{', '.join(PRUNERS)}}}, each alone or with a suffix for how the sparsity is distributed over layers, "
-        f"{{{', '.join('_' + a for a in ALLOCATIONS if a)}}}; _ww: by --ww_metric",
+        f"{{{', '.join('_' + a for a in ALLOCATIONS if a)}}}; _ww: by {{ww_metric}}",
         metavar="METHOD",
     )
     sparsity_ratio: float = flag(0.0, "fraction of the weights to remove, in [0, 1)", least=0, below=1, metavar="S")
+
+
+@dataclass(kw_only=True)
+class Pruning(Flags):
+    _title: ClassVar[str] = "pruning"
+
     sparsity_type: str = flag("unstructured", "unstructured, or N:M (2:4, 4:8 ...): keep N of M", metavar="TYPE")
     use_variant: bool = flag(False, "Wanda's variant: one share of each row's score instead of a count", prunes=True)
 
@@ -132,7 +138,7 @@ class Plans(Flags):
 
     metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
     plan: str | None = flag(
-        None, "take the layers' ratios from a file that --save_plan wrote", prunes=True, metavar="FILE"
+        None, "take the layers' ratios from a file that {save_plan} wrote", prunes=True, metavar="FILE"
     )
     save_plan: str | None = flag(None, "write the layers' ratios, by name, as JSON", prunes=True, metavar="FILE")
     export_llmcompressor: str | None = flag(
@@ -146,14 +152,14 @@ class Evaluation(Flags):
 
     eval_data: str = flag("wikitext2", f"evaluation text: {TEXTS}", metavar="TEXT")
     eval_windows: int | None = flag(None, "windows to evaluate, a count (default: all)", least=1, metavar="N")
-    eval_wikitext: bool = flag(True, "measure the perplexity on --eval_data")
+    eval_wikitext: bool = flag(True, "measure the perplexity on {eval_data}")
 
 
 @dataclass(kw_only=True)
 class ZeroShot(Flags):
     _title: ClassVar[str] = "evaluation"
 
-    eval_zero_shot: bool = flag(False, "answer --tasks with lm-eval and measure the accuracy")
+    eval_zero_shot: bool = flag(False, "answer {tasks} with lm-eval and measure the accuracy")
     tasks: str = flag(
         ",".join(ZERO_SHOT_TASKS), "lm-eval's names of tasks or groups", needs="eval_zero_shot", metavar="A,B"
     )
@@ -193,7 +199,7 @@ class Scale(Flags):
     stream: str = flag(
         "auto",
         "read the weights block by block from disk: {choices}; auto: when they do not fit into the free memory of GPUs "
-        "and CPU. A streamed model is pruned into --save_model",
+        "and CPU. A streamed model is pruned into {save_model}",
         choices=("auto", "always", "never"),
         metavar="WHEN",
     )
@@ -205,7 +211,7 @@ class Scale(Flags):
         metavar="WHERE",
     )
     restart: bool = flag(
-        False, "begin again where --save_model holds an unfinished run, instead of resuming it", prunes=True
+        False, "begin again where {save_model} holds an unfinished run, instead of resuming it", prunes=True
     )
 
 
@@ -238,7 +244,9 @@ class Task(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Experiment(Model, Texts, Pruning, Metric, Spectra, Widths, Plans, Evaluation, ZeroShot, Output, Scale):
+class Experiment(
+    Model, Texts, Method, Pruning, Metric, Spectra, Widths, Plans, Evaluation, ZeroShot, Output, Scale
+):
     """The flags of main.py."""
 
     def check(self) -> None:
@@ -257,7 +265,7 @@ class Experiment(Model, Texts, Pruning, Metric, Spectra, Widths, Plans, Evaluati
 
     def identity(self) -> dict[str, object]:
         """Return the flags on which the pruned weights depend, in their spelling."""
-        groups = (Texts, Pruning, Metric, Spectra, Widths)
+        groups = (Texts, Method, Pruning, Metric, Spectra, Widths)
         names = [name for group in groups for name in group.__annotations__ if not name.startswith("_")]
         names = ["seed", "dtype", "plan", *(name for name in names if name not in ("ww_metric_cache", "metrics_only"))]
         return {self.spelling(name): getattr(self, name) for name in names}

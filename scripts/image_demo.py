@@ -1,19 +1,22 @@
 """Train two small classifiers of digits, prune them in all ways, print accuracies: what scripts/image_demo.sh runs."""
 
-import argparse
+from __future__ import annotations
+
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from rich.console import Console
-from rich.table import Table
-from torch import nn
 
 from image_classifiers import data, main, models
 from image_classifiers.evaluation import accuracy
-from lib import UserError, results
+from image_classifiers.settings import ImageExperiment
+from lib import UserError, files, tables
+from lib.command import Flags, command, flag, make_parser, parse
+from lib.lazy import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("magnitude", "magnitude_ww", "wanda", "wanda_ww")
@@ -29,6 +32,14 @@ SMALL = {
 }
 EPOCHS, BATCH, RATE, DECAY = 40, 32, 2e-3, 0.05
 LEAST = 95.0  # per cent of the test images
+
+
+@dataclass(kw_only=True)
+class Demo(Flags):
+    _title: ClassVar[str] = "demo"
+
+    epsilon: float = flag(0.2, "half width of the map from alpha to sparsity, in [0, 1]", least=0, most=1, metavar="E")
+    save: str = flag("results/image_demo", "where the figures are written", metavar="DIR")
 
 
 def train(name: str, folder: Path, seed: int = 0) -> float:
@@ -51,51 +62,51 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
     model.train()
     for epoch in range(EPOCHS):
         for batch in torch.randperm(len(labels))[: steps * BATCH].split(BATCH):
-            loss = nn.functional.cross_entropy(model(pixels[batch]), labels[batch])
+            loss = torch.nn.functional.cross_entropy(model(pixels[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
         if epoch % 10 == 9:
             print(f"  epoch {epoch + 1}/{EPOCHS}: loss {loss.item():.4f}", flush=True)
     found = accuracy(model.eval(), data.batches(test, 150, 0)).top1
     if found < LEAST:
-        raise UserError(
-            f"the {name} reached {found:.2f} % and {LEAST} % are wanted; raise EPOCHS in scripts/image_demo.py"
-        )
+        text = f"the {name} reached {found:.2f} % of at least {LEAST} % wanted; raise EPOCHS in scripts/image_demo.py"
+        raise UserError(None, text)
     models.save(model, SIZE, folder)
     return found
 
 
-def prune_all(folder: Path, epsilon: str, save: Path) -> tuple[dict, dict]:
+def prune_all(folder: Path, epsilon: float, save: Path) -> tuple[dict, dict]:
     """Return the record of the dense model, and those of the pruned ones by (method, sparsity)."""
-    setting = f"--model {folder} --data_set digits --nsamples 1024 --num_workers 0 --epsilon {epsilon}".split()
-    setting += ["--metric_cache", str(save / "metric_cache")]
-    quiet = Console(quiet=True)
-    parse = main.make_parser().parse_args
-    dense = main.run(parse([*setting, "--save_dir", str(save / "dense")]), quiet)
-    records = {}
-    for method in METHODS:
-        for sparsity in SPARSITIES:
-            where = ["--save_dir", str(save / method)]  # the published file names do not hold the method
-            args = parse([*setting, *where, "--prune_metric", method, "--sparsity", str(sparsity)])
-            records[method, sparsity] = main.run(args, quiet)
-    return dense, records
+    setting = ["--model", str(folder), "--data_set", "digits", "--num_workers", "0"]
+    pruning = ["--nsamples", "1024", "--epsilon", str(epsilon), "--metric_cache", str(save / "metric_cache")]
+
+    def run(name: str, *flags: str) -> dict:
+        where = ["--save_dir", str(save / name)]  # the published file names do not hold the method
+        settings = parse(ImageExperiment, [*setting, *where, *flags], main.PARSER)
+        return main.run(settings, Console(quiet=True))
+
+    records = {
+        (method, sparsity): run(method, *pruning, "--prune_metric", method, "--sparsity", str(sparsity))
+        for method in METHODS
+        for sparsity in SPARSITIES
+    }
+    return run("dense"), records
 
 
 def show(name: str, dense: dict, records: dict) -> None:
-    table = Table(title=f"{name}: top-1 % of {dense['accuracy']['images']} test images", title_justify="left")
-    table.add_column("method")
-    for sparsity in SPARSITIES:
-        table.add_column(f"{sparsity:.0%}", justify="right")
-    table.add_row("dense", *[f"{dense['accuracy']['top1']:.2f}"] * len(SPARSITIES))
+    """Print the accuracies of one model, a row per method."""
+    rows = [("dense", *[f"{dense['accuracy']['top1']:.2f}"] * len(SPARSITIES))]
     for method in METHODS:
-        table.add_row(method, *(f"{records[method, s]['accuracy']['top1']:.2f}" for s in SPARSITIES))
-    Console().print(table)
+        rows.append((method, *(f"{records[method, s]['accuracy']['top1']:.2f}" for s in SPARSITIES)))
+    title = f"{name}: top-1 % of {dense['accuracy']['images']} test images"
+    tables.show(Console(), title, ("method", *(f"{sparsity:.0%}" for sparsity in SPARSITIES)), rows)
 
 
 def plot(found: dict[str, tuple[dict, dict]], path: Path) -> None:
+    """Write the accuracies over the sparsity as a PNG, a panel per model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,33 +124,23 @@ def plot(found: dict[str, tuple[dict, dict]], path: Path) -> None:
     axes[0][0].set_ylabel("top-1 accuracy, %")
     axes[0][0].legend()
     figure.tight_layout()
-    results.save_figure(figure, path, dpi=120)
+    files.save_figure(figure, path, dpi=120)
 
 
-def demo(epsilon: str, save: Path) -> None:
-    found = {}
+def demo(settings: Demo) -> None:
+    """Train what is not trained yet, prune it in all ways, and print and plot the accuracies."""
+    save, found = Path(settings.save), {}
     for name in SMALL:
         folder = ROOT / "image_classifiers" / "weights" / f"digits-{name}"
         if not folder.is_dir():
             print(f"training a small {name}, once", flush=True)
             print(f"  test accuracy {train(name, folder):.2f} %", flush=True)
         print(f"pruning {folder.name}: {len(METHODS)} methods, {len(SPARSITIES)} sparsities", flush=True)
-        found[name] = prune_all(folder, epsilon, save / name)
+        found[name] = prune_all(folder, settings.epsilon, save / name)
         show(name, *found[name])
     plot(found, save / "accuracy.png")
     print(f"written: {save}/accuracy.png; the figures of every run: {save}/{{{','.join(SMALL)}}}/")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="image_demo.sh", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--epsilon", default="0.2", metavar="E", help="half width of the map (default: 0.2)")
-    parser.add_argument(
-        "--save", default="results/image_demo", metavar="DIR", help="where it goes (default: results/image_demo)"
-    )
-    args = parser.parse_args()
-    main.quiet()
-    try:
-        demo(args.epsilon, Path(args.save))
-    except UserError as error:
-        print(f"image_demo.sh: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(command(Demo, demo, None, make_parser(Demo, "image_demo.sh", __doc__)))

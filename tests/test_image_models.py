@@ -32,6 +32,11 @@ def tiny_convnext(**changes):
 TINY = {"vit": tiny_vit, "convnext": tiny_convnext, "convnext_1x1": lambda: tiny_convnext(conv_mlp=True)}
 
 
+def matrices(weights) -> dict[str, torch.nn.Module]:
+    """Return the modules of the layers by name, in the model's order, looked up in the model itself."""
+    return {layer.name: weights.model.get_submodule(layer.name) for layer in weights.layers}
+
+
 def some_images(count: int = 7, size: int = 8) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(3))
 
@@ -51,22 +56,33 @@ NAMED = {
 }
 
 
+def names_of(model) -> dict[torch.nn.Module, str]:
+    return {module: name for name, module in model.named_modules()}
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_the_papers_models_are_found(name):
-    blocks, matrices = NAMED[name]
+    blocks, count = NAMED[name]
     model, size = skeleton(locate(name), None, None)
     parts = find_parts(model)
-    assert size == 224 and len(parts.pruned) == matrices
-    assert len({layer.name.rsplit(".mlp", 1)[0].rsplit(".attn", 1)[0] for layer in parts.pruned}) == blocks
-    assert all(layer.module is model.get_submodule(layer.name) for layer in parts.measured)
-    inner = [layer.name.split("blocks.")[1].split(".", 1)[1] for layer in parts.measured]
+    pruned, measured = ([layer.name for layer in weights.layers] for weights in parts)
+    assert size == 224 and len(pruned) == count
+    assert len({name.rsplit(".mlp", 1)[0].rsplit(".attn", 1)[0] for name in pruned}) == blocks
+    for weights in parts:  # what is lent under a name and an index is what the model has there
+        lent = [(name, block.index, linear) for block in weights.visit() for name, linear in block.linears.items()]
+        wanted = [(layer.name, layer.block, model.get_submodule(layer.name)) for layer in weights.layers]
+        assert lent == wanted and [layer.shape for layer in weights.layers] == [
+            linear.weight.shape for *_, linear in lent
+        ]
+        assert all(name.startswith(f"{names_of(model)[weights.modules[i]]}.") for name, i, _ in lent)
+    inner = [name.split("blocks.")[1].split(".", 1)[1] for name in measured]
     if "convnext" in name:  # three a block are measured, two are pruned; no downsampling, no stem, no head
         assert inner == ["conv_dw", "mlp.fc1", "mlp.fc2"] * blocks
-        assert [layer.name for layer in parts.pruned] == [n.name for n in parts.measured if ".mlp." in n.name]
-        assert len(parts.blocks) == blocks + 3
+        assert pruned == [name for name in measured if ".mlp." in name]
+        assert len(parts.pruned.modules) == len(parts.measured.modules) == blocks + 3
     else:
         assert inner == ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"] * blocks
-        assert parts.pruned == parts.measured and len(parts.blocks) == blocks
+        assert parts.pruned.layers == parts.measured.layers and len(parts.pruned.modules) == blocks
 
 
 @pytest.mark.parametrize(
@@ -94,7 +110,7 @@ def test_the_blocks_are_the_whole_way_from_stem_to_head():
         model, seen = make(), {}
         norm = model.norm if hasattr(model, "blocks") else model.head
         norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.setdefault("out", args[0]))
-        blocks = find_parts(model).blocks
+        blocks = find_parts(model).pruned.modules
         blocks[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.setdefault("in", args[0]))
         with torch.no_grad():
             model(some_images())
@@ -111,9 +127,9 @@ def published(name: str) -> tuple[list[float], list[float]]:
     """Return metric and ratios (0.5, epsilon 0.2) of the model ``name`` with the weights that seed 0 gives it."""
     torch.manual_seed(0)
     parts = find_parts(timm.create_model(name, pretrained=False))
-    values = measure("alpha_mid", name, parts.measured, parts.blocks).values
-    ratios = heavy_tailed(parts.pruned, 0.5, values=values, epsilon=0.2, mapping="layer_wise")
-    sizes = [layer.module.weight.numel() for layer in parts.pruned]
+    values = measure("alpha_mid", name, parts.measured).values
+    ratios = heavy_tailed(parts.pruned.layers, 0.5, values=values, epsilon=0.2, mapping_type="layer_wise")
+    sizes = [matrix.weight.numel() for matrix in matrices(parts.pruned).values()]
     assert sum(r * n for r, n in zip(ratios.values(), sizes, strict=True)) == pytest.approx(0.5 * sum(sizes), rel=1e-12)
     return list(values.values()), list(ratios.values())
 
@@ -216,11 +232,11 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
     path = tmp_path / "w.pth"
     state = tiny_vit().state_dict()
     torch.save({"model": {k: v for k, v in state.items() if k != "norm.bias"} | {"extra.weight": torch.ones(1)}}, path)
-    with pytest.raises(UserError, match=r"it lacks 1: norm\.bias; it has, and the model has not 1: extra\.weight$"):
+    with pytest.raises(UserError, match=r"fit VisionTransformer; 1 missing: norm\.bias; 1 unexpected: extra\.weight$"):
         load_weights(tiny_vit(), path)
     torch.save(state, path)
     with pytest.raises(
-        UserError, match=r"another shape 2: head\.weight \[10, 24\] for \[7, 24\], head\.bias .*--nb_classes"
+        UserError, match=r"2 of another shape: head\.weight \[10, 24\] for \[7, 24\], head\.bias .*--nb_classes"
     ):
         load_weights(tiny_vit(num_classes=7), path)
     with pytest.raises(
@@ -245,7 +261,7 @@ def test_without_a_file_the_hub_is_asked():
         UserError, match=r"^--model deit_tiny_patch16_224: timm's weights cannot be loaded .*--resume FILE"
     ):
         load(locate("deit_tiny_patch16_224"), None, 224, None)  # the tests are offline
-    with pytest.raises(UserError, match=r"--nb_classes 7: timm's weights .* know 1000 classes"):
+    with pytest.raises(UserError, match=r"--nb_classes 7: timm's weights .* are for 1000 classes"):
         load(locate("deit_tiny_patch16_224"), None, 224, 7)  # whose classifier would be left random
 
 
@@ -265,7 +281,7 @@ class Sly:
         ({"epoch": 3}, "holds no weights"),
         ([torch.ones(2)], "holds no weights"),
         ({}, "holds no weights"),
-        (None, "there is no such file"),
+        (None, "file not found"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -6,15 +6,15 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from test_image_models import TINY, some_images, tiny_convnext, tiny_vit
+from test_image_models import TINY, matrices, some_images, tiny_convnext, tiny_vit
 
 from image_classifiers.models import find_parts
 from image_classifiers.pruning import IMAGE_PRUNERS, block_inputs, wanda_of_matrix
 from lib.allocation import ALLOCATIONS, SparsityPlan, heavy_tailed, uniform
-from lib.calibration import STATISTICS
+from lib.calibration import PROPAGATE, STATISTICS
 from lib.esd import alpha_mid, spectrum
 from lib.metrics import measure
-from lib.prune import PROPAGATE, prune_blocks, sparsity
+from lib.prune import walk
 from lib.pruners import Pruner
 
 IMAGES = some_images(11)
@@ -37,9 +37,9 @@ def prune(
 ):
     parts = find_parts(model)
     pruner = pruner or IMAGE_PRUNERS[method]
-    ratios = uniform(parts.pruned, ratios) if isinstance(ratios, float) else ratios
-    inputs = block_inputs(model, parts.blocks, in_batches(size), None) if pruner.statistic else None
-    return prune_blocks(parts.blocks, parts.pruned, SparsityPlan(0.5, ratios), pruner, inputs, None, propagate)
+    ratios = uniform(parts.pruned.layers, ratios) if isinstance(ratios, float) else ratios
+    inputs = block_inputs(parts.pruned, in_batches(size), None) if pruner.statistic else None
+    return walk(parts.pruned, SparsityPlan(0.5, ratios), pruner, inputs, None, propagate)
 
 
 def statistics(model, statistic: str, propagate: str = "dense", size: int = 4) -> list[torch.Tensor]:
@@ -63,8 +63,8 @@ def exact(model, statistic: str, images: torch.Tensor = IMAGES) -> list[torch.Te
         x = x.reshape(-1, x.shape[-1])
         seen.append(x.square().mean(0) if statistic == "squared_norms" else 2 * x.T @ x / len(x))
 
-    for layer in find_parts(model).pruned:
-        layer.module.register_forward_pre_hook(note)
+    for matrix in matrices(find_parts(model).pruned).values():
+        matrix.register_forward_pre_hook(note)
     with torch.no_grad():
         model(images.double())
     return seen
@@ -107,21 +107,22 @@ def test_a_1x1_convolution_has_the_alpha_of_its_matrix():
 def test_pointwise_layers_get_their_own_values_by_name():
     # Metrics are measured over three layers a block; were values matched by position, depthwise ones would leak in.
     parts = find_parts(tiny_convnext())
-    values = measure("alpha_mid", "tiny", parts.measured, parts.blocks).values
-    assert list(values) == [layer.name for layer in parts.measured]
-    ratios = ALLOCATIONS["ww"].share(parts.pruned, 0.5, values=values, epsilon=0.2, mapping="layer_wise")
-    own = [alpha_mid(spectrum(layer.module.weight)) for layer in parts.pruned]
+    values = measure("alpha_mid", "tiny", parts.measured).values
+    assert list(values) == [layer.name for layer in parts.measured.layers]
+    ratios = ALLOCATIONS["ww"].share(parts.pruned.layers, 0.5, values=values, epsilon=0.2, mapping_type="layer_wise")
+    weights = [matrix.weight for matrix in matrices(parts.pruned).values()]
+    own = list(map(alpha_mid, map(spectrum, weights)))
     shape = [0.8 + 0.4 * (v - min(own)) / (max(own) - min(own)) for v in own]
-    sizes = [layer.module.weight.numel() for layer in parts.pruned]
+    sizes = [weight.numel() for weight in weights]
     scale = 0.5 * sum(sizes) / sum(n * s for n, s in zip(sizes, shape, strict=True))
     assert list(ratios.values()) == pytest.approx([scale * s for s in shape], rel=1e-9)
 
 
 def test_what_is_cut_off_at_one_is_spread_over_the_others():
     parts = find_parts(tiny_vit())
-    values = measure("alpha_mid", "tiny", parts.measured, parts.blocks).values
-    ratios = heavy_tailed(parts.pruned, 0.8, values=values, epsilon=0.9, mapping="layer_wise")
-    sizes = {layer.name: layer.module.weight.numel() for layer in parts.pruned}
+    values = measure("alpha_mid", "tiny", parts.measured).values
+    ratios = heavy_tailed(parts.pruned.layers, 0.8, values=values, epsilon=0.9, mapping_type="layer_wise")
+    sizes = {name: matrix.weight.numel() for name, matrix in matrices(parts.pruned).items()}
     assert max(ratios.values()) == 1
     assert sum(ratios[n] * sizes[n] for n in sizes) == pytest.approx(0.8 * sum(sizes.values()), rel=1e-12)
 
@@ -143,11 +144,12 @@ def test_statistics_of_dense_predecessors_are_the_models_own(make, statistic, si
 def test_statistics_of_pruned_predecessors_are_those_of_the_pruned_model(make):
     dense, model = make(), make()
     found = statistics(model, "squared_norms", "pruned")
-    layers = find_parts(model).pruned
+    layers = find_parts(model).pruned.layers
     for index in sorted({layer.block for layer in layers}):
         # The block itself was still dense when it was looked at; what lies before it was pruned already.
         mixed = copy.deepcopy(model)
-        find_parts(mixed).blocks[index].load_state_dict(find_parts(dense).blocks[index].state_dict())
+        block, own = (find_parts(which).pruned.modules[index] for which in (mixed, dense))
+        block.load_state_dict(own.state_dict())
         wanted = exact(mixed, "squared_norms")
         here = [i for i, layer in enumerate(layers) if layer.block == index]
         assert all(close(found[i], wanted[i]) for i in here)
@@ -156,13 +158,13 @@ def test_statistics_of_pruned_predecessors_are_those_of_the_pruned_model(make):
 @makes
 def test_dense_and_pruned_predecessors_differ_from_the_second_block_on(make):
     found = {how: statistics(make(), "squared_norms", how) for how in PROPAGATE}
-    layers = find_parts(make()).pruned
+    layers = find_parts(make()).pruned.layers
     first = layers[0].block
     for layer, a, b in zip(layers, found["dense"], found["pruned"], strict=True):
         assert torch.equal(a, b) == (layer.block == first), layer.name
 
 
-def test_images_are_let_go_of_and_hidden_states_go_where_they_are_told():
+def test_images_are_freed_and_hidden_states_are_kept_on_their_device():
     model = tiny_vit()
     alive, most = [], 0
 
@@ -175,10 +177,11 @@ def test_images_are_let_go_of_and_hidden_states_go_where_they_are_told():
             yield batch, None
             del batch
 
-    inputs = block_inputs(model, find_parts(model).blocks, watched(), "cpu")
+    weights = find_parts(model).pruned
+    inputs = block_inputs(weights, watched(), "cpu")
     assert most <= 2 and not any(ref() is not None for ref in alive)  # the one under way, and the one before it
     assert [h.shape for h in inputs.hidden] == [(2, 17, 24)] * 5 + [(1, 17, 24)]
-    meta = block_inputs(model, find_parts(model).blocks, in_batches(4), "meta")
+    meta = block_inputs(weights, in_batches(4), "meta")
     assert {h.device.type for h in meta.hidden} == {"meta"}
     assert not model.blocks[0]._forward_pre_hooks
 
@@ -202,17 +205,19 @@ def test_wanda_compares_within_the_matrix_a_pencil_case():
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_masks_of_a_walk(make, method):
     dense, model = make(), make()
-    layers = find_parts(dense).pruned
-    ratios = {layer.name: 0.3 + 0.4 * i / len(layers) for i, layer in enumerate(layers)}
+    layers = matrices(find_parts(dense).pruned)
+    ratios = {name: 0.3 + 0.4 * i / len(layers) for i, name in enumerate(layers)}
     means = statistics(make(), "squared_norms")
     report = prune(model, method, ratios)
-    for before, after, s, row in zip(layers, find_parts(model).pruned, means, report, strict=True):
-        w = before.module.weight.detach().flatten(1)
+    pruned = matrices(find_parts(model).pruned)
+    assert list(pruned) == list(layers)
+    for (name, before), after, s, row in zip(layers.items(), pruned.values(), means, report, strict=True):
+        w = before.weight.detach().flatten(1)
         score = w.abs() * s.sqrt() if method == "wanda" else w.abs()
-        gone = oracle_mask(score.numpy(), ratios[before.name])
-        wanted = torch.from_numpy(np.where(gone, 0, w.numpy())).view_as(before.module.weight)
-        assert torch.equal(after.module.weight, wanted)
-        assert (row.name, row.ratio, row.sparsity) == (before.name, ratios[before.name], gone.mean())
+        gone = oracle_mask(score.numpy(), ratios[name])
+        wanted = torch.from_numpy(np.where(gone, 0, w.numpy())).view_as(before.weight)
+        assert torch.equal(after.weight, wanted)
+        assert (row.name, row.ratio, row.sparsity) == (name, ratios[name], gone.mean())
 
 
 @pytest.mark.parametrize("method", IMAGE_PRUNERS)
@@ -221,7 +226,7 @@ def test_every_pruner_prunes_what_it_should_and_nothing_else(method, propagate):
     for make in TINY.values():
         dense, model = make(), make()
         report = prune(model, method, 0.5, propagate)
-        touched = {f"{layer.name}.weight" for layer in find_parts(model).pruned}
+        touched = {f"{layer.name}.weight" for layer in find_parts(model).pruned.layers}
         for (name, old), new in zip(dense.state_dict().items(), model.state_dict().values(), strict=True):
             assert torch.equal(old, new) == (name not in touched), name
         for row in report:  # a threshold takes one entry more than the share, SparseGPT's one more per 128 columns
@@ -235,8 +240,9 @@ def test_1x1_convolutions_are_pruned_as_the_linear_layers_that_they_are(method):
     other.load_state_dict({k: v.view_as(other.state_dict()[k]) for k, v in one.state_dict().items()})
     prune(one, method)
     prune(other, method)
-    for a, b in zip(find_parts(one).pruned, find_parts(other).pruned, strict=True):
-        a, b = a.module.weight, b.module.weight.flatten(1)
+    pairs = zip(*(matrices(find_parts(model).pruned).values() for model in (one, other)), strict=True)
+    for a, b in pairs:
+        a, b = a.weight, b.weight.flatten(1)
         assert torch.equal(a == 0, b == 0)
         # the order of float32 sums differs between the two; SparseGPT's updates carry that into the weights
         assert torch.allclose(a, b, rtol=0, atol=1e-5 if method == "sparsegpt" else 0)
@@ -249,7 +255,8 @@ def test_sparsegpt_makes_up_for_what_it_removes():
         dense, model = tiny_vit(), tiny_vit()
         prune(model, method, 0.7)
         hessian = exact(dense, "hessian")[3].float()
-        error = find_parts(model).pruned[3].module.weight - find_parts(dense).pruned[3].module.weight
+        after, before = (list(matrices(find_parts(which).pruned).values())[3].weight for which in (model, dense))
+        error = after - before
         losses[method] = (error @ hessian * error).sum().item()
     assert losses["sparsegpt"] < 0.9 * losses["wanda"] < 0.9 * losses["magnitude"]
 
@@ -257,8 +264,11 @@ def test_sparsegpt_makes_up_for_what_it_removes():
 def test_sparsity_of_the_whole_is_the_target():
     model = tiny_vit()
     parts = find_parts(model)
-    values = measure("alpha_mid", "tiny", parts.measured, parts.blocks).values
-    prune(model, "wanda", heavy_tailed(parts.pruned, 0.6, values=values, epsilon=0.2, mapping="layer_wise"))
-    weights = torch.cat([layer.module.weight.detach().flatten() for layer in parts.pruned])
+    values = measure("alpha_mid", "tiny", parts.measured).values
+    layers = parts.pruned.layers
+    prune(model, "wanda", heavy_tailed(layers, 0.6, values=values, epsilon=0.2, mapping_type="layer_wise"))
+    weights = torch.cat([matrix.weight.detach().flatten() for matrix in matrices(parts.pruned).values()])
+    sparsity = (weights == 0).double().mean().item()
     # int() loses, and <= gains, at most one entry a matrix
-    assert abs(sparsity(weights) - 0.6) <= len(parts.pruned) / len(weights)
+    assert abs(sparsity - 0.6) <= len(layers) / len(weights)
+    assert parts.pruned.sparsity() == pytest.approx(sparsity, rel=1e-12)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, tiny_llama, tiny_sentences
-from lib.eval import perplexity
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing

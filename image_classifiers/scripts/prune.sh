@@ -11,7 +11,7 @@ SPARSITIES=("${@:4}")
 [ ${#SPARSITIES[@]} -gt 0 ] || SPARSITIES=(0.4 0.5 0.6 0.7 0.8)
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 WEIGHTS="$HERE/weights/$MODEL.pth"
-[ -f "$WEIGHTS" ] || fail "$WEIGHTS is not there; type: bash image_classifiers/download_weights.sh"
+[ -f "$WEIGHTS" ] || fail "$WEIGHTS not found; run: bash image_classifiers/download_weights.sh"
 PYTHON_BIN="${PYTHON:-$HERE/../.venv/bin/python}"
 [ -x "$PYTHON_BIN" ] || PYTHON_BIN=python3
 MEAN=true

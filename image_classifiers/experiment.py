@@ -1,0 +1,171 @@
+"""Image experiment: what is checked before the weights are loaded, and what an allocation wants to know."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from image_classifiers import data, models, pruning
+from image_classifiers.settings import ImageExperiment
+from lib import UserError, files, first_line, metrics, scores
+from lib.calibration import BlockInputs
+from lib.esd import WEIGHTWATCHER
+from lib.experiment import make_plan, model_folder, wants_calibration, warn_of_replacement
+from lib.lazy import torch
+from lib.record import read_run
+from lib.settings import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger("main")
+
+
+class Sets(NamedTuple):
+    """Images that a run reads; ``calibration`` is None where nothing needs it."""
+
+    test: data.Prepared
+    calibration: data.Prepared | None
+
+
+class Prepared(NamedTuple):
+    """What is known before the weights are loaded."""
+
+    source: models.Source
+    size: int  # side of the images in pixels
+    parameters: int  # of the model ...
+    prunable: int  # ... and those of them that can be pruned
+    device: str
+    cache: Path
+    sets: Sets
+
+
+# ------------------------------------------------------------------------------------- before the weights are loaded
+
+
+def prepare(settings: ImageExperiment, task: Task) -> Prepared:
+    """Find out whatever can be known without the weights, so that nothing is computed in vain."""
+    files.prepare("save", Path(settings.save))
+    warn_of_replacement(settings, task)
+    warn_of_other_method(settings, task)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_device("device", device)
+    check_device("hidden_device", settings.hidden_device or device)
+    source = models.locate(settings.model)
+    skeleton, size = models.skeleton(source, settings.input_size, settings.nb_classes)
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    parts = models.find_parts(skeleton)
+    cache = Path(settings.ww_metric_cache) / source.label
+    if task.wants == "metric":
+        metric, layers = settings.ww_metric, parts.measured.layers
+        if metric in WEIGHTWATCHER and any(len(layer.shape) > 2 for layer in layers):
+            raise UserError("ww_metric", f"{metric}: is for matrices, and {settings.model} holds convolutions")
+        metrics.read_cache(cache, metric, source.label, layers)
+        files.prepare("ww_metric_cache", cache)
+    elif task.pruner and task.wants is None:
+        make_plan(settings, task, parts.pruned.layers, None)  # from shapes alone: it is met, or refused here
+    if settings.save_model:
+        files.prepare("save_model", model_folder(settings, task).parent, 4 * parameters)
+    sets = open_images(settings, task, size, skeleton.num_classes)
+    prunable = sum(layer.size for layer in parts.pruned.layers)
+    return Prepared(source, size, parameters, prunable, device, cache, sets)
+
+
+def warn_of_other_method(settings: ImageExperiment, task: Task) -> None:
+    """Warn of another method's accuracy that will be replaced: its published file name holds the sparsity only."""
+    published = Path(settings.save) / f"{task.target}.txt"
+    if published.exists() and read_run(Path(settings.save), task.run) is None:
+        log.warning("%s of another method will be replaced; its JSON stays", published)
+
+
+def check_device(field: str, device: str) -> None:
+    """Refuse a ``device`` that cannot be used."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # an unknown kind, none present, or torch without CUDA
+        raise UserError(field, f"{device}: cannot be used ({first_line(error)}); use cpu") from error
+
+
+def open_images(settings: ImageExperiment, task: Task, size: int, classes: int) -> Sets:
+    """Return the images that the run reads, none of them read yet.
+
+    Raises:
+        UserError: they are missing, too few, or of other classes than the model's.
+    """
+    find = partial(data.DATASETS[settings.data_set], settings.data_path, settings.eval_data_path)
+    mean_std = data.MEAN_STD[settings.imagenet_default_mean_and_std]
+    plain = data.evaluation_transform(size, settings.crop_pct, mean_std)
+    found = find(train=False)
+    if len(found.classes) != classes:
+        text = f"{len(found.classes)} classes of images, and the model has {classes}"
+        fix = f"for a model that has {len(found.classes)}, add --nb_classes {len(found.classes)}"
+        raise UserError("data_set", f"{settings.data_set}: {text}; {fix}")
+    calibration = None
+    if wants_calibration(task):
+        training = find(train=True)
+        if training.classes != found.classes:
+            others = ", ".join(sorted(set(training.classes) ^ set(found.classes))[:5])
+            text = f"calibration and test images differ in their classes ({others})"
+            raise UserError("data_path", f"{settings.data_path}: {text}")
+        random = settings.published_calibration
+        indices = data.draw(training, settings.nsamples, settings.seed, replacement=random)
+        transform = data.augmenting_transform(size, mean_std) if random else plain
+        calibration = data.Prepared(training, indices, transform, settings.seed if random else None)
+    return Sets(data.Prepared(found, range(len(found.items)), plain), calibration)
+
+
+def described(settings: ImageExperiment, task: Task, known: Prepared) -> dict:
+    """Return what a run's record holds before anything is measured."""
+    about = {name: getattr(known, name) for name in ("parameters", "prunable", "device")}
+    return {
+        "method": task.method,
+        "target_sparsity": task.target,
+        "sparsity": None,
+        "dense_zeros": None,
+        "dense": None,
+        "accuracy": None,
+        "model": known.source._asdict() | about | {"input_size": known.size},
+        "calibration": None if known.sets.calibration is None else len(known.sets.calibration),
+        "saved_model": None,
+        "flags": settings.flags(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ with weights
+
+
+def warn_of_normalisation(settings: ImageExperiment, model: nn.Module) -> None:
+    """Warn of weights that were trained on images normalised in another way."""
+    own, ours = tuple(model.pretrained_cfg["mean"]), data.MEAN_STD[settings.imagenet_default_mean_and_std][0]
+    if not settings.resume and own != ours:
+        other = not settings.imagenet_default_mean_and_std
+        fix = f"; add --imagenet_default_mean_and_std {str(other).lower()}" if own == data.MEAN_STD[other][0] else ""
+        log.warning("images are normalised by a mean of %s, and these weights were trained with %s%s", ours, own, fix)
+
+
+def reader(settings: ImageExperiment) -> Callable[[data.Prepared], Iterator[tuple[Tensor, Tensor]]]:
+    """Return a function of images that yields their batches."""
+    workers = min(10, os.cpu_count() or 1) if settings.num_workers is None else settings.num_workers
+    return partial(data.batches, batch_size=settings.batch_size, workers=workers)
+
+
+def enter_blocks(settings: ImageExperiment, parts: models.Parts, images: data.Prepared) -> BlockInputs:
+    """Return what calibration ``images`` have become when they enter the first block."""
+    return pruning.block_inputs(parts.pruned, reader(settings)(images), settings.hidden_device)
+
+
+def measure_values(
+    settings: ImageExperiment, task: Task, known: Prepared, parts: models.Parts, enter: Callable[[], BlockInputs]
+) -> Mapping[str, float] | None:
+    """Return what the allocation wants to know of each layer, None if that is nothing."""
+    if task.wants is None:
+        return None
+    if task.wants == "metric":
+        return metrics.load_or_measure(known.cache, settings.ww_metric, known.source.label, parts.measured).values
+    return scores.measure_scores(task.wants, parts.pruned, task.target, enter, settings.owl_m)

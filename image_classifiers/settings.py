@@ -1,0 +1,167 @@
+"""Settings of the image classifiers' command: its groups of flags, and what contradicts what."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import ClassVar
+
+from image_classifiers import data, models
+from image_classifiers.pruning import IMAGE_PRUNERS
+from lib import UserError, settings
+from lib.allocation import ALLOCATIONS
+from lib.calibration import PROPAGATE
+from lib.command import Flags, flag
+from lib.esd import METRICS, WEIGHTWATCHER
+from lib.experiment import wants_calibration
+from lib.registry import check_name
+from lib.settings import Method, Output, Task, Widths, check_only, pruning_flags
+
+METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in IMAGE_PRUNERS]
+
+TRAINING_FLAGS = (
+    "aa auto_resume clip_grad color_jitter cutmix cutmix_minmax disable_eval dist_eval dist_on_itp dist_url drop_path "
+    "enable_wandb epochs eval finetune head_init_scale layer_decay layer_scale_init_value local_rank log_dir lr min_lr "
+    "mixup mixup_mode mixup_prob mixup_switch_prob model_ema model_ema_decay model_ema_eval model_ema_force_cpu "
+    "model_key model_prefix momentum opt opt_betas opt_eps output_dir pin_mem project recount remode reprob resplit "
+    "save_ckpt save_ckpt_freq save_ckpt_num smoothing start_epoch train_interpolation update_freq wandb_ckpt "
+    "warmup_epochs warmup_steps weight_decay weight_decay_end world_size"
+).split()
+
+
+@dataclass(kw_only=True)
+class Model(Flags):
+    _title: ClassVar[str] = "model"
+
+    model: str = flag(MISSING, f"name that timm knows, or a folder written by --save_model; {models.SUPPORTED}")
+    resume: str | None = flag(
+        None, "weights in timm's or their original layout (default: timm's own weights)", metavar="FILE"
+    )
+    input_size: int | None = flag(None, "side of the images, pixels (default: the model's own)", least=1, metavar="N")
+    nb_classes: int | None = flag(
+        None, "classes of the model, a count (default: the model's own)", least=2, metavar="N"
+    )
+    device: str = flag("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
+    seed: int = flag(0, "random seed for sampling calibration images", metavar="N")
+
+
+@dataclass(kw_only=True)
+class Images(Flags):
+    _title: ClassVar[str] = "data"
+
+    data_set: str = flag("IMNET", "{choices}", choices=data.DATASETS, metavar="SET")
+    data_path: str | None = flag(
+        None, "IMNET: holds train/ and val/; image_folder: a folder per class, to calibrate", metavar="DIR"
+    )
+    eval_data_path: str | None = flag(None, "image_folder only: images to test on, a folder per class", metavar="DIR")
+    nsamples: int = flag(4096, "calibration images, a count", least=1, metavar="N")
+    published_calibration: bool = flag(False, "calibrate on augmented images, drawn with replacement", prunes=True)
+    batch_size: int = flag(256, "images at a time, a count", least=1, metavar="N")
+    num_workers: int | None = flag(
+        None, "processes that read images (default: one per core, at most 10)", least=0, metavar="N"
+    )
+    crop_pct: float | None = flag(
+        None, "share of an image that is kept (default: 224/256, as published)", above=0, most=1, metavar="P"
+    )
+    imagenet_default_mean_and_std: bool = flag(
+        True, "normalise by ImageNet's mean and standard deviation; false: by 0.5 and 0.5"
+    )
+
+
+@dataclass(kw_only=True)
+class Calibration(Flags):
+    _title: ClassVar[str] = "pruning"
+
+    propagate: str = flag(
+        "dense",
+        "{choices}: predecessors whose output calibrates a block",
+        choices=PROPAGATE,
+        prunes=True,
+        metavar="HOW",
+    )
+    hidden_device: str | None = flag(
+        None, "device of hidden states; cpu saves GPU memory (default: the model's)", prunes=True, metavar="DEVICE"
+    )
+
+
+@dataclass(kw_only=True)
+class Metric(settings.Metric):
+    ww_metric: str = flag(
+        "alpha_mid",
+        "metric of each matrix, for _ww: {choices}",
+        choices=[*METRICS, *WEIGHTWATCHER],
+        only="ww",
+        metavar="METRIC",
+    )
+    ww_metric_cache: str = flag(
+        "./metric_cache", "the metric is cached in DIR/<model>", only="ww", metavar="DIR", aliases=["ww_metric_cache"]
+    )
+    epsilon: float = flag(
+        0.2,
+        "half width of the map from metric to sparsity for _ww, in [0, 1]",
+        least=0,
+        most=1,
+        only="ww",
+        metavar="E",
+    )
+
+
+@dataclass(kw_only=True)
+class Evaluation(Flags):
+    _title: ClassVar[str] = "evaluation"
+
+    use_amp: bool = flag(False, "evaluate in half precision (autocast)", nargs="?")
+
+
+@dataclass(kw_only=True)
+class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Evaluation, Output):
+    """The flags of image_classifiers/main.py."""
+
+    _spelled: ClassVar[dict[str, str]] = {
+        "prune_method": "prune_metric",
+        "sparsity_ratio": "sparsity",
+        "ww_metric": "WW_metric",
+        "ww_metric_cache": "metric_cache",
+        "save": "save_dir",
+    }
+    _ignored: ClassVar[list[str]] = TRAINING_FLAGS
+    mapping_type: ClassVar[str] = "layer_wise"  # a ratio for each matrix, as published
+
+    def check(self) -> None:
+        super().check()
+        for name, needed in (("data_path", data.FROM_DATA_PATH), ("eval_data_path", data.FROM_EVAL_DATA_PATH)):
+            if getattr(self, name) and self.data_set not in needed:
+                others = " or ".join(f"--data_set {choice}" for choice in needed)
+                raise UserError(name, f"with --data_set {self.data_set} does nothing; it is for {others}")
+        self.task()
+
+    def task(self) -> Task:
+        """Return what is asked for.
+
+        Raises:
+            UserError: flags that contradict each other, or that do nothing for this method.
+        """
+        task = self._dense() if self.prune_method is None else self._pruned()
+        check_only(self, task)
+        return task
+
+    def _dense(self) -> Task:
+        if self.sparsity_ratio:
+            text = f"{self.sparsity_ratio} without a method; add --prune_method, one of: {', '.join(METHODS)}"
+            raise UserError("sparsity_ratio", text)
+        for name in pruning_flags(self):
+            if name in self.given:
+                raise UserError(name, "without --prune_method does nothing")
+        return Task("dense", None, "", 0.0)
+
+    def _pruned(self) -> Task:
+        method = check_name("prune_method", self.prune_method, METHODS)
+        if not self.sparsity_ratio:
+            raise UserError("prune_method", f"{method} without a sparsity; add --sparsity_ratio")
+        name, _, suffix = method.partition("_")
+        task = Task(method, IMAGE_PRUNERS[name], suffix, self.sparsity_ratio)
+        idle = [] if task.pruner.statistic else ["propagate"]
+        idle += [] if wants_calibration(task) else ["hidden_device", "published_calibration"]
+        for field in idle:
+            if field in self.given:
+                raise UserError(field, f"does nothing with {method}: {name} prunes without calibration images")
+        return task
