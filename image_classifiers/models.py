@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -311,7 +310,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts keep their flags beside
+        from argparse import Namespace  # noqa: TID251
+
+        with torch.serialization.safe_globals([Namespace]):  # training scripts keep their flags beside
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the readers raise on a damaged file, or on one that wants to run code
         raise UserError("resume", f"{path}: cannot be read as weights ({first_line(error)})") from error

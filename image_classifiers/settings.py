@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from image_classifiers import data, models
 from image_classifiers.pruning import IMAGE_PRUNERS
-from lib import UserError, settings
+from lib import UserError, flag_name, settings
 from lib.allocation import ALLOCATIONS
 from lib.calibration import PROPAGATE
 from lib.command import Flags, flag
@@ -146,17 +146,17 @@ class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Evalua
 
     def _dense(self) -> Task:
         if self.sparsity_ratio:
-            text = f"{self.sparsity_ratio} without a method; add --prune_method, one of: {', '.join(METHODS)}"
+            text = f"{self.sparsity_ratio} without a method; add {flag_name('prune_method')}, one of: {', '.join(METHODS)}"
             raise UserError("sparsity_ratio", text)
         for name in pruning_flags(self):
             if name in self.given:
-                raise UserError(name, "without --prune_method does nothing")
+                raise UserError(name, f"without {flag_name('prune_method')} does nothing")
         return Task("dense", None, "", 0.0)
 
     def _pruned(self) -> Task:
         method = check_name("prune_method", self.prune_method, METHODS)
         if not self.sparsity_ratio:
-            raise UserError("prune_method", f"{method} without a sparsity; add --sparsity_ratio")
+            raise UserError("prune_method", f"{method} without a sparsity; add {flag_name('sparsity_ratio')}")
         name, _, suffix = method.partition("_")
         task = Task(method, IMAGE_PRUNERS[name], suffix, self.sparsity_ratio)
         idle = [] if task.pruner.statistic else ["propagate"]

@@ -173,7 +173,8 @@ def _through_weightwatcher(metric: str, block: Block, seed: int) -> dict[str, fl
         value = found.get(names[name])
         if value is None or not numpy.isfinite(value) or value < 0:  # -1: its fit failed
             what = "weightwatcher skipped it" if value is None else f"weightwatcher gives {value}"
-            raise UserError(None, f"{name}: {metric} cannot be computed, {what}; choose another {flag_name('ww_metric')}")
+            text = f"{name}: {metric} cannot be computed, {what}; choose another {flag_name('ww_metric')}"
+            raise UserError(None, text)
     return {name: float(found[names[name]]) for name in block.linears}
 
 
