@@ -146,7 +146,8 @@ class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Evalua
 
     def _dense(self) -> Task:
         if self.sparsity_ratio:
-            text = f"{self.sparsity_ratio} without a method; add {flag_name('prune_method')}, one of: {', '.join(METHODS)}"
+            add = f"add {flag_name('prune_method')}, one of: {', '.join(METHODS)}"
+            text = f"{self.sparsity_ratio} without a method; {add}"
             raise UserError("sparsity_ratio", text)
         for name in pruning_flags(self):
             if name in self.given:
