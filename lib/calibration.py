@@ -42,7 +42,7 @@ def squared_norms(x: Tensor, total: Tensor | None) -> Tensor:
 
 def hessian(x: Tensor, total: Tensor | None) -> Tensor:
     """Add to ``total`` [in, in] 2 X'X, x: [tokens, in], in float32 (SparseGPT; there X is [in, tokens])."""
-    return 2 * (x.T @ x) if total is None else total.addmm_(x.T, x, alpha=2)
+    return (x.T @ x).mul_(2) if total is None else total.addmm_(x.T, x, alpha=2)
 
 
 # What a pruner may want to know of a layer's input: added up over the samples, then divided by their number.

@@ -25,31 +25,51 @@ class NotPositiveDefinite(ValueError):
 
 
 def inverse_factor(hessian: Tensor) -> Factor:
-    """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. ``hessian`` is used up.
+    """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. ``hessian`` is used up: U lies in its place.
 
     A column whose input was always zero gets H = 1. A Hessian that is not positive definite is tried again with ten
-    times the damping, twice, with a warning.
+    times the damping, twice, with a warning. No more than two matrices of this size are held, H among them.
 
     Raises:
-        NotPositiveDefinite: and then still it is not.
+        NotPositiveDefinite: and then still it is not, or its inverse overflows.
     """
+    hessian = hessian.contiguous()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    diagonal[dead] = 1
+    diagonal.masked_fill_(dead, 1)
     damp = DAMPING * diagonal.mean()
+    # H reversed in both axes = LL' gives H = RR' with R = L reversed, upper triangular, so that U = inv(R): one
+    # factorisation and one triangular solve, where the plain way (factorise, invert, factorise) does three.
+    _reverse(hessian)
+    lower = torch.empty_like(hessian).mT  # by columns, as LAPACK and cuSOLVER want it: they work in place, without copies
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for attempt in range(RETRIES + 1):
         diagonal += damp if attempt == 0 else damp * (10**attempt - 10 ** (attempt - 1))
-        # H flipped in both axes = LL' gives H = RR' with R upper triangular, so that U = inv(R): one factorisation
-        # and one triangular solve, where the plain way (factorise, invert, factorise) does three.
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not failed:
-            identity = torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            if torch.isfinite(upper).all():
-                return Factor(upper, dead)
-        if attempt < RETRIES:
-            log.warning("a Hessian is not positive definite; its damping is raised tenfold")
-    raise NotPositiveDefinite(f"its Hessian is not positive definite, even with {DAMPING * 10**RETRIES:g} of damping")
+        torch.linalg.cholesky_ex(hessian, out=(lower, failed))
+        if ((failed == 0) & torch.isfinite(lower.diagonal()).all()).item():
+            break
+        if attempt == RETRIES:
+            told = f"even with {DAMPING * 10**RETRIES:g} of damping"
+            raise NotPositiveDefinite(f"its Hessian is not positive definite, {told}")
+        log.warning("a Hessian is not positive definite; its damping is raised tenfold")
+    _reverse(lower.mT)
+    upper = hessian.zero_().fill_diagonal_(1).mT  # H has served; the identity, by columns
+    torch.linalg.solve_triangular(lower, upper, upper=True, out=upper)
+    if not torch.isfinite(torch.stack(torch.aminmax(hessian))).all():  # these two show every NaN and infinity
+        raise NotPositiveDefinite("the inverse of its Hessian is not finite")
+    return Factor(upper, dead)
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Reverse both axes of a contiguous ``matrix`` in place: a flip would make a copy."""
+    flat = matrix.view(-1)
+    half, chunk = len(flat) // 2, BLOCK * len(matrix)
+    for left in range(0, half, chunk):
+        right = min(left + chunk, half)
+        head, tail = flat[left:right], flat[len(flat) - right : len(flat) - left]
+        kept = head.flip(0)
+        head.copy_(tail.flip(0))
+        tail.copy_(kept)
 
 
 def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
@@ -59,9 +79,9 @@ def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | N
         ratio: fraction to remove, in [0, 1]; not used with ``nm``.
         nm: (N, M), keep N of every M columns, chosen group by group from the weights as updated so far.
     """
-    columns = weight.shape[1]
-    w = weight.detach().to(torch.float32, copy=True).T.contiguous()  # [in, out]: a column of W is a row in memory
-    w[factor.dead] = 0
+    rows, columns = weight.shape
+    w = torch.empty(columns, rows, device=weight.device)  # [in, out] float32: a column of W is a row in memory
+    w.copy_(weight.detach().T).masked_fill_(factor.dead[:, None], 0)
     upper, diagonal = factor.upper, factor.upper.diagonal()
     width = BLOCK if nm is None else max(nm[1], BLOCK - BLOCK % nm[1])  # a group never straddles two blocks
     for left in range(0, columns, width):
@@ -81,7 +101,7 @@ def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | N
             block[i].masked_fill_(gone, 0)
             block[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
         w[right:].addmm_(upper[left:right, right:].T, errors, alpha=-1)
-    return w.T.to(weight.dtype).contiguous()
+    return torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(w.T)
 
 
 def _smallest(score: Tensor, ratio: float) -> Tensor:
