@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from lib import UserError
 from lib.models import PrunableLayer, resident
-
-_BUCKETS = 2**16  # of the upper half of a float32's bits, and then of the lower half
+from lib.selection import threshold
 
 # -------------------------------------------------------------------------------------------- a number for each block
 
@@ -23,12 +22,7 @@ def outlier_ratio(scores: Sequence[Tensor], multiple: float) -> float:
 
 def median_score(scores: Sequence[Tensor]) -> float:
     """Return the median of a block's scores, the lower one of two (DLP: Chen et al., 2025)."""
-    rank = (sum(score.numel() for score in scores) + 1) // 2  # from 1
-    # By counting bits, as below: a block of a large model has a thousand million scores, too many to sort beside it.
-    bits = [score.contiguous().view(torch.int32).flatten() for score in scores]
-    high, rank = _bucket(sum(_count(b >> 16) for b in bits), rank)
-    low, _ = _bucket(sum(_count(b[(b >> 16) == high] & 0xFFFF) for b in bits), rank)
-    return torch.tensor([high << 16 | low], dtype=torch.int32).view(torch.float32).item()
+    return threshold(lambda: scores, sum(score.numel() for score in scores) / 2).value
 
 
 # ------------------------------------------------------------------------------- one threshold over the whole model
@@ -54,39 +48,20 @@ def shares_below(
 ) -> dict[str, float]:
     """Return the share of each layer's weights that are among the model's ``target`` with the smallest scores.
 
-    The threshold is exact and needs no memory to speak of: two counts over the bits of the float32 scores, which are in
-    the order of the scores since none is negative. Of the weights that lie on it, each layer loses the same share.
+    The weights are visited twice, see ``selection.threshold``. Of those on the threshold, each layer loses the same
+    share.
     """
 
-    def bits() -> Iterator[tuple[PrunableLayer, Tensor]]:
+    def parts() -> Iterator[Tensor]:
         for index, group in groupby(layers, key=lambda layer: layer.block):
             with resident(blocks[index]):
                 for layer in group:
                     if not torch.isfinite(layer.module.weight).all():
                         raise UserError(f"{layer.name}: its weights are not finite; the checkpoint is damaged")
-                    yield layer, score(layer.module.weight).contiguous().view(torch.int32).flatten()
+                    yield score(layer.module.weight)
 
-    total = sum(layer.module.weight.numel() for layer in layers)
-    wanted = target * total
-    upper = {layer.name: _count(b >> 16) for layer, b in bits()}
-    high, wanted = _bucket(sum(upper.values()), wanted)
-    lower = {layer.name: _count(b[(b >> 16) == high] & 0xFFFF) for layer, b in bits()}
-    low, wanted = _bucket(sum(lower.values()), wanted)
-    share = wanted / sum(part[low].item() for part in lower.values())  # of those on the threshold
-    shares = {}
-    for layer in layers:
-        above, on = upper[layer.name], lower[layer.name]
-        removed = above[:high].sum().item() + on[:low].sum().item() + share * on[low].item()
-        shares[layer.name] = removed / layer.module.weight.numel()
-    return shares
-
-
-def _count(values: Tensor) -> Tensor:
-    return torch.bincount(values, minlength=_BUCKETS).cpu()
-
-
-def _bucket(counts: Tensor, wanted: float) -> tuple[int, float]:
-    """Return the bucket in which the ``wanted``-th smallest lies, and how many of the bucket are wanted."""
-    ends = counts.cumsum(0)
-    index = int(torch.searchsorted(ends.double(), wanted).clamp(max=len(counts) - 1))
-    return index, wanted - (ends[index] - counts[index]).item()
+    sizes = [layer.module.weight.numel() for layer in layers]
+    _, below, equal = threshold(parts, target * sum(sizes))
+    share = (target * sum(sizes) - sum(below)) / sum(equal)  # of those on the threshold
+    removed = [b + share * e for b, e in zip(below, equal, strict=True)]
+    return {layer.name: gone / size for layer, gone, size in zip(layers, removed, sizes, strict=True)}

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lib.selection import nth_smallest
+
 log = logging.getLogger(__name__)
 
 BLOCK = 128  # columns per block, published
@@ -25,7 +27,7 @@ class NotPositiveDefinite(ValueError):
 
 
 def inverse_factor(hessian: Tensor) -> Factor:
-    """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. ``hessian`` is used up: U lies in its place.
+    """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. U takes H's place in memory.
 
     A column whose input was always zero gets H = 1. A Hessian that is not positive definite is tried again with ten
     times the damping, twice, with a warning. No more than two matrices of this size are held, H among them.
@@ -41,7 +43,7 @@ def inverse_factor(hessian: Tensor) -> Factor:
     # H reversed in both axes = LL' gives H = RR' with R = L reversed, upper triangular, so that U = inv(R): one
     # factorisation and one triangular solve, where the plain way (factorise, invert, factorise) does three.
     _reverse(hessian)
-    lower = torch.empty_like(hessian).mT  # by columns, as LAPACK and cuSOLVER want it: they work in place, without copies
+    lower = torch.empty_like(hessian).mT  # by columns, as LAPACK and cuSOLVER want it: no copies are made
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for attempt in range(RETRIES + 1):
         diagonal += damp if attempt == 0 else damp * (10**attempt - 10 ** (attempt - 1))
@@ -110,10 +112,3 @@ def _smallest(score: Tensor, ratio: float) -> Tensor:
     if index >= score.numel():
         return torch.ones_like(score, dtype=torch.bool)
     return score <= nth_smallest(score, index)
-
-
-def nth_smallest(values: Tensor, index: int) -> Tensor:
-    """Return the ``index``-th (from 0) of the sorted entries of ``values``, as a tensor without dimensions."""
-    flat = values.flatten()
-    # Selection beats sorting on a CPU; on a GPU it runs on a single multiprocessor, and sorting wins.
-    return flat.sort().values[index] if flat.is_cuda else flat.kthvalue(index + 1).values
