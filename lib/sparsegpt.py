@@ -1,6 +1,7 @@
 """Weights, a Hessian and a ratio become repaired weights (SparseGPT: Frantar & Alistarh, 2023)."""
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,34 +82,77 @@ def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | N
         ratio: fraction to remove, in [0, 1]; not used with ``nm``.
         nm: (N, M), keep N of every M columns, chosen group by group from the weights as updated so far.
     """
-    rows, columns = weight.shape
-    w = torch.empty(columns, rows, device=weight.device)  # [in, out] float32: a column of W is a row in memory
-    w.copy_(weight.detach().T).masked_fill_(factor.dead[:, None], 0)
-    upper, diagonal = factor.upper, factor.upper.diagonal()
-    width = BLOCK if nm is None else max(nm[1], BLOCK - BLOCK % nm[1])  # a group never straddles two blocks
+    return repair_group([weight], factor, [ratio], [nm])[0]
+
+
+def repair_group(
+    weights: Sequence[Tensor], factor: Factor, ratios: Sequence[float], nms: Sequence[tuple[int, int] | None]
+) -> list[Tensor]:
+    """Return what ``repair`` makes of each of ``weights`` [out, in], which share their input and so their factor.
+
+    They are solved as one matrix, each with its own masks; if their M differ, and so the blocks, one after the other.
+    """
+    if len({nm and nm[1] for nm in nms}) > 1:
+        return [repair(weight, factor, *rest) for weight, *rest in zip(weights, ratios, nms, strict=True)]
+    columns, sizes = weights[0].shape[1], [len(weight) for weight in weights]
+    # [in, out] float32: a column of W is a row in memory. Torch transposes fast from whole tensors of one dtype.
+    w = torch.empty(columns, sum(sizes), dtype=torch.float32, device=weights[0].device)
+    w.copy_(torch.cat([weight.detach() for weight in weights]).float().T)
+    w.masked_fill_(factor.dead[:, None], 0)
+    group = nms[0] and nms[0][1]
+    width = max(group, BLOCK - BLOCK % group) if group else BLOCK  # a group never straddles two blocks
+    removed = None
+    if group:  # of each group, for each output
+        removed = torch.cat(
+            [torch.full((n,), group - nm[0], device=w.device) for n, nm in zip(sizes, nms, strict=True)]
+        )
     for left in range(0, columns, width):
         right = min(left + width, columns)
-        block, errors = w[left:right], torch.empty_like(w[left:right])  # [block, out]
-        if nm is None:
-            remove = _smallest(block.square() / diagonal[left:right, None].square(), ratio)
-        for i in range(right - left):
-            if nm is not None and i % nm[1] == 0:
-                group = slice(i, i + nm[1])
-                score = block[group].square() / diagonal[left:right][group, None].square()  # [M, out]
-                lowest = score.topk(nm[1] - nm[0], dim=0, largest=False).indices
-                chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(0, lowest, True)
-            gone = remove[i] if nm is None else chosen[i % nm[1]]
-            row = upper[left + i, left:right]
-            torch.mul(block[i] / row[i], gone, out=errors[i])
-            block[i].masked_fill_(gone, 0)
-            block[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
-        w[right:].addmm_(upper[left:right, right:].T, errors, alpha=-1)
-    return torch.empty_like(weight, memory_format=torch.contiguous_format).copy_(w.T)
+        block = w[left:right]  # [block, out]
+        upper = factor.upper[left:right, left:right].contiguous()
+        gone = None if group else _smallest(block, upper, sizes, ratios)
+        errors = solve_block(block, upper, gone, removed, group)
+        w[right:].addmm_(factor.upper[left:right, right:].T, errors, alpha=-1)
+    parts = zip(weights, w.split(sizes, dim=1), strict=True)
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(p.to(x.dtype).contiguous().T) for x, p in parts]
 
 
-def _smallest(score: Tensor, ratio: float) -> Tensor:
-    """Return a mask of the entries up to the int(n * ratio)-th (from 0) of the sorted scores, inclusive (published)."""
-    index = int(score.numel() * ratio)
-    if index >= score.numel():
-        return torch.ones_like(score, dtype=torch.bool)
-    return score <= nth_smallest(score, index)
+def solve_block(block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tensor | None, group: int | None) -> Tensor:
+    """Zero entries of ``block`` [columns, out] in place, repair the columns after each, and return the errors, alike.
+
+    Args:
+        upper: the factor's square on the diagonal that belongs to these columns.
+        gone: 1 what to zero and 0 what to keep, like ``block``; or None, and then ``removed`` [out] of each ``group``.
+    """
+    errors, diagonal = torch.empty_like(block), upper.diagonal()
+    gone = torch.empty_like(block) if gone is None else gone
+    for i in range(len(block)):
+        if group and i % group == 0:
+            part = slice(i, i + group)
+            gone[part] = _ranks(block[part].square() / diagonal[part, None].square()) < removed
+        error = torch.mul(block[i], gone[i], out=errors[i])
+        block[i].sub_(error)  # w - w is 0, w - 0 is w
+        error.div_(diagonal[i])
+        block[i + 1 :].addr_(upper[i, i + 1 :], error, alpha=-1)
+    return errors
+
+
+def _smallest(block: Tensor, upper: Tensor, sizes: list[int], ratios: Sequence[float]) -> Tensor:
+    """Return 1 for each layer's scores up to the int(n * ratio)-th (from 0), inclusive (published), else 0."""
+    score = block.square() / upper.diagonal()[:, None].square()
+    gone = torch.ones_like(block)
+    for scores, mask, ratio in zip(score.split(sizes, dim=1), gone.split(sizes, dim=1), ratios, strict=True):
+        index = int(scores.numel() * ratio)
+        if index < scores.numel():
+            torch.le(scores, nth_smallest(scores, index), out=mask)
+    return gone
+
+
+def _ranks(score: Tensor) -> Tensor:
+    """Return of each of ``score`` [M, out] how many of its column are smaller; of equals the upper ones are."""
+    ranks = torch.zeros_like(score, dtype=torch.uint8)
+    for i in range(1, len(score)):
+        before = score[:i] <= score[i]
+        ranks[i] = before.sum(dim=0, dtype=torch.uint8)
+        ranks[:i] += ~before
+    return ranks
