@@ -1,7 +1,9 @@
 """Weights, a Hessian and a ratio become repaired weights (SparseGPT: Frantar & Alistarh, 2023)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -96,25 +98,54 @@ def repair_group(
         return [repair(weight, factor, *rest) for weight, *rest in zip(weights, ratios, nms, strict=True)]
     columns, sizes = weights[0].shape[1], [len(weight) for weight in weights]
     # [in, out] float32: a column of W is a row in memory. Torch transposes fast from whole tensors of one dtype.
-    w = torch.empty(columns, sum(sizes), dtype=torch.float32, device=weights[0].device)
-    w.copy_(torch.cat([weight.detach() for weight in weights]).float().T)
+    stacked = torch.cat([weight.detach() for weight in weights])
+    dtype, stacked = stacked.dtype, stacked.float()
+    w = torch.empty(columns, len(stacked), dtype=torch.float32, device=stacked.device).copy_(stacked.T)
+    del stacked
     w.masked_fill_(factor.dead[:, None], 0)
     group = nms[0] and nms[0][1]
     width = max(group, BLOCK - BLOCK % group) if group else BLOCK  # a group never straddles two blocks
     removed = None
     if group:  # of each group, for each output
-        removed = torch.cat(
-            [torch.full((n,), group - nm[0], device=w.device) for n, nm in zip(sizes, nms, strict=True)]
-        )
+        counts = [torch.full((n,), group - nm[0], dtype=torch.int32) for n, nm in zip(sizes, nms, strict=True)]
+        removed = torch.cat(counts).to(w.device)
+    solve = block_solver(w.device, group)
     for left in range(0, columns, width):
         right = min(left + width, columns)
         block = w[left:right]  # [block, out]
         upper = factor.upper[left:right, left:right].contiguous()
         gone = None if group else _smallest(block, upper, sizes, ratios)
-        errors = solve_block(block, upper, gone, removed, group)
+        errors = solve(block, upper, gone, removed, group)
         w[right:].addmm_(factor.upper[left:right, right:].T, errors, alpha=-1)
-    parts = zip(weights, w.split(sizes, dim=1), strict=True)
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(p.to(x.dtype).contiguous().T) for x, p in parts]
+    parts = w.to(dtype).T.contiguous().split(sizes)
+    return [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
+
+
+@cache
+def block_solver(device: torch.device, group: int | None) -> Callable[..., Tensor]:
+    """Return what solves a block on ``device``: on a GPU the Triton kernel, once it has shown that it works there.
+
+    Where Triton is not installed, or is a CPU's, it is ``solve_block``, for the same result.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return solve_block
+    columns, outputs, draw = 2 * (group or 8), 70, torch.Generator().manual_seed(0)
+    block = torch.randn(columns, outputs, generator=draw).to(device)
+    upper = (torch.eye(columns) + 0.1 * torch.rand(columns, columns, generator=draw).triu(1)).to(device)
+    gone = None if group else (torch.rand(columns, outputs, generator=draw) < 0.5).float().to(device)
+    removed = torch.full((outputs,), group // 2, dtype=torch.int32, device=device) if group else None
+    try:
+        from lib.sparsegpt_triton import solve_block as kernel
+
+        found, expected = block.clone(), block.clone()
+        errors = kernel(found, upper, gone, removed, group)
+        torch.testing.assert_close(errors, solve_block(expected, upper, gone, removed, group), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    except Exception as error:  # a compiler may fail in many ways, and each leaves the loop as good as before
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        log.warning("SparseGPT runs without its Triton kernel, which is slower; the kernel failed: %s", reason[0])
+        return solve_block
+    return kernel
 
 
 def solve_block(block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tensor | None, group: int | None) -> Tensor:

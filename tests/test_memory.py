@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lib.calibration import hessian
-from lib.sparsegpt import BLOCK, inverse_factor, repair
+from lib.sparsegpt import BLOCK, inverse_factor, repair, repair_group
 
 SIZE = 2048
 MATRIX = 4 * SIZE * SIZE  # bytes, float32
@@ -57,8 +57,10 @@ def test_statistics_factor_and_solve_hold_three_matrices_at_most(nm, dtype):
     vectors = 16 * 4 * SIZE
     assert peak_bytes(lambda: held.append(inverse_factor(held[0]))) <= MATRIX + 2 * STRIP + vectors
     assert held[1].upper.untyped_storage().data_ptr() == held[0].untyped_storage().data_ptr()
-    # Beside the factor: the float32 copy that is worked on and the result, while errors and masks of a block still lie.
-    assert peak_bytes(lambda: repair(weight, held[1], 0.5, nm)) <= 2 * MATRIX + 2 * STRIP
+    # Beside the factor: the float32 copy that is worked on and the result; of a block errors, mask and a square.
+    assert peak_bytes(lambda: repair(weight, held[1], 0.5, nm)) <= 2 * MATRIX + 3 * STRIP
+    weights = [weight[: SIZE // 4], weight[SIZE // 4 :]]
+    assert peak_bytes(lambda: repair_group(weights, held[1], [0.5, 0.4], [nm, nm])) <= 2 * MATRIX + 3 * STRIP
 
 
 @pytest.mark.parametrize("size", [1, 2, 37, 128, 300])
