@@ -123,27 +123,33 @@ def repair_group(
 
 @cache
 def block_solver(device: torch.device, group: int | None) -> Callable[..., Tensor]:
-    """Return what solves a block on ``device``: on a GPU the Triton kernel, once it has shown that it works there.
-
-    Where Triton is not installed, or is a CPU's, it is ``solve_block``, for the same result.
-    """
+    """Return what solves a block on ``device``: on a GPU with Triton its kernel, else ``solve_block``, alike."""
     if device.type != "cuda" or find_spec("triton") is None:
         return solve_block
+
+    def kernel(*block) -> Tensor:
+        from lib.sparsegpt_triton import solve_block as launch
+
+        return launch(*block)
+
+    return _tried(kernel, device, group)
+
+
+def _tried(kernel: Callable[..., Tensor], device: torch.device, group: int | None) -> Callable[..., Tensor]:
+    """Return ``kernel`` if it does on a small block what ``solve_block`` does; else the latter, with a warning."""
     columns, outputs, draw = 2 * (group or 8), 70, torch.Generator().manual_seed(0)
     block = torch.randn(columns, outputs, generator=draw).to(device)
     upper = (torch.eye(columns) + 0.1 * torch.rand(columns, columns, generator=draw).triu(1)).to(device)
     gone = None if group else (torch.rand(columns, outputs, generator=draw) < 0.5).float().to(device)
     removed = torch.full((outputs,), group // 2, dtype=torch.int32, device=device) if group else None
+    found, expected = block.clone(), block.clone()
     try:
-        from lib.sparsegpt_triton import solve_block as kernel
-
-        found, expected = block.clone(), block.clone()
         errors = kernel(found, upper, gone, removed, group)
         torch.testing.assert_close(errors, solve_block(expected, upper, gone, removed, group), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    except Exception as error:  # a compiler may fail in many ways, and each leaves the loop as good as before
+    except Exception as error:  # a compiler fails in many ways; after each the loop is as good as before
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning("SparseGPT runs without its Triton kernel, which is slower; the kernel failed: %s", reason[0])
+        log.warning("SparseGPT's Triton kernel does not work here (%s); a slower loop takes its place", reason[0])
         return solve_block
     return kernel
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lib.calibration import hessian
+from lib import calibration
+from lib.calibration import hessian, squared_norms
 from lib.sparsegpt import BLOCK, inverse_factor, repair, repair_group
 
 SIZE = 2048
@@ -85,3 +86,35 @@ def test_factor_of_a_size_that_is_reversed_in_several_chunks(size):
     found = inverse_factor(torch.diag(scale)).upper
     damp = 0.01 * scale.mean()
     torch.testing.assert_close(found, torch.diag((scale + damp).rsqrt()), rtol=4e-7, atol=0)  # a root, a division
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hessian_of_halves_in_strips(dtype, monkeypatch):
+    first, second = inputs(50).to(dtype), inputs(50, seed=1).to(dtype)
+    product = torch.mm
+    monkeypatch.setattr(calibration, "STRIP", 16)  # 3 strips and a rest
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: product(a.to(out_dtype), b.to(out_dtype)))  # as on CUDA
+    found = calibration._hessian_of_halves(second, calibration._hessian_of_halves(first, None))
+    assert found.dtype == torch.float32
+    exact = sum(2 * x.double().T @ x.double() for x in (first, second))
+    # A sum of 600 products in float32: at most 600 roundings of 6e-8 of what the diagonal bounds.
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=600 * 6e-8 * exact.max().item())
+    assert torch.equal(hessian(first, None), hessian(first.float(), None))
+    assert torch.equal(squared_norms(first, None), squared_norms(first.float(), None))
+
+
+def test_mm_of_halves_gives_float32_where_torch_has_it():
+    if "dtype" not in torch.ops.aten.mm.overloads():
+        pytest.skip("torch before 2.8")
+    x = torch.empty(5, 7, dtype=torch.float16, device="meta")
+    found = calibration._hessian_of_halves(x, None)
+    assert found.shape == (7, 7) and found.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hessian_of_halves_on_cuda(dtype):
+    x = inputs(5000).to(dtype)
+    found = hessian(x.cuda(), hessian(x.cuda(), None)).cpu().double()
+    exact = 4 * x.double().T @ x.double()
+    torch.testing.assert_close(found, exact, rtol=0, atol=600 * 1.2e-7 * exact.max().item())  # tensor cores truncate

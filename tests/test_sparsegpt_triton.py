@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lib.sparsegpt import Factor, block_solver, inverse_factor, repair, solve_block
+from lib.sparsegpt import Factor, _tried, block_solver, inverse_factor, repair, solve_block
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -161,6 +161,24 @@ def test_kernel_compiles(architecture, group, padded, tmp_path):
 
 def test_a_cpu_has_the_torch_loop():
     assert block_solver(torch.device("cpu"), None) is solve_block
+
+
+@pytest.mark.parametrize("group", [None, 4, 8])
+def test_a_kernel_is_tried_before_it_is_used(group, caplog):
+    def alike(*block):
+        return solve_block(*block)
+
+    def wrong(*block):
+        return solve_block(*block) + 1e-3
+
+    def failing(*block):
+        raise RuntimeError("no such instruction\nsecond line")
+
+    cpu = torch.device("cpu")
+    assert _tried(alike, cpu, group) is alike and not caplog.records
+    assert _tried(wrong, cpu, group) is solve_block and _tried(failing, cpu, group) is solve_block
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "(no such instruction)" in caplog.records[1].getMessage()
 
 
 @pytest.mark.gpu
