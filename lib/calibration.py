@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 PROPAGATE = ("dense", "pruned")
 HIDDEN_STATES = ("auto", "gpu", "cpu", "disk")
+STRIP = 4096  # rows of a Hessian that are added at a time on a GPU
 
 
 class BlockInputs(NamedTuple):
@@ -44,14 +45,31 @@ class InputStatistic(NamedTuple):
 
 
 def squared_norms(x: Tensor, total: Tensor | None) -> Tensor:
-    """Add to ``total`` [in] the sum over tokens of x^2, x: [tokens, in], in float32 (Wanda)."""
-    norms = x.square().sum(0)
+    """Add to ``total`` [in] the sum over tokens of x^2, x: [tokens, in] of any dtype, in float32 (Wanda)."""
+    norms = x.float().square().sum(0)
     return norms if total is None else total.add_(norms)
 
 
 def hessian(x: Tensor, total: Tensor | None) -> Tensor:
-    """Add to ``total`` [in, in] 2 X'X, x: [tokens, in], in float32 (SparseGPT; there X is [in, tokens])."""
+    """Add to ``total`` [in, in] 2 X'X, x: [tokens, in], any dtype, in float32 (SparseGPT; there X is [in, tokens])."""
+    halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    if halves and "dtype" in torch.ops.aten.mm.overloads():  # mm's out_dtype: since torch 2.8, and on CUDA only
+        return _hessian_of_halves(x, total)
+    x = x.float()
     return (x.T @ x).mul_(2) if total is None else total.addmm_(x.T, x, alpha=2)
+
+
+def _hessian_of_halves(x: Tensor, total: Tensor | None) -> Tensor:
+    """Return what ``hessian`` does, on tensor cores: products of halves are exact in float32, where they are added up.
+
+    In strips, lest the product be a second matrix of that size; addmm adds in place only in some versions of torch.
+    """
+    size = x.shape[1]
+    total = torch.zeros(size, size, dtype=torch.float32, device=x.device) if total is None else total
+    for left in range(0, size, STRIP):
+        strip = slice(left, left + STRIP)
+        total[strip].add_(torch.mm(x[:, strip].T, x, out_dtype=torch.float32), alpha=2)
+    return total
 
 
 # What a pruner may want to know of a layer's input: added up over the samples, then divided by their number.
@@ -240,7 +258,7 @@ class _Totals:
             self.sharing.setdefault(name, [name])
             x = x.movedim(1, -1) if isinstance(module, torch.nn.Conv2d) else x  # [batch, in, h, w]: channels last
             x = x.reshape(-1, x.shape[-1])
-            self.total[name] = self.add(x.float(), self.total.get(name))
+            self.total[name] = self.add(x, self.total.get(name))
             self.tokens[name] = self.tokens.get(name, 0) + len(x)
 
         return see

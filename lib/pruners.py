@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib.lazy import torch
-from lib.sparsegpt import Factor, inverse_factor, nth_smallest, repair
+from lib.selection import nth_smallest, row_smallest
+from lib.sparsegpt import Factor, inverse_factor, repair
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,7 @@ def wanda(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple[int, in
     score = weight.abs() * squared_norms.sqrt()
     if nm is not None:
         return weight.masked_fill(_group_smallest(score, nm), 0)
-    return weight.masked_fill(_row_smallest(score, int(weight.shape[1] * ratio)), 0)
+    return weight.masked_fill(row_smallest(score, int(weight.shape[1] * ratio)), 0)
 
 
 def wanda_variant(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
@@ -95,16 +96,6 @@ PRUNERS: dict[str, Pruner] = {
 }
 # What --use_variant puts in a pruner's place.
 VARIANTS: dict[str, Pruner] = {"wanda": Pruner(wanda_variant, "squared_norms")}
-
-
-def _row_smallest(score: Tensor, count: int) -> Tensor:
-    """Return a mask of the ``count`` smallest of each row of ``score`` [out, in]; of equals the lower columns."""
-    if count == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(count, dim=1, keepdim=True).values
-    below, equal = score < threshold, score == threshold
-    room = count - below.sum(dim=1, keepdim=True)
-    return below | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))
 
 
 def _group_smallest(score: Tensor, nm: tuple[int, int]) -> Tensor:

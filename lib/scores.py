@@ -11,11 +11,10 @@ from tqdm import tqdm
 from lib.blocks import Weights, check_finite
 from lib.calibration import BlockInputs, input_statistics, passes
 from lib.lazy import torch
+from lib.selection import threshold
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_BUCKETS = 2**16  # of the upper half of a float32's bits, and then of the lower half
 
 # -------------------------------------------------------------------------------------------- a number for each block
 
@@ -29,12 +28,7 @@ def outlier_ratio(scores: Sequence[Tensor], multiple: float) -> float:
 
 def median_score(scores: Sequence[Tensor]) -> float:
     """Return the median of a block's scores, the lower one of two (DLP: Chen et al., 2025)."""
-    rank = (sum(score.numel() for score in scores) + 1) // 2  # from 1
-    # By counting bits, as below: a block of a large model has a thousand million scores, too many to sort beside it.
-    bits = [score.contiguous().view(torch.int32).flatten() for score in scores]
-    high, rank = _bucket(sum(_count(b >> 16) for b in bits), rank)
-    low, _ = _bucket(sum(_count(b[(b >> 16) == high] & 0xFFFF) for b in bits), rank)
-    return torch.tensor([high << 16 | low], dtype=torch.int32).view(torch.float32).item()
+    return threshold(lambda: scores, sum(score.numel() for score in scores) / 2).value
 
 
 # ------------------------------------------------------------------------------- one threshold over the whole model
@@ -62,24 +56,17 @@ def shares_below(weights: Weights, target: float, score: Callable[[Tensor], Tens
     in the order of the scores since none is negative. Of the weights that lie on it, each layer loses the same share.
     """
 
-    def bits() -> Iterator[tuple[str, Tensor]]:
+    def parts() -> Iterator[Tensor]:
         for block in weights.visit():
             for name, linear in block.linears.items():
                 check_finite(name, linear.weight)
-                yield name, score(linear.weight).contiguous().view(torch.int32).flatten()
+                yield score(linear.weight)
 
     wanted = target * sum(layer.size for layer in weights.layers)
-    upper = {name: _count(b >> 16) for name, b in bits()}
-    high, wanted = _bucket(sum(upper.values()), wanted)
-    lower = {name: _count(b[(b >> 16) == high] & 0xFFFF) for name, b in bits()}
-    low, wanted = _bucket(sum(lower.values()), wanted)
-    share = wanted / sum(part[low].item() for part in lower.values())  # of those on the threshold
-    shares = {}
-    for layer in weights.layers:
-        above, on = upper[layer.name], lower[layer.name]
-        removed = above[:high].sum().item() + on[:low].sum().item() + share * on[low].item()
-        shares[layer.name] = removed / layer.size
-    return shares
+    _, below, equal = threshold(parts, wanted)
+    share = (wanted - sum(below)) / sum(equal)  # of those on the threshold
+    removed = [b + share * e for b, e in zip(below, equal, strict=True)]
+    return {layer.name: gone / layer.size for layer, gone in zip(weights.layers, removed, strict=True)}
 
 
 # ------------------------------------------------------------------------------ by what an allocation wants to know
@@ -134,14 +121,3 @@ def measure_scores(
     if wants == "outlier_ratio":
         number = partial(number, multiple=outlier_multiple)
     return score_blocks(weights, enter(), number)
-
-
-def _count(values: Tensor) -> Tensor:
-    return torch.bincount(values, minlength=_BUCKETS).cpu()
-
-
-def _bucket(counts: Tensor, wanted: float) -> tuple[int, float]:
-    """Return the bucket in which the ``wanted``-th smallest lies, and how many of the bucket are wanted."""
-    ends = counts.cumsum(0)
-    index = int(torch.searchsorted(ends.double(), wanted).clamp(max=len(counts) - 1))
-    return index, wanted - (ends[index] - counts[index]).item()

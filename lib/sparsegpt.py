@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib.lazy import torch
+from lib.selection import nth_smallest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,31 +33,51 @@ class NotPositiveDefinite(ValueError):
 
 
 def inverse_factor(hessian: Tensor) -> Factor:
-    """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. ``hessian`` is used up.
+    """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. U takes H's place in memory.
 
     A column whose input was always zero gets H = 1. A Hessian that is not positive definite is tried again with ten
-    times the damping, twice, with a warning.
+    times the damping, twice, with a warning. No more than two matrices of this size are held, H among them.
 
     Raises:
-        NotPositiveDefinite: and then still it is not.
+        NotPositiveDefinite: and then still it is not, or its inverse overflows.
     """
+    hessian = hessian.contiguous()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    diagonal[dead] = 1
+    diagonal.masked_fill_(dead, 1)
     damp = DAMPING * diagonal.mean()
+    # H reversed in both axes = LL' gives H = RR' with R = L reversed, upper triangular, so that U = inv(R): one
+    # factorisation and one triangular solve, where the plain way (factorise, invert, factorise) does three.
+    _reverse(hessian)
+    lower = torch.empty_like(hessian).mT  # by columns, as LAPACK and cuSOLVER want it: no copies are made
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for attempt in range(RETRIES + 1):
         diagonal += damp if attempt == 0 else damp * (10**attempt - 10 ** (attempt - 1))
-        # H flipped in both axes = LL' gives H = RR' with R upper triangular, so that U = inv(R): one factorisation
-        # and one triangular solve, where the plain way (factorise, invert, factorise) does three.
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not failed:
-            identity = torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            if torch.isfinite(upper).all():
-                return Factor(upper, dead)
-        if attempt < RETRIES:
-            log.warning("a Hessian is not positive definite; its damping is raised tenfold")
-    raise NotPositiveDefinite(f"its Hessian is not positive definite, even with {DAMPING * 10**RETRIES:g} of damping")
+        torch.linalg.cholesky_ex(hessian, out=(lower, failed))
+        if ((failed == 0) & torch.isfinite(lower.diagonal()).all()).item():
+            break
+        if attempt == RETRIES:
+            told = f"even with {DAMPING * 10**RETRIES:g} of damping"
+            raise NotPositiveDefinite(f"its Hessian is not positive definite, {told}")
+        log.warning("a Hessian is not positive definite; its damping is raised tenfold")
+    _reverse(lower.mT)
+    upper = hessian.zero_().fill_diagonal_(1).mT  # H has served; the identity, by columns
+    torch.linalg.solve_triangular(lower, upper, upper=True, out=upper)
+    if not torch.isfinite(torch.stack(torch.aminmax(hessian))).all():  # these two show every NaN and infinity
+        raise NotPositiveDefinite("the inverse of its Hessian is not finite")
+    return Factor(upper, dead)
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Reverse both axes of a contiguous ``matrix`` in place: a flip would make a copy."""
+    flat = matrix.view(-1)
+    half, chunk = len(flat) // 2, BLOCK * len(matrix)
+    for left in range(0, half, chunk):
+        right = min(left + chunk, half)
+        head, tail = flat[left:right], flat[len(flat) - right : len(flat) - left]
+        kept = head.flip(0)
+        head.copy_(tail.flip(0))
+        tail.copy_(kept)
 
 
 def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
@@ -63,41 +87,112 @@ def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | N
         ratio: fraction to remove, in [0, 1]; not used with ``nm``.
         nm: (N, M), keep N of every M columns, chosen group by group from the weights as updated so far.
     """
-    columns = weight.shape[1]
-    w = weight.detach().to(torch.float32, copy=True).T.contiguous()  # [in, out]: a column of W is a row in memory
-    w[factor.dead] = 0
-    upper, diagonal = factor.upper, factor.upper.diagonal()
-    width = BLOCK if nm is None else max(nm[1], BLOCK - BLOCK % nm[1])  # a group never straddles two blocks
+    return repair_group([weight], factor, [ratio], [nm])[0]
+
+
+def repair_group(
+    weights: Sequence[Tensor], factor: Factor, ratios: Sequence[float], nms: Sequence[tuple[int, int] | None]
+) -> list[Tensor]:
+    """Return what ``repair`` makes of each of ``weights`` [out, in], which share their input and so their factor.
+
+    They are solved as one matrix, each with its own masks; if their M differ, and so the blocks, one after the other.
+    """
+    if len({nm and nm[1] for nm in nms}) > 1:
+        return [repair(weight, factor, *rest) for weight, *rest in zip(weights, ratios, nms, strict=True)]
+    columns, sizes = weights[0].shape[1], [len(weight) for weight in weights]
+    # [in, out] float32: a column of W is a row in memory. Torch transposes fast from whole tensors of one dtype.
+    stacked = torch.cat([weight.detach() for weight in weights])
+    dtype, stacked = stacked.dtype, stacked.float()
+    w = torch.empty(columns, len(stacked), dtype=torch.float32, device=stacked.device).copy_(stacked.T)
+    del stacked
+    w.masked_fill_(factor.dead[:, None], 0)
+    group = nms[0] and nms[0][1]
+    width = max(group, BLOCK - BLOCK % group) if group else BLOCK  # a group never straddles two blocks
+    removed = None
+    if group:  # of each group, for each output
+        counts = [torch.full((n,), group - nm[0], dtype=torch.int32) for n, nm in zip(sizes, nms, strict=True)]
+        removed = torch.cat(counts).to(w.device)
+    solve = block_solver(w.device, group)
     for left in range(0, columns, width):
         right = min(left + width, columns)
-        block, errors = w[left:right], torch.empty_like(w[left:right])  # [block, out]
-        if nm is None:
-            remove = _smallest(block.square() / diagonal[left:right, None].square(), ratio)
-        for i in range(right - left):
-            if nm is not None and i % nm[1] == 0:
-                group = slice(i, i + nm[1])
-                score = block[group].square() / diagonal[left:right][group, None].square()  # [M, out]
-                lowest = score.topk(nm[1] - nm[0], dim=0, largest=False).indices
-                chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(0, lowest, True)
-            gone = remove[i] if nm is None else chosen[i % nm[1]]
-            row = upper[left + i, left:right]
-            torch.mul(block[i] / row[i], gone, out=errors[i])
-            block[i].masked_fill_(gone, 0)
-            block[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
-        w[right:].addmm_(upper[left:right, right:].T, errors, alpha=-1)
-    return w.T.to(weight.dtype).contiguous()
+        block = w[left:right]  # [block, out]
+        upper = factor.upper[left:right, left:right].contiguous()
+        gone = None if group else _smallest(block, upper, sizes, ratios)
+        errors = solve(block, upper, gone, removed, group)
+        w[right:].addmm_(factor.upper[left:right, right:].T, errors, alpha=-1)
+    parts = w.to(dtype).T.contiguous().split(sizes)
+    return [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
 
 
-def _smallest(score: Tensor, ratio: float) -> Tensor:
-    """Return a mask of the entries up to the int(n * ratio)-th (from 0) of the sorted scores, inclusive (published)."""
-    index = int(score.numel() * ratio)
-    if index >= score.numel():
-        return torch.ones_like(score, dtype=torch.bool)
-    return score <= nth_smallest(score, index)
+@cache
+def block_solver(device: torch.device, group: int | None) -> Callable[..., Tensor]:
+    """Return what solves a block on ``device``: on a GPU with Triton its kernel, else ``solve_block``, alike."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return solve_block
+
+    def kernel(*block) -> Tensor:
+        from lib.sparsegpt_triton import solve_block as launch
+
+        return launch(*block)
+
+    return _tried(kernel, device, group)
 
 
-def nth_smallest(values: Tensor, index: int) -> Tensor:
-    """Return the ``index``-th (from 0) of the sorted entries of ``values``, as a tensor without dimensions."""
-    flat = values.flatten()
-    # Selection beats sorting on a CPU; on a GPU it runs on a single multiprocessor, and sorting wins.
-    return flat.sort().values[index] if flat.is_cuda else flat.kthvalue(index + 1).values
+def _tried(kernel: Callable[..., Tensor], device: torch.device, group: int | None) -> Callable[..., Tensor]:
+    """Return ``kernel`` if it does on a small block what ``solve_block`` does; else the latter, with a warning."""
+    columns, outputs, draw = 2 * (group or 8), 70, torch.Generator().manual_seed(0)
+    block = torch.randn(columns, outputs, generator=draw).to(device)
+    upper = (torch.eye(columns) + 0.1 * torch.rand(columns, columns, generator=draw).triu(1)).to(device)
+    gone = None if group else (torch.rand(columns, outputs, generator=draw) < 0.5).float().to(device)
+    removed = torch.full((outputs,), group // 2, dtype=torch.int32, device=device) if group else None
+    found, expected = block.clone(), block.clone()
+    try:
+        errors = kernel(found, upper, gone, removed, group)
+        torch.testing.assert_close(errors, solve_block(expected, upper, gone, removed, group), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    except Exception as error:  # a compiler fails in many ways; after each the loop is as good as before
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        log.warning("SparseGPT's Triton kernel does not work here (%s); a slower loop takes its place", reason[0])
+        return solve_block
+    return kernel
+
+
+def solve_block(block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tensor | None, group: int | None) -> Tensor:
+    """Zero entries of ``block`` [columns, out] in place, repair the columns after each, and return the errors, alike.
+
+    Args:
+        upper: the factor's square on the diagonal that belongs to these columns.
+        gone: 1 what to zero and 0 what to keep, like ``block``; or None, and then ``removed`` [out] of each ``group``.
+    """
+    errors, diagonal = torch.empty_like(block), upper.diagonal()
+    gone = torch.empty_like(block) if gone is None else gone
+    for i in range(len(block)):
+        if group and i % group == 0:
+            part = slice(i, i + group)
+            gone[part] = _ranks(block[part].square() / diagonal[part, None].square()) < removed
+        error = torch.mul(block[i], gone[i], out=errors[i])
+        block[i].sub_(error)  # w - w is 0, w - 0 is w
+        error.div_(diagonal[i])
+        block[i + 1 :].addr_(upper[i, i + 1 :], error, alpha=-1)
+    return errors
+
+
+def _smallest(block: Tensor, upper: Tensor, sizes: list[int], ratios: Sequence[float]) -> Tensor:
+    """Return 1 for each layer's scores up to the int(n * ratio)-th (from 0), inclusive (published), else 0."""
+    score = block.square() / upper.diagonal()[:, None].square()
+    gone = torch.ones_like(block)
+    for scores, mask, ratio in zip(score.split(sizes, dim=1), gone.split(sizes, dim=1), ratios, strict=True):
+        index = int(scores.numel() * ratio)
+        if index < scores.numel():
+            torch.le(scores, nth_smallest(scores, index), out=mask)
+    return gone
+
+
+def _ranks(score: Tensor) -> Tensor:
+    """Return of each of ``score`` [M, out] how many of its column are smaller; of equals the upper ones are."""
+    ranks = torch.zeros_like(score, dtype=torch.uint8)
+    for i in range(1, len(score)):
+        before = score[:i] <= score[i]
+        ranks[i] = before.sum(dim=0, dtype=torch.uint8)
+        ranks[:i] += ~before
+    return ranks

@@ -11,7 +11,7 @@ from lib.allocation import SparsityPlan, uniform
 from lib.models import find_blocks, prunable_layers
 from lib.prune import prune_model
 from lib.pruners import PRUNERS, VARIANTS
-from lib.sparsegpt import NotPositiveDefinite, inverse_factor, repair
+from lib.sparsegpt import NotPositiveDefinite, inverse_factor, repair, repair_group
 
 RATIOS = [0.05, 0.37, 0.5, 0.73, 0.9]
 GROUPS = [(2, 4), (4, 8), (1, 4), (3, 5)]
@@ -193,6 +193,27 @@ def test_sparsegpt_groups(nm):
     weight, _, hessian = random_case(10, 280 if nm[1] != 5 else 290, seed=9)
     expected = oracle_sparsegpt(weight, hessian, nm=nm)
     assert_repaired_alike(repair(weight, inverse_factor(hessian.clone()), 0.0, nm), expected, hessian)
+
+
+@pytest.mark.parametrize(
+    "nms",
+    [[None] * 4, [(2, 4)] * 4, [(4, 8), (1, 8), (8, 8), (0, 8)], [(2, 4), (4, 8), None, (2, 4)]],
+    ids=["ratios", "2:4", "mixed N", "mixed M"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sparsegpt_of_layers_that_share_an_input(nms, dtype):
+    weight, _, hessian = random_case(64, 280, seed=3, dead=(4, 150))
+    factor = inverse_factor(hessian.clone())
+    weights, ratios = list(weight.to(dtype).split([30, 1, 20, 13])), [0.3, 0.0, 0.7, 1.0]
+    before = [w.clone() for w in weights]
+    together = repair_group(weights, factor, ratios, nms)
+    assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
+    for w, found, ratio, nm in zip(weights, together, ratios, nms, strict=True):
+        alone = repair(w, factor, ratio, nm)
+        assert found.shape == w.shape and found.dtype == dtype and found.is_contiguous()
+        assert torch.equal(found == 0, alone == 0)  # each by its own thresholds
+        # A product of more columns may sum in another order: some units in the last place, of float32 or of the dtype.
+        torch.testing.assert_close(found, alone, rtol=max(1e-5, 2 * torch.finfo(dtype).eps), atol=1e-5)
 
 
 def test_sparsegpt_makes_up_for_what_it_removes():
