@@ -74,7 +74,7 @@ def work(
             inputs = None
             if task.pruner.statistic:
                 inputs = calibration.enter_blocks(weights, known.windows.calibration, settings.hidden_states)
-            record.rows = prune.walk(weights, plan, task.pruner, inputs, values, journal=known.journal)
+            record.rows = prune.walk(weights, plan, task.pruner, inputs, values, settings.statistics, known.journal)
 
     record.content["sparsity"] = weights.sparsity()
     unsaved = save(settings, task, weights, known, record)  # before whatever may still fail

@@ -89,8 +89,7 @@ def _prune_block(
     block: Block, plan: SparsityPlan, pruner: Pruner, inputs: BlockInputs | None, keep: bool, stored: torch.dtype | None
 ) -> None:
     for names, prepared in _prepared(block, pruner, inputs, keep):
-        for name in names:
-            _prune_layer(block.linears[name], name, plan, pruner, prepared, stored)
+        _prune_layers({name: block.linears[name] for name in names}, plan, pruner, prepared, stored)
         del prepared  # a factor of the Hessian: not to outlive its layers
 
 
@@ -114,21 +113,23 @@ def _prepared(
         del prepared
 
 
-def _prune_layer(
-    linear: nn.Module, name: str, plan: SparsityPlan, pruner: Pruner, prepared: object, stored: torch.dtype | None
+def _prune_layers(
+    linears: Mapping[str, nn.Module], plan: SparsityPlan, pruner: Pruner, prepared: object, stored: torch.dtype | None
 ) -> None:
-    check_finite(name, linear.weight)
-    if plan.ratios[name] == 0:  # the published thresholds would take the smallest weight all the same
-        return
-    nm = None if plan.nm is None else plan.nm[name]
+    """Prune layers that share their input."""
+    for name, linear in linears.items():
+        check_finite(name, linear.weight)
+    # The published thresholds would take the smallest weight of a layer of ratio 0 all the same.
     # A 1x1 convolution [out, in, 1, 1] is the matrix that it is.
-    weight = pruner.prune(linear.weight.data.flatten(1), prepared, plan.ratios[name], nm)
-    if stored is not None:
-        weight = weight.to(stored)
-    if not torch.isfinite(weight).all():
-        text = f"{name}: its pruned weights are not finite; try --dtype bfloat16 or --dtype float32"
-        raise UserError(None, text)
-    linear.weight.data.copy_(weight.view_as(linear.weight))
+    weights = {name: linear.weight.data.flatten(1) for name, linear in linears.items() if plan.ratios[name] > 0}
+    nm = dict.fromkeys(weights) if plan.nm is None else plan.nm
+    for name, weight in pruner.prune_all(weights, prepared, plan.ratios, nm) if weights else ():
+        if stored is not None:
+            weight = weight.to(stored)
+        if not torch.isfinite(weight).all():
+            text = f"{name}: its pruned weights are not finite; try --dtype bfloat16 or --dtype float32"
+            raise UserError(None, text)
+        linears[name].weight.data.copy_(weight.view_as(linears[name].weight))
 
 
 def _report(block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None) -> list[LayerReport]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from lib import alps
 from lib.lazy import torch
 from lib.selection import nth_smallest, row_smallest
-from lib.sparsegpt import Factor, inverse_factor, repair
+from lib.sparsegpt import Factor, inverse_factor, repair, repair_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,17 +22,36 @@ VARIANT_SHARES = (0.0, 0.8)  # between which the Wanda variant seeks its share, 
 VARIANT_TOLERANCE = 0.001
 
 
+NM = tuple[int, int]
+
+
 class Pruner(NamedTuple):
     """How to prune one matrix.
 
     ``prune(weight [out, in], prepared, ratio, nm)`` returns the new weight, of the same shape and dtype. ``statistic``
     is the name in ``calibration.STATISTICS`` of what it wants to know of the input, None for nothing; ``prepare`` turns
-    that statistic into ``prepared``, once for all layers that share an input.
+    that statistic into ``prepared``, once for all layers that share an input. ``group(weights, prepared, ratios, nm)``
+    prunes all of these layers at once, by name, where that is cheaper than one after the other.
     """
 
-    prune: Callable[[Tensor, object, float, tuple[int, int] | None], Tensor]
+    prune: Callable[[Tensor, object, float, NM | None], Tensor]
     statistic: str | None = None
     prepare: Callable[[Tensor], object] = lambda statistic: statistic
+    group: Callable[..., dict[str, Tensor]] | None = None
+
+    def prune_all(
+        self,
+        weights: Mapping[str, Tensor],
+        prepared: object,
+        ratios: Mapping[str, float],
+        nm: Mapping[str, NM | None],
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the new weight of each of ``weights``, layers that share their input."""
+        if self.group is not None:
+            yield from self.group(weights, prepared, ratios, nm).items()
+            return
+        for name, weight in weights.items():
+            yield name, self.prune(weight, prepared, ratios[name], nm[name])
 
 
 def magnitude(weight: Tensor, _: None, ratio: float, nm: tuple[int, int] | None) -> Tensor:
@@ -89,13 +110,70 @@ def sparsegpt(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] 
     return repair(weight, factor, ratio, nm)
 
 
+def sparsegpt_group(
+    weights: Mapping[str, Tensor], factor: Factor, ratios: Mapping[str, float], nm: Mapping[str, NM | None]
+) -> dict[str, Tensor]:
+    """Return what ``sparsegpt`` makes of each of ``weights``, solved as one matrix."""
+    goals = [ratios[name] for name in weights], [nm[name] for name in weights]
+    return dict(zip(weights, repair_group(list(weights.values()), factor, *goals), strict=True))
+
+
 PRUNERS: dict[str, Pruner] = {
     "magnitude": Pruner(magnitude),
     "wanda": Pruner(wanda, "squared_norms"),
-    "sparsegpt": Pruner(sparsegpt, "hessian", inverse_factor),
+    "sparsegpt": Pruner(sparsegpt, "hessian", inverse_factor, sparsegpt_group),
+    "alps": Pruner(alps.alps, "hessian", alps.prepare, alps.alps_group),
 }
 # What --use_variant puts in a pruner's place.
 VARIANTS: dict[str, Pruner] = {"wanda": Pruner(wanda_variant, "squared_norms")}
+# What --damping and --pruner_iterations are for.
+DAMPED, ITERATED = ("sparsegpt", "alps"), ("alps",)
+
+
+class Options(NamedTuple):
+    """Deviations from a pruner's defaults; None is the default."""
+
+    iterations: int | None = None  # of ADMM
+    damping: float | None = None  # of the Hessian, as a share of its mean diagonal
+    refit: int | None = None  # conjugate-gradient steps on the mask
+
+
+def configured(name: str, table: Mapping[str, Pruner], options: Options) -> Pruner:
+    """Return the pruner ``name`` of ``table`` with ``options``."""
+    pruner = table[name]
+    damped = {} if options.damping is None else {"damping": options.damping}
+    if name == "alps":
+        given = {"iterations": options.iterations, "steps": options.refit}
+        given = {key: value for key, value in given.items() if value is not None}
+        if damped:
+            pruner = pruner._replace(prepare=partial(alps.prepare, **damped))
+        if given:
+            pruner = pruner._replace(prune=partial(pruner.prune, **given), group=partial(pruner.group, **given))
+        return pruner
+    if damped and name == "sparsegpt":
+        pruner = pruner._replace(prepare=partial(inverse_factor, **damped))
+    return refitted(pruner, options.refit, damped) if options.refit else pruner
+
+
+def refitted(pruner: Pruner, steps: int, damped: Mapping[str, float]) -> Pruner:
+    """Return ``pruner`` followed by ``steps`` of ``alps.refit`` on its masks, which wants the Hessian.
+
+    The squared norms that Wanda wants are half of the Hessian's diagonal.
+    """
+
+    def prepare(hessian: Tensor) -> tuple[object, alps.Problem]:
+        own = None
+        if pruner.statistic == "squared_norms":
+            own = pruner.prepare(hessian.diagonal() / 2)
+        elif pruner.statistic == "hessian":
+            own = pruner.prepare(hessian.clone())
+        return own, alps.prepare(hessian, **damped)
+
+    def prune(weight: Tensor, prepared: tuple[object, alps.Problem], ratio: float, nm: NM | None) -> Tensor:
+        own, problem = prepared
+        return alps.refit(weight, pruner.prune(weight, own, ratio, nm), problem, steps)
+
+    return Pruner(prune, "hessian", prepare)
 
 
 def _group_smallest(score: Tensor, nm: tuple[int, int]) -> Tensor:

@@ -9,12 +9,12 @@ from typing import ClassVar, NamedTuple
 
 from lib import UserError, data, plans
 from lib.allocation import ALLOCATIONS, MAPPINGS
-from lib.calibration import HIDDEN_STATES
+from lib.calibration import HIDDEN_STATES, PROPAGATE
 from lib.command import Flags, flag, number_or_auto
 from lib.esd import DRIVERS, METRICS, WEIGHTWATCHER
 from lib.evaluation import ZERO_SHOT_TASKS
 from lib.models import DTYPES, SMOLLM2
-from lib.pruners import PRUNERS, VARIANTS, Pruner
+from lib.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Options, Pruner, configured
 from lib.registry import check_name, did_you_mean
 
 METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS]
@@ -65,6 +65,36 @@ class Pruning(Flags):
 
     sparsity_type: str = flag("unstructured", "unstructured, or N:M (2:4, 4:8 ...): keep N of M", metavar="TYPE")
     use_variant: bool = flag(False, "Wanda's variant: one share of each row's score instead of a count", prunes=True)
+    pruner_iterations: int | None = flag(
+        None,
+        "for alps: iterations of ADMM (default: 10, rho from .3 to 1; 30 is rho from .1 to 3, slower and a little "
+        "better)",
+        least=1,
+        prunes=True,
+        metavar="N",
+    )
+    damping: float | None = flag(
+        None,
+        "of the Hessian, as a share of its mean diagonal, for sparsegpt (default: .01), alps and {refit} (default: .1)",
+        above=0,
+        prunes=True,
+        metavar="X",
+    )
+    refit: int | None = flag(
+        None,
+        "conjugate-gradient steps that improve the weights on the fixed mask, after any pruner (default: 10 for alps, "
+        "0 for the others)",
+        least=0,
+        prunes=True,
+        metavar="N",
+    )
+    statistics: str = flag(
+        "pruned",
+        "what calibration passes on from block to block: {choices} weights' outputs; pruned, as published",
+        choices=PROPAGATE,
+        prunes=True,
+        metavar="WHICH",
+    )
 
 
 @dataclass(kw_only=True)
@@ -294,7 +324,7 @@ class Experiment(
 
     def _metrics_only(self) -> Task:
         for name in ("prune_method", "sparsity_ratio", "eval_zero_shot", *pruning_flags(self)):
-            if getattr(self, name):
+            if name in self.given:
                 raise UserError(name, "with --metrics_only: nothing is pruned then; leave one of them out")
         return Task("metrics", None, "ww", 0.0)
 
@@ -317,7 +347,17 @@ class Experiment(
             text = f"{method} without a sparsity; add --sparsity_ratio (or --sparsity_type N:M)"
             raise UserError("prune_method", text)
         table = VARIANTS if self.use_variant else PRUNERS
-        return Task(method, table[name], suffix, target, nm)
+        return Task(method, configured(name, table, self._options(name)), suffix, target, nm)
+
+    def _options(self, pruner: str) -> Options:
+        if self.pruner_iterations is not None and pruner not in ITERATED:
+            raise UserError("pruner_iterations", f"does nothing with {pruner}; it is for {', '.join(ITERATED)}")
+        if self.damping is not None and pruner not in DAMPED and not self.refit:
+            text = f"does nothing with {pruner} without --refit; it is for {' and '.join(DAMPED)}"
+            raise UserError("damping", text)
+        if self.statistics != "pruned" and not (PRUNERS[pruner].statistic or self.refit):
+            raise UserError("statistics", f"{self.statistics} does nothing with {pruner}, which needs no calibration")
+        return Options(self.pruner_iterations, self.damping, self.refit)
 
     def _dense(self, nm: tuple[int, int] | None) -> Task:
         if self.sparsity_ratio or nm:
@@ -325,7 +365,7 @@ class Experiment(
             text = f"{getattr(self, name)} without a method; add --prune_method, one of: {', '.join(METHODS)}"
             raise UserError(name, text)
         for name in pruning_flags(self):
-            if getattr(self, name):
+            if name in self.given:
                 raise UserError(name, "without --prune_method does nothing")
         return Task("dense", None, "", 0.0)
 

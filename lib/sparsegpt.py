@@ -32,11 +32,12 @@ class NotPositiveDefinite(ValueError):
     """The Hessian could not be factorised, whatever damping was tried."""
 
 
-def inverse_factor(hessian: Tensor) -> Factor:
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. U takes H's place in memory.
 
     A column whose input was always zero gets H = 1. A Hessian that is not positive definite is tried again with ten
-    times the damping, twice, with a warning. No more than two matrices of this size are held, H among them.
+    times the ``damping`` (a share of its mean diagonal), twice, with a warning. No more than two matrices of this size
+    are held, H among them.
 
     Raises:
         NotPositiveDefinite: and then still it is not, or its inverse overflows.
@@ -45,7 +46,7 @@ def inverse_factor(hessian: Tensor) -> Factor:
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal.masked_fill_(dead, 1)
-    damp = DAMPING * diagonal.mean()
+    damp = damping * diagonal.mean()
     # H reversed in both axes = LL' gives H = RR' with R = L reversed, upper triangular, so that U = inv(R): one
     # factorisation and one triangular solve, where the plain way (factorise, invert, factorise) does three.
     _reverse(hessian)
@@ -57,7 +58,7 @@ def inverse_factor(hessian: Tensor) -> Factor:
         if ((failed == 0) & torch.isfinite(lower.diagonal()).all()).item():
             break
         if attempt == RETRIES:
-            told = f"even with {DAMPING * 10**RETRIES:g} of damping"
+            told = f"even with {damping * 10**RETRIES:g} of damping"
             raise NotPositiveDefinite(f"its Hessian is not positive definite, {told}")
         log.warning("a Hessian is not positive definite; its damping is raised tenfold")
     _reverse(lower.mT)

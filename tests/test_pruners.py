@@ -8,9 +8,10 @@ import torch
 
 from lib import UserError
 from lib.allocation import SparsityPlan, uniform
-from lib.models import find_blocks, prunable_layers
-from lib.prune import prune_model
-from lib.pruners import PRUNERS, VARIANTS
+from lib.blocks import weights_of
+from lib.calibration import enter_blocks
+from lib.prune import walk
+from lib.pruners import PRUNERS, VARIANTS, Options, configured
 from lib.sparsegpt import NotPositiveDefinite, inverse_factor, repair, repair_group
 
 RATIOS = [0.05, 0.37, 0.5, 0.73, 0.9]
@@ -349,34 +350,95 @@ def test_damping_is_given_up(caplog):
     assert len(caplog.records) == 2
 
 
+def prune(model, pruner, windows) -> None:
+    """Prune a tiny LLaMA by half."""
+    weights = weights_of(model)
+    plan = SparsityPlan(0.5, uniform(weights.layers, 0.5))
+    walk(weights, plan, pruner, enter_blocks(weights, windows) if pruner.statistic else None)
+
+
 def test_walk_names_the_layer(tiny_model, tiny_windows):
-    layers, (prefix, blocks) = prunable_layers(tiny_model), find_blocks(tiny_model)
     pruner = PRUNERS["sparsegpt"]
     broken = pruner._replace(prepare=lambda hessian: pruner.prepare(hessian - 1e9 * torch.eye(len(hessian))))
-    with pytest.raises(UserError, match=rf"{prefix}\.0\.self_attn\.q_proj.*positive definite") as caught:
-        prune_model(tiny_model, blocks, layers, SparsityPlan(0.5, uniform(layers, 0.5)), broken, tiny_windows)
+    with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.q_proj.*positive definite") as caught:
+        prune(tiny_model, broken, tiny_windows)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", PRUNERS)
 def test_weights_that_are_not_finite_name_the_layer(name, tiny_model, tiny_windows):
-    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
-    bad = (
-        layers[9] if PRUNERS[name].statistic is None else layers[6]
-    )  # down_proj of block 0 spoils no input of its block
-    bad.module.weight.data[0, 0] = math.nan
-    with pytest.raises(UserError, match=bad.name):
-        plan = SparsityPlan(0.5, uniform(layers, 0.5))
-        prune_model(tiny_model, blocks, layers, plan, PRUNERS[name], tiny_windows)
+    layers = weights_of(tiny_model).layers
+    # down_proj of block 0 spoils no input of its block
+    bad = layers[9].name if PRUNERS[name].statistic is None else layers[6].name
+    tiny_model.get_submodule(bad).weight.data[0, 0] = math.nan
+    with pytest.raises(UserError, match=bad):
+        prune(tiny_model, PRUNERS[name], tiny_windows)
 
 
 @pytest.mark.parametrize("name", [name for name in PRUNERS if PRUNERS[name].statistic])
 def test_inputs_that_are_not_finite_name_the_layer(name, tiny_model, tiny_windows):
-    layers, blocks = prunable_layers(tiny_model), find_blocks(tiny_model)[1]
-    blocks[1].input_layernorm.weight.data[2] = math.inf
-    with pytest.raises(UserError, match=layers[7].name):
-        plan = SparsityPlan(0.5, uniform(layers, 0.5))
-        prune_model(tiny_model, blocks, layers, plan, PRUNERS[name], tiny_windows)
+    tiny_model.model.layers[1].input_layernorm.weight.data[2] = math.inf
+    with pytest.raises(UserError, match=weights_of(tiny_model).layers[7].name):
+        prune(tiny_model, PRUNERS[name], tiny_windows)
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def random_layer(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight [12, 40] and the Hessian of correlated inputs."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, 40, generator=draw) @ torch.randn(40, 40, generator=draw)
+    return torch.randn(12, 40, generator=draw), 2 * x.T @ x
+
+
+def error_of(weight: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> float:
+    change = (pruned - weight).double()
+    return ((change @ hessian.double()) * change).sum().item()
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNERS if name != "alps"])
+@pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
+def test_refit_keeps_the_mask_of_any_pruner_and_lowers_the_error(name, nm):
+    for seed in range(5):
+        weight, hessian = random_layer(seed)
+        statistic = {"squared_norms": hessian.diagonal() / 2, "hessian": hessian.clone(), None: None}
+        own = PRUNERS[name]
+        plain = own.prune(weight, own.prepare(statistic[own.statistic]), 0.5, nm)
+        better = configured(name, PRUNERS, Options(refit=10))
+        assert better.statistic == "hessian"
+        refitted = better.prune(weight, better.prepare(hessian.clone()), 0.5, nm)
+        assert torch.equal(refitted == 0, plain == 0)
+        assert error_of(weight, refitted, hessian) < error_of(weight, plain, hessian)
+
+
+def test_options_reach_the_pruner():
+    assert configured("wanda", PRUNERS, Options()) is PRUNERS["wanda"]
+    assert configured("wanda", PRUNERS, Options(refit=0)) is PRUNERS["wanda"]
+    weight, hessian = random_layer(1)
+    results = {}
+    for options in (Options(), Options(iterations=30), Options(damping=0.5), Options(refit=0)):
+        pruner = configured("alps", PRUNERS, options)
+        results[options] = pruner.prune(weight, pruner.prepare(hessian.clone()), 0.6, None)
+    for options in (Options(), Options(damping=0.3)):
+        pruner = configured("sparsegpt", PRUNERS, options)
+        results[options, "sparsegpt"] = pruner.prune(weight, pruner.prepare(hessian.clone()), 0.6, None)
+    found = list(results.values())
+    assert not any(torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNERS if PRUNERS[name].group])
+def test_layers_that_share_an_input_are_pruned_as_each_alone(name):
+    _, hessian = random_layer(3)
+    weights = {str(seed): random_layer(seed)[0][: 5 + seed] for seed in range(3)}
+    ratios, nm = {"0": 0.3, "1": 0.5, "2": 0.7}, dict.fromkeys(weights)
+    pruner = PRUNERS[name]
+    together = dict(pruner.prune_all(weights, pruner.prepare(hessian.clone()), ratios, nm))
+    for key, weight in weights.items():
+        alone = pruner.prune(weight, pruner.prepare(hessian.clone()), ratios[key], None)
+        assert torch.equal(together[key] == 0, alone == 0)
+        # products of other shapes round otherwise
+        torch.testing.assert_close(together[key], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

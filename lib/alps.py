@@ -1,0 +1,149 @@
+"""ALPS: pruned weights that keep a layer's output, by ADMM on its inputs' Hessian (Meng et al., 2024), and a refit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple
+
+from lib.lazy import torch
+from lib.selection import nth_smallest
+from lib.sparsegpt import NotPositiveDefinite, inverse_factor, repair
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+DAMPING = 0.1  # of the unit diagonal; with .01, as published, little calibration text is fitted too closely
+ITERATIONS, PER_RHO, REFIT_STEPS = 10, 3, 10  # of ADMM, of them with the same rho, of conjugate gradients
+
+
+class Problem(NamedTuple):
+    """What layers with the same input share: ``damped`` [in, in] = A + ``damping`` I, A the Hessian of unit diagonal.
+
+    Weights times ``scale`` [in] are the weights that belong to it; ``scale`` is 0 where the input was always zero.
+    """
+
+    damped: Tensor
+    scale: Tensor
+    damping: float
+
+
+def prepare(hessian: Tensor, damping: float = DAMPING) -> Problem:
+    """Return the problem of a ``hessian`` [in, in] float32, in its memory, or raise NotPositiveDefinite."""
+    root = hessian.diagonal().sqrt()  # NaN where negative
+    if root.isnan().any():
+        raise NotPositiveDefinite("its Hessian is not positive definite: its diagonal has negative entries")
+    divisor = root.masked_fill(root == 0, 1)
+    hessian.div_(divisor).div_(divisor[:, None]).diagonal().fill_(1 + damping)
+    return Problem(hessian, root / root.max().clamp(min=1e-30), damping)  # relative: the size of H matters nowhere
+
+
+def alps(weight: Tensor, problem: Problem, ratio: float, nm: tuple[int, int] | None, **options: int) -> Tensor:
+    """Return ``weight`` [out, in] pruned as the only layer of ``alps_group``, whose ``options`` these are."""
+    name = f"a matrix of {len(weight)}x{weight.shape[1]}"
+    return alps_group({name: weight}, problem, {name: ratio}, nm and {name: nm}, **options)[name]
+
+
+def alps_group(
+    weights: Mapping[str, Tensor],
+    problem: Problem,
+    ratios: Mapping[str, float],
+    nm: Mapping[str, tuple[int, int] | None] | None,
+    iterations: int = ITERATIONS,
+    steps: int = REFIT_STEPS,
+) -> dict[str, Tensor]:
+    """Return, by name, ``weights`` [out, in] of layers with one input, pruned by ADMM, then ``steps`` of ``refit``.
+
+    Layers share the inverses, as rho rises by a fixed ramp: .3 to 1 in 10 iterations, .1 to 3 in 30. (Published are a
+    rho that follows each layer, and restarts, which can end unconverged.) If SparseGPT's weights have the lower error
+    tr(E A E'), they are taken, with a warning. Two tensors [in, in] are held beside the problem's.
+
+    Args:
+        ratios: fraction to remove of each whole matrix; all that ties with the threshold goes.
+        nm: (N, M) by name: keep N of every M columns, in place of the ratio.
+    """
+    rows = [len(weight) for weight in weights.values()]
+    goals = [(ratios[name], nm[name] if nm else None) for name in weights]
+    dense = torch.cat([weight.float() for weight in weights.values()]).mul_(problem.scale)  # the layers' rows
+    target, work = dense @ problem.damped, torch.empty_like(problem.damped)
+    keep = _largest(dense, rows, goals)
+    state = dense.masked_fill(~keep, 0)  # S = W + U, the weights where keep and the scaled dual elsewhere
+    spread, rhos = max(iterations / 10, 1), -(-iterations // PER_RHO)
+    growth = (spread**2 / 0.3) ** (1 / max(rhos - 1, 1))
+    for i, rho in enumerate(0.3 / spread * growth**j for j in range(rhos)):
+        inverse = _inverse(problem.damped, rho, work)
+        state = state if i == 0 else state.div_(torch.where(keep, 1, growth))  # rho * dual stays what it was
+        with ExitStack() as stack:
+            if work.is_cuda:  # the iterations bear products in TF32; set-up and refit are spared them
+                stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+                torch.set_float32_matmul_precision("high")
+            for _ in range(min(PER_RHO, iterations - i * PER_RHO)):
+                dual = state.masked_fill(keep, 0)
+                state = dual.addmm_(torch.where(keep, state, -state).mul_(rho).add_(target), inverse)  # U + W
+                keep = _largest(state, rows, goals)
+    _descend(state.masked_fill_(~keep, 0), keep, target, problem.damped, steps)
+    work.copy_(problem.damped).diagonal().fill_(1)
+    factor, pruned = inverse_factor(work.mul_(problem.scale).mul_(problem.scale[:, None])), {}  # H, up to its size
+    for name, goal, values, start in zip(weights, goals, state.split(rows), dense.split(rows), strict=True):
+        other = repair(weights[name].float(), factor, *goal) * problem.scale
+        differences = values - start, other - start
+        error, others = (((e @ problem.damped).sub_(e, alpha=problem.damping) * e).sum() for e in differences)
+        if others < error:
+            log.warning("%s: SparseGPT's weights are taken: their error is %.3f of ALPS'", name, others / error)
+            values = other
+        pruned[name] = weights[name].clone() if goal == (0, None) else _unscaled(values, problem, weights[name].dtype)
+    return pruned
+
+
+def refit(weight: Tensor, pruned: Tensor, problem: Problem, steps: int = REFIT_STEPS) -> Tensor:
+    """Return ``pruned`` [out, in], of any pruner, after conjugate gradients towards the best values of its support.
+
+    They minimise tr(E (A + damping I) E'), E the difference to the dense ``weight``; each row is a system of its own.
+    """
+    target, values = (weight.float() * problem.scale) @ problem.damped, pruned.float() * problem.scale
+    _descend(values, pruned != 0, target, problem.damped, steps)
+    return _unscaled(values, problem, pruned.dtype) if steps else pruned.clone()
+
+
+def _unscaled(values: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
+    return (values / problem.scale.clamp(min=1e-30)).to(dtype).add_(0.0)  # -0.0, of an underflow say, becomes 0.0
+
+
+def _inverse(damped: Tensor, rho: float, work: Tensor) -> Tensor:
+    """Return inv(A + (damping + rho) I) in the memory of ``work``; on CUDA, cuSOLVER holds a copy for a moment."""
+    work.copy_(damped).diagonal().add_(rho)
+    lower, failed = work.mT, torch.empty((), dtype=torch.int32, device=work.device)  # by columns: LAPACK makes no copy
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    if failed:
+        raise NotPositiveDefinite("its damped Hessian is not positive definite")
+    return torch.cholesky_inverse(lower, out=lower)
+
+
+def _descend(values: Tensor, keep: Tensor, target: Tensor, damped: Tensor, steps: int) -> None:
+    """Improve ``values`` [out, in] in place, where ``keep``, towards ``values`` @ ``damped`` = ``target``."""
+    drop = ~keep
+    residual = target.addmm(values, damped, alpha=-1).masked_fill_(drop, 0)
+    direction, square = residual.clone(), residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        image = (direction @ damped).masked_fill_(drop, 0)
+        step = square / (direction * image).sum(1, keepdim=True).clamp_(min=1e-30)  # a finished or empty row: 0 / 0
+        values.addcmul_(direction, step)
+        residual.addcmul_(image, step, value=-1)
+        last, square = square, residual.square().sum(1, keepdim=True)
+        direction.mul_(square / last.clamp_(min=1e-30)).add_(residual)
+
+
+def _largest(state: Tensor, rows: list[int], goals: list[tuple[float, tuple[int, int] | None]]) -> Tensor:
+    """Return a mask of the largest |state| of each layer, given its ratio and (N, M)."""
+    masks = []
+    for score, (ratio, nm) in zip(state.abs().split(rows), goals, strict=True):
+        if nm is None:
+            masks.append(score > nth_smallest(score, min(int(score.numel() * ratio), score.numel() - 1)))
+        else:  # of equals the higher columns stay; comparing all pairs takes a quarter of topk's time where M = 4
+            columns = score.view(-1, nm[1]).unbind(1)
+            larger = [sum(a > b if i <= j else a >= b for i, a in enumerate(columns)) for j, b in enumerate(columns)]
+            masks.append(torch.stack([count < nm[0] for count in larger], 1).view_as(score))
+    return torch.cat(masks)
