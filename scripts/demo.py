@@ -85,7 +85,7 @@ def run(demo: Demo) -> int:
         sweep.plot(records, folder / "demo.png")
         tables.line(console, f"written: {folder}/demo.png")
     again = f"--prune_method sparsegpt_ww --sparsity_ratio 0.6 --epsilon {demo.epsilon} --save_model out"
-    tables.line(console, "\nNext, on more text and with the model kept (about two minutes on two cores):")
+    tables.line(console, "\nNext, on more text and with the model kept (less than five minutes on two cores):")
     python = shlex.quote(sys.executable)
     tables.line(console, f"{python} main.py {' '.join(TEXTS)} --nsamples 16 --eval_windows 10 {again}")
     return 1 if None in every else 0
