@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -69,18 +69,57 @@ def load_or_measure(
     cached = read_cache(folder, metric, model, weights.layers, settings)
     if cached is not None and _same_weights(folder / settings.stem(metric), weights):
         return cached
-    measured = measure(metric, model, weights, settings)
+    begun = Begun(folder / f".{settings.stem(metric)}.jsonl")
+    measured = measure(metric, model, weights, settings, begun)
     write_cache(folder, measured, weights, settings)
+    begun.path.unlink(missing_ok=True)
     return measured
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(metric: str, model: str, weights: Weights, settings: Settings = PUBLISHED) -> LayerMetrics:
+class Begun:
+    """Values of a measurement that was interrupted: a file of one line per matrix, each with the matrix's fingerprint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, tuple[float, str]] = {}
+        self.taken: set[str] = set()  # layers whose value was used
+        with suppress(OSError):
+            for line in path.read_text().splitlines():
+                with suppress(ValueError, KeyError, TypeError):  # the last line may be cut off
+                    row = json.loads(line)
+                    self.known[row["layer"]] = (float(row["value"]), str(row["fingerprint"]))
+
+    def value(self, name: str, weight: Tensor) -> float | None:
+        """Return what was measured of this very matrix, None if it was not."""
+        if name not in self.known:
+            return None
+        value, before = self.known[name]
+        if not fingerprint.same_weights(before, fingerprint.fingerprint(weight)):
+            return None
+        self.taken.add(name)
+        return value
+
+    def add(self, values: Mapping[str, tuple[float, str]]) -> None:
+        """Keep values and fingerprints by layer name."""
+        rows = [{"layer": name, "value": value, "fingerprint": mark} for name, (value, mark) in values.items()]
+        with suppress(OSError):  # a disk that is full is for the end of the measurement to tell
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measure(
+    metric: str, model: str, weights: Weights, settings: Settings = PUBLISHED, begun: Begun | None = None
+) -> LayerMetrics:
     """Return the metric of every layer, measured on the weights' own devices.
 
     Where weights stay in memory, the matrices of all blocks go to the workers at once; else a block's at a time.
+
+    Args:
+        begun: gives what an interrupted measurement found, and keeps what this one finds, block by block.
     """
     pending: dict[str, Future] = {}
     fell_back: list[str] = []
@@ -89,13 +128,15 @@ def measure(metric: str, model: str, weights: Weights, settings: Settings = PUBL
         for block in weights.visit():
             if block.index == 0:
                 _warn_of_zeros(metric, block)
-            futures = _submit(workers, block, metric, settings, fell_back)
+            futures = _submit(workers, block, metric, settings, fell_back, begun)
             for future in futures.values():
                 future.add_done_callback(lambda _: bar.update())
             pending |= futures
             if not in_memory:
-                [future.result() for future in futures.values()]
+                _keep(block, futures, begun)
         try:
+            for block in weights.visit() if in_memory else ():
+                _keep(block, pending, begun)
             values = {layer.name: pending[layer.name].result() for layer in weights.layers}
         except BaseException:  # the first failure, or Ctrl-C: what has not begun would only delay the answer
             workers.shutdown(wait=False, cancel_futures=True)
@@ -107,8 +148,22 @@ def measure(metric: str, model: str, weights: Weights, settings: Settings = PUBL
     return LayerMetrics(metric, model, values)
 
 
+def _keep(block: Block, futures: Mapping[str, Future], begun: Begun | None) -> None:
+    """Wait for a block's numbers, and keep them."""
+    values = {name: futures[name].result() for name in block.linears}
+    if begun is not None:
+        new = {name: value for name, value in values.items() if name not in begun.taken}
+        marks = {name: fingerprint.fingerprint(block.linears[name].weight) for name in new}
+        begun.add({name: (value, marks[name]) for name, value in new.items()})
+
+
 def _submit(
-    workers: ThreadPoolExecutor, block: Block, metric: str, settings: Settings, fell_back: list[str]
+    workers: ThreadPoolExecutor,
+    block: Block,
+    metric: str,
+    settings: Settings,
+    fell_back: list[str],
+    begun: Begun | None,
 ) -> dict[str, Future]:
     """Return the numbers of a block's layers to come; on a GPU they are computed here, one after the other."""
     if metric in WEIGHTWATCHER:
@@ -116,6 +171,10 @@ def _submit(
         return {name: _done(number) for name, number in numbers.items()}
     jobs = {}
     for name, linear in block.linears.items():
+        before = None if begun is None else begun.value(name, linear.weight)
+        if before is not None:
+            jobs[name] = _done(before)
+            continue
         job = (_value, name, linear.weight, metric, settings, fell_back)
         jobs[name] = workers.submit(*job) if block.device.type == "cpu" else _done(job[0](*job[1:]))
     return jobs

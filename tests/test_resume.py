@@ -1,0 +1,292 @@
+"""Resume: a run that is killed at any point ends, on its second try, with the bits of an unbroken one."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, settings
+from test_stream import hashes
+
+import main
+from lib import calibration, evaluation, journal, metrics, prune, search, stream
+from lib.esd import METRICS
+from lib.journal import Journal
+
+METHOD = "sparsegpt_ww"
+RUN = f"{METHOD}_sparsity_0.6"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> str:
+    """Return the flags of a run in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder, "tiny-llama")
+    shutil.copy(tiny_text, "text.txt")
+    Path("other.txt").write_text(tiny_text.read_text()[2000:])
+    flags = "--model tiny-llama --calib_data text.txt --eval_data other.txt --seqlen 32 --nsamples 5 --save save "
+    return flags + f"--prune_method {METHOD} --sparsity_ratio 0.6 --epsilon 0.2 --save_model kept"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tiny_folder, tiny_text) -> tuple[dict[str, str], dict]:
+    """Return the hashes and the record of a run that was not disturbed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    (folder / "other.txt").write_text(tiny_text.read_text()[2000:])
+    flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {folder / 'other.txt'} --seqlen 32 "
+    flags += f"--nsamples 5 --save {folder / 'save'} --prune_method {METHOD} --sparsity_ratio 0.6 --epsilon 0.2 "
+    flags += f"--save_model {folder / 'kept'} --ww_metric_cache {folder / 'cache'}"
+    assert main.main(flags.split()) == 0
+    return hashes(folder / "kept" / f"{METHOD}_0.6"), json.loads((folder / "save" / f"run_{RUN}.json").read_text())
+
+
+def killed_run(flags: str, room, name: str, at: int, pause: float = 0.0) -> None:
+    """Run main.py in a child that dies, as by kill -9, just before the ``at``-th call of ``room.name``."""
+    child = os.fork()
+    if child == 0:
+        real, calls = getattr(room, name), []
+
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == at:
+                time.sleep(pause)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        setattr(room, name, call)
+        os._exit(main.main(flags.split()))
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "it was not killed: nothing is tested"
+
+
+POINTS = {
+    "before anything": (calibration, "enter_blocks", 1),
+    "in calibration": (calibration, "run_block", 7),
+    "inside a solve": (prune, "_prune_layers", 6),
+    "while a shard is written": (stream.os, "fsync", 2),
+    "between shard and manifest": (Journal, "_write", 3),
+    "after a block": (prune, "_prune_block", 3),
+    "while the model is completed": (stream, "write_index", 1),
+    "before the folder is renamed": (Journal, "finish", 1),
+    "in evaluation": (evaluation, "perplexity_by_blocks", 1),
+    "before the last record": (main.tables, "show_run", 1),
+}
+
+
+@pytest.mark.parametrize("stream_it", ["never", "always"])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_resumes_to_the_same_bits(point, stream_it, place, unbroken):
+    flags = f"{place} --stream {stream_it}"
+    killed_run(flags, *POINTS[point])
+    assert main.main(flags.split()) == 0
+    assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
+    record = json.loads(Path(f"save/run_{RUN}.json").read_text())
+    assert record["complete"] is True
+    assert (record["perplexity"], record["sparsity"]) == (unbroken[1]["perplexity"], unbroken[1]["sparsity"])
+    assert [path.name for path in Path("kept").iterdir()] == [f"{METHOD}_0.6"]
+
+
+def test_a_run_that_is_killed_again_and_again_gets_there(place, unbroken):
+    for at in (2, 2, 1):  # the first two tries finish one block more each
+        killed_run(place, prune, "_prune_block", at)
+    assert main.main(place.split()) == 0
+    assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
+
+
+def test_finished_blocks_are_not_pruned_again(place, monkeypatch, caplog):
+    killed_run(place, prune, "_prune_block", 3)
+    pruned = []
+    real = prune._prune_block
+    monkeypatch.setattr(prune, "_prune_block", lambda block, *rest: pruned.append(block.index) or real(block, *rest))
+    assert main.main(place.split()) == 0
+    assert pruned == [2] and "resuming after block 1" in caplog.text
+
+
+def test_a_run_that_was_complete_starts_again(place, monkeypatch):
+    assert main.main(place.split()) == 0
+    pruned = []
+    real = prune._prune_block
+    monkeypatch.setattr(prune, "_prune_block", lambda block, *rest: pruned.append(block.index) or real(block, *rest))
+    assert main.main(place.split()) == 0 and pruned == [0, 1, 2]
+
+
+def test_restart_throws_the_journal_away(place, monkeypatch, unbroken):
+    killed_run(place, prune, "_prune_block", 3)
+    pruned = []
+    real = prune._prune_block
+    monkeypatch.setattr(prune, "_prune_block", lambda block, *rest: pruned.append(block.index) or real(block, *rest))
+    assert main.main([*place.split(), "--restart"]) == 0 and pruned == [0, 1, 2]
+    assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
+
+
+def only_line(capsys) -> str:
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("main.py: error: ")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ("--nsamples 4", "--nsamples was 5 and is 4 now"),
+        ("--epsilon 0.1", "--epsilon was 0.2 and is 0.1 now"),
+        ("--seed 1", "--seed was 0 and is 1 now"),
+        ("--statistics dense", "--statistics was pruned and is dense now"),
+        ("--damping 0.02", "--damping was None and is 0.02 now"),
+        ("--calib_data other.txt", "--calib_data was text.txt and is other.txt now"),
+        ("--dtype bfloat16", "--dtype was auto and is bfloat16 now"),
+    ],
+)
+def test_other_flags_are_refused_by_name(more, what, place, capsys):
+    killed_run(place, prune, "_prune_block", 3)
+    before = {path.name: path.read_bytes() for path in Path(f"kept/.{METHOD}_0.6.partial").glob("*.safetensors")}
+    assert main.main([*place.split(), *more.split()]) == 2
+    line = only_line(capsys)
+    assert what in line and "--restart" in line
+    assert before == {p.name: p.read_bytes() for p in Path(f"kept/.{METHOD}_0.6.partial").glob("*.safetensors")}
+
+
+def test_another_calibration_text_of_the_same_name_is_refused(place, capsys):
+    killed_run(place, prune, "_prune_block", 3)
+    shutil.copy("other.txt", "text.txt")
+    assert main.main(place.split()) == 2 and "its calibration windows were others" in only_line(capsys)
+
+
+def test_other_dense_weights_of_the_same_name_are_refused(place, capsys):
+    from safetensors.torch import load_file, save_file
+
+    flags = place.replace(METHOD, "sparsegpt").replace("--epsilon 0.2 ", "")
+    killed_run(flags, prune, "_prune_block", 3)
+    weights = load_file("tiny-llama/model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"] *= 1.02
+    save_file(weights, "tiny-llama/model.safetensors", {"format": "pt"})
+    assert main.main(flags.split()) == 2
+    assert "the dense weights were others (see model.layers.2.mlp.down_proj)" in only_line(capsys)
+
+
+def test_what_does_not_change_the_weights_may_change(place, unbroken):
+    killed_run(place, prune, "_prune_block", 3)
+    assert main.main([*place.split(), "--eval_windows", "2", "--save", "elsewhere", "--stream", "always"]) == 0
+    assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
+
+
+@pytest.mark.parametrize("how", ["cut off", "altered", "gone"])
+def test_a_damaged_shard_is_made_again(how, place, unbroken, caplog):
+    killed_run(place, prune, "_prune_block", 3)
+    shard = Path(f"kept/.{METHOD}_0.6.partial/model-block-00001.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    {"cut off": lambda: shard.write_bytes(content[:-50]), "altered": lambda: shard.write_bytes(content),
+     "gone": shard.unlink}[how]()  # fmt: skip
+    assert main.main(place.split()) == 0
+    assert "model-block-00001.safetensors is damaged" in caplog.text
+    assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
+
+
+def test_a_manifest_that_cannot_be_read_is_begun_again(place, unbroken):
+    killed_run(place, prune, "_prune_block", 3)
+    Path(f"kept/.{METHOD}_0.6.partial/pruning.json").write_text("{")
+    assert main.main(place.split()) == 0
+    assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
+
+
+def lock(owner: dict) -> Path:
+    path = Path(f"kept/.{METHOD}_0.6.partial/.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(owner))
+    return path
+
+
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_another_process_at_work_is_not_disturbed(host, place, capsys):
+    owner = {"host": socket.gethostname() if host == "here" else host, "process": os.getppid()}
+    path = lock(owner)
+    assert main.main(place.split()) == 2
+    assert f"process {os.getppid()} on {owner['host']} is at work there" in only_line(capsys)
+    assert json.loads(path.read_text()) == owner
+
+
+def test_a_dead_process_is_taken_over_from(place, caplog):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    lock({"host": socket.gethostname(), "process": gone.pid})
+    assert main.main(place.split()) == 0 and f"process {gone.pid}" in caplog.text
+
+
+def test_a_refused_run_leaves_no_folder(place, capsys):
+    assert main.main([*place.split(), "--eval_windows", "100000"]) == 2
+    assert not Path("kept").exists()
+
+
+def test_ctrl_c_says_that_the_same_command_resumes(place, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prune, "_prune_block", interrupt)
+    assert main.main(place.split()) == 130
+    assert "the same command resumes after the last finished block" in capsys.readouterr().err
+    assert not Path(f"kept/.{METHOD}_0.6.partial/.lock").exists()
+
+
+def test_epsilon_auto_does_not_try_again_what_it_tried(place, monkeypatch):
+    flags = place.replace("--epsilon 0.2", "--epsilon auto")
+    killed_run(flags, search, "perplexity_by_blocks", 3)
+    tried = []
+    real = search.perplexity_by_blocks
+    monkeypatch.setattr(search, "perplexity_by_blocks", lambda *a: tried.append(1) or real(*a))
+    assert main.main(flags.split()) == 0
+    trials = json.loads(Path(f"save/run_{RUN}.json").read_text())["epsilon_search"]
+    assert len(trials) > 3 and len(tried) == len(trials) - 2
+
+
+def test_metrics_resume_by_matrix(place, monkeypatch):
+    flags = f"{place} --ww_metric alpha_mid"
+    killed_run(flags, metrics, "spectrum", 15, pause=1)  # by then the others are on disk
+    measured = []
+    real = metrics.spectrum
+    monkeypatch.setattr(metrics, "spectrum", lambda *a: measured.append(1) or real(*a))
+    assert main.main(flags.split()) == 0
+    assert len(measured) == 21 - 14, "of two whole blocks nothing is measured again"
+    names = sorted(path.name for path in Path("data/tiny-llama").iterdir())
+    assert names == ["alpha_mid.json", "alpha_mid.npy"]
+
+
+def test_metrics_of_other_weights_do_not_resume(place, monkeypatch, tiny_weights):
+    assert "alpha_mid" in METRICS
+    killed_run(f"{place} --ww_metric alpha_mid", metrics, "spectrum", 15, pause=1)
+    (partial,) = Path("data/tiny-llama").glob(".alpha_mid*")
+    lines = [json.loads(line) for line in partial.read_text().splitlines()]
+    assert lines and all(set(line) == {"layer", "value", "fingerprint"} for line in lines)
+    tiny_weights.model.get_submodule(lines[0]["layer"]).weight.data.mul_(1.01)
+    measured = []
+    real = metrics.spectrum
+    monkeypatch.setattr(metrics, "spectrum", lambda *a: measured.append(1) or real(*a))
+    metrics.load_or_measure(Path("data/tiny-llama"), "alpha_mid", "tiny-llama", tiny_weights)
+    assert len(measured) == 21 - len(lines) + 1
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(place, unbroken):
+    command = [sys.executable, str(ROOT / "main.py"), *place.split()]
+    for seconds in (3.0, 4.0, 4.5, 5.0, 5.5, 6.0):
+        child = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(seconds)
+        child.kill()
+        child.wait()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
+
+
+def test_identity_holds_every_flag_that_changes_the_weights():
+    made = settings("--model m --prune_method sparsegpt --sparsity_ratio 0.5")
+    free = {"model", "cache_dir", "ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor", "eval_data",
+            "eval_windows", "eval_wikitext", "eval_zero_shot", "tasks", "num_fewshot", "limit", "eval_batch_size",
+            "include_path", "save", "save_model", "stream", "hidden_states", "restart"}  # fmt: skip
+    assert set(made.identity()) == set(made.flags()) - free
+    assert isinstance(journal.digest(torch.zeros(2)), str) and journal.digest([1]) != journal.digest([2])
