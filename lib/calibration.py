@@ -30,11 +30,13 @@ class BlockInputs(NamedTuple):
     ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
     ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
     sample. No live cache is among them. ``samples`` is what statistics are divided by, None for the number of tokens.
+    ``tuples`` takes the indices of the blocks that return their hidden states in a tuple.
     """
 
     hidden: Tensor | list[Tensor]
     arguments: list[tuple[tuple, dict]]
     samples: int | None
+    tuples: set[int] | None = None
 
 
 class InputStatistic(NamedTuple):
@@ -144,15 +146,16 @@ def enter_blocks(weights: Weights, windows: Tensor, place: str = "auto") -> Bloc
                 text = "what its blocks are given depends on the text; not supported"
                 raise UserError(None, f"{type(weights.model).__name__}: {text}")
             hidden[sample] = entering[0]
-    return BlockInputs(hidden, arguments, len(hidden))
+    return BlockInputs(hidden, arguments, len(hidden), set())
 
 
 def leave_blocks(weights: Weights, windows: Tensor, inputs: BlockInputs) -> Iterator[Tensor]:
     """Yield the logits [tokens, vocabulary] of each window, given what left the blocks for it."""
     leaving: list[Tensor] = []
 
-    def hand_back(index: int, entering: Tensor, *args, **kwargs) -> Tensor:
-        return leaving[0].to(entering.device) if index == 0 else entering
+    def hand_back(index: int, entering: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor]:
+        hidden = leaving[0].to(entering.device) if index == 0 else entering
+        return (hidden,) if index in inputs.tuples else hidden
 
     with _in_place_of_blocks(weights, hand_back):
         for window, hidden in zip(windows, inputs.hidden, strict=True):
@@ -206,11 +209,10 @@ def _same(a, b) -> bool:
 # ------------------------------------------------------------------------------------------ through a block
 
 
-def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple, dict]) -> Tensor:
-    """Return what ``block`` makes of ``hidden`` [batch, tokens, width]."""
+def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple, dict]) -> Tensor | tuple:
+    """Return what ``block`` makes of ``hidden`` [batch, tokens, width], or a tuple that begins with it."""
     args, kwargs = arguments
-    out = block(hidden, *args, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    return block(hidden, *args, **kwargs)
 
 
 def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
@@ -222,6 +224,10 @@ def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
     for i in range(len(hidden)):
         with torch.no_grad():
             out = run_block(block.module, hidden[i].to(block.device), arguments)
+        if isinstance(out, tuple):
+            out = out[0]
+            if inputs.tuples is not None:
+                inputs.tuples.add(block.index)
         if keep:
             hidden[i] = out.to(hidden[i].device)
         yield

@@ -25,7 +25,8 @@ from lib.settings import Experiment
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
-torch.set_num_threads(1)  # the order of float32 sums, and so the last digit, depends on the number of threads
+# The order of float32 sums, and so the last digit, depends on the number of threads; the suite passes with any.
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
 
 
 def pytest_addoption(parser):
@@ -33,13 +34,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes over a minute; runs with --slow")
+    if "gpu" not in config.getoption("-m"):  # the figures of all other tests are those of a CPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and -m gpu"))
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes over a minute; add --slow"))
 

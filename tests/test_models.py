@@ -31,6 +31,10 @@ _GEMMA = _COMMON | _MLP | _GQA | _NARROW | {"head_dim": 8}
 _LLAMA = [f"{room}_proj" for room in ("q", "k", "v", "o", "gate", "up", "down")]
 _FUSED = ["o_proj", "qkv_proj", "gate_up_proj", "down_proj"]
 _OPT = ["k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2"]
+_MIXED = ["sliding_attention", "full_attention"]
+_GPTJ = {"vocab_size": 300, "n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
+_GPTJ |= {"bos_token_id": 1, "eos_token_id": 2}
+_LFM2 = ["q_proj", "k_proj", "v_proj", "out_proj", "w1", "w3", "w2"]
 _NEOX = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 
 # kind -> family, config, the names of a block's linear layers in the model's order
@@ -42,11 +46,25 @@ KINDS = {
     "qwen2": ("decoder", tf.Qwen2Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
     "qwen3": ("decoder", tf.Qwen3Config(**_COMMON, **_MLP, **_GQA, head_dim=8), _LLAMA),
     "gemma2": ("decoder", tf.Gemma2Config(**_GEMMA), _LLAMA),
-    "gemma3": ("decoder", tf.Gemma3TextConfig(**_GEMMA, layer_types=["sliding_attention", "full_attention"]), _LLAMA),
+    "gemma3": ("decoder", tf.Gemma3TextConfig(**_GEMMA, layer_types=_MIXED), _LLAMA),
     "phi3": ("decoder", tf.Phi3Config(**_COMMON, **_MLP, **_GQA), _FUSED),
     "opt": ("decoder", tf.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=32), _OPT),
     "opt projected": ("decoder", tf.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=16), _OPT),
     "gpt-neox": ("decoder", tf.GPTNeoXConfig(**_COMMON, **_MLP), _NEOX),
+    "gemma": ("decoder", tf.GemmaConfig(**_COMMON, **_MLP, **_GQA, head_dim=8), _LLAMA),
+    "falcon": ("decoder", tf.FalconConfig(**_COMMON), _NEOX),
+    "stablelm": ("decoder", tf.StableLmConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "olmo2": ("decoder", tf.Olmo2Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "granite": ("decoder", tf.GraniteConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "cohere": ("decoder", tf.CohereConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "cohere2": ("decoder", tf.Cohere2Config(**_COMMON, **_MLP, **_GQA, **_NARROW, layer_types=_MIXED), _LLAMA),
+    "smollm3": ("decoder", tf.SmolLM3Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "glm4": ("decoder", tf.Glm4Config(**_COMMON, **_MLP, **_GQA, head_dim=8), [*_LLAMA[:4], *_FUSED[2:]]),
+    "phi": ("decoder", tf.PhiConfig(**_COMMON, **_MLP), [*_LLAMA[:3], "dense", "fc1", "fc2"]),
+    "starcoder2": ("decoder", tf.Starcoder2Config(**_COMMON, **_MLP, **_GQA), [*_LLAMA[:4], "c_fc", "c_proj"]),
+    "gpt-j": ("decoder", tf.GPTJConfig(**_GPTJ), [*_OPT[:4], "fc_in", "fc_out"]),
+    "bloom": ("decoder", tf.BloomConfig(**_COMMON, n_layer=BLOCKS, n_head=4), _NEOX),
+    "lfm2": ("decoder", tf.Lfm2Config(**_COMMON, **_MLP, **_GQA, layer_types=["full_attention"] * BLOCKS), _LFM2),
     "gpt-neox sequential": ("decoder", tf.GPTNeoXConfig(**_COMMON, **_MLP, use_parallel_residual=False), _NEOX),
 }
 
@@ -119,11 +137,12 @@ def test_walk_gives_the_models_own_hidden_states(kind, tiny_windows):
 @torch.no_grad()
 def test_walk_gives_what_the_model_puts_out(kind, tiny_windows):
     model = build(kind)
-    hidden, arguments, _ = enter_blocks(weights_of(model), tiny_windows[:1])
+    hidden, arguments, *_ = enter_blocks(weights_of(model), tiny_windows[:1])
     own = model(tiny_windows[:1], use_cache=False, output_hidden_states=True).hidden_states
     assert torch.equal(hidden, own[0])
     for index, block in enumerate(find_blocks(model)[1][: BLOCKS - 1]):  # the last one is put out after its norm
-        hidden = run_block(block, hidden, arguments[index])
+        out = run_block(block, hidden, arguments[index])
+        hidden = out[0] if isinstance(out, tuple) else out
         assert torch.equal(hidden, own[index + 1])
 
 
