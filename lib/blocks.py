@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +63,7 @@ class Weights:
     @property
     def in_memory(self) -> bool:
         """Whether every block stays where it is after its visit, so that work on it need not be waited for."""
-        return not any(_offloaded(module) for module in self.modules)
+        return not any(_offloaded(module.modules()) for module in self.modules)
 
     def visit(self, write: bool = False) -> Iterator[Block]:
         """Lend the blocks one by one, in order; with ``write``, what was changed of their weights is kept."""
@@ -74,8 +74,8 @@ class Weights:
     @contextmanager
     def _lent(self, index: int, write: bool) -> Iterator[torch.device]:
         """Hold a block's weights on its compute device, yield that device, and take the weights back."""
-        with _on_device(self.modules[index], write) as device:
-            yield device
+        with _lent_by_accelerate(list(self.modules[index].modules()), write):
+            yield next(self.modules[index].parameters()).device
 
     def block_names(self, index: int) -> list[str]:
         """Return the full names of a block's parameters."""
@@ -102,8 +102,11 @@ class Weights:
     @contextmanager
     def edges(self) -> Iterator[dict[str, Tensor]]:
         """Hold what stands around the blocks: the embedding, the last norm and the head; yield it by name."""
+        within = {id(part) for module in self.modules for part in module.modules()}
+        outside = [part for part in self.model.modules() if id(part) not in within]
         inside = {name for i in range(len(self.modules)) for name in self.block_names(i)}
-        yield {name: p.data for name, p in self.model.named_parameters() if name not in inside}
+        with _lent_by_accelerate(outside, write=False):
+            yield {name: p.data for name, p in self.model.named_parameters() if name not in inside}
 
     def map(self, function: Callable[[str, Tensor], object]) -> dict:
         """Return ``function(name, weight)`` of every layer by name."""
@@ -284,21 +287,21 @@ def check_finite(name: str, weight: Tensor) -> None:
         raise UserError(None, f"{name}: its weights are not finite; the checkpoint is damaged")
 
 
-def _offloaded(module: nn.Module) -> list[nn.Module]:
+def _offloaded(modules: Iterable[nn.Module]) -> list[nn.Module]:
     from accelerate.utils import has_offloaded_params
 
-    return [part for part in module.modules() if has_offloaded_params(part)]
+    return [part for part in modules if has_offloaded_params(part)]
 
 
 @contextmanager
-def _on_device(module: nn.Module, write: bool) -> Iterator[torch.device]:
-    """Hold a block's weights on its compute device, yield that device, and give the weights back.
+def _lent_by_accelerate(modules: Iterable[nn.Module], write: bool) -> Iterator[None]:
+    """Hold the own weights of ``modules`` on their compute devices, and give them back.
 
     accelerate keeps offloaded weights outside the modules and fetches them at each call. Here they are fetched once per
     visit. The hooks stay attached and are told that nothing is offloaded: detaching and attaching them would move each
     weight again and empty the GPU's cache each time.
     """
-    away = _offloaded(module)
+    away = _offloaded(modules)
     for part in away:
         hook = part._hf_hook
         for name, parameter in part.named_parameters(recurse=False):
@@ -306,7 +309,7 @@ def _on_device(module: nn.Module, write: bool) -> Iterator[torch.device]:
             part._parameters[name] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
         hook.offload = False
     try:
-        yield next(module.parameters()).device
+        yield
     finally:
         for part in away:
             hook = part._hf_hook

@@ -255,6 +255,7 @@ def working_set(
         statistics = max(statistics, scores + (sum(squares) + 2 * max(squares) if hessians else 0))
         activations = max(activations, sum(out for out, _ in shapes) + 4 * width)
     half = torch.finfo(dtype).bits // 8
+    weights += 2 * vocabulary * width  # embedding and head, where they are lent too
     passing = half * seqlen * (windows * width + activations + vocabulary)
     return half * weights + 4 * statistics + passing + _OVERHEAD
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lib import UserError
+from lib import UserError, flag_name
 from lib.allocation import SparsityPlan
 from lib.blocks import Block, Weights, check_finite
 from lib.calibration import BlockInputs, advance, input_statistics, passes
@@ -89,8 +90,19 @@ def _prune_block(
     block: Block, plan: SparsityPlan, pruner: Pruner, inputs: BlockInputs | None, keep: bool, stored: torch.dtype | None
 ) -> None:
     for names, prepared in _prepared(block, pruner, inputs, keep):
-        _prune_layers({name: block.linears[name] for name in names}, plan, pruner, prepared, stored)
+        with _named(names[0]):
+            _prune_layers({name: block.linears[name] for name in names}, plan, pruner, prepared, stored)
         del prepared  # a factor of the Hessian: not to outlive its layers
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Name the layer whose Hessian cannot be factorised."""
+    try:
+        yield
+    except NotPositiveDefinite as error:
+        text = f"{name}: {error}; give more calibration data ({flag_name('nsamples')})"
+        raise UserError(None, text) from error
 
 
 def _prepared(
@@ -104,10 +116,8 @@ def _prepared(
     statistics = input_statistics(block.linears, pruner.statistic, inputs.samples, steps)
     while statistics:
         names, value = statistics.pop(0)  # each Hessian is freed before the next one is factorised
-        try:
+        with _named(names[0]):
             prepared = pruner.prepare(value)
-        except NotPositiveDefinite as error:
-            raise UserError(None, f"{names[0]}: {error}; give more calibration data (--nsamples)") from error
         del value
         yield names, prepared
         del prepared

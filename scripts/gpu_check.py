@@ -229,9 +229,11 @@ def pruners(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     shape = f"{weight.shape[0]}x{weight.shape[1]}"
     for name, pruner in PRUNERS.items():
         for nm in (None, NM):
-            plain = partial(plain_methods.METHODS[name].prune, weight, given[pruner.statistic], RATIO, nm)
+            plain = None
+            if name in plain_methods.METHODS:
+                plain = partial(plain_methods.METHODS[name].prune, weight, given[pruner.statistic], RATIO, nm)
             what = f"{name}, {f'{nm[0]}:{nm[1]}' if nm else RATIO}, {shape}"
-            yield Case(what, partial(ours, pruner, nm), plain, same_zeros)
+            yield Case(what, partial(ours, pruner, nm), plain, same_zeros if plain else None)
     for name, pruner in VARIANTS.items():
         yield Case(f"{name}, variant, {shape}", partial(ours, pruner, None))
 
@@ -290,9 +292,11 @@ def walks(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
     for name, pruner in PRUNERS.items():
         ours = partial(prune, pruner)
-        plain = partial(plain_methods.walk, model, windows, plain_methods.METHODS[name], RATIO)
+        plain = None
+        if name in plain_methods.METHODS:
+            plain = partial(plain_methods.walk, model, windows, plain_methods.METHODS[name], RATIO)
         what = f"walk, {name}, {sizes.blocks} blocks, {sizes.samples} x {sizes.tokens} tokens"
-        yield Case(what, ours, plain, same_zeros, reset, kept)
+        yield Case(what, ours, plain, same_zeros if plain else None, reset, kept)
 
 
 PARTS = (spectra, statistics, pruners, block_scores, walks)

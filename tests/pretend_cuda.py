@@ -121,6 +121,8 @@ def _compute(func, args: tuple, kwargs: dict) -> object:
         kwargs = kwargs | {"device": CPU}
     kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     _driver.operations += on_cuda
+    if func is aten.mm.dtype:  # which CUDA alone has
+        func, args = aten.mm.default, tuple(_held(arg).to(args[2]) for arg in args[:2])
     out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
     return tree_map(lambda leaf: _wrapped(leaf, ours), out) if on_cuda else out
 
@@ -210,6 +212,12 @@ def _reset_peak_memory_stats(device: object = None) -> None:
         raise RuntimeError("Invalid device argument 0: did you call init?")
 
 
+def _memory_stats(device: object = None) -> dict:
+    """Return a byte that is reserved: a device on which nothing is held is not in use."""
+    one = {"all": {"current": 1, "peak": 1}}
+    return {"reserved_bytes": one, "allocated_bytes": one} if _driver.initialized else {}
+
+
 @contextmanager
 def pretend_cuda(free: int = FREE) -> Iterator[SimpleNamespace]:
     """Let torch have one CUDA device inside the with statement, not initialised yet, as at the start of a program.
@@ -219,7 +227,7 @@ def pretend_cuda(free: int = FREE) -> Iterator[SimpleNamespace]:
 
     Yields the device's state: whether it is ``initialized``, and the number of ``operations`` that ran on it.
 
-    Not pretended: generators, streams, events, several devices, how much memory is in use (always 0), autocast (which
+    Not pretended: generators, streams, events, several devices, how much memory is in use (always a byte), autocast (which
     leaves a CudaTensor's dtype as it is), and threads, which see CudaTensors but cannot make any.
     """
     properties = SimpleNamespace(name="pretend", major=9, minor=0, total_memory=TOTAL, multi_processor_count=100)
@@ -243,7 +251,7 @@ def pretend_cuda(free: int = FREE) -> Iterator[SimpleNamespace]:
     settings = torch._C._only_lift_cpu_tensors(), torch.__future__.get_swap_module_params_on_conversion()
     with (
         patch.multiple(torch.cuda, **names),
-        patch("torch.cuda.memory.memory_stats_as_nested_dict", lambda device=None: {}),
+        patch("torch.cuda.memory.memory_stats_as_nested_dict", _memory_stats),
         patch.dict("os.environ", {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),  # transformers reads weights without threads
         _AllOperations(),
         _AllCalls(),
