@@ -3,8 +3,7 @@
 //
 // A packed row is ceil(columns / 32) mask words, the first column in the lowest bit, and as many values as there are
 // bits set. 32 columns are one step: vpexpandw puts the values where the bits are, the 16 bits become float32, and
-// every token's float32 inputs are multiplied and added. The format is that of SparAMX (arXiv 2502.12444); float32
-// products instead of AMX or vdpbf16ps are exact in x, run on more processors, and leave vpexpandw's port free.
+// every token's float32 inputs are multiplied and added. The idea is that of SparAMX (arXiv 2502.12444), without AMX.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -29,6 +28,12 @@ using Vector = __m512;
 constexpr int LANES = 16;
 struct Raw { __m512i bits; };  // 32 values of 16 bits
 
+#if defined(__AVX512BF16__)
+template <bool HALF> constexpr int PARTS = HALF ? 2 : 1;  // vectors of a step: bfloat16's are multiplied as they are
+#else
+template <bool HALF> constexpr int PARTS = 2;
+#endif
+
 inline Raw load(const uint16_t* v) { return {_mm512_loadu_si512(v)}; }
 inline void store(Raw raw, uint16_t* v) { _mm512_storeu_si512(v, raw.bits); }
 inline Raw expand(uint32_t bits, const uint16_t* v) {
@@ -43,7 +48,9 @@ inline Raw expand(uint32_t bits, const uint16_t* v) {
 // columns come first and then the odd ones, which needs no move across lanes.
 template <bool HALF>
 inline void widen(Raw raw, Vector* part) {
-  if (HALF) {
+  if (PARTS<HALF> == 1) {
+    part[0] = _mm512_castsi512_ps(raw.bits);
+  } else if (HALF) {
     part[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(raw.bits));
     part[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(raw.bits, 1));
   } else {
@@ -55,12 +62,20 @@ inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector at(const float* x) { return _mm512_load_ps(x); }
 inline void put(float* x, Vector v) { _mm512_store_ps(x, v); }
 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+template <bool HALF>
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512BF16__)
+  // The products of two bfloat16 are exact and the sums float32, as below.
+  if (PARTS<HALF> == 1) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#endif
+  return _mm512_fmadd_ps(a, b, c);
+}
 inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
 
 #elif defined(__AVX2__)
 using Vector = __m256;
 constexpr int LANES = 8;
+template <bool HALF> constexpr int PARTS = 4;
 struct Raw { __m128i bits[4]; };
 
 struct Shuffles {  // for each byte of a mask: from where its eight places take their two bytes; 0x80 is a zero
@@ -76,11 +91,7 @@ struct Shuffles {  // for each byte of a mask: from where its eight places take 
   }
 } const shuffles;
 
-inline Raw load(const uint16_t* v) {
-  Raw raw;
-  memcpy(&raw, v, sizeof raw);
-  return raw;
-}
+inline Raw load(const uint16_t* v) { Raw raw; memcpy(&raw, v, sizeof raw); return raw; }
 inline void store(Raw raw, uint16_t* v) { memcpy(v, &raw, sizeof raw); }
 inline Raw expand(uint32_t bits, const uint16_t* v) {
   Raw raw;
@@ -103,6 +114,7 @@ inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector at(const float* x) { return _mm256_load_ps(x); }
 inline void put(float* x, Vector v) { _mm256_store_ps(x, v); }
 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+template <bool HALF>
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline float total(Vector v) {
   alignas(32) float lane[8];
@@ -112,8 +124,6 @@ inline float total(Vector v) {
 #else
 #error "needs AVX-512 VBMI2 or AVX2"
 #endif
-
-constexpr int PARTS = GROUP / LANES;
 
 float to_float(uint16_t v, bool half) {
   if (half) return _cvtsh_ss(v);
@@ -140,22 +150,23 @@ inline Raw load_some(const uint16_t* v, int64_t count) {
 // The dot products of one row with M tokens; x is [M, words, PARTS, LANES].
 template <int M, bool HALF, bool PACKED>
 inline void dot(const Matrix& w, int64_t row, const float* x, float* out) {
+  constexpr int P = PARTS<HALF>;
   constexpr int SUMS = M <= 2 ? 4 : M <= 4 || LANES == 16 ? 2 : 1;  // of a token: hide the latency, fit the registers
   const uint32_t* mask = w.mask + row * w.words;
   const uint16_t* v = w.values + (PACKED ? w.starts[row] : row * w.columns);
-  const int64_t stride = w.words * GROUP, whole = PACKED ? w.words : w.columns / GROUP;
+  const int64_t whole = PACKED ? w.words : w.columns / GROUP;
   Vector sum[M][SUMS];
   for (auto& token : sum)
     for (auto& s : token) s = zero();
   auto step = [&](Raw raw, int64_t group, int first) __attribute__((always_inline)) {
-    Vector part[PARTS];
+    Vector part[P];
     widen<HALF>(raw, part);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-      for (int p = 0; p < PARTS; p++) {
+      for (int p = 0; p < P; p++) {
         Vector& s = sum[m][(first + p) % SUMS];
-        s = multiply_add(part[p], at(x + m * stride + group * GROUP + p * LANES), s);
+        s = multiply_add<HALF>(part[p], at(x + ((m * w.words + group) * P + p) * LANES), s);
       }
   };
   auto next = [&](int64_t group, int first) __attribute__((always_inline)) {
@@ -167,7 +178,7 @@ inline void dot(const Matrix& w, int64_t row, const float* x, float* out) {
   int64_t g = 0;
   for (; g + 4 <= whole; g += 4) {
     if (PACKED) _mm_prefetch((const char*)(mask + g) + 512, _MM_HINT_T0);
-    next(g, 0), next(g + 1, PARTS), next(g + 2, 0), next(g + 3, PARTS);
+    next(g, 0), next(g + 1, P), next(g + 2, 2 * P), next(g + 3, 3 * P);
   }
   for (; g < whole; g++) next(g, 0);
   if (!PACKED && whole < w.words) step(load_some(v, w.columns % GROUP), whole, 0);
@@ -193,16 +204,16 @@ void rows(const Matrix& w, const float* x, uint16_t* y, float* wide, int threads
 
 template <bool HALF, bool PACKED>
 void product(const Matrix& w, const uint16_t* x, int tokens, uint16_t* y, float* wide, int threads) {
+  constexpr int P = PARTS<HALF>;
   static thread_local std::vector<float> buffer;
-  const int64_t stride = w.words * GROUP;
-  buffer.resize(tokens * stride + 16);
+  buffer.resize(tokens * w.words * P * LANES + 16);
   float* widened = (float*)((uintptr_t(buffer.data()) + 63) & ~uintptr_t(63));
   for (int m = 0; m < tokens; m++)
     for (int64_t g = 0; g < w.words; g++) {
-      Vector part[PARTS];
+      Vector part[P];
       const uint16_t* from = x + m * w.columns + g * GROUP;
       widen<HALF>(g < w.columns / GROUP ? load(from) : load_some(from, w.columns % GROUP), part);
-      for (int p = 0; p < PARTS; p++) put(widened + m * stride + g * GROUP + p * LANES, part[p]);
+      for (int p = 0; p < P; p++) put(widened + ((m * w.words + g) * P + p) * LANES, part[p]);
     }
   using Rows = void (*)(const Matrix&, const float*, uint16_t*, float*, int);
   static const Rows table[] = {rows<1, HALF, PACKED>, rows<2, HALF, PACKED>, rows<3, HALF, PACKED>,
@@ -213,8 +224,8 @@ void product(const Matrix& w, const uint16_t* x, int tokens, uint16_t* y, float*
 
 }  // namespace
 
-// y = W x + bias of 1 to 8 tokens. x: [tokens, columns], the weights' kind of numbers; y: [tokens, rows], of that kind
-// too, or float32 in `wide` if that is not null.
+// y = W x + bias of 1 to 8 tokens. x: [tokens, columns], the weights' kind of numbers; y: [tokens, rows], of that kind,
+// or float32 in `wide` if that is not null.
 extern "C" void multiply(const Matrix* w, const uint16_t* x, int tokens, uint16_t* y, float* wide, int threads) {
   using Product = void (*)(const Matrix&, const uint16_t*, int, uint16_t*, float*, int);
   static const Product table[] = {product<false, false>, product<false, true>, product<true, false>,

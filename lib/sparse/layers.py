@@ -6,8 +6,10 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from lib import UserError
+from lib.sparse.attention import group_attention
 from lib.sparse.kernel import KINDS, MOST_TOKENS, Kernel, Matrix, Unavailable, load
 from lib.sparse.packed import Packed, pack, row_starts, unpack
 
@@ -176,4 +178,6 @@ def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None
         sparse = zeros >= least and owners[id(module.weight)] == 1
         model.set_submodule(name, (SparseLinear.from_linear if sparse else DenseLinear)(module, kernel))
         count += sparse
+    if isinstance(model, PreTrainedModel):
+        group_attention(model)
     return count

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lib import UserError
+from lib.sparse.attention import group_attention
 from lib.sparse.kernel import Unavailable, load
 from lib.sparse.layers import LEAST_ZEROS, DenseLinear, SparseLinear
 from lib.sparse.packed import PADDING, Packed, packed_files, read_file, undone
@@ -50,6 +51,7 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
             model.set_submodule(name, SparseLinear(weight, columns, module.bias, kernel))
         elif type(module) is nn.Linear and kernel is not None:
             model.set_submodule(name, DenseLinear(module, kernel))
+    group_attention(model)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).eval()

@@ -92,7 +92,7 @@ def is_packed(folder: Path) -> bool:
 def pack_files(source: Path, target: Path) -> Counter:
     """Write the packed form of the model's folder ``source`` into the empty folder ``target``.
 
-    Return bytes: ``all`` and ``all_after`` of the files, ``masked`` and ``masked_after`` of the tensors that got a mask.
+    Return bytes: ``all`` and ``all_after`` of the files, ``masked`` and ``masked_after`` of tensors that got a mask.
     What was written is read back and compared, bit for bit.
     """
     size = Counter()
