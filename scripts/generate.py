@@ -51,16 +51,16 @@ def load(model: str, cache_dir: str):
     return models.load_llm(source, "bfloat16", torch.device("cpu")), models.load_tokenizer(source)
 
 
-def generate(model, tokenizer, prompt: str, tokens: int, stream: bool) -> dict:
-    """Return what one greedy run of up to ``tokens`` new tokens took."""
+def generate(model, tokenizer, args: argparse.Namespace, before: int, stream: bool) -> dict:
+    """Return what one greedy run took; ``before``: the resident memory before the model was loaded, MB."""
     import torch
     from transformers import TextStreamer
 
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    ids = tokenizer(args.prompt, return_tensors="pt").input_ids
     timing = Timing(TextStreamer(tokenizer) if stream else None)
     with torch.inference_mode():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=timing, max_new_tokens=tokens, do_sample=False
+            ids, attention_mask=torch.ones_like(ids), streamer=timing, max_new_tokens=args.tokens, do_sample=False
         )
     start, first, *rest = timing.times
     return {
@@ -68,13 +68,14 @@ def generate(model, tokenizer, prompt: str, tokens: int, stream: bool) -> dict:
         "prompt_tokens_per_second": ids.shape[1] / (first - start),
         "tokens_per_second": len(rest) / (rest[-1] - first) if rest else 0.0,
         "resident_mb": resident_mb(),
+        "model_mb": resident_mb() - before,
     }
 
 
 def describe(run: dict) -> str:
     return (
         f"{run['tokens_per_second']:.1f} tokens/s, prompt {run['prompt_tokens_per_second']:.1f} tokens/s, "
-        f"{run['resident_mb']} MB resident"
+        f"{run['resident_mb']} MB resident ({run['model_mb']} MB more than before the model was loaded)"
     )
 
 
@@ -84,9 +85,10 @@ def medians(runs: list[dict]) -> dict:
 
 def serve(args: argparse.Namespace) -> None:
     """Answer each line of standard input with a run as a line of JSON: one model of --compare, alone in its process."""
+    before = resident_mb()
     model, tokenizer = load(args.model, args.cache_dir)
     for _ in sys.stdin:
-        print(json.dumps(generate(model, tokenizer, args.prompt, args.tokens, stream=False)), flush=True)
+        print(json.dumps(generate(model, tokenizer, args, before, stream=False)), flush=True)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -114,8 +116,8 @@ def compare(args: argparse.Namespace) -> None:
             server.wait()
     one, other = (medians(runs[name]) for name in names)
     print(f"\n{args.model}: {describe(one)}\n{args.compare}: {describe(other)}")
-    ratios = [one[key] / other[key] for key in ("tokens_per_second", "prompt_tokens_per_second", "resident_mb")]
-    print("ratio: {:.2f} times the tokens/s, {:.2f} of a prompt, {:.2f} of the memory".format(*ratios), end="; ")
+    ratios = [one[key] / other[key] for key in ("tokens_per_second", "prompt_tokens_per_second", "model_mb")]
+    print("ratio: {:.2f} times the tokens/s, {:.2f} of a prompt's, {:.2f} of the memory".format(*ratios), end="; ")
     print(f"medians of {ROUNDS} turns, {args.threads} threads")
 
 
@@ -136,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     import torch
 
+    from lib import models, sparse  # noqa: F401  (before the memory is measured)
     from main import quiet
 
     quiet()
@@ -148,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.serve:
             serve(args)
             return 0
-        run = generate(*load(args.model, args.cache_dir), args.prompt, args.tokens, stream=True)
+        before = resident_mb()
+        run = generate(*load(args.model, args.cache_dir), args, before, stream=True)
         print(f"\n{describe(run)}")
         if args.compare:
             compare(args)

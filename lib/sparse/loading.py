@@ -90,7 +90,8 @@ def _fill(
         if isinstance(content, Packed) and type(module) is nn.Linear and own == "weight" and module is not tied:
             zeros = 1 - (content.values.numel() - PADDING) / (shape[0] * shape[1])
             if zeros >= least:
-                packed[parent] = Packed(content.mask, content.values.to(kind)), shape[1]
+                same = content.values.dtype == kind  # else the mask is copied too: a view keeps the whole file's pages
+                packed[parent] = Packed(content.mask if same else content.mask.clone(), content.values.to(kind)), shape[1]
                 continue
         value = undone(content, shape)
         value = value.to(kind) if value.is_floating_point() else value
