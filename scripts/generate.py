@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 3  # of --compare: each model as many times, in turns
 
 
@@ -95,10 +95,9 @@ def compare(args: argparse.Namespace) -> None:
     """Run the model and the dense one in turns, each in a process of its own, and print both and the ratio."""
     names, runs = [args.model, args.compare], {args.model: [], args.compare: []}
     about = ["--tokens", str(args.tokens), "--cache_dir", args.cache_dir, "--threads", str(args.threads), "--serve"]
-    command = [sys.executable, str(Path(__file__))]
+    command, pipe = [sys.executable, str(Path(__file__))], subprocess.PIPE
     servers = [
-        subprocess.Popen([*command, name, args.prompt, *about], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in names
+        subprocess.Popen([*command, name, args.prompt, *about], stdin=pipe, stdout=pipe, text=True) for name in names
     ]
     try:
         for turn in range(1 + ROUNDS):  # the first warms up

@@ -314,7 +314,7 @@ def test_sparsify_packs_what_is_sparse_and_leaves_the_rest(tiny_windows):
     if count:
         assert isinstance(model.get_submodule(layers[0].name), DenseLinear)
         assert isinstance(model.get_submodule(layers[1].name), SparseLinear)
-    assert (model(tiny_windows[:1, :4]).logits - before).abs().max() <= 0.05 * before.abs().max()  # 8 bits, three blocks
+    assert (model(tiny_windows[:1, :4]).logits - before).abs().max() <= 0.05 * before.abs().max()  # 8 bits
     with pytest.raises(UserError, match="is torch.float32 on cpu; load the model on the CPU in bfloat16"):
         sparse.sparsify(tiny_llama())
 
@@ -358,9 +358,11 @@ def test_smollm2_is_as_close_to_float32_as_dense_bfloat16(smollm2, smollm2_sourc
     smollm2.bfloat16().save_pretrained(tmp_path / "model")
     (tmp_path / "packed").mkdir()
     sparse.pack_files(tmp_path / "model", tmp_path / "packed")
-    ids = AutoTokenizer.from_pretrained(smollm2_source.path)("The capital of France is Paris", return_tensors="pt").input_ids
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_source.path)
+    ids = tokenizer("The capital of France is Paris", return_tensors="pt").input_ids
     exact = dense(tmp_path / "model", torch.float32)(ids).logits
-    ours, theirs = (m(ids).logits.float() for m in (sparse.load_packed(tmp_path / "packed"), dense(tmp_path / "model", torch.bfloat16)))
+    both = sparse.load_packed(tmp_path / "packed"), dense(tmp_path / "model", torch.bfloat16)
+    ours, theirs = (model(ids).logits.float() for model in both)
     assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() <= 0.1 * exact.norm()
 
 
@@ -563,8 +565,10 @@ def test_two_processes_that_build_at_once_do_not_meet(fresh):
 
 
 def test_generate_streams_and_compares(pruned, packed_folder):
-    command = [sys.executable, ROOT / "scripts" / "generate.py", packed_folder, "Ab de", "--tokens", "6", "--threads", "1"]
-    done = subprocess.run([*command, "--compare", pruned], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, ROOT / "scripts" / "generate.py", packed_folder, "Ab de"]
+    done = subprocess.run(
+        [*command, "--tokens", "6", "--threads", "1", "--compare", pruned], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
     assert lines[0].startswith("Ab de")
@@ -574,7 +578,8 @@ def test_generate_streams_and_compares(pruned, packed_folder):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"), [(["nowhere", "x"], "nowhere: there is no such folder"), (["{}", "x", "--tokens", "1"], "--tokens 1")]
+    ("flags", "says"),
+    [(["nowhere", "x"], "nowhere: there is no such folder"), (["{}", "x", "--tokens", "1"], "--tokens 1")],
 )
 def test_generate_bad_input(packed_folder, flags, says):
     flags = [flag.format(packed_folder) for flag in flags]

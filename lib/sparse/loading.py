@@ -7,6 +7,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from lib import UserError
 from lib.sparse.attention import group_attention
@@ -77,8 +79,13 @@ def _fill(
     """Take the ``tensors`` into ``model``, and return {module: (weight, columns)} of those that are to stay packed."""
     packed = {}
     tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    # Some names of a checkpoint are not the model's own (GPT-NeoX's embed_out is lm_head).
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     for name in list(tensors):
         content, shape = tensors.pop(name)  # a file's pages are freed with the last of its tensors
+        for renaming in renamings if name not in known else ():
+            name = renaming.rename_source_key(name)[0]
         parent, _, own = name.rpartition(".")
         try:
             module = model.get_submodule(parent)
@@ -90,8 +97,10 @@ def _fill(
         if isinstance(content, Packed) and type(module) is nn.Linear and own == "weight" and module is not tied:
             zeros = 1 - (content.values.numel() - PADDING) / (shape[0] * shape[1])
             if zeros >= least:
-                same = content.values.dtype == kind  # else the mask is copied too: a view keeps the whole file's pages
-                packed[parent] = Packed(content.mask if same else content.mask.clone(), content.values.to(kind)), shape[1]
+                mask, values = content.mask, content.values.to(kind)
+                if values is not content.values:  # rounded: a mask that stays mapped would keep all the file's pages
+                    mask = mask.clone()
+                packed[parent] = Packed(mask, values), shape[1]
                 continue
         value = undone(content, shape)
         value = value.to(kind) if value.is_floating_point() else value

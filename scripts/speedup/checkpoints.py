@@ -3,11 +3,8 @@
 import argparse
 import hashlib
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -119,34 +116,6 @@ def check_free(flag: str, out: Path, marker: str | None = None) -> None:
     """Refuse a folder ``out`` that holds something; one with a file ``marker`` was written here and may be replaced."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (marker and (out / marker).is_file()))):
         raise UserError(f"{flag} {out}: is there already and holds something else; give another folder, or remove it")
-
-
-@contextmanager
-def written_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``out`` that takes its place if all goes well, and vanishes if not.
-
-    Raises:
-        UserError: the disk is full or the place cannot be written.
-    """
-    tmp, old = None, out.with_name(f".{out.name}-old-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        mask = os.umask(0)
-        os.umask(mask)
-        tmp.chmod(0o777 & ~mask)  # mkdtemp's own is private
-        yield tmp
-        if out.exists():
-            out.rename(old)
-        tmp.rename(out)
-    except Exception as error:  # safetensors has an error class of its own for a full disk
-        if not isinstance(error, OSError) and "os error" not in str(error):
-            raise
-        raise UserError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from error
-    finally:
-        for leftover in (tmp, old):
-            if leftover is not None:
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def graph_file(folder: Path, graph: str) -> Path:

@@ -1,16 +1,15 @@
-"""A requirements file becomes a virtual environment of its own beside the main one, the engine's and the exporter's."""
+"""Virtual environment of DeepSparse, whose Python and packages are older than the main environment's."""
 
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lib import UserError
+from lib import UserError, sparse
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -19,29 +18,16 @@ VERSION = "1.8.0"
 ENGINE_VENV = ROOT / ".venv-deepsparse"
 ENGINE_REQUIREMENTS = HERE / "requirements-deepsparse.txt"
 OLDEST, NEWEST = (3, 8), (3, 11)  # Pythons for which the engine's package was built
-WITHOUT = "to measure without it: --engines onnxruntime torch_float32 torch_bfloat16 torch_csr"
+WITHOUT = "to measure without it, leave out --deepsparse"
 LICENCE = (
     "DeepSparse (discontinued) is closed source: its licence allows evaluation only, no use in production and no\n"
     "redistribution. It comes from the package index into {}; nothing of it is part of this repository."
 )
 
 
-def export_python() -> str:
-    """Return the interpreter of ``.venv-export``, which sees the main environment's packages; made if need be."""
-    folder = ROOT / ".venv-export"
-    requirements = HERE / "requirements-export.txt"
-    if not _is_made(folder, requirements):
-        _make_venv(sys.executable, folder)
-        # Behind its own packages on the path: nothing is installed into the main environment, nor changed there.
-        main = Path(sysconfig.get_path("purelib")).resolve()
-        (_site_packages(folder) / "main_environment.pth").write_text(f"{main}\n")
-        _install(folder, requirements)
-    return str(_python(folder))
-
-
 def check_deepsparse() -> None:
     """Refuse, before anything is made, a machine or a Python on which the engine cannot be installed."""
-    check_machine(platform.machine(), _cpu_flags())
+    check_machine(platform.machine(), set(sparse.processor().get("flags", "").split()))
     if not _is_made(ENGINE_VENV, ENGINE_REQUIREMENTS):
         find_python()
 
@@ -67,12 +53,6 @@ def check_machine(machine: str, flags: set[str]) -> None:
         raise UserError(f"{ENGINE}: runs on x86-64 only and this machine is {machine}; {WITHOUT}")
     if "avx2" not in flags:
         raise UserError(f"{ENGINE}: needs a processor with AVX2 and this one has none; {WITHOUT}")
-
-
-def _cpu_flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
 
 
 def find_python() -> str:
@@ -124,10 +104,6 @@ def _python(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def _site_packages(folder: Path) -> Path:
-    return next((folder / "lib").glob("python3.*/site-packages"))
-
-
 def _stamp(folder: Path) -> Path:
     return folder / "installed.txt"
 
@@ -158,16 +134,3 @@ def _install(folder: Path, requirements: Path) -> None:
 
 def _last_line(done: subprocess.CompletedProcess) -> str:
     return ((done.stderr or done.stdout).strip().splitlines() or ["no message"])[-1][:300]
-
-
-def main() -> int:
-    try:
-        print({"export": export_python, "deepsparse": deepsparse_python}[sys.argv[1]]())
-    except UserError as error:
-        print(f"environment.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

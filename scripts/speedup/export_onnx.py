@@ -2,11 +2,9 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +22,6 @@ from checkpoints import (  # it puts the repository's root on the path
     fingerprint,
     graph_file,
     open_checkpoint,
-    written_folder,
 )
 from engines import agreement
 from torch import Tensor, nn
@@ -214,7 +211,7 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], te
         "text": text,
         "graphs": {},
     }
-    with written_folder(out) as tmp:
+    with results.new_folder(out) as tmp:
         for graph in graphs:
             start = time.perf_counter()
             path = graph_file(tmp, graph)
@@ -292,8 +289,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if find_spec("onnx") is None:  # the main environment: the exporter has one of its own beside it
-        import environment
-
-        os.execv(environment.export_python(), [environment.export_python(), *sys.argv])
     sys.exit(main())
