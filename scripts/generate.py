@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -58,10 +59,9 @@ def generate(model, tokenizer, args: argparse.Namespace, before: int, stream: bo
 
     ids = tokenizer(args.prompt, return_tensors="pt").input_ids
     timing = Timing(TextStreamer(tokenizer) if stream else None)
+    limits = {"max_new_tokens": args.tokens} | ({} if stream else {"min_new_tokens": args.tokens})  # all do the same
     with torch.inference_mode():
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=timing, max_new_tokens=args.tokens, do_sample=False
-        )
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=timing, do_sample=False, **limits)
     start, first, *rest = timing.times
     return {
         "new_tokens": out.shape[1] - ids.shape[1],
@@ -93,7 +93,7 @@ def serve(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Run the model and the dense one in turns, each in a process of its own, and print both and the ratio."""
-    names, runs = [args.model, args.compare], {args.model: [], args.compare: []}
+    names, runs = [args.model, args.compare], [[], []]
     about = ["--tokens", str(args.tokens), "--cache_dir", args.cache_dir, "--threads", str(args.threads), "--serve"]
     command, pipe = [sys.executable, str(Path(__file__))], subprocess.PIPE
     servers = [
@@ -101,19 +101,19 @@ def compare(args: argparse.Namespace) -> None:
     ]
     try:
         for turn in range(1 + ROUNDS):  # the first warms up
-            for name, server in zip(names, servers, strict=True):
-                server.stdin.write("run\n")
-                server.stdin.flush()
+            for name, server, found in zip(names, servers, runs, strict=True):
+                with suppress(BrokenPipeError):
+                    print("run", file=server.stdin, flush=True)
                 line = server.stdout.readline()
                 if not line:
                     raise UserError(f"{name}: could not be run, see above")
                 if turn:
-                    runs[name].append(json.loads(line))
+                    found.append(json.loads(line))
     finally:
         for server in servers:
             server.kill()
             server.wait()
-    one, other = (medians(runs[name]) for name in names)
+    one, other = map(medians, runs)
     print(f"\n{args.model}: {describe(one)}\n{args.compare}: {describe(other)}")
     ratios = [one[key] / other[key] for key in ("tokens_per_second", "prompt_tokens_per_second", "model_mb")]
     print("ratio: {:.2f} times the tokens/s, {:.2f} of a prompt's, {:.2f} of the memory".format(*ratios), end="; ")
@@ -144,6 +144,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.tokens < 2:
             raise UserError(f"--tokens {args.tokens}: must be at least 2, or there is no speed to tell")
+        if not args.prompt or args.threads < 0:
+            raise UserError("give a prompt that is not empty, and --threads of at least 1")
+        if args.compare:
+            models.locate(args.compare, args.cache_dir)  # a wrong name is told before the first model is loaded
         if args.threads:
             torch.set_num_threads(args.threads)
         args.threads = torch.get_num_threads()

@@ -78,7 +78,7 @@ def test_products_are_those_of_float64(level, kind, threads):
                 expected = x.double() @ weight.double().T
                 size = x.double().abs() @ weight.double().abs().T
                 if tokens <= kernel.MOST_TOKENS:
-                    sums = library.multiply(layers[0]._matrix, x, torch.full((tokens, rows), torch.nan))
+                    sums = library.multiply(layers[0]._matrix, x, torch.full((tokens, rows), torch.nan), tokens)
                     assert ((sums - expected).abs() <= CLOSE * size).all()
                 for plain, with_bias in zip(layers, biased, strict=True):
                     assert ((plain(x) - expected).abs() <= CLOSE * size + HALF_ULP[kind] * expected.abs() + 1e-7).all()
@@ -117,8 +117,13 @@ def test_shapes_kinds_and_empty_input():
     assert layer(torch.ones(0, 32).half()).shape == (0, 6)
     strided = torch.randn(32, 3).half().T
     assert torch.equal(layer(strided), layer(strided.contiguous()))
-    with pytest.raises(RuntimeError, match="multiplies torch.float16 on the CPU, not torch.float32 on cpu"):
+    with pytest.raises(
+        RuntimeError, match=r"multiplies \[..., 32\] torch.float16 on the CPU, not \[1, 32\] torch.float32"
+    ):
         layer(torch.ones(1, 32))
+    for wrong in (layer, DenseLinear(linear(matrix(6, 32, 0.5, torch.float16)))):
+        with pytest.raises(RuntimeError):  # twice as wide, not twice as many
+            wrong(torch.ones(1, 64).half())
 
 
 @needs_kernel
@@ -579,7 +584,11 @@ def test_generate_streams_and_compares(pruned, packed_folder):
 
 @pytest.mark.parametrize(
     ("flags", "says"),
-    [(["nowhere", "x"], "nowhere: there is no such folder"), (["{}", "x", "--tokens", "1"], "--tokens 1")],
+    [
+        (["nowhere", "x"], "nowhere: there is no such folder"),
+        (["{}", "x", "--tokens", "1"], "--tokens 1"),
+        (["{}", "x", "--compare", "nowhere"], "nowhere: there is no such folder"),
+    ],
 )
 def test_generate_bad_input(packed_folder, flags, says):
     flags = [flag.format(packed_folder) for flag in flags]

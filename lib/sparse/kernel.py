@@ -54,13 +54,14 @@ class Kernel:
         self._unpack.argtypes = [pointer, number, number, pointer, ctypes.c_int]
         self._multiply.restype = self._unpack.restype = None
 
-    def multiply(self, matrix: Matrix, x: Tensor, y: Tensor) -> Tensor:
-        """Fill ``y`` [tokens, rows] with the products of ``x`` [tokens, columns], both contiguous, and return it.
+    def multiply(self, matrix: Matrix, x: Tensor, y: Tensor, tokens: int) -> Tensor:
+        """Fill ``y`` [..., rows] with the products of ``x`` [..., columns], both contiguous, and return it.
 
-        Tokens: 1 to MOST_TOKENS. ``x`` is of the weight's kind, ``y`` of that kind or float32. Sums are float32.
+        ``tokens``: the product of the dimensions before, 1 to MOST_TOKENS; the caller answers for the shapes. ``x`` is
+        of the weight's kind, ``y`` of that kind or float32. Sums are float32.
         """
         out = (None, y.data_ptr()) if y.dtype == torch.float32 else (y.data_ptr(), None)
-        self._multiply(ctypes.addressof(matrix), x.data_ptr(), x.shape[0], *out, torch.get_num_threads())
+        self._multiply(ctypes.addressof(matrix), x.data_ptr(), tokens, *out, torch.get_num_threads())
         return y
 
     def unpack(self, matrix: Matrix, first: int, last: int, out: Tensor) -> None:

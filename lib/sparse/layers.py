@@ -19,11 +19,6 @@ LEAST_ZEROS = 0.3  # of a matrix: a bit and 16 (1 - zeros) bits a weight are to 
 TILE = 512  # rows that are unpacked at once for many tokens: they stay in the second-level cache
 
 
-def _refuse_gradients(x: Tensor) -> None:
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("SparseLinear has no gradients: use torch.no_grad(), or unpack the model to train it")
-
-
 class SparseLinear(nn.Module):
     """A linear layer, y = W x + b, for inference on the CPU: 1 + 16 (1 - sparsity) bits a weight.
 
@@ -63,16 +58,19 @@ class SparseLinear(nn.Module):
         return unpack(Packed(self.mask, self.values), [self.out_features, self.in_features])
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.kind or x.device.type != "cpu":
-            raise RuntimeError(f"SparseLinear multiplies {self.kind} on the CPU, not {x.dtype} on {x.device}")
-        _refuse_gradients(x)
-        flat = x.reshape(-1, self.in_features)  # [tokens, in_features]
-        if 1 <= flat.shape[0] <= MOST_TOKENS:
-            y = torch.empty(flat.shape[0], self.out_features, dtype=self.kind)
-            self._kernel.multiply(self._matrix, flat.contiguous(), y)
-        else:
-            y = self._many(flat)
-        return y.view(*x.shape[:-1], self.out_features)
+        *lead, columns = x.shape
+        if x.dtype != self.kind or x.device.type != "cpu" or columns != self.in_features:
+            raise RuntimeError(
+                f"SparseLinear multiplies [..., {self.in_features}] {self.kind} on the CPU, not {list(x.shape)} "
+                f"{x.dtype} on {x.device}"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("SparseLinear has no gradients: use torch.no_grad(), or unpack the model to train it")
+        tokens = x.numel() // columns
+        if not 1 <= tokens <= MOST_TOKENS:
+            return self._many(x.reshape(-1, columns)).view(*lead, self.out_features)
+        y = torch.empty(*lead, self.out_features, dtype=self.kind)
+        return self._kernel.multiply(self._matrix, x.contiguous(), y, tokens)
 
     def _many(self, flat: Tensor) -> Tensor:
         y = flat.new_empty(flat.shape[0], self.out_features)
@@ -134,7 +132,7 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        tokens = x.numel() // self.in_features
+        tokens = x.numel() // self.in_features if x.shape[-1] == self.in_features else 0
         kinds = x.dtype == weight.dtype and weight.dtype in KINDS and x.device.type == weight.device.type == "cpu"
         gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if not kinds or gradients or not 1 <= tokens <= MOST_TOKENS or not weight.is_contiguous():
@@ -142,7 +140,7 @@ class DenseLinear(nn.Linear):
         matrix = Matrix(None, weight.data_ptr(), None, None if bias is None else bias.data_ptr(), self.out_features,
                         self.in_features, -(-self.in_features // 32), weight.dtype == torch.float16)  # fmt: skip
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        return self._kernel.multiply(matrix, x.reshape(tokens, self.in_features).contiguous(), y)
+        return self._kernel.multiply(matrix, x.contiguous(), y, tokens)
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_kernel"}

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from engines import FILES
 
-from lib import UserError, models, prune
+from lib import UserError, models, prune, sparse
 from main import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +80,7 @@ def locate_folder(model: str) -> models.Source:
     folder = Path(source.path)
     if not folder.is_dir():
         raise UserError(f"{model}: there is no such folder; fetch it first: hf download {model} --local-dir DIR")
-    if list(folder.glob("*.packed.safetensors")):
+    if sparse.is_packed(folder):
         raise UserError(f"{model}: is packed; first: python scripts/speedup/pack.py {model} --unpack --out DIR")
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{model}: the folder holds no *.safetensors; load it and save it again with transformers")
