@@ -100,10 +100,10 @@ def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, re
         return journal.failure
     try:
         with record.stage("save"):
-            with weights.edges() as edges:
-                models.complete_folder(journal.folder, weights.model, known.tokenizer, edges, known.dtypes.stored)
+            edges = weights.edge_tensors()
+            models.complete_folder(journal.folder, weights.model, known.tokenizer, edges, known.dtypes.stored)
             prune.check_saved(journal.folder, weights, record.content["sparsity"])
-            journal.finish()
+            journal.finish(settings.packed)
             weights.moved(journal.folder, journal.target)
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)

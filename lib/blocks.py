@@ -99,14 +99,23 @@ class Weights:
     def moved(self, old: Path, new: Path) -> None:
         """Note that the files of blocks have moved with their folder."""
 
-    @contextmanager
-    def edges(self) -> Iterator[dict[str, Tensor]]:
-        """Hold what stands around the blocks: the embedding, the last norm and the head; yield it by name."""
-        within = {id(part) for module in self.modules for part in module.modules()}
-        outside = [part for part in self.model.modules() if id(part) not in within]
+    def outside(self) -> list[str]:
+        """Return the names of the parameters around the blocks: the embedding, the last norm and the head."""
         inside = {name for i in range(len(self.modules)) for name in self.block_names(i)}
-        with _lent_by_accelerate(outside, write=False):
-            yield {name: p.data for name, p in self.model.named_parameters() if name not in inside}
+        return [name for name, _ in self.model.named_parameters() if name not in inside]
+
+    @contextmanager
+    def edges(self) -> Iterator[None]:
+        """Hold the parameters around the blocks where they are computed with."""
+        within = {id(part) for module in self.modules for part in module.modules()}
+        with _lent_by_accelerate([part for part in self.model.modules() if id(part) not in within], write=False):
+            yield
+
+    def edge_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters around the blocks by name, one at a time."""
+        with self.edges():
+            for name in self.outside():
+                yield name, self.model.get_parameter(name).data
 
     def map(self, function: Callable[[str, Tensor], object]) -> dict:
         """Return ``function(name, weight)`` of every layer by name."""
@@ -140,6 +149,23 @@ class Weights:
                 linear.weight.data.copy_(snapshot[name])
 
 
+class Packed(Weights):
+    """The weights of a packed model, which is whole and cannot be changed."""
+
+    in_memory = True
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        super().__init__(model, [], layers, [])
+
+    def zeros(self) -> dict[str, int]:
+        counts = {}
+        for layer in self.layers:
+            module = self.model.get_submodule(layer.name)
+            kept = getattr(module, "sparsity", None)
+            counts[layer.name] = int((module.weight == 0).sum()) if kept is None else round(kept * layer.size)
+        return counts
+
+
 class Streamed(Weights):
     """The weights of a checkpoint on disk, of which one block at a time is in memory, and the next one is on its way.
 
@@ -158,6 +184,7 @@ class Streamed(Weights):
         self.changed: dict[int, Path] = {}  # block -> the file that holds it now
         self._scratch = tempfile.TemporaryDirectory(prefix="streamed-", ignore_cleanup_errors=True)
         self._keys = _checkpoint_names(model, checkpoint)
+        self._outside = self.outside()
         self._next: tuple[int, Future] | None = None
         self._reader = ThreadPoolExecutor(1)
         self._held = 0  # nested uses of ``edges``
@@ -184,6 +211,10 @@ class Streamed(Weights):
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Forget what was changed."""
         self.changed.clear()
+
+    def edge_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self._outside:  # as they are on disk, in their own dtype
+            yield name, stream.read_tensor(self.checkpoint.entries[self._keys[name]])
 
     def _read(self, index: int) -> dict[str, Tensor]:
         names = self.block_names(index)
@@ -212,9 +243,8 @@ class Streamed(Weights):
             _to_meta(module)
 
     @contextmanager
-    def edges(self) -> Iterator[dict[str, Tensor]]:
-        inside = {name for i in range(len(self.modules)) for name in self.block_names(i)}
-        outside = [name for name in self._keys if name not in inside]
+    def edges(self) -> Iterator[None]:
+        outside = self._outside
         if not self._held:
             for name in outside:
                 tensor = stream.read_tensor(self.checkpoint.entries[self._keys[name]])
@@ -222,7 +252,7 @@ class Streamed(Weights):
             self.model.tie_weights()
         self._held += 1
         try:
-            yield {name: self.model.get_parameter(name).data for name in outside}
+            yield
         finally:
             self._held -= 1
             if not self._held:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lib import UserError, allocation, calibration, data, esd, evaluation, files, metrics, models, plans, scores, search
 from lib.allocation import SparsityPlan
-from lib.blocks import Streamed, Weights, weights_of
+from lib.blocks import Packed, Streamed, Weights, weights_of
 from lib.command import Flags
 from lib.journal import Identity, Journal, digest, partial_folder
 from lib.layers import Layer, prunable_layers
@@ -81,7 +81,10 @@ class Session:
         if key in self._made:
             self._made[key].restore(self.dense)
             return self._made[key]
-        if known.streamed:
+        if models.is_packed(known.source):
+            log.info("loading %s, which is packed", known.source.path)
+            weights = Packed(models.load_packed(known.source), known.layers)
+        elif known.streamed:
             log.info("streaming %s block by block", known.streamed)
             model = models.empty_llm(known.source, known.streamed, dtypes.compute)
             device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -103,6 +106,9 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     files.prepare("save", Path(settings.save))
     warn_of_replacement(settings, task)
     source = models.locate(settings.model, settings.cache_dir)
+    if models.is_packed(source) and (task.pruner or settings.metrics_only or settings.stream == "always"):
+        unpack = f"python scripts/speedup/pack.py {settings.model} --unpack --out DIR"
+        raise UserError("model", f"{settings.model}: is packed, which is for running it; unpack it first: {unpack}")
     skeleton = session.once(models.load_skeleton, source)
     layers = session.once(prunable_layers, skeleton)
     dtypes = models.choose_dtypes(settings.dtype, skeleton)
@@ -127,11 +133,14 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
 
 def _streamed_folder(settings: Experiment, task: Task, source: models.Source, fits: bool) -> Path | None:
     """Return the folder from which the weights are streamed, None if they are loaded."""
-    if settings.stream == "never" or (settings.stream == "auto" and fits):
+    if settings.stream == "never" or (settings.stream == "auto" and fits) or models.is_packed(source):
         return None
     if settings.eval_zero_shot and not fits:
         text = "the model does not fit into the memory of the GPUs and the CPU together, which lm-eval needs"
         raise UserError("eval_zero_shot", f"with a streamed model: {text}; leave it out, and measure on more GPUs")
+    if task.pruner and settings.packed:
+        text = "with a streamed model, whose blocks go to disk as they are; pack it afterwards: scripts/speedup/pack.py"
+        raise UserError("packed", text)
     if task.pruner and not settings.save_model:
         why = "always" if settings.stream == "always" else "auto (the model does not fit into memory)"
         raise UserError("stream", f"{why} without --save_model: pruned blocks go to disk; add --save_model DIR")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib import UserError, fingerprint, stream
-from lib.files import is_alive
+from lib.files import is_alive, new_folder
 from lib.lazy import torch
 from lib.record import LayerReport
 
@@ -122,8 +122,16 @@ class Journal:
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
-    def finish(self) -> None:
-        """Put the finished folder in the target's place."""
+    def finish(self, packed: bool = False) -> None:
+        """Put the finished folder in the target's place, ``packed`` or as it is."""
+        if packed:
+            from lib import sparse
+
+            with new_folder(self.target) as folder:
+                sparse.pack_files(self.folder, folder)
+                (folder / _LOCK).unlink(missing_ok=True)
+            shutil.rmtree(self.folder)
+            return
         shutil.rmtree(self.scratch, ignore_errors=True)
         old = self.target.with_name(f".{self.target.name}-old-{socket.gethostname()}-{os.getpid()}")
         try:

@@ -84,6 +84,11 @@ def check_support(model: nn.Module) -> None:
         raise UserError(None, f"{architecture(model.config)} is not supported, {reason}; supported: {SUPPORTED}")
 
 
+def prunable_modules(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the modules of the prunable layers of a model in memory, by their full names."""
+    return {layer.name: model.get_submodule(layer.name) for layer in prunable_layers(model)}
+
+
 def _unsupported(model: nn.Module) -> str | None:
     if any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in model.modules()):
         return "its layers are transformers' Conv1D, not nn.Linear"

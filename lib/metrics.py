@@ -80,7 +80,7 @@ def load_or_measure(
 
 
 class Begun:
-    """Values of a measurement that was interrupted: a file of one line per matrix, each with the matrix's fingerprint."""
+    """Values of an interrupted measurement: a file of one line per matrix, each with the matrix's fingerprint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -285,16 +285,17 @@ def complete_folder(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    edges: Mapping[str, Tensor],
+    edges: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
 ) -> None:
     """Make a Hugging Face folder of one that holds a shard per block.
 
     Args:
-        edges: what stands around the blocks, by name.
+        edges: names and parameters around the blocks; each gets a file, so that one at a time is in memory.
         dtype: that it is written in, as the blocks were.
     """
-    stream.write_shard(folder / "model-edges.safetensors", edges, dtype)
+    for index, (name, tensor) in enumerate(edges):
+        stream.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
     stream.write_index(folder)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -355,6 +356,18 @@ def saved_bytes(skeleton: PreTrainedModel, source: Source, dtype: torch.dtype) -
         return weights + _TOKENIZER_BYTES
     kinds = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
     return weights + sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and p.suffix not in kinds)
+
+
+def is_packed(source: Source) -> bool:
+    """Return whether a model's folder is packed (``lib.sparse``)."""
+    return any(Path(source.path).glob("*.packed.safetensors"))
+
+
+def load_packed(source: Source) -> PreTrainedModel:
+    """Return the model of a packed folder, for inference on the CPU."""
+    from lib import sparse
+
+    return sparse.load_packed(source.path)
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lib import UserError, flag_name
+from lib import UserError, flag_name, stream
 from lib.allocation import SparsityPlan
 from lib.blocks import Block, Weights, check_finite
 from lib.calibration import BlockInputs, advance, input_statistics, passes
@@ -166,14 +166,12 @@ def checkpoint_sparsity(folder: Path, names: list[str]) -> float:
     Raises:
         RuntimeError: the files hold none of these layers.
     """
-    from safetensors import safe_open
-
     wanted = {f"{name}.weight" for name in names}
     zeros = total = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for key in wanted.intersection(file.keys()):
-                tensor: Tensor = file.get_tensor(key)
+        for name, entry in stream.read_header(path).items():
+            if name in wanted:
+                tensor: Tensor = stream.read_tensor(entry)
                 zeros, total = zeros + (tensor == 0).sum().item(), total + tensor.numel()
     if not total:
         raise RuntimeError(f"{folder}: holds none of the layers that were pruned ({names[0]} ...)")

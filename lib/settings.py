@@ -219,7 +219,22 @@ class Output(Flags):
     _title: ClassVar[str] = "output"
 
     save: str = flag("results", "where the run's figures are written", metavar="DIR")
-    save_model: str | None = flag(None, "write the pruned model to DIR/{method}_{ratio}", prunes=True, metavar="DIR")
+    save_model: str | None = flag(
+        None, "write the pruned model to DIR/METHOD_RATIO", prunes=True, metavar="DIR"
+    )
+
+
+@dataclass(kw_only=True)
+class Packed(Flags):
+    _title: ClassVar[str] = "output"
+
+    packed: bool = flag(
+        False,
+        "write {save_model}'s folder packed, a bit per weight and the values that are left; scripts/generate.py runs "
+        "it",
+        needs="save_model",
+        prunes=True,
+    )
 
 
 @dataclass(kw_only=True)
@@ -275,7 +290,7 @@ class Task(NamedTuple):
 
 @dataclass(kw_only=True)
 class Experiment(
-    Model, Texts, Method, Pruning, Metric, Spectra, Widths, Plans, Evaluation, ZeroShot, Output, Scale
+    Model, Texts, Method, Pruning, Metric, Spectra, Widths, Plans, Evaluation, ZeroShot, Output, Packed, Scale
 ):
     """The flags of main.py."""
 

@@ -227,8 +227,8 @@ def pretend_cuda(free: int = FREE) -> Iterator[SimpleNamespace]:
 
     Yields the device's state: whether it is ``initialized``, and the number of ``operations`` that ran on it.
 
-    Not pretended: generators, streams, events, several devices, how much memory is in use (always a byte), autocast (which
-    leaves a CudaTensor's dtype as it is), and threads, which see CudaTensors but cannot make any.
+    Not pretended: generators, streams, events, several devices, how much memory is in use (always a byte), autocast
+    (which leaves a CudaTensor's dtype as it is), and threads, which see CudaTensors but cannot make any.
     """
     properties = SimpleNamespace(name="pretend", major=9, minor=0, total_memory=TOTAL, multi_processor_count=100)
     names = {

@@ -287,6 +287,6 @@ def test_identity_holds_every_flag_that_changes_the_weights():
     made = settings("--model m --prune_method sparsegpt --sparsity_ratio 0.5")
     free = {"model", "cache_dir", "ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor", "eval_data",
             "eval_windows", "eval_wikitext", "eval_zero_shot", "tasks", "num_fewshot", "limit", "eval_batch_size",
-            "include_path", "save", "save_model", "stream", "hidden_states", "restart"}  # fmt: skip
+            "include_path", "save", "save_model", "packed", "stream", "hidden_states", "restart"}  # fmt: skip
     assert set(made.identity()) == set(made.flags()) - free
     assert isinstance(journal.digest(torch.zeros(2)), str) and journal.digest([1]) != journal.digest([2])

@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import environment
@@ -25,25 +24,25 @@ from checkpoints import (
     open_checkpoint,
     physical_cores,
 )
-from engines import ENGINES
+from engines import ENGINES, ONE_SEQUENCE
 from rich.console import Console
 from rich.table import Table
 
-from lib import UserError, results
+from lib import UserError, files, sparse
+from lib.record import provenance
 
 log = logging.getLogger("main")  # whose level main.quiet() sets
 
 # Largest difference of logits over the largest logit. Float32 engines sum in another order; DeepSparse approximates
 # exponentials as well; bfloat16 keeps 8 bits of every activation through all blocks.
-TOLERANCE = {name: 5e-5 for name in ENGINES} | {"deepsparse": 5e-4, "torch_bfloat16": 0.25}
+TOLERANCE = {name: 5e-5 for name in ENGINES} | {"deepsparse": 5e-4, "torch_bfloat16": 0.25, "packed": 0.25}
 DECODE_ROUNDS = 5  # times --rounds: a token takes a tenth of a window's time, and is disturbed the more easily
 ISA = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2")
 
 
 def processor() -> dict:
     """Return the CPU's model, the widest instruction sets that matter here, and its cores."""
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info)}
+    fields = sparse.processor()
     flags = set(fields.get("flags", "").split())
     return {
         "model": fields.get("model name", "unknown"),
@@ -59,10 +58,15 @@ def check_load(cores: int, when: str) -> None:
         log.warning("the machine is busy %s: load average %.1f on %d cores; distrust the figures", when, load, cores)
 
 
-def run_engine(engine: str, graph: str, models: list[dict], args: argparse.Namespace) -> dict:
+def bandwidth_bound(sparsity: float) -> float:
+    """Return bits of a dense bfloat16 weight over bits of a packed one: the most that a matrix read once can gain."""
+    return 16 / (16 * (1 - sparsity) + 1)
+
+
+def run_engine(engine: str, graph: str, batch: int, models: list[dict], args: argparse.Namespace) -> dict:
     """Return what ``engines.py`` measured in a process of its own, or {"error": its last line}."""
     python = environment.deepsparse_python() if engine == "deepsparse" else sys.executable
-    spec = {"engine": engine, "graph": graph, "models": models}
+    spec = {"engine": engine, "graph": graph, "batch": batch, "models": models}
     rounds = args.rounds * (DECODE_ROUNDS if graph == "decode" else 1)
     spec |= {"cores": args.cores, "warmup": args.warmup, "rounds": rounds}
     threads = {name: str(args.cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -76,7 +80,7 @@ def run_engine(engine: str, graph: str, models: list[dict], args: argparse.Names
             return json.loads(found.read_text())
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     killed = f"killed by signal {-done.returncode} (out of memory?): " if done.returncode < 0 else ""
-    return {"engine": engine, "graph": graph, "error": f"{killed}{last}"[:500]}
+    return {"engine": engine, "graph": graph, "batch": batch, "error": f"{killed}{last}"[:500]}
 
 
 def summarise(result: dict, sparsities: list[float], tokens: int) -> list[dict]:
@@ -89,6 +93,7 @@ def summarise(result: dict, sparsities: list[float], tokens: int) -> list[dict]:
         rows.append(
             {
                 "graph": result["graph"],
+                "batch": result["batch"],
                 "engine": result["engine"],
                 "sparsity": sparsity,
                 "median_seconds": statistics.median(seconds),
@@ -110,8 +115,9 @@ def check_agreement(rows: list[dict]) -> None:
         if not off <= most:
             what = f"{engine}: its logits ({row['graph']}, sparsity {row['sparsity']:.2f}) disagree with PyTorch's"
             raise UserError(
+                None,
                 f"{what} by {off:.1e} of the largest (at most {most:g}), so its time says nothing; "
-                "leave it out with --engines"
+                "leave it out with --engines",
             )
 
 
@@ -123,9 +129,9 @@ def check_exports(checkpoints: list[Checkpoint], graphs: list[str], length: int)
             check_graph(path, graph, length)
             record = checkpoint.deployment / "export.json"
             if not path.with_suffix(".npz").is_file() or not record.is_file():
-                raise UserError(f"{path}: was not written by export_onnx.py; {export_hint(path, length)}")
+                raise UserError(None, f"{path}: was not written by export_onnx.py; {export_hint(path, length)}")
             if json.loads(record.read_text())["fingerprint"] != fingerprint(checkpoint.folder):
-                raise UserError(f"{path}: is of other weights than the model's; {export_hint(path, length)}")
+                raise UserError(None, f"{path}: is of other weights than the model's; {export_hint(path, length)}")
 
 
 def benchmark(checkpoints: list[Checkpoint], args: argparse.Namespace) -> dict:
@@ -139,38 +145,39 @@ def benchmark(checkpoints: list[Checkpoint], args: argparse.Namespace) -> dict:
     check_load(os.cpu_count(), "before the measurement")
     record = {"complete": True, "processor": processor(), "loadavg_before": os.getloadavg(), "rows": [], "failed": []}
     record |= {"models": [str(c.folder) for c in checkpoints], "flags": vars(args), "versions_of_engines": {}}
-    for graph in args.graphs:
-        for engine in args.engines:
-            log.info("%s: %s, %d models, %d cores", graph, engine, len(models), args.cores)
-            result = run_engine(engine, graph, models, args)
+    for graph, batch in ((g, b) for g in args.graphs for b in (args.batch if g == "decode" else [1])):
+        for engine in args.engines if batch == 1 else [name for name in args.engines if name not in ONE_SEQUENCE]:
+            log.info("%s of %d: %s, %d models, %d cores", graph, batch, engine, len(models), args.cores)
+            result = run_engine(engine, graph, batch, models, args)
             if "error" in result:
                 log.warning("%s cannot run the %s graph: %s", engine, graph, result["error"])
                 record["failed"].append(result)
                 continue
             record["versions_of_engines"] |= result["versions"]
-            rows = summarise(result, sparsities, args.sequence_length if graph == "prefill" else 1)
+            rows = summarise(result, sparsities, args.sequence_length if graph == "prefill" else batch)
             check_agreement(rows)
             record["rows"] += rows
     check_load(os.cpu_count(), "after the measurement")
     record["loadavg_after"] = os.getloadavg()
     record["ideal"] = [checkpoints[0].ideal_speedup(sparsity) for sparsity in sparsities]
+    record["bandwidth_bound"] = [bandwidth_bound(sparsity) for sparsity in sparsities]
     if not record["rows"]:
-        raise UserError(f"no engine could run: {record['failed'][0]['error']}")
+        raise UserError(None, f"no engine could run: {record['failed'][0]['error']}")
     return record
 
 
-def table(record: dict, graph: str) -> Table:
+def table(record: dict, graph: str, batch: int = 1) -> Table:
     about = record["processor"]
     flags = record["flags"]
     title = (
-        f"{graph}, {flags['sequence_length']} tokens, {flags['cores']} of {about['physical_cores']} cores of "
-        f"{about['model']} ({', '.join(about['instructions'][:2])}), load {record['loadavg_before'][0]:.1f}"
+        f"{graph}, {flags['sequence_length']} tokens, batch {batch}, {flags['cores']} of {about['physical_cores']} "
+        f"cores of {about['model']} ({', '.join(about['instructions'][:2])}), load {record['loadavg_before'][0]:.1f}"
     )
     out = Table(title=title, title_justify="left")
     headings = "engine,sparsity,median ms,least ms,tokens/s,speed-up,range,vs bfloat16,ops,logits off"
     for heading in headings.split(","):
         out.add_column(heading, justify="left" if heading == "engine" else "right")
-    rows = [row for row in record["rows"] if row["graph"] == graph]
+    rows = [row for row in record["rows"] if (row["graph"], row["batch"]) == (graph, batch)]
     bfloat16 = next((row["median_seconds"] for row in rows if row["engine"] == "torch_bfloat16"), None)
     for before, row in zip([None, *rows], rows, strict=False):
         low, high = row["speedup_range"]
@@ -192,7 +199,10 @@ def table(record: dict, graph: str) -> Table:
 
 
 def plot(record: dict, path: Path) -> None:
-    """Draw speed-up over sparsity, a line per engine, and the ideal given that the head stays dense."""
+    """Draw speed-up over sparsity, a line per engine at batch 1, and its bound.
+
+    The bound of a window is the ratio of multiplications with a dense head, that of a token the bits of a weight.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -201,7 +211,7 @@ def plot(record: dict, path: Path) -> None:
     graphs = record["flags"]["graphs"]
     figure, axes = pyplot.subplots(1, len(graphs), figsize=(5.5 * len(graphs), 4.2), squeeze=False)
     for axis, graph in zip(axes[0], graphs, strict=True):
-        rows = [row for row in record["rows"] if row["graph"] == graph]
+        rows = [row for row in record["rows"] if (row["graph"], row["batch"]) == (graph, 1)]
         for engine in dict.fromkeys(row["engine"] for row in rows):
             line = [row for row in rows if row["engine"] == engine]
             x, y = [row["sparsity"] for row in line], [row["speedup"] for row in line]
@@ -209,7 +219,8 @@ def plot(record: dict, path: Path) -> None:
             below, above = [a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]
             axis.errorbar(x, y, yerr=[below, above], marker="o", capsize=3, label=engine)
         x = [row["sparsity"] for row in rows if row["engine"] == rows[0]["engine"]]
-        axis.plot(x, record["ideal"], "k--", label="ideal, head dense")
+        bound, says = ("ideal", "multiplications") if graph == "prefill" else ("bandwidth_bound", "bandwidth")
+        axis.plot(x, record[bound], "k--", label=f"bound: {says}")
         axis.set(title=f"{graph}, {record['flags']['sequence_length']} tokens", xlabel="sparsity of the blocks")
         axis.set_ylabel("speed-up over the same engine's dense model")
         axis.set_yscale("log", base=2)
@@ -217,7 +228,7 @@ def plot(record: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
-    results.save_figure(figure, path, dpi=120)
+    files.save_figure(figure, path, dpi=120)
     pyplot.close(figure)
 
 
@@ -225,21 +236,27 @@ def leave(record: dict, args: argparse.Namespace) -> None:
     """Print the tables and write ``speedup_<tokens>.json`` and ``.png`` to --save."""
     console = Console(width=None if sys.stdout.isatty() else 130)
     for graph in args.graphs:
-        console.print(table(record, graph))
-    ideal = ", ".join(f"{bound:.2f}" for bound in record["ideal"][1:])
-    console.print(f"ideal speed-up, the head staying dense: {ideal}", highlight=False)
+        for batch in sorted({row["batch"] for row in record["rows"] if row["graph"] == graph}):
+            console.print(table(record, graph, batch))
+    says = {"ideal": "of a window, the head staying dense", "bandwidth_bound": "of a token, by bits read"}
+    for name in says:
+        bounds = ", ".join(f"{bound:.2f}" for bound in record[name][1:])
+        console.print(f"ideal speed-up {says[name]}: {bounds}", highlight=False)
     for failed in record["failed"]:
         what = f"{failed['engine']} could not run the {failed['graph']} graph"
         console.print(f"{what}: {failed['error']}", highlight=False)
     path = Path(args.save) / f"speedup_{args.sequence_length}.json"
-    results.write_atomically(path, json.dumps(record | results.provenance(), indent=1, default=str) + "\n")
+    files.write_atomically(path, json.dumps(record | provenance(), indent=1, default=str) + "\n")
     plot(record, path.with_suffix(".png"))
     console.print(f"written: {path} and .png", highlight=False)
 
 
 def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES), help="what to measure with")
+    engines = [name for name in ENGINES if name != "deepsparse"]
+    add("--engines", nargs="+", default=engines, choices=engines, help="what to measure with")
+    add("--deepsparse", action="store_true", help="measure DeepSparse too, the paper's engine, in its own environment")
+    add("--batch", type=int, nargs="+", default=[1], metavar="N", help="sequences that decode at once; graphs: 1 only")
     add("--cores", type=int, default=physical_cores(), metavar="N", help="threads of every engine")
     add("--rounds", type=int, default=10, metavar="N", help="turns of every model; five times that of decoding")
     add("--warmup", type=int, default=2, metavar="N", help="rounds before that, which do not count")
@@ -249,10 +266,14 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
 def check_measuring_flags(args: argparse.Namespace) -> None:
     for flag, least in (("cores", 1), ("rounds", 1), ("warmup", 0)):
         if getattr(args, flag) < least:
-            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+            raise UserError(flag, f"{getattr(args, flag)}: must be at least {least}")
+    if min(args.batch) < 1 or 1 not in args.batch:
+        raise UserError("batch", f"{' '.join(map(str, args.batch))}: must be positive, 1 among them")
+    if args.deepsparse and "deepsparse" not in args.engines:
+        args.engines = [*args.engines, "deepsparse"]
     if args.cores > physical_cores():
-        raise UserError(f"--cores {args.cores}: this machine has {physical_cores()} physical cores")
-    results.prepare("--save", Path(args.save))
+        raise UserError("cores", f"{args.cores}: this machine has {physical_cores()} physical cores")
+    files.prepare("save", Path(args.save))
 
 
 def check_pair(dense: Checkpoint, sparse: list[Checkpoint]) -> None:
@@ -260,11 +281,14 @@ def check_pair(dense: Checkpoint, sparse: list[Checkpoint]) -> None:
     for checkpoint in sparse:
         check_sparse(checkpoint, "prune it first: python main.py --prune_method ... --save_model DIR")
         if (checkpoint.block_weights, checkpoint.head_weights) != (dense.block_weights, dense.head_weights):
-            raise UserError(f"{checkpoint.source.given}: has other shapes than the dense model, {dense.source.given}")
+            raise UserError(
+                None, f"{checkpoint.source.given}: has other shapes than the dense model, {dense.source.given}"
+            )
         if checkpoint.sparsity <= dense.sparsity:
             raise UserError(
+                None,
                 f"{dense.source.given}: is no denser ({dense.sparsity:.4f} zeros) than {checkpoint.source.given} "
-                f"({checkpoint.sparsity:.4f}); the dense model comes first"
+                f"({checkpoint.sparsity:.4f}); the dense model comes first",
             )
 
 
@@ -289,6 +313,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if find_spec("onnx") is None:  # the main environment: ONNX Runtime has one of its own beside it
-        os.execv(environment.export_python(), [environment.export_python(), *sys.argv])
     sys.exit(main())

@@ -3,11 +3,8 @@
 import argparse
 import hashlib
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -15,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from engines import FILES
 
-from lib import UserError, models, prune
-from main import quiet
+from lib import UserError, models, prune, sparse
+from lib.command import Flags, answer
+from lib.layers import prunable_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 OPSET = 14
@@ -27,28 +25,29 @@ TEXT_HELP = "text for the check of the logits: a name of main.py's --eval_data o
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a wrong command line with one line."""
+    """Parser whose errors are UserErrors."""
 
     def __init__(self, **kwargs) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        raise UserError(None, f"{message} (--help lists the flags)")
 
 
 def command(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
 ) -> int:
-    """Run one of this folder's commands and return its exit status: 0, or 2 for something that the user can mend."""
-    args = parser.parse_args(argv)
-    quiet()
-    try:
-        run(args)
-    except UserError as error:
-        # lib speaks to main.py's user, who says --model; here the model has no flag.
-        print(f"{parser.prog}: error: {str(error).removeprefix('--model ')}", file=sys.stderr)
-        return 2
-    return 0
+    """Run one of this folder's commands and return its exit status; see ``lib.command``."""
+
+    def work() -> None:
+        try:
+            run(parser.parse_args(argv))
+        except UserError as error:
+            if error.field != "model":
+                raise
+            raise UserError(None, error.text) from error  # here the model has no flag
+
+    return answer(parser.prog, Flags, work, "the same command starts again", False, "use a smaller model")
 
 
 class Checkpoint(NamedTuple):
@@ -82,11 +81,13 @@ def locate_folder(model: str) -> models.Source:
     source = models.locate(model, str(ROOT / "llm_weights"))
     folder = Path(source.path)
     if not folder.is_dir():
-        raise UserError(f"{model}: there is no such folder; fetch it first: hf download {model} --local-dir DIR")
-    if list(folder.glob("*.packed.safetensors")):
-        raise UserError(f"{model}: is packed; first: python scripts/speedup/pack.py {model} --unpack --out DIR")
+        raise UserError(None, f"{model}: folder not found; fetch it first: hf download {model} --local-dir DIR")
+    if sparse.is_packed(folder):
+        raise UserError(None, f"{model}: is packed; first: python scripts/speedup/pack.py {model} --unpack --out DIR")
     if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{model}: the folder holds no *.safetensors; load it and save it again with transformers")
+        raise UserError(
+            None, f"{model}: the folder holds no *.safetensors; load it and save it again with transformers"
+        )
     return source
 
 
@@ -98,55 +99,28 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     source = locate_folder(model)
     skeleton = models.load_skeleton(source)
-    layers = models.prunable_layers(skeleton)
-    total = sum(layer.module.weight.numel() for layer in layers)
+    layers = prunable_layers(skeleton)
+    total = sum(layer.size for layer in layers)
     try:
         zeros = round(prune.checkpoint_sparsity(Path(source.path), [layer.name for layer in layers]) * total)
     except Exception as error:  # safetensors has an error class of its own for a file that is cut off
-        raise UserError(f"{model}: its weights cannot be read ({str(error).splitlines()[0]})") from error
+        raise UserError(None, f"{model}: its weights cannot be read ({str(error).splitlines()[0]})") from error
     return Checkpoint(source, total, skeleton.get_output_embeddings().weight.numel(), zeros)
 
 
 def check_sparse(checkpoint: Checkpoint, hint: str) -> None:
     """Refuse a checkpoint that was not pruned."""
     if checkpoint.sparsity < LEAST_SPARSE:
-        raise UserError(
-            f"{checkpoint.source.given}: is not sparse, {checkpoint.sparsity:.4%} of its block weights are zero; {hint}"
-        )
+        text = f"is not sparse, {checkpoint.sparsity:.4%} of its block weights are zero; {hint}"
+        raise UserError(None, f"{checkpoint.source.given}: {text}")
 
 
 def check_free(flag: str, out: Path, marker: str | None = None) -> None:
     """Refuse a folder ``out`` that holds something; one with a file ``marker`` was written here and may be replaced."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (marker and (out / marker).is_file()))):
-        raise UserError(f"{flag} {out}: is there already and holds something else; give another folder, or remove it")
-
-
-@contextmanager
-def written_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``out`` that takes its place if all goes well, and vanishes if not.
-
-    Raises:
-        UserError: the disk is full or the place cannot be written.
-    """
-    tmp, old = None, out.with_name(f".{out.name}-old-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        mask = os.umask(0)
-        os.umask(mask)
-        tmp.chmod(0o777 & ~mask)  # mkdtemp's own is private
-        yield tmp
-        if out.exists():
-            out.rename(old)
-        tmp.rename(out)
-    except Exception as error:  # safetensors has an error class of its own for a full disk
-        if not isinstance(error, OSError) and "os error" not in str(error):
-            raise
-        raise UserError(f"{out}: cannot be written ({str(error).splitlines()[0]})") from error
-    finally:
-        for leftover in (tmp, old):
-            if leftover is not None:
-                shutil.rmtree(leftover, ignore_errors=True)
+        raise UserError(
+            None, f"{flag} {out}: already exists and holds something else; give another folder, or remove it"
+        )
 
 
 def graph_file(folder: Path, graph: str) -> Path:
@@ -160,7 +134,7 @@ def read_graph(path: Path):
     try:
         return onnx.load(path, load_external_data=False)
     except Exception as error:  # the protobuf reader's own classes
-        raise UserError(f"{path}: cannot be read as ONNX ({str(error).splitlines()[0]})") from error
+        raise UserError(None, f"{path}: cannot be read as ONNX ({str(error).splitlines()[0]})") from error
 
 
 def check_graph(path: Path, graph: str, sequence_length: int):
@@ -170,13 +144,14 @@ def check_graph(path: Path, graph: str, sequence_length: int):
         UserError: no such file, another IR or opset than asked for, or another length: the engine would run its own.
     """
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file; {export_hint(path, sequence_length)}")
+        raise UserError(None, f"{path}: file not found; {export_hint(path, sequence_length)}")
     proto = read_graph(path)
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), None)
     if proto.ir_version > MOST_IR or opset != OPSET:
         raise UserError(
+            None,
             f"{path}: has ONNX IR {proto.ir_version} and opset {opset}; IR {MOST_IR} at most and opset {OPSET} are "
-            f"needed, {export_hint(path, sequence_length)}"
+            f"needed, {export_hint(path, sequence_length)}",
         )
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in proto.graph.input}
     has = shapes.get("input_ids", [0, 0])[1]
@@ -184,8 +159,9 @@ def check_graph(path: Path, graph: str, sequence_length: int):
         has += next((shape[2] for name, shape in shapes.items() if name.startswith("past_key_values.")), 0)
     if has != sequence_length:
         raise UserError(
-            f"--sequence_length {sequence_length}: {path} was exported for {has} and would run that whatever is asked; "
-            f"{export_hint(path, sequence_length)}"
+            "sequence_length",
+            f"{sequence_length}: {path} was exported for {has} and would run that whatever is asked; "
+            f"{export_hint(path, sequence_length)}",
         )
     return proto
 

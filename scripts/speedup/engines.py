@@ -63,6 +63,11 @@ def onnxruntime(job: Job) -> Loaded:
     return Loaded(lambda: session.run(None, job.feed)[0], 1.0)
 
 
+def packed(job: Job) -> Loaded:
+    """lib.sparse in bfloat16: pruned layers packed, and the dense model with a dense product in the same style."""
+    return _torch(job, "bfloat16", packed=True)
+
+
 def torch_float32(job: Job) -> Loaded:
     """PyTorch, dense kernels in float32."""
     return _torch(job, "float32")
@@ -78,20 +83,25 @@ def torch_csr(job: Job) -> Loaded:
     return _torch(job, "float32", csr=job.sparse)
 
 
-ENGINES = {f.__name__: f for f in (deepsparse, onnxruntime, torch_float32, torch_bfloat16, torch_csr)}
+ENGINES = {f.__name__: f for f in (packed, torch_float32, torch_bfloat16, onnxruntime, torch_csr, deepsparse)}
+ONE_SEQUENCE = ("onnxruntime", "deepsparse")  # their graphs are exported for a batch of one
 
 
-def _torch(job: Job, dtype: str, csr: bool = False) -> Loaded:
+def _torch(job: Job, dtype: str, csr: bool = False, packed: bool = False) -> Loaded:
     import torch
     from transformers import DynamicCache
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from lib import models
+    from lib import models, sparse
+    from lib.layers import prunable_modules
 
     torch.set_num_threads(job.cores)
-    model = models.load_llm(models.locate(str(job.folder), ""), dtype)
+    model = models.load_llm(models.locate(str(job.folder), ""), getattr(torch, dtype), torch.device("cpu"))
+    if packed:
+        sparse.load_kernel()  # without it the model would stay as it is, and be measured under this name
+        sparse.sparsify(model)
     if csr:
-        _to_csr(model, models.prunable_layers(model))
+        _to_csr(model, prunable_modules(model))
     ids = torch.from_numpy(job.feed["input_ids"])
     past = [torch.from_numpy(array).to(model.dtype) for name, array in job.feed.items() if name != "input_ids"]
     cache = DynamicCache()
@@ -111,7 +121,7 @@ def _torch(job: Job, dtype: str, csr: bool = False) -> Loaded:
     return Loaded(decode if past else prefill)
 
 
-def _to_csr(model, layers) -> None:
+def _to_csr(model, linears: dict) -> None:
     """Put a CSR matrix in the place of every linear layer of the blocks."""
     import warnings
 
@@ -127,9 +137,9 @@ def _to_csr(model, layers) -> None:
             return out if self.bias is None else out + self.bias
 
     warnings.filterwarnings("ignore", message="Sparse CSR")
-    for layer in layers:
-        parent, _, name = layer.name.rpartition(".")
-        setattr(model.get_submodule(parent), name, CsrLinear(layer.module))
+    for full_name, linear in linears.items():
+        parent, _, name = full_name.rpartition(".")
+        setattr(model.get_submodule(parent), name, CsrLinear(linear))
 
 
 def take_turns(runs: list, warmup: int, rounds: int) -> list:
@@ -163,17 +173,19 @@ def measure(spec: dict) -> dict:
     for model in spec["models"]:
         deployment = Path(model["deployment"])
         arrays = dict(np.load(deployment / f"{FILES[spec['graph']]}.npz"))
-        feed = {name[6:]: array for name, array in arrays.items() if name.startswith("input:")}
+        # The same sequence as many times as the batch asks for.
+        feed = {k[6:]: np.repeat(array, spec["batch"], axis=0) for k, array in arrays.items() if k.startswith("input:")}
         job = Job(Path(model["folder"]), deployment, spec["graph"], spec["cores"], feed, model["sparse"])
         loaded.append(ENGINES[spec["engine"]](job))
         out = loaded[-1].run()
         out = out if isinstance(out, np.ndarray) else out.float().numpy()
         agrees.append(agreement(out[0][arrays["positions"]], arrays["logits"]))
     seconds = take_turns([one.run for one in loaded], spec["warmup"], spec["rounds"])
-    packages = ["torch", "transformers"] if spec["engine"].startswith("torch") else [spec["engine"]]
+    packages = [spec["engine"]] if spec["engine"] in ONE_SEQUENCE else ["torch", "transformers"]
     return {
         "engine": spec["engine"],
         "graph": spec["graph"],
+        "batch": spec["batch"],
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "loadavg": os.getloadavg(),
         "models": [

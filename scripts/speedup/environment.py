@@ -1,16 +1,15 @@
-"""A requirements file becomes a virtual environment of its own beside the main one, the engine's and the exporter's."""
+"""Virtual environment of DeepSparse, whose Python and packages are older than the main environment's."""
 
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lib import UserError
+from lib import UserError, sparse
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -19,29 +18,16 @@ VERSION = "1.8.0"
 ENGINE_VENV = ROOT / ".venv-deepsparse"
 ENGINE_REQUIREMENTS = HERE / "requirements-deepsparse.txt"
 OLDEST, NEWEST = (3, 8), (3, 11)  # Pythons for which the engine's package was built
-WITHOUT = "to measure without it: --engines onnxruntime torch_float32 torch_bfloat16 torch_csr"
+WITHOUT = "to measure without it, leave out --deepsparse"
 LICENCE = (
     "DeepSparse (discontinued) is closed source: its licence allows evaluation only, no use in production and no\n"
     "redistribution. It comes from the package index into {}; nothing of it is part of this repository."
 )
 
 
-def export_python() -> str:
-    """Return the interpreter of ``.venv-export``, which sees the main environment's packages; made if need be."""
-    folder = ROOT / ".venv-export"
-    requirements = HERE / "requirements-export.txt"
-    if not _is_made(folder, requirements):
-        _make_venv(sys.executable, folder)
-        # Behind its own packages on the path: nothing is installed into the main environment, nor changed there.
-        main = Path(sysconfig.get_path("purelib")).resolve()
-        (_site_packages(folder) / "main_environment.pth").write_text(f"{main}\n")
-        _install(folder, requirements)
-    return str(_python(folder))
-
-
 def check_deepsparse() -> None:
     """Refuse, before anything is made, a machine or a Python on which the engine cannot be installed."""
-    check_machine(platform.machine(), _cpu_flags())
+    check_machine(platform.machine(), set(sparse.processor().get("flags", "").split()))
     if not _is_made(ENGINE_VENV, ENGINE_REQUIREMENTS):
         find_python()
 
@@ -64,15 +50,9 @@ def deepsparse_python() -> str:
 def check_machine(machine: str, flags: set[str]) -> None:
     """Refuse a processor for which the engine has no code."""
     if machine.lower() not in ("x86_64", "amd64"):
-        raise UserError(f"{ENGINE}: runs on x86-64 only and this machine is {machine}; {WITHOUT}")
+        raise UserError(None, f"{ENGINE}: runs on x86-64 only and this machine is {machine}; {WITHOUT}")
     if "avx2" not in flags:
-        raise UserError(f"{ENGINE}: needs a processor with AVX2 and this one has none; {WITHOUT}")
-
-
-def _cpu_flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+        raise UserError(None, f"{ENGINE}: needs a processor with AVX2 and this one has none; {WITHOUT}")
 
 
 def find_python() -> str:
@@ -87,8 +67,9 @@ def find_python() -> str:
             return path
         seen.append(f"{name} is {'.'.join(map(str, version))}" if version else f"{name} is not there")
     raise UserError(
+        None,
         f"{ENGINE}: needs Python 3.8 to 3.11, and {', '.join(seen)}; install one and say "
-        f"DEEPSPARSE_PYTHON=/path/to/python3.11, or {WITHOUT}"
+        f"DEEPSPARSE_PYTHON=/path/to/python3.11, or {WITHOUT}",
     )
 
 
@@ -105,8 +86,9 @@ def check_version(folder: Path) -> None:
     if found != VERSION:
         stub = ", an end-of-life stub without an engine" if found.startswith("1.9") else ""
         raise UserError(
+            None,
             f"{ENGINE}: {folder} has {found}{stub}; {VERSION} is the last that runs, "
-            f"type: rm -r {folder}, and pin {ENGINE}=={VERSION} in scripts/speedup/requirements-deepsparse.txt"
+            f"type: rm -r {folder}, and pin {ENGINE}=={VERSION} in scripts/speedup/requirements-deepsparse.txt",
         )
 
 
@@ -115,17 +97,14 @@ def _check_pin(requirements: Path) -> None:
     for pin in pins:
         if pin.startswith(ENGINE) and pin != f"{ENGINE}=={VERSION}":
             raise UserError(
+                None,
                 f"{requirements}: asks for {pin}; 1.9.0 is an end-of-life stub that refuses to install, "
-                f"write {ENGINE}=={VERSION}"
+                f"write {ENGINE}=={VERSION}",
             )
 
 
 def _python(folder: Path) -> Path:
     return folder / "bin" / "python"
-
-
-def _site_packages(folder: Path) -> Path:
-    return next((folder / "lib").glob("python3.*/site-packages"))
 
 
 def _stamp(folder: Path) -> Path:
@@ -143,7 +122,7 @@ def _make_venv(python: str, folder: Path) -> None:
     done = subprocess.run([python, "-m", "venv", "--clear", str(folder)], capture_output=True, text=True)
     if done.returncode:
         hint = "on Debian: apt-get install python3-venv"
-        raise UserError(f"{folder}: {python} -m venv failed ({_last_line(done)}); {hint}")
+        raise UserError(None, f"{folder}: {python} -m venv failed ({_last_line(done)}); {hint}")
 
 
 def _install(folder: Path, requirements: Path) -> None:
@@ -152,22 +131,9 @@ def _install(folder: Path, requirements: Path) -> None:
     done = subprocess.run([*pip, "-r", str(requirements)], capture_output=True, text=True)
     if done.returncode:
         hint = "is the package index reached?"
-        raise UserError(f"{folder.name}: pip could not install {requirements.name} ({_last_line(done)}); {hint}")
+        raise UserError(None, f"{folder.name}: pip could not install {requirements.name} ({_last_line(done)}); {hint}")
     shutil.copy(requirements, _stamp(folder))
 
 
 def _last_line(done: subprocess.CompletedProcess) -> str:
     return ((done.stderr or done.stdout).strip().splitlines() or ["no message"])[-1][:300]
-
-
-def main() -> int:
-    try:
-        print({"export": export_python, "deepsparse": deepsparse_python}[sys.argv[1]]())
-    except UserError as error:
-        print(f"environment.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

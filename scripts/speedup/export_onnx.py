@@ -2,11 +2,9 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +22,13 @@ from checkpoints import (  # it puts the repository's root on the path
     fingerprint,
     graph_file,
     open_checkpoint,
-    written_folder,
 )
 from engines import agreement
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from lib import UserError, data, models, results
+from lib import UserError, data, files, models
+from lib.record import provenance
 
 # One file holds 2 GiB at most (protobuf); above that the weights go to a file beside it.
 ONE_FILE = 2**31 - 2**24
@@ -182,12 +180,15 @@ def check_export(path: Path, graph: str, example: Example, length: int, weights:
     found = matrix_zeros(proto, path.parent)
     if found != weights:
         has = "{} of {} weights are zero".format
-        raise UserError(f"{path.name}: {has(*found)} in the file, {has(*weights)} in the model; it cannot be exported")
+        raise UserError(
+            None, f"{path.name}: {has(*found)} in the file, {has(*weights)} in the model; it cannot be exported"
+        )
     agrees = agreement(run_onnx_runtime(path, example), example.logits)
     if not agrees["relative"] <= TOLERANCE:
         raise UserError(
+            None,
             f"{path.name}: ONNX Runtime's logits disagree with PyTorch's, by {agrees['relative']:.1e} of the largest "
-            f"(at most {TOLERANCE:g}); this kind of model cannot be exported at {length} tokens"
+            f"(at most {TOLERANCE:g}); this kind of model cannot be exported at {length} tokens",
         )
     opset = proto.opset_import[0].version
     return {"ir": proto.ir_version, "opset": opset, "zeros": found[0], "weights": found[1], "onnxruntime": agrees}
@@ -214,7 +215,7 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], te
         "text": text,
         "graphs": {},
     }
-    with written_folder(out) as tmp:
+    with files.new_folder(out) as tmp:
         for graph in graphs:
             start = time.perf_counter()
             path = graph_file(tmp, graph)
@@ -229,7 +230,7 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], te
             np.savez(path.with_suffix(".npz"), **arrays, positions=given[graph].positions, logits=given[graph].logits)
             record["graphs"][graph] = check_export(path, graph, given[graph], length, weights)
             record["graphs"][graph]["seconds"] = round(time.perf_counter() - start, 1)
-        (tmp / "export.json").write_text(json.dumps(record | results.provenance(), indent=1) + "\n")
+        (tmp / "export.json").write_text(json.dumps(record | provenance(), indent=1) + "\n")
     return record
 
 
@@ -237,12 +238,12 @@ def _load(checkpoint: Checkpoint, length: int, text: str) -> tuple[PreTrainedMod
     skeleton = models.load_skeleton(checkpoint.source)
     context = models.context_length(skeleton)
     if length < 2 or (context is not None and length > context):
-        raise UserError(f"--sequence_length {length}: must be at least 2 and at most the model's context, {context}")
+        raise UserError("sequence_length", f"{length}: must be at least 2 and at most the model's context, {context}")
     sliding = getattr(skeleton.config.get_text_config(), "sliding_window", None)
     if sliding and length > sliding:  # the graph has one mask for all blocks
-        raise UserError(f"--sequence_length {length}: its blocks look back {sliding} tokens only; give at most that")
+        raise UserError("sequence_length", f"{length}: its blocks look back {sliding} tokens only; give at most that")
     window = data.evaluation_windows(text, models.load_tokenizer(checkpoint.source), length, 1)
-    return models.load_llm(checkpoint.source, "float32").cpu(), window
+    return models.load_llm(checkpoint.source, torch.float32, torch.device("cpu")), window
 
 
 def _check_disk(checkpoint: Checkpoint, model: PreTrainedModel, length: int, out: Path, graphs: list[str]) -> None:
@@ -251,7 +252,7 @@ def _check_disk(checkpoint: Checkpoint, model: PreTrainedModel, length: int, out
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     past = 8 * length * heads * (config.hidden_size // config.num_attention_heads) * config.num_hidden_layers
     again = size if size > ONE_FILE else 0  # gathered into one file from a file per tensor
-    results.prepare("--out", out.parent, len(graphs) * size + again + past + 4 * length**2)
+    files.prepare("out", out.parent, len(graphs) * size + again + past + 4 * length**2)
 
 
 def describe(record: dict, out: Path) -> str:
@@ -292,8 +293,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if find_spec("onnx") is None:  # the main environment: the exporter has one of its own beside it
-        import environment
-
-        os.execv(environment.export_python(), [environment.export_python(), *sys.argv])
     sys.exit(main())

@@ -23,6 +23,7 @@ from checkpoints import (
 from export_onnx import add_export_flags, describe, export
 
 from lib import UserError, data, models
+from lib.layers import prunable_modules
 
 METHODS = ("magnitude", "magnitude_ww")  # of main.py, those that need no calibration text
 EPSILON = "0.1"  # half of the default: at a sparsity of 0.9 no matrix of SmolLM2 loses every weight
@@ -48,7 +49,7 @@ def prune_to(model: str, sparsities: list[float], method: str, work: Path) -> li
             where = ["--save_model", str(work), "--save", str(work / "figures")]
             done = subprocess.run([sys.executable, "main.py", "--model", model, *flags.split(), *where], cwd=ROOT)
             if done.returncode:
-                raise UserError(f"--sparsity {sparsity}: {model} could not be pruned, see above")
+                raise UserError("sparsity", f"{sparsity}: {model} could not be pruned, see above")
         pruned.append(open_checkpoint(str(folder)))
     return pruned
 
@@ -59,10 +60,10 @@ def stand_in(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     Its text is nonsense. Its latency is that of the dense model, which depends on no value but zero.
     """
     if not folder.is_dir():
-        model = models.load_llm(checkpoint.source, "float32")
+        model = models.load_llm(checkpoint.source, torch.float32, torch.device("cpu"))
         draw = torch.Generator().manual_seed(0)
-        for layer in models.prunable_layers(model):
-            weight = layer.module.weight.data
+        for linear in prunable_modules(model).values():
+            weight = linear.weight.data
             zero = weight == 0
             spread = weight[~zero].std() if (~zero).sum() > 1 else torch.tensor(0.02)
             weight[zero] = torch.randn(int(zero.sum()), generator=draw) * spread
@@ -76,9 +77,9 @@ def _check_args(args: argparse.Namespace) -> None:
     data.check_text("--text", args.text)
     for sparsity in args.sparsity or ():
         if not LEAST_SPARSE <= sparsity < 1:
-            raise UserError(f"--sparsity {sparsity}: must be at least {LEAST_SPARSE} and below 1")
+            raise UserError("sparsity", f"{sparsity}: must be at least {LEAST_SPARSE} and below 1")
     if args.sparsity and (len(args.models) > 1 or args.dense):
-        raise UserError("--sparsity: prunes one dense MODEL; leave it out for models that are pruned already")
+        raise UserError("sparsity", "prunes one dense MODEL; leave it out for models that are pruned already")
     for model in (*args.models, *([args.dense] if args.dense else [])):
         locate_folder(model)
     if "deepsparse" in args.engines:

@@ -10,7 +10,10 @@ from checkpoints import Checkpoint
 from engines import agreement, take_turns
 from torch import Tensor, nn
 
-from lib import UserError, models, results
+from lib import UserError, files, models
+from lib.calibration import entry_device
+from lib.layers import prunable_modules
+from lib.record import provenance
 
 TOKENS = (1, 128, 2048)  # of the timed windows; a window of 1 is one step of decoding without its cache
 # Both models multiply in float16 and sum in float32, in another order: 11 bits of every activation, through all blocks.
@@ -20,11 +23,11 @@ TOLERANCE = 0.05
 def check_device() -> None:
     """Refuse a machine whose device has no 2:4 kernels."""
     if not torch.cuda.is_available():
-        raise UserError("--format 2of4: needs a CUDA device and this machine has none; --format bitmask needs none")
+        raise UserError("format", "2of4: needs a CUDA device and this machine has none; --format bitmask needs none")
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         name = torch.cuda.get_device_name()
-        raise UserError(f"--format 2of4: needs a device of compute capability 8.0; {name} has {major}.{minor}")
+        raise UserError("format", f"2of4: needs a device of compute capability 8.0; {name} has {major}.{minor}")
 
 
 def breaks_two_of_four(weight: Tensor) -> int:
@@ -34,29 +37,29 @@ def breaks_two_of_four(weight: Tensor) -> int:
     return int(((weight.reshape(-1, 4) != 0).sum(dim=1) > 2).sum())
 
 
-def check_two_of_four(layers: list[models.PrunableLayer]) -> None:
+def check_two_of_four(linears: dict[str, nn.Linear]) -> None:
     """Refuse a model with a matrix in the blocks that is not 2:4."""
-    for layer in layers:
-        wrong = breaks_two_of_four(layer.module.weight)
+    for name, linear in linears.items():
+        wrong = breaks_two_of_four(linear.weight)
         if wrong:
             what = "no multiple of 4 columns" if wrong < 0 else f"{wrong} groups of 4 hold more than 2 numbers"
-            raise UserError(f"{layer.name}: is not 2:4, {what}; prune it with --sparsity_type 2:4")
+            raise UserError(None, f"{name}: is not 2:4, {what}; prune it with --sparsity_type 2:4")
 
 
-def _convert(layers: list[models.PrunableLayer]) -> tuple[int, int]:
+def _convert(linears: dict[str, nn.Linear]) -> tuple[int, int]:
     """Put a semi-structured matrix in the place of every matrix; return the bytes before and after."""
     before = after = 0
-    for layer in layers:
-        dense = layer.module.weight.data
+    for name, linear in linears.items():
+        dense = linear.weight.data
         try:
             sparse = torch.sparse.to_sparse_semi_structured(dense)
         except (RuntimeError, ValueError) as error:  # shapes that are no multiple of the kernel's tile
-            raise UserError(f"{layer.name}: has no 2:4 kernel here ({str(error).splitlines()[0]})") from error
+            raise UserError(None, f"{name}: has no 2:4 kernel here ({str(error).splitlines()[0]})") from error
         if not torch.equal(sparse.to_dense(), dense):
-            raise RuntimeError(f"{layer.name}: the 2:4 form does not give the matrix back")
-        parts = [getattr(sparse, name, None) for name in ("packed", "meta")]
+            raise RuntimeError(f"{name}: the 2:4 form does not give the matrix back")
+        parts = [getattr(sparse, part, None) for part in ("packed", "meta")]
         before, after = before + dense.nbytes, after + sum(part.nbytes for part in parts if part is not None)
-        layer.module.weight = nn.Parameter(sparse, requires_grad=False)
+        linear.weight = nn.Parameter(sparse, requires_grad=False)
     return before, after
 
 
@@ -76,22 +79,22 @@ def measure(checkpoint: Checkpoint, rounds: int = 20) -> dict:
     Raises:
         UserError: a matrix that is not 2:4, or logits that disagree.
     """
-    dense, sparse = (models.load_llm(checkpoint.source, "float16") for _ in range(2))
-    layers = models.prunable_layers(sparse)
-    check_two_of_four(layers)
-    before, after = _convert(layers)
+    dense, sparse = (models.load_llm(checkpoint.source, torch.float16) for _ in range(2))
+    linears = prunable_modules(sparse)
+    check_two_of_four(linears)
+    before, after = _convert(linears)
     vocabulary = dense.get_input_embeddings().weight.shape[0]
     rows = []
     for tokens in TOKENS:
         if tokens > (models.context_length(dense) or tokens):
             continue
         draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (1, tokens), generator=draw).to(models.entry_device(dense))
+        ids = torch.randint(vocabulary, (1, tokens), generator=draw).to(entry_device(dense))
         runs = [_timed(dense, ids), _timed(sparse, ids)]
         one, other = (run()[0].float().cpu().numpy() for run in runs)
         agrees = agreement(other, one)
         if not agrees["relative"] <= TOLERANCE:
-            raise UserError(f"2:4 kernels: logits disagree with dense by {agrees['relative']:.1e} of the largest")
+            raise UserError(None, f"2:4 kernels: logits disagree with dense by {agrees['relative']:.1e} of the largest")
         seconds = take_turns(runs, warmup=3, rounds=rounds)
         ratios = sorted(d / s for d, s in zip(*seconds, strict=True))
         medians = [statistics.median(times) for times in seconds]
@@ -112,5 +115,5 @@ def leave(found: dict, checkpoint: Checkpoint, out: Path) -> None:
             f"  {row['tokens']} tokens: dense {row['dense_seconds'] * 1e3:.2f} ms, "
             f"2:4 {row['sparse_seconds'] * 1e3:.2f} ms, {row['speedup']:.2f} times as fast ({low:.2f}-{high:.2f})"
         )
-    record = {"complete": True, "model": checkpoint.source.given} | found | results.provenance()
-    results.write_atomically(out / "2of4.json", json.dumps(record, indent=1) + "\n")
+    record = {"complete": True, "model": checkpoint.source.given} | found | provenance()
+    files.write_atomically(out / "2of4.json", json.dumps(record, indent=1) + "\n")

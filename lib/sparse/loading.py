@@ -1,0 +1,115 @@
+"""Packed folder becomes an ordinary transformers model whose pruned layers stay packed, in memory-mapped files."""
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from lib import UserError
+from lib.sparse.attention import group_attention
+from lib.sparse.kernel import Unavailable, load
+from lib.sparse.layers import LEAST_ZEROS, DenseLinear, SparseLinear
+from lib.sparse.packed import PADDING, Packed, packed_files, read_file, undone
+
+log = logging.getLogger(__name__)
+
+
+def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedModel:
+    """Return the model packed in ``folder``, for inference on the CPU.
+
+    It is in float16 if its weights were saved in that, else in bfloat16 (float32 is rounded, with a line in the log).
+    Linear layers with at least ``least`` zeros are SparseLinear, the others DenseLinear. On a machine without the
+    kernel everything is unpacked, and one line of warning says why.
+
+    Raises:
+        UserError: not a packed folder, a damaged file, another version of the format, or another model's config.
+    """
+    folder = Path(folder)
+    tensors = {name: (content, shape) for path in packed_files(folder) for name, content, shape in read_file(path)}
+    saved = {_kind(content) for content, _ in tensors.values()}
+    kind = torch.float16 if torch.float16 in saved else torch.bfloat16
+    if torch.float32 in saved:
+        log.info("%s: its float32 weights are rounded to %s", folder, str(kind).removeprefix("torch."))
+    try:
+        kernel = load()
+    except Unavailable as error:
+        kernel, least = None, 2.0  # no matrix has that many zeros
+        log.warning("no sparse kernel, %s; the model is unpacked and runs dense", error)
+    model = _skeleton(folder, kind)
+    packed = _fill(model, tensors, kind, least)
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    missing = [name for name in missing if name not in {f"{module}.weight" for module in packed}]
+    if missing:
+        raise UserError(None, f"{folder}: lacks {len(missing)} weights of its config.json's model, first {missing[0]}")
+    for name, module in list(model.named_modules()):
+        if name in packed:
+            weight, columns = packed.pop(name)
+            model.set_submodule(name, SparseLinear(weight, columns, module.bias, kernel))
+        elif type(module) is nn.Linear and kernel is not None:
+            model.set_submodule(name, DenseLinear(module, kernel))
+    group_attention(model)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.requires_grad_(False).eval()
+
+
+def _skeleton(folder: Path, kind: torch.dtype) -> PreTrainedModel:
+    """Return the model of the folder's config, its parameters on the meta device.
+
+    Its buffers (frequencies of the positions) are computed as always: no checkpoint holds them.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            config = AutoConfig.from_pretrained(folder)
+            return AutoModelForCausalLM.from_config(config, dtype=kind)
+    except Exception as error:  # whatever a missing or a wrong config.json leads to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(None, f"{folder}: its config.json cannot be used ({reason})") from error
+
+
+def _fill(
+    model: PreTrainedModel, tensors: dict[str, tuple], kind: torch.dtype, least: float
+) -> dict[str, tuple[Packed, int]]:
+    """Take the ``tensors`` into ``model``, and return {module: (weight, columns)} of those that are to stay packed."""
+    packed = {}
+    tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    # Some names of a checkpoint are not the model's own (GPT-NeoX's embed_out is lm_head).
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    for name in list(tensors):
+        content, shape = tensors.pop(name)  # a file's pages are freed with the last of its tensors
+        for renaming in renamings if name not in known else ():
+            name = renaming.rename_source_key(name)[0]
+        parent, _, own = name.rpartition(".")
+        try:
+            module = model.get_submodule(parent)
+            expected = list(getattr(module, own).shape)
+        except AttributeError:
+            raise UserError(None, f"{name} is packed there, and the model of its config.json has none") from None
+        if expected != shape:
+            raise UserError(None, f"{name} is packed with shape {shape}, the model of its config.json has {expected}")
+        if isinstance(content, Packed) and type(module) is nn.Linear and own == "weight" and module is not tied:
+            zeros = 1 - (content.values.numel() - PADDING) / (shape[0] * shape[1])
+            if zeros >= least:
+                mask, values = content.mask, content.values.to(kind)
+                if values is not content.values:  # rounded: a mask that stays mapped would keep all the file's pages
+                    mask = mask.clone()
+                packed[parent] = Packed(mask, values), shape[1]
+                continue
+        value = undone(content, shape)
+        value = value.to(kind) if value.is_floating_point() else value
+        if own in module._buffers:
+            module._buffers[own] = value
+        else:
+            setattr(module, own, nn.Parameter(value, requires_grad=False))
+    return packed
+
+
+def _kind(content: torch.Tensor | Packed) -> torch.dtype:
+    return content.values.dtype if isinstance(content, Packed) else content.dtype

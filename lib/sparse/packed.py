@@ -1,0 +1,213 @@
+"""Packed format: a bit per weight and the values other than zero, in safetensors, run as it is and undone exactly."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lib import UserError
+from lib.sparse.kernel import PADDING
+
+# Not a name that transformers looks for: it would fill the weights that it does not find with random numbers.
+SUFFIX = ".packed.safetensors"
+KEY = "packed"  # of the file's metadata: {"version", "tensors": {name: {"shape", "sha256"}}}
+VERSION = 2  # 1 had the bits of a byte in the other order, rows that began anywhere, and -0.0 among the values
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+PARTS = ("mask", "values", "negative")
+
+
+class Packed(NamedTuple):
+    """A tensor of any shape as rows of its last dimension.
+
+    ``mask``: int32 [rows, ceil(columns / 32)], a bit per entry, the first column lowest. ``values``: the entries
+    whose bits are set, row by row, then PADDING zeros. ``negative``: None, or uint8, a bit for each entry that is zero,
+    in order and the first lowest, set where it is -0.0 (``w * mask`` leaves that for half of the pruned weights); a
+    product needs it not.
+    """
+
+    mask: Tensor
+    values: Tensor
+    negative: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self if part is not None)
+
+
+def pack(tensor: Tensor) -> Packed:
+    """Return the packed form of ``tensor``, at least one-dimensional, of numbers of 1 to 8 bytes."""
+    bits = _bits(tensor).reshape(-1, tensor.shape[-1]).numpy()
+    minus_zero = np.iinfo(bits.dtype).min if bits.dtype != np.uint8 else 0x80  # the sign's bit alone
+    minus = (bits == minus_zero) & tensor.is_floating_point()
+    kept = (bits != 0) & ~minus
+    mask = np.packbits(kept, axis=1, bitorder="little")
+    mask = np.pad(mask, ((0, 0), (0, -mask.shape[1] % 4)))
+    values = torch.from_numpy(np.concatenate([bits[kept], np.zeros(PADDING, bits.dtype)])).view(tensor.dtype)
+    negative = torch.from_numpy(np.packbits(minus[~kept], bitorder="little")) if minus.any() else None
+    return Packed(torch.from_numpy(mask.view(np.int32)), values, negative)
+
+
+def unpack(packed: Packed, shape: list[int]) -> Tensor:
+    """Return the tensor that ``pack`` was given, of ``shape``, bit for bit."""
+    kept = np.unpackbits(packed.mask.numpy().view(np.uint8), axis=1, count=shape[-1], bitorder="little").astype(bool)
+    bits = _bits(packed.values).numpy()
+    flat = np.zeros(kept.shape, bits.dtype)
+    flat[kept] = bits[: bits.size - PADDING]
+    if packed.negative is not None:
+        zeros = np.zeros(kept.size - int(kept.sum()), bits.dtype)
+        minus = np.unpackbits(packed.negative.numpy(), count=zeros.size, bitorder="little").astype(bool)
+        zeros[minus] = np.iinfo(bits.dtype).min if bits.dtype != np.uint8 else 0x80
+        flat[~kept] = zeros
+    return torch.from_numpy(flat).view(packed.values.dtype).reshape(shape)
+
+
+def row_starts(mask: Tensor) -> Tensor:
+    """Return where each row's values begin, int64 [rows + 1]; the last entry is their number."""
+    counts = np.bitwise_count(mask.numpy().view(np.uint32)).sum(axis=1, dtype=np.int64)
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the tensor's bits as integers of its own width: -0.0 is told from 0.0, and every NaN keeps its payload."""
+    return tensor.contiguous().view(BITS[tensor.element_size()])
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def is_packed(folder: Path) -> bool:
+    """Return whether ``folder`` holds a packed model."""
+    return folder.is_dir() and any(folder.glob(f"*{SUFFIX}"))
+
+
+def pack_files(source: Path, target: Path) -> Counter:
+    """Write the packed form of the model's folder ``source`` into the empty folder ``target``.
+
+    Return bytes: ``all`` and ``all_after`` of the files, ``masked`` and ``masked_after`` of tensors that got a mask.
+    What was written is read back and compared, bit for bit.
+    """
+    size = Counter()
+    for path in sorted(source.glob("*.safetensors")):
+        size += _pack_file(path, target / path.name.replace(".safetensors", SUFFIX))
+    _copy_others(source, target)
+    return size
+
+
+def unpack_files(source: Path, target: Path) -> int:
+    """Write the model packed in ``source`` into the empty folder ``target`` and return the number of its tensors.
+
+    Raises:
+        UserError: not a packed folder, another version of the format, or a file that is damaged.
+    """
+    count = 0
+    for path in packed_files(source):
+        tensors = {name: undone(tensor, shape) for name, tensor, shape in read_file(path)}
+        with safe_open(path, framework="pt") as file:
+            metadata = {key: value for key, value in (file.metadata() or {}).items() if key != KEY}
+        save_file(tensors, target / path.name.replace(SUFFIX, ".safetensors"), metadata)
+        count += len(tensors)
+    _copy_others(source, target)
+    return count
+
+
+def packed_files(folder: Path) -> list[Path]:
+    """Return the packed files of ``folder``."""
+    files = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
+    if not files:
+        raise UserError(None, f"{folder}: holds no *{SUFFIX}; give a folder that pack.py or main.py --packed wrote")
+    return files
+
+
+def read_file(path: Path) -> Iterator[tuple[str, Tensor | Packed, list[int]]]:
+    """Yield name, content and shape of every tensor of a packed file, memory-mapped and checked.
+
+    Raises:
+        UserError: another version of the format, or a file that was cut off or altered.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, '{"version": 1}'))
+            if header["version"] != VERSION:
+                raise UserError(
+                    None,
+                    f"{path}: is in version {header['version']} of the packed format and this reads {VERSION}; pack "
+                    "the model again: python scripts/speedup/pack.py MODEL --out DIR",
+                )
+            stored = set(file.keys())
+            for name, about in header["tensors"].items():
+                parts = {part: file.get_tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in stored}
+                content = Packed(**parts) if parts else file.get_tensor(name)
+                if _digest(content, about["shape"]) != about["sha256"] or not _fits(content, about["shape"]):
+                    raise UserError(
+                        None, f"{path}: {name} is not what was packed (its SHA-256 differs); the file is damaged"
+                    )
+                yield name, content, about["shape"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] or type(error).__name__
+        raise UserError(None, f"{path}: cannot be read as a packed model ({reason}); the file is damaged") from error
+
+
+def undone(content: Tensor | Packed, shape: list[int]) -> Tensor:
+    """Return a tensor of ``read_file`` as it was before packing."""
+    return unpack(content, shape) if isinstance(content, Packed) else content
+
+
+def _pack_file(source: Path, target: Path) -> Counter:
+    stored, about, size = {}, {}, Counter()
+    with safe_open(source, framework="pt") as file:
+        metadata = file.metadata() or {}
+        for name in file.keys():
+            content = tensor = file.get_tensor(name)
+            if tensor.numel() and tensor.ndim:
+                packed = pack(tensor)
+                if packed.nbytes < tensor.nbytes:
+                    content = packed
+                    size.update(masked=tensor.nbytes, masked_after=packed.nbytes)
+            about[name] = {"shape": list(tensor.shape), "sha256": _digest(content, tensor.shape)}
+            if isinstance(content, Packed):
+                stored |= {f"{name}.{part}": value for part, value in content._asdict().items() if value is not None}
+            else:
+                stored[name] = tensor
+        save_file(stored, target, metadata | {KEY: json.dumps({"version": VERSION, "tensors": about})})
+        for name, content, shape in read_file(target):
+            if not torch.equal(_bits(undone(content, shape)), _bits(file.get_tensor(name))):
+                raise RuntimeError(f"{source}: {name} does not come back from its packed form")
+    size.update(all=source.stat().st_size, all_after=target.stat().st_size)
+    return size
+
+
+def _digest(content: Tensor | Packed, shape: list[int]) -> str:
+    """Return the SHA-256 of kinds, shapes and bits of a tensor as it is stored."""
+    parts = [part for part in content if part is not None] if isinstance(content, Packed) else [content]
+    found = hashlib.sha256(f"{list(shape)} {[(str(part.dtype), list(part.shape)) for part in parts]}".encode())
+    for part in parts:
+        found.update(_bits(part).flatten().numpy() if part.ndim else _bits(part.reshape(1)).numpy())
+    return found.hexdigest()
+
+
+def _fits(content: Tensor | Packed, shape: list[int]) -> bool:
+    """Return whether the parts belong together: the kernel trusts them with its addresses."""
+    if not isinstance(content, Packed):
+        return list(content.shape) == shape
+    rows = int(np.prod(shape[:-1]))
+    return (
+        content.mask.dtype == torch.int32
+        and list(content.mask.shape) == [rows, -(-shape[-1] // 32)]
+        and int(row_starts(content.mask)[-1]) + PADDING == content.values.numel()
+    )
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    """Copy config, tokenizer and what else is no weight; not subfolders, such as an export of the weights."""
+    for path in source.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            shutil.copy(path, target)

@@ -1,0 +1,172 @@
+"""Generated text of a model folder, packed or dense, with tokens per second and resident memory."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lib import UserError
+from lib.command import Flags, answer
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = 3  # of --compare: each model as many times, in turns
+
+
+def resident_mb() -> int:
+    """Return the memory that this process has in RAM now, its mapped files too, in MB; -1 where Linux is not."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 // 10**6 for line in lines if line.startswith("VmRSS")), -1)
+
+
+class Timing:
+    """A streamer of ``generate``: prints what comes if ``text`` streams, and keeps when each token came."""
+
+    def __init__(self, text=None) -> None:
+        self.text, self.times = text, []
+
+    def put(self, ids) -> None:
+        self.times.append(time.perf_counter())  # the first call brings the prompt, before it is read
+        if self.text:
+            self.text.put(ids)
+
+    def end(self) -> None:
+        if self.text:
+            self.text.end()
+
+
+def load(model: str, cache_dir: str):
+    """Return the model of a packed folder, or a dense one in bfloat16 on the CPU, and its tokenizer."""
+    import torch
+
+    from lib import models, sparse
+
+    source = models.locate(model, cache_dir)
+    if sparse.is_packed(Path(source.path)):
+        return sparse.load_packed(source.path), models.load_tokenizer(source)
+    return models.load_llm(source, torch.bfloat16, torch.device("cpu")), models.load_tokenizer(source)
+
+
+def generate(model, tokenizer, args: argparse.Namespace, before: int, stream: bool) -> dict:
+    """Return what one greedy run took; ``before``: the resident memory before the model was loaded, MB."""
+    import torch
+    from transformers import TextStreamer
+
+    ids = tokenizer(args.prompt, return_tensors="pt").input_ids
+    timing = Timing(TextStreamer(tokenizer) if stream else None)
+    limits = {"max_new_tokens": args.tokens} | ({} if stream else {"min_new_tokens": args.tokens})  # all do the same
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=timing, do_sample=False, **limits)
+    start, first, *rest = timing.times
+    return {
+        "new_tokens": out.shape[1] - ids.shape[1],
+        "prompt_tokens_per_second": ids.shape[1] / (first - start),
+        "tokens_per_second": len(rest) / (rest[-1] - first) if rest else 0.0,
+        "resident_mb": resident_mb(),
+        "model_mb": resident_mb() - before,
+    }
+
+
+def describe(run: dict) -> str:
+    return (
+        f"{run['tokens_per_second']:.1f} tokens/s, prompt {run['prompt_tokens_per_second']:.1f} tokens/s, "
+        f"{run['resident_mb']} MB resident ({run['model_mb']} MB more than before the model was loaded)"
+    )
+
+
+def medians(runs: list[dict]) -> dict:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answer each line of standard input with a run as a line of JSON: one model of --compare, alone in its process."""
+    before = resident_mb()
+    model, tokenizer = load(args.model, args.cache_dir)
+    for _ in sys.stdin:
+        print(json.dumps(generate(model, tokenizer, args, before, stream=False)), flush=True)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run the model and the dense one in turns, each in a process of its own, and print both and the ratio."""
+    names, runs = [args.model, args.compare], [[], []]
+    about = ["--tokens", str(args.tokens), "--cache_dir", args.cache_dir, "--threads", str(args.threads), "--serve"]
+    command, pipe = [sys.executable, str(Path(__file__))], subprocess.PIPE
+    servers = [
+        subprocess.Popen([*command, name, args.prompt, *about], stdin=pipe, stdout=pipe, text=True) for name in names
+    ]
+    try:
+        for turn in range(1 + ROUNDS):  # the first warms up
+            for name, server, found in zip(names, servers, runs, strict=True):
+                with suppress(BrokenPipeError):
+                    print("run", file=server.stdin, flush=True)
+                line = server.stdout.readline()
+                if not line:
+                    raise UserError(None, f"{name}: could not be run, see above")
+                if turn:
+                    found.append(json.loads(line))
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+    one, other = map(medians, runs)
+    print(f"\n{args.model}: {describe(one)}\n{args.compare}: {describe(other)}")
+    ratios = [one[key] / other[key] for key in ("tokens_per_second", "prompt_tokens_per_second", "model_mb")]
+    print("ratio: {:.2f} times the tokens/s, {:.2f} of a prompt's, {:.2f} of the memory".format(*ratios), end="; ")
+    print(f"medians of {ROUNDS} turns, {args.threads} threads")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="generate.py", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a packed folder, a model's folder, a .gguf file or smollm2-135m")
+    add("prompt", metavar="PROMPT", help="the text to continue")
+    add("--tokens", type=int, default=64, metavar="N", help="new tokens at most (default: %(default)s)")
+    add("--compare", metavar="DENSE", help="run this model too, in turns, and print the ratio")
+    add("--threads", type=int, default=0, metavar="N", help="threads (default: as many as torch takes)")
+    add("--cache_dir", default=str(ROOT / "llm_weights"), metavar="DIR", help="where models are kept")
+    add("--serve", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status."""
+    resume = "the same command starts again"
+    return answer("generate.py", Flags, lambda: work(make_parser().parse_args(argv)), resume, False, "use the CPU")
+
+
+def work(args: argparse.Namespace) -> None:
+    """Generate, and compare if asked."""
+    import torch
+
+    from lib import models, sparse  # noqa: F401  (before the memory is measured)
+
+    if args.tokens < 2:
+        raise UserError("tokens", f"{args.tokens}: must be at least 2, or there is no speed to tell")
+    if not args.prompt or args.threads < 0:
+        raise UserError(None, "give a prompt that is not empty, and --threads of at least 1")
+    try:
+        if args.compare:
+            models.locate(args.compare, args.cache_dir)  # a wrong name is told before the first model is loaded
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        args.threads = torch.get_num_threads()
+        if args.serve:
+            serve(args)
+            return
+        before = resident_mb()
+        run = generate(*load(args.model, args.cache_dir), args, before, stream=True)
+        print(f"\n{describe(run)}")
+        if args.compare:
+            compare(args)
+    except UserError as error:
+        raise UserError(None, error.text) from error  # here the model has no flag
+
+
+if __name__ == "__main__":
+    sys.exit(main())
