@@ -281,7 +281,7 @@ def test_a_streamed_model_needs_a_place_for_its_blocks(tiny_folder, tiny_text, t
 @pytest.mark.parametrize(("free", "expected"), [(0, True), (2**40, False)])
 def test_auto_streams_what_does_not_fit(free, expected, tiny_folder, tiny_text, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "_free_memory", lambda _: {"cpu": free})
+    monkeypatch.setattr(models, "free_memory", lambda _: {"cpu": free})
     flags = f"--model {tiny_folder} --eval_data {tiny_text} --seqlen 32"
     with caplog.at_level("INFO"):
         assert main.main(flags.split()) == 0
