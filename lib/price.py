@@ -48,7 +48,7 @@ class Options(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step's ``spread`` of prices, 0 to 1, KL on its ``fit`` windows, and on all ``held`` out ones after it, if taken.
+    """A step's ``spread`` of prices, KL on its windows (``fit``), and on all ``held`` out ones after it, if measured.
 
     The spread is the mean of |log(price / mean price)|, cut at 1 and weighted as the mean is; KL is in nats per token.
     """
@@ -279,7 +279,7 @@ class Prices:
         }
 
     def _ranks(self, inputs: BlockInputs, ratios: Mapping[str, float] | None = None) -> dict[str, Tensor]:
-        """Pass ``inputs`` on through the blocks, dense or pruned by ``ratios``, and return the ranks of their scores."""
+        """Pass ``inputs`` on through the blocks, dense or pruned by ``ratios``, and return the ranks of all scores."""
         found: dict[str, Tensor] = {}
         bar = tqdm(self.weights.visit(), "ranks", len(self.weights.modules), unit="block", disable=None)
         for block in bar:
@@ -357,7 +357,7 @@ def search(
     weights: Weights,
     windows: tuple[Tensor, Tensor],
     target: float,
-    start: Mapping[str, float] | None = None,
+    start: Mapping[str, float] | Sequence[tuple[str, float]] | None = None,
     options: Options = Options(),  # noqa: B008  a tuple of numbers
 ) -> Found:
     """Return the ratios at which pruning one more weight costs the same KL(dense || pruned) in every layer.
@@ -393,6 +393,16 @@ def search(
     shown = ", ".join(f"{name} {value:.4f}" for name, value in kls.items())
     log.info("price search: KL on held-out calibration text: %s; kept: %s", shown, kept)
     return Found(plans[kept], kept, kls, steps, str(options.dtype or weights.model.dtype).removeprefix("torch."))
+
+
+def search_dtype(asked: str, device: torch.device, own: torch.dtype) -> torch.dtype | None:
+    """Return the dtype to search in, None for the model's own: a name of DTYPES, resolved."""
+    if asked != "auto":
+        dtype = getattr(torch, asked)
+        return None if dtype == own else dtype
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack it: then in the model's own
+    fast = device.type == "cpu" and (able.get("amx_bf16") or able.get("avx512_bf16"))
+    return torch.bfloat16 if fast and own == torch.float32 else None
 
 
 def _best(kls: Mapping[str, float]) -> str:
