@@ -275,7 +275,7 @@ def _read_windows(
         draws = (settings.calib_data, tokenizer, counts, seqlen, settings.seed, "--epsilon auto")
         windows = windows._replace(search=session.once(data.search_windows, *draws))
     if task.wants == "price":
-        draws = (settings.calib_data, tokenizer, (price.FIT, price.HELD), seqlen, settings.seed, task.method)
+        draws = (settings.calib_data, tokenizer, (price.FIT, price.HELD), seqlen, settings.seed, "_price")
         windows = windows._replace(search=session.once(data.search_windows, *draws))
     if settings.eval_wikitext:
         cut = (settings.eval_data, tokenizer, seqlen, settings.eval_windows)

@@ -35,6 +35,7 @@ BAND = 0.1  # share of a row around the threshold from which a price is read
 MEMORY = 0.6  # share of the earlier steps in a price
 CHECK_EVERY = 4  # steps from one look at the held-out windows to the next
 POSITIONS = slice(1, None, 2)  # tokens whose predictions count: every second one, which suffices
+LIFT = 1024  # times the loss: most gradients of logits, which are at most 1, are too small for float16
 TOKENS = 256  # whose logits are in memory at a time
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -146,7 +147,7 @@ def _log_within(price: float, mean: float) -> float:
 
 def _bounds(target: float) -> tuple[float, float]:
     """Return the least and the largest ratio; a target outside of the usual ones leaves room on both sides of it."""
-    return min(LEAST, target / 2), max(MOST, (1 + target) / 2)
+    return min(LEAST, target / 4), max(MOST, (1 + 3 * target) / 4)
 
 
 def _logit(ratio: float) -> float:
@@ -321,11 +322,11 @@ class Prices:
                     kl = _kl(right, left)
                     total = total + kl.detach()
                     if differentiate:
-                        found += torch.autograd.grad(kl, ours)
+                        found += torch.autograd.grad(kl * LIFT, ours)
                 if differentiate:
                     slope[0, POSITIONS] = torch.cat(found)
                     slopes.append(slope)
-        return (total / count).item(), slopes, torch.tensor(float(count))
+        return (total / count).item(), slopes, torch.tensor(float(LIFT * count))
 
 
 def _kl(dense: Tensor, ours: Tensor) -> Tensor:
