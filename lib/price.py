@@ -322,7 +322,7 @@ class Prices:
                     kl = _kl(right, left)
                     total = total + kl.detach()
                     if differentiate:
-                        found += torch.autograd.grad(kl * LIFT, ours)
+                        found += torch.autograd.grad(kl, ours, torch.full_like(kl, LIFT))
                 if differentiate:
                     slope[0, POSITIONS] = torch.cat(found)
                     slopes.append(slope)

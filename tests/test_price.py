@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import settings, tiny_llama, tiny_sentences
+from conftest import settings, tiny_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import main
@@ -373,11 +373,10 @@ def test_the_need_is_told_before_the_search(caplog):
 
 
 @pytest.fixture
-def run(tiny_folder, tiny_text, tmp_path, monkeypatch):
+def run(tiny_folder, tiny_text, other_text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("other.txt").write_text(tiny_sentences(150, seed=4), encoding="utf-8")
 
-    def work(flags: str, status: int = 0, evaluate: str = "other.txt") -> dict:
+    def work(flags: str, status: int = 0, evaluate: Path = other_text) -> dict:
         texts = ["--calib_data", str(tiny_text), "--eval_data", str(evaluate), "--seqlen", "32", "--nsamples", "4"]
         assert main.main(["--model", str(tiny_folder), *texts, "--save", "save", *flags.split()]) == status
         found = sorted(Path("save").glob("run_*.json"), key=lambda path: path.stat().st_mtime)
