@@ -58,7 +58,10 @@ def work(
         record.content["dense_zeros"] = weights.sparsity()
 
     with record.stage("measure"):
-        values = experiment.measure_values(settings, task, weights, known, session)
+        prices = experiment.find_prices(settings, task, weights, known, session)
+        values = prices.ratios if prices else experiment.measure_values(settings, task, weights, known, session)
+        record.content |= experiment.priced(prices)
+    tables.show_prices(console, prices)
     if settings.metrics_only:
         tables.show_metric(console, settings, weights.layers, values, experiment.metric_file(settings, known))
         return record.whole() | {"metric": values}
@@ -80,6 +83,7 @@ def work(
     unsaved = save(settings, task, weights, known, record)  # before whatever may still fail
     with record.kept(_resume(settings, record)):
         record.write()
+        experiment.draw_prices(settings, task, prices)
         evaluate(task, weights, known, record, console, settings)
         record.write(complete=unsaved is None)
 

@@ -156,6 +156,8 @@ class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Evalua
 
     def _pruned(self) -> Task:
         method = check_name("prune_method", self.prune_method, METHODS)
+        if ALLOCATIONS[method.partition("_")[2]].wants == "price":
+            raise UserError("prune_method", f"{method}: prices are those of a language model; use another allocation")
         if not self.sparsity_ratio:
             raise UserError("prune_method", f"{method} without a sparsity; add {flag_name('sparsity_ratio')}")
         name, _, suffix = method.partition("_")

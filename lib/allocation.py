@@ -129,7 +129,7 @@ def erdos_renyi_plus(layers: Sequence[Layer], target: float, values: Values | No
 
 
 def from_shares(layers: Sequence[Layer], target: float, values: Values) -> Ratios:
-    """Return ``values``, each layer's share of weights below one threshold over all layers, as ratios."""
+    """Return ``values``, shares of each layer's weights that add up to the target but for rounding, as ratios."""
     groups = [[layer] for layer in layers]
     return _by_name(groups, spread([values[layer.name] for layer in layers], _sizes(groups), target))
 
@@ -139,7 +139,8 @@ class Allocation(NamedTuple):
 
     ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name. ``wants`` says what ``values``
     are: ``metric`` (--ww_metric), ``outlier_ratio``, ``median_score`` (from a calibration pass), ``lamp_score``,
-    ``magnitude_score`` (shares below one threshold), or None. ``flags`` names the hyper-parameters.
+    ``magnitude_score`` (shares below one threshold), ``price`` (ratios of equal price), or None. ``flags`` names the
+    hyper-parameters.
     """
 
     share: Callable[..., Ratios]
@@ -158,6 +159,7 @@ ALLOCATIONS: dict[str, Allocation] = {
     "er_plus": Allocation(erdos_renyi_plus),
     "lamp": Allocation(from_shares, "lamp_score"),
     "global": Allocation(from_shares, "magnitude_score"),
+    "price": Allocation(from_shares, "price"),
 }
 
 

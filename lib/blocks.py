@@ -65,11 +65,11 @@ class Weights:
         """Whether every block stays where it is after its visit, so that work on it need not be waited for."""
         return not any(_offloaded(module.modules()) for module in self.modules)
 
-    def visit(self, write: bool = False) -> Iterator[Block]:
+    def visit(self, write: bool = False, backwards: bool = False) -> Iterator[Block]:
         """Lend the blocks one by one, in order; with ``write``, what was changed of their weights is kept."""
-        for index, module in enumerate(self.modules):
+        for index in reversed(range(len(self.modules))) if backwards else range(len(self.modules)):
             with self._lent(index, write) as device:
-                yield Block(index, module, dict(self._linears[index]), device)
+                yield Block(index, self.modules[index], dict(self._linears[index]), device)
 
     @contextmanager
     def _lent(self, index: int, write: bool) -> Iterator[torch.device]:

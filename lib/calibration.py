@@ -149,18 +149,31 @@ def enter_blocks(weights: Weights, windows: Tensor, place: str = "auto") -> Bloc
     return BlockInputs(hidden, arguments, len(hidden), set())
 
 
-def leave_blocks(weights: Weights, windows: Tensor, inputs: BlockInputs) -> Iterator[Tensor]:
-    """Yield the logits [tokens, vocabulary] of each window, given what left the blocks for it."""
+@contextmanager
+def after_blocks(weights: Weights) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Hold what comes after the blocks; yield a function of a window [tokens] and of what left the blocks for it.
+
+    It returns the logits [n, vocabulary] of hidden states [n, width], those of some of the window's tokens or of all.
+    """
     leaving: list[Tensor] = []
 
     def hand_back(index: int, entering: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor]:
         hidden = leaving[0].to(entering.device) if index == 0 else entering
         return (hidden,) if index in inputs.tuples else hidden
 
+    def logits(window: Tensor, hidden: Tensor) -> Tensor:
+        leaving[:] = [hidden[None]]
+        return weights.model(window[None].to(entry_device(weights.model)), use_cache=False).logits[0]
+
     with _in_place_of_blocks(weights, hand_back):
+        yield logits
+
+
+def leave_blocks(weights: Weights, windows: Tensor, inputs: BlockInputs) -> Iterator[Tensor]:
+    """Yield the logits [tokens, vocabulary] of each window, given what left the blocks for it."""
+    with after_blocks(weights) as logits:
         for window, hidden in zip(windows, inputs.hidden, strict=True):
-            leaving[:] = [hidden[None]]
-            yield weights.model(window[None].to(entry_device(weights.model)), use_cache=False).logits[0]
+            yield logits(window, hidden)
 
 
 def entry_device(model: nn.Module) -> torch.device:

@@ -167,11 +167,14 @@ def _draw(name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: i
 
 
 def search_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, seed: int
+    name: str, tokenizer: PreTrainedTokenizerBase, counts: tuple[int, int], seqlen: int, seed: int, why: str
 ) -> tuple[Tensor, Tensor]:
-    """Return ``count`` random windows of calibration and as many held out, both of the training text, without overlap.
+    """Return random windows of calibration and held out, ``counts`` of them, of the training text, without overlap.
 
     Of documents every second one is held out; of a stream the last fifth.
+
+    Args:
+        why: what they are for, as errors say it.
 
     Raises:
         UserError: either part is too short for a window.
@@ -182,7 +185,10 @@ def search_windows(
     else:
         cut = len(text.stream) * 4 // 5
         parts = [Text(stream=text.stream[:cut]), Text(stream=text.stream[cut:])]
-    return tuple(_draw(f"{name} (for --epsilon auto)", part, tokenizer, count, seqlen, seed) for part in parts)
+    return tuple(
+        _draw(f"{name} (for {why})", part, tokenizer, count, seqlen, seed)
+        for part, count in zip(parts, counts, strict=True)
+    )
 
 
 def evaluation_windows(

@@ -9,7 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, allocation, calibration, data, esd, evaluation, files, metrics, models, plans, scores, search
+from lib import (
+    UserError,
+    allocation,
+    calibration,
+    data,
+    esd,
+    evaluation,
+    files,
+    metrics,
+    models,
+    plans,
+    price,
+    scores,
+    search,
+)
 from lib.allocation import SparsityPlan
 from lib.blocks import Packed, Streamed, Weights, weights_of
 from lib.command import Flags
@@ -34,7 +48,7 @@ class Windows(NamedTuple):
 
     calibration: Tensor | None = None
     evaluation: Tensor | None = None
-    search: tuple[Tensor, Tensor] | None = None  # of calibration and held out, for --epsilon auto
+    search: tuple[Tensor, Tensor] | None = None  # of calibration and held out, for --epsilon auto and _price
 
 
 class Prepared(NamedTuple):
@@ -135,6 +149,10 @@ def _streamed_folder(settings: Experiment, task: Task, source: models.Source, fi
     """Return the folder from which the weights are streamed, None if they are loaded."""
     if settings.stream == "never" or (settings.stream == "auto" and fits) or models.is_packed(source):
         return None
+    if task.wants == "price":
+        why = "--stream always" if settings.stream == "always" else "the model does not fit beside what a search needs"
+        text = f"{task.method}: {why}, and a streamed model has no prices; use more or larger GPUs, or a --plan"
+        raise UserError("prune_method", text)
     if settings.eval_zero_shot and not fits:
         text = "the model does not fit into the memory of the GPUs and the CPU together, which lm-eval needs"
         raise UserError("eval_zero_shot", f"with a streamed model: {text}; leave it out, and measure on more GPUs")
@@ -197,8 +215,9 @@ def metric_settings(settings: Experiment) -> metrics.Settings:
 
 
 def wants_calibration(task: Task) -> bool:
-    """Return whether the pruner or the allocation needs calibration text."""
-    return bool(task.pruner and (task.pruner.statistic or task.wants in scores.BLOCK_SCORES))
+    """Return whether the pruner or the allocation needs calibration windows."""
+    scored = {task.wants, task.first.wants} & scores.BLOCK_SCORES.keys()
+    return bool(task.pruner and (task.pruner.statistic or scored))
 
 
 def _reserve(
@@ -207,7 +226,12 @@ def _reserve(
     task = settings.task()
     hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
     calibrated = settings.nsamples if wants_calibration(task) else 0
-    return session.once(models.working_set, skeleton, dtypes.compute, hessians, calibrated, seqlen)
+    least = session.once(models.working_set, skeleton, dtypes.compute, hessians, calibrated, seqlen)
+    if task.wants != "price":
+        return least
+    layers = session.once(prunable_layers, skeleton)
+    ranks = price.rank_bytes(layers) // max(1, torch.cuda.device_count())  # they lie beside the layers
+    return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, seqlen))
 
 
 def _check_layers(settings: Experiment, task: Task, source: models.Source, layers: tuple[Layer, ...]) -> None:
@@ -216,7 +240,7 @@ def _check_layers(settings: Experiment, task: Task, source: models.Source, layer
         if layer.shape[1] % task.nm[1]:
             text = f"{layer.name} has {layer.shape[1]} columns, which {task.nm[1]} does not divide"
             raise UserError("sparsity_type", f"{settings.sparsity_type}: {text}")
-    if task.allocation == "ww":
+    if "ww" in (task.allocation, task.start):
         folder, how = metric_folder(settings, source.name), metric_settings(settings)
         metrics.read_cache(folder, settings.ww_metric, source.name, layers, how)
         files.prepare("ww_metric_cache", folder)
@@ -225,8 +249,9 @@ def _check_layers(settings: Experiment, task: Task, source: models.Source, layer
                 esd.farms_windows(layer.shape, how.farms)
             except esd.NoFit as error:
                 raise UserError("farms", f"with {layer.name}: {error}; lower --farms_rows or --farms_ratio") from error
-    elif task.pruner and task.wants is None and not settings.plan:
-        make_plan(settings, task, layers, None)  # from shapes alone: it is met, or refused here
+    for part in (task, task.first) if task.pruner and not settings.plan else ():
+        if part.wants is None:
+            make_plan(settings, part, layers, None)  # from shapes alone: it is met, or refused here
     if settings.plan:
         plans.load_plan(Path(settings.plan), source.name, layers)
     for name in ("save_plan", "export_llmcompressor"):
@@ -255,7 +280,11 @@ def _read_windows(
         draws = (settings.calib_data, tokenizer, settings.nsamples, seqlen, settings.seed)
         windows = windows._replace(calibration=session.once(data.calibration_windows, *draws))
     if settings.epsilon == "auto":
-        draws = (settings.calib_data, tokenizer, search.WINDOWS, seqlen, settings.seed)
+        counts = (search.WINDOWS, search.WINDOWS)
+        draws = (settings.calib_data, tokenizer, counts, seqlen, settings.seed, "--epsilon auto")
+        windows = windows._replace(search=session.once(data.search_windows, *draws))
+    if task.wants == "price":
+        draws = (settings.calib_data, tokenizer, (price.FIT, price.HELD), seqlen, settings.seed, "_price")
         windows = windows._replace(search=session.once(data.search_windows, *draws))
     if settings.eval_wikitext:
         cut = (settings.eval_data, tokenizer, seqlen, settings.eval_windows)
@@ -305,6 +334,36 @@ def measure_values(
     multiple = settings.owl_m if wants == "outlier_ratio" else 0.0
     enter = partial(calibration.enter_blocks, weights, known.windows.calibration, settings.hidden_states)
     return session.once(partial(_scores, wants, weights, target, multiple), known.windows.calibration, enter)
+
+
+def find_prices(
+    settings: Experiment, task: Task, weights: Weights, known: Prepared, session: Session
+) -> price.Found | None:
+    """Return what the search for ratios of equal price found, None for another allocation."""
+    if settings.plan or task.wants != "price":
+        return None
+    start = None
+    if task.start:
+        values = measure_values(settings, task.first, weights, known, session)
+        start = tuple(make_plan(settings, task.first, weights.layers, values).ratios.items())
+    device = next(iter(weights.visit())).device
+    dtype = price.search_dtype(settings.price_dtype, device, known.dtypes.compute)
+    options = price.Options(settings.price_steps, settings.price_refresh, dtype)
+    return session.once(price.search, weights, known.windows.search, task.target, start, options)
+
+
+def priced(found: price.Found | None) -> dict:
+    """Return what a record holds of the search for prices: nothing where there was none."""
+    if found is None:
+        return {}
+    steps = [step._asdict() for step in found.steps]
+    return {"price_search": {"kept": found.kept, "dtype": found.dtype, "held_out_kl": found.held, "steps": steps}}
+
+
+def draw_prices(settings: Output, task: Task, found: price.Found | None) -> None:
+    """Write the picture of the search for prices, if there was one."""
+    if found is not None:
+        files.save_figure(price.draw(found), Path(settings.save) / f"price_{task.run}.png", dpi=130)
 
 
 def _scores(wants: str, weights: Weights, target: float, multiple: float, _: Tensor | None, enter: Callable) -> dict:

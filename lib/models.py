@@ -199,7 +199,7 @@ def load_llm(
     """
     options = {"device_map": None if device is None else {"": device}}
     if device is None and torch.cuda.is_available():
-        options = {"device_map": "auto", "max_memory": _free_memory(reserve)}
+        options = {"device_map": "auto", "max_memory": free_memory(reserve)}
     if config is not None:  # transformers looks for both in the folder otherwise
         generation = transformers.GenerationConfig.from_model_config(config)
         options |= {"config": config, "generation_config": generation}
@@ -225,7 +225,7 @@ def load_llm(
     return model.eval()
 
 
-def _free_memory(reserve: int) -> dict[int | str, int]:
+def free_memory(reserve: int) -> dict[int | str, int]:
     """Return how many bytes of weights each GPU, and the CPU, may hold."""
     import psutil
 
@@ -342,7 +342,7 @@ def empty_llm(source: Source, folder: Path, dtype: torch.dtype) -> PreTrainedMod
 def fits_in_memory(skeleton: PreTrainedModel, dtype: torch.dtype, reserve: int) -> bool:
     """Return whether the weights fit into what GPUs, less ``reserve`` bytes each, and CPU have free."""
     size = sum(p.numel() for p in skeleton.parameters()) * torch.finfo(dtype).bits // 8
-    return size <= sum(_free_memory(reserve if torch.cuda.is_available() else 0).values())
+    return size <= sum(free_memory(reserve if torch.cuda.is_available() else 0).values())
 
 
 _TOKENIZER_BYTES = 2**25  # the largest vocabularies' files, where they cannot be looked at before the download

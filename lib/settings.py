@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from lib import UserError, data, plans
+from lib import UserError, data, plans, price
 from lib.allocation import ALLOCATIONS, MAPPINGS
 from lib.calibration import HIDDEN_STATES, PROPAGATE
 from lib.command import Flags, flag, number_or_auto
@@ -163,6 +163,36 @@ class Widths(Flags):
 
 
 @dataclass(kw_only=True)
+class Price(Flags):
+    _title: ClassVar[str] = "allocation"
+
+    price_steps: int = flag(
+        16, "for _price: steps of the search, each a backward pass over 2 windows", least=1, only="price", metavar="N"
+    )
+    price_start: str = flag(
+        "uniform",
+        "for _price: allocation that the search starts from: {choices}",
+        choices=[name or "uniform" for name in ALLOCATIONS if name != "price"],
+        only="price",
+        metavar="NAME",
+    )
+    price_refresh: int = flag(
+        0,
+        "for _price: further steps, after ranking the weights anew on the path of the plan found so far",
+        least=0,
+        only="price",
+        metavar="N",
+    )
+    price_dtype: str = flag(
+        "auto",
+        "for _price: {choices} to search in; auto: bfloat16 on a CPU that multiplies it, else the model's own",
+        choices=price.DTYPES,
+        only="price",
+        metavar="NAME",
+    )
+
+
+@dataclass(kw_only=True)
 class Plans(Flags):
     _title: ClassVar[str] = "allocation"
 
@@ -271,6 +301,7 @@ class Task(NamedTuple):
     allocation: str
     target: float
     nm: tuple[int, int] | None = None
+    start: str = ""  # allocation that the search for prices starts from
 
     @property
     def run(self) -> str:
@@ -287,10 +318,15 @@ class Task(NamedTuple):
         """What the allocation wants to know of each layer."""
         return ALLOCATIONS[self.allocation].wants
 
+    @property
+    def first(self) -> Task:
+        """The task of the allocation that the search starts from."""
+        return self._replace(allocation=self.start, start="", nm=None)
+
 
 @dataclass(kw_only=True)
 class Experiment(
-    Model, Texts, Method, Pruning, Metric, Spectra, Widths, Plans, Evaluation, ZeroShot, Output, Packed, Scale
+    Model, Texts, Method, Pruning, Metric, Spectra, Widths, Price, Plans, Evaluation, ZeroShot, Output, Packed, Scale
 ):
     """The flags of main.py."""
 
@@ -310,7 +346,7 @@ class Experiment(
 
     def identity(self) -> dict[str, object]:
         """Return the flags on which the pruned weights depend, in their spelling."""
-        groups = (Texts, Method, Pruning, Metric, Spectra, Widths)
+        groups = (Texts, Method, Pruning, Metric, Spectra, Widths, Price)
         names = [name for group in groups for name in group.__annotations__ if not name.startswith("_")]
         names = ["seed", "dtype", "plan", *(name for name in names if name not in ("ww_metric_cache", "metrics_only"))]
         return {self.spelling(name): getattr(self, name) for name in names}
@@ -324,18 +360,23 @@ class Experiment(
         task = self._metrics_only() if self.metrics_only else self._method()
         check_only(self, task, planned=bool(self.plan))
         if self.epsilon == "auto":
-            self._check_search(task)
+            if task.allocation != "ww" or self.metrics_only:
+                raise UserError("epsilon", f"auto with {task.method}: needs a --prune_method with _ww")
+            self._check_search("epsilon", "auto")
+        if task.wants == "price":
+            self._check_search("prune_method", task.method)
+            if self.seqlen < 2:
+                raise UserError("seqlen", f"{self.seqlen} with {task.method}: must be at least 2")
         return task
 
-    def _check_search(self, task: Task) -> None:
-        if task.allocation != "ww" or self.metrics_only:
-            raise UserError("epsilon", f"auto with {task.method}: needs a --prune_method with _ww")
+    def _check_search(self, field: str, given: str) -> None:
+        """Refuse a search that would see the evaluation text."""
         same = (
             self.calib_data not in data.DATASETS and Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
         )
         if same and self.eval_wikitext:
             text = "--calib_data and --eval_data are one file, so the choice would see the evaluation text; give two"
-            raise UserError("epsilon", f"auto: {text}")
+            raise UserError(field, f"{given}: {text}")
 
     def _metrics_only(self) -> Task:
         for name in ("prune_method", "sparsity_ratio", "eval_zero_shot", *pruning_flags(self)):
@@ -362,7 +403,8 @@ class Experiment(
             text = f"{method} without a sparsity; add --sparsity_ratio (or --sparsity_type N:M)"
             raise UserError("prune_method", text)
         table = VARIANTS if self.use_variant else PRUNERS
-        return Task(method, configured(name, table, self._options(name)), suffix, target, nm)
+        start = self.price_start.replace("uniform", "") if suffix == "price" else ""
+        return Task(method, configured(name, table, self._options(name)), suffix, target, nm, start)
 
     def _options(self, pruner: str) -> Options:
         if self.pruner_iterations is not None and pruner not in ITERATED:
@@ -435,7 +477,8 @@ def check_only(settings: Flags, task: Task, planned: bool = False) -> None:
     tolerated = () if planned or task.allocation else [name for name in Metric.__annotations__] + ["mapping_type"]
     for _, item, _ in settings.declared():
         only = item.metadata.get("only")
-        if only and item.name in settings.given and only != task.allocation and item.name not in tolerated:
+        asked = only in (task.allocation, task.start)
+        if only and item.name in settings.given and not asked and item.name not in tolerated:
             raise UserError(item.name, f"does nothing with {task.method}; it is for the methods with _{only}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.layers import Layer
+from lib.price import Found
 from lib.record import LayerReport
 from lib.search import Trial, best
 from lib.settings import Experiment
@@ -56,6 +57,21 @@ def show_trials(console: Console, trials: Sequence[Trial]) -> None:
     chosen = best(trials)
     rows = [(f"{t.epsilon:.2f}", f"{t.perplexity:.2f}" + (" <- taken" if t is chosen else "")) for t in trials]
     show(console, "--epsilon auto: perplexity on held-out calibration text", ("epsilon", "perplexity"), rows)
+
+
+def show_prices(console: Console, found: Found | None) -> None:
+    """Print the steps at which held-out text was looked at, if there was a search for prices."""
+    if found is None:
+        return
+    rows = [
+        (str(i), f"{step.spread:.3f}", f"{step.fit:.4f}", f"{step.held:.4f}")
+        for i, step in enumerate(found.steps, 1)
+        if step.held is not None
+    ]
+    headings = ("step", "spread of prices", "KL, its windows", "KL, held-out windows")
+    show(console, f"price search in {found.dtype}: KL(dense || pruned), nats per token", headings, rows)
+    each = ", ".join(f"{name} {kl:.4f}" + (" <- kept" if name == found.kept else "") for name, kl in found.held.items())
+    line(console, f"held-out windows: {each}")
 
 
 def show_run(console: Console, record: Mapping, stages: Mapping[str, Mapping], rows: Sequence[LayerReport]) -> None:

@@ -97,6 +97,14 @@ def tiny_text(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def other_text(tmp_path_factory) -> Path:
+    """Return another text file of a few thousand tokens."""
+    path = tmp_path_factory.mktemp("text") / "other.txt"
+    path.write_text(tiny_sentences(150, seed=4), encoding="utf-8")
+    return path
+
+
 def tiny_llama() -> LlamaForCausalLM:
     """Return a random LLaMA of three blocks with grouped-query attention, always the same."""
     torch.manual_seed(0)

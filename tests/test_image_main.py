@@ -167,7 +167,7 @@ def test_results_depend_neither_on_the_batch_size_nor_on_the_workers(vit_folder,
     assert all((masks[0] != mask).sum() <= 4 for mask in masks[1:])
 
 
-@pytest.mark.parametrize("suffix", allocation.ALLOCATIONS)
+@pytest.mark.parametrize("suffix", [name for name in allocation.ALLOCATIONS if name != "price"])
 def test_every_allocation_adds_up_to_the_target(suffix, tmp_path, capsys):
     model = tiny_convnext(conv_mlp=True)
     save(model, 8, tmp_path / "tiny")
@@ -456,6 +456,14 @@ def test_published_command_is_understood():
     task = parse(ImageExperiment, command.split(), main.PARSER).task()
     assert (task.method, task.allocation, task.target) == ("wanda_ww", "ww", 0.8)
     assert task.pruner is pruning.IMAGE_PRUNERS["wanda"]
+
+
+@pytest.mark.parametrize("pruner", pruning.IMAGE_PRUNERS)
+def test_prices_are_refused_in_one_line(pruner, tmp_path, capsys):
+    flags = ["--model", "m", "--prune_metric", f"{pruner}_price", "--sparsity", 0.5, "--save_dir", tmp_path / "out"]
+    status, err = call(capsys, *flags)
+    assert status == 2 and f"--prune_metric {pruner}_price: prices are those of a language model" in err
+    assert len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_every_pruner_and_allocation_is_offered():

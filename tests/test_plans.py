@@ -176,7 +176,7 @@ def test_epsilons_that_lead_to_one_plan_are_tried_once(tiny_weights, tiny_window
 
 def test_search_windows_do_not_overlap(tiny_tokenizer, tmp_path):
     (tmp_path / "two.txt").write_text("ab " * 4000 + "su " * 1000)  # the last fifth is another text
-    parts = search_windows(str(tmp_path / "two.txt"), tiny_tokenizer, 8, 32, 0)
+    parts = search_windows(str(tmp_path / "two.txt"), tiny_tokenizer, (8, 8), 32, 0, "a test")
     assert [set(tiny_tokenizer.decode(part.flatten()).split()) & {"ab", "su"} for part in parts] == [{"ab"}, {"su"}]
     assert all(part.shape == (8, 32) for part in parts)
 

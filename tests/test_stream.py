@@ -248,7 +248,21 @@ def test_the_same_bits_at_two_of_four(pruner, sharded, run):
     check_same(run(sharded[torch.float16], f"--prune_method {pruner} --sparsity_type 2:4"))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.startswith("wanda_") and m != "wanda_ww"])
+@pytest.mark.parametrize("how", ["always", "auto"])
+def test_prices_of_a_streamed_model_are_refused(how, tiny_folder, tiny_text, other_text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "free_memory", lambda _: {"cpu": 0})
+    monkeypatch.chdir(tmp_path)
+    flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {other_text} --seqlen 32 --save_model kept"
+    assert main.main(f"{flags} --prune_method wanda_price --sparsity_ratio 0.5 --stream {how}".split()) == 2
+    err = capsys.readouterr().err
+    assert "--prune_method wanda_price: " in err and "a streamed model has no prices" in err
+    assert len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+STREAMED = [m for m in METHODS if m.startswith("wanda_") and m not in ("wanda_ww", "wanda_price")]
+
+
+@pytest.mark.parametrize("method", STREAMED)
 def test_every_allocation_streams(method, sharded, run):
     check_same(run(sharded[torch.float32], f"--prune_method {method} --sparsity_ratio 0.5"))
 
@@ -281,7 +295,7 @@ def test_a_streamed_model_needs_a_place_for_its_blocks(tiny_folder, tiny_text, t
 @pytest.mark.parametrize(("free", "expected"), [(0, True), (2**40, False)])
 def test_auto_streams_what_does_not_fit(free, expected, tiny_folder, tiny_text, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "_free_memory", lambda _: {"cpu": free})
+    monkeypatch.setattr(models, "free_memory", lambda _: {"cpu": free})
     flags = f"--model {tiny_folder} --eval_data {tiny_text} --seqlen 32"
     with caplog.at_level("INFO"):
         assert main.main(flags.split()) == 0
