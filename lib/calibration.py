@@ -150,16 +150,17 @@ def enter_blocks(weights: Weights, windows: Tensor, place: str = "auto") -> Bloc
 
 
 @contextmanager
-def after_blocks(weights: Weights) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+def after_blocks(weights: Weights, tuples: set[int]) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
     """Hold what comes after the blocks; yield a function of a window [tokens] and of what left the blocks for it.
 
     It returns the logits [n, vocabulary] of hidden states [n, width], those of some of the window's tokens or of all.
+    ``tuples``: the blocks that return tuples (``BlockInputs``).
     """
     leaving: list[Tensor] = []
 
     def hand_back(index: int, entering: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor]:
         hidden = leaving[0].to(entering.device) if index == 0 else entering
-        return (hidden,) if index in inputs.tuples else hidden
+        return (hidden,) if index in tuples else hidden
 
     def logits(window: Tensor, hidden: Tensor) -> Tensor:
         leaving[:] = [hidden[None]]
@@ -171,7 +172,7 @@ def after_blocks(weights: Weights) -> Iterator[Callable[[Tensor, Tensor], Tensor
 
 def leave_blocks(weights: Weights, windows: Tensor, inputs: BlockInputs) -> Iterator[Tensor]:
     """Yield the logits [tokens, vocabulary] of each window, given what left the blocks for it."""
-    with after_blocks(weights) as logits:
+    with after_blocks(weights, inputs.tuples) as logits:
         for window, hidden in zip(windows, inputs.hidden, strict=True):
             yield logits(window, hidden)
 
@@ -228,6 +229,15 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple, dict]) -
     return block(hidden, *args, **kwargs)
 
 
+def hidden_of(out: Tensor | tuple, index: int, tuples: set[int] | None) -> Tensor:
+    """Return the hidden states among what block ``index`` returned; one that returns a tuple is noted."""
+    if not isinstance(out, tuple):
+        return out
+    if tuples is not None:
+        tuples.add(index)
+    return out[0]
+
+
 def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
     """Run every sample or batch through ``block``, a step each; with ``keep``, the output replaces the input."""
     from accelerate.utils import send_to_device
@@ -237,10 +247,7 @@ def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
     for i in range(len(hidden)):
         with torch.no_grad():
             out = run_block(block.module, hidden[i].to(block.device), arguments)
-        if isinstance(out, tuple):
-            out = out[0]
-            if inputs.tuples is not None:
-                inputs.tuples.add(block.index)
+        out = hidden_of(out, block.index, inputs.tuples)
         if keep:
             hidden[i] = out.to(hidden[i].device)
         yield

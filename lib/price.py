@@ -13,7 +13,16 @@ from tqdm import tqdm
 
 from lib import UserError
 from lib.blocks import Block, Weights, check_finite
-from lib.calibration import BlockInputs, advance, after_blocks, enter_blocks, input_statistics, passes, run_block
+from lib.calibration import (
+    BlockInputs,
+    advance,
+    after_blocks,
+    enter_blocks,
+    hidden_of,
+    input_statistics,
+    passes,
+    run_block,
+)
 from lib.files import readable
 from lib.layers import Layer
 from lib.lazy import torch
@@ -179,7 +188,7 @@ class Prices:
         """
         self.weights, self.windows, self.dtype = weights, windows, dtype
         inputs = enter_blocks(weights, windows)
-        self.arguments, self.entering = inputs.arguments, inputs.hidden.clone()
+        self.arguments, self.tuples, self.entering = inputs.arguments, inputs.tuples, inputs.hidden.clone()
         if ranks is None:
             self.ranks = self._ranks(inputs)
         else:
@@ -265,7 +274,8 @@ class Prices:
 
         arguments = send_to_device(self.arguments[block.index], block.device)
         with self._autocast(block.device):
-            return [run_block(block.module, h, arguments) for h in hidden]
+            outs = [run_block(block.module, h, arguments) for h in hidden]
+        return [hidden_of(out, block.index, self.tuples) for out in outs]
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         own = self.weights.model.dtype
@@ -308,7 +318,7 @@ class Prices:
         """
         count = len(batch) * self.leaving.shape[1]
         total, slopes = 0.0, []
-        with after_blocks(self.weights) as logits, torch.set_grad_enabled(differentiate):
+        with after_blocks(self.weights, self.tuples) as logits, torch.set_grad_enabled(differentiate):
             for h, index in zip(hidden, batch, strict=True):
                 window, slope = self.windows[index], torch.zeros_like(h) if differentiate else None
                 parts = (h[0, POSITIONS].split(TOKENS), self.leaving[index].split(TOKENS))
@@ -351,7 +361,7 @@ def _standing(block: Block, copies: Mapping[str, Tensor]) -> Iterator[dict[str, 
             block.linears[name]._parameters["weight"] = parameter
 
 
-# ------------------------------------------------------------------------------------------------------- the search
+# ---------------------------------------------------------------------------------------------------------- the search
 
 
 def search(

@@ -231,7 +231,7 @@ def test_equal_prices_move_nothing_and_scale_does_not_matter(scale):
     assert moved == pytest.approx(next_logits(ratios, [1, 2, 3], sizes, 0.6, 0.25)[0], abs=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------ the search
+# ----------------------------------------------------------------------------------------------------------- the search
 
 
 def trained() -> tuple:
