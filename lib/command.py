@@ -11,9 +11,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
 from lib import UserError
+from lib.files import in_repository
 from lib.registry import check_name, did_you_mean
 
 log = logging.getLogger("main")
@@ -29,8 +31,12 @@ def flag(default: Any, help: str, **about) -> Any:
             ``needs`` (the field without which it does nothing); ``only`` (the allocation that it is for);
             ``prunes`` (it does nothing unless something is pruned); ``convert`` (from text, where the type is not
             enough); ``nargs`` (``?`` lets a switch take true or false as well); ``const`` (the value of a flag with
-            ``nargs="?"`` that stands alone); ``aliases``; ``positional``.
+            ``nargs="?"`` that stands alone); ``aliases``; ``positional``; ``in_repository`` (the default is a path
+            there, wherever the command is started).
     """
+    if about.get("in_repository"):
+        help = f"{help} (default: the repository's {default})"
+        return field(default_factory=partial(in_repository, default), metadata={"help": help, **about})
     return field(default=default, metadata={"help": help, **about})
 
 
@@ -137,7 +143,7 @@ def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
     if about.get("positional"):
         group.add_argument(item.name, metavar=about.get("metavar"), nargs=about.get("nargs"), **options)
         return
-    options |= {"dest": item.name, "required": item.default is MISSING}
+    options |= {"dest": item.name, "required": item.default is MISSING and item.default_factory is MISSING}
     if kind is bool and item.default is False and not about.get("nargs"):
         options["action"] = "store_true"
     elif kind is bool:

@@ -17,6 +17,13 @@ from lib import UserError, first_line
 
 log = logging.getLogger(__name__)
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def in_repository(name: str) -> str:
+    """Return the path of ``name`` in the repository: as it is where the command is started there, else absolute."""
+    return name if Path.cwd() == ROOT else str(ROOT / name)
+
 
 def prepare(field: str, folder: Path, need_bytes: int = 0) -> None:
     """Refuse a ``folder`` that cannot be written or whose disk has less than ``need_bytes`` free; leave no trace."""

@@ -26,7 +26,9 @@ class Model(Flags):
     _title: ClassVar[str] = "model"
 
     model: str = flag(MISSING, f"hub id, local folder, .gguf file, or {SMOLLM2}")
-    cache_dir: str = flag("llm_weights", "where weights from the hub or from GGUF are kept", metavar="DIR")
+    cache_dir: str = flag(
+        "llm_weights", "where weights from the hub or from GGUF are kept", in_repository=True, metavar="DIR"
+    )
     dtype: str = flag(
         "auto",
         "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU, "
@@ -110,7 +112,10 @@ class Metric(Flags):
         metavar="METRIC",
     )
     ww_metric_cache: str | None = flag(
-        None, "folder in which the metric is cached (default: data/<model's own folder name>)", only="ww", metavar="DIR"
+        None,
+        "folder in which the metric is cached (default: data/NAME of the repository, NAME the model's own folder name)",
+        only="ww",
+        metavar="DIR",
     )
     epsilon: float | str = flag(
         0.3,

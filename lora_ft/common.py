@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lora_ft")
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = str(ROOT / "llm_weights")  # the same from wherever a command is typed
 BASE = "base_model.json"  # beside an adapter: which weights it was trained on
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
@@ -43,7 +41,7 @@ class PrunedModel(Flags):
     config_name: str | None = flag(
         None, "folder or hub id that lends the tokenizer or config the model lacks", metavar="NAME"
     )
-    cache_dir: str = flag(CACHE, "where weights from the hub are kept", metavar="DIR")
+    cache_dir: str = flag("llm_weights", "where weights from the hub are kept", in_repository=True, metavar="DIR")
     dtype: str = flag(
         "auto",
         "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU",

@@ -51,7 +51,9 @@ class Lora(Flags):
     config_name: str | None = flag(
         None, "folder or hub id that lends the tokenizer or config the model lacks", metavar="NAME"
     )
-    cache_dir: str = flag(common.CACHE, "where weights from the hub are kept", metavar="DIR")
+    cache_dir: str = flag(
+        "llm_weights", "where weights from the hub are kept", in_repository=True, metavar="DIR"
+    )
     dtype: str = flag(
         "auto", "{choices} of the frozen weights; auto: as --bf16 and --fp16", choices=models.DTYPES, metavar="NAME"
     )

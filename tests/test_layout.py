@@ -16,8 +16,8 @@ from conftest import ROOT, settings
 import main
 
 TOP = (
-    "main.py lib scripts data lora_ft image_classifiers INSTALL.md README.md CONTRIBUTING.md docs LICENSE requirements.txt tests .ci "
-    "pyproject.toml .gitignore"
+    "main.py lib scripts data docs lora_ft image_classifiers README.md INSTALL.md CONTRIBUTING.md LICENSE "
+    "requirements.txt tests .ci pyproject.toml .gitignore"
 )
 
 ROOMS = sorted((ROOT / "lib").rglob("*.py"))

@@ -83,7 +83,7 @@ def locate_folder(model: str) -> models.Source:
     if not folder.is_dir():
         raise UserError(None, f"{model}: folder not found; fetch it first: hf download {model} --local-dir DIR")
     if sparse.is_packed(folder):
-        raise UserError(None, f"{model}: is packed; first: python scripts/speedup/pack.py {model} --unpack --out DIR")
+        raise UserError(None, f"{model}: is packed; first: python scripts/speedup/pack.py {model} --unpack --save DIR")
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             None, f"{model}: the folder holds no *.safetensors; load it and save it again with transformers"
