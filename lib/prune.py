@@ -110,7 +110,8 @@ def _prepared(
 ) -> Iterator[tuple[list[str], object]]:
     """Yield the layers that share an input, and what the pruner makes of that input's statistic."""
     if inputs is None:
-        yield list(block.linears), None
+        if block.linears:
+            yield list(block.linears), None
         return
     steps = passes(block, inputs, keep) if block.linears else ()
     statistics = input_statistics(block.linears, pruner.statistic, inputs.samples, steps)
