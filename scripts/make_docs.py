@@ -1,9 +1,11 @@
-"""Reference of flags: docs/flags.md, written from the declared flags of every command; --check compares it."""
+"""Generated documents: docs/flags.md from the declared flags, the README's results from measured figures."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +18,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # as when one of the s
 
 from lib import UserError
 from lib.command import Flags, command, flag, make_parser
-from lib.files import write_atomically
+from lib.files import save_figure, write_atomically
+from lib.pruners import PRUNERS
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = [
     "main.py", "image_classifiers/main.py", "lora_ft/finetune_lm.py", "lora_ft/evaluate_ppl.py", "lora_ft/merge.py"
 ]  # fmt: skip
+RESULTS, PICTURE = "data/smollm2_results.json", "docs/perplexity.png"
+LABELS = {"": "uniform", "ww": "by alpha", "price": "by price"}
+DRAWN = {
+    "wanda": ("Wanda, uniform", "s--C3"),
+    "wanda_ww": ("Wanda, by alpha", "o-C1"),
+    "sparsegpt": ("SparseGPT, uniform", "s--C4"),
+    "sparsegpt_ww": ("SparseGPT, by alpha", "o-C0"),
+    "alps_price": ("ALPS, by price", "D-C2"),
+}
+Figures = dict[str, dict[float, list[float]]]  # perplexities of all seeds by sparsity, by method
+
 BEGINNING = """\
 # Flags
 
@@ -38,7 +52,7 @@ class Docs(Flags):
     _title: ClassVar[str] = "documents"
     _spelled: ClassVar[dict[str, str]] = {"compare": "check"}
 
-    compare: bool = flag(False, "write nothing; exit with status 2 if docs/flags.md is out of date")
+    compare: bool = flag(False, "write nothing; exit with status 2 if what would be written is out of date")
 
 
 PARSER = make_parser(Docs, "make_docs.py", __doc__)
@@ -74,7 +88,7 @@ def section(program: Path, known: dict[tuple, str]) -> str:
         lines += ["", _plain(parser.epilog)]
     shared = False
     for group in parser._action_groups:
-        rows = list(_rows(group, {} if name == "main.py" else known))
+        rows = list(_rows(group, known if name.startswith("scripts/") else {}))
         shared |= len(rows) < len(group._group_actions)
         if rows:
             lines += ["", f"**{group.title}**", "", "| flag | default | |", "|---|---|---|", *rows]
@@ -103,6 +117,8 @@ def _rows(group, known: dict[tuple, str]) -> Iterator[str]:
             text, default = action.help, None
         if default is None and action.default not in (None, False, argparse.SUPPRESS):
             default = str(action.default)
+        if default is not None and default.startswith(str(ROOT)):
+            default = Path(default).relative_to(ROOT).as_posix()
         default = "required" if action.required and default is None else f"`{default}`" if default else ""
         yield f"| {names} | {default} | {_plain(text)} |".replace("|  |", "| |")
 
@@ -121,14 +137,85 @@ def flags_text() -> str:
     return "\n".join([BEGINNING, *contents, "", *(section(program, known) for program in every)])
 
 
+# ------------------------------------------------------------------------------------------------- measured results
+
+
+def figures(content: dict) -> Figures:
+    """Return the perplexities of all seeds by method and sparsity; ``content`` is that of data/smollm2_results.json."""
+    found: Figures = {}
+    for record in content["runs"]:
+        found.setdefault(record["method"], {}).setdefault(record["target_sparsity"], []).append(record["perplexity"])
+    return found
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "-"
+    digits = 2 if statistics.mean(values) < 100 else 0
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def results_table(content: dict) -> str:
+    """Return the README's table: mean and standard deviation over the calibration seeds."""
+    found = figures(content)
+    sparsities = sorted({sparsity for row in found.values() for sparsity in row if sparsity})
+    lines = [
+        "| pruner | allocation | " + " | ".join(f"{sparsity:g}" for sparsity in sparsities) + " |",
+        "|---|---|" + "---:|" * len(sparsities),
+    ]
+    for pruner in PRUNERS:
+        for suffix, label in LABELS.items():
+            row = found.get(f"{pruner}_{suffix}".rstrip("_"))
+            if row:
+                cells = " | ".join(_cell(row.get(sparsity, [])) for sparsity in sparsities)
+                lines.append(f"| {pruner} | {label} | {cells} |")
+    return "\n".join(lines)
+
+
+def readme_text(text: str, content: dict) -> str:
+    """Return the README with the table of results between its marks."""
+    pattern = r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)"
+    if not re.search(pattern, text, re.S):
+        raise UserError(None, "README.md: the marks <!-- results --> and <!-- /results --> are missing")
+    return re.sub(pattern, lambda found: f"{found[1]}\n{results_table(content)}\n\n{found[2]}", text, flags=re.S)
+
+
+def draw(content: dict, path: Path) -> None:
+    """Write the README's picture: perplexity over sparsity, mean over seeds, a line for each of DRAWN."""
+    from matplotlib.figure import Figure
+
+    found = figures(content)
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for method, (label, style) in DRAWN.items():
+        points = sorted((sparsity, statistics.mean(values)) for sparsity, values in found.get(method, {}).items())
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    axes.axhline(content["dense"], color="black", linewidth=0.8, linestyle=":", label="dense")
+    axes.set(yscale="log", xlabel="fraction of the weights removed", ylabel="perplexity (lower is better)")
+    axes.set_title("SmolLM2-135M, one-shot pruning, Wikipedia lead sections", fontsize="medium")
+    axes.grid(which="both", alpha=0.25)
+    axes.legend(fontsize="small")
+    save_figure(figure, path, dpi=120)
+
+
+# ------------------------------------------------------------------------------------------------------------- all
+
+
 def run(docs: Docs) -> None:
-    """Write docs/flags.md, or compare it."""
-    path, text = ROOT / "docs" / "flags.md", flags_text()
+    """Write what is generated, or compare it; a picture is not compared."""
+    content = json.loads((ROOT / RESULTS).read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, text in {"docs/flags.md": flags_text(), "README.md": readme_text(readme, content)}.items():
+        path = ROOT / name
+        if docs.compare and (not path.is_file() or path.read_text(encoding="utf-8") != text):
+            raise UserError(None, f"{name} is out of date; type: python scripts/make_docs.py")
+        if not docs.compare:
+            write_atomically(path, text)
     if not docs.compare:
-        write_atomically(path, text)
-        print(f"written: {path.relative_to(ROOT)}")
-    elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-        raise UserError(None, "docs/flags.md is out of date; type: python scripts/make_docs.py")
+        draw(content, ROOT / PICTURE)
+        print(f"written: docs/flags.md, the table in README.md, {PICTURE}")
 
 
 def main(argv: list[str] | None = None) -> int:
