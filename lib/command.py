@@ -236,9 +236,9 @@ def command(
 
     Args:
         run: does the work; what it returns is taken as the status if it is an int.
-        resume: what to do after Ctrl-C, unless the KeyboardInterrupt carries a text of its own.
+        resume: what to do after Ctrl-C, unless the KeyboardInterrupt carries a text.
         processes: whether several processes may run it together (torchrun, accelerate launch).
-        out_of_memory: what to do if a GPU's memory is used up.
+        out_of_memory: what to do when a GPU is out of memory.
     """
     return answer(parser.prog, settings, lambda: run(parse(settings, argv, parser)), resume, processes, out_of_memory)
 

@@ -138,7 +138,7 @@ def _task_manager(names: Sequence[str], include_path: str | None) -> object:
     for name in names:  # all names before the first data: those may have to be fetched
         if name not in manager.task_index:
             hint = did_you_mean(name, manager.all_tasks)
-            raise UserError("tasks", f"{name}: lm-eval has no such task.{hint} For {_LOCAL_TASKS}")
+            raise UserError("tasks", f"{name}: unknown to lm-eval.{hint} For {_LOCAL_TASKS}")
     return manager
 
 

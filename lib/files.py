@@ -107,7 +107,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(target)
             raise
-    except Exception as error:  # safetensors has an error class of its own for a full disk
+    except Exception as error:  # safetensors has its own error class for a full disk
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
         raise UserError(None, f"{target}: the model cannot be saved there ({first_line(error)})") from error

@@ -382,7 +382,7 @@ def _unreadable(source: Source, error: Exception, what: str = "") -> UserError:
     if "gated" in str(error) or "401" in str(error):
         reason = "access must be asked for on its page, then: hf auth login"
     elif "not a valid model identifier" in str(error) or "404" in str(error):
-        reason = "the hub has no such model, or it is private"
+        reason = "unknown to the hub, or private"
     else:
         reason = "it is not a local folder and the hub cannot be reached"
     copy = f"a copy fetched elsewhere with `hf download {source.path} --local-dir DIR` works: --model DIR"

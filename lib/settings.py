@@ -183,7 +183,7 @@ class Price(Flags):
     )
     price_refresh: int = flag(
         0,
-        "for _price: further steps, after ranking the weights anew on the path of the plan found so far",
+        "for _price: further steps, after ranking the weights again on the path of the plan found so far",
         least=0,
         only="price",
         metavar="N",

@@ -94,7 +94,7 @@ def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
         config_name: a folder or hub id that lends the config and the tokenizer that the model's own folder lacks.
 
     Raises:
-        UserError: there is no such model, or it lacks a part and ``config_name`` is not given.
+        UserError: the model is unknown, or lacks a part and ``config_name`` is not given.
     """
     folder = Path(model).expanduser()
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -165,7 +165,7 @@ def _described(given: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
         about = json.loads(config.read_text(encoding="utf-8"))
         with safe_open(weights, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except Exception as error:  # safetensors has an error class of its own
+    except Exception as error:  # safetensors has its own error class
         raise UserError("lora_weights", f"{given}: cannot be read ({first_line(error)})") from error
     if about.get("peft_type") != "LORA":
         raise UserError("lora_weights", f"{given}: is a {about.get('peft_type')} adapter; only LORA is supported")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-PRUNED, BESIDE, PLAINLY, KEPT = STATES = ("pruned", "adapter beside it", "merged plainly", "merged, zeros kept")
+PRUNED, BESIDE, PLAINLY, KEPT = STATES = ("pruned", "adapter beside it", "merged without masking", "merged, zeros kept")
 
 
 @dataclass(kw_only=True)

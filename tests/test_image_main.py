@@ -502,7 +502,7 @@ WANDA = "--prune_metric wanda --sparsity 0.5"
 OWL = "--sparsity 0.5 --prune_metric wanda_owl"
 MAGNITUDE = "--sparsity 0.5 --prune_metric magnitude"
 BAD = {  # flags (M: a good model, I: images in folders), and what is said
-    "--model deit_tinny_patch16_224": "timm has no such model. Did you mean 'deit_tiny_patch16_224'?",
+    "--model deit_tinny_patch16_224": "unknown to timm. Did you mean 'deit_tiny_patch16_224'?",
     "--model resnet18 --data_path I": "ResNet is not supported",
     "--model I": "the folder holds no config.json",
     "--model I/train/n01/0.png": "is a file; give the model's name",

@@ -395,7 +395,7 @@ def test_merge(keep_dense, place, adapter, tmp_path, windows, capsys):
     pruned = loaded(place / "pruned")
     expected = {"pruned": (zeros["before"], perplexity(pruned, windows))}
     beside = perplexity(PeftModel.from_pretrained(pruned, adapter).eval(), windows)
-    expected |= {"adapter beside it": (zeros["before"], beside), "merged plainly": (zeros["plain"], beside)}
+    expected |= {"adapter beside it": (zeros["before"], beside), "merged without masking": (zeros["plain"], beside)}
     written = perplexity(loaded(tmp_path / "out"), windows)
     if not keep_dense:
         expected["merged, zeros kept"] = (zeros["before"], written)

@@ -1,4 +1,4 @@
-"""A checkpoint becomes two ONNX graphs, a whole window and one token of decoding, checked against PyTorch."""
+"""ONNX export of a checkpoint: graphs of a whole window and of one token of decoding, checked against PyTorch."""
 
 import argparse
 import json
@@ -219,7 +219,7 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], te
         for graph in graphs:
             start = time.perf_counter()
             path = graph_file(tmp, graph)
-            inside = tmp / graph  # a folder of its own while the exporter litters it
+            inside = tmp / graph  # a separate folder, which the exporter litters
             inside.mkdir()
             wrapper = (Prefill if graph == "prefill" else Decode)(model, length)
             write_graph(wrapper, given[graph], inside / path.name)

@@ -1,4 +1,4 @@
-"""A pruned checkpoint becomes a small one, a bit per weight and the values other than zero, and comes back exactly."""
+"""Packing of a pruned checkpoint: a bit per weight and the values other than zero, undone exactly by --unpack."""
 
 import argparse
 import sys
