@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -163,19 +165,36 @@ def zero_shot(
         batch_size = _CPU_BATCH
     # lm-eval gives the tokenizer a padding token, which is not to end up in a saved folder.
     adapter = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    full = simple_evaluate(
-        adapter,
-        tasks=list(tasks.tasks),
-        task_manager=tasks.manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        log_samples=False,
-    )
+    with _bars_for_terminals():
+        full = simple_evaluate(
+            adapter,
+            tasks=list(tasks.tasks),
+            task_manager=tasks.manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            log_samples=False,
+        )
     _warn_of_nan(tasks)
     scores = _scores(full)
     values = {metric: [score.value for score in scores if score.metric == metric] for metric in MEANS}
     return ZeroShot(scores, {metric: sum(v) / len(v) for metric, v in values.items() if v}, full)
+
+
+@contextmanager
+def _bars_for_terminals() -> Iterator[None]:
+    """Disable every tqdm bar, whatever its caller asks for, where stderr is no terminal: they would fill a log file."""
+    original = tqdm.__init__
+
+    def disabled(bar: tqdm, *args, **options) -> None:
+        original(bar, *args, **options | {"disable": True})
+
+    if not sys.stderr.isatty():
+        tqdm.__init__ = disabled
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
 
 
 def _scores(full: dict) -> list[TaskScore]:

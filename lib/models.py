@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 SMOLLM2 = "smollm2-135m"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
 
 class Source(NamedTuple):
@@ -154,7 +155,15 @@ def _check_support(given: str, model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Return the model's own tokenizer, with its defaults."""
+    """Return the model's own tokenizer, with its defaults.
+
+    Raises:
+        UserError: the folder holds none, or it cannot be read.
+    """
+    folder = Path(source.path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        fix = "copy the original model's there (tokenizer.json, tokenizer_config.json ...)"
+        raise UserError("model", f"{source.given}: the folder holds no tokenizer; {fix}")
     try:
         return transformers.AutoTokenizer.from_pretrained(source.path, cache_dir=source.cache_dir)
     except Exception as error:

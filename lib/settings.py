@@ -13,6 +13,7 @@ from lib.calibration import HIDDEN_STATES, PROPAGATE
 from lib.command import Flags, flag, number_or_auto
 from lib.esd import DRIVERS, METRICS, WEIGHTWATCHER
 from lib.evaluation import ZERO_SHOT_TASKS
+from lib.layers import SUPPORTED
 from lib.models import DTYPES, SMOLLM2
 from lib.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Options, Pruner, configured
 from lib.registry import check_name, did_you_mean
@@ -25,7 +26,7 @@ TEXTS = f"{{{', '.join(data.DATASETS)}}} or a .txt, .json or .jsonl file (field 
 class Model(Flags):
     _title: ClassVar[str] = "model"
 
-    model: str = flag(MISSING, f"hub id, local folder, .gguf file, or {SMOLLM2}")
+    model: str = flag(MISSING, f"hub id, local folder, .gguf file, or {SMOLLM2}; families that were tried: {SUPPORTED}")
     cache_dir: str = flag(
         "llm_weights", "where weights from the hub or from GGUF are kept", in_repository=True, metavar="DIR"
     )

@@ -26,7 +26,6 @@ log = logging.getLogger("lora_ft")
 
 BASE = "base_model.json"  # beside an adapter: which weights it was trained on
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _DENSE = 0.01  # a sparsity below this is no pruning
 
 
@@ -99,7 +98,7 @@ def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
     folder = Path(model).expanduser()
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     borrows_config = "config.json" not in names and any(name.endswith((".safetensors", ".bin")) for name in names)
-    borrows_tokenizer = bool(names) and not names & set(_TOKENIZER_FILES)
+    borrows_tokenizer = bool(names) and not names & set(models.TOKENIZER_FILES)
     if config_name is None:
         if borrows_tokenizer and "config.json" in names:
             raise UserError("model", f"{model}: the folder holds no tokenizer; give its model: --config_name NAME")

@@ -27,4 +27,8 @@ case " $* " in *" --eval_zero_shot "*) if [ -n "$ZERO_SHOT_LIMIT" ]; then comman
 if [ -n "${FORCE:-}" ]; then command+=(--force); fi
 command+=("$@")
 
-if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${command[@]}"; echo; else exec "${command[@]}"; fi
+if [ -n "${DRY_RUN:-}" ]; then  # paths are the repository's, so that the line can be pasted anywhere
+    printf 'cd %q && ' "$PWD"; printf '%q ' "${command[@]}"; echo
+else
+    exec "${command[@]}"
+fi

@@ -71,7 +71,8 @@ def dry(script: str, *flags: str, **variables: str) -> list[Experiment]:
     """Return the settings that the command which the script prints would run."""
     done = shell(script, *flags, DRY_RUN="1", **variables)
     assert done.returncode == 0, done.stderr
-    interpreter, program, *rest = shlex.split(done.stdout)
+    change, place, then, interpreter, program, *rest = shlex.split(done.stdout)
+    assert (change, place, then) == ("cd", str(ROOT), "&&")  # it can be pasted wherever one is
     assert (interpreter, program) == (sys.executable, "scripts/sweep.py")
     return planned(*rest)
 

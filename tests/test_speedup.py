@@ -8,8 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, tiny_llama
@@ -31,6 +29,9 @@ import export_onnx
 import pack
 import pipeline
 import two_of_four
+
+onnx = pytest.importorskip("onnx", reason="tests/requirements.txt is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="tests/requirements.txt is not installed")
 
 LENGTH = 24
 # Float32 sums of at most 48 terms in another order, three blocks deep: a few units in the last place (1e-7).
