@@ -193,7 +193,13 @@ def draw(content: dict, path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
     axes.axhline(content["dense"], color="black", linewidth=0.8, linestyle=":", label="dense")
-    axes.set(yscale="log", xlabel="fraction of the weights removed", ylabel="perplexity (lower is better)")
+    axes.set(yscale="log", xlabel="weights removed", ylabel="perplexity (lower is better)")
+    sparsities = sorted({sparsity for row in found.values() for sparsity in row if sparsity})
+    axes.set_xticks(sparsities, [f"{sparsity:.0%}" for sparsity in sparsities])
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= tick <= high]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.yaxis.set_minor_formatter("")
     axes.set_title("SmolLM2-135M, one-shot pruning, Wikipedia lead sections", fontsize="medium")
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize="small")
