@@ -303,7 +303,7 @@ OTHER_RUNS = {
     "streamed": "--prune_method sparsegpt_ww --sparsity_ratio 0.5 --stream always --save_model kept",
     "streamed 2:4": "--prune_method alps --sparsity_type 2:4 --stream always --save_model kept",
     "streamed, dense": "--stream always",
-    "refreshed prices": "--prune_method wanda_price --sparsity_ratio 0.5 --price_start er --price_refresh 1 --price_steps 1",
+    "refreshed prices": "--prune_method wanda_price --sparsity_ratio 0.5 --price_start er --price_refresh 1",
     "epsilon auto": "--prune_method wanda_ww --sparsity_ratio 0.9 --epsilon auto --eval_wikitext false",
 }
 
