@@ -95,6 +95,11 @@ class Found(NamedTuple):
     steps: list[Step]
     dtype: str
 
+    @classmethod
+    def of(cls, content: Mapping) -> Found:
+        """Return what ``_asdict`` was made of, after a way through JSON."""
+        return cls(**content)._replace(steps=[Step(*step) for step in content["steps"]])
+
 
 # --------------------------------------------------------------------------------------------------- ranks and bands
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -41,12 +41,14 @@ class Row(NamedTuple):
         seconds: that the allocation took in the longest of its runs; others may have been given what it found.
         passes: windows that the allocation passes through the blocks, a backward pass counted as two.
         pruning: seconds of the pruning stage, the mean over runs.
+
+    Seconds are None where the run files are of an older version, which did not keep CPU seconds.
     """
 
     cells: Mapping[float, Spread]
-    seconds: float
+    seconds: float | None
     passes: int
-    pruning: float
+    pruning: float | None
 
 
 Rows = Mapping[Key, Row]
@@ -131,24 +133,36 @@ def passes(setting: Experiment) -> int:
     return scored + price.forward_passes(price.Options(setting.price_steps, setting.price_refresh), bool(task.start))
 
 
+def seconds_of(record: Mapping, *stages: str) -> float | None:
+    """Return the seconds of some stages of a run: on a CPU, which others may have used too, its CPU seconds."""
+    kind = "cpu_seconds" if str(record["device"][0]).startswith("cpu") else "seconds"
+    found = [record["stages"][stage].get(kind) for stage in stages]
+    return None if None in found else sum(found)
+
+
 def rows_of(keys: Sequence[Key], settings: Sequence[Experiment], records: Sequence[dict | None]) -> dict[Key, Row]:
     """Return the rows of the table; runs that failed or hold no perplexity are left out."""
     found: dict[Key, list[tuple[Experiment, dict]]] = {}
-    seconds: dict[str, float] = {}
+    seconds: dict[str, list[float | None]] = {}
     for key, setting, record in zip(keys, settings, records, strict=True):
         if sweep.measured([record]):
             found.setdefault(key, []).append((setting, record))
-            own = sum(record["stages"][stage]["seconds"] for stage in ("measure", "allocate"))
-            seconds[key.allocation] = max(own, seconds.get(key.allocation, 0.0))
+            seconds.setdefault(key.allocation, []).append(seconds_of(record, "measure", "allocate"))
     rows = {}
     for key, runs in found.items():
         figures: dict[float, list[float]] = {}
         for _, record in runs:
             figures.setdefault(record["target_sparsity"], []).append(record["perplexity"])
         cells = {sparsity: spread_of(values) for sparsity, values in figures.items()}
-        pruning = spread_of([record["stages"]["prune"]["seconds"] for _, record in runs]).mean
-        rows[key] = Row(cells, seconds[key.allocation], passes(runs[0][0]), pruning)
+        pruning = _known(seconds_of(record, "prune") for _, record in runs)
+        longest = max(_known(seconds[key.allocation]), default=None)
+        mean = spread_of(pruning).mean if pruning else None
+        rows[key] = Row(cells, longest, passes(runs[0][0]), mean)
     return rows
+
+
+def _known(seconds: Iterable[float | None]) -> list[float]:
+    return [value for value in seconds if value is not None]
 
 
 def stands_out(rows: Rows, key: Key, sparsity: float) -> bool:
@@ -171,7 +185,8 @@ def table(rows: Rows, sparsities: Sequence[float]) -> str:
         cells = [
             f"**{cell}**" if stands_out(rows, key, s) else cell for s, cell in zip(sparsities, cells, strict=True)
         ]
-        cells += [f"{row.seconds:.0f}", str(row.passes), f"{row.pruning:.0f}"]
+        seconds, pruning = ("-" if value is None else f"{value:.0f}" for value in (row.seconds, row.pruning))
+        cells += [seconds, str(row.passes), pruning]
         lines.append(f"| {key.pruner} | {key.allocation} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -192,7 +207,8 @@ def notes(records: Sequence[dict], seeds: Sequence[int]) -> str:
         f"{'; '.join(texts)}; seeds {', '.join(map(str, seeds))}: {many if several else single}.\n"
         "Seconds: of the allocation, in the longest of its runs (what runs share is found once, a metric is kept on "
         "disk). Passes: windows through the blocks for the allocation alone, a backward pass counted as two. "
-        f"Pruning s: mean seconds of the pruning stage.\n{commit_text(records)}\n"
+        "Pruning s: mean seconds of the pruning stage. On a CPU they are CPU seconds of all threads.\n"
+        f"{commit_text(records)}\n"
     )
 
 

@@ -124,6 +124,15 @@ def test_comparison_of_pruners_over_seeds(compared, capsys):
     assert "seeds 0, 1, 2" in text and "sample standard deviation" in text
 
 
+def test_seconds_are_those_of_the_processor_where_it_worked():
+    stages = {"measure": {"seconds": 9.0, "cpu_seconds": 4.0}, "allocate": {"seconds": 1.0, "cpu_seconds": 0.5}}
+    on_cpu, on_gpu = {"device": ["cpu (1 threads)"], "stages": stages}, {"device": ["NVIDIA H100"], "stages": stages}
+    assert compare_allocations.seconds_of(on_cpu, "measure", "allocate") == 4.5
+    assert compare_allocations.seconds_of(on_gpu, "measure", "allocate") == 10.0
+    older = {"device": ["cpu (1 threads)"], "stages": {"prune": {"seconds": 9.0}}}
+    assert compare_allocations.seconds_of(older, "prune") is None
+
+
 def row(seconds: float = 0.0, passes: int = 0, pruning: float = 0.0, **cells) -> compare_allocations.Row:
     """Return a row of a comparison; its cells are given as s5=[figures at 0.5]."""
     found = {int(name[1:]) / 10: spread_of(figures) for name, figures in cells.items()}
@@ -134,7 +143,7 @@ def test_comparisons_table_by_pencil():
     rows = {
         ("wanda", "uniform"): row(s5=[20.0, 22.0, 24.0], s7=[90.0, 90.0, 93.0]),  # 22 +- 2, 91 +- 1.73
         ("wanda", "owl"): row(12.4, 8, 40.0, s5=[23.5, 24.5, 25.5], s7=[50.0, 51.0]),  # 24.5 +- 1, 50.5 +- 0.71
-        ("alps", "uniform"): row(s5=[15.0, 16.0, 17.0]),
+        ("alps", "uniform"): row(None, 0, None, s5=[15.0, 16.0, 17.0]),
         ("alps", "owl"): row(12.4, 8, 160.0, s5=[16.9, 16.9, 17.1]),  # 0.97 above 16, whose deviation is 1
     }
     rows = {compare_allocations.Key(*key): value for key, value in rows.items()}
@@ -143,7 +152,7 @@ def test_comparisons_table_by_pencil():
         "|---|---|---:|---:|---:|---:|---:|",
         "| wanda | uniform | **22.00 ± 2.00** | 91.00 ± 1.73 | 0 | 0 | 0 |",
         "| wanda | owl | 24.50 ± 1.00 | **50.50 ± 0.71 (2)** | 12 | 8 | 40 |",
-        "| alps | uniform | 16.00 ± 1.00 | - | 0 | 0 | 0 |",
+        "| alps | uniform | 16.00 ± 1.00 | - | - | 0 | - |",
         "| alps | owl | 16.97 ± 0.12 | - | 12 | 8 | 160 |",
     ]
 
