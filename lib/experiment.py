@@ -339,9 +339,20 @@ def measure_values(
 def find_prices(
     settings: Experiment, task: Task, weights: Weights, known: Prepared, session: Session
 ) -> price.Found | None:
-    """Return what the search for ratios of equal price found, None for another allocation."""
+    """Return what the search for ratios of equal price found, None for another allocation.
+
+    What an unfinished run found is taken from its journal: a GPU may not find the same bits again.
+    """
     if settings.plan or task.wants != "price":
         return None
+    journal, key = known.journal, ""
+    if journal is not None:
+        windows = [digest(part) for part in known.windows.search]
+        key = digest([settings.identity(), windows, known.source.name, metrics.fingerprints(weights)])
+        noted = journal.noted("prices") or {}
+        if noted.get("key") == key:
+            log.info("the ratios of equal price are those that the interrupted run found")
+            return price.Found.of(noted["found"])
     start = None
     if task.start:
         values = measure_values(settings, task.first, weights, known, session)
@@ -349,7 +360,10 @@ def find_prices(
     device = next(iter(weights.visit())).device
     dtype = price.search_dtype(settings.price_dtype, device, known.dtypes.compute)
     options = price.Options(settings.price_steps, settings.price_refresh, dtype)
-    return session.once(price.search, weights, known.windows.search, task.target, start, options)
+    found = session.once(price.search, weights, known.windows.search, task.target, start, options)
+    if journal is not None:
+        journal.note("prices", {"key": key, "found": found._asdict()})
+    return found
 
 
 def priced(found: price.Found | None) -> dict:
