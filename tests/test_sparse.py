@@ -585,9 +585,9 @@ def test_generate_streams_and_compares(pruned, packed_folder):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["nowhere", "x"], "nowhere: there is no such folder"),
+        (["nowhere", "x"], "nowhere: folder not found"),
         (["{}", "x", "--tokens", "1"], "--tokens 1"),
-        (["{}", "x", "--compare", "nowhere"], "nowhere: there is no such folder"),
+        (["{}", "x", "--compare", "nowhere"], "nowhere: folder not found"),
     ],
 )
 def test_generate_bad_input(packed_folder, flags, says):
