@@ -11,9 +11,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from lib import UserError
-from lib.sparse.attention import group_attention
+from lib.sparse.fusing import LEAST_ZEROS, fuse
 from lib.sparse.kernel import Unavailable, load
-from lib.sparse.layers import LEAST_ZEROS, DenseLinear, SparseLinear
+from lib.sparse.layers import DenseLinear, SparseLinear
 from lib.sparse.packed import PADDING, Packed, kind_to_run_in, packed_files, read_file, undone
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
             model.set_submodule(name, SparseLinear(weight, columns, module.bias, kernel))
         elif type(module) is nn.Linear and kernel is not None:
             model.set_submodule(name, DenseLinear(module, kernel))
-    group_attention(model)
+    if kernel is not None:
+        fuse(model)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).eval()
