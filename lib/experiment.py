@@ -125,7 +125,10 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
         raise UserError("model", f"{settings.model}: is packed, which is for running it; unpack it first: {unpack}")
     skeleton = session.once(models.load_skeleton, source)
     layers = session.once(prunable_layers, skeleton)
-    dtypes = models.choose_dtypes(settings.dtype, skeleton)
+    if models.is_packed(source):
+        dtypes = models.packed_dtypes(source, settings.dtype)
+    else:
+        dtypes = models.choose_dtypes(settings.dtype, skeleton)
     _check_layers(settings, task, source, layers)
     if settings.save_model:
         target = model_folder(settings, task)

@@ -71,7 +71,7 @@ class Journal:
         self._identity: dict = {}
         try:
             if unmeasured and not restart and not self.folder.exists() and (target / MANIFEST).is_file():
-                target.rename(self.folder)
+                self._take_back()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
             if restart:
@@ -83,6 +83,20 @@ class Journal:
             text = f"{self.folder}: cannot be written ({error.strerror or error})"
             raise UserError("save_model", text) from error
         self._found = self._read_manifest()
+
+    def _take_back(self) -> None:
+        """Make the finished folder the folder at work again; a packed one's shards come back bit for bit."""
+        from lib import sparse
+
+        if not sparse.is_packed(self.target):
+            self.target.rename(self.folder)
+            return
+        try:
+            with new_folder(self.folder) as folder:
+                sparse.unpack_files(self.target, folder)
+        except UserError as error:
+            raise UserError("save_model", f"{error.text}; add --restart to begin again") from error
+        shutil.rmtree(self.target)
 
     @property
     def scratch(self) -> Path:

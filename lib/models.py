@@ -363,6 +363,18 @@ def is_packed(source: Source) -> bool:
     return any(Path(source.path).glob("*.packed.safetensors"))
 
 
+def packed_dtypes(source: Source, dtype: str) -> Dtypes:
+    """Return what a packed model is computed in; ``dtype``, a name of DTYPES, may not be another."""
+    from lib import sparse
+
+    kind = sparse.kind_to_run_in(Path(source.path))
+    name = str(kind).removeprefix("torch.")
+    if dtype not in ("auto", name):
+        text = f"{dtype}: {source.given} is packed and runs in {name}; leave --dtype out, or unpack it for another"
+        raise UserError("dtype", text)
+    return Dtypes(kind, kind)
+
+
 def load_packed(source: Source) -> PreTrainedModel:
     """Return the model of a packed folder, for inference on the CPU."""
     from lib import sparse

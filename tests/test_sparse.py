@@ -73,7 +73,7 @@ def test_products_are_those_of_float64(level, kind, threads):
             bias = torch.randn(rows, generator=torch.Generator().manual_seed(9)).to(kind)
             layers = SparseLinear.from_linear(linear(weight), library), DenseLinear(linear(weight), library)
             biased = SparseLinear.from_linear(linear(weight, bias), library), DenseLinear(linear(weight, bias), library)
-            for tokens in range(1, 17):
+            for tokens in (*range(1, 10), 16):  # every one that the kernel has, and more
                 x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(kind)
                 expected = x.double() @ weight.double().T
                 size = x.double().abs() @ weight.double().abs().T
@@ -585,9 +585,9 @@ def test_generate_streams_and_compares(pruned, packed_folder):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["nowhere", "x"], "nowhere: there is no such folder"),
+        (["nowhere", "x"], "nowhere: folder not found"),
         (["{}", "x", "--tokens", "1"], "--tokens 1"),
-        (["{}", "x", "--compare", "nowhere"], "nowhere: there is no such folder"),
+        (["{}", "x", "--compare", "nowhere"], "nowhere: folder not found"),
     ],
 )
 def test_generate_bad_input(packed_folder, flags, says):

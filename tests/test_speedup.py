@@ -190,12 +190,12 @@ def test_export_that_goes_wrong_leaves_nothing(folders, tmp_path, tiny_text, mon
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("nowhere", "nowhere: there is no such folder"),
-        ("owner/name", "owner/name: there is no such folder; fetch it first: hf download"),
+        ("nowhere", "nowhere: folder not found"),
+        ("owner/name", "owner/name: folder not found; fetch it first: hf download"),
         ("{half} --sequence_length 1", "--sequence_length 1: must be at least 2"),
         ("{half} --sequence_length 129", "at most the model's context, 128"),
-        ("{half} --text nothing.txt", "--text nothing.txt: there is no such file"),
-        ("{half} --out {most}", "is there already and holds something else"),
+        ("{half} --text nothing.txt", "--text nothing.txt: file not found"),
+        ("{half} --out {most}", "already exists and holds something else"),
     ],
 )
 def test_export_bad_input(folders, tiny_text, capsys, flags, says):
@@ -232,8 +232,8 @@ def test_damaged_packed_file_is_refused(folders, tmp_path, capsys):
     ("flags", "says"),
     [
         ("{dense} --out new", "is not sparse, 0.0000% of its block weights are zero"),
-        ("nowhere --out new", "nowhere: there is no such folder"),
-        ("{most} --out {half}", "is there already and holds something else"),
+        ("nowhere --out new", "nowhere: folder not found"),
+        ("{most} --out {half}", "already exists and holds something else"),
         ("{most} --unpack --out new", "holds no *.packed.safetensors"),
         ("{most} --unpack --format 2of4 --out new", "--unpack with --format 2of4"),
         ("{most} --format 2of4 --out new", "needs a CUDA device and this machine has none"),
@@ -437,13 +437,13 @@ def swap(folders) -> None:
 # What is done to the folders, the flags, and what is said.
 SPOILED = {
     "another length": (lambda f: None, "--sequence_length 12", "was exported for 24 and would run that whatever"),
-    "not exported": (lambda f: shutil.rmtree(f.most / "deployment"), "", "there is no such file; type: python scripts"),
+    "not exported": (lambda f: shutil.rmtree(f.most / "deployment"), "", "file not found; type: python scripts"),
     "opset": (lambda f: rewrite(graph(f.most, "decode"), newer_opset), "", "decode.onnx: has ONNX IR 7 and opset 17"),
     "IR": (lambda f: rewrite(graph(f.dense), newer_ir), "", "model.onnx: has ONNX IR 11 and opset 14; IR 9 at most"),
     "no ONNX": (lambda f: graph(f.most).write_bytes(b"\x0anothing"), "", "cannot be read as ONNX"),
     "pruned again": (lambda f: prune(f.most, 0.9), "", "is of other weights than the model's"),
     "not pruned": (lambda f: prune(f.most, 0.03), "", "is not sparse, 3."),
-    "no model": (lambda f: shutil.rmtree(f.most), "", "most: there is no such folder"),
+    "no model": (lambda f: shutil.rmtree(f.most), "", "most: folder not found"),
     "cut off": (lambda f: (f.most / "model.safetensors").write_bytes(b"123"), "", "its weights cannot be read"),
     "swapped": (swap, "", "the dense model comes first"),
     "cores": (lambda f: None, "--cores 4096", "physical cores"),
@@ -509,10 +509,10 @@ def test_pipeline_without_dense_fills_the_zeros(copied, tmp_path, tiny_text, cap
     ("flags", "says"),
     [
         ("{dense}", "is not sparse, 0.0000% of its block weights are zero; add --sparsity"),
-        ("nowhere", "nowhere: there is no such folder"),
-        ("{half} --dense nowhere", "nowhere: there is no such folder"),
+        ("nowhere", "nowhere: folder not found"),
+        ("{half} --dense nowhere", "nowhere: folder not found"),
         ("{half} --sparsity 1.5", "--sparsity 1.5: must be at least 0.05 and below 1"),
-        ("{half} {most} --sparsity 0.5", "--sparsity: prunes one dense MODEL"),
+        ("{half} {most} --sparsity 0.5", "--sparsity prunes one dense MODEL"),
         ("{most} --dense {half}/../most", "the dense model comes first"),
     ],
 )
