@@ -109,6 +109,9 @@ def _compute(func, args: tuple, kwargs: dict) -> object:
     if ours and packet not in _MOVES:
         _refuse_mix(packet, args, tensors)
     device = kwargs.get("device")
+    if ours and packet is aten._to_copy and torch._C._current_autograd_node() is not None:
+        # The backward of a change of dtype is asked for in C++, which takes the gradient's device for the CPU.
+        device = CUDA
     if device is not None:
         on_cuda = torch.device(device).type == "cuda"
     else:
