@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 PROPAGATE = ("dense", "pruned")
 HIDDEN_STATES = ("auto", "gpu", "cpu", "disk")
+CALIB_DTYPES = ("bfloat16",)
 STRIP, GPU_STRIP = 192, 1024  # rows of a Hessian that are added at a time: a product each
 
 
@@ -30,13 +31,15 @@ class BlockInputs(NamedTuple):
     ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
     ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
     sample. No live cache is among them. ``samples`` is what statistics are divided by, None for the number of tokens.
-    ``tuples`` takes the indices of the blocks that return their hidden states in a tuple.
+    ``tuples`` takes the indices of the blocks that return their hidden states in a tuple. ``dtype`` is that of the
+    products in a block, None for the block's own; what passes from layer to layer is as precise as it was.
     """
 
     hidden: Tensor | list[Tensor]
     arguments: list[tuple[tuple, dict]]
     samples: int | None
     tuples: set[int] | None = None
+    dtype: torch.dtype | None = None
 
 
 class InputStatistic(NamedTuple):
@@ -123,13 +126,16 @@ def _in_place_of_blocks(weights: Weights, act: Callable[..., Tensor]) -> Iterato
                 blocks[i] = block
 
 
-def enter_blocks(weights: Weights, windows: Tensor, place: str = "auto") -> BlockInputs:
+def enter_blocks(
+    weights: Weights, windows: Tensor, place: str = "auto", dtype: torch.dtype | None = None
+) -> BlockInputs:
     """Return what enters the blocks for ``windows`` [samples, tokens] of token ids.
 
     The embedding and whatever else comes before the blocks are the model's own; stubs stand in the blocks' places.
 
     Args:
         place: a name of HIDDEN_STATES, where the hidden states are kept.
+        dtype: of the products in the blocks that they will go through (``BlockInputs``).
 
     Raises:
         UserError: the model gives its blocks something that depends on the text, such as a mask of padding.
@@ -156,7 +162,7 @@ def enter_blocks(weights: Weights, windows: Tensor, place: str = "auto") -> Bloc
                 text = "what its blocks are given depends on the text; not supported"
                 raise UserError(None, f"{type(weights.model).__name__}: {text}")
             hidden[sample] = entering[0]
-    return BlockInputs(hidden, arguments, len(hidden), set())
+    return BlockInputs(hidden, arguments, len(hidden), set(), dtype)
 
 
 @contextmanager
@@ -257,13 +263,37 @@ def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
 
     arguments = send_to_device(inputs.arguments[block.index], block.device)
     hidden = inputs.hidden if isinstance(inputs.hidden, list) else inputs.hidden.unsqueeze(1)  # views, one sample each
-    for i in range(len(hidden)):
-        with torch.no_grad(), nullcontext() if keep else suppress(_Caught):
-            out = run_block(block.module, hidden[i].to(block.device), arguments)
-            out = hidden_of(out, block.index, inputs.tuples)
-            if keep:
-                hidden[i] = out.to(hidden[i].device)
+    with _cast(block, inputs.dtype):
+        for i in range(len(hidden)):
+            with torch.no_grad(), _autocast(block, inputs.dtype), nullcontext() if keep else suppress(_Caught):
+                out = run_block(block.module, hidden[i].to(block.device), arguments)
+                out = hidden_of(out, block.index, inputs.tuples)
+                if keep:
+                    hidden[i] = out.to(hidden[i].device)
+            yield
+
+
+@contextmanager
+def _cast(block: Block, dtype: torch.dtype | None) -> Iterator[None]:
+    """Let copies of the weights in ``dtype`` stand in their places; autocast would cast them for each sample."""
+    own = {} if dtype is None else {linear: linear.weight for linear in block.linears.values()}
+    try:
+        for linear, weight in own.items():
+            linear._parameters["weight"] = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
         yield
+    finally:
+        for linear, weight in own.items():
+            linear._parameters["weight"] = weight
+
+
+def _autocast(block: Block, dtype: torch.dtype | None) -> AbstractContextManager:
+    return nullcontext() if dtype is None else torch.autocast(block.device.type, dtype)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether ``device`` is a CPU with instructions for products of bfloat16."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack it: then it is not known
+    return device.type == "cpu" and bool(able.get("amx_bf16") or able.get("avx512_bf16"))
 
 
 def advance(block: Block, inputs: BlockInputs) -> None:
@@ -291,7 +321,8 @@ class _Totals:
         def see(module: nn.Module, args: tuple) -> None:
             (x,) = args
             self.calls += 1
-            self.take(name, module, x)
+            with torch.autocast(x.device.type, enabled=False):  # sums stay in float32
+                self.take(name, module, x)
             if self.stop and self.calls == self.enough:
                 raise _Caught
 

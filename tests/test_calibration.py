@@ -174,6 +174,36 @@ def test_a_layer_that_is_called_again_is_waited_for():
     torch.testing.assert_close(found[0]["one"], once + again, rtol=1e-5, atol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_products_in_bfloat16(statistic, keep, tiny_model, tiny_windows):
+    weights = weights_of(tiny_model)
+    block = next(iter(weights.visit()))
+    before = {name: linear.weight for name, linear in block.linears.items()}
+    seen = {name: set() for name in before}
+    for name, linear in block.linears.items():
+        linear.register_forward_hook(
+            lambda module, args, out, name=name: seen[name].add((module.weight.dtype, out.dtype))
+        )
+    exact = enter_blocks(weights, tiny_windows)
+    rough = enter_blocks(weights, tiny_windows, dtype=torch.bfloat16)
+    found = by_layer(input_statistics(block.linears, statistic, 7, passes(block, rough, keep)))
+    assert all(kinds == {(torch.bfloat16, torch.bfloat16)} for kinds in seen.values())
+    wanted = by_layer(input_statistics(block.linears, statistic, 7, passes(block, exact, keep)))
+    assert all(linear.weight is before[name] for name, linear in block.linears.items())
+    assert rough.hidden.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    first = [name for name in wanted if name.endswith("q_proj")][0]
+    assert torch.equal(found[first], wanted[first])  # nothing was multiplied before it
+    for name, value in wanted.items():
+        assert found[name].dtype == torch.float32
+        # A bfloat16 has 8 bits; a layer's input is made by one or two products, and a square doubles the error.
+        torch.testing.assert_close(found[name], value, rtol=0, atol=8 * 2**-8 * value.abs().max().item())
+        assert name == first or name.split(".")[-1] in ("k_proj", "v_proj") or not torch.equal(found[name], value)
+    torch.testing.assert_close(rough.hidden, exact.hidden, rtol=0, atol=8 * 2**-8 * exact.hidden.abs().max().item())
+    assert torch.equal(rough.hidden, exact.hidden) != keep
+
+
 def test_statistics_refuse_a_layer_that_is_not_reached():
     a, b = nn.Linear(3, 3), nn.Linear(3, 3)
 
