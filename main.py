@@ -76,7 +76,8 @@ def work(
             experiment.begin_journal(settings, weights, known, plan)
             inputs = None
             if task.pruner.statistic:
-                inputs = calibration.enter_blocks(weights, known.windows.calibration, settings.hidden_states)
+                given = (known.windows.calibration, settings.hidden_states, known.calib_dtype)
+                inputs = calibration.enter_blocks(weights, *given)
             record.rows = prune.walk(weights, plan, task.pruner, inputs, values, settings.statistics, known.journal)
 
     record.content["sparsity"] = weights.sparsity()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tqdm import tqdm
 
 from lib import UserError, first_line
+from lib.allocator import keep_freed_memory
 from lib.blocks import Weights
 from lib.calibration import advance, enter_blocks, entry_device, leave_blocks
 from lib.lazy import torch
@@ -58,6 +59,7 @@ def perplexity_by_blocks(weights: Weights, windows: Tensor) -> float:
 
 def _perplexity(every: Iterable[Tensor], windows: Tensor, dtype: torch.dtype) -> float:
     """Return the perplexity that the logits [seqlen, vocabulary] of each window have."""
+    keep_freed_memory()
     losses = []
     cross_entropy = torch.nn.functional.cross_entropy
     bar = tqdm(zip(every, windows, strict=True), total=len(windows), desc="perplexity", unit="window", disable=None)

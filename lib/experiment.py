@@ -58,6 +58,7 @@ class Prepared(NamedTuple):
     skeleton: PreTrainedModel
     layers: tuple[Layer, ...]
     dtypes: models.Dtypes
+    calib_dtype: torch.dtype | None  # of the products of calibration's passes, None for the model's own
     tokenizer: PreTrainedTokenizerBase
     seqlen: int
     windows: Windows
@@ -130,6 +131,7 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     else:
         dtypes = models.choose_dtypes(settings.dtype, skeleton)
     _check_layers(settings, task, source, layers)
+    calib_dtype = _calib_dtype(settings, dtypes)
     if settings.save_model:
         target = model_folder(settings, task)
         have = sum(path.stat().st_size for path in partial_folder(target).glob("*.safetensors"))
@@ -144,8 +146,22 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     tasks = questions(settings, session)
     journal = _open_journal(settings, task)  # last: what is refused above leaves no trace
     return Prepared(
-        source, skeleton, layers, dtypes, tokenizer, seqlen, windows, tasks, reserve, streamed, journal
+        source, skeleton, layers, dtypes, calib_dtype, tokenizer, seqlen, windows, tasks, reserve, streamed, journal
     )
+
+
+def _calib_dtype(settings: Experiment, dtypes: models.Dtypes) -> torch.dtype | None:
+    """Return the dtype of the products of calibration's passes, None for the model's own."""
+    if settings.calib_dtype is None:
+        return None
+    if dtypes.compute != torch.float32:
+        own = str(dtypes.compute).removeprefix("torch.")
+        text = f"the model is computed in {own}, which is as fast; leave it out, or use --dtype float32"
+        raise UserError("calib_dtype", f"{settings.calib_dtype}: {text}")
+    if not torch.cuda.is_available() and not calibration.multiplies_bfloat16(torch.device("cpu")):
+        text = "--calib_dtype %s: this CPU has no instructions for it, so that it is slower than float32"
+        log.warning(text, settings.calib_dtype)
+    return getattr(torch, settings.calib_dtype)
 
 
 def _streamed_folder(settings: Experiment, task: Task, source: models.Source, fits: bool) -> Path | None:

@@ -20,6 +20,7 @@ from lib.calibration import (
     enter_blocks,
     hidden_of,
     input_statistics,
+    multiplies_bfloat16,
     passes,
     run_block,
 )
@@ -434,9 +435,7 @@ def search_dtype(asked: str, device: torch.device, own: torch.dtype) -> torch.dt
     if asked != "auto":
         dtype = getattr(torch, asked)
         return None if dtype == own else dtype
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack it: then in the model's own
-    fast = device.type == "cpu" and (able.get("amx_bf16") or able.get("avx512_bf16"))
-    return torch.bfloat16 if fast and own == torch.float32 else None
+    return torch.bfloat16 if multiplies_bfloat16(device) and own == torch.float32 else None
 
 
 def _best(kls: Mapping[str, float]) -> str:

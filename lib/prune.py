@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lib import UserError, flag_name, stream
 from lib.allocation import SparsityPlan
+from lib.allocator import keep_freed_memory
 from lib.blocks import Block, Weights, check_finite
 from lib.calibration import BlockInputs, advance, input_statistics, passes
 from lib.journal import Journal
@@ -50,6 +51,7 @@ def walk(
     Raises:
         UserError: statistics or weights that are not finite, or a Hessian that cannot be factorised; names the layer.
     """
+    keep_freed_memory()
     report = []
     last = max(layer.block for layer in weights.layers)
     with torch.no_grad(), tqdm(total=last + 1, desc="pruning", unit="block", disable=None) as bar:
@@ -114,7 +116,7 @@ def _prepared(
             yield list(block.linears), None
         return
     steps = passes(block, inputs, keep) if block.linears else ()
-    statistics = input_statistics(block.linears, pruner.statistic, inputs.samples, steps)
+    statistics = input_statistics(block.linears, pruner.statistic, inputs.samples, steps, stop=not keep)
     while statistics:
         names, value = statistics.pop(0)  # each Hessian is freed before the next one is factorised
         with _named(names[0]):

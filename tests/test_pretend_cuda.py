@@ -298,6 +298,7 @@ OTHER_RUNS = {
     "refit of Wanda": "--prune_method wanda --sparsity_type 2:4 --refit 3",
     "more iterations": "--prune_method alps --sparsity_ratio 0.5 --pruner_iterations 20 --refit 0",
     "dense statistics": "--prune_method wanda --sparsity_ratio 0.5 --statistics dense",
+    "bfloat16 passes, float32": "--prune_method sparsegpt --sparsity_ratio 0.5 --calib_dtype bfloat16 --dtype float32",
     "hidden states on the CPU": "--prune_method sparsegpt --sparsity_ratio 0.5 --hidden_states cpu",
     "hidden states on disk": "--prune_method wanda_owl --sparsity_ratio 0.5 --hidden_states disk",
     "streamed": "--prune_method sparsegpt_ww --sparsity_ratio 0.5 --stream always --save_model kept",

@@ -138,6 +138,7 @@ def only_line(capsys) -> str:
         ("--epsilon 0.1", "--epsilon was 0.2 and is 0.1 now"),
         ("--seed 1", "--seed was 0 and is 1 now"),
         ("--statistics dense", "--statistics was pruned and is dense now"),
+        ("--calib_dtype bfloat16", "--calib_dtype was None and is bfloat16 now"),
         ("--damping 0.02", "--damping was None and is 0.02 now"),
         ("--calib_data other.txt", "--calib_data was text.txt and is other.txt now"),
         ("--dtype bfloat16", "--dtype was auto and is bfloat16 now"),
