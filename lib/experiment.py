@@ -516,5 +516,6 @@ def described(settings: Experiment, task: Task, known: Prepared) -> dict:
         "epsilon": settings.epsilon if task.allocation == "ww" else None,
         "epsilon_search": [],
         "saved_model": None,
+        "processes": processes.count(),
         "flags": settings.flags(),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -219,7 +220,8 @@ def _collective() -> Iterator[None]:
 
 
 def _lost(error: RuntimeError) -> NoReturn:
-    text = f"another of the {started()} processes has ended ({first_line(error)}); the same command starts again"
+    reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]  # gloo begins with its source file
+    text = f"another of the {started()} processes has ended ({reason}); the same command starts again"
     raise UserError(None, f"{text}, and with {flag_name('save_model')} it resumes after the last block") from error
 
 
