@@ -254,6 +254,7 @@ def answer(
         return 2
     except KeyboardInterrupt as error:
         if speaks():
+            tells()
             print(f"\n{prog}: interrupted; {str(error) or resume}", file=sys.stderr)
         return 130
     except Exception as error:
