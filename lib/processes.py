@@ -167,7 +167,7 @@ def broadcast(tensor: Tensor, owner: int) -> None:
     data = tensor.contiguous()
     with _collective():
         torch.distributed.broadcast(data.view(-1).view(torch.uint8), owner)  # bytes: not every backend knows all dtypes
-    if data.data_ptr() != tensor.data_ptr():
+    if data is not tensor:
         tensor.copy_(data)
 
 

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, saved_tensors
+from pretend_cuda import CUDA, CudaTensor, pretend_cuda
 from test_resume import hashes
 
 import main
@@ -112,6 +115,8 @@ def fork(flags: str, count: int, before: Callable[[int], object] = lambda rank: 
                 logging.getLogger().handlers.clear()  # pytest's: main.py then sets up its own
                 before(rank)
                 status = main.main(flags.split())
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stderr.flush()
                 os._exit(status)
@@ -221,6 +226,37 @@ def test_sparsegpt_is_solved_by_owners(place):
     assert different(one[1], two[1]) <= 1e-3  # measured: 0
     solved = noted("_prune_layers")
     assert len(solved[0] + solved[1]) == len(set(solved[0] + solved[1])) == 12 and min(map(len, solved)) >= 3
+
+
+forever = ExitStack()
+
+
+def on_pretend_cuda(rank: int) -> None:
+    """Let a process have a pretend CUDA device, and refuse to reduce or send what is not on it, as NCCL does."""
+    forever.enter_context(pretend_cuda())
+    for name in ("all_reduce", "broadcast"):
+
+        def act(tensor: torch.Tensor, *rest, real=getattr(torch.distributed, name)) -> None:
+            assert isinstance(tensor, CudaTensor), "no backend type associated with device type cpu"
+            real(tensor.held, *rest)
+
+        setattr(torch.distributed, name, act)
+
+    def join() -> None:
+        torch.distributed.init_process_group("gloo")
+        about = {"device": CUDA, "destroy_process_group": torch.distributed.destroy_process_group}
+        processes._state = SimpleNamespace(num_processes=2, process_index=rank, **about)
+
+    processes.join = join
+
+
+@pytest.mark.parametrize("more", ["sparsegpt_owl --stream always", "wanda_ww"])
+def test_on_pretend_gpus(more, place):
+    flags = f"--prune_method {more} --dtype float32"
+    one, two = outcome(place, flags, 1), outcome(place, flags, 2, on_pretend_cuda)
+    assert two[0]["stages"]["prune"]["peak_cuda_mb"] is not None
+    assert different(one[1], two[1]) <= 1e-3
+    assert two[0]["perplexity"] == pytest.approx(one[0]["perplexity"], rel=1e-2)
 
 
 def test_zero_shot_questions_are_shared_by_lm_eval(place):
