@@ -252,7 +252,7 @@ def _reserve(
 ) -> int:
     task = settings.task()
     hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
-    calibrated = settings.nsamples if wants_calibration(task) else 0
+    calibrated = -(-settings.nsamples // processes.count()) if wants_calibration(task) else 0
     least = session.once(models.working_set, skeleton, dtypes.compute, hessians, calibrated, seqlen)
     if task.wants != "price":
         return least

@@ -22,7 +22,7 @@ from pretend_cuda import CUDA, CudaTensor, pretend_cuda
 from test_resume import hashes
 
 import main
-from lib import UserError, calibration, metrics, models, processes, prune
+from lib import UserError, calibration, metrics, models, processes, prune, stream
 
 LIMIT = 120  # seconds after which a process that waits for another in vain is ended
 
@@ -370,6 +370,14 @@ def test_one_that_dies_ends_all_and_the_run_resumes(rank, room, name, at, place,
 def test_what_all_find_is_told_once(place):
     statuses, said = fork(f"{place} --prune_method wanda --sparsity_ratio 0.5 --nsamples 1", 2)
     assert statuses == [2, 2] and lines(said) == ["--nsamples 1: 2 processes share them"]
+
+
+def test_where_the_first_cannot_write_all_measure_on(place):
+    full = only(0, stream, "write_shard", refuse, 2)
+    statuses, said = fork(f"{place} --prune_method wanda --sparsity_ratio 0.5 --save_model kept", 2, full)
+    assert statuses == [2, 2] and lines(said) == ["layer 3: something is wrong with it"]
+    record = json.loads(Path("results/run_wanda_sparsity_0.5.json").read_text())
+    assert record["perplexity"] > 1 and record["complete"] is False and record["saved_model"] is None
 
 
 @pytest.mark.parametrize(("rank", "act", "status"), [(0, refuse, 2), (1, refuse, 2), (0, interrupt, 130)])
