@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lib import UserError, flag_name, processes, stream
 from lib.allocation import SparsityPlan
 from lib.allocator import keep_freed_memory
-from lib.blocks import Block, Weights, check_finite
+from lib.blocks import Block, Weights, check_finite, is_finite
 from lib.calibration import BlockInputs, advance, input_statistics, passes
 from lib.journal import Journal
 from lib.lazy import torch
@@ -156,7 +156,7 @@ def _prune_layers(
     for name, weight in pruner.prune_all(weights, prepared, plan.ratios, nm) if weights else ():
         if stored is not None:
             weight = weight.to(stored)
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight):
             text = f"{name}: its pruned weights are not finite; try --dtype bfloat16 or --dtype float32"
             raise UserError(None, text)
         linears[name].weight.data.copy_(weight.view_as(linears[name].weight))

@@ -78,12 +78,16 @@ PARSER = make_parser(
 
 
 class Cost(NamedTuple):
-    """CPU ``seconds`` of a prune stage, those of its parts, its peak memory, and the zeros, packed, that it left."""
+    """CPU ``seconds`` of a prune stage, those of its parts, its peak memory, and a file of the ``zeros`` that it left.
+
+    They are bits, of which the ``first`` ones are the first block's.
+    """
 
     seconds: float
     parts: dict[str, float]
     peak_mb: int
     zeros: str
+    first: int
 
 
 # --------------------------------------------------------------------------------------------- in a separate process
@@ -183,7 +187,8 @@ WAYS = {"ours": ours, "plain": plain}
 def cost(way: str, model: str, name: str, settings: Benchmark, folder: str) -> Cost:
     """Prune ``model`` and return what it cost; the zeros it left are written to ``folder``."""
     torch.set_num_threads(settings.threads)
-    sys.modules["torchvision"] = None  # not a requirement of main.py: where it is installed, it takes 160 MB
+    for name in ("torchvision", "triton"):  # not required on a CPU, and imported where they are there: 80 MB each
+        sys.modules[name] = None
     loaded, windows = load(model, settings)
     record = Record(Path(folder), way)
     with record.stage("prune"), torch.no_grad():
@@ -193,9 +198,11 @@ def cost(way: str, model: str, name: str, settings: Benchmark, folder: str) -> C
             WAYS[way](loaded, windows, name, settings.sparsity_ratio, clock)
         seconds = time.process_time() - start
     path = Path(folder) / f"{way}.npy"
-    masks = weights_of(loaded).map(lambda _, weight: (weight == 0).flatten().numpy())
+    weights = weights_of(loaded)
+    masks = weights.map(lambda _, weight: (weight == 0).flatten().numpy())
     numpy.save(path, numpy.packbits(numpy.concatenate([*masks.values()])))
-    return Cost(seconds, dict(clock.seconds), record.stages["prune"]["peak_rss_mb"], str(path))
+    first = sum(layer.size for layer in weights.layers if layer.block == 0)
+    return Cost(seconds, dict(clock.seconds), record.stages["prune"]["peak_rss_mb"], str(path), first)
 
 
 # ------------------------------------------------------------------------------------------------------ the benchmark
@@ -214,14 +221,15 @@ def measure(model: str, name: str, settings: Benchmark) -> dict:
         for _ in range(settings.rounds):
             for way, costs in found.items():
                 costs.append(separately(cost, way, model, name, settings, folder))
-        zeros = [numpy.load(costs[0].zeros) for costs in found.values()]
+        zeros = [numpy.unpackbits(numpy.load(costs[0].zeros)) for costs in found.values()]
     row: dict = {"model": model, "pruner": name}
     for way, costs in found.items():
         best = min(costs, key=lambda cost: cost.seconds)
         row[way] = {"seconds": best.seconds, "parts": best.parts, "peak_mb": max(cost.peak_mb for cost in costs)}
     if len(zeros) > 1:
         row["ratio"] = row["plain"]["seconds"] / row["ours"]["seconds"]
-        row["agree"] = 1 - numpy.unpackbits(zeros[0] ^ zeros[1]).mean().item()
+        same = zeros[0] == zeros[1]
+        row |= {"agree": same.mean().item(), "agree_in_first_block": same[: best.first].mean().item()}
     return row
 
 
@@ -300,8 +308,9 @@ def show(console: Console, rows: Sequence[Mapping], title: str) -> None:
     tables.show(console, title, headings, [line for row in rows for line in cells(row)])
     for row in rows:
         if "agree" in row:
-            text = f"{row['pruner']}: {100 * row['agree']:.3f} % of the weights are zero in both or in neither"
-            tables.line(console, text)
+            first, every = (f"{100 * row[key]:.3f} %" for key in ("agree_in_first_block", "agree"))
+            text = f"zero in both or in neither: {first} of the first block's weights, {every} of all"
+            tables.line(console, f"{row['pruner']}: {text}")
 
 
 def run(settings: Benchmark) -> None:

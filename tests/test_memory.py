@@ -84,18 +84,22 @@ def test_statistics_factor_and_solve_hold_three_matrices_at_most(nm, dtype):
 
 @pytest.mark.parametrize("size", [1, 2, 37, 128, 300])
 @pytest.mark.parametrize("seed", range(3))
-def test_factor_has_the_bits_of_the_plain_formulation(size, seed):
+def test_factor_is_as_near_as_the_plain_formulation(size, seed):
     x = inputs(size, seed)
     x[:, size // 2] = 0
     statistic = symmetric(hessian(x, None))
     assert torch.equal(statistic, statistic.T)
-    damped = statistic.clone()
+    damped = statistic.double()
     damped[size // 2, size // 2] = 1
     damped += torch.diag(0.01 * damped.diagonal().mean().expand(size))
-    lower = torch.linalg.cholesky(damped.flip(0, 1))
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(size), upper=True)
+    exact = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    lower = torch.linalg.cholesky(damped.float().flip(0, 1))
+    plain = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(size), upper=True)
     found = inverse_factor(statistic)
-    assert torch.equal(found.upper, upper) and found.dead.nonzero().tolist() == [[size // 2]]
+    assert found.dead.nonzero().tolist() == [[size // 2]] and torch.equal(found.upper, found.upper.triu())
+    largest = exact.abs().max()
+    errors = [((upper.double() - exact).abs().max() / largest).item() for upper in (found.upper, plain)]
+    assert errors[0] <= 4 * errors[1] + 1e-6  # a few roundings, where the plain one happens to be exact
 
 
 @pytest.mark.parametrize("size", [255, 256, 257, 700])
