@@ -19,6 +19,7 @@ from lib import UserError, files, first_line
 from lib.command import check_values, command, flag, make_parser
 from lib.experiment import Session
 from lib.lazy import torch
+from lib.pruners import DAMPED, ITERATED, VARIANTS
 from lib.record import is_complete, read_run
 from lib.registry import check_name
 from lib.settings import METHODS, Experiment
@@ -26,10 +27,12 @@ from lib.tables import spread_of
 
 log = logging.getLogger("main")
 
+# Flags that do nothing with other pruners than these.
+FOR_PRUNERS = {"pruner_iterations": ITERATED, "damping": DAMPED, "use_variant": VARIANTS}
 RESUME = "the same command resumes"
 REST = (
-    "All other flags are main.py's; one for certain methods only (--owl_m, --save_model ...) is not given to others. "
-    "A setting whose run file is complete, with the same flags, is skipped."
+    "All other flags are main.py's; one for certain methods only (--owl_m, --damping, --save_model ...) is not given "
+    "to others. A setting whose run file is complete, with the same flags, is skipped."
 )
 
 
@@ -82,7 +85,7 @@ class Several(Experiment):
         values = {}
         for _, item, _ in Experiment.declared():
             # What no method understands reaches main.py's check, which refuses it.
-            kept = _understands(method, item) or not any(_understands(other, item) for other in self.methods())
+            kept = self._understands(method, item) or not any(self._understands(m, item) for m in self.methods())
             if kept and item.name in self.given and item.name not in self._lists:
                 values[item.name] = getattr(self, item.name)
         seed = self.seed if seed is None else seed
@@ -96,12 +99,15 @@ class Several(Experiment):
         made.check()
         return made
 
-
-def _understands(method: str | None, item: Field) -> bool:
-    only = item.metadata.get("only")
-    if method is None and item.metadata.get("prunes"):
-        return False
-    return only is None or only == (method or "").partition("_")[2]
+    def _understands(self, method: str | None, item: Field) -> bool:
+        if method is None and item.metadata.get("prunes"):
+            return False
+        pruner, _, suffix = (method or "").partition("_")
+        refitted = item.name == "damping" and self.refit  # it is for whatever pruner is refitted then
+        if item.name in FOR_PRUNERS and pruner not in FOR_PRUNERS[item.name] and not refitted:
+            return False
+        only = item.metadata.get("only")
+        return only is None or only == suffix
 
 
 def words(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from conftest import ROOT, settings
 import main
 
 TOP = (
-    "main.py lib scripts data lora_ft image_classifiers INSTALL.md README.md LICENSE requirements.txt tests .ci "
+    "main.py lib scripts data lora_ft image_classifiers INSTALL.md README.md LICENSE requirements.txt tests docs .ci "
     "pyproject.toml .gitignore"
 )
 

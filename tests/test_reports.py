@@ -17,6 +17,8 @@ import compare_allocations
 import esd_report
 
 import main
+from lib.command import parse
+from lib.settings import Experiment
 from lib.tables import spread_of
 
 
@@ -155,6 +157,26 @@ def test_comparisons_table_by_pencil():
         "| alps | uniform | 16.00 ± 1.00 | - | - | 0 | - |",
         "| alps | owl | 16.97 ± 0.12 | - | 12 | 8 | 160 |",
     ]
+
+
+def test_the_documented_results_are_the_measured_ones():
+    content = json.loads((ROOT / "data/smollm2_results.json").read_text())
+    keys, settings, records = [], [], []
+    for run in content["runs"]:
+        setting = parse(Experiment, run["command"].split()[2:], main.PARSER)
+        pruner, _, suffix = run["method"].partition("_")
+        epsilon = f" epsilon {setting.epsilon}" if suffix == "ww" else ""
+        keys.append(compare_allocations.Key(pruner, (suffix or "uniform") + epsilon))
+        settings.append(setting)
+        records.append(run | {"device": content["device"]})
+        assert (setting.prune_method, setting.sparsity_ratio) == (run["method"], run["target_sparsity"])
+    rows = compare_allocations.rows_of(keys, settings, records)
+    sparsities = sorted({run["target_sparsity"] for run in content["runs"]})
+    page = (ROOT / "docs/results.md").read_text()
+    assert compare_allocations.table(rows, sparsities) in page
+    assert content["command"].replace(" ", "") in page.replace("\\\n", "").replace(" ", "")
+    commits = {run["git_commit"][:12] for run in content["runs"]}
+    assert all(commit in page for commit in commits) and f"dense {content['dense']:.2f}" in page
 
 
 def test_a_cell_without_a_rival_or_without_noise_stands_out_from_nothing():

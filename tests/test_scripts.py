@@ -497,9 +497,28 @@ def test_a_sweeps_lists_become_settings():
     assert parse(Experiment, [*alone.split(), "--save_model", "out"], main.PARSER).flags() == runs[1].flags()
 
 
+def test_a_pruners_flag_goes_to_that_pruner():
+    flags = ["--model", "m", "--methods", "wanda,sparsegpt,alps_owl", "--sparsities", "0.5"]
+    runs = planned(*flags, "--pruner_iterations", "30", "--damping", "0.2", "--use_variant")
+    assert [run.pruner_iterations for run in runs] == [None, None, 30]
+    assert [run.damping for run in runs] == [None, 0.2, 0.2]
+    assert [run.use_variant for run in runs] == [True, False, False]
+    assert [run.damping for run in planned(*flags, "--damping", "0.2", "--refit", "5")] == [0.2] * 3
+
+
+def test_seeds_of_a_sweep_have_folders():
+    runs = planned("--model", "m", "--save", "s", "--methods", "dense,wanda", "--sparsities", "0.5", "--seeds", "2")
+    assert [(run.prune_method, run.seed, run.save) for run in runs] == [
+        (None, 0, "s"), ("wanda", 0, "s"), ("wanda", 1, "s/seed_1")
+    ]  # fmt: skip
+    alone = planned("--model", "m", "--save", "s", "--methods", "wanda", "--sparsities", "0.5", "--seed", "1")
+    assert [(run.seed, run.save) for run in alone] == [(1, "s")], "of one seed the folder is the one that is asked for"
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        ("--methods wanda --sparsities 0.5 --pruner_iterations 30", "--pruner_iterations does nothing with wanda"),
         ("--methods wanda_ww --epsilons magnitude_ww=0.1", "holds none for wanda_ww"),
         ("--epsilons wanda=0.1", "Did you mean 'wanda_ww'"),
         ("--epsilons wanda_ww=x", "'x' is not a number"),
