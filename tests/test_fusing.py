@@ -1,4 +1,4 @@
-"""Fused calls: layers of one input against each by itself, norms against transformers', and how many calls there are."""
+"""Fused calls: layers of one input against each by itself, norms against transformers', and calls for a token."""
 
 import copy
 import threading
