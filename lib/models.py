@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, first_line, stream
+from lib import UserError, first_line, processes, stream
 from lib.files import new_folder
 from lib.hub import check_hub
 from lib.layers import SUPPORTED, architecture, check_support, find_blocks, linear_modules
@@ -226,11 +226,14 @@ def load_llm(
 
 
 def free_memory(reserve: int) -> dict[int | str, int]:
-    """Return how many bytes of weights each GPU, and the CPU, may hold."""
+    """Return how many bytes of weights each GPU, and the CPU, may hold; one of several processes: its GPU or share."""
     import psutil
 
+    own = processes.device()
+    if own is not None:
+        return {own.index: max(0, torch.cuda.mem_get_info(own)[0] - reserve)}
     gpus = {i: max(0, torch.cuda.mem_get_info(i)[0] - reserve) for i in range(torch.cuda.device_count())}
-    return gpus | {"cpu": psutil.virtual_memory().available}
+    return gpus | {"cpu": psutil.virtual_memory().available // processes.beside()}
 
 
 _OVERHEAD = 2**30  # bytes of a GPU for its context, the libraries' workspaces and the allocator's gaps

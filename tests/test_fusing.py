@@ -1,4 +1,4 @@
-"""Fused calls: layers of one input against each by itself, norms against transformers', and calls for a token."""
+"""Fused calls: layers of one input against each by itself, norms against transformers', and the number of calls."""
 
 import copy
 import threading
