@@ -19,7 +19,7 @@ ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblin
 
 
 def fuse(model: nn.Module) -> None:
-    """Save calls in place, where the result is the same but for roundings: of SmolLM2's token they are half the time.
+    """Make fewer calls, in place, where the result is the same but for roundings.
 
     Siblings of ONE_INPUT are multiplied together, RMS norms are torch's (one call in place of six), and query heads
     that share keys attend together.
