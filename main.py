@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lib import UserError, calibration, evaluation, experiment, models, prune, tables
+from lib import UserError, calibration, evaluation, experiment, models, processes, prune, tables
 from lib.blocks import Weights
 from lib.command import command, make_parser
 from lib.experiment import Prepared, Session
@@ -76,7 +76,8 @@ def work(
             experiment.begin_journal(settings, weights, known, plan)
             inputs = None
             if task.pruner.statistic:
-                inputs = calibration.enter_blocks(weights, known.windows.calibration, settings.hidden_states)
+                given = (known.windows.calibration, settings.hidden_states, known.calib_dtype)
+                inputs = calibration.enter_blocks(weights, *given)
             record.rows = prune.walk(weights, plan, task.pruner, inputs, values, settings.statistics, known.journal)
 
     record.content["sparsity"] = weights.sparsity()
@@ -104,16 +105,20 @@ def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, re
         return journal.failure
     try:
         with record.stage("save"):
-            edges = weights.edge_tensors()
-            models.complete_folder(journal.folder, weights.model, known.tokenizer, edges, known.dtypes.stored)
-            prune.check_saved(journal.folder, weights, record.content["sparsity"])
-            journal.finish(settings.packed)
+            processes.by_first(partial(_finish, settings, weights, known, record.content["sparsity"]))
             weights.moved(journal.folder, journal.target)
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)
         return error
     record.content["saved_model"] = str(journal.target)
     return None
+
+
+def _finish(settings: Experiment, weights: Weights, known: Prepared, sparsity: float) -> None:
+    folder = known.journal.folder
+    models.complete_folder(folder, weights.model, known.tokenizer, weights.edge_tensors(), known.dtypes.stored)
+    prune.check_saved(folder, weights, sparsity)
+    known.journal.finish(settings.packed)
 
 
 def evaluate(
@@ -162,12 +167,15 @@ def _after_interrupt(settings: Experiment) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
-    return command(Experiment, partial(_run, console=Console()), argv, PARSER)
+    console = Console(quiet=not processes.speaks())
+    return command(Experiment, partial(_run, console=console), argv, PARSER, processes=True)
 
 
 def _run(settings: Experiment, console: Console) -> None:
     try:
+        processes.join()
         run(settings, console)
+        processes.leave()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_after_interrupt(settings)) from None
 

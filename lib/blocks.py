@@ -311,9 +311,14 @@ def _linears_by_block(prefix: str, modules: Sequence[nn.Module]) -> list[dict[st
     ]
 
 
+def is_finite(values: Tensor) -> bool:
+    """Return whether all ``values`` are: the least and the largest show every NaN and infinity, in one pass."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(values.detach()))).all())
+
+
 def check_finite(name: str, weight: Tensor) -> None:
     """Refuse a weight that holds values that are not finite."""
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise UserError(None, f"{name}: its weights are not finite; the checkpoint is damaged")
 
 

@@ -6,11 +6,11 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError
+from lib import UserError, processes
 from lib.blocks import Block, Weights
 from lib.lazy import torch, transformers
 
@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 PROPAGATE = ("dense", "pruned")
 HIDDEN_STATES = ("auto", "gpu", "cpu", "disk")
-STRIP = 4096  # rows of a Hessian that are added at a time on a GPU
+CALIB_DTYPES = ("bfloat16",)
+STRIP, GPU_STRIP = 192, 1024  # rows of a Hessian that are added at a time: a product each
 
 
 class BlockInputs(NamedTuple):
@@ -29,14 +30,17 @@ class BlockInputs(NamedTuple):
 
     ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
     ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
-    sample. No live cache is among them. ``samples`` is what statistics are divided by, None for the number of tokens.
-    ``tuples`` takes the indices of the blocks that return their hidden states in a tuple.
+    sample. No live cache is among them. ``samples`` is what statistics are divided by, None for the number of tokens;
+    all processes' count. ``tuples`` takes the indices of the blocks that return their hidden states in a tuple.
+    ``dtype`` is that of the products in a block, None for the block's own; what passes from layer to layer is as
+    precise as it was.
     """
 
     hidden: Tensor | list[Tensor]
     arguments: list[tuple[tuple, dict]]
     samples: int | None
     tuples: set[int] | None = None
+    dtype: torch.dtype | None = None
 
 
 class InputStatistic(NamedTuple):
@@ -53,24 +57,34 @@ def squared_norms(x: Tensor, total: Tensor | None) -> Tensor:
 
 
 def hessian(x: Tensor, total: Tensor | None) -> Tensor:
-    """Add to ``total`` [in, in] 2 X'X, x: [tokens, in], any dtype, in float32 (SparseGPT; there X is [in, tokens])."""
-    halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
-    if halves and "dtype" in torch.ops.aten.mm.overloads():  # mm's out_dtype: since torch 2.8, and on CUDA only
-        return _hessian_of_halves(x, total)
-    x = x.float()
-    return (x.T @ x).mul_(2) if total is None else total.addmm_(x.T, x, alpha=2)
+    """Add to ``total`` [in, in] 2 X'X, x: [tokens, in], any dtype, in float32 (SparseGPT; there X is [in, tokens]).
 
-
-def _hessian_of_halves(x: Tensor, total: Tensor | None) -> Tensor:
-    """Return what ``hessian`` does, on tensor cores: products of halves are exact in float32, where they are added up.
-
-    In strips, lest the product be a second matrix of that size; addmm adds in place only in some versions of torch.
+    Only the upper triangle, and what of the lower one lies in its strips: half of the work, as ``symmetric`` completes
+    the sum. On a GPU halves are multiplied on tensor cores: their products are exact in float32, where they are added.
     """
     size = x.shape[1]
     total = torch.zeros(size, size, dtype=torch.float32, device=x.device) if total is None else total
-    for left in range(0, size, STRIP):
-        strip = slice(left, left + STRIP)
-        total[strip].add_(torch.mm(x[:, strip].T, x, out_dtype=torch.float32), alpha=2)
+    # mm's out_dtype: since torch 2.8, and on CUDA only
+    halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and "dtype" in torch.ops.aten.mm.overloads()
+    x = x if halves else x.float()
+    height = GPU_STRIP if x.is_cuda else STRIP
+    for top in range(0, size, height):
+        left, right = x[:, top : top + height], x[:, top:]
+        strip = total[top : top + height, top:]
+        if halves:  # addmm adds in place only in some versions of torch
+            strip.add_(torch.mm(left.T, right, out_dtype=torch.float32), alpha=2)
+        else:
+            strip.addmm_(left.T, right, alpha=2)
+    return total
+
+
+def symmetric(total: Tensor) -> Tensor:
+    """Return ``total`` [in, in] with its upper triangle mirrored, in place."""
+    for left in range(0, len(total), STRIP):
+        right = min(left + STRIP, len(total))
+        total[right:, left:right] = total[left:right, right:].T
+        square = total[left:right, left:right]
+        square.copy_(square.triu() + square.triu(1).T)
     return total
 
 
@@ -82,7 +96,7 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"squared_nor
 
 
 class _Caught(Exception):
-    """Ends a forward pass once the blocks' inputs are known."""
+    """Ends a forward pass once what it is for is known."""
 
 
 def _stub(block: nn.Module, act: Callable[..., Tensor]) -> nn.Module:
@@ -113,19 +127,23 @@ def _in_place_of_blocks(weights: Weights, act: Callable[..., Tensor]) -> Iterato
                 blocks[i] = block
 
 
-def enter_blocks(weights: Weights, windows: Tensor, place: str = "auto") -> BlockInputs:
-    """Return what enters the blocks for ``windows`` [samples, tokens] of token ids.
+def enter_blocks(
+    weights: Weights, windows: Tensor, place: str = "auto", dtype: torch.dtype | None = None
+) -> BlockInputs:
+    """Return what enters the blocks for this process's share of ``windows`` [samples, tokens] of token ids.
 
     The embedding and whatever else comes before the blocks are the model's own; stubs stand in the blocks' places.
 
     Args:
         place: a name of HIDDEN_STATES, where the hidden states are kept.
+        dtype: of the products in the blocks that they will go through (``BlockInputs``).
 
     Raises:
         UserError: the model gives its blocks something that depends on the text, such as a mask of padding.
     """
     calls: list[tuple] = []
     hidden, last = None, len(weights.modules) - 1
+    mine = windows[processes.share(len(windows))]
 
     def note(index: int, entering: Tensor, *args, **kwargs) -> Tensor:
         calls.append((entering, _without_cache(args), _without_cache(kwargs)))
@@ -134,19 +152,20 @@ def enter_blocks(weights: Weights, windows: Tensor, place: str = "auto") -> Bloc
         return entering
 
     with _in_place_of_blocks(weights, note):
-        for sample, window in enumerate(windows):
+        for sample, window in enumerate(mine if len(mine) else windows[:1]):  # what goes with them is wanted at least
             calls.clear()
             with suppress(_Caught):
                 weights.model(window[None].to(entry_device(weights.model)), use_cache=False)
             entering = calls[0][0]
             if hidden is None:
-                hidden = _room_for((len(windows), *entering.shape[1:]), entering, place)
+                hidden = _room_for((len(mine), *entering.shape[1:]), entering, place)
                 arguments = [(args, kwargs) for _, args, kwargs in calls]
             elif sample == 1 and not _same(arguments[0], calls[0][1:]):
                 text = "what its blocks are given depends on the text; not supported"
                 raise UserError(None, f"{type(weights.model).__name__}: {text}")
-            hidden[sample] = entering[0]
-    return BlockInputs(hidden, arguments, len(hidden), set())
+            if len(mine):
+                hidden[sample] = entering[0]
+    return BlockInputs(hidden, arguments, len(windows), set(), dtype)
 
 
 @contextmanager
@@ -239,18 +258,45 @@ def hidden_of(out: Tensor | tuple, index: int, tuples: set[int] | None) -> Tenso
 
 
 def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
-    """Run every sample or batch through ``block``, a step each; with ``keep``, the output replaces the input."""
+    """Run every sample or batch through ``block``, a step each; with ``keep``, the output replaces the input.
+
+    Without, a pass may end before its end (``input_statistics``).
+    """
     from accelerate.utils import send_to_device
 
     arguments = send_to_device(inputs.arguments[block.index], block.device)
     hidden = inputs.hidden if isinstance(inputs.hidden, list) else inputs.hidden.unsqueeze(1)  # views, one sample each
-    for i in range(len(hidden)):
-        with torch.no_grad():
-            out = run_block(block.module, hidden[i].to(block.device), arguments)
-        out = hidden_of(out, block.index, inputs.tuples)
-        if keep:
-            hidden[i] = out.to(hidden[i].device)
+    with _cast(block, inputs.dtype):
+        for i in range(len(hidden)):
+            with torch.no_grad(), _autocast(block, inputs.dtype), nullcontext() if keep else suppress(_Caught):
+                out = run_block(block.module, hidden[i].to(block.device), arguments)
+                out = hidden_of(out, block.index, inputs.tuples)
+                if keep:
+                    hidden[i] = out.to(hidden[i].device)
+            yield
+
+
+@contextmanager
+def _cast(block: Block, dtype: torch.dtype | None) -> Iterator[None]:
+    """Let copies of the weights in ``dtype`` stand in their places; autocast would cast them for each sample."""
+    own = {} if dtype is None else {linear: linear.weight for linear in block.linears.values()}
+    try:
+        for linear, weight in own.items():
+            linear._parameters["weight"] = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
         yield
+    finally:
+        for linear, weight in own.items():
+            linear._parameters["weight"] = weight
+
+
+def _autocast(block: Block, dtype: torch.dtype | None) -> AbstractContextManager:
+    return nullcontext() if dtype is None else torch.autocast(block.device.type, dtype)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether ``device`` is a CPU with instructions for products of bfloat16."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack it: then it is not known
+    return device.type == "cpu" and bool(able.get("amx_bf16") or able.get("avx512_bf16"))
 
 
 def advance(block: Block, inputs: BlockInputs) -> None:
@@ -260,10 +306,14 @@ def advance(block: Block, inputs: BlockInputs) -> None:
 
 
 class _Totals:
-    """Sums over samples of a statistic of each layer's input, added up once per distinct input."""
+    """Sums over samples of a statistic of each layer's input, added up once per distinct input.
 
-    def __init__(self, statistic: str) -> None:
-        self.add = STATISTICS[statistic]
+    With ``stop``, each pass but the first ends when as many layers have been called as in the first one.
+    """
+
+    def __init__(self, statistic: str, stop: bool) -> None:
+        self.add, self.stop = STATISTICS[statistic], stop
+        self.calls, self.enough = 0, 0  # in this pass, and in the first one
         self.total: dict[str, Tensor | None] = {}
         self.tokens: dict[str, int] = {}
         self.sharing: dict[str, list[str]] = {}  # layer that does the adding -> the layers with the same input
@@ -273,25 +323,37 @@ class _Totals:
     def hook(self, name: str) -> Callable:
         def see(module: nn.Module, args: tuple) -> None:
             (x,) = args
-            if name in self.followers:
-                return
-            leader = next((leader for tensor, leader in self.seen if tensor is x), None)
-            if leader is not None:
-                self.sharing[leader].append(name)
-                self.followers.add(name)
-                return
-            self.seen.append((x, name))
-            self.sharing.setdefault(name, [name])
-            x = x.movedim(1, -1) if isinstance(module, torch.nn.Conv2d) else x  # [batch, in, h, w]: channels last
-            x = x.reshape(-1, x.shape[-1])
-            self.total[name] = self.add(x, self.total.get(name))
-            self.tokens[name] = self.tokens.get(name, 0) + len(x)
+            self.calls += 1
+            with torch.autocast(x.device.type, enabled=False):  # sums stay in float32
+                self.take(name, module, x)
+            if self.stop and self.calls == self.enough:
+                raise _Caught
 
         return see
 
+    def take(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """Add the input ``x`` of a layer, unless another layer with the same input does."""
+        if name in self.followers:
+            return
+        leader = next((leader for tensor, leader in self.seen if tensor is x), None)
+        if leader is not None:
+            self.sharing[leader].append(name)
+            self.followers.add(name)
+            return
+        self.seen.append((x, name))
+        self.sharing.setdefault(name, [name])
+        x = x.movedim(1, -1) if isinstance(module, torch.nn.Conv2d) else x  # [batch, in, h, w]: channels last
+        x = x.reshape(-1, x.shape[-1])
+        self.total[name] = self.add(x, self.total.get(name))
+        self.tokens[name] = self.tokens.get(name, 0) + len(x)
+
+    def end_pass(self) -> None:
+        self.seen.clear()
+        self.calls, self.enough = 0, self.enough or self.calls
+
 
 def input_statistics(
-    linears: dict[str, nn.Module], statistic: str, samples: int | None, steps: Iterable[object]
+    linears: dict[str, nn.Module], statistic: str, samples: int | None, steps: Iterable[object], stop: bool = False
 ) -> list[InputStatistic]:
     """Return the mean over samples of a statistic of each layer's input, once per distinct input.
 
@@ -300,16 +362,18 @@ def input_statistics(
         statistic: a name of STATISTICS.
         samples: the number of samples that the steps hold in all; None for the mean over tokens.
         steps: an iterable that makes one forward pass through the layers at each step.
+        stop: end each pass before the product of the layer that comes last, as ``passes`` allows that does not keep
+            what leaves the block: in a LLaMA an eighth of a block's products.
 
     Raises:
         UserError: a statistic is not finite, or a layer was not reached.
     """
-    totals = _Totals(statistic)
+    totals = _Totals(statistic, stop)
     hooks = [module.register_forward_pre_hook(totals.hook(name)) for name, module in linears.items()]
     try:
         with torch.no_grad():
             for _ in steps:
-                totals.seen.clear()
+                totals.end_pass()
     finally:
         for handle in hooks:
             handle.remove()
@@ -319,7 +383,8 @@ def input_statistics(
         raise UserError(None, text)
     result = []
     for leader, names in totals.sharing.items():
-        value = totals.total.pop(leader).div_(samples or totals.tokens[leader])
+        value = processes.sum_(totals.total.pop(leader)).div_(samples or sum(processes.gathered(totals.tokens[leader])))
+        value = symmetric(value) if value.ndim == 2 else value
         # The diagonal tells of a Hessian: X'X is positive semi-definite, so that |H_ij| <= max H_ii.
         if not torch.isfinite(value.diagonal() if value.ndim == 2 else value).all():
             text = f"{names[0]}: its input overflows (not finite); try --dtype bfloat16 or --dtype float32"

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
 from lib import UserError
 from lib.files import in_repository
+from lib.processes import speaks, started, tells
 from lib.registry import check_name, did_you_mean
 
 log = logging.getLogger("main")
@@ -249,18 +250,21 @@ def answer(
     """Do ``work``, which reads the command line too, and return the exit status; see ``command``."""
     quiet()
     try:
-        if not processes and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not processes and started() > 1:
             text = "runs as one process, which spreads the model over all GPUs itself; start it with python"
-            raise UserError(None, f"{os.environ['WORLD_SIZE']} processes were started (WORLD_SIZE): {prog} {text}")
+            raise UserError(None, f"{started()} processes were started (WORLD_SIZE): {prog} {text}")
         status = work()
     except UserError as error:
-        print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr)
+        if tells():
+            print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if speaks():
+            tells()
             print(f"\n{prog}: interrupted; {str(error) or resume}", file=sys.stderr)
         return 130
     except Exception as error:
+        tells()  # with a traceback or here; what others find when this process has ended is not told
         if "torch" not in sys.modules or not isinstance(error, sys.modules["torch"].OutOfMemoryError):
             raise
         print(f"{prog}: error: out of GPU memory ({str(error).splitlines()[0]}); {out_of_memory}", file=sys.stderr)
@@ -285,6 +289,6 @@ def quiet() -> None:
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if int(os.environ.get("RANK", 0)) > 0:  # of several processes, the first one speaks
+    if not speaks():  # of several processes, the first one speaks
         for name in ("lib", "main", "lora_ft"):
             logging.getLogger(name).setLevel(logging.ERROR)

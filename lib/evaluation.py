@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
-from lib import UserError, first_line
+from lib import UserError, first_line, processes
+from lib.allocator import keep_freed_memory
 from lib.blocks import Weights
 from lib.calibration import advance, enter_blocks, entry_device, leave_blocks
 from lib.lazy import torch
@@ -40,9 +41,10 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     Not finite if the model's logits are not: a pruned model may be that broken, and then that is the result, with a
     warning.
     """
+    mine = windows[processes.share(len(windows))]
     with torch.no_grad():
-        every = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in windows)
-        return _perplexity(every, windows, model.dtype)
+        every = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in mine)
+        return _perplexity(every, mine, model.dtype)
 
 
 def perplexity_by_blocks(weights: Weights, windows: Tensor) -> float:
@@ -55,11 +57,13 @@ def perplexity_by_blocks(weights: Weights, windows: Tensor) -> float:
     inputs = enter_blocks(weights, windows)
     for block in tqdm(weights.visit(), total=len(weights.modules), desc="evaluating", unit="block", disable=None):
         advance(block, inputs)
-    return _perplexity(leave_blocks(weights, windows, inputs), windows, weights.model.dtype)
+    mine = windows[processes.share(len(windows))]
+    return _perplexity(leave_blocks(weights, mine, inputs), mine, weights.model.dtype)
 
 
 def _perplexity(every: Iterable[Tensor], windows: Tensor, dtype: torch.dtype) -> float:
-    """Return the perplexity that the logits [seqlen, vocabulary] of each window have."""
+    """Return the perplexity that the logits [seqlen, vocabulary] of each window have, those of all processes."""
+    keep_freed_memory()
     losses = []
     cross_entropy = torch.nn.functional.cross_entropy
     bar = tqdm(zip(every, windows, strict=True), total=len(windows), desc="perplexity", unit="window", disable=None)
@@ -68,7 +72,8 @@ def _perplexity(every: Iterable[Tensor], windows: Tensor, dtype: torch.dtype) ->
         parts = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
         total = sum(cross_entropy(part.float(), target, reduction="sum") for part, target in parts)
         losses.append(total / len(targets))
-    result = torch.stack(losses).mean().exp().item()
+    losses = processes.joined(torch.stack(losses) if losses else torch.empty(0))
+    result = losses.mean().exp().item()
     if not math.isfinite(result):
         hint = "" if dtype != torch.float16 else "; bfloat16 does not where float16 does: --dtype bfloat16"
         log.warning("the perplexity is not finite (%s): the model is broken, or its numbers overflow%s", result, hint)
@@ -152,7 +157,7 @@ def zero_shot(
     limit: int | None = None,
     batch_size: int | str = "auto",
 ) -> ZeroShot:
-    """Return what lm-eval makes of the model in memory on ``tasks``.
+    """Return what lm-eval makes of the model in memory on ``tasks``; of several processes the first has the answers.
 
     Args:
         limit: questions per task, None for all.
@@ -164,7 +169,7 @@ def zero_shot(
     if batch_size == "auto" and entry_device(model).type == "cpu":
         batch_size = _CPU_BATCH
     # lm-eval gives the tokenizer a padding token, which is not to end up in a saved folder.
-    adapter = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    adapter = _data_parallel(HFLM)(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
     with _bars_for_terminals():
         full = simple_evaluate(
             adapter,
@@ -176,6 +181,8 @@ def zero_shot(
             log_samples=False,
         )
     _warn_of_nan(tasks)
+    if not processes.first():
+        return ZeroShot([], {}, {})
     scores = _scores(full)
     values = {metric: [score.value for score in scores if score.metric == metric] for metric in MEANS}
     return ZeroShot(scores, {metric: sum(v) / len(v) for metric, v in values.items() if v}, full)
@@ -197,6 +204,23 @@ def _bars_for_terminals() -> Iterator[None]:
         tqdm.__init__ = original
 
 
+def _data_parallel(adapter: type) -> type:
+    """Return lm-eval's ``adapter`` of a model in memory, which shares the questions out to several processes.
+
+    lm-eval does so by itself for a model that it loads; one that it is given counts as the only one.
+    """
+    if processes.count() == 1:
+        return adapter
+    from accelerate import Accelerator
+
+    class Shared(adapter):
+        rank = property(lambda self: processes.rank())
+        world_size = property(lambda self: processes.count())
+        accelerator = Accelerator(cpu=processes.device() is None)
+
+    return Shared
+
+
 def _scores(full: dict) -> list[TaskScore]:
     found = []
     for task, row in full["results"].items():
@@ -214,6 +238,7 @@ def _scores(full: dict) -> list[TaskScore]:
 def _warn_of_nan(tasks: Tasks) -> None:
     """Say so if log-likelihoods are not a number: lm-eval would take the first choice, which looks like an accuracy."""
     answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
-    broken = sum(math.isnan(likelihood) for likelihood, _ in answers)
+    found = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
+    broken, total = map(sum, zip(*found, strict=True))
     if broken:
-        log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, len(answers))
+        log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, total)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, first_line, stream
+from lib import UserError, first_line, processes, stream
 from lib.files import new_folder
 from lib.hub import check_hub
 from lib.layers import SUPPORTED, architecture, check_support, find_blocks, linear_modules
@@ -235,11 +235,14 @@ def load_llm(
 
 
 def free_memory(reserve: int) -> dict[int | str, int]:
-    """Return how many bytes of weights each GPU, and the CPU, may hold."""
+    """Return how many bytes of weights each GPU, and the CPU, may hold; one of several processes: its GPU or share."""
     import psutil
 
+    own = processes.device()
+    if own is not None:
+        return {own.index: max(0, torch.cuda.mem_get_info(own)[0] - reserve)}
     gpus = {i: max(0, torch.cuda.mem_get_info(i)[0] - reserve) for i in range(torch.cuda.device_count())}
-    return gpus | {"cpu": psutil.virtual_memory().available}
+    return gpus | {"cpu": psutil.virtual_memory().available // processes.beside()}
 
 
 _OVERHEAD = 2**30  # bytes of a GPU for its context, the libraries' workspaces and the allocator's gaps
@@ -370,6 +373,18 @@ def saved_bytes(skeleton: PreTrainedModel, source: Source, dtype: torch.dtype) -
 def is_packed(source: Source) -> bool:
     """Return whether a model's folder is packed (``lib.sparse``)."""
     return any(Path(source.path).glob("*.packed.safetensors"))
+
+
+def packed_dtypes(source: Source, dtype: str) -> Dtypes:
+    """Return what a packed model is computed in; ``dtype``, a name of DTYPES, may not be another."""
+    from lib import sparse
+
+    kind = sparse.kind_to_run_in(Path(source.path))
+    name = str(kind).removeprefix("torch.")
+    if dtype not in ("auto", name):
+        text = f"{dtype}: {source.given} is packed and runs in {name}; leave --dtype out, or unpack it for another"
+        raise UserError("dtype", text)
+    return Dtypes(kind, kind)
 
 
 def load_packed(source: Source) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from lib.calibration import (
     enter_blocks,
     hidden_of,
     input_statistics,
+    multiplies_bfloat16,
     passes,
     run_block,
 )
@@ -57,6 +58,24 @@ class Options(NamedTuple):
     dtype: torch.dtype | None = None
 
 
+def forward_passes(options: Options, started: bool) -> int:
+    """Return how many windows a search passes through the blocks, a backward pass counted as two.
+
+    A window of a step counts four times: its forward pass, once more block by block (checkpointing), and backwards.
+
+    Args:
+        started: whether it starts from another allocation than uniform, which is looked at, too.
+    """
+
+    def descent(steps: int) -> int:
+        looks = math.ceil(steps / CHECK_EVERY)
+        return steps * BATCH * 4 + looks * HELD
+
+    dense, starts = FIT + HELD, HELD * (2 if started else 1)
+    renewed = 2 * FIT + HELD + descent(options.refresh) if options.refresh else 0
+    return dense + starts + descent(options.steps) + renewed
+
+
 class Step(NamedTuple):
     """A step's ``spread`` of prices, KL on its windows (``fit``), and on all ``held`` out ones after it, if measured.
 
@@ -76,6 +95,11 @@ class Found(NamedTuple):
     held: dict[str, float]
     steps: list[Step]
     dtype: str
+
+    @classmethod
+    def of(cls, content: Mapping) -> Found:
+        """Return what ``_asdict`` was made of, after a way through JSON."""
+        return cls(**content)._replace(steps=[Step(*step) for step in content["steps"]])
 
 
 # --------------------------------------------------------------------------------------------------- ranks and bands
@@ -411,9 +435,7 @@ def search_dtype(asked: str, device: torch.device, own: torch.dtype) -> torch.dt
     if asked != "auto":
         dtype = getattr(torch, asked)
         return None if dtype == own else dtype
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack it: then in the model's own
-    fast = device.type == "cpu" and (able.get("amx_bf16") or able.get("avx512_bf16"))
-    return torch.bfloat16 if fast and own == torch.float32 else None
+    return torch.bfloat16 if multiplies_bfloat16(device) and own == torch.float32 else None
 
 
 def _best(kls: Mapping[str, float]) -> str:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lib import UserError, flag_name, stream
+from lib import UserError, flag_name, processes, stream
 from lib.allocation import SparsityPlan
-from lib.blocks import Block, Weights, check_finite
+from lib.allocator import keep_freed_memory
+from lib.blocks import Block, Weights, check_finite, is_finite
 from lib.calibration import BlockInputs, advance, input_statistics, passes
 from lib.journal import Journal
 from lib.lazy import torch
@@ -50,6 +51,7 @@ def walk(
     Raises:
         UserError: statistics or weights that are not finite, or a Hessian that cannot be factorised; names the layer.
     """
+    keep_freed_memory()
     report = []
     last = max(layer.block for layer in weights.layers)
     with torch.no_grad(), tqdm(total=last + 1, desc="pruning", unit="block", disable=None) as bar:
@@ -89,10 +91,15 @@ def _keep(block: Block, weights: Weights, journal: Journal, rows: list[LayerRepo
 def _prune_block(
     block: Block, plan: SparsityPlan, pruner: Pruner, inputs: BlockInputs | None, keep: bool, stored: torch.dtype | None
 ) -> None:
-    for names, prepared in _prepared(block, pruner, inputs, keep):
-        with _named(names[0]):
-            _prune_layers({name: block.linears[name] for name in names}, plan, pruner, prepared, stored)
+    owners = {}
+    for names, prepared, owner in _prepared(block, pruner, inputs, keep):
+        if owner == processes.rank():
+            with _named(names[0]):
+                _prune_layers({name: block.linears[name] for name in names}, plan, pruner, prepared, stored)
         del prepared  # a factor of the Hessian: not to outlive its layers
+        owners |= dict.fromkeys(names, owner)
+    for name, owner in owners.items() if inputs is not None else ():
+        processes.broadcast(block.linears[name].weight.data, owner)
 
 
 @contextmanager
@@ -107,21 +114,33 @@ def _named(name: str) -> Iterator[None]:
 
 def _prepared(
     block: Block, pruner: Pruner, inputs: BlockInputs | None, keep: bool
-) -> Iterator[tuple[list[str], object]]:
-    """Yield the layers that share an input, and what the pruner makes of that input's statistic."""
+) -> Iterator[tuple[list[str], object, int]]:
+    """Yield the layers that share an input, what the pruner makes of that input's statistic, and whose they are.
+
+    What needs no statistic is quickly done, by every process.
+    """
     if inputs is None:
         if block.linears:
-            yield list(block.linears), None
+            yield list(block.linears), None, processes.rank()
         return
     steps = passes(block, inputs, keep) if block.linears else ()
-    statistics = input_statistics(block.linears, pruner.statistic, inputs.samples, steps)
-    while statistics:
+    statistics = input_statistics(block.linears, pruner.statistic, inputs.samples, steps, stop=not keep)
+    owners = processes.owners([_cost(block, names, value) for names, value in statistics])
+    for owner in owners:
         names, value = statistics.pop(0)  # each Hessian is freed before the next one is factorised
-        with _named(names[0]):
-            prepared = pruner.prepare(value)
+        prepared = None
+        if owner == processes.rank():
+            with _named(names[0]):
+                prepared = pruner.prepare(value)
         del value
-        yield names, prepared
+        yield names, prepared, owner
         del prepared
+
+
+def _cost(block: Block, names: list[str], statistic: Tensor) -> float:
+    """Return how long a pruner takes for layers that share a statistic, compared to others."""
+    columns, rows = len(statistic), sum(len(block.linears[name].weight) for name in names)
+    return columns**2 * (columns + rows) if statistic.ndim == 2 else columns * rows
 
 
 def _prune_layers(
@@ -137,7 +156,7 @@ def _prune_layers(
     for name, weight in pruner.prune_all(weights, prepared, plan.ratios, nm) if weights else ():
         if stored is not None:
             weight = weight.to(stored)
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight):
             text = f"{name}: its pruned weights are not finite; try --dtype bfloat16 or --dtype float32"
             raise UserError(None, text)
         linears[name].weight.data.copy_(weight.view_as(linears[name].weight))

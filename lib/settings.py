@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from lib import UserError, data, plans, price
 from lib.allocation import ALLOCATIONS, MAPPINGS
-from lib.calibration import HIDDEN_STATES, PROPAGATE
+from lib.calibration import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
 from lib.command import Flags, flag, number_or_auto
 from lib.esd import DRIVERS, METRICS, WEIGHTWATCHER
 from lib.evaluation import ZERO_SHOT_TASKS
@@ -97,6 +97,14 @@ class Pruning(Flags):
         choices=PROPAGATE,
         prunes=True,
         metavar="WHICH",
+    )
+    calib_dtype: str | None = flag(
+        None,
+        "dtype of the products of calibration's passes through a float32 model: {choices}; statistics and solves stay "
+        "in float32 (default: the model's own)",
+        choices=CALIB_DTYPES,
+        prunes=True,
+        metavar="NAME",
     )
 
 
@@ -418,8 +426,10 @@ class Experiment(
         if self.damping is not None and pruner not in DAMPED and not self.refit:
             text = f"does nothing with {pruner} without --refit; it is for {' and '.join(DAMPED)}"
             raise UserError("damping", text)
-        if self.statistics != "pruned" and not (PRUNERS[pruner].statistic or self.refit):
-            raise UserError("statistics", f"{self.statistics} does nothing with {pruner}, which needs no calibration")
+        for name, default in (("statistics", "pruned"), ("calib_dtype", None)):
+            given = getattr(self, name)
+            if given != default and not (PRUNERS[pruner].statistic or self.refit):
+                raise UserError(name, f"{given} does nothing with {pruner}, which needs no calibration")
         return Options(self.pruner_iterations, self.damping, self.refit)
 
     def _dense(self, nm: tuple[int, int] | None) -> Task:

@@ -48,7 +48,7 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     diagonal.masked_fill_(dead, 1)
     damp = damping * diagonal.mean()
     # H reversed in both axes = LL' gives H = RR' with R = L reversed, upper triangular, so that U = inv(R): one
-    # factorisation and one triangular solve, where the plain way (factorise, invert, factorise) does three.
+    # factorisation and one triangular inverse, where the plain way (factorise, invert, factorise) does three.
     _reverse(hessian)
     lower = torch.empty_like(hessian).mT  # by columns, as LAPACK and cuSOLVER want it: no copies are made
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
@@ -62,11 +62,25 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
             raise NotPositiveDefinite(f"its Hessian is not positive definite, {told}")
         log.warning("a Hessian is not positive definite; its damping is raised tenfold")
     _reverse(lower.mT)
-    upper = hessian.zero_().fill_diagonal_(1).mT  # H has served; the identity, by columns
-    torch.linalg.solve_triangular(lower, upper, upper=True, out=upper)
+    upper = _inverse(lower, hessian.zero_().mT)  # H has served
     if not torch.isfinite(torch.stack(torch.aminmax(hessian))).all():  # these two show every NaN and infinity
         raise NotPositiveDefinite("the inverse of its Hessian is not finite")
     return Factor(upper, dead)
+
+
+def _inverse(upper: Tensor, zeros: Tensor) -> Tensor:
+    """Return the inverse of the triangle ``upper`` [in, in], in the place of ``zeros``.
+
+    Of [A B; 0 C] it is [inv(A), -inv(A) B inv(C); 0, inv(C)]: a strip of columns at a time, each from those before it.
+    To solve for the identity would take twice as long, most of it for zeros.
+    """
+    for left in range(0, len(upper), BLOCK):
+        part = slice(left, left + BLOCK)
+        corner = zeros[part, part].fill_diagonal_(1)
+        corner.copy_(torch.linalg.solve_triangular(upper[part, part], corner, upper=True))
+        if left:
+            zeros[:left, part].addmm_(zeros[:left, :left], upper[:left, part] @ corner, beta=0, alpha=-1)
+    return zeros
 
 
 def _reverse(matrix: Tensor) -> None:
@@ -167,14 +181,16 @@ def solve_block(block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tens
     """
     errors, diagonal = torch.empty_like(block), upper.diagonal()
     gone = torch.empty_like(block) if gone is None else gone
-    for i in range(len(block)):
+    # All views at once: made one by one, they would take as long as some of the sums.
+    rows = zip(block.unbind(), gone.unbind(), errors.unbind(), diagonal.unbind(), upper.unbind(), strict=True)
+    for i, (column, mask, error, pivot, row) in enumerate(rows):
         if group and i % group == 0:
             part = slice(i, i + group)
             gone[part] = _ranks(block[part].square() / diagonal[part, None].square()) < removed
-        error = torch.mul(block[i], gone[i], out=errors[i])
-        block[i].sub_(error)  # w - w is 0, w - 0 is w
-        error.div_(diagonal[i])
-        block[i + 1 :].addr_(upper[i, i + 1 :], error, alpha=-1)
+        torch.mul(column, mask, out=error)
+        column.sub_(error)  # w - w is 0, w - 0 is w
+        error.div_(pivot)
+        block[i + 1 :].addr_(row[i + 1 :], error, alpha=-1)
     return errors
 
 

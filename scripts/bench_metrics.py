@@ -168,7 +168,7 @@ def run(settings: Benchmark) -> None:
     files.prepare("save", folder)
     rows = bench_fit(rounds) + bench_spectra(rounds) + bench_model(rounds, settings.cache_dir)
     rows += bench_cuda(rounds) if torch.cuda.is_available() else []
-    machine = {"cpu": _cpu(), "load": os.getloadavg()[0], "threads": 1} | provenance()
+    machine = {"cpu": cpu_name(), "load": os.getloadavg()[0], "threads": 1} | provenance()
     text = json.dumps({"rows": rows, "machine": machine}, indent=1) + "\n"
     files.write_atomically(folder / "bench_metrics.json", text)
     figures = [
@@ -179,7 +179,7 @@ def run(settings: Benchmark) -> None:
     print(f"written: {folder}/bench_metrics.json")
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -15,7 +15,7 @@ from lib import UserError
 from lib.command import Flags, answer
 
 ROOT = Path(__file__).resolve().parents[1]
-ROUNDS = 3  # of --compare: each model as many times, in turns
+ROUNDS = 5  # of --compare: each model as many times, in turns
 
 
 def resident_mb() -> int:

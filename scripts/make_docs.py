@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST = [
     "main.py", "image_classifiers/main.py", "lora_ft/finetune_lm.py", "lora_ft/evaluate_ppl.py", "lora_ft/merge.py"
 ]  # fmt: skip
-RESULTS, PICTURE = "data/smollm2_results.json", "docs/perplexity.png"
+RESULTS, PICTURE = "data/smollm2_first_figures.json", "docs/perplexity.png"
 LABELS = {"": "uniform", "ww": "by alpha", "price": "by price"}
 DRAWN = {
     "wanda": ("Wanda, uniform", "s--C3"),
@@ -141,7 +141,7 @@ def flags_text() -> str:
 
 
 def figures(content: dict) -> Figures:
-    """Return the perplexities of all seeds by method and sparsity; ``content`` is that of data/smollm2_results.json."""
+    """Return the perplexities of all seeds by method and sparsity; ``content`` is that of RESULTS."""
     found: Figures = {}
     for record in content["runs"]:
         found.setdefault(record["method"], {}).setdefault(record["target_sparsity"], []).append(record["perplexity"])

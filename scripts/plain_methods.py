@@ -1,4 +1,4 @@
-"""Plain formulations of the pruners and of the walk over blocks, as published: what gpu_check.py compares with."""
+"""Plain formulations of the pruners and of the walk over blocks, as published: what the benchmarks compare with."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,19 +30,24 @@ def wanda(weight: Tensor, squared_norms: Tensor, ratio: float, nm: Groups) -> Te
 
 def sparsegpt(weight: Tensor, hessian: Tensor, ratio: float, nm: Groups) -> Tensor:
     """Return the repaired ``weight``: three factorisations, then a column of W at a time (SparseGPT's own loop)."""
-    repaired, hessian = weight.float().clone(), hessian.clone()
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1
+    repaired = weight.float().clone()
+    upper, dead = inverse_factor(hessian.clone())
     repaired[:, dead] = 0
-    diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    upper = torch.linalg.cholesky(inverse, upper=True)
     for left in range(0, repaired.shape[1], BLOCK):
         right = min(left + BLOCK, repaired.shape[1])
         errors = _repair_block(repaired[:, left:right], upper[left:right, left:right], ratio, nm)
         repaired[:, right:] -= errors @ upper[left:right, right:]
     return repaired.to(weight.dtype)
+
+
+def inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the upper Cholesky factor of the inverse of the damped ``hessian``, and which columns are dead."""
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    diagonal += DAMPING * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True), dead
 
 
 def _repair_block(part: Tensor, upper: Tensor, ratio: float, nm: Groups) -> Tensor:
@@ -124,18 +129,31 @@ class _Caught(Exception):
 def walk(model: nn.Module, windows: Tensor, method: Method, ratio: float) -> None:
     """Prune a LLaMA in place: a statistic for each layer, and all ``windows`` [samples, tokens] twice a block."""
     blocks = model.model.layers
-    hidden, arguments = _inputs(model, blocks[0], windows) if method.statistic else ([], {})
+    hidden, arguments = enter(model, blocks[0], windows) if method.statistic else ([], {})
     for block in blocks:
         layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
-        means: dict[nn.Module, Tensor] = {}
-        for seen, x in enumerate(hidden):
-            hooks = [layer.register_forward_pre_hook(_adder(means, method.statistic, seen)) for layer in layers]
-            block(x, **arguments)
-            for hook in hooks:
-                hook.remove()
+        means = dense_pass(block, hidden, arguments, layers, method.statistic)
         for layer in layers:
             layer.weight.data = method.prune(layer.weight.data, means.pop(layer, None), ratio, None)
-        hidden = [block(x, **arguments) for x in hidden]
+        hidden = pruned_pass(block, hidden, arguments)
+
+
+def dense_pass(
+    block: nn.Module, hidden: list[Tensor], arguments: dict, layers: list[nn.Module], statistic: Callable | None
+) -> dict[nn.Module, Tensor]:
+    """Return the ``statistic`` of each layer's input."""
+    means: dict[nn.Module, Tensor] = {}
+    for seen, x in enumerate(hidden):
+        hooks = [layer.register_forward_pre_hook(_adder(means, statistic, seen)) for layer in layers]
+        block(x, **arguments)
+        for hook in hooks:
+            hook.remove()
+    return means
+
+
+def pruned_pass(block: nn.Module, hidden: list[Tensor], arguments: dict) -> list[Tensor]:
+    """Return what leaves the ``block`` for each window."""
+    return [block(x, **arguments) for x in hidden]
 
 
 def _adder(means: dict, statistic: Callable, seen: int) -> Callable:
@@ -145,7 +163,7 @@ def _adder(means: dict, statistic: Callable, seen: int) -> Callable:
     return add
 
 
-def _inputs(model: nn.Module, first: nn.Module, windows: Tensor) -> tuple[list[Tensor], dict]:
+def enter(model: nn.Module, first: nn.Module, windows: Tensor) -> tuple[list[Tensor], dict]:
     """Return what enters the ``first`` block for each window, and the other arguments of its last call."""
     hidden, arguments = [], {}
 

@@ -162,6 +162,8 @@ class _AllOperations(TorchDispatchMode):
         return _compute(func, args, kwargs or {})
 
 
+# What autocast multiplies in its dtype, as far as the tests go.
+_AUTOCAST = (torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention)
 _TAKE_A_DEVICE = (torch.device, torch.Tensor.to, torch._C._nn._parse_to)
 
 
@@ -181,7 +183,15 @@ class _AllCalls(TorchFunctionMode):
             func, args = torch.Tensor.to, (args[0], CUDA)
         if func is torch.Tensor.to and isinstance(args[1] if len(args) > 1 else None, CudaTensor):
             args = (args[0], CUDA, args[1].dtype, *args[2:])
+        if func in _AUTOCAST and torch.is_autocast_enabled("cuda"):
+            args = tuple(_autocast(arg) for arg in args)
         return func(*args, **kwargs)
+
+
+def _autocast(argument: object) -> object:
+    if not isinstance(argument, CudaTensor) or not argument.is_floating_point():
+        return argument
+    return argument.to(torch.get_autocast_dtype("cuda"))
 
 
 def _numbered(argument: object, device: bool) -> object:
@@ -231,12 +241,13 @@ def pretend_cuda(free: int = FREE) -> Iterator[SimpleNamespace]:
     Yields the device's state: whether it is ``initialized``, and the number of ``operations`` that ran on it.
 
     Not pretended: generators, streams, events, several devices, how much memory is in use (always a byte), autocast
-    (which leaves a CudaTensor's dtype as it is), and threads, which see CudaTensors but cannot make any.
+    but for linear layers and attention, and threads, which see CudaTensors but cannot make any.
     """
     properties = SimpleNamespace(name="pretend", major=9, minor=0, total_memory=TOTAL, multi_processor_count=100)
     names = {
         "_lazy_init": _initialize,
         "is_available": lambda: True,
+        "is_bf16_supported": lambda *_: True,
         "is_initialized": lambda: _driver.initialized,
         "device_count": lambda: 1,
         "current_device": _initializing(0),

@@ -11,8 +11,8 @@ from transformers import Cache
 
 from lib import UserError
 from lib.allocation import SparsityPlan, uniform
-from lib.blocks import weights_of
-from lib.calibration import STATISTICS, enter_blocks, input_statistics, passes
+from lib.blocks import Block, weights_of
+from lib.calibration import STATISTICS, BlockInputs, enter_blocks, input_statistics, passes
 from lib.layers import prunable_layers
 from lib.prune import walk
 from lib.pruners import PRUNERS
@@ -123,6 +123,85 @@ def test_a_shared_hessian_is_factorised_once(tiny_model, tiny_windows):
     assert len(prepared) == 4 * 3
     order = [i for block in range(3) for i in (0, 0, 0, 1, 2, 2, 3)]
     assert all(g is prepared[4 * (n // 7) + i] for n, (g, i) in enumerate(zip(given, order, strict=True)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_a_pass_ends_before_the_last_layers_product(statistic, tiny_model, tiny_windows):
+    weights = weights_of(tiny_model)
+    inputs, called = enter_blocks(weights, tiny_windows), []
+    for name, module in linears_of(tiny_model).items():
+        module.register_forward_hook(lambda *_, name=name: called.append(name.split(".")[-1]))
+    for block in weights.visit():
+        called.clear()
+        steps = passes(block, inputs, keep=False)
+        short = input_statistics(block.linears, statistic, 7, steps, stop=True)
+        # All of them in the first pass, which tells the last one; six in each of the others.
+        assert called.count("down_proj") == 1 and called.count("up_proj") == called.count("o_proj") == 7
+        entered = inputs.hidden.clone()
+        whole = input_statistics(block.linears, statistic, 7, passes(block, inputs, keep=False))
+        assert called.count("down_proj") == 8 and torch.equal(entered, inputs.hidden)
+        assert [one.layers for one in short] == [one.layers for one in whole]
+        assert all(torch.equal(a.value, b.value) for a, b in zip(short, whole, strict=True))
+        for _ in passes(block, inputs, keep=True):
+            pass
+
+
+class OutOfOrder(nn.Module):
+    """A block that calls its second layer before its first, and that one twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.one(self.one(self.two(x)) + x)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_called_again_is_waited_for():
+    torch.manual_seed(0)
+    module, x = OutOfOrder(), torch.randn(3, 5, 3)
+    block = Block(0, module, {"one": module.one, "two": module.two}, x.device)
+    inputs = BlockInputs(x.clone(), [((), {})], 3)
+    found = [
+        by_layer(input_statistics(block.linears, "squared_norms", 3, passes(block, inputs, keep=False), stop=stop))
+        for stop in (True, False)
+    ]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("one", "two"))
+    inner = module.two(x)
+    once, again = inner.square().sum(1).mean(0), (module.one(inner) + x).square().sum(1).mean(0)
+    torch.testing.assert_close(found[0]["one"], once + again, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_products_in_bfloat16(statistic, keep, tiny_model, tiny_windows):
+    weights = weights_of(tiny_model)
+    block = next(iter(weights.visit()))
+    before = {name: linear.weight for name, linear in block.linears.items()}
+    seen = {name: set() for name in before}
+    for name, linear in block.linears.items():
+        linear.register_forward_hook(
+            lambda module, args, out, name=name: seen[name].add((module.weight.dtype, out.dtype))
+        )
+    exact = enter_blocks(weights, tiny_windows)
+    rough = enter_blocks(weights, tiny_windows, dtype=torch.bfloat16)
+    found = by_layer(input_statistics(block.linears, statistic, 7, passes(block, rough, keep)))
+    assert all(kinds == {(torch.bfloat16, torch.bfloat16)} for kinds in seen.values())
+    wanted = by_layer(input_statistics(block.linears, statistic, 7, passes(block, exact, keep)))
+    assert all(linear.weight is before[name] for name, linear in block.linears.items())
+    assert rough.hidden.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    first = [name for name in wanted if name.endswith("q_proj")][0]
+    assert torch.equal(found[first], wanted[first])  # nothing was multiplied before it
+    for name, value in wanted.items():
+        assert found[name].dtype == torch.float32
+        # A bfloat16 has 8 bits; a layer's input is made by one or two products, and a square doubles the error.
+        torch.testing.assert_close(found[name], value, rtol=0, atol=8 * 2**-8 * value.abs().max().item())
+        assert name == first or name.split(".")[-1] in ("k_proj", "v_proj") or not torch.equal(found[name], value)
+    torch.testing.assert_close(rough.hidden, exact.hidden, rtol=0, atol=8 * 2**-8 * exact.hidden.abs().max().item())
+    assert torch.equal(rough.hidden, exact.hidden) != keep
 
 
 def test_statistics_refuse_a_layer_that_is_not_reached():

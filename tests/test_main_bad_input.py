@@ -126,6 +126,11 @@ BEFORE_LOADING = {
     f"{WW} --mapping_type blockwise": "Did you mean 'block_wise'",
     f"{WANDA} --dtype float61": "Did you mean 'float16'",
     f"{WANDA} --calib_data wikitext": "Did you mean 'wikitext2'",
+    f"{WANDA} --calib_dtype float16": "--calib_dtype float16: invalid choice. Did you mean 'bfloat16'?",
+    f"{WANDA} --dtype float16 --calib_dtype bfloat16": "--calib_dtype bfloat16: the model is computed in float16",
+    "--prune_method magnitude --sparsity_ratio 0.5 --calib_dtype bfloat16": "does nothing with magnitude",
+    "--prune_method magnitude_owl --sparsity_ratio 0.5 --calib_dtype bfloat16": "does nothing with magnitude",
+    "--calib_dtype bfloat16": "--calib_dtype without --prune_method does nothing",
     f"{WANDA} --eval_data wiki_lead": "Did you mean 'wiki_leads'",
     f"{WANDA} --sparsity_type unstructerd": "Did you mean 'unstructured'",
     # numbers

@@ -57,6 +57,7 @@ class Checkpoint(NamedTuple):
     block_weights: int
     head_weights: int
     zeros: int  # of the block matrices
+    graphs: str = "deployment"  # folder of its graphs, where the published command looks for them
 
     @property
     def folder(self) -> Path:
@@ -64,8 +65,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def deployment(self) -> Path:
-        """The folder of its graphs, where the published command looks for them."""
-        return self.folder / "deployment"
+        return self.folder / self.graphs
 
     @property
     def sparsity(self) -> float:
@@ -157,13 +157,18 @@ def check_graph(path: Path, graph: str, sequence_length: int):
     has = shapes.get("input_ids", [0, 0])[1]
     if graph == "decode":
         has += next((shape[2] for name, shape in shapes.items() if name.startswith("past_key_values.")), 0)
+    check_length(has, path, sequence_length)
+    return proto
+
+
+def check_length(has: int, path: Path, sequence_length: int) -> None:
+    """Refuse an export for another length than asked for."""
     if has != sequence_length:
         raise UserError(
             "sequence_length",
             f"{sequence_length}: {path} was exported for {has} and would run that whatever is asked; "
             f"{export_hint(path, sequence_length)}",
         )
-    return proto
 
 
 def export_hint(path: Path, sequence_length: int) -> str:
