@@ -76,6 +76,12 @@ def test_readme_names_the_families_that_were_tried():
     assert not [family for family in SUPPORTED.split(", ") if family not in flat]
 
 
+def test_readme_names_every_room():
+    rooms = {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__", "lazy"}
+    table = read("README.md").partition("## How the code")[2]
+    assert not {room for room in rooms if f"`{room}`" not in table} and "`sparse/`" in table
+
+
 def test_reference_of_flags_is_current():
     assert read("docs/flags.md") == make_docs.flags_text(), "type: python scripts/make_docs.py"
 
