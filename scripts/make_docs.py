@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST = [
     "main.py", "image_classifiers/main.py", "lora_ft/finetune_lm.py", "lora_ft/evaluate_ppl.py", "lora_ft/merge.py"
 ]  # fmt: skip
-RESULTS, PICTURE = "data/smollm2_first_figures.json", "docs/perplexity.png"
+RESULTS, PICTURE = "data/smollm2_wikitext2.json", "docs/perplexity.png"
 LABELS = {"": "uniform", "ww": "by alpha", "price": "by price"}
 DRAWN = {
     "wanda": ("Wanda, uniform", "s--C3"),
@@ -151,9 +151,9 @@ def figures(content: dict) -> Figures:
 def _cell(values: list[float]) -> str:
     if not values:
         return "-"
-    digits = 2 if statistics.mean(values) < 100 else 0
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    mean = statistics.mean(values)
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{mean:.{1 if mean < 100 else 0}f}{spread}"
 
 
 def results_table(content: dict) -> str:
@@ -200,7 +200,7 @@ def draw(content: dict, path: Path) -> None:
     ticks = [tick for tick in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= tick <= high]
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.yaxis.set_minor_formatter("")
-    axes.set_title("SmolLM2-135M, one-shot pruning, Wikipedia lead sections", fontsize="medium")
+    axes.set_title(content["caption"], fontsize="medium")
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize="small")
     save_figure(figure, path, dpi=120)
