@@ -22,7 +22,7 @@ log = logging.getLogger("main")
 PARSER = make_parser(
     Experiment,
     "main.py",
-    "Prune a LLaMA-family or another causal language model and measure its perplexity. "
+    "Prune a causal language model layer by layer and measure its perplexity. "
     "Without --prune_method: the dense model's.",
     "example: python main.py --model smollm2-135m --prune_method wanda_ww --sparsity_ratio 0.5 "
     "--epsilon 0.2 --calib_data wiki_leads --eval_data wiki_leads --seqlen 512 --nsamples 16",
@@ -148,7 +148,7 @@ def show(settings: Experiment, record: Record, console: Console) -> None:
     tables.show_run(console, record.content, record.stages, record.rows)
     tables.line(console, f"written: {settings.save}/*_{record.run}.*")
     if record.content["saved_model"]:
-        tables.line(console, f"model:   {record.content['saved_model']}")
+        tables.line(console, f"saved:   {record.content['saved_model']}")
 
 
 def _resume(settings: Experiment, record: Record) -> str:

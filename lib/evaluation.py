@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -143,7 +145,7 @@ def _task_manager(names: Sequence[str], include_path: str | None) -> object:
     for name in names:  # all names before the first data: those may have to be fetched
         if name not in manager.task_index:
             hint = did_you_mean(name, manager.all_tasks)
-            raise UserError("tasks", f"{name}: lm-eval has no such task.{hint} For {_LOCAL_TASKS}")
+            raise UserError("tasks", f"{name}: unknown to lm-eval.{hint} For {_LOCAL_TASKS}")
     return manager
 
 
@@ -168,15 +170,16 @@ def zero_shot(
         batch_size = _CPU_BATCH
     # lm-eval gives the tokenizer a padding token, which is not to end up in a saved folder.
     adapter = _data_parallel(HFLM)(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    full = simple_evaluate(
-        adapter,
-        tasks=list(tasks.tasks),
-        task_manager=tasks.manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        log_samples=False,
-    )
+    with _bars_for_terminals():
+        full = simple_evaluate(
+            adapter,
+            tasks=list(tasks.tasks),
+            task_manager=tasks.manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            log_samples=False,
+        )
     _warn_of_nan(tasks)
     if not processes.first():
         return ZeroShot([], {}, {})
@@ -200,6 +203,22 @@ def _data_parallel(adapter: type) -> type:
         accelerator = Accelerator(cpu=processes.device() is None)
 
     return Shared
+
+
+@contextmanager
+def _bars_for_terminals() -> Iterator[None]:
+    """Disable every tqdm bar, whatever its caller asks for, where stderr is no terminal: they would fill a log file."""
+    original = tqdm.__init__
+
+    def disabled(bar: tqdm, *args, **options) -> None:
+        original(bar, *args, **options | {"disable": True})
+
+    if not sys.stderr.isatty():
+        tqdm.__init__ = disabled
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
 
 
 def _scores(full: dict) -> list[TaskScore]:

@@ -28,6 +28,7 @@ from lib import (
 from lib.allocation import SparsityPlan
 from lib.blocks import Packed, Streamed, Weights, weights_of
 from lib.command import Flags
+from lib.files import in_repository
 from lib.journal import Identity, Journal, digest, partial_folder
 from lib.layers import Layer, prunable_layers
 from lib.lazy import torch
@@ -123,7 +124,7 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     warn_of_replacement(settings, task)
     source = processes.by_first(lambda: models.locate(settings.model, settings.cache_dir))
     if models.is_packed(source) and (task.pruner or settings.metrics_only or settings.stream == "always"):
-        unpack = f"python scripts/speedup/pack.py {settings.model} --unpack --out DIR"
+        unpack = f"python scripts/speedup/pack.py {settings.model} --unpack --save DIR"
         raise UserError("model", f"{settings.model}: is packed, which is for running it; unpack it first: {unpack}")
     skeleton = session.once(models.load_skeleton, source)
     layers = session.once(prunable_layers, skeleton)
@@ -219,7 +220,7 @@ def model_folder(settings: Output, task: Task) -> Path:
 
 def metric_folder(settings: Experiment, name: str) -> Path:
     """Return where the metrics of the model ``name`` are cached."""
-    return Path(settings.ww_metric_cache or Path("data") / name)
+    return Path(settings.ww_metric_cache or Path(in_repository("data"), name))
 
 
 def metric_file(settings: Experiment, known: Prepared) -> Path:

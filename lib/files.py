@@ -17,6 +17,13 @@ from lib import UserError, first_line, processes
 
 log = logging.getLogger(__name__)
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def in_repository(name: str) -> str:
+    """Return the path of ``name`` in the repository: as it is where the command is started there, else absolute."""
+    return name if Path.cwd() == ROOT else str(ROOT / name)
+
 
 def prepare(field: str, folder: Path, need_bytes: int = 0) -> None:
     """Refuse a ``folder`` that cannot be written or whose disk has less than ``need_bytes`` free; leave no trace."""
@@ -104,7 +111,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(target)
             raise
-    except Exception as error:  # safetensors has an error class of its own for a full disk
+    except Exception as error:  # safetensors has its own error class for a full disk
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
         raise UserError(None, f"{target}: the model cannot be saved there ({first_line(error)})") from error

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 SMOLLM2 = "smollm2-135m"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
 
 class Source(NamedTuple):
@@ -154,7 +155,15 @@ def _check_support(given: str, model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Return the model's own tokenizer, with its defaults."""
+    """Return the model's own tokenizer, with its defaults.
+
+    Raises:
+        UserError: the folder holds none, or it cannot be read.
+    """
+    folder = Path(source.path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        fix = "copy the original model's there (tokenizer.json, tokenizer_config.json ...)"
+        raise UserError("model", f"{source.given}: the folder holds no tokenizer; {fix}")
     try:
         return transformers.AutoTokenizer.from_pretrained(source.path, cache_dir=source.cache_dir)
     except Exception as error:
@@ -397,7 +406,7 @@ def _unreadable(source: Source, error: Exception, what: str = "") -> UserError:
     if "gated" in str(error) or "401" in str(error):
         reason = "access must be asked for on its page, then: hf auth login"
     elif "not a valid model identifier" in str(error) or "404" in str(error):
-        reason = "the hub has no such model, or it is private"
+        reason = "unknown to the hub, or private"
     else:
         reason = "it is not a local folder and the hub cannot be reached"
     copy = f"a copy fetched elsewhere with `hf download {source.path} --local-dir DIR` works: --model DIR"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lib.layers import Layer
 from lib.price import Found
-from lib.record import LayerReport
+from lib.record import LayerReport, provenance
 from lib.search import Trial, best
 from lib.settings import Experiment
 
@@ -121,6 +121,8 @@ def show_run(console: Console, record: Mapping, stages: Mapping[str, Mapping], r
     row = (record["method"], f"{record['target_sparsity']:g}", f"{record['sparsity']:.4f}", perplexity)
     headings = ("method", "target", "sparsity", "perplexity", "seconds", "peak memory")
     show(console, f"{record['model']['given']}: {record['method']}", headings, [(*row, f"{seconds:.1f}", f"{peak} MB")])
+    commit = (provenance()["git_commit"] or "unknown")[:12]
+    line(console, f"model:   {record['model']['name']}, seed {record['flags']['seed']}, commit {commit}")
     patterns = Counter("{}:{}".format(*report.nm) for report in rows if report.nm)
     if len(patterns) > 1:
         each = ", ".join(f"{count} at {pattern}" for pattern, count in sorted(patterns.items()))

@@ -1,4 +1,4 @@
-"""Sweep: methods, sparsities and epsilons become run files and a plot, the model and the texts loaded once."""
+"""Sweep over methods, sparsities and epsilons: run files and a plot, the model and the texts loaded once."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Sweep(Several):
     epsilon: str = flag(
         "0.2",
         "for the methods with _ww: E (or auto), several, or one for a method: wanda_ww=E; where a method has several, "
-        "each has a folder of its own",
+        "each has a separate folder",
         aliases=["epsilon"],
         metavar="E,E",
     )

@@ -464,7 +464,7 @@ def test_lora_is_evaluated_and_merged(adapted, tmp_path, monkeypatch):
     with pretend_cuda() as cuda:
         assert evaluate_ppl.main([*flags, "--result_dir", "alone"]) == 0
         assert evaluate_ppl.main([*flags, *adapter, "--result_dir", "beside"]) == 0
-        assert merge.main([*flags, *adapter, "--out", "merged"]) == 0
+        assert merge.main([*flags, *adapter, "--save", "merged"]) == 0
         assert cuda.operations > 300
     assert evaluate_ppl.main([*flags, *adapter, "--dtype", "float16", "--result_dir", "here"]) == 0
     alone, beside, here = (

@@ -71,7 +71,8 @@ def dry(script: str, *flags: str, **variables: str) -> list[Experiment]:
     """Return the settings that the command which the script prints would run."""
     done = shell(script, *flags, DRY_RUN="1", **variables)
     assert done.returncode == 0, done.stderr
-    interpreter, program, *rest = shlex.split(done.stdout)
+    change, place, then, interpreter, program, *rest = shlex.split(done.stdout)
+    assert (change, place, then) == ("cd", str(ROOT), "&&")  # it can be pasted wherever one is
     assert (interpreter, program) == (sys.executable, "scripts/sweep.py")
     return planned(*rest)
 
@@ -597,19 +598,27 @@ def test_table2_of_smollm2_runs(tmp_path):
 # ------------------------------------------------------------------------------------------------------ the demo
 
 
-def test_demo_shows_what_was_gained_and_what_moves(monkeypatch, tmp_path, capsys):
+def test_demo_shows_what_was_gained_and_what_moves(monkeypatch, tmp_path, tiny_folder, capsys):
     figures = {("dense", 0.0): 14.0, ("wanda", 0.7): 600.0, ("wanda_ww", 0.7): 450.0, ("sparsegpt", 0.7): 180.0}
+    figures |= {("alps", 0.7): 90.0}
     records = [record(method, ppl, target, epsilon=0.2) for (method, target), ppl in figures.items()]
     records = [r | {"sparsity": r["target_sparsity"], "stages": {"load": {"seconds": 1.0}}} for r in records]
+    records[-1] |= {"saved_model": str(tiny_folder)}
+    records[-1]["flags"] |= {"cache_dir": "none"}
     asked = []
     monkeypatch.setattr(sweep, "run_all", lambda todo, force: asked.append(todo) or (records, records))
     assert demo.main(["--save", str(tmp_path), "--sparsity_ratio", "0.7"]) == 0
-    assert [run.prune_method for run in asked[0]] == [None, "wanda", "sparsegpt", "wanda_ww", "sparsegpt_ww"]
+    assert [run.prune_method for run in asked[0]] == [None, "wanda", "sparsegpt", "wanda_ww", "sparsegpt_ww", "alps"]
+    saving = [run.save_model for run in asked[0]]
+    assert saving == [None] * 5 + [str(tmp_path / "model")]
     out = capsys.readouterr().out
-    shown = {row[0]: row[3] for line in out.splitlines() if len(row := line.replace("│", " ").split()) == 5}
-    expected = {"dense": "14.00", "wanda": "600.00", "wanda_ww": "~450.00", "sparsegpt": "~180.00"}
+    rows = [[cell.strip() for cell in line.split("│")] for line in out.splitlines()]
+    shown = {row[1]: row[4] for row in rows if len(row) == 7}
+    expected = {"dense": "14.00", "wanda": "600.00", "wanda_ww": "about 450.0", "sparsegpt": "about 180.0"}
     assert {method: shown[method] for method in expected} == expected
-    assert "wanda at 0.7: perplexity 600.00 uniform, ~450.00 by alpha (-25.0 %)" in out
+    assert "wanda at 0.7: perplexity 600.00 uniform, about 450.0 by alpha (about -25 %)" in out
+    assert "best at 0.7: perplexity 600.00 wanda, about 90.0 alps (about -85 %)" in out
+    assert f"{tiny_folder}, continues:\n" in out
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     program, *rest = shlex.split(out.splitlines()[-1])[1:]
     assert program == "main.py" and parse(Experiment, rest, main.PARSER).eval_windows == 10

@@ -8,8 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, tiny_llama
@@ -31,6 +29,9 @@ import export_onnx
 import pack
 import pipeline
 import two_of_four
+
+onnx = pytest.importorskip("onnx", reason="tests/requirements.txt is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="tests/requirements.txt is not installed")
 
 LENGTH = 24
 # Float32 sums of at most 48 terms in another order, three blocks deep: a few units in the last place (1e-7).
@@ -151,7 +152,7 @@ def test_other_kinds_of_models(kind, tmp_path, tiny_tokenizer, tiny_text, capsys
 
 def test_weights_over_the_limit_of_a_file_go_beside_it(folders, tmp_path, tiny_text, monkeypatch):
     monkeypatch.setattr(export_onnx, "ONE_FILE", 10_000)
-    argv = [str(folders.half), "--out", str(tmp_path / "out"), "--text", str(tiny_text), "--sequence_length", "8"]
+    argv = [str(folders.half), "--save", str(tmp_path / "out"), "--text", str(tiny_text), "--sequence_length", "8"]
     assert export_onnx.main(argv) == 0  # compared with PyTorch there
     names = {path.name for path in (tmp_path / "out").iterdir()}
     both = {f"{name}.{end}" for name in ("model", "decode") for end in ("onnx", "onnx.data", "npz")}
@@ -182,7 +183,7 @@ def leaky(self, model, length):
 )
 def test_export_that_goes_wrong_leaves_nothing(folders, tmp_path, tiny_text, monkeypatch, capsys, spoil, says):
     spoil(monkeypatch)
-    argv = [str(folders.half), "--out", str(tmp_path / "out"), "--text", str(tiny_text), "--sequence_length", "8"]
+    argv = [str(folders.half), "--save", str(tmp_path / "out"), "--text", str(tiny_text), "--sequence_length", "8"]
     assert says in one_line(capsys, export_onnx.main([*argv, "--graphs", "prefill"]))
     assert list(tmp_path.iterdir()) == []
 
@@ -195,7 +196,7 @@ def test_export_that_goes_wrong_leaves_nothing(folders, tmp_path, tiny_text, mon
         ("{half} --sequence_length 1", "--sequence_length 1: must be at least 2"),
         ("{half} --sequence_length 129", "at most the model's context, 128"),
         ("{half} --text nothing.txt", "--text nothing.txt: file not found"),
-        ("{half} --out {most}", "already exists and holds something else"),
+        ("{half} --save {most}", "already exists and holds something else"),
     ],
 )
 def test_export_bad_input(folders, tiny_text, capsys, flags, says):
@@ -208,35 +209,35 @@ def test_export_bad_input(folders, tiny_text, capsys, flags, says):
 
 
 def test_packed_folder_comes_back_file_by_file(folders, tmp_path, capsys):
-    assert pack.main([str(folders.most), "--out", str(tmp_path / "packed")]) == 0
+    assert pack.main([str(folders.most), "--save", str(tmp_path / "packed")]) == 0
     assert "every tensor comes back bit for bit" in capsys.readouterr().out
     with pytest.raises(OSError):  # not a model with random weights
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    assert pack.main([str(tmp_path / "packed"), "--unpack", "--out", str(tmp_path / "back")]) == 0
+    assert pack.main([str(tmp_path / "packed"), "--unpack", "--save", str(tmp_path / "back")]) == 0
     before = {p.name: p.read_bytes() for p in folders.most.iterdir() if p.is_file()}
     assert {p.name: p.read_bytes() for p in (tmp_path / "back").iterdir()} == before
     assert (tmp_path / "packed" / "model.packed.safetensors").stat().st_size < len(before["model.safetensors"])
 
 
 def test_damaged_packed_file_is_refused(folders, tmp_path, capsys):
-    assert pack.main([str(folders.most), "--out", str(tmp_path / "packed")]) == 0
+    assert pack.main([str(folders.most), "--save", str(tmp_path / "packed")]) == 0
     path = tmp_path / "packed" / "model.packed.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    says = one_line(capsys, pack.main([str(tmp_path / "packed"), "--unpack", "--out", str(tmp_path / "back")]))
+    says = one_line(capsys, pack.main([str(tmp_path / "packed"), "--unpack", "--save", str(tmp_path / "back")]))
     assert "its SHA-256 differs" in says and not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("{dense} --out new", "is not sparse, 0.0000% of its block weights are zero"),
-        ("nowhere --out new", "nowhere: folder not found"),
-        ("{most} --out {half}", "already exists and holds something else"),
-        ("{most} --unpack --out new", "holds no *.packed.safetensors"),
-        ("{most} --unpack --format 2of4 --out new", "--unpack with --format 2of4"),
-        ("{most} --format 2of4 --out new", "needs a CUDA device and this machine has none"),
+        ("{dense} --save new", "is not sparse, 0.0000% of its block weights are zero"),
+        ("nowhere --save new", "nowhere: folder not found"),
+        ("{most} --save {half}", "already exists and holds something else"),
+        ("{most} --unpack --save new", "holds no *.packed.safetensors"),
+        ("{most} --unpack --format 2of4 --save new", "--unpack with --format 2of4"),
+        ("{most} --format 2of4 --save new", "needs a CUDA device and this machine has none"),
     ],
 )
 def test_pack_bad_input(folders, tmp_path, monkeypatch, capsys, flags, says):
@@ -272,7 +273,7 @@ def test_two_of_four_on_the_device(tmp_path, tiny_tokenizer):
         linear.weight.data = magnitude(linear.weight.data, None, 0.5, (2, 4))
     model.half().save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    assert pack.main([str(tmp_path / "model"), "--format", "2of4", "--out", str(tmp_path / "out")]) == 0
+    assert pack.main([str(tmp_path / "model"), "--format", "2of4", "--save", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out" / "2of4.json").read_text())
     assert record["bytes_2of4"] / record["bytes_dense"] == 0.5625  # two of four, and 2 bits for the place of each
     assert [row["tokens"] for row in record["rows"]] == [1, 128]

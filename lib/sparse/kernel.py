@@ -128,7 +128,7 @@ def _built(level: str) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own, renamed at the end: two processes that compile at once each put a whole file there.
+    # A temporary name, renamed at the end: two processes that compile at once each put a whole file there.
     handle, tmp = tempfile.mkstemp(prefix=".sparse-", suffix=".so", dir=target.parent)
     os.close(handle)
     try:

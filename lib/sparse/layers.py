@@ -135,7 +135,7 @@ class SparseLinear(nn.Module):
         if moved.device.type != "cpu" or moved.dtype != self.kind:
             raise RuntimeError(
                 f"SparseLinear stays on the CPU in {self.kind}; for a GPU or another kind of numbers unpack the model: "
-                "python scripts/speedup/pack.py PACKED --unpack --out DIR"
+                "python scripts/speedup/pack.py PACKED --unpack --save DIR"
             )
         return self
 

@@ -152,7 +152,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Tensor | Packed, list[int]]]:
                 raise UserError(
                     None,
                     f"{path}: is in version {header['version']} of the packed format and this reads {VERSION}; pack "
-                    "the model again: python scripts/speedup/pack.py MODEL --out DIR",
+                    "the model again: python scripts/speedup/pack.py MODEL --save DIR",
                 )
             stored = set(file.keys())
             for name, about in header["tensors"].items():

@@ -1,4 +1,4 @@
-"""A dense model and models pruned from it become a table of latencies and speed-ups, engine by engine."""
+"""Benchmark of a dense model and models pruned from it: latencies and speed-ups, engine by engine."""
 
 import argparse
 import json
@@ -59,7 +59,7 @@ def processor() -> dict:
 def check_load(cores: int, when: str) -> None:
     load = os.getloadavg()[0]
     if load > cores:
-        log.warning("the machine is busy %s: load average %.1f on %d cores; distrust the figures", when, load, cores)
+        log.warning("the machine is busy %s: load average %.1f on %d cores: unreliable timings", when, load, cores)
 
 
 def bandwidth_bound(sparsity: float) -> float:

@@ -1,4 +1,4 @@
-"""What the commands of this folder share: a model's folder, its zeros, its exported graphs, and how an error ends."""
+"""Checkpoints for the speed-up commands: a model's folder, its zeros, its exported graphs, and how an error ends."""
 
 import argparse
 import hashlib
@@ -83,7 +83,7 @@ def locate_folder(model: str) -> models.Source:
     if not folder.is_dir():
         raise UserError(None, f"{model}: folder not found; fetch it first: hf download {model} --local-dir DIR")
     if sparse.is_packed(folder):
-        raise UserError(None, f"{model}: is packed; first: python scripts/speedup/pack.py {model} --unpack --out DIR")
+        raise UserError(None, f"{model}: is packed; first: python scripts/speedup/pack.py {model} --unpack --save DIR")
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             None, f"{model}: the folder holds no *.safetensors; load it and save it again with transformers"
@@ -95,7 +95,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     """Return the folder of ``model`` with its zeros counted.
 
     Raises:
-        UserError: no such model, not a causal language model of a supported kind, or weights that are not there.
+        UserError: an unknown model, not a causal language model of a supported kind, or missing weights.
     """
     source = locate_folder(model)
     skeleton = models.load_skeleton(source)
@@ -103,7 +103,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     total = sum(layer.size for layer in layers)
     try:
         zeros = round(prune.checkpoint_sparsity(Path(source.path), [layer.name for layer in layers]) * total)
-    except Exception as error:  # safetensors has an error class of its own for a file that is cut off
+    except Exception as error:  # safetensors has its own error class for a truncated file
         raise UserError(None, f"{model}: its weights cannot be read ({str(error).splitlines()[0]})") from error
     return Checkpoint(source, total, skeleton.get_output_embeddings().weight.numel(), zeros)
 
@@ -141,7 +141,7 @@ def check_graph(path: Path, graph: str, sequence_length: int):
     """Return the protobuf of an exported graph.
 
     Raises:
-        UserError: no such file, another IR or opset than asked for, or another length: the engine would run its own.
+        UserError: a missing file, another IR or opset than asked for, or another length: the engine would run its own.
     """
     if not path.is_file():
         raise UserError(None, f"{path}: file not found; {export_hint(path, sequence_length)}")

@@ -1,4 +1,4 @@
-"""Exported models become latencies: one engine, in a process of its own, on models that take turns."""
+"""Latencies of exported models: one engine, in a separate process, on models that take turns."""
 
 # Runs in the DeepSparse environment too, which is old and has no torch: nothing but numpy is imported up here.
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""A checkpoint becomes two ONNX graphs, a whole window and one token of decoding, checked against PyTorch."""
+"""ONNX export of a checkpoint: graphs of a whole window and of one token of decoding, checked against PyTorch."""
 
 import argparse
 import json
@@ -224,7 +224,7 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], te
             if not onnx:
                 record["graphs"][graph] = None
                 continue
-            inside = tmp / graph  # a folder of its own while the exporter litters it
+            inside = tmp / graph  # a separate folder, which the exporter litters
             inside.mkdir()
             wrapper = (Prefill if graph == "prefill" else Decode)(model, length)
             write_graph(wrapper, given[graph], inside / path.name)
@@ -255,7 +255,7 @@ def _check_disk(checkpoint: Checkpoint, model: PreTrainedModel, length: int, out
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     past = 8 * length * heads * (config.hidden_size // config.num_attention_heads) * config.num_hidden_layers
     again = size if size > ONE_FILE else 0  # gathered into one file from a file per tensor
-    files.prepare("out", out.parent, len(graphs) * size + again + past + 4 * length**2)
+    files.prepare("save", out.parent, len(graphs) * size + again + past + 4 * length**2)
 
 
 def describe(record: dict, out: Path) -> str:
@@ -287,14 +287,14 @@ def run(args: argparse.Namespace) -> None:
     data.check_text("--text", args.text)
     checkpoint = open_checkpoint(args.model)
     out = Path(args.out) if args.out else checkpoint.deployment
-    check_free("--out", out, "export.json")
+    check_free("--save", out, "export.json")
     print(describe(export(checkpoint, args.sequence_length, out, args.graphs, args.text), out))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="export_onnx.py", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help=f"local folder, .gguf file or {models.SMOLLM2}")
-    parser.add_argument("--out", metavar="DIR", help="where the graphs go (default: MODEL/deployment)")
+    parser.add_argument("--save", dest="out", metavar="DIR", help="where the graphs go (default: MODEL/deployment)")
     add_export_flags(parser)
     return command(parser, run, argv)
 

@@ -1,4 +1,4 @@
-"""A model becomes a table of speed-ups: pruned if asked, exported where it was not yet, measured. What run.sh runs."""
+"""Pipeline of speed-up: a model is pruned if asked, exported where it was not yet, measured; what run.sh runs."""
 
 import argparse
 import json
