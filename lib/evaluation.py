@@ -188,22 +188,6 @@ def zero_shot(
     return ZeroShot(scores, {metric: sum(v) / len(v) for metric, v in values.items() if v}, full)
 
 
-@contextmanager
-def _bars_for_terminals() -> Iterator[None]:
-    """Disable every tqdm bar, whatever its caller asks for, where stderr is no terminal: they would fill a log file."""
-    original = tqdm.__init__
-
-    def disabled(bar: tqdm, *args, **options) -> None:
-        original(bar, *args, **options | {"disable": True})
-
-    if not sys.stderr.isatty():
-        tqdm.__init__ = disabled
-    try:
-        yield
-    finally:
-        tqdm.__init__ = original
-
-
 def _data_parallel(adapter: type) -> type:
     """Return lm-eval's ``adapter`` of a model in memory, which shares the questions out to several processes.
 
@@ -219,6 +203,22 @@ def _data_parallel(adapter: type) -> type:
         accelerator = Accelerator(cpu=processes.device() is None)
 
     return Shared
+
+
+@contextmanager
+def _bars_for_terminals() -> Iterator[None]:
+    """Disable every tqdm bar, whatever its caller asks for, where stderr is no terminal: they would fill a log file."""
+    original = tqdm.__init__
+
+    def disabled(bar: tqdm, *args, **options) -> None:
+        original(bar, *args, **options | {"disable": True})
+
+    if not sys.stderr.isatty():
+        tqdm.__init__ = disabled
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
 
 
 def _scores(full: dict) -> list[TaskScore]:

@@ -73,7 +73,7 @@ PARSER = make_parser(
     Benchmark,
     "bench_prune.py",
     __doc__,
-    "Every pruning runs in a process of its own, ours and plain in turns. CPU seconds are those of all threads.",
+    "Every pruning runs in a separate process, ours and plain in turns. CPU seconds are those of all threads.",
 )
 
 

@@ -108,7 +108,7 @@ def _column(record: dict, value: str) -> Column:
 def cells_of(runs: list[dict], value: str) -> dict[Row, dict[Column, Cell]]:
     """Return the figures by row and column, over seeds; of two runs with the same flags the newer one counts.
 
-    Where runs of one cell differ in another flag (--epsilon, --nsamples ...), each setting gets a separate row.
+    Where runs of one cell differ in a flag (--epsilon, --nsamples ...), each setting gets a separate row.
     """
     grouped: dict[Row, dict[Column, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:

@@ -75,7 +75,7 @@ def cells_of(engine: str, args: argparse.Namespace) -> list[dict]:
 
 
 def run_engine(engine: str, models: list[dict], cells: list[dict], args: argparse.Namespace) -> list[dict]:
-    """Return what ``engines.py`` measured in a process of its own, each cell or {..., "error": its last line}."""
+    """Return what ``engines.py`` measured in a separate process, each cell or {..., "error": its last line}."""
     python = environment.deepsparse_python() if engine == "deepsparse" else sys.executable
     spec = {"engine": engine, "models": models, "cells": cells, "cores": args.cores, "warmup": args.warmup}
     threads = {name: str(args.cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
