@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lib import UserError, calibration, evaluation, experiment, models, prune, tables
+from lib import UserError, calibration, evaluation, experiment, models, processes, prune, tables
 from lib.blocks import Weights
 from lib.command import command, make_parser
 from lib.experiment import Prepared, Session
@@ -22,7 +22,7 @@ log = logging.getLogger("main")
 PARSER = make_parser(
     Experiment,
     "main.py",
-    "Prune a LLaMA-family or another causal language model and measure its perplexity. "
+    "Prune a causal language model layer by layer and measure its perplexity. "
     "Without --prune_method: the dense model's.",
     "example: python main.py --model smollm2-135m --prune_method wanda_ww --sparsity_ratio 0.5 "
     "--epsilon 0.2 --calib_data wiki_leads --eval_data wiki_leads --seqlen 512 --nsamples 16",
@@ -105,16 +105,20 @@ def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, re
         return journal.failure
     try:
         with record.stage("save"):
-            edges = weights.edge_tensors()
-            models.complete_folder(journal.folder, weights.model, known.tokenizer, edges, known.dtypes.stored)
-            prune.check_saved(journal.folder, weights, record.content["sparsity"])
-            journal.finish(settings.packed)
+            processes.by_first(partial(_finish, settings, weights, known, record.content["sparsity"]))
             weights.moved(journal.folder, journal.target)
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)
         return error
     record.content["saved_model"] = str(journal.target)
     return None
+
+
+def _finish(settings: Experiment, weights: Weights, known: Prepared, sparsity: float) -> None:
+    folder = known.journal.folder
+    models.complete_folder(folder, weights.model, known.tokenizer, weights.edge_tensors(), known.dtypes.stored)
+    prune.check_saved(folder, weights, sparsity)
+    known.journal.finish(settings.packed)
 
 
 def evaluate(
@@ -144,7 +148,7 @@ def show(settings: Experiment, record: Record, console: Console) -> None:
     tables.show_run(console, record.content, record.stages, record.rows)
     tables.line(console, f"written: {settings.save}/*_{record.run}.*")
     if record.content["saved_model"]:
-        tables.line(console, f"model:   {record.content['saved_model']}")
+        tables.line(console, f"saved:   {record.content['saved_model']}")
 
 
 def _resume(settings: Experiment, record: Record) -> str:
@@ -163,12 +167,15 @@ def _after_interrupt(settings: Experiment) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
-    return command(Experiment, partial(_run, console=Console()), argv, PARSER)
+    console = Console(quiet=not processes.speaks())
+    return command(Experiment, partial(_run, console=console), argv, PARSER, processes=True)
 
 
 def _run(settings: Experiment, console: Console) -> None:
     try:
+        processes.join()
         run(settings, console)
+        processes.leave()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_after_interrupt(settings)) from None
 

@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(settings: ImageExperiment, task: Task) -> Prepared:
-    """Find out whatever can be known without the weights, so that nothing is computed in vain."""
+    """Find out whatever can be known without the weights, so that errors surface before any work."""
     files.prepare("save", Path(settings.save))
     warn_of_replacement(settings, task)
     warn_of_other_method(settings, task)

@@ -62,7 +62,7 @@ def run(settings: ImageExperiment, console: Console) -> dict:
             plan = make_plan(settings, task, parts.pruned.layers, values)
         with record.stage("prune"):
             inputs = enter() if task.pruner.statistic else None
-            record.rows = prune.walk(parts.pruned, plan, task.pruner, inputs, values, settings.propagate)
+            record.rows = prune.walk(parts.pruned, plan, task.pruner, inputs, values, settings.statistics)
 
     with record.kept(partial(resume, settings, record)):
         record.content["sparsity"] = parts.pruned.sparsity()

@@ -68,7 +68,7 @@ def locate(model: str) -> Source:
         return Source(model, f"local-dir:{path}", path)
     if not timm.is_model(model):
         what = "is a file; give the model's name, and the file as --resume"
-        what = what if path.is_file() else "timm has no such model"
+        what = what if path.is_file() else "unknown to timm"
         hint = did_you_mean(model, timm.list_models())
         raise UserError("model", f"{model}: {what}.{hint} Supported: {SUPPORTED}")
     return Source(model, model, None)

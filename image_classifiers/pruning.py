@@ -1,4 +1,4 @@
-"""Images become what enters the blocks, and a statistic becomes one threshold per matrix."""
+"""Pruning of image classifiers: Wanda with one threshold per matrix, and what enters the blocks."""
 
 from __future__ import annotations
 

@@ -71,10 +71,11 @@ class Images(Flags):
 class Calibration(Flags):
     _title: ClassVar[str] = "pruning"
 
-    propagate: str = flag(
+    statistics: str = flag(
         "dense",
         "{choices}: predecessors whose output calibrates a block",
         choices=PROPAGATE,
+        aliases=["propagate"],
         prunes=True,
         metavar="HOW",
     )
@@ -162,7 +163,7 @@ class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Evalua
             raise UserError("prune_method", f"{method} without a sparsity; add {flag_name('sparsity_ratio')}")
         name, _, suffix = method.partition("_")
         task = Task(method, IMAGE_PRUNERS[name], suffix, self.sparsity_ratio)
-        idle = [] if task.pruner.statistic else ["propagate"]
+        idle = [] if task.pruner.statistic else ["statistics"]
         idle += [] if wants_calibration(task) else ["hidden_device", "published_calibration"]
         for field in idle:
             if field in self.given:

@@ -101,7 +101,7 @@ def alps_group(
 def refit(weight: Tensor, pruned: Tensor, problem: Problem, steps: int = REFIT_STEPS) -> Tensor:
     """Return ``pruned`` [out, in], of any pruner, after conjugate gradients towards the best values of its support.
 
-    They minimise tr(E (A + damping I) E'), E the difference to the dense ``weight``; each row is a system of its own.
+    They minimise tr(E (A + damping I) E'), E the difference to the dense ``weight``; each row is a separate system.
     """
     target, values = (weight.float() * problem.scale) @ problem.damped, pruned.float() * problem.scale
     _descend(values, pruned != 0, target, problem.damped, steps)

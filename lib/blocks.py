@@ -169,7 +169,7 @@ class Packed(Weights):
 class Streamed(Weights):
     """The weights of a checkpoint on disk, of which one block at a time is in memory, and the next one is on its way.
 
-    Changed blocks are written to files of their own, and read from there from then on. ``model`` is on the meta device
+    Changed blocks are written to separate files, and read from there afterwards. ``model`` is on the meta device
     but for its buffers; the parameters around the blocks are in memory inside ``edges`` only.
     """
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError
+from lib import UserError, processes
 from lib.blocks import Block, Weights
 from lib.lazy import torch, transformers
 
@@ -30,9 +30,10 @@ class BlockInputs(NamedTuple):
 
     ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
     ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
-    sample. No live cache is among them. ``samples`` is what statistics are divided by, None for the number of tokens.
-    ``tuples`` takes the indices of the blocks that return their hidden states in a tuple. ``dtype`` is that of the
-    products in a block, None for the block's own; what passes from layer to layer is as precise as it was.
+    sample. No live cache is among them. ``samples`` is what statistics are divided by, None for the number of tokens;
+    all processes' count. ``tuples`` takes the indices of the blocks that return their hidden states in a tuple.
+    ``dtype`` is that of the products in a block, None for the block's own; what passes from layer to layer is as
+    precise as it was.
     """
 
     hidden: Tensor | list[Tensor]
@@ -129,7 +130,7 @@ def _in_place_of_blocks(weights: Weights, act: Callable[..., Tensor]) -> Iterato
 def enter_blocks(
     weights: Weights, windows: Tensor, place: str = "auto", dtype: torch.dtype | None = None
 ) -> BlockInputs:
-    """Return what enters the blocks for ``windows`` [samples, tokens] of token ids.
+    """Return what enters the blocks for this process's share of ``windows`` [samples, tokens] of token ids.
 
     The embedding and whatever else comes before the blocks are the model's own; stubs stand in the blocks' places.
 
@@ -142,6 +143,7 @@ def enter_blocks(
     """
     calls: list[tuple] = []
     hidden, last = None, len(weights.modules) - 1
+    mine = windows[processes.share(len(windows))]
 
     def note(index: int, entering: Tensor, *args, **kwargs) -> Tensor:
         calls.append((entering, _without_cache(args), _without_cache(kwargs)))
@@ -150,19 +152,20 @@ def enter_blocks(
         return entering
 
     with _in_place_of_blocks(weights, note):
-        for sample, window in enumerate(windows):
+        for sample, window in enumerate(mine if len(mine) else windows[:1]):  # what goes with them is wanted at least
             calls.clear()
             with suppress(_Caught):
                 weights.model(window[None].to(entry_device(weights.model)), use_cache=False)
             entering = calls[0][0]
             if hidden is None:
-                hidden = _room_for((len(windows), *entering.shape[1:]), entering, place)
+                hidden = _room_for((len(mine), *entering.shape[1:]), entering, place)
                 arguments = [(args, kwargs) for _, args, kwargs in calls]
             elif sample == 1 and not _same(arguments[0], calls[0][1:]):
                 text = "what its blocks are given depends on the text; not supported"
                 raise UserError(None, f"{type(weights.model).__name__}: {text}")
-            hidden[sample] = entering[0]
-    return BlockInputs(hidden, arguments, len(hidden), set(), dtype)
+            if len(mine):
+                hidden[sample] = entering[0]
+    return BlockInputs(hidden, arguments, len(windows), set(), dtype)
 
 
 @contextmanager
@@ -380,7 +383,7 @@ def input_statistics(
         raise UserError(None, text)
     result = []
     for leader, names in totals.sharing.items():
-        value = totals.total.pop(leader).div_(samples or totals.tokens[leader])
+        value = processes.sum_(totals.total.pop(leader)).div_(samples or sum(processes.gathered(totals.tokens[leader])))
         value = symmetric(value) if value.ndim == 2 else value
         # The diagonal tells of a Hessian: X'X is positive semi-definite, so that |H_ij| <= max H_ii.
         if not torch.isfinite(value.diagonal() if value.ndim == 2 else value).all():

@@ -11,9 +11,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
 from lib import UserError
+from lib.files import in_repository
+from lib.processes import speaks, started, tells
 from lib.registry import check_name, did_you_mean
 
 log = logging.getLogger("main")
@@ -29,8 +32,12 @@ def flag(default: Any, help: str, **about) -> Any:
             ``needs`` (the field without which it does nothing); ``only`` (the allocation that it is for);
             ``prunes`` (it does nothing unless something is pruned); ``convert`` (from text, where the type is not
             enough); ``nargs`` (``?`` lets a switch take true or false as well); ``const`` (the value of a flag with
-            ``nargs="?"`` that stands alone); ``aliases``; ``positional``.
+            ``nargs="?"`` that stands alone); ``aliases``; ``positional``; ``in_repository`` (the default is a path
+            there, wherever the command is started).
     """
+    if about.get("in_repository"):
+        help = f"{help} (default: the repository's {default})"
+        return field(default_factory=partial(in_repository, default), metadata={"help": help, **about})
     return field(default=default, metadata={"help": help, **about})
 
 
@@ -137,7 +144,7 @@ def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
     if about.get("positional"):
         group.add_argument(item.name, metavar=about.get("metavar"), nargs=about.get("nargs"), **options)
         return
-    options |= {"dest": item.name, "required": item.default is MISSING}
+    options |= {"dest": item.name, "required": item.default is MISSING and item.default_factory is MISSING}
     if kind is bool and item.default is False and not about.get("nargs"):
         options["action"] = "store_true"
     elif kind is bool:
@@ -230,9 +237,9 @@ def command(
 
     Args:
         run: does the work; what it returns is taken as the status if it is an int.
-        resume: what to do after Ctrl-C, unless the KeyboardInterrupt carries a text of its own.
+        resume: what to do after Ctrl-C, unless the KeyboardInterrupt carries a text.
         processes: whether several processes may run it together (torchrun, accelerate launch).
-        out_of_memory: what to do if a GPU's memory is used up.
+        out_of_memory: what to do when a GPU is out of memory.
     """
     return answer(parser.prog, settings, lambda: run(parse(settings, argv, parser)), resume, processes, out_of_memory)
 
@@ -243,18 +250,21 @@ def answer(
     """Do ``work``, which reads the command line too, and return the exit status; see ``command``."""
     quiet()
     try:
-        if not processes and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not processes and started() > 1:
             text = "runs as one process, which spreads the model over all GPUs itself; start it with python"
-            raise UserError(None, f"{os.environ['WORLD_SIZE']} processes were started (WORLD_SIZE): {prog} {text}")
+            raise UserError(None, f"{started()} processes were started (WORLD_SIZE): {prog} {text}")
         status = work()
     except UserError as error:
-        print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr)
+        if tells():
+            print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if speaks():
+            tells()
             print(f"\n{prog}: interrupted; {str(error) or resume}", file=sys.stderr)
         return 130
     except Exception as error:
+        tells()  # with a traceback or here; what others find when this process has ended is not told
         if "torch" not in sys.modules or not isinstance(error, sys.modules["torch"].OutOfMemoryError):
             raise
         print(f"{prog}: error: out of GPU memory ({str(error).splitlines()[0]}); {out_of_memory}", file=sys.stderr)
@@ -279,6 +289,6 @@ def quiet() -> None:
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if int(os.environ.get("RANK", 0)) > 0:  # of several processes, the first one speaks
+    if not speaks():  # of several processes, the first one speaks
         for name in ("lib", "main", "lora_ft"):
             logging.getLogger(name).setLevel(logging.ERROR)

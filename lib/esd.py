@@ -121,7 +121,7 @@ def farms_windows(shape: tuple[int, int], farms: Farms) -> tuple[tuple[int, int]
     for size, part in zip(shape, window, strict=True):
         room = size - part
         step = max(1, room // (farms.steps - 1)) if farms.steps > 1 else 1
-        # Where there is no room for so many, several would start at the same place: each is taken once.
+        # In a small matrix several would start at the same place: each is taken once.
         starts.append(sorted({min(i * step, room) for i in range(farms.steps)}))
     return window, *starts
 
@@ -180,7 +180,7 @@ def stable_rank(spec: Spectrum) -> float:
 def entropy(spec: Spectrum) -> float:
     """Return the Shannon entropy of the eigenvalues' shares in their sum, over the log of the matrix's rank.
 
-    Of rank one there is no such ratio.
+    Undefined for a matrix of rank one.
     """
     eigs = _positive(spec)
     svals = eigs.sqrt()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
-from lib import UserError, first_line
+from lib import UserError, first_line, processes
 from lib.allocator import keep_freed_memory
 from lib.blocks import Weights
 from lib.calibration import advance, enter_blocks, entry_device, leave_blocks
@@ -39,9 +41,10 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     Not finite if the model's logits are not: a pruned model may be that broken, and then that is the result, with a
     warning.
     """
+    mine = windows[processes.share(len(windows))]
     with torch.no_grad():
-        every = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in windows)
-        return _perplexity(every, windows, model.dtype)
+        every = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in mine)
+        return _perplexity(every, mine, model.dtype)
 
 
 def perplexity_by_blocks(weights: Weights, windows: Tensor) -> float:
@@ -54,11 +57,12 @@ def perplexity_by_blocks(weights: Weights, windows: Tensor) -> float:
     inputs = enter_blocks(weights, windows)
     for block in tqdm(weights.visit(), total=len(weights.modules), desc="evaluating", unit="block", disable=None):
         advance(block, inputs)
-    return _perplexity(leave_blocks(weights, windows, inputs), windows, weights.model.dtype)
+    mine = windows[processes.share(len(windows))]
+    return _perplexity(leave_blocks(weights, mine, inputs), mine, weights.model.dtype)
 
 
 def _perplexity(every: Iterable[Tensor], windows: Tensor, dtype: torch.dtype) -> float:
-    """Return the perplexity that the logits [seqlen, vocabulary] of each window have."""
+    """Return the perplexity that the logits [seqlen, vocabulary] of each window have, those of all processes."""
     keep_freed_memory()
     losses = []
     cross_entropy = torch.nn.functional.cross_entropy
@@ -68,7 +72,8 @@ def _perplexity(every: Iterable[Tensor], windows: Tensor, dtype: torch.dtype) ->
         parts = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
         total = sum(cross_entropy(part.float(), target, reduction="sum") for part, target in parts)
         losses.append(total / len(targets))
-    result = torch.stack(losses).mean().exp().item()
+    losses = processes.joined(torch.stack(losses) if losses else torch.empty(0))
+    result = losses.mean().exp().item()
     if not math.isfinite(result):
         hint = "" if dtype != torch.float16 else "; bfloat16 does not where float16 does: --dtype bfloat16"
         log.warning("the perplexity is not finite (%s): the model is broken, or its numbers overflow%s", result, hint)
@@ -140,7 +145,7 @@ def _task_manager(names: Sequence[str], include_path: str | None) -> object:
     for name in names:  # all names before the first data: those may have to be fetched
         if name not in manager.task_index:
             hint = did_you_mean(name, manager.all_tasks)
-            raise UserError("tasks", f"{name}: lm-eval has no such task.{hint} For {_LOCAL_TASKS}")
+            raise UserError("tasks", f"{name}: unknown to lm-eval.{hint} For {_LOCAL_TASKS}")
     return manager
 
 
@@ -152,7 +157,7 @@ def zero_shot(
     limit: int | None = None,
     batch_size: int | str = "auto",
 ) -> ZeroShot:
-    """Return what lm-eval makes of the model in memory on ``tasks``.
+    """Return what lm-eval makes of the model in memory on ``tasks``; of several processes the first has the answers.
 
     Args:
         limit: questions per task, None for all.
@@ -164,20 +169,56 @@ def zero_shot(
     if batch_size == "auto" and entry_device(model).type == "cpu":
         batch_size = _CPU_BATCH
     # lm-eval gives the tokenizer a padding token, which is not to end up in a saved folder.
-    adapter = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    full = simple_evaluate(
-        adapter,
-        tasks=list(tasks.tasks),
-        task_manager=tasks.manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        log_samples=False,
-    )
+    adapter = _data_parallel(HFLM)(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    with _bars_for_terminals():
+        full = simple_evaluate(
+            adapter,
+            tasks=list(tasks.tasks),
+            task_manager=tasks.manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            log_samples=False,
+        )
     _warn_of_nan(tasks)
+    if not processes.first():
+        return ZeroShot([], {}, {})
     scores = _scores(full)
     values = {metric: [score.value for score in scores if score.metric == metric] for metric in MEANS}
     return ZeroShot(scores, {metric: sum(v) / len(v) for metric, v in values.items() if v}, full)
+
+
+def _data_parallel(adapter: type) -> type:
+    """Return lm-eval's ``adapter`` of a model in memory, which shares the questions out to several processes.
+
+    lm-eval does so by itself for a model that it loads; one that it is given counts as the only one.
+    """
+    if processes.count() == 1:
+        return adapter
+    from accelerate import Accelerator
+
+    class Shared(adapter):
+        rank = property(lambda self: processes.rank())
+        world_size = property(lambda self: processes.count())
+        accelerator = Accelerator(cpu=processes.device() is None)
+
+    return Shared
+
+
+@contextmanager
+def _bars_for_terminals() -> Iterator[None]:
+    """Disable every tqdm bar, whatever its caller asks for, where stderr is no terminal: they would fill a log file."""
+    original = tqdm.__init__
+
+    def disabled(bar: tqdm, *args, **options) -> None:
+        original(bar, *args, **options | {"disable": True})
+
+    if not sys.stderr.isatty():
+        tqdm.__init__ = disabled
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
 
 
 def _scores(full: dict) -> list[TaskScore]:
@@ -197,6 +238,7 @@ def _scores(full: dict) -> list[TaskScore]:
 def _warn_of_nan(tasks: Tasks) -> None:
     """Say so if log-likelihoods are not a number: lm-eval would take the first choice, which looks like an accuracy."""
     answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
-    broken = sum(math.isnan(likelihood) for likelihood, _ in answers)
+    found = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
+    broken, total = map(sum, zip(*found, strict=True))
     if broken:
-        log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, len(answers))
+        log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, total)

@@ -21,12 +21,14 @@ from lib import (
     models,
     plans,
     price,
+    processes,
     scores,
     search,
 )
 from lib.allocation import SparsityPlan
 from lib.blocks import Packed, Streamed, Weights, weights_of
 from lib.command import Flags
+from lib.files import in_repository
 from lib.journal import Identity, Journal, digest, partial_folder
 from lib.layers import Layer, prunable_layers
 from lib.lazy import torch
@@ -102,11 +104,11 @@ class Session:
         elif known.streamed:
             log.info("streaming %s block by block", known.streamed)
             model = models.empty_llm(known.source, known.streamed, dtypes.compute)
-            device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+            device = processes.device() or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
             weights = Streamed(model, Checkpoint(known.streamed), device, dtypes.stored)
         else:
             log.info("loading %s", known.source.path)
-            model = models.load_llm(known.source, dtypes.compute, reserve=known.reserve)
+            model = models.load_llm(known.source, dtypes.compute, processes.device(), known.reserve)
             weights = weights_of(model, None if dtypes.stored == dtypes.compute else dtypes.stored)
         if self.shared:
             self._made[key], self.dense = weights, weights.snapshot()
@@ -120,15 +122,21 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     """Find out whatever can be known without the weights: 13 GB take a while to load."""
     files.prepare("save", Path(settings.save))
     warn_of_replacement(settings, task)
-    source = models.locate(settings.model, settings.cache_dir)
+    source = processes.by_first(lambda: models.locate(settings.model, settings.cache_dir))
     if models.is_packed(source) and (task.pruner or settings.metrics_only or settings.stream == "always"):
-        unpack = f"python scripts/speedup/pack.py {settings.model} --unpack --out DIR"
+        unpack = f"python scripts/speedup/pack.py {settings.model} --unpack --save DIR"
         raise UserError("model", f"{settings.model}: is packed, which is for running it; unpack it first: {unpack}")
     skeleton = session.once(models.load_skeleton, source)
     layers = session.once(prunable_layers, skeleton)
-    dtypes = models.choose_dtypes(settings.dtype, skeleton)
+    if models.is_packed(source):
+        dtypes = models.packed_dtypes(source, settings.dtype)
+    else:
+        dtypes = models.choose_dtypes(settings.dtype, skeleton)
     _check_layers(settings, task, source, layers)
     calib_dtype = _calib_dtype(settings, dtypes)
+    if wants_calibration(task) and settings.nsamples < processes.count():
+        text = f"{settings.nsamples}: {processes.count()} processes share them, so give at least as many"
+        raise UserError("nsamples", text)
     if settings.save_model:
         target = model_folder(settings, task)
         have = sum(path.stat().st_size for path in partial_folder(target).glob("*.safetensors"))
@@ -139,7 +147,8 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     windows = _read_windows(settings, task, tokenizer, seqlen, session)
     _check_vocabulary(settings, skeleton, windows)
     reserve = max(_reserve(run, skeleton, dtypes, seqlen, session) for run in (settings, *session.planned))
-    streamed = _streamed_folder(settings, task, source, models.fits_in_memory(skeleton, dtypes.compute, reserve))
+    fits = all(processes.gathered(models.fits_in_memory(skeleton, dtypes.compute, reserve)))
+    streamed = _streamed_folder(settings, task, source, fits)
     tasks = questions(settings, session)
     journal = _open_journal(settings, task)  # last: what is refused above leaves no trace
     return Prepared(
@@ -163,6 +172,9 @@ def _calib_dtype(settings: Experiment, dtypes: models.Dtypes) -> torch.dtype | N
 
 def _streamed_folder(settings: Experiment, task: Task, source: models.Source, fits: bool) -> Path | None:
     """Return the folder from which the weights are streamed, None if they are loaded."""
+    if settings.stream == "never" and processes.count() > 1 and not fits:
+        text = f"never: each of the {processes.count()} processes holds the whole model, for which there is no room"
+        raise UserError("stream", f"{text}; leave it out, or start one process, which uses all GPUs")
     if settings.stream == "never" or (settings.stream == "auto" and fits) or models.is_packed(source):
         return None
     if task.wants == "price":
@@ -208,7 +220,7 @@ def model_folder(settings: Output, task: Task) -> Path:
 
 def metric_folder(settings: Experiment, name: str) -> Path:
     """Return where the metrics of the model ``name`` are cached."""
-    return Path(settings.ww_metric_cache or Path("data") / name)
+    return Path(settings.ww_metric_cache or Path(in_repository("data"), name))
 
 
 def metric_file(settings: Experiment, known: Prepared) -> Path:
@@ -222,7 +234,7 @@ def whole_model(weights: Weights, known: Prepared, saved: str | None) -> PreTrai
     if not weights.streamed:
         return weights.model
     source = known.source if saved is None else models.locate(saved, known.source.cache_dir)
-    return models.load_llm(source, known.dtypes.compute, reserve=known.reserve)
+    return models.load_llm(source, known.dtypes.compute, processes.device(), known.reserve)
 
 
 def metric_settings(settings: Experiment) -> metrics.Settings:
@@ -241,12 +253,13 @@ def _reserve(
 ) -> int:
     task = settings.task()
     hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
-    calibrated = settings.nsamples if wants_calibration(task) else 0
+    calibrated = -(-settings.nsamples // processes.count()) if wants_calibration(task) else 0
     least = session.once(models.working_set, skeleton, dtypes.compute, hessians, calibrated, seqlen)
     if task.wants != "price":
         return least
     layers = session.once(prunable_layers, skeleton)
-    ranks = price.rank_bytes(layers) // max(1, torch.cuda.device_count())  # they lie beside the layers
+    gpus = 1 if processes.device() else max(1, torch.cuda.device_count())
+    ranks = price.rank_bytes(layers) // gpus  # they lie beside the layers
     return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, seqlen))
 
 
@@ -349,15 +362,27 @@ def measure_values(
     target = task.target if wants in scores.WEIGHT_SCORES else 0.0  # the other scores depend on no target
     multiple = settings.owl_m if wants == "outlier_ratio" else 0.0
     enter = partial(calibration.enter_blocks, weights, known.windows.calibration, settings.hidden_states)
-    return session.once(partial(_scores, wants, weights, target, multiple), known.windows.calibration, enter)
+    values = session.once(partial(_scores, wants, weights, target, multiple), known.windows.calibration, enter)
+    return processes.by_first(lambda: values)  # the same in the last bit, so that all make the same plan
 
 
 def find_prices(
     settings: Experiment, task: Task, weights: Weights, known: Prepared, session: Session
 ) -> price.Found | None:
-    """Return what the search for ratios of equal price found, None for another allocation."""
+    """Return what the search for ratios of equal price found, None for another allocation.
+
+    What an unfinished run found is taken from its journal: a GPU may not find the same bits again.
+    """
     if settings.plan or task.wants != "price":
         return None
+    journal, key = known.journal, ""
+    if journal is not None:
+        windows = [digest(part) for part in known.windows.search]
+        key = digest([settings.identity(), windows, known.source.name, metrics.fingerprints(weights)])
+        noted = processes.by_first(lambda: journal.noted("prices") or {})  # before any of them notes more
+        if noted.get("key") == key:
+            log.info("the ratios of equal price are those that the interrupted run found")
+            return price.Found.of(noted["found"])
     start = None
     if task.start:
         values = measure_values(settings, task.first, weights, known, session)
@@ -365,7 +390,17 @@ def find_prices(
     device = next(iter(weights.visit())).device
     dtype = price.search_dtype(settings.price_dtype, device, known.dtypes.compute)
     options = price.Options(settings.price_steps, settings.price_refresh, dtype)
-    return session.once(price.search, weights, known.windows.search, task.target, start, options)
+    if processes.count() > 1:
+        log.info("the first process searches for prices, the others wait for them")
+
+    def search_apart() -> price.Found:
+        with processes.apart():
+            return session.once(price.search, weights, known.windows.search, task.target, start, options)
+
+    found = processes.by_first(search_apart)
+    if journal is not None:
+        journal.note("prices", {"key": key, "found": found._asdict()})
+    return found
 
 
 def priced(found: price.Found | None) -> dict:
@@ -459,7 +494,8 @@ def begin_journal(settings: Experiment, weights: Weights, known: Prepared, plan:
     windows = known.windows.calibration
     versions = provenance()["versions"]
     device = next(iter(weights.visit())).device.type
-    same = {name: versions[name] for name in ("torch", "transformers")} | {"device": device}
+    same = {name: versions[name] for name in ("torch", "transformers")}
+    same |= {"device": device, "processes": str(processes.count())}  # whose number is the order of sums
     calibrated = "none" if windows is None else digest(windows)
     known.journal.begin(
         Identity(settings.identity(), plan.digest(), calibrated, same, metrics.fingerprints(weights))
@@ -514,5 +550,6 @@ def described(settings: Experiment, task: Task, known: Prepared) -> dict:
         "epsilon": settings.epsilon if task.allocation == "ww" else None,
         "epsilon_search": [],
         "saved_model": None,
+        "processes": processes.count(),
         "flags": settings.flags(),
     }

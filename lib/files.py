@@ -13,13 +13,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lib import UserError, first_line
+from lib import UserError, first_line, processes
 
 log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def in_repository(name: str) -> str:
+    """Return the path of ``name`` in the repository: as it is where the command is started there, else absolute."""
+    return name if Path.cwd() == ROOT else str(ROOT / name)
 
 
 def prepare(field: str, folder: Path, need_bytes: int = 0) -> None:
     """Refuse a ``folder`` that cannot be written or whose disk has less than ``need_bytes`` free; leave no trace."""
+    if not processes.first():
+        return
     made = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,11 +61,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_files(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write each of ``texts`` {file name: content} to ``folder``, all of them or none.
+    """Write each of ``texts`` {file name: content} to ``folder``, all of them or none; the first process does.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; existing files are left as they are.
     """
+    if not processes.first():
+        return
     written: dict[Path, Path] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +111,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(target)
             raise
-    except Exception as error:  # safetensors has an error class of its own for a full disk
+    except Exception as error:  # safetensors has its own error class for a full disk
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
         raise UserError(None, f"{target}: the model cannot be saved there ({first_line(error)})") from error
@@ -138,11 +149,13 @@ def is_alive(process: int) -> bool:
 
 
 def save_figure(figure, path: Path, dpi: int) -> None:
-    """Write a matplotlib ``figure`` as a PNG, under a temporary name first.
+    """Write a matplotlib ``figure`` as a PNG, under a temporary name first; the first process does.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
+    if not processes.first():
+        return
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

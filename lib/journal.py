@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, fingerprint, stream
+from lib import UserError, fingerprint, processes, stream
 from lib.files import is_alive, new_folder
 from lib.lazy import torch
 from lib.record import LayerReport
@@ -55,6 +55,7 @@ class Journal:
 
     A block is finished when the manifest names its shard, its checksum and its rows; the manifest is written after the
     shard, both durably. The folder takes the place of ``target`` when all blocks are finished.
+    Of several processes the first one reads and writes it, and the others know what it knows.
     """
 
     def __init__(self, target: Path, restart: bool = False, unmeasured: bool = False) -> None:
@@ -69,9 +70,14 @@ class Journal:
         self.notes: dict[str, object] = {}  # what a search found
         self.failure: UserError | None = None  # of a block that could not be written
         self._identity: dict = {}
+        self._found = processes.by_first(lambda: self._open(restart, unmeasured))
+
+    def _open(self, restart: bool, unmeasured: bool) -> dict:
+        """Take possession of the folder and return the manifest that it holds."""
+        target = self.target
         try:
             if unmeasured and not restart and not self.folder.exists() and (target / MANIFEST).is_file():
-                target.rename(self.folder)
+                self._take_back()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
             if restart:
@@ -82,7 +88,21 @@ class Journal:
         except OSError as error:
             text = f"{self.folder}: cannot be written ({error.strerror or error})"
             raise UserError("save_model", text) from error
-        self._found = self._read_manifest()
+        return self._read_manifest()
+
+    def _take_back(self) -> None:
+        """Make the finished folder the folder at work again; a packed one's shards come back bit for bit."""
+        from lib import sparse
+
+        if not sparse.is_packed(self.target):
+            self.target.rename(self.folder)
+            return
+        try:
+            with new_folder(self.folder) as folder:
+                sparse.unpack_files(self.target, folder)
+        except UserError as error:
+            raise UserError("save_model", f"{error.text}; add --restart to begin again") from error
+        shutil.rmtree(self.target)
 
     @property
     def scratch(self) -> Path:
@@ -115,8 +135,8 @@ class Journal:
         tmp.rename(path)
 
     def close(self) -> None:
-        """Free the folder for another process."""
-        if self.folder.is_dir():
+        """Free the folder for another run."""
+        if processes.first() and self.folder.is_dir():
             (self.folder / _LOCK).unlink(missing_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
             if not any(self.folder.iterdir()):
@@ -160,22 +180,27 @@ class Journal:
         Raises:
             UserError: the folder holds blocks of a run with other flags, weights, calibration or versions.
         """
-        now = json.loads(json.dumps(identity._asdict()))
-        before = self._found.get("identity")
-        self._identity = now
-        if before:
-            self._check_same(before, now)
-            for key, about in sorted(self._found["blocks"].items(), key=lambda item: int(item[0])):
-                if int(key) != len(self.finished):
-                    break
-                path = self.folder / about["shard"]
-                if not path.is_file() or stream.checksum(path) != about["sha256"]:
-                    log.warning("%s is damaged: its block and those after it are pruned again", path)
-                    break
-                self.finished[int(key)] = about
-            if self.finished:
-                log.info("resuming after block %d of the run in %s", max(self.finished), self.folder)
+        self._identity = json.loads(json.dumps(identity._asdict()))
+        self.finished = processes.by_first(self._whole_blocks)
+        if self.finished:
+            log.info("resuming after block %d of the run in %s", max(self.finished), self.folder)
         self._write()
+
+    def _whole_blocks(self) -> dict[int, dict]:
+        """Return what the manifest says of the blocks that are whole."""
+        before, finished = self._found.get("identity"), {}
+        if not before:
+            return finished
+        self._check_same(before, self._identity)
+        for key, about in sorted(self._found["blocks"].items(), key=lambda item: int(item[0])):
+            if int(key) != len(finished):
+                break
+            path = self.folder / about["shard"]
+            if not path.is_file() or stream.checksum(path) != about["sha256"]:
+                log.warning("%s is damaged: its block and those after it are pruned again", path)
+                break
+            finished[int(key)] = about
+        return finished
 
     def _check_same(self, before: dict, now: dict) -> None:
         other = [k for k in now["flags"] if before["flags"].get(k, now["flags"][k]) != now["flags"][k]]
@@ -205,6 +230,8 @@ class Journal:
         return self._found.get("notes", {}).get(name)
 
     def _write(self) -> None:
+        if not processes.first():
+            return
         content = {
             "identity": self._identity or self._found.get("identity"),
             "blocks": self.finished if self._identity else self._found.get("blocks", {}),
@@ -245,6 +272,6 @@ class Journal:
     def add(self, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: list[LayerReport]) -> None:
         """Make a block durable: its shard, then the manifest that names it."""
         path = self.path(index)
-        sha256 = stream.write_shard(path, tensors, dtype)
+        sha256 = processes.by_first(lambda: stream.write_shard(path, tensors, dtype))
         self.finished[index] = {"shard": path.name, "sha256": sha256, "rows": [list(row) for row in rows]}
-        self._write()
+        processes.by_first(self._write)

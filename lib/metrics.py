@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
-from lib import UserError, fingerprint, flag_name
+from lib import UserError, fingerprint, flag_name, processes
 from lib.blocks import Block, Weights
 from lib.esd import METRICS, WEIGHTWATCHER, Farms, NoFit, spectrum
 from lib.layers import Layer
@@ -66,7 +66,7 @@ def load_or_measure(
     Raises:
         UserError: the cache belongs to something else (see ``read_cache``), or a layer's spectrum admits no fit.
     """
-    cached = read_cache(folder, metric, model, weights.layers, settings)
+    cached = processes.by_first(lambda: read_cache(folder, metric, model, weights.layers, settings))
     if cached is not None and _same_weights(folder / settings.stem(metric), weights):
         return cached
     begun = Begun(folder / f".{settings.stem(metric)}.jsonl")
@@ -105,6 +105,8 @@ class Begun:
     def add(self, values: Mapping[str, tuple[float, str]]) -> None:
         """Keep values and fingerprints by layer name."""
         rows = [{"layer": name, "value": value, "fingerprint": mark} for name, (value, mark) in values.items()]
+        if not processes.first():
+            return
         with suppress(OSError):  # a disk that is full is for the end of the measurement to tell
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
@@ -124,16 +126,18 @@ def measure(
     pending: dict[str, Future] = {}
     fell_back: list[str] = []
     in_memory = weights.in_memory
-    with tqdm(total=len(weights.layers), desc=metric, unit="matrix", disable=None) as bar, _workers() as workers:
+    mine = _own_part(metric, weights.layers)
+    with tqdm(total=len(mine), desc=metric, unit="matrix", disable=None) as bar, _workers() as workers:
         for block in weights.visit():
             if block.index == 0:
                 _warn_of_zeros(metric, block)
-            futures = _submit(workers, block, metric, settings, fell_back, begun)
+            own = {name: linear for name, linear in block.linears.items() if name in mine}
+            futures = _submit(workers, block._replace(linears=own), metric, settings, fell_back, begun)
             for future in futures.values():
                 future.add_done_callback(lambda _: bar.update())
             pending |= futures
             if not in_memory:
-                _keep(block, futures, begun)
+                _keep(block, pending, begun)
         try:
             for block in weights.visit() if in_memory else ():
                 _keep(block, pending, begun)
@@ -141,6 +145,7 @@ def measure(
         except BaseException:  # the first failure, or Ctrl-C: what has not begun would only delay the answer
             workers.shutdown(wait=False, cancel_futures=True)
             raise
+    fell_back = sum(processes.gathered(fell_back), [])
     if fell_back:
         names = ", ".join(sorted(fell_back)[:3]) + (" ..." if len(fell_back) > 3 else "")
         text = "too ill-conditioned for the fast driver, used a float64 SVD instead: %d, %s"
@@ -148,9 +153,24 @@ def measure(
     return LayerMetrics(metric, model, values)
 
 
-def _keep(block: Block, futures: Mapping[str, Future], begun: Begun | None) -> None:
-    """Wait for a block's numbers, and keep them."""
-    values = {name: futures[name].result() for name in block.linears}
+def _own_part(metric: str, layers: Sequence[Layer]) -> set[str]:
+    """Return the layers that this process measures; weightwatcher sees whole blocks."""
+    if metric in WEIGHTWATCHER:
+        return {layer.name for layer in layers if layer.block % processes.count() == processes.rank()}
+    owners = processes.owners([layer.size * min(layer.shape) for layer in layers])
+    return {layer.name for layer, owner in zip(layers, owners, strict=True) if owner == processes.rank()}
+
+
+def _keep(block: Block, futures: dict[str, Future], begun: Begun | None) -> None:
+    """Wait for a block's numbers, those of other processes too, and keep them."""
+    own = {name: futures[name].result() for name in block.linears if name in futures}
+    taken = [] if begun is None else [name for name in own if name in begun.taken]
+    values = {}
+    for found, known in processes.gathered((own, taken)):
+        values |= found
+        if begun is not None:
+            begun.taken.update(known)
+    futures |= {name: _done(value) for name, value in values.items() if name not in futures}
     if begun is not None:
         new = {name: value for name, value in values.items() if name not in begun.taken}
         marks = {name: fingerprint.fingerprint(block.linears[name].weight) for name in new}
@@ -166,7 +186,7 @@ def _submit(
     begun: Begun | None,
 ) -> dict[str, Future]:
     """Return the numbers of a block's layers to come; on a GPU they are computed here, one after the other."""
-    if metric in WEIGHTWATCHER:
+    if metric in WEIGHTWATCHER and block.linears:
         numbers = _through_weightwatcher(metric, block, settings.seed)
         return {name: _done(number) for name, number in numbers.items()}
     jobs = {}
@@ -355,6 +375,8 @@ def write_cache(folder: Path, metrics: LayerMetrics, weights: Weights, settings:
 
 
 def _write(folder: Path, stem: str, about: Mapping, values: Sequence[float]) -> None:
+    if not processes.first():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # The sidecar first: values without one would be taken for a published file.

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, first_line, stream
+from lib import UserError, first_line, processes, stream
 from lib.files import new_folder
 from lib.hub import check_hub
 from lib.layers import SUPPORTED, architecture, check_support, find_blocks, linear_modules
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 SMOLLM2 = "smollm2-135m"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 
 
 class Source(NamedTuple):
@@ -154,7 +155,15 @@ def _check_support(given: str, model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Return the model's own tokenizer, with its defaults."""
+    """Return the model's own tokenizer, with its defaults.
+
+    Raises:
+        UserError: the folder holds none, or it cannot be read.
+    """
+    folder = Path(source.path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        fix = "copy the original model's there (tokenizer.json, tokenizer_config.json ...)"
+        raise UserError("model", f"{source.given}: the folder holds no tokenizer; {fix}")
     try:
         return transformers.AutoTokenizer.from_pretrained(source.path, cache_dir=source.cache_dir)
     except Exception as error:
@@ -226,11 +235,14 @@ def load_llm(
 
 
 def free_memory(reserve: int) -> dict[int | str, int]:
-    """Return how many bytes of weights each GPU, and the CPU, may hold."""
+    """Return how many bytes of weights each GPU, and the CPU, may hold; one of several processes: its GPU or share."""
     import psutil
 
+    own = processes.device()
+    if own is not None:
+        return {own.index: max(0, torch.cuda.mem_get_info(own)[0] - reserve)}
     gpus = {i: max(0, torch.cuda.mem_get_info(i)[0] - reserve) for i in range(torch.cuda.device_count())}
-    return gpus | {"cpu": psutil.virtual_memory().available}
+    return gpus | {"cpu": psutil.virtual_memory().available // processes.beside()}
 
 
 _OVERHEAD = 2**30  # bytes of a GPU for its context, the libraries' workspaces and the allocator's gaps
@@ -363,6 +375,18 @@ def is_packed(source: Source) -> bool:
     return any(Path(source.path).glob("*.packed.safetensors"))
 
 
+def packed_dtypes(source: Source, dtype: str) -> Dtypes:
+    """Return what a packed model is computed in; ``dtype``, a name of DTYPES, may not be another."""
+    from lib import sparse
+
+    kind = sparse.kind_to_run_in(Path(source.path))
+    name = str(kind).removeprefix("torch.")
+    if dtype not in ("auto", name):
+        text = f"{dtype}: {source.given} is packed and runs in {name}; leave --dtype out, or unpack it for another"
+        raise UserError("dtype", text)
+    return Dtypes(kind, kind)
+
+
 def load_packed(source: Source) -> PreTrainedModel:
     """Return the model of a packed folder, for inference on the CPU."""
     from lib import sparse
@@ -382,7 +406,7 @@ def _unreadable(source: Source, error: Exception, what: str = "") -> UserError:
     if "gated" in str(error) or "401" in str(error):
         reason = "access must be asked for on its page, then: hf auth login"
     elif "not a valid model identifier" in str(error) or "404" in str(error):
-        reason = "the hub has no such model, or it is private"
+        reason = "unknown to the hub, or private"
     else:
         reason = "it is not a local folder and the hub cannot be reached"
     copy = f"a copy fetched elsewhere with `hf download {source.path} --local-dir DIR` works: --model DIR"

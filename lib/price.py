@@ -44,7 +44,7 @@ STEP, REFRESH_STEP = 0.25, 0.15  # of the logit, at a price that is e times the 
 BAND = 0.1  # share of a row around the threshold from which a price is read
 MEMORY = 0.6  # share of the earlier steps in a price
 CHECK_EVERY = 4  # steps from one look at the held-out windows to the next
-POSITIONS = slice(1, None, 2)  # tokens whose predictions count: every second one, which suffices
+POSITIONS = slice(1, None, 2)  # tokens whose predictions count: every second one is enough
 LIFT = 1024  # times the loss: most gradients of logits, which are at most 1, are too small for float16
 TOKENS = 256  # whose logits are in memory at a time
 DTYPES = ("auto", "float32", "bfloat16")
@@ -56,6 +56,24 @@ class Options(NamedTuple):
     steps: int = 16
     refresh: int = 0
     dtype: torch.dtype | None = None
+
+
+def forward_passes(options: Options, started: bool) -> int:
+    """Return how many windows a search passes through the blocks, a backward pass counted as two.
+
+    A window of a step counts four times: its forward pass, once more block by block (checkpointing), and backwards.
+
+    Args:
+        started: whether it starts from another allocation than uniform, which is looked at, too.
+    """
+
+    def descent(steps: int) -> int:
+        looks = math.ceil(steps / CHECK_EVERY)
+        return steps * BATCH * 4 + looks * HELD
+
+    dense, starts = FIT + HELD, HELD * (2 if started else 1)
+    renewed = 2 * FIT + HELD + descent(options.refresh) if options.refresh else 0
+    return dense + starts + descent(options.steps) + renewed
 
 
 class Step(NamedTuple):
@@ -77,6 +95,11 @@ class Found(NamedTuple):
     held: dict[str, float]
     steps: list[Step]
     dtype: str
+
+    @classmethod
+    def of(cls, content: Mapping) -> Found:
+        """Return what ``_asdict`` was made of, after a way through JSON."""
+        return cls(**content)._replace(steps=[Step(*step) for step in content["steps"]])
 
 
 # --------------------------------------------------------------------------------------------------- ranks and bands

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lib import UserError, flag_name, stream
+from lib import UserError, flag_name, processes, stream
 from lib.allocation import SparsityPlan
 from lib.allocator import keep_freed_memory
 from lib.blocks import Block, Weights, check_finite, is_finite
@@ -91,10 +91,15 @@ def _keep(block: Block, weights: Weights, journal: Journal, rows: list[LayerRepo
 def _prune_block(
     block: Block, plan: SparsityPlan, pruner: Pruner, inputs: BlockInputs | None, keep: bool, stored: torch.dtype | None
 ) -> None:
-    for names, prepared in _prepared(block, pruner, inputs, keep):
-        with _named(names[0]):
-            _prune_layers({name: block.linears[name] for name in names}, plan, pruner, prepared, stored)
+    owners = {}
+    for names, prepared, owner in _prepared(block, pruner, inputs, keep):
+        if owner == processes.rank():
+            with _named(names[0]):
+                _prune_layers({name: block.linears[name] for name in names}, plan, pruner, prepared, stored)
         del prepared  # a factor of the Hessian: not to outlive its layers
+        owners |= dict.fromkeys(names, owner)
+    for name, owner in owners.items() if inputs is not None else ():
+        processes.broadcast(block.linears[name].weight.data, owner)
 
 
 @contextmanager
@@ -109,21 +114,33 @@ def _named(name: str) -> Iterator[None]:
 
 def _prepared(
     block: Block, pruner: Pruner, inputs: BlockInputs | None, keep: bool
-) -> Iterator[tuple[list[str], object]]:
-    """Yield the layers that share an input, and what the pruner makes of that input's statistic."""
+) -> Iterator[tuple[list[str], object, int]]:
+    """Yield the layers that share an input, what the pruner makes of that input's statistic, and whose they are.
+
+    What needs no statistic is quickly done, by every process.
+    """
     if inputs is None:
         if block.linears:
-            yield list(block.linears), None
+            yield list(block.linears), None, processes.rank()
         return
     steps = passes(block, inputs, keep) if block.linears else ()
     statistics = input_statistics(block.linears, pruner.statistic, inputs.samples, steps, stop=not keep)
-    while statistics:
+    owners = processes.owners([_cost(block, names, value) for names, value in statistics])
+    for owner in owners:
         names, value = statistics.pop(0)  # each Hessian is freed before the next one is factorised
-        with _named(names[0]):
-            prepared = pruner.prepare(value)
+        prepared = None
+        if owner == processes.rank():
+            with _named(names[0]):
+                prepared = pruner.prepare(value)
         del value
-        yield names, prepared
+        yield names, prepared, owner
         del prepared
+
+
+def _cost(block: Block, names: list[str], statistic: Tensor) -> float:
+    """Return how long a pruner takes for layers that share a statistic, compared to others."""
+    columns, rows = len(statistic), sum(len(block.linears[name].weight) for name in names)
+    return columns**2 * (columns + rows) if statistic.ndim == 2 else columns * rows
 
 
 def _prune_layers(

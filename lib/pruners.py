@@ -1,4 +1,4 @@
-"""Pruners: weights, a statistic of their input and a ratio become weights with zeros."""
+"""Pruners: magnitude, Wanda, SparseGPT and ALPS, which zero a given ratio of one weight matrix."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def wanda_variant(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple
     """Zero, per row, the smallest scores whose cumulative sum stays within a share of the row's total.
 
     The share is one for the matrix, found by bisection in [0, 0.8] from 0.4 on, until the sparsity is within 0.001 of
-    ``ratio`` (published); if no such share is there, the closest is used, with a warning.
+    ``ratio`` (published); if there is no such share, the closest is used, with a warning.
     """
     if nm is not None:
         return wanda(weight, squared_norms, ratio, nm)

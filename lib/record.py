@@ -42,7 +42,8 @@ class Record:
 
     Attributes:
         content: what ``run_<run>.json`` holds; ``complete`` is False until the end.
-        stages: seconds and peak memory of each stage, {stage: {"seconds", "peak_rss_mb", "peak_cuda_mb"}}.
+        stages: seconds, CPU seconds of all threads, and peak memory of each stage, {stage: {"seconds", "cpu_seconds",
+            "peak_rss_mb", "peak_cuda_mb"}}; on a shared machine it is the CPU seconds that can be compared.
         rows: the per-layer table, ``layers_<run>.tsv``.
         files: other files to write, {name: text}.
         written: whether ``write`` has succeeded.
@@ -63,11 +64,14 @@ class Record:
             Path("/proc/self/clear_refs").write_text("5")
         for device in cuda_in_use():
             torch.cuda.reset_peak_memory_stats(device)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         yield
         for device in cuda_in_use():
             torch.cuda.synchronize(device)
-        row = {"seconds": round(time.perf_counter() - start, 3), "peak_rss_mb": _peak_rss_mb()}
+        seconds = {
+            "seconds": round(time.perf_counter() - start, 3), "cpu_seconds": round(time.process_time() - cpu, 3)
+        }  # fmt: skip
+        row = seconds | {"peak_rss_mb": _peak_rss_mb()}
         peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
         self.stages[name] = row | ({"peak_cuda_mb": peaks} if peaks else {})
 

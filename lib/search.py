@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
-from lib import UserError
+from lib import UserError, processes
 from lib.allocation import SparsityPlan
 from lib.blocks import Weights
 from lib.calibration import enter_blocks
@@ -49,7 +49,8 @@ def try_epsilons(
 ) -> list[Trial]:
     """Return the perplexity after pruning with each epsilon of ``grid``; the weights are dense again afterwards.
 
-    Epsilons that lead to the same plan, as all do where every metric is the same, are tried once.
+    Epsilons that lead to the same plan, as all do where every metric is the same, are tried once. Of several processes
+    each tries other plans, on all windows.
 
     Args:
         plan_of: the plan that an epsilon leads to.
@@ -57,21 +58,31 @@ def try_epsilons(
         dense: the caller's snapshot of the weights; without one, a copy is held in the CPU's memory meanwhile.
         tried: perplexities by plan that an earlier run found; each new one is added as soon as it is known.
     """
-    calibration, held_out = windows
     dense = weights.snapshot() if dense is None else dense
     found = {} if tried is None else tried
-    trials = []
-    for epsilon in tqdm(grid, desc="epsilon", unit="trial", disable=None):
-        plan = plan_of(epsilon)
-        key = plan.digest()
-        if key not in found:
-            try:
-                walk(weights, plan, pruner, enter_blocks(weights, calibration) if pruner.statistic else None)
-                found[key] = perplexity_by_blocks(weights, held_out)
-            finally:
-                weights.restore(dense)
-        trials.append(Trial(epsilon, found[key]))
-    return trials
+    plans = {epsilon: plan_of(epsilon) for epsilon in grid}
+    keys = {epsilon: plan.digest() for epsilon, plan in plans.items()}
+    untried = {keys[epsilon]: plan for epsilon, plan in plans.items() if keys[epsilon] not in found}
+    for start in tqdm(range(0, len(untried), processes.count()), desc="epsilon", unit="trial", disable=None):
+        own = list(untried.items())[start + processes.rank() :][:1]
+        with processes.apart():
+            results = [(key, _try(weights, plan, pruner, windows, dense)) for key, plan in own]
+        for some in processes.gathered(results):
+            for key, value in some:
+                found[key] = value
+    return [Trial(epsilon, found[keys[epsilon]]) for epsilon in grid]
+
+
+def _try(
+    weights: Weights, plan: SparsityPlan, pruner: Pruner, windows: tuple[Tensor, Tensor], dense: Mapping[str, Tensor]
+) -> float:
+    """Return the perplexity on the held-out windows after pruning; the weights are dense again afterwards."""
+    calibration, held_out = windows
+    try:
+        walk(weights, plan, pruner, enter_blocks(weights, calibration) if pruner.statistic else None)
+        return perplexity_by_blocks(weights, held_out)
+    finally:
+        weights.restore(dense)
 
 
 def best(trials: Sequence[Trial]) -> Trial:

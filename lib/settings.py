@@ -13,6 +13,7 @@ from lib.calibration import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
 from lib.command import Flags, flag, number_or_auto
 from lib.esd import DRIVERS, METRICS, WEIGHTWATCHER
 from lib.evaluation import ZERO_SHOT_TASKS
+from lib.layers import SUPPORTED
 from lib.models import DTYPES, SMOLLM2
 from lib.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Options, Pruner, configured
 from lib.registry import check_name, did_you_mean
@@ -25,8 +26,10 @@ TEXTS = f"{{{', '.join(data.DATASETS)}}} or a .txt, .json or .jsonl file (field 
 class Model(Flags):
     _title: ClassVar[str] = "model"
 
-    model: str = flag(MISSING, f"hub id, local folder, .gguf file, or {SMOLLM2}")
-    cache_dir: str = flag("llm_weights", "where weights from the hub or from GGUF are kept", metavar="DIR")
+    model: str = flag(MISSING, f"hub id, local folder, .gguf file, or {SMOLLM2}; families that were tried: {SUPPORTED}")
+    cache_dir: str = flag(
+        "llm_weights", "where weights from the hub or from GGUF are kept", in_repository=True, metavar="DIR"
+    )
     dtype: str = flag(
         "auto",
         "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU, "
@@ -118,7 +121,10 @@ class Metric(Flags):
         metavar="METRIC",
     )
     ww_metric_cache: str | None = flag(
-        None, "folder in which the metric is cached (default: data/<model's own folder name>)", only="ww", metavar="DIR"
+        None,
+        "folder in which the metric is cached (default: data/NAME of the repository, NAME the model's own folder name)",
+        only="ww",
+        metavar="DIR",
     )
     epsilon: float | str = flag(
         0.3,
@@ -186,7 +192,7 @@ class Price(Flags):
     )
     price_refresh: int = flag(
         0,
-        "for _price: further steps, after ranking the weights anew on the path of the plan found so far",
+        "for _price: further steps, after ranking the weights again on the path of the plan found so far",
         least=0,
         only="price",
         metavar="N",

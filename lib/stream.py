@@ -81,7 +81,7 @@ class Checkpoint:
 
 
 def read_tensor(entry: Entry) -> Tensor:
-    """Return a tensor, read into memory of its own: mapped pages would stay resident."""
+    """Return a tensor, copied into memory: mapped pages would stay resident."""
     if not entry.size:
         return torch.empty(entry.shape, dtype=getattr(torch, _CODES[entry.code]))
     buffer = torch.empty(entry.size, dtype=torch.uint8)

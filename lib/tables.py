@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lib.layers import Layer
 from lib.price import Found
-from lib.record import LayerReport
+from lib.record import LayerReport, provenance
 from lib.search import Trial, best
 from lib.settings import Experiment
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+class Spread(NamedTuple):
+    """A figure over runs that differ in their seed only: ``mean``, sample standard deviation (None: of one), count."""
+
+    mean: float
+    deviation: float | None = None
+    count: int = 1
+
+    def text(self, most: int = 1) -> str:
+        """Return it with two decimals; of fewer than ``most`` runs, how many they are stands beside it."""
+        text = f"{self.mean:.2f}" if math.isfinite(self.mean) else str(self.mean)
+        if self.deviation is not None:
+            text += f" ± {self.deviation:.2f}"
+        return text if self.count >= most else f"{text} ({self.count})"
+
+    def below(self, other: Spread) -> bool:
+        """Return whether the mean is below the ``other`` one by more than the larger of the two deviations.
+
+        Of single runs nothing is known of the noise: then it is not.
+        """
+        if self.deviation is None or other.deviation is None:
+            return False
+        return other.mean - self.mean > max(self.deviation, other.deviation)
+
+
+def spread_of(figures: Sequence[float]) -> Spread:
+    """Return the spread of one or more ``figures``."""
+    deviation = statistics.stdev(figures) if len(figures) > 1 and all(map(math.isfinite, figures)) else None
+    return Spread(math.fsum(figures) / len(figures), deviation, len(figures))
+
+
+def commit_text(records: Iterable[Mapping]) -> str:
+    """Return which commits the runs of ``records`` were made with, as one sentence."""
+    found = dict.fromkeys((record.get("git_commit") or "unknown") for record in records)
+    commits = [commit[:12] + ("-dirty" if commit.endswith("-dirty") else "") for commit in found]
+    return f"Commit{'s' if len(commits) > 1 else ''}: {', '.join(commits)}."
 
 
 def show(console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -82,6 +121,8 @@ def show_run(console: Console, record: Mapping, stages: Mapping[str, Mapping], r
     row = (record["method"], f"{record['target_sparsity']:g}", f"{record['sparsity']:.4f}", perplexity)
     headings = ("method", "target", "sparsity", "perplexity", "seconds", "peak memory")
     show(console, f"{record['model']['given']}: {record['method']}", headings, [(*row, f"{seconds:.1f}", f"{peak} MB")])
+    commit = (provenance()["git_commit"] or "unknown")[:12]
+    line(console, f"model:   {record['model']['name']}, seed {record['flags']['seed']}, commit {commit}")
     patterns = Counter("{}:{}".format(*report.nm) for report in rows if report.nm)
     if len(patterns) > 1:
         each = ", ".join(f"{count} at {pattern}" for pattern, count in sorted(patterns.items()))

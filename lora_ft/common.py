@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lora_ft")
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = str(ROOT / "llm_weights")  # the same from wherever a command is typed
 BASE = "base_model.json"  # beside an adapter: which weights it was trained on
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _DENSE = 0.01  # a sparsity below this is no pruning
 
 
@@ -43,7 +40,7 @@ class PrunedModel(Flags):
     config_name: str | None = flag(
         None, "folder or hub id that lends the tokenizer or config the model lacks", metavar="NAME"
     )
-    cache_dir: str = flag(CACHE, "where weights from the hub are kept", metavar="DIR")
+    cache_dir: str = flag("llm_weights", "where weights from the hub are kept", in_repository=True, metavar="DIR")
     dtype: str = flag(
         "auto",
         "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU",
@@ -96,12 +93,12 @@ def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
         config_name: a folder or hub id that lends the config and the tokenizer that the model's own folder lacks.
 
     Raises:
-        UserError: there is no such model, or it lacks a part and ``config_name`` is not given.
+        UserError: the model is unknown, or lacks a part and ``config_name`` is not given.
     """
     folder = Path(model).expanduser()
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     borrows_config = "config.json" not in names and any(name.endswith((".safetensors", ".bin")) for name in names)
-    borrows_tokenizer = bool(names) and not names & set(_TOKENIZER_FILES)
+    borrows_tokenizer = bool(names) and not names & set(models.TOKENIZER_FILES)
     if config_name is None:
         if borrows_tokenizer and "config.json" in names:
             raise UserError("model", f"{model}: the folder holds no tokenizer; give its model: --config_name NAME")
@@ -167,7 +164,7 @@ def _described(given: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
         about = json.loads(config.read_text(encoding="utf-8"))
         with safe_open(weights, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except Exception as error:  # safetensors has an error class of its own
+    except Exception as error:  # safetensors has its own error class
         raise UserError("lora_weights", f"{given}: cannot be read ({first_line(error)})") from error
     if about.get("peft_type") != "LORA":
         raise UserError("lora_weights", f"{given}: is a {about.get('peft_type')} adapter; only LORA is supported")

@@ -1,4 +1,4 @@
-"""Train LoRA adapters on a pruned model to win back its perplexity: python lora_ft/finetune_lm.py --help"""
+"""Train LoRA adapters on a pruned model to recover its perplexity: python lora_ft/finetune_lm.py --help"""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ class Lora(Flags):
     config_name: str | None = flag(
         None, "folder or hub id that lends the tokenizer or config the model lacks", metavar="NAME"
     )
-    cache_dir: str = flag(common.CACHE, "where weights from the hub are kept", metavar="DIR")
+    cache_dir: str = flag(
+        "llm_weights", "where weights from the hub are kept", in_repository=True, metavar="DIR"
+    )
     dtype: str = flag(
         "auto", "{choices} of the frozen weights; auto: as --bf16 and --fp16", choices=models.DTYPES, metavar="NAME"
     )
@@ -145,7 +147,7 @@ class Finetune(Lora, Texts, Training, Replace):
 PARSER = make_parser(
     Finetune,
     "finetune_lm.py",
-    "Train LoRA adapters on a pruned model to win back its perplexity.",
+    "Train LoRA adapters on a pruned model to recover its perplexity.",
     "Every other field of transformers' TrainingArguments is a flag too, such as --gradient_checkpointing, --bf16 or "
     "--per_device_eval_batch_size: https://huggingface.co/docs/transformers/main_classes/trainer",
 )
@@ -208,7 +210,7 @@ def _check_output(settings: Finetune) -> None:
     files.prepare("output_dir", folder)
     taken = folder.is_dir() and any(folder.iterdir())
     if taken and not (settings.overwrite_output_dir or settings.resume_from_checkpoint):
-        fix = "add --overwrite_output_dir to start anew, --resume_from_checkpoint to resume, or give another folder"
+        fix = "add --overwrite_output_dir to start again, --resume_from_checkpoint to resume, or give another folder"
         raise UserError("output_dir", f"{folder}: is not empty; {fix}")
 
 
@@ -224,7 +226,7 @@ def _checkpoint(folder: Path, given: str) -> Path:
         return path
     found = {int(path.parent.name.split("-")[1]): path.parent for path in folder.glob(f"checkpoint-*/{last}")}
     if not found:
-        text = f"with --output_dir {folder}: the folder holds no checkpoint; leave the flag out to start anew"
+        text = f"with --output_dir {folder}: the folder holds no checkpoint; leave the flag out to start again"
         raise UserError("resume_from_checkpoint", text)
     return found[max(found)]
 
@@ -497,7 +499,7 @@ def update_norm(layer) -> float:
     return layer.scaling[adapter] * math.sqrt(max(squared, 0.0)) if math.isfinite(squared) else squared
 
 
-# ------------------------------------------------------------------------------------------------ what is left behind
+# ------------------------------------------------------------------------------------------------ output
 
 
 def _clear(folder: Path) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-PRUNED, BESIDE, PLAINLY, KEPT = STATES = ("pruned", "adapter beside it", "merged plainly", "merged, zeros kept")
+PRUNED, BESIDE, PLAINLY, KEPT = STATES = ("pruned", "adapter beside it", "merged without masking", "merged, zeros kept")
 
 
 @dataclass(kw_only=True)
@@ -33,13 +33,13 @@ class Adapter(Flags):
 
     lora_weights: str = flag(common.MISSING, "the adapter: finetune_lm.py's --output_dir", metavar="DIR")
     keep_dense: bool = flag(False, "let the adapter fill the zeros of the layers it changes")
-    out: str = flag(common.MISSING, "where the merged model is written; a new folder", metavar="DIR")
+    save: str = flag(common.MISSING, "where the merged model is written; a new folder", metavar="DIR")
 
     def check(self) -> None:
         super().check()
-        out = Path(self.out)
+        out = Path(self.save)
         if out.is_dir() and any(out.iterdir()):
-            raise UserError("out", f"{out}: is not empty; give a new folder")
+            raise UserError("save", f"{out}: is not empty; give a new folder")
 
 
 @dataclass(kw_only=True)
@@ -73,7 +73,7 @@ class Report:
     def write(self, complete: bool = False) -> None:
         rows = [row._asdict() for row in self.sorted()]
         files.write_atomically(
-            Path(self.settings.out) / "merge.json", run_text({"complete": complete, "rows": rows} | self.about)
+            Path(self.settings.save) / "merge.json", run_text({"complete": complete, "rows": rows} | self.about)
         )
 
     def sorted(self) -> list[Row]:
@@ -82,12 +82,12 @@ class Report:
 
 def run(settings: Merge, console: Console) -> list[Row]:
     """Merge, write the merged model, and then report what each step does to sparsity and perplexity."""
-    out = Path(settings.out)
+    out = Path(settings.save)
     base = common.find_base(settings.model, settings.config_name, settings.cache_dir)
     common.check_length("ctx_length", settings.ctx_length, base.skeleton)
     common.check_adapter(settings.lora_weights, base)
     dtypes = models.choose_dtypes(settings.dtype, base.skeleton)
-    files.prepare("out", out, models.saved_bytes(base.skeleton, base.source, dtypes.stored))
+    files.prepare("save", out, models.saved_bytes(base.skeleton, base.source, dtypes.stored))
     cut = (settings.ctx_length, settings.eval_windows)
     windows = data.evaluation_windows(settings.dataset, base.tokenizer, *cut, field="dataset")
 
@@ -163,7 +163,7 @@ def show(console: Console, report: Report, state: str) -> None:
     rows = [(row.state, f"{row.sparsity:.4f}", f"{row.perplexity:.4f}") for row in report.sorted()]
     tables.show(console, title, ("model", "sparsity", "perplexity"), rows)
     sparsity = report.rows[state].sparsity
-    tables.line(console, f"written: {settings.out}, {state}, with a sparsity of {sparsity:.4f}")
+    tables.line(console, f"written: {settings.save}, {state}, with a sparsity of {sparsity:.4f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

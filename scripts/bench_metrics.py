@@ -39,7 +39,7 @@ class Benchmark(Flags):
     _title: ClassVar[str] = "benchmark"
 
     rounds: int = flag(3, "of which the median is taken, a count", least=1, metavar="N")
-    cache_dir: str = flag("llm_weights", "where SmolLM2 is kept", metavar="DIR")
+    cache_dir: str = flag("llm_weights", "where SmolLM2 is kept", in_repository=True, metavar="DIR")
     save: str = flag("results", "where bench_metrics.json is written", metavar="DIR")
 
 

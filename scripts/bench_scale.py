@@ -93,7 +93,7 @@ def _random(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
 
 
 def measure(settings: Scale, folder: Path, method: str, way: str) -> dict:
-    """Run main.py in a process of its own, and return the figures of its stages."""
+    """Run main.py in a separate process, and return the figures of its stages."""
     work = Path(settings.work)
     name = f"{method}_{way}"
     flags = {

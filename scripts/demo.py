@@ -1,11 +1,11 @@
-"""Demonstration: SmolLM2-135M pruned uniformly and by alpha, a table and a plot; what scripts/demo.sh runs."""
+"""Demonstration: SmolLM2-135M pruned uniformly, by alpha and by ALPS, a table, a plot and a prompt; see demo.sh."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,13 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sweep
 from rich.console import Console
 
-from lib import files, tables
+from lib import files, models, tables
 from lib.command import Flags, command, flag, make_parser, parse
+from lib.lazy import torch
+from lib.settings import Experiment
 
 TEXTS = "--model smollm2-135m --calib_data wiki_leads --eval_data wiki_leads --seqlen 512".split()
 # Small enough for a few minutes on two cores; the paper's setting is 128 windows of 2048, and all of WikiText-2.
 SIZE = ("--nsamples", "6", "--eval_windows", "5")
-METHODS = "dense,wanda,sparsegpt,wanda_ww,sparsegpt_ww"
+METHODS = "dense,wanda,sparsegpt,wanda_ww,sparsegpt_ww,alps"
+KEPT = "alps"  # at the lowest sparsity: the model that is saved and asked
+NEXT = "less than five minutes"  # what the next command takes
+PROMPT, TOKENS = "The capital of France is", 24
 
 
 @dataclass(kw_only=True)
@@ -41,12 +46,24 @@ class Demo(Flags):
         force = ["--force"] if self.force else []
         return parse(sweep.Sweep, [*TEXTS, *own, "--epsilons", str(self.epsilon), *force], sweep.PARSER)
 
+    def settings(self) -> list[Experiment]:
+        """Return the settings of each run; one saves its model."""
+        found = self.planned().settings()
+        kept = min((one for one in found if one.prune_method == KEPT), key=lambda one: one.sparsity_ratio)
+        return [_saving(one, f"{self.save}/model") if one is kept else one for one in found]
+
+
+def _saving(settings: Experiment, folder: str) -> Experiment:
+    made = replace(settings, save_model=folder)
+    made.given = settings.given | {"save_model"}
+    return made
+
 
 PARSER = make_parser(Demo, "demo.sh", __doc__)
 
 
 def show(records: Sequence[dict], console: Console) -> None:
-    """Print a row per record; ``~`` marks what depends on the machine's rounding."""
+    """Print a row per record."""
     rows = []
     for record in records:
         seconds = sum(stage["seconds"] for stage in record["stages"].values())
@@ -54,38 +71,63 @@ def show(records: Sequence[dict], console: Console) -> None:
         rows.append((record["method"], *figures))
     headings = ("method", "target", "sparsity", "perplexity", "seconds")
     tables.show(console, "SmolLM2-135M on Wikipedia lead sections", headings, rows)
-    tables.line(console, "~ moves a little from processor to processor: alphas and Cholesky factors round differently")
+    tables.line(console, "about: differs between processors, since alphas and Cholesky factors round differently")
 
 
 def perplexity(record: dict) -> str:
-    about = record["method"].endswith("_ww") or record["method"].startswith("sparsegpt")
-    return f"{'~' if about else ''}{record['perplexity']:.2f}"
+    """Return the perplexity; ``about`` where it depends on how the machine rounds."""
+    about = record["method"].endswith("_ww") or record["method"].startswith(("sparsegpt", "alps"))
+    return f"about {record['perplexity']:.1f}" if about else f"{record['perplexity']:.2f}"
 
 
 def show_gain(records: Sequence[dict], console: Console) -> None:
-    """Print, for each pair, what sharing the sparsity out by alpha changed."""
+    """Print what distributing the sparsity by alpha gained, and what the best method of each sparsity did."""
     found = {(record["method"], record["target_sparsity"]): record for record in records}
+    tables.line(console, "What was gained:")
     for (method, target), record in found.items():
         uniform = found.get((method.removesuffix("_ww"), target))
         if method.endswith("_ww") and uniform:
-            change = 100 * (record["perplexity"] / uniform["perplexity"] - 1)
-            figures = f"perplexity {perplexity(uniform)} uniform, {perplexity(record)} by alpha ({change:+.1f} %)"
-            tables.line(console, f"{uniform['method']} at {target:g}: {figures}")
+            gain = _change(uniform, record, "uniform", "by alpha")
+            tables.line(console, f"{uniform['method']} at {target:g}: {gain}")
+    for target in sorted({target for _, target in found if target}):
+        rows = [record for (_, other), record in found.items() if other == target]
+        first, best = found.get(("wanda", target)), min(rows, key=lambda record: record["perplexity"])
+        if first and best is not first:
+            tables.line(console, f"best at {target:g}: {_change(first, best, 'wanda', best['method'])}")
+
+
+def _change(before: dict, after: dict, *names: str) -> str:
+    change = 100 * (after["perplexity"] / before["perplexity"] - 1)
+    return f"perplexity {perplexity(before)} {names[0]}, {perplexity(after)} {names[1]} (about {change:+.0f} %)"
+
+
+def show_answer(records: Sequence[dict], console: Console) -> None:
+    """Let the saved model continue one prompt."""
+    saved = [record for record in records if record.get("saved_model") and Path(record["saved_model"]).is_dir()]
+    for record in saved[:1]:
+        source = models.locate(record["saved_model"], record["flags"]["cache_dir"])
+        tokenizer, model = models.load_tokenizer(source), models.load_llm(source, torch.float32, "cpu")
+        ids = tokenizer(PROMPT, return_tensors="pt")
+        with torch.inference_mode():
+            out = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)
+        tables.line(console, f"\nThe saved model, {record['saved_model']}, continues:")
+        tables.line(console, tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 def run(demo: Demo) -> int:
     """Run the demonstration; return 0, or 1 if a setting failed."""
     folder, console = Path(demo.save), Console()
     files.prepare("save", folder)
-    every, _ = sweep.run_all(demo.planned().settings(), demo.force)
+    every, _ = sweep.run_all(demo.settings(), demo.force)
     records = sweep.measured(every)
     if records:
         show(records, console)
         show_gain(records, console)
         sweep.plot(records, folder / "demo.png")
         tables.line(console, f"written: {folder}/demo.png")
-    again = f"--prune_method sparsegpt_ww --sparsity_ratio 0.6 --epsilon {demo.epsilon} --save_model out"
-    tables.line(console, "\nNext, on more text and with the model kept (less than five minutes on two cores):")
+        show_answer(records, console)
+    again = f"--prune_method sparsegpt_ww --sparsity_ratio 0.5 --epsilon {demo.epsilon} --save_model out"
+    tables.line(console, f"\nNext, on more text and with the model kept ({NEXT} on two cores):")
     python = shlex.quote(sys.executable)
     tables.line(console, f"{python} main.py {' '.join(TEXTS)} --nsamples 16 --eval_windows 10 {again}")
     return 1 if None in every else 0

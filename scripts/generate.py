@@ -15,7 +15,7 @@ from lib import UserError
 from lib.command import Flags, answer
 
 ROOT = Path(__file__).resolve().parents[1]
-ROUNDS = 3  # of --compare: each model as many times, in turns
+ROUNDS = 5  # of --compare: each model as many times, in turns
 
 
 def resident_mb() -> int:
@@ -93,7 +93,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Run the model and the dense one in turns, each in a process of its own, and print both and the ratio."""
+    """Run the model and the dense one in turns, each in a separate process, and print both and the ratio."""
     names, runs = [args.model, args.compare], [[], []]
     about = ["--tokens", str(args.tokens), "--cache_dir", args.cache_dir, "--threads", str(args.threads), "--serve"]
     command, pipe = [sys.executable, str(Path(__file__))], subprocess.PIPE
@@ -147,7 +147,7 @@ def work(args: argparse.Namespace) -> None:
     from lib import models, sparse  # noqa: F401  (before the memory is measured)
 
     if args.tokens < 2:
-        raise UserError("tokens", f"{args.tokens}: must be at least 2, or there is no speed to tell")
+        raise UserError("tokens", f"{args.tokens}: must be at least 2, or there is no speed to measure")
     if not args.prompt or args.threads < 0:
         raise UserError(None, "give a prompt that is not empty, and --threads of at least 1")
     try:

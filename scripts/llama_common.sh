@@ -15,7 +15,7 @@ methods="${METHODS:-magnitude_ww wanda_ww sparsegpt_ww}"
 command=("$PYTHON_BIN" scripts/sweep.py --model "${MODEL:-$HUB}" --save "${SAVE:-results/$NAME}"
     --methods "$methods" --sparsities "${SPARSITY:-0.7}")
 cache="${CACHE:-}"
-if [ -z "$cache" ] && [ -z "${MODEL:-}" ]; then cache="$PUBLISHED_CACHE"; fi  # another model has a cache of its own
+if [ -z "$cache" ] && [ -z "${MODEL:-}" ]; then cache="$PUBLISHED_CACHE"; fi  # another model has another cache
 case "$methods" in
     *_ww*)
         command+=(--epsilons "magnitude_ww=$EPSILON_MAGNITUDE,wanda_ww=$EPSILON_WANDA,sparsegpt_ww=$EPSILON_SPARSEGPT")
@@ -27,4 +27,8 @@ case " $* " in *" --eval_zero_shot "*) if [ -n "$ZERO_SHOT_LIMIT" ]; then comman
 if [ -n "${FORCE:-}" ]; then command+=(--force); fi
 command+=("$@")
 
-if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${command[@]}"; echo; else exec "${command[@]}"; fi
+if [ -n "${DRY_RUN:-}" ]; then  # paths are the repository's, so that the line can be pasted anywhere
+    printf 'cd %q && ' "$PWD"; printf '%q ' "${command[@]}"; echo
+else
+    exec "${command[@]}"
+fi

@@ -23,4 +23,4 @@ echo "[3/5] train"
 echo "[4/5] the perplexity with the adapter"
 "$PYTHON_BIN" lora_ft/evaluate_ppl.py --model "$pruned" --lora_weights "$out/adapter" $text --result_dir "$out/after"
 echo "[5/5] merge"
-"$PYTHON_BIN" lora_ft/merge.py --model "$pruned" --lora_weights "$out/adapter" --out "$out/merged" $text
+"$PYTHON_BIN" lora_ft/merge.py --model "$pruned" --lora_weights "$out/adapter" --save "$out/merged" $text

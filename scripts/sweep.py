@@ -1,4 +1,4 @@
-"""Sweep: methods, sparsities and epsilons become run files and a plot, the model and the texts loaded once."""
+"""Sweep over methods, sparsities and epsilons: run files and a plot, the model and the texts loaded once."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ from lib import UserError, files, first_line
 from lib.command import check_values, command, flag, make_parser
 from lib.experiment import Session
 from lib.lazy import torch
+from lib.pruners import DAMPED, ITERATED, VARIANTS
 from lib.record import is_complete, read_run
 from lib.registry import check_name
 from lib.settings import METHODS, Experiment
+from lib.tables import spread_of
 
 log = logging.getLogger("main")
 
+# Flags that do nothing with other pruners than these.
+FOR_PRUNERS = {"pruner_iterations": ITERATED, "damping": DAMPED, "use_variant": VARIANTS}
 RESUME = "the same command resumes"
 REST = (
-    "All other flags are main.py's; one for certain methods only (--owl_m, --save_model ...) is not given to others. "
-    "A setting whose run file is complete, with the same flags, is skipped."
+    "All other flags are main.py's; one for certain methods only (--owl_m, --damping, --save_model ...) is not given "
+    "to others. A setting whose run file is complete, with the same flags, is skipped."
 )
 
 
@@ -39,6 +43,12 @@ class Several(Experiment):
     _title: ClassVar[str] = "settings to run"
     _lists: ClassVar[Sequence[str]] = ()
 
+    seeds: int = flag(
+        1,
+        "calibration seeds, a count: {seed} and those after it; of several, each but 0 has a folder",
+        least=1,
+        metavar="N",
+    )
     force: bool = flag(False, "run what is complete, too")
 
     def methods(self) -> list[str | None]:
@@ -58,11 +68,16 @@ class Several(Experiment):
                 text = f"{getattr(self, name)}: {len(pruned)} settings would write the same file; use main.py"
                 raise UserError(name, text)
 
-    def one(self, method: str | None, below: str = "", **changes) -> Experiment:
+    def every_seed(self) -> range:
+        """Return the seeds that each setting is run with."""
+        return range(self.seed, self.seed + self.seeds)
+
+    def one(self, method: str | None, below: str = "", seed: int | None = None, **changes) -> Experiment:
         """Return main.py's settings of one run: the flags that its ``method`` understands, and the ``changes``.
 
         Args:
             below: folder below --save and --save_model, since names of runs hold the method and the sparsity only.
+            seed: one of ``every_seed``; None for the first, which is where nothing depends on it.
 
         Raises:
             UserError: what main.py would say to them.
@@ -70,24 +85,29 @@ class Several(Experiment):
         values = {}
         for _, item, _ in Experiment.declared():
             # What no method understands reaches main.py's check, which refuses it.
-            kept = _understands(method, item) or not any(_understands(other, item) for other in self.methods())
+            kept = self._understands(method, item) or not any(self._understands(m, item) for m in self.methods())
             if kept and item.name in self.given and item.name not in self._lists:
                 values[item.name] = getattr(self, item.name)
-        values |= {"prune_method": method, "save": str(Path(self.save) / below)} | changes
+        seed = self.seed if seed is None else seed
+        place = Path(below, f"seed_{seed}" if self.seeds > 1 and seed else "")
+        values |= {"prune_method": method, "seed": seed, "save": str(Path(self.save) / place)} | changes
         if "save_model" in values:
-            values["save_model"] = str(Path(self.save_model) / below)
+            values["save_model"] = str(Path(self.save_model) / place)
         made = Experiment(**values)
         made.given = frozenset(values)
         check_values(made)
         made.check()
         return made
 
-
-def _understands(method: str | None, item: Field) -> bool:
-    only = item.metadata.get("only")
-    if method is None and item.metadata.get("prunes"):
-        return False
-    return only is None or only == (method or "").partition("_")[2]
+    def _understands(self, method: str | None, item: Field) -> bool:
+        if method is None and item.metadata.get("prunes"):
+            return False
+        pruner, _, suffix = (method or "").partition("_")
+        refitted = item.name == "damping" and self.refit  # it is for whatever pruner is refitted then
+        if item.name in FOR_PRUNERS and pruner not in FOR_PRUNERS[item.name] and not refitted:
+            return False
+        only = item.metadata.get("only")
+        return only is None or only == suffix
 
 
 def words(text: str) -> list[str]:
@@ -128,7 +148,7 @@ class Sweep(Several):
     epsilon: str = flag(
         "0.2",
         "for the methods with _ww: E (or auto), several, or one for a method: wanda_ww=E; where a method has several, "
-        "each has a folder of its own",
+        "each has a separate folder",
         aliases=["epsilon"],
         metavar="E,E",
     )
@@ -141,18 +161,22 @@ class Sweep(Several):
         return [None if name == "dense" else name for name in dict.fromkeys(names)]
 
     def settings(self) -> list[Experiment]:
-        sparsities, found = numbers("sparsity_ratio", self.sparsity_ratio), []
-        for method in self.methods():
-            if method is None:
-                found.append(self.one(None))
-                continue
-            epsilons = self._epsilons(method) if method.endswith("_ww") else []
-            for sparsity in sparsities:
-                for epsilon in epsilons:
-                    below = f"epsilon_{epsilon}" if len(epsilons) > 1 else ""
-                    found.append(self.one(method, below, sparsity_ratio=sparsity, epsilon=epsilon))
-                if not epsilons:
-                    found.append(self.one(method, sparsity_ratio=sparsity))
+        found = [self.one(None)] if None in self.methods() else []
+        for seed in self.every_seed():
+            for method in filter(None, self.methods()):
+                found += self._of(method, seed)
+        return found
+
+    def _of(self, method: str, seed: int) -> list[Experiment]:
+        """Return the settings of a ``method`` with one seed, by sparsity and epsilon."""
+        found = []
+        epsilons = self._epsilons(method) if method.endswith("_ww") else []
+        for sparsity in numbers("sparsity_ratio", self.sparsity_ratio):
+            for epsilon in epsilons:
+                below = f"epsilon_{epsilon}" if len(epsilons) > 1 else ""
+                found.append(self.one(method, below, seed, sparsity_ratio=sparsity, epsilon=epsilon))
+            if not epsilons:
+                found.append(self.one(method, "", seed, sparsity_ratio=sparsity))
         return found
 
     def _epsilons(self, method: str) -> list[float | str]:
@@ -200,7 +224,8 @@ def run_all(todo: Sequence[Experiment], force: bool) -> tuple[list[dict | None],
 def _name(settings: Experiment) -> str:
     task = settings.task()
     epsilon = f", epsilon {settings.epsilon}" if task.allocation == "ww" else ""
-    return f"{task.method} at {task.target:g}{epsilon}" if task.pruner else task.method
+    seed = f", seed {settings.seed}" if settings.seed else ""
+    return f"{task.method} at {task.target:g}{epsilon}{seed}" if task.pruner else task.method
 
 
 def saved_seconds(made: list[dict], start_up: float) -> float:
@@ -214,10 +239,10 @@ def saved_seconds(made: list[dict], start_up: float) -> float:
 
 
 def plot(records: Sequence[dict], path: Path) -> None:
-    """Write a PNG: perplexity over sparsity, a line per method and epsilon, log axis."""
+    """Write a PNG: perplexity over sparsity, its mean over seeds, a line per method and epsilon, log axis."""
     from matplotlib.figure import Figure
 
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, dict[float, list[float]]] = {}
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for record in records:
@@ -226,10 +251,11 @@ def plot(records: Sequence[dict], path: Path) -> None:
             axes.axhline(record["perplexity"], color="black", linewidth=0.8, linestyle=":", label="dense")
             continue
         label += f", epsilon {record['flags']['epsilon']}" if label.endswith("_ww") else ""
-        lines.setdefault(label, []).append((record["target_sparsity"], record["perplexity"]))
-    for label, points in lines.items():
+        lines.setdefault(label, {}).setdefault(record["target_sparsity"], []).append(record["perplexity"])
+    for label, found in lines.items():
         style = "o-" if "_" in label else "s--"
-        axes.plot(*zip(*sorted(points), strict=True), style, label=label, linewidth=1, markersize=4)
+        points = [(sparsity, spread_of(figures).mean) for sparsity, figures in sorted(found.items())]
+        axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
     axes.set(yscale="log", xlabel="sparsity", title=records[0]["model"]["name"])
     axes.set_ylabel(f"perplexity, {records[0]['evaluation']['text']}")
     axes.legend(fontsize="small")

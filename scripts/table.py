@@ -1,10 +1,9 @@
-"""Table in the paper's layout of the run files under a folder, the paper's figures beside them."""
+"""Table of the run files under a folder: mean and deviation over seeds, published figures beside them."""
 
 from __future__ import annotations
 
 import csv
 import json
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,20 +17,23 @@ from rich.console import Console
 
 from lib import UserError, tables
 from lib.command import Flags, command, flag, make_parser
+from lib.tables import Spread, commit_text, spread_of
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published_results.json"
-PRUNERS = ("dense", "magnitude", "wanda", "sparsegpt")  # the order of the rows; others come after them
+PRUNERS = ("dense", "magnitude", "wanda", "sparsegpt", "alps")  # the order of the rows; others come after them
 ALLOCATIONS = {"": "uniform", "ww": "AlphaPruning", "owl": "OWL"}
-# Flags in which two runs of one cell may differ without being two settings.
-PLACES = {"model", "cache_dir", "save", "save_model", "ww_metric_cache", "prune_method", "sparsity_ratio"}
+# Flags in which two runs of one cell may differ without being two settings; a cell is about all of its seeds.
+PLACES = {"model", "cache_dir", "save", "save_model", "ww_metric_cache", "prune_method", "sparsity_ratio", "seed"}
 EVALUATION = {
     "perplexity": {"eval_wikitext", "eval_data", "eval_windows"},
     "zero_shot": {"eval_zero_shot", "tasks", "num_fewshot", "limit", "eval_batch_size", "include_path"},
 }
 
 
-# Flags that make another method of a run, and the published value of each; the paper's figure is for those.
-STEERING = {"ww_metric": "alpha_peak", "mapping_type": "block_wise", "use_variant": False, "farms": False}
+# Flags that make another method of a run, and the published value of each; the published figure is for those.
+OF_METRIC = {"ww_metric": "alpha_peak", "mapping_type": "block_wise", "farms": False}
+OF_PRUNER = {"use_variant": False, "refit": None, "damping": None, "pruner_iterations": None, "statistics": "pruned"}
+STEERING = OF_METRIC | OF_PRUNER
 SETTING = STEERING | {"nsamples": 128, "calib_data": "c4", "eval_windows": None}
 FORMATS = ("text", "markdown", "csv", "latex")
 
@@ -43,6 +45,7 @@ class Settings(Flags):
     folder: str = flag(MISSING, "where the run files are, at any depth", positional=True)
     format: str = flag("text", "of the table", choices=FORMATS, metavar="NAME")
     value: str = flag("perplexity", "what the cells hold", choices=EVALUATION, metavar="NAME")
+    published: bool = flag(False, "list the published figures of these models that no run stands beside, too")
 
 
 PARSER = make_parser(Settings, "table.py", __doc__)
@@ -66,9 +69,9 @@ class Row(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A figure, and whether it was made as published (but for epsilon, which the paper tuned by hand)."""
+    """A figure over seeds, and whether it was made as published (but for epsilon, which the paper tuned by hand)."""
 
-    figure: float
+    figure: Spread
     as_published: bool
 
 
@@ -103,9 +106,9 @@ def _column(record: dict, value: str) -> Column:
 
 
 def cells_of(runs: list[dict], value: str) -> dict[Row, dict[Column, Cell]]:
-    """Return the figures by row and column; of two runs with the same flags the newer one counts.
+    """Return the figures by row and column, over seeds; of two runs with the same flags the newer one counts.
 
-    Where runs of one cell differ in a flag (--epsilon, --nsamples ...), each setting gets a row of its own.
+    Where runs of one cell differ in a flag (--epsilon, --nsamples ...), each setting gets a separate row.
     """
     grouped: dict[Row, dict[Column, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -113,7 +116,7 @@ def cells_of(runs: list[dict], value: str) -> dict[Row, dict[Column, Cell]]:
         row = Row(run["target_sparsity"], run["method"], "" if pattern == "unstructured" else pattern)
         grouped[row][run["column"]].append(run)
     ignored = PLACES | EVALUATION["perplexity"] | EVALUATION["zero_shot"]
-    cells: dict[Row, dict[Column, Cell]] = defaultdict(dict)
+    by_seed: dict[tuple[Row, Column], dict[int | None, tuple[float, bool]]] = defaultdict(dict)
     for row, columns in grouped.items():
         differing = {
             flag
@@ -126,57 +129,91 @@ def cells_of(runs: list[dict], value: str) -> dict[Row, dict[Column, Cell]]:
                 flags = run["flags"]
                 other = {flag for flag, published in STEERING.items() if flags.get(flag, published) != published}
                 if not row.method.endswith("_ww"):
-                    other &= {"use_variant"}
+                    other &= OF_PRUNER.keys()
                 extra = ", ".join(f"{flag} {flags.get(flag)}" for flag in sorted(differing | other))
                 as_published = all(flags.get(flag, published) == published for flag, published in SETTING.items())
-                cells[row._replace(extra=extra)][column] = Cell(_measured(run, value), as_published)
+                figures = by_seed[row._replace(extra=extra), column]
+                figures[flags.get("seed")] = _measured(run, value), as_published
+    cells: dict[Row, dict[Column, Cell]] = defaultdict(dict)
+    for (row, column), figures in by_seed.items():
+        measured, as_published = zip(*figures.values(), strict=True)
+        cells[row][column] = Cell(spread_of(measured), all(as_published))
     return cells
 
 
 def published_name(column: Column, published: dict) -> str | None:
-    """Return the paper's name of the column's model, None if it is not among the paper's."""
+    """Return the published name of the column's model, None if no figure of it is."""
     for name, about in published["models"].items():
         if column.model.lower() in about["names"] and column.parameters == about["parameters"]:
             return name
     return None
 
 
-def published_figure(row: Row, column: Column, published: dict) -> float | None:
-    """Return the paper's perplexity of a cell, None if it has none for this model, row and evaluation text."""
+class Published(NamedTuple):
+    """A published figure and the name of its source."""
+
+    figure: Spread
+    source: str
+
+
+def published_figure(row: Row, column: Column, published: dict) -> Published | None:
+    """Return the published perplexity of a cell, None if there is none for this model, row and evaluation text."""
     setting = published["setting"]
     same = column.evaluation[:2] == (setting["text"], setting["seqlen"]) and not row.pattern
     if not same or row.target not in (0, setting["sparsity"]):
         return None
-    return published["perplexity"].get(row.method, {}).get(published_name(column, published))
+    name = published_name(column, published)
+    for source, figures in published["perplexity"].items():
+        found = figures.get(row.method, {}).get(name)
+        if found is not None:
+            return Published(Spread(*found) if isinstance(found, list) else Spread(found), source)
+    return None
 
 
-def table(cells: dict[Row, dict[Column, Cell]], value: str, published: dict) -> list[list[str]]:
-    """Return the lines of the table as text, headings first; a paper's figure stands to the right of its cell."""
+def without_runs(cells: dict[Row, dict[Column, Cell]], published: dict) -> list[Row]:
+    """Return rows for the published figures of the columns' models for which there is no run."""
+    columns = {column for row in cells.values() for column in row}
+    methods = {method: None for figures in published["perplexity"].values() for method in figures}
+    rows = [Row(0 if method == "dense" else published["setting"]["sparsity"], method, "") for method in methods]
+    have = {row._replace(extra="") for row in cells}
+    return [row for row in rows if row not in have and any(published_figure(row, c, published) for c in columns)]
+
+
+def beside(cells: dict[Row, dict[Column, Cell]], published: dict) -> dict[tuple[Row, Column], Published]:
+    """Return the published figures by cell: of cells that were made as published, and of rows without a run."""
+    columns = {column for row in cells.values() for column in row}
+    return {
+        (row, column): found
+        for row, own in cells.items()
+        for column in (columns if not own else own)
+        if (not own or own[column].as_published) and (found := published_figure(row, column, published))
+    }
+
+
+def table(
+    cells: dict[Row, dict[Column, Cell]], value: str, published: dict, paper: dict[tuple[Row, Column], Published]
+) -> list[list[str]]:
+    """Return the lines of the table as text, headings first; a published figure stands to the right of its cell."""
     order = list(published["models"])
     columns = {column for row in cells.values() for column in row}
     names = {column: published_name(column, published) or column.model for column in columns}
     columns = sorted(columns, key=lambda c: (order.index(names[c]) if names[c] in order else 99, c.parameters, str(c)))
-    paper = {
-        (row, column): figure
-        for row in cells
-        for column, cell in cells[row].items()
-        if cell.as_published
-        and value == "perplexity"
-        and (figure := published_figure(row, column, published)) is not None
-    }
     headings = ["method", "allocation", "sparsity"]
     for column in columns:
         several = sum(names[other] == names[column] for other in columns) > 1
         headings.append(f"{names[column]} ({evaluation_text(column, value)})" if several else names[column])
-        headings += ["paper"] if any(c == column for _, c in paper) else []
+        headings += ["published"] if any(c == column for _, c in paper) else []
     lines = [headings]
+    most = max((cell.figure.count for row in cells.values() for cell in row.values()), default=1)
     for row in sorted(cells, key=_row_order):
         pruner, _, suffix = row.method.partition("_")
         allocation = ALLOCATIONS.get(suffix, suffix) if pruner != "dense" else ""
         labels = [pruner, ", ".join(filter(None, (allocation, row.extra))), row.pattern or f"{row.target:g}"]
+        wanted = 1 if pruner == "dense" else most  # nothing is drawn for the dense model
         for column in columns:
-            labels.append(_figure(cells[row][column].figure if column in cells[row] else None))
-            labels += [_figure(paper.get((row, column)))] if any(c == column for _, c in paper) else []
+            labels.append(cells[row][column].figure.text(wanted) if column in cells[row] else "")
+            if any(c == column for _, c in paper):
+                labels.append(paper[row, column].figure.text() if (row, column) in paper else "")
         lines.append(labels)
     return lines
 
@@ -185,10 +222,6 @@ def _row_order(row: Row) -> tuple:
     pruner, _, suffix = row.method.partition("_")
     place = PRUNERS.index(pruner) if pruner in PRUNERS else len(PRUNERS)
     return row.target, row.pattern, place, pruner, suffix, row.extra
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}" if math.isfinite(value) else str(value)
 
 
 def evaluation_text(column: Column, value: str) -> str:
@@ -200,11 +233,18 @@ def evaluation_text(column: Column, value: str) -> str:
     return f"{tasks}, {shots}-shot" + (f", {limit} questions each" if limit else "")
 
 
-def caption(columns: set[Column], value: str) -> str:
-    """Return one line that says what the figures are."""
+def caption(runs: list[dict], value: str, sources: list[str]) -> str:
+    """Return one line that says what the figures are, and what they and the published ones come from."""
     what = "perplexity" if value == "perplexity" else "mean zero-shot accuracy (acc), %"
-    texts = {evaluation_text(column, value) for column in columns}
-    return f"{what} on {texts.pop()}" if len(texts) == 1 else what
+    texts = {evaluation_text(run["column"], value) for run in runs}
+    parts = [f"{what} on {texts.pop()}" if len(texts) == 1 else what]
+    seeds = sorted({run["flags"]["seed"] for run in runs if "seed" in run["flags"]})
+    if len(seeds) > 1:
+        parts.append(f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}, or (n) of them")
+    elif seeds:
+        parts.append(f"seed {seeds[0]}")
+    parts.append(commit_text(runs).rstrip("."))
+    return "; ".join(parts + [f"published: {source}" for source in sources])
 
 
 # ------------------------------------------------------------------------------------------------------ formats
@@ -218,7 +258,7 @@ def as_markdown(lines: list[list[str]], title: str) -> str:
 
 def as_latex(cells: list[list[str]], title: str) -> str:
     def escape(text: str) -> str:
-        return "".join(f"\\{c}" if c in "&%$#_{}" else c for c in text)
+        return "".join(f"\\{c}" if c in "&%$#_{}" else c for c in text).replace("±", "$\\pm$")
 
     rows = [" & ".join(map(escape, line)) + r" \\" for line in cells]
     begin = f"\\begin{{tabular}}{{ll{'r' * (len(cells[0]) - 2)}}}"
@@ -245,9 +285,13 @@ def run(settings: Settings) -> None:
     if not runs:
         what = f"holds no complete run with a {settings.value} (run_*.json)" if folder.is_dir() else "folder not found"
         raise UserError(None, f"{folder}: {what}; give the --save folder of main.py")
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     cells = cells_of(runs, settings.value)
-    lines = table(cells, settings.value, json.loads(PUBLISHED.read_text(encoding="utf-8")))
-    show(lines, caption({run["column"] for run in runs}, settings.value), settings.format)
+    if settings.published:
+        cells |= {row: {} for row in without_runs(cells, published)}
+    paper = beside(cells, published) if settings.value == "perplexity" else {}
+    sources = [published["sources"][name] for name in dict.fromkeys(found.source for found in paper.values())]
+    show(table(cells, settings.value, published, paper), caption(runs, settings.value, sources), settings.format)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

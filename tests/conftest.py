@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes over a minute; add --slow"))
 
 
+@pytest.fixture(autouse=True)
+def metrics_stay_with_the_test(monkeypatch):
+    """Cache metrics below the current folder, which tests change, and not in the repository."""
+    monkeypatch.setattr("lib.experiment.in_repository", lambda name: name)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Return a function of a file's name in tests/golden: its content."""

@@ -2,13 +2,16 @@
 
 import argparse
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from conftest import ROOT, settings
 
 from lib import UserError
 from lib.command import Flags, command, flag, make_parser, number_or_auto, parse
+from lib.experiment import metric_folder
 
 
 @dataclass(kw_only=True)
@@ -142,3 +145,14 @@ def test_parsers_are_argparse_parsers():
     with pytest.raises(SystemExit) as ended:
         PARSER.parse_args(["--help"])
     assert ended.value.code == 0
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_defaults_in_the_repository_are_there_wherever_a_command_is_started(elsewhere, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the tests' own folder for metrics
+    monkeypatch.chdir(tmp_path if elsewhere else ROOT)
+    made = settings("--model m")
+    place = ROOT if elsewhere else Path()
+    assert Path(made.cache_dir) == place / "llm_weights" and metric_folder(made, "m") == place / "data" / "m"
+    assert made.save == "results"  # the current folder's
+    assert settings("--model m --cache_dir llm_weights").cache_dir == "llm_weights"  # typed: the current folder's too

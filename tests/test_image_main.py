@@ -374,7 +374,7 @@ def test_propagate_reaches_the_walk(vit_folder, tmp_path, capsys):
     for how in ("default", "dense", "pruned"):
         flags = ["--model", vit_folder, "--data_set", "digits", "--prune_metric", "wanda", "--sparsity", 0.7]
         flags += ["--nsamples", 50, "--num_workers", 0, "--save_dir", tmp_path / how, "--save_model", tmp_path / how]
-        assert call(capsys, *flags, *([] if how == "default" else ["--propagate", how]))[0] == 0
+        assert call(capsys, *flags, *([] if how == "default" else ["--statistics", how]))[0] == 0
         model = timm.create_model(f"local-dir:{tmp_path / how}/wanda_0.7", pretrained=True)
         zeros[how] = [layer.weight == 0 for layer in matrices(find_parts(model).pruned).values()]
     same = [torch.equal(a, b) for a, b in zip(zeros["dense"], zeros["pruned"], strict=True)]
@@ -475,7 +475,7 @@ def test_defaults_are_the_published_ones():
     flags = parse(ImageExperiment, ["--model", "m"], main.PARSER).flags()
     published = {"nsamples": 4096, "batch_size": 256, "seed": 0, "data_set": "IMNET", "WW_metric": "alpha_mid"}
     published |= {"sparsity": 0, "crop_pct": None, "imagenet_default_mean_and_std": True, "use_amp": False}
-    ours = {"metric_cache": "./metric_cache", "propagate": "dense", "published_calibration": False, "device": "auto"}
+    ours = {"metric_cache": "./metric_cache", "statistics": "dense", "published_calibration": False, "device": "auto"}
     ours |= {"epsilon": 0.2, "save_dir": "results"}
     assert {name: flags[name] for name in published | ours} == published | ours
 
@@ -502,7 +502,7 @@ WANDA = "--prune_metric wanda --sparsity 0.5"
 OWL = "--sparsity 0.5 --prune_metric wanda_owl"
 MAGNITUDE = "--sparsity 0.5 --prune_metric magnitude"
 BAD = {  # flags (M: a good model, I: images in folders), and what is said
-    "--model deit_tinny_patch16_224": "timm has no such model. Did you mean 'deit_tiny_patch16_224'?",
+    "--model deit_tinny_patch16_224": "unknown to timm. Did you mean 'deit_tiny_patch16_224'?",
     "--model resnet18 --data_path I": "ResNet is not supported",
     "--model I": "the folder holds no config.json",
     "--model I/train/n01/0.png": "is a file; give the model's name",
@@ -543,12 +543,12 @@ BAD = {  # flags (M: a good model, I: images in folders), and what is said
     f"--model M --data_set digits {OWL} --epsilon 0.1": "--epsilon does nothing with wanda_owl; it is for the methods",
     f"--model M --data_set digits {OWL} --WW_metric alpha_mid": "--WW_metric does nothing with wanda_owl; it is for",
     f"--model M --data_set digits {OWL} --metric_cache c": "--metric_cache does nothing with wanda_owl; it is for the",
-    "--model M --data_set digits --propagate dense": "--propagate without --prune_metric does nothing",
+    "--model M --data_set digits --propagate dense": "--statistics without --prune_metric does nothing",
     "--model M --data_set digits --hidden_device cpu": "--hidden_device without --prune_metric does nothing",
     "--model M --data_set digits --published_calibration": "calibration without --prune_metric does nothing",
-    f"--model M --data_set digits {MAGNITUDE} --propagate pruned": "--propagate does nothing with magnitude:",
+    f"--model M --data_set digits {MAGNITUDE} --propagate pruned": "--statistics does nothing with magnitude:",
     f"--model M --data_set digits {MAGNITUDE} --hidden_device cpu": "--hidden_device does nothing with magnitude:",
-    f"--model M --data_set digits {MAGNITUDE}_owl --propagate pruned": "--propagate does nothing with magnitude_owl:",
+    f"--model M --data_set digits {MAGNITUDE}_owl --propagate pruned": "--statistics does nothing with magnitude_owl:",
     f"--model M --data_set digits {MAGNITUDE} --published_calibration": "--published_calibration does nothing with",
     # The parser quotes what was typed, even where another command has such a flag.
     "--model M --data_set digits --sparsity_ratio 0.5": "unrecognized arguments: --sparsity_ratio 0.5. Did you mean",

@@ -1,23 +1,21 @@
 """The shape of the repository: what lies at the top, how fast commands answer, and that every command parses."""
 
-import argparse
 import ast
 import os
 import re
-import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, settings
 
 import main
+from scripts.make_docs import has_parser, parser_of
 
 TOP = (
-    "main.py lib scripts data lora_ft image_classifiers INSTALL.md README.md LICENSE requirements.txt tests .ci "
-    "pyproject.toml .gitignore"
+    "main.py lib scripts data docs lora_ft image_classifiers README.md INSTALL.md CONTRIBUTING.md LICENSE "
+    "requirements.txt tests .ci pyproject.toml .gitignore"
 )
 
 ROOMS = sorted((ROOT / "lib").rglob("*.py"))
@@ -81,82 +79,6 @@ def test_script_parses(name):
     assert done.returncode == 0, done.stderr
 
 
-def commands_of(text: str) -> list[list[str]]:
-    """Return the words of every ``python ...`` and ``bash ...`` command in the code blocks of a Markdown ``text``."""
-    found = []
-    for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            for part in re.split(r"\s(?:&&|\||;)\s", line.strip().removeprefix("$ ")):
-                words = shlex.split(part, comments=True)
-                while words and re.fullmatch(r"\w+=\S*", words[0]):  # VARIABLE=value python ...
-                    words.pop(0)
-                if words and re.fullmatch(r"(\S*/)?(python\d?|bash|sh)", words[0]):
-                    found.append(words)
-    return found
-
-
-def documents() -> dict[str, str]:
-    return {
-        name: (ROOT / name).read_text() for name in tracked() if name.endswith(".md") and not name.startswith("tests/")
-    }
-
-
-def check_command(words: list[str]) -> None:
-    program, rest = words[1], words[2:]
-    if program in ("-m", "-c"):
-        assert program == "-c" or rest[0] in ("venv", "pip", "pytest"), words
-        return
-    assert program in tracked(), f"{' '.join(words)}: there is no {program}"
-    if program == "main.py" and "--help" not in rest:
-        settings(rest)
-    elif program.endswith(".py") and program.count("/"):
-        check_flags(ROOT / program, rest)
-
-
-def parser_of(program: Path) -> argparse.ArgumentParser | None:
-    """Return the argparse parser of a command, None of a program that has none to look at."""
-    if str(ROOT / "scripts") not in sys.path:  # as when one of them is run
-        sys.path.insert(0, str(ROOT / "scripts"))
-    module = import_module(".".join(program.relative_to(ROOT).with_suffix("").parts))
-    return module.PARSER if hasattr(module, "PARSER") else module.make_parser()
-
-
-def has_parser(program: Path) -> bool:
-    return bool(re.search(r"^(PARSER\b|def make_parser\()", program.read_text(), re.M))
-
-
-def check_flags(program: Path, rest: list[str]) -> None:
-    """Every flag that is given is one of the program's parser, or stands in the program as a string."""
-    if has_parser(program):
-        if "--help" not in rest:
-            _, unknown = parser_of(program).parse_known_args(rest)
-            if unknown and program.stem in ("sweep", "compare_allocations"):  # the rest is main.py's
-                settings(unknown)
-            elif unknown:
-                parser_of(program).parse_args(rest)
-        return
-    known = {node.value for node in ast.walk(ast.parse(program.read_text())) if isinstance(node, ast.Constant)}
-    given = {word.split("=")[0] for word in rest if word.startswith("--")}
-    assert given - {"--help"} <= known, (program, given - known)
-
-
-def test_readme_is_there_and_shows_the_two_commands():
-    commands = commands_of((ROOT / "README.md").read_text())
-    assert ["bash", "scripts/demo.sh"] in commands and any(words[1:2] == ["scripts/test.sh"] for words in commands)
-    assert any(words[1] == "main.py" for words in commands)
-
-
-def test_every_command_in_the_documents_parses(monkeypatch, tmp_path):
-    # A local text in an example need not be there.
-    monkeypatch.setattr("lib.data.check_text", lambda *_: None)
-    for name, text in documents().items():
-        for words in commands_of(text):
-            try:
-                check_command(words)
-            except (Exception, SystemExit) as error:
-                pytest.fail(f"{name}: {' '.join(words)}: {error}")
-
-
 def test_every_command_in_the_scripts_parses():
     # Commands of the programs in scripts, as far as their flags go: values may be variables.
     programs = [path for path in COMMANDS if has_parser(path)]
@@ -168,11 +90,6 @@ def test_every_command_in_the_scripts_parses():
                 rest = words[words.index(program) + 1 :]
                 flags = {word.split("=")[0] for word in rest if word.startswith("--")}
                 assert flags <= known[program], (name, flags - known[program])
-
-
-def test_every_flag_is_in_the_readme():
-    flags = {flag for flag in main.PARSER._option_string_actions if flag.startswith("--")} - {"--help"}
-    assert not {flag for flag in flags if flag not in (ROOT / "README.md").read_text()}
 
 
 def test_help_explains_every_flag_in_groups(capsys):
@@ -247,3 +164,16 @@ def test_a_requirements_file_is_installed_once_whatever_its_folder(tmp_path):
     (tmp_path / "requirements.txt").write_text("# changed\n")
     subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert len((tmp_path / "pip.log").read_text().splitlines()) == 3
+
+
+def test_test_files_import_no_more_than_install_md_asks_for():
+    # What else is needed (onnx, scikit-learn ...) is imported inside a test, or by pytest.importorskip.
+    known = set(sys.stdlib_module_names) | {"pytest", "lib", "main", "lora_ft", "image_classifiers", "scripts"}
+    known |= {"tokenizers", "torchvision", "PIL", "psutil", "yaml"}  # which transformers, timm and accelerate bring
+    known |= {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in (ROOT / "requirements.txt").open()}
+    known |= {path.stem for folder in ("tests", "scripts") for path in (ROOT / folder).rglob("*.py")}
+    for path in (ROOT / "tests").glob("*.py"):
+        nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert {name.split(".")[0] for name in names} <= known, path.name

@@ -309,7 +309,7 @@ def test_published_command(place, documents, tiny_tokenizer, tmp_path, monkeypat
 
     flags = "--model PRUNED --config_name meta-llama/Llama-2-7b-hf --lora_weights OUT --ctx_length 32 --dataset "
     assert evaluate_ppl.main([*flags.split(), str(place / "val.txt")]) == 0
-    assert merge.main([*flags.split(), str(place / "val.txt"), "--out", "MERGED"]) == 0
+    assert merge.main([*flags.split(), str(place / "val.txt"), "--save", "MERGED"]) == 0
     assert {"config.json", "tokenizer.json"} <= {path.name for path in (tmp_path / "MERGED").iterdir()}
 
 
@@ -359,7 +359,7 @@ def test_wikitext2_has_the_published_name(place, tmp_path, monkeypatch, capsys):
 
 
 def merge_flags(place, adapter, out, *more: str) -> list[str]:
-    flags = f"--model {place / 'pruned'} --lora_weights {adapter} --out {out}"
+    flags = f"--model {place / 'pruned'} --lora_weights {adapter} --save {out}"
     return [*flags.split(), "--dataset", str(place / "val.txt"), "--ctx_length", str(BLOCK), *more]
 
 
@@ -395,7 +395,7 @@ def test_merge(keep_dense, place, adapter, tmp_path, windows, capsys):
     pruned = loaded(place / "pruned")
     expected = {"pruned": (zeros["before"], perplexity(pruned, windows))}
     beside = perplexity(PeftModel.from_pretrained(pruned, adapter).eval(), windows)
-    expected |= {"adapter beside it": (zeros["before"], beside), "merged plainly": (zeros["plain"], beside)}
+    expected |= {"adapter beside it": (zeros["before"], beside), "merged without masking": (zeros["plain"], beside)}
     written = perplexity(loaded(tmp_path / "out"), windows)
     if not keep_dense:
         expected["merged, zeros kept"] = (zeros["before"], written)

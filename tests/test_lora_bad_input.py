@@ -29,7 +29,7 @@ EVALUATE = {"--model": "pruned", "--lora_weights": "adapter", "--dataset": "othe
 PROGRAMS = {
     "finetune": (finetune_lm, FINETUNE),
     "evaluate": (evaluate_ppl, EVALUATE | {"--result_dir": "out"}),
-    "merge": (merge, EVALUATE | {"--out": "out"}),
+    "merge": (merge, EVALUATE | {"--save": "out"}),
 }
 
 
@@ -153,7 +153,7 @@ BEFORE_LOADING = [
     ("evaluate", "--tasks boolq", "--tasks without --eval_zero_shot does nothing; add --eval_zero_shot"),
     ("evaluate", "--eval_zero_shot --tasks winogrand", "Did you mean 'winogrande'"),
     ("evaluate", "--result_dir file/x", "--result_dir file/x: cannot be written"),
-    ("merge", "--out full", "--out full: is not empty"),
+    ("merge", "--save full", "--save full: is not empty"),
     ("merge", "--lora_weights -", "required: --lora_weights"),
     ("merge", "--model narrow", "does not fit narrow"),
 ]
@@ -360,7 +360,7 @@ def test_merged_model_that_cannot_be_written(place, capsys, monkeypatch):
 )
 @pytest.mark.parametrize("call", [1, 2, 4])
 def test_merged_model_outlives_a_failed_evaluation(call, error, status, place, caplog, capsys, monkeypatch):
-    assert status_and_line("merge", "--out whole", capsys)[0] == 0
+    assert status_and_line("merge", "--save whole", capsys)[0] == 0
     calls, perplexity = [], evaluation.perplexity
 
     def fails(*args):
@@ -401,7 +401,7 @@ def test_merged_model_keeps_the_dtype_and_the_zeros(dtype, place, capsys):
     assert status_and_line("evaluate", "--model out --lora_weights - --result_dir res", capsys)[0] == 0
     found = json.loads(Path("res/perplexity.json").read_text())
     assert (found["perplexity"], found["sparsity"]) == (merged["perplexity"], merged["sparsity"])
-    assert status_and_line("merge", "--dtype float32 --out plain", capsys)[0] == 0
+    assert status_and_line("merge", "--dtype float32 --save plain", capsys)[0] == 0
     assert {w.dtype for w in load_file("plain/model.safetensors").values()} == {torch.float32}
 
 

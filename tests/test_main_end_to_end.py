@@ -345,6 +345,12 @@ def test_seqlen_is_capped_at_the_context_with_a_warning(tiny_run, caplog):
     assert [r.levelname for r in caplog.records if "2048" in r.getMessage() and "128" in r.getMessage()] == ["WARNING"]
 
 
+def test_no_warning_of_windows_that_nothing_reads(tiny_run, caplog):
+    with caplog.at_level(logging.WARNING):
+        tiny_run("--prune_method magnitude --sparsity_ratio 0.5 --eval_wikitext false", seqlen=2048)
+    assert not [record.getMessage() for record in caplog.records if "seqlen" in record.getMessage()]
+
+
 # ------------------------------------------------------------------------------------------- nothing may be lost
 
 

@@ -16,7 +16,7 @@ from lib.blocks import weights_of
 from lib.calibration import enter_blocks, passes, run_block
 from lib.evaluation import perplexity
 from lib.layers import FAMILIES, find_blocks, prunable_layers
-from lib.models import choose_dtypes, load_llm, load_skeleton, locate, save_llm
+from lib.models import choose_dtypes, load_llm, load_skeleton, load_tokenizer, locate, save_llm
 from lib.prune import checkpoint_sparsity, walk
 from lib.pruners import PRUNERS
 
@@ -424,3 +424,9 @@ def test_damaged_gguf_is_one_line_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"bad\.gguf") as caught:
         locate(str(tmp_path / "bad.gguf"), str(tmp_path / "cache"))
     assert "\n" not in str(caught.value) and not (tmp_path / "cache").exists()
+
+
+def test_a_folder_without_tokenizer_says_so(tmp_path, tiny_model):
+    tiny_model.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match="m: the folder holds no tokenizer; copy the original model's there"):
+        load_tokenizer(locate(str(tmp_path / "m"), "none"))

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import main
 from image_classifiers import main as image_main
 from image_classifiers.models import save as save_image_model
+from lib import price
 from lib.allocation import ALLOCATIONS
 from lib.esd import METRICS, WEIGHTWATCHER
 from lib.models import locate
@@ -163,6 +164,8 @@ FACTORIES = {
 def test_new_tensors_are_where_they_were_asked_for(make, cuda):
     for device in ("cuda", "cuda:0", 0, torch.device("cuda"), torch.device("cuda", 0)):
         assert type(made := make(device=device)) is CudaTensor and made.device == torch.device("cuda:0")
+    # transformers stands in for torch.linspace while it loads: what torch has by then listed as factories may lack it.
+    torch.utils._device._device_constructors.cache_clear()
     with torch.device("cuda"):
         assert make().is_cuda
     assert type(make()) is torch.Tensor and make(device="meta").is_meta
@@ -263,10 +266,19 @@ def rehearse(runs):
     return both
 
 
+@pytest.fixture
+def few_windows(monkeypatch):
+    """Let a search for prices read few windows: each goes the same way."""
+    monkeypatch.setattr(price, "FIT", 4)
+    monkeypatch.setattr(price, "HELD", 2)
+
+
+@pytest.mark.usefixtures("few_windows")
 @pytest.mark.parametrize("suffix", ALLOCATIONS)
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_every_method(pruner, suffix, rehearse):
-    rehearse(f"--prune_method {pruner}{suffix and '_'}{suffix} --sparsity_ratio 0.5")
+    few = "--price_steps 2" if suffix == "price" else ""  # every step does the same
+    rehearse(f"--prune_method {pruner}{suffix and '_'}{suffix} --sparsity_ratio 0.5 {few}")
 
 
 OTHER_RUNS = {
@@ -292,10 +304,12 @@ OTHER_RUNS = {
     "streamed": "--prune_method sparsegpt_ww --sparsity_ratio 0.5 --stream always --save_model kept",
     "streamed 2:4": "--prune_method alps --sparsity_type 2:4 --stream always --save_model kept",
     "streamed, dense": "--stream always",
+    "refreshed prices": "--prune_method wanda_price --sparsity_ratio 0.5 --price_start er --price_refresh 1",
     "epsilon auto": "--prune_method wanda_ww --sparsity_ratio 0.9 --epsilon auto --eval_wikitext false",
 }
 
 
+@pytest.mark.usefixtures("few_windows")
 @pytest.mark.parametrize("flags", OTHER_RUNS.values(), ids=OTHER_RUNS)
 def test_other_runs(flags, rehearse, runs):
     if "float32" not in flags:
@@ -408,7 +422,7 @@ def test_comparison_of_allocations(cuda, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--pruner", "wanda", "--allocations", ",ww,owl", "--sparsities", "0.5", "--epsilons", "0.2"]
     assert compare_allocations.main([*words, *flags, "--save", "out"]) == 0
-    assert Path("out/allocations.md").read_text().count("\n") == 2 + 3
+    assert Path("out/allocations.md").read_text().count("\n| wanda |") == 3
 
 
 def test_esd_report(cuda, tiny_folder, tmp_path, monkeypatch):
@@ -450,7 +464,7 @@ def test_lora_is_evaluated_and_merged(adapted, tmp_path, monkeypatch):
     with pretend_cuda() as cuda:
         assert evaluate_ppl.main([*flags, "--result_dir", "alone"]) == 0
         assert evaluate_ppl.main([*flags, *adapter, "--result_dir", "beside"]) == 0
-        assert merge.main([*flags, *adapter, "--out", "merged"]) == 0
+        assert merge.main([*flags, *adapter, "--save", "merged"]) == 0
         assert cuda.operations > 300
     assert evaluate_ppl.main([*flags, *adapter, "--dtype", "float16", "--result_dir", "here"]) == 0
     alone, beside, here = (

@@ -282,6 +282,21 @@ def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were(refresh, st
     assert all(p.grad is None for p in now.values()) and not any(m._forward_hooks for m in weights.model.modules())
 
 
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("options", [Options(4), Options(5, 3)])
+def test_passes_are_those_that_a_search_makes(options, started):
+    weights = weights_of(tiny_llama())
+    draw = torch.Generator().manual_seed(0)
+    fit, held = (torch.randint(3, 300, (count, 8), generator=draw) for count in (price.FIT, price.HELD))
+    calls = []
+    for block in weights.visit():
+        block.module.register_forward_pre_hook(lambda *_: calls.append(3 if torch.is_grad_enabled() else 1))
+    blocks = 1 + weights.layers[-1].block
+    start = {layer.name: 0.4 for layer in weights.layers} if started else None
+    search(weights, (fit, held), 0.5, start, options)
+    assert sum(calls) == blocks * price.forward_passes(options, started)
+
+
 def test_an_error_leaves_the_weights_as_they_were(monkeypatch):
     weights = weights_of(tiny_llama())
     parameters = dict(weights.model.named_parameters())

@@ -112,6 +112,7 @@ def test_stages_measure_seconds_and_memory(tmp_path):
         block = b"x" * 200_000_000
     del block
     assert 0.05 <= run.stages["wait"]["seconds"] < 5
+    assert 0 <= run.stages["wait"]["cpu_seconds"] < 0.05, "waiting costs the processor nothing"
     # each stage has its own peak, where the system lets it be reset
     assert run.stages["fill"]["peak_rss_mb"] >= run.stages["wait"]["peak_rss_mb"] + 150
     with run.stage("after"):

@@ -159,14 +159,18 @@ def test_another_calibration_text_of_the_same_name_is_refused(place, capsys):
     assert main.main(place.split()) == 2 and "its calibration windows were others" in only_line(capsys)
 
 
-def test_other_dense_weights_of_the_same_name_are_refused(place, capsys):
+def change_weights() -> None:
     from safetensors.torch import load_file, save_file
 
-    flags = place.replace(METHOD, "sparsegpt").replace("--epsilon 0.2 ", "")
-    killed_run(flags, prune, "_prune_block", 3)
     weights = load_file("tiny-llama/model.safetensors")
     weights["model.layers.2.mlp.down_proj.weight"] *= 1.02
     save_file(weights, "tiny-llama/model.safetensors", {"format": "pt"})
+
+
+def test_other_dense_weights_of_the_same_name_are_refused(place, capsys):
+    flags = place.replace(METHOD, "sparsegpt").replace("--epsilon 0.2 ", "")
+    killed_run(flags, prune, "_prune_block", 3)
+    change_weights()
     assert main.main(flags.split()) == 2
     assert "the dense weights were others (see model.layers.2.mlp.down_proj)" in only_line(capsys)
 
@@ -244,6 +248,28 @@ def test_epsilon_auto_does_not_try_again_what_it_tried(place, monkeypatch):
     assert main.main(flags.split()) == 0
     trials = json.loads(Path(f"save/run_{RUN}.json").read_text())["epsilon_search"]
     assert len(trials) > 3 and len(tried) == len(trials) - 2
+
+
+def test_prices_are_not_sought_again(place, monkeypatch):
+    flags = place.replace(METHOD, "wanda_price").replace(" --epsilon 0.2", " --price_steps 2")
+    run = "wanda_price_sparsity_0.6"
+    assert main.main(flags.replace("--save save", "--save unbroken").replace("kept", "whole").split()) == 0
+    killed_run(flags, prune, "_prune_block", 2)
+    monkeypatch.setattr(main.experiment.price, "search", lambda *_: pytest.fail("the search is made again"))
+    assert main.main(flags.split()) == 0
+    assert hashes(Path("kept/wanda_price_0.6")) == hashes(Path("whole/wanda_price_0.6"))
+    resumed, whole = (json.loads(Path(folder, f"run_{run}.json").read_text()) for folder in ("save", "unbroken"))
+    assert resumed["price_search"] == whole["price_search"] and resumed["perplexity"] == whole["perplexity"]
+
+
+def test_prices_of_other_weights_are_not_taken(place, monkeypatch):
+    flags = place.replace(METHOD, "wanda_price").replace(" --epsilon 0.2", " --price_steps 1")
+    killed_run(flags, main.experiment, "begin_journal", 1)  # they are noted, and no block is finished
+    sought = []
+    real = main.experiment.price.search
+    monkeypatch.setattr(main.experiment.price, "search", lambda *a: sought.append(1) or real(*a))
+    change_weights()
+    assert main.main(flags.split()) == 0 and sought == [1]
 
 
 def test_metrics_resume_by_matrix(place, monkeypatch):

@@ -50,7 +50,7 @@ SHAPES = {
     "llama2_13b": (5120, 13824, 40, 40, 40),
     "llama2_70b": (8192, 28672, 80, 64, 8),
 }
-NAMES = dict(zip(PUBLISHED, json.loads(table.PUBLISHED.read_text())["models"], strict=True))
+NAMES = dict(zip(PUBLISHED, json.loads(table.PUBLISHED.read_text())["models"], strict=False))
 
 
 # One thread, as in the other tests: several of them stall each other where the cores are shared.
@@ -71,7 +71,8 @@ def dry(script: str, *flags: str, **variables: str) -> list[Experiment]:
     """Return the settings that the command which the script prints would run."""
     done = shell(script, *flags, DRY_RUN="1", **variables)
     assert done.returncode == 0, done.stderr
-    interpreter, program, *rest = shlex.split(done.stdout)
+    change, place, then, interpreter, program, *rest = shlex.split(done.stdout)
+    assert (change, place, then) == ("cd", str(ROOT), "&&")  # it can be pasted wherever one is
     assert (interpreter, program) == (sys.executable, "scripts/sweep.py")
     return planned(*rest)
 
@@ -254,7 +255,7 @@ def test_paper_figures_stand_beside_their_own_cells_only(tmp_path, capsys):
                              "d": record("sparsegpt", 9.9, 0.5), "e": record("wanda_xyz", 30.0),
                               "f": other}, capsys)  # fmt: skip
     assert rows == [
-        ["method", "allocation", "sparsity", "LLaMA-7B", "paper", "llama-7b-hf"],
+        ["method", "allocation", "sparsity", "LLaMA-7B", "published", "llama-7b-hf"],
         ["dense", "", "0", "5.70", "5.68", ""],
         ["sparsegpt", "uniform", "0.5", "9.90", "", ""],
         ["wanda", "uniform", "0.7", "86.10", "85.77", "90.00"],
@@ -278,8 +279,51 @@ def test_settings_are_not_mixed_in_a_cell(tmp_path, capsys):
         ["wanda", "AlphaPruning, epsilon 0.1", "0.7", "", "25.00", "23.86"],
         ["wanda", "AlphaPruning, epsilon 0.2", "0.7", "31.00", "24.50", "23.86"],
     ]
-    assert rows[0][3:] == ["LLaMA-7B (c4, 166 windows of 2048)", "LLaMA-7B (wikitext2, 166 windows of 2048)", "paper"]
+    texts = ["LLaMA-7B (c4, 166 windows of 2048)", "LLaMA-7B (wikitext2, 166 windows of 2048)"]
+    assert rows[0][3:] == [*texts, "published"]
 
+
+def test_a_cell_is_about_all_seeds_and_the_newer_run_of_one(tmp_path, capsys):
+    runs = {f"a{seed}": record("alps_price", ppl, seed=seed) for seed, ppl in enumerate((18.0, 19.0, 21.0))}
+    runs |= {f"b{seed}": record("wanda", ppl, seed=seed) for seed, ppl in enumerate((85.0, 87.0))}
+    runs |= {"f": record("dense", 5.7, 0.0), "g": record("wanda_owl", 24.0, seed=1)}
+    newer = record("alps_price", 20.0, seed=1) | {"finished": "2025-02-01T00:00:00"}
+    for content in runs.values():
+        content["git_commit"] = "a" * 40
+    rows = csv_of(tmp_path, runs | {"h": newer | {"git_commit": "b" * 40 + "-dirty"}}, capsys)
+    assert rows == [
+        ["method", "allocation", "sparsity", "LLaMA-7B", "published"],
+        ["dense", "", "0", "5.70", "5.68"],
+        ["wanda", "uniform", "0.7", "86.00 ± 1.41 (2)", "85.77"],
+        ["wanda", "OWL", "0.7", "24.00 (1)", "24.55"],
+        ["alps", "price", "0.7", "19.67 ± 1.53", ""],  # 18, 20 and 21
+    ]
+    assert table.main([str(tmp_path), "--format", "latex"]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    for words in ("seeds 0, 1, 2", "Commits: aaaaaaaaaaaa, bbbbbbbbbbbb-dirty", "published: Lu et al., AlphaPruning"):
+        assert words in title
+    assert any(r"19.67 $\pm$ 1.53" in line for line in lines)
+
+
+def test_published_figures_without_a_run_can_be_listed(tmp_path, capsys):
+    run = record("wanda_price", 20.0)
+    run["model"] = {"name": "Llama-2-7b-hf", "parameters": 6738415616}
+    assert len(csv_of(tmp_path, {"a": run}, capsys)) == 2
+    rows = csv_of(tmp_path, {}, capsys, "--published")
+    assert rows == [
+        ["method", "allocation", "sparsity", "Llama-2-7B", "published"],
+        ["dense", "", "0", "", "5.47"],
+        ["wanda", "price", "0.7", "20.00", ""],
+        ["wanda", "AlphaPruning", "0.7", "", "28.87"],
+        ["sparsegpt", "dlp", "0.7", "", "18.58"],
+        ["alps", "uniform", "0.7", "", "19.31 ± 0.68"],
+    ]
+    assert table.main([str(tmp_path), "--published"]) == 0
+    title = capsys.readouterr().out.splitlines()[0]
+    assert "DLP: Dynamic Layerwise Pruning" in title and "published: Meng et al., ALPS" in title
+    # A run in another setting does not hide the figure, and none stands beside it.
+    rows = csv_of(tmp_path, {"b": record("alps", 9.0, nsamples=4) | {"model": run["model"]}}, capsys, "--published")
+    assert rows[-1] == ["alps", "uniform", "0.7", "9.00", ""]
 
 @pytest.mark.parametrize(
     ("change", "label"),
@@ -287,6 +331,8 @@ def test_settings_are_not_mixed_in_a_cell(tmp_path, capsys):
         ({"ww_metric": "stable_rank"}, "AlphaPruning, ww_metric stable_rank"),
         ({"mapping_type": "layer_wise"}, "AlphaPruning, mapping_type layer_wise"),
         ({"farms": True}, "AlphaPruning, farms True"),
+        ({"refit": 10}, "AlphaPruning, refit 10"),
+        ({"statistics": "dense"}, "AlphaPruning, statistics dense"),
         ({"nsamples": 4}, "AlphaPruning"),
         ({"eval_windows": 4}, "AlphaPruning"),
         ({"calib_data": "wiki_leads"}, "AlphaPruning"),
@@ -295,7 +341,7 @@ def test_settings_are_not_mixed_in_a_cell(tmp_path, capsys):
 def test_the_papers_figure_is_for_its_own_setting(change, label, tmp_path, capsys):
     # One run alone: nothing else tells that it is another method.
     header, row = csv_of(tmp_path, {"a": record("wanda_ww", 366.0, **change)}, capsys)
-    assert "paper" not in header and row[1] == label
+    assert "published" not in header and row[1] == label
 
 
 def test_a_run_without_the_metric_is_left_out(tmp_path, capsys):
@@ -314,7 +360,11 @@ def test_zero_shot_table_and_a_perplexity_that_is_not_finite(tmp_path, capsys):
 
 
 def test_published_figures_are_the_checked_ones():
-    rows = json.loads(table.PUBLISHED.read_text())["perplexity"]
+    content = json.loads(table.PUBLISHED.read_text())
+    assert content["perplexity"].keys() == content["sources"].keys()
+    models = {m for rows in content["perplexity"].values() for row in rows.values() for m in row}
+    assert models <= content["models"].keys()
+    rows = content["perplexity"]["AlphaPruning"]
     one = ("LLaMA-7B", "LLaMA-13B", "LLaMA-30B", "LLaMA-65B")
     assert [rows["dense"][m] for m in (*one, "Llama-2-7B", "Llama-2-13B", "Llama-2-70B")] == [
         5.68,
@@ -339,6 +389,39 @@ def test_published_figures_are_the_checked_ones():
     }
     assert (rows["sparsegpt_ww"], rows["magnitude_ww"]) == ({"LLaMA-7B": 18.54}, {"LLaMA-13B": 2029.2})
     assert len(rows) == 9
+    assert content["perplexity"]["DLP"] == {"sparsegpt_dlp": {"Llama-2-7B": 18.58}}
+    assert content["perplexity"]["ALPS"] == {"alps": {"Llama-2-7B": [19.31, 0.68, 5], "Llama-3-8B": [30.53, 1.58]}}
+
+
+def test_record_names_its_candidates(tmp_path):
+    done = shell("record", "a b/model", "--nsamples", "7", DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    runs, shown = (shlex.split(line) for line in done.stdout.splitlines())
+    assert runs[:2] == [sys.executable, "scripts/sweep.py"] and shown[:2] == [sys.executable, "scripts/table.py"]
+    settings = planned(*runs[2:])
+    methods = ["sparsegpt", "alps", "wanda_price", "alps_price"]
+    assert [(s.prune_method, s.seed) for s in settings] == [(method, seed) for seed in range(3) for method in methods]
+    for run in settings:
+        assert (run.model, run.sparsity_ratio, run.nsamples) == ("a b/model", 0.7, 7)
+        assert (run.calib_data, run.eval_data, run.seqlen) == ("c4", "wikitext2", 2048)
+    places = ["", "/seed_1", "/seed_2"]
+    assert [run.save for run in settings[::4]] == [f"results/record/model{place}" for place in places]
+    made = parse(table.Settings, shown[2:], table.PARSER)
+    assert (made.folder, made.published, made.format) == ("results/record/model", True, "text")
+    for flags in ((), ("--nsamples", "7")):
+        missing = shell("record", *flags)
+        assert missing.returncode == 2 and missing.stderr.startswith("record.sh: error: MODEL is missing")
+
+
+def test_record_runs_them_and_prints_one_table(small, tmp_path):
+    variables, flags, _ = small
+    flags = [*flags, "--eval_data", "wiki_leads", "--eval_windows", "2", "--price_steps", "1"]
+    done = shell("record", variables["MODEL"], *flags, SAVE=str(tmp_path / "r"), SEEDS="2", FORMAT="csv")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(",") for line in done.stdout.splitlines() if " ± " in line]
+    expected = [["wanda", "price"], ["sparsegpt", "uniform"], ["alps", "uniform"], ["alps", "price"]]
+    assert [row[:2] for row in rows] == expected and {row[2] for row in rows} == {"0.7"}
+    assert all(float(row[3].split(" ± ")[1]) > 0 for row in rows), "another seed draws another text"
 
 
 # ------------------------------------------------------------------------------------------------------ the sweep
@@ -415,9 +498,28 @@ def test_a_sweeps_lists_become_settings():
     assert parse(Experiment, [*alone.split(), "--save_model", "out"], main.PARSER).flags() == runs[1].flags()
 
 
+def test_a_pruners_flag_goes_to_that_pruner():
+    flags = ["--model", "m", "--methods", "wanda,sparsegpt,alps_owl", "--sparsities", "0.5"]
+    runs = planned(*flags, "--pruner_iterations", "30", "--damping", "0.2", "--use_variant")
+    assert [run.pruner_iterations for run in runs] == [None, None, 30]
+    assert [run.damping for run in runs] == [None, 0.2, 0.2]
+    assert [run.use_variant for run in runs] == [True, False, False]
+    assert [run.damping for run in planned(*flags, "--damping", "0.2", "--refit", "5")] == [0.2] * 3
+
+
+def test_seeds_of_a_sweep_have_folders():
+    runs = planned("--model", "m", "--save", "s", "--methods", "dense,wanda", "--sparsities", "0.5", "--seeds", "2")
+    assert [(run.prune_method, run.seed, run.save) for run in runs] == [
+        (None, 0, "s"), ("wanda", 0, "s"), ("wanda", 1, "s/seed_1")
+    ]  # fmt: skip
+    alone = planned("--model", "m", "--save", "s", "--methods", "wanda", "--sparsities", "0.5", "--seed", "1")
+    assert [(run.seed, run.save) for run in alone] == [(1, "s")], "of one seed the folder is the one that is asked for"
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        ("--methods wanda --sparsities 0.5 --pruner_iterations 30", "--pruner_iterations does nothing with wanda"),
         ("--methods wanda_ww --epsilons magnitude_ww=0.1", "holds none for wanda_ww"),
         ("--epsilons wanda=0.1", "Did you mean 'wanda_ww'"),
         ("--epsilons wanda_ww=x", "'x' is not a number"),
@@ -496,19 +598,27 @@ def test_table2_of_smollm2_runs(tmp_path):
 # ------------------------------------------------------------------------------------------------------ the demo
 
 
-def test_demo_shows_what_was_gained_and_what_moves(monkeypatch, tmp_path, capsys):
+def test_demo_shows_what_was_gained_and_what_moves(monkeypatch, tmp_path, tiny_folder, capsys):
     figures = {("dense", 0.0): 14.0, ("wanda", 0.7): 600.0, ("wanda_ww", 0.7): 450.0, ("sparsegpt", 0.7): 180.0}
+    figures |= {("alps", 0.7): 90.0}
     records = [record(method, ppl, target, epsilon=0.2) for (method, target), ppl in figures.items()]
     records = [r | {"sparsity": r["target_sparsity"], "stages": {"load": {"seconds": 1.0}}} for r in records]
+    records[-1] |= {"saved_model": str(tiny_folder)}
+    records[-1]["flags"] |= {"cache_dir": "none"}
     asked = []
     monkeypatch.setattr(sweep, "run_all", lambda todo, force: asked.append(todo) or (records, records))
     assert demo.main(["--save", str(tmp_path), "--sparsity_ratio", "0.7"]) == 0
-    assert [run.prune_method for run in asked[0]] == [None, "wanda", "sparsegpt", "wanda_ww", "sparsegpt_ww"]
+    assert [run.prune_method for run in asked[0]] == [None, "wanda", "sparsegpt", "wanda_ww", "sparsegpt_ww", "alps"]
+    saving = [run.save_model for run in asked[0]]
+    assert saving == [None] * 5 + [str(tmp_path / "model")]
     out = capsys.readouterr().out
-    shown = {row[0]: row[3] for line in out.splitlines() if len(row := line.replace("│", " ").split()) == 5}
-    expected = {"dense": "14.00", "wanda": "600.00", "wanda_ww": "~450.00", "sparsegpt": "~180.00"}
+    rows = [[cell.strip() for cell in line.split("│")] for line in out.splitlines()]
+    shown = {row[1]: row[4] for row in rows if len(row) == 7}
+    expected = {"dense": "14.00", "wanda": "600.00", "wanda_ww": "about 450.0", "sparsegpt": "about 180.0"}
     assert {method: shown[method] for method in expected} == expected
-    assert "wanda at 0.7: perplexity 600.00 uniform, ~450.00 by alpha (-25.0 %)" in out
+    assert "wanda at 0.7: perplexity 600.00 uniform, about 450.0 by alpha (about -25 %)" in out
+    assert "best at 0.7: perplexity 600.00 wanda, about 90.0 alps (about -85 %)" in out
+    assert f"{tiny_folder}, continues:\n" in out
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     program, *rest = shlex.split(out.splitlines()[-1])[1:]
     assert program == "main.py" and parse(Experiment, rest, main.PARSER).eval_windows == 10

@@ -73,7 +73,7 @@ def test_products_are_those_of_float64(level, kind, threads):
             bias = torch.randn(rows, generator=torch.Generator().manual_seed(9)).to(kind)
             layers = SparseLinear.from_linear(linear(weight), library), DenseLinear(linear(weight), library)
             biased = SparseLinear.from_linear(linear(weight, bias), library), DenseLinear(linear(weight, bias), library)
-            for tokens in range(1, 17):
+            for tokens in (*range(1, 10), 16):  # every one that the kernel has, and more
                 x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(kind)
                 expected = x.double() @ weight.double().T
                 size = x.double().abs() @ weight.double().abs().T
@@ -369,6 +369,8 @@ def test_smollm2_is_as_close_to_float32_as_dense_bfloat16(smollm2, smollm2_sourc
     both = sparse.load_packed(tmp_path / "packed"), dense(tmp_path / "model", torch.bfloat16)
     ours, theirs = (model(ids).logits.float() for model in both)
     assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() <= 0.1 * exact.norm()
+    head, embedding = both[0].get_output_embeddings(), both[0].get_input_embeddings()
+    assert isinstance(head, DenseLinear) and head.weight is embedding.weight and head.weight.dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------ damage, bad input
@@ -579,15 +581,15 @@ def test_generate_streams_and_compares(pruned, packed_folder):
     assert lines[0].startswith("Ab de")
     figures = r"\d+\.\d tokens/s, prompt \d+\.\d tokens/s, -?\d+ MB resident"
     assert sum(bool(re.search(figures, line)) for line in lines) == 3
-    assert lines[-1].startswith("ratio: ") and lines[-1].endswith("medians of 3 turns, 1 threads")
+    assert lines[-1].startswith("ratio: ") and lines[-1].endswith("medians of 5 turns, 1 threads")
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["nowhere", "x"], "nowhere: there is no such folder"),
+        (["nowhere", "x"], "nowhere: folder not found"),
         (["{}", "x", "--tokens", "1"], "--tokens 1"),
-        (["{}", "x", "--compare", "nowhere"], "nowhere: there is no such folder"),
+        (["{}", "x", "--compare", "nowhere"], "nowhere: folder not found"),
     ],
 )
 def test_generate_bad_input(packed_folder, flags, says):

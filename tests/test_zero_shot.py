@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, tiny_sentences
+from tqdm import tqdm
 
 import main
 from lib import UserError, evaluation, record
@@ -183,3 +184,15 @@ def test_means_are_over_the_tasks_that_have_the_metric():
         ["b", "f1", "0.2500", "20"],
         ["mean", "acc", "0.5000"],
     ]
+
+
+def test_bars_of_lm_eval_do_not_fill_a_log_file(capsys, monkeypatch):
+    def bar(terminal: bool) -> str:
+        monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+        with evaluation._bars_for_terminals():
+            list(tqdm(range(3), disable=False))  # as lm-eval asks for it
+        return capsys.readouterr().err
+
+    assert bar(terminal=False) == "" and "3/3" in bar(terminal=True)
+    list(tqdm(range(3), disable=False))  # and afterwards bars are what they were
+    assert "3/3" in capsys.readouterr().err

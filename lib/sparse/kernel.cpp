@@ -58,10 +58,8 @@ inline void widen(Raw raw, Vector* part) {
     part[1] = _mm512_castsi512_ps(_mm512_and_si512(raw.bits, _mm512_set1_epi32(int(0xffff0000))));
   }
 }
-inline Vector zero() { return _mm512_setzero_ps(); }
-inline Vector at(const float* x) { return _mm512_load_ps(x); }
-inline void put(float* x, Vector v) { _mm512_store_ps(x, v); }
-inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+template <bool HALF>
+inline void spread(uint32_t bits, const uint16_t* v, Vector* part) { widen<HALF>(expand(bits, v), part); }
 template <bool HALF>
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__AVX512BF16__)
@@ -78,16 +76,16 @@ constexpr int LANES = 8;
 template <bool HALF> constexpr int PARTS = 4;
 struct Raw { __m128i bits[4]; };
 
-struct Shuffles {  // for each byte of a mask: from where its eight places take their two bytes; 0x80 is a zero
-  alignas(64) uint8_t from[256][16];
+struct Shuffles {  // for each byte of a mask: from where its eight places take their bytes; 0x80 is a zero
+  alignas(64) uint8_t wide[256][32], narrow[256][16];  // wide: as float32, whose upper half a bfloat16 is
   Shuffles() {
+    memset(this, 0x80, sizeof *this);
     for (int byte = 0; byte < 256; byte++)
-      for (int place = 0, next = 0; place < 8; place++) {
-        const bool set = byte >> place & 1;
-        from[byte][2 * place] = set ? 2 * next : 0x80;
-        from[byte][2 * place + 1] = set ? 2 * next + 1 : 0x80;
-        next += set;
-      }
+      for (int place = 0, next = 0; place < 8; place++)
+        if (byte >> place & 1) {
+          for (int i = 0; i < 2; i++) narrow[byte][2 * place + i] = wide[byte][4 * place + 2 + i] = 2 * next + i;
+          next++;
+        }
   }
 } const shuffles;
 
@@ -97,7 +95,7 @@ inline Raw expand(uint32_t bits, const uint16_t* v) {
   Raw raw;
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++, bits >>= 8) {
-    const __m128i from = _mm_load_si128((const __m128i*)shuffles.from[bits & 255]);
+    const __m128i from = _mm_load_si128((const __m128i*)shuffles.narrow[bits & 255]);
     raw.bits[i] = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)v), from);
     v += __builtin_popcount(bits & 255);
   }
@@ -110,16 +108,22 @@ inline void widen(Raw raw, Vector* part) {
     part[i] = HALF ? _mm256_cvtph_ps(raw.bits[i])
                    : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw.bits[i]), 16));
 }
-inline Vector zero() { return _mm256_setzero_ps(); }
-inline Vector at(const float* x) { return _mm256_load_ps(x); }
-inline void put(float* x, Vector v) { _mm256_store_ps(x, v); }
-inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+template <bool HALF>
+inline void spread(uint32_t bits, const uint16_t* v, Vector* part) {
+  if (HALF) return widen<HALF>(expand(bits, v), part);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++, bits >>= 8) {  // a third fewer instructions than by way of 16 bits
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)v));
+    const __m256i from = _mm256_load_si256((const __m256i*)shuffles.wide[bits & 255]);
+    part[i] = _mm256_castsi256_ps(_mm256_shuffle_epi8(both, from));
+    v += __builtin_popcount(bits & 255);
+  }
+}
 template <bool HALF>
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline float total(Vector v) {
-  alignas(32) float lane[8];
-  put(lane, v);
-  return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+  const __m128 half = _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1), two = half + _mm_movehl_ps(half, half);
+  return two[0] + two[1];
 }
 #else
 #error "needs AVX-512 VBMI2 or AVX2"
@@ -147,9 +151,9 @@ inline Raw load_some(const uint16_t* v, int64_t count) {
   return load(padded);
 }
 
-// The dot products of one row with M tokens; x is [M, words, PARTS, LANES].
+// The dot products of one row with M tokens; x is [M, words, PARTS].
 template <int M, bool HALF, bool PACKED>
-inline void dot(const Matrix& w, int64_t row, const float* x, float* out) {
+inline void dot(const Matrix& w, int64_t row, const Vector* x, float* out) {
   constexpr int P = PARTS<HALF>;
   constexpr int SUMS = M <= 2 ? 4 : M <= 4 || LANES == 16 ? 2 : 1;  // of a token: hide the latency, fit the registers
   const uint32_t* mask = w.mask + row * w.words;
@@ -157,22 +161,22 @@ inline void dot(const Matrix& w, int64_t row, const float* x, float* out) {
   const int64_t whole = PACKED ? w.words : w.columns / GROUP;
   Vector sum[M][SUMS];
   for (auto& token : sum)
-    for (auto& s : token) s = zero();
-  auto step = [&](Raw raw, int64_t group, int first) __attribute__((always_inline)) {
-    Vector part[P];
-    widen<HALF>(raw, part);
+    for (auto& s : token) s = Vector{};
+  Vector part[P];
+  auto step = [&](int64_t group, int first) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
         Vector& s = sum[m][(first + p) % SUMS];
-        s = multiply_add<HALF>(part[p], at(x + ((m * w.words + group) * P + p) * LANES), s);
+        s = multiply_add<HALF>(part[p], x[(m * w.words + group) * P + p], s);
       }
   };
   auto next = [&](int64_t group, int first) __attribute__((always_inline)) {
     // The hardware prefetcher stops at each page. Into L2: L1 is full of x where there are thousands of columns.
     _mm_prefetch((const char*)v + 4096, _MM_HINT_T1);
-    step(PACKED ? expand(mask[group], v) : load(v), group, first);
+    PACKED ? spread<HALF>(mask[group], v, part) : widen<HALF>(load(v), part);
+    step(group, first);
     v += PACKED ? __builtin_popcount(mask[group]) : GROUP;
   };
   int64_t g = 0;
@@ -181,56 +185,53 @@ inline void dot(const Matrix& w, int64_t row, const float* x, float* out) {
     next(g, 0), next(g + 1, P), next(g + 2, 2 * P), next(g + 3, 3 * P);
   }
   for (; g < whole; g++) next(g, 0);
-  if (!PACKED && whole < w.words) step(load_some(v, w.columns % GROUP), whole, 0);
+  if (!PACKED && whole < w.words) widen<HALF>(load_some(v, w.columns % GROUP), part), step(whole, 0);
   for (int m = 0; m < M; m++) {
-    for (int s = 1; s < SUMS; s++) sum[m][0] = add(sum[m][0], sum[m][s]);
+    for (int s = 1; s < SUMS; s++) sum[m][0] += sum[m][s];
     out[m] = total(sum[m][0]);
   }
 }
 
 template <int M, bool HALF, bool PACKED>
-void rows(const Matrix& w, const float* x, uint16_t* y, float* wide, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+void rows(const Matrix& w, const Vector* x, void* y, bool wide) {
+#pragma omp for schedule(static) nowait
   for (int64_t row = 0; row < w.rows; row++) {
     float out[M];
     dot<M, HALF, PACKED>(w, row, x, out);
     for (int m = 0; m < M; m++) {
       if (w.bias) out[m] += to_float(w.bias[row], HALF);
-      if (wide) wide[m * w.rows + row] = out[m];
-      else y[m * w.rows + row] = from_float(out[m], HALF);
+      if (wide) ((float*)y)[m * w.rows + row] = out[m];
+      else ((uint16_t*)y)[m * w.rows + row] = from_float(out[m], HALF);
     }
   }
 }
 
-template <bool HALF, bool PACKED>
-void product(const Matrix& w, const uint16_t* x, int tokens, uint16_t* y, float* wide, int threads) {
+template <bool HALF>
+void product(const Matrix* w, int count, const uint16_t* x, int tokens, void* const* y, bool wide, int threads) {
   constexpr int P = PARTS<HALF>;
+  const int64_t columns = w->columns, words = w->words;
   static thread_local std::vector<float> buffer;
-  buffer.resize(tokens * w.words * P * LANES + 16);
-  float* widened = (float*)((uintptr_t(buffer.data()) + 63) & ~uintptr_t(63));
+  buffer.resize(tokens * words * P * LANES + 16);
+  Vector* widened = (Vector*)((uintptr_t(buffer.data()) + 63) & ~uintptr_t(63));
   for (int m = 0; m < tokens; m++)
-    for (int64_t g = 0; g < w.words; g++) {
-      Vector part[P];
-      const uint16_t* from = x + m * w.columns + g * GROUP;
-      widen<HALF>(g < w.columns / GROUP ? load(from) : load_some(from, w.columns % GROUP), part);
-      for (int p = 0; p < P; p++) put(widened + ((m * w.words + g) * P + p) * LANES, part[p]);
+    for (int64_t g = 0; g < words; g++) {
+      const uint16_t* from = x + m * columns + g * GROUP;
+      widen<HALF>(g < columns / GROUP ? load(from) : load_some(from, columns % GROUP), widened + (m * words + g) * P);
     }
-  using Rows = void (*)(const Matrix&, const float*, uint16_t*, float*, int);
-  static const Rows table[] = {rows<1, HALF, PACKED>, rows<2, HALF, PACKED>, rows<3, HALF, PACKED>,
-                               rows<4, HALF, PACKED>, rows<5, HALF, PACKED>, rows<6, HALF, PACKED>,
-                               rows<7, HALF, PACKED>, rows<8, HALF, PACKED>};
-  table[tokens - 1](w, widened, y, wide, threads);
+#define EACH(PACKED) rows<1, HALF, PACKED>, rows<2, HALF, PACKED>, rows<3, HALF, PACKED>, rows<4, HALF, PACKED>, \
+                     rows<5, HALF, PACKED>, rows<6, HALF, PACKED>, rows<7, HALF, PACKED>, rows<8, HALF, PACKED>
+  static void (*const table[2][8])(const Matrix&, const Vector*, void*, bool) = {{EACH(false)}, {EACH(true)}};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  for (int i = 0; i < count; i++) table[w[i].mask != nullptr][tokens - 1](w[i], widened, y[i], wide);
 }
 
 }  // namespace
 
-// y = W x + bias of 1 to 8 tokens. x: [tokens, columns], the weights' kind of numbers; y: [tokens, rows], of that kind,
-// or float32 in `wide` if that is not null.
-extern "C" void multiply(const Matrix* w, const uint16_t* x, int tokens, uint16_t* y, float* wide, int threads) {
-  using Product = void (*)(const Matrix&, const uint16_t*, int, uint16_t*, float*, int);
-  static const Product table[] = {product<false, false>, product<false, true>, product<true, false>,
-                                  product<true, true>};
-  table[2 * (w->half != 0) + (w->mask != nullptr)](*w, x, tokens, y, wide, threads);
+// y[i] = W[i] x + bias[i] of 1 to 8 tokens, for matrices of one kind of numbers with equally many columns.
+// x: [tokens, columns], of that kind; y[i]: [tokens, rows], of that kind, or float32 if `wide`.
+extern "C" void multiply(const Matrix* w, int count, const uint16_t* x, int tokens, void* const* y, int wide,
+                         int threads) {
+  (w->half ? product<true> : product<false>)(w, count, x, tokens, y, wide, threads);
 }
 
 // Rows first to last - 1 of a packed matrix, words * 32 columns each.

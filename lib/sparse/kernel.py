@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class Kernel:
         library = ctypes.CDLL(str(path))
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._multiply, self._unpack = library.multiply, library.unpack
-        self._multiply.argtypes = [pointer, pointer, ctypes.c_int, pointer, pointer, ctypes.c_int]
+        self._multiply.argtypes = [pointer, ctypes.c_int, pointer, ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int]
         self._unpack.argtypes = [pointer, number, number, pointer, ctypes.c_int]
         self._multiply.restype = self._unpack.restype = None
 
@@ -60,9 +61,14 @@ class Kernel:
         ``tokens``: the product of the dimensions before, 1 to MOST_TOKENS; the caller answers for the shapes. ``x`` is
         of the weight's kind, ``y`` of that kind or float32. Sums are float32.
         """
-        out = (None, y.data_ptr()) if y.dtype == torch.float32 else (y.data_ptr(), None)
-        self._multiply(ctypes.addressof(matrix), x.data_ptr(), tokens, *out, torch.get_num_threads())
+        self.multiply_each(matrix, x, (y,), tokens)
         return y
+
+    def multiply_each(self, matrices: ctypes.Structure | ctypes.Array, x: Tensor, ys: Sequence[Tensor], tokens: int):
+        """Do the same for several ``matrices`` in a row (a Matrix * n), of one kind and equally many columns."""
+        places = (ctypes.c_void_p * len(ys))(*[y.data_ptr() for y in ys])
+        wide, threads = ys[0].dtype == torch.float32, torch.get_num_threads()
+        self._multiply(ctypes.addressof(matrices), len(ys), x.data_ptr(), tokens, places, wide, threads)
 
     def unpack(self, matrix: Matrix, first: int, last: int, out: Tensor) -> None:
         """Fill ``out`` [last - first, words * 32] with rows of a packed matrix."""
@@ -122,7 +128,7 @@ def _built(level: str) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own, renamed at the end: two processes that compile at once each put a whole file there.
+    # A temporary name, renamed at the end: two processes that compile at once each put a whole file there.
     handle, tmp = tempfile.mkstemp(prefix=".sparse-", suffix=".so", dir=target.parent)
     os.close(handle)
     try:

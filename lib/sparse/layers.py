@@ -1,22 +1,53 @@
 """Linear layers on the CPU whose product of a few tokens is the compiled kernel's, with a packed or a dense weight."""
 
-import logging
-from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from lib import UserError
-from lib.sparse.attention import group_attention
-from lib.sparse.kernel import KINDS, MOST_TOKENS, Kernel, Matrix, Unavailable, load
+from lib.sparse.kernel import KINDS, MOST_TOKENS, Kernel, Matrix, load
 from lib.sparse.packed import Packed, pack, row_starts, unpack
 
-log = logging.getLogger(__name__)
-
-LEAST_ZEROS = 0.3  # of a matrix: a bit and 16 (1 - zeros) bits a weight are to be clearly less than 16
 TILE = 512  # rows that are unpacked at once for many tokens: they stay in the second-level cache
+
+
+class Shared:
+    """Layers of one input, such as q, k and v: the first that is asked multiplies for all in one call of the kernel.
+
+    The others are asked with that very tensor next, and take what was made for them. It may not change in between.
+    """
+
+    def __init__(self, layers: Sequence["SparseLinear | DenseLinear"]) -> None:
+        self.layers = list(layers)
+        self._matrices = self._held = None
+        for place, layer in enumerate(self.layers):
+            layer.shared, layer.place = self, place
+
+    def take(self, place: int, x: Tensor) -> Tensor | None:
+        """Return what was made for the layer at ``place`` of this ``x``, once."""
+        held = self._held  # one tuple: another thread replaces all of it, or nothing
+        if held is None or held[0] is not x:
+            return None
+        y, held[1][place] = held[1][place], None
+        return y
+
+    def multiply(self, place: int, x: Tensor, tokens: int) -> Tensor | None:
+        """Return the product of the layer at ``place``, and hold those of the others; None if they do not match."""
+        found = [layer.matrix(x) for layer in self.layers]
+        if None in found:
+            return None
+        if self._matrices is None or any(a is not b for a, b in zip(found, self._matrices[0], strict=True)):
+            self._matrices = found, (Matrix * len(found))(*found)
+        lead = x.shape[:-1]
+        ys = [torch.empty(*lead, matrix.rows, dtype=x.dtype) for matrix in found]
+        self.layers[place].kernel.multiply_each(self._matrices[1], x.contiguous(), ys, tokens)
+        self._held = x, [*ys[:place], None, *ys[place + 1 :]]
+        return ys[place]
+
+    def __getstate__(self) -> dict:
+        return {"layers": self.layers, "_matrices": None, "_held": None}
 
 
 class SparseLinear(nn.Module):
@@ -42,7 +73,8 @@ class SparseLinear(nn.Module):
             self.register_buffer(name, tensor.contiguous(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().to(self.kind).contiguous(), False)
         self.training = False
-        self._kernel = kernel or load()
+        self.shared, self.place = None, 0
+        self.kernel = kernel or load()
         self._address()
 
     @classmethod
@@ -59,7 +91,13 @@ class SparseLinear(nn.Module):
         """Return the weight, [out_features, in_features]."""
         return unpack(Packed(self.mask, self.values), [self.out_features, self.in_features])
 
+    def matrix(self, x: Tensor) -> Matrix | None:
+        """Return the weight for the kernel if it can be multiplied with ``x``."""
+        return self._matrix if x.dtype == self.kind and x.shape[-1] == self.in_features else None
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.shared is not None and (y := self.shared.take(self.place, x)) is not None:
+            return y
         *lead, columns = x.shape
         if x.dtype != self.kind or x.device.type != "cpu" or columns != self.in_features:
             raise RuntimeError(
@@ -71,15 +109,17 @@ class SparseLinear(nn.Module):
         tokens = x.numel() // columns
         if not 1 <= tokens <= MOST_TOKENS:
             return self._many(x.reshape(-1, columns)).view(*lead, self.out_features)
+        if self.shared is not None and (y := self.shared.multiply(self.place, x, tokens)) is not None:
+            return y
         y = torch.empty(*lead, self.out_features, dtype=self.kind)
-        return self._kernel.multiply(self._matrix, x.contiguous(), y, tokens)
+        return self.kernel.multiply(self._matrix, x.contiguous(), y, tokens)
 
     def _many(self, flat: Tensor) -> Tensor:
         y = flat.new_empty(flat.shape[0], self.out_features)
         tile = flat.new_empty(min(TILE, self.out_features), self.mask.shape[1] * 32)
         for first in range(0, self.out_features, TILE):
             last = min(first + TILE, self.out_features)
-            self._kernel.unpack(self._matrix, first, last, tile)
+            self.kernel.unpack(self._matrix, first, last, tile)
             bias = None if self.bias is None else self.bias[first:last]
             y[:, first:last] = F.linear(flat, tile[: last - first, : self.in_features], bias)
         return y
@@ -95,7 +135,7 @@ class SparseLinear(nn.Module):
         if moved.device.type != "cpu" or moved.dtype != self.kind:
             raise RuntimeError(
                 f"SparseLinear stays on the CPU in {self.kind}; for a GPU or another kind of numbers unpack the model: "
-                "python scripts/speedup/pack.py PACKED --unpack --out DIR"
+                "python scripts/speedup/pack.py PACKED --unpack --save DIR"
             )
         return self
 
@@ -108,11 +148,11 @@ class SparseLinear(nn.Module):
         raise RuntimeError("a packed model is not saved again: copy its folder, or unpack it with pack.py --unpack")
 
     def __getstate__(self) -> dict:  # addresses and libraries are neither copied nor pickled
-        return {key: value for key, value in self.__dict__.items() if key not in ("_matrix", "_kernel")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_matrix", "kernel")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._kernel = load()
+        self.kernel = load()
         self._address()
 
     def extra_repr(self) -> str:
@@ -130,54 +170,41 @@ class DenseLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
-        self._kernel = kernel or load()
+        self.shared, self.place = None, 0
+        self.kernel = kernel or load()
+        self._known = None, None
+
+    def matrix(self, x: Tensor) -> Matrix | None:
+        """Return the weight for the kernel if it can be multiplied with ``x``: no gradients, one kind, on the CPU."""
+        weight, bias = self.weight, self.bias
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return None
+        if x.dtype != weight.dtype or x.shape[-1] != self.in_features:
+            return None
+        key = weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.dtype  # another after a move
+        if self._known[0] != key:
+            fits = weight.dtype in KINDS and weight.device.type == "cpu" and weight.is_contiguous()
+            words, half = -(-self.in_features // 32), weight.dtype == torch.float16
+            matrix = Matrix(None, key[0], None, key[1], self.out_features, self.in_features, words, half)
+            self._known = key, matrix if fits else None
+        return self._known[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        tokens = x.numel() // self.in_features if x.shape[-1] == self.in_features else 0
-        kinds = x.dtype == weight.dtype and weight.dtype in KINDS and x.device.type == weight.device.type == "cpu"
-        gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if not kinds or gradients or not 1 <= tokens <= MOST_TOKENS or not weight.is_contiguous():
-            return F.linear(x, weight, bias)
-        matrix = Matrix(None, weight.data_ptr(), None, None if bias is None else bias.data_ptr(), self.out_features,
-                        self.in_features, -(-self.in_features // 32), weight.dtype == torch.float16)  # fmt: skip
+        if self.shared is not None and (y := self.shared.take(self.place, x)) is not None:
+            return y
+        tokens = x.numel() // self.in_features
+        few = 1 <= tokens <= MOST_TOKENS and x.device.type == "cpu"
+        if few and self.shared is not None and (y := self.shared.multiply(self.place, x, tokens)) is not None:
+            return y
+        matrix = self.matrix(x) if few else None
+        if matrix is None:
+            return F.linear(x, self.weight, self.bias)
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        return self._kernel.multiply(matrix, x.contiguous(), y, tokens)
+        return self.kernel.multiply(matrix, x.contiguous(), y, tokens)
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_kernel"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_known", "kernel")}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._kernel = load()
-
-
-def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None = None) -> int:
-    """Pack, in place, every linear layer of ``model`` with at least ``least`` zeros; return how many there are.
-
-    The other linear layers stay dense, with the kernel's product (so does one that shares its weight, as a tied
-    lm_head). On a machine without the kernel all stays as it is, and one line of warning says why.
-
-    Raises:
-        UserError: a model that is not on the CPU in bfloat16 or float16.
-    """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name, module in linears.items():
-        if module.weight.device.type != "cpu" or module.weight.dtype not in KINDS:
-            where = f"{module.weight.dtype} on {module.weight.device}"
-            raise UserError(None, f"sparsify: {name} is {where}; load the model on the CPU in bfloat16 or float16")
-    try:
-        kernel = kernel or load()
-    except Unavailable as error:
-        log.warning("no sparse kernel, %s; the model stays dense", error)
-        return 0
-    owners = Counter(id(getattr(module, "weight", None)) for module in model.modules())
-    count = 0
-    for name, module in linears.items():
-        zeros = 1 - torch.count_nonzero(module.weight).item() / module.weight.numel()
-        sparse = zeros >= least and owners[id(module.weight)] == 1
-        model.set_submodule(name, (SparseLinear.from_linear if sparse else DenseLinear)(module, kernel))
-        count += sparse
-    if isinstance(model, PreTrainedModel):
-        group_attention(model)
-    return count
+        self.kernel, self._known = load(), (None, None)

@@ -11,10 +11,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from lib import UserError
-from lib.sparse.attention import group_attention
+from lib.sparse.fusing import LEAST_ZEROS, fuse
 from lib.sparse.kernel import Unavailable, load
-from lib.sparse.layers import LEAST_ZEROS, DenseLinear, SparseLinear
-from lib.sparse.packed import PADDING, Packed, packed_files, read_file, undone
+from lib.sparse.layers import DenseLinear, SparseLinear
+from lib.sparse.packed import PADDING, Packed, kind_to_run_in, packed_files, read_file, undone
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +31,8 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
     """
     folder = Path(folder)
     tensors = {name: (content, shape) for path in packed_files(folder) for name, content, shape in read_file(path)}
-    saved = {_kind(content) for content, _ in tensors.values()}
-    kind = torch.float16 if torch.float16 in saved else torch.bfloat16
-    if torch.float32 in saved:
+    kind = kind_to_run_in(folder)
+    if torch.float32 in {_kind(content) for content, _ in tensors.values()}:
         log.info("%s: its float32 weights are rounded to %s", folder, str(kind).removeprefix("torch."))
     try:
         kernel = load()
@@ -53,7 +52,8 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
             model.set_submodule(name, SparseLinear(weight, columns, module.bias, kernel))
         elif type(module) is nn.Linear and kernel is not None:
             model.set_submodule(name, DenseLinear(module, kernel))
-    group_attention(model)
+    if kernel is not None:
+        fuse(model)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).eval()

@@ -127,6 +127,18 @@ def packed_files(folder: Path) -> list[Path]:
     return files
 
 
+def kind_to_run_in(folder: Path) -> torch.dtype:
+    """Return float16 if a weight of the packed ``folder`` is in that, else bfloat16; from the files' headers alone."""
+    for path in packed_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                if any(file.get_slice(name).get_dtype() == "F16" for name in file.keys()):
+                    return torch.float16
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
+    return torch.bfloat16
+
+
 def read_file(path: Path) -> Iterator[tuple[str, Tensor | Packed, list[int]]]:
     """Yield name, content and shape of every tensor of a packed file, memory-mapped and checked.
 
@@ -140,7 +152,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Tensor | Packed, list[int]]]:
                 raise UserError(
                     None,
                     f"{path}: is in version {header['version']} of the packed format and this reads {VERSION}; pack "
-                    "the model again: python scripts/speedup/pack.py MODEL --out DIR",
+                    "the model again: python scripts/speedup/pack.py MODEL --save DIR",
                 )
             stored = set(file.keys())
             for name, about in header["tensors"].items():
@@ -152,8 +164,12 @@ def read_file(path: Path) -> Iterator[tuple[str, Tensor | Packed, list[int]]]:
                     )
                 yield name, content, about["shape"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] or type(error).__name__
-        raise UserError(None, f"{path}: cannot be read as a packed model ({reason}); the file is damaged") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] or type(error).__name__
+    return UserError(None, f"{path}: cannot be read as a packed model ({reason}); the file is damaged")
 
 
 def undone(content: Tensor | Packed, shape: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A dense model and models pruned from it become a table of latencies and speed-ups, engine by engine."""
+"""Benchmark of a dense model and models pruned from it: latencies and speed-ups, engine by engine."""
 
 import argparse
 import json
@@ -16,6 +16,7 @@ from checkpoints import (
     Checkpoint,
     Parser,
     check_graph,
+    check_length,
     check_sparse,
     command,
     export_hint,
@@ -24,7 +25,7 @@ from checkpoints import (
     open_checkpoint,
     physical_cores,
 )
-from engines import ENGINES, ONE_SEQUENCE
+from engines import ENGINES, ONE_SEQUENCE, SPARSE, energy_meter
 from rich.console import Console
 from rich.table import Table
 
@@ -35,8 +36,11 @@ log = logging.getLogger("main")  # whose level main.quiet() sets
 
 # Largest difference of logits over the largest logit. Float32 engines sum in another order; DeepSparse approximates
 # exponentials as well; bfloat16 keeps 8 bits of every activation through all blocks.
+# 8 bits for a whole matrix's weights and a whole tensor's activations are what they are: shown, not judged.
 TOLERANCE = {name: 5e-5 for name in ENGINES} | {"deepsparse": 5e-4, "torch_bfloat16": 0.25, "packed": 0.25}
-DECODE_ROUNDS = 5  # times --rounds: a token takes a tenth of a window's time, and is disturbed the more easily
+TOLERANCE |= {"torch_int8": float("inf"), "onnxruntime_int8": float("inf")}
+DEFAULT_ENGINES = [name for name in ENGINES if name not in ("deepsparse", "torch_csr")]
+DECODE_ROUNDS = 3  # times --rounds: a token takes a tenth of a window's time, and is disturbed the more easily
 ISA = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2")
 
 
@@ -55,7 +59,7 @@ def processor() -> dict:
 def check_load(cores: int, when: str) -> None:
     load = os.getloadavg()[0]
     if load > cores:
-        log.warning("the machine is busy %s: load average %.1f on %d cores; distrust the figures", when, load, cores)
+        log.warning("the machine is busy %s: load average %.1f on %d cores: unreliable timings", when, load, cores)
 
 
 def bandwidth_bound(sparsity: float) -> float:
@@ -63,12 +67,17 @@ def bandwidth_bound(sparsity: float) -> float:
     return 16 / (16 * (1 - sparsity) + 1)
 
 
-def run_engine(engine: str, graph: str, batch: int, models: list[dict], args: argparse.Namespace) -> dict:
-    """Return what ``engines.py`` measured in a process of its own, or {"error": its last line}."""
+def cells_of(engine: str, args: argparse.Namespace) -> list[dict]:
+    """Return what an engine is measured on: graphs and batches, with the number of turns."""
+    batches = [1] if engine in ONE_SEQUENCE else args.batch
+    found = [("prefill", 1, args.rounds)] + [("decode", batch, args.rounds * DECODE_ROUNDS) for batch in batches]
+    return [{"graph": g, "batch": batch, "rounds": n} for g, batch, n in found if g in args.graphs]
+
+
+def run_engine(engine: str, models: list[dict], cells: list[dict], args: argparse.Namespace) -> list[dict]:
+    """Return what ``engines.py`` measured in a process of its own, each cell or {..., "error": its last line}."""
     python = environment.deepsparse_python() if engine == "deepsparse" else sys.executable
-    spec = {"engine": engine, "graph": graph, "batch": batch, "models": models}
-    rounds = args.rounds * (DECODE_ROUNDS if graph == "decode" else 1)
-    spec |= {"cores": args.cores, "warmup": args.warmup, "rounds": rounds}
+    spec = {"engine": engine, "models": models, "cells": cells, "cores": args.cores, "warmup": args.warmup}
     threads = {name: str(args.cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     variables = os.environ | threads | {"NM_DISABLE_ANALYTICS": "True", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as tmp:
@@ -80,14 +89,15 @@ def run_engine(engine: str, graph: str, batch: int, models: list[dict], args: ar
             return json.loads(found.read_text())
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     killed = f"killed by signal {-done.returncode} (out of memory?): " if done.returncode < 0 else ""
-    return {"engine": engine, "graph": graph, "batch": batch, "error": f"{killed}{last}"[:500]}
+    error = {"engine": engine, "error": f"{killed}{last}"[:500]}
+    return [error | {"graph": cell["graph"], "batch": cell["batch"]} for cell in cells]
 
 
 def summarise(result: dict, sparsities: list[float], tokens: int) -> list[dict]:
     """Return a row per model: the first is the dense one, to which the others are compared round by round."""
     dense = result["models"][0]["seconds"]
     rows = []
-    for model, sparsity in zip(result["models"], sparsities, strict=True):
+    for model, sparsity in zip(result["models"], sparsities, strict=False):  # some engines: the dense one alone
         seconds = model["seconds"]
         ratios = sorted(d / s for d, s in zip(dense, seconds, strict=True))
         rows.append(
@@ -101,6 +111,7 @@ def summarise(result: dict, sparsities: list[float], tokens: int) -> list[dict]:
                 "tokens_per_second": tokens / statistics.median(seconds),
                 "speedup": statistics.median(ratios),
                 "speedup_range": [ratios[0], ratios[-1]],
+                "joules": model["joules"] and statistics.median(model["joules"]),
                 "supported_operators": model["supported"],
                 "logits": model["agreement"],
             }
@@ -121,22 +132,31 @@ def check_agreement(rows: list[dict]) -> None:
             )
 
 
-def check_exports(checkpoints: list[Checkpoint], graphs: list[str], length: int) -> None:
+def needs_onnx(engines: list[str], index: int) -> bool:
+    """Return whether one of the ``engines`` runs the graph of the model at ``index``; the dense one comes first."""
+    return any(name in ONE_SEQUENCE and (name in SPARSE or index == 0) for name in engines)
+
+
+def check_exports(checkpoints: list[Checkpoint], args: argparse.Namespace) -> None:
     """Refuse a model without graphs of this length, or whose graphs are of other weights than it has now."""
-    for checkpoint in checkpoints:
-        for graph in graphs:
+    length = args.sequence_length
+    for index, checkpoint in enumerate(checkpoints):
+        for graph in args.graphs:
             path = graph_file(checkpoint.deployment, graph)
-            check_graph(path, graph, length)
+            if needs_onnx(args.engines, index):
+                check_graph(path, graph, length)
             record = checkpoint.deployment / "export.json"
             if not path.with_suffix(".npz").is_file() or not record.is_file():
                 raise UserError(None, f"{path}: was not written by export_onnx.py; {export_hint(path, length)}")
-            if json.loads(record.read_text())["fingerprint"] != fingerprint(checkpoint.folder):
+            about = json.loads(record.read_text())
+            check_length(about["sequence_length"], path, length)
+            if about["fingerprint"] != fingerprint(checkpoint.folder):
                 raise UserError(None, f"{path}: is of other weights than the model's; {export_hint(path, length)}")
 
 
 def benchmark(checkpoints: list[Checkpoint], args: argparse.Namespace) -> dict:
     """Measure the dense model ``checkpoints[0]`` and its pruned ones in every engine and write JSON and PNG."""
-    check_exports(checkpoints, args.graphs, args.sequence_length)
+    check_exports(checkpoints, args)
     sparsities = [checkpoint.sparsity for checkpoint in checkpoints]
     models = [
         {"folder": str(c.folder), "deployment": str(c.deployment), "sparse": index > 0}
@@ -144,17 +164,20 @@ def benchmark(checkpoints: list[Checkpoint], args: argparse.Namespace) -> dict:
     ]
     check_load(os.cpu_count(), "before the measurement")
     record = {"complete": True, "processor": processor(), "loadavg_before": os.getloadavg(), "rows": [], "failed": []}
-    record |= {"models": [str(c.folder) for c in checkpoints], "flags": vars(args), "versions_of_engines": {}}
-    for graph, batch in ((g, b) for g in args.graphs for b in (args.batch if g == "decode" else [1])):
-        for engine in args.engines if batch == 1 else [name for name in args.engines if name not in ONE_SEQUENCE]:
-            log.info("%s of %d: %s, %d models, %d cores", graph, batch, engine, len(models), args.cores)
-            result = run_engine(engine, graph, batch, models, args)
+    record |= {"models": [str(c.folder) for c in checkpoints], "sparsities": sparsities}
+    record |= {"flags": vars(args), "versions_of_engines": {}}
+    record["energy"] = energy_meter() is not None
+    for engine in args.engines:
+        measured, cells = models if engine in SPARSE else models[:1], cells_of(engine, args)
+        log.info("%s: %d models, %d cells, %d cores", engine, len(measured), len(cells), args.cores)
+        for result in run_engine(engine, measured, cells, args):
             if "error" in result:
-                log.warning("%s cannot run the %s graph: %s", engine, graph, result["error"])
+                log.warning("%s cannot run the %s graph: %s", engine, result["graph"], result["error"])
                 record["failed"].append(result)
                 continue
             record["versions_of_engines"] |= result["versions"]
-            rows = summarise(result, sparsities, args.sequence_length if graph == "prefill" else batch)
+            graph = result["graph"]
+            rows = summarise(result, sparsities, args.sequence_length if graph == "prefill" else result["batch"])
             check_agreement(rows)
             record["rows"] += rows
     check_load(os.cpu_count(), "after the measurement")
@@ -169,15 +192,18 @@ def benchmark(checkpoints: list[Checkpoint], args: argparse.Namespace) -> dict:
 def table(record: dict, graph: str, batch: int = 1) -> Table:
     about = record["processor"]
     flags = record["flags"]
+    what = f"a prompt of {flags['sequence_length']} tokens" if graph == "prefill" else (
+        f"one token after {flags['sequence_length'] - 1}, batch {batch}"
+    )  # fmt: skip
     title = (
-        f"{graph}, {flags['sequence_length']} tokens, batch {batch}, {flags['cores']} of {about['physical_cores']} "
-        f"cores of {about['model']} ({', '.join(about['instructions'][:2])}), load {record['loadavg_before'][0]:.1f}"
+        f"{what}, {flags['cores']} of {about['physical_cores']} cores of {about['model']} "
+        f"({', '.join(about['instructions'][:2])}), load {record['loadavg_before'][0]:.1f}"
     )
     out = Table(title=title, title_justify="left")
-    headings = "engine,sparsity,median ms,least ms,tokens/s,speed-up,range,vs bfloat16,ops,logits off"
+    headings = "engine,sparsity,median ms,least ms,tokens/s,over own dense,range,over torch bfloat16,joules,logits off"
     for heading in headings.split(","):
         out.add_column(heading, justify="left" if heading == "engine" else "right")
-    rows = [row for row in record["rows"] if (row["graph"], row["batch"]) == (graph, batch)]
+    rows = rows_of(record, graph, batch)
     bfloat16 = next((row["median_seconds"] for row in rows if row["engine"] == "torch_bfloat16"), None)
     for before, row in zip([None, *rows], rows, strict=False):
         low, high = row["speedup_range"]
@@ -192,14 +218,33 @@ def table(record: dict, graph: str, batch: int = 1) -> Table:
             f"{row['speedup']:.2f}",
             f"{low:.2f}-{high:.2f}",
             "-" if bfloat16 is None else f"{bfloat16 / row['median_seconds']:.2f}",
-            "-" if row["supported_operators"] is None else f"{row['supported_operators']:.0%}",
+            "-" if row["joules"] is None else f"{row['joules']:.2f}",
             f"{row['logits']['relative']:.0e}",
         )
     return out
 
 
+def rows_of(record: dict, graph: str, batch: int) -> list[dict]:
+    return [row for row in record["rows"] if (row["graph"], row["batch"]) == (graph, batch)]
+
+
+def where_it_pays(record: dict, graph: str, batch: int) -> str | None:
+    """Return one line per table: by how much packed models beat the fastest dense engine, or that they do not."""
+    rows = rows_of(record, graph, batch)
+    dense = [row for row in rows if row["sparsity"] == record["sparsities"][0]]
+    packed = [row for row in rows if row["engine"] == "packed" and row["sparsity"] > record["sparsities"][0]]
+    if not dense or not packed:
+        return None
+    best = min(dense, key=lambda row: row["median_seconds"])
+    gains = {row["sparsity"]: best["median_seconds"] / row["median_seconds"] for row in packed}
+    pays = [sparsity for sparsity, gain in gains.items() if gain > 1]
+    verdict = f"pays from {min(pays):.0%} on" if pays else "does not pay"
+    told = ", ".join(f"{gain:.2f} at {sparsity:.0%}" for sparsity, gain in gains.items())
+    return f"here sparsity {verdict}: {told} times the speed of the fastest dense engine, {best['engine']}"
+
+
 def plot(record: dict, path: Path) -> None:
-    """Draw speed-up over sparsity, a line per engine at batch 1, and its bound.
+    """Draw speed-up over sparsity, a line per engine that gains by zeros at batch 1, and its bound.
 
     The bound of a window is the ratio of multiplications with a dense head, that of a token the bits of a weight.
     """
@@ -211,17 +256,24 @@ def plot(record: dict, path: Path) -> None:
     graphs = record["flags"]["graphs"]
     figure, axes = pyplot.subplots(1, len(graphs), figsize=(5.5 * len(graphs), 4.2), squeeze=False)
     for axis, graph in zip(axes[0], graphs, strict=True):
-        rows = [row for row in record["rows"] if (row["graph"], row["batch"]) == (graph, 1)]
-        for engine in dict.fromkeys(row["engine"] for row in rows):
+        rows = rows_of(record, graph, 1)
+        for engine in [name for name in dict.fromkeys(row["engine"] for row in rows) if name in SPARSE]:
             line = [row for row in rows if row["engine"] == engine]
             x, y = [row["sparsity"] for row in line], [row["speedup"] for row in line]
             low, high = zip(*(row["speedup_range"] for row in line), strict=True)
             below, above = [a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]
             axis.errorbar(x, y, yerr=[below, above], marker="o", capsize=3, label=engine)
-        x = [row["sparsity"] for row in rows if row["engine"] == rows[0]["engine"]]
+        x = record["sparsities"]
+        dense = next((row["median_seconds"] for row in rows if row["engine"] == "torch_bfloat16"), None)
+        line = [row for row in rows if row["engine"] == "packed"]
+        if dense and line:
+            y = [dense / row["median_seconds"] for row in line]
+            axis.plot([row["sparsity"] for row in line], y, marker="s", label="packed, over torch bfloat16")
         bound, says = ("ideal", "multiplications") if graph == "prefill" else ("bandwidth_bound", "bandwidth")
         axis.plot(x, record[bound], "k--", label=f"bound: {says}")
-        axis.set(title=f"{graph}, {record['flags']['sequence_length']} tokens", xlabel="sparsity of the blocks")
+        tokens = record["flags"]["sequence_length"]
+        title = f"a prompt of {tokens} tokens" if graph == "prefill" else f"one token after {tokens - 1}"
+        axis.set(title=title, xlabel="sparsity of the blocks")
         axis.set_ylabel("speed-up over the same engine's dense model")
         axis.set_yscale("log", base=2)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -238,6 +290,9 @@ def leave(record: dict, args: argparse.Namespace) -> None:
     for graph in args.graphs:
         for batch in sorted({row["batch"] for row in record["rows"] if row["graph"] == graph}):
             console.print(table(record, graph, batch))
+            console.print(where_it_pays(record, graph, batch) or "", highlight=False)
+    if not record["energy"]:
+        console.print("energy: not available (/sys/class/powercap cannot be read here)", highlight=False)
     says = {"ideal": "of a window, the head staying dense", "bandwidth_bound": "of a token, by bits read"}
     for name in says:
         bounds = ", ".join(f"{bound:.2f}" for bound in record[name][1:])
@@ -254,12 +309,12 @@ def leave(record: dict, args: argparse.Namespace) -> None:
 def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     engines = [name for name in ENGINES if name != "deepsparse"]
-    add("--engines", nargs="+", default=engines, choices=engines, help="what to measure with")
+    add("--engines", nargs="+", default=DEFAULT_ENGINES, choices=engines, help="what to measure with")
     add("--deepsparse", action="store_true", help="measure DeepSparse too, the paper's engine, in its own environment")
-    add("--batch", type=int, nargs="+", default=[1], metavar="N", help="sequences that decode at once; graphs: 1 only")
-    add("--cores", type=int, default=physical_cores(), metavar="N", help="threads of every engine")
-    add("--rounds", type=int, default=10, metavar="N", help="turns of every model; five times that of decoding")
-    add("--warmup", type=int, default=2, metavar="N", help="rounds before that, which do not count")
+    add("--batch", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="sequences that decode at once")
+    add("--cores", type=int, default=1, metavar="N", help="threads of every engine")
+    add("--rounds", type=int, default=5, metavar="N", help="turns of every model; three times that of decoding")
+    add("--warmup", type=int, default=1, metavar="N", help="rounds before that, which do not count")
     add("--save", default="results/speedup", metavar="DIR", help="where JSON and PNG go")
 
 

@@ -1,4 +1,4 @@
-"""What the commands of this folder share: a model's folder, its zeros, its exported graphs, and how an error ends."""
+"""Checkpoints for the speed-up commands: a model's folder, its zeros, its exported graphs, and how an error ends."""
 
 import argparse
 import hashlib
@@ -57,6 +57,7 @@ class Checkpoint(NamedTuple):
     block_weights: int
     head_weights: int
     zeros: int  # of the block matrices
+    graphs: str = "deployment"  # folder of its graphs, where the published command looks for them
 
     @property
     def folder(self) -> Path:
@@ -64,8 +65,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def deployment(self) -> Path:
-        """The folder of its graphs, where the published command looks for them."""
-        return self.folder / "deployment"
+        return self.folder / self.graphs
 
     @property
     def sparsity(self) -> float:
@@ -83,7 +83,7 @@ def locate_folder(model: str) -> models.Source:
     if not folder.is_dir():
         raise UserError(None, f"{model}: folder not found; fetch it first: hf download {model} --local-dir DIR")
     if sparse.is_packed(folder):
-        raise UserError(None, f"{model}: is packed; first: python scripts/speedup/pack.py {model} --unpack --out DIR")
+        raise UserError(None, f"{model}: is packed; first: python scripts/speedup/pack.py {model} --unpack --save DIR")
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             None, f"{model}: the folder holds no *.safetensors; load it and save it again with transformers"
@@ -95,7 +95,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     """Return the folder of ``model`` with its zeros counted.
 
     Raises:
-        UserError: no such model, not a causal language model of a supported kind, or weights that are not there.
+        UserError: an unknown model, not a causal language model of a supported kind, or missing weights.
     """
     source = locate_folder(model)
     skeleton = models.load_skeleton(source)
@@ -103,7 +103,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     total = sum(layer.size for layer in layers)
     try:
         zeros = round(prune.checkpoint_sparsity(Path(source.path), [layer.name for layer in layers]) * total)
-    except Exception as error:  # safetensors has an error class of its own for a file that is cut off
+    except Exception as error:  # safetensors has its own error class for a truncated file
         raise UserError(None, f"{model}: its weights cannot be read ({str(error).splitlines()[0]})") from error
     return Checkpoint(source, total, skeleton.get_output_embeddings().weight.numel(), zeros)
 
@@ -141,7 +141,7 @@ def check_graph(path: Path, graph: str, sequence_length: int):
     """Return the protobuf of an exported graph.
 
     Raises:
-        UserError: no such file, another IR or opset than asked for, or another length: the engine would run its own.
+        UserError: a missing file, another IR or opset than asked for, or another length: the engine would run its own.
     """
     if not path.is_file():
         raise UserError(None, f"{path}: file not found; {export_hint(path, sequence_length)}")
@@ -157,13 +157,18 @@ def check_graph(path: Path, graph: str, sequence_length: int):
     has = shapes.get("input_ids", [0, 0])[1]
     if graph == "decode":
         has += next((shape[2] for name, shape in shapes.items() if name.startswith("past_key_values.")), 0)
+    check_length(has, path, sequence_length)
+    return proto
+
+
+def check_length(has: int, path: Path, sequence_length: int) -> None:
+    """Refuse an export for another length than asked for."""
     if has != sequence_length:
         raise UserError(
             "sequence_length",
             f"{sequence_length}: {path} was exported for {has} and would run that whatever is asked; "
             f"{export_hint(path, sequence_length)}",
         )
-    return proto
 
 
 def export_hint(path: Path, sequence_length: int) -> str:

@@ -1,4 +1,4 @@
-"""Exported models become latencies: one engine, in a process of its own, on models that take turns."""
+"""Latencies of exported models: one engine, in a separate process, on models that take turns."""
 
 # Runs in the DeepSparse environment too, which is old and has no torch: nothing but numpy is imported up here.
 import importlib.metadata
@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,15 +53,20 @@ def deepsparse(job: Job) -> Loaded:
 
 def onnxruntime(job: Job) -> Loaded:
     """ONNX Runtime on the CPU, the same file: dense kernels, whatever the weights."""
-    import onnxruntime
+    return _session(job, job.onnx)
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = job.cores
-    options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(job.onnx, options, providers=["CPUExecutionProvider"])
-    # All outputs, as in the other engines: keys and values are wanted for the next token. A graph with an operator that
-    # the provider lacks makes no session, so the share is 1.
-    return Loaded(lambda: session.run(None, job.feed)[0], 1.0)
+
+def onnxruntime_int8(job: Job) -> Loaded:
+    """ONNX Runtime, its own dynamic quantisation: weights and activations of 8 bits, scales a matrix."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    path = Path(job.onnx).with_suffix(".int8.onnx")
+    if not path.is_file() or path.stat().st_mtime < Path(job.onnx).stat().st_mtime:
+        part = path.with_name("." + path.name)
+        # Unsigned: on processors without VNNI the sums of signed weights overflow (logits off by 0.4 of the largest).
+        quantize_dynamic(job.onnx, part, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QUInt8)
+        os.replace(part, path)
+    return _session(job, str(path))
 
 
 def packed(job: Job) -> Loaded:
@@ -78,30 +84,67 @@ def torch_bfloat16(job: Job) -> Loaded:
     return _torch(job, "bfloat16")
 
 
+def torch_int8(job: Job) -> Loaded:
+    """PyTorch, its own dynamic quantisation of every linear layer: weights and activations of 8 bits."""
+    return _torch(job, "int8")
+
+
 def torch_csr(job: Job) -> Loaded:
     """PyTorch with the pruned matrices as CSR, a generic sparse kernel; the dense model stays dense float32."""
     return _torch(job, "float32", csr=job.sparse)
 
 
-ENGINES = {f.__name__: f for f in (packed, torch_float32, torch_bfloat16, onnxruntime, torch_csr, deepsparse)}
-ONE_SEQUENCE = ("onnxruntime", "deepsparse")  # their graphs are exported for a batch of one
+ENGINES = {
+    f.__name__: f
+    for f in (packed, torch_bfloat16, torch_float32, torch_int8, onnxruntime, onnxruntime_int8, torch_csr, deepsparse)
+}
+ONE_SEQUENCE = ("onnxruntime", "onnxruntime_int8", "deepsparse")  # their graphs are exported for a batch of one
+SPARSE = ("packed", "torch_csr", "deepsparse")  # the others multiply by zeros too: the dense model's time says it all
+
+
+def _session(job: Job, path: str) -> Loaded:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job.cores
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    # All outputs, as in the other engines: keys and values are wanted for the next token. A graph with an operator that
+    # the provider lacks makes no session, so the share is 1.
+    return Loaded(lambda: session.run(None, job.feed)[0], 1.0)
+
+
+@lru_cache(maxsize=None)  # noqa: UP033  (Python 3.8)
+def _model(folder: Path, dtype: str, csr: bool, packed: bool):
+    """Return the model of a folder for one engine; loaded once for all graphs and batches."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from lib import models, sparse
+    from lib.layers import prunable_modules
+
+    kind = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+    model = models.load_llm(models.locate(str(folder), ""), kind, torch.device("cpu"))
+    if packed:
+        sparse.load_kernel()  # without it the model would stay as it is, and be measured under this name
+        sparse.sparsify(model)
+    if csr:
+        _to_csr(model, prunable_modules(model))
+    if dtype == "int8":
+        import warnings
+
+        warnings.filterwarnings("ignore", message=".*torch.ao.quantization is deprecated")
+        warnings.filterwarnings("ignore", message=".*quantize_per_tensor.*")
+        torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    return model
 
 
 def _torch(job: Job, dtype: str, csr: bool = False, packed: bool = False) -> Loaded:
     import torch
     from transformers import DynamicCache
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from lib import models, sparse
-    from lib.layers import prunable_modules
-
     torch.set_num_threads(job.cores)
-    model = models.load_llm(models.locate(str(job.folder), ""), getattr(torch, dtype), torch.device("cpu"))
-    if packed:
-        sparse.load_kernel()  # without it the model would stay as it is, and be measured under this name
-        sparse.sparsify(model)
-    if csr:
-        _to_csr(model, prunable_modules(model))
+    model = _model(job.folder, dtype, csr, packed)
     ids = torch.from_numpy(job.feed["input_ids"])
     past = [torch.from_numpy(array).to(model.dtype) for name, array in job.feed.items() if name != "input_ids"]
     cache = DynamicCache()
@@ -142,8 +185,11 @@ def _to_csr(model, linears: dict) -> None:
         setattr(model.get_submodule(parent), name, CsrLinear(linear))
 
 
-def take_turns(runs: list, warmup: int, rounds: int) -> list:
-    """Return the seconds of every run in every round, [runs][rounds]; a round begins with another run each time."""
+def take_turns(runs: list, warmup: int, rounds: int, meter: "Callable | None" = None) -> list:
+    """Return the seconds of every run in every round, [runs][rounds]; a round begins with another run each time.
+
+    With a ``meter``: pairs of seconds and what it counted on, joules.
+    """
     for _ in range(warmup):
         for run in runs:
             run()
@@ -151,10 +197,22 @@ def take_turns(runs: list, warmup: int, rounds: int) -> list:
     for index in range(rounds):
         for turn in range(len(runs)):
             which = (index + turn) % len(runs)
-            start = time.perf_counter()
+            before, start = meter() if meter else 0.0, time.perf_counter()
             runs[which]()
-            seconds[which].append(time.perf_counter() - start)
+            took = time.perf_counter() - start
+            seconds[which].append((took, meter() - before) if meter else took)
     return seconds
+
+
+def energy_meter(root: Path = Path("/sys/class/powercap")) -> "Callable | None":
+    """Return a function that tells the joules all processor packages have used, None where they cannot be read."""
+    files = [path / "energy_uj" for path in root.glob("*:*") if path.name.count(":") == 1]
+    try:
+        if not files or not all(int(path.read_text()) for path in files):
+            return None
+    except (OSError, ValueError):  # for root alone, on most machines
+        return None
+    return lambda: sum(int(path.read_text()) for path in files) / 1e6
 
 
 def agreement(logits, reference) -> dict:
@@ -167,30 +225,45 @@ def agreement(logits, reference) -> dict:
     return {"relative": relative, "top1": float((logits.argmax(-1) == reference.argmax(-1)).mean())}
 
 
-def measure(spec: dict) -> dict:
-    """Load every model of ``spec`` in its engine, let them take turns, and return what was measured."""
+def measure(spec: dict) -> list:
+    """Load every model of ``spec`` in its engine, let them take turns in each cell, and return what was measured.
+
+    A cell is a graph and a batch: {"graph", "batch", "rounds"}. One that fails is {"graph", "batch", "error"}.
+    """
+    results = []
+    for cell in spec["cells"]:
+        about = {"engine": spec["engine"], "graph": cell["graph"], "batch": cell["batch"]}
+        try:
+            results.append({**about, **_measure_cell(spec, cell)})
+        except Exception as error:  # of any engine
+            results.append({**about, "error": " ".join(f"{type(error).__name__}: {error}".split())[:500]})
+    return results
+
+
+def _measure_cell(spec: dict, cell: dict) -> dict:
     loaded, agrees = [], []
     for model in spec["models"]:
         deployment = Path(model["deployment"])
-        arrays = dict(np.load(deployment / f"{FILES[spec['graph']]}.npz"))
+        arrays = dict(np.load(deployment / f"{FILES[cell['graph']]}.npz"))
         # The same sequence as many times as the batch asks for.
-        feed = {k[6:]: np.repeat(array, spec["batch"], axis=0) for k, array in arrays.items() if k.startswith("input:")}
-        job = Job(Path(model["folder"]), deployment, spec["graph"], spec["cores"], feed, model["sparse"])
+        feed = {k[6:]: np.repeat(array, cell["batch"], axis=0) for k, array in arrays.items() if k.startswith("input:")}
+        job = Job(Path(model["folder"]), deployment, cell["graph"], spec["cores"], feed, model["sparse"])
         loaded.append(ENGINES[spec["engine"]](job))
         out = loaded[-1].run()
         out = out if isinstance(out, np.ndarray) else out.float().numpy()
         agrees.append(agreement(out[0][arrays["positions"]], arrays["logits"]))
-    seconds = take_turns([one.run for one in loaded], spec["warmup"], spec["rounds"])
-    packages = [spec["engine"]] if spec["engine"] in ONE_SEQUENCE else ["torch", "transformers"]
+    runs, meter = [one.run for one in loaded], energy_meter()
+    turns = take_turns(runs, spec["warmup"], cell["rounds"], meter)
+    seconds = [[took for took, _ in one] for one in turns] if meter else turns
+    joules = [[used for _, used in one] for one in turns] if meter else [None] * len(runs)
+    names = {"packed": ["torch", "transformers"], "onnxruntime_int8": ["onnxruntime"]}
+    packages = names.get(spec["engine"], names["packed"] if spec["engine"].startswith("torch") else [spec["engine"]])
     return {
-        "engine": spec["engine"],
-        "graph": spec["graph"],
-        "batch": spec["batch"],
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "loadavg": os.getloadavg(),
         "models": [
-            {"seconds": times, "supported": one.supported, "agreement": agree}
-            for times, one, agree in zip(seconds, loaded, agrees)  # noqa: B905  (Python 3.8)
+            {"seconds": times, "joules": used, "supported": one.supported, "agreement": agree}
+            for times, used, one, agree in zip(seconds, joules, loaded, agrees)  # noqa: B905  (Python 3.8)
         ],
     }
 

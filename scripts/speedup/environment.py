@@ -65,7 +65,7 @@ def find_python() -> str:
         version = _python_version(path) if path else None
         if version and OLDEST <= version <= NEWEST:
             return path
-        seen.append(f"{name} is {'.'.join(map(str, version))}" if version else f"{name} is not there")
+        seen.append(f"{name} is {'.'.join(map(str, version))}" if version else f"{name} not found")
     raise UserError(
         None,
         f"{ENGINE}: needs Python 3.8 to 3.11, and {', '.join(seen)}; install one and say "

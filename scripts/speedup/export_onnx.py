@@ -1,4 +1,4 @@
-"""A checkpoint becomes two ONNX graphs, a whole window and one token of decoding, checked against PyTorch."""
+"""ONNX export of a checkpoint: graphs of a whole window and of one token of decoding, checked against PyTorch."""
 
 import argparse
 import json
@@ -194,14 +194,14 @@ def check_export(path: Path, graph: str, example: Example, length: int, weights:
     return {"ir": proto.ir_version, "opset": opset, "zeros": found[0], "weights": found[1], "onnxruntime": agrees}
 
 
-def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], text: str) -> dict:
+def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], text: str, onnx: bool = True) -> dict:
     """Write the ``graphs`` of a checkpoint for windows of ``length`` tokens to ``out`` and return the record.
 
-    Each is NAME.onnx and NAME.npz (input and logits of a real text); ``export.json`` says what was checked. All of it
-    is written and checked under a temporary name.
+    Each is NAME.onnx and NAME.npz (input and logits of a real text), without ``onnx`` the latter alone; ``export.json``
+    says what was checked. All of it is written and checked under a temporary name.
     """
     model, window = _load(checkpoint, length, text)
-    _check_disk(checkpoint, model, length, out, graphs)
+    _check_disk(checkpoint, model, length, out, graphs if onnx else [])
     given = examples(model, window)
     model.set_attn_implementation("eager")  # scaled dot product attention has no operator in this opset
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]  # the head among them
@@ -219,15 +219,18 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], te
         for graph in graphs:
             start = time.perf_counter()
             path = graph_file(tmp, graph)
-            inside = tmp / graph  # a folder of its own while the exporter litters it
+            arrays = {f"input:{name}": tensor.numpy() for name, tensor in given[graph].inputs.items()}
+            np.savez(path.with_suffix(".npz"), **arrays, positions=given[graph].positions, logits=given[graph].logits)
+            if not onnx:
+                record["graphs"][graph] = None
+                continue
+            inside = tmp / graph  # a separate folder, which the exporter litters
             inside.mkdir()
             wrapper = (Prefill if graph == "prefill" else Decode)(model, length)
             write_graph(wrapper, given[graph], inside / path.name)
             for written in inside.iterdir():
                 written.rename(tmp / written.name)
             inside.rmdir()
-            arrays = {f"input:{name}": tensor.numpy() for name, tensor in given[graph].inputs.items()}
-            np.savez(path.with_suffix(".npz"), **arrays, positions=given[graph].positions, logits=given[graph].logits)
             record["graphs"][graph] = check_export(path, graph, given[graph], length, weights)
             record["graphs"][graph]["seconds"] = round(time.perf_counter() - start, 1)
         (tmp / "export.json").write_text(json.dumps(record | provenance(), indent=1) + "\n")
@@ -252,13 +255,16 @@ def _check_disk(checkpoint: Checkpoint, model: PreTrainedModel, length: int, out
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     past = 8 * length * heads * (config.hidden_size // config.num_attention_heads) * config.num_hidden_layers
     again = size if size > ONE_FILE else 0  # gathered into one file from a file per tensor
-    files.prepare("out", out.parent, len(graphs) * size + again + past + 4 * length**2)
+    files.prepare("save", out.parent, len(graphs) * size + again + past + 4 * length**2)
 
 
 def describe(record: dict, out: Path) -> str:
     """Return the lines for the terminal."""
     lines = [f"{out}: {record['sequence_length']} tokens, {record['sparsity']:.4f} of the block weights are zero"]
     for graph, found in record["graphs"].items():
+        if found is None:
+            lines.append(f"  {graph}: an input and its logits")
+            continue
         agrees = found["onnxruntime"]
         share = found["zeros"] / found["weights"]
         lines += [
@@ -269,9 +275,10 @@ def describe(record: dict, out: Path) -> str:
     return "\n".join(lines)
 
 
-def add_export_flags(parser: argparse.ArgumentParser) -> None:
+def add_export_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
     add = parser.add_argument
-    add("--sequence_length", type=int, default=2048, metavar="N", help="window length, tokens; fixed in the graph")
+    lengths = {"nargs": "+", "default": [128, 512]} if several else {"default": 2048}
+    add("--sequence_length", type=int, metavar="N", help="window length, tokens; fixed in the graph", **lengths)
     add("--graphs", nargs="+", default=GRAPHS, choices=GRAPHS, help="whole window, one token")
     add("--text", default="wiki_leads", help=TEXT_HELP)
 
@@ -280,14 +287,14 @@ def run(args: argparse.Namespace) -> None:
     data.check_text("--text", args.text)
     checkpoint = open_checkpoint(args.model)
     out = Path(args.out) if args.out else checkpoint.deployment
-    check_free("--out", out, "export.json")
+    check_free("--save", out, "export.json")
     print(describe(export(checkpoint, args.sequence_length, out, args.graphs, args.text), out))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="export_onnx.py", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help=f"local folder, .gguf file or {models.SMOLLM2}")
-    parser.add_argument("--out", metavar="DIR", help="where the graphs go (default: MODEL/deployment)")
+    parser.add_argument("--save", dest="out", metavar="DIR", help="where the graphs go (default: MODEL/deployment)")
     add_export_flags(parser)
     return command(parser, run, argv)
 

@@ -1,4 +1,4 @@
-"""A pruned checkpoint becomes a small one, a bit per weight and the values other than zero, and comes back exactly."""
+"""Packing of a pruned checkpoint: a bit per weight and the values other than zero, undone exactly by --unpack."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from lib import UserError, files, sparse
 
 def pack_folder(folder: Path, out: Path) -> Counter:
     """Write the packed form of a model's ``folder`` to ``out``; return bytes before and after, as ``pack_files``."""
-    files.prepare("out", out.parent, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    files.prepare("save", out.parent, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     with files.new_folder(out) as tmp:
         return sparse.pack_files(folder, tmp)
 
@@ -36,7 +36,7 @@ def report(folder: Path, out: Path, sparsity: float) -> str:
 
 def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    check_free("--out", out)
+    check_free("--save", out)
     if args.unpack:
         if args.format != "bitmask":
             raise UserError("unpack", f"with --format {args.format}: the packed folder says how; leave --format out")
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="pack.py", description=__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder of a pruned model; with --unpack: a folder that pack.py wrote")
-    add("--out", required=True, metavar="DIR", help="folder to write; must not be there yet")
+    add("--save", dest="out", required=True, metavar="DIR", help="folder to write; must not be there yet")
     add("--unpack", action="store_true", help="the other way: write the model again, every tensor bit for bit")
     add("--format", default="bitmask", choices=["bitmask", "2of4"],
         help="bitmask: any zeros; 2of4: a 2:4 model on a CUDA device, packed and timed against dense")  # fmt: skip

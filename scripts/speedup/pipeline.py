@@ -1,4 +1,4 @@
-"""A model becomes a table of speed-ups: pruned if asked, exported where it was not yet, measured. What run.sh runs."""
+"""Pipeline of speed-up: a model is pruned if asked, exported where it was not yet, measured; what run.sh runs."""
 
 import argparse
 import json
@@ -26,15 +26,18 @@ from lib import UserError, data, models
 from lib.layers import prunable_modules
 
 METHODS = ("magnitude", "magnitude_ww")  # of main.py, those that need no calibration text
+DEFAULT_SPARSITIES = [0.5, 0.7]
+DEFAULT = f"default: {models.SMOLLM2} --sparsity {' '.join(map(str, DEFAULT_SPARSITIES))}"
 EPSILON = "0.1"  # half of the default: at a sparsity of 0.9 no matrix of SmolLM2 loses every weight
 
 
-def is_exported(checkpoint: Checkpoint, length: int, graphs: list[str]) -> bool:
-    """Say whether the graphs of these weights and this length are there."""
+def is_exported(checkpoint: Checkpoint, length: int, graphs: list[str], onnx: bool) -> bool:
+    """Return whether what is to be measured of these weights at this length was written before."""
     path = checkpoint.deployment / "export.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
     same = record.get("fingerprint") == fingerprint(checkpoint.folder) and record.get("sequence_length") == length
-    return same and set(graphs) <= set(record["graphs"])
+    found = record["graphs"] if same else {}
+    return all(graph in found and (not onnx or found[graph] is not None) for graph in graphs)
 
 
 def prune_to(model: str, sparsities: list[float], method: str, work: Path) -> list[Checkpoint]:
@@ -73,6 +76,8 @@ def stand_in(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 def _check_args(args: argparse.Namespace) -> None:
     """Find what needs no model to be found; nothing is made before."""
+    if not args.models:
+        args.models, args.sparsity = [models.SMOLLM2], args.sparsity or DEFAULT_SPARSITIES
     benchmark.check_measuring_flags(args)
     data.check_text("--text", args.text)
     for sparsity in args.sparsity or ():
@@ -107,28 +112,35 @@ def find_models(args: argparse.Namespace) -> list[Checkpoint]:
 
 def run(args: argparse.Namespace) -> None:
     _check_args(args)
-    chosen = find_models(args)
-    for checkpoint in chosen:
-        if is_exported(checkpoint, args.sequence_length, args.graphs):
-            print(f"exported before: {checkpoint.deployment}", flush=True)
-            continue
-        check_free("the export", checkpoint.deployment, "export.json")
-        record = export(checkpoint, args.sequence_length, checkpoint.deployment, args.graphs, args.text)
-        print(describe(record, checkpoint.deployment), flush=True)
+    models_found = find_models(args)
     if "deepsparse" in args.engines:
         environment.deepsparse_python()
-    benchmark.leave(benchmark.benchmark(chosen, args), args)
+    for length in args.sequence_length:
+        chosen = [checkpoint._replace(graphs=f"deployment_{length}") for checkpoint in models_found]
+        for index, checkpoint in enumerate(chosen):
+            _export(checkpoint, length, benchmark.needs_onnx(args.engines, index), args)
+        one = argparse.Namespace(**vars(args) | {"sequence_length": length})
+        benchmark.leave(benchmark.benchmark(chosen, one), one)
+
+
+def _export(checkpoint: Checkpoint, length: int, onnx: bool, args: argparse.Namespace) -> None:
+    if is_exported(checkpoint, length, args.graphs, onnx):
+        print(f"exported before: {checkpoint.deployment}", flush=True)
+        return
+    check_free("the export", checkpoint.deployment, "export.json")
+    record = export(checkpoint, length, checkpoint.deployment, args.graphs, args.text, onnx)
+    print(describe(record, checkpoint.deployment), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="run.sh", description="Export pruned models and measure them against their dense one.")
     add = parser.add_argument
-    add("models", metavar="MODEL", nargs="+", help="folder of a pruned model; a dense one with --sparsity")
+    add("models", metavar="MODEL", nargs="*", help=f"folder of a pruned model; a dense one with --sparsity ({DEFAULT})")
     add("--dense", metavar="MODEL", help="the model they were pruned from (default: MODEL with its zeros filled)")
     add("--sparsity", type=float, nargs="+", metavar="S", help="prune MODEL to each of these first")
-    add("--method", default="magnitude_ww", choices=METHODS, help="of --sparsity; models of other methods: main.py")
+    add("--method", default="magnitude", choices=METHODS, help="of --sparsity; models of other methods: main.py")
     add("--work", default="out/speedup", metavar="DIR", help="where models that are made here go")
-    add_export_flags(parser)
+    add_export_flags(parser, several=True)
     benchmark.add_measuring_flags(parser)
     return command(parser, run, argv)
 

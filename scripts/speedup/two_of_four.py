@@ -1,4 +1,4 @@
-"""A 2:4 checkpoint becomes a model with semi-structured matrices on a CUDA device, timed against the dense one."""
+"""Semi-structured (2:4) matrices of a checkpoint on a CUDA device, timed against the dense ones."""
 
 import json
 import statistics

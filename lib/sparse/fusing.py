@@ -1,0 +1,84 @@
+"""Fused calls in a model's blocks: layers of one input are multiplied together, and a norm is one call of torch."""
+
+import logging
+from collections import Counter
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lib import UserError
+from lib.sparse.attention import group_attention
+from lib.sparse.kernel import KINDS, Kernel, Unavailable, load
+from lib.sparse.layers import DenseLinear, Shared, SparseLinear
+
+log = logging.getLogger(__name__)
+
+LEAST_ZEROS = 0.3  # of a matrix: a bit and 16 (1 - zeros) bits a weight are to be clearly less than 16
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that transformers gives one tensor
+
+
+def fuse(model: nn.Module) -> None:
+    """Make fewer calls, in place, where the result is the same but for roundings.
+
+    Siblings of ONE_INPUT are multiplied together, RMS norms are torch's (one call in place of six), and query heads
+    that share keys attend together.
+    """
+    for parent in list(model.modules()):
+        for names in ONE_INPUT:
+            layers = [getattr(parent, name, None) for name in names]
+            if all(isinstance(layer, SparseLinear | DenseLinear) for layer in layers):
+                Shared(layers)
+        for name, child in list(parent.named_children()):
+            norm = _torch_norm(child)
+            if norm is not None:
+                setattr(parent, name, norm)
+    if isinstance(model, PreTrainedModel):
+        group_attention(model)
+
+
+@torch.no_grad()
+def _torch_norm(module: nn.Module) -> nn.RMSNorm | None:
+    """Return torch's norm with the weight of ``module`` if it computes the same, which is tried and not guessed."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    parameters = dict(module.named_parameters())
+    weight = parameters.get("weight")
+    if type(module) is nn.RMSNorm or len(parameters) != 1 or weight is None or weight.ndim != 1 or eps is None:
+        return None
+    made = nn.RMSNorm(len(weight), eps, device="meta")
+    made.weight, made.training = weight, module.training
+    x = torch.linspace(-3, 2, 4 * len(weight), dtype=torch.float32).reshape(4, -1).sin().mul(3).to(weight)
+    expected, found = module(x).float(), made(x).float()
+    # Some round before the weight is multiplied and some after: two units in the last place.
+    close = (found - expected).abs() <= 2 * torch.finfo(weight.dtype).eps * expected.abs() + eps
+    return made if found.shape == expected.shape and bool(close.all()) else None
+
+
+def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None = None) -> int:
+    """Pack, in place, every linear layer of ``model`` with at least ``least`` zeros; return how many there are.
+
+    The other linear layers stay dense, with the kernel's product (so does one that shares its weight, as a tied
+    lm_head). On a machine without the kernel all stays as it is, and one line of warning says why.
+
+    Raises:
+        UserError: a model that is not on the CPU in bfloat16 or float16.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, module in linears.items():
+        if module.weight.device.type != "cpu" or module.weight.dtype not in KINDS:
+            where = f"{module.weight.dtype} on {module.weight.device}"
+            raise UserError(None, f"sparsify: {name} is {where}; load the model on the CPU in bfloat16 or float16")
+    try:
+        kernel = kernel or load()
+    except Unavailable as error:
+        log.warning("no sparse kernel, %s; the model stays dense", error)
+        return 0
+    owners = Counter(id(getattr(module, "weight", None)) for module in model.modules())
+    count = 0
+    for name, module in linears.items():
+        zeros = 1 - torch.count_nonzero(module.weight).item() / module.weight.numel()
+        sparse = zeros >= least and owners[id(module.weight)] == 1
+        model.set_submodule(name, (SparseLinear.from_linear if sparse else DenseLinear)(module, kernel))
+        count += sparse
+    fuse(model)
+    return count

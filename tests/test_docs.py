@@ -1,0 +1,255 @@
+"""The documents: links lead somewhere, commands parse, flags and methods are all there, and the README is short."""
+
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, settings
+from test_layout import tracked
+
+from lib import UserError
+from lib.allocation import ALLOCATIONS
+from lib.data import DATASETS
+from lib.esd import METRICS, WEIGHTWATCHER
+from lib.layers import FAMILIES, SUPPORTED
+from lib.pruners import PRUNERS
+from scripts import make_docs
+
+DOCUMENTS = sorted(name for name in tracked() if name.endswith(".md") and not name.startswith("tests/"))
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.M | re.S)
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a Markdown text."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(name: str, text: str) -> list[str]:
+    """Return the links of the document ``name`` into the repository that lead nowhere."""
+    found = []
+    for link in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", without_code(text)):
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", path):  # an address outside
+            continue
+        target = (ROOT / name).parent / path if path else ROOT / name
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_resolve(name):
+    assert broken_links(name, read(name)) == []
+
+
+def test_a_broken_link_and_a_broken_anchor_are_found():
+    text = "# Some title!\n[a](nowhere.md) [b](README.md#nothing) [c](#some-title) [d](https://x.y) `[e](f)`\n"
+    assert broken_links("INSTALL.md", text) == ["nowhere.md", "README.md#nothing", "#some-title"]  # c: of INSTALL.md
+    assert anchors(text) == {"some-title"}
+
+
+def test_readme_is_one_sitting():
+    text = read("README.md")
+    assert len(text.splitlines()) <= 200
+    places = [
+        text.index(part)
+        for part in ("](docs/perplexity.png)", "scripts/demo.sh", "from_pretrained", "## Which method", "## Results",
+                     "## Large models", "## LoRA", "## Images", "## Speed-up", "## How the code", "## Citation")
+    ]  # fmt: skip
+    assert places == sorted(places)
+    large = text[text.index("## Large models") : text.index("## LoRA")]
+    assert len(large.splitlines()) <= 40
+
+
+def test_readme_names_the_families_that_were_tried():
+    assert SUPPORTED.replace("(its attention blocks)", "").split(", ") and FAMILIES
+    flat = " ".join(read("README.md").split())
+    assert not [family for family in SUPPORTED.split(", ") if family not in flat]
+
+
+def test_reference_of_flags_is_current():
+    assert read("docs/flags.md") == make_docs.flags_text(), "type: python scripts/make_docs.py"
+
+
+def test_check_of_the_reference_notices_a_change(tmp_path, monkeypatch, capsys):
+    (tmp_path / "docs").mkdir()
+    for name in (make_docs.RESULTS, "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(read(name), encoding="utf-8")
+    monkeypatch.setattr(make_docs, "flags_text", lambda: "new\n")
+    monkeypatch.setattr(make_docs, "ROOT", tmp_path)
+    assert make_docs.main(["--check"]) == 2 and not (tmp_path / "docs" / "flags.md").exists()
+    assert "docs/flags.md is out of date" in capsys.readouterr().err
+    assert make_docs.main([]) == 0 and make_docs.main(["--check"]) == 0
+    assert (tmp_path / make_docs.PICTURE).stat().st_size > 1000
+
+
+def test_every_flag_of_the_main_commands_is_in_the_reference():
+    sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", read("docs/flags.md"), flags=re.M | re.S))
+    for name in make_docs.FIRST:
+        flags = {flag for flag in make_docs.parser_of(ROOT / name)._option_string_actions if flag.startswith("--")}
+        assert not {flag for flag in flags - {"--help"} if not re.search(rf"`{flag}\b", sections[name])}, name
+
+
+@pytest.mark.parametrize(
+    ("registry", "written"),
+    [
+        (PRUNERS, "### {}\n"),
+        ({name: None for name in ALLOCATIONS if name}, "**`_{}`**"),
+        (METRICS | WEIGHTWATCHER, "`{}`"),
+    ],
+    ids=["pruners", "allocations", "metrics"],
+)
+def test_every_entry_is_explained_in_methods(registry, written):
+    text = read("docs/methods.md")
+    assert not [name for name in registry if written.format(name) not in text]
+
+
+def test_every_text_is_named():
+    assert not [name for name in DATASETS if f"`{name}`" not in read("CONTRIBUTING.md") + read("docs/evaluation.md")]
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """Return the words of every ``python``, ``bash`` or ``accelerate launch`` command in a Markdown text's code."""
+    found = []
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.M | re.S):
+        shell = "" if language in ("python", "bibtex") else block
+        for line in shell.replace("\\\n", " ").splitlines():
+            for part in re.split(r"\s(?:&&|\||;)\s", line.strip().removeprefix("$ ")):
+                words = shlex.split(part, comments=True)
+                while words and re.fullmatch(r"\w+=\S*", words[0]):  # VARIABLE=value python ...
+                    words.pop(0)
+                if words[:2] == ["accelerate", "launch"]:  # its own flags come first
+                    program = next(i for i, word in enumerate(words) if word.endswith(".py"))
+                    words = ["python", *words[program:]]
+                if words and re.fullmatch(r"(\S*/)?(python\d?|bash|sh)", words[0]):
+                    found.append(words)
+    return found
+
+
+def check_command(words: list[str]) -> None:
+    """Parse a command with its program's own parser.
+
+    Raises:
+        UserError, SystemExit, AssertionError: no such program, or it does not take these flags.
+    """
+    program, rest = words[1], words[2:]
+    if program in ("-m", "-c"):
+        assert program == "-c" or rest[0] in ("venv", "pip", "pytest"), words
+        return
+    assert program in tracked(), f"{program}: not in the repository"
+    path = ROOT / program
+    if not program.endswith(".py") or "--help" in rest:
+        return
+    if program == "main.py":
+        settings(rest)
+    elif make_docs.has_parser(path):
+        _, unknown = make_docs.parser_of(path).parse_known_args(rest)
+        if unknown and path.stem in ("sweep", "compare_allocations"):  # the rest is main.py's
+            settings(unknown)
+        elif unknown and path.stem == "finetune_lm":  # the rest is the Trainer's, whose parser has no fast import
+            from lora_ft.finetune_lm import trainer_parser
+
+            trainer_parser().parse_args(unknown)
+        elif unknown:
+            make_docs.parser_of(path).parse_args(rest)
+    else:  # its flags are declared where it runs
+        flags = {word.split("=")[0] for word in rest if word.startswith("--")}
+        assert not {flag for flag in flags if f'"{flag}"' not in path.read_text(encoding="utf-8")}, words
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_in_the_documents_parses(name, monkeypatch):
+    monkeypatch.setattr("lib.data.check_text", lambda *_: None)  # a local text in an example need not exist
+    monkeypatch.setattr("lib.plans.read_plan", lambda _: {"target": 0.7, "layers": {}})  # nor a plan
+    for words in commands_of(read(name)):
+        try:
+            check_command(words)
+        except (Exception, SystemExit) as error:
+            pytest.fail(f"{name}: {' '.join(words)}: {error}")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "main.py --model m --no_such_flag",
+        "main.py --model m --prune_method wanda_ww",
+        "lora_ft/finetune_lm.py --model m --do_train --no_such_flag --output_dir o",
+        "scripts/sweep.py --model m --no_such_flag",
+        "scripts/speedup/pack.py m --no_such_flag",
+        "scripts/no_such_program.py",
+    ],
+)
+def test_a_wrong_command_in_a_document_is_noticed(command):
+    with pytest.raises((Exception, SystemExit)):
+        check_command(["python", *command.split()])
+
+
+def test_readme_shows_the_two_commands():
+    commands = commands_of(read("README.md"))
+    assert ["bash", "scripts/demo.sh"] in commands and ["bash", "scripts/test.sh"] in commands
+    assert any(words[1] == "main.py" for words in commands)
+
+
+def test_python_in_the_readme_runs_as_far_as_its_command(monkeypatch):
+    import main
+
+    (block,) = re.findall(r"^```python\n(.*?)^```", read("README.md"), flags=re.M | re.S)
+    asked = []
+    monkeypatch.setattr(main, "main", asked.append)
+    exec(block.split("\n\n")[0], {})
+    assert asked and settings(asked[0]).save_model == "out"
+    assert f"{asked[0][-1]}/{settings(asked[0]).task().folder}" in block  # what is loaded is what was saved
+
+
+# ---------------------------------------------------------------------------------------------- results and picture
+
+
+def content(*runs: tuple[str, float, float]) -> dict:
+    rows = [{"method": method, "target_sparsity": sparsity, "perplexity": value} for method, sparsity, value in runs]
+    return {"dense": 10.0, "runs": rows}
+
+
+def test_table_of_results_is_mean_and_deviation_over_seeds():
+    runs = content(("wanda_ww", 0.7, 90.0), ("wanda", 0.5, 30.0), ("wanda", 0.5, 34.0), ("alps_price", 0.5, 123.4))
+    assert make_docs.results_table(runs).splitlines() == [
+        "| pruner | allocation | 0.5 | 0.7 |",
+        "|---|---|---:|---:|",
+        "| wanda | uniform | 32.00 ± 2.83 | - |",  # sqrt((2^2 + 2^2) / 1)
+        "| wanda | by alpha | - | 90.00 |",
+        "| alps | by price | 123 | - |",
+    ]
+
+
+def test_table_of_results_goes_between_its_marks_and_nowhere_else():
+    runs = content(("wanda", 0.5, 30.0))
+    text = make_docs.readme_text("a\n<!-- results -->\nold\n<!-- /results -->\nb\n", runs)
+    assert text.startswith("a\n<!-- results -->\n\n| pruner") and text.endswith("| 30.00 |\n\n<!-- /results -->\nb\n")
+    assert make_docs.readme_text(text, runs) == text and "old" not in text
+    with pytest.raises(UserError):
+        make_docs.readme_text("no marks", runs)
+
+
+def test_readme_holds_the_measured_results():
+    measured = json.loads(read(make_docs.RESULTS))
+    assert make_docs.results_table(measured) in read("README.md")
+
+
+def test_picture_shows_the_means(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(make_docs, "save_figure", lambda figure, path, dpi: drawn.append(figure))
+    make_docs.draw(content(("wanda", 0.7, 90.0), ("wanda", 0.5, 30.0), ("wanda", 0.5, 34.0)), tmp_path / "p.png")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].get_lines()}
+    assert lines["Wanda, uniform"] == [[0.5, 32.0], [0.7, 90.0]] and lines["dense"][0][1] == 10.0
