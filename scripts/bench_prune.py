@@ -55,6 +55,7 @@ class Benchmark(Flags):
     calib_data: str = flag("wiki_leads", "calibration text", metavar="TEXT")
     nsamples: int = flag(16, f"calibration windows of {SMOLLM2}, a count", least=1, metavar="N")
     seqlen: int = flag(512, f"window length of {SMOLLM2}, tokens", least=2, metavar="N")
+    blocks: int | None = flag(None, f"of {SMOLLM2}, the first ones (default: all)", least=1, metavar="N")
     block_nsamples: int = flag(2, f"random windows of {SHAPES_7B}, a count", least=1, metavar="N")
     block_seqlen: int = flag(128, f"window length of {SHAPES_7B}, tokens", least=2, metavar="N")
     rounds: int = flag(2, "of which the fastest counts, a count", least=1, metavar="N")
@@ -130,7 +131,10 @@ def load(model: str, settings: Benchmark) -> tuple[PreTrainedModel, Tensor]:
     if model == SMOLLM2:
         source = locate(model, settings.cache_dir)
         asked = (settings.calib_data, load_tokenizer(source), settings.nsamples, settings.seqlen, 0)
-        return load_llm(source, torch.float32, device="cpu"), calibration_windows(*asked)
+        loaded = load_llm(source, torch.float32, device="cpu")
+        loaded.model.layers = loaded.model.layers[: settings.blocks]
+        loaded.config.num_hidden_layers = len(loaded.model.layers)
+        return loaded, calibration_windows(*asked)
     config = transformers.LlamaConfig(
         vocab_size=1000,
         hidden_size=4096,
@@ -186,9 +190,9 @@ WAYS = {"ours": ours, "plain": plain}
 
 def cost(way: str, model: str, name: str, settings: Benchmark, folder: str) -> Cost:
     """Prune ``model`` and return what it cost; the zeros it left are written to ``folder``."""
+    for package in ("torchvision", "triton"):  # not required on a CPU, and imported where they are there: 80 MB each
+        sys.modules[package] = None
     torch.set_num_threads(settings.threads)
-    for name in ("torchvision", "triton"):  # not required on a CPU, and imported where they are there: 80 MB each
-        sys.modules[name] = None
     loaded, windows = load(model, settings)
     record = Record(Path(folder), way)
     with record.stage("prune"), torch.no_grad():

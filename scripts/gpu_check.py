@@ -25,6 +25,9 @@ from lib.prune import walk
 from lib.pruners import PRUNERS, VARIANTS, Pruner
 
 RATIO, NM = 0.5, (2, 4)
+BLOCKS, SAMPLES = 32, 128  # of a LLaMA-7B, and of the published calibration
+# TFLOP/s of dense products of halves with float32 sums, as the manufacturer gives them, by a part of the card's name.
+PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
 LEAST_AGREEMENT = 0.98  # of zeros or numbers: float32 rounds otherwise in another order, near thresholds and near zero
 
 
@@ -49,6 +52,7 @@ class Case(NamedTuple):
     """Something to time: ``ours`` and ``plain`` give the same result, as far as ``alike`` (a share) says.
 
     Around each call, and not timed, ``reset`` makes ready for it and ``read`` makes of its result what is compared.
+    ``flops``: the operations of the plain formulation's products.
     """
 
     what: str
@@ -57,6 +61,7 @@ class Case(NamedTuple):
     alike: Callable[[object, object], float] | None = None
     reset: Callable[[], object] = lambda: None
     read: Callable[[object], object] = lambda result: result
+    flops: float | None = None
 
 
 class Cost(NamedTuple):
@@ -67,12 +72,13 @@ class Cost(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What a case costs; ``agree`` is the share of results that are alike."""
+    """What a case costs; ``agree`` is the share of results that are alike, ``flops`` is as of the case."""
 
     what: str
     ours: Cost
     plain: Cost | None
     agree: float | None
+    flops: float | None = None
 
 
 class Disagreement(Exception):
@@ -123,7 +129,7 @@ def compare(case: Case, device: torch.device, rounds: int) -> Row:
                 raise Disagreement(f"{case.what}: {what}")
             results.clear()
     ours, *plain = [Cost(min(c.seconds for c in cost), max((c.gib for c in cost), key=_or_zero)) for cost in costs]
-    return Row(case.what, ours, *(plain[0], agree) if plain else (None, None))
+    return Row(case.what, ours, *(plain[0], agree) if plain else (None, None), case.flops)
 
 
 def _or_zero(gib: float | None) -> float:
@@ -146,11 +152,14 @@ def same_fit(one: tuple, other: tuple) -> float:
     return float(one[0] == other[0])
 
 
-def table(rows: list[Row]) -> str:
-    """Return a Markdown table."""
-    lines = ["| what | seconds | GiB | plain seconds | plain GiB | plain / ours | alike |", "|---|" + "---:|" * 6]
+def table(rows: list[Row], peak: float | None = None) -> str:
+    """Return a Markdown table; ``peak``: the card's TFLOP/s of products of halves, None where it is not known."""
+    headings = "what | seconds | GiB | TFLOP/s | of peak | plain seconds | plain GiB | plain / ours | alike"
+    lines = [f"| {headings} |", "|---|" + "---:|" * 8]
     for row in rows:
-        cells = [_number(row.ours.seconds, ".4f"), _number(row.ours.gib, ".2f")]
+        rate = None if row.flops is None else row.flops / row.ours.seconds / 1e12
+        cells = [_number(row.ours.seconds, ".4f"), _number(row.ours.gib, ".2f"), _number(rate, ".1f")]
+        cells.append(_number(None if rate is None or peak is None else rate / peak, ".1%"))
         if row.plain is None:
             cells += ["-"] * 4
         else:
@@ -158,6 +167,40 @@ def table(rows: list[Row]) -> str:
             cells += [f"{row.plain.seconds / row.ours.seconds:.1f}", _number(row.agree, ".4f")]
         lines.append(f"| {row.what} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def whole_run(short: float, long: float, samples: int, blocks: int, passes: int) -> float:
+    """Return the seconds of a whole run, BLOCKS blocks with SAMPLES windows, from those of two walks over ``blocks``.
+
+    Args:
+        short: seconds with ``samples`` windows; the ``long`` walk had twice as many.
+        passes: of each window through a block, in these walks: ours leaves the last block's second one out.
+    """
+    per_pass = (long - short) / samples / passes
+    per_block = (2 * short - long) / blocks
+    left_out = 2 * blocks - passes
+    return BLOCKS * per_block + SAMPLES * (2 * BLOCKS - left_out) * per_pass
+
+
+def whole_runs(rows: list[Row], sizes: Sizes) -> list[str]:
+    """Return a line for each pruner that was walked with two numbers of windows: a whole run, extrapolated."""
+    lines, seconds = [], {row.what: row for row in rows}
+    for name, pruner in PRUNERS.items():
+        found = [seconds.get(_walk_name(name, sizes, count)) for count in (sizes.samples, 2 * sizes.samples)]
+        if pruner.statistic is None or None in found:
+            continue
+        short, long = found
+        times = [whole_run(short.ours.seconds, long.ours.seconds, sizes.samples, sizes.blocks, 2 * sizes.blocks - 1)]
+        if short.plain and long.plain:
+            plain = (short.plain.seconds, long.plain.seconds)
+            times.append(whole_run(*plain, sizes.samples, sizes.blocks, 2 * sizes.blocks))
+        each = ", plain ".join(f"{time:.0f} s" for time in times)
+        lines.append(f"{name}, {BLOCKS} blocks, {SAMPLES} x {sizes.tokens} tokens, extrapolated: {each}")
+    return lines
+
+
+def _walk_name(pruner: str, sizes: Sizes, samples: int) -> str:
+    return f"walk, {pruner}, {sizes.blocks} blocks, {samples} x {sizes.tokens} tokens"
 
 
 def _number(value: float | None, spec: str) -> str:
@@ -216,7 +259,8 @@ def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
     for name in STATISTICS:
         what = f"{name} of {len(samples)} x {sizes.tokens} tokens, {sizes.intermediate} columns"
-        yield Case(what, partial(ours, name), partial(plain, name), same_numbers)
+        flops = 2 * len(samples) * sizes.tokens * sizes.intermediate**2 if name == "hessian" else None
+        yield Case(what, partial(ours, name), partial(plain, name), same_numbers, flops=flops)
 
 
 def pruners(sizes: Sizes, device: torch.device) -> Iterator[Case]:
@@ -283,7 +327,7 @@ def walks(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     model = random_llama(sizes, device)
     weights = weights_of(model)
     dense = weights.snapshot()
-    windows = torch.randint(sizes.vocabulary, (sizes.samples, sizes.tokens)).to(device)
+    every = torch.randint(sizes.vocabulary, (2 * sizes.samples, sizes.tokens)).to(device)
     plan = SparsityPlan(RATIO, {layer.name: RATIO for layer in weights.layers})
 
     def reset() -> None:
@@ -292,16 +336,19 @@ def walks(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     def kept(_: object) -> Tensor:
         return torch.cat([*weights.map(lambda _, weight: (weight != 0).flatten().cpu()).values()])
 
-    def prune(pruner: Pruner) -> None:
+    def prune(pruner: Pruner, windows: Tensor) -> None:
         walk(weights, plan, pruner, enter_blocks(weights, windows) if pruner.statistic else None)
 
+    products = 2 * sizes.tokens * sum(layer.size for layer in weights.layers)  # of a pass of one window
     for name, pruner in PRUNERS.items():
-        ours = partial(prune, pruner)
-        plain = None
-        if name in plain_methods.METHODS:
-            plain = partial(plain_methods.walk, model, windows, plain_methods.METHODS[name], RATIO)
-        what = f"walk, {name}, {sizes.blocks} blocks, {sizes.samples} x {sizes.tokens} tokens"
-        yield Case(what, ours, plain, same_zeros if plain else None, reset, kept)
+        for samples in (sizes.samples, 2 * sizes.samples) if pruner.statistic else (sizes.samples,):
+            windows, plain = every[:samples], None
+            if name in plain_methods.METHODS:
+                plain = partial(plain_methods.walk, model, windows, plain_methods.METHODS[name], RATIO)
+            alike = same_zeros if plain else None
+            flops = 2 * samples * products if name == "wanda" else None  # the others do more than multiply
+            what = _walk_name(name, sizes, samples)
+            yield Case(what, partial(prune, pruner, windows), plain, alike, reset, kept, flops)
 
 
 PARTS = (spectra, statistics, pruners, block_scores, walks)
@@ -339,7 +386,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, random float16 weights, the fastest of")
     print(f"{args.rounds}; GiB: the most memory beyond weights and inputs.\n")
-    print(table(rows), end="")
+    peak = next((peak for part, peak in PEAKS.items() if part in torch.cuda.get_device_name(0)), None)
+    print(table(rows, peak))
+    print("\n".join(whole_runs(rows, sizes)))
     return 0
 
 

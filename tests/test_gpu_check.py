@@ -33,6 +33,9 @@ def test_every_method_is_timed_and_gives_what_its_plain_formulation_gives():
     assert all(row.plain.seconds > 0 and row.agree >= 0.98 for row in rows.values() if row.plain)
     exact = [row.agree for what, row in rows.items() if what.startswith(("magnitude, 0.5", "wanda, 0.5", "walk, mag"))]
     assert exact == [1, 1, 1]  # the same comparisons of the same numbers
+    told = gpu_check.whole_runs(list(rows.values()), TINY)
+    assert [line.split(",")[0] for line in told] == [name for name in PRUNERS if name != "magnitude"]
+    assert sum(row.flops is not None for row in rows.values()) == 3  # the Hessian, and Wanda's two walks
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU here")
@@ -80,10 +83,32 @@ def test_shares():
 
 
 def test_table_is_markdown():
-    rows = [Row("a", Cost(0.5, 1.25), Cost(1.0, 2.0), 0.999), Row("b", Cost(0.25, None), None, None)]
-    lines = gpu_check.table(rows).splitlines()
-    assert lines[2:] == ["| a | 0.5000 | 1.25 | 1.0000 | 2.00 | 2.0 | 0.9990 |", "| b | 0.2500 | - | - | - | - | - |"]
-    assert {line.count("|") for line in lines} == {8}
+    rows = [Row("a", Cost(0.5, 1.25), Cost(1.0, 2.0), 0.999, 2e12), Row("b", Cost(0.25, None), None, None)]
+    lines = gpu_check.table(rows, peak=16).splitlines()
+    assert lines[2:] == [
+        "| a | 0.5000 | 1.25 | 4.0 | 25.0% | 1.0000 | 2.00 | 2.0 | 0.9990 |",
+        "| b | 0.2500 | - | - | - | - | - | - | - |",
+    ]
+    assert {line.count("|") for line in lines} == {10}
+    assert "| 4.0 | - |" in gpu_check.table(rows)
+
+
+def test_whole_run_by_pencil():
+    # 5 s a block whatever the windows, 0.5 s a pass of a window; 2 blocks, 3 windows or 6; all passes, or all but one.
+    assert gpu_check.whole_run(10 + 6, 10 + 12, 3, 2, 4) == pytest.approx(32 * 5 + 128 * 64 * 0.5)
+    assert gpu_check.whole_run(10 + 4.5, 10 + 9, 3, 2, 3) == pytest.approx(32 * 5 + 128 * 63 * 0.5)
+
+
+def test_whole_runs_are_told_of_what_was_walked():
+    def row(name, samples, seconds, plain):
+        what = f"walk, {name}, 2 blocks, {samples} x 30 tokens"
+        return Row(what, Cost(seconds, None), plain and Cost(plain, None), None)
+
+    rows = [row("wanda", 2, 1.0, 2.0), row("wanda", 4, 2.0, 4.0), row("alps", 2, 1.0, None), row("alps", 4, 2.0, None)]
+    assert gpu_check.whole_runs([*rows, row("sparsegpt", 2, 1.0, None)], TINY) == [
+        f"wanda, 32 blocks, 128 x 30 tokens, extrapolated: {128 * 63 / 6:.0f} s, plain {128 * 64 / 4:.0f} s",
+        f"alps, 32 blocks, 128 x 30 tokens, extrapolated: {128 * 63 / 6:.0f} s",
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU here")

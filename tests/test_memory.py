@@ -6,10 +6,13 @@ import resource
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib import calibration
+from lib import calibration, models
 from lib.allocator import keep_freed_memory
 from lib.calibration import hessian, squared_norms, symmetric
+from lib.layers import prunable_layers
+from lib.pruners import PRUNERS
 from lib.sparsegpt import BLOCK, inverse_factor, repair, repair_group
 
 SIZE = 2048
@@ -174,3 +177,26 @@ def test_hessian_of_halves_on_cuda(dtype):
     found = symmetric(hessian(x.cuda(), hessian(x.cuda(), None))).cpu().double()
     exact = 4 * x.double().T @ x.double()
     torch.testing.assert_close(found, exact, rtol=0, atol=600 * 1.2e-7 * exact.max().item())  # tensor cores truncate
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_7b_is_pruned_beside_its_weights_on_a_card_of_24_gb(name):
+    # From shapes; that no more matrices of the Hessian's size are held is measured above, at another size.
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
+    gib, half, tokens = 2**30, 2, 2048
+    weights = half * sum(p.numel() for p in model.parameters())
+    shapes = [layer.shape for layer in prunable_layers(model) if layer.block == 0]
+    inputs_of = [4096, 4096, 4096, 11008]  # q k v, o, gate up, down
+    activations = half * tokens * (sum(out for out, _ in shapes) + 4 * 4096)
+    statistics = work = 0
+    if PRUNERS[name].statistic == "hessian":
+        statistics = 4 * sum(n * n for n in inputs_of)
+        work = 2 * 4 * 11008**2
+    elif PRUNERS[name].statistic:
+        statistics = 4 * sum(inputs_of)
+    # Scores, a mask and a copy of the largest matrix, or of those that share an input.
+    work = max(work, 3 * 4 * 2 * 11008 * 4096)
+    assert weights + statistics + max(work, activations) <= 14 * gib + statistics
+    bound = models.working_set(model, torch.float16, PRUNERS[name].statistic == "hessian", 128, tokens)
+    assert weights + bound <= 24e9  # hidden states of all windows on the card, and whatever else is held at once

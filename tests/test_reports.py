@@ -90,6 +90,19 @@ def compared(tiny_folder, tiny_text, tmp_path, monkeypatch):
     return run
 
 
+def test_shapes_of_a_7b_at_a_small_size(capsys):
+    rows = bench_metrics.bench_llama_7b(((16, 16), (44, 16)), cores=8)
+    assert [row["what"].removeprefix("7B spectrum, ") for row in rows] == [
+        "exact, 16x16", "fast, 16x16", "exact, 44x16", "fast, 44x16", "exact, QR first, 44x16",
+    ]  # fmt: skip
+    assert all(row["seconds"] > 0 for row in rows) and capsys.readouterr().out.count("8 at once") == 2
+    assert bench_metrics.seconds_of_7b(2.0, 3.0, 8) == (128 * 2 + 96 * 3) / 8
+    weight = torch.randn(44, 16, generator=torch.Generator().manual_seed(0))
+    exact = torch.linalg.svdvals(weight.double()).square().flip(0)
+    # Float32 singular values, squared: a few roundings of the largest.
+    torch.testing.assert_close(bench_metrics.qr_first(weight).double(), exact, rtol=0, atol=1e-5 * exact[-1].item())
+
+
 def test_comparison_runs_every_setting_once(compared, capsys):
     flags = "--allocations ,ww,owl,atp --sparsities 0.5,0.6 --epsilons 0.1,0.3 --atp_betas 0.01 --pruner wanda".split()
     rows, text = compared(*flags)
