@@ -41,6 +41,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     Not finite if the model's logits are not: a pruned model may be that broken, and then that is the result, with a
     warning.
     """
+    keep_freed_memory()
     mine = windows[processes.share(len(windows))]
     with torch.no_grad():
         every = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in mine)
@@ -63,7 +64,6 @@ def perplexity_by_blocks(weights: Weights, windows: Tensor) -> float:
 
 def _perplexity(every: Iterable[Tensor], windows: Tensor, dtype: torch.dtype) -> float:
     """Return the perplexity that the logits [seqlen, vocabulary] of each window have, those of all processes."""
-    keep_freed_memory()
     losses = []
     cross_entropy = torch.nn.functional.cross_entropy
     bar = tqdm(zip(every, windows, strict=True), total=len(windows), desc="perplexity", unit="window", disable=None)

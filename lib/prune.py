@@ -51,7 +51,8 @@ def walk(
     Raises:
         UserError: statistics or weights that are not finite, or a Hessian that cannot be factorised; names the layer.
     """
-    keep_freed_memory()
+    if not weights.streamed:  # there memory is what is scarce
+        keep_freed_memory()
     report = []
     last = max(layer.block for layer in weights.layers)
     with torch.no_grad(), tqdm(total=last + 1, desc="pruning", unit="block", disable=None) as bar:
