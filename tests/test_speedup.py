@@ -541,6 +541,14 @@ def test_pipeline_prunes_exports_and_measures(tmp_path, tiny_folder, tiny_text, 
     assert out.count("pruned before") == 2 and out.count("exported before") == 3
 
 
+def test_pipeline_without_arguments_measures_smollm2(smollm2_source, monkeypatch, capsys):
+    def found(args):
+        raise UserError(None, f"{args.models} {args.sparsity} {args.sequence_length} {args.batch} {args.cores}")
+
+    monkeypatch.setattr(pipeline, "find_models", found)
+    assert "['smollm2-135m'] [0.5, 0.7] [128, 512] [1, 2, 4, 8] 1" in one_line(capsys, pipeline.main([]))
+
+
 def test_pipeline_without_dense_fills_the_zeros(copied, tmp_path, tiny_text, capsys):
     argv = [copied.most, "--work", tmp_path / "work", "--save", tmp_path / "save", "--sequence_length", LENGTH]
     argv += ["--text", tiny_text, "--engines", "onnxruntime", "--rounds", 1, "--graphs", "prefill"]
