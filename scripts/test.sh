@@ -5,6 +5,7 @@ need requirements.txt
 need scripts/requirements-data.txt --no-deps
 need scripts/requirements-images.txt
 need tests/requirements.txt
-# A process per core, each with one thread; a file's tests stay together, since they share what is slow to make.
+# A process per core, each with one thread; the tests of a file stay together, since they share what is slow to make, and
+# files are not sorted by their number of tests: the few that take longest would be left to one core at the end.
 export OMP_NUM_THREADS=1
-exec "$PYTHON_BIN" -m pytest -n auto --dist loadfile "$@"
+exec "$PYTHON_BIN" -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"
