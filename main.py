@@ -133,6 +133,9 @@ def evaluate(
         record.files[f"perplexity_{task.run}.txt"] = text
     if known.questions is None:
         return
+    if weights.streamed and task.pruner and record.content["saved_model"] is None:
+        log.warning("no zero-shot accuracy: the pruned model is whole in its folder only, which could not be saved")
+        return
     record.write()
     with record.stage("zero_shot"):
         model = experiment.whole_model(weights, known, record.content["saved_model"])

@@ -166,6 +166,16 @@ class Packed(Weights):
         return counts
 
 
+def _check_tied(model: nn.Module, checkpoint: stream.Checkpoint) -> None:
+    """Refuse a checkpoint with different tensors where its config says that they are one; loaded whole, both are taken."""
+    entries = checkpoint.entries
+    for one, other in getattr(model, "all_tied_weights_keys", {}).items():
+        if one in entries and other in entries:
+            if not torch.equal(stream.read_tensor(entries[one]), stream.read_tensor(entries[other])):
+                text = f"{checkpoint.folder}: {one} and {other} differ, and its config ties them"
+                raise UserError("model", f"{text}; set tie_word_embeddings to false there, or use --stream never")
+
+
 class Streamed(Weights):
     """The weights of a checkpoint on disk, of which one block at a time is in memory, and the next one is on its way.
 
@@ -184,6 +194,7 @@ class Streamed(Weights):
         self.changed: dict[int, Path] = {}  # block -> the file that holds it now
         self._scratch = tempfile.TemporaryDirectory(prefix="streamed-", ignore_cleanup_errors=True)
         self._keys = _checkpoint_names(model, checkpoint)
+        _check_tied(model, checkpoint)
         self._outside = self.outside()
         self._next: tuple[int, Future] | None = None
         self._reader = ThreadPoolExecutor(1)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, processes
+from lib import UserError, models, processes
 from lib.blocks import Block, Weights
+from lib.files import readable
 from lib.lazy import torch, transformers
 
 if TYPE_CHECKING:
@@ -209,7 +211,7 @@ def _room_for(shape: tuple[int, ...], like: Tensor, place: str) -> Tensor:
     """
     size = math.prod(shape) * like.element_size()
     if place == "auto":
-        place = "gpu" if like.is_cuda and 4 * size <= torch.cuda.mem_get_info(like.device)[0] else "cpu"
+        place = "gpu" if like.is_cuda and 4 * size <= models.free_bytes(like.device) else "cpu"
         if like.is_cuda and place == "cpu":
             text = "hidden states (%.1f GiB) are kept in the memory of the CPU: the GPU has little room"
             log.info(text, size / 2**30)
@@ -217,7 +219,11 @@ def _room_for(shape: tuple[int, ...], like: Tensor, place: str) -> Tensor:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     if place == "disk":
         file = tempfile.NamedTemporaryFile(prefix="hidden-states-")  # removed with the last reference to its pages
-        file.truncate(size)
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))  # a full disk would end the process at a later write
+        except OSError as error:
+            text = f"disk: {tempfile.gettempdir()} has no room for {readable(size)} ({error.strerror})"
+            raise UserError("hidden_states", f"{text}; set TMPDIR to a folder that has") from error
         return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
     return torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
 

@@ -147,7 +147,8 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     windows = _read_windows(settings, task, tokenizer, seqlen, session)
     _check_vocabulary(settings, skeleton, windows)
     reserve = max(_reserve(run, skeleton, dtypes, seqlen, session) for run in (settings, *session.planned))
-    fits = all(processes.gathered(models.fits_in_memory(skeleton, dtypes.compute, reserve)))
+    ask = partial(models.fits_in_memory, reserve=reserve)
+    fits = all(processes.gathered(session.once(ask, skeleton, dtypes.compute)))  # once: later the model is in the way
     streamed = _streamed_folder(settings, task, source, fits)
     tasks = questions(settings, session)
     journal = _open_journal(settings, task)  # last: what is refused above leaves no trace
@@ -255,9 +256,11 @@ def _reserve(
     hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
     calibrated = -(-settings.nsamples // processes.count()) if wants_calibration(task) else 0
     least = session.once(models.working_set, skeleton, dtypes.compute, hessians, calibrated, seqlen)
+    layers = session.once(prunable_layers, skeleton)
+    if task.wants == "lamp_score":
+        return least + scores.LAMP_BYTES * max(layer.size for layer in layers)
     if task.wants != "price":
         return least
-    layers = session.once(prunable_layers, skeleton)
     gpus = 1 if processes.device() else max(1, torch.cuda.device_count())
     ranks = price.rank_bytes(layers) // gpus  # they lie beside the layers
     return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, seqlen))
@@ -361,8 +364,8 @@ def measure_values(
         return metrics.load_or_measure(folder, settings.ww_metric, known.source.name, weights, how).values
     target = task.target if wants in scores.WEIGHT_SCORES else 0.0  # the other scores depend on no target
     multiple = settings.owl_m if wants == "outlier_ratio" else 0.0
-    enter = partial(calibration.enter_blocks, weights, known.windows.calibration, settings.hidden_states)
-    values = session.once(partial(_scores, wants, weights, target, multiple), known.windows.calibration, enter)
+    asked = (wants, weights, target, multiple, known.windows.calibration, settings.hidden_states)
+    values = session.once(_scores, *asked)
     return processes.by_first(lambda: values)  # the same in the last bit, so that all make the same plan
 
 
@@ -417,7 +420,10 @@ def draw_prices(settings: Output, task: Task, found: price.Found | None) -> None
         files.save_figure(price.draw(found), Path(settings.save) / f"price_{task.run}.png", dpi=130)
 
 
-def _scores(wants: str, weights: Weights, target: float, multiple: float, _: Tensor | None, enter: Callable) -> dict:
+def _scores(
+    wants: str, weights: Weights, target: float, multiple: float, windows: Tensor | None, place: str
+) -> dict[str, float]:
+    enter = partial(calibration.enter_blocks, weights, windows, place)
     return scores.measure_scores(wants, weights, target, enter, multiple)
 
 
@@ -467,7 +473,8 @@ def _search(
     """Try every epsilon of the grid; what an unfinished run tried already is not tried again."""
     journal, tried = known.journal, {}
     if journal is not None:
-        key = digest([settings.identity(), [digest(part) for part in known.windows.search], known.source.name])
+        windows = [digest(part) for part in known.windows.search]
+        key = digest([settings.identity(), windows, known.source.name, metrics.fingerprints(weights)])
         tried = _Noted(journal, key)
         if isinstance(weights, Streamed):
             weights.scratch(journal.scratch)

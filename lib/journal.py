@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "pruning.json"  # stays in the finished folder: what made the model
 _LOCK = ".lock"
+_WRITTEN_WITHIN = 10  # seconds: an empty lock that is older was left by a process that died as it made it
 
 
 class Identity(NamedTuple):
@@ -70,6 +72,7 @@ class Journal:
         self.notes: dict[str, object] = {}  # what a search found
         self.failure: UserError | None = None  # of a block that could not be written
         self._identity: dict = {}
+        self._taken = False  # whether the folder is a whole model, taken back and not yet accepted
         self._found = processes.by_first(lambda: self._open(restart, unmeasured))
 
     def _open(self, restart: bool, unmeasured: bool) -> dict:
@@ -78,8 +81,12 @@ class Journal:
         try:
             if unmeasured and not restart and not self.folder.exists() and (target / MANIFEST).is_file():
                 self._take_back()
+                self._taken = True
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
+            for pattern in (".*.safetensors.*", f".{MANIFEST}.*", f"{_LOCK}.*"):
+                for path in self.folder.glob(pattern):  # that a run which was killed had not renamed yet
+                    path.unlink()
             if restart:
                 for path in self.folder.iterdir():
                     if path.name != _LOCK:
@@ -125,9 +132,11 @@ class Journal:
         except (OSError, ValueError):
             owner = {}
         elsewhere = owner.get("host") not in (None, me["host"])
-        if owner != me and (elsewhere or is_alive(owner.get("process", 0))):
-            who = f"process {owner.get('process')} on {owner.get('host')}"
-            raise UserError("save_model", f"{self.target}: {who} is at work there; give another folder, or wait for it")
+        fresh = not owner and time.time() - path.stat().st_mtime < _WRITTEN_WITHIN
+        if fresh or (owner and owner != me and (elsewhere or is_alive(owner.get("process", 0)))):
+            who = f"process {owner.get('process')} on {owner.get('host')}" if owner else "another process"
+            wayout = f"give another folder, or wait for it; if it is gone, delete {path}"
+            raise UserError("save_model", f"{self.target}: {who} is at work there; {wayout}")
         if owner and owner != me:
             log.warning("%s: process %s, which was at work there, is gone; taking over", self.folder, owner["process"])
         tmp = path.with_name(f"{_LOCK}.{os.getpid()}")
@@ -139,7 +148,9 @@ class Journal:
         if processes.first() and self.folder.is_dir():
             (self.folder / _LOCK).unlink(missing_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
-            if not any(self.folder.iterdir()):
+            if self._taken and not self.target.exists():
+                self.folder.rename(self.target)  # as whole as it was found
+            elif not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
     def finish(self, packed: bool = False) -> None:
@@ -182,6 +193,7 @@ class Journal:
         """
         self._identity = json.loads(json.dumps(identity._asdict()))
         self.finished = processes.by_first(self._whole_blocks)
+        self._taken = False  # accepted
         if self.finished:
             log.info("resuming after block %d of the run in %s", max(self.finished), self.folder)
         self._write()

@@ -125,7 +125,7 @@ def measure(
     """
     pending: dict[str, Future] = {}
     fell_back: list[str] = []
-    in_memory = weights.in_memory
+    kept = set()
     mine = _own_part(metric, weights.layers)
     with tqdm(total=len(mine), desc=metric, unit="matrix", disable=None) as bar, _workers() as workers:
         for block in weights.visit():
@@ -136,11 +136,14 @@ def measure(
             for future in futures.values():
                 future.add_done_callback(lambda _: bar.update())
             pending |= futures
-            if not in_memory:
+            # On a GPU they are computed by now. Others would have to wait for one process's numbers at each block.
+            if not weights.in_memory or (block.device.type != "cpu" and processes.count() == 1):
                 _keep(block, pending, begun)
+                kept.add(block.index)
         try:
-            for block in weights.visit() if in_memory else ():
-                _keep(block, pending, begun)
+            for block in weights.visit() if weights.in_memory else ():
+                if block.index not in kept:
+                    _keep(block, pending, begun)
             values = {layer.name: pending[layer.name].result() for layer in weights.layers}
         except BaseException:  # the first failure, or Ctrl-C: what has not begun would only delay the answer
             workers.shutdown(wait=False, cancel_futures=True)

@@ -228,10 +228,18 @@ def load_llm(
     places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
     if "disk" in places:
         raise UserError("model", f"{source.given}: does not fit in the memory of the GPUs and the CPU together")
+    if device is None and torch.cuda.is_available() and set(places) == {"cpu"}:
+        text = "no GPU has room for a part of it beside the work, and all would be computed on the CPU"
+        raise UserError("model", f"{source.given}: {text}; lower --nsamples or --seqlen, or use a GPU with more free memory")
     if "cpu" in places and len(set(places)) > 1:
         text = "%d of the model's %d parts stay in the CPU's memory and visit the GPU"
         log.info(text, places.count("cpu"), len(places))
     return model.eval()
+
+
+def free_bytes(gpu: torch.device | int) -> int:
+    """Return how much of a GPU's memory the driver has left, and torch holds there for no tensor."""
+    return torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
 
 
 def free_memory(reserve: int) -> dict[int | str, int]:
@@ -240,8 +248,8 @@ def free_memory(reserve: int) -> dict[int | str, int]:
 
     own = processes.device()
     if own is not None:
-        return {own.index: max(0, torch.cuda.mem_get_info(own)[0] - reserve)}
-    gpus = {i: max(0, torch.cuda.mem_get_info(i)[0] - reserve) for i in range(torch.cuda.device_count())}
+        return {own.index: max(0, free_bytes(own) - reserve)}
+    gpus = {i: max(0, free_bytes(i) - reserve) for i in range(torch.cuda.device_count())}
     return gpus | {"cpu": psutil.virtual_memory().available // processes.beside()}
 
 

@@ -51,17 +51,21 @@ def walk(
     Raises:
         UserError: statistics or weights that are not finite, or a Hessian that cannot be factorised; names the layer.
     """
+    torch.set_float32_matmul_precision("highest")  # where an environment variable asks for TF32: masks would change
     if not weights.streamed:  # there memory is what is scarce
         keep_freed_memory()
     report = []
     last = max(layer.block for layer in weights.layers)
+    dense = propagate == "dense" and inputs is not None
     with torch.no_grad(), tqdm(total=last + 1, desc="pruning", unit="block", disable=None) as bar:
         for block in weights.visit(write=True):
             if block.index > last:
                 break
             done = journal is not None and block.index in journal
-            keep = propagate == "dense" and bool(block.linears) and not done
+            keep = dense and bool(block.linears)  # its dense outputs replace its inputs
             if done:
+                if dense and block.linears:
+                    advance(block, inputs)  # while the block is dense
                 weights.adopt(block.index, journal.path(block.index))
                 rows = journal.rows(block.index)
             else:

@@ -39,6 +39,9 @@ def magnitude_score(weight: Tensor) -> Tensor:
     return weight.detach().float().abs()
 
 
+LAMP_BYTES = 80  # a weight: float64 and int64 copies of a matrix and a sort's workspace, estimated
+
+
 def lamp_score(weight: Tensor) -> Tensor:
     """Return w^2 over the sum of squares of the weights at least as large in its layer (LAMP: Lee et al., 2021)."""
     squares = weight.detach().double().square().flatten()

@@ -317,3 +317,39 @@ def test_identity_holds_every_flag_that_changes_the_weights():
             "include_path", "save", "save_model", "packed", "stream", "hidden_states", "restart"}  # fmt: skip
     assert set(made.identity()) == set(made.flags()) - free
     assert isinstance(journal.digest(torch.zeros(2)), str) and journal.digest([1]) != journal.digest([2])
+
+
+def test_with_dense_statistics_finished_blocks_pass_on_what_they_did_when_they_were_dense(place):
+    flags = f"{place} --statistics dense --eval_wikitext false"
+    assert main.main(flags.replace("--save_model kept", "--save_model whole").split()) == 0
+    killed_run(flags, prune, "_prune_block", 3)
+    assert main.main(flags.split()) == 0
+    assert hashes(Path("kept") / f"{METHOD}_0.6") == hashes(Path("whole") / f"{METHOD}_0.6")
+
+
+def test_a_whole_model_whose_run_is_not_resumed_stays_where_it_was(place, unbroken, monkeypatch, capsys):
+    killed_run(place, evaluation, "perplexity_by_blocks", 1)
+    with monkeypatch.context() as patched:
+        versions = main.experiment.provenance()["versions"] | {"torch": "1.0"}
+        patched.setattr(main.experiment, "provenance", lambda: {"versions": versions})
+        assert main.main(place.split()) == 2 and "torch was" in only_line(capsys)
+    assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
+    assert [path.name for path in Path("kept").iterdir()] == [f"{METHOD}_0.6"]
+
+
+def test_an_empty_lock_is_waited_for_and_then_taken(place, capsys):
+    lock = Path(f"kept/.{METHOD}_0.6.partial/.lock")
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert main.main(place.split()) == 2
+    assert "another process is at work there" in (line := only_line(capsys)) and f"delete {lock}" in line
+    os.utime(lock, (0, 0))
+    assert main.main(place.split()) == 0
+
+
+def test_what_a_killed_run_had_not_renamed_is_not_shipped(place, unbroken):
+    killed_run(place, stream.os, "fsync", 2)
+    left = Path(f"kept/.{METHOD}_0.6.partial/.model-block-00002.safetensors.123")
+    left.write_bytes(b"half")
+    assert main.main(place.split()) == 0
+    assert not [path for path in (Path("kept") / f"{METHOD}_0.6").iterdir() if path.name.startswith(".")]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -313,3 +314,12 @@ def test_zero_shot_runs_on_the_saved_folder(tiny_folder, tiny_text, tmp_path, mo
         assert main.main([*flags.split(), "--stream", how, "--save", how]) == 0
         answers.append(json.loads(Path(how, "run_magnitude_sparsity_0.5.json").read_text())["zero_shot"]["means"])
     assert answers[0] == answers[1]
+
+
+def test_a_checkpoint_that_is_not_tied_as_its_config_says_is_refused(tmp_path, tiny_folder):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    model = models.empty_llm(models.locate(str(folder), "unused"), folder, torch.float32)
+    with pytest.raises(UserError, match="lm_head.weight and model.embed_tokens.weight differ.*--stream never"):
+        Streamed(model, Checkpoint(folder), torch.device("cpu"), torch.float32)
