@@ -137,7 +137,8 @@ def table(rows: Sequence[Needs], rate: float) -> str:
         streamed = "-" if row.streamed is None else f"{row.streamed / 1e9:.0f} GB"
         hidden = f"{row.hidden / 1e9:.1f} GB" if row.hidden else "-"
         memory = f"{row.gpu / 1e9:.0f} GB | {streamed} | {hidden} | {2 * row.weights / 1e9:.0f} GB"
-        hours = f"{row.work / 1e15:.1f} | {row.work / rate / 3600:.2g}" if row.work else "0 | disk"
+        hours = row.work / rate / 3600
+        hours = f"{row.work / 1e15:.1f} | {hours:{'.0f' if hours >= 10 else '.2g'}}" if row.work else "0 | disk"
         lines.append(f"| {row.size} | {row.method} | {memory} | {hours} |")
     return "\n".join(lines)
 
