@@ -61,7 +61,7 @@ class Benchmark(Flags):
     rounds: int = flag(2, "of which the fastest counts, a count", least=1, metavar="N")
     threads: int = flag(1, "of each process, a count", least=1, metavar="N")
     selection: bool = flag(True, f"time the selections in a matrix of {SELECT}x{SELECT}, too", nargs="?")
-    cache_dir: str = flag("llm_weights", "where SmolLM2 is kept", metavar="DIR")
+    cache_dir: str = flag("llm_weights", "where SmolLM2 is kept", in_repository=True, metavar="DIR")
     save: str = flag("results/bench_prune", "where the figures and the chart are written", metavar="DIR")
 
     def check(self) -> None:
