@@ -483,7 +483,7 @@ SPOILED = {
     "no input": (lambda f: shutil.rmtree(f.most / "deployment"), "", "was not written by export_onnx.py; type: python"),
     "opset": (lambda f: rewrite(graph(f.dense, "decode"), newer_opset), "", "decode.onnx: has ONNX IR 7 and opset 17"),
     "IR": (lambda f: rewrite(graph(f.dense), newer_ir), "", "model.onnx: has ONNX IR 11 and opset 14; IR 9 at most"),
-    "no ONNX": (lambda f: graph(f.most).write_bytes(b"\x0anothing"), "", "cannot be read as ONNX"),
+    "no ONNX": (lambda f: graph(f.dense).write_bytes(b"\x0anothing"), "", "cannot be read as ONNX"),
     "pruned again": (lambda f: prune(f.most, 0.9), "", "is of other weights than the model's"),
     "not pruned": (lambda f: prune(f.most, 0.03), "", "is not sparse, 3."),
     "no model": (lambda f: shutil.rmtree(f.most), "", "most: folder not found"),
