@@ -167,7 +167,7 @@ class Packed(Weights):
 
 
 def _check_tied(model: nn.Module, checkpoint: stream.Checkpoint) -> None:
-    """Refuse a checkpoint with different tensors where its config says that they are one; loaded whole, both are taken."""
+    """Refuse a checkpoint with different tensors that its config ties; loaded whole, both of them are used."""
     entries = checkpoint.entries
     for one, other in getattr(model, "all_tied_weights_keys", {}).items():
         if one in entries and other in entries:

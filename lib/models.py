@@ -229,8 +229,8 @@ def load_llm(
     if "disk" in places:
         raise UserError("model", f"{source.given}: does not fit in the memory of the GPUs and the CPU together")
     if device is None and torch.cuda.is_available() and set(places) == {"cpu"}:
-        text = "no GPU has room for a part of it beside the work, and all would be computed on the CPU"
-        raise UserError("model", f"{source.given}: {text}; lower --nsamples or --seqlen, or use a GPU with more free memory")
+        text = "no GPU has room for a part of it beside the work; lower --nsamples or --seqlen, or free GPU memory"
+        raise UserError("model", f"{source.given}: {text}")
     if "cpu" in places and len(set(places)) > 1:
         text = "%d of the model's %d parts stay in the CPU's memory and visit the GPU"
         log.info(text, places.count("cpu"), len(places))

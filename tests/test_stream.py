@@ -322,4 +322,4 @@ def test_a_checkpoint_that_is_not_tied_as_its_config_says_is_refused(tmp_path, t
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     model = models.empty_llm(models.locate(str(folder), "unused"), folder, torch.float32)
     with pytest.raises(UserError, match="lm_head.weight and model.embed_tokens.weight differ.*--stream never"):
-        Streamed(model, Checkpoint(folder), torch.device("cpu"), torch.float32)
+        Streamed(model, stream.Checkpoint(folder), torch.device("cpu"), torch.float32)
