@@ -108,7 +108,7 @@ class Session:
             weights = Streamed(model, Checkpoint(known.streamed), device, dtypes.stored)
         else:
             log.info("loading %s", known.source.path)
-            model = models.load_llm(known.source, dtypes.compute, processes.device(), known.reserve)
+            model = models.load_llm(known.source, dtypes.compute, processes.device(), reserve=known.reserve)
             weights = weights_of(model, None if dtypes.stored == dtypes.compute else dtypes.stored)
         if self.shared:
             self._made[key], self.dense = weights, weights.snapshot()
@@ -235,7 +235,7 @@ def whole_model(weights: Weights, known: Prepared, saved: str | None) -> PreTrai
     if not weights.streamed:
         return weights.model
     source = known.source if saved is None else models.locate(saved, known.source.cache_dir)
-    return models.load_llm(source, known.dtypes.compute, processes.device(), known.reserve)
+    return models.load_llm(source, known.dtypes.compute, processes.device(), reserve=known.reserve)
 
 
 def metric_settings(settings: Experiment) -> metrics.Settings:

@@ -54,8 +54,7 @@ def walk(
     torch.set_float32_matmul_precision("highest")  # where an environment variable asks for TF32: masks would change
     if not weights.streamed:  # there memory is what is scarce
         keep_freed_memory()
-    report = []
-    last = max(layer.block for layer in weights.layers)
+    report, last = [], max(layer.block for layer in weights.layers)
     dense = propagate == "dense" and inputs is not None
     with torch.no_grad(), tqdm(total=last + 1, desc="pruning", unit="block", disable=None) as bar:
         for block in weights.visit(write=True):

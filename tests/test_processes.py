@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -114,6 +115,7 @@ def fork(flags: str, count: int, before: Callable[[int], object] = lambda rank: 
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
                 sys.stdout = sys.stderr = Path(f"said.{rank}").open("w", buffering=1)
                 logging.getLogger().handlers.clear()  # pytest's: main.py then sets up its own
+                accelerate.state.PartialState._reset_state()  # of a Trainer or a launcher in an earlier test
                 before(rank)
                 status = main.main(flags.split())
             except BaseException:

@@ -604,7 +604,8 @@ def test_python_for_the_engine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", fake_python(tmp_path / "main", "3 13"))
     fake_python(tmp_path / "python3", "3 12")
-    with pytest.raises(UserError, match=r"needs Python 3.8 to 3.11, and .*main is 3.13, python3.11 is .* 3.12; inst"):
+    says = r"needs Python 3.8 to 3.11, and .*main is 3.13, python3.11 not found.* 3.12; install"
+    with pytest.raises(UserError, match=says):
         environment.find_python()
     ten = fake_python(tmp_path / "python3.10", "3 10")
     assert environment.find_python() == ten

@@ -68,7 +68,7 @@ def find_python() -> str:
         seen.append(f"{name} is {'.'.join(map(str, version))}" if version else f"{name} not found")
     raise UserError(
         None,
-        f"{ENGINE}: needs Python 3.8 to 3.11, and {', '.join(seen)}; install one and say "
+        f"{ENGINE}: needs Python 3.8 to 3.11, and {', '.join(seen)}; install one and set "
         f"DEEPSPARSE_PYTHON=/path/to/python3.11, or {WITHOUT}",
     )
 
