@@ -9,15 +9,27 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of mallopt, in glibc'
 _KEPT, _STEP, _HEAP_MOST = 512 << 20, 16 << 20, 32 << 20  # bytes; more than the last one, glibc does not take
 
 
+def _library() -> ctypes.CDLL | None:
+    """Return glibc, None elsewhere (macOS, Windows, musl)."""
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return library if hasattr(library, "mallopt") else None
+
+
+def give_back_freed_memory() -> None:
+    """Give what is freed back to the system, such as the tokens of a whole text, of which only windows are kept."""
+    library = _library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Let glibc keep what is freed from now on, up to half a GiB; return whether it does (elsewhere, nothing is set).
 
     Activations of a block are a few MiB each. By default glibc asks the system for such memory and gives it back each
-    time, and the system zeroes each page again: a tenth of a pass over a small model's blocks. What was freed before,
-    such as the tokens of a whole text, goes back.
+    time, and the system zeroes each page again: a tenth of a pass over a small model's blocks.
     """
-    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if not hasattr(library, "mallopt"):  # macOS, Windows, musl
+    library = _library()
+    if library is None:
         return False
     library.malloc_trim(0)
     pairs = ((_MMAP_THRESHOLD, _HEAP_MOST), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _STEP))

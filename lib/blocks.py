@@ -258,8 +258,9 @@ class Streamed(Weights):
         outside = self._outside
         if not self._held:
             for name in outside:
-                tensor = stream.read_tensor(self.checkpoint.entries[self._keys[name]])
-                _assign(self.model, name, tensor, self.device, self.compute)
+                value = stream.read_converted(self.checkpoint.entries[self._keys[name]], self.device, self.compute)
+                _assign(self.model, name, value, self.device, self.compute)
+                del value
             self.model.tie_weights()
         self._held += 1
         try:

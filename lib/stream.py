@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I32": "int32"}
-_PIECE = 2**24  # bytes hashed or written at a time
+_PIECE = 2**24  # bytes hashed or written at a time, and numbers converted
 
 
 class Entry(NamedTuple):
@@ -96,6 +96,20 @@ def read_tensor(entry: Entry) -> Tensor:
             done += count
         os.posix_fadvise(file.fileno(), entry.start, entry.size, os.POSIX_FADV_DONTNEED)
     return buffer.view(getattr(torch, _CODES[entry.code])).view(entry.shape)
+
+
+def read_converted(entry: Entry, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a tensor on ``device``, in ``dtype`` if it holds real numbers: never all of it in two dtypes at once."""
+    own = getattr(torch, _CODES[entry.code])
+    if not own.is_floating_point:
+        return read_tensor(entry).to(device)
+    value = torch.empty(entry.shape, dtype=dtype, device=device)
+    flat = value.view(-1)
+    for start in range(0, len(flat), _PIECE):
+        count = min(_PIECE, len(flat) - start)
+        place = {"start": entry.start + start * own.itemsize, "size": count * own.itemsize}
+        flat[start : start + count] = read_tensor(entry._replace(shape=(count,), **place))
+    return value
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+MIB = 2**20  # bytes: the unit of a record's peaks
 
 
 @dataclass(kw_only=True)
@@ -135,8 +136,8 @@ def run(settings: Scale) -> None:
         (
             row["method"],
             {"always": "streamed", "never": "in memory"}.get(row["stream"], row["stream"]),
-            "failed" if "failed" in row else f"{row['peak_rss_mb'] / 1000:.2f} GB",
-            f"{row['peak_cuda_mb'] / 1000:.2f} GB" if row.get("peak_cuda_mb") else "-",
+            "failed" if "failed" in row else f"{row['peak_rss_mb'] * MIB / 1e9:.2f} GB",
+            f"{row['peak_cuda_mb'] * MIB / 1e9:.2f} GB" if row.get("peak_cuda_mb") else "-",
             f"{row.get('seconds', 0):.0f}",
             f"{row.get('seconds_per_block', 0):.2f}",
         )

@@ -30,6 +30,18 @@ def some_tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=draw).mul(9).to(dtype) for name, shape in shapes.items()}
 
 
+@pytest.mark.parametrize("piece", [1, 4, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64], ids=str)
+def test_a_tensor_that_is_converted_as_it_is_read(dtype, piece, tmp_path, monkeypatch):
+    tensors = some_tensors(dtype)
+    stream.write_shard(tmp_path / "shard.safetensors", tensors)
+    monkeypatch.setattr(stream, "_PIECE", piece)
+    for name, entry in stream.read_header(tmp_path / "shard.safetensors").items():
+        wanted = tensors[name].to(torch.float32) if dtype.is_floating_point else tensors[name]
+        found = stream.read_converted(entry, CPU, torch.float32)
+        assert found.dtype == wanted.dtype and found.shape == wanted.shape and torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64], ids=str)
 def test_shards_are_what_the_library_reads_and_writes(dtype, tmp_path):
     tensors = some_tensors(dtype)
