@@ -1,5 +1,6 @@
 """Each kind of model on a tiny random configuration: what is found, how it is walked and pruned, what is refused."""
 
+import copy
 import json
 import math
 from importlib.util import find_spec
@@ -72,7 +73,7 @@ KINDS = {
 def build(kind: str):
     """Return a random model whose weights are large enough to matter."""
     torch.manual_seed(3)
-    config = KINDS[kind][1]
+    config = copy.deepcopy(KINDS[kind][1])  # a model that is saved in another dtype writes that into its config
     config.initializer_range = config.init_std = 0.1
     return tf.AutoModelForCausalLM.from_config(config).eval()
 
