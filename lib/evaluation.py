@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -131,22 +132,27 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
 
 def _task_manager(names: Sequence[str], include_path: str | None) -> object:
     """Return a manager that knows all of ``names``."""
-    from lm_eval.tasks import TaskManager
-
     if include_path is not None:
         if not Path(include_path).is_dir():
             raise UserError("include_path", f"{include_path}: folder not found; give one with lm-eval task files")
-        local = TaskManager(include_path=include_path, include_defaults=False)
+        local = _tasks_in(include_path, include_defaults=False)
         if not local.all_tasks:
             raise UserError("include_path", f"{include_path}: the folder holds no lm-eval task files (*.yaml)")
         if set(names) <= set(local.all_subtasks):  # lm-eval's own, over ten thousand, take seconds to list
             return local
-    manager = TaskManager(include_path=include_path)
+    manager = _tasks_in(include_path)
     for name in names:  # all names before the first data: those may have to be fetched
         if name not in manager.task_index:
             hint = did_you_mean(name, manager.all_tasks)
             raise UserError("tasks", f"{name}: unknown to lm-eval.{hint} For {_LOCAL_TASKS}")
     return manager
+
+
+@cache
+def _tasks_in(include_path: str | None, include_defaults: bool = True) -> object:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 def zero_shot(

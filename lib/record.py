@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -183,17 +184,22 @@ def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
 
 def provenance() -> dict:
     """Return package versions, git commit, devices and the time, for the run's record."""
-    versions = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
     cuda = [torch.cuda.get_device_name(device) for device in cuda_in_use()]
     return {
-        "versions": versions,
+        "versions": dict(_versions()),
         "git_commit": _git_commit(),
         "device": cuda or [f"cpu ({torch.get_num_threads()} threads)"],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _git_commit() -> str | None:

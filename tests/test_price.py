@@ -393,6 +393,7 @@ def run(tiny_folder, tiny_text, other_text, tmp_path, monkeypatch):
 
     def work(flags: str, status: int = 0, evaluate: Path = other_text) -> dict:
         texts = ["--calib_data", str(tiny_text), "--eval_data", str(evaluate), "--seqlen", "32", "--nsamples", "4"]
+        texts += ["--eval_windows", "8"]
         assert main.main(["--model", str(tiny_folder), *texts, "--save", "save", *flags.split()]) == status
         found = sorted(Path("save").glob("run_*.json"), key=lambda path: path.stat().st_mtime)
         return json.loads(found[-1].read_text()) if found else {}

@@ -144,6 +144,7 @@ def small(tiny_folder, tiny_text, tmp_path_factory) -> tuple[dict, list[str], Pa
     """Return the variables and flags that make a script small, and the folder of its results."""
     save = tmp_path_factory.mktemp("scripts")
     flags = ["--calib_data", str(tiny_text), "--eval_data", str(tiny_text), "--seqlen", "32", "--nsamples", "4"]
+    flags += ["--eval_windows", "8"]
     return {"MODEL": str(tiny_folder), "SAVE": str(save / "runs"), "CACHE": str(save / "cache"),
             "METHODS": "magnitude_ww wanda_ww"}, flags, save / "runs"  # fmt: skip
 
@@ -585,6 +586,7 @@ def test_time_saved_is_a_lower_bound_by_what_was_measured():
     assert sweep.saved_seconds([made(3, 2)], 5.0) == 0
 
 
+@pytest.mark.slow
 def test_table2_of_smollm2_runs(tmp_path):
     done = shell("table2_smollm2", "--nsamples", "2", "--seqlen", "64", "--eval_windows", "2",
                  "--ww_metric_cache", str(tmp_path / "c"),

@@ -636,6 +636,7 @@ def skip_without_index(error: UserError, tmp_path: Path) -> None:
     raise error
 
 
+@pytest.mark.slow  # without the environment, the test makes it
 def test_deepsparse_runs_both_graphs_and_agrees(folders, tmp_path, capsys):
     try:
         python = environment.deepsparse_python()
@@ -667,6 +668,7 @@ def test_deepsparse_runs_both_graphs_and_agrees(folders, tmp_path, capsys):
     assert "runs input_ids as [1, 24], not [1, 12] as asked" in result["error"]
 
 
+@pytest.mark.slow
 def test_smollm2_export_agrees(smollm2_source, tmp_path):
     checkpoint = checkpoints.open_checkpoint(smollm2_source.path)
     record = export_onnx.export(checkpoint, 32, tmp_path / "out", ["decode"], "wiki_leads")

@@ -217,7 +217,7 @@ def run(tmp_path, monkeypatch, tiny_text):
         found = []
         for how in ("never", "always"):
             words = f"--model {model} --calib_data {tiny_text} --eval_data {tiny_text} --seqlen 32 --nsamples 5 "
-            words += f"{flags} --save {how} --save_model kept-{how} --ww_metric_cache cache-{how} --stream {how}"
+            words += f"--eval_windows 8 {flags} --save {how} --save_model kept-{how} --ww_metric_cache cache-{how} --stream {how}"
             if "--prune_method" in flags and "_ww" not in flags and "_" in flags.split()[1]:
                 words = words.replace(f"--ww_metric_cache cache-{how} ", "")
             assert main.main(words.split()) == 0
@@ -281,13 +281,14 @@ def test_every_allocation_streams(method, sharded, run):
 
 
 @pytest.mark.parametrize("more", ["--epsilon auto --eval_data words.txt", "--save_plan plan.json --hidden_states disk",
-                                  "--ww_metric random_distance", "--esd_driver fast"])  # fmt: skip
+                                  "--esd_driver fast",
+                                  pytest.param("--ww_metric random_distance", marks=pytest.mark.slow)])  # fmt: skip
 def test_everything_else_streams(more, sharded, run, tiny_text):
     Path("words.txt").write_text(tiny_text.read_text()[:3000])
     check_same(run(sharded[torch.float32], f"--prune_method sparsegpt_ww --sparsity_ratio 0.6 {more}"))
 
 
-ONE_FAST = [pytest.param(m, marks=() if m == "sparsegpt_ww" else pytest.mark.slow) for m in SIX]
+ONE_FAST = [pytest.param(m, marks=() if m == "wanda" else pytest.mark.slow) for m in SIX]
 
 
 @pytest.mark.parametrize("method", ONE_FAST)
@@ -299,7 +300,7 @@ def test_the_same_bits_from_smollm2(method, smollm2_source, run):
 
 def test_a_streamed_model_needs_a_place_for_its_blocks(tiny_folder, tiny_text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = f"--model {tiny_folder} --eval_data {tiny_text} --seqlen 32 --stream always"
+    flags = f"--model {tiny_folder} --eval_data {tiny_text} --seqlen 32 --eval_windows 8 --stream always"
     assert main.main(f"{flags} --prune_method magnitude --sparsity_ratio 0.5".split()) == 2
     assert "add --save_model DIR" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert main.main(flags.split()) == 0  # a dense one does not
@@ -309,7 +310,7 @@ def test_a_streamed_model_needs_a_place_for_its_blocks(tiny_folder, tiny_text, t
 def test_auto_streams_what_does_not_fit(free, expected, tiny_folder, tiny_text, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(models, "free_memory", lambda _: {"cpu": free})
-    flags = f"--model {tiny_folder} --eval_data {tiny_text} --seqlen 32"
+    flags = f"--model {tiny_folder} --eval_data {tiny_text} --seqlen 32 --eval_windows 8"
     with caplog.at_level("INFO"):
         assert main.main(flags.split()) == 0
     assert ("block by block" in caplog.text) == expected

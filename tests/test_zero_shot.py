@@ -136,6 +136,7 @@ def test_own_tasks_are_four_choices_without_a_favourite_place():
     assert facts["France"] == "Paris" and facts["Australia"] == "Canberra" and len(facts) == len(set(facts.values()))
 
 
+@pytest.mark.slow
 def test_heavily_pruned_smollm2_falls_to_chance(smollm2, smollm2_source):
     tokenizer, tasks = load_tokenizer(smollm2_source), evaluation.find_tasks(["capital_cities"], str(TASKS), 0)
     dense = evaluation.zero_shot(smollm2, tokenizer, tasks)
