@@ -30,7 +30,8 @@ torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the published figures that take over a minute each")
+    text = "also run what takes longest: published figures of whole runs, launchers, exports"
+    parser.addoption("--slow", action="store_true", help=text)
 
 
 def pytest_configure(config):
@@ -43,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and -m gpu"))
         if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes over a minute; add --slow"))
+            item.add_marker(pytest.mark.skip(reason="takes long; add --slow"))
 
 
 @pytest.fixture(autouse=True)

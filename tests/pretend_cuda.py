@@ -1,6 +1,6 @@
 """Pretend CUDA device for machines without one: tensors compute on the CPU and refuse what CUDA refuses."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -8,7 +8,6 @@ from unittest.mock import patch
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 FREE, TOTAL = 70 * 2**30, 80 * 2**30  # bytes
@@ -103,7 +102,7 @@ class CudaTensor(torch.Tensor):
 
 def _compute(func, args: tuple, kwargs: dict) -> object:
     """Return what ``func`` gives on the CPU, on the device on which CUDA would have it."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = _tensors((args, list(kwargs.values())))
     ours = [tensor for tensor in tensors if isinstance(tensor, CudaTensor)]
     packet = func.overloadpacket
     if ours and packet not in _MOVES:
@@ -126,8 +125,21 @@ def _compute(func, args: tuple, kwargs: dict) -> object:
     _driver.operations += on_cuda
     if func is aten.mm.dtype:  # which CUDA alone has
         func, args = aten.mm.default, tuple(_held(arg).to(args[2]) for arg in args[:2])
-    out = func(*tree_map(_held, args), **tree_map(_held, kwargs))
-    return tree_map(lambda leaf: _wrapped(leaf, ours), out) if on_cuda else out
+    out = func(*_each(_held, args), **{name: _each(_held, value) for name, value in kwargs.items()})
+    return _each(lambda leaf: _wrapped(leaf, ours), out) if on_cuda else out
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    """Return the tensors among an operation's arguments, which are nested in lists and tuples only."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def _each(change: Callable, value: object) -> object:
+    if isinstance(value, list | tuple):
+        return type(value)(_each(change, item) for item in value)
+    return change(value)
 
 
 def _refuse_mix(packet, args: tuple, tensors: list[torch.Tensor]) -> None:

@@ -38,6 +38,7 @@ def test_every_method_is_timed_and_gives_what_its_plain_formulation_gives():
     assert sum(row.flops is not None for row in rows.values()) == 3  # the Hessian, and Wanda's two walks
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU here")
 def test_the_check_mixes_no_devices():
     with pretend_cuda() as cuda:

@@ -214,6 +214,7 @@ def test_evaluation_without_training_is_that_of_the_pruned_model(place, tmp_path
     assert record(tmp_path / "out" / "eval_results.json")["perplexity"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_adapter_of_one(place, tmp_path):
     # The same four blocks to a step, two in each process. --multi_gpu is what makes the launcher start several
     # processes; --use_cpu keeps them off the GPUs. From lora_ft/, as some type it.

@@ -31,7 +31,6 @@ from lib.settings import METHODS, Task
 # Rounding moves Wanda's masks from block to block and SparseGPT's more so: two independent implementations differ by
 # this much. Magnitude knows nothing of the input, and its masks are exact; what remains is the loss's rounding.
 TOLERANCE = {"dense": 1e-4, "magnitude": 1e-3, "wanda": 0.02, "sparsegpt": 0.08}
-SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -66,18 +65,19 @@ def test_published_masks_of_magnitude(smollm2, golden):
     check_masks(weights, golden("pruning.json")["magnitude_0.5"], 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "method", "ratio", "nm"),
     [
         ("dense_0", "dense", 0.0, None),
-        pytest.param("magnitude_0.5", "magnitude", 0.5, None, marks=SLOW),
-        pytest.param("wanda_0.5", "wanda", 0.5, None, marks=SLOW),
-        pytest.param("wanda_0.5_2of4", "wanda", 0.5, (2, 4), marks=SLOW),
-        pytest.param("sparsegpt_0.5", "sparsegpt", 0.5, None, marks=SLOW),
-        pytest.param("sparsegpt_0.5_2of4", "sparsegpt", 0.5, (2, 4), marks=SLOW),
-        pytest.param("magnitude_ww_0.5_eps0.2", "magnitude_ww", 0.5, None, marks=SLOW),
-        pytest.param("wanda_ww_0.7_eps0.2", "wanda_ww", 0.7, None, marks=SLOW),
-        pytest.param("sparsegpt_ww_0.7_eps0.2", "sparsegpt_ww", 0.7, None, marks=SLOW),
+        ("magnitude_0.5", "magnitude", 0.5, None),
+        ("wanda_0.5", "wanda", 0.5, None),
+        ("wanda_0.5_2of4", "wanda", 0.5, (2, 4)),
+        ("sparsegpt_0.5", "sparsegpt", 0.5, None),
+        ("sparsegpt_0.5_2of4", "sparsegpt", 0.5, (2, 4)),
+        ("magnitude_ww_0.5_eps0.2", "magnitude_ww", 0.5, None),
+        ("wanda_ww_0.7_eps0.2", "wanda_ww", 0.7, None),
+        ("sparsegpt_ww_0.7_eps0.2", "sparsegpt_ww", 0.7, None),
     ],
 )
 def test_published_perplexity(key, method, ratio, nm, smollm2, windows, golden):

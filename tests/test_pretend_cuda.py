@@ -277,7 +277,8 @@ def few_windows(monkeypatch):
 @pytest.mark.parametrize("suffix", ALLOCATIONS)
 @pytest.mark.parametrize("pruner", PRUNERS)
 def test_every_method(pruner, suffix, rehearse):
-    few = "--price_steps 2" if suffix == "price" else ""  # every step does the same
+    # every step, and every iteration, does the same
+    few = "--price_steps 2 " * (suffix == "price") + "--pruner_iterations 3 --refit 2" * (pruner == "alps")
     rehearse(f"--prune_method {pruner}{suffix and '_'}{suffix} --sparsity_ratio 0.5 {few}")
 
 
@@ -342,6 +343,7 @@ def one_block(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 @pytest.mark.parametrize("metric", WEIGHTWATCHER)
+@pytest.mark.slow
 def test_metrics_of_weightwatcher(metric, runs, one_block):
     with pretend_cuda() as cuda:
         runs(f"--metrics_only --ww_metric {metric} --ww_metric_cache cache", "work", model=one_block)

@@ -399,6 +399,7 @@ def launched(flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
 
 
+@pytest.mark.slow
 def test_under_a_launcher(place):
     done = launched(f"{place} --prune_method magnitude --sparsity_ratio 0.5 --save_model kept")
     assert done.returncode == 0, done.stderr

@@ -75,10 +75,10 @@ def test_the_benchmarks_loop_is_the_definition():
 
 
 @pytest.fixture
-def compared(tiny_folder, tiny_text, tmp_path, monkeypatch):
+def compared(tiny_folder, tiny_text, other_text, tmp_path, monkeypatch):
     """Return a function that runs a comparison on the tiny model and returns its table's rows and whole text."""
     monkeypatch.chdir(tmp_path)
-    text = [*f"--model {tiny_folder} --calib_data {tiny_text} --eval_data wiki_leads --seqlen 32".split()]
+    text = [*f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {other_text} --seqlen 32".split()]
     text += "--nsamples 3 --eval_windows 2 --save cmp".split()
 
     def run(*flags: str) -> tuple[dict[tuple[str, str], list[str]], str]:

@@ -41,8 +41,8 @@ def unbroken(tmp_path_factory, tiny_folder, tiny_text) -> tuple[dict[str, str], 
     folder = tmp_path_factory.mktemp("unbroken")
     (folder / "other.txt").write_text(tiny_text.read_text()[2000:])
     flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {folder / 'other.txt'} --seqlen 32 "
-    flags += f"--nsamples 5 --eval_windows 8 --save {folder / 'save'} --prune_method {METHOD} --sparsity_ratio 0.6 --epsilon 0.2 "
-    flags += f"--save_model {folder / 'kept'} --ww_metric_cache {folder / 'cache'}"
+    flags += f"--nsamples 5 --eval_windows 8 --save {folder / 'save'} --prune_method {METHOD} --sparsity_ratio 0.6 "
+    flags += f"--epsilon 0.2 --save_model {folder / 'kept'} --ww_metric_cache {folder / 'cache'}"
     assert main.main(flags.split()) == 0
     return hashes(folder / "kept" / f"{METHOD}_0.6"), json.loads((folder / "save" / f"run_{RUN}.json").read_text())
 

@@ -25,6 +25,9 @@ from lib.pruners import magnitude
 from lib.sparse import DenseLinear, SparseLinear, kernel, packed
 from lib.sparse.attention import grouped_attention
 
+sys.path.insert(0, str(ROOT / "scripts"))
+import generate
+
 SHAPES = [(7, 31), (33, 1000), (1, 64), (5, 8), (40, 2100), (600, 96), (3, 33)]  # [rows, columns]
 # Float32 sums of 2,100 products at most: each of the additions is off by 2^-24 of the running sum.
 CLOSE = 3e-6
@@ -542,15 +545,17 @@ def test_without_a_kernel_the_model_runs_dense_and_one_line_says_why(
 @needs_kernel
 def test_library_is_compiled_once_and_again_for_other_flags(fresh, monkeypatch):
     level = kernel.levels()[-1]
+    monkeypatch.setattr(kernel, "FLAGS", quick := ("-O0", *kernel.FLAGS[1:]))
     first = kernel._built(level)
     monkeypatch.setattr(kernel.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
     assert kernel._built(level) == first and [path.name for path in fresh.iterdir()] == [first.name]
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh.parent))
-    monkeypatch.setattr(kernel, "FLAGS", (*kernel.FLAGS, "-DOTHER"))
+    monkeypatch.setattr(kernel, "FLAGS", (*quick, "-DOTHER"))
     assert kernel._built(level) != first
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_two_processes_that_build_at_once_do_not_meet(fresh):
     code = (
@@ -571,6 +576,7 @@ def test_two_processes_that_build_at_once_do_not_meet(fresh):
 # ----------------------------------------------------------------------------------------------------- generate.py
 
 
+@pytest.mark.slow
 def test_generate_streams_and_compares(pruned, packed_folder):
     command = [sys.executable, ROOT / "scripts" / "generate.py", packed_folder, "Ab de"]
     done = subprocess.run(
@@ -592,8 +598,7 @@ def test_generate_streams_and_compares(pruned, packed_folder):
         (["{}", "x", "--compare", "nowhere"], "nowhere: folder not found"),
     ],
 )
-def test_generate_bad_input(packed_folder, flags, says):
-    flags = [flag.format(packed_folder) for flag in flags]
-    command = [sys.executable, ROOT / "scripts" / "generate.py", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+def test_generate_bad_input(packed_folder, flags, says, capsys):
+    assert generate.main([flag.format(packed_folder) for flag in flags]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1

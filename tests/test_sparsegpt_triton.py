@@ -152,7 +152,14 @@ def test_whole_matrices_by_the_kernel(index, interpreted):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "group", "padded"), [(75, 0, 128), (80, 4, 128), (90, 0, 16), (90, 4, 128), (100, 8, 128)]
+    ("architecture", "group", "padded"),
+    [
+        (90, 0, 16),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((75, 0, 128), (80, 4, 128), (90, 4, 128), (100, 8, 128))
+        ),
+    ],
 )
 def test_kernel_compiles(architecture, group, padded, tmp_path):
     divisions = run(COMPILE, architecture, group, padded, TRITON_CACHE_DIR=str(tmp_path))  # with Triton's own assembler

@@ -522,6 +522,7 @@ def test_engine_with_other_logits_is_refused(copied, tmp_path, capsys):
 # --------------------------------------------------------------------------------------------- from model to table
 
 
+@pytest.mark.slow
 def test_pipeline_prunes_exports_and_measures(tmp_path, tiny_folder, tiny_text, capsys, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "model")
     argv = [tmp_path / "model", "--sparsity", 0.75, 0.5, "--method", "magnitude", "--work", tmp_path / "work"]
