@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import shutil
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
@@ -17,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import main
+from lib import evaluation
 from lib.blocks import Weights, weights_of
 from lib.command import parse
 from lib.models import load_llm, locate
@@ -67,6 +71,28 @@ def golden():
 def settings(flags: str | list[str]) -> Experiment:
     """Return main.py's settings of a command line, checked."""
     return parse(Experiment, flags.split() if isinstance(flags, str) else flags, main.PARSER)
+
+
+def across(pruners: Iterable[str], suffixes: Iterable[str]) -> list:
+    """Return every pair, for parametrize: each of them once and some twice in the fast tests, the rest with --slow."""
+    pairs = [(pruner, suffix) for pruner in pruners for suffix in suffixes]
+    fast = [pruner == "wanda" or suffix in ("", "ww") for pruner, suffix in pairs]
+    return [pytest.param(*pair, marks=() if f else pytest.mark.slow) for pair, f in zip(pairs, fast, strict=True)]
+
+
+@pytest.fixture
+def few_tasks(monkeypatch, tmp_path_factory):
+    """Let lm-eval know the paper's tasks and few others: to list all ten thousand takes as long as a hundred tests."""
+    from lm_eval.tasks import TaskManager
+
+    lister = sys.modules[TaskManager.__module__]  # which lists what lies in its folder
+    folder = tmp_path_factory.mktemp("tasks")
+    for name in ("super_glue", "glue", "hellaswag", "winogrande", "arc", "openbookqa"):
+        shutil.copytree(Path(lister.__file__).parent / name, folder / name)
+    monkeypatch.setattr(lister, "__file__", str(folder / "__init__.py"))
+    evaluation._tasks_in.cache_clear()
+    yield
+    evaluation._tasks_in.cache_clear()
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:

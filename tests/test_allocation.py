@@ -129,6 +129,7 @@ def test_cap_by_pencil():
 ALPHA_ROUNDING = 1e-5
 
 
+@pytest.mark.slow
 def test_published_ratios(golden, smollm2_weights):
     layers = smollm2_weights.layers
     values = smollm2_weights.map(lambda _, weight: alpha_mid(spectrum(weight)))

@@ -59,6 +59,7 @@ def call(capsys, *flags) -> tuple[int, str]:
 # ----------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 def test_a_run_as_published_from_inside_the_folder(vit_folder, tmp_path):
     flags = (
         f"--model {vit_folder} --data_set digits --prune_metric wanda_ww --sparsity 0.6 --nsamples 200 --batch_size 64"

@@ -160,7 +160,9 @@ BEFORE_LOADING = [
 
 
 @pytest.mark.parametrize(("program", "text", "says"), BEFORE_LOADING, ids=lambda value: str(value)[:60])
-def test_before_loading(program, text, says, place, capsys, monkeypatch):
+def test_before_loading(program, text, says, place, capsys, monkeypatch, request):
+    if "--eval_zero_shot" in text:
+        request.getfixturevalue("few_tasks")
     monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
     before = everything(place)
     status, line = status_and_line(program, text, capsys)

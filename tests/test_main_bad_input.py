@@ -288,7 +288,9 @@ def check_one_line(capsys, status: int, say: str) -> str:
 
 
 @pytest.mark.parametrize(("typed", "say"), [(k, v) for k, v in BEFORE_LOADING.items() if v], ids=str)
-def test_refused_before_the_model_is_loaded(typed, say, place, capsys, monkeypatch):
+def test_refused_before_the_model_is_loaded(typed, say, place, capsys, monkeypatch, request):
+    if "--eval_zero_shot" in typed:
+        request.getfixturevalue("few_tasks")
     monkeypatch.setattr(models, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
     before = everything(place)
     check_one_line(capsys, status_of(arguments(typed)), say)

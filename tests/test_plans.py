@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import saved_tensors, settings, tiny_llama, tiny_sentences
+from conftest import across, saved_tensors, settings, tiny_llama, tiny_sentences
 from rich.console import Console
 
 import main
@@ -101,8 +101,7 @@ def test_recipe_counts_the_zeros_of_nm():
 # ----------------------------------------------------------------------------------------------------------- mixed N:M
 
 
-@pytest.mark.parametrize("suffix", [name for name in ALLOCATIONS if name not in ("", "er_plus")])
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize(("pruner", "suffix"), across(PRUNERS, (s for s in ALLOCATIONS if s not in ("", "er_plus"))))
 def test_mixed_nm_is_obeyed_in_every_layer(pruner, suffix, run):
     record = run(f"--prune_method {pruner}_{suffix} --sparsity_type 4:8 --save_model kept")
     rows = table_of(f"save/layers_{pruner}_{suffix}_sparsity_0.5.tsv")

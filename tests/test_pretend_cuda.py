@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, saved_tensors, tiny_llama, tiny_sentences
+from conftest import ROOT, across, saved_tensors, tiny_llama, tiny_sentences
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pretend_cuda import FREE, CudaTensor, DeviceMix, pretend_cuda
@@ -274,8 +274,7 @@ def few_windows(monkeypatch):
 
 
 @pytest.mark.usefixtures("few_windows")
-@pytest.mark.parametrize("suffix", ALLOCATIONS)
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize(("pruner", "suffix"), across(PRUNERS, ALLOCATIONS))
 def test_every_method(pruner, suffix, rehearse):
     # every step, and every iteration, does the same
     few = "--price_steps 2 " * (suffix == "price") + "--pruner_iterations 3 --refit 2" * (pruner == "alps")

@@ -108,7 +108,7 @@ def matrix_case(columns, nm, ratio):
     return torch.randn(20, columns, generator=draw), tuple(inverse_factor(2 * (x.T @ x))), ratio, nm
 
 
-MATRICES = [(300, None, 0.5), (300, None, 1.0), (280, (2, 4), 0.0), (264, (4, 8), 0.0)]
+MATRICES = [(150, None, 0.5), (150, None, 1.0), (140, (2, 4), 0.0), (136, (4, 8), 0.0)]
 
 
 @pytest.fixture(scope="module")

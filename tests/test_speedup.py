@@ -507,6 +507,7 @@ def test_benchmark_bad_input(copied, tmp_path, monkeypatch, capsys, case):
     assert not (tmp_path / "save").exists()
 
 
+@pytest.mark.slow
 def test_engine_with_other_logits_is_refused(copied, tmp_path, capsys):
     path = copied.most / "deployment" / "model.npz"
     arrays = dict(np.load(path))

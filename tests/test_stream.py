@@ -242,8 +242,14 @@ def check_same(found: list[tuple[dict, Path]]) -> None:
 SIX = ["magnitude", "wanda", "sparsegpt", "magnitude_ww", "wanda_ww", "sparsegpt_ww"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", SIX)
+EVERY = [(method, dtype) for method in SIX for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+FAST = [(method, torch.float32) for method in SIX] + [("sparsegpt_ww", torch.float16), ("wanda", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow, id=f"{pair[0]}-{pair[1]}") for pair in EVERY],
+)
 def test_the_same_bits_from_a_sharded_checkpoint(method, dtype, sharded, run):
     found = run(sharded[dtype], f"--prune_method {method} --sparsity_ratio 0.5")
     check_same(found)

@@ -112,6 +112,7 @@ def test_worked_examples_are_asked_for_or_refused(made_up, tiny_model, tiny_toke
         evaluation.find_tasks(["made_up"], str(folder), 2)
 
 
+@pytest.mark.slow
 def test_published_tasks_are_known_to_the_installed_harness():
     from lm_eval.tasks import TaskManager
 
@@ -151,6 +152,7 @@ def test_heavily_pruned_smollm2_falls_to_chance(smollm2, smollm2_source):
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_a_run_leaves_the_table_and_the_full_result(made_up, tmp_path, tiny_folder, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = f"--model {tiny_folder} --eval_wikitext false --prune_method magnitude --sparsity_ratio 0.5 --save save"
