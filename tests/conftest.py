@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import main
-from lib import evaluation
+from lib import evaluation, price
 from lib.blocks import Weights, weights_of
 from lib.command import parse
 from lib.models import load_llm, locate
@@ -78,6 +78,13 @@ def across(pruners: Iterable[str], suffixes: Iterable[str]) -> list:
     pairs = [(pruner, suffix) for pruner in pruners for suffix in suffixes]
     fast = [pruner == "wanda" or suffix in ("", "ww") for pruner, suffix in pairs]
     return [pytest.param(*pair, marks=() if f else pytest.mark.slow) for pair, f in zip(pairs, fast, strict=True)]
+
+
+@pytest.fixture
+def few_windows(monkeypatch):
+    """Let a search for prices read few windows: each goes the same way."""
+    monkeypatch.setattr(price, "FIT", 4)
+    monkeypatch.setattr(price, "HELD", 2)
 
 
 @pytest.fixture

@@ -453,8 +453,8 @@ def unit_diagonal_error(weight, pruned, hessian):
     return layer_error(weight * d, pruned * d, hessian / torch.outer(d, d))
 
 
-@pytest.mark.parametrize(("key", "iterations"), [("0.7", 10), *(pytest.param(*case, marks=pytest.mark.slow)
-                                                           for case in (("2:4", 10), ("0.7", 30)))])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "iterations"), [("0.7", 10), ("2:4", 10), ("0.7", 30)])
 def test_published_layer_errors(key, iterations, block_16, golden, caplog):
     expected = golden("reconstruction.json")["layer_error"][key]
     nm = (2, 4) if key == "2:4" else None
@@ -467,7 +467,8 @@ def test_published_layer_errors(key, iterations, block_16, golden, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("key", ["0.7", pytest.param("2:4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["0.7", "2:4"])
 def test_published_layer_errors_of_a_refit(key, block_16, golden):
     expected = golden("reconstruction.json")["layer_error"][key]
     nm = (2, 4) if key == "2:4" else None

@@ -128,7 +128,10 @@ def test_seed_decides(tiny_text, tiny_tokenizer):
 # ------------------------------------------------------------------------------------------- every text that is listed
 
 
-@pytest.mark.parametrize("name", DATASETS)
+SPLITS = [pytest.param(name, marks=pytest.mark.slow if name == "wiki_leads" else ()) for name in DATASETS]
+
+
+@pytest.mark.parametrize("name", SPLITS)
 def test_text_has_both_splits_and_gives_windows(name, hub, tiny_tokenizer):
     windows = calibration_windows(name, tiny_tokenizer, 3, SEQLEN, 0)
     assert windows.shape == (3, SEQLEN) and windows.dtype == torch.int64

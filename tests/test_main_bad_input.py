@@ -455,6 +455,7 @@ def test_zero_matrix_names_the_layer(place, capsys):
     assert not Path("save").exists() and not list(Path("data").rglob("*.npy"))  # the other values are kept: resumable
 
 
+@pytest.mark.slow
 def test_program_itself_ends_with_one_line_and_status_two(place):
     # Once as it is run: a process of its own, whatever Python and the libraries write on stderr included.
     command = [sys.executable, str(ROOT / "main.py"), *arguments(f"{WANDA} --eval_data short.txt")]

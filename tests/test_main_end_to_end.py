@@ -114,7 +114,7 @@ def table_of(path: Path) -> list[dict[str, str]]:
 def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     save, kept, cache = tmp_path / "save", tmp_path / "kept", tmp_path / "cache"
     flags = "--model smollm2-135m --prune_method wanda_ww --sparsity_ratio 0.5 --epsilon 0.2 --calib_data wiki_leads "
-    flags += f"--eval_data wiki_leads --seqlen 128 --nsamples 4 --eval_windows 8 --cache_dir {ROOT / 'llm_weights'} "
+    flags += f"--eval_data wiki_leads --seqlen 128 --nsamples 4 --eval_windows 4 --cache_dir {ROOT / 'llm_weights'} "
     flags += f"--save {save} --save_model {kept} --ww_metric_cache {cache}"
     assert main.main(flags.split()) == 0
     assert "Traceback" not in capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     assert record["target_sparsity"] == 0.5 and record["sparsity"] == pytest.approx(0.5, abs=1 / 576)
     assert record["dense_zeros"] == pytest.approx(0.000315377, abs=1e-9)
     assert record["calibration"] == {"text": "wiki_leads", "windows": 4, "seqlen": 128}
-    assert record["evaluation"] == {"text": "wiki_leads", "windows": 8, "seqlen": 128}
+    assert record["evaluation"] == {"text": "wiki_leads", "windows": 4, "seqlen": 128}
     assert set(record["flags"]) >= {a.dest for a in main.PARSER._actions} - {"help"}
     assert record["flags"]["seed"] == 0 and record["flags"]["epsilon"] == 0.2
     assert record["versions"]["torch"] == version("torch") and record["versions"]["transformers"] == version(
@@ -179,7 +179,7 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
 
     # The folder is a plain model that evaluates to the same perplexity.
     tokenizer = AutoTokenizer.from_pretrained(kept / "wanda_ww_0.5")
-    windows = evaluation_windows("wiki_leads", tokenizer, 128, 8)
+    windows = evaluation_windows("wiki_leads", tokenizer, 128, 4)
     assert perplexity(model.eval(), windows) == pytest.approx(
         record["perplexity"], rel=1e-6 if not torch.cuda.is_available() else 1e-2
     )
@@ -225,7 +225,7 @@ def all_methods(tmp_path_factory, tiny_folder, tiny_text, other_text) -> tuple[P
     for method in METHODS:
         own = flags if "ww" in method or "_" not in method else flags.rpartition(" --ww_metric_cache")[0]
         if method.endswith("_price"):  # a search must not see the text that it is measured on
-            own = own.replace(f"--eval_data {tiny_text}", f"--eval_data {other_text}")
+            own = own.replace(f"--eval_data {tiny_text}", f"--eval_data {other_text}") + " --price_steps 2"
         assert main.main([*own.split(), "--prune_method", method]) == 0
         records[method] = json.loads((folder / "save" / f"run_{method}_sparsity_0.5.json").read_text())
     return folder, records

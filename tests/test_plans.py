@@ -102,6 +102,7 @@ def test_recipe_counts_the_zeros_of_nm():
 
 
 @pytest.mark.parametrize(("pruner", "suffix"), across(PRUNERS, (s for s in ALLOCATIONS if s not in ("", "er_plus"))))
+@pytest.mark.usefixtures("few_windows")
 def test_mixed_nm_is_obeyed_in_every_layer(pruner, suffix, run):
     record = run(f"--prune_method {pruner}_{suffix} --sparsity_type 4:8 --save_model kept")
     rows = table_of(f"save/layers_{pruner}_{suffix}_sparsity_0.5.tsv")

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 import main
 from image_classifiers import main as image_main
 from image_classifiers.models import save as save_image_model
-from lib import price
 from lib.allocation import ALLOCATIONS
 from lib.esd import METRICS, WEIGHTWATCHER
 from lib.models import locate
@@ -264,13 +263,6 @@ def rehearse(runs):
         return there
 
     return both
-
-
-@pytest.fixture
-def few_windows(monkeypatch):
-    """Let a search for prices read few windows: each goes the same way."""
-    monkeypatch.setattr(price, "FIT", 4)
-    monkeypatch.setattr(price, "HELD", 2)
 
 
 @pytest.mark.usefixtures("few_windows")

@@ -151,8 +151,19 @@ def small(tiny_folder, tiny_text, tmp_path_factory) -> tuple[dict, list[str], Pa
 
 @pytest.fixture(scope="module")
 def finished(small) -> Path:
-    """Run llama_7b.sh, interrupt it in its second method, start it again; return the folder of its results."""
+    """Return the folder of what llama_7b.sh would leave for two methods, with that script's epsilons."""
     variables, flags, save = small
+    command = ["--model", variables["MODEL"], "--save", str(save), "--ww_metric_cache", variables["CACHE"], *flags]
+    command += ["--methods", "magnitude_ww,wanda_ww", "--sparsities", "0.7", "--epsilons", "magnitude_ww=0.3,0.2"]
+    assert sweep.main(command) == 0
+    return save
+
+
+@pytest.mark.slow
+def test_a_script_that_is_interrupted_completes_what_is_left(small, tmp_path):
+    variables, flags, _ = small
+    save = tmp_path / "runs"
+    variables = variables | {"SAVE": str(save)}
     first, second = (save / f"run_{m}_ww_sparsity_0.7.json" for m in ("magnitude", "wanda"))
     process = subprocess.Popen(
         ["bash", "scripts/llama_7b.sh", *flags], cwd=ROOT, env=ENVIRONMENT | variables,
@@ -169,12 +180,8 @@ def finished(small) -> Path:
     assert again.returncode == 0, again.stderr
     assert first.stat().st_mtime_ns == made and "magnitude_ww at 0.7, epsilon 0.3: complete already" in again.stdout
     assert again.stdout.count("complete already") == 1
-    return save
-
-
-def test_restarted_script_completes_what_is_left(finished):
     for method, epsilon in {"magnitude_ww": 0.3, "wanda_ww": 0.2}.items():
-        record = json.loads((finished / f"run_{method}_sparsity_0.7.json").read_text())
+        record = json.loads((save / f"run_{method}_sparsity_0.7.json").read_text())
         assert record["complete"] is True and record["flags"]["epsilon"] == epsilon
         assert record["sparsity"] == pytest.approx(0.7, abs=1 / 32)
 
