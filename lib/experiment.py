@@ -140,7 +140,7 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
         raise UserError("nsamples", text)
     if settings.save_model:
         target = model_folder(settings, task)
-        have = sum(path.stat().st_size for path in partial_folder(target).glob("*.safetensors"))
+        have = _written_before(settings, task, target)
         files.prepare("save_model", target.parent, models.saved_bytes(skeleton, source, dtypes.stored) - have)
     reads = not settings.metrics_only and (settings.eval_wikitext or wants_calibration(task))
     seqlen = _seqlen(settings.seqlen, models.context_length(skeleton), reads)
@@ -198,13 +198,27 @@ def _streamed_folder(settings: Experiment, task: Task, source: models.Source, fi
     return folder
 
 
+def _written_before(settings: Experiment, task: Task, target: Path) -> int:
+    """Return the bytes that an unfinished run wrote for ``target``, which need no more space on the disk."""
+    from lib import sparse
+
+    folder = partial_folder(target)
+    if not folder.exists() and _unmeasured(settings, task) and not sparse.is_packed(target):
+        folder = target
+    return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+
+
+def _unmeasured(settings: Experiment, task: Task) -> bool:
+    """Return whether the run with these flags was stopped in its evaluation, when its model was whole."""
+    earlier = read_run(Path(settings.save), task.run)
+    same = bool(earlier) and earlier.get("flags") == json.loads(json.dumps(settings.flags()))
+    return same and earlier.get("complete") is False
+
+
 def _open_journal(settings: Experiment, task: Task) -> Journal | None:
     if not settings.save_model:
         return None
-    earlier = read_run(Path(settings.save), task.run)
-    same = bool(earlier) and earlier.get("flags") == json.loads(json.dumps(settings.flags()))
-    unmeasured = same and earlier.get("complete") is False
-    return Journal(model_folder(settings, task), settings.restart, unmeasured)
+    return Journal(model_folder(settings, task), settings.restart, _unmeasured(settings, task))
 
 
 def warn_of_replacement(settings: Output, task: Task) -> None:

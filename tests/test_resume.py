@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,14 @@ POINTS = {
     "in evaluation": (evaluation, "perplexity_by_blocks", 1),
     "before the last record": (main.tables, "show_run", 1),
 }
+
+
+def test_what_is_written_already_needs_no_more_space(place, unbroken, monkeypatch):
+    killed_run(place, *POINTS["in evaluation"])
+    assert (Path("kept") / f"{METHOD}_0.6").is_dir()
+    monkeypatch.setattr(main.experiment.files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert main.main([*place.split(), "--sparsity_ratio", "0.5"]) == 2, "another one does"
+    assert main.main(place.split()) == 0 and hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
 
 
 @pytest.mark.parametrize("stream_it", ["never", "always"])
