@@ -365,12 +365,17 @@ def check(sizes: Sizes, device: torch.device, rounds: int) -> list[Row]:
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the table; return 0, 1 if a result is not that of its plain formulation, 2 without a GPU."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpu_check.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of which the fastest counts (default: 3)")
     parser.add_argument("--blocks", type=int, default=2, metavar="N", help="blocks that are walked (default: 2)")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="calibration windows (default: 8)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; return 0, 1 if a result is not that of its plain formulation, 2 without a GPU."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     for flag, value in vars(args).items():
         if value < 1:

@@ -42,6 +42,9 @@ class Demo(Flags):
     save: str = flag("results/image_demo", "where the figures are written", metavar="DIR")
 
 
+PARSER = make_parser(Demo, "image_demo.sh", __doc__)
+
+
 def train(name: str, folder: Path, seed: int = 0) -> float:
     """Train the small model ``name`` from scratch, seeded, write it to ``folder``, and return its test accuracy."""
     import timm
@@ -143,4 +146,4 @@ def demo(settings: Demo) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(Demo, demo, None, make_parser(Demo, "image_demo.sh", __doc__)))
+    sys.exit(command(Demo, demo, None, PARSER))

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as when one of the scripts is run
+sys.path.insert(0, str(Path(__file__).resolve().parent / "speedup"))
 
 from lib import UserError
 from lib.command import Flags, command, flag, make_parser
@@ -86,40 +87,47 @@ def section(program: Path, known: dict[tuple, str]) -> str:
     lines = [f"## {name}", "", _plain(parser.description or "")]
     if parser.epilog and not parser.epilog.startswith("example:"):
         lines += ["", _plain(parser.epilog)]
-    shared = False
+    if parser.prog.endswith(".sh"):
+        lines += ["", f"Run it as `bash {program.with_name(parser.prog).relative_to(ROOT)}`."]
+    known = known if name.startswith("scripts/") else {}
     for group in parser._action_groups:
-        rows = list(_rows(group, known if name.startswith("scripts/") else {}))
-        shared |= len(rows) < len(group._group_actions)
+        rows = list(_rows(group, known))
         if rows:
             lines += ["", f"**{group.title}**", "", "| flag | default | |", "|---|---|---|", *rows]
-    if name.startswith("scripts/") and shared and any(key in known for key in _keys(parser)):
+    if any(_is_known(action, known) for action in parser._actions):
         lines += ["", "And the flags of [main.py](#mainpy)."]
-    hidden = [a.option_strings[0] for a in parser._actions if a.help is argparse.SUPPRESS]
-    if hidden:
-        flags = ", ".join(f"`{option}`" for option in hidden)
+    ignored = [a.option_strings[0] for a in parser._actions if a.help is a.default is argparse.SUPPRESS]
+    if ignored:
+        flags = ", ".join(f"`{option}`" for option in ignored)
         lines += ["", f"Flags of the published training script, accepted with a warning and without effect: {flags}."]
     return "\n".join(lines) + "\n"
 
 
-def _keys(parser: argparse.ArgumentParser) -> set[tuple]:
-    return {tuple(action.option_strings) for action in parser._actions if action.option_strings}
+def _is_known(action: argparse.Action, known: dict[tuple, str]) -> bool:
+    hidden = action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction)
+    return not hidden and known.get(tuple(action.option_strings)) == action.help
 
 
 def _rows(group, known: dict[tuple, str]) -> Iterator[str]:
     for action in group._group_actions:
-        same = action.option_strings and known.get(tuple(action.option_strings)) == action.help
-        if action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction) or same:
+        if action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction) or _is_known(action, known):
             continue
-        value = f" {action.metavar or action.dest.upper()}" if action.nargs != 0 else ""
+        several = " ..." if action.nargs in ("*", "+") else ""
+        value = f" {action.metavar or action.dest.upper()}{several}" if action.nargs != 0 else ""
         names = ", ".join(f"`{option}{value}`" for option in action.option_strings) or f"`{value.strip()}`"
-        text, default = re.fullmatch(r"(.*?)(?: \(default: ([^\s()]+)\))?", action.help, re.S).groups()
-        if "(default:" in text:  # several, or one that needs words: they stay in the text
-            text, default = action.help, None
-        if default is None and action.default not in (None, False, argparse.SUPPRESS):
-            default = str(action.default)
+        whole = action.help.replace(" (default: %(default)s)", "")  # argparse's own way to write it
+        text, default = re.fullmatch(r"(.*?)(?: \(default: ([^\s()]+)\))?", whole, re.S).groups()
+        if "default:" in text:  # several, or one that needs words: they stay in the text
+            text, default = whole, None
+        elif default is None and action.default not in (None, False, argparse.SUPPRESS):
+            values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+            default = " ".join(map(str, values))
+        if action.choices and "{" not in text:  # of an argparse parser; Flags write them into the help
+            text = f"{text} {{{', '.join(action.choices)}}}"
         if default is not None and default.startswith(str(ROOT)):
             default = Path(default).relative_to(ROOT).as_posix()
-        default = "required" if action.required and default is None else f"`{default}`" if default else ""
+        required = action.required and default is None and action.nargs != "*"
+        default = "required" if required else f"`{default}`" if default else ""
         yield f"| {names} | {default} | {_plain(text)} |".replace("|  |", "| |")
 
 

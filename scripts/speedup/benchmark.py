@@ -356,7 +356,7 @@ def run(args: argparse.Namespace) -> None:
     leave(benchmark([dense, *sparse], args), args)
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> Parser:
     parser = Parser(prog="benchmark.py", description=__doc__)
     add = parser.add_argument
     add("dense", metavar="DENSE", help="folder of the dense model, exported")
@@ -364,7 +364,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--sequence_length", type=int, default=2048, metavar="N", help="the window length that was exported, tokens")
     add("--graphs", nargs="+", default=GRAPHS, choices=GRAPHS, help="whole window, one token")
     add_measuring_flags(parser)
-    return command(parser, run, argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -291,12 +291,16 @@ def run(args: argparse.Namespace) -> None:
     print(describe(export(checkpoint, args.sequence_length, out, args.graphs, args.text), out))
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> Parser:
     parser = Parser(prog="export_onnx.py", description=__doc__)
     parser.add_argument("model", metavar="MODEL", help=f"local folder, .gguf file or {models.SMOLLM2}")
     parser.add_argument("--save", dest="out", metavar="DIR", help="where the graphs go (default: MODEL/deployment)")
     add_export_flags(parser)
-    return command(parser, run, argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

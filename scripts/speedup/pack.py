@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         two_of_four.leave(found, checkpoint, out)
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> Parser:
     parser = Parser(prog="pack.py", description=__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder of a pruned model; with --unpack: a folder that pack.py wrote")
@@ -64,7 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--unpack", action="store_true", help="the other way: write the model again, every tensor bit for bit")
     add("--format", default="bitmask", choices=["bitmask", "2of4"],
         help="bitmask: any zeros; 2of4: a 2:4 model on a CUDA device, packed and timed against dense")  # fmt: skip
-    return command(parser, run, argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _export(checkpoint: Checkpoint, length: int, onnx: bool, args: argparse.Name
     print(describe(record, checkpoint.deployment), flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> Parser:
     parser = Parser(prog="run.sh", description="Export pruned models and measure them against their dense one.")
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="*", help=f"folder of a pruned model; a dense one with --sparsity ({DEFAULT})")
@@ -142,7 +142,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--work", default="out/speedup", metavar="DIR", help="where models that are made here go")
     add_export_flags(parser, several=True)
     benchmark.add_measuring_flags(parser)
-    return command(parser, run, argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command(make_parser(), run, argv)
 
 
 if __name__ == "__main__":
