@@ -1,4 +1,4 @@
-"""Prune a language model layer by layer and measure its perplexity: python main.py --help"""
+"""Pruning experiment: a language model is pruned layer by layer and evaluated; python main.py --help"""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ PARSER = make_parser(
 
 
 def run(settings: Experiment, console: Console, session: Session | None = None) -> dict:
-    """Do what the settings ask for, in the order in which it happens, and return the run's record.
+    """Carry out the run step by step and return its record.
 
-    Several runs of one process may share a ``session``: texts and the model are then loaded once, and the model has its
-    dense weights again at the start of each.
+    Several runs of one process may share a ``session``: texts and the model are then loaded once, and the dense weights
+    are restored at the start of each run.
     """
     session = session or Session()
     task = settings.task()
     record = Record(Path(settings.save), task.run)
 
-    with record.stage("prepare"):  # all that can be known without the weights
+    with record.stage("prepare"):  # everything that can be checked without the weights
         known = experiment.prepare(settings, task, session)
         record.content |= experiment.described(settings, task, known)
     try:
@@ -95,7 +95,7 @@ def work(
 
 
 def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, record: Record) -> UserError | None:
-    """Complete the pruned model's folder; return an error instead of raising it: the figures can still be had."""
+    """Complete the pruned model's folder; return an error instead of raising it: the figures can still be measured."""
     if task.pruner:
         experiment.warn_of_miss(task.target, record.content["sparsity"])
     if known.journal is None:
@@ -124,7 +124,7 @@ def _finish(settings: Experiment, weights: Weights, known: Prepared, sparsity: f
 def evaluate(
     task: Task, weights: Weights, known: Prepared, record: Record, console: Console, settings: Experiment
 ) -> None:
-    """Measure perplexity, then zero-shot accuracy, which may take hours: what is known before is on disk by then."""
+    """Measure perplexity, then zero-shot accuracy, which may take hours; earlier results are on disk by then."""
     if known.windows.evaluation is not None:
         with record.stage("evaluate"):
             perplexity = evaluation.perplexity_by_blocks(weights, known.windows.evaluation)
@@ -147,7 +147,7 @@ def evaluate(
 
 
 def show(settings: Experiment, record: Record, console: Console) -> None:
-    """Print the run's figures and where they are."""
+    """Print the run's figures and where they were written."""
     tables.show_run(console, record.content, record.stages, record.rows)
     tables.line(console, f"written: {settings.save}/*_{record.run}.*")
     if record.content["saved_model"]:

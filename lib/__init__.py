@@ -1,15 +1,15 @@
-"""Errors that the user can fix, and the rooms of the experiment."""
+"""Errors that the user can fix, and the modules of the experiment."""
 
 import re
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """An error that the user can fix, in one line: what was given, what is true, what to type.
+    """An error that the user can fix, in one line: what was given, what is allowed, what to type.
 
-    ``field`` is the flag at fault by the name of its settings field, None where no flag is. The command that runs
-    prints the flag in its own spelling (``lib.command``) without a traceback and exits with status 2. Other flags in
-    the text are given as ``flag_name(field)``.
+    ``field`` is the settings field of the flag at fault, None if no flag is. The running command prints the flag in its
+    own spelling (``lib.command``) without a traceback and exits with status 2. Other flags in the text are written as
+    ``flag_name(field)``.
     """
 
     def __init__(self, field: str | None, text: str) -> None:
@@ -26,10 +26,10 @@ class UserError(Exception):
 
 
 def flag_name(field: str) -> str:
-    """Return a mark in the text of a UserError that the command which runs replaces by its own flag for ``field``."""
+    """Return a placeholder for a UserError's text that the running command replaces by its own flag for ``field``."""
     return f"\0{field}\0"
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its class where it has none."""
+    """Return the first line of an exception's message, or its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

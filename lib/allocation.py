@@ -18,7 +18,7 @@ _NM_TOLERANCE = 1e-3  # of the parameters
 
 
 class SparsityPlan(NamedTuple("SparsityPlan", [("target", float), ("ratios", dict), ("nm", dict | None)])):
-    """What is to be removed: ``ratios`` by layer name, and the ``target`` that they add up to, weighted by size.
+    """Plan of what to remove: ``ratios`` by layer name, and the ``target`` that they average to, weighted by size.
 
     With ``nm``, {layer name: (N, M)} or one (N, M) for all, N of every M columns are kept and each ratio is 1 - N/M.
     """
@@ -53,8 +53,8 @@ def heavy_tailed(
 ) -> Ratios:
     """Return ratios that grow linearly with a metric such as alpha (paper, section 3.2).
 
-    With x the metric scaled to [0, 1]: ratio = (1 - epsilon + 2 epsilon x) * c, c such that the ratios, weighted by the
-    layers' sizes, add up to the target.
+    With x the metric scaled to [0, 1]: ratio = (1 - epsilon + 2 epsilon x) * c, with c chosen such that the mean ratio,
+    weighted by layer size, is the target.
 
     Args:
         values: the metric by layer name.
@@ -118,7 +118,7 @@ def arithmetic(layers: Sequence[Layer], target: float, values: None, atp_beta: f
 
 
 def erdos_renyi(layers: Sequence[Layer], target: float, values: Values | None = None) -> Ratios:
-    """Return ratios whose densities go with (n_in + n_out) / (n_in n_out), none above 1 (Mocanu et al., 2018)."""
+    """Return ratios with densities proportional to (n_in + n_out) / (n_in n_out), none above 1 (Mocanu et al., 2018)."""
     return _erdos_renyi(layers, [], target)
 
 
@@ -137,8 +137,8 @@ def from_shares(layers: Sequence[Layer], target: float, values: Values) -> Ratio
 class Allocation(NamedTuple):
     """How the overall target is distributed over layers.
 
-    ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name. ``wants`` says what ``values``
-    are: ``metric`` (--ww_metric), ``outlier_ratio``, ``median_score`` (from a calibration pass), ``lamp_score``,
+    ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name. ``wants`` names what ``values``
+    hold: ``metric`` (--ww_metric), ``outlier_ratio``, ``median_score`` (from a calibration pass), ``lamp_score``,
     ``magnitude_score`` (shares below one threshold), ``price`` (ratios of equal price), or None. ``flags`` names the
     hyper-parameters.
     """
@@ -215,7 +215,7 @@ def _typed(value: float) -> str:
 def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
     """Return ratios in proportion to ``shape`` whose mean weighted by ``sizes`` is ``target``, none above 1.
 
-    What is cut off at 1 is spread over the others in proportion, until none is above 1.
+    The excess above 1 is spread over the others in proportion, until none is above 1.
     """
     budget = target * sum(sizes)
     capped: set[int] = set()
@@ -223,7 +223,7 @@ def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[
         free = [i for i in range(len(shape)) if i not in capped]
         room = budget - sum(sizes[i] for i in capped)
         weight = math.fsum(sizes[i] * shape[i] for i in free)
-        if room > 0 and not weight:  # what is left has shape 0: proportion says nothing there
+        if room > 0 and not weight:  # the rest has shape 0: proportions are undefined there
             text = f"{target}: cannot be met by this allocation; lower it, or the allocation's width (epsilon)"
             raise UserError("sparsity_ratio", text)
         scale = room / weight if weight else 0
@@ -248,10 +248,10 @@ def _warn_of_cap(
 
 
 def mixed_nm(layers: Sequence[Layer], ratios: Ratios, target: float, group: int) -> dict[str, tuple[int, int]]:
-    """Return (N, M = ``group``) for each layer, N as its ratio wants it and the whole within 1/1000 of the target.
+    """Return (N, M = ``group``) for each layer, N close to its ratio and the total within 1/1000 of the target.
 
-    Each layer's M - N starts as the whole part of M * ratio; what the budget has left goes to the layers with
-    the largest remainders, and single steps then correct what is over or short. At least one of M is kept.
+    Each layer's M - N starts as the integer part of M * ratio; the rest of the budget goes to the layers with the
+    largest remainders, and single steps then correct any excess or shortfall. At least one of M is kept.
     """
     sizes = {layer.name: layer.size for layer in layers}
     removed = {name: min(group - 1, math.floor(group * ratio + 1e-9)) for name, ratio in ratios.items()}

@@ -1,4 +1,4 @@
-"""Allocator of the C library: memory of freed tensors is kept for the next ones, instead of going back and forth."""
+"""Memory allocator of the C library: memory of freed tensors is kept for reuse instead of returned to the system."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ _KEPT, _STEP, _HEAP_MOST = 512 << 20, 16 << 20, 32 << 20  # bytes; more than the
 
 
 def _library() -> ctypes.CDLL | None:
-    """Return glibc, None elsewhere (macOS, Windows, musl)."""
+    """Return glibc, or None on other platforms (macOS, Windows, musl)."""
     library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     return library if hasattr(library, "mallopt") else None
 
 
 def give_back_freed_memory() -> None:
-    """Give what is freed back to the system, such as the tokens of a whole text, of which only windows are kept."""
+    """Return freed memory to the system, such as the tokens of a whole text of which only windows are kept."""
     library = _library()
     if library is not None:
         library.malloc_trim(0)
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed from now on, up to half a GiB; return whether it does (elsewhere, nothing is set).
+    """Make glibc keep memory freed from now on, up to half a GiB; return whether it does (not on other platforms).
 
-    Activations of a block are a few MiB each. By default glibc asks the system for such memory and gives it back each
-    time, and the system zeroes each page again: a tenth of a pass over a small model's blocks.
+    Activations of a block are a few MiB each. By default, glibc requests such memory from the system and returns it
+    each time, and the system zeroes every page again: a tenth of a pass over a small model's blocks.
     """
     library = _library()
     if library is None:

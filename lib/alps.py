@@ -21,9 +21,9 @@ ITERATIONS, PER_RHO, REFIT_STEPS = 10, 3, 10  # of ADMM, of them with the same r
 
 
 class Problem(NamedTuple):
-    """What layers with the same input share: ``damped`` [in, in] = A + ``damping`` I, A the Hessian of unit diagonal.
+    """Problem shared by layers of one input: ``damped`` [in, in] = A + ``damping`` I, A the Hessian of unit diagonal.
 
-    Weights times ``scale`` [in] are the weights that belong to it; ``scale`` is 0 where the input was always zero.
+    It is stated for weights times ``scale`` [in]; ``scale`` is 0 where the input was always zero.
     """
 
     damped: Tensor
@@ -32,7 +32,7 @@ class Problem(NamedTuple):
 
 
 def prepare(hessian: Tensor, damping: float = DAMPING) -> Problem:
-    """Return the problem of a ``hessian`` [in, in] float32, in its memory, or raise NotPositiveDefinite."""
+    """Return the problem of a ``hessian`` [in, in] float32, reusing its memory, or raise NotPositiveDefinite."""
     root = hessian.diagonal().sqrt()  # NaN where negative
     if root.isnan().any():
         raise NotPositiveDefinite("its Hessian is not positive definite: its diagonal has negative entries")
@@ -42,7 +42,7 @@ def prepare(hessian: Tensor, damping: float = DAMPING) -> Problem:
 
 
 def alps(weight: Tensor, problem: Problem, ratio: float, nm: tuple[int, int] | None, **options: int) -> Tensor:
-    """Return ``weight`` [out, in] pruned as the only layer of ``alps_group``, whose ``options`` these are."""
+    """Return ``weight`` [out, in] pruned by ``alps_group`` as its only layer, with the ``options`` of that function."""
     name = f"a matrix of {len(weight)}x{weight.shape[1]}"
     return alps_group({name: weight}, problem, {name: ratio}, nm and {name: nm}, **options)[name]
 
@@ -57,13 +57,13 @@ def alps_group(
 ) -> dict[str, Tensor]:
     """Return, by name, ``weights`` [out, in] of layers with one input, pruned by ADMM, then ``steps`` of ``refit``.
 
-    Layers share the inverses, as rho rises by a fixed ramp: .3 to 1 in 10 iterations, .1 to 3 in 30. (Published are a
-    rho that follows each layer, and restarts, which can end unconverged.) If SparseGPT's weights have the lower error
-    tr(E A E'), they are taken, with a warning. Two tensors [in, in] are held beside the problem's.
+    Layers share the inverses, as rho rises by a fixed ramp: .3 to 1 in 10 iterations, .1 to 3 in 30. (The
+    published rho adapts per layer, with restarts, and may not converge.) If SparseGPT's weights have the lower error
+    tr(E A E'), they are used, with a warning. Two tensors [in, in] are held besides the problem's.
 
     Args:
-        ratios: fraction to remove of each whole matrix; all that ties with the threshold goes.
-        nm: (N, M) by name: keep N of every M columns, in place of the ratio.
+        ratios: fraction to remove of each whole matrix; everything that ties with the threshold is removed.
+        nm: (N, M) by name: keep N of every M columns, instead of the ratio.
     """
     rows = [len(weight) for weight in weights.values()]
     goals = [(ratios[name], nm[name] if nm else None) for name in weights]
@@ -99,7 +99,7 @@ def alps_group(
 
 
 def refit(weight: Tensor, pruned: Tensor, problem: Problem, steps: int = REFIT_STEPS) -> Tensor:
-    """Return ``pruned`` [out, in], of any pruner, after conjugate gradients towards the best values of its support.
+    """Return ``pruned`` [out, in], from any pruner, after conjugate gradients towards the best values on its mask.
 
     They minimise tr(E (A + damping I) E'), E the difference to the dense ``weight``; each row is a separate system.
     """
@@ -109,7 +109,7 @@ def refit(weight: Tensor, pruned: Tensor, problem: Problem, steps: int = REFIT_S
 
 
 def _unscaled(values: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
-    return (values / problem.scale.clamp(min=1e-30)).to(dtype).add_(0.0)  # -0.0, of an underflow say, becomes 0.0
+    return (values / problem.scale.clamp(min=1e-30)).to(dtype).add_(0.0)  # -0.0, e.g. after an underflow, becomes 0.0
 
 
 def _inverse(damped: Tensor, rho: float, work: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def _inverse(damped: Tensor, rho: float, work: Tensor) -> Tensor:
 
 
 def _descend(values: Tensor, keep: Tensor, target: Tensor, damped: Tensor, steps: int) -> None:
-    """Improve ``values`` [out, in] in place, where ``keep``, towards ``values`` @ ``damped`` = ``target``."""
+    """Improve ``values`` [out, in] in place where ``keep`` is set, towards ``values`` @ ``damped`` = ``target``."""
     drop = ~keep
     residual = target.addmm(values, damped, alpha=-1).masked_fill_(drop, 0)
     direction, square = residual.clone(), residual.square().sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Weights, lent block by block: the one room that knows where a model's weights live."""
+"""Weights of a model, lent block by block: the only module that knows where they are stored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Block(NamedTuple):
-    """A block on its compute ``device``, lent by ``Weights.visit``: valid inside the loop's body only.
+    """A block on its compute ``device``, lent by ``Weights.visit``; valid only inside the loop's body.
 
     ``linears`` holds the modules of its prunable layers by their full names; a 1x1 convolution is one of them.
     """
@@ -38,10 +38,10 @@ class Weights:
     """The weights of a model in memory, or spread by accelerate over GPUs and the CPU.
 
     Attributes:
-        model: the whole model, for what stands around the blocks.
+        model: the whole model, for the parts around the blocks.
         layers: the prunable layers, in the model's order.
-        stored: the dtype that the checkpoint is written in, or None for the dtype of the computation. Pruned weights
-            are rounded to it, so that what is measured is what is saved.
+        stored: the dtype of the checkpoint, or None for the dtype of the computation. Pruned weights are rounded to it,
+            so that the weights measured are the weights saved.
         streamed: whether the weights live on disk.
     """
 
@@ -62,18 +62,18 @@ class Weights:
 
     @property
     def in_memory(self) -> bool:
-        """Whether every block stays where it is after its visit, so that work on it need not be waited for."""
+        """Whether every block stays in place after its visit, so that its work need not finish first."""
         return not any(_offloaded(module.modules()) for module in self.modules)
 
     def visit(self, write: bool = False, backwards: bool = False) -> Iterator[Block]:
-        """Lend the blocks one by one, in order; with ``write``, what was changed of their weights is kept."""
+        """Lend the blocks one by one, in order; with ``write``, changes to their weights are kept."""
         for index in reversed(range(len(self.modules))) if backwards else range(len(self.modules)):
             with self._lent(index, write) as device:
                 yield Block(index, self.modules[index], dict(self._linears[index]), device)
 
     @contextmanager
     def _lent(self, index: int, write: bool) -> Iterator[torch.device]:
-        """Hold a block's weights on its compute device, yield that device, and take the weights back."""
+        """Hold a block's weights on its compute device, yield that device, then take the weights back."""
         with _lent_by_accelerate(list(self.modules[index].modules()), write):
             yield next(self.modules[index].parameters()).device
 
@@ -82,31 +82,31 @@ class Weights:
         return [f"{self.prefix}.{index}.{name}" for name, _ in self.modules[index].named_parameters()]
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """Return the parameters of a block that is lent, by their full names."""
+        """Return the parameters of a lent block by their full names."""
         values = (parameter.data for _, parameter in self.modules[index].named_parameters())
         return dict(zip(self.block_names(index), values, strict=True))
 
     def adopt(self, index: int, path: Path) -> None:
-        """Replace the parameters of a block that is lent by those in the safetensors file ``path``."""
+        """Replace the parameters of a lent block by those in the safetensors file ``path``."""
         entries = stream.read_header(path)
         for name, tensor in self.tensors(index).items():
             tensor.copy_(stream.read_tensor(entries[name]))
         self.keep(index, path)
 
     def keep(self, index: int, path: Path) -> None:
-        """Note that a block, as it is lent now, is in the file ``path``."""
+        """Record that a block, as currently lent, is stored in the file ``path``."""
 
     def moved(self, old: Path, new: Path) -> None:
-        """Note that the files of blocks have moved with their folder."""
+        """Record that the blocks' files have moved with their folder."""
 
     def outside(self) -> list[str]:
-        """Return the names of the parameters around the blocks: the embedding, the last norm and the head."""
+        """Return the names of the parameters around the blocks: embedding, final norm and head."""
         inside = {name for i in range(len(self.modules)) for name in self.block_names(i)}
         return [name for name, _ in self.model.named_parameters() if name not in inside]
 
     @contextmanager
     def edges(self) -> Iterator[None]:
-        """Hold the parameters around the blocks where they are computed with."""
+        """Hold the parameters around the blocks on their compute devices."""
         within = {id(part) for module in self.modules for part in module.modules()}
         with _lent_by_accelerate([part for part in self.model.modules() if id(part) not in within], write=False):
             yield
@@ -150,7 +150,7 @@ class Weights:
 
 
 class Packed(Weights):
-    """The weights of a packed model, which is whole and cannot be changed."""
+    """The weights of a packed model, which is in memory as a whole and cannot be changed."""
 
     in_memory = True
 
@@ -167,7 +167,7 @@ class Packed(Weights):
 
 
 def _check_tied(model: nn.Module, checkpoint: stream.Checkpoint) -> None:
-    """Refuse a checkpoint with different tensors that its config ties; loaded whole, both of them are used."""
+    """Refuse a checkpoint with differing tensors that its config ties; loaded as a whole, both would be used."""
     entries = checkpoint.entries
     for one, other in getattr(model, "all_tied_weights_keys", {}).items():
         if one in entries and other in entries:
@@ -177,10 +177,10 @@ def _check_tied(model: nn.Module, checkpoint: stream.Checkpoint) -> None:
 
 
 class Streamed(Weights):
-    """The weights of a checkpoint on disk, of which one block at a time is in memory, and the next one is on its way.
+    """The weights of a checkpoint on disk: one block at a time is in memory while the next one is being read.
 
-    Changed blocks are written to separate files, and read from there afterwards. ``model`` is on the meta device
-    but for its buffers; the parameters around the blocks are in memory inside ``edges`` only.
+    Changed blocks are written to separate files and read from there afterwards. ``model`` is on the meta device except
+    for its buffers; the parameters around the blocks are in memory only inside ``edges``.
     """
 
     in_memory, streamed = False, True
@@ -204,7 +204,7 @@ class Streamed(Weights):
                 module._buffers[name] = buffer.to(device)
 
     def scratch(self, folder: Path) -> None:
-        """Keep changed blocks that no journal keeps, those of a search's trials, in a folder inside ``folder``."""
+        """Keep changed blocks that no journal records (those of a search's trials) in a folder inside ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         self._scratch = tempfile.TemporaryDirectory(prefix=".streamed-", dir=folder, ignore_cleanup_errors=True)
 
@@ -216,7 +216,7 @@ class Streamed(Weights):
         self._next = None
 
     def snapshot(self) -> Mapping[str, Tensor]:
-        """Return nothing: the dense weights stay on disk as they are."""
+        """Return nothing: the dense weights remain on disk."""
         return {}
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
@@ -324,12 +324,12 @@ def _linears_by_block(prefix: str, modules: Sequence[nn.Module]) -> list[dict[st
 
 
 def is_finite(values: Tensor) -> bool:
-    """Return whether all ``values`` are: the least and the largest show every NaN and infinity, in one pass."""
+    """Return whether all ``values`` are finite: the minimum and maximum reveal any NaN or infinity, in one pass."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(values.detach()))).all())
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Refuse a weight that holds values that are not finite."""
+    """Refuse a weight with non-finite values."""
     if not is_finite(weight):
         raise UserError(None, f"{name}: its weights are not finite; the checkpoint is damaged")
 
@@ -342,11 +342,11 @@ def _offloaded(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 @contextmanager
 def _lent_by_accelerate(modules: Iterable[nn.Module], write: bool) -> Iterator[None]:
-    """Hold the own weights of ``modules`` on their compute devices, and give them back.
+    """Hold the weights of ``modules`` themselves on their compute devices, then return them.
 
     accelerate keeps offloaded weights outside the modules and fetches them at each call. Here they are fetched once per
-    visit. The hooks stay attached and are told that nothing is offloaded: detaching and attaching them would move each
-    weight again and empty the GPU's cache each time.
+    visit. The hooks stay attached, marked as having nothing offloaded: detaching and re-attaching them would move
+    each weight again and empty the GPU's cache each time.
     """
     away = _offloaded(modules)
     for part in away:

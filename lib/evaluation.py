@@ -39,7 +39,7 @@ _LOSS_TOKENS = 512  # at a time: a float32 copy of all logits of a large vocabul
 def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     """Return exp of the mean over ``windows`` [count, seqlen] of the mean next-token loss (nats, float32).
 
-    Not finite if the model's logits are not: a pruned model may be that broken, and then that is the result, with a
+    Not finite if the model's logits are not: a pruned model may be that broken, and that is then the result, with a
     warning.
     """
     keep_freed_memory()
@@ -50,9 +50,9 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
 
 
 def perplexity_by_blocks(weights: Weights, windows: Tensor) -> float:
-    """Return the same, all windows going through one block before the next: each block is fetched once.
+    """Return the same, but pass all windows through one block before the next, so that each block is fetched once.
 
-    For a model that is larger than the GPU's memory, or than all memory; any other is evaluated window by window.
+    For a model larger than the GPU's memory, or than all memory; others are evaluated window by window.
     """
     if weights.in_memory:
         return perplexity(weights.model, windows)
@@ -64,7 +64,7 @@ def perplexity_by_blocks(weights: Weights, windows: Tensor) -> float:
 
 
 def _perplexity(every: Iterable[Tensor], windows: Tensor, dtype: torch.dtype) -> float:
-    """Return the perplexity that the logits [seqlen, vocabulary] of each window have, those of all processes."""
+    """Return the perplexity of the logits [seqlen, vocabulary] of each window, over all processes."""
     losses = []
     cross_entropy = torch.nn.functional.cross_entropy
     bar = tqdm(zip(every, windows, strict=True), total=len(windows), desc="perplexity", unit="window", disable=None)
@@ -85,14 +85,14 @@ def _perplexity(every: Iterable[Tensor], windows: Tensor, dtype: torch.dtype) ->
 
 
 class Tasks(NamedTuple):
-    """Tasks ready to be evaluated, their data loaded. ``manager`` (lm-eval's) knows where they came from."""
+    """Tasks ready to be evaluated, with their data loaded. ``manager`` (lm-eval's) holds their sources."""
 
     tasks: list
     manager: object
 
 
 class TaskScore(NamedTuple):
-    """One figure of one task, over ``samples`` questions; ``stderr`` is None where lm-eval has none."""
+    """One figure of one task, over ``samples`` questions; ``stderr`` is None if lm-eval has none."""
 
     task: str
     metric: str
@@ -110,10 +110,10 @@ class ZeroShot(NamedTuple):
 
 
 def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int) -> Tasks:
-    """Load the tasks ``names`` (lm-eval's, or those defined in ``include_path``) and their data; a group is its tasks.
+    """Load the tasks ``names`` (lm-eval's, or those defined in ``include_path``) and their data; groups are expanded.
 
     Raises:
-        UserError: a name is not known, its data cannot be loaded, or it is a task that cannot be run like this.
+        UserError: a name is unknown, its data cannot be loaded, or the task cannot be run in this way.
     """
     manager = _task_manager(names, include_path)
     tasks = {}
@@ -125,7 +125,7 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError("tasks", f"{name}: runs code that the model writes, or needs images; leave it out")
-        if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to 0 and say so in its log only
+        if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to 0 and report it only in its log
             raise UserError("num_fewshot", f"{num_fewshot}: {name} is zero-shot by its definition; leave one out")
     return Tasks(list(tasks.values()), manager)
 
@@ -163,11 +163,11 @@ def zero_shot(
     limit: int | None = None,
     batch_size: int | str = "auto",
 ) -> ZeroShot:
-    """Return what lm-eval makes of the model in memory on ``tasks``; of several processes the first has the answers.
+    """Return lm-eval's result for the model in memory on ``tasks``; with several processes, only the first has it.
 
     Args:
         limit: questions per task, None for all.
-        batch_size: choices at a time; ``auto`` is the largest that the GPU has room for, and 8 on a CPU.
+        batch_size: choices at a time; ``auto`` is the largest that fits on the GPU, and 8 on a CPU.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -195,9 +195,9 @@ def zero_shot(
 
 
 def _data_parallel(adapter: type) -> type:
-    """Return lm-eval's ``adapter`` of a model in memory, which shares the questions out to several processes.
+    """Return lm-eval's ``adapter`` of a model in memory, set up to share the questions among several processes.
 
-    lm-eval does so by itself for a model that it loads; one that it is given counts as the only one.
+    lm-eval does so only for a model that it loads itself; a model passed to it counts as the only one.
     """
     if processes.count() == 1:
         return adapter
@@ -213,7 +213,7 @@ def _data_parallel(adapter: type) -> type:
 
 @contextmanager
 def _bars_for_terminals() -> Iterator[None]:
-    """Disable every tqdm bar, whatever its caller asks for, where stderr is no terminal: they would fill a log file."""
+    """Disable every tqdm bar, whatever its caller asks for, unless stderr is a terminal: bars would fill a log file."""
     original = tqdm.__init__
 
     def disabled(bar: tqdm, *args, **options) -> None:
@@ -242,7 +242,7 @@ def _scores(full: dict) -> list[TaskScore]:
 
 
 def _warn_of_nan(tasks: Tasks) -> None:
-    """Say so if log-likelihoods are not a number: lm-eval would take the first choice, which looks like an accuracy."""
+    """Warn if log-likelihoods are NaN: lm-eval would take the first choice, which looks like an accuracy."""
     answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
     found = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
     broken, total = map(sum, zip(*found, strict=True))

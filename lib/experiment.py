@@ -1,4 +1,4 @@
-"""Experiment: what is checked before the weights are loaded, what several runs share, and how a plan is made."""
+"""Experiment steps: checks before the weights are loaded, state shared by several runs, and making a plan."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MISSED = 0.002  # by which a measured sparsity may miss the target before it is 
 
 
 class Windows(NamedTuple):
-    """Windows of token ids, [windows, seqlen]; None where nothing needs them."""
+    """Windows of token ids, [windows, seqlen]; None if not needed."""
 
     calibration: Tensor | None = None
     evaluation: Tensor | None = None
@@ -55,7 +55,7 @@ class Windows(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What is known before the weights are loaded."""
+    """Everything known before the weights are loaded."""
 
     source: models.Source
     skeleton: PreTrainedModel
@@ -72,10 +72,10 @@ class Prepared(NamedTuple):
 
 
 class Session:
-    """What several runs of one process share: texts, questions, the model and a copy of its dense weights.
+    """State shared by several runs of one process: texts, questions, the model and a copy of its dense weights.
 
-    A session that is not ``shared`` is for one run and keeps nothing. The model is loaded once, so it has to leave room
-    on each GPU for the neediest of the ``planned`` runs.
+    A session that is not ``shared`` serves one run and keeps nothing. The model is loaded once, so it must leave room
+    on each GPU for the most demanding of the ``planned`` runs.
     """
 
     def __init__(self, shared: bool = False, planned: Sequence[Experiment] = ()) -> None:
@@ -84,7 +84,7 @@ class Session:
         self._made: dict = {}
 
     def once(self, make: Callable, *args):
-        """Return ``make(*args)``, or in a shared session what it returned for the same arguments before."""
+        """Return ``make(*args)``, or in a shared session its earlier result for the same arguments."""
         if not self.shared:
             return make(*args)
         key = (getattr(make, "func", make), getattr(make, "args", ()), args)
@@ -120,7 +120,7 @@ class Session:
 
 
 def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
-    """Find out whatever can be known without the weights: 13 GB take a while to load."""
+    """Check everything that can be checked without the weights: 13 GB take a while to load."""
     files.prepare("save", Path(settings.save))
     warn_of_replacement(settings, task)
     source = processes.by_first(lambda: models.locate(settings.model, settings.cache_dir))
@@ -174,7 +174,7 @@ def _calib_dtype(settings: Experiment, dtypes: models.Dtypes) -> torch.dtype | N
 
 
 def _streamed_folder(settings: Experiment, task: Task, source: models.Source, fits: bool) -> Path | None:
-    """Return the folder from which the weights are streamed, None if they are loaded."""
+    """Return the folder from which the weights are streamed, or None if they are loaded."""
     if settings.stream == "never" and processes.count() > 1 and not fits:
         text = f"never: each of the {processes.count()} processes holds the whole model, for which there is no room"
         raise UserError("stream", f"{text}; leave it out, or start one process, which uses all GPUs")
@@ -222,7 +222,7 @@ def _open_journal(settings: Experiment, task: Task) -> Journal | None:
 
 
 def warn_of_replacement(settings: Output, task: Task) -> None:
-    """Warn of what will be replaced: published names hold neither the seed nor N:M nor epsilon."""
+    """Warn about files that will be replaced: published names contain neither seed nor N:M nor epsilon."""
     earlier = read_run(Path(settings.save), task.run)
     if earlier and earlier.get("flags") != json.loads(json.dumps(settings.flags())):
         log.warning("%s/*_%s.* of a run with other flags will be replaced", settings.save, task.run)
@@ -247,7 +247,7 @@ def metric_file(settings: Experiment, known: Prepared) -> Path:
 
 
 def whole_model(weights: Weights, known: Prepared, saved: str | None) -> PreTrainedModel:
-    """Return the model in memory: a streamed one is loaded from its folder, which is known to fit."""
+    """Return the model in memory; a streamed one, known to fit, is loaded from its folder."""
     if not weights.streamed:
         return weights.model
     source = known.source if saved is None else models.locate(saved, known.source.cache_dir)
@@ -283,7 +283,7 @@ def _reserve(
 
 
 def _check_layers(settings: Experiment, task: Task, source: models.Source, layers: tuple[Layer, ...]) -> None:
-    """Find every contradiction between the flags and the model's shapes, and every place that cannot be written."""
+    """Refuse contradictions between the flags and the model's shapes, and output paths that cannot be written."""
     for layer in layers if task.nm else ():
         if layer.shape[1] % task.nm[1]:
             text = f"{layer.name} has {layer.shape[1]} columns, which {task.nm[1]} does not divide"
@@ -350,7 +350,7 @@ def _check_vocabulary(settings: Experiment, skeleton: PreTrainedModel, windows: 
 
 
 def questions(settings: ZeroShot, session: Session) -> evaluation.Tasks | None:
-    """Return the tasks that the settings ask for, their data loaded; None without --eval_zero_shot."""
+    """Return the requested tasks with their data loaded; None without --eval_zero_shot."""
     if not settings.eval_zero_shot:
         return None
     names = tuple(dict.fromkeys(filter(None, settings.tasks.split(","))))
@@ -360,7 +360,7 @@ def questions(settings: ZeroShot, session: Session) -> evaluation.Tasks | None:
 def zero_shot(
     settings: ZeroShot, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: evaluation.Tasks
 ) -> evaluation.ZeroShot:
-    """Return what the model answers to ``tasks``."""
+    """Return the model's results on ``tasks``."""
     batch = settings.eval_batch_size if settings.eval_batch_size == "auto" else int(settings.eval_batch_size)
     return evaluation.zero_shot(model, tokenizer, tasks, settings.num_fewshot, settings.limit, batch)
 
@@ -371,7 +371,7 @@ def zero_shot(
 def measure_values(
     settings: Experiment, task: Task, weights: Weights, known: Prepared, session: Session
 ) -> dict[str, float] | None:
-    """Return what the allocation wants to know of each layer, None if that is nothing."""
+    """Return the values that the allocation needs for each layer, None if it needs none."""
     wants = None if settings.plan else task.wants
     if wants is None:
         return None
@@ -388,9 +388,9 @@ def measure_values(
 def find_prices(
     settings: Experiment, task: Task, weights: Weights, known: Prepared, session: Session
 ) -> price.Found | None:
-    """Return what the search for ratios of equal price found, None for another allocation.
+    """Return the result of the search for ratios of equal price, None for another allocation.
 
-    What an unfinished run found is taken from its journal: a GPU may not find the same bits again.
+    The result of an unfinished run is taken from its journal: a GPU may not reproduce the same bits.
     """
     if settings.plan or task.wants != "price":
         return None
@@ -423,7 +423,7 @@ def find_prices(
 
 
 def priced(found: price.Found | None) -> dict:
-    """Return what a record holds of the search for prices: nothing where there was none."""
+    """Return the record's entries on the search for prices; empty without one."""
     if found is None:
         return {}
     steps = [step._asdict() for step in found.steps]
@@ -431,7 +431,7 @@ def priced(found: price.Found | None) -> dict:
 
 
 def draw_prices(settings: Output, task: Task, found: price.Found | None) -> None:
-    """Write the picture of the search for prices, if there was one."""
+    """Write the plot of the search for prices, if there was one."""
     if found is not None:
         files.save_figure(price.draw(found), Path(settings.save) / f"price_{task.run}.png", dpi=130)
 
@@ -450,7 +450,7 @@ def make_plan(
     values: Mapping[str, float] | None,
     epsilon: float | None = None,
 ) -> SparsityPlan:
-    """Return the plan that the allocation makes of ``values``; ``epsilon`` replaces that of the settings."""
+    """Return the allocation's plan for ``values``; ``epsilon`` overrides the settings."""
     how = allocation.ALLOCATIONS[task.allocation]
     hyper = {name: getattr(settings, name) for name in how.flags}
     if epsilon is not None and "epsilon" in hyper:
@@ -467,7 +467,7 @@ def make_plan(
 def choose_plan(
     settings: Experiment, task: Task, weights: Weights, known: Prepared, values: Mapping[str, float] | None, dense
 ) -> tuple[SparsityPlan, list[search.Trial]]:
-    """Return the plan, written where the settings say, and what was tried for it."""
+    """Return the plan, written where requested, and the trials made for it."""
     trials: list[search.Trial] = []
     layers = weights.layers
     if settings.plan:
@@ -486,7 +486,7 @@ def choose_plan(
 def _search(
     settings: Experiment, task: Task, weights: Weights, known: Prepared, plan_of: Callable, grid: list[float], dense
 ) -> list[search.Trial]:
-    """Try every epsilon of the grid; what an unfinished run tried already is not tried again."""
+    """Try every epsilon of the grid except those that an unfinished run has already tried."""
     journal, tried = known.journal, {}
     if journal is not None:
         windows = [digest(part) for part in known.windows.search]
@@ -498,7 +498,7 @@ def _search(
 
 
 class _Noted(dict):
-    """Results of a search by plan, each of them noted in the journal as soon as it is known."""
+    """Results of a search by plan, each recorded in the journal as soon as it is known."""
 
     def __init__(self, journal: Journal, key: str) -> None:
         noted = journal.noted("search") or {}
@@ -511,7 +511,7 @@ class _Noted(dict):
 
 
 def begin_journal(settings: Experiment, weights: Weights, known: Prepared, plan: SparsityPlan) -> None:
-    """Let the journal find out whether it holds blocks of this very run; the weights are still dense."""
+    """Let the journal check whether it holds blocks of this same run; the weights are still dense."""
     if known.journal is None:
         return
     windows = known.windows.calibration
@@ -526,7 +526,7 @@ def begin_journal(settings: Experiment, weights: Weights, known: Prepared, plan:
 
 
 def searched(trials: list[search.Trial]) -> dict:
-    """Return what a record holds of the search for epsilon: nothing where there was none."""
+    """Return the record's entries on the search for epsilon; empty without one."""
     if not trials:
         return {}
     return {"epsilon": search.best(trials).epsilon, "epsilon_search": [trial._asdict() for trial in trials]}
@@ -544,14 +544,14 @@ def _write_plan(settings: Experiment, task: Task, plan: SparsityPlan, known: Pre
 
 
 def warn_of_miss(target: float, sparsity: float) -> None:
-    """Warn where the measured sparsity misses the target by more than rounding."""
+    """Warn if the measured sparsity misses the target by more than rounding."""
     if abs(sparsity - target) > MISSED:
         text = "the measured sparsity, %.4f, misses the target of %g: per row, Wanda removes a whole number of weights"
         log.warning(text, sparsity, target)
 
 
 def described(settings: Experiment, task: Task, known: Prepared) -> dict:
-    """Return what a run's record holds before anything is measured."""
+    """Return the content of a run's record before anything is measured."""
 
     def text(name: str, windows: Tensor | None) -> dict | None:
         return None if windows is None else {"text": name, "windows": len(windows), "seqlen": known.seqlen}
