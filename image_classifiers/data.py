@@ -1,4 +1,4 @@
-"""Images: where they come from, how they become tensors, and their batches."""
+"""Images: their sources, their conversion to tensors, and their batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIGITS_TEST = 450  # of 1,797
 
 
 class Images(NamedTuple):
-    """``items[i]`` is (RGB image, label); ``classes`` are their names; ``paths``, if they are files, those."""
+    """``items[i]`` is (RGB image, label); ``classes`` are the class names; ``paths`` those of the files, if any."""
 
     items: Sequence
     classes: list[str]
@@ -61,7 +61,7 @@ def cifar(data_path: str | None, eval_data_path: str | None, train: bool) -> Ima
 
 
 def digits(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a stratified quarter, always the same, is for test."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fixed, stratified quarter is the test set."""
     from PIL import Image
 
     try:
@@ -107,7 +107,7 @@ def _folder(field: str, given: str | None, inner: str = "") -> Images:
 
 
 def evaluation_transform(size: int, crop_pct: float | None, mean_std: tuple) -> Callable:
-    """Return what makes an image a tensor [3, size, size]: resized (bicubic), cropped, normalised (published)."""
+    """Return the transform from image to tensor [3, size, size]: resized (bicubic), cropped, normalised (published)."""
     from timm.data.transforms_factory import transforms_imagenet_eval
 
     whole = size <= WHOLE_IMAGE_UP_TO or size >= WHOLE_IMAGE_FROM
@@ -122,7 +122,7 @@ def evaluation_transform(size: int, crop_pct: float | None, mean_std: tuple) -> 
 
 
 def augmenting_transform(size: int, mean_std: tuple) -> Callable:
-    """Return the random training transform that the published code calibrates with."""
+    """Return the random training transform used by the published code for calibration."""
     from timm.data import create_transform
 
     return create_transform(
@@ -143,7 +143,7 @@ def draw(images: Images, count: int, seed: int, replacement: bool) -> list[int]:
     """Return ``count`` random indices of ``images``.
 
     Raises:
-        UserError: without replacement, and there are fewer images than that.
+        UserError: too few images to draw without replacement.
     """
     have = len(images.items)
     generator = torch.Generator().manual_seed(seed)
@@ -155,10 +155,10 @@ def draw(images: Images, count: int, seed: int, replacement: bool) -> list[int]:
 
 
 class Prepared:
-    """Images at ``indices`` as tensors, with their labels; in place of one that cannot be read, what is wrong with it.
+    """Images at ``indices`` as tensors, with their labels; an unreadable image is replaced by its error.
 
-    With a ``seed``, each is transformed with its own random state, so that neither the batch size nor the number of
-    workers matters.
+    With a ``seed``, each image is transformed with its own random state, so that neither the batch size nor the
+    number of workers matters.
     """
 
     def __init__(self, images: Images, indices: Sequence[int], transform: Callable, seed: int | None = None) -> None:
@@ -185,7 +185,7 @@ def batches(prepared: Prepared, batch_size: int, workers: int) -> Iterator[tuple
     """Yield tensors [batch, 3, height, width] and labels [batch], in order.
 
     Raises:
-        UserError: an image cannot be read; names it.
+        UserError: names an image that cannot be read.
     """
     generator = torch.Generator().manual_seed(0)  # workers get their seeds from it, not from the global one
     loader = torch.utils.data.DataLoader(

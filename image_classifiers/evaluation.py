@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Accuracy(NamedTuple):
-    """Percentages of ``images``: the label is the likeliest class (``top1``), or among the first five (``top5``)."""
+    """Percentages of ``images`` whose label is the most likely class (``top1``) or among the top five (``top5``)."""
 
     top1: float
     top5: float

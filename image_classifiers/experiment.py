@@ -1,4 +1,4 @@
-"""Image experiment: what is checked before the weights are loaded, and what an allocation wants to know."""
+"""Image experiment: checks before the weights are loaded, and the values that an allocation needs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ log = logging.getLogger("main")
 
 
 class Sets(NamedTuple):
-    """Images that a run reads; ``calibration`` is None where nothing needs it."""
+    """Images that a run reads; ``calibration`` is None if not needed."""
 
     test: data.Prepared
     calibration: data.Prepared | None
 
 
 class Prepared(NamedTuple):
-    """What is known before the weights are loaded."""
+    """Everything known before the weights are loaded."""
 
     source: models.Source
     size: int  # side of the images in pixels
@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(settings: ImageExperiment, task: Task) -> Prepared:
-    """Find out whatever can be known without the weights, so that errors surface before any work."""
+    """Check everything that can be checked without the weights, so that errors surface before any work."""
     files.prepare("save", Path(settings.save))
     warn_of_replacement(settings, task)
     warn_of_other_method(settings, task)
@@ -78,7 +78,7 @@ def prepare(settings: ImageExperiment, task: Task) -> Prepared:
 
 
 def warn_of_other_method(settings: ImageExperiment, task: Task) -> None:
-    """Warn of another method's accuracy that will be replaced: its published file name holds the sparsity only."""
+    """Warn if another method's accuracy will be replaced: the published file name contains only the sparsity."""
     published = Path(settings.save) / f"{task.target}.txt"
     if published.exists() and read_run(Path(settings.save), task.run) is None:
         log.warning("%s of another method will be replaced; its JSON stays", published)
@@ -88,15 +88,15 @@ def check_device(field: str, device: str) -> None:
     """Refuse a ``device`` that cannot be used."""
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # an unknown kind, none present, or torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # an unknown kind, no such device, or torch without CUDA
         raise UserError(field, f"{device}: cannot be used ({first_line(error)}); use cpu") from error
 
 
 def open_images(settings: ImageExperiment, task: Task, size: int, classes: int) -> Sets:
-    """Return the images that the run reads, none of them read yet.
+    """Return the images that the run reads, without reading them yet.
 
     Raises:
-        UserError: they are missing, too few, or of other classes than the model's.
+        UserError: they are missing, too few, or their classes are not the model's.
     """
     find = partial(data.DATASETS[settings.data_set], settings.data_path, settings.eval_data_path)
     mean_std = data.MEAN_STD[settings.imagenet_default_mean_and_std]
@@ -121,7 +121,7 @@ def open_images(settings: ImageExperiment, task: Task, size: int, classes: int) 
 
 
 def described(settings: ImageExperiment, task: Task, known: Prepared) -> dict:
-    """Return what a run's record holds before anything is measured."""
+    """Return the content of a run's record before anything is measured."""
     about = {name: getattr(known, name) for name in ("parameters", "prunable", "device")}
     return {
         "method": task.method,
@@ -141,7 +141,7 @@ def described(settings: ImageExperiment, task: Task, known: Prepared) -> dict:
 
 
 def warn_of_normalisation(settings: ImageExperiment, model: nn.Module) -> None:
-    """Warn of weights that were trained on images normalised in another way."""
+    """Warn about weights that were trained on images with a different normalisation."""
     own, ours = tuple(model.pretrained_cfg["mean"]), data.MEAN_STD[settings.imagenet_default_mean_and_std][0]
     if not settings.resume and own != ours:
         other = not settings.imagenet_default_mean_and_std
@@ -150,20 +150,20 @@ def warn_of_normalisation(settings: ImageExperiment, model: nn.Module) -> None:
 
 
 def reader(settings: ImageExperiment) -> Callable[[data.Prepared], Iterator[tuple[Tensor, Tensor]]]:
-    """Return a function of images that yields their batches."""
+    """Return a function that yields the batches of given images."""
     workers = min(10, os.cpu_count() or 1) if settings.num_workers is None else settings.num_workers
     return partial(data.batches, batch_size=settings.batch_size, workers=workers)
 
 
 def enter_blocks(settings: ImageExperiment, parts: models.Parts, images: data.Prepared) -> BlockInputs:
-    """Return what calibration ``images`` have become when they enter the first block."""
+    """Return the inputs of the first block for the calibration ``images``."""
     return pruning.block_inputs(parts.pruned, reader(settings)(images), settings.hidden_device)
 
 
 def measure_values(
     settings: ImageExperiment, task: Task, known: Prepared, parts: models.Parts, enter: Callable[[], BlockInputs]
 ) -> Mapping[str, float] | None:
-    """Return what the allocation wants to know of each layer, None if that is nothing."""
+    """Return the values that the allocation needs for each layer, None if it needs none."""
     if task.wants is None:
         return None
     if task.wants == "metric":

@@ -1,4 +1,4 @@
-"""Prune an image classifier layer by layer and measure its accuracy: python image_classifiers/main.py --help"""
+"""Pruning of an image classifier, layer by layer, and its accuracy: python image_classifiers/main.py --help"""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ PARSER = make_parser(
 
 
 def run(settings: ImageExperiment, console: Console) -> dict:
-    """Do what the settings ask for, in the order in which it happens, and return the run's record."""
+    """Carry out the run step by step and return its record."""
     task = settings.task()
     record = Record(Path(settings.save), task.run)
 
-    with record.stage("prepare"):  # all that can be known without the weights
+    with record.stage("prepare"):  # everything that can be checked without the weights
         known = experiment.prepare(settings, task)
         record.content |= experiment.described(settings, task, known)
 
@@ -66,7 +66,7 @@ def run(settings: ImageExperiment, console: Console) -> dict:
 
     with record.kept(partial(resume, settings, record)):
         record.content["sparsity"] = parts.pruned.sparsity()
-        unsaved = save(settings, task, known, parts, record)  # and what is known, before whatever may still fail
+        unsaved = save(settings, task, known, parts, record)  # and the results so far, before anything else can fail
         if task.pruner:
             with record.stage("evaluate"):
                 found = accuracy(model, read(known.sets.test), settings.use_amp)
@@ -83,7 +83,7 @@ def run(settings: ImageExperiment, console: Console) -> dict:
 def save(
     settings: ImageExperiment, task: Task, known: Prepared, parts: models.Parts, record: Record
 ) -> UserError | None:
-    """Write the pruned model, and then what is known so far, even if the model could not be written.
+    """Write the pruned model, then the results so far, even if the model could not be written.
 
     An error that the user can fix is returned instead of raised, since the accuracy can still be measured.
     """
@@ -105,7 +105,7 @@ def save(
 
 
 def resume(settings: ImageExperiment, record: Record) -> str:
-    """Return what to do after a failure: to measure the model that is saved, or to start again."""
+    """Return what to do after a failure: evaluate the saved model, or start again."""
     saved = record.content["saved_model"]
     if saved is None:
         advice = " (--save_model DIR would keep the model)" if record.rows and not settings.save_model else ""
@@ -123,7 +123,7 @@ def sentence(found: Accuracy) -> str:
 
 
 def show(settings: ImageExperiment, task: Task, record: Record, console: Console) -> None:
-    """Print the run's figures and where they are."""
+    """Print the run's figures and where they were written."""
     content, stages = record.content, record.stages.values()
 
     def row(method: str, target: float, sparsity: float, found: dict, seconds: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Image classifiers: found by timm name, folder or weight file, and their blocks and layers by structure."""
+"""Image classifiers: located by timm name, folder or weight file; their blocks and layers by structure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LISTED = 6  # keys in an error
 
 
 class Source(NamedTuple):
-    """Where a model comes from: ``given`` by the user, the ``name`` that timm makes it by, its ``folder`` if any."""
+    """Where a model comes from: ``given`` by the user, the ``name`` by which timm builds it, its ``folder`` if any."""
 
     given: str
     name: str
@@ -34,12 +34,12 @@ class Source(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Return the name under which its metrics are kept."""
+        """Return the name under which its metrics are cached."""
         return self.folder.resolve().name if self.folder else self.given
 
 
 class Parts(NamedTuple):
-    """Weights of a classifier, both over one chain of modules: its blocks, and what downsamples between them.
+    """Weights of a classifier over one chain of modules: its blocks, and the downsampling between them.
 
     ``pruned`` lends the linear layers and 1x1 convolutions inside the blocks; ``measured`` those and the depthwise
     convolutions, in the model's order.
@@ -53,7 +53,7 @@ class Parts(NamedTuple):
 
 
 def locate(model: str) -> Source:
-    """Return where ``model`` comes from: a name that timm knows, or a folder that ``--save_model`` wrote.
+    """Return where ``model`` comes from: a name known to timm, or a folder written by ``--save_model``.
 
     Raises:
         UserError: it is neither.
@@ -75,10 +75,10 @@ def locate(model: str) -> Source:
 
 
 def skeleton(source: Source, size: int | None, classes: int | None) -> tuple[nn.Module, int]:
-    """Return the model without weights (on the meta device), and the side in pixels of the images that it takes.
+    """Return the model without weights (on the meta device), and the side of its input images in pixels.
 
     Raises:
-        UserError: it is not supported, cannot take images of ``size``, or has other than ``classes`` outputs.
+        UserError: it is not supported, does not accept images of ``size``, or does not have ``classes`` outputs.
     """
     model = _create(source, {"num_classes": classes}, "meta")
     own = model.pretrained_cfg["input_size"][-1]
@@ -98,7 +98,7 @@ def load(source: Source, resume: str | None, size: int, classes: int | None) -> 
     """Return the model in evaluation mode on the CPU, with the weights of ``resume``, its folder, or timm's own.
 
     Raises:
-        UserError: the weights cannot be had, or do not fit the model.
+        UserError: the weights cannot be obtained, or do not fit the model.
     """
     options = _options(_create(source, {}, "meta"), size, classes)
     if resume or source.folder:
@@ -140,10 +140,10 @@ def _options(model: nn.Module, size: int | None, classes: int | None) -> dict:
 def find_parts(model: nn.Module, given: str | None = None) -> Parts:
     """Return the weights of ``model``, its blocks found by their structure.
 
-    Either one list of transformer blocks, or stages of ConvNeXt blocks with what lies between them.
+    They are one list of transformer blocks, or stages of ConvNeXt blocks with the modules between them.
 
     Raises:
-        UserError: the model is of another structure; it is named by ``given``.
+        UserError: the model has another structure; ``given`` names it in the message.
     """
     chain = _chain(model, given)
     measured = _weights(model, chain, lambda module: True)
@@ -194,7 +194,7 @@ def _weights(model: nn.Module, chain: list[str], wanted: Callable[[nn.Module], b
 
 
 def _stages(model: nn.Module, root: str, lists: dict[str, str]) -> list[str]:
-    """Return the names of the blocks in the stages under ``root``, and of what lies between them, in order."""
+    """Return the names of the blocks in the stages under ``root``, and of the modules between them, in order."""
     chain = []
     for stage, module in model.get_submodule(root).named_children():
         for child, part in module.named_children():
@@ -210,7 +210,7 @@ def _kind(block: nn.Module) -> str | None:
     matrices = _matrices(block)
     known = {id(module.weight) for module in matrices.values()}
     if any(p.ndim > 1 and id(p) not in known for p in block.parameters()):
-        return None  # position biases, say: they would stay dense
+        return None  # for example position biases: they would stay dense
     linear = [m for m in matrices.values() if _pointwise(m)]
     other = [m for m in matrices.values() if not _pointwise(m)]
     if not other and len(linear) >= 4 and all(isinstance(m, torch.nn.Linear) for m in linear):
@@ -250,7 +250,7 @@ def _check_chain(model: nn.Module, blocks: Sequence[nn.Module], size: int, given
         device = next(model.parameters()).device
         with torch.no_grad():
             model(torch.zeros(1, 3, size, size, device=device))
-    except Exception as error:  # too small for the downsampling, say
+    except Exception as error:  # for example too small for the downsampling
         text = f"{size}: {given} cannot take images of this size ({first_line(error)})"
         raise UserError("input_size", text) from error
     finally:
@@ -274,7 +274,7 @@ def _refusal(model: nn.Module, given: str | None, reason: str) -> UserError:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill ``model`` with the weights in ``path``: of Meta's ConvNeXt, DeiT, jx_vit, or timm's own layout.
+    """Fill ``model`` with the weights in ``path``, in the layout of Meta's ConvNeXt, DeiT, jx_vit, or timm.
 
     Raises:
         UserError: the file cannot be read, or its keys or shapes do not fit.
@@ -314,7 +314,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
         with torch.serialization.safe_globals([Namespace]):  # training scripts keep their flags beside
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the readers raise on a damaged file, or on one that wants to run code
+    except Exception as error:  # whatever the readers raise on a damaged file, or on one that tries to run code
         raise UserError("resume", f"{path}: cannot be read as weights ({first_line(error)})") from error
     for key in ("model", "module", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -328,7 +328,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _check_resampling(state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
-    """Warn of positions, and refuse patches, that timm would resample without a word."""
+    """Warn about positions, and refuse patches, that timm would silently resample."""
     for key in ("pos_embed", "patch_embed.proj.weight"):
         if (
             key not in state
@@ -344,10 +344,10 @@ def _check_resampling(state: dict[str, Tensor], own: dict[str, Tensor], path: Pa
 
 
 def save(model: nn.Module, size: int, target: Path) -> None:
-    """Write a folder (config.json, model.safetensors) from which timm makes the model: ``local-dir:FOLDER``.
+    """Write a folder (config.json, model.safetensors) from which timm builds the model: ``local-dir:FOLDER``.
 
     Args:
-        size: the side in pixels of the images that it takes.
+        size: the side of its input images in pixels.
     """
     import timm.models
 

@@ -1,4 +1,4 @@
-"""Pruning of image classifiers: Wanda with one threshold per matrix, and what enters the blocks."""
+"""Pruning of image classifiers: Wanda with one threshold per matrix, and the inputs of the blocks."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class _Caught(Exception):
 
 
 def block_inputs(weights: Weights, batches: Iterable[tuple[Tensor, Tensor]], kept_on: str | None) -> BlockInputs:
-    """Return what enters the first block for each of ``batches``; statistics will be means over tokens.
+    """Return the inputs of the first block for each of ``batches``; statistics will be means over tokens.
 
     Args:
         batches: of images [batch, 3, height, width] and labels, which are not read.
-        kept_on: the device that holds the hidden states; None for the model's own.
+        kept_on: the device that holds the hidden states; None for the model's.
     """
     hidden: list[Tensor] = []
 

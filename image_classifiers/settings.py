@@ -1,4 +1,4 @@
-"""Settings of the image classifiers' command: its groups of flags, and what contradicts what."""
+"""Settings of the image classifiers' command: its groups of flags, and checks for contradictions."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Evalua
         self.task()
 
     def task(self) -> Task:
-        """Return what is asked for.
+        """Return the task that the flags describe.
 
         Raises:
             UserError: flags that contradict each other, or that do nothing for this method.

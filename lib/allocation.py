@@ -118,7 +118,7 @@ def arithmetic(layers: Sequence[Layer], target: float, values: None, atp_beta: f
 
 
 def erdos_renyi(layers: Sequence[Layer], target: float, values: Values | None = None) -> Ratios:
-    """Return ratios with densities proportional to (n_in + n_out) / (n_in n_out), none above 1 (Mocanu et al., 2018)."""
+    """Return ratios, densities proportional to (n_in + n_out) / (n_in n_out), none above 1 (Mocanu et al., 2018)."""
     return _erdos_renyi(layers, [], target)
 
 

@@ -32,8 +32,8 @@ class BlockInputs(NamedTuple):
 
     ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
     ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
-    sample. They contain no live cache. ``samples`` is what statistics are divided by (over all processes), None for the number
-    of tokens. ``tuples`` collects the indices of the blocks that return their hidden states in a tuple.
+    sample. They contain no live cache. ``samples`` is what statistics are divided by, over all processes (None: the
+    number of tokens). ``tuples`` collects the indices of the blocks that return their hidden states in a tuple.
     ``dtype`` is that of the products in a block, None for the block's own; values passed between layers keep
     their precision.
     """

@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def in_repository(name: str) -> str:
-    """Return the path of ``name`` in the repository: as it is where the command is started there, else absolute."""
+    """Return the path of ``name`` in the repository: relative if the command is started there, else absolute."""
     return name if Path.cwd() == ROOT else str(ROOT / name)
 
 
 def prepare(field: str, folder: Path, need_bytes: int = 0) -> None:
-    """Refuse a ``folder`` that cannot be written or whose disk has less than ``need_bytes`` free; leave no trace."""
+    """Refuse a ``folder`` that is not writable or whose disk has less than ``need_bytes`` free; leave no trace."""
     if not processes.first():
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
@@ -47,7 +47,7 @@ def prepare(field: str, folder: Path, need_bytes: int = 0) -> None:
 
 
 def readable(size: float) -> str:
-    """Return a size in bytes as a person reads it: ``1.5 MiB``."""
+    """Return a human-readable size in bytes: ``1.5 MiB``."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
             break
@@ -56,12 +56,12 @@ def readable(size: float) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to a temporary name beside ``path`` and rename it."""
+    """Write ``text`` under a temporary name beside ``path`` and rename it."""
     write_files(path.parent, {path.name: text})
 
 
 def write_files(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write each of ``texts`` {file name: content} to ``folder``, all of them or none; the first process does.
+    """Write each of ``texts`` {file name: content} to ``folder``, all of them or none; only the first process writes.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; existing files are left as they are.
@@ -86,12 +86,12 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``target`` that takes its place when the with statement ends without an error.
+    """Yield a temporary folder beside ``target`` that replaces it when the with statement ends without an error.
 
-    What killed processes left of earlier attempts at the same target is removed, with a line that names it.
+    Leftovers of killed processes' attempts at the same target are removed, with a line that names them.
 
     Raises:
-        UserError: the disk is full or the place cannot be written.
+        UserError: the disk is full or the path is not writable.
     """
     tmp = target.with_name(f".{target.name}-{_me()}")
     old = target.with_name(f".{target.name}-old-{_me()}")
@@ -138,7 +138,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def is_alive(process: int) -> bool:
-    """Return whether a process of this machine is running."""
+    """Return whether a process on this machine is running."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -149,7 +149,7 @@ def is_alive(process: int) -> bool:
 
 
 def save_figure(figure, path: Path, dpi: int) -> None:
-    """Write a matplotlib ``figure`` as a PNG, under a temporary name first; the first process does.
+    """Write a matplotlib ``figure`` as a PNG, under a temporary name first; only the first process writes.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.

@@ -1,4 +1,4 @@
-"""Fingerprints of weight matrices: they tell a matrix from its fine-tuned copy, and not from its half-precision one."""
+"""Fingerprints of weight matrices: they distinguish a fine-tuned copy but not a half-precision one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def fingerprint(weight: Tensor) -> str:
 
 
 def same_weights(a: str, b: str) -> bool:
-    """Return whether two fingerprints are those of one matrix, but for rounding to half precision.
+    """Return whether two fingerprints belong to the same matrix, up to rounding to half precision.
 
-    The root mean square of the differences must be below the rounding of the coarser of the two, over that of the
-    entries. A rank-8 update of 2 % of a matrix's norm moves its entries by about 2 % of theirs, rounding to bfloat16
-    by 0.2 % at most.
+    The root mean square of the differences, over that of the entries, must be below the rounding of the coarser one. A
+    rank-8 update of 2 % of a matrix's norm moves its entries by about 2 % of theirs, rounding to bfloat16 by 0.2 % at
+    most.
     """
     x, y = (numpy.frombuffer(bytes.fromhex(text), dtype="<f4").astype(numpy.float64) for text in (a, b))
     scale = max(numpy.square(x).mean(), numpy.square(y).mean()) ** 0.5
@@ -44,7 +44,7 @@ def _rounding(entries) -> float:
 
 
 def first_difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Return the first layer of ``now`` whose fingerprint is another or missing in ``before``, None if all agree."""
+    """Return the first layer of ``now`` whose fingerprint differs or is missing in ``before``, None if all agree."""
     for name, own in now.items():
         if name not in before or not same_weights(before[name], own):
             return name

@@ -1,4 +1,4 @@
-"""Hugging Face hub: whether it can be reached, found out in seconds instead of minutes of retries."""
+"""Hugging Face hub: a check whether it can be reached, in seconds instead of minutes of retries."""
 
 import logging
 import os
@@ -15,9 +15,9 @@ _PATIENCE = 5.0  # seconds
 
 
 def check_hub() -> None:
-    """Work from the local cache if the hub cannot be reached; called before anything is asked of it.
+    """Work from the local cache if the hub cannot be reached; called before the first request to it.
 
-    The hub's own client would retry for up to a minute. Where a proxy is set, only the proxy can tell.
+    The hub's own client would retry for up to a minute. If a proxy is set, only the proxy can decide.
     """
     if os.environ.get("HF_HUB_OFFLINE") or getproxies():
         return

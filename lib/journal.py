@@ -1,4 +1,4 @@
-"""Journal of finished blocks: a run that is killed resumes after its last whole block, and nothing is ever mixed."""
+"""Journal of finished blocks: a killed run resumes after its last complete block, and runs are never mixed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WRITTEN_WITHIN = 10  # seconds: an empty lock that is older was left by a proce
 
 
 class Identity(NamedTuple):
-    """What must be the same for a run to be resumed, in words for an error and as what is compared."""
+    """Identity that a run must share to be resumed: in words for errors, and as the values compared."""
 
     flags: Mapping[str, object]
     plan: str
@@ -39,12 +39,12 @@ class Identity(NamedTuple):
 
 
 def partial_folder(target: Path) -> Path:
-    """Return the folder in which the model for ``target`` is made."""
+    """Return the folder in which the model for ``target`` is built."""
     return target.with_name(f".{target.name}.partial")
 
 
 def digest(value: object) -> str:
-    """Return a hash of a tensor's values or of anything that JSON holds."""
+    """Return a hash of a tensor's values or of any JSON value."""
     if isinstance(value, torch.Tensor):
         data = value.cpu().contiguous().numpy().tobytes()
     else:
@@ -53,19 +53,19 @@ def digest(value: object) -> str:
 
 
 class Journal:
-    """The folder in which a pruned model is made, one shard per finished block.
+    """The folder in which a pruned model is built, one shard per finished block.
 
     A block is finished when the manifest names its shard, its checksum and its rows; the manifest is written after the
-    shard, both durably. The folder takes the place of ``target`` when all blocks are finished.
-    Of several processes the first one reads and writes it, and the others know what it knows.
+    shard, both durably. The folder replaces ``target`` when all blocks are finished.
+    With several processes, the first one reads and writes it and shares its contents with the others.
     """
 
     def __init__(self, target: Path, restart: bool = False, unmeasured: bool = False) -> None:
         """Open the journal for ``target``.
 
         Args:
-            restart: throw an unfinished run away.
-            unmeasured: a whole model in ``target`` is that of a run that was stopped in its evaluation: it is resumed.
+            restart: discard an unfinished run.
+            unmeasured: a complete model in ``target`` comes from a run stopped during its evaluation, which is resumed.
         """
         self.target, self.folder = target, partial_folder(target)
         self.finished: dict[int, dict] = {}
@@ -76,7 +76,7 @@ class Journal:
         self._found = processes.by_first(lambda: self._open(restart, unmeasured))
 
     def _open(self, restart: bool, unmeasured: bool) -> dict:
-        """Take possession of the folder and return the manifest that it holds."""
+        """Lock the folder and return its manifest."""
         target = self.target
         try:
             if unmeasured and not restart and not self.folder.exists() and (target / MANIFEST).is_file():
@@ -98,7 +98,7 @@ class Journal:
         return self._read_manifest()
 
     def _take_back(self) -> None:
-        """Make the finished folder the folder at work again; a packed one's shards come back bit for bit."""
+        """Turn the finished folder into the working folder again; a packed one's shards are restored bit for bit."""
         from lib import sparse
 
         if not sparse.is_packed(self.target):
@@ -113,7 +113,7 @@ class Journal:
 
     @property
     def scratch(self) -> Path:
-        """A folder for what need not outlive the run."""
+        """Folder for files that need not outlive the run."""
         return self.folder / "scratch"
 
     # ------------------------------------------------------------------------------------------------ who is at work
@@ -144,7 +144,7 @@ class Journal:
         tmp.rename(path)
 
     def close(self) -> None:
-        """Free the folder for another run."""
+        """Release the folder for another run."""
         if processes.first() and self.folder.is_dir():
             (self.folder / _LOCK).unlink(missing_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
@@ -154,7 +154,7 @@ class Journal:
                 self.folder.rmdir()
 
     def finish(self, packed: bool = False) -> None:
-        """Put the finished folder in the target's place, ``packed`` or as it is."""
+        """Replace the target by the finished folder, ``packed`` or unchanged."""
         if packed:
             from lib import sparse
 
@@ -186,7 +186,7 @@ class Journal:
         return found if isinstance(found, dict) else {}
 
     def begin(self, identity: Identity) -> None:
-        """Resume where an earlier run of this very identity was stopped, or start.
+        """Resume where an earlier run with the same identity stopped, or start.
 
         Raises:
             UserError: the folder holds blocks of a run with other flags, weights, calibration or versions.
@@ -199,7 +199,7 @@ class Journal:
         self._write()
 
     def _whole_blocks(self) -> dict[int, dict]:
-        """Return what the manifest says of the blocks that are whole."""
+        """Return the manifest's entries for complete blocks."""
         before, finished = self._found.get("identity"), {}
         if not before:
             return finished
@@ -233,12 +233,12 @@ class Journal:
         raise UserError("save_model", text)
 
     def note(self, name: str, value: object) -> None:
-        """Keep something that was found on the way, for a run that resumes."""
+        """Store an intermediate result for a resumed run."""
         self.notes[name] = value
         self._write()
 
     def noted(self, name: str) -> object:
-        """Return what an earlier run noted."""
+        """Return an intermediate result of an earlier run."""
         return self._found.get("notes", {}).get(name)
 
     def _write(self) -> None:
@@ -271,7 +271,7 @@ class Journal:
         return self.folder / f"model-block-{index:05d}.safetensors"
 
     def rows(self, index: int) -> list[LayerReport]:
-        """Return the report on the layers of a finished block."""
+        """Return the layer reports of a finished block."""
         return [
             LayerReport(r[0], tuple(r[1]), *r[2:5], None if r[5] is None else tuple(r[5]))
             for r in self.finished[index]["rows"]
@@ -282,7 +282,7 @@ class Journal:
         return {name: stream.read_tensor(entry) for name, entry in stream.read_header(self.path(index)).items()}
 
     def add(self, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, rows: list[LayerReport]) -> None:
-        """Make a block durable: its shard, then the manifest that names it."""
+        """Store a block durably: its shard, then the manifest that names it."""
         path = self.path(index)
         sha256 = processes.by_first(lambda: stream.write_shard(path, tensors, dtype))
         self.finished[index] = {"shard": path.name, "sha256": sha256, "rows": [list(row) for row in rows]}

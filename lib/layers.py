@@ -1,4 +1,4 @@
-"""Layers of a model: where each family keeps its blocks, and the name and shape of every matrix that is pruned."""
+"""Layers of a model: where each family keeps its blocks, and the name and shape of every matrix to prune."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUPPORTED = (
 
 
 class Layer(NamedTuple):
-    """One matrix to prune: its full dotted ``name``, the index of its ``block``, and its ``shape`` [out, in]."""
+    """A matrix to prune: its full dotted ``name``, the index of its ``block``, and its ``shape`` [out, in]."""
 
     name: str
     block: int
@@ -32,9 +32,9 @@ class Layer(NamedTuple):
 
 
 def decoder_blocks(model: nn.Module) -> str | None:
-    """Return the name of the ModuleList of transformer blocks of a causal language model, None if there is none.
+    """Return the name of the ModuleList of transformer blocks of a causal language model, None if not found.
 
-    It is the outermost ModuleList whose every entry holds linear layers, as long as the config says.
+    It is the outermost ModuleList whose entries all contain linear layers and whose length matches the config.
     """
     found: list[str] = []
     count = model.config.get_text_config().num_hidden_layers
@@ -59,7 +59,7 @@ def find_blocks(model: nn.Module, family: str = "decoder") -> tuple[str, nn.Modu
 
 
 def linear_modules(block: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers inside a block by their names in it."""
+    """Return the linear layers inside a block by their names within it."""
     return {name: module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
@@ -74,10 +74,10 @@ def prunable_layers(model: nn.Module, family: str = "decoder") -> tuple[Layer, .
 
 
 def check_support(model: nn.Module) -> None:
-    """Refuse, by name, a model whose blocks hold matrices that would be left dense without a word.
+    """Refuse, by name, a model whose blocks contain matrices that would silently be left dense.
 
     Raises:
-        UserError: naming what is not supported.
+        UserError: names the unsupported part.
     """
     reason = _unsupported(model)
     if reason:

@@ -1,10 +1,10 @@
-"""Lazy imports of numpy, torch and transformers, so that --help and a mistyped flag are answered at once."""
+"""Lazy imports of numpy, torch and transformers, so that --help and a mistyped flag are answered immediately."""
 
 from importlib import import_module
 
 
 class Lazy:
-    """A module that is imported when one of its names is first used."""
+    """A module that is imported on first use of one of its names."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""Metrics of weight matrices: measured once, cached on disk under each layer's name."""
+"""Metrics of weight matrices, measured once and cached on disk by layer name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Settings(NamedTuple):
         return metric + windows + ("" if self.driver == "exact" else f"_{self.driver}")
 
     def described(self, metric: str) -> dict:
-        """Return what a sidecar says of them, as far as they matter to ``metric``."""
+        """Return the sidecar's entry for these settings, as far as they affect ``metric``."""
         if metric in WEIGHTWATCHER:
             return {"seed": self.seed} if metric == "random_distance" else {}
         return {"driver": self.driver, "farms": None if self.farms is None else self.farms._asdict()}
@@ -61,10 +61,10 @@ class LayerMetrics(NamedTuple):
 def load_or_measure(
     folder: Path, metric: str, model: str, weights: Weights, settings: Settings = PUBLISHED
 ) -> LayerMetrics:
-    """Return the metric of every layer from the cache in ``folder``; what is not cached is measured and cached there.
+    """Return the metric of every layer from the cache in ``folder``; missing values are measured and cached there.
 
     Raises:
-        UserError: the cache belongs to something else (see ``read_cache``), or a layer's spectrum admits no fit.
+        UserError: the cache does not match (see ``read_cache``), or a layer's spectrum admits no fit.
     """
     cached = processes.by_first(lambda: read_cache(folder, metric, model, weights.layers, settings))
     if cached is not None and _same_weights(folder / settings.stem(metric), weights):
@@ -93,7 +93,7 @@ class Begun:
                     self.known[row["layer"]] = (float(row["value"]), str(row["fingerprint"]))
 
     def value(self, name: str, weight: Tensor) -> float | None:
-        """Return what was measured of this very matrix, None if it was not."""
+        """Return the value measured for this same matrix, None if missing."""
         if name not in self.known:
             return None
         value, before = self.known[name]
@@ -103,11 +103,11 @@ class Begun:
         return value
 
     def add(self, values: Mapping[str, tuple[float, str]]) -> None:
-        """Keep values and fingerprints by layer name."""
+        """Store values and fingerprints by layer name."""
         rows = [{"layer": name, "value": value, "fingerprint": mark} for name, (value, mark) in values.items()]
         if not processes.first():
             return
-        with suppress(OSError):  # a disk that is full is for the end of the measurement to tell
+        with suppress(OSError):  # a full disk is reported at the end of the measurement
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -118,10 +118,10 @@ def measure(
 ) -> LayerMetrics:
     """Return the metric of every layer, measured on the weights' own devices.
 
-    Where weights stay in memory, the matrices of all blocks go to the workers at once; else a block's at a time.
+    If the weights stay in memory, the matrices of all blocks go to the workers at once; otherwise block by block.
 
     Args:
-        begun: gives what an interrupted measurement found, and keeps what this one finds, block by block.
+        begun: supplies the values of an interrupted measurement and stores this one's, block by block.
     """
     pending: dict[str, Future] = {}
     fell_back: list[str] = []
@@ -157,7 +157,7 @@ def measure(
 
 
 def _own_part(metric: str, layers: Sequence[Layer]) -> set[str]:
-    """Return the layers that this process measures; weightwatcher sees whole blocks."""
+    """Return the layers that this process measures; weightwatcher gets whole blocks."""
     if metric in WEIGHTWATCHER:
         return {layer.name for layer in layers if layer.block % processes.count() == processes.rank()}
     owners = processes.owners([layer.size * min(layer.shape) for layer in layers])
@@ -165,7 +165,7 @@ def _own_part(metric: str, layers: Sequence[Layer]) -> set[str]:
 
 
 def _keep(block: Block, futures: dict[str, Future], begun: Begun | None) -> None:
-    """Wait for a block's numbers, those of other processes too, and keep them."""
+    """Wait for a block's values, including those of other processes, and store them."""
     own = {name: futures[name].result() for name in block.linears if name in futures}
     taken = [] if begun is None else [name for name in own if name in begun.taken]
     values = {}
@@ -188,7 +188,7 @@ def _submit(
     fell_back: list[str],
     begun: Begun | None,
 ) -> dict[str, Future]:
-    """Return the numbers of a block's layers to come; on a GPU they are computed here, one after the other."""
+    """Return the pending values of a block's layers; on a GPU they are computed here, one after another."""
     if metric in WEIGHTWATCHER and block.linears:
         numbers = _through_weightwatcher(metric, block, settings.seed)
         return {name: _done(number) for name, number in numbers.items()}
@@ -224,7 +224,7 @@ def _value(name: str, weight: Tensor, metric: str, settings: Settings, fell_back
 
 
 def _warn_of_zeros(metric: str, block: Block) -> None:
-    """Warn of a pruned checkpoint, which one look at the first block tells."""
+    """Warn if the checkpoint is already pruned, judging by its first block."""
     zeros = sum((linear.weight == 0).sum().item() for linear in block.linears.values())
     share = zeros / max(1, sum(linear.weight.numel() for linear in block.linears.values()))
     if share > _PRUNED:
@@ -236,7 +236,7 @@ def _warn_of_zeros(metric: str, block: Block) -> None:
 
 
 def _through_weightwatcher(metric: str, block: Block, seed: int) -> dict[str, float]:
-    """Return what weightwatcher makes of each layer, matched by name; it reads float32 on the CPU."""
+    """Return weightwatcher's value for each layer, matched by name; it reads float32 on the CPU."""
     from weightwatcher import WeightWatcher
 
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
@@ -264,8 +264,8 @@ def _through_weightwatcher(metric: str, block: Block, seed: int) -> dict[str, fl
 def _workers() -> Iterator[ThreadPoolExecutor]:
     """Yield as many workers as there were threads, each with one thread for its linear algebra.
 
-    Faster than one matrix at a time on all threads, and the rounding of an SVD, and with it the bin in which the peak
-    of a spectrum falls, no longer depends on the number of cores.
+    This is faster than one matrix at a time on all threads, and the rounding of an SVD, and so the bin of a spectrum's
+    peak, no longer depends on the number of cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -282,12 +282,12 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
 def read_cache(
     folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: Settings = PUBLISHED
 ) -> LayerMetrics | None:
-    """Return the values cached in ``folder``, None if it has none of this metric.
+    """Return the values cached in ``folder``, None if it has none for this metric.
 
-    Whether the weights are those that were measured is for ``load_or_measure`` to check, once it has them.
+    ``load_or_measure`` checks later, once it has the weights, that they are the ones that were measured.
 
     Raises:
-        UserError: the file is damaged, or belongs to another model or to other layers.
+        UserError: the file is damaged, or belongs to another model or other layers.
     """
     stem = settings.stem(metric)
     path, sidecar = folder / f"{stem}.npy", folder / f"{stem}.json"
@@ -337,7 +337,7 @@ def _check_sidecar(about: dict, wanted: LayerMetrics, layers: Sequence[Layer], p
 
 
 def _same_weights(stem: Path, weights: Weights) -> bool:
-    """Return whether the cache tells by fingerprints that it was measured on ``weights``; False for an older cache.
+    """Return whether the cache's fingerprints identify ``weights`` as the measured ones; False for an older cache.
 
     Raises:
         UserError: it was measured on other weights of the same names and shapes.

@@ -1,4 +1,4 @@
-"""Models: a name or folder is located, looked at without its weights, loaded and saved."""
+"""Models: locating a name or folder, inspecting it without its weights, loading and saving."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def locate(model: str, cache_dir: str) -> Source:
     A GGUF file is converted to a folder in ``cache_dir``, once.
 
     Raises:
-        UserError: a local folder or file that is missing, empty or something else than a causal language model.
+        UserError: a local folder or file that is missing, empty or not a causal language model.
     """
     if model == SMOLLM2:
         return Source(model, str(_converted(_smollm2_gguf(), SMOLLM2, cache_dir)), SMOLLM2, cache_dir)
@@ -90,7 +90,7 @@ def _smollm2_gguf() -> Path:
 
 
 def _converted(gguf: Path, name: str, cache_dir: str) -> Path:
-    """Return the folder in ``cache_dir`` that holds ``gguf`` dequantised to float32, written unless it exists."""
+    """Return the folder in ``cache_dir`` with ``gguf`` dequantised to float32, written if missing."""
     target = Path(cache_dir) / name
     if target.is_dir():
         return target
@@ -113,10 +113,10 @@ def _converted(gguf: Path, name: str, cache_dir: str) -> Path:
 
 
 def load_skeleton(source: Source) -> PreTrainedModel:
-    """Return the model without weights (on the meta device): its config, blocks and shapes, in a second.
+    """Return the model without weights (on the meta device): its config, blocks and shapes, within a second.
 
     Raises:
-        UserError: the hub id cannot be reached, or the model is of a kind that is not supported.
+        UserError: the hub id cannot be reached, or the kind of model is not supported.
     """
     if not Path(source.path).exists():
         check_hub()
@@ -158,7 +158,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Return the model's own tokenizer, with its defaults.
 
     Raises:
-        UserError: the folder holds none, or it cannot be read.
+        UserError: the tokenizer is missing or cannot be read.
     """
     folder = Path(source.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -171,14 +171,14 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 class Dtypes(NamedTuple):
-    """The dtype that a model is computed in, and the one that its pruned weights are rounded to and saved in."""
+    """The dtype in which a model is computed, and the one to which its pruned weights are rounded for saving."""
 
     compute: torch.dtype
     stored: torch.dtype
 
 
 def choose_dtypes(dtype: str, skeleton: PreTrainedModel) -> Dtypes:
-    """Return what ``dtype``, a name of DTYPES, means for this model on this machine.
+    """Resolve ``dtype``, a name of DTYPES, for this model on this machine.
 
     ``auto`` follows the checkpoint. On CUDA float32 becomes float16, as published, and bfloat16 stays: its models
     overflow in float16. The CPU computes in float32 and saves in the checkpoint's own dtype.
@@ -199,9 +199,9 @@ def load_llm(
     """Return the model in evaluation mode: over all GPUs (and the CPU, if they are too small), or on the CPU.
 
     Args:
-        device: where all of the model goes instead.
+        device: where to put the whole model instead.
         reserve: bytes of each GPU that are left for the work (see ``working_set``).
-        config: of another model, for a folder that holds weights only.
+        config: of another model, for a folder that contains only weights.
 
     Raises:
         UserError: weights that are missing, damaged or of another model, or too large for GPU and CPU memory.
@@ -238,12 +238,12 @@ def load_llm(
 
 
 def free_bytes(gpu: torch.device | int) -> int:
-    """Return how much of a GPU's memory the driver has left, and torch holds there for no tensor."""
+    """Return the GPU memory that is free, including memory that torch holds for no tensor."""
     return torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
 
 
 def free_memory(reserve: int) -> dict[int | str, int]:
-    """Return how many bytes of weights each GPU, and the CPU, may hold; one of several processes: its GPU or share."""
+    """Return how many bytes of weights each GPU and the CPU may hold; of several processes, each its GPU or share."""
     import psutil
 
     own = processes.device()
@@ -259,9 +259,9 @@ _OVERHEAD = 2**30  # bytes of a GPU for its context, the libraries' workspaces a
 def working_set(
     skeleton: PreTrainedModel, dtype: torch.dtype, hessians: bool, windows: int, seqlen: int
 ) -> int:
-    """Return the bytes that a GPU needs beside the weights that it holds: an upper bound, from shapes alone.
+    """Return the bytes that a GPU needs besides the weights that it holds: an upper bound, from shapes alone.
 
-    They are the largest block (one that lives on the CPU is lent here), what its layers' statistics and scores take
+    They are the largest block (one stored on the CPU is lent to the GPU), its layers' statistics and scores
     (with ``hessians`` a float32 Hessian for each layer and two more of the largest to factorise it), the hidden states
     of ``windows`` windows of ``seqlen`` tokens, and the activations and logits of one window.
     """
@@ -286,10 +286,10 @@ def save_llm(
     """Write a Hugging Face folder (safetensors, tokenizer) under a temporary name and rename it to ``target``.
 
     Args:
-        dtype: that the weights are written in, None for the model's own.
+        dtype: in which the weights are written, None for the model's own.
 
     Raises:
-        UserError: the disk is full or the place cannot be written.
+        UserError: the disk is full or the path is not writable.
     """
     with new_folder(target) as folder:
         if dtype in (None, model.dtype):
@@ -308,11 +308,11 @@ def complete_folder(
     edges: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
 ) -> None:
-    """Make a Hugging Face folder of one that holds a shard per block.
+    """Complete a folder with one shard per block as a Hugging Face folder.
 
     Args:
-        edges: names and parameters around the blocks; each gets a file, so that one at a time is in memory.
-        dtype: that it is written in, as the blocks were.
+        edges: names and parameters around the blocks; each gets a file, so that only one at a time is in memory.
+        dtype: in which they are written, as the blocks were.
     """
     for index, (name, tensor) in enumerate(edges):
         stream.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
@@ -326,14 +326,14 @@ def complete_folder(
 
 
 def _note_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Write into a saved config what its weights are in; transformers notes what the model computes in."""
+    """Write the dtype of the weights into a saved config; transformers writes the dtype of the computation."""
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def local_copy(source: Source) -> Path:
-    """Return the local folder of a model, fetched from the hub where need be."""
+    """Return the local folder of a model, fetched from the hub if needed."""
     if Path(source.path).is_dir():
         return Path(source.path)
     from huggingface_hub import snapshot_download
@@ -360,7 +360,7 @@ def empty_llm(source: Source, folder: Path, dtype: torch.dtype) -> PreTrainedMod
 
 
 def fits_in_memory(skeleton: PreTrainedModel, dtype: torch.dtype, reserve: int) -> bool:
-    """Return whether the weights fit into what GPUs, less ``reserve`` bytes each, and CPU have free."""
+    """Return whether the weights fit in the free memory of GPUs, less ``reserve`` bytes each, and CPU."""
     size = sum(p.numel() for p in skeleton.parameters()) * torch.finfo(dtype).bits // 8
     return size <= sum(free_memory(reserve if torch.cuda.is_available() else 0).values())
 
@@ -369,7 +369,7 @@ _TOKENIZER_BYTES = 2**25  # the largest vocabularies' files, where they cannot b
 
 
 def saved_bytes(skeleton: PreTrainedModel, source: Source, dtype: torch.dtype) -> int:
-    """Return the size in bytes of the folder that ``save_llm`` writes: the weights, the tokenizer and the configs."""
+    """Return the size in bytes of the folder that ``save_llm`` writes: weights, tokenizer and configs."""
     weights = sum(p.numel() for p in skeleton.parameters()) * torch.finfo(dtype).bits // 8
     folder = Path(source.path)
     if not folder.is_dir():
@@ -384,7 +384,7 @@ def is_packed(source: Source) -> bool:
 
 
 def packed_dtypes(source: Source, dtype: str) -> Dtypes:
-    """Return what a packed model is computed in; ``dtype``, a name of DTYPES, may not be another."""
+    """Return the dtypes of a packed model; ``dtype``, a name of DTYPES, must not differ."""
     from lib import sparse
 
     kind = sparse.kind_to_run_in(Path(source.path))
@@ -403,7 +403,7 @@ def load_packed(source: Source) -> PreTrainedModel:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Return the number of positions that the model was made for, None if its config does not say."""
+    """Return the number of positions that the model supports, None if its config does not state it."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 

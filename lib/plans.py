@@ -1,4 +1,4 @@
-"""Sparsity plans as files, and as llm-compressor recipes."""
+"""Plan files with the sparsity of each layer, and llm-compressor recipes."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ LLM_COMPRESSOR = {"wanda": "WandaPruningModifier", "sparsegpt": "SparseGPTModifi
 
 
 def save_plan(path: Path, plan: SparsityPlan, model: str, layers: Sequence[Layer], made_by: dict) -> None:
-    """Write ``plan`` as JSON: whose it is, what made it, and each layer's ratio (and N:M) and shape by name."""
+    """Write ``plan`` as JSON: its model, what made it, and each layer's ratio (and N:M) and shape by name."""
     rows = {}
     for layer in layers:
         rows[layer.name] = {"ratio": plan.ratios[layer.name], "shape": list(layer.shape)}
@@ -27,10 +27,10 @@ def save_plan(path: Path, plan: SparsityPlan, model: str, layers: Sequence[Layer
 
 
 def load_plan(path: Path, model: str, layers: Sequence[Layer]) -> SparsityPlan:
-    """Return the plan in ``path``, which must be one for ``layers`` of ``model``.
+    """Return the plan in ``path``, which must match ``layers`` of ``model``.
 
     Raises:
-        UserError: the file cannot be read, or is a plan for another model or other layers, or misses its own target.
+        UserError: the file cannot be read, is a plan for another model or other layers, or misses its own target.
     """
     content = read_plan(path)
     target, rows = content["target"], content["layers"]
@@ -84,12 +84,12 @@ def read_plan(path: Path) -> dict:
 
 
 def llm_compressor_recipe(plan: SparsityPlan, layers: Sequence[Layer], pruner: str) -> str:
-    """Return an llm-compressor recipe (YAML) that prunes with this plan: a sparsity for each target, in model order.
+    """Return an llm-compressor recipe (YAML) for this plan: a sparsity for each target, in model order.
 
-    Layers of ratio 0 are left out: that program's SparseGPT would take a weight or two of each.
+    Layers of ratio 0 are left out: llm-compressor's SparseGPT would remove a weight or two from each.
 
     Raises:
-        UserError: that program cannot express the plan.
+        UserError: llm-compressor cannot express the plan.
     """
     if pruner not in LLM_COMPRESSOR:
         takes = f"llm-compressor takes layer-wise sparsity with {' and '.join(LLM_COMPRESSOR)} only"

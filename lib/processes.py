@@ -1,7 +1,7 @@
-"""Processes that share the work of a run: who this one is among them, what is its part, and what they tell each other.
+"""Processes that share the work of a run: their ranks, shares of the work and communication.
 
-They are started by ``accelerate launch`` or ``torchrun``. Until a command calls ``join``, and in a run of one process,
-everything here answers as if this were the only one, and imports nothing.
+They are started by ``accelerate launch`` or ``torchrun``. Until a command calls ``join``, and in a single-process run,
+everything here behaves as if this were the only process, and imports nothing.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ _apart = False  # whether this process works for itself for now
 
 
 def started() -> int:
-    """Return how many processes the launcher started, whether or not they share their work."""
+    """Return how many processes the launcher started, whether or not they share the work."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def speaks() -> bool:
-    """Return whether it is this process that prints and logs."""
+    """Return whether this process prints and logs."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def join() -> None:
-    """Share the work from now on with the other processes that were started, if there are any.
+    """Share the work from now on with the other started processes, if any.
 
     Raises:
-        UserError: the environment is not a launcher's, there are fewer GPUs than processes, or the processes cannot
-            reach each other.
+        UserError: the environment was not set by a launcher, there are fewer GPUs than processes, or the processes
+            cannot reach each other.
     """
     global _state
     if started() == 1:
@@ -83,7 +83,7 @@ class _NoTerminal(io.TextIOWrapper):
 
 
 def leave() -> None:
-    """End the sharing, after work that went well."""
+    """Stop sharing, after the work has succeeded."""
     global _state
     if _state is not None:
         _state.destroy_process_group()
@@ -92,7 +92,7 @@ def leave() -> None:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Do what happens inside the with statement as if this were the only process."""
+    """Run the body of the with statement as if this were the only process."""
     global _apart
     before, _apart = _apart, True
     try:
@@ -107,17 +107,17 @@ def count() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process among them, from 0."""
+    """Return the rank of this process, from 0."""
     return 0 if _state is None or _apart else _state.process_index
 
 
 def first() -> bool:
-    """Return whether this is the process that writes files; of processes that do not share their work each one is."""
+    """Return whether this process writes files; true for each of several processes that do not share the work."""
     return _state is None or _state.process_index == 0
 
 
 def beside() -> int:
-    """Return how many processes share this machine's memory, also while this one works apart."""
+    """Return how many processes share this machine's memory, including while this one works apart."""
     return 1 if _state is None else _beside()
 
 
@@ -126,7 +126,7 @@ def _beside() -> int:
 
 
 def device() -> torch.device | None:
-    """Return the GPU that is this process's own, None where there is none, or where it may use all of them."""
+    """Return this process's own GPU, or None if it has none or may use all of them."""
     return None if _state is None or _state.device.type == "cpu" else _state.device
 
 
@@ -134,12 +134,12 @@ def device() -> torch.device | None:
 
 
 def share(total: int) -> slice:
-    """Return which of ``total`` items are this process's part: as many as the others', or one more or less."""
+    """Return which of ``total`` items belong to this process: as many as the others', give or take one."""
     return slice(total * rank() // count(), total * (rank() + 1) // count())
 
 
 def owners(costs: Sequence[float]) -> list[int]:
-    """Return the rank that does each piece of work: the dearest first, each to the one with the least to do."""
+    """Return the rank that does each piece of work: most expensive first, each to the least loaded rank."""
     loads = [0.0] * count()
     result = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -153,7 +153,7 @@ def owners(costs: Sequence[float]) -> list[int]:
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Return the sum of the processes' tensors, of one shape, in place."""
+    """Sum the processes' tensors, all of one shape, in place and return the sum."""
     if count() > 1:
         with _collective():
             torch.distributed.all_reduce(tensor)
@@ -161,7 +161,7 @@ def sum_(tensor: Tensor) -> Tensor:
 
 
 def broadcast(tensor: Tensor, owner: int) -> None:
-    """Replace the values of ``tensor`` by those that it has in the process ``owner``."""
+    """Replace the values of ``tensor`` by those in the process ``owner``."""
     if count() == 1:
         return
     data = tensor.contiguous()
@@ -172,7 +172,7 @@ def broadcast(tensor: Tensor, owner: int) -> None:
 
 
 def gathered(value: T) -> list[T]:
-    """Return the ``value`` of each process, in the order of their ranks; it holds no tensors of a GPU."""
+    """Return the ``value`` of each process, in rank order; it must not contain GPU tensors."""
     if count() == 1:
         return [value]
     values: list = [None] * count()
@@ -182,14 +182,14 @@ def gathered(value: T) -> list[T]:
 
 
 def joined(tensor: Tensor) -> Tensor:
-    """Return the processes' tensors one after the other: the parts of ``share`` become the whole."""
+    """Return the processes' tensors concatenated: the parts given by ``share`` become the whole."""
     if count() == 1:
         return tensor
     return torch.cat(gathered(tensor.cpu())).to(tensor.device)
 
 
 def by_first(work: Callable[[], T]) -> T:
-    """Return what ``work`` returns in the first process, the only one that does it; its UserError is everyone's."""
+    """Return the result of ``work`` in the first process, the only one that runs it; its UserError is raised in all."""
     if count() == 1:
         return work()
     outcome: list = [None, None]
@@ -210,7 +210,7 @@ def by_first(work: Callable[[], T]) -> T:
 
 @contextmanager
 def _collective() -> Iterator[None]:
-    """Turn the failure of what is done together, another process's end, into one line."""
+    """Turn the failure of a collective operation, caused by another process's end, into one line."""
     try:
         yield
     except RuntimeError as error:
@@ -226,9 +226,9 @@ def _lost(error: RuntimeError) -> NoReturn:
 
 
 def tells() -> bool:
-    """Return whether this process tells of the error that ends it; one that another has told of is not told again.
+    """Return whether this process reports the error that ends it; an error already reported is not repeated.
 
-    Those that end because another one has ended come after it.
+    Processes that end because another one has ended come after it.
     """
     distributed = sys.modules.get("torch.distributed")
     if started() > 1 and distributed is not None and distributed.is_available() and distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""Pruning walk: blocks are measured, pruned and passed through, one at a time."""
+"""Pruning walk over the blocks: each is measured, pruned and passed through in turn."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def walk(
     propagate: str = "pruned",
     journal: Journal | None = None,
 ) -> list[LayerReport]:
-    """Prune the layers in place, block by block, and report what was planned and what came of it.
+    """Prune the layers in place, block by block, and report planned and measured sparsities.
 
-    For a pruner that wants a statistic, each block sees the calibration samples twice: once dense, for the statistics
-    of its layers' inputs, and once pruned, for what the next block gets (as published). A block without layers only
+    For a pruner that needs a statistic, each block sees the calibration samples twice: once dense, for the statistics
+    of its layers' inputs, and once pruned, for the inputs of the next block (as published). A block without layers only
     passes the data on.
 
     Args:
-        inputs: what enters the blocks, modified in place; None for a pruner that wants no statistic.
-        metric: what the plan was made from, by layer name; for the report only.
-        propagate: what a block's inputs come from, ``pruned`` or ``dense`` predecessors. Dense: one pass a block.
-        journal: keeps each finished block; those that it holds already are taken from there.
+        inputs: inputs of the blocks, modified in place; None for a pruner that needs no statistic.
+        metric: the values behind the plan, by layer name; for the report only.
+        propagate: whether a block's inputs come from ``pruned`` or ``dense`` predecessors. Dense: one pass per block.
+        journal: stores each finished block; blocks that it already holds are taken from it.
 
     Raises:
         UserError: statistics or weights that are not finite, or a Hessian that cannot be factorised; names the layer.
@@ -80,7 +80,7 @@ def walk(
 
 
 def _keep(block: Block, weights: Weights, journal: Journal, rows: list[LayerReport]) -> None:
-    """Make a finished block durable; where the disk is full, what is in memory is pruned on without it."""
+    """Store a finished block durably; if the disk is full, pruning continues in memory without it."""
     try:
         journal.add(block.index, weights.tensors(block.index), weights.stored or block.dtype, rows)
     except UserError as error:
@@ -119,9 +119,9 @@ def _named(name: str) -> Iterator[None]:
 def _prepared(
     block: Block, pruner: Pruner, inputs: BlockInputs | None, keep: bool
 ) -> Iterator[tuple[list[str], object, int]]:
-    """Yield the layers that share an input, what the pruner makes of that input's statistic, and whose they are.
+    """Yield the layers that share an input, the pruner's prepared statistic, and the process that owns them.
 
-    What needs no statistic is quickly done, by every process.
+    Pruners that need no statistic are fast and run in every process.
     """
     if inputs is None:
         if block.linears:
@@ -142,7 +142,7 @@ def _prepared(
 
 
 def _cost(block: Block, names: list[str], statistic: Tensor) -> float:
-    """Return how long a pruner takes for layers that share a statistic, compared to others."""
+    """Return the relative time that a pruner takes for layers that share a statistic."""
     columns, rows = len(statistic), sum(len(block.linears[name].weight) for name in names)
     return columns**2 * (columns + rows) if statistic.ndim == 2 else columns * rows
 
@@ -178,7 +178,7 @@ def _report(block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None
 
 
 def check_saved(folder: Path, weights: Weights, measured: float) -> None:
-    """Read a saved folder back: its sparsity must be the one that the model in memory has."""
+    """Read a saved folder back: its sparsity must equal that of the model in memory."""
     written = checkpoint_sparsity(folder, [layer.name for layer in weights.layers])
     if written != measured:
         raise RuntimeError(f"{folder}: holds a sparsity of {written}, the model has {measured}")
@@ -188,7 +188,7 @@ def checkpoint_sparsity(folder: Path, names: list[str]) -> float:
     """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files.
 
     Raises:
-        RuntimeError: the files hold none of these layers.
+        RuntimeError: the files contain none of these layers.
     """
     wanted = {f"{name}.weight" for name in names}
     zeros = total = 0

@@ -1,4 +1,4 @@
-"""Pruners: magnitude, Wanda, SparseGPT and ALPS, which zero a given ratio of one weight matrix."""
+"""Pruners that zero a given ratio of one weight matrix: magnitude, Wanda, SparseGPT and ALPS."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Pruner(NamedTuple):
     """How to prune one matrix.
 
     ``prune(weight [out, in], prepared, ratio, nm)`` returns the new weight, of the same shape and dtype. ``statistic``
-    is the name in ``calibration.STATISTICS`` of what it wants to know of the input, None for nothing; ``prepare`` turns
-    that statistic into ``prepared``, once for all layers that share an input. ``group(weights, prepared, ratios, nm)``
-    prunes all of these layers at once, by name, where that is cheaper than one after the other.
+    is the name in ``calibration.STATISTICS`` of the input statistic that it needs, or None; ``prepare`` turns that
+    statistic into ``prepared``, once for all layers that share an input. ``group(weights, prepared, ratios, nm)``
+    prunes all of these layers at once, by name, if that is cheaper than one after another.
     """
 
     prune: Callable[[Tensor, object, float, NM | None], Tensor]
@@ -46,7 +46,7 @@ class Pruner(NamedTuple):
         ratios: Mapping[str, float],
         nm: Mapping[str, NM | None],
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the new weight of each of ``weights``, layers that share their input."""
+        """Yield the name and the new weight of each of ``weights``, layers that share an input."""
         if self.group is not None:
             yield from self.group(weights, prepared, ratios, nm).items()
             return
@@ -81,7 +81,7 @@ def wanda_variant(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple
     """Zero, per row, the smallest scores whose cumulative sum stays within a share of the row's total.
 
     The share is one for the matrix, found by bisection in [0, 0.8] from 0.4 on, until the sparsity is within 0.001 of
-    ``ratio`` (published); if there is no such share, the closest is used, with a warning.
+    ``ratio`` (published); if no share achieves that, the closest is used, with a warning.
     """
     if nm is not None:
         return wanda(weight, squared_norms, ratio, nm)
@@ -106,14 +106,14 @@ def wanda_variant(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple
 
 
 def sparsegpt(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
-    """Zero ``ratio`` of each block of columns and let the other weights make up for it; see ``sparsegpt.repair``."""
+    """Zero ``ratio`` of each block of columns and let the other weights compensate; see ``sparsegpt.repair``."""
     return repair(weight, factor, ratio, nm)
 
 
 def sparsegpt_group(
     weights: Mapping[str, Tensor], factor: Factor, ratios: Mapping[str, float], nm: Mapping[str, NM | None]
 ) -> dict[str, Tensor]:
-    """Return what ``sparsegpt`` makes of each of ``weights``, solved as one matrix."""
+    """Return each of ``weights`` pruned as by ``sparsegpt``, but solved as one matrix."""
     goals = [ratios[name] for name in weights], [nm[name] for name in weights]
     return dict(zip(weights, repair_group(list(weights.values()), factor, *goals), strict=True))
 
@@ -156,9 +156,9 @@ def configured(name: str, table: Mapping[str, Pruner], options: Options) -> Prun
 
 
 def refitted(pruner: Pruner, steps: int, damped: Mapping[str, float]) -> Pruner:
-    """Return ``pruner`` followed by ``steps`` of ``alps.refit`` on its masks, which wants the Hessian.
+    """Return ``pruner`` followed by ``steps`` of ``alps.refit`` on its masks, which needs the Hessian.
 
-    The squared norms that Wanda wants are half of the Hessian's diagonal.
+    Wanda's squared norms are half of the Hessian's diagonal.
     """
 
     def prepare(hessian: Tensor) -> tuple[object, alps.Problem]:

@@ -1,4 +1,4 @@
-"""Run records: stages, figures and where they come from, and the formats of the files that a run writes."""
+"""Run records: stages, figures and their provenance, and the formats of the files that a run writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "
 class LayerReport(NamedTuple):
     """One row of the per-layer table: planned ``ratio`` and measured ``sparsity`` are fractions of the matrix.
 
-    ``nm`` is (N, M) where N of every M columns were kept.
+    ``nm`` is (N, M) if N of every M columns were kept.
     """
 
     name: str
@@ -39,12 +39,12 @@ class LayerReport(NamedTuple):
 
 
 class Record:
-    """The record of a run, written whenever there is more of it.
+    """The record of a run, rewritten whenever it grows.
 
     Attributes:
-        content: what ``run_<run>.json`` holds; ``complete`` is False until the end.
+        content: the content of ``run_<run>.json``; ``complete`` is False until the end.
         stages: seconds, CPU seconds of all threads, and peak memory of each stage, {stage: {"seconds", "cpu_seconds",
-            "peak_rss_mb", "peak_cuda_mb"}}; on a shared machine it is the CPU seconds that can be compared.
+            "peak_rss_mb", "peak_cuda_mb"}}; on a shared machine, only the CPU seconds are comparable.
         rows: the per-layer table, ``layers_<run>.tsv``.
         files: other files to write, {name: text}.
         written: whether ``write`` has succeeded.
@@ -60,7 +60,7 @@ class Record:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure what happens inside the with statement as ``name``."""
+        """Measure the body of the with statement as the stage ``name``."""
         with suppress(OSError):  # resets the peak; without it (not Linux) the peak is that of the run so far
             Path("/proc/self/clear_refs").write_text("5")
         for device in cuda_in_use():
@@ -77,7 +77,7 @@ class Record:
         self.stages[name] = row | ({"peak_cuda_mb": peaks} if peaks else {})
 
     def write(self, complete: bool = False) -> None:
-        """Write all files; the run file last, since it says whether the run is complete."""
+        """Write all files, the run file last, since it states whether the run is complete."""
         self.content["complete"] = complete
         files = dict(self.files)
         if self.rows:
@@ -92,7 +92,7 @@ class Record:
 
     @contextmanager
     def kept(self, resume: str | Callable[[], str]) -> Iterator[None]:
-        """Tell, should what happens inside the with statement fail, what is on disk and how to ``resume``.
+        """If the body of the with statement fails, report what is on disk and how to ``resume``.
 
         Args:
             resume: what to do then; a function if that depends on what was saved inside the with statement.
@@ -108,7 +108,7 @@ class Record:
 def cuda_in_use() -> list[int]:
     """Return the CUDA devices on which this process holds memory.
 
-    Any other would get a context of half a gigabyte, and before CUDA is initialised its statistics cannot be asked for.
+    Any other would get a context of half a gigabyte, and statistics are unavailable before CUDA is initialised.
     """
     if "torch" not in sys.modules or not torch.cuda.is_initialized():
         return []
@@ -157,12 +157,12 @@ def zero_shot_text(method: str, table: str) -> str:
 
 
 def run_text(record: Mapping) -> str:
-    """Return the content of ``run_<run>.json``: ``record`` and, below it, where the numbers come from."""
+    """Return the content of ``run_<run>.json``: ``record`` followed by the provenance of the numbers."""
     return json.dumps(_json(record | provenance()), indent=1, default=str, allow_nan=False) + "\n"
 
 
 def _json(value):
-    """Return ``value`` with null for numbers that JSON does not have."""
+    """Return ``value`` with null for numbers that JSON cannot represent."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -171,19 +171,19 @@ def _json(value):
 
 
 def read_run(folder: Path, run: str) -> dict | None:
-    """Return the record of an earlier run of the same name, None if there is none that can be read."""
+    """Return the record of an earlier run of the same name, None if missing or unreadable."""
     with suppress(OSError, ValueError):
         return json.loads((folder / f"run_{run}.json").read_text(encoding="utf-8"))
     return None
 
 
 def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
-    """Return whether ``record`` is that of a run that ended well, with these very ``flags``."""
+    """Return whether ``record`` belongs to a completed run with exactly these ``flags``."""
     return bool(record) and record.get("complete") is True and record.get("flags") == json.loads(json.dumps(flags))
 
 
 def provenance() -> dict:
-    """Return package versions, git commit, devices and the time, for the run's record."""
+    """Return package versions, git commit, devices and time for the run's record."""
     cuda = [torch.cuda.get_device_name(device) for device in cuda_in_use()]
     return {
         "versions": dict(_versions()),

@@ -1,4 +1,4 @@
-"""Registries: names are checked against what there is, and an error lists the choices."""
+"""Registries: names are checked against the available ones, and errors list the choices."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -18,7 +18,7 @@ def check_name(field: str, name: str, names: Iterable[str]) -> str:
     """Return ``name`` if it is one of ``names``.
 
     Raises:
-        UserError: it is not; the message quotes the flag, the name, the closest one and all of them.
+        UserError: otherwise; the message quotes the flag, the name, the closest match and all choices.
     """
     names = list(names)
     if name not in names:

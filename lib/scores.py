@@ -1,4 +1,4 @@
-"""Scores of dense weights: the numbers from which OWL, DLP, LAMP and global magnitude distribute the sparsity."""
+"""Scores of dense weights, by which OWL, DLP, LAMP and global magnitude distribute the sparsity."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def lamp_score(weight: Tensor) -> Tensor:
 
 
 def shares_below(weights: Weights, target: float, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Return the share of each layer's weights that are among the model's ``target`` with the smallest scores.
+    """Return the share of each layer's weights that are among the model's fraction ``target`` with the smallest scores.
 
-    The threshold is exact and its memory that of one layer: two counts over the bits of the float32 scores, which are
-    in the order of the scores since none is negative. Of the weights that lie on it, each layer loses the same share.
+    The threshold is exact and needs the memory of one layer: two counts over the bits of the float32 scores, which sort
+    like the scores since none is negative. Of the weights exactly at the threshold, each layer loses the same share.
     """
 
     def parts() -> Iterator[Tensor]:
@@ -72,7 +72,7 @@ def shares_below(weights: Weights, target: float, score: Callable[[Tensor], Tens
     return {layer.name: gone / layer.size for layer, gone in zip(weights.layers, removed, strict=True)}
 
 
-# ------------------------------------------------------------------------------ by what an allocation wants to know
+# ----------------------------------------------------------------------------- by the value that an allocation needs
 
 
 def score_blocks(
@@ -81,8 +81,8 @@ def score_blocks(
     """Return, by layer name, ``number`` of the scores |W| * sqrt(s) of the layer's block, in the dense model.
 
     Args:
-        inputs: what enters the blocks, modified in place.
-        number: of the scores of a block's layers, each [out, in].
+        inputs: inputs of the blocks, modified in place.
+        number: function of the scores of a block's layers, each [out, in].
     """
     values = {}
     last = max(layer.block for layer in weights.layers)
@@ -103,7 +103,7 @@ def score_blocks(
     return values
 
 
-# What an allocation may want (``Allocation.wants``): from a dense calibration pass, by block ...
+# Values that an allocation may need (``Allocation.wants``): from a dense calibration pass, by block ...
 BLOCK_SCORES: dict[str, Callable[..., float]] = {"outlier_ratio": outlier_ratio, "median_score": median_score}
 # ... or from the weights alone, one threshold over the whole model.
 WEIGHT_SCORES: dict[str, Callable[[Tensor], Tensor]] = {"lamp_score": lamp_score, "magnitude_score": magnitude_score}
@@ -112,10 +112,10 @@ WEIGHT_SCORES: dict[str, Callable[[Tensor], Tensor]] = {"lamp_score": lamp_score
 def measure_scores(
     wants: str, weights: Weights, target: float, enter: Callable[[], BlockInputs], outlier_multiple: float
 ) -> dict[str, float]:
-    """Return what an allocation ``wants`` to know of each layer, by name.
+    """Return the values that an allocation ``wants`` for each layer, by name.
 
     Args:
-        enter: gives what enters the blocks; called only where a calibration pass is needed.
+        enter: returns the inputs of the blocks; called only if a calibration pass is needed.
         outlier_multiple: of the mean score, for ``outlier_ratio``.
     """
     if wants in WEIGHT_SCORES:

@@ -1,4 +1,4 @@
-"""Search for epsilon: the plan after which held-out calibration text is predicted best."""
+"""Search for epsilon: the plan that gives the lowest perplexity on held-out calibration text."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WINDOWS = 8  # of calibration and as many held out: enough to tell epsilons apart, a sixteenth of a full calibration
+WINDOWS = 8  # of calibration and as many held out: enough to distinguish epsilons, a sixteenth of a full calibration
 STEP = 0.05
 
 
 class Trial(NamedTuple):
-    """An ``epsilon`` that was tried, and the ``perplexity`` on the held-out windows after it."""
+    """A tried ``epsilon`` and the resulting ``perplexity`` on the held-out windows."""
 
     epsilon: float
     perplexity: float
 
 
 def epsilon_grid(largest: float) -> list[float]:
-    """Return 0 (uniform), and the multiples of 0.05 up to ``largest``, above which a ratio would have to be capped."""
+    """Return 0 (uniform) and the multiples of 0.05 up to ``largest``, above which a ratio would have to be capped."""
     return [round(STEP * i, 2) for i in range(math.floor(largest / STEP + 1e-9) + 1)]
 
 
@@ -49,14 +49,14 @@ def try_epsilons(
 ) -> list[Trial]:
     """Return the perplexity after pruning with each epsilon of ``grid``; the weights are dense again afterwards.
 
-    Epsilons that lead to the same plan, as all do where every metric is the same, are tried once. Of several processes
-    each tries other plans, on all windows.
+    Epsilons that lead to the same plan (all of them, if every metric is the same) are tried once. Several processes
+    each try different plans, on all windows.
 
     Args:
-        plan_of: the plan that an epsilon leads to.
-        windows: of calibration and held out, each [samples, tokens].
-        dense: the caller's snapshot of the weights; without one, a copy is held in the CPU's memory meanwhile.
-        tried: perplexities by plan that an earlier run found; each new one is added as soon as it is known.
+        plan_of: returns the plan for an epsilon.
+        windows: calibration and held-out windows, each [samples, tokens].
+        dense: the caller's snapshot of the weights; without one, a copy is held in CPU memory meanwhile.
+        tried: perplexities by plan from an earlier run; each new one is added as soon as it is known.
     """
     dense = weights.snapshot() if dense is None else dense
     found = {} if tried is None else tried
@@ -86,7 +86,7 @@ def _try(
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """Return the trial with the lowest perplexity, of equals the one with the smallest epsilon.
+    """Return the trial with the lowest perplexity; of equals, the one with the smallest epsilon.
 
     Raises:
         UserError: no perplexity is finite.

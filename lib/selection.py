@@ -1,4 +1,4 @@
-"""Order statistics of non-negative numbers, exact and without a sort: the k-th smallest, of all or of each row."""
+"""Order statistics of non-negative numbers, exact and without sorting: the k-th smallest overall or per row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROWS = 64  # rows at a time, for the same reason
 
 
 class Threshold(NamedTuple):
-    """``value``, and of each part how many numbers are ``below`` it and ``equal`` to it."""
+    """``value``, and for each part how many numbers are ``below`` it and ``equal`` to it."""
 
     value: float
     below: list[int]
@@ -29,7 +29,7 @@ class Threshold(NamedTuple):
 
 
 def nth_smallest(values: Tensor, index: int) -> Tensor:
-    """Return the ``index``-th (from 0) of the sorted ``values``, as a tensor without dimensions.
+    """Return the ``index``-th (from 0) of the sorted ``values``, as a scalar tensor.
 
     Args:
         values: non-negative, of any shape; float32, float16 or bfloat16.
@@ -50,7 +50,7 @@ def threshold(parts: Callable[[], Iterable[Tensor]], rank: float) -> Threshold:
     n is rank n / 2 or (n + 1) / 2), and how each part lies to it.
 
     Args:
-        parts: gives the parts, non-negative, each time it is called, which is twice: no two need to be in memory.
+        parts: yields the non-negative parts each time it is called (twice), so that only one need be in memory.
     """
     upper = [_upper_counts(_bits(part.float())).cpu() for part in parts()]
     total = sum(upper)
@@ -64,7 +64,7 @@ def threshold(parts: Callable[[], Iterable[Tensor]], rank: float) -> Threshold:
 
 
 def row_smallest(score: Tensor, count: int) -> Tensor:
-    """Return a mask of the ``count`` smallest of each row of ``score`` [out, in], >= 0; of equals the lower columns."""
+    """Return a mask of the ``count`` smallest per row of ``score`` [out, in], >= 0; of equals, the lower columns."""
     if count == 0 or count == score.shape[1]:
         return torch.full_like(score, bool(count), dtype=torch.bool)
     cut, tied = _row_thresholds(score, count) if score.device.type == "cpu" else _row_thresholds_on_gpu(score, count)
@@ -78,7 +78,7 @@ def row_smallest(score: Tensor, count: int) -> Tensor:
 
 
 def _row_thresholds(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return each row's ``count``-th smallest [out, 1], and whether a number that is not among them equals it [out]."""
+    """Return each row's ``count``-th smallest [out, 1], and whether a number outside them equals it [out]."""
     bits = score.detach().contiguous().view(_integers(score)).numpy()
     cut, tied = numpy.empty((len(bits), 1), bits.dtype), numpy.empty(len(bits), bool)
     for top in range(0, len(bits), _ROWS):
@@ -90,13 +90,13 @@ def _row_thresholds(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _row_thresholds_on_gpu(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return as ``_row_thresholds`` does; there kthvalue is a radix selection, each row by a multiprocessor."""
+    """Do the same as ``_row_thresholds``; on a GPU, kthvalue is a radix selection, with a multiprocessor per row."""
     cut = score.kthvalue(count, dim=1, keepdim=True).values
     return cut, (score <= cut).sum(dim=1) > count
 
 
 def _nth_by_scatter(values: Tensor, index: int) -> Tensor:
-    """Return as ``nth_smallest`` does, without a synchronisation: bincount would wait for the largest value."""
+    """Do the same as ``nth_smallest`` without synchronising: bincount would wait for the largest value."""
     bits = _bits(values)
     counts = torch.zeros(_UPPER, dtype=torch.int64, device=bits.device)
     for chunk in bits.split(_GPU_CHUNK):
@@ -122,7 +122,7 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _upper(bits: Tensor | np.ndarray) -> Tensor | np.ndarray:
-    """Return the upper half without the sign, which only a NaN has; a number of 16 bits has no other half."""
+    """Return the upper half without the sign, which only a NaN has; for 16-bit numbers that is everything."""
     return (bits if bits.dtype in (torch.int16, numpy.int16) else bits >> 16) & 0x7FFF
 
 
@@ -142,7 +142,7 @@ def _members(bits: Tensor, high: int) -> np.ndarray:
 
 
 def _bucket(counts: Tensor, rank: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bucket in which the ``rank``-th smallest (from 1) lies, and its rank among those of the bucket."""
+    """Return the bucket that contains the ``rank``-th smallest (from 1), and its rank within the bucket."""
     ends = counts.cumsum(0)
     rank = torch.full((1,), rank, dtype=ends.dtype, device=ends.device) if isinstance(rank, int) else rank.view(1)
     index = torch.searchsorted(ends, rank)

@@ -1,4 +1,4 @@
-"""Settings: the groups of flags that the commands share, and what contradicts what."""
+"""Settings: the groups of flags shared by the commands, and checks for contradictions."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ class Scale(Flags):
 
 
 class Task(NamedTuple):
-    """What the flags ask for: names in registries, the sparsity they imply, and N:M."""
+    """Task described by the flags: names in registries, the implied sparsity, and N:M."""
 
     method: str  # "dense" without pruning
     pruner: Pruner | None
@@ -329,12 +329,12 @@ class Task(NamedTuple):
 
     @property
     def wants(self) -> str | None:
-        """What the allocation wants to know of each layer."""
+        """Name of the values that the allocation needs for each layer."""
         return ALLOCATIONS[self.allocation].wants
 
     @property
     def first(self) -> Task:
-        """The task of the allocation that the search starts from."""
+        """Task of the allocation from which the search starts."""
         return self._replace(allocation=self.start, start="", nm=None)
 
 
@@ -359,14 +359,14 @@ class Experiment(
             raise UserError("restart", "without --save_model does nothing; add --save_model")
 
     def identity(self) -> dict[str, object]:
-        """Return the flags on which the pruned weights depend, in their spelling."""
+        """Return the flags that determine the pruned weights, in their spelling."""
         groups = (Texts, Method, Pruning, Metric, Spectra, Widths, Price)
         names = [name for group in groups for name in group.__annotations__ if not name.startswith("_")]
         names = ["seed", "dtype", "plan", *(name for name in names if name not in ("ww_metric_cache", "metrics_only"))]
         return {self.spelling(name): getattr(self, name) for name in names}
 
     def task(self) -> Task:
-        """Return what is asked for.
+        """Return the task that the flags describe.
 
         Raises:
             UserError: flags that contradict each other, or that do nothing for this method.
@@ -443,7 +443,7 @@ class Experiment(
         return Task("dense", None, "", 0.0)
 
     def _planned_target(self, method: str) -> float:
-        """Return the target of the plan that is to be used."""
+        """Return the target of the plan to be used."""
         if "_" in method:
             text = f"with --prune_method {method}: the plan is the allocation; use {method.partition('_')[0]}"
             raise UserError("plan", text)
@@ -463,7 +463,7 @@ class Experiment(
         return content["target"]
 
     def _nm_target(self, method: str, suffix: str, nm: tuple[int, int]) -> float:
-        """Return the sparsity that N:M implies."""
+        """Return the sparsity implied by N:M."""
         given = f"with --sparsity_type {self.sparsity_type}"
         if self.use_variant:
             raise UserError("use_variant", f"{given}: the variant is unstructured only")
@@ -486,9 +486,9 @@ def pruning_flags(settings: Flags) -> list[str]:
 
 
 def check_only(settings: Flags, task: Task, planned: bool = False) -> None:
-    """Refuse flags of an allocation that is not asked for.
+    """Refuse flags of an allocation that is not used.
 
-    The published flags of _ww are accepted with a uniform method: published command lines give them there too.
+    The published flags of _ww are accepted with a uniform method, since published command lines include them.
     """
     tolerated = () if planned or task.allocation else [name for name in Metric.__annotations__] + ["mapping_type"]
     for _, item, _ in settings.declared():

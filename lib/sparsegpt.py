@@ -1,4 +1,4 @@
-"""SparseGPT: pruned weights repaired with the inverse Hessian (Frantar & Alistarh, 2023)."""
+"""SparseGPT: pruning with the remaining weights repaired by the inverse Hessian (Frantar & Alistarh, 2023)."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class Factor(NamedTuple):
 
 
 class NotPositiveDefinite(ValueError):
-    """The Hessian could not be factorised, whatever damping was tried."""
+    """The Hessian could not be factorised with any damping tried."""
 
 
 def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
-    """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. U takes H's place in memory.
+    """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. U replaces H in memory.
 
-    A column whose input was always zero gets H = 1. A Hessian that is not positive definite is tried again with ten
-    times the ``damping`` (a share of its mean diagonal), twice, with a warning. No more than two matrices of this size
-    are held, H among them.
+    A column whose input was always zero gets H = 1. A Hessian that is not positive definite is retried with ten
+    times the ``damping`` (a share of its mean diagonal), up to twice, with a warning. At most two matrices of this size
+    are held, including H.
 
     Raises:
-        NotPositiveDefinite: and then still it is not, or its inverse overflows.
+        NotPositiveDefinite: all attempts failed, or the inverse overflows.
     """
     hessian = hessian.contiguous()
     diagonal = hessian.diagonal()
@@ -69,10 +69,10 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
 
 
 def _inverse(upper: Tensor, zeros: Tensor) -> Tensor:
-    """Return the inverse of the triangle ``upper`` [in, in], in the place of ``zeros``.
+    """Return the inverse of the triangle ``upper`` [in, in], written into ``zeros``.
 
-    Of [A B; 0 C] it is [inv(A), -inv(A) B inv(C); 0, inv(C)]: a strip of columns at a time, each from those before it.
-    To solve for the identity would take twice as long, most of it for zeros.
+    The inverse of [A B; 0 C] is [inv(A), -inv(A) B inv(C); 0, inv(C)]: one strip of columns at a time, each from those
+    before it. Solving for the identity would take twice as long, mostly for zeros.
     """
     for left in range(0, len(upper), BLOCK):
         part = slice(left, left + BLOCK)
@@ -96,7 +96,7 @@ def _reverse(matrix: Tensor) -> None:
 
 
 def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
-    """Return ``weight`` [out, in] with ``ratio`` of each block of 128 columns zeroed and the others making up for it.
+    """Return ``weight`` [out, in] with ``ratio`` of each block of 128 columns zeroed and the rest compensating.
 
     Args:
         ratio: fraction to remove, in [0, 1]; not used with ``nm``.
@@ -108,9 +108,9 @@ def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | N
 def repair_group(
     weights: Sequence[Tensor], factor: Factor, ratios: Sequence[float], nms: Sequence[tuple[int, int] | None]
 ) -> list[Tensor]:
-    """Return what ``repair`` makes of each of ``weights`` [out, in], which share their input and so their factor.
+    """Return each of ``weights`` [out, in] repaired as by ``repair``; they share their input and so their factor.
 
-    They are solved as one matrix, each with its own masks; if their M differ, and so the blocks, one after the other.
+    They are solved as one matrix, each with its own masks; if their M, and so the blocks, differ, one after another.
     """
     if len({nm and nm[1] for nm in nms}) > 1:
         return [repair(weight, factor, *rest) for weight, *rest in zip(weights, ratios, nms, strict=True)]
@@ -141,7 +141,7 @@ def repair_group(
 
 @cache
 def block_solver(device: torch.device, group: int | None) -> Callable[..., Tensor]:
-    """Return what solves a block on ``device``: on a GPU with Triton its kernel, else ``solve_block``, alike."""
+    """Return a block's solver on ``device``: on a GPU with Triton its kernel, else the equivalent ``solve_block``."""
     if device.type != "cuda" or find_spec("triton") is None:
         return solve_block
 
@@ -154,7 +154,7 @@ def block_solver(device: torch.device, group: int | None) -> Callable[..., Tenso
 
 
 def _tried(kernel: Callable[..., Tensor], device: torch.device, group: int | None) -> Callable[..., Tensor]:
-    """Return ``kernel`` if it does on a small block what ``solve_block`` does; else the latter, with a warning."""
+    """Return ``kernel`` if it agrees with ``solve_block`` on a small block; else the latter, with a warning."""
     columns, outputs, draw = 2 * (group or 8), 70, torch.Generator().manual_seed(0)
     block = torch.randn(columns, outputs, generator=draw).to(device)
     upper = (torch.eye(columns) + 0.1 * torch.rand(columns, columns, generator=draw).triu(1)).to(device)
@@ -173,11 +173,11 @@ def _tried(kernel: Callable[..., Tensor], device: torch.device, group: int | Non
 
 
 def solve_block(block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tensor | None, group: int | None) -> Tensor:
-    """Zero entries of ``block`` [columns, out] in place, repair the columns after each, and return the errors, alike.
+    """Zero entries of ``block`` [columns, out] in place, repair the columns after each, return the errors, same shape.
 
     Args:
-        upper: the factor's square on the diagonal that belongs to these columns.
-        gone: 1 what to zero and 0 what to keep, like ``block``; or None, and then ``removed`` [out] of each ``group``.
+        upper: the factor's diagonal square for these columns.
+        gone: 1 to zero and 0 to keep, shaped like ``block``; or None, and then ``removed`` [out] of each ``group``.
     """
     errors, diagonal = torch.empty_like(block), upper.diagonal()
     gone = torch.empty_like(block) if gone is None else gone
@@ -206,7 +206,7 @@ def _smallest(block: Tensor, upper: Tensor, sizes: list[int], ratios: Sequence[f
 
 
 def _ranks(score: Tensor) -> Tensor:
-    """Return of each of ``score`` [M, out] how many of its column are smaller; of equals the upper ones are."""
+    """Return for each of ``score`` [M, out] how many in its column are smaller; of equals, the upper ones count."""
     ranks = torch.zeros_like(score, dtype=torch.uint8)
     for i in range(1, len(score)):
         before = score[:i] <= score[i]

@@ -1,4 +1,4 @@
-"""A Triton kernel for the columns of one block of SparseGPT, in a single launch where the torch loop makes hundreds."""
+"""Triton kernel for the columns of one SparseGPT block: a single launch where the torch loop needs hundreds."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 TILE = 32  # outputs per program: a tile of 128 columns x 32 outputs is 32 numbers for each of 128 threads
 
 # Checked: the arithmetic, in Triton's interpreter, bit for bit; that it compiles, for GPUs from Turing to Blackwell.
-# NOT checked, for want of a GPU: a run, its speed, its use of registers, and its last bits, since products and
+# NOT checked, for lack of a GPU: a run, its speed, its use of registers, and its last bits, since products and
 # subtractions are fused into one rounding there. sparsegpt.block_solver tries it on a small block before its first use.
 # Only masks, sums over one-hot selections and loads by address are used: no compiler slices a tensor in registers. The
 # factor's square, 64 KiB, is read by every program; Triton has no say over shared memory, so it is left to the caches.

@@ -1,4 +1,4 @@
-"""Safetensors files in and out: single tensors are read into memory and written one after the other, never mapped."""
+"""Safetensors files: reading and writing one tensor at a time, in memory, never mapped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PIECE = 2**24  # bytes hashed or written at a time, and numbers converted
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies: its ``file``, the byte at which it ``start``s there, its ``size``, dtype and shape."""
+    """Location of a tensor: its ``file``, the byte at which it ``start``s, its ``size``, dtype and shape."""
 
     file: Path
     start: int
@@ -33,7 +33,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     """Return the tensors of a safetensors file by name.
 
     Raises:
-        UserError: the file is cut off or is not a safetensors file.
+        UserError: the file is truncated or is not a safetensors file.
     """
     try:
         size = path.stat().st_size
@@ -56,7 +56,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 class Checkpoint:
-    """The safetensors checkpoint in a ``folder``: one file, or several with an index."""
+    """A safetensors checkpoint in a ``folder``: one file, or several with an index."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -81,7 +81,7 @@ class Checkpoint:
 
 
 def read_tensor(entry: Entry) -> Tensor:
-    """Return a tensor, copied into memory: mapped pages would stay resident."""
+    """Return a tensor copied into memory: mapped pages would stay resident."""
     if not entry.size:
         return torch.empty(entry.shape, dtype=getattr(torch, _CODES[entry.code]))
     buffer = torch.empty(entry.size, dtype=torch.uint8)
@@ -99,7 +99,7 @@ def read_tensor(entry: Entry) -> Tensor:
 
 
 def read_converted(entry: Entry, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a tensor on ``device``, in ``dtype`` if it holds real numbers: never all of it in two dtypes at once."""
+    """Return a tensor on ``device``, in ``dtype`` if floating-point, without ever holding all of it in two dtypes."""
     own = getattr(torch, _CODES[entry.code])
     if not own.is_floating_point:
         return read_tensor(entry).to(device)
@@ -116,7 +116,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | 
     """Write ``tensors`` as a safetensors file, durably and under a temporary name first; return its SHA-256.
 
     Args:
-        dtype: that floating-point tensors are written in, None for their own; one tensor at a time is converted.
+        dtype: in which floating-point tensors are written, None for their own; one tensor at a time is converted.
     """
     codes = {getattr(torch, name): code for code, name in _CODES.items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0
@@ -168,7 +168,7 @@ def checksum(path: Path) -> str:
 
 
 def write_index(folder: Path) -> None:
-    """Write the index that transformers reads, of all shards in ``folder``."""
+    """Write the index of all shards in ``folder`` that transformers reads."""
     shards = {path.name: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
     names = {name: file for file, entries in shards.items() for name in entries}
     total = sum(entry.size for entries in shards.values() for entry in entries.values())

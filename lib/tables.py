@@ -1,4 +1,4 @@
-"""Tables that the commands show."""
+"""Tables printed by the commands."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Spread(NamedTuple):
-    """A figure over runs that differ in their seed only: ``mean``, sample standard deviation (None: of one), count."""
+    """A figure over runs that differ only in their seed: ``mean``, sample standard deviation (None for one), count."""
 
     mean: float
     deviation: float | None = None
     count: int = 1
 
     def text(self, most: int = 1) -> str:
-        """Return it with two decimals; of fewer than ``most`` runs, how many they are stands beside it."""
+        """Return the figure with two decimals, followed by the number of runs if below ``most``."""
         text = f"{self.mean:.2f}" if math.isfinite(self.mean) else str(self.mean)
         if self.deviation is not None:
             text += f" ± {self.deviation:.2f}"
@@ -36,7 +36,7 @@ class Spread(NamedTuple):
     def below(self, other: Spread) -> bool:
         """Return whether the mean is below the ``other`` one by more than the larger of the two deviations.
 
-        Of single runs nothing is known of the noise: then it is not.
+        False for single runs, whose noise is unknown.
         """
         if self.deviation is None or other.deviation is None:
             return False
@@ -50,14 +50,14 @@ def spread_of(figures: Sequence[float]) -> Spread:
 
 
 def commit_text(records: Iterable[Mapping]) -> str:
-    """Return which commits the runs of ``records`` were made with, as one sentence."""
+    """Return one sentence that names the commits with which the runs of ``records`` were made."""
     found = dict.fromkeys((record.get("git_commit") or "unknown") for record in records)
     commits = [commit[:12] + ("-dirty" if commit.endswith("-dirty") else "") for commit in found]
     return f"Commit{'s' if len(commits) > 1 else ''}: {', '.join(commits)}."
 
 
 def show(console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table, its first column aligned to the left and the others to the right."""
+    """Print a table with the first column left-aligned and the others right-aligned."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -69,14 +69,14 @@ def show(console: Console, title: str, headings: Sequence[str], rows: Iterable[S
 
 
 def line(console: Console, text: str) -> None:
-    """Print one line as it is."""
+    """Print one line unchanged."""
     console.print(text, highlight=False, soft_wrap=True)
 
 
 def show_metric(
     console: Console, settings: Experiment, layers: Sequence[Layer], values: Mapping[str, float], cache: Path
 ) -> None:
-    """Print the metric by kind of matrix."""
+    """Print the metric by type of matrix."""
     kinds: dict[str, list[float]] = {}
     for layer in layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(values[layer.name])
@@ -90,7 +90,7 @@ def show_metric(
 
 
 def show_trials(console: Console, trials: Sequence[Trial]) -> None:
-    """Print what was tried for --epsilon auto, if it was."""
+    """Print the trials of --epsilon auto, if any."""
     if not trials:
         return
     chosen = best(trials)
@@ -99,7 +99,7 @@ def show_trials(console: Console, trials: Sequence[Trial]) -> None:
 
 
 def show_prices(console: Console, found: Found | None) -> None:
-    """Print the steps at which held-out text was looked at, if there was a search for prices."""
+    """Print the steps of the search for prices at which held-out text was evaluated, if any."""
     if found is None:
         return
     rows = [

@@ -1,4 +1,4 @@
-"""Pruned models and LoRA adapters: found, checked against each other and loaded."""
+"""Pruned models and LoRA adapters: locating, checking against each other and loading."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class Dataset(Flags):
 
 
 class Base(NamedTuple):
-    """A model as its folder describes it, without weights, and the tokenizer that belongs to it.
+    """A model as described by its folder, without weights, and its tokenizer.
 
-    ``config`` is that of another model which lends it, None for the model's own.
+    ``config`` is borrowed from another model, or None for the model's own.
     """
 
     source: models.Source
@@ -79,7 +79,7 @@ class Base(NamedTuple):
 
 @contextmanager
 def _lent_by(field: str) -> Iterator[None]:
-    """Let an error about a model name the flag ``field``, which gave that model."""
+    """Make errors about a model name the flag ``field`` that it came from."""
     try:
         yield
     except UserError as error:
@@ -90,7 +90,7 @@ def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
     """Return the model ``model`` without weights, and its tokenizer.
 
     Args:
-        config_name: a folder or hub id that lends the config and the tokenizer that the model's own folder lacks.
+        config_name: a folder or hub id that supplies the config and tokenizer missing from the model's own folder.
 
     Raises:
         UserError: the model is unknown, or lacks a part and ``config_name`` is not given.
@@ -119,7 +119,7 @@ def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
 
 
 def check_length(field: str, length: int, skeleton: PreTrainedModel) -> None:
-    """Refuse a number of tokens that the model was not made for."""
+    """Refuse a number of tokens that the model does not support."""
     context = models.context_length(skeleton)
     if context is not None and length > context:
         raise UserError(field, f"{length}: is more than the model's context; give at most {context}")
@@ -129,7 +129,7 @@ def check_adapter(given: str, base: Base) -> None:
     """Refuse a folder that holds no LoRA adapter, or one whose matrices do not fit those of the model ``base``.
 
     Raises:
-        UserError: as said, naming the first matrix that does not fit and the model that the adapter was made for.
+        UserError: as described above; names the first matrix that does not fit and the adapter's model.
     """
     about, shapes = _described(given)
     fix = f"it was made for {about.get('base_model_name_or_path')}, give that --model"
@@ -177,11 +177,11 @@ def _described(given: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
 def load_base(
     base: Base, dtype: torch.dtype, seqlen: int, device: torch.device | None = None, stored: torch.dtype | None = None
 ) -> Weights:
-    """Return the model with its weights, all of them on GPUs or all of them on the CPU.
+    """Return the model with its weights, all on GPUs or all on the CPU.
 
     Args:
-        seqlen: tokens of a window: each GPU keeps room for the work on one.
-        device: where all of the model goes instead.
+        seqlen: tokens per window; each GPU keeps room for the work on one.
+        device: where to put the whole model instead.
         stored: see ``Weights``.
     """
     reserve = models.working_set(base.skeleton, dtype, hessians=False, windows=1, seqlen=seqlen)
@@ -201,7 +201,7 @@ def load_adapter(given: str, weights: Weights, base: Base) -> PeftModel:
     """Return the model with the adapter around its layers, in evaluation mode.
 
     Raises:
-        UserError: the adapter was trained on other weights, as far as it says on which, or lacks some of its own.
+        UserError: the adapter records that it was trained on other weights, or lacks some of its own.
     """
     check_base(given, weights, base)
     return attach(given, weights)
@@ -226,16 +226,16 @@ def attach(given: str, weights: Weights) -> PeftModel:
 
 
 def write_base(folder: Path, weights: Weights, base: Base, sparsity: float) -> None:
-    """Write beside an adapter which weights it was trained on."""
+    """Record beside an adapter the weights that it was trained on."""
     about = {"model": identity(base.source), "sparsity": sparsity, "fingerprints": metrics.fingerprints(weights)}
     files.write_atomically(folder / BASE, json.dumps(about, indent=1) + "\n")
 
 
 def check_base(given: str, weights: Weights, base: Base) -> None:
-    """Refuse the adapter in the folder ``given`` if it says that it was trained on other weights than ``weights``.
+    """Refuse the adapter in the folder ``given`` if it records training on weights other than ``weights``.
 
     Raises:
-        UserError: naming the first layer that is another.
+        UserError: names the first layer that differs.
     """
     path = Path(given).expanduser() / BASE
     about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -252,7 +252,7 @@ def check_base(given: str, weights: Weights, base: Base) -> None:
 
 
 def identity(source: models.Source) -> str:
-    """Return what names the model from anywhere: an absolute path, or what was given."""
+    """Return a name of the model that is valid anywhere: an absolute path, or the name as given."""
     path = Path(source.given).expanduser()
     return str(path.resolve()) if path.exists() else source.given
 
@@ -270,20 +270,20 @@ def lora_layers(model: PeftModel) -> dict[str, nn.Module]:
     return {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
 
 
-# ----------------------------------------------------------------------------------------------------- what is said
+# ---------------------------------------------------------------------------------------------------------- reports
 
 
 def quiet_peft() -> None:
-    """Silence peft's search for a config that would tell whether the vocabulary grew, which it does not here."""
+    """Silence peft's search for a config that would show whether the vocabulary grew, which it does not here."""
     warnings.filterwarnings("ignore", message="Could not find a config file in")
 
 
 @contextmanager
 def kept(resume: str, unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """Tell, should what happens inside the with statement fail, what is on disk and how to ``resume``.
+    """If the body of the with statement fails, report what is on disk and how to ``resume``.
 
     Args:
-        unless: of an error of this class, nothing is said.
+        unless: errors of this class are not reported.
     """
     try:
         yield

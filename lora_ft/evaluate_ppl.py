@@ -1,4 +1,4 @@
-"""Measure the perplexity of a pruned model, with its LoRA adapter or without: python lora_ft/evaluate_ppl.py --help"""
+"""Perplexity of a pruned model, with or without its LoRA adapter: python lora_ft/evaluate_ppl.py --help"""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def run(settings: Evaluate) -> dict:
 
 
 def _answer(settings: Evaluate, model, base: common.Base, tasks: evaluation.Tasks, record: dict) -> dict:
-    """Answer the tasks, write and print the accuracies, and return them."""
+    """Run the tasks, write and print the accuracies, and return them."""
     answers = experiment.zero_shot(settings, model, base.tokenizer, tasks)
     found = {"means": answers.means, "lm_eval": answers.full}
     table = zero_shot_table(answers.scores, answers.means)

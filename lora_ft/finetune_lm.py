@@ -1,4 +1,4 @@
-"""Train LoRA adapters on a pruned model to recover its perplexity: python lora_ft/finetune_lm.py --help"""
+"""LoRA fine-tuning of a pruned model to recover its perplexity: python lora_ft/finetune_lm.py --help"""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 BATCH = 128  # blocks to an optimizer step, published
-# Decided in ``settle`` unless a flag says otherwise.
+# Decided in ``settle`` unless set by a flag.
 OPEN = ("bf16", "fp16", "eval_strategy")
 WRITTEN = ("train_results.json", "eval_results.json", "loss_curve.png")  # beside the adapter
 LAST = "last"  # --resume_from_checkpoint without a folder
@@ -87,7 +87,7 @@ class Texts(Flags):
 
 @dataclass(kw_only=True)
 class Training(Flags):
-    """Flags of transformers' Trainer whose published values differ from its own, or which decide what is done."""
+    """Flags of transformers' Trainer whose published values differ from its defaults, or that select the steps."""
 
     _title: ClassVar[str] = "training, by transformers' Trainer"
 
@@ -124,7 +124,7 @@ class Replace(Flags):
 
 @dataclass(kw_only=True)
 class Finetune(Lora, Texts, Training, Replace):
-    """The flags of finetune_lm.py, without those that only the Trainer knows."""
+    """The flags of finetune_lm.py, except those known only to the Trainer."""
 
     _spelled: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
 
@@ -154,7 +154,7 @@ PARSER = make_parser(
 
 
 def text_of(settings: Texts, split: str) -> tuple[str, str]:
-    """Return the field that gives the text of ``split`` ("train" or "validation"), and the text's name."""
+    """Return the field that names the text of ``split`` ("train" or "validation"), and the text's name."""
     field = f"{split}_file"
     if getattr(settings, field) is not None:
         return field, getattr(settings, field)
@@ -169,7 +169,7 @@ def text_of(settings: Texts, split: str) -> tuple[str, str]:
 def read(argv: Sequence[str] | None) -> tuple[Finetune, dict]:
     """Return the settings of the command line ``argv``, checked, and the Trainer's other arguments by name.
 
-    The settings come first: transformers takes seconds to import.
+    The settings are checked first: transformers takes seconds to import.
     """
     rest: list[str] = []
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
@@ -182,13 +182,13 @@ def read(argv: Sequence[str] | None) -> tuple[Finetune, dict]:
 
 
 def _underscored(word: str) -> str:
-    """Return ``--a_b`` for ``--a-b``, which transformers' own parser takes as well."""
+    """Return ``--a_b`` for ``--a-b``, which transformers' own parser accepts as well."""
     name, equals, value = word.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
 
 
 def trainer_parser() -> Parser:
-    """Return the parser of all of the Trainer's arguments, with None for what ``settle`` decides."""
+    """Return the parser of all Trainer arguments, with None for those that ``settle`` decides."""
 
     class TrainerParser(Parser, transformers.HfArgumentParser):
         def error(self, message: str):
@@ -215,7 +215,7 @@ def _check_output(settings: Finetune) -> None:
 
 
 def _checkpoint(folder: Path, given: str) -> Path:
-    """Return the checkpoint to resume from; of those in ``folder`` the last that was written to its end."""
+    """Return the checkpoint to resume from: the last complete one in ``folder``."""
     last, parts = "trainer_state.json", ("trainer_state.json", "adapter_config.json")
     if given != LAST:
         path = Path(given).expanduser()
@@ -232,7 +232,7 @@ def _checkpoint(folder: Path, given: str) -> Path:
 
 
 def settle(settings: Finetune, other: dict) -> TrainingArguments:
-    """Return the Trainer's arguments, with what was left open decided.
+    """Return the Trainer's arguments, with open ones decided.
 
     Raises:
         UserError: arguments that contradict each other.
@@ -265,7 +265,7 @@ def settle(settings: Finetune, other: dict) -> TrainingArguments:
 
 
 def _accumulation(settings: Finetune, training: TrainingArguments) -> int:
-    """Return the accumulation steps that make --batch_size blocks to a step, or those that were asked for."""
+    """Return the accumulation steps that give --batch_size blocks per step, or the requested number."""
     batch, steps = settings.batch_size, settings.gradient_accumulation_steps
     at_once = training.per_device_train_batch_size * training.world_size
     if steps is not None:
@@ -293,7 +293,7 @@ def _check_targets(given: str, skeleton: PreTrainedModel) -> str | list[str]:
 
 
 def _check_same_adapter(checkpoint: Path, settings: Lora, targets: str | list[str]) -> None:
-    """Refuse to resume from a checkpoint whose adapter is another."""
+    """Refuse to resume from a checkpoint of a different adapter."""
     before = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
     for name in ("lora_r", "lora_alpha", "lora_dropout"):
         value, was = getattr(settings, name), before["r" if name == "lora_r" else name]
@@ -308,7 +308,7 @@ def _check_same_adapter(checkpoint: Path, settings: Lora, targets: str | list[st
 
 
 def run(settings: Finetune, other: dict) -> None:
-    """Do what the settings ask for, in the order in which it happens."""
+    """Carry out the run step by step."""
     training = settle(settings, other)
     base = common.find_base(settings.model, settings.config_name, settings.cache_dir)
     common.check_length("block_size", settings.block_size, base.skeleton)
@@ -382,9 +382,9 @@ def _blocks(settings: Finetune, split: str, base: common.Base) -> Tensor:
 
 
 def _even_batch(blocks: int, training: TrainingArguments) -> int:
-    """Return the largest evaluation batch that leaves none of several processes with a partly filled one.
+    """Return the largest evaluation batch that leaves no process with a partly filled batch.
 
-    The Trainer fills such a batch up with blocks that it has seen, and they would count in the mean loss.
+    The Trainer pads such a batch with blocks that it has already seen, and they would count in the mean loss.
     """
     asked = training.per_device_eval_batch_size
     even = (batch for batch in range(asked, 1, -1) if blocks % (batch * training.world_size) == 0)
@@ -427,7 +427,7 @@ class Ruined(UserError):
 def checked_trainer(
     model: PeftModel, training: TrainingArguments, collate, train: Tensor | None, evaluation: Tensor | None
 ) -> Trainer:
-    """Return a Trainer that stops at a loss that is not finite, and keeps the first and the last loss of a step.
+    """Return a Trainer that stops at a non-finite loss and keeps the first and last loss of a step.
 
     The attributes are ``first_loss`` and ``last_loss``, means over this process's blocks of a step, nats per token.
     """
@@ -463,12 +463,12 @@ def _not_finite(what: str, loss: float, step: int) -> UserError:
 def check_adapter(trainer: Trainer) -> None:
     """Refuse an adapter that training has certainly ruined, before it is saved.
 
-    Its weights are not finite; or an update is so much larger than its layer's weight that nothing of the weight is
-    left in a sum of the two; or the last loss is far above both that of the first step and ln(vocabulary), that of a
-    model that gives all tokens equal chances.
+    Its weights are not finite; or an update is so much larger than its layer's weight that the weight vanishes in the
+    sum of the two; or the last loss is far above both that of the first step and ln(vocabulary), the loss of a model
+    that assigns all tokens equal probability.
 
     Raises:
-        Ruined: as said.
+        Ruined: as described above.
     """
     step, fix = trainer.state.global_step, "lower --learning_rate"
     for name, layer in common.lora_layers(trainer.model).items():
@@ -488,9 +488,9 @@ def check_adapter(trainer: Trainer) -> None:
 
 
 def update_norm(layer) -> float:
-    """Return the Frobenius norm of alpha / r B A, what an adapter adds to its layer's weight [out, in].
+    """Return the Frobenius norm of alpha / r B A, the adapter's update of its layer's weight [out, in].
 
-    Not finite if A [r, in] or B [out, r] is not. From two r x r products in float64, so that it costs nothing and
+    Not finite if A [r, in] or B [out, r] is not. Computed from two r x r products in float64, so that it is cheap and
     does not overflow: ||BA||^2 = trace(B'B AA').
     """
     (adapter,) = layer.active_adapters
@@ -503,7 +503,7 @@ def update_norm(layer) -> float:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier run left: a later resumption would take its checkpoints for this run's."""
+    """Remove the files of an earlier run: a later resumption would mistake its checkpoints for this run's."""
     for path in folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
@@ -512,7 +512,7 @@ def _clear(folder: Path) -> None:
 
 
 def _save_adapter(trainer: Trainer, out: Path, weights: Weights, base: common.Base, sparsity: float) -> None:
-    """Write the adapter beside the checkpoints, its config last, so that a folder with a config is whole."""
+    """Write the adapter beside the checkpoints, its config last, so that a folder with a config is complete."""
     tmp = out / ".adapter"
     trainer.save_model(str(tmp))  # by all processes: sharded weights are gathered
     if not trainer.args.should_save:
@@ -524,7 +524,7 @@ def _save_adapter(trainer: Trainer, out: Path, weights: Weights, base: common.Ba
 
 
 def _differing(other: Mapping[str, object]) -> dict:
-    """Return those of the Trainer's other arguments that are not its defaults."""
+    """Return the Trainer's other arguments that differ from their defaults."""
     plain = vars(trainer_parser().parse_args([]))
     return {name: value for name, value in other.items() if value != plain[name]}
 

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into the pruned weights without filling their zeros: python lora_ft/merge.py --help"""
+"""Merging of a LoRA adapter into pruned weights without filling in their zeros: python lora_ft/merge.py --help"""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PARSER = make_parser(Merge, "merge.py", "Merge a LoRA adapter into the pruned we
 
 
 class Row(NamedTuple):
-    """One state of the model, its ``sparsity`` over the layers in the blocks, and its perplexity, None until known."""
+    """A state of the model, its ``sparsity`` over the layers in the blocks, and its perplexity, None until known."""
 
     state: str
     sparsity: float
@@ -59,14 +59,14 @@ class Row(NamedTuple):
 
 
 class Report:
-    """Rows of merge.json, beside the merged model, written whenever there are more of them."""
+    """Rows of merge.json, beside the merged model, rewritten whenever a row is added."""
 
     def __init__(self, settings: Merge, about: dict) -> None:
         self.settings, self.about = settings, about
         self.rows: dict[str, Row] = {}
 
     def add(self, *rows: Row) -> None:
-        """Take rows in, in place of those of the same states, and write."""
+        """Add rows, replacing those of the same states, and write."""
         self.rows |= {row.state: row for row in rows}
         self.write()
 
@@ -81,7 +81,7 @@ class Report:
 
 
 def run(settings: Merge, console: Console) -> list[Row]:
-    """Merge, write the merged model, and then report what each step does to sparsity and perplexity."""
+    """Merge, write the merged model, then report the effect of each step on sparsity and perplexity."""
     out = Path(settings.save)
     base = common.find_base(settings.model, settings.config_name, settings.cache_dir)
     common.check_length("ctx_length", settings.ctx_length, base.skeleton)
@@ -119,12 +119,12 @@ def run(settings: Merge, console: Console) -> list[Row]:
 
 
 def merge(model: PeftModel, weights: Weights, before: Mapping[str, Tensor] | None) -> None:
-    """Add each adapter's product to its layer's weight, in place, and take the adapters off.
+    """Add each adapter's product to its layer's weight, in place, and remove the adapters.
 
-    The sums are rounded to the dtype that they are saved in, so that what is measured is what is saved.
+    The sums are rounded to the dtype in which they are saved, so that the weights measured are the weights saved.
 
     Args:
-        before: the layers' weights without the adapter, whose zeros are kept; None to let them be filled.
+        before: the layers' weights without the adapter, whose zeros are kept; None to let them be filled in.
 
     Raises:
         UserError: a merged weight is not finite.
@@ -143,9 +143,9 @@ def merge(model: PeftModel, weights: Weights, before: Mapping[str, Tensor] | Non
 
 
 def evaluate_others(report: Report, weights: Weights, windows: Tensor) -> None:
-    """Measure the states before the merge, and the merge that fills the zeros if that is not the one written.
+    """Measure the states before the merge, and the merge that fills in the zeros unless that is the one written.
 
-    ``weights`` are those without the adapter.
+    ``weights`` do not include the adapter.
     """
     rows, adapter = report.rows, report.settings.lora_weights
     report.add(rows[PRUNED]._replace(perplexity=evaluation.perplexity(weights.model, windows)))
@@ -157,7 +157,7 @@ def evaluate_others(report: Report, weights: Weights, windows: Tensor) -> None:
 
 
 def show(console: Console, report: Report, state: str) -> None:
-    """Print the rows and where the merged model is."""
+    """Print the rows and the merged model's path."""
     settings = report.settings
     title = f"{settings.lora_weights} in {settings.model}, perplexity on {settings.dataset}"
     rows = [(row.state, f"{row.sparsity:.4f}", f"{row.perplexity:.4f}") for row in report.sorted()]

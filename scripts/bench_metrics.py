@@ -49,7 +49,7 @@ PARSER = make_parser(Benchmark, "bench_metrics.py", __doc__)
 
 
 def plain_fit(eigs: Tensor, candidates: Tensor) -> tuple[int, float]:
-    """The published formulation: a Python loop over the candidates; returns the index and alpha of the best."""
+    """Return the index and alpha of the best candidate by the published formulation, a Python loop over all of them."""
     logs, total = eigs.log(), len(eigs)
     best = (math.inf, -1, math.nan)
     for i in candidates.tolist():
@@ -68,7 +68,7 @@ def plain_spectrum(weight: Tensor) -> Tensor:
 
 
 def compare(plain: Callable[[], object], ours: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Return the median seconds of both, taking turns."""
+    """Return the median seconds of both, measured in turns."""
     seconds: tuple[list, list] = ([], [])
     for _ in range(rounds):
         for function, into in zip((plain, ours), seconds, strict=True):
@@ -149,15 +149,15 @@ def bench_model(rounds: int, cache_dir: str) -> list[dict]:
 
 
 def qr_first(weight: Tensor) -> Tensor:
-    """Return the exact driver's eigenvalues of a tall matrix by way of its R.
+    """Return the exact driver's eigenvalues of a tall matrix, computed from its R.
 
-    LAPACK does so by itself where the rows are 11/6 of the columns or more: this is to show that nothing is gained.
+    LAPACK does this itself when the rows are at least 11/6 of the columns: this shows that nothing is gained.
     """
     return torch.linalg.svdvals(torch.linalg.qr(weight.float(), mode="r").R).square().flip(0)
 
 
 def bench_llama_7b(shapes: Sequence[tuple[int, int]], cores: int) -> list[dict]:
-    """Return seconds of each driver on a matrix of each shape, beside the plain SVD; print what ``cores`` need."""
+    """Return seconds of each driver per matrix shape, and of the plain SVD; print the time on ``cores``."""
     rows, generator = [], torch.Generator().manual_seed(0)
     for shape in shapes:
         weight = torch.randn(shape, generator=generator)
@@ -174,7 +174,7 @@ def bench_llama_7b(shapes: Sequence[tuple[int, int]], cores: int) -> list[dict]:
 
 
 def seconds_of_7b(square: float, tall: float, cores: int) -> float:
-    """Return the seconds of 128 ``square`` and 96 ``tall`` matrices, each on one of ``cores`` that do not disturb."""
+    """Return the seconds of 128 ``square`` and 96 ``tall`` matrices, each on one of ``cores``, undisturbed."""
     return (128 * square + 96 * tall) / cores
 
 
@@ -194,7 +194,7 @@ def _row(what: str, plain: float, ours: float) -> dict:
 
 
 def run(settings: Benchmark) -> None:
-    """Measure, print a table, and write it with the machine it is about."""
+    """Measure, print a table, and write it together with the machine's description."""
     torch.set_num_threads(1)
     folder, rounds = Path(settings.save), settings.rounds
     files.prepare("save", folder)

@@ -79,9 +79,9 @@ PARSER = make_parser(
 
 
 class Cost(NamedTuple):
-    """CPU ``seconds`` of a prune stage, those of its parts, its peak memory, and a file of the ``zeros`` that it left.
+    """CPU ``seconds`` of a prune stage and its parts, its peak memory, and a file of the resulting ``zeros``.
 
-    They are bits, of which the ``first`` ones are the first block's.
+    The zeros are bits; the ``first`` ones belong to the first block.
     """
 
     seconds: float
@@ -95,7 +95,7 @@ class Cost(NamedTuple):
 
 
 class Clock:
-    """CPU seconds by part; a part inside another one is not counted there."""
+    """CPU seconds by part; a part nested in another is not counted in the outer one."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -117,7 +117,7 @@ class Clock:
             self._inside.pop()
 
     def timed(self, name: str, function: Callable | None) -> Callable | None:
-        """Return ``function``, its seconds counted as the part ``name``."""
+        """Return ``function`` with its seconds counted as the part ``name``."""
 
         def run(*args, **kwargs):
             with self.part(name):
@@ -149,7 +149,7 @@ def load(model: str, settings: Benchmark) -> tuple[PreTrainedModel, Tensor]:
 
 
 def ours(model: PreTrainedModel, windows: Tensor, name: str, ratio: float, clock: Clock) -> None:
-    """Prune ``model`` in place by lib's own walk."""
+    """Prune ``model`` in place with lib's walk."""
     pruner, weights = PRUNERS[name], weights_of(model)
     pruner = pruner._replace(
         prepare=clock.timed("factorisation", pruner.prepare),
@@ -170,7 +170,7 @@ def ours(model: PreTrainedModel, windows: Tensor, name: str, ratio: float, clock
 
 
 def plain(model: PreTrainedModel, windows: Tensor, name: str, ratio: float, clock: Clock) -> None:
-    """Prune ``model`` in place by the plain formulation."""
+    """Prune ``model`` in place with the plain formulation."""
     method = plain_methods.METHODS[name]
     method = method._replace(
         prune=clock.timed("solve or select", method.prune), statistic=clock.timed("statistics", method.statistic)
@@ -189,7 +189,7 @@ WAYS = {"ours": ours, "plain": plain}
 
 
 def cost(way: str, model: str, name: str, settings: Benchmark, folder: str) -> Cost:
-    """Prune ``model`` and return what it cost; the zeros it left are written to ``folder``."""
+    """Prune ``model`` and return the cost; the resulting zeros are written to ``folder``."""
     for package in ("torchvision", "triton"):  # not required on a CPU, and imported where they are there: 80 MB each
         sys.modules[package] = None
     torch.set_num_threads(settings.threads)
@@ -213,7 +213,7 @@ def cost(way: str, model: str, name: str, settings: Benchmark, folder: str) -> C
 
 
 def separately(function: Callable, *args) -> object:
-    """Return what ``function`` returns in a process that is started for it."""
+    """Return the result of ``function``, run in a separate process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *args).result()
 
@@ -238,7 +238,7 @@ def measure(model: str, name: str, settings: Benchmark) -> dict:
 
 
 def select(settings: Benchmark) -> list[dict]:
-    """Return a row for each selection in a matrix of SELECT x SELECT, whose mask is that of the sort."""
+    """Return a row for each selection in a SELECT x SELECT matrix; its mask must equal that of the sort."""
     torch.set_num_threads(settings.threads)
     score = torch.randn(SELECT, SELECT, generator=torch.Generator().manual_seed(0)).abs()
     count, index = int(SELECT * settings.sparsity_ratio), int(score.numel() * settings.sparsity_ratio)
@@ -307,7 +307,7 @@ def draw(rows: Sequence[Mapping], title: str) -> Figure:
 
 
 def show(console: Console, rows: Sequence[Mapping], title: str) -> None:
-    """Print the table of a model's rows, and how far ours and plain agree."""
+    """Print the table of a model's rows, and the agreement of ours and plain."""
     headings = ("pruner", "seconds", "plain / ours", "peak MB", *PARTS)
     tables.show(console, title, headings, [line for row in rows for line in cells(row)])
     for row in rows:
@@ -318,7 +318,7 @@ def show(console: Console, rows: Sequence[Mapping], title: str) -> None:
 
 
 def run(settings: Benchmark) -> None:
-    """Measure, print a table per model, and write the figures and a chart, with the machine they are about."""
+    """Measure, print a table per model, and write the figures and a chart, with the machine's description."""
     folder, console = Path(settings.save), Console(width=150)
     files.prepare("save", folder)
     rows = []

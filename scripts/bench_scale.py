@@ -50,7 +50,7 @@ PARSER = make_parser(
 
 
 def make_checkpoint(settings: Scale) -> Path:
-    """Return the folder of a random float16 LLaMA, one shard per block, written with one block in memory."""
+    """Return the folder of a random float16 LLaMA, one shard per block, written with only one block in memory."""
     folder = Path(settings.work) / f"llama-{settings.hidden}x{settings.intermediate}x{settings.blocks}"
     if (folder / "model.safetensors.index.json").is_file():
         return folder
@@ -87,14 +87,14 @@ def make_checkpoint(settings: Scale) -> Path:
 
 
 def _random(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
-    """Return ones for a norm, and for a matrix numbers that keep the size of what goes through it."""
+    """Return ones for a norm, and for a matrix random numbers that preserve the scale of its inputs."""
     if len(shape) == 1:
         return torch.ones(shape)
     return torch.randn(shape, generator=draw).mul_(shape[1] ** -0.5)
 
 
 def measure(settings: Scale, folder: Path, method: str, way: str) -> dict:
-    """Run main.py in a separate process, and return the figures of its stages."""
+    """Run main.py in a separate process and return the figures of its stages."""
     work = Path(settings.work)
     name = f"{method}_{way}"
     flags = {

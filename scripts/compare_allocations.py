@@ -27,7 +27,7 @@ TRIED = {"ww": "epsilon", "atp": "atp_beta"}
 
 
 class Key(NamedTuple):
-    """What a row of the table is about: the pruner, and the allocation with the hyper-parameter that is tried."""
+    """Key of a table row: the pruner, and the allocation with the tried hyper-parameter."""
 
     pruner: str
     allocation: str
@@ -38,11 +38,11 @@ class Row(NamedTuple):
 
     Attributes:
         cells: perplexity by sparsity.
-        seconds: that the allocation took in the longest of its runs; others may have been given what it found.
+        seconds: time of the allocation in the longest of its runs; others may have reused its result.
         passes: windows that the allocation passes through the blocks, a backward pass counted as two.
         pruning: seconds of the pruning stage, the mean over runs.
 
-    Seconds are None where the run files are of an older version, which did not keep CPU seconds.
+    Seconds are None if the run files are from an older version, which did not record CPU seconds.
     """
 
     cells: Mapping[float, Spread]
@@ -91,7 +91,7 @@ class Comparison(sweep.Several):
     def keyed(self) -> list[tuple[Key, Experiment]]:
         """Return the settings of each run, checked, and the row of the table that each belongs to.
 
-        All of one seed come before the next seed, so that what is there after an interrupt is a whole table.
+        All runs of one seed come before the next seed, so that an interrupted comparison leaves a complete table.
         """
         found = []
         for seed in self.every_seed():
@@ -122,9 +122,9 @@ PARSER = make_parser(Comparison, "compare_allocations.py", __doc__, sweep.REST)
 
 
 def passes(setting: Experiment) -> int:
-    """Return how many windows of calibration text the allocation of a run passes through the blocks, from its flags.
+    """Return how many calibration windows a run's allocation passes through the blocks, from its flags.
 
-    What pruning itself passes through them is not counted: it is the same for all allocations.
+    The passes of pruning itself are not counted: they are the same for all allocations.
     """
     task = setting.task()
     scored = sum(setting.nsamples for part in (task, task.first) if part.wants in BLOCK_SCORES)
@@ -134,14 +134,14 @@ def passes(setting: Experiment) -> int:
 
 
 def seconds_of(record: Mapping, *stages: str) -> float | None:
-    """Return the seconds of some stages of a run: on a CPU, which others may have used too, its CPU seconds."""
+    """Return the seconds of some stages of a run: CPU seconds on a CPU, which others may have used too."""
     kind = "cpu_seconds" if str(record["device"][0]).startswith("cpu") else "seconds"
     found = [record["stages"][stage].get(kind) for stage in stages]
     return None if None in found else sum(found)
 
 
 def rows_of(keys: Sequence[Key], settings: Sequence[Experiment], records: Sequence[dict | None]) -> dict[Key, Row]:
-    """Return the rows of the table; runs that failed or hold no perplexity are left out."""
+    """Return the rows of the table; runs that failed or have no perplexity are left out."""
     found: dict[Key, list[tuple[Experiment, dict]]] = {}
     seconds: dict[str, list[float | None]] = {}
     for key, setting, record in zip(keys, settings, records, strict=True):
@@ -176,7 +176,7 @@ def stands_out(rows: Rows, key: Key, sparsity: float) -> bool:
 
 
 def table(rows: Rows, sparsities: Sequence[float]) -> str:
-    """Return a Markdown table: perplexity as mean ± standard deviation over seeds, and what an allocation costs."""
+    """Return a Markdown table: perplexity as mean ± standard deviation over seeds, and the cost of each allocation."""
     most = max(cell.count for row in rows.values() for cell in row.cells.values())
     headings = [f"{s:g}" for s in sparsities] + ["seconds", "passes", "pruning s"]
     lines = ["| pruner | allocation | " + " | ".join(headings) + " |", "|---|---" + "|---:" * len(headings) + "|"]
@@ -192,7 +192,7 @@ def table(rows: Rows, sparsities: Sequence[float]) -> str:
 
 
 def notes(records: Sequence[dict], seeds: Sequence[int]) -> str:
-    """Return what the figures of the table are, in full sentences below it."""
+    """Return notes on the table's figures, in full sentences to print below it."""
     first = records[0]
     calibration = next((record["calibration"] for record in records if record["calibration"]), None)
     texts = [f"Perplexity of {first['model']['name']} on {_windows(first['evaluation'])}"]

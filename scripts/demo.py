@@ -65,13 +65,13 @@ def show(records: Sequence[dict], console: Console) -> None:
 
 
 def perplexity(record: dict) -> str:
-    """Return the perplexity; ``about`` where it depends on how the machine rounds."""
+    """Return the perplexity, with ``about`` if it depends on the machine's rounding."""
     about = record["method"].endswith("_ww") or record["method"].startswith(("sparsegpt", "alps"))
     return f"about {record['perplexity']:.1f}" if about else f"{record['perplexity']:.2f}"
 
 
 def show_gain(records: Sequence[dict], console: Console) -> None:
-    """Print what distributing the sparsity by alpha gained, and what the best method of each sparsity did."""
+    """Print the gain from distributing the sparsity by alpha, and the best method at each sparsity."""
     found = {(record["method"], record["target_sparsity"]): record for record in records}
     tables.line(console, "What was gained:")
     for (method, target), record in found.items():

@@ -42,7 +42,7 @@ class Plan(Flags):
 
 @dataclass(kw_only=True)
 class Settings(Plan, Model, Metric, Spectra):
-    """The flags of esd_report.py: main.py's for the metric and the plan, and what is drawn."""
+    """The flags of esd_report.py: main.py's for the metric and the plan, and those for the plots."""
 
     def check(self) -> None:
         super().check()
@@ -51,7 +51,7 @@ class Settings(Plan, Model, Metric, Spectra):
         self.experiment()
 
     def experiment(self) -> Experiment:
-        """Return the settings of the run whose plan is shown, checked."""
+        """Return the checked settings of the run whose plan is shown."""
         known = {item.name for _, item, _ in Experiment.declared()}
         shared = {item.name: getattr(self, item.name) for _, item, _ in self.declared() if item.name in known}
         made = Experiment(**shared, prune_method="magnitude_ww", eval_wikitext=False)
@@ -63,7 +63,7 @@ PARSER = make_parser(Settings, "esd_report.py", __doc__)
 
 
 class Report(NamedTuple):
-    """What the pictures are about: ``values`` of the ``metric`` and planned ``ratios``, by layer name."""
+    """Data of the plots: ``values`` of the ``metric`` and planned ``ratios``, by layer name."""
 
     model: str
     metric: str
@@ -211,7 +211,7 @@ def _draw_spectrum(axes, name: str, eigs: Tensor, metric: str) -> None:
 
 
 def _tick_log(axes, span: float) -> None:
-    """Label powers of ten, or 1 2 5 where the axis spans few of them; no labels between, which would overlap."""
+    """Label powers of ten, or 1 2 5 if the axis spans few of them; labels in between would overlap."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -221,7 +221,7 @@ def _tick_log(axes, span: float) -> None:
 
 
 def _fit(eigs: Tensor, metric: str) -> PowerLaw | None:
-    """Return the fit that the metric is about; that of alpha_peak for a metric that fits nothing."""
+    """Return the fit behind the metric, or that of alpha_peak for a metric without a fit."""
     try:
         if metric == "alpha_mid":
             return fit_tail(eigs, torch.tensor([len(eigs) // 2]))

@@ -19,14 +19,14 @@ ROUNDS = 5  # of --compare: each model as many times, in turns
 
 
 def resident_mb() -> int:
-    """Return the memory that this process has in RAM now, its mapped files too, in MB; -1 where Linux is not."""
+    """Return the resident memory of this process, including mapped files, in MB; -1 if not on Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 // 10**6 for line in lines if line.startswith("VmRSS")), -1)
 
 
 class Timing:
-    """A streamer of ``generate``: prints what comes if ``text`` streams, and keeps when each token came."""
+    """A streamer for ``generate`` that passes tokens on to ``text``, if given, and records when each one arrives."""
 
     def __init__(self, text=None) -> None:
         self.text, self.times = text, []
@@ -54,7 +54,7 @@ def load(model: str, cache_dir: str):
 
 
 def generate(model, tokenizer, args: argparse.Namespace, before: int, stream: bool) -> dict:
-    """Return what one greedy run took; ``before``: the resident memory before the model was loaded, MB."""
+    """Return time and memory of one greedy run; ``before``: the resident memory before the model was loaded, MB."""
     import torch
     from transformers import TextStreamer
 
@@ -85,7 +85,7 @@ def medians(runs: list[dict]) -> dict:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Answer each line of standard input with a run as a line of JSON: one model of --compare, alone in its process."""
+    """Answer each line of standard input with a run, as a line of JSON: one model of --compare in its own process."""
     before = resident_mb()
     model, tokenizer = load(args.model, args.cache_dir)
     for _ in sys.stdin:
@@ -152,7 +152,7 @@ def work(args: argparse.Namespace) -> None:
         raise UserError(None, "give a prompt that is not empty, and --threads of at least 1")
     try:
         if args.compare:
-            models.locate(args.compare, args.cache_dir)  # a wrong name is told before the first model is loaded
+            models.locate(args.compare, args.cache_dir)  # a wrong name is reported before the first model is loaded
         if args.threads:
             torch.set_num_threads(args.threads)
         args.threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Time every method on random blocks of LLaMA-7B's shapes against plain formulations: bash scripts/gpu_check.sh"""
+"""GPU check: every method timed on random LLaMA-7B blocks against plain formulations; bash scripts/gpu_check.sh"""
 
 import argparse
 import sys
@@ -49,9 +49,9 @@ class Sizes(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Something to time: ``ours`` and ``plain`` give the same result, as far as ``alike`` (a share) says.
+    """A case to time: ``ours`` and ``plain`` give the same result, to the extent measured by ``alike`` (a share).
 
-    Around each call, and not timed, ``reset`` makes ready for it and ``read`` makes of its result what is compared.
+    Untimed, ``reset`` prepares for each call and ``read`` extracts from its result the values to compare.
     ``flops``: the operations of the plain formulation's products.
     """
 
@@ -65,14 +65,14 @@ class Case(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """The least ``seconds`` of several calls, and the most memory that a call took beyond what was there (``gib``)."""
+    """The minimum ``seconds`` of several calls, and the most additional memory that a call used (``gib``)."""
 
     seconds: float
     gib: float | None
 
 
 class Row(NamedTuple):
-    """What a case costs; ``agree`` is the share of results that are alike, ``flops`` is as of the case."""
+    """The cost of a case; ``agree`` is the share of results that are alike, ``flops`` the case's."""
 
     what: str
     ours: Cost
@@ -89,7 +89,7 @@ class Disagreement(Exception):
 
 
 def measure(function: Callable[[], object], device: torch.device) -> tuple[object, Cost]:
-    """Return what ``function`` returns, and what this call of it costs; memory on a CUDA device only."""
+    """Return the result of ``function`` and the cost of this call; memory only on a CUDA device."""
     cuda = device.type == "cuda"
     if cuda:
         torch.zeros(1, device=device)  # before CUDA is initialised, the counters cannot be reset
@@ -109,7 +109,7 @@ def compare(case: Case, device: torch.device, rounds: int) -> Row:
     """Return the row of ``case``: ours and plain take turns ``rounds`` times, after a first turn that is compared.
 
     Raises:
-        Disagreement: they are alike in less than LEAST_AGREEMENT of the result.
+        Disagreement: less than LEAST_AGREEMENT of the results are alike.
     """
     functions = [case.ours] if case.plain is None else [case.ours, case.plain]
     results, costs = [], [[] for _ in functions]
@@ -153,7 +153,7 @@ def same_fit(one: tuple, other: tuple) -> float:
 
 
 def table(rows: list[Row], peak: float | None = None) -> str:
-    """Return a Markdown table; ``peak``: the card's TFLOP/s of products of halves, None where it is not known."""
+    """Return a Markdown table; ``peak``: the card's TFLOP/s in half precision, None if unknown."""
     headings = "what | seconds | GiB | TFLOP/s | of peak | plain seconds | plain GiB | plain / ours | alike"
     lines = [f"| {headings} |", "|---|" + "---:|" * 8]
     for row in rows:
@@ -174,7 +174,7 @@ def whole_run(short: float, long: float, samples: int, blocks: int, passes: int)
 
     Args:
         short: seconds with ``samples`` windows; the ``long`` walk had twice as many.
-        passes: of each window through a block, in these walks: ours leaves the last block's second one out.
+        passes: of each window through a block, in these walks: ours skips the last block's second one.
     """
     per_pass = (long - short) / samples / passes
     per_block = (2 * short - long) / blocks
@@ -183,7 +183,7 @@ def whole_run(short: float, long: float, samples: int, blocks: int, passes: int)
 
 
 def whole_runs(rows: list[Row], sizes: Sizes) -> list[str]:
-    """Return a line for each pruner that was walked with two numbers of windows: a whole run, extrapolated."""
+    """Return a line for each pruner that was walked with two numbers of windows: an extrapolated whole run."""
     lines, seconds = [], {row.what: row for row in rows}
     for name, pruner in PRUNERS.items():
         found = [seconds.get(_walk_name(name, sizes, count)) for count in (sizes.samples, 2 * sizes.samples)]
@@ -237,12 +237,12 @@ def spectra(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
 
 def finished(total: Tensor) -> Tensor:
-    """Return a sum as the pruners get it: of a Hessian, one triangle was added up."""
+    """Return a sum as passed to the pruners: for a Hessian, only one triangle was summed."""
     return symmetric(total) if total.ndim == 2 else total
 
 
 def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """Yield a case for each statistic: of two samples of the widest layer's input."""
+    """Yield a case for each statistic, on two samples of the widest layer's input."""
     samples = [torch.randn(sizes.tokens, sizes.intermediate, device=device).half() for _ in range(2)]
 
     def ours(name: str) -> Tensor:
@@ -264,7 +264,7 @@ def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
 
 def pruners(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """Yield a case for each pruner, variant and N:M, on the widest layer; the statistic is there already."""
+    """Yield a case for each pruner, variant and N:M, on the widest layer, with the statistic already computed."""
     weight = random_weight(sizes.shapes[2], device)
     x = torch.randn(2 * weight.shape[1], weight.shape[1], device=device)  # enough for a Hessian of full rank
     given = {name: finished(add(x, None)) for name, add in STATISTICS.items()} | {None: None}
@@ -288,7 +288,7 @@ def pruners(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
 
 def block_scores(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """Yield a case for each number that an allocation wants of a block's scores, or of a matrix."""
+    """Yield a case for each value that an allocation needs of a block's scores or of a matrix."""
     found = [random_weight(shape, device).float().abs() for shape in sizes.shapes]
 
     def plain_median() -> float:
@@ -307,7 +307,7 @@ def block_scores(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
 
 def random_llama(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.float16) -> LlamaForCausalLM:
-    """Return a random LLaMA, always the same on a device."""
+    """Return a random LLaMA, always the same on a given device."""
     config = LlamaConfig(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
@@ -323,7 +323,7 @@ def random_llama(sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.
 
 
 def walks(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """Yield a case for each pruner: the whole walk over a few blocks, calibration included."""
+    """Yield a case for each pruner: the whole walk over a few blocks, including calibration."""
     model = random_llama(sizes, device)
     weights = weights_of(model)
     dense = weights.snapshot()
@@ -355,7 +355,7 @@ PARTS = (spectra, statistics, pruners, block_scores, walks)
 
 
 def check(sizes: Sizes, device: torch.device, rounds: int) -> list[Row]:
-    """Return all rows; each is printed when it is known."""
+    """Return all rows; each is printed as soon as it is known."""
     rows = []
     for part in PARTS:
         torch.manual_seed(0)
@@ -374,7 +374,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; return 0, 1 if a result is not that of its plain formulation, 2 without a GPU."""
+    """Print the table; return 0, 1 if a result differs from its plain formulation, 2 without a GPU."""
     parser = make_parser()
     args = parser.parse_args(argv)
     for flag, value in vars(args).items():

@@ -1,4 +1,4 @@
-"""Train two small classifiers of digits, prune them in all ways, print accuracies: what scripts/image_demo.sh runs."""
+"""Image demonstration: two small digit classifiers trained, pruned with four methods, and compared in accuracy."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
 
 
 def prune_all(folder: Path, epsilon: float, save: Path) -> tuple[dict, dict]:
-    """Return the record of the dense model, and those of the pruned ones by (method, sparsity)."""
+    """Return the record of the dense model, and those of the pruned models by (method, sparsity)."""
     setting = ["--model", str(folder), "--data_set", "digits", "--num_workers", "0"]
     pruning = ["--nsamples", "1024", "--epsilon", str(epsilon), "--metric_cache", str(save / "metric_cache")]
 
@@ -100,7 +100,7 @@ def prune_all(folder: Path, epsilon: float, save: Path) -> tuple[dict, dict]:
 
 
 def show(name: str, dense: dict, records: dict) -> None:
-    """Print the accuracies of one model, a row per method."""
+    """Print the accuracies of one model, one row per method."""
     rows = [("dense", *[f"{dense['accuracy']['top1']:.2f}"] * len(SPARSITIES))]
     for method in METHODS:
         rows.append((method, *(f"{records[method, s]['accuracy']['top1']:.2f}" for s in SPARSITIES)))
@@ -109,7 +109,7 @@ def show(name: str, dense: dict, records: dict) -> None:
 
 
 def plot(found: dict[str, tuple[dict, dict]], path: Path) -> None:
-    """Write the accuracies over the sparsity as a PNG, a panel per model."""
+    """Write the accuracies over the sparsity as a PNG, one panel per model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,7 +131,7 @@ def plot(found: dict[str, tuple[dict, dict]], path: Path) -> None:
 
 
 def demo(settings: Demo) -> None:
-    """Train what is not trained yet, prune it in all ways, and print and plot the accuracies."""
+    """Train the models if needed, prune them with all methods, and print and plot the accuracies."""
     save, found = Path(settings.save), {}
     for name in SMALL:
         folder = ROOT / "image_classifiers" / "weights" / f"digits-{name}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check style (ruff) and which room imports which (import-linter); the rules are in pyproject.toml.
+# Check style (ruff) and the import order of modules (import-linter); the rules are in pyproject.toml.
 source "$(dirname "$0")/env.sh"
 need requirements.txt
 need tests/requirements.txt

@@ -60,27 +60,27 @@ PARSER = make_parser(Docs, "make_docs.py", __doc__)
 
 
 def has_parser(program: Path) -> bool:
-    """Return whether the parser of a command can be had without running it."""
+    """Return whether a command's parser is available without running it."""
     return bool(re.search(r"^(PARSER\b|def make_parser\()", program.read_text(encoding="utf-8"), re.M))
 
 
 def parser_of(program: Path) -> argparse.ArgumentParser:
-    """Return the argparse parser of a command that has one at hand."""
+    """Return the argparse parser of a command for which ``has_parser`` holds."""
     module = import_module(".".join(program.relative_to(ROOT).with_suffix("").parts))
     return module.PARSER if hasattr(module, "PARSER") else module.make_parser()
 
 
 def programs() -> list[Path]:
-    """Return the commands that are documented: the experiment's first, then the scripts by name."""
+    """Return the documented commands: the experiment's first, then the scripts by name."""
     scripts = sorted(path for path in (ROOT / "scripts").rglob("*.py") if has_parser(path))
     return [*(ROOT / name for name in FIRST), *scripts]
 
 
 def section(program: Path, known: dict[tuple, str]) -> str:
-    """Return the part of a command: a table of flags for each of their groups.
+    """Return the section of a command: a table of flags for each group.
 
     Args:
-        known: flags of main.py and their help; a script that has them too refers to them.
+        known: flags of main.py and their help; a script that shares them refers to main.py.
     """
     parser = parser_of(program)
     name = program.relative_to(ROOT).as_posix()
@@ -115,7 +115,7 @@ def _rows(group, known: dict[tuple, str]) -> Iterator[str]:
         several = " ..." if action.nargs in ("*", "+") else ""
         value = f" {action.metavar or action.dest.upper()}{several}" if action.nargs != 0 else ""
         names = ", ".join(f"`{option}{value}`" for option in action.option_strings) or f"`{value.strip()}`"
-        whole = action.help.replace(" (default: %(default)s)", "")  # argparse's own way to write it
+        whole = action.help.replace(" (default: %(default)s)", "")  # as argparse writes it
         text, default = re.fullmatch(r"(.*?)(?: \(default: ([^\s()]+)\))?", whole, re.S).groups()
         if "default:" in text:  # several, or one that needs words: they stay in the text
             text, default = whole, None
@@ -136,7 +136,7 @@ def _plain(text: str) -> str:
 
 
 def flags_text() -> str:
-    """Return what docs/flags.md should hold."""
+    """Return the text of docs/flags.md."""
     main = parser_of(ROOT / "main.py")
     known = {tuple(action.option_strings): action.help for action in main._actions if action.option_strings}
     every = programs()
@@ -182,7 +182,7 @@ def results_table(content: dict) -> str:
 
 
 def readme_text(text: str, content: dict) -> str:
-    """Return the README with the table of results between its marks."""
+    """Return the README with the results table between its marks."""
     pattern = r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)"
     if not re.search(pattern, text, re.S):
         raise UserError(None, "README.md: the marks <!-- results --> and <!-- /results --> are missing")
@@ -190,7 +190,7 @@ def readme_text(text: str, content: dict) -> str:
 
 
 def draw(content: dict, path: Path) -> None:
-    """Write the README's picture: perplexity over sparsity, mean over seeds, a line for each of DRAWN."""
+    """Write the README's plot: perplexity over sparsity, mean over seeds, one line for each of DRAWN."""
     from matplotlib.figure import Figure
 
     found = figures(content)
@@ -218,7 +218,7 @@ def draw(content: dict, path: Path) -> None:
 
 
 def run(docs: Docs) -> None:
-    """Write what is generated, or compare it; a picture is not compared."""
+    """Write the generated documents, or compare them; the plot is not compared."""
     content = json.loads((ROOT / RESULTS).read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, text in {"docs/flags.md": flags_text(), "README.md": readme_text(readme, content)}.items():

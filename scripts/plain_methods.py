@@ -1,4 +1,4 @@
-"""Plain formulations of the pruners and of the walk over blocks, as published: what the benchmarks compare with."""
+"""Plain formulations of the pruners and of the walk over blocks, as published, as a baseline for the benchmarks."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ Groups = tuple[int, int] | None  # (N, M): keep N of every M columns
 
 
 def magnitude(weight: Tensor, _: None, ratio: float, nm: Groups) -> Tensor:
-    """Return ``weight`` without what is at most the int(n * ratio)-th of all |W|, sorted."""
+    """Return ``weight`` without the entries that are at most the int(n * ratio)-th of all |W|, sorted."""
     score = weight.abs()
     if nm is not None:
         return _drop(weight, _group_mask(score, nm))
@@ -29,7 +29,7 @@ def wanda(weight: Tensor, squared_norms: Tensor, ratio: float, nm: Groups) -> Te
 
 
 def sparsegpt(weight: Tensor, hessian: Tensor, ratio: float, nm: Groups) -> Tensor:
-    """Return the repaired ``weight``: three factorisations, then a column of W at a time (SparseGPT's own loop)."""
+    """Return the repaired ``weight``: three factorisations, then one column of W at a time (SparseGPT's own loop)."""
     repaired = weight.float().clone()
     upper, dead = inverse_factor(hessian.clone())
     repaired[:, dead] = 0
@@ -105,7 +105,7 @@ def hessian(x: Tensor, mean: Tensor | None, seen: int) -> Tensor:
 
 
 class Method(NamedTuple):
-    """A pruner as ``prune(weight, statistic, ratio, nm)``, and the ``statistic`` that it wants of a layer's input."""
+    """A pruner as ``prune(weight, statistic, ratio, nm)``, and the ``statistic`` that it needs of a layer's input."""
 
     prune: Callable[[Tensor, Tensor | None, float, Groups], Tensor]
     statistic: Callable[[Tensor, Tensor | None, int], Tensor] | None = None
@@ -127,7 +127,7 @@ class _Caught(Exception):
 
 @torch.no_grad()
 def walk(model: nn.Module, windows: Tensor, method: Method, ratio: float) -> None:
-    """Prune a LLaMA in place: a statistic for each layer, and all ``windows`` [samples, tokens] twice a block."""
+    """Prune a LLaMA in place: a statistic for each layer, and all ``windows`` [samples, tokens] twice per block."""
     blocks = model.model.layers
     hidden, arguments = enter(model, blocks[0], windows) if method.statistic else ([], {})
     for block in blocks:
@@ -152,7 +152,7 @@ def dense_pass(
 
 
 def pruned_pass(block: nn.Module, hidden: list[Tensor], arguments: dict) -> list[Tensor]:
-    """Return what leaves the ``block`` for each window."""
+    """Return the output of ``block`` for each window."""
     return [block(x, **arguments) for x in hidden]
 
 
@@ -164,7 +164,7 @@ def _adder(means: dict, statistic: Callable, seen: int) -> Callable:
 
 
 def enter(model: nn.Module, first: nn.Module, windows: Tensor) -> tuple[list[Tensor], dict]:
-    """Return what enters the ``first`` block for each window, and the other arguments of its last call."""
+    """Return the input of the ``first`` block for each window, and the other arguments of its last call."""
     hidden, arguments = [], {}
 
     def catch(_, args: tuple, kwargs: dict) -> None:

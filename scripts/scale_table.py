@@ -42,7 +42,7 @@ PARSER = make_parser(Table, "scale_table.py", __doc__)
 
 
 class Needs(NamedTuple):
-    """What a method needs, in bytes, and its ``work`` in floating-point operations; ``streamed`` None: it cannot."""
+    """Needs of a method in bytes, and its ``work`` in floating-point operations; ``streamed``: None if unsupported."""
 
     size: str
     method: str
@@ -54,7 +54,7 @@ class Needs(NamedTuple):
 
 
 def skeleton(size: str):
-    """Return a LLaMA of a name in SIZES without weights."""
+    """Return the LLaMA named in SIZES, without weights."""
     hidden, inner, blocks, heads, kv, vocabulary = SIZES[size]
     config = transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=heads,
@@ -68,8 +68,8 @@ def work(shapes: dict[str, tuple[int, int]], blocks: int, method: str, tokens: i
     """Return the operations of pruning with ``method`` and of its search: products and factorisations.
 
     Args:
-        shapes: [out, in] of a block's matrices by their last name.
-        tokens: of calibration.
+        shapes: [out, in] of a block's matrices by the last part of their names.
+        tokens: number of calibration tokens.
     """
     if method == "magnitude":
         return 0.0
@@ -92,7 +92,7 @@ def work(shapes: dict[str, tuple[int, int]], blocks: int, method: str, tokens: i
 
 
 def needs(size: str, settings: Table) -> Iterator[Needs]:
-    """Yield what each of METHODS needs for a model of this size."""
+    """Yield the needs of each of METHODS for a model of this size."""
     model = skeleton(size)
     layers = prunable_layers(model)
     shapes = {layer.name.rpartition(".")[2]: layer.shape for layer in layers if layer.block == 0}
@@ -144,7 +144,7 @@ def table(rows: Sequence[Needs], rate: float) -> str:
 
 
 def run(settings: Table) -> None:
-    """Print the table and where its figures come from."""
+    """Print the table and the source of its figures."""
     rate = settings.tflops * 1e12 if settings.tflops else measured_rate()
     print(table([row for size in SIZES for row in needs(size, settings)], rate))
     source = "as given" if settings.tflops else "a product at LLaMA-7B's shapes, measured on this machine"

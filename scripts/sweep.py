@@ -38,7 +38,7 @@ REST = (
 
 @dataclass(kw_only=True)
 class Several(Experiment):
-    """The flags of main.py, of which some (``_lists``) hold several values in one text."""
+    """The flags of main.py, some of which (``_lists``) hold several values in one string."""
 
     _title: ClassVar[str] = "settings to run"
     _lists: ClassVar[Sequence[str]] = ()
@@ -56,7 +56,7 @@ class Several(Experiment):
         raise NotImplementedError
 
     def settings(self) -> list[Experiment]:
-        """Return the settings of each run, checked."""
+        """Return the checked settings of each run."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -69,18 +69,18 @@ class Several(Experiment):
                 raise UserError(name, text)
 
     def every_seed(self) -> range:
-        """Return the seeds that each setting is run with."""
+        """Return the seeds with which each setting is run."""
         return range(self.seed, self.seed + self.seeds)
 
     def one(self, method: str | None, below: str = "", seed: int | None = None, **changes) -> Experiment:
-        """Return main.py's settings of one run: the flags that its ``method`` understands, and the ``changes``.
+        """Return main.py's settings of one run: the flags that apply to its ``method``, and the ``changes``.
 
         Args:
-            below: folder below --save and --save_model, since names of runs hold the method and the sparsity only.
-            seed: one of ``every_seed``; None for the first, which is where nothing depends on it.
+            below: folder below --save and --save_model, since run names contain only the method and the sparsity.
+            seed: one of ``every_seed``; None for the first, used if nothing depends on it.
 
         Raises:
-            UserError: what main.py would say to them.
+            UserError: as main.py would raise.
         """
         values = {}
         for _, item, _ in Experiment.declared():
@@ -111,12 +111,12 @@ class Several(Experiment):
 
 
 def words(text: str) -> list[str]:
-    """Return what commas or spaces separate."""
+    """Return the words separated by commas or spaces."""
     return text.replace(",", " ").split()
 
 
 def number(field: str, word: str) -> float:
-    """Return the number that ``word`` is."""
+    """Return ``word`` as a number."""
     try:
         return float(word)
     except ValueError:
@@ -124,7 +124,7 @@ def number(field: str, word: str) -> float:
 
 
 def numbers(field: str, text: str) -> list[float]:
-    """Return the numbers that commas or spaces separate."""
+    """Return the numbers separated by commas or spaces."""
     found = [number(field, word) for word in words(text)]
     if not found:
         raise UserError(field, f"{text!r}: holds no number")
@@ -196,7 +196,7 @@ PARSER = make_parser(Sweep, "sweep.py", __doc__, REST)
 
 
 def run_all(todo: Sequence[Experiment], force: bool) -> tuple[list[dict | None], list[dict]]:
-    """Run what is not complete; return the record of each setting, None where it failed, and those made now."""
+    """Run the incomplete settings; return each setting's record, None if it failed, and the records made now."""
     session = Session(shared=True, planned=todo)
     records: list[dict | None] = []
     made: list[dict] = []
@@ -229,17 +229,17 @@ def _name(settings: Experiment) -> str:
 
 
 def saved_seconds(made: list[dict], start_up: float) -> float:
-    """Return by how much at least separate runs would have taken longer than those in ``made`` did together.
+    """Return a lower bound on the time that separate runs would have taken beyond that of ``made``.
 
-    Each would have started Python (``start_up`` seconds) and have read the texts and the model as the first one had to;
-    for a calibrated method that is more than the first, dense or magnitude, may have read: hence at least.
+    Each would have started Python (``start_up`` seconds) and read the texts and the model as the first one did; a
+    calibrated method reads more than the first run, dense or magnitude, may have: hence a lower bound.
     """
     loading = [sum(record["stages"][name]["seconds"] for name in ("prepare", "load")) for record in made]
     return sum(start_up + max(0.0, loading[0] - own) for own in loading[1:])
 
 
 def plot(records: Sequence[dict], path: Path) -> None:
-    """Write a PNG: perplexity over sparsity, its mean over seeds, a line per method and epsilon, log axis."""
+    """Write a PNG: perplexity over sparsity, its mean over seeds, one line per method and epsilon, log axis."""
     from matplotlib.figure import Figure
 
     lines: dict[str, dict[float, list[float]]] = {}
@@ -263,7 +263,7 @@ def plot(records: Sequence[dict], path: Path) -> None:
 
 
 def measured(records: Sequence[dict | None]) -> list[dict]:
-    """Return the records that hold a perplexity."""
+    """Return the records with a perplexity."""
     return [record for record in records if record and record["perplexity"] is not None]
 
 
@@ -289,7 +289,7 @@ def run(sweep: Sweep) -> int:
 
 
 def _since_start() -> float:
-    """Return the seconds since this process began: what every run of main.py spends before it begins."""
+    """Return the seconds since this process started: the start-up time of every run of main.py."""
     import psutil
 
     return time.time() - psutil.Process().create_time()

@@ -52,7 +52,7 @@ PARSER = make_parser(Settings, "table.py", __doc__)
 
 
 class Column(NamedTuple):
-    """A model and what it was evaluated on: figures on two texts do not belong in one column."""
+    """A model and its evaluation text: figures on different texts do not belong in one column."""
 
     model: str
     parameters: int
@@ -60,7 +60,7 @@ class Column(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was done to the model; ``extra`` names the flags that tell apart runs which would share a cell."""
+    """How the model was pruned; ``extra`` names the flags that distinguish runs which would share a cell."""
 
     target: float
     method: str
@@ -69,14 +69,14 @@ class Row(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A figure over seeds, and whether it was made as published (but for epsilon, which the paper tuned by hand)."""
+    """A figure over seeds, and whether it was made as published (except for epsilon, which the paper tuned by hand)."""
 
     figure: Spread
     as_published: bool
 
 
 def read_runs(folder: Path, value: str) -> list[dict]:
-    """Return the complete records under ``folder`` that have a ``value``, the newest last; say which are left out."""
+    """Return the complete records under ``folder`` that have a ``value``, newest last; report which are left out."""
     runs = []
     for path in sorted(folder.rglob("run_*.json")):
         try:
@@ -106,9 +106,9 @@ def _column(record: dict, value: str) -> Column:
 
 
 def cells_of(runs: list[dict], value: str) -> dict[Row, dict[Column, Cell]]:
-    """Return the figures by row and column, over seeds; of two runs with the same flags the newer one counts.
+    """Return the figures by row and column, over seeds; of two runs with the same flags, the newer one counts.
 
-    Where runs of one cell differ in a flag (--epsilon, --nsamples ...), each setting gets a separate row.
+    If runs of one cell differ in a flag (--epsilon, --nsamples ...), each setting gets a separate row.
     """
     grouped: dict[Row, dict[Column, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
@@ -142,7 +142,7 @@ def cells_of(runs: list[dict], value: str) -> dict[Row, dict[Column, Cell]]:
 
 
 def published_name(column: Column, published: dict) -> str | None:
-    """Return the published name of the column's model, None if no figure of it is."""
+    """Return the published name of the column's model, None if it has no published figure."""
     for name, about in published["models"].items():
         if column.model.lower() in about["names"] and column.parameters == about["parameters"]:
             return name
@@ -157,7 +157,7 @@ class Published(NamedTuple):
 
 
 def published_figure(row: Row, column: Column, published: dict) -> Published | None:
-    """Return the published perplexity of a cell, None if there is none for this model, row and evaluation text."""
+    """Return the published perplexity for this model, row and evaluation text, or None."""
     setting = published["setting"]
     same = column.evaluation[:2] == (setting["text"], setting["seqlen"]) and not row.pattern
     if not same or row.target not in (0, setting["sparsity"]):
@@ -171,7 +171,7 @@ def published_figure(row: Row, column: Column, published: dict) -> Published | N
 
 
 def without_runs(cells: dict[Row, dict[Column, Cell]], published: dict) -> list[Row]:
-    """Return rows for the published figures of the columns' models for which there is no run."""
+    """Return rows for the published figures of the columns' models that have no run."""
     columns = {column for row in cells.values() for column in row}
     methods = {method: None for figures in published["perplexity"].values() for method in figures}
     rows = [Row(0 if method == "dense" else published["setting"]["sparsity"], method, "") for method in methods]
@@ -180,7 +180,7 @@ def without_runs(cells: dict[Row, dict[Column, Cell]], published: dict) -> list[
 
 
 def beside(cells: dict[Row, dict[Column, Cell]], published: dict) -> dict[tuple[Row, Column], Published]:
-    """Return the published figures by cell: of cells that were made as published, and of rows without a run."""
+    """Return the published figures by cell: for cells made as published, and for rows without a run."""
     columns = {column for row in cells.values() for column in row}
     return {
         (row, column): found
@@ -193,7 +193,7 @@ def beside(cells: dict[Row, dict[Column, Cell]], published: dict) -> dict[tuple[
 def table(
     cells: dict[Row, dict[Column, Cell]], value: str, published: dict, paper: dict[tuple[Row, Column], Published]
 ) -> list[list[str]]:
-    """Return the lines of the table as text, headings first; a published figure stands to the right of its cell."""
+    """Return the lines of the table as text, headings first; a published figure appears to the right of its cell."""
     order = list(published["models"])
     columns = {column for row in cells.values() for column in row}
     names = {column: published_name(column, published) or column.model for column in columns}
@@ -225,7 +225,7 @@ def _row_order(row: Row) -> tuple:
 
 
 def evaluation_text(column: Column, value: str) -> str:
-    """Return in words what the column was evaluated on."""
+    """Return a description of the column's evaluation text."""
     if value == "perplexity":
         text, seqlen, windows = column.evaluation
         return f"{text}, {windows} windows of {seqlen}"
@@ -234,7 +234,7 @@ def evaluation_text(column: Column, value: str) -> str:
 
 
 def caption(runs: list[dict], value: str, sources: list[str]) -> str:
-    """Return one line that says what the figures are, and what they and the published ones come from."""
+    """Return one line that explains the figures and names their sources and those of the published ones."""
     what = "perplexity" if value == "perplexity" else "mean zero-shot accuracy (acc), %"
     texts = {evaluation_text(run["column"], value) for run in runs}
     parts = [f"{what} on {texts.pop()}" if len(texts) == 1 else what]

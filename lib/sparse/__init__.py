@@ -1,4 +1,4 @@
-"""Sparse models on the CPU: weights stay packed on disk and in memory, and are multiplied as they are."""
+"""Sparse models on the CPU: weights stay packed on disk and in memory, and are multiplied in that form."""
 
 from lib.sparse.fusing import sparsify
 from lib.sparse.kernel import Unavailable, processor

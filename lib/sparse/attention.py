@@ -1,4 +1,4 @@
-"""Attention of one new token on the CPU, where the query heads that share keys go to torch together."""
+"""Attention of one new token on the CPU, with the query heads that share keys passed to torch together."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,11 +12,11 @@ NAME = "grouped_sdpa"
 def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
-    """Return what transformers' ``sdpa`` does, [batch, tokens, heads, size], with the same arguments.
+    """Return the result of transformers' ``sdpa``, [batch, tokens, heads, size], with the same arguments.
 
     With grouped-query attention torch copies the keys for every head that shares them. For one token per sequence the
-    heads of a group can stand in the place of tokens instead: 4 times faster after 128 tokens of SmolLM2, 16 times
-    after 512 with 32 heads on 4. (transformers does so too, but not where there is no mask.)
+    heads of a group can take the place of tokens instead: 4 times faster after 128 tokens of SmolLM2, 16 times
+    after 512 with 32 heads on 4. (transformers does this too, but not without a mask.)
     """
     batch, heads, tokens, size = query.shape
     plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap")) and not kwargs.get("dropout")
@@ -33,6 +33,6 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def group_attention(model: PreTrainedModel) -> None:
-    """Let ``model`` attend by ``grouped_attention`` if it attends by ``sdpa``; in place."""
+    """Replace ``sdpa`` by ``grouped_attention`` in ``model``, in place, if it uses it."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)

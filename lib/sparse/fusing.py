@@ -1,4 +1,4 @@
-"""Fused calls in a model's blocks: layers of one input are multiplied together, and a norm is one call of torch."""
+"""Fused calls in a model's blocks: layers of one input are multiplied together, and a norm is one torch call."""
 
 import logging
 from collections import Counter
@@ -19,9 +19,9 @@ ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblin
 
 
 def fuse(model: nn.Module) -> None:
-    """Make fewer calls, in place, where the result is the same but for roundings.
+    """Fuse calls, in place, where the result is the same up to rounding.
 
-    Siblings of ONE_INPUT are multiplied together, RMS norms are torch's (one call in place of six), and query heads
+    Siblings of ONE_INPUT are multiplied together, RMS norms are torch's (one call instead of six), and query heads
     that share keys attend together.
     """
     for parent in list(model.modules()):
@@ -39,7 +39,7 @@ def fuse(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _torch_norm(module: nn.Module) -> nn.RMSNorm | None:
-    """Return torch's norm with the weight of ``module`` if it computes the same, which is tried and not guessed."""
+    """Return torch's norm with the weight of ``module`` if a trial shows that it computes the same."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")
@@ -57,11 +57,11 @@ def _torch_norm(module: nn.Module) -> nn.RMSNorm | None:
 def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None = None) -> int:
     """Pack, in place, every linear layer of ``model`` with at least ``least`` zeros; return how many there are.
 
-    The other linear layers stay dense, with the kernel's product (so does one that shares its weight, as a tied
-    lm_head). On a machine without the kernel all stays as it is, and one line of warning says why.
+    The other linear layers stay dense, with the kernel's product (as does one that shares its weight, such as a tied
+    lm_head). Without the kernel nothing changes, and a one-line warning gives the reason.
 
     Raises:
-        UserError: a model that is not on the CPU in bfloat16 or float16.
+        UserError: the model is not on the CPU in bfloat16 or float16.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, module in linears.items():

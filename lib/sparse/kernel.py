@@ -1,4 +1,4 @@
-"""Compiled kernel: kernel.cpp becomes a shared library in the user's cache, for an instruction set of this CPU."""
+"""Compiled kernel: kernel.cpp as a shared library in the user's cache, for an instruction set of this CPU."""
 
 import ctypes
 import hashlib
@@ -32,11 +32,11 @@ KINDS = (torch.bfloat16, torch.float16)  # of weights
 
 
 class Unavailable(RuntimeError):
-    """No kernel on this machine. The message is one line with the reason."""
+    """The kernel is unavailable on this machine. The message is one line with the reason."""
 
 
 class Matrix(ctypes.Structure):
-    """A weight as kernel.cpp knows it. It holds addresses: whoever makes it keeps the tensors."""
+    """A weight as kernel.cpp sees it. It holds addresses: its creator must keep the tensors alive."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("mask", "values", "starts", "bias")),
@@ -58,14 +58,14 @@ class Kernel:
     def multiply(self, matrix: Matrix, x: Tensor, y: Tensor, tokens: int) -> Tensor:
         """Fill ``y`` [..., rows] with the products of ``x`` [..., columns], both contiguous, and return it.
 
-        ``tokens``: the product of the dimensions before, 1 to MOST_TOKENS; the caller answers for the shapes. ``x`` is
+        ``tokens``: the product of the leading dimensions, 1 to MOST_TOKENS; the caller guarantees the shapes. ``x`` is
         of the weight's kind, ``y`` of that kind or float32. Sums are float32.
         """
         self.multiply_each(matrix, x, (y,), tokens)
         return y
 
     def multiply_each(self, matrices: ctypes.Structure | ctypes.Array, x: Tensor, ys: Sequence[Tensor], tokens: int):
-        """Do the same for several ``matrices`` in a row (a Matrix * n), of one kind and equally many columns."""
+        """Do the same for several ``matrices`` in a row (a Matrix * n), of one kind and with equally many columns."""
         places = (ctypes.c_void_p * len(ys))(*[y.data_ptr() for y in ys])
         wide, threads = ys[0].dtype == torch.float32, torch.get_num_threads()
         self._multiply(ctypes.addressof(matrices), len(ys), x.data_ptr(), tokens, places, wide, threads)
@@ -77,10 +77,10 @@ class Kernel:
 
 @cache
 def load(level: str | None = None) -> Kernel:
-    """Return the kernel for ``level`` of LEVELS, or for the best that this CPU has; compiled if that was not done yet.
+    """Return the kernel for ``level`` of LEVELS, or for the best that this CPU supports; compiled if necessary.
 
     Raises:
-        Unavailable: no such instructions, no compiler or one that fails, or no place for the library.
+        Unavailable: unsupported instructions, a missing or failing compiler, or no place for the library.
     """
     level = level or (levels() or [None])[0]
     if level not in levels():
@@ -93,7 +93,7 @@ def load(level: str | None = None) -> Kernel:
 
 
 def levels() -> list[str]:
-    """Return which of LEVELS this machine has, the best first."""
+    """Return which of LEVELS this machine supports, best first."""
     about = processor()
     has = {flag.replace("_", "") for flag in about.get("flags", "").split()}
     found = [name for name, flags in LEVELS.items() if has.issuperset(flags)]
@@ -105,7 +105,7 @@ def levels() -> list[str]:
 
 
 def processor() -> dict[str, str]:
-    """Return the fields of the first processor in /proc/cpuinfo; none where that is missing (not Linux)."""
+    """Return the fields of the first processor in /proc/cpuinfo; empty if that is missing (not Linux)."""
     info = Path("/proc/cpuinfo")
     first = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
@@ -120,7 +120,7 @@ def _compiler() -> str:
 
 
 def _built(level: str) -> Path:
-    """Return the library's path; it appears there whole, under a name that says source, compiler and flags."""
+    """Return the library's path; it is created atomically, under a name that identifies source, compiler and flags."""
     compiler = _compiler()
     flags = [*FLAGS, *(f"-m{flag}" for flag in LEVELS[level])]
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, flags)).encode()).hexdigest()[:16]

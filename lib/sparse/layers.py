@@ -1,4 +1,4 @@
-"""Linear layers on the CPU whose product of a few tokens is the compiled kernel's, with a packed or a dense weight."""
+"""Linear layers on the CPU that multiply a few tokens by the compiled kernel, with a packed or dense weight."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ TILE = 512  # rows that are unpacked at once for many tokens: they stay in the s
 
 
 class Shared:
-    """Layers of one input, such as q, k and v: the first that is asked multiplies for all in one call of the kernel.
+    """Layers of one input, such as q, k and v: the first one called multiplies for all in one kernel call.
 
-    The others are asked with that very tensor next, and take what was made for them. It may not change in between.
+    The others are called next with the same tensor and take their results. It must not change in between.
     """
 
     def __init__(self, layers: Sequence["SparseLinear | DenseLinear"]) -> None:
@@ -26,7 +26,7 @@ class Shared:
             layer.shared, layer.place = self, place
 
     def take(self, place: int, x: Tensor) -> Tensor | None:
-        """Return what was made for the layer at ``place`` of this ``x``, once."""
+        """Return, once, the result stored for the layer at ``place`` and this ``x``."""
         held = self._held  # one tuple: another thread replaces all of it, or nothing
         if held is None or held[0] is not x:
             return None
@@ -34,7 +34,7 @@ class Shared:
         return y
 
     def multiply(self, place: int, x: Tensor, tokens: int) -> Tensor | None:
-        """Return the product of the layer at ``place``, and hold those of the others; None if they do not match."""
+        """Return the product of the layer at ``place`` and store those of the others; None if they do not match."""
         found = [layer.matrix(x) for layer in self.layers]
         if None in found:
             return None
@@ -53,12 +53,12 @@ class Shared:
 class SparseLinear(nn.Module):
     """A linear layer, y = W x + b, for inference on the CPU: 1 + 16 (1 - sparsity) bits a weight.
 
-    ``weight``: as ``packed.pack`` makes it of a bfloat16 or float16 [out_features, columns]; ``bias`` of the same kind.
+    ``weight``: result of ``packed.pack`` for a bfloat16 or float16 [out_features, columns]; ``bias`` of the same kind.
     Sums are float32, rounded once. Up to MOST_TOKENS rows of ``x`` go to the kernel; for more, TILE rows of the weight
     at a time are unpacked and multiplied by torch.
 
     Raises:
-        RuntimeError: another kind of ``x``, gradients, training, or a move to another device or kind.
+        RuntimeError: another dtype of ``x``, gradients, training, or a move to another device or dtype.
     """
 
     def __init__(self, weight: Packed, columns: int, bias: Tensor | None = None, kernel: Kernel | None = None) -> None:
@@ -160,9 +160,9 @@ class SparseLinear(nn.Module):
 
 
 class DenseLinear(nn.Linear):
-    """A dense linear layer whose product of a few tokens is the kernel's: the lm_head, and a baseline for SparseLinear.
+    """A dense linear layer that multiplies a few tokens by the kernel: the lm_head, and a baseline for SparseLinear.
 
-    What the kernel is not for (gradients, other devices or kinds of numbers, many tokens) is nn.Linear's.
+    nn.Linear handles whatever the kernel does not (gradients, other devices or dtypes, many tokens).
     """
 
     def __init__(self, linear: nn.Linear, kernel: Kernel | None = None) -> None:

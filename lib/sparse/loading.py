@@ -1,4 +1,4 @@
-"""Packed folder becomes an ordinary transformers model whose pruned layers stay packed, in memory-mapped files."""
+"""Loading of a packed folder as an ordinary transformers model whose pruned layers stay packed and memory-mapped."""
 
 import logging
 from pathlib import Path
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedModel:
     """Return the model packed in ``folder``, for inference on the CPU.
 
-    It is in float16 if its weights were saved in that, else in bfloat16 (float32 is rounded, with a line in the log).
-    Linear layers with at least ``least`` zeros are SparseLinear, the others DenseLinear. On a machine without the
-    kernel everything is unpacked, and one line of warning says why.
+    It is in float16 if its weights were saved so, else in bfloat16 (float32 is rounded, with a line in the log).
+    Linear layers with at least ``least`` zeros are SparseLinear, the others DenseLinear. Without the kernel
+    everything is unpacked, and a one-line warning gives the reason.
 
     Raises:
         UserError: not a packed folder, a damaged file, another version of the format, or another model's config.
@@ -62,7 +62,7 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
 def _skeleton(folder: Path, kind: torch.dtype) -> PreTrainedModel:
     """Return the model of the folder's config, its parameters on the meta device.
 
-    Its buffers (frequencies of the positions) are computed as always: no checkpoint holds them.
+    Its buffers (rotary frequencies) are computed as usual: checkpoints do not contain them.
     """
     try:
         with init_empty_weights(include_buffers=False):
@@ -76,7 +76,7 @@ def _skeleton(folder: Path, kind: torch.dtype) -> PreTrainedModel:
 def _fill(
     model: PreTrainedModel, tensors: dict[str, tuple], kind: torch.dtype, least: float
 ) -> dict[str, tuple[Packed, int]]:
-    """Take the ``tensors`` into ``model``, and return {module: (weight, columns)} of those that are to stay packed."""
+    """Fill ``model`` with the ``tensors``, and return {module: (weight, columns)} of those that stay packed."""
     packed = {}
     tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
     # Some names of a checkpoint are not the model's own (GPT-NeoX's embed_out is lm_head).

@@ -1,4 +1,4 @@
-"""Packed format: a bit per weight and the values other than zero, in safetensors, run as it is and undone exactly."""
+"""Packed format: a bit per weight and the nonzero values, in safetensors, used directly and exactly reversible."""
 
 import hashlib
 import json
@@ -30,8 +30,8 @@ class Packed(NamedTuple):
 
     ``mask``: int32 [rows, ceil(columns / 32)], a bit per entry, the first column lowest. ``values``: the entries
     whose bits are set, row by row, then PADDING zeros. ``negative``: None, or uint8, a bit for each entry that is zero,
-    in order and the first lowest, set where it is -0.0 (``w * mask`` leaves that for half of the pruned weights); a
-    product needs it not.
+    in order and the first lowest, set where it is -0.0 (``w * mask`` leaves that for half of the pruned weights);
+    products ignore it.
     """
 
     mask: Tensor
@@ -44,7 +44,7 @@ class Packed(NamedTuple):
 
 
 def pack(tensor: Tensor) -> Packed:
-    """Return the packed form of ``tensor``, at least one-dimensional, of numbers of 1 to 8 bytes."""
+    """Return the packed form of ``tensor``, at least one-dimensional, with entries of 1 to 8 bytes."""
     bits = _bits(tensor).reshape(-1, tensor.shape[-1]).numpy()
     minus_zero = np.iinfo(bits.dtype).min if bits.dtype != np.uint8 else 0x80  # the sign's bit alone
     minus = (bits == minus_zero) & tensor.is_floating_point()
@@ -77,7 +77,7 @@ def row_starts(mask: Tensor) -> Tensor:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Return the tensor's bits as integers of its own width: -0.0 is told from 0.0, and every NaN keeps its payload."""
+    """Return the tensor's bits as integers of its own width: -0.0 differs from 0.0, and every NaN keeps its payload."""
     return tensor.contiguous().view(BITS[tensor.element_size()])
 
 
@@ -92,8 +92,8 @@ def is_packed(folder: Path) -> bool:
 def pack_files(source: Path, target: Path) -> Counter:
     """Write the packed form of the model's folder ``source`` into the empty folder ``target``.
 
-    Return bytes: ``all`` and ``all_after`` of the files, ``masked`` and ``masked_after`` of tensors that got a mask.
-    What was written is read back and compared, bit for bit.
+    Return sizes in bytes: ``all`` and ``all_after`` of the files, ``masked`` and ``masked_after`` of tensors with a
+    mask. The output is read back and compared, bit for bit.
     """
     size = Counter()
     for path in sorted(source.glob("*.safetensors")):
@@ -106,7 +106,7 @@ def unpack_files(source: Path, target: Path) -> int:
     """Write the model packed in ``source`` into the empty folder ``target`` and return the number of its tensors.
 
     Raises:
-        UserError: not a packed folder, another version of the format, or a file that is damaged.
+        UserError: not a packed folder, another version of the format, or a damaged file.
     """
     count = 0
     for path in packed_files(source):
@@ -128,7 +128,7 @@ def packed_files(folder: Path) -> list[Path]:
 
 
 def kind_to_run_in(folder: Path) -> torch.dtype:
-    """Return float16 if a weight of the packed ``folder`` is in that, else bfloat16; from the files' headers alone."""
+    """Return float16 if a weight of the packed ``folder`` has that dtype, else bfloat16; reads only headers."""
     for path in packed_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
@@ -143,7 +143,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Tensor | Packed, list[int]]]:
     """Yield name, content and shape of every tensor of a packed file, memory-mapped and checked.
 
     Raises:
-        UserError: another version of the format, or a file that was cut off or altered.
+        UserError: another version of the format, or a truncated or altered file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -202,7 +202,7 @@ def _pack_file(source: Path, target: Path) -> Counter:
 
 
 def _digest(content: Tensor | Packed, shape: list[int]) -> str:
-    """Return the SHA-256 of kinds, shapes and bits of a tensor as it is stored."""
+    """Return the SHA-256 of the dtypes, shapes and bits of a stored tensor."""
     parts = [part for part in content if part is not None] if isinstance(content, Packed) else [content]
     found = hashlib.sha256(f"{list(shape)} {[(str(part.dtype), list(part.shape)) for part in parts]}".encode())
     for part in parts:
@@ -211,7 +211,7 @@ def _digest(content: Tensor | Packed, shape: list[int]) -> str:
 
 
 def _fits(content: Tensor | Packed, shape: list[int]) -> bool:
-    """Return whether the parts belong together: the kernel trusts them with its addresses."""
+    """Return whether the parts are consistent: the kernel relies on them for its addresses."""
     if not isinstance(content, Packed):
         return list(content.shape) == shape
     rows = int(np.prod(shape[:-1]))
@@ -223,7 +223,7 @@ def _fits(content: Tensor | Packed, shape: list[int]) -> bool:
 
 
 def _copy_others(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and what else is no weight; not subfolders, such as an export of the weights."""
+    """Copy config, tokenizer and other non-weight files; not subfolders, such as an export of the weights."""
     for path in source.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
             shutil.copy(path, target)

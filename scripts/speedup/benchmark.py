@@ -45,7 +45,7 @@ ISA = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2")
 
 
 def processor() -> dict:
-    """Return the CPU's model, the widest instruction sets that matter here, and its cores."""
+    """Return the CPU's model, its widest relevant instruction sets, and its cores."""
     fields = sparse.processor()
     flags = set(fields.get("flags", "").split())
     return {
@@ -63,19 +63,19 @@ def check_load(cores: int, when: str) -> None:
 
 
 def bandwidth_bound(sparsity: float) -> float:
-    """Return bits of a dense bfloat16 weight over bits of a packed one: the most that a matrix read once can gain."""
+    """Return bits of a dense bfloat16 weight over bits of a packed one: the maximum gain for a matrix read once."""
     return 16 / (16 * (1 - sparsity) + 1)
 
 
 def cells_of(engine: str, args: argparse.Namespace) -> list[dict]:
-    """Return what an engine is measured on: graphs and batches, with the number of turns."""
+    """Return the cells measured for an engine: graphs and batches, with the number of turns."""
     batches = [1] if engine in ONE_SEQUENCE else args.batch
     found = [("prefill", 1, args.rounds)] + [("decode", batch, args.rounds * DECODE_ROUNDS) for batch in batches]
     return [{"graph": g, "batch": batch, "rounds": n} for g, batch, n in found if g in args.graphs]
 
 
 def run_engine(engine: str, models: list[dict], cells: list[dict], args: argparse.Namespace) -> list[dict]:
-    """Return what ``engines.py`` measured in a separate process, each cell or {..., "error": its last line}."""
+    """Return the cells measured by ``engines.py`` in a separate process, or {..., "error": its last line} for each."""
     python = environment.deepsparse_python() if engine == "deepsparse" else sys.executable
     spec = {"engine": engine, "models": models, "cells": cells, "cores": args.cores, "warmup": args.warmup}
     threads = {name: str(args.cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -94,7 +94,7 @@ def run_engine(engine: str, models: list[dict], cells: list[dict], args: argpars
 
 
 def summarise(result: dict, sparsities: list[float], tokens: int) -> list[dict]:
-    """Return a row per model: the first is the dense one, to which the others are compared round by round."""
+    """Return a row per model: the first is the dense one, with which the others are compared round by round."""
     dense = result["models"][0]["seconds"]
     rows = []
     for model, sparsity in zip(result["models"], sparsities, strict=False):  # some engines: the dense one alone
@@ -120,7 +120,7 @@ def summarise(result: dict, sparsities: list[float], tokens: int) -> list[dict]:
 
 
 def check_agreement(rows: list[dict]) -> None:
-    """Refuse figures of an engine that computes something else than the model."""
+    """Refuse figures of an engine that computes something other than the model."""
     for row in rows:
         engine, off, most = row["engine"], row["logits"]["relative"], TOLERANCE[row["engine"]]
         if not off <= most:
@@ -133,12 +133,12 @@ def check_agreement(rows: list[dict]) -> None:
 
 
 def needs_onnx(engines: list[str], index: int) -> bool:
-    """Return whether one of the ``engines`` runs the graph of the model at ``index``; the dense one comes first."""
+    """Return whether any of the ``engines`` runs the graph of the model at ``index``; the dense model comes first."""
     return any(name in ONE_SEQUENCE and (name in SPARSE or index == 0) for name in engines)
 
 
 def check_exports(checkpoints: list[Checkpoint], args: argparse.Namespace) -> None:
-    """Refuse a model without graphs of this length, or whose graphs are of other weights than it has now."""
+    """Refuse a model without graphs of this length, or whose graphs were exported from other weights."""
     length = args.sequence_length
     for index, checkpoint in enumerate(checkpoints):
         for graph in args.graphs:
@@ -229,7 +229,7 @@ def rows_of(record: dict, graph: str, batch: int) -> list[dict]:
 
 
 def where_it_pays(record: dict, graph: str, batch: int) -> str | None:
-    """Return one line per table: by how much packed models beat the fastest dense engine, or that they do not."""
+    """Return one line per table: by how much packed models beat the fastest dense engine, if they do."""
     rows = rows_of(record, graph, batch)
     dense = [row for row in rows if row["sparsity"] == record["sparsities"][0]]
     packed = [row for row in rows if row["engine"] == "packed" and row["sparsity"] > record["sparsities"][0]]
@@ -244,9 +244,9 @@ def where_it_pays(record: dict, graph: str, batch: int) -> str | None:
 
 
 def plot(record: dict, path: Path) -> None:
-    """Draw speed-up over sparsity, a line per engine that gains by zeros at batch 1, and its bound.
+    """Draw speed-up over sparsity, one line per engine that gains from zeros at batch 1, and its bound.
 
-    The bound of a window is the ratio of multiplications with a dense head, that of a token the bits of a weight.
+    The bound for a window is the ratio of multiplications with a dense head, for a token that of bits per weight.
     """
     import matplotlib
 
@@ -332,7 +332,7 @@ def check_measuring_flags(args: argparse.Namespace) -> None:
 
 
 def check_pair(dense: Checkpoint, sparse: list[Checkpoint]) -> None:
-    """Refuse pruned models that were not pruned, or that are of another shape than the dense one."""
+    """Refuse pruned models that were not pruned, or whose shapes differ from the dense one's."""
     for checkpoint in sparse:
         check_sparse(checkpoint, "prune it first: python main.py --prune_method ... --save_model DIR")
         if (checkpoint.block_weights, checkpoint.head_weights) != (dense.block_weights, dense.head_weights):

@@ -1,4 +1,4 @@
-"""Checkpoints for the speed-up commands: a model's folder, its zeros, its exported graphs, and how an error ends."""
+"""Checkpoints for the speed-up commands: a model's folder, its zeros and exported graphs; command errors."""
 
 import argparse
 import hashlib
@@ -51,7 +51,7 @@ def command(
 
 
 class Checkpoint(NamedTuple):
-    """A model's folder on disk, the numbers of weights of its block matrices and of its head, and the zeros."""
+    """A model's folder on disk, the number of weights in its block matrices and its head, and the zeros."""
 
     source: models.Source
     block_weights: int
@@ -72,12 +72,12 @@ class Checkpoint(NamedTuple):
         return self.zeros / self.block_weights
 
     def ideal_speedup(self, sparsity: float) -> float:
-        """Return the ratio of multiplications by a weight that is left; the head stays dense, attention is free."""
+        """Return the ratio of multiplications, dense over sparse; the head stays dense, attention is not counted."""
         return (self.block_weights + self.head_weights) / (self.block_weights * (1 - sparsity) + self.head_weights)
 
 
 def locate_folder(model: str) -> models.Source:
-    """Return the folder of ``model``: these commands read the weights' files themselves, so a hub id will not do."""
+    """Return the folder of ``model``: these commands read the weight files themselves, so a hub id is not enough."""
     source = models.locate(model, str(ROOT / "llm_weights"))
     folder = Path(source.path)
     if not folder.is_dir():
@@ -95,7 +95,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     """Return the folder of ``model`` with its zeros counted.
 
     Raises:
-        UserError: an unknown model, not a causal language model of a supported kind, or missing weights.
+        UserError: an unknown model, not a supported causal language model, or missing weights.
     """
     source = locate_folder(model)
     skeleton = models.load_skeleton(source)
@@ -116,7 +116,7 @@ def check_sparse(checkpoint: Checkpoint, hint: str) -> None:
 
 
 def check_free(flag: str, out: Path, marker: str | None = None) -> None:
-    """Refuse a folder ``out`` that holds something; one with a file ``marker`` was written here and may be replaced."""
+    """Refuse a non-empty folder ``out``, unless a file ``marker`` shows that it was written here and is replaceable."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (marker and (out / marker).is_file()))):
         raise UserError(
             None, f"{flag} {out}: already exists and holds something else; give another folder, or remove it"
@@ -128,7 +128,7 @@ def graph_file(folder: Path, graph: str) -> Path:
 
 
 def read_graph(path: Path):
-    """Return an ONNX file's protobuf; weights in a file beside it stay there."""
+    """Return an ONNX file's protobuf; weights in a file beside it are not loaded."""
     import onnx
 
     try:
@@ -141,7 +141,7 @@ def check_graph(path: Path, graph: str, sequence_length: int):
     """Return the protobuf of an exported graph.
 
     Raises:
-        UserError: a missing file, another IR or opset than asked for, or another length: the engine would run its own.
+        UserError: a missing file, an unexpected IR or opset, or another length: the engine would run its own.
     """
     if not path.is_file():
         raise UserError(None, f"{path}: file not found; {export_hint(path, sequence_length)}")
@@ -162,7 +162,7 @@ def check_graph(path: Path, graph: str, sequence_length: int):
 
 
 def check_length(has: int, path: Path, sequence_length: int) -> None:
-    """Refuse an export for another length than asked for."""
+    """Refuse an export for a length other than the requested one."""
     if has != sequence_length:
         raise UserError(
             "sequence_length",
@@ -176,13 +176,13 @@ def export_hint(path: Path, sequence_length: int) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a hash of names, sizes and times of a model's files: tells an export that is older than its weights."""
+    """Return a hash of names, sizes and times of a model's files: it reveals an export older than its weights."""
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
 def physical_cores() -> int:
-    """Return the number of cores that this process may use, two hardware threads of one core counted once."""
+    """Return the number of cores that this process may use, counting hardware threads of one core once."""
     usable = os.sched_getaffinity(0)
     siblings = set()
     for cpu in usable:

@@ -1,4 +1,4 @@
-"""Latencies of exported models: one engine, in a separate process, on models that take turns."""
+"""Latencies of exported models: one engine in a separate process, on models that take turns."""
 
 # Runs in the DeepSparse environment too, which is old and has no torch: nothing but numpy is imported up here.
 import importlib.metadata
@@ -18,7 +18,7 @@ FILES = {"prefill": "model", "decode": "decode"}
 
 
 class Job(NamedTuple):
-    """What a loader gets: the folder of the model, the graph, the cores, and the input by the graph's names."""
+    """Input of a loader: the model's folder, the graph, the cores, and the inputs by the graph's names."""
 
     folder: Path
     deployment: Path
@@ -33,14 +33,14 @@ class Job(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A function that runs the model once and returns its logits [1, tokens, vocabulary]; the operators' share."""
+    """A function that runs the model once and returns its logits [1, tokens, vocabulary], and the operators' share."""
 
     run: Callable
     supported: "float | None" = None  # of the graph's operators that the engine runs itself
 
 
 def deepsparse(job: Job) -> Loaded:
-    """DeepSparse 1.8.0: compiles the graph for these very weights and skips their zeros."""
+    """DeepSparse 1.8.0: compiles the graph for these specific weights and skips their zeros."""
     from deepsparse import Engine
 
     engine = Engine(model=job.onnx, batch_size=1, num_cores=job.cores)
@@ -52,12 +52,12 @@ def deepsparse(job: Job) -> Loaded:
 
 
 def onnxruntime(job: Job) -> Loaded:
-    """ONNX Runtime on the CPU, the same file: dense kernels, whatever the weights."""
+    """ONNX Runtime on the CPU, with the same file: dense kernels, whatever the weights."""
     return _session(job, job.onnx)
 
 
 def onnxruntime_int8(job: Job) -> Loaded:
-    """ONNX Runtime, its own dynamic quantisation: weights and activations of 8 bits, scales a matrix."""
+    """ONNX Runtime with its own dynamic quantisation: 8-bit weights and activations, scales per matrix."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     path = Path(job.onnx).with_suffix(".int8.onnx")
@@ -80,12 +80,12 @@ def torch_float32(job: Job) -> Loaded:
 
 
 def torch_bfloat16(job: Job) -> Loaded:
-    """PyTorch, dense kernels in bfloat16: what the same machine does without any sparsity."""
+    """PyTorch, dense kernels in bfloat16: the same machine's speed without any sparsity."""
     return _torch(job, "bfloat16")
 
 
 def torch_int8(job: Job) -> Loaded:
-    """PyTorch, its own dynamic quantisation of every linear layer: weights and activations of 8 bits."""
+    """PyTorch with its own dynamic quantisation of every linear layer: 8-bit weights and activations."""
     return _torch(job, "int8")
 
 
@@ -99,7 +99,7 @@ ENGINES = {
     for f in (packed, torch_bfloat16, torch_float32, torch_int8, onnxruntime, onnxruntime_int8, torch_csr, deepsparse)
 }
 ONE_SEQUENCE = ("onnxruntime", "onnxruntime_int8", "deepsparse")  # their graphs are exported for a batch of one
-SPARSE = ("packed", "torch_csr", "deepsparse")  # the others multiply by zeros too: the dense model's time says it all
+SPARSE = ("packed", "torch_csr", "deepsparse")  # the others multiply by zeros too: the dense model's time suffices
 
 
 def _session(job: Job, path: str) -> Loaded:
@@ -165,7 +165,7 @@ def _torch(job: Job, dtype: str, csr: bool = False, packed: bool = False) -> Loa
 
 
 def _to_csr(model, linears: dict) -> None:
-    """Put a CSR matrix in the place of every linear layer of the blocks."""
+    """Replace every linear layer of the blocks by a CSR matrix."""
     import warnings
 
     import torch
@@ -186,9 +186,9 @@ def _to_csr(model, linears: dict) -> None:
 
 
 def take_turns(runs: list, warmup: int, rounds: int, meter: "Callable | None" = None) -> list:
-    """Return the seconds of every run in every round, [runs][rounds]; a round begins with another run each time.
+    """Return the seconds of every run in every round, [runs][rounds]; each round starts with a different run.
 
-    With a ``meter``: pairs of seconds and what it counted on, joules.
+    With a ``meter``: pairs of seconds and its reading, in joules.
     """
     for _ in range(warmup):
         for run in runs:
@@ -205,7 +205,7 @@ def take_turns(runs: list, warmup: int, rounds: int, meter: "Callable | None" = 
 
 
 def energy_meter(root: Path = Path("/sys/class/powercap")) -> "Callable | None":
-    """Return a function that tells the joules all processor packages have used, None where they cannot be read."""
+    """Return a function that returns the joules used by all processor packages, None if they cannot be read."""
     files = [path / "energy_uj" for path in root.glob("*:*") if path.name.count(":") == 1]
     try:
         if not files or not all(int(path.read_text()) for path in files):
@@ -216,7 +216,7 @@ def energy_meter(root: Path = Path("/sys/class/powercap")) -> "Callable | None":
 
 
 def agreement(logits, reference) -> dict:
-    """Return how far ``logits`` [positions, vocabulary] are from ``reference``: arrays of numpy.
+    """Return how far ``logits`` [positions, vocabulary] are from ``reference``, both numpy arrays.
 
     ``relative`` is the largest difference over the largest reference logit; ``top1`` the fraction of positions with
     the same most likely token.
@@ -226,7 +226,7 @@ def agreement(logits, reference) -> dict:
 
 
 def measure(spec: dict) -> list:
-    """Load every model of ``spec`` in its engine, let them take turns in each cell, and return what was measured.
+    """Load every model of ``spec`` in its engine, let them take turns in each cell, and return the measurements.
 
     A cell is a graph and a batch: {"graph", "batch", "rounds"}. One that fails is {"graph", "batch", "error"}.
     """

@@ -26,17 +26,17 @@ LICENCE = (
 
 
 def check_deepsparse() -> None:
-    """Refuse, before anything is made, a machine or a Python on which the engine cannot be installed."""
+    """Refuse, before anything is created, a machine or Python on which the engine cannot be installed."""
     check_machine(platform.machine(), set(sparse.processor().get("flags", "").split()))
     if not _is_made(ENGINE_VENV, ENGINE_REQUIREMENTS):
         find_python()
 
 
 def deepsparse_python() -> str:
-    """Return the interpreter of ``.venv-deepsparse``; made if need be, after its licence was said.
+    """Return the interpreter of ``.venv-deepsparse``; created if needed, after printing its licence.
 
     Raises:
-        UserError: a machine or a Python on which the engine cannot run, or an index that cannot be reached.
+        UserError: a machine or Python on which the engine cannot run, or an unreachable package index.
     """
     check_deepsparse()
     if not _is_made(ENGINE_VENV, ENGINE_REQUIREMENTS):
@@ -48,7 +48,7 @@ def deepsparse_python() -> str:
 
 
 def check_machine(machine: str, flags: set[str]) -> None:
-    """Refuse a processor for which the engine has no code."""
+    """Refuse a processor that the engine does not support."""
     if machine.lower() not in ("x86_64", "amd64"):
         raise UserError(None, f"{ENGINE}: runs on x86-64 only and this machine is {machine}; {WITHOUT}")
     if "avx2" not in flags:
@@ -56,7 +56,7 @@ def check_machine(machine: str, flags: set[str]) -> None:
 
 
 def find_python() -> str:
-    """Return a Python for which the engine was built: $DEEPSPARSE_PYTHON, this one, or one that is installed."""
+    """Return a Python for which the engine was built: $DEEPSPARSE_PYTHON, this one, or another installed one."""
     asked = os.environ.get("DEEPSPARSE_PYTHON")
     names = [asked] if asked else [sys.executable, *(f"python3.{minor}" for minor in (11, 10, 9, 8)), "python3"]
     seen = []
@@ -79,7 +79,7 @@ def _python_version(path: str) -> tuple[int, int] | None:
 
 
 def check_version(folder: Path) -> None:
-    """Refuse an environment whose engine is another release: 1.9.0 is a package without an engine in it."""
+    """Refuse an environment with another release of the engine: 1.9.0 is a package without an engine."""
     code = f"import importlib.metadata as m; print(m.version('{ENGINE}'))"
     done = subprocess.run([str(_python(folder)), "-c", code], capture_output=True, text=True)
     found = done.stdout.strip() or "missing"
@@ -112,7 +112,7 @@ def _stamp(folder: Path) -> Path:
 
 
 def _is_made(folder: Path, requirements: Path) -> bool:
-    """An environment is as good as its requirements file: another file, or an install that broke off, is done again."""
+    """Return whether the environment matches its requirements file; after a change or a failed install it does not."""
     _check_pin(requirements)
     return _stamp(folder).is_file() and _stamp(folder).read_bytes() == requirements.read_bytes()
 

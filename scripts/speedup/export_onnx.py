@@ -82,7 +82,7 @@ def flat_cache(cache: DynamicCache) -> list[Tensor]:
 
 
 class Example(NamedTuple):
-    """A real input of a graph by the inputs' names, and the model's own logits at those positions that are kept."""
+    """A real input of a graph by the inputs' names, and the model's own logits at the kept positions."""
 
     inputs: dict[str, Tensor]
     outputs: list[str]
@@ -92,7 +92,7 @@ class Example(NamedTuple):
 
 @torch.no_grad()
 def examples(model: PreTrainedModel, window: Tensor) -> dict[str, Example]:
-    """Return an example of each graph from a ``window`` of a real text, [1, N]: what the unchanged model says of it."""
+    """Return an example of each graph from a ``window`` of a real text, [1, N], with the unchanged model's output."""
     length = window.shape[1]
     logits = model(input_ids=window, use_cache=False).logits[0].numpy()
     kept = np.unique(np.linspace(0, length - 1, POSITIONS).round().astype(np.int64))
@@ -110,13 +110,13 @@ def examples(model: PreTrainedModel, window: Tensor) -> dict[str, Example]:
 
 @torch.no_grad()
 def write_graph(wrapper: nn.Module, example: Example, path: Path) -> None:
-    """Write ``wrapper`` as ONNX; weights of more than 2 GiB together go to ``<path>.data``."""
+    """Write ``wrapper`` as ONNX; weights of more than 2 GiB in total go to ``<path>.data``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer: every shape here is meant to be a constant
         torch.onnx.export(
             wrapper,
             tuple(example.inputs.values()),
-            str(path),  # of a Path the exporter does not know that it may write files beside it
+            str(path),  # with a Path, the exporter does not know that it may write files beside it
             input_names=list(example.inputs),
             output_names=example.outputs,
             opset_version=OPSET,
@@ -141,7 +141,7 @@ def _gather(path: Path) -> None:
 
 
 def matrix_zeros(proto, folder: Path) -> tuple[int, int]:
-    """Return the zeros and the number of all weights that a graph multiplies by; weights outside are in ``folder``."""
+    """Return the zeros and the total of the weights that a graph multiplies by; external weights are in ``folder``."""
     from onnx import numpy_helper
 
     graph = proto.graph
@@ -171,10 +171,10 @@ def run_onnx_runtime(path: Path, example: Example) -> np.ndarray:
 
 
 def check_export(path: Path, graph: str, example: Example, length: int, weights: tuple[int, int]) -> dict:
-    """Compare the written graph with the model and return what was found.
+    """Compare the written graph with the model and return the findings.
 
     Raises:
-        UserError: IR, opset, zeros or logits that are not those asked for.
+        UserError: IR, opset, zeros or logits that are not as expected.
     """
     proto = check_graph(path, graph, length)
     found = matrix_zeros(proto, path.parent)
@@ -197,8 +197,8 @@ def check_export(path: Path, graph: str, example: Example, length: int, weights:
 def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], text: str, onnx: bool = True) -> dict:
     """Write the ``graphs`` of a checkpoint for windows of ``length`` tokens to ``out`` and return the record.
 
-    Each is NAME.onnx and NAME.npz (input and logits of a real text), without ``onnx`` the latter alone; ``export.json``
-    says what was checked. All of it is written and checked under a temporary name.
+    Each is NAME.onnx and NAME.npz (input and logits of a real text), without ``onnx`` only the latter; ``export.json``
+    lists the checks. Everything is written and checked under a temporary name.
     """
     model, window = _load(checkpoint, length, text)
     _check_disk(checkpoint, model, length, out, graphs if onnx else [])

@@ -1,4 +1,4 @@
-"""Packing of a pruned checkpoint: a bit per weight and the values other than zero, undone exactly by --unpack."""
+"""Packing of a pruned checkpoint: a bit per weight and the nonzero values, undone exactly by --unpack."""
 
 import argparse
 import sys
@@ -18,13 +18,13 @@ def pack_folder(folder: Path, out: Path) -> Counter:
 
 
 def unpack_folder(folder: Path, out: Path) -> int:
-    """Write the model packed in ``folder`` to ``out``, every tensor bit for bit; return how many there are."""
+    """Write the model packed in ``folder`` to ``out``, bit for bit; return the number of tensors."""
     with files.new_folder(out) as tmp:
         return sparse.unpack_files(folder, tmp)
 
 
 def report(folder: Path, out: Path, sparsity: float) -> str:
-    """Pack ``folder`` and return the lines on what was reached."""
+    """Pack ``folder`` and return a report of the sizes."""
     size = pack_folder(folder, out)
     return (
         f"{out}: {size['all_after'] / 1e6:.1f} MB, {size['all_after'] / size['all']:.4f} of {folder}'s "

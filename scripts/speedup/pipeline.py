@@ -1,4 +1,4 @@
-"""Pipeline of speed-up: a model is pruned if asked, exported where it was not yet, measured; what run.sh runs."""
+"""Pipeline of the speed-up benchmark (run.sh): prune a model if requested, export it if needed, measure it."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ EPSILON = "0.1"  # half of the default: at a sparsity of 0.9 no matrix of SmolLM
 
 
 def is_exported(checkpoint: Checkpoint, length: int, graphs: list[str], onnx: bool) -> bool:
-    """Return whether what is to be measured of these weights at this length was written before."""
+    """Return whether the files to be measured for these weights at this length already exist."""
     path = checkpoint.deployment / "export.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
     same = record.get("fingerprint") == fingerprint(checkpoint.folder) and record.get("sequence_length") == length
@@ -41,7 +41,7 @@ def is_exported(checkpoint: Checkpoint, length: int, graphs: list[str], onnx: bo
 
 
 def prune_to(model: str, sparsities: list[float], method: str, work: Path) -> list[Checkpoint]:
-    """Prune ``model`` with main.py to each sparsity, into ``work``, where that was not done before."""
+    """Prune ``model`` with main.py to each sparsity, into ``work``, unless already done."""
     pruned = []
     for sparsity in sparsities:
         folder = work / f"{method}_{sparsity}"
@@ -58,9 +58,9 @@ def prune_to(model: str, sparsities: list[float], method: str, work: Path) -> li
 
 
 def stand_in(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Return a dense model of the same shape: the zeros of ``checkpoint`` filled with numbers as large as its others.
+    """Return a dense model of the same shape: the zeros of ``checkpoint`` filled with numbers of similar size.
 
-    Its text is nonsense. Its latency is that of the dense model, which depends on no value but zero.
+    Its text is nonsense. Its latency equals that of the dense model, since only zeros affect it.
     """
     if not folder.is_dir():
         model = models.load_llm(checkpoint.source, torch.float32, torch.device("cpu"))
@@ -75,7 +75,7 @@ def stand_in(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 
 def _check_args(args: argparse.Namespace) -> None:
-    """Find what needs no model to be found; nothing is made before."""
+    """Check everything that needs no model, before anything is created."""
     if not args.models:
         args.models, args.sparsity = [models.SMOLLM2], args.sparsity or DEFAULT_SPARSITIES
     benchmark.check_measuring_flags(args)
@@ -92,7 +92,7 @@ def _check_args(args: argparse.Namespace) -> None:
 
 
 def find_models(args: argparse.Namespace) -> list[Checkpoint]:
-    """Return the dense model and the pruned ones that ``args`` ask for, made where need be."""
+    """Return the dense model and the pruned ones requested by ``args``, created if needed."""
     given = [open_checkpoint(model) for model in args.models]
     work = Path(args.work) / given[0].source.name
     if args.sparsity:

@@ -21,7 +21,7 @@ TOLERANCE = 0.05
 
 
 def check_device() -> None:
-    """Refuse a machine whose device has no 2:4 kernels."""
+    """Refuse a machine without a device that has 2:4 kernels."""
     if not torch.cuda.is_available():
         raise UserError("format", "2of4: needs a CUDA device and this machine has none; --format bitmask needs none")
     major, minor = torch.cuda.get_device_capability()
@@ -31,14 +31,14 @@ def check_device() -> None:
 
 
 def breaks_two_of_four(weight: Tensor) -> int:
-    """Return how many groups of four columns of ``weight`` [out, in] hold more than two numbers; -1 without groups."""
+    """Return how many groups of four columns of ``weight`` [out, in] have more than two nonzeros; -1 without groups."""
     if weight.shape[1] % 4:
         return -1
     return int(((weight.reshape(-1, 4) != 0).sum(dim=1) > 2).sum())
 
 
 def check_two_of_four(linears: dict[str, nn.Linear]) -> None:
-    """Refuse a model with a matrix in the blocks that is not 2:4."""
+    """Refuse a model whose blocks contain a matrix that is not 2:4."""
     for name, linear in linears.items():
         wrong = breaks_two_of_four(linear.weight)
         if wrong:
@@ -47,7 +47,7 @@ def check_two_of_four(linears: dict[str, nn.Linear]) -> None:
 
 
 def _convert(linears: dict[str, nn.Linear]) -> tuple[int, int]:
-    """Put a semi-structured matrix in the place of every matrix; return the bytes before and after."""
+    """Replace every matrix by a semi-structured one; return the bytes before and after."""
     before = after = 0
     for name, linear in linears.items():
         dense = linear.weight.data
@@ -74,7 +74,7 @@ def _timed(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
 
 @torch.inference_mode()
 def measure(checkpoint: Checkpoint, rounds: int = 20) -> dict:
-    """Return sizes, and latencies of the dense and the 2:4 model in float16 on the CUDA device, taking turns.
+    """Return sizes, and latencies of the dense and 2:4 models in float16 on the CUDA device, measured in turns.
 
     Raises:
         UserError: a matrix that is not 2:4, or logits that disagree.
@@ -106,7 +106,7 @@ def measure(checkpoint: Checkpoint, rounds: int = 20) -> dict:
 
 
 def leave(found: dict, checkpoint: Checkpoint, out: Path) -> None:
-    """Print what was measured and write it to ``out``/2of4.json."""
+    """Print the measurements and write them to ``out``/2of4.json."""
     share = found["bytes_2of4"] / found["bytes_dense"]
     print(f"2:4 on {found['device']}: {share:.4f} of the {found['bytes_dense'] / 1e6:.1f} MB of the blocks in float16")
     for row in found["rows"]:
