@@ -80,6 +80,13 @@ def across(pruners: Iterable[str], suffixes: Iterable[str]) -> list:
     return [pytest.param(*pair, marks=() if f else pytest.mark.slow) for pair, f in zip(pairs, fast, strict=True)]
 
 
+def fast(values: Iterable, count: int) -> list:
+    """Return ``values`` for parametrize: the first ``count`` of them in the fast tests, the rest with --slow."""
+    values = list(values)
+    slow = [v if isinstance(v, type(pytest.param())) else pytest.param(v) for v in values[count:]]
+    return values[:count] + [param._replace(marks=(*param.marks, pytest.mark.slow)) for param in slow]
+
+
 @pytest.fixture
 def few_windows(monkeypatch):
     """Let a search for prices read few windows: each goes the same way."""
@@ -133,7 +140,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_text(tmp_path_factory) -> Path:
     """Return a text file of a few thousand tokens."""
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
-    path.write_text(tiny_sentences(200, seed=1), encoding="utf-8")
+    path.write_text(tiny_sentences(70, seed=1), encoding="utf-8")
     return path
 
 
@@ -141,7 +148,7 @@ def tiny_text(tmp_path_factory) -> Path:
 def other_text(tmp_path_factory) -> Path:
     """Return another text file of a few thousand tokens."""
     path = tmp_path_factory.mktemp("text") / "other.txt"
-    path.write_text(tiny_sentences(150, seed=4), encoding="utf-8")
+    path.write_text(tiny_sentences(60, seed=4), encoding="utf-8")
     return path
 
 

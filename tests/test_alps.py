@@ -361,7 +361,7 @@ def test_group_shares_the_inverses_of_the_ramp(iterations, monkeypatch):
     assert rhos == pytest.approx(RAMPS[iterations])
 
 
-@pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
+@pytest.mark.parametrize("nm", [None, pytest.param((2, 4), marks=pytest.mark.slow)], ids=str)
 def test_at_most_three_matrices_of_the_hessians_size(nm):
     size, rows = 2048, 8
     matrix, copy = 4 * size * size, 4 * size * rows
@@ -378,7 +378,7 @@ def test_at_most_three_matrices_of_the_hessians_size(nm):
     assert peak_bytes(lambda: refit(weights["up"], weights["up"], held[0])) <= 20 * copy
 
 
-@pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
+@pytest.mark.parametrize("nm", [None, pytest.param((2, 4), marks=pytest.mark.slow)], ids=str)
 def test_copies_of_the_weights(nm):
     rows, size = 16384, 128
     hessian = random_case(2, size)[1]

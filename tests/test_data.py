@@ -162,6 +162,7 @@ def wiki_articles() -> dict:
     return json.loads((folder / "data" / "summaries_en-us.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_wiki_leads_split_every_article_into_one_place():
     articles = wiki_articles()
     rest = {split: read_text("--calib_data", "wiki_leads", split).stream for split in ("train", "test")}
@@ -188,6 +189,7 @@ def test_wiki_leads_without_the_package_says_what_to_type(monkeypatch, tiny_toke
         evaluation_windows("wiki_leads", tiny_tokenizer, SEQLEN)
 
 
+@pytest.mark.slow
 def test_wiki_text_is_not_in_the_repository():
     files = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True

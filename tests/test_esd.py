@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import fast
 
 from lib.esd import (
     DRIVERS,
@@ -94,7 +95,7 @@ def check_against_oracle(eigs: torch.Tensor) -> None:
     assert alpha_mid(spec_of(eigs)) == pytest.approx(oracle_alpha(eigs, len(eigs) // 2).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("eigs", random_spectra())
+@pytest.mark.parametrize("eigs", fast(random_spectra(), 30))
 def test_fit_chooses_as_the_loop_does(eigs):
     check_against_oracle(torch.tensor(eigs.copy(), dtype=torch.float32))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, fast
 from PIL import Image
 from test_image_models import matrices, some_images, tiny_convnext, tiny_vit
 from test_image_pruning import exact
@@ -168,7 +168,7 @@ def test_results_depend_neither_on_the_batch_size_nor_on_the_workers(vit_folder,
     assert all((masks[0] != mask).sum() <= 4 for mask in masks[1:])
 
 
-@pytest.mark.parametrize("suffix", [name for name in allocation.ALLOCATIONS if name != "price"])
+@pytest.mark.parametrize("suffix", fast((name for name in allocation.ALLOCATIONS if name != "price"), 4))
 def test_every_allocation_adds_up_to_the_target(suffix, tmp_path, capsys):
     model = tiny_convnext(conv_mlp=True)
     save(model, 8, tmp_path / "tiny")

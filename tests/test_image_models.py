@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from conftest import fast
 
 from image_classifiers.models import find_parts, load, load_weights, locate, read_checkpoint, save, skeleton
 from lib import UserError
@@ -60,7 +61,7 @@ def names_of(model) -> dict[torch.nn.Module, str]:
     return {module: name for name, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", fast(NAMED, 3))
 def test_the_papers_models_are_found(name):
     blocks, count = NAMED[name]
     model, size = skeleton(locate(name), None, None)

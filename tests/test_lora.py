@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_llama, tiny_sentences
+from conftest import ROOT, fast, tiny_llama, tiny_sentences
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
@@ -143,7 +143,10 @@ def test_all_linear(place, tmp_path):
     assert {name.removeprefix("base_model.model.").split(".lora_")[0] for name in weights(tmp_path / "out")} == layers
 
 
-@pytest.mark.parametrize("how", [{"per_device_train_batch_size": 4}, {"gradient_checkpointing": True}], ids=str)
+OTHER_WAYS = [{"per_device_train_batch_size": 4}, {"gradient_checkpointing": True}]
+
+
+@pytest.mark.parametrize("how", fast(OTHER_WAYS, 1), ids=str)
 def test_other_ways_to_the_same_adapter(how, place, tmp_path):
     # Without dropout, four blocks at once or one after the other, activations kept or computed again, are the same
     # sum: the difference is float32 rounding, which Adam enlarges where a gradient is close to zero.

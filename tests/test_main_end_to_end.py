@@ -111,6 +111,7 @@ def table_of(path: Path) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
+@pytest.mark.slow
 def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     save, kept, cache = tmp_path / "save", tmp_path / "kept", tmp_path / "cache"
     flags = "--model smollm2-135m --prune_method wanda_ww --sparsity_ratio 0.5 --epsilon 0.2 --calib_data wiki_leads "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import across, saved_tensors, settings, tiny_llama, tiny_sentences
+from conftest import across, fast, saved_tensors, settings, tiny_llama, tiny_sentences
 from rich.console import Console
 
 import main
@@ -24,7 +24,7 @@ from lib.pruners import PRUNERS
 def run(tmp_path, monkeypatch, tiny_folder, tiny_text):
     """Return a function that runs main.py on the tiny model in a folder of its own and returns the record."""
     monkeypatch.chdir(tmp_path)
-    Path("other.txt").write_text(tiny_sentences(200, seed=9), encoding="utf-8")
+    Path("other.txt").write_text(tiny_sentences(70, seed=9), encoding="utf-8")
 
     def start(flags: str) -> dict:
         size = (
@@ -144,7 +144,7 @@ def test_nothing_finite_is_an_error():
         search.best([search.Trial(0.0, math.nan), search.Trial(0.1, math.inf)])
 
 
-@pytest.mark.parametrize("method", [f"{p}_ww" for p in PRUNERS])
+@pytest.mark.parametrize("method", fast([f"{p}_ww" for p in PRUNERS], 2))
 def test_epsilon_auto_takes_the_best_and_prunes_with_it(method, run):
     auto = run(f"--prune_method {method} --sparsity_ratio 0.6 --epsilon auto")
     trials = auto["epsilon_search"]

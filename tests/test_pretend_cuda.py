@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, across, saved_tensors, tiny_llama, tiny_sentences
+from conftest import ROOT, across, fast, saved_tensors, tiny_llama, tiny_sentences
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pretend_cuda import FREE, CudaTensor, DeviceMix, pretend_cuda
@@ -302,7 +302,7 @@ OTHER_RUNS = {
 
 
 @pytest.mark.usefixtures("few_windows")
-@pytest.mark.parametrize("flags", OTHER_RUNS.values(), ids=OTHER_RUNS)
+@pytest.mark.parametrize("flags", fast(OTHER_RUNS.values(), len(OTHER_RUNS) - 2), ids=OTHER_RUNS)
 def test_other_runs(flags, rehearse, runs):
     if "float32" not in flags:
         rehearse(flags)

@@ -118,6 +118,7 @@ def test_comparison_runs_every_setting_once(compared, capsys):
     assert capsys.readouterr().out.count("skipped") == 10
 
 
+@pytest.mark.slow
 def test_comparison_of_pruners_over_seeds(compared, capsys):
     flags = "--allocations ,owl,price --sparsities 0.5 --price_steps 5".split()
     compared(*flags, "--pruners", "wanda")

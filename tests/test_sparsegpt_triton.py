@@ -13,6 +13,7 @@ from conftest import ROOT
 from lib.sparsegpt import Factor, _tried, block_solver, inverse_factor, repair, solve_block
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+slow = pytest.mark.slow  # the interpreter runs each of the kernel's operations in Python
 
 # Processes of their own: Triton reads TRITON_INTERPRET when it is imported, and then it holds for all kernels.
 INTERPRET = """
@@ -121,6 +122,7 @@ def interpreted(tmp_path_factory):
     return torch.load(folder / "results.pt")
 
 
+@slow
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: str(CASES[i]))
 def test_kernel_has_the_bits_of_a_plain_loop(index, interpreted):
     found, errors = interpreted[0][index], interpreted[1][index]
@@ -136,6 +138,7 @@ def test_kernel_has_the_bits_of_a_plain_loop(index, interpreted):
     torch.testing.assert_close(torchs, found, rtol=1e-5, atol=2e-5)
 
 
+@slow
 def test_kernel_gives_ties_to_the_lower_column(interpreted):
     block = interpreted[0][len(CASES)]
     for output in range(6):
@@ -143,6 +146,7 @@ def test_kernel_gives_ties_to_the_lower_column(interpreted):
         assert block[:, output].tolist() == ([0.0] * gone + [1.0] * (4 - gone)) * 2
 
 
+@slow
 @pytest.mark.parametrize("index", range(len(MATRICES)), ids=lambda i: str(MATRICES[i]))
 def test_whole_matrices_by_the_kernel(index, interpreted):
     weight, factor, ratio, nm = matrix_case(*MATRICES[index])

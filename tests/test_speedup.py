@@ -398,6 +398,7 @@ def test_csr_layers_hold_the_weights_as_csr_and_keep_the_bias():
     torch.testing.assert_close(made(x), expected, rtol=0, atol=1e-5)  # 32 terms of size one in another order
 
 
+@pytest.mark.slow
 def test_benchmark_from_folders_to_table_and_files(folders, tmp_path, capsys):
     names = ["onnxruntime", "torch_csr"]
     argv = [folders.dense, folders.half, folders.most, "--sequence_length", LENGTH, "--graphs", "prefill"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, saved_tensors, tiny_llama
+from conftest import ROOT, fast, saved_tensors, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_models import KINDS, build
 
@@ -287,9 +287,11 @@ def test_every_allocation_streams(method, sharded, run):
     check_same(run(sharded[torch.float32], f"--prune_method {method} --sparsity_ratio 0.5"))
 
 
-@pytest.mark.parametrize("more", ["--epsilon auto --eval_data words.txt", "--save_plan plan.json --hidden_states disk",
-                                  "--esd_driver fast",
-                                  pytest.param("--ww_metric random_distance", marks=pytest.mark.slow)])  # fmt: skip
+MORE = ["--save_plan plan.json --hidden_states disk", "--esd_driver fast", "--epsilon auto --eval_data words.txt",
+        "--ww_metric random_distance"]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", fast(MORE, 2))
 def test_everything_else_streams(more, sharded, run, tiny_text):
     Path("words.txt").write_text(tiny_text.read_text()[:3000])
     check_same(run(sharded[torch.float32], f"--prune_method sparsegpt_ww --sparsity_ratio 0.6 {more}"))
