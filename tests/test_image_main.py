@@ -279,7 +279,7 @@ def test_a_failed_evaluation_leaves_the_model_and_the_figures(
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(UserError(None, "the disk is full"), 2), (KeyboardInterrupt(), 130), (RuntimeError("a bug"), None)],
+    fast([(UserError(None, "the disk is full"), 2), (KeyboardInterrupt(), 130), (RuntimeError("a bug"), None)], 2),
     ids=["user", "ctrl-c", "bug"],
 )
 def test_a_failed_save_leaves_the_figures(error, status, pruning_run, capsys, caplog, monkeypatch):

@@ -67,7 +67,7 @@ def test_freed_memory_is_kept():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2000
 
 
-@pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
+@pytest.mark.parametrize("nm", [None, pytest.param((2, 4), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_statistics_factor_and_solve_hold_three_matrices_at_most(nm, dtype):
     weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -374,14 +374,14 @@ def no_room_is_kept(monkeypatch):
     monkeypatch.setattr("lib.models.working_set", lambda *_: 0)
 
 
-@pytest.mark.parametrize("method", ["magnitude_global", "wanda_ww", "wanda_owl", "sparsegpt_er"])
+@pytest.mark.parametrize("method", fast(["wanda_owl", "sparsegpt_er", "magnitude_global", "wanda_ww"], 2))
 def test_runs_with_a_block_on_the_cpu(method, rehearse, tmp_path, no_room_is_kept):
     # With so many samples there is no room for their hidden states on the device either.
     flags = f"--prune_method {method} --sparsity_ratio 0.5 --nsamples 20 --save_model {tmp_path}/kept"
     rehearse(flags, free=TIGHT)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt_owl"])
+@pytest.mark.parametrize("method", fast(["sparsegpt_owl", "wanda"], 1))
 def test_runs_whose_hidden_states_are_kept_on_the_cpu(method, rehearse, caplog, no_room_is_kept):
     # All of the model fits (85 kB), so that no hook of accelerate moves what enters a block; a quarter of what is free
     # is less than 30 * 24 * 32 float16 numbers.
@@ -494,7 +494,7 @@ def images(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("case", IMAGE_RUNS)
+@pytest.mark.parametrize("case", fast(IMAGE_RUNS, 4))
 def test_image_classifiers(case, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = case.split()[0].strip(",")

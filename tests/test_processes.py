@@ -209,7 +209,7 @@ WANDA = ["wanda_ww --epsilon auto", "wanda_owl", "wanda_owl --stream always --hi
          "wanda_lamp --statistics dense", "wanda_price --price_steps 2 --price_dtype float32"]  # fmt: skip
 
 
-@pytest.mark.parametrize("more", fast(WANDA, 3))
+@pytest.mark.parametrize("more", fast(WANDA, 2))
 def test_wanda_masks_are_the_same_but_for_the_order_of_sums(more, place):
     passes = noting(calibration, "run_block", lambda block, hidden, _: "pass")
     one, two = outcome(place, f"--prune_method {more}", 1), outcome(place, f"--prune_method {more}", 2, passes)

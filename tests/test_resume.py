@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, settings
+from conftest import ROOT, fast, settings
 from test_stream import hashes
 
 import main
@@ -89,7 +89,7 @@ def test_what_is_written_already_needs_no_more_space(place, unbroken, monkeypatc
     assert main.main(place.split()) == 0 and hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
 
 
-@pytest.mark.parametrize("stream_it", ["never", "always"])
+@pytest.mark.parametrize("stream_it", fast(["always", "never"], 1))
 @pytest.mark.parametrize("point", POINTS)
 def test_a_killed_run_resumes_to_the_same_bits(point, stream_it, place, unbroken):
     flags = f"{place} --stream {stream_it}"

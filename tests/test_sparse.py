@@ -359,6 +359,7 @@ def test_other_kinds_of_models(kind, tmp_path, tiny_windows):
     assert off <= 0.05 * expected(ids).logits.abs().max()  # 8 bits of every activation, a few blocks deep
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_smollm2_is_as_close_to_float32_as_dense_bfloat16(smollm2, smollm2_source, tmp_path):
     for linear in prunable_modules(smollm2).values():
