@@ -83,7 +83,8 @@ def across(pruners: Iterable[str], suffixes: Iterable[str]) -> list:
 def fast(values: Iterable, count: int) -> list:
     """Return ``values`` for parametrize: the first ``count`` of them in the fast tests, the rest with --slow."""
     values = list(values)
-    slow = [v if isinstance(v, type(pytest.param())) else pytest.param(v) for v in values[count:]]
+    slow = [pytest.param(*value) if type(value) is tuple else value for value in values[count:]]
+    slow = [value if isinstance(value, type(pytest.param())) else pytest.param(value) for value in slow]
     return values[:count] + [param._replace(marks=(*param.marks, pytest.mark.slow)) for param in slow]
 
 
