@@ -154,6 +154,7 @@ def test_dense_evaluation_and_images_in_folders(vit_folder, imagenet, tmp_path, 
     assert imnet["dense"]["top5"] == 100  # of two classes
 
 
+@pytest.mark.slow
 def test_results_depend_neither_on_the_batch_size_nor_on_the_workers(vit_folder, tmp_path, capsys):
     common = ["--model", vit_folder, "--data_set", "digits", "--prune_metric", "wanda", "--sparsity", 0.7]
     common += ["--nsamples", 50, "--published_calibration"]
