@@ -53,8 +53,11 @@ class InputStatistic(NamedTuple):
 
 
 def squared_norms(x: Tensor, total: Tensor | None) -> Tensor:
-    """Add to ``total`` [in] the sum over tokens of x^2, x: [tokens, in] of any dtype, in float32 (Wanda)."""
-    norms = x.float().square().sum(0)
+    """Add to ``total`` [in] the sum over tokens of x^2, x: [tokens, in] of any dtype, in float32 (Wanda).
+
+    Windows are added up in float64, so that the mean does not depend on their order, nor on how processes share them.
+    """
+    norms = x.float().square().sum(0).double()
     return norms if total is None else total.add_(norms)
 
 
@@ -391,7 +394,7 @@ def input_statistics(
     result = []
     for leader, names in totals.sharing.items():
         value = processes.sum_(totals.total.pop(leader)).div_(samples or sum(processes.gathered(totals.tokens[leader])))
-        value = symmetric(value) if value.ndim == 2 else value
+        value = symmetric(value) if value.ndim == 2 else value.float()
         # A Hessian's diagonal suffices: X'X is positive semi-definite, so that |H_ij| <= max H_ii.
         if not torch.isfinite(value.diagonal() if value.ndim == 2 else value).all():
             text = f"{names[0]}: its input overflows (not finite); try --dtype bfloat16 or --dtype float32"

@@ -237,8 +237,8 @@ def spectra(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
 
 def finished(total: Tensor) -> Tensor:
-    """Return a sum as passed to the pruners: for a Hessian, only one triangle was summed."""
-    return symmetric(total) if total.ndim == 2 else total
+    """Return a sum as passed to the pruners: of a Hessian, one triangle was summed; norms are added up in float64."""
+    return symmetric(total) if total.ndim == 2 else total.float()
 
 
 def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:

@@ -84,6 +84,25 @@ def test_statistics_are_the_direct_ones(statistic, nsamples, tiny_model, tiny_wi
         torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
 
 
+def test_norms_of_windows_add_up_to_the_same_bits_in_any_order():
+    draw = torch.Generator().manual_seed(0)
+    windows = torch.randn(9, 16, 2000, generator=draw) * torch.logspace(-2, 2, 9)[:, None, None]
+
+    def norms(order: list[int]) -> torch.Tensor:
+        total = None
+        for index in order:
+            total = STATISTICS["squared_norms"](windows[index], total)
+        return total.float()
+
+    def shared(order: list[int]) -> torch.Tensor:  # by two processes
+        parts = [STATISTICS["squared_norms"](windows[i], None) for i in order]
+        return (sum(parts[:4]) + sum(parts[4:])).float()
+
+    forwards, backwards = norms(list(range(9))), norms(list(reversed(range(9))))
+    # Nine float32 numbers in float64: 1e-15 of the sum, so that one in 1e8 may round to another float32.
+    assert torch.equal(forwards, backwards) and torch.equal(forwards, shared([8, 0, 7, 1, 6, 2, 5, 3, 4]))
+
+
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_order_of_samples_does_not_matter(statistic, tiny_model, tiny_windows):
     # A key/value cache that outlives a sample would make the second see the first.
