@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,10 +29,10 @@ from lib.allocator import give_back_freed_memory
 from lib.blocks import Packed, Streamed, Weights, weights_of
 from lib.command import Flags
 from lib.files import in_repository
-from lib.journal import Identity, Journal, digest, partial_folder
+from lib.journal import Identity, Journal, can_take_back, digest, partial_folder
 from lib.layers import Layer, prunable_layers
 from lib.lazy import torch
-from lib.record import provenance, read_run
+from lib.record import has_flags, provenance, read_run
 from lib.settings import Experiment, Output, Task, ZeroShot
 from lib.stream import Checkpoint
 
@@ -202,17 +201,16 @@ def _written_before(settings: Experiment, task: Task, target: Path) -> int:
     """Return the bytes that an unfinished run wrote for ``target``, which need no more space on the disk."""
     from lib import sparse
 
-    folder = partial_folder(target)
-    if not folder.exists() and _unmeasured(settings, task) and not sparse.is_packed(target):
-        folder = target
+    taken_back = can_take_back(target, settings.restart, _unmeasured(settings, task))
+    # A packed folder is unpacked beside itself.
+    folder = target if taken_back and not sparse.is_packed(target) else partial_folder(target)
     return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
 
 
 def _unmeasured(settings: Experiment, task: Task) -> bool:
     """Return whether the run with these flags was stopped in its evaluation, when its model was whole."""
     earlier = read_run(Path(settings.save), task.run)
-    same = bool(earlier) and earlier.get("flags") == json.loads(json.dumps(settings.flags()))
-    return same and earlier.get("complete") is False
+    return has_flags(earlier, settings.flags()) and earlier.get("complete") is False
 
 
 def _open_journal(settings: Experiment, task: Task) -> Journal | None:
@@ -224,7 +222,7 @@ def _open_journal(settings: Experiment, task: Task) -> Journal | None:
 def warn_of_replacement(settings: Output, task: Task) -> None:
     """Warn about files that will be replaced: published names contain neither seed nor N:M nor epsilon."""
     earlier = read_run(Path(settings.save), task.run)
-    if earlier and earlier.get("flags") != json.loads(json.dumps(settings.flags())):
+    if earlier and not has_flags(earlier, settings.flags()):
         log.warning("%s/*_%s.* of a run with other flags will be replaced", settings.save, task.run)
     if settings.save_model and model_folder(settings, task).exists() and not (earlier and not earlier.get("complete")):
         log.warning("%s already exists and will be replaced", model_folder(settings, task))

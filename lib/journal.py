@@ -43,6 +43,11 @@ def partial_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
+def can_take_back(target: Path, restart: bool, unmeasured: bool) -> bool:
+    """Return whether a run resumes from its finished folder ``target``; for the arguments see ``Journal``."""
+    return unmeasured and not restart and not partial_folder(target).exists() and (target / MANIFEST).is_file()
+
+
 def digest(value: object) -> str:
     """Return a hash of a tensor's values or of any JSON value."""
     if isinstance(value, torch.Tensor):
@@ -79,7 +84,7 @@ class Journal:
         """Lock the folder and return its manifest."""
         target = self.target
         try:
-            if unmeasured and not restart and not self.folder.exists() and (target / MANIFEST).is_file():
+            if can_take_back(target, restart, unmeasured):
                 self._take_back()
                 self._taken = True
             self.folder.mkdir(parents=True, exist_ok=True)

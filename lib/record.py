@@ -177,9 +177,14 @@ def read_run(folder: Path, run: str) -> dict | None:
     return None
 
 
+def has_flags(record: dict | None, flags: Mapping[str, object]) -> bool:
+    """Return whether ``record`` belongs to a run with exactly these ``flags``."""
+    return bool(record) and record.get("flags") == json.loads(json.dumps(flags))
+
+
 def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
     """Return whether ``record`` belongs to a completed run with exactly these ``flags``."""
-    return bool(record) and record.get("complete") is True and record.get("flags") == json.loads(json.dumps(flags))
+    return has_flags(record, flags) and record.get("complete") is True
 
 
 def provenance() -> dict:
