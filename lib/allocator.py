@@ -31,6 +31,6 @@ def keep_freed_memory() -> bool:
     library = _library()
     if library is None:
         return False
-    library.malloc_trim(0)
+    give_back_freed_memory()
     pairs = ((_MMAP_THRESHOLD, _HEAP_MOST), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _STEP))
     return all([library.mallopt(what, size) == 1 for what, size in pairs])

@@ -94,6 +94,11 @@ def symmetric(total: Tensor) -> Tensor:
     return total
 
 
+def completed(total: Tensor) -> Tensor:
+    """Return a sum of STATISTICS as pruners take it: norms [in] in float32, or a Hessian [in, in] with both halves."""
+    return symmetric(total) if total.ndim == 2 else total.float()
+
+
 # Statistics of a layer's input that a pruner may need: summed over the samples, then divided by their number.
 STATISTICS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"squared_norms": squared_norms, "hessian": hessian}
 
@@ -394,7 +399,7 @@ def input_statistics(
     result = []
     for leader, names in totals.sharing.items():
         value = processes.sum_(totals.total.pop(leader)).div_(samples or sum(processes.gathered(totals.tokens[leader])))
-        value = symmetric(value) if value.ndim == 2 else value.float()
+        value = completed(value)
         # A Hessian's diagonal suffices: X'X is positive semi-definite, so that |H_ij| <= max H_ii.
         if not torch.isfinite(value.diagonal() if value.ndim == 2 else value).all():
             text = f"{names[0]}: its input overflows (not finite); try --dtype bfloat16 or --dtype float32"

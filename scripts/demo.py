@@ -19,7 +19,7 @@ from lib.command import Flags, command, flag, make_parser, parse
 from lib.lazy import torch
 from lib.settings import Experiment
 
-TEXTS = "--model smollm2-135m --calib_data wiki_leads --eval_data wiki_leads --seqlen 512".split()
+TEXTS = "--model smollm2-135m --calib_data wiki_leads --eval_data wiki_leads".split()
 # Small enough for four minutes on two cores; the paper's setting is 128 windows of 2048, and all of WikiText-2.
 SIZE = "--seqlen 448 --nsamples 4 --eval_windows 3".split()
 METHODS = "dense,wanda,sparsegpt,wanda_ww,sparsegpt_ww"
@@ -120,7 +120,7 @@ def run(demo: Demo) -> int:
     again = f"--prune_method sparsegpt_ww --sparsity_ratio 0.5 --epsilon {demo.epsilon} --save_model out"
     tables.line(console, f"\nNext, on more text and with the model kept ({NEXT} on two cores):")
     python = shlex.quote(sys.executable)
-    tables.line(console, f"{python} main.py {' '.join(TEXTS)} --nsamples 16 --eval_windows 10 {again}")
+    tables.line(console, f"{python} main.py {' '.join(TEXTS)} --seqlen 512 --nsamples 16 --eval_windows 10 {again}")
     return 1 if None in every else 0
 
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lib import scores
 from lib.allocation import SparsityPlan
 from lib.blocks import weights_of
-from lib.calibration import STATISTICS, enter_blocks, symmetric
+from lib.calibration import STATISTICS, completed, enter_blocks
 from lib.esd import DRIVERS, fit_tail, spectrum
 from lib.prune import walk
 from lib.pruners import PRUNERS, VARIANTS, Pruner
@@ -236,11 +236,6 @@ def spectra(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     yield Case(f"alpha, all candidates, N = {len(eigs)}", ours, partial(plain_fit, eigs, every), same_fit)
 
 
-def finished(total: Tensor) -> Tensor:
-    """Return a sum as passed to the pruners: of a Hessian, one triangle was summed; norms are added up in float64."""
-    return symmetric(total) if total.ndim == 2 else total.float()
-
-
 def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for each statistic, on two samples of the widest layer's input."""
     samples = [torch.randn(sizes.tokens, sizes.intermediate, device=device).half() for _ in range(2)]
@@ -249,7 +244,7 @@ def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         total = None
         for x in samples:
             total = STATISTICS[name](x, total)
-        return finished(total.div_(len(samples)))
+        return completed(total.div_(len(samples)))
 
     def plain(name: str) -> Tensor:
         mean = None
@@ -267,7 +262,7 @@ def pruners(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for each pruner, variant and N:M, on the widest layer, with the statistic already computed."""
     weight = random_weight(sizes.shapes[2], device)
     x = torch.randn(2 * weight.shape[1], weight.shape[1], device=device)  # enough for a Hessian of full rank
-    given = {name: finished(add(x, None)) for name, add in STATISTICS.items()} | {None: None}
+    given = {name: completed(add(x, None)) for name, add in STATISTICS.items()} | {None: None}
     del x
 
     def ours(pruner: Pruner, nm: tuple[int, int] | None) -> Tensor:

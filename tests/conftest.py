@@ -74,10 +74,10 @@ def settings(flags: str | list[str]) -> Experiment:
 
 
 def across(pruners: Iterable[str], suffixes: Iterable[str]) -> list:
-    """Return every pair, for parametrize: each of them once and some twice in the fast tests, the rest with --slow."""
+    """Return every pair for parametrize: every pruner and every suffix in the fast tests, all pairs with --slow."""
     pairs = [(pruner, suffix) for pruner in pruners for suffix in suffixes]
-    fast = [pruner == "wanda" or suffix in ("", "ww") for pruner, suffix in pairs]
-    return [pytest.param(*pair, marks=() if f else pytest.mark.slow) for pair, f in zip(pairs, fast, strict=True)]
+    first = [pair for pair in pairs if pair[0] == "wanda" or pair[1] in ("", "ww")]
+    return fast([*first, *(pair for pair in pairs if pair not in first)], len(first))
 
 
 def fast(values: Iterable, count: int) -> list:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, fast
 from pretend_cuda import pretend_cuda
 
 from lib.calibration import STATISTICS
@@ -112,9 +112,11 @@ def test_whole_runs_are_told_of_what_was_walked():
     ]
 
 
+COMMANDS = [["bash", "scripts/gpu_check.sh"], [sys.executable, "scripts/gpu_check.py"]]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU here")
-@pytest.mark.parametrize("command", [["bash", "scripts/gpu_check.sh"],
-                                     pytest.param([sys.executable, "scripts/gpu_check.py"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", fast(COMMANDS, 1))
 def test_without_a_gpu_it_says_so_in_one_line(command):
     environment = os.environ | {"PYTHON_BIN": sys.executable}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -115,7 +115,7 @@ def table_of(path: Path) -> list[dict[str, str]]:
 def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     save, kept, cache = tmp_path / "save", tmp_path / "kept", tmp_path / "cache"
     flags = "--model smollm2-135m --prune_method wanda_ww --sparsity_ratio 0.5 --epsilon 0.2 --calib_data wiki_leads "
-    flags += f"--eval_data wiki_leads --seqlen 128 --nsamples 4 --eval_windows 4 --cache_dir {ROOT / 'llm_weights'} "
+    flags += f"--eval_data wiki_leads --seqlen 128 --nsamples 4 --eval_windows 8 --cache_dir {ROOT / 'llm_weights'} "
     flags += f"--save {save} --save_model {kept} --ww_metric_cache {cache}"
     assert main.main(flags.split()) == 0
     assert "Traceback" not in capsys.readouterr().err
@@ -137,7 +137,7 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     assert record["target_sparsity"] == 0.5 and record["sparsity"] == pytest.approx(0.5, abs=1 / 576)
     assert record["dense_zeros"] == pytest.approx(0.000315377, abs=1e-9)
     assert record["calibration"] == {"text": "wiki_leads", "windows": 4, "seqlen": 128}
-    assert record["evaluation"] == {"text": "wiki_leads", "windows": 4, "seqlen": 128}
+    assert record["evaluation"] == {"text": "wiki_leads", "windows": 8, "seqlen": 128}
     assert set(record["flags"]) >= {a.dest for a in main.PARSER._actions} - {"help"}
     assert record["flags"]["seed"] == 0 and record["flags"]["epsilon"] == 0.2
     assert record["versions"]["torch"] == version("torch") and record["versions"]["transformers"] == version(
@@ -180,7 +180,7 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
 
     # The folder is a plain model that evaluates to the same perplexity.
     tokenizer = AutoTokenizer.from_pretrained(kept / "wanda_ww_0.5")
-    windows = evaluation_windows("wiki_leads", tokenizer, 128, 4)
+    windows = evaluation_windows("wiki_leads", tokenizer, 128, 8)
     assert perplexity(model.eval(), windows) == pytest.approx(
         record["perplexity"], rel=1e-6 if not torch.cuda.is_available() else 1e-2
     )

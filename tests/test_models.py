@@ -401,11 +401,10 @@ def gguf_file() -> Path:
 @pytest.mark.slow
 def test_gguf_file_is_converted_once(tmp_path, monkeypatch, smollm2_source, gguf_file):
     # By the name of a .gguf file, here; the other tests convert SmolLM2 by its own name.
-    path = gguf_file
-    source = locate(str(path), str(tmp_path))
-    assert source.name == path.stem and [p.name for p in tmp_path.iterdir()] == [source.path.rsplit("/", 1)[1]]
+    source = locate(str(gguf_file), str(tmp_path))
+    assert source.name == gguf_file.stem and [p.name for p in tmp_path.iterdir()] == [source.path.rsplit("/", 1)[1]]
     monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", None)  # a second time would call it
-    assert locate(str(path), str(tmp_path)) == source
+    assert locate(str(gguf_file), str(tmp_path)) == source
     monkeypatch.undo()
 
     model, named = load_llm(source, "float32"), load_llm(smollm2_source, "float32")

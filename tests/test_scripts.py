@@ -422,9 +422,9 @@ def test_record_names_its_candidates(tmp_path):
 
 
 @pytest.mark.slow
-def test_record_runs_them_and_prints_one_table(small, other_text, tmp_path):
+def test_record_runs_them_and_prints_one_table(small, tmp_path):
     variables, flags, _ = small
-    flags = [*flags, "--eval_data", str(other_text), "--eval_windows", "2", "--price_steps", "1"]
+    flags = [*flags, "--eval_data", "wiki_leads", "--eval_windows", "2", "--price_steps", "1"]
     done = shell("record", variables["MODEL"], *flags, SAVE=str(tmp_path / "r"), SEEDS="2", FORMAT="csv")
     assert done.returncode == 0, done.stderr
     rows = [line.split(",") for line in done.stdout.splitlines() if " ± " in line]

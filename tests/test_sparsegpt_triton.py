@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, fast
 
 from lib.sparsegpt import Factor, _tried, block_solver, inverse_factor, repair, solve_block
 
@@ -109,7 +109,7 @@ def matrix_case(columns, nm, ratio):
     return torch.randn(20, columns, generator=draw), tuple(inverse_factor(2 * (x.T @ x))), ratio, nm
 
 
-MATRICES = [(150, None, 0.5), (150, None, 1.0), (140, (2, 4), 0.0), (136, (4, 8), 0.0)]
+MATRICES = [(300, None, 0.5), (300, None, 1.0), (280, (2, 4), 0.0), (264, (4, 8), 0.0)]
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +157,7 @@ def test_whole_matrices_by_the_kernel(index, interpreted):
 
 @pytest.mark.parametrize(
     ("architecture", "group", "padded"),
-    [
-        (90, 0, 16),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((75, 0, 128), (80, 4, 128), (90, 4, 128), (100, 8, 128))
-        ),
-    ],
+    fast([(90, 0, 16), (75, 0, 128), (80, 4, 128), (90, 4, 128), (100, 8, 128)], 1),
 )
 def test_kernel_compiles(architecture, group, padded, tmp_path):
     divisions = run(COMPILE, architecture, group, padded, TRITON_CACHE_DIR=str(tmp_path))  # with Triton's own assembler
