@@ -86,8 +86,14 @@ def test_what_is_written_already_needs_no_more_space(place, unbroken, monkeypatc
     assert (Path("kept") / f"{METHOD}_0.6").is_dir()
     monkeypatch.setattr(main.experiment.files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert main.main([*place.split(), "--sparsity_ratio", "0.5"]) == 2, "another one does"
-    assert main.main([*place.split(), "--restart"]) == 2, "beside the whole one, until that is replaced"
     assert main.main(place.split()) == 0 and hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
+
+
+def test_a_restart_needs_the_space_again(place, monkeypatch):
+    flags = f"{place} --restart"  # both times, so that the flags are the same
+    killed_run(flags, *POINTS["in evaluation"])
+    monkeypatch.setattr(main.experiment.files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert main.main(flags.split()) == 2, "the whole one is there until the new one replaces it"
 
 
 @pytest.mark.parametrize("stream_it", fast(["always", "never"], 1))
