@@ -62,14 +62,17 @@ def squared_norms(x: Tensor, total: Tensor | None) -> Tensor:
 
 
 def hessian(x: Tensor, total: Tensor | None) -> Tensor:
-    """Add to ``total`` [in, in] 2 X'X, x: [tokens, in], any dtype, in float32 (SparseGPT; there X is [in, tokens]).
+    """Add to ``total`` [in, in] 2 X'X, x: [tokens, in] of any dtype (SparseGPT; there X is [in, tokens]).
 
     Computes only the upper triangle, and the part of the lower one inside its strips: half of the work, which
-    ``symmetric`` completes. On a GPU, half-precision values are multiplied on tensor cores: their products are exact in
-    float32, in which they are summed.
+    ``symmetric`` completes. A window's products are float32. On the CPU, windows are added up in float64, as in
+    ``squared_norms`` and for the same reason. On a GPU memory is scarcer, and sums stay in float32; half-precision
+    values are multiplied on tensor cores: their products are exact in float32.
     """
     size = x.shape[1]
-    total = torch.zeros(size, size, dtype=torch.float32, device=x.device) if total is None else total
+    if total is None:
+        exact = torch.float32 if x.is_cuda else torch.float64
+        total = torch.zeros(size, size, dtype=exact, device=x.device)
     # mm's out_dtype: since torch 2.8, and on CUDA only
     halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and "dtype" in torch.ops.aten.mm.overloads()
     x = x if halves else x.float()
@@ -79,8 +82,10 @@ def hessian(x: Tensor, total: Tensor | None) -> Tensor:
         strip = total[top : top + height, top:]
         if halves:  # addmm adds in place only in some versions of torch
             strip.add_(torch.mm(left.T, right, out_dtype=torch.float32), alpha=2)
-        else:
+        elif x.is_cuda:
             strip.addmm_(left.T, right, alpha=2)
+        else:
+            strip.add_(left.T @ right, alpha=2)
     return total
 
 
@@ -95,8 +100,8 @@ def symmetric(total: Tensor) -> Tensor:
 
 
 def completed(total: Tensor) -> Tensor:
-    """Return a sum of STATISTICS as pruners take it: norms [in] in float32, or a Hessian [in, in] with both halves."""
-    return symmetric(total) if total.ndim == 2 else total.float()
+    """Return a sum of STATISTICS as pruners take it, in float32: norms [in], or a Hessian [in, in] with both halves."""
+    return symmetric(total.float()) if total.ndim == 2 else total.float()
 
 
 # Statistics of a layer's input that a pruner may need: summed over the samples, then divided by their number.
