@@ -222,17 +222,18 @@ def test_wanda_masks_are_the_same_but_for_the_order_of_sums(more, place):
         assert [len(x) for x in noted("run_block")] == [3 * 8 + evaluated[0], 4 * 8 + evaluated[1]]
 
 
-def test_sparsegpt_is_solved_by_owners(place):
+@pytest.mark.parametrize("pruner", fast(["sparsegpt", "alps"], 1))
+def test_layers_are_solved_by_owners(pruner, place):
     solves = noting(prune, "_prune_layers", lambda linears, *_: ",".join(linears))
     statistics = noting(prune, "_cost", lambda block, names, value: f"{value.double().abs().mean().item():.9g}")
     before = lambda rank: (solves(rank), statistics(rank))  # noqa: E731
-    one = outcome(place, "--prune_method sparsegpt", 1, before)
+    one = outcome(place, f"--prune_method {pruner}", 1, before)
     alone = [float(x) for x in noted("_cost", 1)[0]]
-    two = outcome(place, "--prune_method sparsegpt", 2, before)
-    for values in noted("_cost"):  # means over all windows, whose sums are of a few hundred float32 numbers
-        assert [float(x) for x in values] == pytest.approx(alone, rel=1e-5) and len(values) == 12
-    assert two[0]["perplexity"] == pytest.approx(one[0]["perplexity"], rel=1e-2)
-    assert different(one[1], two[1]) <= 1e-3  # measured: 0
+    two = outcome(place, f"--prune_method {pruner}", 2, before)
+    for values in noted("_cost"):  # of all windows, added up in float64; one entry in 1e8 may round to another float32
+        assert [float(x) for x in values] == pytest.approx(alone, rel=1e-7) and len(values) == 12
+    assert two[0]["perplexity"] == pytest.approx(one[0]["perplexity"], rel=1e-3)
+    assert different(one[1], two[1]) <= 1e-4  # measured: 0
     solved = noted("_prune_layers")
     assert len(solved[0] + solved[1]) == len(set(solved[0] + solved[1])) == 12 and min(map(len, solved)) >= 3
 
