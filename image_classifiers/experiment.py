@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from image_classifiers import data, models, pruning
-from image_classifiers.settings import ImageExperiment
-from lib import UserError, files, first_line, metrics, scores
+from image_classifiers.price import ImagePrices, groups
+from image_classifiers.settings import ImageExperiment, wants_images
+from lib import UserError, files, first_line, metrics, price, scores
 from lib.calibration import BlockInputs
 from lib.esd import WEIGHTWATCHER
-from lib.experiment import make_plan, model_folder, wants_calibration, warn_of_replacement
+from lib.experiment import make_plan, model_folder, warn_of_replacement
 from lib.lazy import torch
 from lib.record import read_run
 from lib.settings import Task
@@ -62,19 +63,27 @@ def prepare(settings: ImageExperiment, task: Task) -> Prepared:
     parameters = sum(p.numel() for p in skeleton.parameters())
     parts = models.find_parts(skeleton)
     cache = Path(settings.ww_metric_cache) / source.label
+    for part in (task, task.first) if task.pruner else ():
+        check_allocation(settings, part, source, parts, cache)
+    if settings.save_model:
+        files.prepare("save_model", model_folder(settings, task).parent, 4 * parameters)
+    sets = open_images(settings, task, size, skeleton.num_classes)
+    prunable = sum(layer.size for layer in parts.pruned.layers)
+    return Prepared(source, size, parameters, prunable, device, cache, sets)
+
+
+def check_allocation(
+    settings: ImageExperiment, task: Task, source: models.Source, parts: models.Parts, cache: Path
+) -> None:
+    """Refuse a metric that these layers or the cache cannot give, and shapes that cannot meet the target."""
     if task.wants == "metric":
         metric, layers = settings.ww_metric, parts.measured.layers
         if metric in WEIGHTWATCHER and any(len(layer.shape) > 2 for layer in layers):
             raise UserError("ww_metric", f"{metric}: is for matrices, and {settings.model} holds convolutions")
         metrics.read_cache(cache, metric, source.label, layers)
         files.prepare("ww_metric_cache", cache)
-    elif task.pruner and task.wants is None:
+    elif task.wants is None:
         make_plan(settings, task, parts.pruned.layers, None)  # from shapes alone: it is met, or refused here
-    if settings.save_model:
-        files.prepare("save_model", model_folder(settings, task).parent, 4 * parameters)
-    sets = open_images(settings, task, size, skeleton.num_classes)
-    prunable = sum(layer.size for layer in parts.pruned.layers)
-    return Prepared(source, size, parameters, prunable, device, cache, sets)
 
 
 def warn_of_other_method(settings: ImageExperiment, task: Task) -> None:
@@ -107,12 +116,15 @@ def open_images(settings: ImageExperiment, task: Task, size: int, classes: int) 
         fix = f"for a model that has {len(found.classes)}, add --nb_classes {len(found.classes)}"
         raise UserError("data_set", f"{settings.data_set}: {text}; {fix}")
     calibration = None
-    if wants_calibration(task):
+    if wants_images(task):
         training = find(train=True)
         if training.classes != found.classes:
             others = ", ".join(sorted(set(training.classes) ^ set(found.classes))[:5])
             text = f"calibration and test images differ in their classes ({others})"
             raise UserError("data_path", f"{settings.data_path}: {text}")
+        if task.wants == "price" and settings.nsamples < price.FIT + price.HELD:
+            text = f"{settings.nsamples}: the search for prices needs at least {price.FIT + price.HELD} images"
+            raise UserError("nsamples", text)
         random = settings.published_calibration
         indices = data.draw(training, settings.nsamples, settings.seed, replacement=random)
         transform = data.augmenting_transform(size, mean_std) if random else plain
@@ -169,3 +181,21 @@ def measure_values(
     if task.wants == "metric":
         return metrics.load_or_measure(known.cache, settings.ww_metric, known.source.label, parts.measured).values
     return scores.measure_scores(task.wants, parts.pruned, task.target, enter, settings.owl_m)
+
+
+def find_prices(
+    settings: ImageExperiment, task: Task, known: Prepared, parts: models.Parts, enter: Callable[[], BlockInputs]
+) -> price.Found | None:
+    """Return the result of the search for ratios of equal price on calibration images, None for another allocation."""
+    if task.wants != "price":
+        return None
+    start = None
+    if task.start:
+        values = measure_values(settings, task.first, known, parts, enter)
+        start = make_plan(settings, task.first, parts.pruned.layers, values).ratios
+    images = torch.cat([batch for batch, _ in reader(settings)(known.sets.calibration)])
+    dtype = price.search_dtype(settings.price_dtype, torch.device(known.device), torch.float32)
+    options = price.Options(settings.price_steps, settings.price_refresh, dtype)
+    fit, held = (partial(ImagePrices, parts.pruned, part, dtype) for part in groups(images))
+    found = fit(kept_on=settings.hidden_device)
+    return price.equalise(found, held(ranks=found.ranks), task.target, start, options)

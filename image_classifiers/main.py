@@ -19,7 +19,7 @@ from image_classifiers.experiment import Prepared
 from image_classifiers.settings import Evaluation, ImageExperiment, Images
 from lib import UserError, prune, tables
 from lib.command import command, make_parser
-from lib.experiment import make_plan, model_folder
+from lib.experiment import draw_prices, make_plan, model_folder, priced
 from lib.record import Record
 from lib.settings import Task
 
@@ -57,7 +57,11 @@ def run(settings: ImageExperiment, console: Console) -> dict:
     if task.pruner:
         enter = partial(experiment.enter_blocks, settings, parts, known.sets.calibration)
         with record.stage("measure"):
-            values = experiment.measure_values(settings, task, known, parts, enter)
+            prices = experiment.find_prices(settings, task, known, parts, enter)
+            values = prices.ratios if prices else experiment.measure_values(settings, task, known, parts, enter)
+            record.content |= priced(prices)
+        tables.show_prices(console, prices, "images", "image")
+        draw_prices(settings, task, prices)
         with record.stage("allocate"):
             plan = make_plan(settings, task, parts.pruned.layers, values)
         with record.stage("prune"):

@@ -14,7 +14,7 @@ from lib.command import Flags, flag
 from lib.esd import METRICS, WEIGHTWATCHER
 from lib.experiment import wants_calibration
 from lib.registry import check_name
-from lib.settings import Method, Output, Task, Widths, check_only, pruning_flags
+from lib.settings import Method, Output, Price, Task, Widths, check_only, pruning_flags
 
 METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in IMAGE_PRUNERS]
 
@@ -113,8 +113,13 @@ class Evaluation(Flags):
     use_amp: bool = flag(False, "evaluate in half precision (autocast)", nargs="?")
 
 
+def wants_images(task: Task) -> bool:
+    """Return whether the pruner or the allocation needs calibration images."""
+    return wants_calibration(task) or task.wants == "price"
+
+
 @dataclass(kw_only=True)
-class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Evaluation, Output):
+class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Price, Evaluation, Output):
     """The flags of image_classifiers/main.py."""
 
     _spelled: ClassVar[dict[str, str]] = {
@@ -157,14 +162,13 @@ class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Evalua
 
     def _pruned(self) -> Task:
         method = check_name("prune_method", self.prune_method, METHODS)
-        if ALLOCATIONS[method.partition("_")[2]].wants == "price":
-            raise UserError("prune_method", f"{method}: prices are those of a language model; use another allocation")
         if not self.sparsity_ratio:
             raise UserError("prune_method", f"{method} without a sparsity; add {flag_name('sparsity_ratio')}")
         name, _, suffix = method.partition("_")
-        task = Task(method, IMAGE_PRUNERS[name], suffix, self.sparsity_ratio)
+        start = self.price_start.replace("uniform", "") if suffix == "price" else ""
+        task = Task(method, IMAGE_PRUNERS[name], suffix, self.sparsity_ratio, start=start)
         idle = [] if task.pruner.statistic else ["statistics"]
-        idle += [] if wants_calibration(task) else ["hidden_device", "published_calibration"]
+        idle += [] if wants_images(task) else ["hidden_device", "published_calibration"]
         for field in idle:
             if field in self.given:
                 raise UserError(field, f"does nothing with {method}: {name} prunes without calibration images")

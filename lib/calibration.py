@@ -25,6 +25,7 @@ PROPAGATE = ("dense", "pruned")
 HIDDEN_STATES = ("auto", "gpu", "cpu", "disk")
 CALIB_DTYPES = ("bfloat16",)
 STRIP, GPU_STRIP = 192, 1024  # rows of a Hessian that are added at a time: a product each
+HESSIANS, GPU_HESSIANS = "float64", "float32"  # dtypes in which windows' Hessians are added up
 
 
 class BlockInputs(NamedTuple):
@@ -71,8 +72,8 @@ def hessian(x: Tensor, total: Tensor | None) -> Tensor:
     """
     size = x.shape[1]
     if total is None:
-        exact = torch.float32 if x.is_cuda else torch.float64
-        total = torch.zeros(size, size, dtype=exact, device=x.device)
+        dtype = getattr(torch, GPU_HESSIANS if x.is_cuda else HESSIANS)
+        total = torch.zeros(size, size, dtype=dtype, device=x.device)
     # mm's out_dtype: since torch 2.8, and on CUDA only
     halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and "dtype" in torch.ops.aten.mm.overloads()
     x = x if halves else x.float()
@@ -82,7 +83,7 @@ def hessian(x: Tensor, total: Tensor | None) -> Tensor:
         strip = total[top : top + height, top:]
         if halves:  # addmm adds in place only in some versions of torch
             strip.add_(torch.mm(left.T, right, out_dtype=torch.float32), alpha=2)
-        elif x.is_cuda:
+        elif total.dtype == x.dtype:
             strip.addmm_(left.T, right, alpha=2)
         else:
             strip.add_(left.T @ right, alpha=2)

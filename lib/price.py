@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from tqdm import tqdm
 
@@ -115,8 +115,11 @@ def row_ranks(score: Tensor) -> Tensor:
 
 
 def pruned(weight: Tensor, rank: Tensor, ratio: float) -> Tensor:
-    """Return a copy of ``weight`` [out, in] without the int(in * ratio) lowest ranks of each row, as Wanda prunes."""
-    return weight.masked_fill(rank < int(rank.shape[1] * ratio), 0)
+    """Return a copy of ``weight`` without the int(n * ratio) lowest ranks of each row of n in ``rank``.
+
+    As Wanda prunes: the rows of ``rank`` are the weight's [out, in], or one row holds the whole matrix.
+    """
+    return weight.masked_fill((rank < int(rank.shape[1] * ratio)).view_as(weight), 0)
 
 
 def band_price(gradient: Tensor, weight: Tensor, rank: Tensor, ratio: float) -> Tensor:
@@ -127,8 +130,9 @@ def band_price(gradient: Tensor, weight: Tensor, rank: Tensor, ratio: float) -> 
 
     Args:
         gradient: dL/dW at the pruned weights, also where they are pruned.
-        weight: W, dense, [out, in] as ``gradient`` and ``rank`` are.
+        weight: W, dense, as many entries as ``gradient`` and ``rank``, whose shape counts.
     """
+    gradient, weight = gradient.view_as(rank), weight.view_as(rank)
     columns = rank.shape[1]
     middle, half = int(columns * ratio), max(1, int(BAND / 2 * columns))
     low, high = max(0, middle - half), min(columns, middle + half)
@@ -197,9 +201,13 @@ class Prices:
     once more (checkpointing), and each gradient becomes a price and is freed as soon as it is known.
 
     Attributes:
+        windows: whose number the search needs.
         ranks: by layer name, [out, in].
         leaving: what left the dense blocks, [samples, every second token, width], for the dense model's logits.
     """
+
+    whole: ClassVar[bool] = False  # whether weights compete within the whole matrix, and not within each row
+    advice: ClassVar[str] = "try --dtype bfloat16 or --dtype float32"
 
     def __init__(
         self, weights: Weights, windows: Tensor, dtype: torch.dtype | None, ranks: dict[str, Tensor] | None = None
@@ -249,11 +257,7 @@ class Prices:
             scale = scale.to(block.device) / largest
             slopes, worth = self._back(block, entered.pop(), [slope / largest for slope in slopes], ratios)
             found |= {name: value / scale for name, value in worth.items()}
-        prices = {layer.name: found[layer.name].item() for layer in self.weights.layers}
-        for name, price in {"KL": loss, **prices}.items():
-            if not math.isfinite(price):
-                raise UserError(None, f"{name}: its price is not finite; try --dtype bfloat16 or --dtype float32")
-        return loss, prices
+        return loss, self._checked(loss, found)
 
     # ------------------------------------------------------------------------------------------------ through blocks
 
@@ -266,7 +270,7 @@ class Prices:
             hidden = [h.to(block.device) for h in hidden]
             if keep:
                 entered.append(hidden)
-            with torch.no_grad(), _standing(block, self._copies(block, self.ranks, ratios)):
+            with torch.no_grad(), standing(block, self._copies(block, self.ranks, ratios)):
                 hidden = self._run(block, hidden)
         return hidden, entered
 
@@ -285,7 +289,7 @@ class Prices:
             return hook
 
         entered = [h.detach().requires_grad_() for h in entered]
-        with _standing(block, self._copies(block, self.ranks, ratios)) as leaves:
+        with standing(block, self._copies(block, self.ranks, ratios)) as leaves:
             for name, leaf in leaves.items():
                 leaf.register_post_accumulate_grad_hook(appraise(name))
             with torch.enable_grad():
@@ -301,9 +305,20 @@ class Prices:
             outs = [run_block(block.module, h, arguments) for h in hidden]
         return [hidden_of(out, block.index, self.tuples) for out in outs]
 
+    def _checked(self, loss: float, found: Mapping[str, Tensor]) -> dict[str, float]:
+        prices = {layer.name: found[layer.name].item() for layer in self.weights.layers}
+        for name, price in {"KL": loss, **prices}.items():
+            if not math.isfinite(price):
+                raise UserError(None, f"{name}: its price is not finite; {self.advice}")
+        return prices
+
+    @property
+    def own(self) -> torch.dtype:
+        """Dtype of the model."""
+        return next(self.weights.model.parameters()).dtype
+
     def _autocast(self, device: torch.device) -> torch.autocast:
-        own = self.weights.model.dtype
-        return torch.autocast(device.type, self.dtype or own, enabled=self.dtype not in (None, own))
+        return torch.autocast(device.type, self.dtype or self.own, enabled=self.dtype not in (None, self.own))
 
     def _copies(
         self, block: Block, ranks: Mapping[str, Tensor], ratios: Mapping[str, float]
@@ -324,9 +339,10 @@ class Prices:
                 steps = passes(block, inputs, keep=ratios is None)
                 for names, norms in input_statistics(block.linears, "squared_norms", inputs.samples, steps):
                     for name in names:
-                        found[name] = row_ranks(block.linears[name].weight.detach().abs() * norms.sqrt())
+                        score = block.linears[name].weight.detach().flatten(1).abs() * norms.sqrt()
+                        found[name] = row_ranks(score.view(1, -1) if self.whole else score)
                 if ratios is not None:
-                    with _standing(block, self._copies(block, found, ratios)):
+                    with standing(block, self._copies(block, found, ratios)):
                         advance(block, inputs)
         return found
 
@@ -353,7 +369,7 @@ class Prices:
                         left = logits(window, ours)
                         with torch.no_grad():
                             right = logits(window, dense)
-                    kl = _kl(right, left)
+                    kl = kl_divergence(right, left)
                     total = total + kl.detach()
                     if differentiate:
                         found += torch.autograd.grad(kl, ours, torch.full_like(kl, LIFT))
@@ -363,7 +379,7 @@ class Prices:
         return (total / count).item(), slopes, torch.tensor(float(LIFT * count))
 
 
-def _kl(dense: Tensor, ours: Tensor) -> Tensor:
+def kl_divergence(dense: Tensor, ours: Tensor) -> Tensor:
     """Return the sum over tokens of KL(dense || ours) of logits [tokens, vocabulary], in float32 at least."""
     exact = torch.promote_types(dense.dtype, torch.float32)
     functional = torch.nn.functional
@@ -372,7 +388,7 @@ def _kl(dense: Tensor, ours: Tensor) -> Tensor:
 
 
 @contextmanager
-def _standing(block: Block, copies: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
+def standing(block: Block, copies: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
     """Let ``copies`` stand in the places of a block's weights, as parameters, which are yielded by name."""
     own = {name: block.linears[name].weight for name in copies}
     leaves = {name: torch.nn.Parameter(copy) for name, copy in copies.items()}
@@ -395,10 +411,7 @@ def search(
     start: Mapping[str, float] | Sequence[tuple[str, float]] | None = None,
     options: Options = Options(),  # noqa: B008  a tuple of numbers
 ) -> Found:
-    """Return the ratios at which pruning one more weight costs the same KL(dense || pruned) in every layer.
-
-    Of where it starts, where it ends and uniform ratios, the best on held-out windows are kept. Masks are Wanda's, from
-    statistics of the dense model; with ``options.refresh``, more steps follow with those of the pruned one.
+    """Return the ratios that ``equalise`` finds for a language model.
 
     Args:
         windows: of calibration and held out, each [samples, tokens].
@@ -409,8 +422,22 @@ def search(
     """
     check_memory(weights, windows[0].shape[1])
     fit = Prices(weights, windows[0], options.dtype)
-    held = Prices(weights, windows[1], options.dtype, fit.ranks)
-    plans = {"uniform": {layer.name: target for layer in weights.layers}}
+    return equalise(fit, Prices(weights, windows[1], options.dtype, fit.ranks), target, start, options)
+
+
+def equalise(
+    fit: Prices,
+    held: Prices,
+    target: float,
+    start: Mapping[str, float] | Sequence[tuple[str, float]] | None,
+    options: Options,
+) -> Found:
+    """Return the ratios at which pruning one more weight costs the same KL(dense || pruned) in every layer.
+
+    Of where it starts, where it ends and uniform ratios, the best on what is ``held`` out are kept. Masks are Wanda's,
+    from statistics of the dense model; with ``options.refresh``, more steps follow with those of the pruned one.
+    """
+    plans = {"uniform": {layer.name: target for layer in fit.weights.layers}}
     if start is not None:
         plans["start"] = dict(start)
     kls = {name: held.kl(plan) for name, plan in plans.items()}
@@ -426,8 +453,8 @@ def search(
         kls["refreshed"] = more[-1].held
         kept = _best({name: kls[name] for name in ("before refresh", "refreshed")})  # of the same ranks
     shown = ", ".join(f"{name} {value:.4f}" for name, value in kls.items())
-    log.info("price search: KL on held-out calibration text: %s; kept: %s", shown, kept)
-    return Found(plans[kept], kept, kls, steps, str(options.dtype or weights.model.dtype).removeprefix("torch."))
+    log.info("price search: KL on held-out calibration data: %s; kept: %s", shown, kept)
+    return Found(plans[kept], kept, kls, steps, str(options.dtype or fit.own).removeprefix("torch."))
 
 
 def search_dtype(asked: str, device: torch.device, own: torch.dtype) -> torch.dtype | None:
@@ -530,10 +557,10 @@ def draw(found: Found) -> Figure:
     steps = range(1, len(found.steps) + 1)
     left.plot(steps, [step.spread for step in found.steps], marker=".")
     left.set(xlabel="step", ylabel="spread of prices (mean |log|, cut at 1)", ylim=(0, None))
-    right.plot(steps, [step.fit for step in found.steps], marker=".", label="the step's windows")
+    right.plot(steps, [step.fit for step in found.steps], marker=".", label="the step's own data")
     looks = [(i, step.held) for i, step in zip(steps, found.steps, strict=True) if step.held is not None]
-    right.plot(*zip(*looks, strict=True), marker="o", label="held-out windows")
-    right.axhline(found.held["uniform"], color="grey", linestyle=":", label="uniform, held-out windows")
-    right.set(xlabel="step", ylabel="KL(dense || pruned), nats per token", ylim=(0, None))
+    right.plot(*zip(*looks, strict=True), marker="o", label="held-out data")
+    right.axhline(found.held["uniform"], color="grey", linestyle=":", label="uniform, held-out data")
+    right.set(xlabel="step", ylabel="KL(dense || pruned), nats", ylim=(0, None))
     right.legend()
     return figure

@@ -181,7 +181,11 @@ class Price(Flags):
     _title: ClassVar[str] = "allocation"
 
     price_steps: int = flag(
-        16, "for _price: steps of the search, each a backward pass over 2 windows", least=1, only="price", metavar="N"
+        16,
+        "for _price: steps of the search, each a backward pass over 2 windows of text, or 2 groups of 128 images",
+        least=1,
+        only="price",
+        metavar="N",
     )
     price_start: str = flag(
         "uniform",

@@ -98,8 +98,12 @@ def show_trials(console: Console, trials: Sequence[Trial]) -> None:
     show(console, "--epsilon auto: perplexity on held-out calibration text", ("epsilon", "perplexity"), rows)
 
 
-def show_prices(console: Console, found: Found | None) -> None:
-    """Print the steps of the search for prices at which held-out text was evaluated, if any."""
+def show_prices(console: Console, found: Found | None, data: str = "windows", of: str = "token") -> None:
+    """Print the steps of the search for prices at which the held-out ``data`` were evaluated, if any.
+
+    Args:
+        of: what the KL is a mean over.
+    """
     if found is None:
         return
     rows = [
@@ -107,10 +111,10 @@ def show_prices(console: Console, found: Found | None) -> None:
         for i, step in enumerate(found.steps, 1)
         if step.held is not None
     ]
-    headings = ("step", "spread of prices", "KL, its windows", "KL, held-out windows")
-    show(console, f"price search in {found.dtype}: KL(dense || pruned), nats per token", headings, rows)
+    headings = ("step", "spread of prices", f"KL, its {data}", f"KL, held-out {data}")
+    show(console, f"price search in {found.dtype}: KL(dense || pruned), nats per {of}", headings, rows)
     each = ", ".join(f"{name} {kl:.4f}" + (" <- kept" if name == found.kept else "") for name, kl in found.held.items())
-    line(console, f"held-out windows: {each}")
+    line(console, f"held-out {data}: {each}")
 
 
 def show_run(console: Console, record: Mapping, stages: Mapping[str, Mapping], rows: Sequence[LayerReport]) -> None:

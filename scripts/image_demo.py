@@ -19,7 +19,7 @@ from lib.command import Flags, command, flag, make_parser, parse
 from lib.lazy import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ("magnitude", "magnitude_ww", "wanda", "wanda_ww")
+METHODS = ("magnitude", "magnitude_ww", "wanda", "wanda_ww", "wanda_price")
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 SIZE = 8
 # timm's own architectures, made small: what differs from the named one.
@@ -84,7 +84,7 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
 def prune_all(folder: Path, epsilon: float, save: Path) -> tuple[dict, dict]:
     """Return the record of the dense model, and those of the pruned models by (method, sparsity)."""
     setting = ["--model", str(folder), "--data_set", "digits", "--num_workers", "0"]
-    pruning = ["--nsamples", "1024", "--epsilon", str(epsilon), "--metric_cache", str(save / "metric_cache")]
+    alpha = ["--epsilon", str(epsilon), "--metric_cache", str(save / "metric_cache")]
 
     def run(name: str, *flags: str) -> dict:
         where = ["--save_dir", str(save / name)]  # the published file names do not hold the method
@@ -92,7 +92,10 @@ def prune_all(folder: Path, epsilon: float, save: Path) -> tuple[dict, dict]:
         return main.run(settings, Console(quiet=True))
 
     records = {
-        (method, sparsity): run(method, *pruning, "--prune_metric", method, "--sparsity", str(sparsity))
+        (method, sparsity): run(
+            method, *(alpha if method.endswith("_ww") else []), "--nsamples", "1024", "--prune_metric", method,
+            "--sparsity", str(sparsity),
+        )
         for method in METHODS
         for sparsity in SPARSITIES
     }
@@ -119,7 +122,7 @@ def plot(found: dict[str, tuple[dict, dict]], path: Path) -> None:
     for axis, (name, (dense, records)) in zip(axes[0], found.items(), strict=True):
         axis.axhline(dense["accuracy"]["top1"], color="grey", linestyle=":", label="dense")
         for method in METHODS:
-            line = "-" if method.endswith("_ww") else "--"
+            line = "-" if "_" in method else "--"
             axis.plot(
                 SPARSITIES, [records[method, s]["accuracy"]["top1"] for s in SPARSITIES], line, marker="o", label=method
             )

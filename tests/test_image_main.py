@@ -169,13 +169,13 @@ def test_results_depend_neither_on_the_batch_size_nor_on_the_workers(vit_folder,
     assert all((masks[0] != mask).sum() <= 4 for mask in masks[1:])
 
 
-@pytest.mark.parametrize("suffix", fast((name for name in allocation.ALLOCATIONS if name != "price"), 4))
+@pytest.mark.parametrize("suffix", fast(allocation.ALLOCATIONS, 4))
 def test_every_allocation_adds_up_to_the_target(suffix, tmp_path, capsys):
     model = tiny_convnext(conv_mlp=True)
     save(model, 8, tmp_path / "tiny")
     method = f"magnitude_{suffix}".rstrip("_")
     flags = ["--model", tmp_path / "tiny", "--data_set", "digits", "--prune_metric", method, "--sparsity", 0.5]
-    flags += ["--save_dir", tmp_path, "--num_workers", 0, "--nsamples", 20]
+    flags += ["--save_dir", tmp_path, "--num_workers", 0, "--nsamples", 24]
     flags += ["--metric_cache", tmp_path] if suffix == "ww" else []
     assert call(capsys, *flags)[0] == 0
     layers = matrices(find_parts(model).pruned)
@@ -458,14 +458,6 @@ def test_published_command_is_understood():
     task = parse(ImageExperiment, command.split(), main.PARSER).task()
     assert (task.method, task.allocation, task.target) == ("wanda_ww", "ww", 0.8)
     assert task.pruner is pruning.IMAGE_PRUNERS["wanda"]
-
-
-@pytest.mark.parametrize("pruner", pruning.IMAGE_PRUNERS)
-def test_prices_are_refused_in_one_line(pruner, tmp_path, capsys):
-    flags = ["--model", "m", "--prune_metric", f"{pruner}_price", "--sparsity", 0.5, "--save_dir", tmp_path / "out"]
-    status, err = call(capsys, *flags)
-    assert status == 2 and f"--prune_metric {pruner}_price: prices are those of a language model" in err
-    assert len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_every_pruner_and_allocation_is_offered():

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import main
 from image_classifiers import main as image_main
 from image_classifiers.models import save as save_image_model
+from lib import calibration
 from lib.allocation import ALLOCATIONS
 from lib.esd import METRICS, WEIGHTWATCHER
 from lib.models import locate
@@ -243,8 +244,9 @@ NEAR = {"perplexity": 1e-4, "sparsity": 2e-3, "planned_ratio": 2e-6}
 
 
 @pytest.fixture
-def rehearse(runs):
+def rehearse(runs, monkeypatch):
     """Return a function of flags: it runs them on the pretend device and on the CPU, and compares."""
+    monkeypatch.setattr(calibration, "HESSIANS", calibration.GPU_HESSIANS)  # added up as a GPU does
 
     def both(flags: str, free: int = FREE, **more) -> dict:
         with pretend_cuda(free) as cuda:
@@ -478,6 +480,7 @@ IMAGE_RUNS = {
     "vit, hidden states on the CPU": "--prune_metric wanda --sparsity 0.5 --hidden_device cpu",
     "vit in half precision": "--prune_metric magnitude --sparsity 0.5 --use_amp",
     "convnext": "--prune_metric wanda_ww --sparsity 0.5",
+    "vit, by price": "--prune_metric wanda_price --sparsity 0.5 --price_steps 2 --nsamples 24 --published_calibration",
     "convnext_1x1": "--prune_metric sparsegpt_dlp --sparsity 0.5",
 }
 
