@@ -11,6 +11,7 @@ from lib import UserError
 from lib.sparse.attention import group_attention
 from lib.sparse.kernel import KINDS, Kernel, Unavailable, load
 from lib.sparse.layers import DenseLinear, Shared, SparseLinear
+from lib.sparse.steps import compile_steps
 
 log = logging.getLogger(__name__)
 
@@ -18,11 +19,11 @@ LEAST_ZEROS = 0.3  # of a matrix: a bit and 16 (1 - zeros) bits a weight are to 
 ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that transformers gives one tensor
 
 
-def fuse(model: nn.Module) -> None:
+def fuse(model: nn.Module, kernel: Kernel | None = None) -> None:
     """Fuse calls, in place, where the result is the same up to rounding.
 
-    Siblings of ONE_INPUT are multiplied together, RMS norms are torch's (one call instead of six), and query heads
-    that share keys attend together.
+    Siblings of ONE_INPUT are multiplied together, RMS norms are torch's (one call instead of six), query heads that
+    share keys attend together, and a LLaMA's block takes one token in two compiled calls beside its attention.
     """
     for parent in list(model.modules()):
         for names in ONE_INPUT:
@@ -35,6 +36,7 @@ def fuse(model: nn.Module) -> None:
                 setattr(parent, name, norm)
     if isinstance(model, PreTrainedModel):
         group_attention(model)
+        compile_steps(model, kernel)
 
 
 @torch.no_grad()
@@ -80,5 +82,5 @@ def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None
         sparse = zeros >= least and owners[id(module.weight)] == 1
         model.set_submodule(name, (SparseLinear.from_linear if sparse else DenseLinear)(module, kernel))
         count += sparse
-    fuse(model)
+    fuse(model, kernel)
     return count

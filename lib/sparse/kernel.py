@@ -1,4 +1,4 @@
-"""Compiled kernel: kernel.cpp as a shared library in the user's cache, for an instruction set of this CPU."""
+"""Compiled kernel: kernel.cpp and step.cpp as a shared library in the user's cache, for this CPU's instruction set."""
 
 import ctypes
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernel.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernel.cpp", "step.cpp")]
 # Instruction sets, the best first. The flags are spelled as the compiler's -m and, but for "_", as in /proc/cpuinfo.
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx2", "fma", "f16c", "popcnt")
 LEVELS = {
@@ -44,6 +44,16 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class Block(ctypes.Structure):
+    """A LLaMA's block as step.cpp sees it: addresses of matrices and of the norms' weights, and sizes."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("qkv", "o", "gate_up", "down", "before", "after")),
+        *((name, ctypes.c_double) for name in ("before_eps", "after_eps")),
+        *((name, ctypes.c_int64) for name in ("width", "heads", "keys", "size", "inner", "half")),
+    ]
+
+
 class Kernel:
     """One compiled library, for one of LEVELS."""
 
@@ -53,7 +63,14 @@ class Kernel:
         self._multiply, self._unpack = library.multiply, library.unpack
         self._multiply.argtypes = [pointer, ctypes.c_int, pointer, ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int]
         self._unpack.argtypes = [pointer, number, number, pointer, ctypes.c_int]
-        self._multiply.restype = self._unpack.restype = None
+        steps = library.enter_block, library.attend_block, library.leave_block
+        self.enter_block, self.attend_block, self.leave_block = steps  # see step.cpp
+        few = ctypes.c_int
+        self.enter_block.argtypes = [*[pointer] * 4, number, few, *[pointer] * 3, few]
+        self.attend_block.argtypes = [*[pointer] * 4, number, ctypes.c_double, few, pointer, few]
+        self.leave_block.argtypes = [*[pointer] * 3, few, pointer, few]
+        for function in (self._multiply, self._unpack, *steps):
+            function.restype = None
 
     def multiply(self, matrix: Matrix, x: Tensor, y: Tensor, tokens: int) -> Tensor:
         """Fill ``y`` [..., rows] with the products of ``x`` [..., columns], both contiguous, and return it.
@@ -123,7 +140,8 @@ def _built(level: str) -> Path:
     """Return the library's path; it is created atomically, under a name that identifies source, compiler and flags."""
     compiler = _compiler()
     flags = [*FLAGS, *(f"-m{flag}" for flag in LEVELS[level])]
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, flags)).encode()).hexdigest()[:16]
+    content = b"".join(source.read_bytes() for source in SOURCES)
+    key = hashlib.sha256(content + repr((compiler, flags)).encode()).hexdigest()[:16]
     target = _cache_folder() / f"sparse-{level}-{key}.so"
     if target.is_file():
         return target
@@ -132,7 +150,7 @@ def _built(level: str) -> Path:
     handle, tmp = tempfile.mkstemp(prefix=".sparse-", suffix=".so", dir=target.parent)
     os.close(handle)
     try:
-        command = [compiler, *flags, str(SOURCE), "-o", tmp]
+        command = [compiler, *flags, *map(str, SOURCES), "-o", tmp]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines()

@@ -93,7 +93,11 @@ class SparseLinear(nn.Module):
 
     def matrix(self, x: Tensor) -> Matrix | None:
         """Return the weight for the kernel if it can be multiplied with ``x``."""
-        return self._matrix if x.dtype == self.kind and x.shape[-1] == self.in_features else None
+        return self.of_kind(x.dtype) if x.shape[-1] == self.in_features else None
+
+    def of_kind(self, kind: torch.dtype) -> Matrix | None:
+        """Return the weight for the kernel if it is of this ``kind``."""
+        return self._matrix if kind == self.kind else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shared is not None and (y := self.shared.take(self.place, x)) is not None:
@@ -176,10 +180,14 @@ class DenseLinear(nn.Linear):
 
     def matrix(self, x: Tensor) -> Matrix | None:
         """Return the weight for the kernel if it can be multiplied with ``x``: no gradients, one kind, on the CPU."""
-        weight, bias = self.weight, self.bias
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return None
-        if x.dtype != weight.dtype or x.shape[-1] != self.in_features:
+        return self.of_kind(x.dtype) if x.shape[-1] == self.in_features else None
+
+    def of_kind(self, kind: torch.dtype) -> Matrix | None:
+        """Return the weight for the kernel if it is of this ``kind`` and on the CPU."""
+        weight, bias = self.weight, self.bias
+        if kind != weight.dtype:
             return None
         key = weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.dtype  # another after a move
         if self._known[0] != key:

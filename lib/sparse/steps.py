@@ -1,0 +1,189 @@
+"""Decoding steps: one new token per sequence through a LLaMA's block in three compiled calls."""
+
+import ctypes
+import inspect
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from lib.sparse.attention import NAME, grouped_attention
+from lib.sparse.kernel import MOST_TOKENS, Block, Kernel, Matrix, load
+from lib.sparse.layers import DenseLinear, SparseLinear
+
+PRODUCTS = (  # a kernel call each
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+OTHERS = ("self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm")
+TRIAL = 2  # tokens that a block is tried on
+
+
+class Step:
+    """Forward pass of one block: compiled for a single token per sequence, the model's own for everything else.
+
+    The model's own also runs where the kernel would miss something: gradients, hooks or replaced modules inside of the
+    block, another cache than DynamicCache, another attention than ``grouped_attention``.
+    """
+
+    def __init__(self, layer: nn.Module, kernel: Kernel | None = None) -> None:
+        self.layer, self.kernel = layer, kernel or load()
+        self._parts = self._built = None  # made when first needed: a layer that is being copied has no parts yet
+
+    def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        plain = not args and type(cache) is DynamicCache and not torch.is_grad_enabled()
+        few = hidden_states.shape[1] == 1 and 1 <= hidden_states.shape[0] <= MOST_TOKENS
+        block = self._block(hidden_states) if plain and few else None
+        if block is None:
+            return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
+        cos, sin = kwargs["position_embeddings"]
+        return self._step(block, hidden_states.contiguous(), cos, sin, cache, kwargs)
+
+    def _step(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor, cache: DynamicCache, kwargs: dict) -> Tensor:
+        batch, attention, threads = len(x), self.layer.self_attn, torch.get_num_threads()
+        cos, sin = cos.to(x.dtype).contiguous(), sin.to(x.dtype).contiguous()
+        q = x.new_empty(batch, block.heads, 1, block.size)
+        k, v = x.new_empty(2, batch, block.keys, 1, block.size).unbind()
+        stride = block.size if len(cos) > 1 else 0  # one position for all sequences, or one for each
+        at, angles = ctypes.addressof(block), (cos.data_ptr(), sin.data_ptr(), stride)
+        places = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+        self.kernel.enter_block(at, x.data_ptr(), *angles, batch, *places, threads)
+        k, v = cache.update(k, v, attention.layer_idx)
+        attended = self._attend(block, q, k, v, kwargs)
+        y = torch.empty_like(x)
+        self.kernel.leave_block(at, x.data_ptr(), attended.data_ptr(), batch, y.data_ptr(), threads)
+        return y
+
+    def _attend(self, block: Block, q: Tensor, k: Tensor, v: Tensor, kwargs: dict) -> Tensor:
+        attention, mask = self.layer.self_attn, kwargs.get("attention_mask")
+        if mask is not None or not k.is_contiguous() or not v.is_contiguous():
+            more = {key: kwargs[key] for key in kwargs.keys() - {"attention_mask", "cache", "past_key_values"}}
+            return grouped_attention(attention, q, k, v, mask, scaling=attention.scaling, **more)[0].contiguous()
+        out, threads = torch.empty_like(q), torch.get_num_threads()
+        places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[2])
+        at = ctypes.addressof(block)
+        self.kernel.attend_block(at, *places, attention.scaling, len(q), out.data_ptr(), threads)
+        return out
+
+    def _block(self, x: Tensor) -> Block | None:
+        """Return the block for the kernel, None if it is not as the kernel takes it, was altered, or is watched."""
+        if self.layer.self_attn.config._attn_implementation != NAME or x.device.type != "cpu":
+            return None
+        inside, linears, norms = self._parts = self._parts or _parts(self.layer)
+        for modules, name, module in inside:
+            if modules[name] is not module or module._forward_hooks or module._forward_pre_hooks:
+                return None
+        found = [linear.of_kind(x.dtype) for linear in linears]
+        key = [*map(id, found), *(norm.weight.data_ptr() for norm in norms), x.dtype]
+        if self._built is None or self._built[0] != key:
+            fits = None not in found and all(norm.weight.dtype == x.dtype for norm in norms)
+            self._built = key, found, *(_described(self.layer, found, x.dtype) if fits else (None, None))
+        return self._built[2]
+
+    def __getstate__(self) -> dict:  # addresses and libraries are neither copied nor pickled
+        return {"layer": self.layer}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+
+def _parts(layer: nn.Module) -> tuple[list, list[nn.Module], list[nn.Module]]:
+    """Return every module in the block with its place, the linear layers in the order of PRODUCTS, and the norms."""
+    inside = [(parent._modules, *part) for parent in layer.modules() for part in parent._modules.items()]
+    return inside, _linears(layer), [layer.input_layernorm, layer.post_attention_layernorm]
+
+
+def _linears(layer: nn.Module) -> list[nn.Module]:
+    return [layer.get_submodule(name) for name in chain.from_iterable(PRODUCTS)]
+
+
+def _described(layer: nn.Module, found: Sequence[Matrix], kind: torch.dtype) -> tuple[Block, list]:
+    """Return the block, and the arrays whose addresses it holds."""
+    rest, arrays = list(found), []
+    for names in PRODUCTS:
+        arrays.append((Matrix * len(names))(*rest[: len(names)]))
+        del rest[: len(names)]
+    attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
+    size = attention.head_dim
+    block = Block(
+        *map(ctypes.addressof, arrays),
+        *(norm.weight.data_ptr() for norm in norms),
+        *(_eps(norm) for norm in norms),
+        found[0].columns,
+        found[0].rows // size,
+        found[1].rows // size,
+        size,
+        found[4].rows,
+        kind == torch.float16,
+    )
+    return block, arrays
+
+
+def _eps(norm: nn.Module) -> float:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def compile_steps(model: PreTrainedModel, kernel: Kernel | None = None) -> int:
+    """Let blocks that are built like a LLaMA's take compiled steps, in place; return how many do.
+
+    A trial on random tokens shows for each block whether the step computes what its own forward pass does: blocks of
+    one class may differ, for example in whether they rotate.
+    """
+    if model.config._attn_implementation != NAME:
+        return 0
+    steps = [Step(layer, kernel) for layer in model.modules() if _is_llama(layer)]
+    agreeing = [step for step in steps if _agrees(step)]
+    for step in agreeing:
+        step.layer.forward = step
+    return len(agreeing)
+
+
+def _is_llama(layer: nn.Module) -> bool:
+    inside = {name for name, _ in layer.named_modules()} - {""}
+    if inside != {*chain.from_iterable(PRODUCTS), *OTHERS} or any(True for _ in layer.parameters(recurse=False)):
+        return False
+    own = all(isinstance(linear, SparseLinear | DenseLinear) for linear in _linears(layer))
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    plain = all(len(list(norm.parameters())) == 1 and _eps(norm) is not None for norm in norms)
+    needed = ("head_dim", "scaling", "layer_idx", "config")
+    return own and plain and all(hasattr(layer.self_attn, name) for name in needed)
+
+
+@torch.no_grad()
+def _agrees(step: Step) -> bool:
+    """Return whether ``step`` computes what the layer's own forward pass does, up to rounding, for two sequences."""
+    layer = step.layer
+    attention, kind = layer.self_attn, layer.input_layernorm.weight.dtype
+    draw = torch.Generator().manual_seed(0)
+    width = attention.q_proj.in_features
+    tokens = torch.randn(TRIAL, 2, 1, width, generator=draw).to(kind)
+    angles = torch.rand(TRIAL, 2, 1, attention.head_dim // 2, generator=draw).mul(6).repeat(1, 1, 1, 2)
+    results = []
+    for forward in (step, lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)):
+        cache = DynamicCache()
+        try:
+            outs = []
+            for x, angle in zip(tokens, angles, strict=True):
+                given = {"attention_mask": None, "position_embeddings": (angle.cos().to(kind), angle.sin().to(kind))}
+                out = forward(x, **given, **{_cache_name(layer): cache})
+                if not isinstance(out, Tensor):
+                    return False
+                outs.append(out.float())
+            results.append(torch.stack(outs))
+        except (TypeError, KeyError, AttributeError, RuntimeError):  # a block that wants something else
+            return False
+    found, expected = results
+    added = (expected - tokens.float()).abs().max()
+    eps = torch.finfo(kind).eps
+    # Some ten roundings of what the block adds, and one of the sum.
+    return bool((found - expected).abs().max() <= 10 * eps * added + 2 * eps * expected.abs().max())
+
+
+def _cache_name(layer: nn.Module) -> str:
+    named = inspect.signature(inspect.unwrap(type(layer).forward)).parameters
+    return "cache" if "cache" in named else "past_key_values"  # in older versions of transformers
