@@ -88,6 +88,15 @@ def fast(values: Iterable, count: int) -> list:
     return values[:count] + [param._replace(marks=(*param.marks, pytest.mark.slow)) for param in slow]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Let torch compute on one thread: the others of its pool do not live on in a forked child, which waits for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def few_windows(monkeypatch):
     """Let a search for prices read few windows: each goes the same way."""

@@ -19,6 +19,8 @@ sys.path += [str(ROOT / "scripts"), str(ROOT / "scripts" / "speedup")]
 import generate
 import pack
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # runs are forked
+
 METHOD = "wanda_ww"
 RUN = f"{METHOD}_sparsity_0.7"
 

@@ -25,6 +25,8 @@ from test_resume import hashes
 import main
 from lib import UserError, calibration, metrics, models, processes, prune, stream
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # runs are forked
+
 LIMIT = 120  # seconds after which a process that waits for another in vain is ended
 
 

@@ -21,6 +21,8 @@ from lib import calibration, evaluation, journal, metrics, prune, search, stream
 from lib.esd import METRICS
 from lib.journal import Journal
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # runs are forked
+
 METHOD = "sparsegpt_ww"
 RUN = f"{METHOD}_sparsity_0.6"
 
