@@ -90,7 +90,7 @@ def fast(values: Iterable, count: int) -> list:
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Let torch compute on one thread: the others of its pool do not live on in a forked child, which waits for them."""
+    """Let torch compute on one thread: a forked child has none of its other threads, and would wait for them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

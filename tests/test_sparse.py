@@ -66,9 +66,11 @@ def threads(request):
 
 
 @needs_kernel
+@pytest.mark.parametrize("multiplies", [False, True])  # whether the CPU has instructions for many tokens of this kind
 @pytest.mark.parametrize("kind", kernel.KINDS)
 @pytest.mark.parametrize("level", kernel.levels())
-def test_products_are_those_of_float64(level, kind, threads):
+def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeypatch):
+    monkeypatch.setattr("lib.sparse.layers.multiplies", lambda _: multiplies)
     library = kernel.load(level)
     for index, (rows, columns) in enumerate(SHAPES):
         for zeros in (0.0, 0.5, 0.9, 1.0):

@@ -1,13 +1,13 @@
 """Linear layers on the CPU that multiply a few tokens by the compiled kernel, with a packed or dense weight."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import UserError
-from lib.sparse.kernel import KINDS, MOST_TOKENS, Kernel, Matrix, load
+from lib.sparse.kernel import KINDS, MOST_TOKENS, Kernel, Matrix, load, multiplies
 from lib.sparse.packed import Packed, pack, row_starts, unpack
 
 TILE = 512  # rows that are unpacked at once for many tokens: they stay in the second-level cache
@@ -48,6 +48,23 @@ class Shared:
 
     def __getstate__(self) -> dict:
         return {"layers": self.layers, "_matrices": None, "_held": None}
+
+
+def by_tiles(flat: Tensor, rows: Callable[[int, int], Tensor], count: int, bias: Tensor | None) -> Tensor:
+    """Return the product of ``flat`` [tokens, columns] and a weight of ``count`` rows, in the kind of ``flat``.
+
+    TILE rows are multiplied at a time, in float32 where the CPU has no instructions for the kind.
+
+    Args:
+        rows: returns the weight's rows from the first to before the last, [last - first, columns].
+    """
+    kind = flat.dtype if multiplies(flat.dtype) else torch.float32
+    y, flat = flat.new_empty(len(flat), count), flat.to(kind)
+    for first in range(0, count, TILE):
+        last = min(first + TILE, count)
+        part = None if bias is None else bias[first:last].to(kind)
+        y[:, first:last] = F.linear(flat, rows(first, last).to(kind), part)
+    return y
 
 
 class SparseLinear(nn.Module):
@@ -119,14 +136,13 @@ class SparseLinear(nn.Module):
         return self.kernel.multiply(self._matrix, x.contiguous(), y, tokens)
 
     def _many(self, flat: Tensor) -> Tensor:
-        y = flat.new_empty(flat.shape[0], self.out_features)
         tile = flat.new_empty(min(TILE, self.out_features), self.mask.shape[1] * 32)
-        for first in range(0, self.out_features, TILE):
-            last = min(first + TILE, self.out_features)
+
+        def rows(first: int, last: int) -> Tensor:
             self.kernel.unpack(self._matrix, first, last, tile)
-            bias = None if self.bias is None else self.bias[first:last]
-            y[:, first:last] = F.linear(flat, tile[: last - first, : self.in_features], bias)
-        return y
+            return tile[: last - first, : self.in_features]
+
+        return by_tiles(flat, rows, self.out_features, self.bias)
 
     def _address(self) -> None:
         bias = None if self.bias is None else self.bias.data_ptr()
@@ -166,7 +182,8 @@ class SparseLinear(nn.Module):
 class DenseLinear(nn.Linear):
     """A dense linear layer that multiplies a few tokens by the kernel: the lm_head, and a baseline for SparseLinear.
 
-    nn.Linear handles whatever the kernel does not (gradients, other devices or dtypes, many tokens).
+    nn.Linear handles whatever the kernel does not: gradients, other devices or dtypes, and many tokens, unless the CPU
+    has no instructions for their kind; then they are multiplied in float32.
     """
 
     def __init__(self, linear: nn.Linear, kernel: Kernel | None = None) -> None:
@@ -201,11 +218,15 @@ class DenseLinear(nn.Linear):
         if self.shared is not None and (y := self.shared.take(self.place, x)) is not None:
             return y
         tokens = x.numel() // self.in_features
-        few = 1 <= tokens <= MOST_TOKENS and x.device.type == "cpu"
-        if few and self.shared is not None and (y := self.shared.multiply(self.place, x, tokens)) is not None:
+        few, here = 1 <= tokens <= MOST_TOKENS, x.device.type == "cpu"
+        if few and here and self.shared is not None and (y := self.shared.multiply(self.place, x, tokens)) is not None:
             return y
-        matrix = self.matrix(x) if few else None
-        if matrix is None:
+        matrix = self.matrix(x) if here else None
+        if matrix is not None and tokens > MOST_TOKENS and not multiplies(x.dtype):
+            flat = x.reshape(tokens, self.in_features)
+            y = by_tiles(flat, lambda first, last: self.weight[first:last], self.out_features, self.bias)
+            return y.view(*x.shape[:-1], self.out_features)
+        if matrix is None or not few:
             return F.linear(x, self.weight, self.bias)
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
         return self.kernel.multiply(matrix, x.contiguous(), y, tokens)
