@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from image_classifiers import data, models, pruning
-from image_classifiers.price import ImagePrices, groups
+from image_classifiers.price import PART, ImagePrices, groups
 from image_classifiers.settings import ImageExperiment, wants_images
 from lib import UserError, files, first_line, metrics, price, scores
 from lib.calibration import BlockInputs
@@ -196,6 +196,7 @@ def find_prices(
     images = torch.cat([batch for batch, _ in reader(settings)(known.sets.calibration)])
     dtype = price.search_dtype(settings.price_dtype, torch.device(known.device), torch.float32)
     options = price.Options(settings.price_steps, settings.price_refresh, dtype)
-    fit, held = (partial(ImagePrices, parts.pruned, part, dtype) for part in groups(images))
+    part = min(PART, settings.batch_size)
+    fit, held = (partial(ImagePrices, parts.pruned, group, dtype, part=part) for group in groups(images))
     found = fit(kept_on=settings.hidden_device)
     return price.equalise(found, held(ranks=found.ranks), task.target, start, options)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 GROUP = 128  # images that count as one window of text in a search, at most
-PART = 32  # images that are differentiated at a time
+PART = 32  # images that are differentiated at a time, at most
 
 
 def groups(images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -47,6 +47,7 @@ class ImagePrices(Prices):
         dtype: torch.dtype | None,
         ranks: dict[str, Tensor] | None = None,
         kept_on: str | None = None,
+        part: int = PART,
     ) -> None:
         """Pass the groups ``windows`` through the dense model.
 
@@ -54,11 +55,12 @@ class ImagePrices(Prices):
             dtype: of the products, by autocast; None for the model's own.
             ranks: those of other images; None takes them from these.
             kept_on: the device that holds the hidden states while ranks are found; None for the model's.
+            part: images that are differentiated at a time.
         """
-        self.weights, self.windows, self.dtype, self.kept_on = weights, windows, dtype, kept_on
+        self.weights, self.windows, self.dtype, self.kept_on, self.part = weights, windows, dtype, kept_on, part
         self.arguments, self.tuples = [((), {})] * len(weights.modules), None
         with torch.no_grad():
-            self.dense = [torch.cat([self._logits(part) for part in group.split(PART)]) for group in windows]
+            self.dense = [torch.cat([self._logits(images) for images in group.split(part)]) for group in windows]
         self.ranks = self._ranks(self._enter()) if ranks is None else ranks
 
     def renewed_ranks(self, ratios: Mapping[str, float]) -> dict[str, Tensor]:
@@ -104,9 +106,10 @@ class ImagePrices(Prices):
             yield leaves
 
     def _losses(self, batch: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the sum over images of KL(dense || pruned) for each PART of the groups ``batch``."""
+        """Yield the sum over images of KL(dense || pruned) for each part of the groups ``batch``."""
         for index in batch:
-            for part, dense in zip(self.windows[index].split(PART), self.dense[index].split(PART), strict=True):
+            parts = self.windows[index].split(self.part), self.dense[index].split(self.part)
+            for part, dense in zip(*parts, strict=True):
                 yield kl_divergence(dense, self._logits(part))
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -115,5 +118,5 @@ class ImagePrices(Prices):
             return self.weights.model(images.to(device))
 
     def _enter(self) -> BlockInputs:
-        batches = ((part, None) for group in self.windows for part in group.split(PART))
+        batches = ((part, None) for group in self.windows for part in group.split(self.part))
         return pruning.block_inputs(self.weights, batches, self.kept_on)

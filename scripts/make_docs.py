@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST = [
     "main.py", "image_classifiers/main.py", "lora_ft/finetune_lm.py", "lora_ft/evaluate_ppl.py", "lora_ft/merge.py"
 ]  # fmt: skip
-RESULTS, PICTURE = "data/smollm2_wikitext2.json", "docs/perplexity.png"
+RESULTS, PICTURE = "data/smollm2_results.json", "docs/perplexity.png"
 LABELS = {"": "uniform", "ww": "by alpha", "price": "by price"}
 DRAWN = {
     "wanda": ("Wanda, uniform", "s--C3"),

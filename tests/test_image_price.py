@@ -12,7 +12,6 @@ from test_image_models import TINY, matrices, some_images, tiny_vit
 from test_image_pruning import exact
 
 from image_classifiers import data
-from image_classifiers import price as image_price
 from image_classifiers.models import find_parts, save
 from image_classifiers.price import ImagePrices, groups
 from lib.price import BAND, FIT, HELD, Options, equalise
@@ -78,11 +77,10 @@ class Oracle:
 
 
 @pytest.mark.parametrize("make", fast(TINY.values(), 2))
-def test_prices_are_derivatives_along_the_band(make, monkeypatch):
-    monkeypatch.setattr(image_price, "PART", 2)  # of 3 images a group: a whole part and a rest
+def test_prices_are_derivatives_along_the_band(make):
     weights, oracle, batch = parts_of(make), Oracle(make), [2, 0]
     ratios = some_ratios(weights)
-    mine = ImagePrices(weights, GROUPS, None)
+    mine = ImagePrices(weights, GROUPS, None, part=2)  # of 3 images a group: a whole part and a rest
     assert {name: rank.tolist() for name, rank in mine.ranks.items()} == {
         name: [rank.flatten().tolist()] for name, rank in oracle.ranks.items()
     }

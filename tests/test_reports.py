@@ -1,6 +1,5 @@
 """The report of spectra, the benchmark's plain formulation, and the comparison of allocations."""
 
-import itertools
 import json
 import math
 import sys
@@ -191,11 +190,6 @@ def test_the_documented_results_are_the_measured_ones():
     page = (ROOT / "docs/results.md").read_text()
     assert compare_allocations.table(rows, sparsities) in page
     assert content["command"].replace(" ", "") in page.replace("\\\n", "").replace(" ", "")
-    readme = (ROOT / "README.md").read_text()
-    for pruner, allocation in itertools.product(("wanda", "sparsegpt", "alps"), ("uniform", "price")):
-        spread = rows[compare_allocations.Key(pruner, allocation)].cells[0.7]
-        places = 1 if pruner == "alps" else 0
-        assert spread.count == 3 and f"{spread.mean:.{places}f} ± {spread.deviation:.{places}f}" in readme
     commits = {run["git_commit"][:12] for run in content["runs"]}
     assert all(commit in page for commit in commits) and f"dense {content['dense']:.2f}" in page
 
