@@ -130,9 +130,9 @@ def band_price(gradient: Tensor, weight: Tensor, rank: Tensor, ratio: float) -> 
 
     Args:
         gradient: dL/dW at the pruned weights, also where they are pruned.
-        weight: W, dense, as many entries as ``gradient`` and ``rank``, whose shape counts.
+        weight: W, dense. Both are read in the shape of ``rank``.
     """
-    gradient, weight = gradient.view_as(rank), weight.view_as(rank)
+    gradient, weight = gradient.reshape(rank.shape), weight.reshape(rank.shape)
     columns = rank.shape[1]
     middle, half = int(columns * ratio), max(1, int(BAND / 2 * columns))
     low, high = max(0, middle - half), min(columns, middle + half)
@@ -201,7 +201,7 @@ class Prices:
     once more (checkpointing), and each gradient becomes a price and is freed as soon as it is known.
 
     Attributes:
-        windows: whose number the search needs.
+        windows: token ids, [samples, tokens].
         ranks: by layer name, [out, in].
         leaving: what left the dense blocks, [samples, every second token, width], for the dense model's logits.
     """
