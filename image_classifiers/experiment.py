@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from image_classifiers import data, models, pruning
-from image_classifiers.price import PART, ImagePrices, groups
+from image_classifiers.price import PART, ImagePrices, split
 from image_classifiers.settings import ImageExperiment, wants_images
 from lib import UserError, files, first_line, metrics, price, scores
 from lib.calibration import BlockInputs
 from lib.esd import WEIGHTWATCHER
 from lib.experiment import make_plan, model_folder, warn_of_replacement
+from lib.files import readable
 from lib.lazy import torch
+from lib.models import free_memory
 from lib.record import read_run
 from lib.settings import Task
 
@@ -122,14 +124,21 @@ def open_images(settings: ImageExperiment, task: Task, size: int, classes: int) 
             others = ", ".join(sorted(set(training.classes) ^ set(found.classes))[:5])
             text = f"calibration and test images differ in their classes ({others})"
             raise UserError("data_path", f"{settings.data_path}: {text}")
-        if task.wants == "price" and settings.nsamples < price.FIT + price.HELD:
-            text = f"{settings.nsamples}: the search for prices needs at least {price.FIT + price.HELD} images"
-            raise UserError("nsamples", text)
         random = settings.published_calibration
         indices = data.draw(training, settings.nsamples, settings.seed, replacement=random)
+        if task.wants == "price":
+            check_room(sum(map(len, split(indices))) * 3 * size**2 * 4)
         transform = data.augmenting_transform(size, mean_std) if random else plain
         calibration = data.Prepared(training, indices, transform, settings.seed if random else None)
     return Sets(data.Prepared(found, range(len(found.items)), plain), calibration)
+
+
+def check_room(needed: int) -> None:
+    """Refuse images of a search for prices that do not fit in the memory of the CPU."""
+    free = free_memory(0).get("cpu", needed)
+    if needed > free:
+        text = f"the images that prices are found on need {readable(needed)} and {readable(free)} are free; lower it"
+        raise UserError("nsamples", text)
 
 
 def described(settings: ImageExperiment, task: Task, known: Prepared) -> dict:
@@ -161,10 +170,12 @@ def warn_of_normalisation(settings: ImageExperiment, model: nn.Module) -> None:
         log.warning("images are normalised by a mean of %s, and these weights were trained with %s%s", ours, own, fix)
 
 
-def reader(settings: ImageExperiment) -> Callable[[data.Prepared], Iterator[tuple[Tensor, Tensor]]]:
-    """Return a function that yields the batches of given images."""
+def reader(
+    settings: ImageExperiment, batch_size: int | None = None
+) -> Callable[[data.Prepared], Iterator[tuple[Tensor, Tensor]]]:
+    """Return a function that yields the batches of given images; ``batch_size``: another than the flag's."""
     workers = min(10, os.cpu_count() or 1) if settings.num_workers is None else settings.num_workers
-    return partial(data.batches, batch_size=settings.batch_size, workers=workers)
+    return partial(data.batches, batch_size=batch_size or settings.batch_size, workers=workers)
 
 
 def enter_blocks(settings: ImageExperiment, parts: models.Parts, images: data.Prepared) -> BlockInputs:
@@ -193,10 +204,13 @@ def find_prices(
     if task.start:
         values = measure_values(settings, task.first, known, parts, enter)
         start = make_plan(settings, task.first, parts.pruned.layers, values).ratios
-    images = torch.cat([batch for batch, _ in reader(settings)(known.sets.calibration)])
+    given, groups = known.sets.calibration, []
+    for part, count in zip(split(given.indices), (price.FIT, price.HELD), strict=True):
+        images = data.Prepared(given.images, part, given.transform, given.seed)
+        groups.append([batch for batch, _ in reader(settings, len(part) // count)(images)])
     dtype = price.search_dtype(settings.price_dtype, torch.device(known.device), torch.float32)
     options = price.Options(settings.price_steps, settings.price_refresh, dtype)
     part = min(PART, settings.batch_size)
-    fit, held = (partial(ImagePrices, parts.pruned, group, dtype, part=part) for group in groups(images))
+    fit, held = (partial(ImagePrices, parts.pruned, each, dtype, part=part) for each in groups)
     found = fit(kept_on=settings.hidden_device)
     return price.equalise(found, held(ranks=found.ranks), task.target, start, options)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from image_classifiers import pruning
+from lib import UserError
 from lib.blocks import Weights
 from lib.calibration import BlockInputs
 from lib.lazy import torch
@@ -19,11 +20,21 @@ GROUP = 128  # images that count as one window of text in a search, at most
 PART = 32  # images that are differentiated at a time, at most
 
 
-def groups(images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return ``images`` [count, 3, height, width] as FIT groups of one size to find prices on, and HELD held out."""
-    size = min(len(images) // (FIT + HELD), GROUP)
-    found = images[: (FIT + HELD) * size].split(size)
-    return list(found[:FIT]), list(found[FIT:])
+def split(images: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Return which of ``images`` prices are found on, FIT groups of one size, and HELD such groups of others.
+
+    Drawn with replacement, an image may be there several times; it is then in one part only.
+
+    Raises:
+        UserError: too few images.
+    """
+    fit = images[: len(images) * FIT // (FIT + HELD)]
+    held = [image for image in images[len(fit) :] if image not in set(fit)]
+    size = min(len(fit) // FIT, len(held) // HELD, GROUP)
+    if not size:
+        text = f"{len(images)}: the search for prices needs at least {FIT + HELD} different images"
+        raise UserError("nsamples", text)
+    return fit[: FIT * size], held[: HELD * size]
 
 
 class ImagePrices(Prices):
@@ -35,6 +46,7 @@ class ImagePrices(Prices):
 
     Attributes:
         windows: groups of images, each [images, 3, height, width].
+        dense: the dense model's logits of each group, [images, classes].
     """
 
     whole: ClassVar[bool] = True

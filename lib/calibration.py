@@ -345,7 +345,7 @@ class _Totals:
         def see(module: nn.Module, args: tuple) -> None:
             (x,) = args
             self.calls += 1
-            with torch.autocast(x.device.type, enabled=False):  # sums stay in float32
+            with torch.autocast(x.device.type, enabled=False):  # sums keep their precision
                 self.take(name, module, x)
             if self.stop and self.calls == self.enough:
                 raise _Caught

@@ -202,7 +202,7 @@ class Prices:
 
     Attributes:
         windows: token ids, [samples, tokens].
-        ranks: by layer name, [out, in].
+        ranks: by layer name, [out, in], or [1, out * in] if weights compete within the ``whole`` matrix.
         leaving: what left the dense blocks, [samples, every second token, width], for the dense model's logits.
     """
 
@@ -443,7 +443,7 @@ def equalise(
     kls = {name: held.kl(plan) for name, plan in plans.items()}
     plans["end"], steps = _descend(fit, held, plans.get("start", plans["uniform"]), target, options.steps, STEP)
     kls["end"] = steps[-1].held
-    kept = _best(kls)
+    kept = _best(kls, held.advice)
     if options.refresh:
         fit.ranks = held.ranks = fit.renewed_ranks(plans[kept])
         kls["before refresh"] = held.kl(plans[kept])
@@ -451,7 +451,7 @@ def equalise(
         plans["refreshed"], more = _descend(fit, held, plans[kept], target, options.refresh, REFRESH_STEP)
         steps += more
         kls["refreshed"] = more[-1].held
-        kept = _best({name: kls[name] for name in ("before refresh", "refreshed")})  # of the same ranks
+        kept = _best({name: kls[name] for name in ("before refresh", "refreshed")}, held.advice)  # of the same ranks
     shown = ", ".join(f"{name} {value:.4f}" for name, value in kls.items())
     log.info("price search: KL on held-out calibration data: %s; kept: %s", shown, kept)
     return Found(plans[kept], kept, kls, steps, str(options.dtype or fit.own).removeprefix("torch."))
@@ -465,11 +465,11 @@ def search_dtype(asked: str, device: torch.device, own: torch.dtype) -> torch.dt
     return torch.bfloat16 if multiplies_bfloat16(device) and own == torch.float32 else None
 
 
-def _best(kls: Mapping[str, float]) -> str:
+def _best(kls: Mapping[str, float], advice: str) -> str:
     """Return the name of the lowest finite KL; of equals the first."""
     finite = {name: value for name, value in kls.items() if math.isfinite(value)}
     if not finite:
-        raise UserError("sparsity_ratio", "the KL of every plan is not finite; lower it, or use --dtype bfloat16")
+        raise UserError("sparsity_ratio", f"the KL of every plan is not finite; lower it, or {advice}")
     return min(finite, key=finite.get)
 
 

@@ -100,8 +100,8 @@ class Pruning(Flags):
     )
     calib_dtype: str | None = flag(
         None,
-        "dtype of the products of calibration's passes through a float32 model: {choices}; statistics and solves stay "
-        "in float32 (default: the model's own)",
+        "dtype of the products of calibration's passes through a float32 model: {choices}; statistics and solves keep "
+        "their precision (default: the model's own)",
         choices=CALIB_DTYPES,
         prunes=True,
         metavar="NAME",

@@ -13,7 +13,8 @@ from test_image_pruning import exact
 
 from image_classifiers import data
 from image_classifiers.models import find_parts, save
-from image_classifiers.price import ImagePrices, groups
+from image_classifiers.price import ImagePrices, split
+from lib import UserError
 from lib.price import BAND, FIT, HELD, Options, equalise
 
 IMAGES = some_images(12).double()
@@ -135,8 +136,8 @@ def test_renewed_ranks_are_those_of_pruned_predecessors():
 
 def test_a_search_improves_on_uniform(digits):
     weights = find_parts(copy.deepcopy(digits[0])).pruned
-    fit, held = groups(digits[1])
-    assert [len(part) for part in (fit, held)] == [FIT, HELD] and {len(group) for group in fit + held} == {25}
+    fit, held = (list(digits[1][part].split(25)) for part in map(list, split(range(600))))
+    assert [len(part) for part in (fit, held)] == [FIT, HELD]
     mine = ImagePrices(weights, fit, None)
     found = equalise(mine, ImagePrices(weights, held, None, mine.ranks), 0.6, None, Options(8))
     sizes = {layer.name: layer.size for layer in weights.layers}
@@ -146,10 +147,18 @@ def test_a_search_improves_on_uniform(digits):
 
 
 @pytest.mark.parametrize("count", [24, 47, 48, 5000])
-def test_groups_are_of_one_size_and_share_no_image(count):
-    fit, held = groups(torch.arange(count)[:, None])
-    every = torch.cat(fit + held).flatten().tolist()
-    assert len(set(every)) == len(every) and {len(group) for group in fit + held} == {min(count // 24, 128)}
+def test_parts_are_of_whole_groups_and_share_no_image(count):
+    fit, held = split(range(count))
+    size = min(count // 24, 128)
+    assert (len(fit), len(held)) == (FIT * size, HELD * size) and set(fit).isdisjoint(held)
+
+
+def test_images_drawn_twice_are_in_one_part():
+    drawn = torch.randint(100, (240,), generator=torch.Generator().manual_seed(0)).tolist()
+    fit, held = split(drawn)
+    assert set(fit).isdisjoint(held) and len(held) % HELD == len(fit) % FIT == 0 < len(held)
+    with pytest.raises(UserError, match="at least 24 different images"):
+        split([5] * 100)
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
@@ -180,7 +189,7 @@ def test_a_run_records_its_search(more, digits, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("wanda_price --nsamples 23", "--nsamples 23: the search for prices needs at least 24 images"),
+        ("wanda_price --nsamples 23", "--nsamples 23: the search for prices needs at least 24 different images"),
         ("wanda --price_steps 3", "--price_steps does nothing with wanda; it is for the methods with _price"),
         ("wanda_price --price_start price", "--price_start price:"),
     ],

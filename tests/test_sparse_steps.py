@@ -9,6 +9,8 @@ import torch
 from conftest import tiny_llama
 from test_models import KINDS, build
 from transformers import DynamicCache, StaticCache
+from transformers.activations import ACT2FN
+from transformers.models.llama import modeling_llama
 
 from lib import sparse
 from lib.layers import prunable_modules
@@ -256,3 +258,90 @@ def unfused(model):
     for layer in other.model.layers:
         del layer.forward
     return other
+
+
+# ------------------------------------------------------------------------------------------- what is not compiled
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("scale", [0.05, 0.3, 1.0])
+def test_other_activations_keep_their_own(act, scale):
+    made = tiny_llama()
+    for layer in made.model.layers:
+        layer.mlp.act_fn = ACT2FN[act]
+        layer.mlp.down_proj.weight.data *= scale
+    made = pruned(made)
+    sparse.sparsify(made)
+    assert not any(compiled(made))
+
+
+def rotated_otherwise(kind: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    if kind == "none":
+        return x
+    if kind == "interleaved":
+        other = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    else:  # the other way round
+        other = -torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+    return x * cos + other * sin
+
+
+@pytest.mark.parametrize("kind", ["none", "interleaved", "backwards"])
+def test_other_rotations_keep_their_own(kind, monkeypatch):
+    def rotate(q, k, cos, sin, *_):
+        return tuple(rotated_otherwise(kind, x, cos[:, None], sin[:, None]) for x in (q, k))
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
+    made = pruned(tiny_llama())
+    sparse.sparsify(made)
+    assert not any(compiled(made))
+
+
+def test_angles_of_another_width_take_the_models_own(made, stepped):
+    layer, x = made.model.layers[0], torch.zeros(2, 1, 32, dtype=torch.bfloat16)
+    for width, batch in ((4, 1), (8, 3)):  # of 8; of 2 sequences
+        angles = torch.ones(batch, 1, width, dtype=torch.bfloat16)
+        with torch.no_grad(), pytest.raises(RuntimeError):  # LLaMA's own does not take them
+            layer(x, position_embeddings=(angles, angles), past_key_values=DynamicCache())
+    assert not stepped
+
+
+@pytest.mark.parametrize("broken", ["v_proj", "o_proj", "up_proj", "down_proj"])
+def test_shapes_that_do_not_fit_are_not_compiled(broken):
+    made = pruned(tiny_llama())
+    layer = made.model.layers[1]
+    home = layer.self_attn if broken in ("v_proj", "o_proj") else layer.mlp
+    old = getattr(home, broken)
+    setattr(home, broken, torch.nn.Linear(old.in_features, old.out_features + 8, bias=False, dtype=torch.bfloat16))
+    sparse.sparsify(made)
+    assert compiled(made) == [True, False, True]
+
+
+def test_a_cache_of_another_dtype_is_not_misread(made):
+    ids = some_ids(1)
+    cache = DynamicCache(config=made.config)
+    with torch.no_grad():
+        made(ids[:, :5], past_key_values=cache, use_cache=True)
+        for held in cache.layers:
+            held.keys, held.values = held.keys.float(), held.values.float()
+        with pytest.raises(RuntimeError):  # torch's: the query is bfloat16
+            made(ids[:, 5:6], past_key_values=cache, use_cache=True)
+
+
+def test_a_forward_method_that_is_replaced_is_used(made, stepped):
+    made.model.layers[0].mlp.forward = lambda x: 0 * x
+    decode(made, some_ids(1), prompt=12)
+    assert len(stepped) == 2
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    decode(made, some_ids(1), prompt=12)
+    handle.remove()
+    assert len(stepped) == 2
+
+
+def test_a_model_with_dropout_is_tried_without(tmp_path, tiny_tokenizer):
+    made = tiny_llama()
+    made.config.attention_dropout = 0.5
+    (tmp_path / "packed").mkdir()
+    pruned(made).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    sparse.pack_files(tmp_path / "model", tmp_path / "packed")
+    assert compiled(sparse.load_packed(tmp_path / "packed")) == [True] * 3

@@ -52,11 +52,12 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
             model.set_submodule(name, SparseLinear(weight, columns, module.bias, kernel))
         elif type(module) is nn.Linear and kernel is not None:
             model.set_submodule(name, DenseLinear(module, kernel))
+    model.requires_grad_(False).eval()  # before ``fuse`` tries what blocks compute
     if kernel is not None:
         fuse(model)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def _skeleton(folder: Path, kind: torch.dtype) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as watching
 from transformers import DynamicCache, PreTrainedModel
 
 from lib.sparse.attention import NAME, grouped_attention
@@ -26,8 +27,8 @@ TRIAL = 2  # tokens that a block is tried on
 class Step:
     """Forward pass of one block: compiled for a single token per sequence, the model's own for everything else.
 
-    The model's own also runs where the kernel would miss something: gradients, hooks or replaced modules inside of the
-    block, another cache than DynamicCache, another attention than ``grouped_attention``.
+    The model's own also runs where the kernel would miss something: gradients, hooks, replaced modules or forward
+    methods inside of the block, another cache than DynamicCache, another attention than ``grouped_attention``.
     """
 
     def __init__(self, layer: nn.Module, kernel: Kernel | None = None) -> None:
@@ -39,10 +40,10 @@ class Step:
         plain = not args and type(cache) is DynamicCache and not torch.is_grad_enabled()
         few = hidden_states.shape[1] == 1 and 1 <= hidden_states.shape[0] <= MOST_TOKENS
         block = self._block(hidden_states) if plain and few else None
-        if block is None:
+        angles = kwargs.get("position_embeddings")
+        if block is None or not _fit(angles, len(hidden_states), block.size):
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
-        cos, sin = kwargs["position_embeddings"]
-        return self._step(block, hidden_states.contiguous(), cos, sin, cache, kwargs)
+        return self._step(block, hidden_states.contiguous(), *angles, cache, kwargs)
 
     def _step(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor, cache: DynamicCache, kwargs: dict) -> Tensor:
         batch, attention, threads = len(x), self.layer.self_attn, torch.get_num_threads()
@@ -61,7 +62,7 @@ class Step:
 
     def _attend(self, block: Block, q: Tensor, k: Tensor, v: Tensor, kwargs: dict) -> Tensor:
         attention, mask = self.layer.self_attn, kwargs.get("attention_mask")
-        if mask is not None or not k.is_contiguous() or not v.is_contiguous():
+        if mask is not None or any(x.dtype != q.dtype or not x.is_contiguous() for x in (k, v)):
             more = {key: kwargs[key] for key in kwargs.keys() - {"attention_mask", "cache", "past_key_values"}}
             return grouped_attention(attention, q, k, v, mask, scaling=attention.scaling, **more)[0].contiguous()
         out, threads = torch.empty_like(q), torch.get_num_threads()
@@ -75,8 +76,11 @@ class Step:
         if self.layer.self_attn.config._attn_implementation != NAME or x.device.type != "cpu":
             return None
         inside, linears, norms = self._parts = self._parts or _parts(self.layer)
+        if watching._global_forward_hooks or watching._global_forward_pre_hooks:
+            return None
         for modules, name, module in inside:
-            if modules[name] is not module or module._forward_hooks or module._forward_pre_hooks:
+            hooks = module._forward_hooks or module._forward_pre_hooks
+            if modules[name] is not module or hooks or "forward" in module.__dict__:
                 return None
         found = [linear.of_kind(x.dtype) for linear in linears]
         key = [*map(id, found), *(norm.weight.data_ptr() for norm in norms), x.dtype]
@@ -98,6 +102,11 @@ def _parts(layer: nn.Module) -> tuple[list, list[nn.Module], list[nn.Module]]:
     return inside, _linears(layer), [layer.input_layernorm, layer.post_attention_layernorm]
 
 
+def _fit(angles: tuple[Tensor, Tensor] | None, batch: int, size: int) -> bool:
+    """Return whether cosines and sines are [1 or batch, 1, size]: one for each number of a head."""
+    return angles is not None and all(x.shape[1:] == (1, size) and len(x) in (1, batch) for x in angles)
+
+
 def _linears(layer: nn.Module) -> list[nn.Module]:
     return [layer.get_submodule(name) for name in chain.from_iterable(PRODUCTS)]
 
@@ -113,7 +122,7 @@ def _described(layer: nn.Module, found: Sequence[Matrix], kind: torch.dtype) -> 
     block = Block(
         *map(ctypes.addressof, arrays),
         *(norm.weight.data_ptr() for norm in norms),
-        *(_eps(norm) for norm in norms),
+        *(norm.eps for norm in norms),
         found[0].columns,
         found[0].rows // size,
         found[1].rows // size,
@@ -122,10 +131,6 @@ def _described(layer: nn.Module, found: Sequence[Matrix], kind: torch.dtype) -> 
         kind == torch.float16,
     )
     return block, arrays
-
-
-def _eps(norm: nn.Module) -> float:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def compile_steps(model: PreTrainedModel, kernel: Kernel | None = None) -> int:
@@ -147,11 +152,29 @@ def _is_llama(layer: nn.Module) -> bool:
     inside = {name for name, _ in layer.named_modules()} - {""}
     if inside != {*chain.from_iterable(PRODUCTS), *OTHERS} or any(True for _ in layer.parameters(recurse=False)):
         return False
-    own = all(isinstance(linear, SparseLinear | DenseLinear) for linear in _linears(layer))
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    plain = all(len(list(norm.parameters())) == 1 and _eps(norm) is not None for norm in norms)
-    needed = ("head_dim", "scaling", "layer_idx", "config")
-    return own and plain and all(hasattr(layer.self_attn, name) for name in needed)
+    linears, norms = _linears(layer), (layer.input_layernorm, layer.post_attention_layernorm)
+    own = all(isinstance(linear, SparseLinear | DenseLinear) for linear in linears)
+    plain = all(type(norm) is nn.RMSNorm for norm in norms)  # as ``fuse`` leaves those that compute the same
+    needed = all(hasattr(layer.self_attn, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
+    return own and plain and needed and _shapes_fit(layer) and _is_silu(layer.mlp.act_fn)
+
+
+def _shapes_fit(layer: nn.Module) -> bool:
+    """Return whether the matrices have the shapes that step.cpp takes for granted."""
+    q, k, v, o, gate, up, down = ((linear.out_features, linear.in_features) for linear in _linears(layer))
+    size, width, inner = layer.self_attn.head_dim, q[1], gate[0]
+    heads = size > 0 and size % 2 == 0 and k[0] % size == 0 and k[0] > 0 and q[0] % k[0] == 0
+    attention = k == v == (k[0], width) and o == (width, q[0])
+    return heads and attention and gate == up == (inner, width) and down == (width, inner)
+
+
+@torch.no_grad()
+def _is_silu(function: nn.Module) -> bool:
+    x = torch.linspace(-12, 12, 1001)
+    try:
+        return torch.allclose(function(x), nn.functional.silu(x), rtol=1e-5, atol=1e-6)
+    except Exception:  # a module that takes something else
+        return False
 
 
 @torch.no_grad()
@@ -164,24 +187,23 @@ def _agrees(step: Step) -> bool:
     tokens = torch.randn(TRIAL, 2, 1, width, generator=draw).to(kind)
     angles = torch.rand(TRIAL, 2, 1, attention.head_dim // 2, generator=draw).mul(6).repeat(1, 1, 1, 2)
     results = []
-    for forward in (step, lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)):
-        cache = DynamicCache()
+    for forward in (lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs), step):
+        cache, outs = DynamicCache(), []
         try:
-            outs = []
             for x, angle in zip(tokens, angles, strict=True):
                 given = {"attention_mask": None, "position_embeddings": (angle.cos().to(kind), angle.sin().to(kind))}
-                out = forward(x, **given, **{_cache_name(layer): cache})
-                if not isinstance(out, Tensor):
-                    return False
-                outs.append(out.float())
-            results.append(torch.stack(outs))
-        except (TypeError, KeyError, AttributeError, RuntimeError):  # a block that wants something else
+                outs.append(forward(x, **given, **{_cache_name(layer): cache}).float())
+            held = cache.layers[attention.layer_idx]
+            results.append((torch.stack(outs) - tokens.float(), held.keys.float(), held.values.float()))
+        except Exception:  # a block that wants, gives or keeps something else, in one of many ways
             return False
-    found, expected = results
-    added = (expected - tokens.float()).abs().max()
     eps = torch.finfo(kind).eps
-    # Some ten roundings of what the block adds, and one of the sum.
-    return bool((found - expected).abs().max() <= 10 * eps * added + 2 * eps * expected.abs().max())
+    # Some ten roundings of what the block adds, and one of the sum, about as large as the tokens. Keys and values are
+    # rounded less often: there another rotation, or none, shows.
+    bounds = [10 * eps * results[0][0].abs().max() + 2 * eps * tokens.float().abs().max()]
+    bounds += [3 * eps * expected.abs().max() for expected in results[0][1:]]
+    pairs = zip(*results, bounds, strict=True)
+    return all(a.shape == b.shape and bool((a - b).abs().max() <= bound) for a, b, bound in pairs)
 
 
 def _cache_name(layer: nn.Module) -> str:
