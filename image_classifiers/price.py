@@ -29,7 +29,8 @@ def split(images: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
         UserError: too few images.
     """
     fit = images[: len(images) * FIT // (FIT + HELD)]
-    held = [image for image in images[len(fit) :] if image not in set(fit)]
+    seen = set(fit)
+    held = [image for image in images[len(fit) :] if image not in seen]
     size = min(len(fit) // FIT, len(held) // HELD, GROUP)
     if not size:
         text = f"{len(images)}: the search for prices needs at least {FIT + HELD} different images"

@@ -316,8 +316,9 @@ def _autocast(block: Block, dtype: torch.dtype | None) -> AbstractContextManager
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether ``device`` is a CPU with instructions for bfloat16 products."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of torch: then unknown
-    return device.type == "cpu" and bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+    from lib.sparse.kernel import multiplies
+
+    return device.type == "cpu" and multiplies(torch.bfloat16)
 
 
 def advance(block: Block, inputs: BlockInputs) -> None:

@@ -88,6 +88,15 @@ def fast(values: Iterable, count: int) -> list:
     return values[:count] + [param._replace(marks=(*param.marks, pytest.mark.slow)) for param in slow]
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """Let torch compute on one thread, and on two; return how many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Let torch compute on one thread: a forked child has none of its other threads, and would wait for them."""

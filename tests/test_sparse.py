@@ -57,14 +57,6 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
 # -------------------------------------------------------------------------------------------------------- products
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @needs_kernel
 @pytest.mark.parametrize("multiplies", [False, True])  # whether the CPU has instructions for many tokens of this kind
 @pytest.mark.parametrize("kind", kernel.KINDS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from test_models import KINDS, build
+from test_sparse import HALF_ULP, needs_kernel
 from transformers import DynamicCache, StaticCache
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
@@ -18,17 +19,7 @@ from lib.pruners import magnitude
 from lib.sparse import kernel
 from lib.sparse.steps import Step, compile_steps
 
-pytestmark = pytest.mark.skipif(not kernel.levels(), reason="this CPU has no kernel")
-
-HALF_ULP = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a rounding
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+pytestmark = needs_kernel
 
 
 def pruned(model, kind: torch.dtype = torch.bfloat16, every: int = 1):

@@ -42,8 +42,12 @@ class Step:
         block = self._block(hidden_states) if plain and few else None
         angles = kwargs.get("position_embeddings")
         if block is None or not _fit(angles, len(hidden_states), block.size):
-            return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
+            return self.own(hidden_states, *args, **kwargs)
         return self._step(block, hidden_states.contiguous(), *angles, cache, kwargs)
+
+    def own(self, *args, **kwargs) -> Tensor:
+        """Return what the model's own forward pass gives."""
+        return type(self.layer).forward(self.layer, *args, **kwargs)
 
     def _step(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor, cache: DynamicCache, kwargs: dict) -> Tensor:
         batch, attention, threads = len(x), self.layer.self_attn, torch.get_num_threads()
@@ -99,7 +103,7 @@ class Step:
 def _parts(layer: nn.Module) -> tuple[list, list[nn.Module], list[nn.Module]]:
     """Return every module in the block with its place, the linear layers in the order of PRODUCTS, and the norms."""
     inside = [(parent._modules, *part) for parent in layer.modules() for part in parent._modules.items()]
-    return inside, _linears(layer), [layer.input_layernorm, layer.post_attention_layernorm]
+    return inside, _linears(layer), _norms(layer)
 
 
 def _fit(angles: tuple[Tensor, Tensor] | None, batch: int, size: int) -> bool:
@@ -111,14 +115,17 @@ def _linears(layer: nn.Module) -> list[nn.Module]:
     return [layer.get_submodule(name) for name in chain.from_iterable(PRODUCTS)]
 
 
+def _norms(layer: nn.Module) -> list[nn.Module]:
+    return [layer.input_layernorm, layer.post_attention_layernorm]
+
+
 def _described(layer: nn.Module, found: Sequence[Matrix], kind: torch.dtype) -> tuple[Block, list]:
     """Return the block, and the arrays whose addresses it holds."""
     rest, arrays = list(found), []
     for names in PRODUCTS:
         arrays.append((Matrix * len(names))(*rest[: len(names)]))
         del rest[: len(names)]
-    attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
-    size = attention.head_dim
+    norms, size = _norms(layer), layer.self_attn.head_dim
     block = Block(
         *map(ctypes.addressof, arrays),
         *(norm.weight.data_ptr() for norm in norms),
@@ -152,9 +159,8 @@ def _is_llama(layer: nn.Module) -> bool:
     inside = {name for name, _ in layer.named_modules()} - {""}
     if inside != {*chain.from_iterable(PRODUCTS), *OTHERS} or any(True for _ in layer.parameters(recurse=False)):
         return False
-    linears, norms = _linears(layer), (layer.input_layernorm, layer.post_attention_layernorm)
-    own = all(isinstance(linear, SparseLinear | DenseLinear) for linear in linears)
-    plain = all(type(norm) is nn.RMSNorm for norm in norms)  # as ``fuse`` leaves those that compute the same
+    own = all(isinstance(linear, SparseLinear | DenseLinear) for linear in _linears(layer))
+    plain = all(type(norm) is nn.RMSNorm for norm in _norms(layer))  # as ``fuse`` leaves those that compute the same
     needed = all(hasattr(layer.self_attn, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
     return own and plain and needed and _shapes_fit(layer) and _is_silu(layer.mlp.act_fn)
 
@@ -187,7 +193,7 @@ def _agrees(step: Step) -> bool:
     tokens = torch.randn(TRIAL, 2, 1, width, generator=draw).to(kind)
     angles = torch.rand(TRIAL, 2, 1, attention.head_dim // 2, generator=draw).mul(6).repeat(1, 1, 1, 2)
     results = []
-    for forward in (lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs), step):
+    for forward in (step.own, step):
         cache, outs = DynamicCache(), []
         try:
             for x, angle in zip(tokens, angles, strict=True):
