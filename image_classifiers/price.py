@@ -16,7 +16,7 @@ from lib.price import FIT, HELD, Prices, band_price, kl_divergence, standing
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-GROUP = 128  # images that count as one window of text in a search, at most
+GROUP = 256  # images that count as one window of text in a search, at most
 PART = 32  # images that are differentiated at a time, at most
 
 

@@ -277,7 +277,7 @@ def _reserve(
         return least
     gpus = 1 if processes.device() else max(1, torch.cuda.device_count())
     ranks = price.rank_bytes(layers) // gpus  # they lie beside the layers
-    return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, seqlen))
+    return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, price.window_length(seqlen)))
 
 
 def _check_layers(settings: Experiment, task: Task, source: models.Source, layers: tuple[Layer, ...]) -> None:
@@ -330,7 +330,8 @@ def _read_windows(
         draws = (settings.calib_data, tokenizer, counts, seqlen, settings.seed, "--epsilon auto")
         windows = windows._replace(search=session.once(data.search_windows, *draws))
     if task.wants == "price":
-        draws = (settings.calib_data, tokenizer, (price.FIT, price.HELD), seqlen, settings.seed, "_price")
+        counts, length = (price.FIT, price.HELD), price.window_length(seqlen)
+        draws = (settings.calib_data, tokenizer, counts, length, settings.seed, "_price")
         windows = windows._replace(search=session.once(data.search_windows, *draws))
     if settings.eval_wikitext:
         cut = (settings.eval_data, tokenizer, seqlen, settings.eval_windows)

@@ -182,7 +182,7 @@ class Price(Flags):
 
     price_steps: int = flag(
         16,
-        "for _price: steps of the search, each a backward pass over 2 windows of text, or 2 groups of 128 images",
+        "for _price: steps of the search, each a backward pass over a window of text, or over up to 256 images",
         least=1,
         only="price",
         metavar="N",

@@ -85,8 +85,8 @@ def work(shapes: dict[str, tuple[int, int]], blocks: int, method: str, tokens: i
         else:
             inverses = -(-alps.ITERATIONS // alps.PER_RHO)
             total += inverses * inside**3 + 2 * (alps.ITERATIONS + alps.REFIT_STEPS + 2) * out * inside**2
-    if allocation == "price":  # statistics and teacher, then forward, backward (twice as much) and checkpoints again
-        windows = 2 * price.FIT + price.HELD + 4 * price.BATCH * price.Options().steps
+    if allocation == "price":  # and once more where blocks are run twice
+        windows = price.forward_passes(price.Options(), started=False) + price.BATCH * price.Options().steps
         total += windows * tokens * forward
     return total * blocks
 
@@ -98,7 +98,7 @@ def needs(size: str, settings: Table) -> Iterator[Needs]:
     shapes = {layer.name.rpartition(".")[2]: layer.shape for layer in layers if layer.block == 0}
     blocks, half = layers[-1].block + 1, torch.float16
     weights = 2 * sum(p.numel() for p in model.parameters())
-    tokens = settings.nsamples * settings.seqlen
+    tokens, length = settings.nsamples * settings.seqlen, price.window_length(settings.seqlen)
     for method in METHODS:
         pruner, _, allocation = method.partition("_")
         windows = 0 if pruner == "magnitude" else settings.nsamples
@@ -107,9 +107,9 @@ def needs(size: str, settings: Table) -> Iterator[Needs]:
         streamed = models.working_set(model, half, hessians, 0, settings.seqlen)
         done = work(shapes, blocks, pruner, tokens)
         if allocation == "price":
-            ranks = price.rank_bytes(layers) + price.working_set(model, layers, half, settings.seqlen)
+            ranks = price.rank_bytes(layers) + price.working_set(model, layers, half, length)
             beside, streamed = max(beside, ranks), None
-            done += work(shapes, blocks, method, settings.seqlen) - work(shapes, blocks, pruner, settings.seqlen)
+            done += work(shapes, blocks, method, length) - work(shapes, blocks, pruner, length)
         hidden = 2 * windows * settings.seqlen * SIZES[size][0]
         yield Needs(size, method, weights, weights + beside, streamed, hidden, done)
 

@@ -136,7 +136,7 @@ def test_renewed_ranks_are_those_of_pruned_predecessors():
 
 def test_a_search_improves_on_uniform(digits):
     weights = find_parts(copy.deepcopy(digits[0])).pruned
-    fit, held = (list(digits[1][part].split(25)) for part in map(list, split(range(600))))
+    fit, held = (list(digits[1][part].split(50)) for part in map(list, split(range(600))))
     assert [len(part) for part in (fit, held)] == [FIT, HELD]
     mine = ImagePrices(weights, fit, None)
     found = equalise(mine, ImagePrices(weights, held, None, mine.ranks), 0.6, None, Options(8))
@@ -146,10 +146,10 @@ def test_a_search_improves_on_uniform(digits):
     assert found.kept == "end" and found.held["end"] < 0.9 * found.held["uniform"]
 
 
-@pytest.mark.parametrize("count", [24, 47, 48, 5000])
+@pytest.mark.parametrize("count", [12, 23, 24, 5000])
 def test_parts_are_of_whole_groups_and_share_no_image(count):
     fit, held = split(range(count))
-    size = min(count // 24, 128)
+    size = min(count // 12, 256)
     assert (len(fit), len(held)) == (FIT * size, HELD * size) and set(fit).isdisjoint(held)
 
 
@@ -157,7 +157,7 @@ def test_images_drawn_twice_are_in_one_part():
     drawn = torch.randint(100, (240,), generator=torch.Generator().manual_seed(0)).tolist()
     fit, held = split(drawn)
     assert set(fit).isdisjoint(held) and len(held) % HELD == len(fit) % FIT == 0 < len(held)
-    with pytest.raises(UserError, match="at least 24 different images"):
+    with pytest.raises(UserError, match="at least 12 different images"):
         split([5] * 100)
 
 
@@ -189,7 +189,7 @@ def test_a_run_records_its_search(more, digits, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("wanda_price --nsamples 23", "--nsamples 23: the search for prices needs at least 24 different images"),
+        ("wanda_price --nsamples 11", "--nsamples 11: the search for prices needs at least 12 different images"),
         ("wanda --price_steps 3", "--price_steps does nothing with wanda; it is for the methods with _price"),
         ("wanda_price --price_start price", "--price_start price:"),
     ],
