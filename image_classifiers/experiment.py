@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from image_classifiers import data, models, pruning
-from image_classifiers.price import PART, ImagePrices, split
+from image_classifiers.price import FIT, HELD, PART, ImagePrices, split
 from image_classifiers.settings import ImageExperiment, wants_images
 from lib import UserError, files, first_line, metrics, price, scores
 from lib.calibration import BlockInputs
@@ -205,7 +205,7 @@ def find_prices(
         values = measure_values(settings, task.first, known, parts, enter)
         start = make_plan(settings, task.first, parts.pruned.layers, values).ratios
     given, groups = known.sets.calibration, []
-    for part, count in zip(split(given.indices), (price.FIT, price.HELD), strict=True):
+    for part, count in zip(split(given.indices), (FIT, HELD), strict=True):
         images = data.Prepared(given.images, part, given.transform, given.seed)
         groups.append([batch for batch, _ in reader(settings, len(part) // count)(images)])
     dtype = price.search_dtype(settings.price_dtype, torch.device(known.device), torch.float32)

@@ -11,11 +11,12 @@ from lib import UserError
 from lib.blocks import Weights
 from lib.calibration import BlockInputs
 from lib.lazy import torch
-from lib.price import FIT, HELD, Prices, band_price, kl_divergence, standing
+from lib.price import Prices, band_price, kl_divergence, standing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+FIT, HELD = 8, 4  # groups of images: to find prices on, and held out
 GROUP = 256  # images that count as one window of text in a search, at most
 PART = 32  # images that are differentiated at a time, at most
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FIT, HELD = 8, 4  # windows: to find prices on, and held out
-LENGTH = 3, 4  # of a window, as a share of --seqlen: more tokens did not lead to better ratios
+FIT, HELD = 16, 8  # windows: to find prices on, and held out
+SHORTER = 2  # times, windows are than --seqlen: longer ones took longer and did not lead to better ratios
 BATCH = 1  # windows per step
 LEAST, MOST = 0.001, 0.97  # ratios that a step may lead to
 START_LEAST = 0.03  # ratio that a search starts from: from below, a logit hardly moves
@@ -45,7 +45,6 @@ STEP, REFRESH_STEP = 0.25, 0.15  # of the logit, at a price that is e times the 
 BAND = 0.1  # share of a row around the threshold from which a price is read
 MEMORY = 0.6  # share of the earlier steps in a price
 CHECK_EVERY = 8  # steps from one look at the held-out windows to the next
-POSITIONS = slice(1, None, 2)  # tokens whose predictions count: every second one is enough
 LIFT = 1024  # times the loss: most gradients of logits, which are at most 1, are too small for float16
 TOKENS = 256  # whose logits are in memory at a time
 HOLD_WITHIN = 0.75  # of the free memory, for all activations of a step; above it blocks are run twice
@@ -62,8 +61,7 @@ class Options(NamedTuple):
 
 def window_length(seqlen: int) -> int:
     """Return the number of tokens in a window of a search, given that in a window of calibration."""
-    share, of = LENGTH
-    return max(2, seqlen * share // of)
+    return -(-seqlen // SHORTER)
 
 
 def forward_passes(options: Options, started: bool) -> int:
@@ -224,7 +222,7 @@ class Prices:
         windows: token ids, [samples, tokens].
         holds: whether activations and pruned copies of all blocks are held for the way back.
         ranks: by layer name, [out, in], or [1, out * in] if weights compete within the ``whole`` matrix.
-        leaving: what left the dense blocks, [samples, every second token, width], for the dense model's logits.
+        leaving: what left the dense blocks, [samples, tokens, width], for the dense model's logits.
     """
 
     whole: ClassVar[bool] = False  # whether weights compete within the whole matrix, and not within each row
@@ -255,7 +253,7 @@ class Prices:
             for block in weights.visit():
                 with self._autocast(block.device):
                     advance(block, inputs)
-        self.leaving = inputs.hidden[:, POSITIONS].clone()
+        self.leaving = inputs.hidden
 
     def renewed_ranks(self, ratios: Mapping[str, float]) -> dict[str, Tensor]:
         """Return the ranks on the path of ``ratios``: each block's inputs come from pruned blocks, as in pruning."""
@@ -394,10 +392,8 @@ class Prices:
         total, slopes = 0.0, []
         with after_blocks(self.weights, self.tuples) as logits, torch.set_grad_enabled(differentiate):
             for h, index in zip(hidden, batch, strict=True):
-                window, slope = self.windows[index], torch.zeros_like(h) if differentiate else None
-                parts = (h[0, POSITIONS].split(TOKENS), self.leaving[index].split(TOKENS))
-                found = []
-                for ours, dense in zip(*parts, strict=True):
+                window, found = self.windows[index], []
+                for ours, dense in zip(h[0].split(TOKENS), self.leaving[index].split(TOKENS), strict=True):
                     ours = ours.detach().requires_grad_(differentiate)
                     with self._autocast(ours.device):
                         left = logits(window, ours)
@@ -408,8 +404,7 @@ class Prices:
                     if differentiate:
                         found += torch.autograd.grad(kl, ours, torch.full_like(kl, LIFT))
                 if differentiate:
-                    slope[0, POSITIONS] = torch.cat(found)
-                    slopes.append(slope)
+                    slopes.append(torch.cat(found)[None])
         return (total / count).item(), slopes, torch.tensor(float(LIFT * count))
 
 
