@@ -209,8 +209,9 @@ def find_prices(
         images = data.Prepared(given.images, part, given.transform, given.seed)
         groups.append([batch for batch, _ in reader(settings, len(part) // count)(images)])
     dtype = price.search_dtype(settings.price_dtype, torch.device(known.device), torch.float32)
-    options = price.Options(settings.price_steps, settings.price_refresh, dtype)
+    options = price.Options(settings.price_steps, settings.price_refresh, dtype, task.by_magnitude)
     part = min(PART, settings.batch_size)
-    fit, held = (partial(ImagePrices, parts.pruned, each, dtype, part=part) for each in groups)
+    own = {"part": part, "by_magnitude": task.by_magnitude}
+    fit, held = (partial(ImagePrices, parts.pruned, each, dtype, **own) for each in groups)
     found = fit(kept_on=settings.hidden_device)
     return price.equalise(found, held(ranks=found.ranks), task.target, start, options)

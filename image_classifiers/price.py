@@ -62,6 +62,7 @@ class ImagePrices(Prices):
         ranks: dict[str, Tensor] | None = None,
         kept_on: str | None = None,
         part: int = PART,
+        by_magnitude: bool = False,
     ) -> None:
         """Pass the groups ``windows`` through the dense model.
 
@@ -70,7 +71,9 @@ class ImagePrices(Prices):
             ranks: those of other images; None takes them from these.
             kept_on: the device that holds the hidden states while ranks are found; None for the model's.
             part: images that are differentiated at a time.
+            by_magnitude: see ``Prices``.
         """
+        self.by_magnitude = by_magnitude
         self.weights, self.windows, self.dtype, self.kept_on, self.part = weights, windows, dtype, kept_on, part
         self.arguments, self.tuples = [((), {})] * len(weights.modules), None
         with torch.no_grad():

@@ -276,7 +276,7 @@ def _reserve(
     if task.wants != "price":
         return least
     gpus = 1 if processes.device() else max(1, torch.cuda.device_count())
-    ranks = price.rank_bytes(layers) // gpus  # they lie beside the layers
+    ranks = price.rank_bytes(layers, task.by_magnitude) // gpus  # they lie beside the layers
     return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, price.window_length(seqlen)))
 
 
@@ -407,7 +407,7 @@ def find_prices(
         start = tuple(make_plan(settings, task.first, weights.layers, values).ratios.items())
     device = next(iter(weights.visit())).device
     dtype = price.search_dtype(settings.price_dtype, device, known.dtypes.compute)
-    options = price.Options(settings.price_steps, settings.price_refresh, dtype)
+    options = price.Options(settings.price_steps, settings.price_refresh, dtype, task.by_magnitude)
     if processes.count() > 1:
         log.info("the first process searches for prices, the others wait for them")
 

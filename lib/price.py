@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FIT, HELD = 16, 8  # windows: to find prices on, and held out
+FIT, HELD = 16, 6  # windows: to find prices on, and held out
 SHORTER = 2  # times, windows are than --seqlen: longer ones took longer and did not lead to better ratios
 BATCH = 1  # windows per step
 LEAST, MOST = 0.001, 0.97  # ratios that a step may lead to
@@ -52,11 +52,15 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 class Options(NamedTuple):
-    """``steps`` of the search, ``refresh`` more with renewed ranks, ``dtype`` of the products (None: the model's)."""
+    """``steps`` of the search, ``refresh`` more with renewed ranks, ``dtype`` of the products (None: the model's).
+
+    ``by_magnitude``: the masks are magnitude's, not Wanda's.
+    """
 
     steps: int = 16
     refresh: int = 0
     dtype: torch.dtype | None = None
+    by_magnitude: bool = False
 
 
 def window_length(seqlen: int) -> int:
@@ -221,6 +225,7 @@ class Prices:
     Attributes:
         windows: token ids, [samples, tokens].
         holds: whether activations and pruned copies of all blocks are held for the way back.
+        by_magnitude: whether weights are ranked by |W| within the matrix, as magnitude prunes, not as by Wanda.
         ranks: by layer name, [out, in], or [1, out * in] if weights compete within the ``whole`` matrix.
         leaving: what left the dense blocks, [samples, tokens, width], for the dense model's logits.
     """
@@ -235,6 +240,7 @@ class Prices:
         dtype: torch.dtype | None,
         ranks: dict[str, Tensor] | None = None,
         holds: bool = False,
+        by_magnitude: bool = False,
     ) -> None:
         """Pass ``windows`` [samples, tokens] through the dense model.
 
@@ -242,8 +248,10 @@ class Prices:
             dtype: of the products, by autocast; None for the model's own.
             ranks: those of another text; None takes them from this one.
             holds: see there; the same prices to the bit for more memory and a quarter fewer passes.
+            by_magnitude: see there.
         """
         self.weights, self.windows, self.dtype, self.holds = weights, windows, dtype, holds
+        self.by_magnitude = by_magnitude
         inputs = enter_blocks(weights, windows)
         self.arguments, self.tuples, self.entering = inputs.arguments, inputs.tuples, inputs.hidden.clone()
         if ranks is None:
@@ -371,8 +379,9 @@ class Prices:
                 steps = passes(block, inputs, keep=ratios is None)
                 for names, norms in input_statistics(block.linears, "squared_norms", inputs.samples, steps):
                     for name in names:
-                        score = block.linears[name].weight.detach().flatten(1).abs() * norms.sqrt()
-                        found[name] = row_ranks(score.view(1, -1) if self.whole else score)
+                        score = block.linears[name].weight.detach().flatten(1).abs()
+                        score = score if self.by_magnitude else score * norms.sqrt()
+                        found[name] = row_ranks(score.reshape(1, -1) if self.whole or self.by_magnitude else score)
                 if ratios is not None:
                     with standing(block, self._copies(block, found, ratios)):
                         advance(block, inputs)
@@ -449,8 +458,8 @@ def search(
     Raises:
         UserError: the weights are not in memory, or the search does not fit beside them.
     """
-    holds = check_memory(weights, windows[0].shape[1], options.dtype)
-    fit = Prices(weights, windows[0], options.dtype, holds=holds)
+    holds = check_memory(weights, windows[0].shape[1], options)
+    fit = Prices(weights, windows[0], options.dtype, None, holds, options.by_magnitude)
     return equalise(fit, Prices(weights, windows[1], options.dtype, fit.ranks), target, start, options)
 
 
@@ -464,7 +473,8 @@ def equalise(
     """Return the ratios at which pruning one more weight costs the same KL(dense || pruned) in every layer.
 
     Of where it starts, where it ends and uniform ratios, the best on what is ``held`` out are kept. Masks are Wanda's,
-    from statistics of the dense model; with ``options.refresh``, more steps follow with those of the pruned one.
+    from statistics of the dense model (or magnitude's); with ``options.refresh``, more steps follow with those of the
+    pruned one.
     """
     plans = {"uniform": {layer.name: target for layer in fit.weights.layers}}
     if start is not None:
@@ -530,9 +540,9 @@ def _descend(
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def rank_bytes(layers: Sequence[Layer]) -> int:
-    """Return the memory of the ranks of ``layers``."""
-    return sum(layer.size * (2 if layer.shape[1] <= 2**15 else 4) for layer in layers)
+def rank_bytes(layers: Sequence[Layer], whole: bool = False) -> int:
+    """Return the memory of the ranks of ``layers``, within rows or within the ``whole`` matrix."""
+    return sum(layer.size * (2 if (layer.size if whole else layer.shape[1]) <= 2**15 else 4) for layer in layers)
 
 
 def working_set(model: PreTrainedModel, layers: Sequence[Layer], dtype: torch.dtype, seqlen: int) -> int:
@@ -556,11 +566,8 @@ def held_bytes(layers: Sequence[Layer], dtype: torch.dtype, seqlen: int) -> int:
     return torch.finfo(dtype).bits // 8 * (sum(layer.size for layer in layers) + activations)
 
 
-def check_memory(weights: Weights, seqlen: int, dtype: torch.dtype | None = None) -> bool:
+def check_memory(weights: Weights, seqlen: int, options: Options) -> bool:
     """Tell how much memory a search needs, refuse one that does not fit, and return whether all activations do.
-
-    Args:
-        dtype: of the products, None for the model's own.
 
     Raises:
         UserError: see there.
@@ -574,12 +581,13 @@ def check_memory(weights: Weights, seqlen: int, dtype: torch.dtype | None = None
     for block in weights.visit():
         place = (block.device.index or 0) if block.device.type != "cpu" else "cpu"
         inside.setdefault(place, []).extend(layer for layer in weights.layers if layer.block == block.index)
-    free, ranks = free_memory(0), rank_bytes(weights.layers)
-    needs = {place: work + rank_bytes(layers) for place, layers in inside.items()}
-    more = {place: held_bytes(layers, dtype or own, seqlen) for place, layers in inside.items()}
+    ranks = {place: rank_bytes(layers, options.by_magnitude) for place, layers in inside.items()}
+    needs = {place: work + size for place, size in ranks.items()}
+    more = {place: held_bytes(layers, options.dtype or own, seqlen) for place, layers in inside.items()}
+    free = free_memory(0)
     holds = all(need + more[place] <= HOLD_WITHIN * free[place] for place, need in needs.items())
     text = "the price search needs %s beside the weights: ranks %s, work %s"
-    log.info(text, readable(sum(needs.values())), readable(ranks), readable(work * len(needs)))
+    log.info(text, readable(sum(needs.values())), readable(sum(ranks.values())), readable(work * len(needs)))
     text = "for speed it takes up to %s more for activations" if holds else "it would be faster with %s more"
     log.info(text, readable(sum(more.values())))
     for place, size in needs.items():

@@ -332,6 +332,11 @@ class Task(NamedTuple):
         return f"{self.method}_{self.target}"
 
     @property
+    def by_magnitude(self) -> bool:
+        """Whether the pruner's masks are magnitude's, which know nothing of the input."""
+        return self.method.partition("_")[0] == "magnitude"
+
+    @property
     def wants(self) -> str | None:
         """Name of the values that the allocation needs for each layer."""
         return ALLOCATIONS[self.allocation].wants

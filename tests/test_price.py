@@ -13,10 +13,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import main
 from lib import UserError, price
+from lib.allocation import SparsityPlan
 from lib.blocks import weights_of
 from lib.layers import Layer
 from lib.price import BAND, LEAST, MOST, Options, Prices, next_logits, pruned, row_ranks, search, within_budget
-from lib.pruners import wanda
+from lib.prune import walk
+from lib.pruners import PRUNERS, magnitude, wanda
 
 WINDOWS = torch.randint(3, 300, (6, 24), generator=torch.Generator().manual_seed(1))
 HELD = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(2))
@@ -47,7 +49,7 @@ def some_ratios(weights, seed: int = 3) -> dict[str, float]:
 class Oracle:
     """KL of a pruned copy of the tiny model, and its ranks, in plain loops over whole models in float64."""
 
-    def __init__(self, windows: torch.Tensor) -> None:
+    def __init__(self, windows: torch.Tensor, by_magnitude: bool = False) -> None:
         self.model, self.windows = tiny_llama().double(), windows
         self.layers = {n: m for n, m in self.model.model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.layers = {f"model.{name}": module for name, module in self.layers.items()}
@@ -68,7 +70,9 @@ class Oracle:
         self.ranks = {}
         for name, weight in self.dense.items():
             score = (weight.abs() * squares[name].sqrt()).tolist()
-            rank = torch.zeros(weight.shape, dtype=torch.long)
+            if by_magnitude:
+                score = [weight.abs().flatten().tolist()]
+            rank = torch.zeros(len(score), len(score[0]), dtype=torch.long)
             for i, row in enumerate(score):
                 for place, column in enumerate(sorted(range(len(row)), key=lambda j: (row[j], j))):
                     rank[i, column] = place
@@ -86,13 +90,15 @@ class Oracle:
         return sum(total) / len(total)
 
     def masked(self, ratios: dict[str, float]) -> dict[str, torch.Tensor]:
-        return {n: w * (self.ranks[n] >= int(w.shape[1] * ratios[n])) for n, w in self.dense.items()}
+        kept = {name: rank >= int(rank.shape[1] * ratios[name]) for name, rank in self.ranks.items()}
+        return {name: weight * kept[name].view_as(weight) for name, weight in self.dense.items()}
 
 
-def test_prices_are_derivatives_along_the_band(exact):
-    weights, oracle, batch = exact_weights(), Oracle(WINDOWS), [4, 1]
+@pytest.mark.parametrize("by_magnitude", [False, True])
+def test_prices_are_derivatives_along_the_band(exact, by_magnitude):
+    weights, oracle, batch = exact_weights(), Oracle(WINDOWS, by_magnitude), [4, 1]
     ratios = some_ratios(weights)
-    mine = Prices(weights, WINDOWS, None)
+    mine = Prices(weights, WINDOWS, None, by_magnitude=by_magnitude)
     for name, rank in oracle.ranks.items():
         assert torch.equal(mine.ranks[name].long(), rank), name
     loss, found = mine.prices(ratios, batch)
@@ -100,9 +106,10 @@ def test_prices_are_derivatives_along_the_band(exact):
     assert loss == pytest.approx(oracle.kl(masked, batch), rel=1e-11)
     step = 1e-4
     for name, dense in oracle.dense.items():
-        columns = dense.shape[1]
+        columns = oracle.ranks[name].shape[1]
         middle, half = int(columns * ratios[name]), max(1, int(BAND / 2 * columns))
-        band = dense * ((oracle.ranks[name] >= middle - half) & (oracle.ranks[name] < middle + half))
+        inside = (oracle.ranks[name] >= middle - half) & (oracle.ranks[name] < middle + half)
+        band = dense * inside.view_as(dense)
         kls = [oracle.kl(masked | {name: masked[name] - sign * step * band}, batch) for sign in (1, -1)]
         share = min(columns, middle + half) - max(0, middle - half)
         # The error of a central difference is step^2 of a third derivative of order 1, by the width: 1e-7.
@@ -197,6 +204,28 @@ def test_ranks_prune_what_wanda_prunes(seed):
     rank = row_ranks(weight.abs() * norms.sqrt())
     for ratio in (0.0, 0.01, 0.3, 0.55, 0.999, 1.0):
         assert torch.equal(pruned(weight, rank, ratio), wanda(weight, norms, ratio, None)), ratio
+
+
+def test_ranks_by_magnitude_prune_what_magnitude_prunes():
+    model = tiny_llama()
+    ratios = some_ratios(weights_of(model))
+    mine = Prices(weights_of(model), WINDOWS, None, by_magnitude=True)
+    for block in weights_of(model).visit():
+        for name, linear in block.linears.items():
+            ours = pruned(linear.weight.detach(), mine.ranks[name], ratios[name]) == 0
+            theirs = magnitude(linear.weight.detach(), None, ratios[name], None) == 0
+            assert (ours <= theirs).all() and theirs.sum() == ours.sum() + 1, name  # its threshold is inclusive
+
+
+def test_a_search_for_magnitude_looks_at_magnitudes_masks():
+    for method, own in (("magnitude_price --refit 2", True), ("magnitude_price", True), ("alps_price", False)):
+        assert settings(f"--model x --sparsity_ratio 0.5 --prune_method {method}").task().by_magnitude is own
+    weights = weights_of(tiny_llama())
+    found = search(weights, (WINDOWS, HELD), 0.5, None, Options(1, by_magnitude=True))
+    uniform = dict.fromkeys(found.ratios, 0.5)
+    mine, wandas = (Prices(weights, WINDOWS, None, by_magnitude=own).ranks for own in (True, False))
+    assert found.held["uniform"] == Prices(weights, HELD, None, mine).kl(uniform)
+    assert found.held["uniform"] != Prices(weights, HELD, None, wandas).kl(uniform)
 
 
 @pytest.mark.parametrize("target", [0.0005, 0.01, 0.3, 0.5, 0.7, 0.95, 0.97, 0.99])
@@ -320,7 +349,7 @@ def test_activations_are_held_where_there_is_room(monkeypatch, caplog):
     every = need + price.held_bytes(weights.layers, torch.float32, 24)
     for free, holds in ((need, False), (every / price.HOLD_WITHIN - 1, False), (every / price.HOLD_WITHIN + 1, True)):
         monkeypatch.setattr(price, "free_memory", lambda _, free=free: {"cpu": free})
-        assert price.check_memory(weights, 24) is holds
+        assert price.check_memory(weights, 24, Options()) is holds
     copies = 4 * sum(layer.size for layer in weights.layers)
     assert price.held_bytes(weights.layers, torch.float32, 48) - copies == 2 * (every - need - copies)
 
@@ -374,10 +403,7 @@ def test_the_best_of_start_end_and_uniform_is_kept(worst, monkeypatch):
 
 
 def test_ranks_on_the_pruned_path_are_those_of_the_pruning_walk():
-    from lib.allocation import SparsityPlan
     from lib.calibration import enter_blocks
-    from lib.prune import walk
-    from lib.pruners import PRUNERS
 
     weights = weights_of(tiny_llama())
     ratios = some_ratios(weights)
@@ -409,6 +435,7 @@ def test_the_need_is_told_before_the_search(caplog):
     ranks = 2 * sum(layer.size for layer in weights.layers)
     assert price.rank_bytes(weights.layers) == ranks
     assert price.rank_bytes([Layer("wide", 0, (3, 2**15 + 1))]) == 4 * 3 * (2**15 + 1)
+    assert price.rank_bytes([Layer("narrow", 0, (2**8, 2**8))], whole=True) == 4 * 2**16
     assert "the price search needs" in caplog.records[0].getMessage()
 
 
@@ -492,7 +519,7 @@ def test_a_search_with_the_same_settings_is_made_once(tiny_folder, tiny_text, tm
     flags += f"--save {tmp_path} --price_steps 2 --prune_method"
     kept = [
         main.run(settings(f"{flags} {method} --sparsity_ratio {ratio}"), console, session)["price_search"]
-        for method, ratio in (("wanda_price", 0.5), ("magnitude_price", 0.5), ("wanda_price", 0.6))
+        for method, ratio in (("wanda_price", 0.5), ("sparsegpt_price", 0.5), ("wanda_price", 0.6))
     ]
     assert len(made) == 2 and kept[0] == kept[1] != kept[2]
 
