@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_FEW_WORKERS = 4  # with fewer, a CPU is not faster than a GPU
 _PRUNED = 0.1  # of a matrix's weights zero: no dense checkpoint has that many
 
 
@@ -116,7 +119,7 @@ class Begun:
 def measure(
     metric: str, model: str, weights: Weights, settings: Settings = PUBLISHED, begun: Begun | None = None
 ) -> LayerMetrics:
-    """Return the metric of every layer, measured on the weights' own devices.
+    """Return the metric of every layer, measured on the weights' own devices (or see ``Race``).
 
     If the weights stay in memory, the matrices of all blocks go to the workers at once; otherwise block by block.
 
@@ -127,17 +130,21 @@ def measure(
     fell_back: list[str] = []
     kept = set()
     mine = _own_part(metric, weights.layers)
+    race = None
     with tqdm(total=len(mine), desc=metric, unit="matrix", disable=None) as bar, _workers() as workers:
         for block in weights.visit():
             if block.index == 0:
                 _warn_of_zeros(metric, block)
             own = {name: linear for name, linear in block.linears.items() if name in mine}
-            futures = _submit(workers, block._replace(linears=own), metric, settings, fell_back, begun)
+            if race is None:
+                race = Race(workers, settings, None if weights.in_memory else len(block.linears))
+            futures = _submit(race, block._replace(linears=own), metric, settings, fell_back, begun)
             for future in futures.values():
                 future.add_done_callback(lambda _: bar.update())
             pending |= futures
             # On a GPU they are computed by now. Others would have to wait for one process's numbers at each block.
-            if not weights.in_memory or (block.device.type != "cpu" and processes.count() == 1):
+            computed = block.device.type != "cpu" and all(future.done() for future in futures.values())
+            if not weights.in_memory or (computed and processes.count() == 1):
                 _keep(block, pending, begun)
                 kept.add(block.index)
         try:
@@ -180,15 +187,48 @@ def _keep(block: Block, futures: dict[str, Future], begun: Begun | None) -> None
         begun.add({name: (value, marks[name]) for name, value in new.items()})
 
 
+class Race:
+    """Where spectra of weights on a GPU are computed: there, one after another, or each on one of the CPU's cores.
+
+    A GPU's exact SVD makes poor use of it, and many cores may be faster. The first matrix starts the GPU's library, the
+    second is timed there, and the third on one core; the result is logged. The fast driver stays on the GPU.
+    """
+
+    def __init__(self, workers: ThreadPoolExecutor, settings: Settings, at_once: int | None = None) -> None:
+        """Prepare it; no more than ``at_once`` matrices are available to the ``workers`` at a time."""
+        count = workers._max_workers
+        self.workers, self.cores = workers, count if at_once is None else min(count, at_once)
+        self.seconds: list[float] = []  # by the work in a matrix
+        self.on_cpu = None if settings.driver == "exact" and self.cores >= _FEW_WORKERS else False
+
+    def submit(self, value: Callable[[Tensor], float], weight: Tensor) -> Future:
+        """Return the ``value`` of a weight, pending if it goes to the workers."""
+        if weight.device.type == "cpu":
+            return self.workers.submit(value, weight)
+        if self.on_cpu is False:
+            return _done(value(weight))
+        if self.on_cpu:
+            return self.workers.submit(lambda: value(weight.cpu()))
+        start, last = time.perf_counter(), len(self.seconds) == 2
+        result = self.workers.submit(lambda: value(weight.cpu())).result() if last else value(weight)
+        self.seconds.append((time.perf_counter() - start) / (weight.numel() * min(weight.shape)))
+        if last:
+            _, gpu, core = self.seconds
+            self.on_cpu = core / self.cores < gpu
+            text = "an exact SVD takes %.1f times as long on one of %d cores as on the GPU: computed on the %s"
+            log.info(text, core / gpu, self.cores, "CPU" if self.on_cpu else "GPU")
+        return _done(result)
+
+
 def _submit(
-    workers: ThreadPoolExecutor,
+    race: Race,
     block: Block,
     metric: str,
     settings: Settings,
     fell_back: list[str],
     begun: Begun | None,
 ) -> dict[str, Future]:
-    """Return the pending values of a block's layers; on a GPU they are computed here, one after another."""
+    """Return the values of a block's layers, pending or, on a GPU, computed here one after another."""
     if metric in WEIGHTWATCHER and block.linears:
         numbers = _through_weightwatcher(metric, block, settings.seed)
         return {name: _done(number) for name, number in numbers.items()}
@@ -198,8 +238,8 @@ def _submit(
         if before is not None:
             jobs[name] = _done(before)
             continue
-        job = (_value, name, linear.weight, metric, settings, fell_back)
-        jobs[name] = workers.submit(*job) if block.device.type == "cpu" else _done(job[0](*job[1:]))
+        value = partial(_value, name, metric=metric, settings=settings, fell_back=fell_back)
+        jobs[name] = race.submit(value, linear.weight)
     return jobs
 
 

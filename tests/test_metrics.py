@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -390,3 +391,48 @@ def test_metrics_that_go_through_weightwatcher_repeat_themselves(metric, smollm2
     part = Weights(smollm2_weights.model, smollm2_weights.modules[:1], smollm2_weights.layers[:2], linears)
     first, again = (measure(metric, MODEL, part) for _ in range(2))
     assert first == again and all(0 < value < 1 for value in first.values.values())
+
+
+# -------------------------------------------------------------------------------------------------- a GPU or the cores
+
+
+class OnGpu:
+    """A weight that says that it is on a GPU, and notes that it is copied."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, shape: tuple[int, int] = (4, 2)) -> None:
+        self.shape = shape
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def cpu(self) -> str:
+        return "cpu"
+
+
+@pytest.mark.parametrize(
+    ("core", "at_once", "driver", "taken"),
+    [
+        (11.0, None, "exact", "gpu gpu cpu cpu cpu"),  # 4 cores: 2.75 s a matrix instead of 3
+        (13.0, None, "exact", "gpu gpu cpu gpu gpu"),
+        (11.0, 3, "exact", "gpu gpu gpu gpu gpu"),  # too few to try
+        (1.0, None, "fast", "gpu gpu gpu gpu gpu"),
+    ],
+)
+def test_exact_spectra_go_to_the_cpu_where_its_cores_are_faster(core, at_once, driver, taken, monkeypatch, caplog):
+    # The first matrix takes long for another reason; the third has 8 times the work of the second.
+    clock = iter([0.0, 50.0, 100.0, 103.0, 200.0, 200.0 + 8 * core])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    weights = [OnGpu(), OnGpu(), OnGpu((8, 4)), OnGpu(), OnGpu()]
+    with ThreadPoolExecutor(4) as workers, caplog.at_level("INFO"):
+        race = metrics.Race(workers, Settings(driver), at_once)
+        found = [race.submit(lambda weight: "cpu" if weight == "cpu" else "gpu", weight) for weight in weights]
+        assert [future.result() for future in found] == taken.split()
+    told = [record.getMessage() for record in caplog.records]
+    if "cpu" in taken:
+        where = taken.split()[-1].upper()
+        text = f"an exact SVD takes {core / 3:.1f} times as long on one of 4 cores as on the GPU"
+        assert told == [f"{text}: computed on the {where}"]
+    else:
+        assert not told

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import main
 from image_classifiers import main as image_main
 from image_classifiers.models import save as save_image_model
-from lib import calibration
+from lib import calibration, metrics
 from lib.allocation import ALLOCATIONS
 from lib.esd import METRICS, WEIGHTWATCHER
 from lib.models import locate
@@ -322,6 +323,20 @@ def test_every_metric(metric, runs):
     runs(f"--metrics_only --ww_metric {metric} --ww_metric_cache ../here --dtype float16", "work")
     # As above, of float32 singular values: their last bits.
     np.testing.assert_allclose(np.load(f"../there/{metric}.npy"), np.load(f"../here/{metric}.npy"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("flags", ["", "--stream always"])
+@pytest.mark.parametrize("cpu", [True, False])
+def test_metrics_of_the_gpu_or_of_the_cores(cpu, flags, runs, monkeypatch, caplog):
+    """Let the matrices that are left after the trial go to the CPU, and to the GPU."""
+    ticks = iter([0, 0, 0, 1, 1, 1 + (0 if cpu else 1000)])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(metrics, "_FEW_WORKERS", 1)
+    with pretend_cuda(), caplog.at_level("INFO"):
+        runs(f"--metrics_only --ww_metric alpha --ww_metric_cache ../raced {flags}", "work")
+    assert f"computed on the {'CPU' if cpu else 'GPU'}" in caplog.text
+    runs("--metrics_only --ww_metric alpha --ww_metric_cache ../here --dtype float16", "work")
+    np.testing.assert_allclose(np.load("../raced/alpha.npy"), np.load("../here/alpha.npy"), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
