@@ -127,12 +127,21 @@ class Found(NamedTuple):
 
 
 def row_ranks(score: Tensor) -> Tensor:
-    """Return the position of each of ``score`` [out, in] in its ascending row, of equals the lower column first."""
+    """Return the position of each of ``score`` [out, in] in its ascending row, of equals the lower column first.
+
+    None is negative, and so they sort like their bits.
+    """
     columns = score.shape[1]
     dtype = torch.int16 if columns <= 2**15 else torch.int32
-    places = torch.arange(columns, dtype=dtype, device=score.device).expand_as(score)
-    order = score.sort(dim=1, stable=True).indices
-    return torch.empty(score.shape, dtype=dtype, device=score.device).scatter_(1, order, places)
+    places = torch.arange(columns, device=score.device)
+    if score.device.type == "cpu" and score.dtype == torch.float32:  # numpy sorts integers in a quarter of the time
+        keys = score.view(torch.int32).long() << 32 | places
+        keys.numpy().sort(axis=1)
+        order = keys & (2**32 - 1)
+    else:
+        order = score.sort(dim=1, stable=True).indices
+    ranks = torch.empty(score.shape, dtype=dtype, device=score.device)
+    return ranks.scatter_(1, order, places.to(dtype).expand_as(score))
 
 
 def pruned(weight: Tensor, rank: Tensor, ratio: float) -> Tensor:

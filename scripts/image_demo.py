@@ -1,4 +1,4 @@
-"""Image demonstration: two small digit classifiers trained, pruned with four methods, and compared in accuracy."""
+"""Image demonstration: two small digit classifiers trained, pruned with six methods, and compared in accuracy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lib.command import Flags, command, flag, make_parser, parse
 from lib.lazy import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ("magnitude", "magnitude_ww", "wanda", "wanda_ww", "wanda_price")
+METHODS = ("magnitude", "magnitude_ww", "magnitude_price", "wanda", "wanda_ww", "wanda_price")
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 SIZE = 8
 # timm's own architectures, made small: what differs from the named one.

@@ -196,6 +196,14 @@ def test_ranks_by_pencil():
     assert row_ranks(torch.zeros(1, 2**15 + 1))[0, -1] == 2**15  # int16 would not hold it
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_ranks_of_every_dtype_are_those_of_a_plain_sort(dtype):
+    score = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).to(dtype).abs()
+    score[:, ::7], score[1, :9], score[2, 3] = score[:, :1], 0, torch.finfo(dtype).max
+    for row, ranks in zip(score.tolist(), row_ranks(score).tolist(), strict=True):
+        assert [ranks[j] for j in sorted(range(300), key=lambda j: (row[j], j))] == list(range(300))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_prune_what_wanda_prunes(seed):
     draw = torch.Generator().manual_seed(seed)
