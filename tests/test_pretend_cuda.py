@@ -502,12 +502,12 @@ IMAGE_RUNS = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Return a folder of noise in two classes, eight images each."""
+    """Return a folder of noise in two classes, twenty images each."""
     root = tmp_path_factory.mktemp("images")
     draw = np.random.default_rng(0)
     for name in ("one", "two"):
         (root / name).mkdir()
-        for i in range(8):
+        for i in range(20):
             Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
     return root
 
