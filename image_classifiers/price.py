@@ -11,7 +11,7 @@ from lib import UserError
 from lib.blocks import Weights
 from lib.calibration import BlockInputs
 from lib.lazy import torch
-from lib.price import Prices, band_price, kl_divergence, standing
+from lib.price import Effort, Options, Prices, band_price, kl_divergence, standing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FIT, HELD = 8, 4  # groups of images: to find prices on, and held out
 GROUP = 256  # images that count as one window of text in a search, at most
 PART = 32  # images that are differentiated at a time, at most
+OPTIONS = Options(effort=Effort(batch=1, shorter=1, every=1, held=HELD, check_every=8))
 
 
 def split(images: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
@@ -58,23 +59,20 @@ class ImagePrices(Prices):
         self,
         weights: Weights,
         windows: Sequence[Tensor],
-        dtype: torch.dtype | None,
+        options: Options = OPTIONS,
         ranks: dict[str, Tensor] | None = None,
         kept_on: str | None = None,
         part: int = PART,
-        by_magnitude: bool = False,
     ) -> None:
         """Pass the groups ``windows`` through the dense model.
 
         Args:
-            dtype: of the products, by autocast; None for the model's own.
+            options: their dtype is used by autocast.
             ranks: those of other images; None takes them from these.
             kept_on: the device that holds the hidden states while ranks are found; None for the model's.
             part: images that are differentiated at a time.
-            by_magnitude: see ``Prices``.
         """
-        self.by_magnitude = by_magnitude
-        self.weights, self.windows, self.dtype, self.kept_on, self.part = weights, windows, dtype, kept_on, part
+        self.weights, self.windows, self.options, self.kept_on, self.part = weights, windows, options, kept_on, part
         self.arguments, self.tuples = [((), {})] * len(weights.modules), None
         with torch.no_grad():
             self.dense = [torch.cat([self._logits(images) for images in group.split(part)]) for group in windows]

@@ -276,8 +276,9 @@ def _reserve(
     if task.wants != "price":
         return least
     gpus = 1 if processes.device() else max(1, torch.cuda.device_count())
+    effort = price.EFFORTS[settings.price_effort]
     ranks = price.rank_bytes(layers, task.by_magnitude) // gpus  # they lie beside the layers
-    return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, price.window_length(seqlen)))
+    return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, effort.length(seqlen), effort))
 
 
 def _check_layers(settings: Experiment, task: Task, source: models.Source, layers: tuple[Layer, ...]) -> None:
@@ -330,7 +331,8 @@ def _read_windows(
         draws = (settings.calib_data, tokenizer, counts, seqlen, settings.seed, "--epsilon auto")
         windows = windows._replace(search=session.once(data.search_windows, *draws))
     if task.wants == "price":
-        counts, length = (price.FIT, price.HELD), price.window_length(seqlen)
+        effort = price.EFFORTS[settings.price_effort]
+        counts, length = (price.FIT, effort.held), effort.length(seqlen)
         draws = (settings.calib_data, tokenizer, counts, length, settings.seed, "_price")
         windows = windows._replace(search=session.once(data.search_windows, *draws))
     if settings.eval_wikitext:
@@ -407,7 +409,8 @@ def find_prices(
         start = tuple(make_plan(settings, task.first, weights.layers, values).ratios.items())
     device = next(iter(weights.visit())).device
     dtype = price.search_dtype(settings.price_dtype, device, known.dtypes.compute)
-    options = price.Options(settings.price_steps, settings.price_refresh, dtype, task.by_magnitude)
+    effort = price.EFFORTS[settings.price_effort]
+    options = price.Options(settings.price_steps, settings.price_refresh, dtype, task.by_magnitude, effort)
     if processes.count() > 1:
         log.info("the first process searches for prices, the others wait for them")
 

@@ -36,19 +36,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FIT, HELD = 16, 6  # windows: to find prices on, and held out
-SHORTER = 2  # times, windows are than --seqlen: longer ones took longer and did not lead to better ratios
-BATCH = 1  # windows per step
+FIT = 16  # windows to find prices on
 LEAST, MOST = 0.001, 0.97  # ratios that a step may lead to
 START_LEAST = 0.03  # ratio that a search starts from: from below, a logit hardly moves
 STEP, REFRESH_STEP = 0.25, 0.15  # of the logit, at a price that is e times the mean; falls to 0
 BAND = 0.1  # share of a row around the threshold from which a price is read
 MEMORY = 0.6  # share of the earlier steps in a price
-CHECK_EVERY = 8  # steps from one look at the held-out windows to the next
 LIFT = 1024  # times the loss: most gradients of logits, which are at most 1, are too small for float16
 TOKENS = 256  # whose logits are in memory at a time
 HOLD_WITHIN = 0.75  # of the free memory, for all activations of a step; above it blocks are run twice
 DTYPES = ("auto", "float32", "bfloat16")
+
+
+class Effort(NamedTuple):
+    """How much a search looks at.
+
+    ``batch`` windows in a step, which are ``shorter`` times than --seqlen, and one of ``every`` tokens in them; after
+    each ``check_every`` steps the windows ``held`` out.
+    """
+
+    batch: int
+    shorter: int
+    every: int
+    held: int
+    check_every: int
+
+    def length(self, seqlen: int) -> int:
+        """Return the number of tokens in a window of a search, given that in a window of calibration."""
+        return -(-seqlen // self.shorter)
+
+
+EFFORTS = {"full": Effort(2, 1, 2, 8, 4), "quick": Effort(1, 2, 1, 6, 8)}
 
 
 class Options(NamedTuple):
@@ -61,11 +79,7 @@ class Options(NamedTuple):
     refresh: int = 0
     dtype: torch.dtype | None = None
     by_magnitude: bool = False
-
-
-def window_length(seqlen: int) -> int:
-    """Return the number of tokens in a window of a search, given that in a window of calibration."""
-    return -(-seqlen // SHORTER)
+    effort: Effort = EFFORTS["full"]
 
 
 def forward_passes(options: Options, started: bool) -> int:
@@ -77,12 +91,13 @@ def forward_passes(options: Options, started: bool) -> int:
         started: whether it starts from another allocation than uniform, which is looked at, too.
     """
 
-    def descent(steps: int) -> int:
-        looks = math.ceil(steps / CHECK_EVERY)
-        return steps * BATCH * 3 + looks * HELD
+    effort = options.effort
 
-    dense, starts = FIT + HELD, HELD * (2 if started else 1)
-    renewed = 2 * FIT + HELD + descent(options.refresh) if options.refresh else 0
+    def descent(steps: int) -> int:
+        return steps * effort.batch * 3 + math.ceil(steps / effort.check_every) * effort.held
+
+    dense, starts = FIT + effort.held, effort.held * (2 if started else 1)
+    renewed = 2 * FIT + effort.held + descent(options.refresh) if options.refresh else 0
     return dense + starts + descent(options.steps) + renewed
 
 
@@ -234,9 +249,10 @@ class Prices:
     Attributes:
         windows: token ids, [samples, tokens].
         holds: whether activations and pruned copies of all blocks are held for the way back.
-        by_magnitude: whether weights are ranked by |W| within the matrix, as magnitude prunes, not as by Wanda.
+        options: those of the search.
         ranks: by layer name, [out, in], or [1, out * in] if weights compete within the ``whole`` matrix.
-        leaving: what left the dense blocks, [samples, tokens, width], for the dense model's logits.
+        counted: tokens whose predictions count.
+        leaving: what left the dense blocks for these, [samples, counted, width], for the dense model's logits.
     """
 
     whole: ClassVar[bool] = False  # whether weights compete within the whole matrix, and not within each row
@@ -246,21 +262,20 @@ class Prices:
         self,
         weights: Weights,
         windows: Tensor,
-        dtype: torch.dtype | None,
+        options: Options = Options(),  # noqa: B008  a tuple of numbers
         ranks: dict[str, Tensor] | None = None,
         holds: bool = False,
-        by_magnitude: bool = False,
     ) -> None:
         """Pass ``windows`` [samples, tokens] through the dense model.
 
         Args:
-            dtype: of the products, by autocast; None for the model's own.
+            options: their dtype is used by autocast.
             ranks: those of another text; None takes them from this one.
             holds: see there; the same prices to the bit for more memory and a quarter fewer passes.
-            by_magnitude: see there.
         """
-        self.weights, self.windows, self.dtype, self.holds = weights, windows, dtype, holds
-        self.by_magnitude = by_magnitude
+        self.weights, self.windows, self.options, self.holds = weights, windows, options, holds
+        every = options.effort.every
+        self.counted = slice(every - 1, None, every)
         inputs = enter_blocks(weights, windows)
         self.arguments, self.tuples, self.entering = inputs.arguments, inputs.tuples, inputs.hidden.clone()
         if ranks is None:
@@ -270,7 +285,7 @@ class Prices:
             for block in weights.visit():
                 with self._autocast(block.device):
                     advance(block, inputs)
-        self.leaving = inputs.hidden
+        self.leaving = inputs.hidden[:, self.counted].clone()
 
     def renewed_ranks(self, ratios: Mapping[str, float]) -> dict[str, Tensor]:
         """Return the ranks on the path of ``ratios``: each block's inputs come from pruned blocks, as in pruning."""
@@ -367,19 +382,21 @@ class Prices:
         return next(self.weights.model.parameters()).dtype
 
     def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, self.dtype or self.own, enabled=self.dtype not in (None, self.own))
+        dtype = self.options.dtype
+        return torch.autocast(device.type, dtype or self.own, enabled=dtype not in (None, self.own))
 
     def _copies(
         self, block: Block, ranks: Mapping[str, Tensor], ratios: Mapping[str, float]
     ) -> dict[str, Tensor]:
+        dtype = self.options.dtype
         return {
-            name: pruned(linear.weight.detach().to(self.dtype or linear.weight.dtype), ranks[name], ratios[name])
+            name: pruned(linear.weight.detach().to(dtype or linear.weight.dtype), ranks[name], ratios[name])
             for name, linear in block.linears.items()
         }
 
     def _ranks(self, inputs: BlockInputs, ratios: Mapping[str, float] | None = None) -> dict[str, Tensor]:
         """Pass ``inputs`` on through the blocks, dense or pruned by ``ratios``, and return the ranks of all scores."""
-        found: dict[str, Tensor] = {}
+        found, whole = {}, self.whole or self.options.by_magnitude
         bar = tqdm(self.weights.visit(), "ranks", len(self.weights.modules), unit="block", disable=None)
         for block in bar:
             for name, linear in block.linears.items():
@@ -389,8 +406,8 @@ class Prices:
                 for names, norms in input_statistics(block.linears, "squared_norms", inputs.samples, steps):
                     for name in names:
                         score = block.linears[name].weight.detach().flatten(1).abs()
-                        score = score if self.by_magnitude else score * norms.sqrt()
-                        found[name] = row_ranks(score.reshape(1, -1) if self.whole or self.by_magnitude else score)
+                        score = score if self.options.by_magnitude else score * norms.sqrt()
+                        found[name] = row_ranks(score.reshape(1, -1) if whole else score)
                 if ratios is not None:
                     with standing(block, self._copies(block, found, ratios)):
                         advance(block, inputs)
@@ -410,8 +427,10 @@ class Prices:
         total, slopes = 0.0, []
         with after_blocks(self.weights, self.tuples) as logits, torch.set_grad_enabled(differentiate):
             for h, index in zip(hidden, batch, strict=True):
-                window, found = self.windows[index], []
-                for ours, dense in zip(h[0].split(TOKENS), self.leaving[index].split(TOKENS), strict=True):
+                window, slope = self.windows[index], torch.zeros_like(h) if differentiate else None
+                parts = (h[0, self.counted].split(TOKENS), self.leaving[index].split(TOKENS))
+                found = []
+                for ours, dense in zip(*parts, strict=True):
                     ours = ours.detach().requires_grad_(differentiate)
                     with self._autocast(ours.device):
                         left = logits(window, ours)
@@ -422,7 +441,8 @@ class Prices:
                     if differentiate:
                         found += torch.autograd.grad(kl, ours, torch.full_like(kl, LIFT))
                 if differentiate:
-                    slopes.append(torch.cat(found)[None])
+                    slope[0, self.counted] = torch.cat(found)
+                    slopes.append(slope)
         return (total / count).item(), slopes, torch.tensor(float(LIFT * count))
 
 
@@ -468,8 +488,8 @@ def search(
         UserError: the weights are not in memory, or the search does not fit beside them.
     """
     holds = check_memory(weights, windows[0].shape[1], options)
-    fit = Prices(weights, windows[0], options.dtype, None, holds, options.by_magnitude)
-    return equalise(fit, Prices(weights, windows[1], options.dtype, fit.ranks), target, start, options)
+    fit = Prices(weights, windows[0], options, None, holds)
+    return equalise(fit, Prices(weights, windows[1], options, fit.ranks), target, start)
 
 
 def equalise(
@@ -477,7 +497,6 @@ def equalise(
     held: Prices,
     target: float,
     start: Mapping[str, float] | Sequence[tuple[str, float]] | None,
-    options: Options,
 ) -> Found:
     """Return the ratios at which pruning one more weight costs the same KL(dense || pruned) in every layer.
 
@@ -485,6 +504,7 @@ def equalise(
     from statistics of the dense model (or magnitude's); with ``options.refresh``, more steps follow with those of the
     pruned one.
     """
+    options = fit.options
     plans = {"uniform": {layer.name: target for layer in fit.weights.layers}}
     if start is not None:
         plans["start"] = dict(start)
@@ -525,22 +545,22 @@ def _descend(
     fit: Prices, held: Prices, start: Mapping[str, float], target: float, count: int, step: float
 ) -> tuple[dict[str, float], list[Step]]:
     """Return what ``count`` steps make of ``start``, and the steps."""
-    layers = fit.weights.layers
+    layers, effort = fit.weights.layers, fit.options.effort
     names, sizes = [layer.name for layer in layers], [layer.size for layer in layers]
     logits = [_logit(min(max(start[name], START_LEAST), MOST)) for name in names]
     ratios = within_budget(logits, sizes, target)
     draw, order, steps, prices = random.Random(0), [], [], None
     bar = tqdm(range(count), desc="prices", unit="step", disable=None)
     for t in bar:
-        if len(order) < BATCH:
+        if len(order) < effort.batch:
             order = draw.sample(range(len(fit.windows)), len(fit.windows))
-        batch, order = order[:BATCH], order[BATCH:]
+        batch, order = order[: effort.batch], order[effort.batch :]
         loss, found = fit.prices(dict(zip(names, ratios, strict=True)), batch)
         now = [found[name] / size for name, size in zip(names, sizes, strict=True)]
         prices = now if prices is None else [MEMORY * p + (1 - MEMORY) * q for p, q in zip(prices, now, strict=True)]
         logits, spread = next_logits(ratios, prices, sizes, target, step * (1 - t / count))
         ratios = within_budget(logits, sizes, target)
-        look = (t + 1) % CHECK_EVERY == 0 or t + 1 == count
+        look = (t + 1) % effort.check_every == 0 or t + 1 == count
         steps.append(Step(spread, loss, held.kl(dict(zip(names, ratios, strict=True))) if look else None))
         bar.set_postfix(spread=f"{spread:.2f}", KL=f"{loss:.3f}")
     return dict(zip(names, ratios, strict=True)), steps
@@ -554,29 +574,40 @@ def rank_bytes(layers: Sequence[Layer], whole: bool = False) -> int:
     return sum(layer.size * (2 if (layer.size if whole else layer.shape[1]) <= 2**15 else 4) for layer in layers)
 
 
-def working_set(model: PreTrainedModel, layers: Sequence[Layer], dtype: torch.dtype, seqlen: int) -> int:
+def working_set(
+    model: PreTrainedModel, layers: Sequence[Layer], dtype: torch.dtype, tokens: int, effort: Effort
+) -> int:
     """Return the bytes that a search needs beside the weights and ranks: an upper bound, from shapes alone.
 
     They are a block's pruned copies and its activations for the windows of a step, one matrix's sort, what enters each
     block, the hidden states of all windows, and the logits of some tokens with their gradients.
+
+    Args:
+        tokens: in a window of the search.
     """
     vocabulary, width = model.get_input_embeddings().weight.shape
     number, blocks = torch.finfo(dtype).bits // 8, layers[-1].block + 1
     inside = [[layer for layer in layers if layer.block == i] for i in range(blocks)]
-    largest = max(held_bytes(block, dtype, seqlen) for block in inside)
-    tokens = (BATCH * blocks + 3 * (FIT + HELD)) * seqlen * width
+    largest = max(held_bytes(block, dtype, effort.batch * tokens) for block in inside)
+    hidden = (effort.batch * blocks + 3 * (FIT + effort.held)) * tokens * width
     sort = 24 * max(layer.size for layer in layers)  # scores, their order (int64) and its temporaries; a gradient's
-    return largest + number * tokens + sort + 6 * 4 * TOKENS * vocabulary
+    return largest + number * hidden + sort + 6 * 4 * TOKENS * vocabulary
 
 
-def held_bytes(layers: Sequence[Layer], dtype: torch.dtype, seqlen: int) -> int:
-    """Return the bytes of pruned copies of ``layers`` and of their blocks' activations in a step: an upper bound."""
-    activations = BATCH * seqlen * 3 * sum(sum(layer.shape) for layer in layers)
+def held_bytes(layers: Sequence[Layer], dtype: torch.dtype, tokens: int) -> int:
+    """Return the bytes of pruned copies of ``layers`` and of their blocks' activations for all ``tokens`` of a step.
+
+    It is an upper bound.
+    """
+    activations = tokens * 3 * sum(sum(layer.shape) for layer in layers)
     return torch.finfo(dtype).bits // 8 * (sum(layer.size for layer in layers) + activations)
 
 
-def check_memory(weights: Weights, seqlen: int, options: Options) -> bool:
+def check_memory(weights: Weights, tokens: int, options: Options) -> bool:
     """Tell how much memory a search needs, refuse one that does not fit, and return whether all activations do.
+
+    Args:
+        tokens: in a window of the search.
 
     Raises:
         UserError: see there.
@@ -584,15 +615,15 @@ def check_memory(weights: Weights, seqlen: int, options: Options) -> bool:
     if not weights.in_memory:
         text = "_price needs all weights in memory, and these are streamed or offloaded"
         raise UserError("prune_method", f"{text}; use GPUs with more memory, or another allocation")
-    own = weights.model.dtype
-    work = working_set(weights.model, weights.layers, own, seqlen)
+    own, step = weights.model.dtype, options.effort.batch * tokens
+    work = working_set(weights.model, weights.layers, own, tokens, options.effort)
     inside: dict[int | str, list[Layer]] = {}
     for block in weights.visit():
         place = (block.device.index or 0) if block.device.type != "cpu" else "cpu"
         inside.setdefault(place, []).extend(layer for layer in weights.layers if layer.block == block.index)
     ranks = {place: rank_bytes(layers, options.by_magnitude) for place, layers in inside.items()}
     needs = {place: work + size for place, size in ranks.items()}
-    more = {place: held_bytes(layers, options.dtype or own, seqlen) for place, layers in inside.items()}
+    more = {place: held_bytes(layers, options.dtype or own, step) for place, layers in inside.items()}
     free = free_memory(0)
     holds = all(need + more[place] <= HOLD_WITHIN * free[place] for place, need in needs.items())
     text = "the price search needs %s beside the weights: ranks %s, work %s"

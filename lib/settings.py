@@ -182,7 +182,7 @@ class Price(Flags):
 
     price_steps: int = flag(
         16,
-        "for _price: steps of the search, each a backward pass over a window of text, or over up to 256 images",
+        "for _price: steps of the search, each a backward pass over windows of text, or over up to 256 images",
         least=1,
         only="price",
         metavar="N",
@@ -205,6 +205,19 @@ class Price(Flags):
         "auto",
         "for _price: {choices} to search in; auto: bfloat16 on a CPU that multiplies it, else the model's own",
         choices=price.DTYPES,
+        only="price",
+        metavar="NAME",
+    )
+
+
+@dataclass(kw_only=True)
+class PriceEffort(Flags):
+    _title: ClassVar[str] = "allocation"
+
+    price_effort: str = flag(
+        "full",
+        "for _price: {choices}: a step looks at two windows, or at half of one, less exactly and in a third of the time",
+        choices=price.EFFORTS,
         only="price",
         metavar="NAME",
     )
@@ -349,7 +362,8 @@ class Task(NamedTuple):
 
 @dataclass(kw_only=True)
 class Experiment(
-    Model, Texts, Method, Pruning, Metric, Spectra, Widths, Price, Plans, Evaluation, ZeroShot, Output, Packed, Scale
+    Model, Texts, Method, Pruning, Metric, Spectra, Widths, Price, PriceEffort, Plans, Evaluation, ZeroShot, Output,
+    Packed, Scale,
 ):
     """The flags of main.py."""
 
@@ -369,7 +383,7 @@ class Experiment(
 
     def identity(self) -> dict[str, object]:
         """Return the flags that determine the pruned weights, in their spelling."""
-        groups = (Texts, Method, Pruning, Metric, Spectra, Widths, Price)
+        groups = (Texts, Method, Pruning, Metric, Spectra, Widths, Price, PriceEffort)
         names = [name for group in groups for name in group.__annotations__ if not name.startswith("_")]
         names = ["seed", "dtype", "plan", *(name for name in names if name not in ("ww_metric_cache", "metrics_only"))]
         return {self.spelling(name): getattr(self, name) for name in names}

@@ -121,7 +121,7 @@ PARSER = make_parser(Comparison, "compare_allocations.py", __doc__, sweep.REST)
 # ---------------------------------------------------------------------------------------------------------- the rows
 
 
-def passes(setting: Experiment) -> int:
+def passes(setting: Experiment) -> float:
     """Return how many calibration windows a run's allocation passes through the blocks, from its flags.
 
     The passes of pruning itself are not counted: they are the same for all allocations.
@@ -130,7 +130,9 @@ def passes(setting: Experiment) -> int:
     scored = sum(setting.nsamples for part in (task, task.first) if part.wants in BLOCK_SCORES)
     if task.wants != "price":
         return scored if task.wants in BLOCK_SCORES else 0
-    return scored + price.forward_passes(price.Options(setting.price_steps, setting.price_refresh), bool(task.start))
+    effort = price.EFFORTS[setting.price_effort]
+    options = price.Options(setting.price_steps, setting.price_refresh, effort=effort)
+    return scored + price.forward_passes(options, bool(task.start)) / effort.shorter
 
 
 def seconds_of(record: Mapping, *stages: str) -> float | None:

@@ -110,7 +110,8 @@ def one_thread():
 def few_windows(monkeypatch):
     """Let a search for prices read few windows: each goes the same way."""
     monkeypatch.setattr(price, "FIT", 4)
-    monkeypatch.setattr(price, "HELD", 2)
+    for name, effort in price.EFFORTS.items():
+        monkeypatch.setitem(price.EFFORTS, name, effort._replace(held=2))
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from test_image_pruning import exact
 
 from image_classifiers import data
 from image_classifiers.models import find_parts, save
-from image_classifiers.price import FIT, HELD, ImagePrices, split
+from image_classifiers.price import FIT, HELD, OPTIONS, ImagePrices, split
 from lib import UserError
-from lib.price import BAND, Options, equalise
+from lib.price import BAND, equalise
 
 IMAGES = some_images(12).double()
 GROUPS = list(IMAGES.split(3))
@@ -81,7 +81,7 @@ class Oracle:
 def test_prices_are_derivatives_along_the_band(make):
     weights, oracle, batch = parts_of(make), Oracle(make), [2, 0]
     ratios = some_ratios(weights)
-    mine = ImagePrices(weights, GROUPS, None, part=2)  # of 3 images a group: a whole part and a rest
+    mine = ImagePrices(weights, GROUPS, OPTIONS, part=2)  # of 3 images a group: a whole part and a rest
     assert {name: rank.tolist() for name, rank in mine.ranks.items()} == {
         name: [rank.flatten().tolist()] for name, rank in oracle.ranks.items()
     }
@@ -105,7 +105,7 @@ def test_kl_is_that_of_the_pruned_model_and_the_weights_stay_as_they_were(make):
     weights, oracle = parts_of(make), Oracle(make)
     before = {name: (layer.weight, layer.weight.detach().clone()) for name, layer in matrices(weights).items()}
     ratios = some_ratios(weights)
-    mine = ImagePrices(weights, GROUPS, None)
+    mine = ImagePrices(weights, GROUPS, OPTIONS)
     assert mine.kl(ratios) == pytest.approx(oracle.kl(oracle.masked(ratios), [0, 1, 2, 3]), rel=1e-9)
     assert mine.kl(dict.fromkeys(ratios, 0.0)) == 0
     mine.prices(ratios, [1])
@@ -117,7 +117,7 @@ def test_kl_is_that_of_the_pruned_model_and_the_weights_stay_as_they_were(make):
 def test_half_precision_changes_little():
     weights = find_parts(tiny_vit()).pruned
     images = [group.float() for group in GROUPS]
-    plain, half = (ImagePrices(weights, images, dtype) for dtype in (None, torch.bfloat16))
+    plain, half = (ImagePrices(weights, images, OPTIONS._replace(dtype=dtype)) for dtype in (None, torch.bfloat16))
     ratios = some_ratios(weights)
     assert half.kl(ratios) == pytest.approx(plain.kl(ratios), rel=0.1)  # 3 digits of logits, whose differences count
     assert half.kl(ratios) != plain.kl(ratios)
@@ -125,7 +125,7 @@ def test_half_precision_changes_little():
 
 def test_renewed_ranks_are_those_of_pruned_predecessors():
     weights = find_parts(tiny_vit()).pruned
-    mine = ImagePrices(weights, [group.float() for group in GROUPS], None)
+    mine = ImagePrices(weights, [group.float() for group in GROUPS], OPTIONS)
     renewed = mine.renewed_ranks(dict.fromkeys(mine.ranks, 0.5))
     first = [layer.name for layer in weights.layers if layer.block == 0]
     assert all(torch.equal(renewed[name], mine.ranks[name]) for name in first)
@@ -138,8 +138,8 @@ def test_a_search_improves_on_uniform(digits):
     weights = find_parts(copy.deepcopy(digits[0])).pruned
     fit, held = (list(digits[1][part].split(50)) for part in map(list, split(range(600))))
     assert [len(part) for part in (fit, held)] == [FIT, HELD]
-    mine = ImagePrices(weights, fit, None)
-    found = equalise(mine, ImagePrices(weights, held, None, mine.ranks), 0.6, None, Options(8))
+    mine = ImagePrices(weights, fit, OPTIONS._replace(steps=8))
+    found = equalise(mine, ImagePrices(weights, held, mine.options, mine.ranks), 0.6, None)
     sizes = {layer.name: layer.size for layer in weights.layers}
     mean = sum(sizes[name] * ratio for name, ratio in found.ratios.items()) / sum(sizes.values())
     assert mean == pytest.approx(0.6, abs=1e-9)

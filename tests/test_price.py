@@ -16,7 +16,7 @@ from lib import UserError, price
 from lib.allocation import SparsityPlan
 from lib.blocks import weights_of
 from lib.layers import Layer
-from lib.price import BAND, LEAST, MOST, Options, Prices, next_logits, pruned, row_ranks, search, within_budget
+from lib.price import BAND, EFFORTS, LEAST, MOST, Options, Prices, next_logits, pruned, row_ranks, search, within_budget
 from lib.prune import walk
 from lib.pruners import PRUNERS, magnitude, wanda
 
@@ -49,8 +49,8 @@ def some_ratios(weights, seed: int = 3) -> dict[str, float]:
 class Oracle:
     """KL of a pruned copy of the tiny model, and its ranks, in plain loops over whole models in float64."""
 
-    def __init__(self, windows: torch.Tensor, by_magnitude: bool = False) -> None:
-        self.model, self.windows = tiny_llama().double(), windows
+    def __init__(self, windows: torch.Tensor, by_magnitude: bool = False, every: int = 2) -> None:
+        self.model, self.windows, self.counted = tiny_llama().double(), windows, slice(every - 1, None, every)
         self.layers = {n: m for n, m in self.model.model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.layers = {f"model.{name}": module for name, module in self.layers.items()}
         self.dense = {name: module.weight.detach().clone() for name, module in self.layers.items()}
@@ -64,7 +64,7 @@ class Oracle:
 
         hooks = [module.register_forward_pre_hook(watch(name)) for name, module in self.layers.items()]
         with torch.no_grad():
-            self.logits = [self.model(window[None]).logits[0] for window in windows]
+            self.logits = [self.model(window[None]).logits[0, self.counted] for window in windows]
         for hook in hooks:
             hook.remove()
         self.ranks = {}
@@ -84,7 +84,7 @@ class Oracle:
         total = []
         with torch.no_grad():
             for i in batch:
-                ours = torch.log_softmax(self.model(self.windows[i][None]).logits[0], -1)
+                ours = torch.log_softmax(self.model(self.windows[i][None]).logits[0, self.counted], -1)
                 dense = torch.log_softmax(self.logits[i], -1)
                 total.append((dense.exp() * (dense - ours)).sum(-1).mean().item())
         return sum(total) / len(total)
@@ -94,11 +94,13 @@ class Oracle:
         return {name: weight * kept[name].view_as(weight) for name, weight in self.dense.items()}
 
 
-@pytest.mark.parametrize("by_magnitude", [False, True])
-def test_prices_are_derivatives_along_the_band(exact, by_magnitude):
-    weights, oracle, batch = exact_weights(), Oracle(WINDOWS, by_magnitude), [4, 1]
+@pytest.mark.parametrize(("by_magnitude", "effort"), [(False, "full"), (True, "quick")])
+def test_prices_are_derivatives_along_the_band(exact, by_magnitude, effort):
+    every = EFFORTS[effort].every
+    weights, oracle, batch = exact_weights(), Oracle(WINDOWS, by_magnitude, every), [4, 1]
     ratios = some_ratios(weights)
-    mine = Prices(weights, WINDOWS, None, by_magnitude=by_magnitude)
+    options = Options(by_magnitude=by_magnitude, effort=EFFORTS[effort])
+    mine = Prices(weights, WINDOWS, options)
     for name, rank in oracle.ranks.items():
         assert torch.equal(mine.ranks[name].long(), rank), name
     loss, found = mine.prices(ratios, batch)
@@ -120,7 +122,7 @@ def test_prices_tell_what_a_change_of_ratio_costs():
     # With everything else dense KL is nearly quadratic in what is removed, where the mean of both ends is exact but for
     # what differs between the halves of the band; so is the whole model's in the sum, over wider bands of one matrix.
     weights, oracle, batch = exact_weights(), Oracle(WINDOWS), list(range(len(WINDOWS)))
-    mine = Prices(weights, WINDOWS, None)
+    mine = Prices(weights, WINDOWS, Options())
     wanted, found = [], []
     for name, dense in oracle.dense.items():
         ratios = dict.fromkeys(oracle.dense, 0.0) | {name: 0.5}
@@ -136,7 +138,7 @@ def test_prices_tell_what_a_change_of_ratio_costs():
 def test_nothing_removed_is_no_loss_and_no_price_beyond_its_band():
     weights = exact_weights()
     nothing = dict.fromkeys((layer.name for layer in weights.layers), 0.0)
-    mine = Prices(weights, WINDOWS, None)
+    mine = Prices(weights, WINDOWS, Options())
     assert mine.kl(nothing) == 0
     loss, found = mine.prices(nothing, [0])
     assert loss == 0 and all(abs(value) < 1e-12 for value in found.values())  # a minimum
@@ -150,7 +152,7 @@ def test_permuting_hidden_units_changes_no_price(exact):
         block.mlp.up_proj.weight.data = block.mlp.up_proj.weight.data[order]
         block.mlp.down_proj.weight.data = block.mlp.down_proj.weight.data[:, order]
     ratios = some_ratios(weights_of(one))
-    prices = [Prices(weights_of(model), WINDOWS, None).prices(ratios, [0, 3])[1] for model in (one, other)]
+    prices = [Prices(weights_of(model), WINDOWS, Options()).prices(ratios, [0, 3])[1] for model in (one, other)]
     assert prices[0] == pytest.approx(prices[1], rel=1e-9)
 
 
@@ -158,7 +160,7 @@ def test_what_does_not_matter_is_free_and_equal():
     model = tiny_llama().double()
     model.model.layers[1].self_attn.o_proj.weight.data.zero_()
     model.model.layers[1].mlp.down_proj.weight.data.zero_()
-    _, found = Prices(weights_of(model), WINDOWS, None).prices(some_ratios(weights_of(model)), [0, 1])
+    _, found = Prices(weights_of(model), WINDOWS, Options()).prices(some_ratios(weights_of(model)), [0, 1])
     dead = {value for name, value in found.items() if ".1." in name}
     assert {abs(value) for value in dead} == {0.0} and all(found[name] for name in found if ".1." not in name)
 
@@ -170,9 +172,9 @@ def test_half_precision_neither_underflows_nor_overflows():
         made.lm_head.weight.data.mul_(2e-3)
         return weights_of(made.to(dtype))
 
-    exact = Prices(model(torch.float64), WINDOWS, None)
+    exact = Prices(model(torch.float64), WINDOWS, Options())
     ratios = some_ratios(exact.weights)
-    half = Prices(model(torch.float16), WINDOWS, None, {name: rank.clone() for name, rank in exact.ranks.items()})
+    half = Prices(model(torch.float16), WINDOWS, Options(), {name: rank.clone() for name, rank in exact.ranks.items()})
     wanted, found = exact.prices(ratios, [0, 1])[1], half.prices(ratios, [0, 1])[1]
     assert max(abs(value) for value in wanted.values()) < 1e-4
     size = math.sqrt(sum(value**2 for value in wanted.values()))
@@ -217,7 +219,7 @@ def test_ranks_prune_what_wanda_prunes(seed):
 def test_ranks_by_magnitude_prune_what_magnitude_prunes():
     model = tiny_llama()
     ratios = some_ratios(weights_of(model))
-    mine = Prices(weights_of(model), WINDOWS, None, by_magnitude=True)
+    mine = Prices(weights_of(model), WINDOWS, Options(by_magnitude=True))
     for block in weights_of(model).visit():
         for name, linear in block.linears.items():
             ours = pruned(linear.weight.detach(), mine.ranks[name], ratios[name]) == 0
@@ -231,9 +233,9 @@ def test_a_search_for_magnitude_looks_at_magnitudes_masks():
     weights = weights_of(tiny_llama())
     found = search(weights, (WINDOWS, HELD), 0.5, None, Options(1, by_magnitude=True))
     uniform = dict.fromkeys(found.ratios, 0.5)
-    mine, wandas = (Prices(weights, WINDOWS, None, by_magnitude=own).ranks for own in (True, False))
-    assert found.held["uniform"] == Prices(weights, HELD, None, mine).kl(uniform)
-    assert found.held["uniform"] != Prices(weights, HELD, None, wandas).kl(uniform)
+    mine, wandas = (Prices(weights, WINDOWS, Options(by_magnitude=own)).ranks for own in (True, False))
+    assert found.held["uniform"] == Prices(weights, HELD, Options(), mine).kl(uniform)
+    assert found.held["uniform"] != Prices(weights, HELD, Options(), wandas).kl(uniform)
 
 
 @pytest.mark.parametrize("target", [0.0005, 0.01, 0.3, 0.5, 0.7, 0.95, 0.97, 0.99])
@@ -290,14 +292,14 @@ def test_a_search_improves_on_uniform_and_says_what_it_kept():
     weights, fit, held = trained()
     found = search(weights, (fit, held), 0.5, None, Options(12))
     uniform = dict.fromkeys(found.ratios, 0.5)
-    mine = Prices(weights, fit, None)
+    mine = Prices(weights, fit, Options())
     assert found.kept == "end" and mine.kl(found.ratios) < 0.9 * mine.kl(uniform)
-    others = Prices(weights, held, None, mine.ranks)
+    others = Prices(weights, held, Options(), mine.ranks)
     assert found.held == {"uniform": others.kl(uniform), "end": others.kl(found.ratios)}
     assert found.held["end"] < found.held["uniform"] and found.steps[-1].held == found.held["end"]
-    assert [step.held is None for step in found.steps] == [i not in (7, 11) for i in range(12)]
+    assert [step.held is None for step in found.steps] == [i % 4 != 3 for i in range(12)]
     assert all(0 <= step.spread <= 1 for step in found.steps)
-    assert found.steps[0].fit == pytest.approx(mine.prices(uniform, random.Random(0).sample(range(16), 16)[:1])[0])
+    assert found.steps[0].fit == pytest.approx(mine.prices(uniform, random.Random(0).sample(range(16), 16)[:2])[0])
 
 
 @pytest.mark.parametrize("refresh", [0, 2])
@@ -320,11 +322,11 @@ def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were(refresh, st
 
 
 @pytest.mark.parametrize("started", [False, True])
-@pytest.mark.parametrize("options", [Options(4), Options(5, 3)])
+@pytest.mark.parametrize("options", [Options(4), Options(5, 3), Options(9, effort=EFFORTS["quick"])])
 def test_passes_are_those_that_a_search_makes(options, started):
     weights = weights_of(tiny_llama())
     draw = torch.Generator().manual_seed(0)
-    fit, held = (torch.randint(3, 300, (count, 8), generator=draw) for count in (price.FIT, price.HELD))
+    fit, held = (torch.randint(3, 300, (count, 8), generator=draw) for count in (price.FIT, options.effort.held))
     calls = []
     for block in weights.visit():
         block.module.register_forward_pre_hook(lambda *_: calls.append(3 if torch.is_grad_enabled() else 1))
@@ -342,7 +344,7 @@ def test_prices_are_the_same_to_the_bit_whether_activations_are_held_or_not(dtyp
         block.module.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     found = []
     for holds in (False, True):
-        mine = Prices(weights, WINDOWS, dtype, holds=holds)
+        mine = Prices(weights, WINDOWS, Options(dtype=dtype), holds=holds)
         calls.clear()
         found.append(mine.prices(ratios, [4, 1]))
         blocks = 1 + weights.layers[-1].block
@@ -351,21 +353,28 @@ def test_prices_are_the_same_to_the_bit_whether_activations_are_held_or_not(dtyp
     assert all(p.grad is None for p in weights.model.parameters())
 
 
-def test_activations_are_held_where_there_is_room(monkeypatch, caplog):
+@pytest.mark.parametrize("effort", EFFORTS.values())
+def test_activations_are_held_where_there_is_room(effort, monkeypatch):
     weights = weights_of(tiny_llama())
-    need = price.rank_bytes(weights.layers) + price.working_set(weights.model, weights.layers, torch.float32, 24)
-    every = need + price.held_bytes(weights.layers, torch.float32, 24)
+    work = price.working_set(weights.model, weights.layers, torch.float32, 24, effort)
+    need, tokens = price.rank_bytes(weights.layers) + work, 24 * effort.batch
+    every = need + price.held_bytes(weights.layers, torch.float32, tokens)
     for free, holds in ((need, False), (every / price.HOLD_WITHIN - 1, False), (every / price.HOLD_WITHIN + 1, True)):
         monkeypatch.setattr(price, "free_memory", lambda _, free=free: {"cpu": free})
-        assert price.check_memory(weights, 24, Options()) is holds
+        assert price.check_memory(weights, 24, Options(effort=effort)) is holds
     copies = 4 * sum(layer.size for layer in weights.layers)
-    assert price.held_bytes(weights.layers, torch.float32, 48) - copies == 2 * (every - need - copies)
+    assert price.held_bytes(weights.layers, torch.float32, 2 * tokens) - copies == 2 * (every - need - copies)
+
+
+def test_quick_windows_are_half_as_long():
+    assert [EFFORTS["quick"].length(n) for n in (2, 3, 512)] == [1, 2, 256]
+    assert [EFFORTS["full"].length(n) for n in (2, 3, 512)] == [2, 3, 512]
 
 
 def test_an_error_leaves_the_weights_as_they_were(monkeypatch):
     weights = weights_of(tiny_llama())
     parameters = dict(weights.model.named_parameters())
-    mine = Prices(weights, WINDOWS, None)
+    mine = Prices(weights, WINDOWS, Options())
 
     def fail(*_):
         raise KeyboardInterrupt
@@ -388,7 +397,7 @@ def test_one_gradient_of_a_matrix_is_alive_at_a_time(monkeypatch):
         alive.append(sum(leaf.grad is not None for leaf in leaves))
         return appraise(gradient, *rest)
 
-    mine = Prices(weights, WINDOWS, None)
+    mine = Prices(weights, WINDOWS, Options())
     monkeypatch.setattr(torch.nn, "Parameter", noted)
     monkeypatch.setattr(price, "band_price", counted)
     mine.prices(some_ratios(weights), [0, 1, 2])
@@ -415,7 +424,7 @@ def test_ranks_on_the_pruned_path_are_those_of_the_pruning_walk():
 
     weights = weights_of(tiny_llama())
     ratios = some_ratios(weights)
-    ranks = Prices(weights, WINDOWS, None).renewed_ranks(ratios)
+    ranks = Prices(weights, WINDOWS, Options()).renewed_ranks(ratios)
     expected = weights.map(lambda name, weight: pruned(weight, ranks[name], ratios[name]))
     target = sum(x.size * ratios[x.name] for x in weights.layers) / sum(x.size for x in weights.layers)
     walk(weights, SparsityPlan(target, ratios), PRUNERS["wanda"], enter_blocks(weights, WINDOWS))
