@@ -216,7 +216,7 @@ class PriceEffort(Flags):
 
     price_effort: str = flag(
         "full",
-        "for _price: {choices}: a step looks at two windows, or at half of one, less exactly and in a third of the time",
+        "for _price: {choices}: a step looks at two windows, or, faster and less exactly, at half of one",
         choices=price.EFFORTS,
         only="price",
         metavar="NAME",
