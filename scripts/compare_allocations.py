@@ -121,10 +121,11 @@ PARSER = make_parser(Comparison, "compare_allocations.py", __doc__, sweep.REST)
 # ---------------------------------------------------------------------------------------------------------- the rows
 
 
-def passes(setting: Experiment) -> float:
+def passes(setting: Experiment) -> int:
     """Return how many calibration windows a run's allocation passes through the blocks, from its flags.
 
-    The passes of pruning itself are not counted: they are the same for all allocations.
+    Two windows of half the length count as one. The passes of pruning itself are not counted: they are the same for all
+    allocations.
     """
     task = setting.task()
     scored = sum(setting.nsamples for part in (task, task.first) if part.wants in BLOCK_SCORES)
@@ -132,7 +133,7 @@ def passes(setting: Experiment) -> float:
         return scored if task.wants in BLOCK_SCORES else 0
     effort = price.EFFORTS[setting.price_effort]
     options = price.Options(setting.price_steps, setting.price_refresh, effort=effort)
-    return scored + price.forward_passes(options, bool(task.start)) / effort.shorter
+    return scored + -(-price.forward_passes(options, bool(task.start)) // effort.shorter)
 
 
 def seconds_of(record: Mapping, *stages: str) -> float | None:
