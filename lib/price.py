@@ -66,7 +66,7 @@ class Effort(NamedTuple):
         return -(-seqlen // self.shorter)
 
 
-EFFORTS = {"full": Effort(2, 1, 2, 8, 4), "quick": Effort(1, 2, 1, 6, 8)}
+EFFORTS = {"full": Effort(2, 1, 2, 8, 4), "quick": Effort(1, 2, 1, 4, 8)}
 
 
 class Options(NamedTuple):
