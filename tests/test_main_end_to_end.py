@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, settings
+from conftest import ROOT, on_cpu, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import main
@@ -80,31 +80,45 @@ def test_published_masks_of_magnitude(smollm2, golden):
         ("sparsegpt_ww_0.7_eps0.2", "sparsegpt_ww", 0.7, None),
     ],
 )
-def test_published_perplexity(key, method, ratio, nm, smollm2, windows, golden):
+def test_published_perplexity(key, method, ratio, nm, smollm2_source, windows, golden):
     expected, name = golden("pruning.json")[key], method.removesuffix("_ww")
-    weights = weights_of(smollm2)
-    layers = weights.layers
-    if method != "dense":
-        ratios = uniform(layers, ratio)
-        if method.endswith("_ww"):
-            values = measure("alpha_peak", "smollm2-135m", weights).values
-            ratios = heavy_tailed(layers, ratio, values=values, epsilon=0.2, mapping_type="block_wise")
-        inputs = enter_blocks(weights, windows["calibration"]) if PRUNERS[name].statistic else None
-        walk(weights, SparsityPlan(ratio, ratios, nm), PRUNERS[name], inputs)
-
-    # Where the sparsity is not by the published ratios to the last weight: ``_ww``, by two alphas that may jump.
-    exact = 1e-9 if method in ("dense", "magnitude") else 2e-5 if not method.endswith("_ww") else 2e-2
-    check_masks(weights, expected, exact)
     # Rounding grows from block to block, at 0.7 more than at 0.5. With weights changed in their last bit, SparseGPT's
-    # figure at 0.7 is 8.5, 6.5, 5.7 and 1.7 % below the published one, and that of the published loop itself
-    # (scripts/plain_methods.py, the same processor) 9.3, 3.9 and 1.3 %: standard deviations of 3 and 4 %. Two draws
-    # of such figures lie up to 12 % apart.
-    within = {"wanda": 0.03, "sparsegpt": 0.12}[name] if ratio == 0.7 else TOLERANCE[name]
+    # figure at 0.7 is 8.5, 5.7, 6.5 and 1.7 % below the published one, and that of the published loop itself
+    # (scripts/plain_methods.py, the same processor) 9.3, 3.9 and 1.3 %. The mean of four draws is held to it.
+    found = []
+    for draw in range(4 if (name, ratio) == ("sparsegpt", 0.7) else 1):
+        weights = weights_of(on_cpu(smollm2_source))
+        change_last_bits(weights.model, draw)
+        prune_as_published(weights, method, ratio, nm, windows["calibration"])
+        # Where the sparsity is not by the published ratios to the last weight: ``_ww``, by two alphas that may jump.
+        exact = 1e-9 if method in ("dense", "magnitude") else 2e-5 if not method.endswith("_ww") else 2e-2
+        check_masks(weights, expected, exact)
+        found.append(perplexity(weights.model, windows["evaluation"]))
+    within = 0.03 if (name, ratio) == ("wanda", 0.7) else TOLERANCE[name]
     if method == "magnitude_ww":
         within = 0.02  # two of the 210 alphas jump with the SVD's rounding, and their blocks' ratios with them
-    got = perplexity(smollm2, windows["evaluation"])
-    print(f"{key}: {got:.4f}, published {expected['perplexity']:.4f}, {got / expected['perplexity'] - 1:+.3%}")
+    got = sum(found) / len(found)
+    print(f"{key}: {found}, published {expected['perplexity']:.4f}, {got / expected['perplexity'] - 1:+.3%}")
     assert got == pytest.approx(expected["perplexity"], rel=within)
+
+
+def change_last_bits(model: torch.nn.Module, seed: int) -> None:
+    """Multiply every matrix in the blocks by 1 + 6e-8 z, about half of float32's last bit; seed 0 changes nothing."""
+    draw = torch.Generator().manual_seed(seed)
+    for matrix in (p.data for p in model.model.layers.parameters() if seed and p.ndim == 2):
+        matrix.mul_(1 + 6e-8 * torch.randn(matrix.shape, generator=draw))
+
+
+def prune_as_published(weights: Weights, method: str, ratio: float, nm, calibration: torch.Tensor) -> None:
+    if method == "dense":
+        return
+    layers, name = weights.layers, method.removesuffix("_ww")
+    ratios = uniform(layers, ratio)
+    if method.endswith("_ww"):
+        values = measure("alpha_peak", "smollm2-135m", weights).values
+        ratios = heavy_tailed(layers, ratio, values=values, epsilon=0.2, mapping_type="block_wise")
+    inputs = enter_blocks(weights, calibration) if PRUNERS[name].statistic else None
+    walk(weights, SparsityPlan(ratio, ratios, nm), PRUNERS[name], inputs)
 
 
 # ------------------------------------------------------------------------------------------------- main.py on SmolLM2
