@@ -137,7 +137,7 @@ def test_comparison_of_pruners_over_seeds(compared, capsys):
     # Nothing is drawn for magnitude with uniform ratios.
     assert rows["magnitude", "uniform"][0].strip("*").endswith(" ± 0.00")
     passes = {allocation: row[2] for (pruner, allocation), row in rows.items() if pruner == "wanda"}
-    assert passes == {"uniform": "0", "owl": "3", "price": str(16 + 8 + 8 + 5 * 8 + 2 * 8)}
+    assert passes == {"uniform": "0", "owl": "3", "price": str(16 + 8 + 8 + 5 * 2 * 3 + 2 * 8)}
     assert "seeds 0, 1, 2" in text and "sample standard deviation" in text
 
 
