@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from image_classifiers import data, models, pruning
-from image_classifiers.price import FIT, HELD, OPTIONS, PART, ImagePrices, split
+from image_classifiers.price import EFFORT, FIT, HELD, PART, ImagePrices, split
 from image_classifiers.settings import ImageExperiment, wants_images
 from lib import UserError, files, first_line, metrics, price, scores
 from lib.calibration import BlockInputs
@@ -209,8 +209,7 @@ def find_prices(
         images = data.Prepared(given.images, part, given.transform, given.seed)
         groups.append([batch for batch, _ in reader(settings, len(part) // count)(images)])
     dtype = price.search_dtype(settings.price_dtype, torch.device(known.device), torch.float32)
-    wanted = {"steps": settings.price_steps, "refresh": settings.price_refresh, "dtype": dtype}
-    options = OPTIONS._replace(**wanted, by_magnitude=task.by_magnitude)
+    options = price.Options(settings.price_steps, settings.price_refresh, dtype, task.by_magnitude, EFFORT)
     part = min(PART, settings.batch_size)
     fit, held = (partial(ImagePrices, parts.pruned, each, options, part=part) for each in groups)
     found = fit(kept_on=settings.hidden_device)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FIT, HELD = 8, 4  # groups of images: to find prices on, and held out
 GROUP = 256  # images that count as one window of text in a search, at most
 PART = 32  # images that are differentiated at a time, at most
-OPTIONS = Options(effort=Effort(batch=1, shorter=1, every=1, held=HELD, check_every=8))
+EFFORT = Effort(batch=1, shorter=1, every=1, held=HELD, check_every=8)
 
 
 def split(images: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
@@ -59,7 +59,7 @@ class ImagePrices(Prices):
         self,
         weights: Weights,
         windows: Sequence[Tensor],
-        options: Options = OPTIONS,
+        options: Options,
         ranks: dict[str, Tensor] | None = None,
         kept_on: str | None = None,
         part: int = PART,

@@ -276,7 +276,7 @@ def _reserve(
     if task.wants != "price":
         return least
     gpus = 1 if processes.device() else max(1, torch.cuda.device_count())
-    effort = price.EFFORTS[settings.price_effort]
+    effort = settings.price_options().effort
     ranks = price.rank_bytes(layers, task.by_magnitude) // gpus  # they lie beside the layers
     return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, effort.length(seqlen), effort))
 
@@ -331,7 +331,7 @@ def _read_windows(
         draws = (settings.calib_data, tokenizer, counts, seqlen, settings.seed, "--epsilon auto")
         windows = windows._replace(search=session.once(data.search_windows, *draws))
     if task.wants == "price":
-        effort = price.EFFORTS[settings.price_effort]
+        effort = settings.price_options().effort
         counts, length = (price.FIT, effort.held), effort.length(seqlen)
         draws = (settings.calib_data, tokenizer, counts, length, settings.seed, "_price")
         windows = windows._replace(search=session.once(data.search_windows, *draws))
@@ -409,8 +409,7 @@ def find_prices(
         start = tuple(make_plan(settings, task.first, weights.layers, values).ratios.items())
     device = next(iter(weights.visit())).device
     dtype = price.search_dtype(settings.price_dtype, device, known.dtypes.compute)
-    effort = price.EFFORTS[settings.price_effort]
-    options = price.Options(settings.price_steps, settings.price_refresh, dtype, task.by_magnitude, effort)
+    options = settings.price_options(dtype)
     if processes.count() > 1:
         log.info("the first process searches for prices, the others wait for them")
 
@@ -537,7 +536,7 @@ def searched(trials: list[search.Trial]) -> dict:
 def _write_plan(settings: Experiment, task: Task, plan: SparsityPlan, known: Prepared) -> None:
     recipe = None
     if settings.export_llmcompressor:
-        recipe = plans.llm_compressor_recipe(plan, known.layers, task.method.partition("_")[0])
+        recipe = plans.llm_compressor_recipe(plan, known.layers, task.pruner_name)
     if settings.save_plan:
         made_by = {"method": task.method, "flags": settings.flags()}
         plans.save_plan(Path(settings.save_plan), plan, known.source.name, known.layers, made_by)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -130,14 +131,14 @@ def measure(
     fell_back: list[str] = []
     kept = set()
     mine = _own_part(metric, weights.layers)
-    race = None
+    most = len(weights.layers) if weights.in_memory else max(Counter(layer.block for layer in weights.layers).values())
+    cores = min(torch.get_num_threads(), most)  # at work at a time
     with tqdm(total=len(mine), desc=metric, unit="matrix", disable=None) as bar, _workers() as workers:
+        race = Race(workers, cores, settings.driver)
         for block in weights.visit():
             if block.index == 0:
                 _warn_of_zeros(metric, block)
             own = {name: linear for name, linear in block.linears.items() if name in mine}
-            if race is None:
-                race = Race(workers, settings, None if weights.in_memory else len(block.linears))
             futures = _submit(race, block._replace(linears=own), metric, settings, fell_back, begun)
             for future in futures.values():
                 future.add_done_callback(lambda _: bar.update())
@@ -194,12 +195,11 @@ class Race:
     second is timed there, and the third on one core; the result is logged. The fast driver stays on the GPU.
     """
 
-    def __init__(self, workers: ThreadPoolExecutor, settings: Settings, at_once: int | None = None) -> None:
-        """Prepare it; no more than ``at_once`` matrices are available to the ``workers`` at a time."""
-        count = workers._max_workers
-        self.workers, self.cores = workers, count if at_once is None else min(count, at_once)
+    def __init__(self, workers: ThreadPoolExecutor, cores: int, driver: str) -> None:
+        """Prepare it for ``workers`` of which as many as ``cores`` are at work at a time."""
+        self.workers, self.cores = workers, cores
         self.seconds: list[float] = []  # by the work in a matrix
-        self.on_cpu = None if settings.driver == "exact" and self.cores >= _FEW_WORKERS else False
+        self.on_cpu = None if driver == "exact" and cores >= _FEW_WORKERS else False
 
     def submit(self, value: Callable[[Tensor], float], weight: Tensor) -> Future:
         """Return the ``value`` of a weight, pending if it goes to the workers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from lib import UserError, data, plans, price
 from lib.allocation import ALLOCATIONS, MAPPINGS
@@ -17,6 +17,9 @@ from lib.layers import SUPPORTED
 from lib.models import DTYPES, SMOLLM2
 from lib.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Options, Pruner, configured
 from lib.registry import check_name, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS]
 TEXTS = f"{{{', '.join(data.DATASETS)}}} or a .txt, .json or .jsonl file (field `text`)"
@@ -345,9 +348,14 @@ class Task(NamedTuple):
         return f"{self.method}_{self.target}"
 
     @property
+    def pruner_name(self) -> str:
+        """Name of the pruner in its registry, also where flags have changed the pruner."""
+        return self.method.partition("_")[0]
+
+    @property
     def by_magnitude(self) -> bool:
         """Whether the pruner's masks are magnitude's, which know nothing of the input."""
-        return self.method.partition("_")[0] == "magnitude"
+        return self.pruner_name == "magnitude"
 
     @property
     def wants(self) -> str | None:
@@ -442,6 +450,11 @@ class Experiment(
         table = VARIANTS if self.use_variant else PRUNERS
         start = self.price_start.replace("uniform", "") if suffix == "price" else ""
         return Task(method, configured(name, table, self._options(name)), suffix, target, nm, start)
+
+    def price_options(self, dtype: torch.dtype | None = None) -> price.Options:
+        """Return the options of the search for prices, in ``dtype`` (None: the model's own)."""
+        effort = price.EFFORTS[self.price_effort]
+        return price.Options(self.price_steps, self.price_refresh, dtype, self.task().by_magnitude, effort)
 
     def _options(self, pruner: str) -> Options:
         if self.pruner_iterations is not None and pruner not in ITERATED:

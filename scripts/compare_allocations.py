@@ -131,9 +131,8 @@ def passes(setting: Experiment) -> int:
     scored = sum(setting.nsamples for part in (task, task.first) if part.wants in BLOCK_SCORES)
     if task.wants != "price":
         return scored if task.wants in BLOCK_SCORES else 0
-    effort = price.EFFORTS[setting.price_effort]
-    options = price.Options(setting.price_steps, setting.price_refresh, effort=effort)
-    return scored + -(-price.forward_passes(options, bool(task.start)) // effort.shorter)
+    options = setting.price_options()
+    return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.shorter)
 
 
 def seconds_of(record: Mapping, *stages: str) -> float | None:

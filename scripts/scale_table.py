@@ -24,6 +24,7 @@ SIZES = {
     "405B": (16384, 53248, 126, 128, 8, 128256),
 }
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "wanda_price")
+SEARCH = price.Options()  # of _price
 ALIKE = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # share an input
 
 
@@ -86,8 +87,7 @@ def work(shapes: dict[str, tuple[int, int]], blocks: int, method: str, tokens: i
             inverses = -(-alps.ITERATIONS // alps.PER_RHO)
             total += inverses * inside**3 + 2 * (alps.ITERATIONS + alps.REFIT_STEPS + 2) * out * inside**2
     if allocation == "price":  # and once more where blocks are run twice
-        options = price.Options()
-        windows = price.forward_passes(options, started=False) + options.effort.batch * options.steps
+        windows = price.forward_passes(SEARCH, started=False) + SEARCH.effort.batch * SEARCH.steps
         total += windows * tokens * forward
     return total * blocks
 
@@ -99,7 +99,7 @@ def needs(size: str, settings: Table) -> Iterator[Needs]:
     shapes = {layer.name.rpartition(".")[2]: layer.shape for layer in layers if layer.block == 0}
     blocks, half = layers[-1].block + 1, torch.float16
     weights = 2 * sum(p.numel() for p in model.parameters())
-    tokens, length = settings.nsamples * settings.seqlen, price.Options().effort.length(settings.seqlen)
+    tokens, length = settings.nsamples * settings.seqlen, SEARCH.effort.length(settings.seqlen)
     for method in METHODS:
         pruner, _, allocation = method.partition("_")
         windows = 0 if pruner == "magnitude" else settings.nsamples
@@ -108,7 +108,7 @@ def needs(size: str, settings: Table) -> Iterator[Needs]:
         streamed = models.working_set(model, half, hessians, 0, settings.seqlen)
         done = work(shapes, blocks, pruner, tokens)
         if allocation == "price":
-            ranks = price.rank_bytes(layers) + price.working_set(model, layers, half, length, price.Options().effort)
+            ranks = price.rank_bytes(layers) + price.working_set(model, layers, half, length, SEARCH.effort)
             beside, streamed = max(beside, ranks), None
             done += work(shapes, blocks, method, length) - work(shapes, blocks, pruner, length)
         hidden = 2 * windows * settings.seqlen * SIZES[size][0]

@@ -13,12 +13,13 @@ from test_image_pruning import exact
 
 from image_classifiers import data
 from image_classifiers.models import find_parts, save
-from image_classifiers.price import FIT, HELD, OPTIONS, ImagePrices, split
+from image_classifiers.price import EFFORT, FIT, HELD, ImagePrices, split
 from lib import UserError
-from lib.price import BAND, equalise
+from lib.price import BAND, Options, equalise
 
 IMAGES = some_images(12).double()
 GROUPS = list(IMAGES.split(3))
+OPTIONS = Options(effort=EFFORT)
 
 
 def parts_of(make):

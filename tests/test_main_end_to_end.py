@@ -85,11 +85,13 @@ def test_published_perplexity(key, method, ratio, nm, smollm2_source, windows, g
     # Rounding grows from block to block, at 0.7 more than at 0.5. With weights changed in their last bit, SparseGPT's
     # figure at 0.7 is 8.5, 5.7, 6.5 and 1.7 % below the published one, and that of the published loop itself
     # (scripts/plain_methods.py, the same processor) 9.3, 3.9 and 1.3 %. The mean of four draws is held to it.
-    found = []
+    ratios, found = published_ratios(method, ratio, weights_of(on_cpu(smollm2_source))), []
     for draw in range(4 if (name, ratio) == ("sparsegpt", 0.7) else 1):
         weights = weights_of(on_cpu(smollm2_source))
         change_last_bits(weights.model, draw)
-        prune_as_published(weights, method, ratio, nm, windows["calibration"])
+        if method != "dense":
+            inputs = enter_blocks(weights, windows["calibration"]) if PRUNERS[name].statistic else None
+            walk(weights, SparsityPlan(ratio, ratios, nm), PRUNERS[name], inputs)
         # Where the sparsity is not by the published ratios to the last weight: ``_ww``, by two alphas that may jump.
         exact = 1e-9 if method in ("dense", "magnitude") else 2e-5 if not method.endswith("_ww") else 2e-2
         check_masks(weights, expected, exact)
@@ -102,23 +104,21 @@ def test_published_perplexity(key, method, ratio, nm, smollm2_source, windows, g
     assert got == pytest.approx(expected["perplexity"], rel=within)
 
 
+def published_ratios(method: str, ratio: float, weights: Weights) -> object:
+    if not method.endswith("_ww"):
+        return uniform(weights.layers, ratio)
+    values = measure("alpha_peak", "smollm2-135m", weights).values
+    return heavy_tailed(weights.layers, ratio, values=values, epsilon=0.2, mapping_type="block_wise")
+
+
 def change_last_bits(model: torch.nn.Module, seed: int) -> None:
     """Multiply every matrix in the blocks by 1 + 6e-8 z, about half of float32's last bit; seed 0 changes nothing."""
-    draw = torch.Generator().manual_seed(seed)
-    for matrix in (p.data for p in model.model.layers.parameters() if seed and p.ndim == 2):
-        matrix.mul_(1 + 6e-8 * torch.randn(matrix.shape, generator=draw))
-
-
-def prune_as_published(weights: Weights, method: str, ratio: float, nm, calibration: torch.Tensor) -> None:
-    if method == "dense":
+    if seed == 0:
         return
-    layers, name = weights.layers, method.removesuffix("_ww")
-    ratios = uniform(layers, ratio)
-    if method.endswith("_ww"):
-        values = measure("alpha_peak", "smollm2-135m", weights).values
-        ratios = heavy_tailed(layers, ratio, values=values, epsilon=0.2, mapping_type="block_wise")
-    inputs = enter_blocks(weights, calibration) if PRUNERS[name].statistic else None
-    walk(weights, SparsityPlan(ratio, ratios, nm), PRUNERS[name], inputs)
+    draw = torch.Generator().manual_seed(seed)
+    for p in model.model.layers.parameters():
+        if p.ndim == 2:
+            p.data.mul_(1 + 6e-8 * torch.randn(p.shape, generator=draw))
 
 
 # ------------------------------------------------------------------------------------------------- main.py on SmolLM2

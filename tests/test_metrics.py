@@ -412,21 +412,21 @@ class OnGpu:
 
 
 @pytest.mark.parametrize(
-    ("core", "at_once", "driver", "taken"),
+    ("core", "cores", "driver", "taken"),
     [
-        (11.0, None, "exact", "gpu gpu cpu cpu cpu"),  # 4 cores: 2.75 s a matrix instead of 3
-        (13.0, None, "exact", "gpu gpu cpu gpu gpu"),
+        (11.0, 4, "exact", "gpu gpu cpu cpu cpu"),  # 4 cores: 2.75 s a matrix instead of 3
+        (13.0, 4, "exact", "gpu gpu cpu gpu gpu"),
         (11.0, 3, "exact", "gpu gpu gpu gpu gpu"),  # too few to try
-        (1.0, None, "fast", "gpu gpu gpu gpu gpu"),
+        (1.0, 4, "fast", "gpu gpu gpu gpu gpu"),
     ],
 )
-def test_exact_spectra_go_to_the_cpu_where_its_cores_are_faster(core, at_once, driver, taken, monkeypatch, caplog):
+def test_exact_spectra_go_to_the_cpu_where_its_cores_are_faster(core, cores, driver, taken, monkeypatch, caplog):
     # The first matrix takes long for another reason; the third has 8 times the work of the second.
     clock = iter([0.0, 50.0, 100.0, 103.0, 200.0, 200.0 + 8 * core])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     weights = [OnGpu(), OnGpu(), OnGpu((8, 4)), OnGpu(), OnGpu()]
     with ThreadPoolExecutor(4) as workers, caplog.at_level("INFO"):
-        race = metrics.Race(workers, Settings(driver), at_once)
+        race = metrics.Race(workers, cores, driver)
         found = [race.submit(lambda weight: "cpu" if weight == "cpu" else "gpu", weight) for weight in weights]
         assert [future.result() for future in found] == taken.split()
     told = [record.getMessage() for record in caplog.records]
