@@ -4,22 +4,11 @@
 // A packed row is ceil(columns / 32) mask words, the first column in the lowest bit, and as many values as there are
 // bits set. 32 columns are one step: vpexpandw puts the values where the bits are, the 16 bits become float32, and
 // every token's float32 inputs are multiplied and added. The idea is that of SparAMX (arXiv 2502.12444), without AMX.
-#include <immintrin.h>
+#include "kernel.h"
 
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 namespace {
-
-struct Matrix {  // as kernel.py's Matrix
-  const uint32_t* mask;    // [rows, words], null if the matrix is dense
-  const uint16_t* values;  // packed: 32 more than there are bits set, which may be read; dense: [rows, columns]
-  const int64_t* starts;   // [rows + 1], where each row's values begin
-  const uint16_t* bias;    // [rows] or null
-  int64_t rows, columns, words;
-  int64_t half;  // 1: float16, 0: bfloat16
-};
 
 constexpr int GROUP = 32;  // columns of a step
 
@@ -111,12 +100,16 @@ inline void widen(Raw raw, Vector* part) {
 template <bool HALF>
 inline void spread(uint32_t bits, const uint16_t* v, Vector* part) {
   if (HALF) return widen<HALF>(expand(bits, v), part);
+  int64_t before = 0;
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++, bits >>= 8) {  // a third fewer instructions than by way of 16 bits
-    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)v));
-    const __m256i from = _mm256_load_si256((const __m256i*)shuffles.wide[bits & 255]);
+  for (int i = 0; i < 4; i++) {  // by way of 16 bits, it takes half as many instructions again
+    const int turn = (8 * i + 27) % 32;
+    int64_t at = (bits >> turn | bits << (32 - turn)) & 0x1fe0;  // 32 times the byte, in one rotation
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(v + before)));
+    const __m256i from = _mm256_load_si256((const __m256i*)(shuffles.wide[0] + at));
     part[i] = _mm256_castsi256_ps(_mm256_shuffle_epi8(both, from));
-    v += __builtin_popcount(bits & 255);
+    asm("popcnt %0, %0" : "+r"(at));  // in place: g++ would clear another register first, for old CPUs
+    before += at;
   }
 }
 template <bool HALF>
@@ -129,21 +122,6 @@ inline float total(Vector v) {
 #error "needs AVX-512 VBMI2 or AVX2"
 #endif
 
-float to_float(uint16_t v, bool half) {
-  if (half) return _cvtsh_ss(v);
-  const uint32_t bits = uint32_t(v) << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-uint16_t from_float(float f, bool half) {  // rounds to nearest, ties to even
-  if (half) return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  if (f != f) return 0x7fc0;
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // The last columns of a dense row, followed by zeros: the next row's weights are not to be read in their place.
 inline Raw load_some(const uint16_t* v, int64_t count) {
   uint16_t padded[GROUP] = {};
@@ -151,57 +129,80 @@ inline Raw load_some(const uint16_t* v, int64_t count) {
   return load(padded);
 }
 
-// The dot products of one row with M tokens; x is [M, words, PARTS].
-template <int M, bool HALF, bool PACKED>
+// Rows that are multiplied at once. AVX2 is held up by its two loads a cycle: four rows of one token share those of x.
+template <int M, bool PACKED> constexpr int ROWS = LANES == 8 && PACKED ? (M == 1 ? 4 : M == 2 ? 2 : 1) : 1;
+
+// The dot products of R rows from `row` on with M tokens, [R, M]; x is [M, words, PARTS].
+template <int M, int R, bool HALF, bool PACKED>
 inline void dot(const Matrix& w, int64_t row, const Vector* x, float* out) {
   constexpr int P = PARTS<HALF>;
-  constexpr int SUMS = M <= 2 ? 4 : M <= 4 || LANES == 16 ? 2 : 1;  // of a token: hide the latency, fit the registers
+  // Of a token, to hide the latency as long as they fit the registers.
+  constexpr int SUMS = M * R <= 2 ? 4 : M * R <= 4 || LANES == 16 ? 2 : 1;
   const uint32_t* mask = w.mask + row * w.words;
-  const uint16_t* v = w.values + (PACKED ? w.starts[row] : row * w.columns);
-  const int64_t whole = PACKED ? w.words : w.columns / GROUP;
-  Vector sum[M][SUMS];
-  for (auto& token : sum)
-    for (auto& s : token) s = Vector{};
-  Vector part[P];
-  auto step = [&](int64_t group, int first) __attribute__((always_inline)) {
+  const int64_t whole = PACKED ? w.words : w.columns / GROUP, masks = R * w.words * 4;
+  const uint16_t* v[R];
+  for (int r = 0; r < R; r++) v[r] = w.values + (PACKED ? w.starts[row + r] : (row + r) * w.columns);
+  // Several rows at once: what the next ones need is fetched meanwhile, from front to back.
+  const int64_t bytes = R > 1 ? (w.starts[row + R] - w.starts[row]) * 2 : 0;
+  const char* ahead = (const char*)v[0] + (bytes > 4096 ? bytes : 4096);
+  const char* ahead_mask = (const char*)mask + (masks > 1024 ? masks : 1024);
+  Vector sum[R][M][SUMS] = {}, part[P];
+  auto step = [&](int r, int64_t group, int first) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
       for (int p = 0; p < P; p++) {
-        Vector& s = sum[m][(first + p) % SUMS];
+        Vector& s = sum[r][m][(first + p) % SUMS];
         s = multiply_add<HALF>(part[p], x[(m * w.words + group) * P + p], s);
       }
   };
   auto next = [&](int64_t group, int first) __attribute__((always_inline)) {
-    // The hardware prefetcher stops at each page. Into L2: L1 is full of x where there are thousands of columns.
-    _mm_prefetch((const char*)v + 4096, _MM_HINT_T1);
-    PACKED ? spread<HALF>(mask[group], v, part) : widen<HALF>(load(v), part);
-    step(group, first);
-    v += PACKED ? __builtin_popcount(mask[group]) : GROUP;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      // The hardware prefetcher stops at each page. Into L2: L1 is full of x where there are thousands of columns.
+      if (R == 1) _mm_prefetch((const char*)v[r] + 4096, _MM_HINT_T1);
+      const uint32_t bits = PACKED ? mask[r * w.words + group] : 0;
+      PACKED ? spread<HALF>(bits, v[r], part) : widen<HALF>(load(v[r]), part);
+      step(r, group, first);
+      v[r] += PACKED ? __builtin_popcount(bits) : GROUP;
+    }
   };
   int64_t g = 0;
-  for (; g + 4 <= whole; g += 4) {
+  for (; R == 1 && g + 4 <= whole; g += 4) {
     if (PACKED) _mm_prefetch((const char*)(mask + g) + 512, _MM_HINT_T0);
     next(g, 0), next(g + 1, P), next(g + 2, 2 * P), next(g + 3, 3 * P);
   }
-  for (; g < whole; g++) next(g, 0);
-  if (!PACKED && whole < w.words) widen<HALF>(load_some(v, w.columns % GROUP), part), step(whole, 0);
-  for (int m = 0; m < M; m++) {
-    for (int s = 1; s < SUMS; s++) sum[m][0] += sum[m][s];
-    out[m] = total(sum[m][0]);
+  for (; g < whole; g++) {
+    if (R > 1) {
+#pragma GCC unroll 3
+      for (int line = 0; line < R - 1; line++) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
+      _mm_prefetch(ahead_mask, _MM_HINT_T0);
+      ahead += bytes / w.words + 1, ahead_mask += R * 4;
+    }
+    next(g, 0);
   }
+  if (!PACKED && whole < w.words) widen<HALF>(load_some(v[0], w.columns % GROUP), part), step(0, whole, 0);
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) {
+      for (int s = 1; s < SUMS; s++) sum[r][m][0] += sum[r][m][s];
+      out[r * M + m] = total(sum[r][m][0]);
+    }
 }
 
 template <int M, bool HALF, bool PACKED>
 void rows(const Matrix& w, const Vector* x, void* y, bool wide) {
+  constexpr int R = ROWS<M, PACKED>;
 #pragma omp for schedule(static) nowait
-  for (int64_t row = 0; row < w.rows; row++) {
-    float out[M];
-    dot<M, HALF, PACKED>(w, row, x, out);
-    for (int m = 0; m < M; m++) {
-      if (w.bias) out[m] += to_float(w.bias[row], HALF);
-      if (wide) ((float*)y)[m * w.rows + row] = out[m];
-      else ((uint16_t*)y)[m * w.rows + row] = from_float(out[m], HALF);
+  for (int64_t first = 0; first < w.rows; first += R) {
+    float out[R * M];
+    const int count = int(first + R <= w.rows ? R : w.rows - first);
+    if (count == R) dot<M, R, HALF, PACKED>(w, first, x, out);
+    else for (int r = 0; r < count; r++) dot<M, 1, HALF, PACKED>(w, first + r, x, out + r * M);
+    for (int i = 0; i < count * M; i++) {
+      const int64_t row = first + i / M, at = i % M * w.rows + row;
+      if (w.bias) out[i] += to_float<HALF>(w.bias[row]);
+      if (wide) ((float*)y)[at] = out[i];
+      else ((uint16_t*)y)[at] = from_float<HALF>(out[i]);
     }
   }
 }
@@ -227,8 +228,6 @@ void product(const Matrix* w, int count, const uint16_t* x, int tokens, void* co
 
 }  // namespace
 
-// y[i] = W[i] x + bias[i] of 1 to 8 tokens, for matrices of one kind of numbers with equally many columns.
-// x: [tokens, columns], of that kind; y[i]: [tokens, rows], of that kind, or float32 if `wide`.
 extern "C" void multiply(const Matrix* w, int count, const uint16_t* x, int tokens, void* const* y, int wide,
                          int threads) {
   (w->half ? product<true> : product<false>)(w, count, x, tokens, y, wide, threads);

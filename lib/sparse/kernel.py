@@ -17,13 +17,13 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernel.cpp", "step.cpp")]
+HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("kernel.h", "kernel.cpp", "step.cpp"))
 # Instruction sets, the best first. The flags are spelled as the compiler's -m and, but for "_", as in /proc/cpuinfo.
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx2", "fma", "f16c", "popcnt")
 LEVELS = {
     "avx512bf16": (*_AVX512, "avx512bf16"),
     "avx512": _AVX512,
-    "avx2": ("avx2", "fma", "f16c", "popcnt"),
+    "avx2": ("avx2", "bmi2", "fma", "f16c", "popcnt"),
 }
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 MOST_TOKENS = 8  # of a call of the kernel
@@ -36,7 +36,7 @@ class Unavailable(RuntimeError):
 
 
 class Matrix(ctypes.Structure):
-    """A weight as kernel.cpp sees it. It holds addresses: its creator must keep the tensors alive."""
+    """A weight as kernel.h declares it. It holds addresses: its creator must keep the tensors alive."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("mask", "values", "starts", "bias")),
@@ -150,7 +150,7 @@ def _built(level: str) -> Path:
     """Return the library's path; it is created atomically, under a name that identifies source, compiler and flags."""
     compiler = _compiler()
     flags = [*FLAGS, *(f"-m{flag}" for flag in LEVELS[level])]
-    content = b"".join(source.read_bytes() for source in SOURCES)
+    content = b"".join(source.read_bytes() for source in (HEADER, *SOURCES))
     key = hashlib.sha256(content + repr((compiler, flags)).encode()).hexdigest()[:16]
     target = _cache_folder() / f"sparse-{level}-{key}.so"
     if target.is_file():

@@ -203,7 +203,7 @@ class DenseLinear(nn.Linear):
 
     def of_kind(self, kind: torch.dtype) -> Matrix | None:
         """Return the weight for the kernel if it is of this ``kind`` and on the CPU."""
-        weight, bias = self.weight, self.bias
+        weight, bias = map(self._parameters.get, ("weight", "bias"))  # nn.Module's own lookup is slow
         if kind != weight.dtype:
             return None
         key = weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.dtype  # another after a move

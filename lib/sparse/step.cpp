@@ -1,15 +1,10 @@
 // One new token per sequence through a LLaMA's block: norms, rotations, attention and the gated MLP around the products
 // of kernel.cpp, with which it is compiled. Values are rounded where they leave a function, and where a
 // product takes them; in between they are float32.
-#include <immintrin.h>
+#include "kernel.h"
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
-
-struct Matrix;  // kernel.cpp's
-extern "C" void multiply(const Matrix*, int count, const uint16_t* x, int tokens, void* const* y, int wide, int threads);
 
 namespace {
 
@@ -20,22 +15,6 @@ struct Block {  // as steps.py's
   int64_t width, heads, keys, size, inner;  // heads of queries, heads of keys, numbers of a head, of the MLP
   int64_t half;                             // 1: float16, 0: bfloat16
 };
-
-template <bool HALF>
-inline float wide(uint16_t v) {
-  if (HALF) return _cvtsh_ss(v);
-  const uint32_t bits = uint32_t(v) << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-template <bool HALF>
-inline uint16_t narrow(float f) {  // rounds to nearest, ties to even
-  if (HALF) return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  return f == f ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
-}
 
 inline float exponential(float x) {  // to 2e-7, in operations that the compiler turns into vectors
   x = x < -87.f ? -87.f : x > 88.f ? 88.f : x;
@@ -53,9 +32,9 @@ template <bool HALF>
 void norm(const uint16_t* x, const uint16_t* weight, double eps, int64_t width, uint16_t* y) {
   float squares = 0;
 #pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < width; i++) squares += wide<HALF>(x[i]) * wide<HALF>(x[i]);
+  for (int64_t i = 0; i < width; i++) squares += to_float<HALF>(x[i]) * to_float<HALF>(x[i]);
   const float scale = 1.f / std::sqrt(squares / float(width) + float(eps));
-  for (int64_t i = 0; i < width; i++) y[i] = narrow<HALF>(wide<HALF>(x[i]) * scale * wide<HALF>(weight[i]));
+  for (int64_t i = 0; i < width; i++) y[i] = from_float<HALF>(to_float<HALF>(x[i]) * scale * to_float<HALF>(weight[i]));
 }
 
 // Half rotations of each head: (a, b) becomes (a cos - b sin, b cos + a sin).
@@ -65,8 +44,8 @@ void rotate(const float* x, const uint16_t* cos, const uint16_t* sin, int64_t he
   for (int64_t h = 0; h < heads; h++, x += size, y += size)
     for (int64_t i = 0; i < half; i++) {
       const float a = x[i], b = x[i + half];
-      y[i] = narrow<HALF>(a * wide<HALF>(cos[i]) - b * wide<HALF>(sin[i]));
-      y[i + half] = narrow<HALF>(b * wide<HALF>(cos[i + half]) + a * wide<HALF>(sin[i + half]));
+      y[i] = from_float<HALF>(a * to_float<HALF>(cos[i]) - b * to_float<HALF>(sin[i]));
+      y[i + half] = from_float<HALF>(b * to_float<HALF>(cos[i + half]) + a * to_float<HALF>(sin[i + half]));
     }
 }
 
@@ -91,7 +70,7 @@ void enter(const Block& b, const uint16_t* x, const uint16_t* cos, const uint16_
     rotate<HALF>(parts[0] + t * queries, cos + t * stride, sin + t * stride, b.heads, b.size, q + t * queries);
     rotate<HALF>(parts[1] + t * keys, cos + t * stride, sin + t * stride, b.keys, b.size, k + t * keys);
   }
-  for (int64_t i = 0; i < tokens * keys; i++) v[i] = narrow<HALF>(parts[2][i]);
+  for (int64_t i = 0; i < tokens * keys; i++) v[i] = from_float<HALF>(parts[2][i]);
 }
 
 // Attention of one token per sequence to all `length` keys; heads / keys heads of queries share a head of keys.
@@ -104,21 +83,21 @@ void attend(const Block& b, const uint16_t* q, const uint16_t* keys, const uint1
     static thread_local std::vector<float> buffer;
     float *p = room(buffer, length + 2 * size), *query = p + length, *sum = query + size;
     const uint16_t *k = keys + head / group * length * size, *v = values + head / group * length * size;
-    for (int64_t i = 0; i < size; i++) query[i] = wide<HALF>(q[head * size + i]) * scale, sum[i] = 0;
+    for (int64_t i = 0; i < size; i++) query[i] = to_float<HALF>(q[head * size + i]) * scale, sum[i] = 0;
     float most = -INFINITY, total = 0;
     for (int64_t j = 0; j < length; j++) {
       float dot = 0;
 #pragma omp simd reduction(+ : dot)
-      for (int64_t i = 0; i < size; i++) dot += query[i] * wide<HALF>(k[j * size + i]);
+      for (int64_t i = 0; i < size; i++) dot += query[i] * to_float<HALF>(k[j * size + i]);
       p[j] = dot;
       most = dot > most ? dot : most;
     }
     for (int64_t j = 0; j < length; j++) p[j] = exponential(p[j] - most);
     for (int64_t j = 0; j < length; j++) {
       total += p[j];
-      for (int64_t i = 0; i < size; i++) sum[i] += p[j] * wide<HALF>(v[j * size + i]);
+      for (int64_t i = 0; i < size; i++) sum[i] += p[j] * to_float<HALF>(v[j * size + i]);
     }
-    for (int64_t i = 0; i < size; i++) out[head * size + i] = narrow<HALF>(sum[i] / total);
+    for (int64_t i = 0; i < size; i++) out[head * size + i] = from_float<HALF>(sum[i] / total);
   }
 }
 
@@ -131,12 +110,12 @@ void leave(const Block& b, const uint16_t* x, const uint16_t* attended, int toke
   float* p = room(products, all > 2 * inner ? all : 2 * inner);
   void* sums[] = {p, p + inner};
   multiply(b.o, 1, attended, tokens, sums, 1, threads);
-  for (int64_t i = 0; i < all; i++) y[i] = narrow<HALF>(wide<HALF>(x[i]) + p[i]);
+  for (int64_t i = 0; i < all; i++) y[i] = from_float<HALF>(to_float<HALF>(x[i]) + p[i]);
   for (int t = 0; t < tokens; t++) norm<HALF>(y + t * b.width, b.after, b.after_eps, b.width, n + t * b.width);
   multiply(b.gate_up, 2, n, tokens, sums, 1, threads);
-  for (int64_t i = 0; i < inner; i++) g[i] = narrow<HALF>(p[i] / (1.f + exponential(-p[i])) * p[inner + i]);
+  for (int64_t i = 0; i < inner; i++) g[i] = from_float<HALF>(p[i] / (1.f + exponential(-p[i])) * p[inner + i]);
   multiply(b.down, 1, g, tokens, sums, 1, threads);
-  for (int64_t i = 0; i < all; i++) y[i] = narrow<HALF>(wide<HALF>(y[i]) + p[i]);
+  for (int64_t i = 0; i < all; i++) y[i] = from_float<HALF>(to_float<HALF>(y[i]) + p[i]);
 }
 
 }  // namespace
@@ -148,7 +127,8 @@ extern "C" void enter_block(const Block* b, const uint16_t* x, const uint16_t* c
   (b->half ? enter<true> : enter<false>)(*b, x, cos, sin, stride, tokens, q, k, v, threads);
 }
 
-// What the attention of q, [tokens, heads, size], gives: the same shape. keys, values: [tokens, keys, length, size].
+// What the attention of q, [tokens, heads, size], gives: the same shape, and possibly the same place.
+// keys, values: [tokens, keys, length, size].
 extern "C" void attend_block(const Block* b, const uint16_t* q, const uint16_t* keys, const uint16_t* values,
                              int64_t length, double scale, int tokens, uint16_t* out, int threads) {
   (b->half ? attend<true> : attend<false>)(*b, q, keys, values, length, float(scale), tokens, out, threads);

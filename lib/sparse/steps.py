@@ -3,12 +3,13 @@
 import ctypes
 import inspect
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, repeat
+from operator import contains, is_
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as watching
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from lib.sparse.attention import NAME, grouped_attention
 from lib.sparse.kernel import MOST_TOKENS, Block, Kernel, Matrix, load
@@ -24,6 +25,51 @@ OTHERS = ("self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_l
 TRIAL = 2  # tokens that a block is tried on
 
 
+class Pass:
+    """Part of a forward pass that all blocks share: cosines and sines for the kernel, prepared once."""
+
+    def __init__(self) -> None:
+        self._latest = None  # one tuple: another thread replaces all of it, or nothing
+
+    def angles(self, given: tuple[Tensor, Tensor] | None, x: Tensor, size: int, config: PreTrainedConfig) -> list | None:
+        """Return [address of the cosines, of the sines, stride], None where the kernel does not compute such a pass.
+
+        ``given``: [1 or batch, 1, size] each, the same tuple for every block; another one is another pass.
+        """
+        latest, key = self._latest, (x.dtype, len(x), size)
+        if latest is None or latest[0] is not given or latest[1] != key:
+            latest = self._latest = (given, key, *self._prepared(given, x, size, config))
+        return latest[3]
+
+    def _prepared(self, given: tuple | None, x: Tensor, size: int, config: PreTrainedConfig) -> tuple[list, list | None]:
+        """Return tensors that are to be kept, and what ``angles`` returns."""
+        fit = given is not None and all(a.shape[1:] == (1, size) and len(a) in (1, len(x)) for a in given)
+        if not fit or config._attn_implementation != NAME:
+            return [], None
+        kept = [a.to(x.dtype).contiguous() for a in given]
+        stride = size if len(kept[0]) > 1 else 0  # one position for all sequences, or one for each
+        return kept, [*(a.data_ptr() for a in kept), stride]
+
+
+class Parts:
+    """Modules inside of a block, and whether they still are as they were."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.linears, self.norms = _linears(layer), _norms(layer)
+        inside = [(parent._modules, *part) for parent in layer.modules() for part in parent._modules.items()]
+        self._tables, self._names, self._modules = zip(*inside, strict=True)
+        self._hooks = [table for m in self._modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self._states = [vars(module) for module in self._modules]
+
+    def untouched(self) -> bool:
+        """Return whether no module was replaced, is watched by hooks, or has another forward method of its own.
+
+        This runs for every block and token: map keeps it out of Python.
+        """
+        kept = all(map(is_, map(dict.get, self._tables, self._names), self._modules))
+        return kept and not any(self._hooks) and not any(map(contains, self._states, repeat("forward")))
+
+
 class Step:
     """Forward pass of one block: compiled for a single token per sequence, the model's own for everything else.
 
@@ -31,8 +77,8 @@ class Step:
     methods inside of the block, another cache than DynamicCache, another attention than ``grouped_attention``.
     """
 
-    def __init__(self, layer: nn.Module, kernel: Kernel | None = None) -> None:
-        self.layer, self.kernel = layer, kernel or load()
+    def __init__(self, layer: nn.Module, kernel: Kernel | None = None, shared: Pass | None = None) -> None:
+        self.layer, self.kernel, self._pass = layer, kernel or load(), shared or Pass()
         self._parts = self._built = None  # made when first needed: a layer that is being copied has no parts yet
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
@@ -40,23 +86,22 @@ class Step:
         plain = not args and type(cache) is DynamicCache and not torch.is_grad_enabled()
         few = hidden_states.shape[1] == 1 and 1 <= hidden_states.shape[0] <= MOST_TOKENS
         block = self._block(hidden_states) if plain and few else None
-        angles = kwargs.get("position_embeddings")
-        if block is None or not _fit(angles, len(hidden_states), block.size):
-            return self.own(hidden_states, *args, **kwargs)
-        return self._step(block, hidden_states.contiguous(), *angles, cache, kwargs)
+        if block is not None:
+            config = self.layer.self_attn.config
+            angles = self._pass.angles(kwargs.get("position_embeddings"), hidden_states, block.size, config)
+            if angles is not None:
+                return self._step(block, hidden_states.contiguous(), angles, cache, kwargs)
+        return self.own(hidden_states, *args, **kwargs)
 
     def own(self, *args, **kwargs) -> Tensor:
         """Return what the model's own forward pass gives."""
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
-    def _step(self, block: Block, x: Tensor, cos: Tensor, sin: Tensor, cache: DynamicCache, kwargs: dict) -> Tensor:
+    def _step(self, block: Block, x: Tensor, angles: list, cache: DynamicCache, kwargs: dict) -> Tensor:
         batch, attention, threads = len(x), self.layer.self_attn, torch.get_num_threads()
-        cos, sin = cos.to(x.dtype).contiguous(), sin.to(x.dtype).contiguous()
         q = x.new_empty(batch, block.heads, 1, block.size)
         k, v = x.new_empty(2, batch, block.keys, 1, block.size).unbind()
-        stride = block.size if len(cos) > 1 else 0  # one position for all sequences, or one for each
-        at, angles = ctypes.addressof(block), (cos.data_ptr(), sin.data_ptr(), stride)
-        places = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+        at, places = ctypes.addressof(block), (q.data_ptr(), k.data_ptr(), v.data_ptr())
         self.kernel.enter_block(at, x.data_ptr(), *angles, batch, *places, threads)
         k, v = cache.update(k, v, attention.layer_idx)
         attended = self._attend(block, q, k, v, kwargs)
@@ -69,28 +114,22 @@ class Step:
         if mask is not None or any(x.dtype != q.dtype or not x.is_contiguous() for x in (k, v)):
             more = {key: kwargs[key] for key in kwargs.keys() - {"attention_mask", "cache", "past_key_values"}}
             return grouped_attention(attention, q, k, v, mask, scaling=attention.scaling, **more)[0].contiguous()
-        out, threads = torch.empty_like(q), torch.get_num_threads()
-        places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[2])
-        at = ctypes.addressof(block)
-        self.kernel.attend_block(at, *places, attention.scaling, len(q), out.data_ptr(), threads)
-        return out
+        at, places = ctypes.addressof(block), (q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[2])
+        self.kernel.attend_block(at, *places, attention.scaling, len(q), q.data_ptr(), torch.get_num_threads())
+        return q
 
     def _block(self, x: Tensor) -> Block | None:
         """Return the block for the kernel, None if it is not as the kernel takes it, was altered, or is watched."""
-        if self.layer.self_attn.config._attn_implementation != NAME or x.device.type != "cpu":
+        parts = self._parts = self._parts or Parts(self.layer)
+        watched = watching._global_forward_hooks or watching._global_forward_pre_hooks
+        if watched or x.device.type != "cpu" or not parts.untouched():
             return None
-        inside, linears, norms = self._parts = self._parts or _parts(self.layer)
-        if watching._global_forward_hooks or watching._global_forward_pre_hooks:
-            return None
-        for modules, name, module in inside:
-            hooks = module._forward_hooks or module._forward_pre_hooks
-            if modules[name] is not module or hooks or "forward" in module.__dict__:
-                return None
-        found = [linear.of_kind(x.dtype) for linear in linears]
-        key = [*map(id, found), *(norm.weight.data_ptr() for norm in norms), x.dtype]
-        if self._built is None or self._built[0] != key:
-            fits = None not in found and all(norm.weight.dtype == x.dtype for norm in norms)
-            self._built = key, found, *(_described(self.layer, found, x.dtype) if fits else (None, None))
+        kind, weights = x.dtype, [norm._parameters["weight"] for norm in parts.norms]
+        found = [linear.of_kind(kind) for linear in parts.linears]
+        key = kind, *(weight.data_ptr() for weight in weights)
+        if self._built is None or self._built[0] != key or not all(map(is_, self._built[1], found)):
+            fits = None not in found and all(weight.dtype == kind for weight in weights)
+            self._built = key, found, *(_described(self.layer, found, kind) if fits else (None, None))
         return self._built[2]
 
     def __getstate__(self) -> dict:  # addresses and libraries are neither copied nor pickled
@@ -98,17 +137,6 @@ class Step:
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
-
-
-def _parts(layer: nn.Module) -> tuple[list, list[nn.Module], list[nn.Module]]:
-    """Return every module in the block with its place, the linear layers in the order of PRODUCTS, and the norms."""
-    inside = [(parent._modules, *part) for parent in layer.modules() for part in parent._modules.items()]
-    return inside, _linears(layer), _norms(layer)
-
-
-def _fit(angles: tuple[Tensor, Tensor] | None, batch: int, size: int) -> bool:
-    """Return whether cosines and sines are [1 or batch, 1, size]: one for each number of a head."""
-    return angles is not None and all(x.shape[1:] == (1, size) and len(x) in (1, batch) for x in angles)
 
 
 def _linears(layer: nn.Module) -> list[nn.Module]:
@@ -148,7 +176,8 @@ def compile_steps(model: PreTrainedModel, kernel: Kernel | None = None) -> int:
     """
     if model.config._attn_implementation != NAME:
         return 0
-    steps = [Step(layer, kernel) for layer in model.modules() if _is_llama(layer)]
+    shared = Pass()
+    steps = [Step(layer, kernel, shared) for layer in model.modules() if _is_llama(layer)]
     agreeing = [step for step in steps if _agrees(step)]
     for step in agreeing:
         step.layer.forward = step
