@@ -36,7 +36,7 @@ class Pass:
 
         ``given``: [1 or batch, 1, size] each, the same tuple for every block; another one is another pass.
         """
-        latest, key = self._latest, (x.dtype, len(x), size)
+        latest, key = self._latest, (x.dtype, x.shape[0], size)
         if latest is None or latest[0] is not given or latest[1] != key:
             latest = self._latest = (given, key, *self._prepared(given, x, size, config))
         return latest[3]
@@ -55,7 +55,7 @@ class Parts:
     """Modules inside of a block, and whether they still are as they were."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.linears, self.norms = _linears(layer), _norms(layer)
+        self.attention, self.linears, self.norms = layer.self_attn, _linears(layer), _norms(layer)
         inside = [(parent._modules, *part) for parent in layer.modules() for part in parent._modules.items()]
         self._tables, self._names, self._modules = zip(*inside, strict=True)
         self._hooks = [table for m in self._modules for table in (m._forward_hooks, m._forward_pre_hooks)]
@@ -84,10 +84,11 @@ class Step:
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         plain = not args and type(cache) is DynamicCache and not torch.is_grad_enabled()
-        few = hidden_states.shape[1] == 1 and 1 <= hidden_states.shape[0] <= MOST_TOKENS
+        batch, tokens, _ = hidden_states.shape
+        few = tokens == 1 and 1 <= batch <= MOST_TOKENS
         block = self._block(hidden_states) if plain and few else None
         if block is not None:
-            config = self.layer.self_attn.config
+            config = self._parts.attention.config
             angles = self._pass.angles(kwargs.get("position_embeddings"), hidden_states, block.size, config)
             if angles is not None:
                 return self._step(block, hidden_states.contiguous(), angles, cache, kwargs)
@@ -98,24 +99,24 @@ class Step:
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
     def _step(self, block: Block, x: Tensor, angles: list, cache: DynamicCache, kwargs: dict) -> Tensor:
-        batch, attention, threads = len(x), self.layer.self_attn, torch.get_num_threads()
+        batch, threads = x.shape[0], torch.get_num_threads()
         q = x.new_empty(batch, block.heads, 1, block.size)
         k, v = x.new_empty(2, batch, block.keys, 1, block.size).unbind()
         at, places = ctypes.addressof(block), (q.data_ptr(), k.data_ptr(), v.data_ptr())
         self.kernel.enter_block(at, x.data_ptr(), *angles, batch, *places, threads)
-        k, v = cache.update(k, v, attention.layer_idx)
+        k, v = cache.update(k, v, self._parts.attention.layer_idx)
         attended = self._attend(block, q, k, v, kwargs)
         y = torch.empty_like(x)
         self.kernel.leave_block(at, x.data_ptr(), attended.data_ptr(), batch, y.data_ptr(), threads)
         return y
 
     def _attend(self, block: Block, q: Tensor, k: Tensor, v: Tensor, kwargs: dict) -> Tensor:
-        attention, mask = self.layer.self_attn, kwargs.get("attention_mask")
+        attention, mask = self._parts.attention, kwargs.get("attention_mask")
         if mask is not None or any(x.dtype != q.dtype or not x.is_contiguous() for x in (k, v)):
             more = {key: kwargs[key] for key in kwargs.keys() - {"attention_mask", "cache", "past_key_values"}}
             return grouped_attention(attention, q, k, v, mask, scaling=attention.scaling, **more)[0].contiguous()
         at, places = ctypes.addressof(block), (q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[2])
-        self.kernel.attend_block(at, *places, attention.scaling, len(q), q.data_ptr(), torch.get_num_threads())
+        self.kernel.attend_block(at, *places, attention.scaling, q.shape[0], q.data_ptr(), torch.get_num_threads())
         return q
 
     def _block(self, x: Tensor) -> Block | None:
