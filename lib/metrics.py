@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from lib.blocks import Block, Weights
 from lib.esd import METRICS, WEIGHTWATCHER, Farms, NoFit, spectrum
 from lib.layers import Layer
 from lib.lazy import numpy, torch
+from lib.models import free_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FEW_WORKERS = 4  # with fewer, a CPU is not faster than a GPU
+_IN_FLIGHT = 3  # matrices on a GPU at a time
+_IN_FLIGHT_SHARE = 0.5  # of the GPU's free memory that they may take
 _PRUNED = 0.1  # of a matrix's weights zero: no dense checkpoint has that many
 
 
@@ -133,8 +137,9 @@ def measure(
     mine = _own_part(metric, weights.layers)
     most = len(weights.layers) if weights.in_memory else max(Counter(layer.block for layer in weights.layers).values())
     cores = min(torch.get_num_threads(), most)  # at work at a time
-    with tqdm(total=len(mine), desc=metric, unit="matrix", disable=None) as bar, _workers() as workers:
-        race = Race(workers, cores, settings.driver)
+    bar = tqdm(total=len(mine), desc=metric, unit="matrix", disable=None)
+    with bar, _workers() as workers, InFlight() as in_flight:
+        race = Race(workers, cores, settings, in_flight)
         for block in weights.visit():
             if block.index == 0:
                 _warn_of_zeros(metric, block)
@@ -143,9 +148,9 @@ def measure(
             for future in futures.values():
                 future.add_done_callback(lambda _: bar.update())
             pending |= futures
-            # On a GPU they are computed by now. Others would have to wait for one process's numbers at each block.
-            computed = block.device.type != "cpu" and all(future.done() for future in futures.values())
-            if not weights.in_memory or (computed and processes.count() == 1):
+            # On a GPU they are computed next. Others would have to wait for one process's numbers at each block.
+            on_gpu = block.device.type != "cpu" and not race.on_cpu
+            if not weights.in_memory or (on_gpu and processes.count() == 1):
                 _keep(block, pending, begun)
                 kept.add(block.index)
         try:
@@ -188,23 +193,65 @@ def _keep(block: Block, futures: dict[str, Future], begun: Begun | None) -> None
         begun.add({name: (value, marks[name]) for name, value in new.items()})
 
 
-class Race:
-    """Where spectra of weights on a GPU are computed: there, one after another, or each on one of the CPU's cores.
+class InFlight:
+    """Matrices on a GPU whose values are computed at the same time, each in a thread and on a stream of its own.
 
-    A GPU's exact SVD makes poor use of it, and many cores may be faster. The first matrix starts the GPU's library, the
-    second is timed there, and the third on one core; the result is logged. The fast driver stays on the GPU.
+    Eigenvalues are a long chain of small kernels, with parts on the CPU in between: one matrix leaves the GPU idle.
     """
 
-    def __init__(self, workers: ThreadPoolExecutor, cores: int, driver: str) -> None:
+    def __init__(self) -> None:
+        self._pool, self._own = None, threading.local()
+
+    def submit(self, value: Callable[[Tensor], float], weight: Tensor) -> Future:
+        """Return the pending ``value`` of a weight, or compute it at once where memory is short.
+
+        ``value`` returns a number, so that its stream is done with the weight by then.
+        """
+        gram = weight.numel() * min(weight.shape[:2]) // max(weight.shape[:2])
+        need = 8 * (3 * weight.numel() + 4 * gram)  # float64: the weight and its copies, Gram matrices and workspace
+        if need * _IN_FLIGHT > _IN_FLIGHT_SHARE * free_bytes(weight.device):
+            return _done(value(weight))
+        ready = torch.cuda.current_stream(weight.device).record_event()  # the weight may still be on its way
+        return self._pool.submit(self._compute, value, weight, ready)
+
+    def _compute(self, value: Callable[[Tensor], float], weight: Tensor, ready: torch.cuda.Event) -> float:
+        streams = vars(self._own)
+        name = str(weight.device)
+        if name not in streams:
+            streams[name] = torch.cuda.Stream(weight.device)
+        with torch.cuda.stream(streams[name]):
+            streams[name].wait_event(ready)
+            return value(weight)
+
+    def __enter__(self) -> InFlight:
+        self._pool = ThreadPoolExecutor(_IN_FLIGHT, initializer=torch.set_num_threads, initargs=(1,))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)  # after a failure what has not begun would only delay the answer
+
+
+class Race:
+    """Where spectra of weights on a GPU are computed: there, or each on one of the CPU's cores.
+
+    A GPU's exact SVD makes poor use of it, and many cores may be faster. The first matrix starts the GPU's library, the
+    second is timed there, and the third on one core; the result is logged. On the GPU they are computed one after
+    another, as timed. The fast driver stays on the GPU, with several matrices in flight.
+    """
+
+    def __init__(self, workers: ThreadPoolExecutor, cores: int, settings: Settings, in_flight: InFlight) -> None:
         """Prepare it for ``workers`` of which as many as ``cores`` are at work at a time."""
-        self.workers, self.cores = workers, cores
+        self.workers, self.cores, self.in_flight = workers, cores, in_flight
+        self.several = settings.driver == "fast" and settings.farms is None  # FARMS fills a GPU with its windows
         self.seconds: list[float] = []  # by the work in a matrix
-        self.on_cpu = None if driver == "exact" and cores >= _FEW_WORKERS else False
+        self.on_cpu = None if settings.driver == "exact" and cores >= _FEW_WORKERS else False
 
     def submit(self, value: Callable[[Tensor], float], weight: Tensor) -> Future:
         """Return the ``value`` of a weight, pending if it goes to the workers."""
         if weight.device.type == "cpu":
             return self.workers.submit(value, weight)
+        if self.several:
+            return self.in_flight.submit(value, weight)
         if self.on_cpu is False:
             return _done(value(weight))
         if self.on_cpu:
@@ -228,7 +275,7 @@ def _submit(
     fell_back: list[str],
     begun: Begun | None,
 ) -> dict[str, Future]:
-    """Return the values of a block's layers, pending or, on a GPU, computed here one after another."""
+    """Return the values of a block's layers, pending or, on a GPU, possibly computed here."""
     if metric in WEIGHTWATCHER and block.linears:
         numbers = _through_weightwatcher(metric, block, settings.seed)
         return {name: _done(number) for name, number in numbers.items()}

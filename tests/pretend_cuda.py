@@ -1,5 +1,6 @@
 """Pretend CUDA device for machines without one: tensors compute on the CPU and refuse what CUDA refuses."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -230,6 +231,29 @@ def _initializing(answer: object):
     return ask
 
 
+class _Stream:
+    """A stream whose work is done as soon as it is given."""
+
+    def __init__(self, device: object = None) -> None:
+        _initialize()
+
+    def record_event(self) -> SimpleNamespace:
+        return SimpleNamespace()
+
+    def wait_event(self, event: SimpleNamespace) -> None:
+        assert isinstance(event, SimpleNamespace)
+
+
+@contextmanager
+def _on_stream(stream: _Stream) -> Iterator[None]:
+    """Pretend in a thread that works on a stream of its own, too: what torch is told is told to one thread."""
+    if threading.current_thread() is threading.main_thread():
+        yield
+        return
+    with _AllOperations(), _AllCalls():
+        yield
+
+
 def _reset_peak_memory_stats(device: object = None) -> None:
     if device is None:
         _initialize()  # to find out which device is the current one
@@ -252,8 +276,9 @@ def pretend_cuda(free: int = FREE) -> Iterator[SimpleNamespace]:
 
     Yields the device's state: whether it is ``initialized``, and the number of ``operations`` that ran on it.
 
-    Not pretended: generators, streams, events, several devices, how much memory is in use (always a byte), autocast
-    but for linear layers and attention, and threads, which see CudaTensors but cannot make any.
+    Not pretended: generators, streams that lag behind, events, several devices, how much memory is in use (always a
+    byte), autocast but for linear layers and attention, and threads without a stream of their own, which see
+    CudaTensors but cannot make any.
     """
     properties = SimpleNamespace(name="pretend", major=9, minor=0, total_memory=TOTAL, multi_processor_count=100)
     names = {
@@ -269,6 +294,9 @@ def pretend_cuda(free: int = FREE) -> Iterator[SimpleNamespace]:
         "get_device_properties": _initializing(properties),
         "get_device_capability": _initializing((9, 0)),
         "mem_get_info": _initializing((free, TOTAL)),
+        "Stream": _Stream,
+        "current_stream": _Stream,
+        "stream": _on_stream,
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": _reset_peak_memory_stats,
         "default_generators": (torch.Generator(),),  # for torch.manual_seed

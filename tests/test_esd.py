@@ -20,6 +20,7 @@ from lib.esd import (
     peak_candidates,
     spectrum,
 )
+from lib.metrics import InFlight
 
 
 def spec_of(eigs) -> Spectrum:
@@ -290,6 +291,18 @@ def test_fit_on_cuda_is_that_on_the_cpu():
     moved = Spectrum(here.eigs.cuda(), here.shape)  # the very same spectrum
     assert alpha_peak(moved) == pytest.approx(alpha_peak(here), rel=1e-5)
     assert alpha_mid(moved) == pytest.approx(alpha_mid(here), rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_values_in_flight_on_cuda_are_those_of_one_matrix_at_a_time():
+    weights = [student(300, 500 + 10 * i).cuda() for i in range(12)]
+
+    def value(weight: torch.Tensor) -> float:
+        return alpha_peak(spectrum(weight, "fast"))
+
+    with InFlight() as in_flight:
+        found = [in_flight.submit(value, weight) for weight in weights]
+    assert [future.result() for future in found] == pytest.approx([value(weight) for weight in weights], rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- every candidate's fit

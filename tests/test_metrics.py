@@ -4,7 +4,10 @@ import json
 import logging
 import math
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -426,7 +429,7 @@ def test_exact_spectra_go_to_the_cpu_where_its_cores_are_faster(core, cores, dri
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     weights = [OnGpu(), OnGpu(), OnGpu((8, 4)), OnGpu(), OnGpu()]
     with ThreadPoolExecutor(4) as workers, caplog.at_level("INFO"):
-        race = metrics.Race(workers, cores, driver)
+        race = metrics.Race(workers, cores, metrics.Settings(driver, Farms(2, 1.0, 2)), metrics.InFlight())
         found = [race.submit(lambda weight: "cpu" if weight == "cpu" else "gpu", weight) for weight in weights]
         assert [future.result() for future in found] == taken.split()
     told = [record.getMessage() for record in caplog.records]
@@ -436,3 +439,53 @@ def test_exact_spectra_go_to_the_cpu_where_its_cores_are_faster(core, cores, dri
         assert told == [f"{text}: computed on the {where}"]
     else:
         assert not told
+
+
+class Streams:
+    """Stand-ins for what InFlight takes from torch.cuda; ``notes`` tells what each thread did."""
+
+    def __init__(self, monkeypatch, free: int) -> None:
+        self.notes: dict[int, list[str]] = {}
+        event = SimpleNamespace(name="copied")
+        current = SimpleNamespace(record_event=lambda: event)
+        stream = SimpleNamespace(wait_event=lambda event: self.note(f"waits until {event.name}"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _: self.note("new stream") or stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(metrics, "free_bytes", lambda _: free)
+
+    def note(self, text: str) -> None:
+        self.notes.setdefault(threading.get_ident(), []).append(text)
+
+
+def test_several_matrices_are_in_flight_on_a_gpu(monkeypatch):
+    streams, together = Streams(monkeypatch, 2**30), threading.Barrier(3, timeout=60)
+
+    def value(_: OnGpu) -> float:
+        together.wait()  # all three, or none
+        streams.note("computes")
+        return 1.0
+
+    with metrics.InFlight() as in_flight:
+        race = metrics.Race(None, 1, metrics.Settings("fast"), in_flight)
+        found = [race.submit(value, OnGpu()) for _ in range(6)]
+        assert [future.result() for future in found] == [1.0] * 6
+    assert threading.get_ident() not in streams.notes
+    assert len(streams.notes) == 3
+    for notes in streams.notes.values():
+        assert notes == ["new stream", *["waits until copied", "computes"] * 2]
+
+
+@pytest.mark.parametrize(("shape", "least"), [((8, 4), 8 * (3 * 32 + 4 * 16)), ((4, 4, 3, 3), 8 * 7 * 144)])
+def test_one_matrix_at_a_time_where_memory_is_short(shape, least, monkeypatch):
+    for free, own in ((6 * least, False), (6 * least - 1, True)):  # three of them in half of what is free
+        Streams(monkeypatch, free)
+        with metrics.InFlight() as in_flight:
+            found = in_flight.submit(lambda _: threading.get_ident(), OnGpu(shape)).result()
+        assert (found == threading.get_ident()) == own
+
+
+def test_a_failure_in_flight_is_raised(monkeypatch):
+    Streams(monkeypatch, 2**30)
+    with metrics.InFlight() as in_flight, pytest.raises(UserError, match="no fit"):
+        in_flight.submit(lambda _: (_ for _ in ()).throw(UserError(None, "no fit")), OnGpu()).result()

@@ -339,6 +339,17 @@ def test_metrics_of_the_gpu_or_of_the_cores(cpu, flags, runs, monkeypatch, caplo
     np.testing.assert_allclose(np.load("../raced/alpha.npy"), np.load("../here/alpha.npy"), rtol=1e-5)
 
 
+@pytest.mark.parametrize("flags", ["", "--stream always"])
+def test_metrics_of_several_matrices_in_flight(flags, runs, monkeypatch):
+    started, submit = [], metrics.InFlight.submit
+    monkeypatch.setattr(metrics.InFlight, "submit", lambda *args: started.append(submit(*args)) or started[-1])
+    with pretend_cuda():
+        runs(f"--metrics_only --esd_driver fast --ww_metric alpha --ww_metric_cache ../flown {flags}", "work")
+    runs("--metrics_only --esd_driver fast --ww_metric alpha --ww_metric_cache ../here --dtype float16", "work")
+    np.testing.assert_allclose(np.load("../flown/alpha_fast.npy"), np.load("../here/alpha_fast.npy"), rtol=1e-5)
+    assert len(started) == len(np.load("../here/alpha_fast.npy"))
+
+
 @pytest.fixture(scope="module")
 def one_block(tmp_path_factory, tiny_tokenizer) -> Path:
     """Return the folder of a model of one block, for what takes long."""

@@ -31,7 +31,7 @@ class Pass:
     def __init__(self) -> None:
         self._latest = None  # one tuple: another thread replaces all of it, or nothing
 
-    def angles(self, given: tuple[Tensor, Tensor] | None, x: Tensor, size: int, config: PreTrainedConfig) -> list | None:
+    def angles(self, given: tuple | None, x: Tensor, size: int, config: PreTrainedConfig) -> list | None:
         """Return [address of the cosines, of the sines, stride], None where the kernel does not compute such a pass.
 
         ``given``: [1 or batch, 1, size] each, the same tuple for every block; another one is another pass.
@@ -41,7 +41,7 @@ class Pass:
             latest = self._latest = (given, key, *self._prepared(given, x, size, config))
         return latest[3]
 
-    def _prepared(self, given: tuple | None, x: Tensor, size: int, config: PreTrainedConfig) -> tuple[list, list | None]:
+    def _prepared(self, given: tuple | None, x: Tensor, size: int, config: PreTrainedConfig) -> tuple:
         """Return tensors that are to be kept, and what ``angles`` returns."""
         fit = given is not None and all(a.shape[1:] == (1, size) and len(a) in (1, len(x)) for a in given)
         if not fit or config._attn_implementation != NAME:
