@@ -85,18 +85,32 @@ void attend(const Block& b, const uint16_t* q, const uint16_t* keys, const uint1
     const uint16_t *k = keys + head / group * length * size, *v = values + head / group * length * size;
     for (int64_t i = 0; i < size; i++) query[i] = to_float<HALF>(q[head * size + i]) * scale, sum[i] = 0;
     float most = -INFINITY, total = 0;
-    for (int64_t j = 0; j < length; j++) {
-      float dot = 0;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t i = 0; i < size; i++) dot += query[i] * to_float<HALF>(k[j * size + i]);
-      p[j] = dot;
-      most = dot > most ? dot : most;
+    int64_t j = 0;
+    for (; j + 4 <= length; j += 4) {  // four keys at once, and their values below: they share loads and stores
+      const uint16_t *a = k + j * size, *b = a + size, *c = b + size, *d = c + size;
+      float first = 0, second = 0, third = 0, fourth = 0;
+#pragma omp simd reduction(+ : first, second, third, fourth)
+      for (int64_t i = 0; i < size; i++) {
+        first += query[i] * to_float<HALF>(a[i]), second += query[i] * to_float<HALF>(b[i]);
+        third += query[i] * to_float<HALF>(c[i]), fourth += query[i] * to_float<HALF>(d[i]);
+      }
+      p[j] = first, p[j + 1] = second, p[j + 2] = third, p[j + 3] = fourth;
     }
-    for (int64_t j = 0; j < length; j++) p[j] = exponential(p[j] - most);
-    for (int64_t j = 0; j < length; j++) {
-      total += p[j];
+    for (; j < length; j++) {
+      p[j] = 0;
+      for (int64_t i = 0; i < size; i++) p[j] += query[i] * to_float<HALF>(k[j * size + i]);
+    }
+    for (j = 0; j < length; j++) most = p[j] > most ? p[j] : most;
+    for (j = 0; j < length; j++) p[j] = exponential(p[j] - most);
+    for (j = 0; j < length; j++) total += p[j];
+    for (j = 0; j + 4 <= length; j += 4) {
+      const uint16_t *a = v + j * size, *b = a + size, *c = b + size, *d = c + size;
+      for (int64_t i = 0; i < size; i++)
+        sum[i] += p[j] * to_float<HALF>(a[i]) + p[j + 1] * to_float<HALF>(b[i]) + p[j + 2] * to_float<HALF>(c[i]) +
+                  p[j + 3] * to_float<HALF>(d[i]);
+    }
+    for (; j < length; j++)
       for (int64_t i = 0; i < size; i++) sum[i] += p[j] * to_float<HALF>(v[j * size + i]);
-    }
     for (int64_t i = 0; i < size; i++) out[head * size + i] = from_float<HALF>(sum[i] / total);
   }
 }
