@@ -6,6 +6,7 @@
 // every token's float32 inputs are multiplied and added. The idea is that of SparAMX (arXiv 2502.12444), without AMX.
 #include "kernel.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace {
@@ -48,7 +49,9 @@ inline void widen(Raw raw, Vector* part) {
   }
 }
 template <bool HALF>
-inline void spread(uint32_t bits, const uint16_t* v, Vector* part) { widen<HALF>(expand(bits, v), part); }
+inline void spread(uint32_t bits, int p, const uint16_t*& v, Vector* part) {
+  if (p == 0) widen<HALF>(expand(bits, v), part), v += __builtin_popcount(bits);
+}
 template <bool HALF>
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__AVX512BF16__)
@@ -98,19 +101,16 @@ inline void widen(Raw raw, Vector* part) {
                    : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw.bits[i]), 16));
 }
 template <bool HALF>
-inline void spread(uint32_t bits, const uint16_t* v, Vector* part) {
-  if (HALF) return widen<HALF>(expand(bits, v), part);
-  int64_t before = 0;
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {  // by way of 16 bits, it takes half as many instructions again
-    const int turn = (8 * i + 27) % 32;
-    int64_t at = (bits >> turn | bits << (32 - turn)) & 0x1fe0;  // 32 times the byte, in one rotation
-    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(v + before)));
-    const __m256i from = _mm256_load_si256((const __m256i*)(shuffles.wide[0] + at));
-    part[i] = _mm256_castsi256_ps(_mm256_shuffle_epi8(both, from));
-    asm("popcnt %0, %0" : "+r"(at));  // in place: g++ would clear another register first, for old CPUs
-    before += at;
-  }
+inline void spread(uint32_t bits, int p, const uint16_t*& v, Vector* part) {
+  const int turn = (8 * p + 27) % 32;
+  int64_t at = (bits >> turn | bits << (32 - turn)) & 0x1fe0;  // 32 times the byte, in one rotation
+  const __m128i eight = _mm_loadu_si128((const __m128i*)v), *from = (const __m128i*)(shuffles.narrow[0] + at / 2);
+  const __m256i both = _mm256_broadcastsi128_si256(eight), *wide = (const __m256i*)(shuffles.wide[0] + at);
+  // bfloat16 by way of 16 bits, as float16, would take half as many instructions again.
+  part[p] = HALF ? _mm256_cvtph_ps(_mm_shuffle_epi8(eight, *from))
+                 : _mm256_castsi256_ps(_mm256_shuffle_epi8(both, *wide));
+  asm("popcnt %0, %0" : "+r"(at));  // in place: g++ would clear another register first, for old CPUs
+  v += at;
 }
 template <bool HALF>
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
@@ -129,42 +129,42 @@ inline Raw load_some(const uint16_t* v, int64_t count) {
   return load(padded);
 }
 
-// Rows that are multiplied at once. AVX2 is held up by its two loads a cycle: four rows of one token share those of x.
-template <int M, bool PACKED> constexpr int ROWS = LANES == 8 && PACKED ? (M == 1 ? 4 : M == 2 ? 2 : 1) : 1;
+// Rows at once, as registers allow: AVX2 is held up by its two loads a cycle, and they share those of x.
+template <int M, bool PACKED> constexpr int ROWS = LANES == 8 && PACKED ? (M <= 2 ? 4 : M <= 6 ? 2 : 1) : 1;
 
 // The dot products of R rows from `row` on with M tokens, [R, M]; x is [M, words, PARTS].
 template <int M, int R, bool HALF, bool PACKED>
 inline void dot(const Matrix& w, int64_t row, const Vector* x, float* out) {
   constexpr int P = PARTS<HALF>;
-  // Of a token, to hide the latency as long as they fit the registers.
+  // Of a row and token, to hide the latency as long as they fit the registers.
   constexpr int SUMS = M * R <= 2 ? 4 : M * R <= 4 || LANES == 16 ? 2 : 1;
   const uint32_t* mask = w.mask + row * w.words;
-  const int64_t whole = PACKED ? w.words : w.columns / GROUP, masks = R * w.words * 4;
+  const int64_t whole = PACKED ? w.words : w.columns / GROUP;
   const uint16_t* v[R];
   for (int r = 0; r < R; r++) v[r] = w.values + (PACKED ? w.starts[row + r] : (row + r) * w.columns);
   // Several rows at once: what the next ones need is fetched meanwhile, from front to back.
   const int64_t bytes = R > 1 ? (w.starts[row + R] - w.starts[row]) * 2 : 0;
-  const char* ahead = (const char*)v[0] + (bytes > 4096 ? bytes : 4096);
-  const char* ahead_mask = (const char*)mask + (masks > 1024 ? masks : 1024);
-  Vector sum[R][M][SUMS] = {}, part[P];
-  auto step = [&](int r, int64_t group, int first) __attribute__((always_inline)) {
+  const char* ahead = (const char*)v[0] + std::max<int64_t>(bytes, 4096);
+  const char* ahead_mask = (const char*)mask + std::max<int64_t>(R * w.words * 4, 1024);
+  Vector sum[R][M][SUMS] = {}, part[R][P];
+  auto step = [&](int64_t group, int r, int p, int first) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-      for (int p = 0; p < P; p++) {
-        Vector& s = sum[r][m][(first + p) % SUMS];
-        s = multiply_add<HALF>(part[p], x[(m * w.words + group) * P + p], s);
-      }
+    for (int m = 0; m < M; m++) {
+      Vector& s = sum[r][m][(first + p) % SUMS];
+      s = multiply_add<HALF>(part[r][p], x[(m * w.words + group) * P + p], s);
+    }
   };
   auto next = [&](int64_t group, int first) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      // The hardware prefetcher stops at each page. Into L2: L1 is full of x where there are thousands of columns.
-      if (R == 1) _mm_prefetch((const char*)v[r] + 4096, _MM_HINT_T1);
-      const uint32_t bits = PACKED ? mask[r * w.words + group] : 0;
-      PACKED ? spread<HALF>(bits, v[r], part) : widen<HALF>(load(v[r]), part);
-      step(r, group, first);
-      v[r] += PACKED ? __builtin_popcount(bits) : GROUP;
+    // The hardware prefetcher stops at each page. Into L2: L1 is full of x where there are thousands of columns.
+    if (R == 1) _mm_prefetch((const char*)v[0] + 4096, _MM_HINT_T1);
+    for (int line = 0; line < R - 1; line++) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
+    if (R > 1) _mm_prefetch(ahead_mask, _MM_HINT_T0), ahead += bytes / w.words + 1, ahead_mask += R * 4;
+    if (!PACKED) widen<HALF>(load(v[0]), part[0]), v[0] += GROUP;
+#pragma GCC unroll 16
+    for (int i = 0; i < R * P; i++) {  // one token: row by row, more: the rows take turns, with their x at hand
+      const int r = M == 1 ? i / P : i % R, p = M == 1 ? i % P : i / R;
+      if (PACKED) spread<HALF>(mask[r * w.words + group], p, v[r], part[r]);
+      step(group, r, p, first);
     }
   };
   int64_t g = 0;
@@ -172,16 +172,11 @@ inline void dot(const Matrix& w, int64_t row, const Vector* x, float* out) {
     if (PACKED) _mm_prefetch((const char*)(mask + g) + 512, _MM_HINT_T0);
     next(g, 0), next(g + 1, P), next(g + 2, 2 * P), next(g + 3, 3 * P);
   }
-  for (; g < whole; g++) {
-    if (R > 1) {
-#pragma GCC unroll 3
-      for (int line = 0; line < R - 1; line++) _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
-      _mm_prefetch(ahead_mask, _MM_HINT_T0);
-      ahead += bytes / w.words + 1, ahead_mask += R * 4;
-    }
-    next(g, 0);
+  for (; g < whole; g++) next(g, 0);
+  if (!PACKED && whole < w.words) {
+    widen<HALF>(load_some(v[0], w.columns % GROUP), part[0]);
+    for (int p = 0; p < P; p++) step(whole, 0, p, 0);
   }
-  if (!PACKED && whole < w.words) widen<HALF>(load_some(v[0], w.columns % GROUP), part), step(0, whole, 0);
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) {
       for (int s = 1; s < SUMS; s++) sum[r][m][0] += sum[r][m][s];
@@ -195,7 +190,7 @@ void rows(const Matrix& w, const Vector* x, void* y, bool wide) {
 #pragma omp for schedule(static) nowait
   for (int64_t first = 0; first < w.rows; first += R) {
     float out[R * M];
-    const int count = int(first + R <= w.rows ? R : w.rows - first);
+    const int count = int(std::min<int64_t>(R, w.rows - first));
     if (count == R) dot<M, R, HALF, PACKED>(w, first, x, out);
     else for (int r = 0; r < count; r++) dot<M, 1, HALF, PACKED>(w, first + r, x, out + r * M);
     for (int i = 0; i < count * M; i++) {
@@ -223,7 +218,14 @@ void product(const Matrix* w, int count, const uint16_t* x, int tokens, void* co
                      rows<5, HALF, PACKED>, rows<6, HALF, PACKED>, rows<7, HALF, PACKED>, rows<8, HALF, PACKED>
   static void (*const table[2][8])(const Matrix&, const Vector*, void*, bool) = {{EACH(false)}, {EACH(true)}};
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  for (int i = 0; i < count; i++) table[w[i].mask != nullptr][tokens - 1](w[i], widened, y[i], wide);
+  for (int i = 0; i < count; i++) {
+    // AVX2 has registers for one row of 7 or 8 tokens, which pays only if their x stays in L1.
+    const int most = LANES == 8 && w[i].mask && tokens > 6 && tokens * columns > 8192 ? 4 : 8;
+    for (int first = 0; first < tokens; first += most) {
+      void* out = (char*)y[i] + first * w[i].rows * (wide ? 4 : 2);
+      table[w[i].mask != nullptr][std::min(most, tokens - first) - 1](w[i], widened + first * words * P, out, wide);
+    }
+  }
 }
 
 }  // namespace
