@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 from lib import sparse
 from lib.layers import prunable_modules
 from lib.pruners import magnitude
-from lib.sparse import kernel
+from lib.sparse import kernel, steps
 from lib.sparse.steps import Step, compile_steps
 
 pytestmark = needs_kernel
@@ -49,6 +49,81 @@ def some_ids(batch: int, tokens: int = 13) -> torch.Tensor:
     return torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(batch))
 
 
+# ------------------------------------------------------------------------------------------------------- the cache
+
+
+@torch.no_grad()
+def continued(model, cache: DynamicCache, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of ``ids`` [batch, tokens], decoded one by one after what the cache holds."""
+    found = [model(ids[:, [at]], past_key_values=cache, use_cache=True).logits for at in range(ids.shape[1])]
+    return torch.cat(found, 1)
+
+
+@pytest.fixture
+def packed_model():
+    made = pruned(tiny_llama())
+    sparse.sparsify(made)
+    assert all(compiled(made))
+    return made
+
+
+@torch.no_grad()
+def filled(model, ids: torch.Tensor) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def test_keys_and_values_are_copied_only_when_there_is_no_more_room(packed_model, monkeypatch):
+    monkeypatch.setattr(steps, "SPARE", 3)
+    ids, places = some_ids(2, 11), []
+    cache = filled(packed_model, ids[:, :4])
+    for at in range(4, 11):
+        continued(packed_model, cache, ids[:, [at]])
+        places.append(cache.layers[1].keys.data_ptr())
+        whole = filled(packed_model, ids[:, : at + 1])
+        for layer, expected in zip(cache.layers, whole.layers, strict=True):
+            for found, exact in ((layer.keys, expected.keys), (layer.values, expected.values)):
+                assert found.shape == exact.shape
+                torch.testing.assert_close(found, exact, rtol=2**-6, atol=2**-6 * exact.abs().max().item())
+    assert [places.count(place) for place in dict.fromkeys(places)] == [3, 3, 1]
+
+
+def test_continuations_of_one_prefix_do_not_meet(packed_model):
+    def prefix() -> DynamicCache:  # the last token leaves room for more
+        cache = filled(packed_model, some_ids(1)[:, :5])
+        continued(packed_model, cache, some_ids(1)[:, 5:6])
+        return cache
+
+    first, second = some_ids(3, 5)[:1], some_ids(5, 5)[:1]
+    alone = [continued(packed_model, prefix(), ids) for ids in (first, second)]
+    one, other = prefix(), DynamicCache(config=packed_model.config)
+    for here, there in zip(one.layers, other.layers, strict=True):
+        there.lazy_initialization(here.keys, here.values)
+        there.keys, there.values = here.keys, here.values
+    caches = [one, other, copy.deepcopy(one)]
+    found = [[], [], []]
+    for at in range(5):
+        for logits, cache, ids in zip(found, caches, (first, second, second), strict=True):
+            logits.append(continued(packed_model, cache, ids[:, [at]]))
+    for logits, expected in zip(found, (alone[0], alone[1], alone[1]), strict=True):
+        assert torch.equal(torch.cat(logits, 1), expected)
+
+
+def test_a_cropped_cache_leaves_what_others_hold(packed_model):
+    ids, tail = some_ids(1, 6), some_ids(3, 4)[:1]
+    cache = filled(packed_model, ids)
+    continued(packed_model, cache, tail)
+    held = [layer.keys for layer in cache.layers]
+    before = [keys.clone() for keys in held]
+    cache.crop(-3)
+    found = continued(packed_model, cache, some_ids(5, 3)[:1])
+    assert all(map(torch.equal, held, before))
+    again = filled(packed_model, ids)
+    continued(packed_model, again, tail[:, :1])
+    assert torch.equal(found, continued(packed_model, again, some_ids(5, 3)[:1]))
+
+
 # -------------------------------------------------------------------------------------------------------- arithmetic
 
 
@@ -60,13 +135,14 @@ def test_attention_is_that_of_float64(level, kind, length, size, threads):
     draw = torch.Generator().manual_seed(length)
     batch, heads, keys = 3, 6, 2
     q = (3 * torch.randn(batch, heads, 1, size, generator=draw)).to(kind)
-    k, v = (torch.randn(batch, keys, length, size, generator=draw).to(kind) for _ in range(2))
+    # In a tensor with room for more.
+    k, v = torch.randn(2, batch, keys, length + 5, size, generator=draw).to(kind)[:, :, :, :length].unbind()
     k[0] *= 40  # scores of some hundred: all but the largest are nothing
     block = kernel.Block(heads=heads, keys=keys, size=size, half=kind == torch.float16)
     out = torch.full_like(q, math.nan)
     places = (q.data_ptr(), k.data_ptr(), v.data_ptr())
     kernel.load(level).attend_block(
-        ctypes.addressof(block), *places, length, size**-0.5, batch, out.data_ptr(), threads
+        ctypes.addressof(block), *places, length, k.stride(1), size**-0.5, batch, out.data_ptr(), threads
     )
     wide = (q.double(), *(x.double().repeat_interleave(heads // keys, 1) for x in (k, v)))
     weights = torch.softmax(wide[0] @ wide[1].mT * size**-0.5, -1)

@@ -66,8 +66,8 @@ class Kernel:
         steps = library.enter_block, library.attend_block, library.leave_block
         self.enter_block, self.attend_block, self.leave_block = steps  # see step.cpp
         few = ctypes.c_int
-        self.enter_block.argtypes = [*[pointer] * 4, number, few, *[pointer] * 3, few]
-        self.attend_block.argtypes = [*[pointer] * 4, number, ctypes.c_double, few, pointer, few]
+        self.enter_block.argtypes = [*[pointer] * 4, number, few, *[pointer] * 3, number, few]
+        self.attend_block.argtypes = [*[pointer] * 4, number, number, ctypes.c_double, few, pointer, few]
         self.leave_block.argtypes = [*[pointer] * 3, few, pointer, few]
         for function in (self._multiply, self._unpack, *steps):
             function.restype = None

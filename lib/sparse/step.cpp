@@ -37,11 +37,12 @@ void norm(const uint16_t* x, const uint16_t* weight, double eps, int64_t width, 
   for (int64_t i = 0; i < width; i++) y[i] = from_float<HALF>(to_float<HALF>(x[i]) * scale * to_float<HALF>(weight[i]));
 }
 
-// Half rotations of each head: (a, b) becomes (a cos - b sin, b cos + a sin).
+// Half rotations of each head: (a, b) becomes (a cos - b sin, b cos + a sin). y's heads are `apart` numbers.
 template <bool HALF>
-void rotate(const float* x, const uint16_t* cos, const uint16_t* sin, int64_t heads, int64_t size, uint16_t* y) {
+void rotate(const float* x, const uint16_t* cos, const uint16_t* sin, int64_t heads, int64_t size, uint16_t* y,
+            int64_t apart) {
   const int64_t half = size / 2;
-  for (int64_t h = 0; h < heads; h++, x += size, y += size)
+  for (int64_t h = 0; h < heads; h++, x += size, y += apart)
     for (int64_t i = 0; i < half; i++) {
       const float a = x[i], b = x[i + half];
       y[i] = from_float<HALF>(a * to_float<HALF>(cos[i]) - b * to_float<HALF>(sin[i]));
@@ -57,7 +58,7 @@ T* room(std::vector<T>& buffer, int64_t count) {
 
 template <bool HALF>
 void enter(const Block& b, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t stride, int tokens,
-           uint16_t* q, uint16_t* k, uint16_t* v, int threads) {
+           uint16_t* q, uint16_t* k, uint16_t* v, int64_t apart, int threads) {
   static thread_local std::vector<uint16_t> normed;
   static thread_local std::vector<float> products;
   const int64_t queries = b.heads * b.size, keys = b.keys * b.size;
@@ -67,22 +68,23 @@ void enter(const Block& b, const uint16_t* x, const uint16_t* cos, const uint16_
   float* const parts[] = {y, y + tokens * queries, y + tokens * (queries + keys)};
   multiply(b.qkv, 3, n, tokens, (void* const*)parts, 1, threads);
   for (int t = 0; t < tokens; t++) {
-    rotate<HALF>(parts[0] + t * queries, cos + t * stride, sin + t * stride, b.heads, b.size, q + t * queries);
-    rotate<HALF>(parts[1] + t * keys, cos + t * stride, sin + t * stride, b.keys, b.size, k + t * keys);
+    rotate<HALF>(parts[0] + t * queries, cos + t * stride, sin + t * stride, b.heads, b.size, q + t * queries, b.size);
+    rotate<HALF>(parts[1] + t * keys, cos + t * stride, sin + t * stride, b.keys, b.size, k + t * b.keys * apart, apart);
   }
-  for (int64_t i = 0; i < tokens * keys; i++) v[i] = from_float<HALF>(parts[2][i]);
+  for (int64_t head = 0; head < tokens * b.keys; head++)
+    for (int64_t i = 0; i < b.size; i++) v[head * apart + i] = from_float<HALF>(parts[2][head * b.size + i]);
 }
 
 // Attention of one token per sequence to all `length` keys; heads / keys heads of queries share a head of keys.
 template <bool HALF>
-void attend(const Block& b, const uint16_t* q, const uint16_t* keys, const uint16_t* values, int64_t length, float scale,
-            int tokens, uint16_t* out, int threads) {
+void attend(const Block& b, const uint16_t* q, const uint16_t* keys, const uint16_t* values, int64_t length,
+            int64_t apart, float scale, int tokens, uint16_t* out, int threads) {
   const int64_t size = b.size, group = b.heads / b.keys;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t head = 0; head < tokens * b.heads; head++) {
     static thread_local std::vector<float> buffer;
     float *p = room(buffer, length + 2 * size), *query = p + length, *sum = query + size;
-    const uint16_t *k = keys + head / group * length * size, *v = values + head / group * length * size;
+    const uint16_t *k = keys + head / group * apart, *v = values + head / group * apart;
     for (int64_t i = 0; i < size; i++) query[i] = to_float<HALF>(q[head * size + i]) * scale, sum[i] = 0;
     float most = -INFINITY, total = 0;
     int64_t j = 0;
@@ -134,18 +136,18 @@ void leave(const Block& b, const uint16_t* x, const uint16_t* attended, int toke
 
 }  // namespace
 
-// Queries, keys and values of x [tokens, width], as the attention takes them: [tokens, heads or keys, size] each.
-// cos, sin: [size], and `stride` further on for the next token.
+// Queries, keys and values of x [tokens, width], as the attention takes them: [tokens, heads or keys, size] each, but
+// for heads of keys and of values that are `apart` numbers. cos, sin: [size], and `stride` further on for the next token.
 extern "C" void enter_block(const Block* b, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t stride,
-                            int tokens, uint16_t* q, uint16_t* k, uint16_t* v, int threads) {
-  (b->half ? enter<true> : enter<false>)(*b, x, cos, sin, stride, tokens, q, k, v, threads);
+                            int tokens, uint16_t* q, uint16_t* k, uint16_t* v, int64_t apart, int threads) {
+  (b->half ? enter<true> : enter<false>)(*b, x, cos, sin, stride, tokens, q, k, v, apart, threads);
 }
 
 // What the attention of q, [tokens, heads, size], gives: the same shape, and possibly the same place.
-// keys, values: [tokens, keys, length, size].
+// keys, values: [tokens, keys, length, size], each head's `apart` numbers after the one before.
 extern "C" void attend_block(const Block* b, const uint16_t* q, const uint16_t* keys, const uint16_t* values,
-                             int64_t length, double scale, int tokens, uint16_t* out, int threads) {
-  (b->half ? attend<true> : attend<false>)(*b, q, keys, values, length, float(scale), tokens, out, threads);
+                             int64_t length, int64_t apart, double scale, int tokens, uint16_t* out, int threads) {
+  (b->half ? attend<true> : attend<false>)(*b, q, keys, values, length, apart, float(scale), tokens, out, threads);
 }
 
 // What leaves the block, y [tokens, width], given x that entered it and what its attention gave, [tokens, heads * size].

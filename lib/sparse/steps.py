@@ -5,11 +5,13 @@ import inspect
 from collections.abc import Sequence
 from itertools import chain, repeat
 from operator import contains, is_
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as watching
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from lib.sparse.attention import NAME, grouped_attention
 from lib.sparse.kernel import MOST_TOKENS, Block, Kernel, Matrix, load
@@ -22,7 +24,8 @@ PRODUCTS = (  # a kernel call each
     ("mlp.down_proj",),
 )
 OTHERS = ("self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm")
-TRIAL = 2  # tokens that a block is tried on
+SPARE = 64  # tokens for which there is room at least after keys and values were copied
+TRIAL = 3  # tokens that a block is tried on: the first key and value, a copy with room for more, and a place in it
 
 
 class Pass:
@@ -70,6 +73,45 @@ class Parts:
         return kept and not any(self._hooks) and not any(map(contains, self._states, repeat("forward")))
 
 
+class Store:
+    """Keys and values of one block in tensors with room for more: a cache's own copies all of them for each token.
+
+    What the cache holds are views of the part in use. Only a view that this object put there, and that nobody replaced
+    since (a crop, another order of beams, another cache of the same keys), is continued in place.
+    """
+
+    def __init__(self) -> None:
+        self._held = WeakKeyDictionary()  # by the cache's layer: the views of keys and values, and the whole of both
+
+    def grown(self, cache: DynamicCache, index: int, x: Tensor, block: Block) -> tuple[Tensor, Tensor] | None:
+        """Return the cache's keys and values and a place for one more, [batch, keys, length + 1, size] each.
+
+        None if the cache is empty, or does more than to append.
+        """
+        layer = cache.layers[index] if index < len(cache.layers) and not cache.offloading else None
+        if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.numel() == 0:
+            return None
+        k, v = layer.keys, layer.values
+        length, shape = k.shape[2], (x.shape[0], block.keys, k.shape[2], block.size)
+        if any(each.shape != shape or each.dtype != x.dtype or each.device != x.device for each in (k, v)):
+            return None
+        held = self._held.get(layer)
+        if held is None or held[0] is not k or held[1] is not v or length == held[2].shape[3]:
+            both = x.new_empty(2, x.shape[0], block.keys, length + max(SPARE, length // 4), block.size)
+            both[0, :, :, :length], both[1, :, :, :length] = k, v
+        else:
+            both = held[2]
+        self._held[layer] = k, v, both
+        return both[:, :, :, : length + 1].unbind()
+
+    def keep(self, cache: DynamicCache, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Let the cache hold what ``grown`` returned, filled by now."""
+        layer = cache.layers[index]
+        layer.keys, layer.values = k, v
+        self._held[layer] = k, v, self._held[layer][2]
+        return k, v
+
+
 class Step:
     """Forward pass of one block: compiled for a single token per sequence, the model's own for everything else.
 
@@ -79,6 +121,7 @@ class Step:
 
     def __init__(self, layer: nn.Module, kernel: Kernel | None = None, shared: Pass | None = None) -> None:
         self.layer, self.kernel, self._pass = layer, kernel or load(), shared or Pass()
+        self._store = Store()
         self._parts = self._built = None  # made when first needed: a layer that is being copied has no parts yet
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
@@ -101,10 +144,13 @@ class Step:
     def _step(self, block: Block, x: Tensor, angles: list, cache: DynamicCache, kwargs: dict) -> Tensor:
         batch, threads = x.shape[0], torch.get_num_threads()
         q = x.new_empty(batch, block.heads, 1, block.size)
-        k, v = x.new_empty(2, batch, block.keys, 1, block.size).unbind()
-        at, places = ctypes.addressof(block), (q.data_ptr(), k.data_ptr(), v.data_ptr())
+        at, index = ctypes.addressof(block), self._parts.attention.layer_idx
+        held = self._store.grown(cache, index, x, block)
+        k, v = x.new_empty(2, batch, block.keys, 1, block.size).unbind() if held is None else held
+        last = (k.shape[2] - 1) * block.size * x.element_size()
+        places = (q.data_ptr(), k.data_ptr() + last, v.data_ptr() + last, k.stride(1))
         self.kernel.enter_block(at, x.data_ptr(), *angles, batch, *places, threads)
-        k, v = cache.update(k, v, self._parts.attention.layer_idx)
+        k, v = cache.update(k, v, index) if held is None else self._store.keep(cache, index, k, v)
         attended = self._attend(block, q, k, v, kwargs)
         y = torch.empty_like(x)
         self.kernel.leave_block(at, x.data_ptr(), attended.data_ptr(), batch, y.data_ptr(), threads)
@@ -112,10 +158,11 @@ class Step:
 
     def _attend(self, block: Block, q: Tensor, k: Tensor, v: Tensor, kwargs: dict) -> Tensor:
         attention, mask = self._parts.attention, kwargs.get("attention_mask")
-        if mask is not None or any(x.dtype != q.dtype or not x.is_contiguous() for x in (k, v)):
+        apart, own = k.stride(1), (block.keys * k.stride(1), k.stride(1), block.size, 1)
+        if mask is not None or any(x.dtype != q.dtype or x.stride() != own for x in (k, v)):
             more = {key: kwargs[key] for key in kwargs.keys() - {"attention_mask", "cache", "past_key_values"}}
             return grouped_attention(attention, q, k, v, mask, scaling=attention.scaling, **more)[0].contiguous()
-        at, places = ctypes.addressof(block), (q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[2])
+        at, places = ctypes.addressof(block), (q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[2], apart)
         self.kernel.attend_block(at, *places, attention.scaling, q.shape[0], q.data_ptr(), torch.get_num_threads())
         return q
 
@@ -230,16 +277,19 @@ def _agrees(step: Step) -> bool:
                 given = {"attention_mask": None, "position_embeddings": (angle.cos().to(kind), angle.sin().to(kind))}
                 outs.append(forward(x, **given, **{_cache_name(layer): cache}).float())
             held = cache.layers[attention.layer_idx]
-            results.append((torch.stack(outs) - tokens.float(), held.keys.float(), held.values.float()))
+            rest = {name: value for name, value in vars(held).items() if name not in ("keys", "values")}
+            results.append((torch.stack(outs) - tokens.float(), held.keys.float(), held.values.float(), rest))
         except Exception:  # a block that wants, gives or keeps something else, in one of many ways
             return False
+    (*own, rest), (*found, found_rest) = results
     eps = torch.finfo(kind).eps
     # Some ten roundings of what the block adds, and one of the sum, about as large as the tokens. Keys and values are
     # rounded less often: there another rotation, or none, shows.
-    bounds = [10 * eps * results[0][0].abs().max() + 2 * eps * tokens.float().abs().max()]
-    bounds += [3 * eps * expected.abs().max() for expected in results[0][1:]]
-    pairs = zip(*results, bounds, strict=True)
-    return all(a.shape == b.shape and bool((a - b).abs().max() <= bound) for a, b, bound in pairs)
+    bounds = [10 * eps * own[0].abs().max() + 2 * eps * tokens.float().abs().max()]
+    bounds += [3 * eps * expected.abs().max() for expected in own[1:]]
+    triples = zip(own, found, bounds, strict=True)
+    close = all(a.shape == b.shape and bool((a - b).abs().max() <= bound) for a, b, bound in triples)
+    return close and rest == found_rest  # ``Store`` knows nothing of what else a cache may keep count of
 
 
 def _cache_name(layer: nn.Module) -> str:
