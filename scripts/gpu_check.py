@@ -20,7 +20,8 @@ from lib import scores
 from lib.allocation import SparsityPlan
 from lib.blocks import weights_of
 from lib.calibration import STATISTICS, completed, enter_blocks
-from lib.esd import DRIVERS, fit_tail, spectrum
+from lib.esd import DRIVERS, alpha_mid, fit_tail, spectrum
+from lib.metrics import InFlight
 from lib.prune import walk
 from lib.pruners import PRUNERS, VARIANTS, Pruner
 
@@ -28,6 +29,7 @@ RATIO, NM = 0.5, (2, 4)
 BLOCKS, SAMPLES = 32, 128  # of a LLaMA-7B, and of the published calibration
 # TFLOP/s of dense products of halves with float32 sums, as the manufacturer gives them, by a part of the card's name.
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
+MATRICES = 6  # in flight, of which lib.metrics takes some at a time
 LEAST_AGREEMENT = 0.98  # of zeros or numbers: float32 rounds otherwise in another order, near thresholds and near zero
 
 
@@ -216,7 +218,7 @@ def random_weight(shape: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def spectra(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """Yield a case for each driver and shape, and one for the fit over all candidates."""
+    """Yield a case for each driver and shape, one for the fit over all candidates, and one for matrices in flight."""
 
     def eigs_of(weight: Tensor, driver: str) -> Tensor:
         return spectrum(weight, driver).eigs
@@ -234,6 +236,23 @@ def spectra(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     eigs = eigs_of(random_weight(sizes.shapes[0], device), "fast")
     every = torch.arange(len(eigs) - 1, device=device)
     yield Case(f"alpha, all candidates, N = {len(eigs)}", ours, partial(plain_fit, eigs, every), same_fit)
+    if device.type == "cuda":
+        yield _in_flight([random_weight(sizes.shapes[0], device) for _ in range(MATRICES)])
+
+
+def _in_flight(weights: list[Tensor]) -> Case:
+    """Return the case of the fast driver with several matrices at a time; plain is one after another."""
+
+    def value(weight: Tensor) -> float:
+        return alpha_mid(spectrum(weight, "fast"))
+
+    def ours() -> Tensor:
+        with InFlight() as in_flight:
+            pending = [in_flight.submit(value, weight) for weight in weights]
+            return torch.tensor([future.result() for future in pending])
+
+    what = f"alpha_mid, fast, {len(weights)} matrices in flight"
+    return Case(what, ours, lambda: torch.tensor([value(weight) for weight in weights]), same_numbers)
 
 
 def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:

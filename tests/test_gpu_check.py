@@ -44,6 +44,7 @@ def test_the_check_mixes_no_devices():
     with pretend_cuda() as cuda:
         rows = gpu_check.check(TINY, CUDA, rounds=1)
     assert cuda.operations > 10_000
+    assert any("in flight" in row.what and row.plain.seconds > 0 for row in rows)
     assert all(row.ours.gib == 0 for row in rows)  # the pretend device counts no memory
 
 
