@@ -429,7 +429,7 @@ def test_exact_spectra_go_to_the_cpu_where_its_cores_are_faster(core, cores, dri
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     weights = [OnGpu(), OnGpu(), OnGpu((8, 4)), OnGpu(), OnGpu()]
     with ThreadPoolExecutor(4) as workers, caplog.at_level("INFO"):
-        race = metrics.Race(workers, cores, metrics.Settings(driver, Farms(2, 1.0, 2)), metrics.InFlight())
+        race = metrics.Race(workers, cores, Settings(driver, Farms(2, 1.0, 2)), metrics.InFlight())
         found = [race.submit(lambda weight: "cpu" if weight == "cpu" else "gpu", weight) for weight in weights]
         assert [future.result() for future in found] == taken.split()
     told = [record.getMessage() for record in caplog.records]
@@ -467,7 +467,7 @@ def test_several_matrices_are_in_flight_on_a_gpu(monkeypatch):
         return 1.0
 
     with metrics.InFlight() as in_flight:
-        race = metrics.Race(None, 1, metrics.Settings("fast"), in_flight)
+        race = metrics.Race(None, 1, Settings("fast"), in_flight)
         found = [race.submit(value, OnGpu()) for _ in range(6)]
         assert [future.result() for future in found] == [1.0] * 6
     assert threading.get_ident() not in streams.notes

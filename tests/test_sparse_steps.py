@@ -35,21 +35,11 @@ def compiled(model) -> list[bool]:
 
 
 @torch.no_grad()
-def decode(model, ids: torch.Tensor, prompt: int = 5, **more) -> torch.Tensor:
-    """Return the logits of the tokens after the prompt, decoded one by one, [batch, tokens, vocabulary] float32."""
+def filled(model, ids: torch.Tensor, **more) -> DynamicCache:
+    """Return the cache after a prompt of ``ids`` [batch, tokens]."""
     cache = DynamicCache(config=model.config)
-    model(ids[:, :prompt], past_key_values=cache, use_cache=True, **more)
-    found = []
-    for at in range(prompt, ids.shape[1]):
-        found.append(model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits.float())
-    return torch.cat(found, 1)
-
-
-def some_ids(batch: int, tokens: int = 13) -> torch.Tensor:
-    return torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(batch))
-
-
-# ------------------------------------------------------------------------------------------------------- the cache
+    model(ids, past_key_values=cache, use_cache=True, **more)
+    return cache
 
 
 @torch.no_grad()
@@ -59,19 +49,24 @@ def continued(model, cache: DynamicCache, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(found, 1)
 
 
+def decode(model, ids: torch.Tensor, prompt: int = 5, **more) -> torch.Tensor:
+    """Return the logits of the tokens after the prompt, decoded one by one, [batch, tokens, vocabulary] float32."""
+    return continued(model, filled(model, ids[:, :prompt], **more), ids[:, prompt:]).float()
+
+
+def some_ids(batch: int, tokens: int = 13) -> torch.Tensor:
+    return torch.randint(3, 100, (batch, tokens), generator=torch.Generator().manual_seed(batch))
+
+
+# ------------------------------------------------------------------------------------------------------- the cache
+
+
 @pytest.fixture
 def packed_model():
     made = pruned(tiny_llama())
     sparse.sparsify(made)
     assert all(compiled(made))
     return made
-
-
-@torch.no_grad()
-def filled(model, ids: torch.Tensor) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, use_cache=True)
-    return cache
 
 
 def test_keys_and_values_are_copied_only_when_there_is_no_more_room(packed_model, monkeypatch):

@@ -41,17 +41,8 @@ class Pass:
         """
         latest, key = self._latest, (x.dtype, x.shape[0], size)
         if latest is None or latest[0] is not given or latest[1] != key:
-            latest = self._latest = (given, key, *self._prepared(given, x, size, config))
+            latest = self._latest = (given, key, *_prepared(given, x, size, config))
         return latest[3]
-
-    def _prepared(self, given: tuple | None, x: Tensor, size: int, config: PreTrainedConfig) -> tuple:
-        """Return tensors that are to be kept, and what ``angles`` returns."""
-        fit = given is not None and all(a.shape[1:] == (1, size) and len(a) in (1, len(x)) for a in given)
-        if not fit or config._attn_implementation != NAME:
-            return [], None
-        kept = [a.to(x.dtype).contiguous() for a in given]
-        stride = size if len(kept[0]) > 1 else 0  # one position for all sequences, or one for each
-        return kept, [*(a.data_ptr() for a in kept), stride]
 
 
 class Parts:
@@ -86,7 +77,7 @@ class Store:
     def grown(self, cache: DynamicCache, index: int, x: Tensor, block: Block) -> tuple[Tensor, Tensor] | None:
         """Return the cache's keys and values and a place for one more, [batch, keys, length + 1, size] each.
 
-        None if the cache is empty, or does more than to append.
+        The cache is to hold them once the place is filled. None if the cache is empty, or does more than to append.
         """
         layer = cache.layers[index] if index < len(cache.layers) and not cache.offloading else None
         if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.numel() == 0:
@@ -101,14 +92,8 @@ class Store:
             both[0, :, :, :length], both[1, :, :, :length] = k, v
         else:
             both = held[2]
+        k, v = both[:, :, :, : length + 1].unbind()
         self._held[layer] = k, v, both
-        return both[:, :, :, : length + 1].unbind()
-
-    def keep(self, cache: DynamicCache, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Let the cache hold what ``grown`` returned, filled by now."""
-        layer = cache.layers[index]
-        layer.keys, layer.values = k, v
-        self._held[layer] = k, v, self._held[layer][2]
         return k, v
 
 
@@ -150,7 +135,10 @@ class Step:
         last = (k.shape[2] - 1) * block.size * x.element_size()
         places = (q.data_ptr(), k.data_ptr() + last, v.data_ptr() + last, k.stride(1))
         self.kernel.enter_block(at, x.data_ptr(), *angles, batch, *places, threads)
-        k, v = cache.update(k, v, index) if held is None else self._store.keep(cache, index, k, v)
+        if held is None:
+            k, v = cache.update(k, v, index)
+        else:
+            cache.layers[index].keys, cache.layers[index].values = k, v
         attended = self._attend(block, q, k, v, kwargs)
         y = torch.empty_like(x)
         self.kernel.leave_block(at, x.data_ptr(), attended.data_ptr(), batch, y.data_ptr(), threads)
@@ -185,6 +173,16 @@ class Step:
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
+
+
+def _prepared(given: tuple | None, x: Tensor, size: int, config: PreTrainedConfig) -> tuple[list, list | None]:
+    """Return tensors that are to be kept, and what ``Pass.angles`` returns."""
+    fit = given is not None and all(a.shape[1:] == (1, size) and len(a) in (1, len(x)) for a in given)
+    if not fit or config._attn_implementation != NAME:
+        return [], None
+    kept = [a.to(x.dtype).contiguous() for a in given]
+    stride = size if len(kept[0]) > 1 else 0  # one position for all sequences, or one for each
+    return kept, [*(a.data_ptr() for a in kept), stride]
 
 
 def _linears(layer: nn.Module) -> list[nn.Module]:
