@@ -322,9 +322,12 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def advance(block: Block, inputs: BlockInputs) -> None:
-    """Replace the hidden states by the output of ``block``."""
-    for _ in passes(block, inputs, keep=True):
-        pass
+    """Replace the hidden states by the output of ``block``; on the CPU the zeros of its weights are skipped."""
+    from lib.sparse import zeros_skipped
+
+    with zeros_skipped(block.linears.values()):
+        for _ in passes(block, inputs, keep=True):
+            pass
 
 
 class _Totals:

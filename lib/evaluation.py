@@ -42,9 +42,11 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     Not finite if the model's logits are not: a pruned model may be that broken, and that is then the result, with a
     warning.
     """
+    from lib.sparse import zeros_skipped
+
     keep_freed_memory()
     mine = windows[processes.share(len(windows))]
-    with torch.no_grad():
+    with torch.no_grad(), zeros_skipped(model.modules()):
         every = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in mine)
         return _perplexity(every, mine, model.dtype)
 

@@ -37,6 +37,10 @@ def nth_smallest(values: Tensor, index: int) -> Tensor:
     if values.is_cuda:
         return _nth_by_scatter(values, index)
     bits = _bits(values)
+    if len(bits) <= _CHUNK:  # a copy of them is small, and numpy selects with vectors
+        bits = bits.numpy() & numpy.iinfo(bits.numpy().dtype).max  # without the sign, which only a NaN has
+        bits.partition(index)
+        return torch.from_numpy(bits[index : index + 1]).view(values.dtype)[0]
     counts = _upper_counts(bits)
     high, rank = _bucket(counts, index + 1)
     if bits.dtype == torch.int16:

@@ -141,7 +141,17 @@ def repair_group(
 
 @cache
 def block_solver(device: torch.device, group: int | None) -> Callable[..., Tensor]:
-    """Return a block's solver on ``device``: on a GPU with Triton its kernel, else the equivalent ``solve_block``."""
+    """Return a block's solver on ``device``: a compiled kernel where there is one, else the loop ``solve_block``.
+
+    That is Triton's on a GPU, and on the CPU one in C++, which needs a compiler.
+    """
+    if device.type == "cpu":
+        from lib import sparse
+
+        try:
+            return _tried("compiled", sparse.load_kernel().solve_block, device, group)
+        except sparse.Unavailable as error:
+            log.debug("SparseGPT's blocks are solved by a slower loop: %s", error)
     if device.type != "cuda" or find_spec("triton") is None:
         return solve_block
 
@@ -150,10 +160,10 @@ def block_solver(device: torch.device, group: int | None) -> Callable[..., Tenso
 
         return launch(*block)
 
-    return _tried(kernel, device, group)
+    return _tried("Triton", kernel, device, group)
 
 
-def _tried(kernel: Callable[..., Tensor], device: torch.device, group: int | None) -> Callable[..., Tensor]:
+def _tried(name: str, kernel: Callable[..., Tensor], device: torch.device, group: int | None) -> Callable[..., Tensor]:
     """Return ``kernel`` if it agrees with ``solve_block`` on a small block; else the latter, with a warning."""
     columns, outputs, draw = 2 * (group or 8), 70, torch.Generator().manual_seed(0)
     block = torch.randn(columns, outputs, generator=draw).to(device)
@@ -167,7 +177,8 @@ def _tried(kernel: Callable[..., Tensor], device: torch.device, group: int | Non
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     except Exception as error:  # a compiler fails in many ways; after each the loop is as good as before
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        log.warning("SparseGPT's Triton kernel does not work here (%s); a slower loop takes its place", reason[0])
+        text = "SparseGPT's %s kernel does not work here (%s); a slower loop takes its place"
+        log.warning(text, name, reason[0])
         return solve_block
     return kernel
 

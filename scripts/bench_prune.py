@@ -24,20 +24,21 @@ from rich.console import Console
 
 from lib import calibration, files, prune, tables
 from lib.allocation import SparsityPlan
-from lib.blocks import weights_of
+from lib.allocator import give_back_freed_memory
+from lib.blocks import Streamed, Weights, weights_of
 from lib.command import Flags, command, flag, make_parser
 from lib.data import calibration_windows
 from lib.lazy import numpy, torch, transformers
-from lib.models import SMOLLM2, load_llm, load_tokenizer, locate
+from lib.models import SMOLLM2, empty_llm, load_llm, load_tokenizer, locate
 from lib.pruners import PRUNERS
 from lib.record import Record, provenance
 from lib.registry import check_name
 from lib.selection import nth_smallest, row_smallest
+from lib.stream import Checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
-    from transformers import PreTrainedModel
 
 PARTS = ("entry", "dense pass", "statistics", "factorisation", "solve or select", "pruned pass", "rest")
 SHAPES_7B = "llama-7b-block"
@@ -59,6 +60,9 @@ class Benchmark(Flags):
     block_nsamples: int = flag(2, f"random windows of {SHAPES_7B}, a count", least=1, metavar="N")
     block_seqlen: int = flag(128, f"window length of {SHAPES_7B}, tokens", least=2, metavar="N")
     rounds: int = flag(2, "of which the fastest counts, a count", least=1, metavar="N")
+    stream: bool = flag(
+        False, f"ours reads {SMOLLM2} a block at a time and writes it to disk, as main.py --stream always", nargs="?"
+    )
     threads: int = flag(1, "of each process, a count", least=1, metavar="N")
     selection: bool = flag(True, f"time the selections in a matrix of {SELECT}x{SELECT}, too", nargs="?")
     cache_dir: str = flag("llm_weights", "where SmolLM2 is kept", in_repository=True, metavar="DIR")
@@ -126,15 +130,19 @@ class Clock:
         return function and run
 
 
-def load(model: str, settings: Benchmark) -> tuple[PreTrainedModel, Tensor]:
-    """Return a model in float32 and calibration windows [samples, tokens] for it."""
+def load(model: str, settings: Benchmark, streamed: bool) -> tuple[Weights, Tensor]:
+    """Return a model in float32, in memory or ``streamed``, and calibration windows [samples, tokens] for it."""
     if model == SMOLLM2:
         source = locate(model, settings.cache_dir)
         asked = (settings.calib_data, load_tokenizer(source), settings.nsamples, settings.seqlen, 0)
-        loaded = load_llm(source, torch.float32, device="cpu")
+        dtype, folder = torch.float32, Path(source.path)
+        loaded = empty_llm(source, folder, dtype) if streamed else load_llm(source, dtype, device="cpu")
         loaded.model.layers = loaded.model.layers[: settings.blocks]
         loaded.config.num_hidden_layers = len(loaded.model.layers)
-        return loaded, calibration_windows(*asked)
+        windows = calibration_windows(*asked)
+        if streamed:
+            return Streamed(loaded, Checkpoint(folder), torch.device("cpu"), dtype), windows
+        return weights_of(loaded), windows
     config = transformers.LlamaConfig(
         vocab_size=1000,
         hidden_size=4096,
@@ -145,12 +153,12 @@ def load(model: str, settings: Benchmark) -> tuple[PreTrainedModel, Tensor]:
     )
     torch.manual_seed(0)
     windows = torch.randint(config.vocab_size, (settings.block_nsamples, settings.block_seqlen))
-    return transformers.LlamaForCausalLM(config).eval(), windows
+    return weights_of(transformers.LlamaForCausalLM(config).eval()), windows
 
 
-def ours(model: PreTrainedModel, windows: Tensor, name: str, ratio: float, clock: Clock) -> None:
-    """Prune ``model`` in place with lib's walk."""
-    pruner, weights = PRUNERS[name], weights_of(model)
+def ours(weights: Weights, windows: Tensor, name: str, ratio: float, clock: Clock) -> None:
+    """Prune ``weights`` in place with lib's walk."""
+    pruner = PRUNERS[name]
     pruner = pruner._replace(
         prepare=clock.timed("factorisation", pruner.prepare),
         prune=clock.timed("solve or select", pruner.prune),
@@ -169,8 +177,8 @@ def ours(model: PreTrainedModel, windows: Tensor, name: str, ratio: float, clock
         prune.walk(weights, plan, pruner, enter(weights, windows) if pruner.statistic else None)
 
 
-def plain(model: PreTrainedModel, windows: Tensor, name: str, ratio: float, clock: Clock) -> None:
-    """Prune ``model`` in place with the plain formulation."""
+def plain(weights: Weights, windows: Tensor, name: str, ratio: float, clock: Clock) -> None:
+    """Prune ``weights``, which are in memory, with the plain formulation."""
     method = plain_methods.METHODS[name]
     method = method._replace(
         prune=clock.timed("solve or select", method.prune), statistic=clock.timed("statistics", method.statistic)
@@ -182,7 +190,7 @@ def plain(model: PreTrainedModel, windows: Tensor, name: str, ratio: float, cloc
         for function, part in parts.items():
             new = clock.timed(part, getattr(plain_methods, function))
             patches.enter_context(mock.patch.object(plain_methods, function, new))
-        plain_methods.walk(model, windows, method, ratio)
+        plain_methods.walk(weights.model, windows, method, ratio)
 
 
 WAYS = {"ours": ours, "plain": plain}
@@ -193,16 +201,16 @@ def cost(way: str, model: str, name: str, settings: Benchmark, folder: str) -> C
     for package in ("torchvision", "triton"):  # not required on a CPU, and imported where they are there: 80 MB each
         sys.modules[package] = None
     torch.set_num_threads(settings.threads)
-    loaded, windows = load(model, settings)
+    weights, windows = load(model, settings, settings.stream and way == "ours")
+    give_back_freed_memory()  # a text's tokens, as every run of main.py does
     record = Record(Path(folder), way)
     with record.stage("prune"), torch.no_grad():
         clock = Clock()
         start = time.process_time()
         with clock.part("rest"):
-            WAYS[way](loaded, windows, name, settings.sparsity_ratio, clock)
+            WAYS[way](weights, windows, name, settings.sparsity_ratio, clock)
         seconds = time.process_time() - start
     path = Path(folder) / f"{way}.npy"
-    weights = weights_of(loaded)
     masks = weights.map(lambda _, weight: (weight == 0).flatten().numpy())
     numpy.save(path, numpy.packbits(numpy.concatenate([*masks.values()])))
     first = sum(layer.size for layer in weights.layers if layer.block == 0)

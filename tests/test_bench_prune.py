@@ -25,7 +25,7 @@ def test_both_ways_do_the_same_and_all_parts_are_timed(name, tiny_windows):
     for way in ("ours", "plain") if name in plain_methods.METHODS else ("ours",):
         model, clock = tiny_llama(), bench_prune.Clock()
         with clock.part("rest"):
-            bench_prune.WAYS[way](model, tiny_windows, name, 0.5, clock)
+            bench_prune.WAYS[way](weights_of(model), tiny_windows, name, 0.5, clock)
         found[way] = zeros_of(model)
         assert 0.45 < found[way].double().mean() < 0.55
         wanted = {"rest", "solve or select"}
@@ -87,7 +87,7 @@ def test_wrong_flags(flags, capsys):
 def test_whole_benchmark(tmp_path, monkeypatch, capsys):
     # In this process, which knows what is patched; the benchmark itself starts one for each pruning.
     windows = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(5))
-    monkeypatch.setattr(bench_prune, "load", lambda *_: (tiny_llama(), windows))
+    monkeypatch.setattr(bench_prune, "load", lambda *_: (weights_of(tiny_llama()), windows))
     monkeypatch.setattr(bench_prune, "SELECT", 64)
     monkeypatch.setattr(bench_prune, "separately", lambda function, *args: function(*args))
     monkeypatch.setitem(sys.modules, "torchvision", None)  # as it leaves them in a process of its own

@@ -1,22 +1,27 @@
 """Sparse models on the CPU: weights stay packed on disk and in memory, and are multiplied in that form."""
 
-from lib.sparse.fusing import sparsify
-from lib.sparse.kernel import Unavailable, processor
-from lib.sparse.kernel import load as load_kernel
-from lib.sparse.layers import DenseLinear, SparseLinear
-from lib.sparse.loading import load_packed
-from lib.sparse.packed import is_packed, kind_to_run_in, pack_files, unpack_files
+from importlib import import_module
 
-__all__ = [
-    "DenseLinear",
-    "SparseLinear",
-    "Unavailable",
-    "is_packed",
-    "kind_to_run_in",
-    "load_kernel",
-    "load_packed",
-    "pack_files",
-    "processor",
-    "sparsify",
-    "unpack_files",
-]
+# Imported when they are used: some need transformers, which takes seconds, and pruners want the compiled kernel only.
+_HOMES = {
+    "DenseLinear": "layers",
+    "SparseLinear": "layers",
+    "Unavailable": "kernel",
+    "is_packed": "packed",
+    "kind_to_run_in": "packed",
+    "load_kernel": "kernel.load",
+    "load_packed": "loading",
+    "pack_files": "packed",
+    "processor": "kernel",
+    "sparsify": "fusing",
+    "unpack_files": "packed",
+    "zeros_skipped": "skipping",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, other = _HOMES[name].partition(".")
+    return getattr(import_module(f"{__name__}.{module}"), other or name)

@@ -14,8 +14,6 @@ namespace {
 constexpr int GROUP = 32;  // columns of a step
 
 #if defined(__AVX512VBMI2__)
-using Vector = __m512;
-constexpr int LANES = 16;
 struct Raw { __m512i bits; };  // 32 values of 16 bits
 
 #if defined(__AVX512BF16__)
@@ -63,8 +61,6 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
 
 #elif defined(__AVX2__)
-using Vector = __m256;
-constexpr int LANES = 8;
 template <bool HALF> constexpr int PARTS = 4;
 struct Raw { __m128i bits[4]; };
 

@@ -1,4 +1,4 @@
-// What kernel.cpp and step.cpp share: the matrices, their product, and numbers of 16 bits.
+// What the files beside this one share: matrices and their product, numbers of 16 bits, and vectors.
 #pragma once
 #include <immintrin.h>
 
@@ -33,3 +33,17 @@ inline uint16_t from_float(float f) {  // rounds to nearest, ties to even
   memcpy(&bits, &f, 4);
   return f == f ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
 }
+
+// Vectors of float32, as wide as the instruction set has them.
+#if defined(__AVX512F__)
+typedef __m512 Vector;
+inline Vector broadcast(float f) { return _mm512_set1_ps(f); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }  // a * b + c, rounded once
+inline Vector multiply_subtract(Vector a, Vector b, Vector c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
+#else
+typedef __m256 Vector;
+inline Vector broadcast(float f) { return _mm256_set1_ps(f); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vector multiply_subtract(Vector a, Vector b, Vector c) { return _mm256_fnmadd_ps(a, b, c); }
+#endif
+constexpr int LANES = sizeof(Vector) / 4;

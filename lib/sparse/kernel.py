@@ -1,4 +1,4 @@
-"""Compiled kernel: kernel.cpp and step.cpp as a shared library in the user's cache, for this CPU's instruction set."""
+"""Compiled kernel: this folder's C++ files as a shared library in the user's cache, for this CPU's instruction set."""
 
 import ctypes
 import hashlib
@@ -17,7 +17,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("kernel.h", "kernel.cpp", "step.cpp"))
+HEADER = Path(__file__).with_name("kernel.h")
+SOURCES = sorted(HEADER.parent.glob("*.cpp"))
 # Instruction sets, the best first. The flags are spelled as the compiler's -m and, but for "_", as in /proc/cpuinfo.
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx2", "fma", "f16c", "popcnt")
 LEVELS = {
@@ -63,13 +64,18 @@ class Kernel:
         self._multiply, self._unpack = library.multiply, library.unpack
         self._multiply.argtypes = [pointer, ctypes.c_int, pointer, ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int]
         self._unpack.argtypes = [pointer, number, number, pointer, ctypes.c_int]
+        self._many, self._float = library.multiply_many, library.multiply_float
+        self._many.argtypes = [pointer, pointer, number, pointer, ctypes.c_int]
+        self._float.argtypes = [pointer, number, number, pointer, number, pointer, ctypes.c_int]
+        self._solve = library.solve_block
+        self._solve.argtypes = [*[pointer] * 4, *[number] * 3, pointer, ctypes.c_int]
         steps = library.enter_block, library.attend_block, library.leave_block
         self.enter_block, self.attend_block, self.leave_block = steps  # see step.cpp
         few = ctypes.c_int
         self.enter_block.argtypes = [*[pointer] * 4, number, few, *[pointer] * 3, number, few]
         self.attend_block.argtypes = [*[pointer] * 4, number, number, ctypes.c_double, few, pointer, few]
         self.leave_block.argtypes = [*[pointer] * 3, few, pointer, few]
-        for function in (self._multiply, self._unpack, *steps):
+        for function in (self._multiply, self._unpack, self._many, self._float, self._solve, *steps):
             function.restype = None
 
     def multiply(self, matrix: Matrix, x: Tensor, y: Tensor, tokens: int) -> Tensor:
@@ -86,6 +92,31 @@ class Kernel:
         places = (ctypes.c_void_p * len(ys))(*[y.data_ptr() for y in ys])
         wide, threads = ys[0].dtype == torch.float32, torch.get_num_threads()
         self._multiply(ctypes.addressof(matrices), len(ys), x.data_ptr(), tokens, places, wide, threads)
+
+    def multiply_many(self, weight: Matrix | Tensor, x: Tensor) -> Tensor:
+        """Return the products [tokens, rows] of ``x`` [tokens, columns], without the bias, skipping the zeros.
+
+        ``weight``: packed, or a dense [rows, columns] whose zeros are looked for. All float32 (but a packed weight's
+        values) and contiguous. Each number is the sum of its products in the order of the columns, rounded at each
+        step (FMA): the same for any number of tokens and threads.
+        """
+        tokens, threads = len(x), torch.get_num_threads()
+        if isinstance(weight, Matrix):
+            y = x.new_empty(tokens, weight.rows)
+            self._many(ctypes.addressof(weight), x.data_ptr(), tokens, y.data_ptr(), threads)
+        else:
+            y = x.new_empty(tokens, len(weight))
+            self._float(weight.data_ptr(), *weight.shape, x.data_ptr(), tokens, y.data_ptr(), threads)
+        return y
+
+    def solve_block(
+        self, block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tensor | None, group: int | None
+    ) -> Tensor:
+        """Zero and repair ``block`` as ``sparsegpt.solve_block`` does; all float32 (``removed``: int32), contiguous."""
+        errors, threads = torch.empty_like(block), torch.get_num_threads()
+        masks = (None if mask is None else mask.data_ptr() for mask in (gone, removed))
+        self._solve(block.data_ptr(), upper.data_ptr(), *masks, *block.shape, group or 0, errors.data_ptr(), threads)
+        return errors
 
     def unpack(self, matrix: Matrix, first: int, last: int, out: Tensor) -> None:
         """Fill ``out`` [last - first, words * 32] with rows of a packed matrix."""

@@ -10,6 +10,7 @@ from lib import UserError
 from lib.sparse.kernel import KINDS, MOST_TOKENS, Kernel, Matrix, load, multiplies
 from lib.sparse.packed import Packed, pack, row_starts, unpack
 
+SKIP = 0.45  # fraction of zeros from which the product of many tokens is faster without them, in float32
 TILE = 512  # rows that are unpacked at once for many tokens: they stay in the second-level cache
 
 
@@ -71,8 +72,9 @@ class SparseLinear(nn.Module):
     """A linear layer, y = W x + b, for inference on the CPU: 1 + 16 (1 - sparsity) bits a weight.
 
     ``weight``: result of ``packed.pack`` for a bfloat16 or float16 [out_features, columns]; ``bias`` of the same kind.
-    Sums are float32, rounded once. Up to MOST_TOKENS rows of ``x`` go to the kernel; for more, TILE rows of the weight
-    at a time are unpacked and multiplied by torch.
+    Sums are float32, rounded once. Up to MOST_TOKENS rows of ``x`` go to the kernel, and more of them too where a
+    fraction SKIP of the weights is zero and the CPU has no instructions for the kind; otherwise TILE rows of the
+    weight at a time are unpacked and multiplied by torch.
 
     Raises:
         RuntimeError: another dtype of ``x``, gradients, training, or a move to another device or dtype.
@@ -92,17 +94,13 @@ class SparseLinear(nn.Module):
         self.training = False
         self.shared, self.place = None, 0
         self.kernel = kernel or load()
+        self.sparsity = 1 - int(self.starts[-1]) / (columns * self.out_features)  # the fraction of zeros
         self._address()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, kernel: Kernel | None = None) -> "SparseLinear":
         """Return the packed form of a dense layer."""
         return cls(pack(linear.weight.detach()), linear.in_features, linear.bias, kernel)
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction of zeros."""
-        return 1 - int(self.starts[-1]) / (self.in_features * self.out_features)
 
     def dense(self) -> Tensor:
         """Return the weight, [out_features, in_features]."""
@@ -136,6 +134,9 @@ class SparseLinear(nn.Module):
         return self.kernel.multiply(self._matrix, x.contiguous(), y, tokens)
 
     def _many(self, flat: Tensor) -> Tensor:
+        if len(flat) and not multiplies(self.kind) and self.sparsity >= SKIP:
+            y = self.kernel.multiply_many(self._matrix, flat.float().contiguous())
+            return (y if self.bias is None else y.add_(self.bias)).to(self.kind)
         tile = flat.new_empty(min(TILE, self.out_features), self.mask.shape[1] * 32)
 
         def rows(first: int, last: int) -> Tensor:

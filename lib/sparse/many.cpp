@@ -1,0 +1,181 @@
+// Products y = W x of many tokens that skip the zeros of W: prompts, and passes through a block that was pruned.
+//
+// The tokens are the lanes. 96 of them are a panel, [columns, 96]: each weight other than zero is multiplied with its
+// column's row of the panel and added to the sums of its row, which the registers hold. So a sum is that of the
+// weights other than zero in the order of the columns, each product and addition rounded once (FMA), in float32: the
+// same bits on every CPU, and for any number of tokens or threads.
+#include "kernel.h"
+
+#include <algorithm>
+#include <memory>
+
+namespace {
+
+constexpr int PANEL = 96;      // tokens: 12 sums in AVX2's 16 registers, enough to hide the latency of an addition
+constexpr int CHUNK = 64;      // columns at a time: 24 KB of the panel, which stay in L1
+constexpr int ROWS = 64;       // rows at a time: their sums, and what they are multiplied with, stay in L2
+constexpr int SLAB = 8;        // panels at a time: how often the weights are read again
+constexpr int MOST = PANEL / LANES;
+
+struct Kept {  // the weights other than zero of ROWS rows, row by row
+  std::unique_ptr<uint32_t[]> at;  // of their columns in the chunk's part of a panel, in bytes
+  std::unique_ptr<float[]> value;
+  std::unique_ptr<int32_t[]> ends;  // [row, chunk + 1], where each row's chunks begin and end in them
+  Kept(int64_t columns, int64_t chunks)
+      : at(new uint32_t[ROWS * columns + 8]),  // eight at a time are written
+        value(new float[ROWS * columns + 8]),
+        ends(new int32_t[ROWS * (chunks + 1)]) {}
+};
+
+struct Places {  // for each byte of a mask: the places of its bits, the lowest first
+  alignas(64) uint8_t of[256][8] = {};
+  Places() {
+    for (int byte = 0; byte < 256; byte++)
+      for (int bit = 0, next = 0; bit < 8; bit++)
+        if (byte >> bit & 1) of[byte][next++] = bit;
+  }
+} const places;
+
+inline __m256i places_of(int byte) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)places.of[byte])); }
+
+struct Dense {  // float32, zeros included
+  const float* weight;
+  int64_t columns;
+  const float* row = nullptr;
+  void start(int64_t r) { row = weight + r * columns; }
+  // Write those of eight columns to `value`, which has room for eight, and return their mask.
+  int take(int64_t group, float* value) {
+    float padded[8] = {};
+    const float* from = row + group * 8;
+    if (group * 8 + 8 > columns) from = (const float*)memcpy(padded, from, (columns - group * 8) * 4);
+    const __m256 eight = _mm256_loadu_ps(from);
+    const int byte = _mm256_movemask_ps(_mm256_cmp_ps(eight, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+    _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(eight, places_of(byte)));
+    return byte;
+  }
+};
+
+template <bool HALF>
+struct Packed {
+  const Matrix& w;
+  const uint8_t* mask = nullptr;
+  const uint16_t* next = nullptr;
+  void start(int64_t r) { mask = (const uint8_t*)(w.mask + r * w.words), next = w.values + w.starts[r]; }
+  int take(int64_t group, float* value) {
+    const __m128i eight = _mm_loadu_si128((const __m128i*)next);  // there are 32 more than needed
+    const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16);
+    _mm256_storeu_ps(value, HALF ? _mm256_cvtph_ps(eight) : _mm256_castsi256_ps(wide));
+    next += __builtin_popcount(mask[group]);
+    return mask[group];
+  }
+};
+
+template <class Source>
+void collect(Source source, int64_t first, int count, int64_t columns, int stride, Kept& kept) {
+  int32_t n = 0, *end = kept.ends.get();
+  for (int r = 0; r < count; r++) {
+    source.start(first + r);
+    for (int64_t group = 0; group * 8 < columns; group++) {
+      if (group % (CHUNK / 8) == 0) *end++ = n;
+      const int byte = source.take(group, &kept.value[n]);
+      const __m256i column = _mm256_add_epi32(places_of(byte), _mm256_set1_epi32(int(group * 8 % CHUNK)));
+      _mm256_storeu_si256((__m256i*)&kept.at[n], _mm256_mullo_epi32(column, _mm256_set1_epi32(stride)));
+      n += __builtin_popcount(byte);
+    }
+    *end++ = n;
+  }
+}
+
+// Sums [count, K vectors] of `count` rows for the tokens of a panel.
+template <int K>
+void multiply_panel(const Kept& kept, int count, int64_t chunks, const float* panel, Vector* sums) {
+  const uint32_t* places = kept.at.get();
+  const float* values = kept.value.get();
+  for (int64_t c = 0; c < chunks; c++) {
+    const char* part = (const char*)(panel + c * CHUNK * K * LANES);
+    for (int r = 0; r < count; r++) {
+      const int32_t *ends = &kept.ends[r * (chunks + 1) + c], end = ends[1];
+      Vector sum[K];
+      for (int i = 0; i < K; i++) sum[i] = c ? sums[r * K + i] : Vector{};
+      for (int64_t n = ends[0]; n < end; n++) {
+        const char* at = part + places[n];
+        asm("" : "+r"(at));  // one register, so that the loads below are one operation each with the additions
+        const Vector* x = (const Vector*)at;
+#pragma GCC unroll 12
+        for (int i = 0; i < K; i++) sum[i] = multiply_add(broadcast(values[n]), x[i], sum[i]);
+      }
+      for (int i = 0; i < K; i++) sums[r * K + i] = sum[i];
+    }
+  }
+}
+constexpr decltype(&multiply_panel<1>) PANELS[] = {
+    multiply_panel<1>, multiply_panel<2>, multiply_panel<3>, multiply_panel<4>, multiply_panel<5>, multiply_panel<6>,
+#if !defined(__AVX512F__)
+    multiply_panel<7>, multiply_panel<8>, multiply_panel<9>, multiply_panel<10>, multiply_panel<11>, multiply_panel<12>,
+#endif
+};
+
+// to [columns, to_stride] = the transpose of from [rows, columns], rows further apart by from_stride; four by four.
+void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += 4)
+    for (int64_t c = 0; c < columns; c += 4) {
+      if (r + 4 <= rows && c + 4 <= columns) {
+        __m128 v[4];
+        for (int i = 0; i < 4; i++) v[i] = _mm_loadu_ps(from + (r + i) * from_stride + c);
+        _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
+        for (int i = 0; i < 4; i++) _mm_storeu_ps(to + (c + i) * to_stride + r, v[i]);
+      } else {
+        for (int64_t i = r; i < std::min(r + 4, rows); i++)
+          for (int64_t j = c; j < std::min(c + 4, columns); j++) to[j * to_stride + i] = from[i * from_stride + j];
+      }
+    }
+}
+
+template <class Source>
+void product(Source source, int64_t rows, int64_t columns, const float* x, int64_t tokens, float* y, int threads) {
+  // Equal panels: as few as possible, and each as narrow as that allows.
+  const int64_t vectors = (tokens + LANES - 1) / LANES, panels = (vectors + MOST - 1) / MOST;
+  const int64_t k = (vectors + panels - 1) / panels, width = k * LANES, size = width * columns;
+  const int64_t chunks = (columns + CHUNK - 1) / CHUNK;
+  const std::unique_ptr<float[]> buffer(new float[std::min<int64_t>(panels, SLAB) * size + 16]);
+  float* slab = (float*)((uintptr_t(buffer.get()) + 63) & ~uintptr_t(63));
+  // Fewer rows at a time where there are more threads than work for them.
+  const int64_t height = std::min<int64_t>(ROWS, std::max<int64_t>(8, (rows / threads + 7) / 8 * 8));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Kept kept(columns, chunks);
+    alignas(64) Vector sums[ROWS * MOST];
+    for (int64_t start = 0; start < panels; start += SLAB) {
+      const int64_t count = std::min<int64_t>(SLAB, panels - start);
+      const auto here = [&](int64_t p) { return std::min(width, std::max<int64_t>(0, tokens - (start + p) * width)); };
+#pragma omp for schedule(static)
+      for (int64_t p = 0; p < count; p++) {
+        if (here(p) < width) memset(slab + p * size, 0, size * 4);
+        transpose(x + (start + p) * width * columns, columns, here(p), columns, slab + p * size, width);
+      }
+#pragma omp for schedule(dynamic)
+      for (int64_t first = 0; first < rows; first += height) {
+        const int some = int(std::min(height, rows - first));
+        collect(source, first, some, columns, int(width * 4), kept);
+        for (int64_t p = 0; p < count; p++) {
+          PANELS[k - 1](kept, some, chunks, slab + p * size, sums);
+          transpose((const float*)sums, width, some, here(p), y + (start + p) * width * rows + first, rows);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// y = W x, W: [rows, columns] packed; x: [tokens, columns] and y: [tokens, rows] float32. The bias is left out.
+extern "C" void multiply_many(const Matrix* w, const float* x, int64_t tokens, float* y, int threads) {
+  if (w->half) product(Packed<true>{*w}, w->rows, w->columns, x, tokens, y, threads);
+  else product(Packed<false>{*w}, w->rows, w->columns, x, tokens, y, threads);
+}
+
+// The same with W: [rows, columns] float32 and dense.
+extern "C" void multiply_float(const float* w, int64_t rows, int64_t columns, const float* x, int64_t tokens, float* y,
+                               int threads) {
+  product(Dense{w, columns}, rows, columns, x, tokens, y, threads);
+}

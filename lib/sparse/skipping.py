@@ -1,0 +1,63 @@
+"""Float32 passes through pruned layers on the CPU that skip the zeros of the weights."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lib.sparse.kernel import Kernel, Unavailable, load
+from lib.sparse.layers import SKIP
+
+log = logging.getLogger(__name__)
+
+FEWEST = 64  # tokens: for fewer, looking for the zeros takes as long as the product
+SMALLEST = 1 << 16  # weights, likewise
+
+
+@contextmanager
+def zeros_skipped(modules: Iterable[nn.Module]) -> Iterator[int]:
+    """Let the linear layers among ``modules`` skip their zeros, where that is faster; yield how many do.
+
+    Layers of at least SKIP zeros, in float32 and on the CPU, whose weights do not change meanwhile. At 70 % zeros their
+    products take 0.6 of the time; they differ from torch's as those of two BLAS libraries do, in the order of float32
+    additions. Hooks are called as usual. Layers stay as they are without a compiler, for few tokens, for inputs of
+    another dtype, and for gradients.
+    """
+    suitable = [module for module in modules if _suits(module)]
+    try:
+        kernel = load() if suitable else None
+    except Unavailable as error:
+        log.debug("zeros are multiplied like other weights: %s", error)
+        suitable = []
+    for linear in suitable:
+        linear.forward = _product(linear, kernel)
+    try:
+        yield len(suitable)
+    finally:
+        for linear in suitable:
+            del linear.forward
+
+
+def _suits(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or "forward" in vars(module):  # accelerate's hooks replace it
+        return False
+    weight = module.weight
+    here = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+    return here and weight.numel() >= SMALLEST and 1 - int(weight.count_nonzero()) / weight.numel() >= SKIP
+
+
+def _product(linear: nn.Linear, kernel: Kernel) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = linear.weight, linear.bias
+        tokens = x.numel() // linear.in_features
+        watched = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if x.dtype != torch.float32 or tokens < FEWEST or watched or torch.is_autocast_enabled("cpu"):
+            return F.linear(x, weight, bias)
+        y = kernel.multiply_many(weight.detach(), x.reshape(tokens, linear.in_features).contiguous())
+        y = y if bias is None else y.add_(bias)
+        return y.view(*x.shape[:-1], linear.out_features)
+
+    return forward
