@@ -69,12 +69,14 @@ class Kernel:
         self._float.argtypes = [pointer, number, number, pointer, number, pointer, ctypes.c_int]
         self._solve = library.solve_block
         self._solve.argtypes = [*[pointer] * 4, *[number] * 3, pointer, ctypes.c_int]
-        steps = library.enter_block, library.attend_block, library.leave_block
-        self.enter_block, self.attend_block, self.leave_block = steps  # see step.cpp
+        steps = library.enter_block, library.attend_block, library.leave_block, library.take_step
+        self.enter_block, self.attend_block, self.leave_block, self.take_step = steps  # see step.cpp
         few = ctypes.c_int
         self.enter_block.argtypes = [*[pointer] * 4, number, few, *[pointer] * 3, number, few]
         self.attend_block.argtypes = [*[pointer] * 4, number, number, ctypes.c_double, few, pointer, few]
         self.leave_block.argtypes = [*[pointer] * 3, few, pointer, few]
+        self.take_step.argtypes = [*[pointer] * 4, number, few, *[pointer] * 2, number, number, ctypes.c_double]
+        self.take_step.argtypes += [pointer, few]
         for function in (self._multiply, self._unpack, self._many, self._float, self._solve, *steps):
             function.restype = None
 

@@ -1,4 +1,4 @@
-"""Decoding steps: one new token per sequence through a LLaMA's block in three compiled calls."""
+"""Decoding steps: one new token per sequence through a LLaMA's block in one compiled call."""
 
 import ctypes
 import inspect
@@ -80,21 +80,28 @@ class Store:
         The cache is to hold them once the place is filled. None if the cache is empty, or does more than to append.
         """
         layer = cache.layers[index] if index < len(cache.layers) and not cache.offloading else None
-        if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.numel() == 0:
+        if type(layer) is not DynamicLayer or not layer.is_initialized:
             return None
-        k, v = layer.keys, layer.values
-        length, shape = k.shape[2], (x.shape[0], block.keys, k.shape[2], block.size)
-        if any(each.shape != shape or each.dtype != x.dtype or each.device != x.device for each in (k, v)):
+        k, v, held = layer.keys, layer.values, self._held.get(layer)
+        ours = held is not None and held[0] is k and held[1] is v and k.shape[0] == x.shape[0] and k.dtype == x.dtype
+        if not ours and not self._fits(k, v, x, block):
             return None
-        held = self._held.get(layer)
-        if held is None or held[0] is not k or held[1] is not v or length == held[2].shape[3]:
+        length = k.shape[2]
+        if ours and length < held[2].shape[3]:
+            both = held[2]
+        else:
             both = x.new_empty(2, x.shape[0], block.keys, length + max(SPARE, length // 4), block.size)
             both[0, :, :, :length], both[1, :, :, :length] = k, v
-        else:
-            both = held[2]
         k, v = both[:, :, :, : length + 1].unbind()
         self._held[layer] = k, v, both
         return k, v
+
+    @staticmethod
+    def _fits(k: Tensor, v: Tensor, x: Tensor, block: Block) -> bool:
+        if k.numel() == 0:
+            return False
+        shape = x.shape[0], block.keys, k.shape[2], block.size
+        return all(each.shape == shape and each.dtype == x.dtype and each.device == x.device for each in (k, v))
 
 
 class Step:
@@ -127,10 +134,17 @@ class Step:
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
     def _step(self, block: Block, x: Tensor, angles: list, cache: DynamicCache, kwargs: dict) -> Tensor:
-        batch, threads = x.shape[0], torch.get_num_threads()
-        q = x.new_empty(batch, block.heads, 1, block.size)
-        at, index = ctypes.addressof(block), self._parts.attention.layer_idx
+        index, batch, threads = self._parts.attention.layer_idx, x.shape[0], torch.get_num_threads()
         held = self._store.grown(cache, index, x, block)
+        at, y = ctypes.addressof(block), torch.empty_like(x)
+        if held is not None and kwargs.get("attention_mask") is None:
+            k, v = held
+            places = k.data_ptr(), v.data_ptr(), k.shape[2], k.stride(1), self._parts.attention.scaling
+            self.kernel.take_step(at, x.data_ptr(), *angles, batch, *places, y.data_ptr(), threads)
+            layer = cache.layers[index]
+            layer.keys, layer.values = held
+            return y
+        q = x.new_empty(batch, block.heads, 1, block.size)
         k, v = x.new_empty(2, batch, block.keys, 1, block.size).unbind() if held is None else held
         last = (k.shape[2] - 1) * block.size * x.element_size()
         places = (q.data_ptr(), k.data_ptr() + last, v.data_ptr() + last, k.stride(1))
@@ -140,7 +154,6 @@ class Step:
         else:
             cache.layers[index].keys, cache.layers[index].values = k, v
         attended = self._attend(block, q, k, v, kwargs)
-        y = torch.empty_like(x)
         self.kernel.leave_block(at, x.data_ptr(), attended.data_ptr(), batch, y.data_ptr(), threads)
         return y
 
