@@ -1,0 +1,306 @@
+// Check of lib/sparse's C++ for every instruction set in one program, which run.sh boots on an emulated CPU: products
+// against float64, sums and SparseGPT's solver bit for bit against plain loops, decoding steps against AVX2's.
+#include <cpuid.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+using Halves = std::vector<uint16_t>;
+using Floats = std::vector<float>;
+
+struct Matrix {  // as in kernel.h, which would include the intrinsics of one instruction set
+  const uint32_t* mask;
+  const uint16_t* values;
+  const int64_t* starts;
+  const uint16_t* bias;
+  int64_t rows, columns, words, half;
+};
+struct Block {  // as in step.cpp
+  const Matrix *qkv, *o, *gate_up, *down;
+  const uint16_t *before, *after;
+  double before_eps, after_eps;
+  int64_t width, heads, keys, size, inner, half;
+};
+
+#define FUNCTIONS(F)                                                                                                  \
+  F(multiply, (const Matrix*, int, const uint16_t*, int, void* const*, int, int))                                     \
+  F(unpack, (const Matrix*, int64_t, int64_t, uint16_t*, int))                                                        \
+  F(multiply_many, (const Matrix*, const float*, int64_t, float*, int))                                               \
+  F(multiply_float, (const float*, int64_t, int64_t, const float*, int64_t, float*, int))                             \
+  F(solve_block, (float*, const float*, const float*, const int32_t*, int64_t, int64_t, int64_t, float*, int))        \
+  F(enter_block, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int, uint16_t*,           \
+                  uint16_t*, uint16_t*, int64_t, int))                                                                \
+  F(attend_block, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int64_t, double, int,    \
+                   uint16_t*, int))                                                                                   \
+  F(leave_block, (const Block*, const uint16_t*, const uint16_t*, int, uint16_t*, int))                               \
+  F(take_step, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int, uint16_t*, uint16_t*,  \
+                int64_t, int64_t, double, uint16_t*, int))
+
+#define DECLARE(name, arguments) void avx2_##name arguments, avx512_##name arguments, avx512bf16_##name arguments;
+extern "C" {
+FUNCTIONS(DECLARE)
+}
+struct Level {
+  const char* name;
+#define MEMBER(name, arguments) void(*name) arguments;
+  FUNCTIONS(MEMBER)
+};
+#define AVX2(name, arguments) avx2_##name,
+#define AVX512(name, arguments) avx512_##name,
+#define AVX512BF16(name, arguments) avx512bf16_##name,
+const Level LEVELS[] = {
+    {"avx2", FUNCTIONS(AVX2)}, {"avx512", FUNCTIONS(AVX512)}, {"avx512bf16", FUNCTIONS(AVX512BF16)}};
+
+std::mt19937 draw(1);
+long checks, failures;
+
+float normal() {
+  static std::normal_distribution<float> distribution;
+  return distribution(draw);
+}
+
+void expect(bool right, const char* level, const char* what, int64_t rows, int64_t columns, int tokens) {
+  checks++;
+  if (!right && failures++ < 20)
+    printf("FAIL %s: %s %dx%d, %d\n", level, what, int(rows), int(columns), tokens);
+}
+
+float decoded(uint16_t v, bool half) {
+  float f;
+  if (!half) {
+    const uint32_t bits = uint32_t(v) << 16;
+    memcpy(&f, &bits, 4);
+    return f;
+  }
+  const int exponent = v >> 10 & 31, mantissa = v & 1023;
+  f = exponent ? std::ldexp(1 + mantissa / 1024.f, exponent - 15) : std::ldexp(mantissa / 1024.f, -14);
+  return v >> 15 ? -f : f;
+}
+uint16_t encoded(float f, bool half) {  // cuts bits off; numbers too small for float16 become zero
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if (!half) return bits >> 16;
+  const int exponent = int(bits >> 23 & 255) - 127 + 15;
+  return uint16_t(bits >> 31 << 15 | (exponent > 0 ? exponent << 10 | (bits >> 13 & 1023) : 0));
+}
+Halves randoms(int64_t count, bool half, float mean = 0, float spread = 1) {
+  Halves made(count + 32);  // the kernel may read 32 more
+  for (int64_t i = 0; i < count; i++) made[i] = encoded(mean + spread * normal(), half);
+  return made;
+}
+
+struct Weight {  // [rows, columns] with a fraction of zeros, dense and packed
+  Halves dense, values, bias;
+  std::vector<uint32_t> mask;
+  std::vector<int64_t> starts{0};
+  Matrix packed, plain;
+  Weight(int64_t rows, int64_t columns, double zeros, bool half, bool biased = false)
+      : dense(rows * columns + 32), bias(randoms(rows, half)), mask(rows * ((columns + 31) / 32)) {
+    const int64_t words = (columns + 31) / 32;
+    std::uniform_real_distribution<double> uniform(0, 1);
+    for (int64_t r = 0; r < rows; r++, starts.push_back(values.size()))
+      for (int64_t c = 0; c < columns; c++)
+        if (uniform(draw) >= zeros) {
+          uint16_t value = encoded(0.2f * normal(), half);
+          if (!(value & 0x7fff)) value = encoded(0.1f, half);
+          values.push_back(dense[r * columns + c] = value);
+          mask[r * words + c / 32] |= 1u << c % 32;
+        }
+    values.resize(values.size() + 32);
+    const uint16_t* b = biased ? bias.data() : nullptr;
+    packed = {mask.data(), values.data(), starts.data(), b, rows, columns, words, half};
+    plain = {nullptr, dense.data(), nullptr, b, rows, columns, words, half};
+  }
+  Weight(const Weight&) = delete;
+};
+
+// Up to eight tokens: within 3e-6 of the sum of all |w x|, as tests/test_sparse.py has it.
+void check_few(const Level& level, const Weight& w, bool half) {
+  const int64_t rows = w.plain.rows, columns = w.plain.columns;
+  for (int tokens = 1; tokens <= 8; tokens++) {
+    const Halves x = randoms(tokens * columns, half);
+    for (const Matrix* matrix : {&w.packed, &w.plain}) {
+      Floats y(tokens * rows);
+      void* out[] = {y.data()};
+      level.multiply(matrix, 1, x.data(), tokens, out, 1, 1);
+      for (int64_t i = 0; i < tokens * rows; i++) {
+        double sum = decoded(w.bias[i % rows], half), size = std::fabs(sum);
+        for (int64_t c = 0; c < columns; c++) {
+          const double a = decoded(w.dense[i % rows * columns + c], half), b = decoded(x[i / rows * columns + c], half);
+          sum += a * b, size += std::fabs(a * b);
+        }
+        const char* what = matrix->mask ? "packed" : "dense";
+        expect(std::fabs(y[i] - sum) <= 3e-6 * size, level.name, what, rows, columns, tokens);
+      }
+    }
+  }
+}
+
+// Many tokens: the bits of a float32 sum in the order of the columns, products and additions fused.
+void check_many(const Level& level, const Weight& w, bool half) {
+  const int64_t rows = w.plain.rows, columns = w.plain.columns;
+  Floats weight(rows * columns);
+  for (int64_t i = 0; i < rows * columns; i++) weight[i] = decoded(w.dense[i], half);
+  for (int tokens : {1, 17, 96, 97, 130}) {
+    Floats x(tokens * columns), packed(tokens * rows), dense(tokens * rows);
+    for (float& v : x) v = normal();
+    level.multiply_many(&w.packed, x.data(), tokens, packed.data(), 1);
+    level.multiply_float(weight.data(), rows, columns, x.data(), tokens, dense.data(), 1);
+    for (int64_t i = 0; i < tokens * rows; i++) {
+      float sum = 0;
+      for (int64_t c = 0; c < columns; c++)
+        if (const float v = weight[i % rows * columns + c]) sum = std::fma(v, x[i / rows * columns + c], sum);
+      expect(packed[i] == sum, level.name, "many, packed", rows, columns, tokens);
+      expect(dense[i] == sum, level.name, "many, float32", rows, columns, tokens);
+    }
+  }
+}
+
+void check_products(const Level& level, bool half) {
+  const int shapes[][2] = {{7, 31}, {33, 200}, {1, 64}, {5, 8}, {40, 700}, {130, 96}, {3, 33}};
+  for (const auto& [rows, columns] : shapes)
+    for (double zeros : {0., 0.5, 0.9, 1.}) {
+      const Weight w(rows, columns, zeros, half, true);
+      const int64_t padded = w.packed.words * 32;
+      Halves out(rows * padded);
+      level.unpack(&w.packed, 0, rows, out.data(), 1);
+      for (int64_t i = 0; i < rows * padded; i++) {
+        const uint16_t wanted = i % padded < columns ? w.dense[i / padded * columns + i % padded] : 0;
+        expect(out[i] == wanted, level.name, "unpack", rows, columns, 0);
+      }
+      check_few(level, w, half);
+      check_many(level, w, half);
+    }
+}
+
+// The definition of a block's solution, one output after another.
+void solve_plainly(Floats& block, const Floats& upper, Floats& gone, const std::vector<int32_t>& removed, int columns,
+                   int outputs, int group, Floats& errors) {
+  for (int o = 0; o < outputs; o++) {
+    const auto w = [&](int i) -> float& { return block[i * outputs + o]; };
+    const auto score = [&](int i) {
+      const float pivot = upper[i * columns + i];
+      return w(i) * w(i) / (pivot * pivot);
+    };
+    for (int i = 0; i < columns; i++) {
+      for (int a = i; group && i % group == 0 && a < i + group; a++) {
+        int rank = 0;  // of equal ones the upper are lower
+        for (int b = i; b < i + group; b++) rank += b < a ? score(b) <= score(a) : b > a && score(b) < score(a);
+        gone[a * outputs + o] = rank < removed[o];
+      }
+      const float taken = w(i) * gone[i * outputs + o], error = taken / upper[i * columns + i];
+      w(i) -= taken;
+      errors[i * outputs + o] = error;
+      for (int j = i + 1; j < columns; j++) w(j) = std::fma(-upper[i * columns + j], error, w(j));
+    }
+  }
+}
+
+void check_solver(const Level& level) {
+  const int shapes[][2] = {{128, 40}, {127, 3}, {20, 70}, {40, 96}};
+  for (int group : {0, 2, 4, 8, 5})
+    for (const auto& [most, outputs] : shapes) {
+      const int columns = group ? most - most % group : most;
+      Floats block(columns * outputs), upper(columns * columns), gone(block.size()), errors(block.size());
+      std::vector<int32_t> removed(outputs);
+      for (float& v : block) v = normal();
+      for (float& v : gone) v = normal() > 0;
+      for (int32_t& v : removed) v = group ? draw() % (group + 1) : 0;
+      for (int i = 0; i < columns; i++)
+        for (int j = i; j < columns; j++)
+          upper[i * columns + j] = i == j ? 0.5f + std::fabs(normal()) : 0.1f * normal();
+      Floats expected = block, wanted(block.size());
+      level.solve_block(block.data(), upper.data(), group ? nullptr : gone.data(), group ? removed.data() : nullptr,
+                        columns, outputs, group, errors.data(), 1);
+      solve_plainly(expected, upper, gone, removed, columns, outputs, group, wanted);
+      expect(block == expected && errors == wanted, level.name, "solver", columns, outputs, group);
+    }
+}
+
+// A step in one call: the bits of its three parts.
+void check_whole_step(const Level& level, const Block& block, const Halves& x, const Halves& cos, const Halves& sin,
+                      const Halves& past, const Halves& values, int64_t length, int tokens) {
+  const int64_t size = block.size, apart = length * size, last = apart - size;
+  Halves keys[] = {past, past}, held[] = {values, values}, q(tokens * block.heads * size), y[2];
+  for (Halves& out : y) out.resize(tokens * block.width);
+  level.enter_block(&block, x.data(), cos.data(), sin.data(), size, tokens, q.data(), keys[0].data() + last,
+                    held[0].data() + last, apart, 1);
+  level.attend_block(&block, q.data(), keys[0].data(), held[0].data(), length, apart, 0.25, tokens, q.data(), 1);
+  level.leave_block(&block, x.data(), q.data(), tokens, y[0].data(), 1);
+  level.take_step(&block, x.data(), cos.data(), sin.data(), size, tokens, keys[1].data(), held[1].data(), length, apart,
+                  0.25, y[1].data(), 1);
+  const bool same = y[0] == y[1] && keys[0] == keys[1] && held[0] == held[1];
+  expect(same, level.name, "whole step", block.width, length, tokens);
+}
+
+// Two instruction sets add in different orders, and may round a result differently: by two units in the last place of
+// the largest number.
+void check_steps(const Level& level, bool half) {
+  const int64_t width = 96, heads = 6, keys = 2, size = 16, inner = 200, length = 37, room = length * size;
+  const double zeros = 0.6, unit = half ? 1. / 1024 : 1. / 128;
+  const Weight q(heads * size, width, zeros, half), k(keys * size, width, zeros, half);
+  const Weight v(keys * size, width, zeros, half), o(width, heads * size, zeros, half), down(width, inner, zeros, half);
+  const Weight gate(inner, width, zeros, half), up(inner, width, zeros, half);
+  const Matrix qkv[] = {q.packed, k.packed, v.packed}, gate_up[] = {gate.packed, up.packed};
+  const Halves before = randoms(width, half, 1, 0.1f), after = randoms(width, half, 1, 0.1f);
+  const Block block{qkv, &o.packed, gate_up, &down.packed, before.data(), after.data(), 1e-5, 1e-5,
+                    width, heads, keys, size, inner, half};
+  for (int tokens : {1, 2, 3, 5, 8}) {
+    const Halves x = randoms(tokens * width, half);
+    const Halves cos = randoms(tokens * size, half), sin = randoms(tokens * size, half);
+    const Halves past = randoms(tokens * keys * room, half), values = randoms(tokens * keys * room, half);
+    check_whole_step(level, block, x, cos, sin, past, values, length, tokens);
+    std::vector<Halves> first;  // AVX2's results, of which the later steps of both make theirs
+    for (const Level* now : {&LEVELS[0], &level}) {
+      std::vector<Halves> made{Halves(tokens * heads * size), Halves(past.size()), Halves(past.size()),
+                               Halves(tokens * heads * size), Halves(tokens * width)};
+      now->enter_block(&block, x.data(), cos.data(), sin.data(), size, tokens, made[0].data(), made[1].data(),
+                       made[2].data(), room, 1);
+      const Halves& queries = first.empty() ? made[0] : first[0];
+      now->attend_block(&block, queries.data(), past.data(), values.data(), length, room, 0.25, tokens, made[3].data(),
+                        1);
+      const Halves& attended = first.empty() ? made[3] : first[3];
+      now->leave_block(&block, x.data(), attended.data(), tokens, made[4].data(), 1);
+      for (size_t part = 0; part < first.size(); part++) {
+        double largest = 0;
+        for (uint16_t number : first[part]) largest = std::max<double>(largest, std::fabs(decoded(number, half)));
+        for (size_t i = 0; i < made[part].size(); i++) {
+          const double off = std::fabs(decoded(made[part][i], half) - decoded(first[part][i], half));
+          expect(off <= 2 * unit * largest, level.name, "step", part, i, tokens);
+        }
+      }
+      if (first.empty()) first = made;
+    }
+  }
+}
+
+int main() {
+  const bool booted = getpid() == 1;
+  if (booted) {
+    mount("dev", "/dev", "devtmpfs", 0, nullptr);
+    if (freopen("/dev/ttyS0", "w", stdout)) setvbuf(stdout, nullptr, _IOLBF, 0);
+  }
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  const bool vbmi2 = b >> 16 & 1 && c >> 6 & 1;
+  __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  const bool present[] = {true, vbmi2, vbmi2 && a >> 5 & 1};
+  for (int i = 0; i < 3; i++) {
+    if (!present[i]) continue;
+    for (bool half : {false, true}) check_products(LEVELS[i], half), check_steps(LEVELS[i], half);
+    check_solver(LEVELS[i]);
+    printf("%s: done\n", LEVELS[i].name);
+  }
+  printf("checks: %ld, failures: %ld\n", checks, failures);
+  fflush(stdout);
+  if (booted) sleep(1), reboot(RB_POWER_OFF);
+  return failures != 0;
+}
