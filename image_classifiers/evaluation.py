@@ -23,14 +23,17 @@ class Accuracy(NamedTuple):
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], use_amp: bool = False) -> Accuracy:
     """Return the accuracy of ``model`` over all ``batches`` of images and labels; ``use_amp``: in half precision."""
+    from lib.sparse import zeros_skipped
+
     device = next(model.parameters()).device
     first = five = count = 0
-    for images, labels in tqdm(batches, desc="accuracy", unit="batch", disable=None):
-        with torch.no_grad(), torch.autocast(device.type, enabled=use_amp):
-            logits = model(images.to(device))  # [batch, classes]
-        likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = likeliest == labels.to(device)[:, None]
-        first += hits[:, 0].sum().item()
-        five += hits.sum().item()
-        count += len(labels)
+    with zeros_skipped(model.modules()):
+        for images, labels in tqdm(batches, desc="accuracy", unit="batch", disable=None):
+            with torch.no_grad(), torch.autocast(device.type, enabled=use_amp):
+                logits = model(images.to(device))  # [batch, classes]
+            likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = likeliest == labels.to(device)[:, None]
+            first += hits[:, 0].sum().item()
+            five += hits.sum().item()
+            count += len(labels)
     return Accuracy(100 * first / count, 100 * five / count, count)

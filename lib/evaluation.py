@@ -174,11 +174,13 @@ def zero_shot(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    from lib.sparse import zeros_skipped
+
     if batch_size == "auto" and entry_device(model).type == "cpu":
         batch_size = _CPU_BATCH
     # lm-eval gives the tokenizer a padding token, which is not to end up in a saved folder.
     adapter = _data_parallel(HFLM)(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    with _bars_for_terminals():
+    with _bars_for_terminals(), zeros_skipped(model.modules()):
         full = simple_evaluate(
             adapter,
             tasks=list(tasks.tasks),
