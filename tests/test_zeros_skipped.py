@@ -133,8 +133,12 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch():
         assert torch.allclose(watched.grad, layer.weight.sum(0).expand(64, -1), atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError):  # twice as wide, not twice as many
+            layer(torch.randn(64, 512))
         layer.double()
         assert torch.equal(layer(x.double()), wide)
+        with pytest.raises(RuntimeError):
+            layer(x)
 
 
 @needs_kernel

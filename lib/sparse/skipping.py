@@ -45,19 +45,25 @@ def _suits(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module):  # accelerate's hooks replace it
         return False
     weight = module.weight
-    here = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
-    return here and weight.numel() >= SMALLEST and 1 - int(weight.count_nonzero()) / weight.numel() >= SKIP
+    enough = _plain(weight) and weight.numel() >= SMALLEST
+    return enough and 1 - int(weight.count_nonzero()) / weight.numel() >= SKIP
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 def _product(linear: nn.Linear, kernel: Kernel) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         weight, bias = linear.weight, linear.bias
-        tokens = x.numel() // linear.in_features
+        rows, columns = weight.shape
+        x = x.contiguous()
+        few = x.shape[-1] != columns or x.numel() < FEWEST * columns
         watched = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if x.dtype != torch.float32 or tokens < FEWEST or watched or torch.is_autocast_enabled("cpu"):
+        if few or watched or not (_plain(x) and _plain(weight)) or torch.is_autocast_enabled("cpu"):
             return F.linear(x, weight, bias)
-        y = kernel.multiply_many(weight.detach(), x.reshape(tokens, linear.in_features).contiguous())
+        y = kernel.multiply_many(weight.detach(), x.view(-1, columns))
         y = y if bias is None else y.add_(bias)
-        return y.view(*x.shape[:-1], linear.out_features)
+        return y.view(*x.shape[:-1], rows)
 
     return forward
