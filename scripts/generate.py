@@ -144,7 +144,8 @@ def work(args: argparse.Namespace) -> None:
     """Generate, and compare if asked."""
     import torch
 
-    from lib import models, sparse  # noqa: F401  (before the memory is measured)
+    from lib import models
+    from lib.sparse import loading  # noqa: F401  (with transformers, before the memory is measured)
 
     if args.tokens < 2:
         raise UserError("tokens", f"{args.tokens}: must be at least 2, or there is no speed to measure")
