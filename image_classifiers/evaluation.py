@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
+from lib import sparse
 from lib.lazy import torch
 
 if TYPE_CHECKING:
@@ -23,11 +24,9 @@ class Accuracy(NamedTuple):
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], use_amp: bool = False) -> Accuracy:
     """Return the accuracy of ``model`` over all ``batches`` of images and labels; ``use_amp``: in half precision."""
-    from lib.sparse import zeros_skipped
-
     device = next(model.parameters()).device
     first = five = count = 0
-    with zeros_skipped(model.modules()):
+    with sparse.zeros_skipped(model.modules()):
         for images, labels in tqdm(batches, desc="accuracy", unit="batch", disable=None):
             with torch.no_grad(), torch.autocast(device.type, enabled=use_amp):
                 logits = model(images.to(device))  # [batch, classes]

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, models, processes
+from lib import UserError, models, processes, sparse
 from lib.blocks import Block, Weights
 from lib.files import readable
 from lib.lazy import torch, transformers
@@ -323,9 +323,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 def advance(block: Block, inputs: BlockInputs) -> None:
     """Replace the hidden states by the output of ``block``; on the CPU the zeros of its weights are skipped."""
-    from lib.sparse import zeros_skipped
-
-    with zeros_skipped(block.linears.values()):
+    with sparse.zeros_skipped(block.linears.values()):
         for _ in passes(block, inputs, keep=True):
             pass
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
-from lib import UserError, first_line, processes
+from lib import UserError, first_line, processes, sparse
 from lib.allocator import keep_freed_memory
 from lib.blocks import Weights
 from lib.calibration import advance, enter_blocks, entry_device, leave_blocks
@@ -42,11 +42,9 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
     Not finite if the model's logits are not: a pruned model may be that broken, and that is then the result, with a
     warning.
     """
-    from lib.sparse import zeros_skipped
-
     keep_freed_memory()
     mine = windows[processes.share(len(windows))]
-    with torch.no_grad(), zeros_skipped(model.modules()):
+    with torch.no_grad(), sparse.zeros_skipped(model.modules()):
         every = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in mine)
         return _perplexity(every, mine, model.dtype)
 
@@ -174,13 +172,11 @@ def zero_shot(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from lib.sparse import zeros_skipped
-
     if batch_size == "auto" and entry_device(model).type == "cpu":
         batch_size = _CPU_BATCH
     # lm-eval gives the tokenizer a padding token, which is not to end up in a saved folder.
     adapter = _data_parallel(HFLM)(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    with _bars_for_terminals(), zeros_skipped(model.modules()):
+    with _bars_for_terminals(), sparse.zeros_skipped(model.modules()):
         full = simple_evaluate(
             adapter,
             tasks=list(tasks.tasks),

@@ -23,6 +23,7 @@ from lib import (
     processes,
     scores,
     search,
+    sparse,
 )
 from lib.allocation import SparsityPlan
 from lib.allocator import give_back_freed_memory
@@ -199,8 +200,6 @@ def _streamed_folder(settings: Experiment, task: Task, source: models.Source, fi
 
 def _written_before(settings: Experiment, task: Task, target: Path) -> int:
     """Return the bytes that an unfinished run wrote for ``target``, which need no more space on the disk."""
-    from lib import sparse
-
     taken_back = can_take_back(target, settings.restart, _unmeasured(settings, task))
     # A packed folder is unpacked beside itself.
     folder = target if taken_back and not sparse.is_packed(target) else partial_folder(target)

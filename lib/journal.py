@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, fingerprint, processes, stream
+from lib import UserError, fingerprint, processes, sparse, stream
 from lib.files import is_alive, new_folder
 from lib.lazy import torch
 from lib.record import LayerReport
@@ -104,8 +104,6 @@ class Journal:
 
     def _take_back(self) -> None:
         """Turn the finished folder into the working folder again; a packed one's shards are restored bit for bit."""
-        from lib import sparse
-
         if not sparse.is_packed(self.target):
             self.target.rename(self.folder)
             return
@@ -161,8 +159,6 @@ class Journal:
     def finish(self, packed: bool = False) -> None:
         """Replace the target by the finished folder, ``packed`` or unchanged."""
         if packed:
-            from lib import sparse
-
             with new_folder(self.target) as folder:
                 sparse.pack_files(self.folder, folder)
                 (folder / _LOCK).unlink(missing_ok=True)

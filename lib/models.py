@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, first_line, processes, stream
+from lib import UserError, first_line, processes, sparse, stream
 from lib.files import new_folder
 from lib.hub import check_hub
 from lib.layers import SUPPORTED, architecture, check_support, find_blocks, linear_modules
@@ -385,8 +385,6 @@ def is_packed(source: Source) -> bool:
 
 def packed_dtypes(source: Source, dtype: str) -> Dtypes:
     """Return the dtypes of a packed model; ``dtype``, a name of DTYPES, must not differ."""
-    from lib import sparse
-
     kind = sparse.kind_to_run_in(Path(source.path))
     name = str(kind).removeprefix("torch.")
     if dtype not in ("auto", name):
@@ -397,8 +395,6 @@ def packed_dtypes(source: Source, dtype: str) -> Dtypes:
 
 def load_packed(source: Source) -> PreTrainedModel:
     """Return the model of a packed folder, for inference on the CPU."""
-    from lib import sparse
-
     return sparse.load_packed(source.path)
 
 

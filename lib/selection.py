@@ -38,9 +38,9 @@ def nth_smallest(values: Tensor, index: int) -> Tensor:
         return _nth_by_scatter(values, index)
     bits = _bits(values)
     if len(bits) <= _CHUNK:  # a copy of them is small, and numpy selects with vectors
-        bits = bits.numpy() & numpy.iinfo(bits.numpy().dtype).max  # without the sign, which only a NaN has
-        bits.partition(index)
-        return torch.from_numpy(bits[index : index + 1]).view(values.dtype)[0]
+        kept = (bits & torch.iinfo(bits.dtype).max).numpy()  # without the sign, which only a NaN has
+        kept.partition(index)
+        return torch.from_numpy(kept[index : index + 1]).view(values.dtype)[0]
     counts = _upper_counts(bits)
     high, rank = _bucket(counts, index + 1)
     if bits.dtype == torch.int16:

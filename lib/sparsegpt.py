@@ -8,6 +8,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
+from lib import sparse
 from lib.lazy import torch
 from lib.selection import nth_smallest
 
@@ -146,8 +147,6 @@ def block_solver(device: torch.device, group: int | None) -> Callable[..., Tenso
     That is Triton's on a GPU, and on the CPU one in C++, which needs a compiler.
     """
     if device.type == "cpu":
-        from lib import sparse
-
         try:
             return _tried("compiled", sparse.load_kernel().solve_block, device, group)
         except sparse.Unavailable as error:

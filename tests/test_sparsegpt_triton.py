@@ -54,10 +54,14 @@ def run(code, *arguments, **env):
     return done.stdout
 
 
-def plain_loop(block, upper, gone, removed, group):
-    """Do what ``solve_block`` does, entry by entry from its definition; each product is rounded before it is taken off.
+def rounded_twice(column, factor, error):
+    return column - factor * error
 
-    The torch loop's addr_ fuses the two roundings into one, where the CPU can.
+
+def plain_loop(block, upper, gone, removed, group, subtract=rounded_twice):
+    """Do what ``solve_block`` does, from its definition; each product is rounded before it is taken off.
+
+    The torch loop's addr_ fuses the two roundings into one, where the CPU can: another ``subtract``.
     """
     errors, diagonal = torch.zeros_like(block), upper.diagonal()
     mask = torch.zeros_like(block, dtype=torch.bool) if gone is None else gone == 1
@@ -69,9 +73,7 @@ def plain_loop(block, upper, gone, removed, group):
                 mask[[i + c for c in order[: removed[output]]], output] = True
         errors[i] = torch.where(mask[i], block[i], 0) / diagonal[i]
         block[i] = torch.where(mask[i], 0, block[i])
-        for k in range(i + 1, len(block)):
-            product = upper[i, k] * errors[i]
-            block[k] = block[k] - product
+        block[i + 1 :] = subtract(block[i + 1 :], upper[i, i + 1 :, None], errors[i])
     return errors
 
 

@@ -5,6 +5,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import tiny_llama
 from test_sparse import linear, matrix, needs_kernel
+from test_sparsegpt_triton import plain_loop, random_block, ties
 from torch import nn
 
 from lib import sparsegpt
@@ -200,30 +201,8 @@ def test_pruned_passes_and_perplexity_skip_zeros(monkeypatch):
 # ------------------------------------------------------------------------------------------------- SparseGPT's solver
 
 
-def solver_case(columns: int, outputs: int, group: int | None) -> tuple:
-    draw = torch.Generator().manual_seed(columns + outputs)
-    upper = (0.1 * torch.randn(columns, columns, generator=draw)).triu(1)
-    upper += torch.diag(0.5 + torch.rand(columns, generator=draw))
-    block = torch.randn(columns, outputs, generator=draw)
-    gone = None if group else (torch.rand(columns, outputs, generator=draw) < 0.5).float()
-    removed = torch.randint(0, group + 1, (outputs,), generator=draw, dtype=torch.int32) if group else None
-    return block, upper, gone, removed, group
-
-
-def fused_loop(block, upper, gone, removed, group) -> torch.Tensor:
-    """Do what ``solve_block`` does, each product and subtraction rounded once, as in ``in_order``."""
-    errors, diagonal = torch.zeros_like(block), upper.diagonal()
-    mask = torch.zeros_like(block, dtype=torch.bool) if gone is None else gone == 1
-    for i in range(len(block)):
-        if group and i % group == 0:
-            score = block[i : i + group].square() / diagonal[i : i + group, None].square()
-            ranks = score.sort(dim=0, stable=True).indices.argsort(dim=0)  # ties to the upper columns
-            mask[i : i + group] = ranks < removed
-        errors[i] = torch.where(mask[i], block[i], 0) / diagonal[i]
-        block[i] = torch.where(mask[i], 0, block[i])
-        later = slice(i + 1, None)
-        block[later] = (block[later].double() - upper[i, later, None].double() * errors[i].double()).float()
-    return errors
+def rounded_once(column: torch.Tensor, factor: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    return (column.double() - factor.double() * error.double()).float()  # as in ``in_order``
 
 
 @needs_kernel
@@ -234,18 +213,17 @@ def test_solver_has_the_bits_of_a_plain_loop(level, group, threads):
         columns -= columns % (group or 1)
         if columns == 0:
             continue
-        block, *rest = solver_case(columns, outputs, group)
+        block, *rest = random_block(columns, outputs, group)
         found, expected = block.clone(), block.clone()
-        errors, wanted = kernel.load(level).solve_block(found, *rest), fused_loop(expected, *rest)
+        errors, wanted = kernel.load(level).solve_block(found, *rest), plain_loop(expected, *rest, rounded_once)
         assert torch.equal(found, expected) and torch.equal(errors, wanted)
 
 
 @needs_kernel
 @LEVELS
 def test_solver_gives_ties_to_the_upper_column(level):
-    removed = torch.arange(6, dtype=torch.int32).clamp(max=4)
-    block = torch.ones(8, 6)
-    kernel.load(level).solve_block(block, torch.eye(8), None, removed, 4)
+    block, *rest = ties()
+    kernel.load(level).solve_block(block, *rest)
     for output in range(6):
         gone = min(output, 4)
         assert block[:, output].tolist() == ([0.0] * gone + [1.0] * (4 - gone)) * 2

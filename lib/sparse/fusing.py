@@ -23,7 +23,7 @@ def fuse(model: nn.Module, kernel: Kernel | None = None) -> None:
     """Fuse calls, in place, where the result is the same up to rounding.
 
     Siblings of ONE_INPUT are multiplied together, RMS norms are torch's (one call instead of six), query heads that
-    share keys attend together, and a LLaMA's block takes one token in two compiled calls beside its attention.
+    share keys attend together, and a LLaMA's block takes one token in one compiled call.
     """
     for parent in list(model.modules()):
         for names in ONE_INPUT:

@@ -56,7 +56,7 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
   // The products of two bfloat16 are exact and the sums float32, as below.
   if (PARTS<HALF> == 1) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
 #endif
-  return _mm512_fmadd_ps(a, b, c);
+  return ::multiply_add(a, b, c);
 }
 inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
 
@@ -109,7 +109,7 @@ inline void spread(uint32_t bits, int p, const uint16_t*& v, Vector* part) {
   v += at;
 }
 template <bool HALF>
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return ::multiply_add(a, b, c); }
 inline float total(Vector v) {
   const __m128 half = _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1), two = half + _mm_movehl_ps(half, half);
   return two[0] + two[1];
@@ -204,7 +204,7 @@ void product(const Matrix* w, int count, const uint16_t* x, int tokens, void* co
   const int64_t columns = w->columns, words = w->words;
   static thread_local std::vector<float> buffer;
   buffer.resize(tokens * words * P * LANES + 16);
-  Vector* widened = (Vector*)((uintptr_t(buffer.data()) + 63) & ~uintptr_t(63));
+  Vector* widened = aligned<Vector>(buffer.data());
   for (int m = 0; m < tokens; m++)
     for (int64_t g = 0; g < words; g++) {
       const uint16_t* from = x + m * columns + g * GROUP;

@@ -34,6 +34,11 @@ inline uint16_t from_float(float f) {  // rounds to nearest, ties to even
   return f == f ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
 }
 
+template <class T>
+T* aligned(void* p) {  // to 64 bytes, as vectors want it: their buffers are as much larger
+  return (T*)((uintptr_t(p) + 63) & ~uintptr_t(63));
+}
+
 // Vectors of float32, as wide as the instruction set has them.
 #if defined(__AVX512F__)
 typedef __m512 Vector;

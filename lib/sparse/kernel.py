@@ -30,6 +30,19 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 MOST_TOKENS = 8  # of a call of the kernel
 PADDING = 32  # values after a matrix's last, which the kernel may read
 KINDS = (torch.bfloat16, torch.float16)  # of weights
+# The library's functions and the kinds of their arguments. Those with "_" are called by methods of Kernel.
+_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
+FUNCTIONS = {
+    "_multiply": "pipipii",
+    "_unpack": "pnnpi",
+    "_multiply_many": "ppnpi",
+    "_multiply_float": "pnnpnpi",
+    "_solve_block": "ppppnnnpi",
+    "enter_block": "ppppnipppni",  # these are in step.cpp
+    "attend_block": "ppppnndipi",
+    "leave_block": "pppipi",
+    "take_step": "ppppnippnndpi",
+}
 
 
 class Unavailable(RuntimeError):
@@ -60,25 +73,10 @@ class Kernel:
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._multiply, self._unpack = library.multiply, library.unpack
-        self._multiply.argtypes = [pointer, ctypes.c_int, pointer, ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int]
-        self._unpack.argtypes = [pointer, number, number, pointer, ctypes.c_int]
-        self._many, self._float = library.multiply_many, library.multiply_float
-        self._many.argtypes = [pointer, pointer, number, pointer, ctypes.c_int]
-        self._float.argtypes = [pointer, number, number, pointer, number, pointer, ctypes.c_int]
-        self._solve = library.solve_block
-        self._solve.argtypes = [*[pointer] * 4, *[number] * 3, pointer, ctypes.c_int]
-        steps = library.enter_block, library.attend_block, library.leave_block, library.take_step
-        self.enter_block, self.attend_block, self.leave_block, self.take_step = steps  # see step.cpp
-        few = ctypes.c_int
-        self.enter_block.argtypes = [*[pointer] * 4, number, few, *[pointer] * 3, number, few]
-        self.attend_block.argtypes = [*[pointer] * 4, number, number, ctypes.c_double, few, pointer, few]
-        self.leave_block.argtypes = [*[pointer] * 3, few, pointer, few]
-        self.take_step.argtypes = [*[pointer] * 4, number, few, *[pointer] * 2, number, number, ctypes.c_double]
-        self.take_step.argtypes += [pointer, few]
-        for function in (self._multiply, self._unpack, self._many, self._float, self._solve, *steps):
-            function.restype = None
+        for name, kinds in FUNCTIONS.items():
+            function = getattr(library, name.removeprefix("_"))
+            function.argtypes, function.restype = [_KINDS[kind] for kind in kinds], None
+            setattr(self, name, function)
 
     def multiply(self, matrix: Matrix, x: Tensor, y: Tensor, tokens: int) -> Tensor:
         """Fill ``y`` [..., rows] with the products of ``x`` [..., columns], both contiguous, and return it.
@@ -95,21 +93,21 @@ class Kernel:
         wide, threads = ys[0].dtype == torch.float32, torch.get_num_threads()
         self._multiply(ctypes.addressof(matrices), len(ys), x.data_ptr(), tokens, places, wide, threads)
 
-    def multiply_many(self, weight: Matrix | Tensor, x: Tensor) -> Tensor:
-        """Return the products [tokens, rows] of ``x`` [tokens, columns], without the bias, skipping the zeros.
+    def multiply_many(self, weight: Matrix | Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the products [tokens, rows] of ``x`` [tokens, columns], and ``bias`` added, skipping the zeros.
 
-        ``weight``: packed, or a dense [rows, columns] whose zeros are looked for. All float32 (but a packed weight's
-        values) and contiguous. Each number is the sum of its products in the order of the columns, rounded at each
-        step (FMA): the same for any number of tokens and threads.
+        ``weight``: packed (its own bias is not used), or a dense [rows, columns] whose zeros are looked for. All are
+        float32 (but a packed weight's values) and contiguous. Each number is the sum of its products in the order of
+        the columns, rounded at each step (FMA): the same for any number of tokens and threads.
         """
         tokens, threads = len(x), torch.get_num_threads()
         if isinstance(weight, Matrix):
             y = x.new_empty(tokens, weight.rows)
-            self._many(ctypes.addressof(weight), x.data_ptr(), tokens, y.data_ptr(), threads)
+            self._multiply_many(ctypes.addressof(weight), x.data_ptr(), tokens, y.data_ptr(), threads)
         else:
             y = x.new_empty(tokens, len(weight))
-            self._float(weight.data_ptr(), *weight.shape, x.data_ptr(), tokens, y.data_ptr(), threads)
-        return y
+            self._multiply_float(weight.data_ptr(), *weight.shape, x.data_ptr(), tokens, y.data_ptr(), threads)
+        return y if bias is None else y.add_(bias)
 
     def solve_block(
         self, block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tensor | None, group: int | None
@@ -117,7 +115,8 @@ class Kernel:
         """Zero and repair ``block`` as ``sparsegpt.solve_block`` does; all float32 (``removed``: int32), contiguous."""
         errors, threads = torch.empty_like(block), torch.get_num_threads()
         masks = (None if mask is None else mask.data_ptr() for mask in (gone, removed))
-        self._solve(block.data_ptr(), upper.data_ptr(), *masks, *block.shape, group or 0, errors.data_ptr(), threads)
+        sizes = *block.shape, group or 0
+        self._solve_block(block.data_ptr(), upper.data_ptr(), *masks, *sizes, errors.data_ptr(), threads)
         return errors
 
     def unpack(self, matrix: Matrix, first: int, last: int, out: Tensor) -> None:

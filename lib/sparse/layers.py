@@ -135,8 +135,7 @@ class SparseLinear(nn.Module):
 
     def _many(self, flat: Tensor) -> Tensor:
         if len(flat) and not multiplies(self.kind) and self.sparsity >= SKIP:
-            y = self.kernel.multiply_many(self._matrix, flat.float().contiguous())
-            return (y if self.bias is None else y.add_(self.bias)).to(self.kind)
+            return self.kernel.multiply_many(self._matrix, flat.float().contiguous(), self.bias).to(self.kind)
         tile = flat.new_empty(min(TILE, self.out_features), self.mask.shape[1] * 32)
 
         def rows(first: int, last: int) -> Tensor:

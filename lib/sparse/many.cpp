@@ -138,7 +138,7 @@ void product(Source source, int64_t rows, int64_t columns, const float* x, int64
   const int64_t k = (vectors + panels - 1) / panels, width = k * LANES, size = width * columns;
   const int64_t chunks = (columns + CHUNK - 1) / CHUNK;
   const std::unique_ptr<float[]> buffer(new float[std::min<int64_t>(panels, SLAB) * size + 16]);
-  float* slab = (float*)((uintptr_t(buffer.get()) + 63) & ~uintptr_t(63));
+  float* slab = aligned<float>(buffer.get());
   // Fewer rows at a time where there are more threads than work for them.
   const int64_t height = std::min<int64_t>(ROWS, std::max<int64_t>(8, (rows / threads + 7) / 8 * 8));
 #pragma omp parallel num_threads(threads) if (threads > 1)

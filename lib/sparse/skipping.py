@@ -58,12 +58,10 @@ def _product(linear: nn.Linear, kernel: Kernel) -> Callable[[Tensor], Tensor]:
         weight, bias = linear.weight, linear.bias
         rows, columns = weight.shape
         x = x.contiguous()
-        few = x.shape[-1] != columns or x.numel() < FEWEST * columns
+        enough = x.shape[-1] == columns and x.numel() >= FEWEST * columns
         watched = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if few or watched or not (_plain(x) and _plain(weight)) or torch.is_autocast_enabled("cpu"):
+        if not (enough and _plain(x) and _plain(weight)) or watched or torch.is_autocast_enabled("cpu"):
             return F.linear(x, weight, bias)
-        y = kernel.multiply_many(weight.detach(), x.view(-1, columns))
-        y = y if bias is None else y.add_(bias)
-        return y.view(*x.shape[:-1], rows)
+        return kernel.multiply_many(weight.detach(), x.view(-1, columns), bias).view(*x.shape[:-1], rows)
 
     return forward

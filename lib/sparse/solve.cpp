@@ -71,7 +71,7 @@ extern "C" void solve_block(float* block, const float* upper, const float* gone,
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const std::unique_ptr<char[]> buffer(new char[sizeof(Tile) * (3 * columns + group) + 64]);
-    Tile* w = (Tile*)((uintptr_t(buffer.get()) + 63) & ~uintptr_t(63));
+    Tile* w = aligned<Tile>(buffer.get());
     Tile *error = w + columns, *mask = error + columns, *score = mask + columns;
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < outputs; first += TILE) {
