@@ -1,7 +1,5 @@
-// What the files beside this one share: matrices and their product, numbers of 16 bits, and vectors.
+// What the files beside this one share: matrices and their product, numbers of 16 bits, and an instruction set.
 #pragma once
-#include <immintrin.h>
-
 #include <cstdint>
 #include <cstring>
 
@@ -18,9 +16,62 @@ struct Matrix {  // as kernel.py's Matrix
 // x: [tokens, columns], of that kind; y[i]: [tokens, rows], of that kind, or float32 if `wide`.
 extern "C" void multiply(const Matrix* w, int count, const uint16_t* x, int tokens, void* const* y, int wide, int threads);
 
+constexpr int GROUP = 32;  // columns of a step of that product
+
+namespace {
+
+constexpr struct Places {  // for each byte of a mask: the places of its bits, the lowest first
+  alignas(64) uint8_t of[256][8] = {};
+  constexpr Places() {
+    for (int byte = 0; byte < 256; byte++)
+      for (int bit = 0, next = 0; bit < 8; bit++)
+        if (byte >> bit & 1) of[byte][next++] = bit;
+  }
+} places;
+
+constexpr struct Shuffles {  // for each byte of a mask: from where its eight places take their bytes; 0x80 is a zero
+  alignas(64) uint8_t wide[256][32] = {}, narrow[256][16] = {};  // wide: as float32, whose upper half a bfloat16 is
+  constexpr Shuffles() {
+    for (int byte = 0; byte < 256; byte++) {
+      for (uint8_t& from : wide[byte]) from = 0x80;
+      for (uint8_t& from : narrow[byte]) from = 0x80;
+      for (int place = 0, next = 0; place < 8; place++)
+        if (byte >> place & 1) {
+          for (int i = 0; i < 2; i++) narrow[byte][2 * place + i] = wide[byte][4 * place + 2 + i] = 2 * next + i;
+          next++;
+        }
+    }
+  }
+} shuffles;
+
+}  // namespace
+
+// An instruction set gives, in a namespace without a name, since the same names stand for other code in another:
+//   Vector, LANES                     float32s and their number; operators are the compiler's
+//   broadcast, multiply_add(a, b, c), multiply_subtract, total     a * b + c and c - a * b, rounded once; the sum of all
+//   half_to_float, float_to_half      float16 in 16 bits
+//   to_floats<HALF>(from, to)         eight numbers
+//   squeeze(from, to)                 those of eight float32s that are not 0, to the front; returns their mask
+//   transpose(from, apart, to, apart) four rows of four
+//   Raw, load, store, expand          GROUP weights of 16 bits, and those put where the bits of a mask are
+//   PARTS<HALF>, widen, spread        vectors that such a step becomes; widened; expanded and widened, a part at a time
+//   multiply_add<HALF>                of two parts
+//   TOGETHER<M>, split(columns, tokens)   packed rows at once for M tokens; tokens at once
+#if defined(__aarch64__)
+#include "neon.h"
+#elif defined(__AVX512VBMI2__)
+#include "avx512.h"
+#elif defined(__AVX2__)
+#include "avx2.h"
+#else
+#error "needs AVX-512 VBMI2, AVX2 or NEON"
+#endif
+
+namespace {
+
 template <bool HALF>
 inline float to_float(uint16_t v) {
-  if (HALF) return _cvtsh_ss(v);
+  if (HALF) return half_to_float(v);
   const uint32_t bits = uint32_t(v) << 16;
   float f;
   memcpy(&f, &bits, 4);
@@ -28,7 +79,7 @@ inline float to_float(uint16_t v) {
 }
 template <bool HALF>
 inline uint16_t from_float(float f) {  // rounds to nearest, ties to even
-  if (HALF) return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT);
+  if (HALF) return float_to_half(f);
   uint32_t bits;
   memcpy(&bits, &f, 4);
   return f == f ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
@@ -39,16 +90,4 @@ T* aligned(void* p) {  // to 64 bytes, as vectors want it: their buffers are as 
   return (T*)((uintptr_t(p) + 63) & ~uintptr_t(63));
 }
 
-// Vectors of float32, as wide as the instruction set has them.
-#if defined(__AVX512F__)
-typedef __m512 Vector;
-inline Vector broadcast(float f) { return _mm512_set1_ps(f); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }  // a * b + c, rounded once
-inline Vector multiply_subtract(Vector a, Vector b, Vector c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
-#else
-typedef __m256 Vector;
-inline Vector broadcast(float f) { return _mm256_set1_ps(f); }
-inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-inline Vector multiply_subtract(Vector a, Vector b, Vector c) { return _mm256_fnmadd_ps(a, b, c); }
-#endif
-constexpr int LANES = sizeof(Vector) / 4;
+}  // namespace

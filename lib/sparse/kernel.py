@@ -17,15 +17,17 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-HEADER = Path(__file__).with_name("kernel.h")
-SOURCES = sorted(HEADER.parent.glob("*.cpp"))
+_FOLDER = Path(__file__).parent
+HEADERS, SOURCES = (sorted(_FOLDER.glob(ending)) for ending in ("*.h", "*.cpp"))
 # Instruction sets, the best first. The flags are spelled as the compiler's -m and, but for "_", as in /proc/cpuinfo.
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx2", "fma", "f16c", "popcnt")
 LEVELS = {
     "avx512bf16": (*_AVX512, "avx512bf16"),
     "avx512": _AVX512,
     "avx2": ("avx2", "bmi2", "fma", "f16c", "popcnt"),
+    "neon": (),
 }
+ARM = ("aarch64", "arm64")  # all of which have NEON
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 MOST_TOKENS = 8  # of a call of the kernel
 PADDING = 32  # values after a matrix's last, which the kernel may read
@@ -143,9 +145,11 @@ def load(level: str | None = None) -> Kernel:
 
 def levels() -> list[str]:
     """Return which of LEVELS this machine supports, best first."""
+    if platform.machine() in ARM:
+        return ["neon"]
     about = processor()
     has = {flag.replace("_", "") for flag in about.get("flags", "").split()}
-    found = [name for name, flags in LEVELS.items() if has.issuperset(flags)]
+    found = [name for name, flags in LEVELS.items() if flags and has.issuperset(flags)]
     # Intel's vdpbf16ps starts every other cycle, on the port of vpexpandw: two float32 products are faster there.
     # A step of 32 columns takes 1.26 ns with it and 1.54 without on an EPYC of 2023 (Zen 4).
     if "avx512bf16" in found and about.get("vendor_id") != "AuthenticAMD":
@@ -166,8 +170,10 @@ def multiplies(kind: torch.dtype) -> bool:
 
     Without them torch takes five times as long as in float32.
     """
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[kind]
-    return not {f"avx512_{name}", f"amx_{name}"}.isdisjoint(processor().get("flags", "").split())
+    about, name = processor(), {torch.bfloat16: "bf16", torch.float16: "fp16"}[kind]
+    if platform.machine() in ARM:
+        return name == "bf16" and name in about.get("Features", "").split()
+    return not {f"avx512_{name}", f"amx_{name}"}.isdisjoint(about.get("flags", "").split())
 
 
 def _compiler() -> str:
@@ -182,7 +188,7 @@ def _built(level: str) -> Path:
     """Return the library's path; it is created atomically, under a name that identifies source, compiler and flags."""
     compiler = _compiler()
     flags = [*FLAGS, *(f"-m{flag}" for flag in LEVELS[level])]
-    content = b"".join(source.read_bytes() for source in (HEADER, *SOURCES))
+    content = b"".join(source.read_bytes() for source in (*HEADERS, *SOURCES))
     key = hashlib.sha256(content + repr((compiler, flags)).encode()).hexdigest()[:16]
     target = _cache_folder() / f"sparse-{level}-{key}.so"
     if target.is_file():

@@ -7,11 +7,13 @@
 #include "kernel.h"
 
 #include <algorithm>
+#include <array>
 #include <memory>
+#include <utility>
 
 namespace {
 
-constexpr int PANEL = 96;      // tokens: 12 sums in AVX2's 16 registers, enough to hide the latency of an addition
+constexpr int PANEL = 96;      // tokens: 12 sums in AVX2's 16 registers, enough to hide the latency of an addition; 24 of NEON's 32
 constexpr int CHUNK = 64;      // columns at a time: 24 KB of the panel, which stay in L1
 constexpr int ROWS = 64;       // rows at a time: their sums, and what they are multiplied with, stay in L2
 constexpr int SLAB = 8;        // panels at a time: how often the weights are read again
@@ -27,17 +29,6 @@ struct Kept {  // the weights other than zero of ROWS rows, row by row
         ends(new int32_t[ROWS * (chunks + 1)]) {}
 };
 
-struct Places {  // for each byte of a mask: the places of its bits, the lowest first
-  alignas(64) uint8_t of[256][8] = {};
-  Places() {
-    for (int byte = 0; byte < 256; byte++)
-      for (int bit = 0, next = 0; bit < 8; bit++)
-        if (byte >> bit & 1) of[byte][next++] = bit;
-  }
-} const places;
-
-inline __m256i places_of(int byte) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)places.of[byte])); }
-
 struct Dense {  // float32, zeros included
   const float* weight;
   int64_t columns;
@@ -48,10 +39,7 @@ struct Dense {  // float32, zeros included
     float padded[8] = {};
     const float* from = row + group * 8;
     if (group * 8 + 8 > columns) from = (const float*)memcpy(padded, from, (columns - group * 8) * 4);
-    const __m256 eight = _mm256_loadu_ps(from);
-    const int byte = _mm256_movemask_ps(_mm256_cmp_ps(eight, _mm256_setzero_ps(), _CMP_NEQ_UQ));
-    _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(eight, places_of(byte)));
-    return byte;
+    return squeeze(from, value);
   }
 };
 
@@ -62,9 +50,7 @@ struct Packed {
   const uint16_t* next = nullptr;
   void start(int64_t r) { mask = (const uint8_t*)(w.mask + r * w.words), next = w.values + w.starts[r]; }
   int take(int64_t group, float* value) {
-    const __m128i eight = _mm_loadu_si128((const __m128i*)next);  // there are 32 more than needed
-    const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16);
-    _mm256_storeu_ps(value, HALF ? _mm256_cvtph_ps(eight) : _mm256_castsi256_ps(wide));
+    to_floats<HALF>(next, value);  // there are 32 more than needed
     next += __builtin_popcount(mask[group]);
     return mask[group];
   }
@@ -78,8 +64,9 @@ void collect(Source source, int64_t first, int count, int64_t columns, int strid
     for (int64_t group = 0; group * 8 < columns; group++) {
       if (group % (CHUNK / 8) == 0) *end++ = n;
       const int byte = source.take(group, &kept.value[n]);
-      const __m256i column = _mm256_add_epi32(places_of(byte), _mm256_set1_epi32(int(group * 8 % CHUNK)));
-      _mm256_storeu_si256((__m256i*)&kept.at[n], _mm256_mullo_epi32(column, _mm256_set1_epi32(stride)));
+      const uint32_t column = uint32_t(group * 8 % CHUNK);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) kept.at[n + i] = (places.of[byte][i] + column) * stride;
       n += __builtin_popcount(byte);
     }
     *end++ = n;
@@ -101,29 +88,25 @@ void multiply_panel(const Kept& kept, int count, int64_t chunks, const float* pa
         const char* at = part + places[n];
         asm("" : "+r"(at));  // one register, so that the loads below are one operation each with the additions
         const Vector* x = (const Vector*)at;
-#pragma GCC unroll 12
+#pragma GCC unroll 24
         for (int i = 0; i < K; i++) sum[i] = multiply_add(broadcast(values[n]), x[i], sum[i]);
       }
       for (int i = 0; i < K; i++) sums[r * K + i] = sum[i];
     }
   }
 }
-constexpr decltype(&multiply_panel<1>) PANELS[] = {
-    multiply_panel<1>, multiply_panel<2>, multiply_panel<3>, multiply_panel<4>, multiply_panel<5>, multiply_panel<6>,
-#if !defined(__AVX512F__)
-    multiply_panel<7>, multiply_panel<8>, multiply_panel<9>, multiply_panel<10>, multiply_panel<11>, multiply_panel<12>,
-#endif
-};
+template <size_t... K>
+constexpr auto panels_of(std::index_sequence<K...>) {
+  return std::array{multiply_panel<K + 1>...};
+}
+constexpr auto PANELS = panels_of(std::make_index_sequence<MOST>());  // by vectors
 
 // to [columns, to_stride] = the transpose of from [rows, columns], rows further apart by from_stride; four by four.
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   for (int64_t r = 0; r < rows; r += 4)
     for (int64_t c = 0; c < columns; c += 4) {
       if (r + 4 <= rows && c + 4 <= columns) {
-        __m128 v[4];
-        for (int i = 0; i < 4; i++) v[i] = _mm_loadu_ps(from + (r + i) * from_stride + c);
-        _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
-        for (int i = 0; i < 4; i++) _mm_storeu_ps(to + (c + i) * to_stride + r, v[i]);
+        transpose(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
       } else {
         for (int64_t i = r; i < std::min(r + 4, rows); i++)
           for (int64_t j = c; j < std::min(c + 4, columns); j++) to[j * to_stride + i] = from[i * from_stride + j];

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int TILE = 32, PARTS = TILE / LANES;  // outputs
+constexpr int TILE = LANES == 4 ? 16 : 32, VECTORS = TILE / LANES;  // outputs
 typedef float Tile[TILE];
 
 void copy(const float* from, int count, float* to) {  // the rest of the tile is zero
@@ -34,7 +34,7 @@ void lowest(const Tile* w, const float* upper, int64_t stride, int64_t group, co
 // Zero and repair the columns `i` to i + S - 1 of w in turn, then take all their errors from each later column at once.
 template <int S>
 void step(Tile* w, const float* upper, int64_t columns, int64_t i, const Tile* mask, Tile* errors) {
-  Vector e[S][PARTS];
+  Vector e[S][VECTORS];
   for (int s = 0; s < S; s++) {
     const float *gone = mask[i + s], *row = upper + (i + s) * columns;
     float *now = w[i + s], *error = errors[i + s];
@@ -45,19 +45,19 @@ void step(Tile* w, const float* upper, int64_t columns, int64_t i, const Tile* m
     }
     memcpy(e[s], error, sizeof e[s]);
     for (int t = s + 1; t < S; t++)
-      for (int p = 0; p < PARTS; p++) {
+      for (int p = 0; p < VECTORS; p++) {
         Vector& later = ((Vector*)w[i + t])[p];
         later = multiply_subtract(broadcast(row[i + t]), e[s][p], later);
       }
   }
   const float* row = upper + i * columns;
   for (int64_t j = i + S; j < columns; j++) {
-    Vector sum[PARTS];
+    Vector sum[VECTORS];
     memcpy(sum, w[j], sizeof sum);
 #pragma GCC unroll 4
     for (int s = 0; s < S; s++)
 #pragma GCC unroll 4
-      for (int p = 0; p < PARTS; p++) sum[p] = multiply_subtract(broadcast(row[s * columns + j]), e[s][p], sum[p]);
+      for (int p = 0; p < VECTORS; p++) sum[p] = multiply_subtract(broadcast(row[s * columns + j]), e[s][p], sum[p]);
     memcpy(w[j], sum, sizeof sum);
   }
 }
