@@ -156,10 +156,8 @@ def _torch(job: Job, dtype: str, csr: bool = False, packed: bool = False) -> Loa
         return model(input_ids=ids, use_cache=False).logits
 
     @torch.inference_mode()
-    def decode():
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-        cache.crop(-1)  # forgets the token again, so that the next run is the same: a view, no copy
-        return logits
+    def decode():  # each run one token further on, as ``generate`` goes on: a cropped cache would be copied anew
+        return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
 
     return Loaded(decode if past else prefill)
 
