@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 DAMPING = 0.1  # of the unit diagonal; with .01, as published, little calibration text is fitted too closely
 ITERATIONS, PER_RHO, REFIT_STEPS = 10, 3, 10  # of ADMM, of them with the same rho, of conjugate gradients
+ROWS = 256  # of which temporaries are held at a time
 
 
 class Problem(NamedTuple):
@@ -59,7 +60,8 @@ def alps_group(
 
     Layers share the inverses, as rho rises by a fixed ramp: .3 to 1 in 10 iterations, .1 to 3 in 30. (The
     published rho adapts per layer, with restarts, and may not converge.) If SparseGPT's weights have the lower error
-    tr(E A E'), they are used, with a warning. Two tensors [in, in] are held besides the problem's.
+    tr(E A E'), they are used, with a warning. Two tensors [in, in] are held besides the problem's, and at most
+    four and a half float32 ones of all rows.
 
     Args:
         ratios: fraction to remove of each whole matrix; everything that ties with the threshold is removed.
@@ -67,10 +69,10 @@ def alps_group(
     """
     rows = [len(weight) for weight in weights.values()]
     goals = [(ratios[name], nm[name] if nm else None) for name in weights]
-    dense = torch.cat([weight.float() for weight in weights.values()]).mul_(problem.scale)  # the layers' rows
-    target, work = dense @ problem.damped, torch.empty_like(problem.damped)
-    keep = _largest(dense, rows, goals)
-    state = dense.masked_fill(~keep, 0)  # S = W + U, the weights where keep and the scaled dual elsewhere
+    state = torch.cat(list(weights.values())).float().mul_(problem.scale)  # the layers' rows
+    target, work = state @ problem.damped, torch.empty_like(problem.damped)
+    keep = _largest(state, rows, goals)
+    state.masked_fill_(~keep, 0)  # S = W + U, the weights where keep and the scaled dual elsewhere
     spread, rhos = max(iterations / 10, 1), -(-iterations // PER_RHO)
     growth = (spread**2 / 0.3) ** (1 / max(rhos - 1, 1))
     for i, rho in enumerate(0.3 / spread * growth**j for j in range(rhos)):
@@ -82,20 +84,30 @@ def alps_group(
                 torch.set_float32_matmul_precision("high")
             for _ in range(min(PER_RHO, iterations - i * PER_RHO)):
                 dual = state.masked_fill(keep, 0)
-                state = dual.addmm_(torch.where(keep, state, -state).mul_(rho).add_(target), inverse)  # U + W
+                state = dual.addmm_(state.sub_(dual, alpha=2).mul_(rho).add_(target), inverse)  # U + W, of W - U
+                del dual  # or it would be held with the next
                 keep = _largest(state, rows, goals)
-    _descend(state.masked_fill_(~keep, 0), keep, target, problem.damped, steps)
-    work.copy_(problem.damped).diagonal().fill_(1)
-    factor, pruned = inverse_factor(work.mul_(problem.scale).mul_(problem.scale[:, None])), {}  # H, up to its size
-    for name, goal, values, start in zip(weights, goals, state.split(rows), dense.split(rows), strict=True):
-        other = repair(weights[name].float(), factor, *goal) * problem.scale
-        differences = values - start, other - start
-        error, others = (((e @ problem.damped).sub_(e, alpha=problem.damping) * e).sum() for e in differences)
+    del work, inverse  # the most is held now: four tensors of all rows, and a mask
+    drop = keep.logical_not_()
+    _descend(state.masked_fill_(drop, 0), drop, target, problem.damped, steps)
+    del target, drop, keep
+    hessian = problem.damped.clone()  # up to its size
+    hessian.diagonal().fill_(1)
+    factor, pruned = inverse_factor(hessian.mul_(problem.scale).mul_(problem.scale[:, None])), {}
+    for name, goal, values in zip(weights, goals, state.split(rows), strict=True):
+        other = repair(weights[name].float(), factor, *goal).mul_(problem.scale)
+        error, others = (_error(weights[name], result, problem) for result in (values, other))
         if others < error:
             log.warning("%s: SparseGPT's weights are taken: their error is %.3f of ALPS'", name, others / error)
             values = other
         pruned[name] = weights[name].clone() if goal == (0, None) else _unscaled(values, problem, weights[name].dtype)
     return pruned
+
+
+def _error(weight: Tensor, values: Tensor, problem: Problem) -> Tensor:
+    """Return tr(E A E') of scaled ``values`` [out, in], E their difference to the dense ``weight``, unscaled."""
+    off = (weight.float() * problem.scale).sub_(values).neg_()
+    return (off @ problem.damped).sub_(off, alpha=problem.damping).mul_(off).sum()
 
 
 def refit(weight: Tensor, pruned: Tensor, problem: Problem, steps: int = REFIT_STEPS) -> Tensor:
@@ -104,7 +116,7 @@ def refit(weight: Tensor, pruned: Tensor, problem: Problem, steps: int = REFIT_S
     They minimise tr(E (A + damping I) E'), E the difference to the dense ``weight``; each row is a separate system.
     """
     target, values = (weight.float() * problem.scale) @ problem.damped, pruned.float() * problem.scale
-    _descend(values, pruned != 0, target, problem.damped, steps)
+    _descend(values, pruned == 0, target, problem.damped, steps)
     return _unscaled(values, problem, pruned.dtype) if steps else pruned.clone()
 
 
@@ -122,28 +134,38 @@ def _inverse(damped: Tensor, rho: float, work: Tensor) -> Tensor:
     return torch.cholesky_inverse(lower, out=lower)
 
 
-def _descend(values: Tensor, keep: Tensor, target: Tensor, damped: Tensor, steps: int) -> None:
-    """Improve ``values`` [out, in] in place where ``keep`` is set, towards ``values`` @ ``damped`` = ``target``."""
-    drop = ~keep
-    residual = target.addmm(values, damped, alpha=-1).masked_fill_(drop, 0)
-    direction, square = residual.clone(), residual.square().sum(1, keepdim=True)
+def _descend(values: Tensor, drop: Tensor, target: Tensor, damped: Tensor, steps: int) -> None:
+    """Improve ``values`` [out, in] in place but where ``drop`` is set, towards ``values`` @ ``damped`` = ``target``.
+
+    ``target`` is lost.
+    """
+    residual = target.addmm_(values, damped, alpha=-1).masked_fill_(drop, 0)
+    direction, square = residual.clone(), _products(residual, residual)
     for _ in range(steps):
         image = (direction @ damped).masked_fill_(drop, 0)
-        step = square / (direction * image).sum(1, keepdim=True).clamp_(min=1e-30)  # a finished or empty row: 0 / 0
+        step = square / _products(direction, image).clamp_(min=1e-30)  # a finished or empty row: 0 / 0
         values.addcmul_(direction, step)
         residual.addcmul_(image, step, value=-1)
-        last, square = square, residual.square().sum(1, keepdim=True)
+        del image  # or it would be held with the next
+        last, square = square, _products(residual, residual)
         direction.mul_(square / last.clamp_(min=1e-30)).add_(residual)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return each row's dot product [out, 1], some rows at a time: the elementwise products would be another matrix."""
+    return torch.cat([(x * y).sum(1, keepdim=True) for x, y in zip(a.split(ROWS), b.split(ROWS), strict=True)])
 
 
 def _largest(state: Tensor, rows: list[int], goals: list[tuple[float, tuple[int, int] | None]]) -> Tensor:
     """Return a mask of the largest |state| of each layer, given its ratio and (N, M)."""
     masks = []
-    for score, (ratio, nm) in zip(state.abs().split(rows), goals, strict=True):
+    for layer, (ratio, nm) in zip(state.split(rows), goals, strict=True):
+        score = layer.abs()
         if nm is None:
             masks.append(score > nth_smallest(score, min(int(score.numel() * ratio), score.numel() - 1)))
         else:  # of equals the higher columns stay; comparing all pairs takes a quarter of topk's time where M = 4
             columns = score.view(-1, nm[1]).unbind(1)
-            larger = [sum(a > b if i <= j else a >= b for i, a in enumerate(columns)) for j, b in enumerate(columns)]
+            pairs = ([a > b if i <= j else a >= b for i, a in enumerate(columns)] for j, b in enumerate(columns))
+            larger = [sum(mask.to(torch.int16) for mask in column) for column in pairs]
             masks.append(torch.stack([count < nm[0] for count in larger], 1).view_as(score))
     return torch.cat(masks)

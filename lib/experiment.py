@@ -268,7 +268,8 @@ def _reserve(
     task = settings.task()
     hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
     calibrated = -(-settings.nsamples // processes.count()) if wants_calibration(task) else 0
-    least = session.once(models.working_set, skeleton, dtypes.compute, hessians, calibrated, seqlen)
+    copies = task.pruner.copies if task.pruner else 0
+    least = session.once(models.working_set, skeleton, dtypes.compute, hessians, calibrated, seqlen, copies)
     layers = session.once(prunable_layers, skeleton)
     if task.wants == "lamp_score":
         return least + scores.LAMP_BYTES * max(layer.size for layer in layers)

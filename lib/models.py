@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from lib.hub import check_hub
 from lib.layers import SUPPORTED, architecture, check_support, find_blocks, linear_modules
 from lib.lazy import torch, transformers
 from lib.registry import did_you_mean
+from lib.skeletons import empty_model, untie
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +143,7 @@ def skeleton_of(config, given: str) -> PreTrainedModel:
             skeleton = None if other else transformers.AutoModelForCausalLM.from_config(config)
     except ValueError:  # the library has no causal model for this config
         skeleton = None
-    if skeleton is None:
+    if skeleton is None or not getattr(skeleton.config, "is_decoder", True):  # BERT's sees what comes after
         raise UserError("model", f"{given}: {kind} is not a causal language model; supported: {SUPPORTED}")
     _check_support(given, skeleton)
     return skeleton
@@ -225,15 +227,18 @@ def load_llm(
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:  # from_pretrained would leave random numbers there
         raise UserError("model", f"{source.given}: the checkpoint lacks {len(missing)} weights, first {missing[0]}")
-    places = [str(place) for place in getattr(model, "hf_device_map", {}).values()]
+    if not hasattr(model, "hf_device_map"):  # accelerate notes only a model that it split, transformers none
+        model.hf_device_map = {"": next(model.parameters()).device}  # and the Trainer asks for it
+    places = [str(place) for place in model.hf_device_map.values()]
     if "disk" in places:
         raise UserError("model", f"{source.given}: does not fit in the memory of the GPUs and the CPU together")
     if device is None and torch.cuda.is_available() and set(places) == {"cpu"}:
-        text = "no GPU has room for a part of it beside the work; lower --nsamples or --seqlen, or free GPU memory"
+        text = "no GPU has room for a part of it beside the work; free GPU memory, or lower --nsamples or --seqlen"
         raise UserError("model", f"{source.given}: {text}")
     if "cpu" in places and len(set(places)) > 1:
         text = "%d of the model's %d parts stay in the CPU's memory and visit the GPU"
         log.info(text, places.count("cpu"), len(places))
+    untie(model)
     return model.eval()
 
 
@@ -257,20 +262,21 @@ _OVERHEAD = 2**30  # bytes of a GPU for its context, the libraries' workspaces a
 
 
 def working_set(
-    skeleton: PreTrainedModel, dtype: torch.dtype, hessians: bool, windows: int, seqlen: int
+    skeleton: PreTrainedModel, dtype: torch.dtype, hessians: bool, windows: int, seqlen: int, copies: float = 4
 ) -> int:
     """Return the bytes that a GPU needs besides the weights that it holds: an upper bound, from shapes alone.
 
-    They are the largest block (one stored on the CPU is lent to the GPU), its layers' statistics and scores
-    (with ``hessians`` a float32 Hessian for each layer and two more of the largest to factorise it), the hidden states
-    of ``windows`` windows of ``seqlen`` tokens, and the activations and logits of one window.
+    They are the largest block (one stored on the CPU is lent to the GPU), its layers' statistics, ``copies`` float32
+    matrices of the largest weight's size, as the pruner holds (``Pruner.copies``), the hidden states of ``windows``
+    windows of ``seqlen`` tokens, and the activations and logits of one window. With ``hessians`` the statistics are a
+    float32 Hessian for each layer, and two more of the largest to factorise it.
     """
     width, vocabulary = skeleton.get_input_embeddings().weight.shape[1], skeleton.get_input_embeddings().num_embeddings
     weights = statistics = activations = 0
     for block in find_blocks(skeleton)[1]:
         shapes = [linear.weight.shape for linear in linear_modules(block).values()]
         weights = max(weights, sum(p.numel() for p in block.parameters()))
-        scores = 3 * max(out * inputs for out, inputs in shapes)
+        scores = math.ceil(copies * max(out * inputs for out, inputs in shapes))
         squares = [inputs**2 for _, inputs in shapes]
         statistics = max(statistics, scores + (sum(squares) + 2 * max(squares) if hessians else 0))
         activations = max(activations, sum(out for out, _ in shapes) + 4 * width)
@@ -347,11 +353,7 @@ def local_copy(source: Source) -> Path:
 
 def empty_llm(source: Source, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model in evaluation mode, its parameters on the meta device and its buffers in memory."""
-    from accelerate import init_empty_weights
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = empty_model(transformers.AutoConfig.from_pretrained(folder), dtype)
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)

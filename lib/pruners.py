@@ -31,13 +31,16 @@ class Pruner(NamedTuple):
     ``prune(weight [out, in], prepared, ratio, nm)`` returns the new weight, of the same shape and dtype. ``statistic``
     is the name in ``calibration.STATISTICS`` of the input statistic that it needs, or None; ``prepare`` turns that
     statistic into ``prepared``, once for all layers that share an input. ``group(weights, prepared, ratios, nm)``
-    prunes all of these layers at once, by name, if that is cheaper than one after another.
+    prunes all of these layers at once, by name, if that is cheaper than one after another. ``copies`` is how many
+    float32 matrices of the block's largest weight's size it holds at most, besides Hessians; layers that it prunes at
+    once are twice that size, as gate and up are.
     """
 
     prune: Callable[[Tensor, object, float, NM | None], Tensor]
     statistic: str | None = None
     prepare: Callable[[Tensor], object] = lambda statistic: statistic
     group: Callable[..., dict[str, Tensor]] | None = None
+    copies: float = 4
 
     def prune_all(
         self,
@@ -122,7 +125,7 @@ PRUNERS: dict[str, Pruner] = {
     "magnitude": Pruner(magnitude),
     "wanda": Pruner(wanda, "squared_norms"),
     "sparsegpt": Pruner(sparsegpt, "hessian", inverse_factor, sparsegpt_group),
-    "alps": Pruner(alps.alps, "hessian", alps.prepare, alps.alps_group),
+    "alps": Pruner(alps.alps, "hessian", alps.prepare, alps.alps_group, copies=8.55),
 }
 # What --use_variant puts in a pruner's place.
 VARIANTS: dict[str, Pruner] = {"wanda": Pruner(wanda_variant, "squared_norms")}
@@ -173,7 +176,7 @@ def refitted(pruner: Pruner, steps: int, damped: Mapping[str, float]) -> Pruner:
         own, problem = prepared
         return alps.refit(weight, pruner.prune(weight, own, ratio, nm), problem, steps)
 
-    return Pruner(prune, "hessian", prepare)
+    return Pruner(prune, "hessian", prepare, copies=max(pruner.copies, 6))
 
 
 def _group_smallest(score: Tensor, nm: tuple[int, int]) -> Tensor:

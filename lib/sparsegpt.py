@@ -123,7 +123,7 @@ def repair_group(
     del stacked
     w.masked_fill_(factor.dead[:, None], 0)
     group = nms[0] and nms[0][1]
-    width = max(group, BLOCK - BLOCK % group) if group else BLOCK  # a group never straddles two blocks
+    width = _width(group)
     removed = None
     if group:  # of each group, for each output
         counts = [torch.full((n,), group - nm[0], dtype=torch.int32) for n, nm in zip(sizes, nms, strict=True)]
@@ -138,6 +138,11 @@ def repair_group(
         w[right:].addmm_(factor.upper[left:right, right:].T, errors, alpha=-1)
     parts = w.to(dtype).T.contiguous().split(sizes)
     return [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
+
+
+def _width(group: int | None) -> int:
+    """Return the columns of a block: a group never straddles two of them."""
+    return max(group, BLOCK - BLOCK % group) if group else BLOCK
 
 
 @cache
@@ -163,8 +168,8 @@ def block_solver(device: torch.device, group: int | None) -> Callable[..., Tenso
 
 
 def _tried(name: str, kernel: Callable[..., Tensor], device: torch.device, group: int | None) -> Callable[..., Tensor]:
-    """Return ``kernel`` if it agrees with ``solve_block`` on a small block; else the latter, with a warning."""
-    columns, outputs, draw = 2 * (group or 8), 70, torch.Generator().manual_seed(0)
+    """Return ``kernel`` if it agrees with ``solve_block`` on a block of few rows; else the latter, with a warning."""
+    columns, outputs, draw = _width(group), 70, torch.Generator().manual_seed(0)
     block = torch.randn(columns, outputs, generator=draw).to(device)
     upper = (torch.eye(columns) + 0.1 * torch.rand(columns, columns, generator=draw).triu(1)).to(device)
     gone = None if group else (torch.rand(columns, outputs, generator=draw) < 0.5).float().to(device)
@@ -217,9 +222,9 @@ def _smallest(block: Tensor, upper: Tensor, sizes: list[int], ratios: Sequence[f
 
 def _ranks(score: Tensor) -> Tensor:
     """Return for each of ``score`` [M, out] how many in its column are smaller; of equals, the upper ones count."""
-    ranks = torch.zeros_like(score, dtype=torch.uint8)
+    ranks = torch.zeros_like(score, dtype=torch.int16)  # M may be more than 256
     for i in range(1, len(score)):
         before = score[:i] <= score[i]
-        ranks[i] = before.sum(dim=0, dtype=torch.uint8)
+        ranks[i] = before.sum(dim=0, dtype=torch.int16)
         ranks[:i] += ~before
     return ranks

@@ -15,6 +15,7 @@ from lib import alps, models, price
 from lib.command import Flags, command, flag, make_parser
 from lib.layers import prunable_layers
 from lib.lazy import torch, transformers
+from lib.pruners import PRUNERS
 
 # Hidden and inner width, blocks, heads, heads of keys and values, vocabulary: LLaMA 1 and 2, LLaMA 3.1's 405B.
 SIZES = {
@@ -104,8 +105,10 @@ def needs(size: str, settings: Table) -> Iterator[Needs]:
         pruner, _, allocation = method.partition("_")
         windows = 0 if pruner == "magnitude" else settings.nsamples
         hessians = pruner in ("sparsegpt", "alps")
-        beside = models.working_set(model, half, hessians, windows, settings.seqlen)
-        streamed = models.working_set(model, half, hessians, 0, settings.seqlen)
+        beside, streamed = (
+            models.working_set(model, half, hessians, count, settings.seqlen, PRUNERS[pruner].copies)
+            for count in (windows, 0)
+        )
         done = work(shapes, blocks, pruner, tokens)
         if allocation == "price":
             ranks = price.rank_bytes(layers) + price.working_set(model, layers, half, length, SEARCH.effort)

@@ -12,7 +12,7 @@ from lib import calibration, models
 from lib.allocator import keep_freed_memory
 from lib.calibration import completed, hessian, squared_norms, symmetric
 from lib.layers import prunable_layers
-from lib.pruners import PRUNERS
+from lib.pruners import PRUNERS, refitted
 from lib.sparsegpt import BLOCK, inverse_factor, repair, repair_group
 
 SIZE = 2048
@@ -183,6 +183,27 @@ def test_hessian_of_halves_on_cuda(dtype):
     torch.testing.assert_close(found, exact, rtol=0, atol=600 * 1.2e-7 * exact.max().item())  # tensor cores truncate
 
 
+@pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
+@pytest.mark.parametrize("name", [*PRUNERS, "wanda, refitted"])
+def test_pruners_hold_no_more_matrices_than_they_declare(name, nm):
+    pruner = PRUNERS[name.partition(",")[0]]
+    if name not in PRUNERS:
+        pruner = refitted(pruner, 3, {})
+    size, draw = 512, torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(8 * size, size, generator=draw) for name in ("gate", "up")}
+    x = inputs(size)
+    statistics = {"hessian": completed(hessian(x, None)), "squared_norms": squared_norms(x, None).float()}
+    prepared, ratios, one = pruner.prepare(statistics.get(pruner.statistic)), {"gate": 0.4, "up": 0.6}, 4 * 8 * size**2
+
+    def work():
+        for _, result in pruner.prune_all(weights, prepared, ratios, dict.fromkeys(weights, nm)):
+            del result
+
+    square = 4 * size**2 if pruner.statistic == "hessian" else 0
+    # Of SparseGPT's blocks of columns: errors, mask and a square; of ALPS some rows.
+    assert peak_bytes(work) <= pruner.copies * one + square + 3 * 4 * BLOCK * 16 * size
+
+
 @pytest.mark.parametrize("name", PRUNERS)
 def test_a_7b_is_pruned_beside_its_weights_on_a_card_of_24_gb(name):
     # From shapes; that no more matrices of the Hessian's size are held is measured above, at another size.
@@ -199,8 +220,8 @@ def test_a_7b_is_pruned_beside_its_weights_on_a_card_of_24_gb(name):
         work = 2 * 4 * 11008**2
     elif PRUNERS[name].statistic:
         statistics = 4 * sum(inputs_of)
-    # Scores, a mask and a copy of the largest matrix, or of those that share an input.
-    work = max(work, 3 * 4 * 2 * 11008 * 4096)
+    work = max(work, PRUNERS[name].copies * 4 * 11008 * 4096)
     assert weights + statistics + max(work, activations) <= 14 * gib + statistics
-    bound = models.working_set(model, torch.float16, PRUNERS[name].statistic == "hessian", 128, tokens)
+    hessians = PRUNERS[name].statistic == "hessian"
+    bound = models.working_set(model, torch.float16, hessians, 128, tokens, PRUNERS[name].copies)
     assert weights + bound <= 24e9  # hidden states of all windows on the card, and whatever else is held at once

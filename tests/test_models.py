@@ -216,6 +216,7 @@ REFUSED = {
     "T5ForConditionalGeneration": (tf.T5Config(vocab_size=300, d_model=32, num_layers=2), "encoder-decoder"),
     "BartForConditionalGeneration": (tf.BartConfig(vocab_size=300, d_model=32), "encoder-decoder"),
     "BertForMaskedLM": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),
+    "BertLMHeadModel": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),  # is_decoder is False
     "BertForSequenceClassification": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),
 }
 
@@ -293,7 +294,7 @@ def loading_arguments(monkeypatch, tiny_model, dtype: torch.dtype, device_map=No
 
     def from_pretrained(*_, **kwargs):
         asked.update(kwargs)
-        tiny_model.hf_device_map = device_map or {}
+        tiny_model.hf_device_map = device_map or {"": 0}
         return tiny_model, {"missing_keys": set(), "mismatched_keys": set()}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -375,6 +376,37 @@ def test_files_of_a_saved_model_can_be_read_by_whom_the_folder_lets_in(tmp_path,
 def test_model_that_would_spill_to_disk_is_refused(monkeypatch, tiny_model):
     with pytest.raises(UserError, match="memory"):
         loading_arguments(monkeypatch, tiny_model, HALF, {"model.layers.2": "disk"})
+
+
+def test_a_head_that_its_config_ties_but_that_differs_stays(tmp_path):
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**_COMMON, **_MLP, **_GQA, tie_word_embeddings=False))
+    model.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    loaded = load_llm(locate(str(tmp_path / "m"), "unused"), FULL, torch.device("cpu"))
+    loaded.tie_weights()  # as lm-eval does
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    loaded.save_pretrained(tmp_path / "again")
+    assert not json.loads((tmp_path / "again/config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    config = tf.LlamaConfig(**_COMMON, **_MLP, **_GQA, tie_word_embeddings=True)
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    loaded = load_llm(locate(str(tmp_path), "unused"), FULL, torch.device("cpu"))
+    assert loaded.config.tie_word_embeddings and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_an_empty_model_has_the_buffers_of_a_loaded_one(kind, tmp_path):
+    build(kind).bfloat16().save_pretrained(tmp_path)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16)
+    empty = models.empty_llm(locate(str(tmp_path), "unused"), tmp_path, BF16)
+    expected, found = dict(loaded.named_buffers()), dict(empty.named_buffers())
+    assert expected.keys() == found.keys() and empty.dtype == BF16 == empty.config.dtype
+    for name, buffer in expected.items():  # Gemma multiplies by its embed_scale in the dtype of the embedding
+        assert torch.equal(found[name].to(buffer.dtype), buffer), name
 
 
 def test_loaded_in_evaluation_mode(tiny_folder):

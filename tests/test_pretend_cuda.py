@@ -396,6 +396,12 @@ def test_a_tight_device_leaves_a_block_on_the_cpu(tiny_folder):
     assert places == {0: 0, 1: 0, 2: "cpu"}
 
 
+def test_a_device_that_is_too_small_for_anything_is_an_error(tiny_folder, tiny_text, capsys):
+    with pretend_cuda(TIGHT):  # the work alone is reckoned to take a gigabyte
+        assert main.main(["--model", str(tiny_folder), "--eval_data", str(tiny_text), "--seqlen", "32"]) == 2
+    assert "no GPU has room for a part of it beside the work" in capsys.readouterr().err
+
+
 @pytest.fixture
 def no_room_is_kept(monkeypatch):
     """Let the weights take all of the device: what is kept for the work is a gigabyte and more."""

@@ -12,7 +12,7 @@ from lib.blocks import weights_of
 from lib.calibration import enter_blocks
 from lib.prune import walk
 from lib.pruners import PRUNERS, VARIANTS, Options, configured
-from lib.sparsegpt import NotPositiveDefinite, inverse_factor, repair, repair_group
+from lib.sparsegpt import NotPositiveDefinite, _ranks, inverse_factor, repair, repair_group
 
 RATIOS = [0.05, 0.37, 0.5, 0.73, 0.9]
 GROUPS = [(2, 4), (4, 8), (1, 4), (3, 5)]
@@ -194,6 +194,21 @@ def test_sparsegpt_groups(nm):
     weight, _, hessian = random_case(10, 280 if nm[1] != 5 else 290, seed=9)
     expected = oracle_sparsegpt(weight, hessian, nm=nm)
     assert_repaired_alike(repair(weight, inverse_factor(hessian.clone()), 0.0, nm), expected, hessian)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_groups_of_more_than_256_columns(name):
+    weight, norms, hessian = random_case(6, 600, seed=4)
+    pruner = PRUNERS[name]
+    pruned = pruner.prune(weight, statistic_of(pruner, norms, hessian), 0.5, (150, 300))
+    assert ((pruned != 0).view(6, 2, 300).sum(2) == 150).all()
+
+
+@pytest.mark.parametrize("group", [4, 300])
+def test_ranks_by_pencil(group):
+    order = torch.randperm(group, generator=torch.Generator().manual_seed(2))
+    assert _ranks(order[:, None].float())[:, 0].tolist() == order.tolist()
+    assert _ranks(torch.ones(group, 2))[:, 1].tolist() == list(range(group))  # of equals the upper ones count
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ import logging
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from lib import UserError
+from lib.skeletons import empty_model, untie
 from lib.sparse.fusing import LEAST_ZEROS, fuse
 from lib.sparse.kernel import Unavailable, load
 from lib.sparse.layers import DenseLinear, SparseLinear
@@ -41,6 +41,7 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
         log.warning("no sparse kernel, %s; the model is unpacked and runs dense", error)
     model = _skeleton(folder, kind)
     packed = _fill(model, tensors, kind, least)
+    untie(model)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     missing = [name for name in missing if name not in {f"{module}.weight" for module in packed}]
@@ -61,14 +62,9 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
 
 
 def _skeleton(folder: Path, kind: torch.dtype) -> PreTrainedModel:
-    """Return the model of the folder's config, its parameters on the meta device.
-
-    Its buffers (rotary frequencies) are computed as usual: checkpoints do not contain them.
-    """
+    """Return the model of the folder's config, its parameters on the meta device; see ``empty_model``."""
     try:
-        with init_empty_weights(include_buffers=False):
-            config = AutoConfig.from_pretrained(folder)
-            return AutoModelForCausalLM.from_config(config, dtype=kind)
+        return empty_model(AutoConfig.from_pretrained(folder), kind)
     except Exception as error:  # whatever a missing or a wrong config.json leads to
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(None, f"{folder}: its config.json cannot be used ({reason})") from error
