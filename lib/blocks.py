@@ -232,7 +232,12 @@ class Streamed(Weights):
         if index in self.changed:
             entries = stream.read_header(self.changed[index])
             return {name: stream.read_tensor(entries[name]) for name in names}
-        return {name: stream.read_tensor(self.checkpoint.entries[self._keys[name]]) for name in names}
+        return {name: self._narrowed(stream.read_tensor(self.checkpoint.entries[self._keys[name]])) for name in names}
+
+    def _narrowed(self, tensor: Tensor) -> Tensor:
+        """Return ``tensor`` in the dtype of the checkpoint if it has more bits, as ``weights_of`` has them."""
+        wider = tensor.is_floating_point() and tensor.element_size() > self.stored.itemsize
+        return tensor.to(self.stored) if wider else tensor
 
     @contextmanager
     def _lent(self, index: int, write: bool) -> Iterator[torch.device]:
@@ -258,7 +263,9 @@ class Streamed(Weights):
         outside = self._outside
         if not self._held:
             for name in outside:
-                value = stream.read_converted(self.checkpoint.entries[self._keys[name]], self.device, self.compute)
+                entry = self.checkpoint.entries[self._keys[name]]
+                value = stream.read_converted(entry, self.device, self.compute)
+                value = value if entry.size <= value.numel() * self.stored.itemsize else self._narrowed(value)
                 _assign(self.model, name, value, self.device, self.compute)
                 del value
             self.model.tie_weights()
@@ -311,7 +318,14 @@ def _checkpoint_names(model: nn.Module, checkpoint: stream.Checkpoint) -> dict[s
 
 
 def weights_of(model: nn.Module, stored: torch.dtype | None = None) -> Weights:
-    """Return the weights of a causal language model."""
+    """Return the weights of a causal language model.
+
+    All of its parameters are rounded to ``stored``: a checkpoint may be of more bits than its config says, and what is
+    measured is what will be saved.
+    """
+    for parameter in model.parameters() if stored is not None else ():
+        if not parameter.is_meta and parameter.is_floating_point():
+            parameter.data.copy_(parameter.data.to(stored))
     prefix, modules = find_blocks(model)
     return Weights(model, modules, prunable_layers(model), _linears_by_block(prefix, modules), stored, prefix)
 

@@ -105,8 +105,8 @@ def read_text(field: str, name: str, split: str) -> Text:
         try:
             records = json.loads(raw)
             records = records if isinstance(records, list) else [records]
-        except json.JSONDecodeError:  # not one JSON value: a value per line
-            records = [json.loads(line) for line in raw.splitlines() if line.strip()]
+        except json.JSONDecodeError:  # not one JSON value: a value per line; strings may hold U+2028
+            records = [json.loads(line) for line in raw.split("\n") if line.strip()]
         return Text(stream="\n\n".join(record["text"] for record in records))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(field, f"{name}: cannot be read ({error})") from error

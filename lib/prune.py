@@ -64,7 +64,8 @@ def walk(
             keep = dense and bool(block.linears)  # its dense outputs replace its inputs
             if done:
                 if dense and block.linears:
-                    advance(block, inputs)  # while the block is dense
+                    for _ in passes(block, inputs, keep=True):  # while it is dense, as in a run without a stop
+                        pass
                 weights.adopt(block.index, journal.path(block.index))
                 rows = journal.rows(block.index)
             else:

@@ -78,7 +78,7 @@ class Base(NamedTuple):
 
 
 @contextmanager
-def _lent_by(field: str) -> Iterator[None]:
+def lent_by(field: str) -> Iterator[None]:
     """Make errors about a model name the flag ``field`` that it came from."""
     try:
         yield
@@ -104,16 +104,16 @@ def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
             raise UserError("model", f"{model}: the folder holds no tokenizer; give its model: --config_name NAME")
         source = models.locate(model, cache_dir)
         return Base(source, models.load_skeleton(source), models.load_tokenizer(source))
-    with _lent_by("config_name"):
+    with lent_by("config_name"):
         lender = models.locate(config_name, cache_dir)
     if borrows_config:
         source = models.Source(model, str(folder), folder.resolve().name, cache_dir)
-        with _lent_by("config_name"):
+        with lent_by("config_name"):
             skeleton = models.load_skeleton(lender)
     else:
         source = models.locate(model, cache_dir)
         skeleton = models.load_skeleton(source)
-    with _lent_by("config_name" if borrows_tokenizer else "model"):
+    with lent_by("config_name" if borrows_tokenizer else "model"):
         tokenizer = models.load_tokenizer(lender if borrows_tokenizer else source)
     return Base(source, skeleton, tokenizer, skeleton.config if borrows_config else None)
 
@@ -168,6 +168,9 @@ def _described(given: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
         raise UserError("lora_weights", f"{given}: cannot be read ({first_line(error)})") from error
     if about.get("peft_type") != "LORA":
         raise UserError("lora_weights", f"{given}: is a {about.get('peft_type')} adapter; only LORA is supported")
+    if about.get("modules_to_save") or about.get("bias", "none") != "none":
+        text = "changes more than its own matrices (modules_to_save or bias); only LoRA alone is supported"
+        raise UserError("lora_weights", f"{given}: {text}")
     return about, shapes
 
 

@@ -342,8 +342,13 @@ def run(settings: Finetune, other: dict) -> None:
 def train_adapter(trainer: Trainer, about: dict, weights: Weights, base: common.Base) -> None:
     """Train, and write the adapter, the figures and the loss curve."""
     args, out = trainer.args, Path(trainer.args.output_dir)
-    if args.should_save and not args.resume_from_checkpoint:
-        _clear(out)
+    if not args.resume_from_checkpoint:
+        if args.should_save:
+            _clear(out)
+            common.write_base(out, weights, base, about["sparsity"])
+    elif (out / common.BASE).is_file():
+        with common.lent_by("model"):
+            common.check_base(str(out), weights, base)
     blocks, size = trainer.train_dataset.shape
     common.log.info("training %d of %d parameters on %d blocks of %d tokens, %d to a step",
                     *trainer.model.get_nb_trainable_parameters(), blocks, size,

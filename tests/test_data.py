@@ -205,6 +205,7 @@ def test_wiki_text_is_not_in_the_repository():
         ("a.txt", "One.\n\nTwo."),
         ("a.jsonl", '{"text": "One."}\n{"text": "Two.", "more": 1}\n'),
         ("a.jsonl", '{"text": "One."}\n\n{"text": "Two."}'),
+        ("a.jsonl", '{"text": "One.", "more": "\u2028\x85"}\r\n{"text": "Two."}'),  # some end lines, but not in JSON
         ("a.json", '[{"text": "One."}, {"text": "Two."}]'),
         ("a.json", '{"text": "One."}\n{"text": "Two."}\n'),
         ("a.json", '{"text": "One.\\n\\nTwo."}'),

@@ -65,9 +65,11 @@ def made(tmp_path_factory, tiny_tokenizer) -> Path:
     tensors = load_file(folder / "cut/adapter_model.safetensors")
     some = {name: tensor for name, tensor in tensors.items() if "layers.2" not in name}
     save_file(some, folder / "cut/adapter_model.safetensors")
-    shutil.copytree(folder / "adapter", folder / "prefix")
-    config = json.loads((folder / "prefix/adapter_config.json").read_text())
-    (folder / "prefix/adapter_config.json").write_text(json.dumps(config | {"peft_type": "PREFIX_TUNING"}))
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    other = {"prefix": {"peft_type": "PREFIX_TUNING"}, "more": {"modules_to_save": ["lm_head"]}}
+    for name, about in (other | {"biased": {"bias": "all"}}).items():
+        shutil.copytree(folder / "adapter", folder / name)
+        (folder / name / "adapter_config.json").write_text(json.dumps(config | about))
     return folder
 
 
@@ -145,6 +147,8 @@ BEFORE_LOADING = [
     ("evaluate", "--lora_weights nowhere", "--lora_weights nowhere: folder not found"),
     ("evaluate", "--lora_weights pruned", "holds no adapter_config.json; it holds a model, not an adapter"),
     ("evaluate", "--lora_weights prefix", "PREFIX_TUNING"),
+    ("evaluate", "--lora_weights more", "more: changes more than its own matrices"),
+    ("merge", "--lora_weights biased", "biased: changes more than its own matrices"),
     ("evaluate", "--model narrow", "does not fit narrow, model.layers.0.self_attn.q_proj has 16 columns"),
     ("evaluate", "--dataset empty.txt", "--dataset empty.txt: the file is empty"),
     ("evaluate", "--dataset short.txt", "--dataset short.txt: too short, it has"),
@@ -335,6 +339,28 @@ def test_interrupted_training_says_how_it_resumes(place, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, "training_step", interrupted)
     status, line = status_and_line("finetune", "", capsys)
     assert status == 130 and "the same command with --resume_from_checkpoint resumes" in line.splitlines()[-1]
+
+
+def test_training_resumes_on_its_own_model_only(place, capsys, monkeypatch):
+    step, calls = Trainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted)
+        once = "--output_dir new --max_steps 2 --save_steps 1 --batch_size 1"
+        assert status_and_line("finetune", once, capsys)[0] == 130
+    before = everything(place)
+    again = f"{once} --resume_from_checkpoint"
+    status, line = status_and_line("finetune", f"{again} --model_name_or_path dense", capsys)
+    assert status == 2 and "new: was trained on other weights" in line.splitlines()[-1], line
+    assert "--model_name_or_path" in line.splitlines()[-1] or "--model " in line.splitlines()[-1]
+    assert everything(place) == before
+    assert status_and_line("finetune", again, capsys)[0] == 0
 
 
 def test_memory_that_does_not_suffice(place, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -435,6 +436,16 @@ def test_dtype_is_that_of_the_saved_model(dtype, tiny_run):
     assert str(model.dtype) == f"torch.{dtype}"
 
 
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_a_checkpoint_of_more_bits_than_its_config_says_is_measured_as_it_is_saved(stream, tiny_run, tiny_folder):
+    path = Path(shutil.copytree(tiny_folder, "wide")) / "config.json"  # its tensors are float32
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+    flags = f"--model wide --stream {stream}"
+    pruned = tiny_run(f"{flags} --prune_method wanda --sparsity_ratio 0.5 --save_model kept")
+    again = tiny_run(f"--model kept/wanda_0.5 --stream {stream}")
+    assert again["perplexity"] == pruned["perplexity"]
+
+
 def test_a_saved_model_can_be_evaluated_and_is_replaced_whole(tiny_run):
     flags = "--prune_method wanda --sparsity_ratio 0.5 --save_model kept"
     pruned = tiny_run(flags)
@@ -453,6 +464,7 @@ def test_results_lie_in_results_by_default(tmp_path, monkeypatch, tiny_folder, t
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_on_cuda_in_float16(method, tiny_run):
-    record = tiny_run(f"--prune_method {method} --sparsity_ratio 0.5 --save_model kept")
+def test_every_method_on_cuda_in_float16(method, tiny_run, other_text):
+    more = f" --eval_data {other_text} --price_steps 2" if method.endswith("_price") else ""
+    record = tiny_run(f"--prune_method {method} --sparsity_ratio 0.5 --save_model kept{more}")
     assert record["model"]["dtype"] == "float16" and record["sparsity"] == pytest.approx(0.5, abs=1 / 32)
