@@ -292,8 +292,10 @@ def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
             with torch.no_grad(), _autocast(block, inputs.dtype), nullcontext() if keep else suppress(_Caught):
                 out = run_block(block.module, hidden[i].to(block.device), arguments)
                 out = hidden_of(out, block.index, inputs.tuples)
-                if keep:
+                if keep and isinstance(hidden, list):
                     hidden[i] = out.to(hidden[i].device)
+                elif keep:
+                    hidden[i].copy_(out)  # into pinned memory, where it lies there: no copy that is not pinned between
             yield
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 HISTOGRAM_BINS = 100  # of log10(eigenvalue), published
 _POINTS = 8  # of each candidate's tail, to bound its KS distance from below
 _BATCH_ENTRIES = 2**26  # of FARMS windows at a time: 256 MiB in float32
+_GAPS = 2**24  # of candidates and points at a time, on a GPU: four float64 matrices of 128 MiB
 _FLOAT32_SLACK = 2e-5  # float32 and float64 KS distances differ by less: 2e-6 at most was seen, up to N = 8192
 
 
@@ -258,7 +259,8 @@ def fit_tail(eigs: Tensor, candidates: Tensor) -> PowerLaw:
     share = torch.linspace(0, 1, _POINTS, device=eigs.device, dtype=torch.float64)
     points = starts[:, None] + (share * (tail[starts, None] - 1)).long()  # [C, P]
     bounds = _gaps(logs, exponent, tail, starts, points).amax(1)  # of D from below, [C]
-    batch = 256 if eigs.is_cuda else 4  # few large kernels there, little wasted work here
+    # Few large kernels there, of candidates times points and the reverse below; little wasted work here.
+    batch = max(4, min(256, _GAPS // len(eigs))) if eigs.is_cuda else 4
     best, near = math.inf, []
     while len(starts):
         first = bounds.topk(min(batch, len(starts)), largest=False).indices

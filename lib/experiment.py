@@ -105,7 +105,7 @@ class Session:
         elif known.streamed:
             log.info("streaming %s block by block", known.streamed)
             model = models.empty_llm(known.source, known.streamed, dtypes.compute)
-            device = processes.device() or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+            device = processes.device() or _freest()
             weights = Streamed(model, Checkpoint(known.streamed), device, dtypes.stored)
         else:
             log.info("loading %s", known.source.path)
@@ -117,6 +117,12 @@ class Session:
 
 
 # ------------------------------------------------------------------------------------- before the weights are loaded
+
+
+def _freest() -> torch.device:
+    """Return the GPU with the most free memory, which streamed blocks visit, or the CPU."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return torch.device("cuda", max(gpus, key=models.free_bytes)) if gpus else torch.device("cpu")
 
 
 def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:

@@ -440,9 +440,10 @@ def test_weights_are_rounded_to_the_dtype_that_they_are_saved_in(name, tiny_mode
 @pytest.mark.gpu
 @pytest.mark.parametrize("split", ["one GPU", "last block on the CPU"])
 @pytest.mark.parametrize("name", PRUNERS)
-def test_walk_on_cuda_does_as_on_the_cpu(name, split, tiny_windows):
+def test_walk_on_cuda_does_as_on_the_cpu(name, split, tiny_windows, monkeypatch):
     from accelerate import dispatch_model
 
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # ALPS iterates in TF32: other masks
     here, there = tiny_llama(), tiny_llama()
     last = "cpu" if split != "one GPU" else 0
     places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 0, "model.layers.2": last}
