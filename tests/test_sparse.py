@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -77,8 +78,10 @@ def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeyp
                 if tokens <= kernel.MOST_TOKENS:
                     sums = library.multiply(layers[0]._matrix, x, torch.full((tokens, rows), torch.nan), tokens)
                     assert ((sums - expected).abs() <= CLOSE * size).all()
+                own = tokens > kernel.MOST_TOKENS and multiplies and platform.machine() in kernel.ARM
+                close = HALF_ULP[kind] if own else CLOSE  # torch's bfloat16 product rounds parts of a sum there
                 for plain, with_bias in zip(layers, biased, strict=True):
-                    assert ((plain(x) - expected).abs() <= CLOSE * size + HALF_ULP[kind] * expected.abs() + 1e-7).all()
+                    assert ((plain(x) - expected).abs() <= close * size + HALF_ULP[kind] * expected.abs() + 1e-7).all()
                     expected_biased = expected + bias.double()
                     off = (with_bias(x) - expected_biased).abs()
                     # torch's own product, which is used for many tokens, may round before the bias is added

@@ -29,9 +29,9 @@ constexpr struct Places {  // for each byte of a mask: the places of its bits, t
   }
 } places;
 
-constexpr struct Shuffles {  // for each byte of a mask: from where its eight places take their bytes; 0x80 is a zero
+const struct Shuffles {  // for each byte of a mask: from where its eight places take their bytes; 0x80 is a zero
   alignas(64) uint8_t wide[256][32] = {}, narrow[256][16] = {};  // wide: as float32, whose upper half a bfloat16 is
-  constexpr Shuffles() {
+  Shuffles() {  // not constexpr: g++ would find its places by slower instructions, a tenth of a product's time
     for (int byte = 0; byte < 256; byte++) {
       for (uint8_t& from : wide[byte]) from = 0x80;
       for (uint8_t& from : narrow[byte]) from = 0x80;

@@ -1,6 +1,9 @@
 // Check of lib/sparse's C++ for every instruction set in one program, which run.sh boots on an emulated CPU: products
-// against float64, sums and SparseGPT's solver bit for bit against plain loops, decoding steps against AVX2's.
+// against float64, sums and SparseGPT's solver bit for bit against plain loops, decoding steps against AVX2's. For ARM,
+// as arm.sh runs it, a step is compared with its parts only.
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <unistd.h>
@@ -44,7 +47,11 @@ struct Block {  // as in step.cpp
   F(take_step, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int, uint16_t*, uint16_t*,  \
                 int64_t, int64_t, double, uint16_t*, int))
 
+#if defined(__x86_64__)
 #define DECLARE(name, arguments) void avx2_##name arguments, avx512_##name arguments, avx512bf16_##name arguments;
+#else
+#define DECLARE(name, arguments) void neon_##name arguments;
+#endif
 extern "C" {
 FUNCTIONS(DECLARE)
 }
@@ -53,11 +60,26 @@ struct Level {
 #define MEMBER(name, arguments) void(*name) arguments;
   FUNCTIONS(MEMBER)
 };
+#if defined(__x86_64__)
 #define AVX2(name, arguments) avx2_##name,
 #define AVX512(name, arguments) avx512_##name,
 #define AVX512BF16(name, arguments) avx512bf16_##name,
 const Level LEVELS[] = {
     {"avx2", FUNCTIONS(AVX2)}, {"avx512", FUNCTIONS(AVX512)}, {"avx512bf16", FUNCTIONS(AVX512BF16)}};
+
+std::vector<bool> present() {  // which of LEVELS this CPU has
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  const bool vbmi2 = b >> 16 & 1 && c >> 6 & 1;
+  __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  return {true, vbmi2, vbmi2 && a >> 5 & 1};
+}
+#else
+#define NEON(name, arguments) neon_##name,
+const Level LEVELS[] = {{"neon", FUNCTIONS(NEON)}};
+
+std::vector<bool> present() { return {true}; }
+#endif
 
 std::mt19937 draw(1);
 long checks, failures;
@@ -288,13 +310,9 @@ int main() {
     mount("dev", "/dev", "devtmpfs", 0, nullptr);
     if (freopen("/dev/ttyS0", "w", stdout)) setvbuf(stdout, nullptr, _IOLBF, 0);
   }
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  __get_cpuid_count(7, 0, &a, &b, &c, &d);
-  const bool vbmi2 = b >> 16 & 1 && c >> 6 & 1;
-  __get_cpuid_count(7, 1, &a, &b, &c, &d);
-  const bool present[] = {true, vbmi2, vbmi2 && a >> 5 & 1};
-  for (int i = 0; i < 3; i++) {
-    if (!present[i]) continue;
+  const std::vector<bool> has = present();
+  for (size_t i = 0; i < has.size(); i++) {
+    if (!has[i]) continue;
     for (bool half : {false, true}) check_products(LEVELS[i], half), check_steps(LEVELS[i], half);
     check_solver(LEVELS[i]);
     printf("%s: done\n", LEVELS[i].name);

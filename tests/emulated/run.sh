@@ -4,21 +4,11 @@
 #   bash tests/emulated/run.sh [FOLDER]     about five minutes; FOLDER: for what is built (default: a temporary one)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-sources=$here/../../lib/sparse
+source "$here/build.sh"
 folder=${1:-$(mktemp -d)}
 mkdir -p "$folder" && cd "$folder"
 
-functions="multiply unpack multiply_many multiply_float solve_block enter_block attend_block leave_block take_step"
 avx512="-mavx512f -mavx512bw -mavx512vl -mavx512vbmi2 -mavx2 -mfma -mf16c -mpopcnt"
-build() {  # the sources for one instruction set, their functions with its name before theirs
-  local level=$1 renamed=""
-  shift
-  for name in $functions; do renamed+=" -D$name=${level}_$name"; done
-  for source in "$sources"/*.cpp; do
-    # shellcheck disable=SC2086
-    g++ -O3 -std=c++17 "$@" $renamed -c "$source" -o "$level-$(basename "$source" .cpp).o"
-  done
-}
 build avx2 -mavx2 -mbmi2 -mfma -mf16c -mpopcnt
 # shellcheck disable=SC2086
 build avx512 $avx512
