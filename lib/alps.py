@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -91,10 +91,17 @@ def alps_group(
     drop = keep.logical_not_()
     _descend(state.masked_fill_(drop, 0), drop, target, problem.damped, steps)
     del target, drop, keep
+    return _not_worse(weights, problem, goals, state.split(rows))
+
+
+def _not_worse(
+    weights: Mapping[str, Tensor], problem: Problem, goals: Sequence[tuple], found: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Return by name the scaled weights that were ``found``, unscaled; or SparseGPT's where their error is lower."""
     hessian = problem.damped.clone()  # up to its size
     hessian.diagonal().fill_(1)
     factor, pruned = inverse_factor(hessian.mul_(problem.scale).mul_(problem.scale[:, None])), {}
-    for name, goal, values in zip(weights, goals, state.split(rows), strict=True):
+    for name, goal, values in zip(weights, goals, found, strict=True):
         other = repair(weights[name].float(), factor, *goal).mul_(problem.scale)
         error, others = (_error(weights[name], result, problem) for result in (values, other))
         if others < error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,8 +65,7 @@ def walk(
             keep = dense and bool(block.linears)  # its dense outputs replace its inputs
             if done:
                 if dense and block.linears:
-                    for _ in passes(block, inputs, keep=True):  # while it is dense, as in a run without a stop
-                        pass
+                    deque(passes(block, inputs, keep=True), 0)  # while it is dense, as in a run without a stop
                 weights.adopt(block.index, journal.path(block.index))
                 rows = journal.rows(block.index)
             else:

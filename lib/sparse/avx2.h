@@ -1,5 +1,6 @@
 // AVX2 with FMA: a table of shuffles puts eight values where the bits of a byte are.
 #pragma once
+#include "shuffles.h"
 #include "x86.h"
 
 namespace {

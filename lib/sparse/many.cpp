@@ -65,7 +65,6 @@ void collect(Source source, int64_t first, int count, int64_t columns, int strid
       if (group % (CHUNK / 8) == 0) *end++ = n;
       const int byte = source.take(group, &kept.value[n]);
       const uint32_t column = uint32_t(group * 8 % CHUNK);
-#pragma GCC unroll 8
       for (int i = 0; i < 8; i++) kept.at[n + i] = (places.of[byte][i] + column) * stride;
       n += __builtin_popcount(byte);
     }

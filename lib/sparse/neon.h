@@ -2,6 +2,8 @@
 #pragma once
 #include <arm_neon.h>
 
+#include "shuffles.h"
+
 namespace {
 
 typedef float32x4_t Vector;

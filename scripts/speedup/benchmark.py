@@ -313,7 +313,7 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     add("--deepsparse", action="store_true", help="measure DeepSparse too, the paper's engine, in its own environment")
     add("--batch", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="sequences that decode at once")
     add("--cores", type=int, default=1, metavar="N", help="threads of every engine")
-    add("--rounds", type=int, default=5, metavar="N", help="turns of every model; three times that of decoding")
+    add("--rounds", type=int, default=5, metavar="N", help="measured turns of each model, three times as many tokens")
     add("--warmup", type=int, default=1, metavar="N", help="rounds before that, which do not count")
     add("--save", default="results/speedup", metavar="DIR", help="where JSON and PNG go")
 

@@ -60,7 +60,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="pack.py", description=__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder of a pruned model; with --unpack: a folder that pack.py wrote")
-    add("--save", dest="out", required=True, metavar="DIR", help="folder to write; must not be there yet")
+    add("--save", dest="out", required=True, metavar="DIR", help="output folder; must not exist yet")
     add("--unpack", action="store_true", help="the other way: write the model again, every tensor bit for bit")
     add("--format", default="bitmask", choices=["bitmask", "2of4"],
         help="bitmask: any zeros; 2of4: a 2:4 model on a CUDA device, packed and timed against dense")  # fmt: skip

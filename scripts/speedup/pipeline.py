@@ -138,7 +138,7 @@ def make_parser() -> Parser:
     add("models", metavar="MODEL", nargs="*", help=f"folder of a pruned model; a dense one with --sparsity ({DEFAULT})")
     add("--dense", metavar="MODEL", help="the model they were pruned from (default: MODEL with its zeros filled)")
     add("--sparsity", type=float, nargs="+", metavar="S", help="prune MODEL to each of these first")
-    add("--method", default="magnitude", choices=METHODS, help="of --sparsity; models of other methods: main.py")
+    add("--method", default="magnitude", choices=METHODS, help="method for --sparsity; others: prune with main.py")
     add("--work", default="out/speedup", metavar="DIR", help="where models that are made here go")
     add_export_flags(parser, several=True)
     benchmark.add_measuring_flags(parser)
