@@ -143,7 +143,8 @@ def skeleton_of(config, given: str) -> PreTrainedModel:
             skeleton = None if other else transformers.AutoModelForCausalLM.from_config(config)
     except ValueError:  # the library has no causal model for this config
         skeleton = None
-    if skeleton is None or not getattr(skeleton.config, "is_decoder", True):  # BERT's sees what comes after
+    named = any("ForCausalLM" in each for each in config.architectures or ["ForCausalLM"])  # GPT-NeoX is, and says False
+    if skeleton is None or not (named or getattr(skeleton.config, "is_decoder", True)):  # BERT sees what comes after
         raise UserError("model", f"{given}: {kind} is not a causal language model; supported: {SUPPORTED}")
     _check_support(given, skeleton)
     return skeleton
