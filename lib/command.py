@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
 from lib import UserError
@@ -20,6 +21,8 @@ from lib.processes import speaks, started, tells
 from lib.registry import check_name, did_you_mean
 
 log = logging.getLogger("main")
+
+PLACES = ("DIR", "FILE")  # metavars of flags that name a folder or a file
 
 
 def flag(default: Any, help: str, **about) -> Any:
@@ -74,6 +77,16 @@ class Flags:
     def flags(self) -> dict[str, Any]:
         """Return every flag's spelling and value, as stored in a run's record."""
         return {self.spelling(item.name): getattr(self, item.name) for _, item, _ in self.declared()}
+
+    def paths(self) -> dict[str, Path]:
+        """Return the files and folders that the flags name, by field; a name that is no path is not among them."""
+        found = {}
+        for _, item, _ in self.declared():
+            value, what = getattr(self, item.name), item.metadata.get("metavar")
+            if value and isinstance(value, str):
+                if what in PLACES or (what in (None, "TEXT") and os.path.exists(value)):
+                    found[item.name] = Path(value)
+        return found
 
     def check(self) -> None:
         """Refuse contradictions between the flags; extended by the commands.

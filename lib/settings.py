@@ -284,7 +284,11 @@ class Output(Flags):
 
     save: str = flag("results", "where the run's figures are written", metavar="DIR")
     save_model: str | None = flag(
-        None, "write the pruned model to DIR/METHOD_RATIO", prunes=True, metavar="DIR"
+        None,
+        "write the pruned model to DIR/METHOD_RATIO; an earlier one there is replaced with all its files, anything "
+        "else there (a file, another folder, an export in it) is refused",
+        prunes=True,
+        metavar="DIR",
     )
 
 

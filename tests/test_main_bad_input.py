@@ -31,6 +31,14 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     Path("words.json").write_text('[{"words": "a"}]')
     Path("file").write_text("a file")
     Path("nothing").mkdir()
+    for folder in ("old/wanda_0.5/deployment", "strange/wanda_0.5", "linked"):
+        Path(folder).mkdir(parents=True)
+    Path("old/wanda_0.5/pruning.json").write_text("{}")
+    Path("old/wanda_0.5/deployment/decode.onnx").write_text("an export of the weights")
+    Path("strange/wanda_0.5/notes.txt").write_text("nobody's")
+    Path("linked/wanda_0.5").symlink_to("../old/wanda_0.5")
+    Path("plain").mkdir()
+    Path("plain/wanda_0.5").write_text("a file")
     Path("other").mkdir()
     Path("other/notes.md").write_text("no model")
     Path("noweights").mkdir()
@@ -56,6 +64,10 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     about = {"model": "other-model", "metric": "alpha_peak", "layers": [layer.name for layer in layers]}
     about |= {"shapes": [list(layer.shape) for layer in layers], "mean_abs": [1.0] * 21}
     Path("foreign/alpha_peak.json").write_text(json.dumps(about))
+    Path("earlier").mkdir()
+    shutil.copytree("tiny-llama", "earlier/wanda_0.5")
+    shutil.copy(tiny_text, "earlier/wanda_0.5/text.txt")
+    Path("earlier/wanda_0.5/pruning.json").write_text("{}")
     Path("plans").mkdir()
     rows = {layer.name: {"ratio": 0.5, "shape": list(layer.shape)} for layer in layers}
     good = {"model": "tiny-llama", "target": 0.5, "layers": rows}
@@ -247,6 +259,22 @@ BEFORE_LOADING = {
     f"{WANDA} --save /proc/nowhere": "--save /proc/nowhere",
     f"{WANDA} --save_model file": "--save_model file",
     f"{WW} --ww_metric_cache file": "file",
+    # what would be replaced
+    f"{WANDA} --save_model plain": "plain/wanda_0.5: is not a folder, and would be replaced",
+    f"{WANDA} --save_model linked": "linked/wanda_0.5: is a link, and would be replaced",
+    f"{WANDA} --save_model strange": "no earlier run wrote it (it holds no pruning.json)",
+    f"{WANDA} --save_model old": "and with it the folder deployment, which no pruning wrote; move it away",
+    f"{WANDA} --model earlier/wanda_0.5 --save_model earlier": "earlier/wanda_0.5 is --model itself, and",
+    f"{WANDA} --model earlier/wanda_0.5/ --save_model ./other/../earlier": "wanda_0.5 is --model itself",
+    f"{WANDA} --calib_data earlier/wanda_0.5/text.txt --save_model earlier": "lies in earlier/wanda_0.5",
+    f"{WANDA} --save earlier/wanda_0.5/figures --save_model earlier": "--save earlier/wanda_0.5/figures lies in",
+    f"{WANDA} --save_plan /dev/null": "/dev/null: is not an ordinary file",
+    "--prune_method wanda --plan plans/good.json --export_llmcompressor plans/good.json": "plans/good.json: is --plan",
+    f"{WANDA} --save_plan same --export_llmcompressor ./same": "same: is --export_llmcompressor, too",
+    f"{WANDA} --save_plan long.txt": "long.txt: is --calib_data, too",
+    f"{WANDA} --calib_data words.json --export_llmcompressor long.txt": "long.txt: is --eval_data, too",
+    f"{WANDA} --save_plan tiny-llama/config.json": "lies in the folder of --model",
+    f"{WANDA} --save_plan save/run_wanda_sparsity_0.5.json": "is where the run's figures are written",
     # models
     f"{WANDA} --model ./missing": "--model ./missing",
     f"{WANDA} --model missing/": "--model missing/",
