@@ -22,7 +22,7 @@ from lib.registry import check_name, did_you_mean
 
 log = logging.getLogger("main")
 
-PLACES = ("DIR", "FILE")  # metavars of flags that name a folder or a file
+PLACES = {"DIR": "a folder", "FILE": "a file"}  # metavars of flags that name one
 
 
 def flag(default: Any, help: str, **about) -> Any:
@@ -187,6 +187,8 @@ def parse(
         namespace, unknown = parser.parse_known_args(argv)
         values = vars(namespace)
         rest += unknown
+    # as a shell does where neither a quote nor a = comes before the ~
+    values = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
     ignored = [name for name in settings._ignored if name in values]
     if ignored:
         text = "flags of the published training script, which do nothing here: --%s"
@@ -202,6 +204,8 @@ def check_values(settings: Flags) -> None:
     """Refuse a value that its flag's declaration does not allow, and a flag given without the one that it needs."""
     for _, item, _ in settings.declared():
         value, about = getattr(settings, item.name), item.metadata
+        if value == "" and item.name in settings.given:
+            _check_empty(item)
         if about.get("choices") and value is not None:
             for name in value if isinstance(value, list) else [value]:
                 check_name(item.name, name, about["choices"])
@@ -210,6 +214,15 @@ def check_values(settings: Flags) -> None:
         if needed and item.name in settings.given and not getattr(settings, needed):
             spelling = settings.spelling(needed)
             raise UserError(item.name, f"without --{spelling} does nothing; add --{spelling}")
+
+
+def _check_empty(item: Field) -> None:
+    """Refuse an empty text, such as an unset variable of the shell; a list may be empty, and says what that means."""
+    what = item.metadata.get("metavar") or ""
+    if "," not in what and "" not in item.metadata.get("choices", ()):
+        required = item.default is MISSING and item.default_factory is MISSING
+        fix = f"give {PLACES.get(what, 'a value')}" + ("" if required else " or leave it out")
+        raise UserError(item.name, f"'': is empty; {fix}")
 
 
 def _check_range(name: str, value: Any, about: Any) -> None:
