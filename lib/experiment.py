@@ -369,6 +369,8 @@ def _read_windows(
         return Windows()
     windows = Windows()
     if wants_calibration(task):
+        if settings.eval_wikitext and settings.one_file():
+            session.once(_warn_of_one_text, settings.eval_data)
         draws = (settings.calib_data, tokenizer, settings.nsamples, seqlen, settings.seed)
         windows = windows._replace(calibration=session.once(data.calibration_windows, *draws))
     if settings.epsilon == "auto":
@@ -384,6 +386,10 @@ def _read_windows(
         cut = (settings.eval_data, tokenizer, seqlen, settings.eval_windows)
         windows = windows._replace(evaluation=session.once(data.evaluation_windows, *cut))
     return windows
+
+
+def _warn_of_one_text(name: str) -> None:
+    log.warning("%s is both calibrated and evaluated on; give another text: --eval_data FILE", name)
 
 
 def _check_vocabulary(settings: Experiment, skeleton: PreTrainedModel, windows: Windows) -> None:

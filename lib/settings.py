@@ -418,12 +418,14 @@ class Experiment(
                 raise UserError("seqlen", f"{self.seqlen} with {task.method}: must be at least 2")
         return task
 
+    def one_file(self) -> bool:
+        """Return whether the texts for calibration and evaluation are one file, which is not split."""
+        same = Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
+        return same and self.calib_data not in data.DATASETS
+
     def _check_search(self, field: str, given: str) -> None:
         """Refuse a search that would see the evaluation text."""
-        same = (
-            self.calib_data not in data.DATASETS and Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
-        )
-        if same and self.eval_wikitext:
+        if self.one_file() and self.eval_wikitext:
             text = "--calib_data and --eval_data are one file, so the choice would see the evaluation text; give two"
             raise UserError(field, f"{given}: {text}")
 

@@ -332,6 +332,21 @@ def test_the_good_command_line_is_good(place):
     assert Path("save").is_dir() and Path("data/tiny-llama/alpha_peak.npy").is_file()
 
 
+@pytest.mark.parametrize(
+    ("typed", "warned"),
+    [
+        (WANDA, True),
+        (f"{WANDA} --calib_data other.txt", False),
+        (f"{WANDA} --eval_wikitext false", False),
+        ("--prune_method magnitude --sparsity_ratio 0.5", False),  # which reads no calibration text
+    ],
+)
+def test_a_text_both_calibrated_and_evaluated_on_is_a_warning(typed, warned, place, caplog):
+    shutil.copy("long.txt", "other.txt")
+    assert status_of(arguments(typed)) == 0
+    assert caplog.text.count("long.txt is both calibrated and evaluated on; give another text") == warned
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_needs_a_sparsity(method, place, capsys):
     check_one_line(capsys, status_of(arguments(f"--prune_method {method}")), "--sparsity_ratio")
