@@ -83,6 +83,7 @@ class Pruning(Flags):
         None,
         "of the Hessian, as a share of its mean diagonal, for sparsegpt (default: .01), alps and {refit} (default: .1)",
         above=0,
+        most=1000,  # nothing is left of the inputs' correlations then
         prunes=True,
         metavar="X",
     )

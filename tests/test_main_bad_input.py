@@ -162,6 +162,8 @@ BEFORE_LOADING = {
     f"{WANDA} --eval_windows 0": "--eval_windows 0",
     f"{WANDA} --seed zero": "zero",
     f"{WANDA} --eval_wikitext maybe": "maybe",
+    "--prune_method sparsegpt --sparsity_ratio 0.5 --damping 1e300": "must be above 0 and at most 1000",
+    "--prune_method alps --sparsity_ratio 0.5 --damping 1e300": "--damping 1e+300: must be",
     # contradictions
     "--prune_method magnitude --sparsity_ratio 0.5 --use_variant": "--use_variant",
     "--prune_method sparsegpt_ww --sparsity_ratio 0.5 --use_variant": "--use_variant",
@@ -248,6 +250,8 @@ BEFORE_LOADING = {
     f"{WANDA} --eval_zero_shot --include_path missing": "--include_path missing",
     f"{WANDA} --eval_zero_shot --include_path nothing": "no lm-eval task files",
     f"{WANDA} --eval_zero_shot --num_fewshot=-1": "--num_fewshot -1",
+    f"{WANDA} --eval_zero_shot --tasks capital_cities --include_path {ROOT}/data/tasks --num_fewshot 1000":
+    "--num_fewshot 1000: capital_cities has 114 to draw from; give at most 114",
     f"{WANDA} --eval_zero_shot --limit 0": "--limit 0",
     f"{WANDA} --eval_zero_shot --eval_batch_size 0": "--eval_batch_size 0",
     f"{WANDA} --eval_zero_shot --eval_batch_size all": "--eval_batch_size all",
@@ -323,6 +327,26 @@ def test_refused_before_the_model_is_loaded(typed, say, place, capsys, monkeypat
     before = everything(place)
     check_one_line(capsys, status_of(arguments(typed)), say)
     assert everything(place) == before
+
+
+@pytest.mark.parametrize("cache", ["/proc/nowhere", "file", "taken"])
+def test_a_cache_that_cannot_be_written_is_known_before_the_conversion(cache, place, capsys, monkeypatch):
+    Path("taken").mkdir()
+    Path("taken/smollm2-135m").write_text("a file")
+    monkeypatch.setattr(models, "_smollm2_gguf", lambda: Path("bad.gguf"))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: pytest.fail("it is converted"))
+    before = everything(place)
+    line = check_one_line(capsys, status_of(arguments(f"--model smollm2-135m --cache_dir {cache}")), "--cache_dir")
+    assert cache in line and everything(place) == before
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "abc"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2", "RANK": "x"}])
+def test_processes_that_are_not_numbered_are_one_line(variables, place, capsys, monkeypatch):
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check_one_line(capsys, status_of(arguments(WANDA)), "in the environment, which is not a whole number; unset it")
 
 
 def test_the_good_command_line_is_good(place):
