@@ -138,6 +138,8 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
         dtypes = models.choose_dtypes(settings.dtype, skeleton)
     _check_layers(settings, task, source, layers)
     calib_dtype = _calib_dtype(settings, dtypes)
+    if settings.hidden_states == "gpu" and wants_calibration(task) and not torch.cuda.is_available():
+        raise UserError("hidden_states", "gpu: there is no GPU that torch can use; leave it out, or use cpu or disk")
     if wants_calibration(task) and settings.nsamples < processes.count():
         text = f"{settings.nsamples}: {processes.count()} processes share them, so give at least as many"
         raise UserError("nsamples", text)
@@ -311,6 +313,26 @@ def wants_calibration(task: Task) -> bool:
     """Return whether the pruner or the allocation needs calibration windows."""
     scored = {task.wants, task.first.wants} & scores.BLOCK_SCORES.keys()
     return bool(task.pruner and (task.pruner.statistic or scored))
+
+
+def check_used(settings: Experiment) -> None:
+    """Refuse a flag that nothing reads in this run, or warn if it is about texts: scripts pass those to every run."""
+    task = settings.task()
+    if task.pruner and "hidden_states" in settings.given and not wants_calibration(task):
+        text = f"{settings.hidden_states} does nothing with {task.method}, which needs no calibration"
+        raise UserError("hidden_states", text)
+    evaluates = settings.eval_wikitext and not settings.metrics_only
+    searches = settings.epsilon == "auto" or task.wants == "price"
+    used = {
+        "nsamples": wants_calibration(task),
+        "calib_data": wants_calibration(task) or searches,
+        "eval_data": evaluates,
+        "eval_windows": evaluates,
+        "seqlen": not settings.metrics_only,
+    }
+    unused = [f"--{name}" for name in used if name in settings.given and not used[name]]
+    if unused:
+        log.warning("no effect in this run, which reads no such text: %s", ", ".join(unused))
 
 
 def _reserve(

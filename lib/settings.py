@@ -322,6 +322,7 @@ class Scale(Flags):
         "where calibration's hidden states are kept: {choices}; auto: on the GPU where there is room, else in the "
         "CPU's memory",
         choices=HIDDEN_STATES,
+        prunes=True,
         metavar="WHERE",
     )
     restart: bool = flag(
@@ -431,9 +432,10 @@ class Experiment(
             raise UserError(field, f"{given}: {text}")
 
     def _metrics_only(self) -> Task:
-        for name in ("prune_method", "sparsity_ratio", "eval_zero_shot", *pruning_flags(self)):
+        for name in ("prune_method", "sparsity_ratio", "eval_wikitext", "eval_zero_shot", *pruning_flags(self)):
             if name in self.given:
-                raise UserError(name, "with --metrics_only: nothing is pruned then; leave one of them out")
+                text = "with --metrics_only: nothing is pruned or evaluated then; leave one of them out"
+                raise UserError(name, text)
         return Task("metrics", None, "ww", 0.0)
 
     def _method(self) -> Task:
@@ -471,7 +473,7 @@ class Experiment(
             raise UserError("damping", text)
         for name, default in (("statistics", "pruned"), ("calib_dtype", None)):
             given = getattr(self, name)
-            if given != default and not (PRUNERS[pruner].statistic or self.refit):
+            if (given != default or name in self.given) and not (PRUNERS[pruner].statistic or self.refit):
                 raise UserError(name, f"{given} does nothing with {pruner}, which needs no calibration")
         return Options(self.pruner_iterations, self.damping, self.refit)
 

@@ -215,6 +215,12 @@ BEFORE_LOADING = {
     "--prune_method wanda_owl --sparsity_ratio 0.5 --farms": "_ww",
     f"{WW} --metrics_only": "--metrics_only",
     "--metrics_only --save_plan plan.json": "--metrics_only",
+    "--metrics_only --hidden_states cpu": "--hidden_states with --metrics_only: nothing is pruned or evaluated then",
+    "--metrics_only --eval_wikitext true": "--eval_wikitext with --metrics_only",
+    "--hidden_states cpu": "--hidden_states without --prune_method does nothing",
+    "--prune_method magnitude --sparsity_ratio 0.5 --hidden_states cpu": "cpu does nothing with magnitude, which",
+    "--prune_method magnitude --sparsity_ratio 0.5 --statistics pruned": "pruned does nothing with magnitude, which",
+    f"{WANDA} --hidden_states gpu": "--hidden_states gpu: there is no GPU",
     "--save_plan plan.json": "--prune_method",
     "--plan plan.json": "--prune_method",
     "--prune_method wanda --plan missing.json": "missing.json",
@@ -369,6 +375,23 @@ def test_a_text_both_calibrated_and_evaluated_on_is_a_warning(typed, warned, pla
     shutil.copy("long.txt", "other.txt")
     assert status_of(arguments(typed)) == 0
     assert caplog.text.count("long.txt is both calibrated and evaluated on; give another text") == warned
+
+
+@pytest.mark.parametrize(
+    ("typed", "unused"),
+    [
+        (WANDA, None),
+        (f"{WANDA} --eval_wikitext false --eval_windows 2", "--eval_data, --eval_windows"),
+        ("--prune_method magnitude --sparsity_ratio 0.5", "--nsamples, --calib_data"),
+        ("--prune_method magnitude_owl --sparsity_ratio 0.5 --hidden_states cpu", None),
+        ("--metrics_only --eval_windows 2", "--nsamples, --calib_data, --eval_data, --eval_windows, --seqlen"),
+        ("", "--nsamples, --calib_data"),
+    ],
+)
+def test_flags_of_texts_that_nothing_reads_are_a_warning(typed, unused, place, caplog):
+    assert status_of(arguments(typed)) == 0
+    lines = [text for text in caplog.messages if "no effect in this run" in text]
+    assert lines == ([f"no effect in this run, which reads no such text: {unused}"] if unused else [])
 
 
 @pytest.mark.parametrize("method", METHODS)
