@@ -177,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(settings: Experiment, console: Console) -> None:
     try:
         processes.join()
+        experiment.check_used(settings)
         run(settings, console)
         processes.leave()
     except KeyboardInterrupt:

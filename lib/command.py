@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar, get_type_hints
 
 from lib import UserError
@@ -20,6 +21,8 @@ from lib.processes import speaks, started, tells
 from lib.registry import check_name, did_you_mean
 
 log = logging.getLogger("main")
+
+PLACES = {"DIR": "a folder", "FILE": "a file"}  # metavars of flags that name one
 
 
 def flag(default: Any, help: str, **about) -> Any:
@@ -74,6 +77,16 @@ class Flags:
     def flags(self) -> dict[str, Any]:
         """Return every flag's spelling and value, as stored in a run's record."""
         return {self.spelling(item.name): getattr(self, item.name) for _, item, _ in self.declared()}
+
+    def paths(self) -> dict[str, Path]:
+        """Return the files and folders that the flags name, by field; a name that is no path is not among them."""
+        found = {}
+        for _, item, _ in self.declared():
+            value, what = getattr(self, item.name), item.metadata.get("metavar")
+            if value and isinstance(value, str):
+                if what in PLACES or (what in (None, "TEXT") and os.path.exists(value)):
+                    found[item.name] = Path(value)
+        return found
 
     def check(self) -> None:
         """Refuse contradictions between the flags; extended by the commands.
@@ -174,6 +187,8 @@ def parse(
         namespace, unknown = parser.parse_known_args(argv)
         values = vars(namespace)
         rest += unknown
+    # as a shell does where neither a quote nor a = comes before the ~
+    values = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
     ignored = [name for name in settings._ignored if name in values]
     if ignored:
         text = "flags of the published training script, which do nothing here: --%s"
@@ -189,6 +204,8 @@ def check_values(settings: Flags) -> None:
     """Refuse a value that its flag's declaration does not allow, and a flag given without the one that it needs."""
     for _, item, _ in settings.declared():
         value, about = getattr(settings, item.name), item.metadata
+        if value == "" and item.name in settings.given:
+            _check_empty(item)
         if about.get("choices") and value is not None:
             for name in value if isinstance(value, list) else [value]:
                 check_name(item.name, name, about["choices"])
@@ -197,6 +214,15 @@ def check_values(settings: Flags) -> None:
         if needed and item.name in settings.given and not getattr(settings, needed):
             spelling = settings.spelling(needed)
             raise UserError(item.name, f"without --{spelling} does nothing; add --{spelling}")
+
+
+def _check_empty(item: Field) -> None:
+    """Refuse an empty text, such as an unset variable of the shell; a list may be empty, and says what that means."""
+    what = item.metadata.get("metavar") or ""
+    if "," not in what and "" not in item.metadata.get("choices", ()):
+        required = item.default is MISSING and item.default_factory is MISSING
+        fix = f"give {PLACES.get(what, 'a value')}" + ("" if required else " or leave it out")
+        raise UserError(item.name, f"'': is empty; {fix}")
 
 
 def _check_range(name: str, value: Any, about: Any) -> None:

@@ -127,7 +127,18 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
             raise UserError("tasks", f"{name}: runs code that the model writes, or needs images; leave it out")
         if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to 0 and report it only in its log
             raise UserError("num_fewshot", f"{num_fewshot}: {name} is zero-shot by its definition; leave one out")
+        most = _worked_examples(task) if num_fewshot else num_fewshot
+        if num_fewshot > most:
+            raise UserError("num_fewshot", f"{num_fewshot}: {name} has {most} to draw from; give at most {most}")
     return Tasks(list(tasks.values()), manager)
+
+
+def _worked_examples(task: object) -> int:
+    """Return how many worked examples lm-eval can draw for a question of ``task``, which is never one of them."""
+    split = task.fewshot_cfg.split
+    among = split is not None and split == task.config.test_split
+    docs = task.fewshot_docs()
+    return len(docs if hasattr(docs, "__len__") else list(docs)) - among
 
 
 def _task_manager(names: Sequence[str], include_path: str | None) -> object:

@@ -16,6 +16,7 @@ from lib import (
     esd,
     evaluation,
     files,
+    flag_name,
     metrics,
     models,
     plans,
@@ -30,7 +31,7 @@ from lib.allocator import give_back_freed_memory
 from lib.blocks import Packed, Streamed, Weights, weights_of
 from lib.command import Flags
 from lib.files import in_repository
-from lib.journal import Identity, Journal, can_take_back, digest, partial_folder
+from lib.journal import MANIFEST, Identity, Journal, can_take_back, digest, partial_folder
 from lib.layers import Layer, prunable_layers
 from lib.lazy import torch
 from lib.record import has_flags, provenance, read_run
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("main")
 
+FIGURES = ("run", "layers", "perplexity", "zero_shot", "price")  # what the names of a run's files begin with
 MISSED = 0.002  # by which a measured sparsity may miss the target before it is worth a warning
 
 
@@ -129,6 +131,7 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     """Check everything that can be checked without the weights: 13 GB take a while to load."""
     files.prepare("save", Path(settings.save))
     warn_of_replacement(settings, task)
+    _check_written_files(settings, task)
     source = processes.by_first(lambda: models.locate(settings.model, settings.cache_dir))
     if models.is_packed(source) and (task.pruner or settings.metrics_only or settings.stream == "always"):
         unpack = f"python scripts/speedup/pack.py {settings.model} --unpack --save DIR"
@@ -141,6 +144,8 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
         dtypes = models.choose_dtypes(settings.dtype, skeleton)
     _check_layers(settings, task, source, layers)
     calib_dtype = _calib_dtype(settings, dtypes)
+    if settings.hidden_states == "gpu" and wants_calibration(task) and not torch.cuda.is_available():
+        raise UserError("hidden_states", "gpu: there is no GPU that torch can use; leave it out, or use cpu or disk")
     if wants_calibration(task) and settings.nsamples < processes.count():
         text = f"{settings.nsamples}: {processes.count()} processes share them, so give at least as many"
         raise UserError("nsamples", text)
@@ -225,12 +230,60 @@ def _open_journal(settings: Experiment, task: Task) -> Journal | None:
 
 
 def warn_of_replacement(settings: Output, task: Task) -> None:
-    """Warn about files that will be replaced: published names contain neither seed nor N:M nor epsilon."""
+    """Warn about files that will be replaced: published names contain neither seed nor N:M nor epsilon.
+
+    Raises:
+        UserError: something would be replaced that an earlier run did not write.
+    """
+    if settings.save_model:
+        _check_target(settings, model_folder(settings, task))
     earlier = read_run(Path(settings.save), task.run)
     if earlier and not has_flags(earlier, settings.flags()):
         log.warning("%s/*_%s.* of a run with other flags will be replaced", settings.save, task.run)
     if settings.save_model and model_folder(settings, task).exists() and not (earlier and not earlier.get("complete")):
-        log.warning("%s already exists and will be replaced", model_folder(settings, task))
+        log.warning("%s already exists and will be replaced, with every file in it", model_folder(settings, task))
+
+
+def _check_target(settings: Output, target: Path) -> None:
+    """Refuse to replace ``target`` by a pruned model if anything else than an earlier one would be lost."""
+    files.check_folder("save_model", target)
+    for name, path in settings.paths().items():
+        for place in (target, partial_folder(target)):
+            if path.resolve().is_relative_to(place.resolve()):
+                inside = f"{flag_name(name)} {path} lies in {place}, which would be replaced"
+                itself = f"{place} is {flag_name(name)} itself, and would be replaced"
+                text = itself if path.resolve() == place.resolve() else inside
+                raise UserError("save_model", f"{settings.save_model}: {text}; give another folder")
+    found = sorted(target.iterdir()) if target.is_dir() else []
+    mark = MANIFEST if isinstance(settings, Experiment) else "config.json"
+    fix = "move it away, or give another folder"
+    if found and target / mark not in found:
+        text = f"{target} would be replaced, and no earlier run wrote it (it holds no {mark})"
+        raise UserError("save_model", f"{settings.save_model}: {text}; {fix}")
+    for path in found:
+        if path.is_dir():  # an export of the weights, for example; a saved model has no folders
+            text = f"{target} would be replaced, and with it the folder {path.name}, which no pruning wrote"
+            raise UserError("save_model", f"{settings.save_model}: {text}; {fix}")
+
+
+def _check_written_files(settings: Experiment, task: Task) -> None:
+    """Refuse a file to write in the place of an input, of another output, or of what is no ordinary file."""
+    figures = {f"{kind}_{task.run}" for kind in FIGURES}
+    others = settings.paths()
+    model = others.get("model")
+    for name in ("save_plan", "export_llmcompressor"):
+        path = others.pop(name, None)
+        if path is None:
+            continue
+        files.check_file(name, path)
+        for other, place in others.items():
+            if path.resolve() == place.resolve():
+                raise UserError(name, f"{path}: is {flag_name(other)}, too; give another file")
+        if model is not None and path.resolve().is_relative_to(model.resolve()):
+            raise UserError(name, f"{path}: lies in the folder of {flag_name('model')}; give another file")
+        if path.stem in figures and path.resolve().parent == Path(settings.save).resolve():
+            raise UserError(name, f"{path}: is where the run's figures are written; give another file")
+        files.prepare(name, path.parent)
 
 
 def model_folder(settings: Output, task: Task) -> Path:
@@ -268,6 +321,26 @@ def wants_calibration(task: Task) -> bool:
     return bool(task.pruner and (task.pruner.statistic or scored))
 
 
+def check_used(settings: Experiment) -> None:
+    """Refuse a flag that nothing reads in this run, or warn if it is about texts: scripts pass those to every run."""
+    task = settings.task()
+    if task.pruner and "hidden_states" in settings.given and not wants_calibration(task):
+        text = f"{settings.hidden_states} does nothing with {task.method}, which needs no calibration"
+        raise UserError("hidden_states", text)
+    evaluates = settings.eval_wikitext and not settings.metrics_only
+    searches = settings.epsilon == "auto" or task.wants == "price"
+    used = {
+        "nsamples": wants_calibration(task),
+        "calib_data": wants_calibration(task) or searches,
+        "eval_data": evaluates,
+        "eval_windows": evaluates,
+        "seqlen": not settings.metrics_only,
+    }
+    unused = [f"--{name}" for name in used if name in settings.given and not used[name]]
+    if unused:
+        log.warning("no effect in this run, which reads no such text: %s", ", ".join(unused))
+
+
 def _reserve(
     settings: Experiment, skeleton: PreTrainedModel, dtypes: models.Dtypes, seqlen: int, session: Session
 ) -> int:
@@ -288,7 +361,7 @@ def _reserve(
 
 
 def _check_layers(settings: Experiment, task: Task, source: models.Source, layers: tuple[Layer, ...]) -> None:
-    """Refuse contradictions between the flags and the model's shapes, and output paths that cannot be written."""
+    """Refuse contradictions between the flags and the model's shapes, and a metric's cache that cannot be written."""
     for layer in layers if task.nm else ():
         if layer.shape[1] % task.nm[1]:
             text = f"{layer.name} has {layer.shape[1]} columns, which {task.nm[1]} does not divide"
@@ -307,12 +380,6 @@ def _check_layers(settings: Experiment, task: Task, source: models.Source, layer
             make_plan(settings, part, layers, None)  # from shapes alone: it is met, or refused here
     if settings.plan:
         plans.load_plan(Path(settings.plan), source.name, layers)
-    for name in ("save_plan", "export_llmcompressor"):
-        path = getattr(settings, name)
-        if path:
-            if Path(path).is_dir():
-                raise UserError(name, f"{path}: is a folder; give a file")
-            files.prepare(name, Path(path).parent)
 
 
 def _seqlen(asked: int, context: int | None, reads: bool) -> int:
@@ -330,6 +397,8 @@ def _read_windows(
         return Windows()
     windows = Windows()
     if wants_calibration(task):
+        if settings.eval_wikitext and settings.one_file():
+            session.once(_warn_of_one_text, settings.eval_data)
         draws = (settings.calib_data, tokenizer, settings.nsamples, seqlen, settings.seed)
         windows = windows._replace(calibration=session.once(data.calibration_windows, *draws))
     if settings.epsilon == "auto":
@@ -345,6 +414,10 @@ def _read_windows(
         cut = (settings.eval_data, tokenizer, seqlen, settings.eval_windows)
         windows = windows._replace(evaluation=session.once(data.evaluation_windows, *cut))
     return windows
+
+
+def _warn_of_one_text(name: str) -> None:
+    log.warning("%s is both calibrated and evaluated on; give another text: --eval_data FILE", name)
 
 
 def _check_vocabulary(settings: Experiment, skeleton: PreTrainedModel, windows: Windows) -> None:

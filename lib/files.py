@@ -46,6 +46,21 @@ def prepare(field: str, folder: Path, need_bytes: int = 0) -> None:
         raise UserError(field, f"{folder}: the disk is too full, {short}; give a folder on another disk")
 
 
+def check_file(field: str, path: Path) -> None:
+    """Refuse a ``path`` to write where something else than an ordinary file stands, such as a folder or a device."""
+    if path.is_dir():
+        raise UserError(field, f"{path}: is a folder; give a file")
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(field, f"{path}: is not an ordinary file, and would be replaced by one; give another file")
+
+
+def check_folder(field: str | None, folder: Path) -> None:
+    """Refuse a ``folder`` to write where a file or a link stands, which would be moved out of the way and be lost."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        what = "a link" if folder.is_symlink() else "not a folder"
+        raise UserError(field, f"{folder}: is {what}, and would be replaced; move it away, or give another folder")
+
+
 def readable(size: float) -> str:
     """Return a human-readable size in bytes: ``1.5 MiB``."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
@@ -91,8 +106,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     Leftovers of killed processes' attempts at the same target are removed, with a line that names them.
 
     Raises:
-        UserError: the disk is full or the path is not writable.
+        UserError: the disk is full, the path is not writable, or something else than a folder stands there.
     """
+    check_folder(None, target)
     tmp = target.with_name(f".{target.name}-{_me()}")
     old = target.with_name(f".{target.name}-old-{_me()}")
     try:

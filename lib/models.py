@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib import UserError, first_line, processes, sparse, stream
-from lib.files import new_folder
+from lib.files import check_folder, new_folder, prepare
 from lib.hub import check_hub
 from lib.layers import SUPPORTED, architecture, check_support, find_blocks, linear_modules
 from lib.lazy import torch, transformers
@@ -96,6 +96,8 @@ def _converted(gguf: Path, name: str, cache_dir: str) -> Path:
     target = Path(cache_dir) / name
     if target.is_dir():
         return target
+    check_folder("cache_dir", target)
+    prepare("cache_dir", target.parent)  # before a minute's work
     log.info("converting %s to %s, once", gguf.name, target)
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:

@@ -38,12 +38,25 @@ _apart = False  # whether this process works for itself for now
 
 def started() -> int:
     """Return how many processes the launcher started, whether or not they share the work."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
 
 
 def speaks() -> bool:
     """Return whether this process prints and logs."""
-    return int(os.environ.get("RANK", 0)) == 0
+    try:
+        return _number("RANK", 0) == 0
+    except UserError:  # which ``join`` reports
+        return True
+
+
+def _number(name: str, default: int) -> int:
+    """Return the whole number that a launcher put into the environment."""
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        what = f"{name} is {text!r} in the environment, which is not a whole number"
+        raise UserError(None, f"{what}; unset it, or start with accelerate launch or torchrun") from None
 
 
 def join() -> None:
@@ -60,11 +73,12 @@ def join() -> None:
     if missing:
         text = f"WORLD_SIZE is {started()} and {missing[0]} is not set; start with accelerate launch or torchrun"
         raise UserError(None, text)
+    numbers = {name: _number(name, 0) for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")}
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and _beside() > gpus:
         raise UserError(None, f"{_beside()} processes were started on a machine with {gpus} GPUs; start one per GPU")
     if gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(numbers["LOCAL_RANK"])
     from accelerate import PartialState
 
     try:
@@ -122,7 +136,7 @@ def beside() -> int:
 
 
 def _beside() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", started()))
+    return _number("LOCAL_WORLD_SIZE", started())
 
 
 def device() -> torch.device | None:
@@ -231,7 +245,7 @@ def tells() -> bool:
     Processes that end because another one has ended come after it.
     """
     distributed = sys.modules.get("torch.distributed")
-    if started() > 1 and distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if distributed is not None and distributed.is_available() and distributed.is_initialized() and started() > 1:
         try:
             return distributed.distributed_c10d._get_default_store().add("told", 1) == 1
         except RuntimeError:  # the store went with the process that held it

@@ -83,6 +83,7 @@ class Pruning(Flags):
         None,
         "of the Hessian, as a share of its mean diagonal, for sparsegpt (default: .01), alps and {refit} (default: .1)",
         above=0,
+        most=1000,  # nothing is left of the inputs' correlations then
         prunes=True,
         metavar="X",
     )
@@ -284,7 +285,11 @@ class Output(Flags):
 
     save: str = flag("results", "where the run's figures are written", metavar="DIR")
     save_model: str | None = flag(
-        None, "write the pruned model to DIR/METHOD_RATIO", prunes=True, metavar="DIR"
+        None,
+        "write the pruned model to DIR/METHOD_RATIO; an earlier one there is replaced with all its files, anything "
+        "else there (a file, another folder, an export in it) is refused",
+        prunes=True,
+        metavar="DIR",
     )
 
 
@@ -317,6 +322,7 @@ class Scale(Flags):
         "where calibration's hidden states are kept: {choices}; auto: on the GPU where there is room, else in the "
         "CPU's memory",
         choices=HIDDEN_STATES,
+        prunes=True,
         metavar="WHERE",
     )
     restart: bool = flag(
@@ -414,19 +420,22 @@ class Experiment(
                 raise UserError("seqlen", f"{self.seqlen} with {task.method}: must be at least 2")
         return task
 
+    def one_file(self) -> bool:
+        """Return whether the texts for calibration and evaluation are one file, which is not split."""
+        same = Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
+        return same and self.calib_data not in data.DATASETS
+
     def _check_search(self, field: str, given: str) -> None:
         """Refuse a search that would see the evaluation text."""
-        same = (
-            self.calib_data not in data.DATASETS and Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
-        )
-        if same and self.eval_wikitext:
+        if self.one_file() and self.eval_wikitext:
             text = "--calib_data and --eval_data are one file, so the choice would see the evaluation text; give two"
             raise UserError(field, f"{given}: {text}")
 
     def _metrics_only(self) -> Task:
-        for name in ("prune_method", "sparsity_ratio", "eval_zero_shot", *pruning_flags(self)):
+        for name in ("prune_method", "sparsity_ratio", "eval_wikitext", "eval_zero_shot", *pruning_flags(self)):
             if name in self.given:
-                raise UserError(name, "with --metrics_only: nothing is pruned then; leave one of them out")
+                text = "with --metrics_only: nothing is pruned or evaluated then; leave one of them out"
+                raise UserError(name, text)
         return Task("metrics", None, "ww", 0.0)
 
     def _method(self) -> Task:
@@ -464,7 +473,7 @@ class Experiment(
             raise UserError("damping", text)
         for name, default in (("statistics", "pruned"), ("calib_dtype", None)):
             given = getattr(self, name)
-            if given != default and not (PRUNERS[pruner].statistic or self.refit):
+            if (given != default or name in self.given) and not (PRUNERS[pruner].statistic or self.refit):
                 raise UserError(name, f"{given} does nothing with {pruner}, which needs no calibration")
         return Options(self.pruner_iterations, self.damping, self.refit)
 

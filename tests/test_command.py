@@ -21,6 +21,8 @@ class Fruit(Flags):
     weight: float = flag(0.5, "in kg", least=0, below=2, metavar="W")
     count: int | None = flag(None, "a count", least=1)
     colour: str = flag("red", "one of {choices}", choices=("red", "green"))
+    basket: str | None = flag(None, "where it lies", metavar="DIR")
+    tags: str = flag("", "labels", metavar="A,B")
 
 
 @dataclass(kw_only=True)
@@ -55,7 +57,8 @@ def test_values_defaults_and_what_was_given():
     assert (made.press, made.litres, made.pulp) == (True, "auto", False)
     assert made.given == {"name", "weight", "press", "litres", "pulp"}
     assert made.flags() == {
-        "name": "plum", "Weight": 1.5, "count": None, "colour": "red", "press": True, "pulp": False, "litres": "auto",
+        "name": "plum", "Weight": 1.5, "count": None, "colour": "red", "basket": None, "tags": "", "press": True,
+        "pulp": False, "litres": "auto",
     }  # fmt: skip
     assert order().given == {"name"} and order("--pulp").pulp is True
 
@@ -70,6 +73,9 @@ def test_values_defaults_and_what_was_given():
         ("--litres 3", "--litres without --press does nothing; add --press"),
         ("--press --litres 0", "--litres 0.0: must be above 0 and at most 9"),
         ("--press --litres inf", "--litres inf: must be above 0 and at most 9"),
+        ("--name=", "--name '': is empty; give a value"),
+        ("--basket=", "--basket '': is empty; give a folder or leave it out"),
+        ("--colour=", "--colour '': is empty; give a value or leave it out"),
         ("--press --colour green", "--press with green fruit: too sour"),
         ("--weight 1", "unrecognized arguments: --weight 1. Did you mean '--Weight'? (--help lists the flags)"),
         ("--pulp maybe", "argument --pulp: 'maybe' is neither true nor false (--help lists the flags)"),
@@ -78,6 +84,17 @@ def test_values_defaults_and_what_was_given():
 def test_a_wrong_command_line_is_one_line_in_the_commands_own_spelling(typed, line, capsys):
     status = command(Order, lambda _: pytest.fail("it runs"), ["--name", "plum", *typed.split()], PARSER)
     assert status == 2 and capsys.readouterr().err == f"order.py: error: {line}\n"
+
+
+def test_an_empty_list_is_for_the_command_to_judge():
+    assert order("--tags", "").tags == "" and "tags" in order("--tags", "").given
+
+
+@pytest.mark.parametrize("typed", [["--basket=~/fruit"], ["--basket", "~/fruit"]])
+def test_a_tilde_that_the_shell_left_is_the_home_folder(typed, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert order(*typed).basket == f"{tmp_path}/fruit"
+    assert order("--basket", "a/~b").basket == "a/~b" and order("--name", "owner/plum~1").name == "owner/plum~1"
 
 
 def test_what_the_parser_does_not_know_may_be_passed_on():

@@ -209,6 +209,8 @@ def test_wiki_text_is_not_in_the_repository():
         ("a.json", '[{"text": "One."}, {"text": "Two."}]'),
         ("a.json", '{"text": "One."}\n{"text": "Two."}\n'),
         ("a.json", '{"text": "One.\\n\\nTwo."}'),
+        ("a.json", '\ufeff[{"text": "One."}, {"text": "Two."}]'),  # the mark that some editors begin a file with
+        ("a.txt", "\ufeffOne.\n\nTwo."),
     ],
 )
 def test_local_files_are_read(tmp_path, name, content):
@@ -228,6 +230,10 @@ def test_local_files_are_read(tmp_path, name, content):
         ("a.json", b'["a"]', "`text`"),
         ("a.json", b"3", "`text`"),
         ("a.jsonl", b'{"text": "a"}\n{"text": null}', "`text`"),
+        ("a.json", b'{"text": "a \\ud800 b"}', "cannot be read .*surrogates"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "nested too deeply"),
+        ("a.json", b"[" + b"1" * 5000 + b"]", "cannot be read"),
         ("a.json", b"[]", "short|empty|no"),
         ("a.csv", b"text\na", r"\.txt"),
         ("a", b"text", r"\.txt"),

@@ -31,6 +31,14 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     Path("words.json").write_text('[{"words": "a"}]')
     Path("file").write_text("a file")
     Path("nothing").mkdir()
+    for folder in ("old/wanda_0.5/deployment", "strange/wanda_0.5", "linked"):
+        Path(folder).mkdir(parents=True)
+    Path("old/wanda_0.5/pruning.json").write_text("{}")
+    Path("old/wanda_0.5/deployment/decode.onnx").write_text("an export of the weights")
+    Path("strange/wanda_0.5/notes.txt").write_text("nobody's")
+    Path("linked/wanda_0.5").symlink_to("../old/wanda_0.5")
+    Path("plain").mkdir()
+    Path("plain/wanda_0.5").write_text("a file")
     Path("other").mkdir()
     Path("other/notes.md").write_text("no model")
     Path("noweights").mkdir()
@@ -56,6 +64,10 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     about = {"model": "other-model", "metric": "alpha_peak", "layers": [layer.name for layer in layers]}
     about |= {"shapes": [list(layer.shape) for layer in layers], "mean_abs": [1.0] * 21}
     Path("foreign/alpha_peak.json").write_text(json.dumps(about))
+    Path("earlier").mkdir()
+    shutil.copytree("tiny-llama", "earlier/wanda_0.5")
+    shutil.copy(tiny_text, "earlier/wanda_0.5/text.txt")
+    Path("earlier/wanda_0.5/pruning.json").write_text("{}")
     Path("plans").mkdir()
     rows = {layer.name: {"ratio": 0.5, "shape": list(layer.shape)} for layer in layers}
     good = {"model": "tiny-llama", "target": 0.5, "layers": rows}
@@ -150,6 +162,8 @@ BEFORE_LOADING = {
     f"{WANDA} --eval_windows 0": "--eval_windows 0",
     f"{WANDA} --seed zero": "zero",
     f"{WANDA} --eval_wikitext maybe": "maybe",
+    "--prune_method sparsegpt --sparsity_ratio 0.5 --damping 1e300": "must be above 0 and at most 1000",
+    "--prune_method alps --sparsity_ratio 0.5 --damping 1e300": "--damping 1e+300: must be",
     # contradictions
     "--prune_method magnitude --sparsity_ratio 0.5 --use_variant": "--use_variant",
     "--prune_method sparsegpt_ww --sparsity_ratio 0.5 --use_variant": "--use_variant",
@@ -201,6 +215,12 @@ BEFORE_LOADING = {
     "--prune_method wanda_owl --sparsity_ratio 0.5 --farms": "_ww",
     f"{WW} --metrics_only": "--metrics_only",
     "--metrics_only --save_plan plan.json": "--metrics_only",
+    "--metrics_only --hidden_states cpu": "--hidden_states with --metrics_only: nothing is pruned or evaluated then",
+    "--metrics_only --eval_wikitext true": "--eval_wikitext with --metrics_only",
+    "--hidden_states cpu": "--hidden_states without --prune_method does nothing",
+    "--prune_method magnitude --sparsity_ratio 0.5 --hidden_states cpu": "cpu does nothing with magnitude, which",
+    "--prune_method magnitude --sparsity_ratio 0.5 --statistics pruned": "pruned does nothing with magnitude, which",
+    f"{WANDA} --hidden_states gpu": "--hidden_states gpu: there is no GPU",
     "--save_plan plan.json": "--prune_method",
     "--plan plan.json": "--prune_method",
     "--prune_method wanda --plan missing.json": "missing.json",
@@ -236,6 +256,8 @@ BEFORE_LOADING = {
     f"{WANDA} --eval_zero_shot --include_path missing": "--include_path missing",
     f"{WANDA} --eval_zero_shot --include_path nothing": "no lm-eval task files",
     f"{WANDA} --eval_zero_shot --num_fewshot=-1": "--num_fewshot -1",
+    f"{WANDA} --eval_zero_shot --tasks capital_cities --include_path {ROOT}/data/tasks --num_fewshot 1000":
+    "--num_fewshot 1000: capital_cities has 114 to draw from; give at most 114",
     f"{WANDA} --eval_zero_shot --limit 0": "--limit 0",
     f"{WANDA} --eval_zero_shot --eval_batch_size 0": "--eval_batch_size 0",
     f"{WANDA} --eval_zero_shot --eval_batch_size all": "--eval_batch_size all",
@@ -247,6 +269,22 @@ BEFORE_LOADING = {
     f"{WANDA} --save /proc/nowhere": "--save /proc/nowhere",
     f"{WANDA} --save_model file": "--save_model file",
     f"{WW} --ww_metric_cache file": "file",
+    # what would be replaced
+    f"{WANDA} --save_model plain": "plain/wanda_0.5: is not a folder, and would be replaced",
+    f"{WANDA} --save_model linked": "linked/wanda_0.5: is a link, and would be replaced",
+    f"{WANDA} --save_model strange": "no earlier run wrote it (it holds no pruning.json)",
+    f"{WANDA} --save_model old": "and with it the folder deployment, which no pruning wrote; move it away",
+    f"{WANDA} --model earlier/wanda_0.5 --save_model earlier": "earlier/wanda_0.5 is --model itself, and",
+    f"{WANDA} --model earlier/wanda_0.5/ --save_model ./other/../earlier": "wanda_0.5 is --model itself",
+    f"{WANDA} --calib_data earlier/wanda_0.5/text.txt --save_model earlier": "lies in earlier/wanda_0.5",
+    f"{WANDA} --save earlier/wanda_0.5/figures --save_model earlier": "--save earlier/wanda_0.5/figures lies in",
+    f"{WANDA} --save_plan /dev/null": "/dev/null: is not an ordinary file",
+    "--prune_method wanda --plan plans/good.json --export_llmcompressor plans/good.json": "plans/good.json: is --plan",
+    f"{WANDA} --save_plan same --export_llmcompressor ./same": "same: is --export_llmcompressor, too",
+    f"{WANDA} --save_plan long.txt": "long.txt: is --calib_data, too",
+    f"{WANDA} --calib_data words.json --export_llmcompressor long.txt": "long.txt: is --eval_data, too",
+    f"{WANDA} --save_plan tiny-llama/config.json": "lies in the folder of --model",
+    f"{WANDA} --save_plan save/run_wanda_sparsity_0.5.json": "is where the run's figures are written",
     # models
     f"{WANDA} --model ./missing": "--model ./missing",
     f"{WANDA} --model missing/": "--model missing/",
@@ -297,11 +335,63 @@ def test_refused_before_the_model_is_loaded(typed, say, place, capsys, monkeypat
     assert everything(place) == before
 
 
+@pytest.mark.parametrize("cache", ["/proc/nowhere", "file", "taken"])
+def test_a_cache_that_cannot_be_written_is_known_before_the_conversion(cache, place, capsys, monkeypatch):
+    Path("taken").mkdir()
+    Path("taken/smollm2-135m").write_text("a file")
+    monkeypatch.setattr(models, "_smollm2_gguf", lambda: Path("bad.gguf"))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: pytest.fail("it is converted"))
+    before = everything(place)
+    line = check_one_line(capsys, status_of(arguments(f"--model smollm2-135m --cache_dir {cache}")), "--cache_dir")
+    assert cache in line and everything(place) == before
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "abc"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2", "RANK": "x"}])
+def test_processes_that_are_not_numbered_are_one_line(variables, place, capsys, monkeypatch):
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check_one_line(capsys, status_of(arguments(WANDA)), "in the environment, which is not a whole number; unset it")
+
+
 def test_the_good_command_line_is_good(place):
     # Otherwise the refusals above might have another reason.
     for typed in (WANDA, WW, ""):
         assert status_of(arguments(typed)) == 0
     assert Path("save").is_dir() and Path("data/tiny-llama/alpha_peak.npy").is_file()
+
+
+@pytest.mark.parametrize(
+    ("typed", "warned"),
+    [
+        (WANDA, True),
+        (f"{WANDA} --calib_data other.txt", False),
+        (f"{WANDA} --eval_wikitext false", False),
+        ("--prune_method magnitude --sparsity_ratio 0.5", False),  # which reads no calibration text
+    ],
+)
+def test_a_text_both_calibrated_and_evaluated_on_is_a_warning(typed, warned, place, caplog):
+    shutil.copy("long.txt", "other.txt")
+    assert status_of(arguments(typed)) == 0
+    assert caplog.text.count("long.txt is both calibrated and evaluated on; give another text") == warned
+
+
+@pytest.mark.parametrize(
+    ("typed", "unused"),
+    [
+        (WANDA, None),
+        (f"{WANDA} --eval_wikitext false --eval_windows 2", "--eval_data, --eval_windows"),
+        ("--prune_method magnitude --sparsity_ratio 0.5", "--nsamples, --calib_data"),
+        ("--prune_method magnitude_owl --sparsity_ratio 0.5 --hidden_states cpu", None),
+        ("--metrics_only --eval_windows 2", "--nsamples, --calib_data, --eval_data, --eval_windows, --seqlen"),
+        ("", "--nsamples, --calib_data"),
+    ],
+)
+def test_flags_of_texts_that_nothing_reads_are_a_warning(typed, unused, place, caplog):
+    assert status_of(arguments(typed)) == 0
+    lines = [text for text in caplog.messages if "no effect in this run" in text]
+    assert lines == ([f"no effect in this run, which reads no such text: {unused}"] if unused else [])
 
 
 @pytest.mark.parametrize("method", METHODS)

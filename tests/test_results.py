@@ -222,6 +222,17 @@ def test_a_save_that_fails_leaves_the_old_folder_and_no_trace(tmp_path):
     assert names(tmp_path) == ["m"] and (tmp_path / "m" / "x").read_text() == "old"
 
 
+@pytest.mark.parametrize("kind", ["a file", "a link", "a broken link"])
+def test_a_folder_never_takes_the_place_of_something_else(kind, tmp_path):
+    target = tmp_path / "m"
+    (tmp_path / "there").mkdir()
+    target.write_text("x") if kind == "a file" else target.symlink_to("there" if kind == "a link" else "nowhere")
+    before = names(tmp_path)
+    with pytest.raises(UserError, match="would be replaced; move it away"), files.new_folder(target):
+        pytest.fail("the work begins")
+    assert names(tmp_path) == before
+
+
 def test_an_earlier_run_is_read_or_is_none(tmp_path):
     assert record.read_run(tmp_path, "x") is None
     (tmp_path / "run_x.json").write_text("{")
