@@ -20,7 +20,7 @@ from lib.command import check_values, command, flag, make_parser
 from lib.experiment import Session
 from lib.lazy import torch
 from lib.pruners import DAMPED, ITERATED, VARIANTS
-from lib.record import is_complete, read_run
+from lib.record import changed_inputs, inputs_of, is_complete, read_run
 from lib.registry import check_name
 from lib.settings import METHODS, Experiment
 from lib.tables import spread_of
@@ -32,7 +32,7 @@ FOR_PRUNERS = {"pruner_iterations": ITERATED, "damping": DAMPED, "use_variant": 
 RESUME = "the same command resumes"
 REST = (
     "All other flags are main.py's; one for certain methods only (--owl_m, --damping, --save_model ...) is not given "
-    "to others. A setting whose run file is complete, with the same flags, is skipped."
+    "to others. A setting whose run file is complete, with the same flags and unchanged files, is skipped."
 )
 
 
@@ -197,18 +197,20 @@ PARSER = make_parser(Sweep, "sweep.py", __doc__, REST)
 
 def run_all(todo: Sequence[Experiment], force: bool) -> tuple[list[dict | None], list[dict]]:
     """Run the incomplete settings; return each setting's record, None if it failed, and the records made now."""
-    session = Session(shared=True, planned=todo)
+    session, inputs = Session(shared=True, planned=todo), Inputs()
     records: list[dict | None] = []
     made: list[dict] = []
     for i, settings in enumerate(todo):
         what = f"[{i + 1}/{len(todo)}] {_name(settings)}"
         record = read_run(Path(settings.save), settings.task().run)
-        if not force and is_complete(record, settings.flags()):
+        now = inputs.of(settings)
+        if not force and is_complete(record, settings.flags()) and inputs.are_those_of(record, now):
             print(f"{what}: complete already, skipped (--force runs it again)", flush=True)
             records.append(record)
             continue
         print(what, flush=True)
         try:
+            inputs.check(settings, now)
             made.append(program.run(settings, Console(quiet=True), session))
             records.append(made[-1])
         except UserError as error:
@@ -219,6 +221,43 @@ def run_all(todo: Sequence[Experiment], force: bool) -> tuple[list[dict | None],
             log.error("%s failed: %s", _name(settings), first_line(error), exc_info=None if known else error)
             records.append(None)
     return records, made
+
+
+class Inputs:
+    """Inputs of the settings, local files and folders: as they are now, as runs on disk had them, and as first seen."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+        self._warned = False  # of runs of an older version
+
+    def of(self, settings: Experiment) -> dict[str, str]:
+        """Return what identifies the inputs of ``settings`` now."""
+        now = inputs_of(settings.flags())
+        self._first = now | self._first
+        return now
+
+    def are_those_of(self, record: dict, now: dict[str, str]) -> bool:
+        """Return whether a complete run on disk read what is there ``now``; one of an older version counts."""
+        changed = changed_inputs(record, now)
+        if changed is None and now and not self._warned:
+            text = "runs of an older version do not note which files they read (%s): taken to be the same; else --force"
+            log.warning(text, ", ".join(f"--{name}" for name in now))
+            self._warned = True
+        for name in changed or ():
+            given = record["flags"][name]
+            log.info("--%s %s has changed since the complete run on disk: it is run again", name, given)
+        return not changed
+
+    def check(self, settings: Experiment, now: dict[str, str]) -> None:
+        """Refuse to mix an input that is changed now with what this process has read of it before.
+
+        Raises:
+            UserError: names it.
+        """
+        for name, own in now.items():
+            if own != self._first[name]:
+                text = "was changed since this command started; start it again, and it is read anew"
+                raise UserError(name, f"{getattr(settings, name)}: {text}")
 
 
 def _name(settings: Experiment) -> str:

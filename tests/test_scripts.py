@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from lib import UserError, models
 from lib.allocation import SparsityPlan, heavy_tailed
 from lib.command import parse
 from lib.layers import prunable_layers
+from lib.record import inputs_of
 from lib.settings import Experiment
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -207,6 +209,63 @@ def test_a_run_is_complete_only_with_the_same_flags(finished, small, monkeypatch
             assert not skipped("--epsilons", "0.2")
     finally:
         path.write_text(text)
+
+
+def test_a_complete_run_of_a_file_that_was_replaced_is_run_again(tiny_folder, tiny_text, tmp_path, capsys, caplog):
+    shutil.copytree(tiny_folder, tmp_path / "tiny")
+    (tmp_path / "cal.txt").write_bytes(tiny_text.read_bytes())
+    flags = f"--model {tmp_path}/tiny --calib_data {tmp_path}/cal.txt --eval_data {tiny_text} --seqlen 32".split()
+    flags += f"--nsamples 2 --eval_windows 2 --save {tmp_path}/s --methods wanda --sparsities 0.5".split()
+    path = tmp_path / "s" / "run_wanda_sparsity_0.5.json"
+
+    def again() -> bool:
+        """Return whether the setting was run."""
+        assert sweep.main(flags) == 0
+        return "complete already" not in capsys.readouterr().out
+
+    assert again() and not again()
+    (tmp_path / "cal.txt").write_text(tiny_text.read_text()[::-1])
+    caplog.clear()
+    assert again() and f"--calib_data {tmp_path}/cal.txt has changed" in caplog.text and not again()
+    weights = tmp_path / "tiny" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    caplog.clear()
+    assert again() and f"--model {tmp_path}/tiny has changed" in caplog.text and not again()
+    (tmp_path / "tiny" / "README.md").write_text("not the model")
+    assert not again()
+    record = json.loads(path.read_text())
+    del record["inputs"]
+    path.write_text(json.dumps(record))  # as an older version wrote it
+    caplog.clear()
+    assert not again() and caplog.text.count("older version") == 1
+
+
+def test_what_changes_while_a_sweep_runs_is_not_mixed(small, tmp_path, monkeypatch, caplog):
+    variables, flags, _ = small
+    (tmp_path / "cal.txt").write_text("a")
+
+    def run(settings, *_):
+        (tmp_path / "cal.txt").write_text("b")
+        return {"perplexity": 1.0}
+
+    monkeypatch.setattr(main, "run", run)
+    flags = ["--model", variables["MODEL"], *flags, "--save", str(tmp_path), "--methods", "wanda,magnitude"]
+    records, _ = sweep.run_all(planned(*flags, "--calib_data", str(tmp_path / "cal.txt"), "--sparsities", "0.5"), False)
+    assert records == [{"perplexity": 1.0}, None] and "cal.txt: was changed since this command started" in caplog.text
+
+
+def test_large_weights_are_known_without_reading_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.record._READ_WHOLE", 10)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"x" * 20)
+    os.utime(path, ns=(0, 5))
+    first = inputs_of({"model": str(tmp_path), "seed": 0, "plan": None, "calib_data": "c4"})
+    assert first.keys() == {"model"}
+    path.write_bytes(b"y" * 20)
+    os.utime(path, ns=(0, 6))
+    assert inputs_of({"model": str(tmp_path)}) != first
+    os.utime(path, ns=(0, 5))
+    assert inputs_of({"model": str(tmp_path)}) == first, "it is not read"
 
 
 # ------------------------------------------------------------------------------------------------------ the table
