@@ -172,9 +172,12 @@ def run_text(record: Mapping) -> str:
 
 
 def _json(value):
-    """Return ``value`` with null for numbers that JSON cannot represent."""
+    """Return ``value`` with ``inf``, ``-inf`` or ``nan`` as text for numbers that JSON cannot represent.
+
+    Null would say that nothing was measured.
+    """
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return str(float(value))
     if isinstance(value, Mapping):
         return {key: _json(item) for key, item in value.items()}
     return [_json(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -183,8 +186,28 @@ def _json(value):
 def read_run(folder: Path, run: str) -> dict | None:
     """Return the record of an earlier run of the same name, None if missing or unreadable."""
     with suppress(OSError, ValueError):
-        return json.loads((folder / f"run_{run}.json").read_text(encoding="utf-8"))
+        return parsed((folder / f"run_{run}.json").read_text(encoding="utf-8"))
     return None
+
+
+def parsed(text: str) -> dict:
+    """Return the record in the ``text`` of a run file, its perplexity a number, or None if it was not measured.
+
+    An older version wrote null for a perplexity that is not finite as well; that of a complete run with an evaluation
+    is then NaN.
+
+    Raises:
+        ValueError: the text is not JSON, or not a run's.
+    """
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError("it does not hold a run's record")
+    value = record.get("perplexity")
+    if isinstance(value, str):
+        record["perplexity"] = float(value)
+    elif value is None and record.get("complete") is True and record.get("evaluation"):
+        record["perplexity"] = math.nan
+    return record
 
 
 def has_flags(record: dict | None, flags: Mapping[str, object]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def seconds_of(record: Mapping, *stages: str) -> float | None:
 
 
 def rows_of(keys: Sequence[Key], settings: Sequence[Experiment], records: Sequence[dict | None]) -> dict[Key, Row]:
-    """Return the rows of the table; runs that failed or have no perplexity are left out."""
+    """Return the rows of the table; runs that failed or measured no perplexity are left out, one of inf counts."""
     found: dict[Key, list[tuple[Experiment, dict]]] = {}
     seconds: dict[str, list[float | None]] = {}
     for key, setting, record in zip(keys, settings, records, strict=True):
@@ -221,7 +222,7 @@ def _windows(text: Mapping) -> str:
 def plot(rows: Rows, sparsities: Sequence[float], title: str, path: Path) -> None:
     """Write a PNG: a line for each pruner and allocation, a mark for its perplexity at each sparsity, log axis.
 
-    The bar through a mark is the standard deviation over seeds.
+    The bar through a mark is the standard deviation over seeds. A mean that is not finite has no place on the axis.
     """
     from matplotlib.figure import Figure
 
@@ -229,6 +230,7 @@ def plot(rows: Rows, sparsities: Sequence[float], title: str, path: Path) -> Non
     axes = figure.subplots()
     for sparsity in sparsities:
         points = [(row.cells[sparsity], y) for y, row in enumerate(rows.values()) if sparsity in row.cells]
+        points = [(cell, y) for cell, y in points if math.isfinite(cell.mean)]
         means, places = [cell.mean for cell, _ in points], [y for _, y in points]
         bars = [cell.deviation or 0.0 for cell, _ in points]
         axes.errorbar(means, places, xerr=bars, fmt="o", capsize=2, label=f"sparsity {sparsity:g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -278,7 +279,10 @@ def saved_seconds(made: list[dict], start_up: float) -> float:
 
 
 def plot(records: Sequence[dict], path: Path) -> None:
-    """Write a PNG: perplexity over sparsity, its mean over seeds, one line per method and epsilon, log axis."""
+    """Write a PNG: perplexity over sparsity, its mean over seeds, one line per method and epsilon, log axis.
+
+    A mean that is not finite has no place on the axis: the legend names it.
+    """
     from matplotlib.figure import Figure
 
     lines: dict[str, dict[float, list[float]]] = {}
@@ -287,14 +291,18 @@ def plot(records: Sequence[dict], path: Path) -> None:
     for record in records:
         label = record["method"]
         if label == "dense":
-            axes.axhline(record["perplexity"], color="black", linewidth=0.8, linestyle=":", label="dense")
+            height = record["perplexity"] if math.isfinite(record["perplexity"]) else math.nan
+            label += f" ({record['perplexity']})" if math.isnan(height) else ""
+            axes.axhline(height, color="black", linewidth=0.8, linestyle=":", label=label)
             continue
         label += f", epsilon {record['flags']['epsilon']}" if label.endswith("_ww") else ""
         lines.setdefault(label, {}).setdefault(record["target_sparsity"], []).append(record["perplexity"])
     for label, found in lines.items():
         style = "o-" if "_" in label else "s--"
-        points = [(sparsity, spread_of(figures).mean) for sparsity, figures in sorted(found.items())]
-        axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+        means = {sparsity: spread_of(figures).mean for sparsity, figures in sorted(found.items())}
+        label += "".join(f", {mean} at {sparsity:g}" for sparsity, mean in means.items() if not math.isfinite(mean))
+        heights = [mean if math.isfinite(mean) else math.nan for mean in means.values()]
+        axes.plot(list(means), heights, style, label=label, linewidth=1, markersize=4)
     axes.set(yscale="log", xlabel="sparsity", title=records[0]["model"]["name"])
     axes.set_ylabel(f"perplexity, {records[0]['evaluation']['text']}")
     axes.legend(fontsize="small")
@@ -302,8 +310,8 @@ def plot(records: Sequence[dict], path: Path) -> None:
 
 
 def measured(records: Sequence[dict | None]) -> list[dict]:
-    """Return the records with a perplexity."""
-    return [record for record in records if record and record["perplexity"] is not None]
+    """Return the records with a perplexity, finite or not."""
+    return [record for record in records if record and record.get("perplexity") is not None]
 
 
 def run(sweep: Sweep) -> int:

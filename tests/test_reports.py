@@ -174,6 +174,19 @@ def test_comparisons_table_by_pencil():
     ]
 
 
+def test_a_seed_that_diverged_counts(tmp_path):
+    def record(figure: float) -> dict:
+        stages = dict.fromkeys(("measure", "allocate", "prune"), {"seconds": 1.0})
+        return {"perplexity": figure, "target_sparsity": 0.5, "device": ["NVIDIA H100"], "stages": stages}
+
+    setting = parse(Experiment, "--model m --prune_method wanda --sparsity_ratio 0.5".split(), main.PARSER)
+    keys = [compare_allocations.Key("wanda", name) for name in ("uniform", "uniform", "owl")]
+    rows = compare_allocations.rows_of(keys, [setting] * 3, [record(9.0), record(math.inf), record(8.0)])
+    assert rows[keys[0]].cells[0.5].text(2) == "inf" and rows[keys[2]].cells[0.5].text(2) == "8.00 (1)"
+    compare_allocations.plot(rows, [0.5], "m", tmp_path / "x.png")
+    assert is_png(tmp_path / "x.png")
+
+
 def test_the_documented_results_are_the_measured_ones():
     content = json.loads((ROOT / "data/smollm2_results.json").read_text())
     keys, settings, records = [], [], []

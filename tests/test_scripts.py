@@ -419,11 +419,41 @@ def test_a_run_without_the_metric_is_left_out(tmp_path, capsys):
 
 
 def test_zero_shot_table_and_a_perplexity_that_is_not_finite(tmp_path, capsys):
-    accurate = record("wanda", math.inf)
+    accurate = record("wanda", "inf")
     accurate["zero_shot"] = {"means": {"acc": 0.43219}}
     assert csv_of(tmp_path, {"a": accurate}, capsys)[1][3] == "inf"
     assert csv_of(tmp_path, {}, capsys, "--value", "zero_shot")[1] == ["wanda", "uniform", "0.7", "43.22"]
+    seeds = {f"s{seed}": record("alps", ppl, seed=seed) for seed, ppl in enumerate((18.0, "inf", 21.0))}
+    older = record("magnitude", None)  # null: an older version's, of a complete run with an evaluation
+    rows = csv_of(tmp_path, seeds | {"b": older}, capsys)
+    assert [row[3] for row in rows[1:]] == ["nan (1)", "inf (1)", "inf"]
     assert table.main([str(tmp_path / "nowhere")]) == 2 and "folder not found" in capsys.readouterr().err
+
+
+def test_damaged_run_files_are_left_out_by_name(tmp_path, capsys):
+    good = record("wanda", 9.0)
+    spoiled = {"a": [1], "e": good | {"flags": 3}, "f": good | {"perplexity": {}}, "g": good | {"target_sparsity": "x"}}
+    for name, missing in {"b": "finished", "c": "method", "d": "model"}.items():
+        spoiled[name] = {key: value for key, value in good.items() if key != missing}
+    for name, content in ({"good": good} | spoiled).items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run_x.json").write_text(json.dumps(content))
+    assert table.main([str(tmp_path), "--format", "csv"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and err.count("is left out") == len(spoiled) == len(err.splitlines())
+
+
+def test_a_sweep_counts_a_perplexity_that_is_not_finite(small, tmp_path, monkeypatch, capsys, recwarn):
+    variables, flags, _ = small
+    monkeypatch.setattr("lib.evaluation.perplexity", lambda *_: math.inf)
+    flags = ["--model", variables["MODEL"], *flags, "--save", str(tmp_path), "--methods", "dense,magnitude"]
+    labels = []
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes, **_: labels.append(axes.get_legend_handles_labels()))
+    for words in ("2 settings in", "complete already"):
+        assert sweep.main([*flags, "--sparsities", "0.5"]) == 0
+        assert words in capsys.readouterr().out and (tmp_path / "sweep.png").is_file()
+        assert labels.pop()[1] == ["dense (inf)", "magnitude, inf at 0.5"]
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
 
 
 def test_published_figures_are_the_checked_ones():
