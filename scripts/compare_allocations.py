@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sweep
 
-from lib import UserError, files, price
+from lib import UserError, files, models, price
 from lib.allocation import ALLOCATIONS
 from lib.command import command, flag, make_parser
 from lib.pruners import PRUNERS
@@ -78,7 +78,8 @@ class Comparison(sweep.Several):
         return list(dict.fromkeys(names))
 
     def suffixes(self) -> list[str]:
-        return [check_name("allocations", suffix.strip(), ALLOCATIONS) for suffix in self.allocations.split(",")]
+        names = [check_name("allocations", suffix.strip(), ALLOCATIONS) for suffix in self.allocations.split(",")]
+        return list(dict.fromkeys(names))
 
     def methods(self) -> list[str | None]:
         return [f"{pruner}_{suffix}".rstrip("_") for pruner in self.pruners() for suffix in self.suffixes()]
@@ -104,13 +105,21 @@ class Comparison(sweep.Several):
     def _of(self, pruner: str, suffix: str, seed: int) -> list[tuple[Key, Experiment]]:
         name, method = TRIED.get(suffix), f"{pruner}_{suffix}".rstrip("_")
         found = []
-        for value in sweep.words(getattr(self, name)) if name else [None]:
+        for value in self._tried(name) if name else [None]:
             label = f"{suffix} {name} {value}" if name else suffix or "uniform"
-            changes = {name: sweep.number(name, value)} if name else {}
+            changes = {name: float(value)} if name else {}
             for sparsity in sweep.numbers("sparsity_ratio", self.sparsity_ratio):
                 setting = self.one(method, label.replace(" ", "_"), seed, sparsity_ratio=sparsity, **changes)
                 found.append((Key(pruner, label), setting))
         return found
+
+    def _tried(self, name: str) -> list[str]:
+        """Return the values of a hyper-parameter as they were given, each number once."""
+        sweep.numbers(name, getattr(self, name))
+        found: dict[float, str] = {}
+        for word in sweep.words(getattr(self, name)):
+            found.setdefault(float(word), word)
+        return list(found.values())
 
     def settings(self) -> list[Experiment]:
         return [setting for _, setting in self.keyed()]
@@ -245,6 +254,7 @@ def plot(rows: Rows, sparsities: Sequence[float], title: str, path: Path) -> Non
 def run(comparison: Comparison) -> int:
     """Run the comparison; return 0, or 1 if a setting failed."""
     folder = Path(comparison.save)
+    models.locate(comparison.model, comparison.cache_dir)  # or every setting would fail
     files.prepare("save", folder)
     keys, settings = zip(*comparison.keyed(), strict=True)
     records, _ = sweep.run_all(settings, comparison.force)

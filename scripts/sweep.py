@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 
 import main as program
-from lib import UserError, files, first_line
+from lib import UserError, files, first_line, models
 from lib.command import check_values, command, flag, make_parser
 from lib.experiment import Session
 from lib.lazy import torch
@@ -125,11 +125,11 @@ def number(field: str, word: str) -> float:
 
 
 def numbers(field: str, text: str) -> list[float]:
-    """Return the numbers separated by commas or spaces."""
+    """Return the numbers separated by commas or spaces, each once."""
     found = [number(field, word) for word in words(text)]
     if not found:
         raise UserError(field, f"{text!r}: holds no number")
-    return found
+    return list(dict.fromkeys(found))
 
 
 @dataclass(kw_only=True)
@@ -161,6 +161,18 @@ class Sweep(Several):
             raise UserError("prune_method", f"{self.prune_method!r}: names no method")
         return [None if name == "dense" else name for name in dict.fromkeys(names)]
 
+    def check(self) -> None:
+        self._entries()
+        super().check()
+        if self.methods() == [None] and self.seeds > 1:
+            raise UserError("seeds", f"{self.seeds} with --methods dense: nothing is drawn for it; leave it out")
+
+    def idle(self) -> list[str]:
+        """Return the values of --epsilons that are for no method of the sweep."""
+        entries, steered = self._entries(), [method for method in self.methods() if method and method.endswith("_ww")]
+        found = [f"{name}={value}" for name in entries if name and name not in steered for value in entries[name]]
+        return found + ([] if set(steered) - set(entries) else [str(value) for value in entries.get("", ())])
+
     def settings(self) -> list[Experiment]:
         found = [self.one(None)] if None in self.methods() else []
         for seed in self.every_seed():
@@ -180,13 +192,20 @@ class Sweep(Several):
                 found.append(self.one(method, "", seed, sparsity_ratio=sparsity))
         return found
 
-    def _epsilons(self, method: str) -> list[float | str]:
-        entries: dict[str, list[float | str]] = {}  # "": those for all
+    def _entries(self) -> dict[str, list[float | str]]:
+        """Return the values of --epsilons by method, each once; under an empty name those for all."""
+        entries: dict[str, list[float | str]] = {}
         for word in words(self.epsilon):
             name, _, value = word.rpartition("=")
             if name:
                 check_name("epsilon", name, [name for name in METHODS if name.endswith("_ww")])
-            entries.setdefault(name, []).append("auto" if value == "auto" else number("epsilon", value))
+            epsilon = "auto" if value == "auto" else number("epsilon", value)
+            if epsilon not in entries.setdefault(name, []):
+                entries[name].append(epsilon)
+        return entries
+
+    def _epsilons(self, method: str) -> list[float | str]:
+        entries = self._entries()
         found = entries.get(method) or entries.get("")
         if not found:
             raise UserError("epsilon", f"{self.epsilon!r}: holds none for {method}; add {method}=E, or E for all")
@@ -316,7 +335,10 @@ def measured(records: Sequence[dict | None]) -> list[dict]:
 
 def run(sweep: Sweep) -> int:
     """Run the sweep; return 0, or 1 if a setting failed."""
+    models.locate(sweep.model, sweep.cache_dir)  # or every setting would fail
     files.prepare("save", Path(sweep.save))
+    if "epsilon" in sweep.given and sweep.idle():  # not refused: the published scripts give it for all their methods
+        log.warning("--epsilons %s: does nothing with --methods %s", ",".join(sweep.idle()), sweep.prune_method)
     start_up, begin = _since_start(), time.perf_counter()
     records, made = run_all(sweep.settings(), sweep.force)
     seconds = time.perf_counter() - begin + start_up

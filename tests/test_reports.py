@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -172,6 +173,31 @@ def test_comparisons_table_by_pencil():
         "| alps | uniform | 16.00 ± 1.00 | - | - | 0 | - |",
         "| alps | owl | 16.97 ± 0.12 | - | 12 | 8 | 160 |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--allocations atp --atp_betas ''", "--atp_betas '': holds no number"),
+        ("--allocations ww --epsilons ,", "--epsilons ',': holds no number"),
+        ("--allocations atp --atp_betas x", "--atp_betas 'x' is not a number"),
+        ("--allocations owl --model /nope", "--model /nope: folder not found"),
+    ],
+)
+def test_comparison_refuses_in_one_line(flags, says, tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = ["--model", str(tiny_folder), "--calib_data", str(tiny_text), "--eval_data", str(tiny_text)]
+    assert compare_allocations.main([*common, *shlex.split(flags)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"compare_allocations.py: error: {says}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_value_of_a_comparison_is_tried_once():
+    flags = "--model m --allocations ww,,ww --epsilons 0.10,0.2,.1 --sparsities 0.5,0.50".split()
+    keyed = parse(compare_allocations.Comparison, flags, compare_allocations.PARSER).keyed()
+    labels = ["ww epsilon 0.10", "ww epsilon 0.2", "uniform"]
+    assert [key.allocation for key, _ in keyed] == labels and [s.epsilon for _, s in keyed[:2]] == [0.1, 0.2]
 
 
 def test_a_seed_that_diverged_counts(tmp_path):

@@ -628,11 +628,45 @@ def test_seeds_of_a_sweep_have_folders():
         ("--owl_m 3", "it is for the methods with _owl"),
         ("--save_plan p.json", "18 settings would write the same file"),
         ("--metrics_only", "nothing to sweep"),
+        ("--methods dense --seeds 3", "--seeds 3 with --methods dense: nothing is drawn for it"),
+        ("--methods magnitude --epsilons wandaa_ww=0.3", "Did you mean 'wanda_ww'"),
         ("--sparsitys 0.5", "Did you mean '--sparsities'"),
     ],
 )
 def test_sweep_refuses_what_it_could_not_mean(flags, says):
     assert says in refusal(*flags.split())
+
+
+def test_each_value_of_a_list_is_run_once():
+    runs = planned("--model", "m", "--methods", "wanda,wanda_ww", "--sparsities", "0.5,0.5 0.50", "--epsilons", ".2,0.2")
+    assert [(run.prune_method, run.sparsity_ratio) for run in runs] == [("wanda", 0.5), ("wanda_ww", 0.5)]
+    assert runs[1].save == "results/sweep", "one epsilon needs no folder"
+
+
+@pytest.mark.parametrize(
+    ("methods", "epsilons", "idle"),
+    [
+        ("magnitude", "0.4", ["0.4"]),
+        ("sparsegpt_ww", "0.2,wanda_ww=0.3", ["wanda_ww=0.3"]),
+        ("sparsegpt_ww", "0.2,sparsegpt_ww=0.3", ["0.2"]),
+        ("sparsegpt_ww,wanda_ww", "0.2,sparsegpt_ww=0.3", []),
+    ],
+)
+def test_epsilons_for_no_method_are_named(methods, epsilons, idle, tmp_path, small, monkeypatch, caplog):
+    monkeypatch.setattr(sweep, "run_all", lambda *_: ([], []))
+    flags = ["--model", small[0]["MODEL"], *small[1], "--save", str(tmp_path), "--methods", methods]
+    assert sweep.main([*flags, "--epsilons", epsilons]) == 0
+    found = [r.getMessage() for r in caplog.records if "does nothing" in r.getMessage()]
+    assert found == ([f"--epsilons {','.join(idle)}: does nothing with --methods {methods}"] if idle else [])
+    caplog.clear()
+    assert sweep.main(flags) == 0 and "does nothing" not in caplog.text, "the default is not the user's"
+
+
+def test_a_model_that_is_not_there_is_one_line(small, tmp_path, capsys):
+    flags = ["--model", "/nope", *small[1], "--save", str(tmp_path / "s"), "--methods", "dense,magnitude"]
+    assert sweep.main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sweep.py: error: --model /nope: folder not found") and not (tmp_path / "s").exists()
 
 
 def test_a_setting_that_fails_does_not_stop_the_others(small, tmp_path, capsys, caplog):
