@@ -409,6 +409,20 @@ def read_cache(
     return LayerMetrics(metric, model, dict(zip((layer.name for layer in layers), values.tolist(), strict=True)))
 
 
+def has_cache(
+    folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: Settings = PUBLISHED
+) -> bool:
+    """Return whether ``folder`` holds all values, so that nothing will be written there; False for an older cache.
+
+    Raises:
+        UserError: as ``read_cache`` does.
+    """
+    if read_cache(folder, metric, model, layers, settings) is None:
+        return False
+    sidecar = folder / f"{settings.stem(metric)}.json"
+    return not sidecar.exists() or json.loads(sidecar.read_text()).get("fingerprints") is not None
+
+
 def _fix(path: Path) -> str:
     return f"give another {flag_name('ww_metric_cache')}, or delete {path} to have it computed"
 

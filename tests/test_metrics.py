@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from lib import UserError, metrics
+import main
+from lib import UserError, files, metrics
 from lib.blocks import Weights, weights_of
 from lib.esd import METRICS, WEIGHTWATCHER, Farms, spectrum
 from lib.fingerprint import fingerprint, same_weights
@@ -320,6 +321,28 @@ def test_a_write_that_fails_leaves_no_half_file(tmp_path, tiny_weights, monkeypa
     with pytest.raises(UserError, match="No space left"):
         load_or_measure(tmp_path, "alpha_mid", MODEL, tiny_weights)
     assert not (tmp_path / "alpha_mid.npy").exists()
+
+
+def test_a_complete_cache_may_be_on_a_disk_that_cannot_be_written(
+    tiny_folder, tiny_text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--model {tiny_folder} --eval_data {tiny_text} --seqlen 32 --eval_windows 1 --ww_metric alpha_mid".split()
+    flags += "--ww_metric_cache cache --prune_method magnitude_ww --sparsity_ratio 0.5".split()
+    assert main.main(flags) == 0
+    prepare = files.prepare
+
+    def read_only(field: str, folder, *more) -> None:
+        if str(folder) == "cache":
+            raise UserError(field, "cache: cannot be written (Read-only file system)")
+        prepare(field, folder, *more)
+
+    monkeypatch.setattr(files, "prepare", read_only)
+    assert main.main(flags) == 0
+    about = json.loads((tmp_path / "cache" / "alpha_mid.json").read_text())
+    (tmp_path / "cache" / "alpha_mid.json").write_text(json.dumps(about | {"fingerprints": None}))
+    capsys.readouterr()
+    assert main.main(flags) == 2 and "--ww_metric_cache cache: cannot be written" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- other ways to measure
