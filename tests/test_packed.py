@@ -183,7 +183,7 @@ def test_spoiled_folder_ends_every_command_in_one_line(case, copied, tmp_path, m
     flags = f"--model copied --eval_data {tiny_text} --seqlen 32 --save save".split()
     assert says in one_line(capsys, main.main(flags))
     assert says in one_line(capsys, generate.main(["copied", "Ab de"]))
-    if spoil not in (wider, half_generation):  # which files are there, and not what they are for, is all that unpacking reads
+    if spoil not in (wider, half_generation):  # unpacking reads which files are there, and not what they are for
         with pytest.raises(UserError) as caught:
             pack.unpack_folder(Path("copied"), Path("back"))
         assert says in str(caught.value) and "\n" not in str(caught.value) and not list(Path().glob("*back*"))

@@ -185,7 +185,7 @@ def test_comparisons_table_by_pencil():
         ("--allocations owl --model /nope", "--model /nope: folder not found"),
     ],
 )
-def test_comparison_refuses_in_one_line(flags, says, tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
+def test_comparison_refuses_values_and_models(flags, says, tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     common = ["--model", str(tiny_folder), "--calib_data", str(tiny_text), "--eval_data", str(tiny_text)]
     assert compare_allocations.main([*common, *shlex.split(flags)]) == 2

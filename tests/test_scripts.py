@@ -448,7 +448,8 @@ def test_a_sweep_counts_a_perplexity_that_is_not_finite(small, tmp_path, monkeyp
     monkeypatch.setattr("lib.evaluation.perplexity", lambda *_: math.inf)
     flags = ["--model", variables["MODEL"], *flags, "--save", str(tmp_path), "--methods", "dense,magnitude"]
     labels = []
-    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axes, **_: labels.append(axes.get_legend_handles_labels()))
+    legend = "matplotlib.axes.Axes.legend"
+    monkeypatch.setattr(legend, lambda axes, **_: labels.append(axes.get_legend_handles_labels()))
     for words in ("2 settings in", "complete already"):
         assert sweep.main([*flags, "--sparsities", "0.5"]) == 0
         assert words in capsys.readouterr().out and (tmp_path / "sweep.png").is_file()
@@ -638,7 +639,8 @@ def test_sweep_refuses_what_it_could_not_mean(flags, says):
 
 
 def test_each_value_of_a_list_is_run_once():
-    runs = planned("--model", "m", "--methods", "wanda,wanda_ww", "--sparsities", "0.5,0.5 0.50", "--epsilons", ".2,0.2")
+    flags = ["--methods", "wanda,wanda_ww", "--sparsities", "0.5,0.5 0.50", "--epsilons", ".2,0.2"]
+    runs = planned("--model", "m", *flags)
     assert [(run.prune_method, run.sparsity_ratio) for run in runs] == [("wanda", 0.5), ("wanda_ww", 0.5)]
     assert runs[1].save == "results/sweep", "one epsilon needs no folder"
 

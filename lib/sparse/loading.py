@@ -70,8 +70,8 @@ def _generation(folder: Path) -> GenerationConfig | None:
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
-        reason = first_line(error)
-        raise UserError(None, f"{path}: cannot be used ({reason}); correct it, or delete it for the defaults") from error
+        what = f"cannot be used ({first_line(error)}); correct it, or delete it for the defaults"
+        raise UserError(None, f"{path}: {what}") from error
 
 
 def _skeleton(folder: Path, kind: torch.dtype) -> PreTrainedModel:
