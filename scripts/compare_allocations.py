@@ -254,8 +254,8 @@ def plot(rows: Rows, sparsities: Sequence[float], title: str, path: Path) -> Non
 def run(comparison: Comparison) -> int:
     """Run the comparison; return 0, or 1 if a setting failed."""
     folder = Path(comparison.save)
-    models.locate(comparison.model, comparison.cache_dir)  # or every setting would fail
     files.prepare("save", folder)
+    models.locate(comparison.model, comparison.cache_dir)  # or every setting would fail
     keys, settings = zip(*comparison.keyed(), strict=True)
     records, _ = sweep.run_all(settings, comparison.force)
     # As they are on disk, where commit and versions are, too.

@@ -335,8 +335,8 @@ def measured(records: Sequence[dict | None]) -> list[dict]:
 
 def run(sweep: Sweep) -> int:
     """Run the sweep; return 0, or 1 if a setting failed."""
-    models.locate(sweep.model, sweep.cache_dir)  # or every setting would fail
     files.prepare("save", Path(sweep.save))
+    models.locate(sweep.model, sweep.cache_dir)  # or every setting would fail
     if "epsilon" in sweep.given and sweep.idle():  # not refused: the published scripts give it for all their methods
         log.warning("--epsilons %s: does nothing with --methods %s", ",".join(sweep.idle()), sweep.prune_method)
     start_up, begin = _since_start(), time.perf_counter()

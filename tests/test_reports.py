@@ -19,6 +19,7 @@ import esd_report
 
 import main
 from lib.command import parse
+from lib.record import parsed, run_text
 from lib.settings import Experiment
 from lib.tables import spread_of
 
@@ -204,7 +205,7 @@ def test_each_value_of_a_comparison_is_tried_once():
 def test_a_seed_that_diverged_counts(tmp_path):
     def record(figure: float) -> dict:
         stages = dict.fromkeys(("measure", "allocate", "prune"), {"seconds": 1.0})
-        return {"perplexity": figure, "target_sparsity": 0.5, "device": ["NVIDIA H100"], "stages": stages}
+        return parsed(run_text({"perplexity": figure, "target_sparsity": 0.5, "stages": stages}))
 
     setting = parse(Experiment, "--model m --prune_method wanda --sparsity_ratio 0.5".split(), main.PARSER)
     keys = [compare_allocations.Key("wanda", name) for name in ("uniform", "uniform", "owl")]
