@@ -82,8 +82,8 @@ def check_allocation(
         metric, layers = settings.ww_metric, parts.measured.layers
         if metric in WEIGHTWATCHER and any(len(layer.shape) > 2 for layer in layers):
             raise UserError("ww_metric", f"{metric}: is for matrices, and {settings.model} holds convolutions")
-        metrics.read_cache(cache, metric, source.label, layers)
-        files.prepare("ww_metric_cache", cache)
+        if not metrics.has_cache(cache, metric, source.label, layers):
+            files.prepare("ww_metric_cache", cache)
     elif task.wants is None:
         make_plan(settings, task, parts.pruned.layers, None)  # from shapes alone: it is met, or refused here
 

@@ -41,7 +41,9 @@ class Model(Flags):
         None, "classes of the model, a count (default: the model's own)", least=2, metavar="N"
     )
     device: str = flag("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    seed: int = flag(0, "random seed for sampling calibration images", metavar="N")
+    seed: int = flag(
+        0, "random seed for sampling calibration images", least=-(2**63), most=2**64 - 1, metavar="N"
+    )
 
 
 @dataclass(kw_only=True)
@@ -60,7 +62,7 @@ class Images(Flags):
         None, "processes that read images (default: one per core, at most 10)", least=0, metavar="N"
     )
     crop_pct: float | None = flag(
-        None, "share of an image that is kept (default: 224/256, as published)", above=0, most=1, metavar="P"
+        None, "share of an image that is kept (default: 224/256, as published)", least=0.1, most=1, metavar="P"
     )
     imagenet_default_mean_and_std: bool = flag(
         True, "normalise by ImageNet's mean and standard deviation; false: by 0.5 and 0.5"

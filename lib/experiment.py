@@ -368,8 +368,8 @@ def _check_layers(settings: Experiment, task: Task, source: models.Source, layer
             raise UserError("sparsity_type", f"{settings.sparsity_type}: {text}")
     if "ww" in (task.allocation, task.start):
         folder, how = metric_folder(settings, source.name), metric_settings(settings)
-        metrics.read_cache(folder, settings.ww_metric, source.name, layers, how)
-        files.prepare("ww_metric_cache", folder)
+        if not metrics.has_cache(folder, settings.ww_metric, source.name, layers, how):
+            files.prepare("ww_metric_cache", folder)
         for layer in layers if settings.farms else ():
             try:
                 esd.farms_windows(layer.shape, how.farms)

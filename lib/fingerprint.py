@@ -21,6 +21,12 @@ def fingerprint(weight: Tensor) -> str:
     return flat[places.to(flat.device)].float().cpu().numpy().astype("<f4").tobytes().hex()
 
 
+def is_fingerprint(text: object) -> bool:
+    """Return whether ``text``, as read from a file, is a fingerprint."""
+    digits = "0123456789abcdef"
+    return isinstance(text, str) and len(text) == 8 * _ENTRIES and not text.strip(digits)
+
+
 def same_weights(a: str, b: str) -> bool:
     """Return whether two fingerprints belong to the same matrix, up to rounding to half precision.
 

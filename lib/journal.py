@@ -38,6 +38,22 @@ class Identity(NamedTuple):
     fingerprints: Mapping[str, str]
 
 
+def _is_manifest(found: object) -> bool:
+    """Return whether ``found``, as read from a file, has a manifest's parts and those have theirs."""
+    try:
+        identity, blocks, notes = found["identity"], found["blocks"], found.get("notes", {})
+        identities = [Identity(**identity)] if identity else []
+        marks = [mark for one in identities for mark in one.fingerprints.values()]
+        parts = [(part, dict) for one in identities for part in (one.flags, one.versions)]
+        parts += [(notes, dict), *((note["found"], dict) for note in notes.values())]
+        for key, about in blocks.items():
+            parts += [(int(key), int), (about["shard"], str), (about["sha256"], str), (about["rows"], list)]
+            parts += [(row[5], (list, type(None))) for row in about["rows"]]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return False
+    return all(isinstance(part, kind) for part, kind in parts) and all(map(fingerprint.is_fingerprint, marks))
+
+
 def partial_folder(target: Path) -> Path:
     """Return the folder in which the model for ``target`` is built."""
     return target.with_name(f".{target.name}.partial")
@@ -132,7 +148,8 @@ class Journal:
             pass
         try:
             owner = json.loads(path.read_text())
-        except (OSError, ValueError):
+            owner = owner if {"host": str, "process": int} == {key: type(value) for key, value in owner.items()} else {}
+        except (OSError, ValueError, AttributeError):
             owner = {}
         elsewhere = owner.get("host") not in (None, me["host"])
         fresh = not owner and time.time() - path.stat().st_mtime < _WRITTEN_WITHIN
@@ -180,11 +197,17 @@ class Journal:
     # -------------------------------------------------------------------------------------------- what is known so far
 
     def _read_manifest(self) -> dict:
+        path = self.folder / MANIFEST
         try:
-            found = json.loads((self.folder / MANIFEST).read_text())
-        except (OSError, ValueError):
+            found = json.loads(path.read_text())
+        except FileNotFoundError:
             return {}
-        return found if isinstance(found, dict) else {}
+        except (OSError, ValueError):
+            found = None
+        if not _is_manifest(found):
+            log.warning("%s is damaged: the run begins again", path)
+            return {}
+        return found
 
     def begin(self, identity: Identity) -> None:
         """Resume where an earlier run with the same identity stopped, or start.
@@ -198,6 +221,14 @@ class Journal:
         if self.finished:
             log.info("resuming after block %d of the run in %s", max(self.finished), self.folder)
         self._write()
+        processes.by_first(self._remove_others)
+
+    def _remove_others(self) -> None:
+        """Remove shards that belong to no finished block: they would become part of the model."""
+        known = {about["shard"] for about in self.finished.values()}
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in known:
+                path.unlink()
 
     def _whole_blocks(self) -> dict[int, dict]:
         """Return the manifest's entries for complete blocks."""
@@ -208,7 +239,7 @@ class Journal:
         for key, about in sorted(self._found["blocks"].items(), key=lambda item: int(item[0])):
             if int(key) != len(finished):
                 break
-            path = self.folder / about["shard"]
+            path = self.path(int(key))
             if not path.is_file() or stream.checksum(path) != about["sha256"]:
                 log.warning("%s is damaged: its block and those after it are pruned again", path)
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
 
-from lib import UserError, fingerprint, flag_name, processes
+from lib import UserError, fingerprint, first_line, flag_name, processes
 from lib.blocks import Block, Weights
 from lib.esd import METRICS, WEIGHTWATCHER, Farms, NoFit, spectrum
 from lib.layers import Layer
@@ -95,10 +96,12 @@ class Begun:
         self.known: dict[str, tuple[float, str]] = {}
         self.taken: set[str] = set()  # layers whose value was used
         with suppress(OSError):
-            for line in path.read_text().splitlines():
+            for line in path.read_bytes().splitlines():
                 with suppress(ValueError, KeyError, TypeError):  # the last line may be cut off
                     row = json.loads(line)
-                    self.known[row["layer"]] = (float(row["value"]), str(row["fingerprint"]))
+                    name, value, mark = row["layer"], float(row["value"]), row["fingerprint"]
+                    if math.isfinite(value) and fingerprint.is_fingerprint(mark):
+                        self.known[name] = value, mark
 
     def value(self, name: str, weight: Tensor) -> float | None:
         """Return the value measured for this same matrix, None if missing."""
@@ -388,8 +391,8 @@ def read_cache(
         values = values.astype(numpy.float64)
         has_sidecar = sidecar.exists()
         about = json.loads(sidecar.read_text()) if has_sidecar else None
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(None, f"{path}: cannot be read as a metric cache ({error}); {fix}") from error
+    except Exception as error:  # numpy's, also those of a zip archive that the first bytes promise, and json's
+        raise UserError(None, f"{path}: cannot be read as a metric cache ({first_line(error)}); {fix}") from error
     if len(values) != len(layers):
         raise UserError(None, f"{path}: holds {len(values)} values and {model} has {len(layers)} matrices; {fix}")
     if not numpy.isfinite(values).all():
@@ -401,9 +404,23 @@ def read_cache(
             if said != settings.described(metric):
                 wanted = settings.described(metric)
                 raise UserError(None, f"{path}: was measured with {said}, not {wanted}; {fix}")
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(None, f"{sidecar}: is not the sidecar of a metric cache ({error!r}); {fix}") from error
     return LayerMetrics(metric, model, dict(zip((layer.name for layer in layers), values.tolist(), strict=True)))
+
+
+def has_cache(
+    folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: Settings = PUBLISHED
+) -> bool:
+    """Return whether ``folder`` holds all values, so that nothing will be written there; False for an older cache.
+
+    Raises:
+        UserError: as ``read_cache`` does.
+    """
+    if read_cache(folder, metric, model, layers, settings) is None:
+        return False
+    sidecar = folder / f"{settings.stem(metric)}.json"
+    return not sidecar.exists() or json.loads(sidecar.read_text()).get("fingerprints") is not None
 
 
 def _fix(path: Path) -> str:
@@ -421,6 +438,10 @@ def _check_sidecar(about: dict, wanted: LayerMetrics, layers: Sequence[Layer], p
         if list(layer.shape) != shape:
             text = f"{path}: {layer.name} had the shape {shape} and has {list(layer.shape)} now; {fix}"
             raise UserError(None, text)
+    marks = about.get("fingerprints")  # a cache of an older version has none
+    damaged = [name for name, mark in dict(marks or {}).items() if not fingerprint.is_fingerprint(mark)]
+    if damaged:
+        raise ValueError(f"the fingerprint of {damaged[0]} is damaged")
 
 
 def _same_weights(stem: Path, weights: Weights) -> bool:

@@ -179,10 +179,15 @@ def _report(block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None
 
 
 def check_saved(folder: Path, weights: Weights, measured: float) -> None:
-    """Read a saved folder back: its sparsity must equal that of the model in memory."""
+    """Read a saved folder back: its sparsity must equal that of the model in memory.
+
+    Raises:
+        UserError: it does not, so that something else wrote there, or the disk is at fault.
+    """
     written = checkpoint_sparsity(folder, [layer.name for layer in weights.layers])
     if written != measured:
-        raise RuntimeError(f"{folder}: holds a sparsity of {written}, the model has {measured}")
+        what = f"holds a sparsity of {written:.6f} as read back, and the pruned model has {measured:.6f}"
+        raise UserError(None, f"{folder}: {what}; delete the folder, and the same command makes it anew")
 
 
 def checkpoint_sparsity(folder: Path, names: list[str]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -20,6 +21,12 @@ from lib.files import write_files
 from lib.lazy import torch
 
 log = logging.getLogger(__name__)
+
+# Flags that may name a local file or folder, which the same flags do not keep from being replaced.
+INPUTS = ("model", "resume", "calib_data", "eval_data", "plan", "include_path")
+_OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt")  # what is read from its folder
+_READ_WHOLE = 2**25  # bytes: larger files of a model are known by size and time, since to read them takes minutes
+_PIECE = 2**24  # bytes hashed at a time
 
 PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
 
@@ -42,7 +49,8 @@ class Record:
     """The record of a run, rewritten whenever it grows.
 
     Attributes:
-        content: the content of ``run_<run>.json``; ``complete`` is False until the end.
+        content: the content of ``run_<run>.json``; ``complete`` is False until the end. Once it holds the flags,
+            ``inputs`` identifies the files that they name, as of the end of the stage: those read in it.
         stages: seconds, CPU seconds of all threads, and peak memory of each stage, {stage: {"seconds", "cpu_seconds",
             "peak_rss_mb", "peak_cuda_mb"}}; on a shared machine, only the CPU seconds are comparable.
         rows: the per-layer table, ``layers_<run>.tsv``.
@@ -75,6 +83,8 @@ class Record:
         row = seconds | {"peak_rss_mb": _peak_rss_mb()}
         peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
         self.stages[name] = row | ({"peak_cuda_mb": peaks} if peaks else {})
+        if "flags" in self.content and "inputs" not in self.content:
+            self.content["inputs"] = inputs_of(self.content["flags"])
 
     def write(self, complete: bool = False) -> None:
         """Write all files, the run file last, since it states whether the run is complete."""
@@ -162,9 +172,12 @@ def run_text(record: Mapping) -> str:
 
 
 def _json(value):
-    """Return ``value`` with null for numbers that JSON cannot represent."""
+    """Return ``value`` with ``inf``, ``-inf`` or ``nan`` as text for numbers that JSON cannot represent.
+
+    Null would say that nothing was measured.
+    """
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return str(float(value))
     if isinstance(value, Mapping):
         return {key: _json(item) for key, item in value.items()}
     return [_json(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -173,8 +186,28 @@ def _json(value):
 def read_run(folder: Path, run: str) -> dict | None:
     """Return the record of an earlier run of the same name, None if missing or unreadable."""
     with suppress(OSError, ValueError):
-        return json.loads((folder / f"run_{run}.json").read_text(encoding="utf-8"))
+        return parsed((folder / f"run_{run}.json").read_text(encoding="utf-8"))
     return None
+
+
+def parsed(text: str) -> dict:
+    """Return the record in the ``text`` of a run file, its perplexity a number, or None if it was not measured.
+
+    An older version wrote null for a perplexity that is not finite as well; that of a complete run with an evaluation
+    is then NaN.
+
+    Raises:
+        ValueError: the text is not JSON, or not a run's.
+    """
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError("it does not hold a run's record")
+    value = record.get("perplexity")
+    if isinstance(value, str):
+        record["perplexity"] = float(value)
+    elif value is None and record.get("complete") is True and record.get("evaluation"):
+        record["perplexity"] = math.nan
+    return record
 
 
 def has_flags(record: dict | None, flags: Mapping[str, object]) -> bool:
@@ -183,8 +216,57 @@ def has_flags(record: dict | None, flags: Mapping[str, object]) -> bool:
 
 
 def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
-    """Return whether ``record`` belongs to a completed run with exactly these ``flags``."""
+    """Return whether ``record`` belongs to a completed run with exactly these ``flags``; see ``changed_inputs``."""
     return has_flags(record, flags) and record.get("complete") is True
+
+
+def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
+    """Return digests of the local files and folders that ``flags`` name, by flag; of a hub's there is none.
+
+    A text or a plan is known by its content. So is a model, except for large files: those by name, size and time of
+    their last change.
+    """
+    found = {}
+    for name in INPUTS:
+        if not flags.get(name):
+            continue
+        path = Path(str(flags[name])).expanduser()
+        with suppress(OSError):  # whoever reads it reports it
+            if name in ("model", "include_path") and path.is_dir():
+                found[name] = _digest_of_folder(path, _OF_A_MODEL if name == "model" else ())
+            elif path.is_file():
+                found[name] = _digest(path, whole=name not in ("model", "resume"))
+    return found
+
+
+def _digest_of_folder(folder: Path, kinds: Sequence[str]) -> str:
+    paths = folder.iterdir() if kinds else folder.rglob("*")
+    paths = sorted(path for path in paths if path.is_file() and (not kinds or path.suffix in kinds))
+    lines = [f"{path.relative_to(folder)} {_digest(path)}" for path in paths]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _digest(path: Path, whole: bool = False) -> str:
+    about = path.stat()
+    if not whole and about.st_size > _READ_WHOLE:
+        return f"{about.st_size} bytes of {about.st_mtime_ns}"
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return f"{about.st_size} bytes {digest.hexdigest()}"
+
+
+def changed_inputs(record: dict, inputs: Mapping[str, str]) -> list[str] | None:
+    """Return the flags whose files are not those that ``record``'s run read, None if an older version made it.
+
+    Args:
+        inputs: what they are now (``inputs_of``).
+    """
+    before = record.get("inputs")
+    if not isinstance(before, dict):
+        return None
+    return [name for name in INPUTS if before.get(name) != inputs.get(name)]
 
 
 def provenance() -> dict:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,15 +15,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
-from lib import files, models, stream, tables
+from lib import UserError, files, models, stream, tables
 from lib.command import Flags, command, flag, make_parser
 from lib.lazy import torch, transformers
 from lib.record import provenance
+from lib.registry import check_name
+from lib.settings import METHODS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+WAYS = ("auto", "always", "never")  # of main.py's --stream
 MIB = 2**20  # bytes: the unit of a record's peaks
 
 
@@ -39,6 +43,27 @@ class Scale(Flags):
     seqlen: int = flag(128, "window length, tokens", least=2, metavar="N")
     work: str = flag("out/bench_scale", "where the checkpoint and the pruned models are made", metavar="DIR")
     save: str = flag("results/bench_scale", "where scale.json is written", metavar="DIR")
+
+    def check(self) -> None:
+        super().check()
+        for method, way in self.runs():
+            check_name("methods", method, METHODS)
+            check_name("ways", way, WAYS)
+            if method.endswith("_price") and way == "always":
+                raise UserError("methods", f"{method}: a streamed model has no prices; give --ways never")
+
+    def runs(self) -> list[tuple[str, str]]:
+        """Return every method and way, each once.
+
+        Raises:
+            UserError: a list is empty.
+        """
+        lists = []
+        for name in ("methods", "ways"):
+            lists.append([word.strip() for word in getattr(self, name).split(",") if word.strip()])
+            if not lists[-1]:
+                raise UserError(name, f"{getattr(self, name)!r}: names nothing")
+        return list(dict.fromkeys(product(*lists)))
 
 
 PARSER = make_parser(
@@ -122,16 +147,17 @@ def measure(settings: Scale, folder: Path, method: str, way: str) -> dict:
     }
 
 
-def run(settings: Scale) -> None:
-    """Make the checkpoint, measure every method both ways, print and write the figures."""
+def run(settings: Scale) -> int:
+    """Make the checkpoint, measure every method both ways, print and write the figures; return 1 if a run failed."""
+    for name in ("save", "work"):
+        files.prepare(name, Path(getattr(settings, name)))
     folder = make_checkpoint(settings)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     console = Console()
     rows = []
-    for method in settings.methods.split(","):
-        for way in settings.ways.split(","):
-            print(f"\n{method}, --stream {way}", flush=True)
-            rows.append(measure(settings, folder, method, way))
+    for method, way in settings.runs():
+        print(f"\n{method}, --stream {way}", flush=True)
+        rows.append(measure(settings, folder, method, way))
     cells = [
         (
             row["method"],
@@ -149,10 +175,11 @@ def run(settings: Scale) -> None:
     text = json.dumps({"rows": rows, "checkpoint_bytes": size, "settings": settings.flags()} | provenance(), indent=1)
     files.write_atomically(Path(settings.save) / "scale.json", text + "\n")
     print(f"written: {settings.save}/scale.json")
+    return int(any("failed" in row for row in rows))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status."""
+    """Run the command line ``argv`` and return the exit status: 0, 1 if a run failed, 2 for a wrong flag."""
     return command(Scale, run, argv, PARSER)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sweep
 
-from lib import UserError, files, price
+from lib import UserError, files, models, price
 from lib.allocation import ALLOCATIONS
 from lib.command import command, flag, make_parser
 from lib.pruners import PRUNERS
@@ -77,7 +78,8 @@ class Comparison(sweep.Several):
         return list(dict.fromkeys(names))
 
     def suffixes(self) -> list[str]:
-        return [check_name("allocations", suffix.strip(), ALLOCATIONS) for suffix in self.allocations.split(",")]
+        names = [check_name("allocations", suffix.strip(), ALLOCATIONS) for suffix in self.allocations.split(",")]
+        return list(dict.fromkeys(names))
 
     def methods(self) -> list[str | None]:
         return [f"{pruner}_{suffix}".rstrip("_") for pruner in self.pruners() for suffix in self.suffixes()]
@@ -103,13 +105,21 @@ class Comparison(sweep.Several):
     def _of(self, pruner: str, suffix: str, seed: int) -> list[tuple[Key, Experiment]]:
         name, method = TRIED.get(suffix), f"{pruner}_{suffix}".rstrip("_")
         found = []
-        for value in sweep.words(getattr(self, name)) if name else [None]:
+        for value in self._tried(name) if name else [None]:
             label = f"{suffix} {name} {value}" if name else suffix or "uniform"
-            changes = {name: sweep.number(name, value)} if name else {}
+            changes = {name: float(value)} if name else {}
             for sparsity in sweep.numbers("sparsity_ratio", self.sparsity_ratio):
                 setting = self.one(method, label.replace(" ", "_"), seed, sparsity_ratio=sparsity, **changes)
                 found.append((Key(pruner, label), setting))
         return found
+
+    def _tried(self, name: str) -> list[str]:
+        """Return the values of a hyper-parameter as they were given, each number once."""
+        sweep.numbers(name, getattr(self, name))
+        found: dict[float, str] = {}
+        for word in sweep.words(getattr(self, name)):
+            found.setdefault(float(word), word)
+        return list(found.values())
 
     def settings(self) -> list[Experiment]:
         return [setting for _, setting in self.keyed()]
@@ -143,7 +153,7 @@ def seconds_of(record: Mapping, *stages: str) -> float | None:
 
 
 def rows_of(keys: Sequence[Key], settings: Sequence[Experiment], records: Sequence[dict | None]) -> dict[Key, Row]:
-    """Return the rows of the table; runs that failed or have no perplexity are left out."""
+    """Return the rows of the table; runs that failed or measured no perplexity are left out, one of inf counts."""
     found: dict[Key, list[tuple[Experiment, dict]]] = {}
     seconds: dict[str, list[float | None]] = {}
     for key, setting, record in zip(keys, settings, records, strict=True):
@@ -221,7 +231,7 @@ def _windows(text: Mapping) -> str:
 def plot(rows: Rows, sparsities: Sequence[float], title: str, path: Path) -> None:
     """Write a PNG: a line for each pruner and allocation, a mark for its perplexity at each sparsity, log axis.
 
-    The bar through a mark is the standard deviation over seeds.
+    The bar through a mark is the standard deviation over seeds. A mean that is not finite has no place on the axis.
     """
     from matplotlib.figure import Figure
 
@@ -229,6 +239,7 @@ def plot(rows: Rows, sparsities: Sequence[float], title: str, path: Path) -> Non
     axes = figure.subplots()
     for sparsity in sparsities:
         points = [(row.cells[sparsity], y) for y, row in enumerate(rows.values()) if sparsity in row.cells]
+        points = [(cell, y) for cell, y in points if math.isfinite(cell.mean)]
         means, places = [cell.mean for cell, _ in points], [y for _, y in points]
         bars = [cell.deviation or 0.0 for cell, _ in points]
         axes.errorbar(means, places, xerr=bars, fmt="o", capsize=2, label=f"sparsity {sparsity:g}")
@@ -244,6 +255,7 @@ def run(comparison: Comparison) -> int:
     """Run the comparison; return 0, or 1 if a setting failed."""
     folder = Path(comparison.save)
     files.prepare("save", folder)
+    models.locate(comparison.model, comparison.cache_dir)  # or every setting would fail
     keys, settings = zip(*comparison.keyed(), strict=True)
     records, _ = sweep.run_all(settings, comparison.force)
     # As they are on disk, where commit and versions are, too.

@@ -31,7 +31,7 @@ MOST_TICKS = 40  # on an axis of blocks
 class Plan(Flags):
     _title: ClassVar[str] = "report"
 
-    sparsity_ratio: float = flag(0.7, "of the plan that is shown, a fraction", least=0, below=1, metavar="S")
+    sparsity_ratio: float = flag(0.7, "of the plan that is shown, a fraction", above=0, below=1, metavar="S")
     layers: str | None = flag(
         None,
         "names of layers whose spectra are drawn (default: of the smallest, the middle and the largest metric)",

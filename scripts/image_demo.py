@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -136,6 +137,7 @@ def plot(found: dict[str, tuple[dict, dict]], path: Path) -> None:
 def demo(settings: Demo) -> None:
     """Train the models if needed, prune them with all methods, and print and plot the accuracies."""
     save, found = Path(settings.save), {}
+    files.prepare("save", save)
     for name in SMALL:
         folder = ROOT / "image_classifiers" / "weights" / f"digits-{name}"
         if not folder.is_dir():
@@ -148,5 +150,10 @@ def demo(settings: Demo) -> None:
     print(f"written: {save}/accuracy.png; the figures of every run: {save}/{{{','.join(SMALL)}}}/")
 
 
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
+    return command(Demo, demo, argv, PARSER)
+
+
 if __name__ == "__main__":
-    sys.exit(command(Demo, demo, None, PARSER))
+    sys.exit(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -15,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 
 import main as program
-from lib import UserError, files, first_line
+from lib import UserError, files, first_line, models
 from lib.command import check_values, command, flag, make_parser
 from lib.experiment import Session
 from lib.lazy import torch
 from lib.pruners import DAMPED, ITERATED, VARIANTS
-from lib.record import is_complete, read_run
+from lib.record import changed_inputs, inputs_of, is_complete, read_run
 from lib.registry import check_name
 from lib.settings import METHODS, Experiment
 from lib.tables import spread_of
@@ -32,7 +33,7 @@ FOR_PRUNERS = {"pruner_iterations": ITERATED, "damping": DAMPED, "use_variant": 
 RESUME = "the same command resumes"
 REST = (
     "All other flags are main.py's; one for certain methods only (--owl_m, --damping, --save_model ...) is not given "
-    "to others. A setting whose run file is complete, with the same flags, is skipped."
+    "to others. A setting whose run file is complete, with the same flags and unchanged files, is skipped."
 )
 
 
@@ -124,11 +125,11 @@ def number(field: str, word: str) -> float:
 
 
 def numbers(field: str, text: str) -> list[float]:
-    """Return the numbers separated by commas or spaces."""
+    """Return the numbers separated by commas or spaces, each once."""
     found = [number(field, word) for word in words(text)]
     if not found:
         raise UserError(field, f"{text!r}: holds no number")
-    return found
+    return list(dict.fromkeys(found))
 
 
 @dataclass(kw_only=True)
@@ -160,6 +161,18 @@ class Sweep(Several):
             raise UserError("prune_method", f"{self.prune_method!r}: names no method")
         return [None if name == "dense" else name for name in dict.fromkeys(names)]
 
+    def check(self) -> None:
+        self._entries()
+        super().check()
+        if self.methods() == [None] and self.seeds > 1:
+            raise UserError("seeds", f"{self.seeds} with --methods dense: nothing is drawn for it; leave it out")
+
+    def idle(self) -> list[str]:
+        """Return the values of --epsilons that are for no method of the sweep."""
+        entries, steered = self._entries(), [method for method in self.methods() if method and method.endswith("_ww")]
+        found = [f"{name}={value}" for name in entries if name and name not in steered for value in entries[name]]
+        return found + ([] if set(steered) - set(entries) else [str(value) for value in entries.get("", ())])
+
     def settings(self) -> list[Experiment]:
         found = [self.one(None)] if None in self.methods() else []
         for seed in self.every_seed():
@@ -179,13 +192,20 @@ class Sweep(Several):
                 found.append(self.one(method, "", seed, sparsity_ratio=sparsity))
         return found
 
-    def _epsilons(self, method: str) -> list[float | str]:
-        entries: dict[str, list[float | str]] = {}  # "": those for all
+    def _entries(self) -> dict[str, list[float | str]]:
+        """Return the values of --epsilons by method, each once; under an empty name those for all."""
+        entries: dict[str, list[float | str]] = {}
         for word in words(self.epsilon):
             name, _, value = word.rpartition("=")
             if name:
                 check_name("epsilon", name, [name for name in METHODS if name.endswith("_ww")])
-            entries.setdefault(name, []).append("auto" if value == "auto" else number("epsilon", value))
+            epsilon = "auto" if value == "auto" else number("epsilon", value)
+            if epsilon not in entries.setdefault(name, []):
+                entries[name].append(epsilon)
+        return entries
+
+    def _epsilons(self, method: str) -> list[float | str]:
+        entries = self._entries()
         found = entries.get(method) or entries.get("")
         if not found:
             raise UserError("epsilon", f"{self.epsilon!r}: holds none for {method}; add {method}=E, or E for all")
@@ -197,18 +217,20 @@ PARSER = make_parser(Sweep, "sweep.py", __doc__, REST)
 
 def run_all(todo: Sequence[Experiment], force: bool) -> tuple[list[dict | None], list[dict]]:
     """Run the incomplete settings; return each setting's record, None if it failed, and the records made now."""
-    session = Session(shared=True, planned=todo)
+    session, inputs = Session(shared=True, planned=todo), Inputs()
     records: list[dict | None] = []
     made: list[dict] = []
     for i, settings in enumerate(todo):
         what = f"[{i + 1}/{len(todo)}] {_name(settings)}"
         record = read_run(Path(settings.save), settings.task().run)
-        if not force and is_complete(record, settings.flags()):
+        now = inputs.of(settings)
+        if not force and is_complete(record, settings.flags()) and inputs.are_those_of(record, now):
             print(f"{what}: complete already, skipped (--force runs it again)", flush=True)
             records.append(record)
             continue
         print(what, flush=True)
         try:
+            inputs.check(settings, now)
             made.append(program.run(settings, Console(quiet=True), session))
             records.append(made[-1])
         except UserError as error:
@@ -219,6 +241,43 @@ def run_all(todo: Sequence[Experiment], force: bool) -> tuple[list[dict | None],
             log.error("%s failed: %s", _name(settings), first_line(error), exc_info=None if known else error)
             records.append(None)
     return records, made
+
+
+class Inputs:
+    """Inputs of the settings, local files and folders: as they are now, as runs on disk had them, and as first seen."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+        self._warned = False  # of runs of an older version
+
+    def of(self, settings: Experiment) -> dict[str, str]:
+        """Return what identifies the inputs of ``settings`` now."""
+        now = inputs_of(settings.flags())
+        self._first = now | self._first
+        return now
+
+    def are_those_of(self, record: dict, now: dict[str, str]) -> bool:
+        """Return whether a complete run on disk read what is there ``now``; one of an older version counts."""
+        changed = changed_inputs(record, now)
+        if changed is None and now and not self._warned:
+            text = "runs of an older version do not note which files they read (%s): taken to be the same; else --force"
+            log.warning(text, ", ".join(f"--{name}" for name in now))
+            self._warned = True
+        for name in changed or ():
+            given = record["flags"][name]
+            log.info("--%s %s has changed since the complete run on disk: it is run again", name, given)
+        return not changed
+
+    def check(self, settings: Experiment, now: dict[str, str]) -> None:
+        """Refuse to mix an input that is changed now with what this process has read of it before.
+
+        Raises:
+            UserError: names it.
+        """
+        for name, own in now.items():
+            if own != self._first[name]:
+                text = "was changed since this command started; start it again, and it is read anew"
+                raise UserError(name, f"{getattr(settings, name)}: {text}")
 
 
 def _name(settings: Experiment) -> str:
@@ -239,7 +298,10 @@ def saved_seconds(made: list[dict], start_up: float) -> float:
 
 
 def plot(records: Sequence[dict], path: Path) -> None:
-    """Write a PNG: perplexity over sparsity, its mean over seeds, one line per method and epsilon, log axis."""
+    """Write a PNG: perplexity over sparsity, its mean over seeds, one line per method and epsilon, log axis.
+
+    A mean that is not finite has no place on the axis: the legend names it.
+    """
     from matplotlib.figure import Figure
 
     lines: dict[str, dict[float, list[float]]] = {}
@@ -248,14 +310,18 @@ def plot(records: Sequence[dict], path: Path) -> None:
     for record in records:
         label = record["method"]
         if label == "dense":
-            axes.axhline(record["perplexity"], color="black", linewidth=0.8, linestyle=":", label="dense")
+            height = record["perplexity"] if math.isfinite(record["perplexity"]) else math.nan
+            label += f" ({record['perplexity']})" if math.isnan(height) else ""
+            axes.axhline(height, color="black", linewidth=0.8, linestyle=":", label=label)
             continue
         label += f", epsilon {record['flags']['epsilon']}" if label.endswith("_ww") else ""
         lines.setdefault(label, {}).setdefault(record["target_sparsity"], []).append(record["perplexity"])
     for label, found in lines.items():
         style = "o-" if "_" in label else "s--"
-        points = [(sparsity, spread_of(figures).mean) for sparsity, figures in sorted(found.items())]
-        axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+        means = {sparsity: spread_of(figures).mean for sparsity, figures in sorted(found.items())}
+        label += "".join(f", {mean} at {sparsity:g}" for sparsity, mean in means.items() if not math.isfinite(mean))
+        heights = [mean if math.isfinite(mean) else math.nan for mean in means.values()]
+        axes.plot(list(means), heights, style, label=label, linewidth=1, markersize=4)
     axes.set(yscale="log", xlabel="sparsity", title=records[0]["model"]["name"])
     axes.set_ylabel(f"perplexity, {records[0]['evaluation']['text']}")
     axes.legend(fontsize="small")
@@ -263,13 +329,16 @@ def plot(records: Sequence[dict], path: Path) -> None:
 
 
 def measured(records: Sequence[dict | None]) -> list[dict]:
-    """Return the records with a perplexity."""
-    return [record for record in records if record and record["perplexity"] is not None]
+    """Return the records with a perplexity, finite or not."""
+    return [record for record in records if record and record.get("perplexity") is not None]
 
 
 def run(sweep: Sweep) -> int:
     """Run the sweep; return 0, or 1 if a setting failed."""
     files.prepare("save", Path(sweep.save))
+    models.locate(sweep.model, sweep.cache_dir)  # or every setting would fail
+    if "epsilon" in sweep.given and sweep.idle():  # not refused: the published scripts give it for all their methods
+        log.warning("--epsilons %s: does nothing with --methods %s", ",".join(sweep.idle()), sweep.prune_method)
     start_up, begin = _since_start(), time.perf_counter()
     records, made = run_all(sweep.settings(), sweep.force)
     seconds = time.perf_counter() - begin + start_up

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from lib import UserError, tables
 from lib.command import Flags, command, flag, make_parser
+from lib.record import parsed
 from lib.tables import Spread, commit_text, spread_of
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published_results.json"
@@ -80,20 +81,29 @@ def read_runs(folder: Path, value: str) -> list[dict]:
     runs = []
     for path in sorted(folder.rglob("run_*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = parsed(path.read_text(encoding="utf-8"))
             if record["complete"] is not True:
                 raise ValueError("not complete")
             if record[value] is not None:
-                _measured(record, value)
                 record["column"] = _column(record, value)
+                _check(record, value)
                 runs.append(record)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"table.py: {path} is left out: {type(error).__name__}: {error}", file=sys.stderr)
     return sorted(runs, key=lambda record: record["finished"])
 
 
+def _check(record: dict, value: str) -> None:
+    """Refuse a record without what a row is made of, as KeyError, TypeError or ValueError."""
+    _measured(record, value) + record["target_sparsity"]
+    hash(record["column"])
+    texts = record["method"], record["finished"], record["model"]["name"]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(record["flags"], dict):
+        raise TypeError("it is not a run's record")
+
+
 def _measured(record: dict, value: str) -> float:
-    return record["perplexity"] if value == "perplexity" else 100 * record["zero_shot"]["means"]["acc"]
+    return record["perplexity"] if value == "perplexity" else 100 * float(record["zero_shot"]["means"]["acc"])
 
 
 def _column(record: dict, value: str) -> Column:

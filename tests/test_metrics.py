@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from lib import UserError, metrics
+import main
+from lib import UserError, files, metrics
 from lib.blocks import Weights, weights_of
 from lib.esd import METRICS, WEIGHTWATCHER, Farms, spectrum
 from lib.fingerprint import fingerprint, same_weights
@@ -234,7 +235,37 @@ def test_damaged_sidecar_is_refused(filled, tiny_weights, content):
     refused(filled, tiny_weights, "alpha_mid")
 
 
-@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shapes": [[32, 32]]},
+        {"shapes": 3},
+        {"layers": []},
+        {"fingerprints": {"model.layers.0.self_attn.q_proj": "no digits"}},
+        {"fingerprints": {"model.layers.0.self_attn.q_proj": "ab"}},
+        {"fingerprints": {"model.layers.0.self_attn.q_proj": 3}},
+        {"fingerprints": [3]},
+    ],
+)
+def test_a_sidecar_with_damaged_parts_is_refused_before_the_weights(filled, tiny_weights, changes):
+    edit(filled, **changes)
+    with pytest.raises(UserError, match=r"alpha_mid\.json: is not the sidecar") as caught:
+        read_cache(filled, "alpha_mid", MODEL, tiny_weights.layers)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_of_an_interrupted_measurement_are_taken_where_they_are_whole(tmp_path, tiny_weights):
+    layer = tiny_weights.layers[0].name
+    mark = fingerprint(matrix(tiny_weights, 0))
+    rows = [{"layer": layer, "value": 2.5, "fingerprint": mark}, {"layer": "b", "value": 1.0, "fingerprint": "xy"}]
+    rows += [{"layer": "c", "value": math.nan, "fingerprint": mark}, [1]]
+    lines = [json.dumps(row).encode() for row in rows]
+    (tmp_path / "begun").write_bytes(b"\xff\xfe\x80\n" + b"\n".join(lines) + b'\n{"layer": "\xe4')
+    begun = metrics.Begun(tmp_path / "begun")
+    assert list(begun.known) == [layer] and begun.value(layer, matrix(tiny_weights, 0)) == 2.5
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY", b"PK\3\4", b"PK\3\4" + bytes(99)])
 def test_damaged_file_is_refused(filled, tiny_weights, content):
     (filled / "alpha_mid.npy").write_bytes(content)
     refused(filled, tiny_weights, r"alpha_mid\.npy")
@@ -290,6 +321,28 @@ def test_a_write_that_fails_leaves_no_half_file(tmp_path, tiny_weights, monkeypa
     with pytest.raises(UserError, match="No space left"):
         load_or_measure(tmp_path, "alpha_mid", MODEL, tiny_weights)
     assert not (tmp_path / "alpha_mid.npy").exists()
+
+
+def test_a_complete_cache_may_be_on_a_disk_that_cannot_be_written(
+    tiny_folder, tiny_text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--model {tiny_folder} --eval_data {tiny_text} --seqlen 32 --eval_windows 1 --ww_metric alpha_mid".split()
+    flags += "--ww_metric_cache cache --prune_method magnitude_ww --sparsity_ratio 0.5".split()
+    assert main.main(flags) == 0
+    prepare = files.prepare
+
+    def read_only(field: str, folder, *more) -> None:
+        if str(folder) == "cache":
+            raise UserError(field, "cache: cannot be written (Read-only file system)")
+        prepare(field, folder, *more)
+
+    monkeypatch.setattr(files, "prepare", read_only)
+    assert main.main(flags) == 0
+    about = json.loads((tmp_path / "cache" / "alpha_mid.json").read_text())
+    (tmp_path / "cache" / "alpha_mid.json").write_text(json.dumps(about | {"fingerprints": None}))
+    capsys.readouterr()
+    assert main.main(flags) == 2 and "--ww_metric_cache cache: cannot be written" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- other ways to measure

@@ -162,10 +162,15 @@ def wider(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
 
 
+def half_generation(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+
+
 SPOILED = {
     "cut off": (cut, "cannot be read as a packed model"),
     "altered": (flip, "is not what was packed (its SHA-256 differs); the file is damaged"),
     "another version": (newer, "is in version 9 of the packed format and this reads 2"),
+    "another generation config": (half_generation, "generation_config.json: cannot be used ("),
     "another model's config": (wider, "the model of its config.json has [32, 64]"),
 }
 
@@ -178,7 +183,7 @@ def test_spoiled_folder_ends_every_command_in_one_line(case, copied, tmp_path, m
     flags = f"--model copied --eval_data {tiny_text} --seqlen 32 --save save".split()
     assert says in one_line(capsys, main.main(flags))
     assert says in one_line(capsys, generate.main(["copied", "Ab de"]))
-    if spoil is not wider:  # which files are there, and not what they are for, is all that unpacking reads
+    if spoil not in (wider, half_generation):  # unpacking reads which files are there, and not what they are for
         with pytest.raises(UserError) as caught:
             pack.unpack_folder(Path("copied"), Path("back"))
         assert says in str(caught.value) and "\n" not in str(caught.value) and not list(Path().glob("*back*"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import esd_report
 
 import main
 from lib.command import parse
+from lib.record import parsed, run_text
 from lib.settings import Experiment
 from lib.tables import spread_of
 
@@ -55,6 +57,7 @@ def test_report_shows_what_a_run_plans(metric, tiny_folder, tmp_path, monkeypatc
         ("--layers mlp.up_proj", "3 layers end in that"),
         ("--ww_metric alpha_peek", "Did you mean 'alpha_peak'"),
         ("--sparsity_ratio 1.5", "--sparsity_ratio 1.5"),
+        ("--sparsity_ratio 0", "--sparsity_ratio 0.0: must be above 0 and below 1"),
         ("--save file/below", "--save"),
         ("--epsilon auto", "--epsilon auto"),
         ("--ww_metric mp_softrank --esd_driver fast", "--esd_driver fast"),
@@ -172,6 +175,44 @@ def test_comparisons_table_by_pencil():
         "| alps | uniform | 16.00 ± 1.00 | - | - | 0 | - |",
         "| alps | owl | 16.97 ± 0.12 | - | 12 | 8 | 160 |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--allocations atp --atp_betas ''", "--atp_betas '': holds no number"),
+        ("--allocations ww --epsilons ,", "--epsilons ',': holds no number"),
+        ("--allocations atp --atp_betas x", "--atp_betas 'x' is not a number"),
+        ("--allocations owl --model /nope", "--model /nope: folder not found"),
+    ],
+)
+def test_comparison_refuses_values_and_models(flags, says, tiny_folder, tiny_text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = ["--model", str(tiny_folder), "--calib_data", str(tiny_text), "--eval_data", str(tiny_text)]
+    assert compare_allocations.main([*common, *shlex.split(flags)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"compare_allocations.py: error: {says}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_value_of_a_comparison_is_tried_once():
+    flags = "--model m --allocations ww,,ww --epsilons 0.10,0.2,.1 --sparsities 0.5,0.50".split()
+    keyed = parse(compare_allocations.Comparison, flags, compare_allocations.PARSER).keyed()
+    labels = ["ww epsilon 0.10", "ww epsilon 0.2", "uniform"]
+    assert [key.allocation for key, _ in keyed] == labels and [s.epsilon for _, s in keyed[:2]] == [0.1, 0.2]
+
+
+def test_a_seed_that_diverged_counts(tmp_path):
+    def record(figure: float) -> dict:
+        stages = dict.fromkeys(("measure", "allocate", "prune"), {"seconds": 1.0})
+        return parsed(run_text({"perplexity": figure, "target_sparsity": 0.5, "stages": stages}))
+
+    setting = parse(Experiment, "--model m --prune_method wanda --sparsity_ratio 0.5".split(), main.PARSER)
+    keys = [compare_allocations.Key("wanda", name) for name in ("uniform", "uniform", "owl")]
+    rows = compare_allocations.rows_of(keys, [setting] * 3, [record(9.0), record(math.inf), record(8.0)])
+    assert rows[keys[0]].cells[0.5].text(2) == "inf" and rows[keys[2]].cells[0.5].text(2) == "8.00 (1)"
+    compare_allocations.plot(rows, [0.5], "m", tmp_path / "x.png")
+    assert is_png(tmp_path / "x.png")
 
 
 def test_the_documented_results_are_the_measured_ones():

@@ -48,7 +48,19 @@ def test_run_file_says_where_the_numbers_come_from():
 def test_run_file_is_json_whatever_the_figures():
     text = record.run_text({"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": (1.5, None)})
     read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert (read["a"], read["b"], read["d"]) == (None, [None, {"c": None}], [1.5, None])
+    assert (read["a"], read["b"], read["d"]) == ("nan", ["inf", {"c": "-inf"}], [1.5, None])
+
+
+def test_an_infinite_perplexity_is_told_from_one_that_was_not_measured(tmp_path):
+    def read(content: dict) -> float | None:
+        (tmp_path / "run_x.json").write_text(record.run_text({"complete": True, "evaluation": None} | content))
+        return record.read_run(tmp_path, "x")["perplexity"]
+
+    text = {"evaluation": {"text": "c4"}}
+    assert read({"perplexity": math.inf} | text) == math.inf and math.isnan(read({"perplexity": math.nan} | text))
+    assert read({"perplexity": 2.5} | text) == 2.5 and read({"perplexity": None}) is None
+    assert math.isnan(read({"perplexity": None} | text)), "an older version wrote null for what is not finite"
+    assert read({"perplexity": None, "complete": False} | text) is None
 
 
 def test_writing_is_atomic(tmp_path, monkeypatch):
@@ -235,7 +247,8 @@ def test_a_folder_never_takes_the_place_of_something_else(kind, tmp_path):
 
 def test_an_earlier_run_is_read_or_is_none(tmp_path):
     assert record.read_run(tmp_path, "x") is None
-    (tmp_path / "run_x.json").write_text("{")
-    assert record.read_run(tmp_path, "x") is None
+    for damaged in ("{", "[1]", "null", '{"perplexity": "high"}'):
+        (tmp_path / "run_x.json").write_text(damaged)
+        assert record.read_run(tmp_path, "x") is None
     files.write_atomically(tmp_path / "run_x.json", record.run_text({"perplexity": 1.0}))
     assert record.read_run(tmp_path, "x")["perplexity"] == 1.0

@@ -219,6 +219,71 @@ def test_a_manifest_that_cannot_be_read_is_begun_again(place, unbroken):
     assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
 
 
+def without(*keys: str):
+    """Return a function that removes the entry at the end of ``keys`` from a manifest."""
+
+    def spoil(manifest: dict) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        del manifest[keys[-1]]
+
+    return spoil
+
+
+SPOILED = {
+    "no blocks": without("blocks"),
+    "no identity": without("identity"),
+    "no flags": without("identity", "flags"),
+    "no plan": without("identity", "plan"),
+    "no shard": without("blocks", "0", "shard"),
+    "no checksum": without("blocks", "1", "sha256"),
+    "no rows": without("blocks", "0", "rows"),
+    "a block without a number": lambda manifest: manifest["blocks"].update(x={}),
+    "half a row": lambda manifest: manifest["blocks"]["0"]["rows"][0].pop(),
+    "no fingerprint": lambda manifest: manifest["identity"]["fingerprints"].update(a="xy"),
+    "a note": lambda manifest: manifest["notes"].update(search=3),
+}
+
+
+@pytest.mark.parametrize("how", fast(SPOILED, 3))
+def test_a_manifest_with_damaged_parts_is_begun_again(how, place, unbroken, caplog):
+    killed_run(place, prune, "_prune_block", 3)
+    path = Path(f"kept/.{METHOD}_0.6.partial/pruning.json")
+    manifest = json.loads(path.read_text())
+    assert list(manifest["blocks"]) == ["0", "1"]
+    SPOILED[how](manifest)
+    path.write_text(json.dumps(manifest))
+    assert main.main(place.split()) == 0 and f"{path} is damaged: the run begins again" in caplog.text
+    assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "\xff"])
+def test_whatever_the_manifest_holds_it_is_no_traceback(content, tmp_path, caplog):
+    folder = tmp_path / ".m.partial"
+    folder.mkdir()
+    (folder / "pruning.json").write_bytes(content.encode("latin-1"))
+    (folder / ".lock").write_text('["no owner"]')
+    os.utime(folder / ".lock", (0, 0))
+    opened = Journal(tmp_path / "m")
+    assert opened.noted("search") is None and not opened.finished and "is damaged" in caplog.text
+
+
+def test_another_models_shards_do_not_become_part_of_the_model(place, unbroken, caplog):
+    killed_run(place, prune, "_prune_block", 3)
+    folder = Path(f"kept/.{METHOD}_0.6.partial")
+    (folder / "pruning.json").write_text((folder / "pruning.json").read_text()[:99])
+    shutil.copy(folder / "model-block-00000.safetensors", folder / "model-block-00007.safetensors")
+    assert main.main(place.split()) == 0 and "pruning.json is damaged" in caplog.text
+    assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
+
+
+def test_a_saved_folder_that_is_another_model_is_one_line(place, monkeypatch, capsys):
+    monkeypatch.setattr(prune, "checkpoint_sparsity", lambda *_: 0.25)
+    assert main.main(place.split()) == 2
+    line = only_line(capsys)
+    assert "holds a sparsity of 0.250000 as read back" in line and "delete the folder" in line
+
+
 def lock(owner: dict) -> Path:
     path = Path(f"kept/.{METHOD}_0.6.partial/.lock")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from lib import UserError, models
 from lib.allocation import SparsityPlan, heavy_tailed
 from lib.command import parse
 from lib.layers import prunable_layers
+from lib.record import inputs_of
 from lib.settings import Experiment
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -209,6 +211,63 @@ def test_a_run_is_complete_only_with_the_same_flags(finished, small, monkeypatch
         path.write_text(text)
 
 
+def test_a_complete_run_of_a_file_that_was_replaced_is_run_again(tiny_folder, tiny_text, tmp_path, capsys, caplog):
+    shutil.copytree(tiny_folder, tmp_path / "tiny")
+    (tmp_path / "cal.txt").write_bytes(tiny_text.read_bytes())
+    flags = f"--model {tmp_path}/tiny --calib_data {tmp_path}/cal.txt --eval_data {tiny_text} --seqlen 32".split()
+    flags += f"--nsamples 2 --eval_windows 2 --save {tmp_path}/s --methods wanda --sparsities 0.5".split()
+    path = tmp_path / "s" / "run_wanda_sparsity_0.5.json"
+
+    def again() -> bool:
+        """Return whether the setting was run."""
+        assert sweep.main(flags) == 0
+        return "complete already" not in capsys.readouterr().out
+
+    assert again() and not again()
+    (tmp_path / "cal.txt").write_text(tiny_text.read_text()[::-1])
+    caplog.clear()
+    assert again() and f"--calib_data {tmp_path}/cal.txt has changed" in caplog.text and not again()
+    weights = tmp_path / "tiny" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    caplog.clear()
+    assert again() and f"--model {tmp_path}/tiny has changed" in caplog.text and not again()
+    (tmp_path / "tiny" / "README.md").write_text("not the model")
+    assert not again()
+    record = json.loads(path.read_text())
+    del record["inputs"]
+    path.write_text(json.dumps(record))  # as an older version wrote it
+    caplog.clear()
+    assert not again() and caplog.text.count("older version") == 1
+
+
+def test_what_changes_while_a_sweep_runs_is_not_mixed(small, tmp_path, monkeypatch, caplog):
+    variables, flags, _ = small
+    (tmp_path / "cal.txt").write_text("a")
+
+    def run(settings, *_):
+        (tmp_path / "cal.txt").write_text("b")
+        return {"perplexity": 1.0}
+
+    monkeypatch.setattr(main, "run", run)
+    flags = ["--model", variables["MODEL"], *flags, "--save", str(tmp_path), "--methods", "wanda,magnitude"]
+    records, _ = sweep.run_all(planned(*flags, "--calib_data", str(tmp_path / "cal.txt"), "--sparsities", "0.5"), False)
+    assert records == [{"perplexity": 1.0}, None] and "cal.txt: was changed since this command started" in caplog.text
+
+
+def test_large_weights_are_known_without_reading_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.record._READ_WHOLE", 10)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"x" * 20)
+    os.utime(path, ns=(0, 5))
+    first = inputs_of({"model": str(tmp_path), "seed": 0, "plan": None, "calib_data": "c4"})
+    assert first.keys() == {"model"}
+    path.write_bytes(b"y" * 20)
+    os.utime(path, ns=(0, 6))
+    assert inputs_of({"model": str(tmp_path)}) != first
+    os.utime(path, ns=(0, 5))
+    assert inputs_of({"model": str(tmp_path)}) == first, "it is not read"
+
+
 # ------------------------------------------------------------------------------------------------------ the table
 
 
@@ -360,11 +419,42 @@ def test_a_run_without_the_metric_is_left_out(tmp_path, capsys):
 
 
 def test_zero_shot_table_and_a_perplexity_that_is_not_finite(tmp_path, capsys):
-    accurate = record("wanda", math.inf)
+    accurate = record("wanda", "inf")
     accurate["zero_shot"] = {"means": {"acc": 0.43219}}
     assert csv_of(tmp_path, {"a": accurate}, capsys)[1][3] == "inf"
     assert csv_of(tmp_path, {}, capsys, "--value", "zero_shot")[1] == ["wanda", "uniform", "0.7", "43.22"]
+    seeds = {f"s{seed}": record("alps", ppl, seed=seed) for seed, ppl in enumerate((18.0, "inf", 21.0))}
+    older = record("magnitude", None)  # null: an older version's, of a complete run with an evaluation
+    rows = csv_of(tmp_path, seeds | {"b": older}, capsys)
+    assert [row[3] for row in rows[1:]] == ["nan (1)", "inf (1)", "inf"]
     assert table.main([str(tmp_path / "nowhere")]) == 2 and "folder not found" in capsys.readouterr().err
+
+
+def test_damaged_run_files_are_left_out_by_name(tmp_path, capsys):
+    good = record("wanda", 9.0)
+    spoiled = {"a": [1], "e": good | {"flags": 3}, "f": good | {"perplexity": {}}, "g": good | {"target_sparsity": "x"}}
+    for name, missing in {"b": "finished", "c": "method", "d": "model"}.items():
+        spoiled[name] = {key: value for key, value in good.items() if key != missing}
+    for name, content in ({"good": good} | spoiled).items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run_x.json").write_text(json.dumps(content))
+    assert table.main([str(tmp_path), "--format", "csv"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and err.count("is left out") == len(spoiled) == len(err.splitlines())
+
+
+def test_a_sweep_counts_a_perplexity_that_is_not_finite(small, tmp_path, monkeypatch, capsys, recwarn):
+    variables, flags, _ = small
+    monkeypatch.setattr("lib.evaluation.perplexity", lambda *_: math.inf)
+    flags = ["--model", variables["MODEL"], *flags, "--save", str(tmp_path), "--methods", "dense,magnitude"]
+    labels = []
+    legend = "matplotlib.axes.Axes.legend"
+    monkeypatch.setattr(legend, lambda axes, **_: labels.append(axes.get_legend_handles_labels()))
+    for words in ("2 settings in", "complete already"):
+        assert sweep.main([*flags, "--sparsities", "0.5"]) == 0
+        assert words in capsys.readouterr().out and (tmp_path / "sweep.png").is_file()
+        assert labels.pop()[1] == ["dense (inf)", "magnitude, inf at 0.5"]
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
 
 
 def test_published_figures_are_the_checked_ones():
@@ -539,11 +629,46 @@ def test_seeds_of_a_sweep_have_folders():
         ("--owl_m 3", "it is for the methods with _owl"),
         ("--save_plan p.json", "18 settings would write the same file"),
         ("--metrics_only", "nothing to sweep"),
+        ("--methods dense --seeds 3", "--seeds 3 with --methods dense: nothing is drawn for it"),
+        ("--methods magnitude --epsilons wandaa_ww=0.3", "Did you mean 'wanda_ww'"),
         ("--sparsitys 0.5", "Did you mean '--sparsities'"),
     ],
 )
 def test_sweep_refuses_what_it_could_not_mean(flags, says):
     assert says in refusal(*flags.split())
+
+
+def test_each_value_of_a_list_is_run_once():
+    flags = ["--methods", "wanda,wanda_ww", "--sparsities", "0.5,0.5 0.50", "--epsilons", ".2,0.2"]
+    runs = planned("--model", "m", *flags)
+    assert [(run.prune_method, run.sparsity_ratio) for run in runs] == [("wanda", 0.5), ("wanda_ww", 0.5)]
+    assert runs[1].save == "results/sweep", "one epsilon needs no folder"
+
+
+@pytest.mark.parametrize(
+    ("methods", "epsilons", "idle"),
+    [
+        ("magnitude", "0.4", ["0.4"]),
+        ("sparsegpt_ww", "0.2,wanda_ww=0.3", ["wanda_ww=0.3"]),
+        ("sparsegpt_ww", "0.2,sparsegpt_ww=0.3", ["0.2"]),
+        ("sparsegpt_ww,wanda_ww", "0.2,sparsegpt_ww=0.3", []),
+    ],
+)
+def test_epsilons_for_no_method_are_named(methods, epsilons, idle, tmp_path, small, monkeypatch, caplog):
+    monkeypatch.setattr(sweep, "run_all", lambda *_: ([], []))
+    flags = ["--model", small[0]["MODEL"], *small[1], "--save", str(tmp_path), "--methods", methods]
+    assert sweep.main([*flags, "--epsilons", epsilons]) == 0
+    found = [r.getMessage() for r in caplog.records if "does nothing" in r.getMessage()]
+    assert found == ([f"--epsilons {','.join(idle)}: does nothing with --methods {methods}"] if idle else [])
+    caplog.clear()
+    assert sweep.main(flags) == 0 and "does nothing" not in caplog.text, "the default is not the user's"
+
+
+def test_a_model_that_is_not_there_is_one_line(small, tmp_path, capsys):
+    flags = ["--model", "/nope", *small[1], "--save", str(tmp_path / "s"), "--methods", "dense,magnitude"]
+    assert sweep.main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sweep.py: error: --model /nope: folder not found") and not (tmp_path / "s").exists()
 
 
 def test_a_setting_that_fails_does_not_stop_the_others(small, tmp_path, capsys, caplog):

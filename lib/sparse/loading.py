@@ -9,7 +9,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from lib import UserError
+from lib import UserError, first_line
 from lib.skeletons import empty_model, untie
 from lib.sparse.fusing import LEAST_ZEROS, fuse
 from lib.sparse.kernel import Unavailable, load
@@ -30,6 +30,7 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
         UserError: not a packed folder, a damaged file, another version of the format, or another model's config.
     """
     folder = Path(folder)
+    generation = _generation(folder)
     tensors = {name: (content, shape) for path in packed_files(folder) for name, content, shape in read_file(path)}
     kind = kind_to_run_in(folder)
     if torch.float32 in {_kind(content) for content, _ in tensors.values()}:
@@ -56,9 +57,21 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
     model.requires_grad_(False).eval()  # before ``fuse`` tries what blocks compute
     if kernel is not None:
         fuse(model)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation is not None:
+        model.generation_config = generation
     return model
+
+
+def _generation(folder: Path) -> GenerationConfig | None:
+    """Return the folder's settings of generation, None if it has none."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
+        what = f"cannot be used ({first_line(error)}); correct it, or delete it for the defaults"
+        raise UserError(None, f"{path}: {what}") from error
 
 
 def _skeleton(folder: Path, kind: torch.dtype) -> PreTrainedModel:
@@ -66,8 +79,7 @@ def _skeleton(folder: Path, kind: torch.dtype) -> PreTrainedModel:
     try:
         return empty_model(AutoConfig.from_pretrained(folder), kind)
     except Exception as error:  # whatever a missing or a wrong config.json leads to
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(None, f"{folder}: its config.json cannot be used ({reason})") from error
+        raise UserError(None, f"{folder}: its config.json cannot be used ({first_line(error)})") from error
 
 
 def _fill(
