@@ -44,7 +44,8 @@ Every flag of every command, as `--help` shows it. This file is generated: `pyth
 the declarations, and `.ci/run` fails if it is out of date. What the methods mean is in [methods.md](methods.md).
 
 A wrong value, an unknown flag, a flag that would have no effect, or two flags that contradict each other end the
-command with one line and exit status 2, before the model is loaded wherever that can be known.
+command with one line and exit status 2, before the model is loaded wherever that can be known. Flags about texts and
+windows that a run does not read are warned about instead, since scripts pass them to every run.
 """
 
 
