@@ -363,6 +363,133 @@ def test_training_resumes_on_its_own_model_only(place, capsys, monkeypatch):
     assert status_and_line("finetune", again, capsys)[0] == 0
 
 
+@pytest.fixture(scope="module")
+def stopped(made, tmp_path_factory) -> Path:
+    """Return the folder of a run that was stopped in the second of its two steps."""
+    step, calls = Trainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    out = tmp_path_factory.mktemp("stopped") / "stopped"
+    flags = FINETUNE | RESUMED | {"--model_name_or_path": str(made / "pruned"), "--output_dir": str(out)}
+    flags |= {"--train_file": str(made / "long.txt"), "--validation_file": str(made / "other.txt")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted)
+        assert finetune_lm.main([word for item in flags.items() for word in item]) == 130
+    return out
+
+
+RESUMED = {"--max_steps": "2", "--save_steps": "1", "--batch_size": "1", "--max_train_samples": "4"}
+
+
+@pytest.fixture
+def resumed(stopped, place) -> str:
+    """Return the flags that resume a copy of ``stopped`` in the current folder, which holds its training text."""
+    shutil.copytree(stopped, place / "stopped")
+    about = json.loads((place / "stopped/base_model.json").read_text())
+    about["training"]["text"]["name"] = str(place / "long.txt")
+    (place / "stopped/base_model.json").write_text(json.dumps(about))
+    words = " ".join(word for item in RESUMED.items() for word in item)
+    return f"--output_dir stopped {words} --resume_from_checkpoint"
+
+
+# What is typed beside the flags of the run that is resumed -> what the line must say.
+OTHER_TRAINING = [
+    ("--learning_rate 1e-3", "--learning_rate 0.001: the run of stopped/checkpoint-1 was started with 0.0001; give"),
+    ("--block_size 16", "--block_size 16: the run of stopped/checkpoint-1 was started with 32; give that"),
+    ("--batch_size 2", "--batch_size 2: the run of stopped/checkpoint-1 was started with 1; give that"),
+    ("--seed 1", "--seed 1: the run of stopped/checkpoint-1 was started with 42"),
+    ("--data_seed 1", "--data_seed 1: the run of stopped/checkpoint-1 was started without it; leave it out"),
+    ("--lr_scheduler_type cosine", "--lr_scheduler_type cosine: the run of stopped/checkpoint-1 was started with lin"),
+    ("--warmup_steps 1", "--warmup_steps 1.0: the run of stopped/checkpoint-1 was started with 5"),
+    ("--max_steps 3", "--max_steps 3: the run of stopped/checkpoint-1 was started with 2"),
+    ("--max_steps -", "--max_steps -1: the run of stopped/checkpoint-1 was started with 2"),
+    ("--dtype bfloat16", "--dtype bfloat16: the run of stopped/checkpoint-1 was started with float32"),
+    ("--max_train_samples 3", "--max_train_samples 3: the run of stopped/checkpoint-1 was started with 4; give that"),
+    ("--max_train_samples -", "--max_train_samples left out: the run of stopped/checkpoint-1 was started with 4"),
+    ("--train_file longer.txt --validation_file long.txt", "/longer.txt: the run of stopped/checkpoint-1 was start"),
+    ("--lora_target_modules all-linear", "all-linear: the run of stopped/checkpoint-1 was started with q_proj,v_proj"),
+    ("--model_name_or_path dense", "stopped: was trained on other weights than those of --model dense"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), OTHER_TRAINING, ids=lambda value: str(value)[:40])
+def test_resuming_with_another_training_is_refused_before_loading(text, says, resumed, place, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
+    Path("longer.txt").write_text(tiny_sentences(30, seed=7))
+    before = everything(place)
+    status, line = status_and_line("finetune", f"{resumed} {text}", capsys)
+    assert status == 2 and says in line.splitlines()[-1], line
+    assert everything(place) == before
+
+
+def test_text_that_changed_since_is_refused(resumed, capsys):
+    Path("long.txt").write_text(tiny_sentences(20, seed=7))
+    status, line = status_and_line("finetune", resumed, capsys)
+    assert status == 2 and "long.txt: the text or the tokenizer has changed since the run of stopped/" in line
+
+
+def test_what_does_not_change_the_training_may_change(resumed, capsys):
+    text = f"{resumed} --save_steps 2 --logging_steps 2 --validation_file long.txt --max_eval_samples 1"
+    status, line = status_and_line("finetune", text, capsys)
+    assert status == 0, line
+    assert json.loads(Path("stopped/train_results.json").read_text())["flags"]["logging_steps"] == 2
+    state = json.loads(Path("stopped/checkpoint-2/trainer_state.json").read_text())
+    assert (state["logging_steps"], state["save_steps"]) == (2, 2)  # the Trainer's own are those of the first run
+    assert [row["step"] for row in state["log_history"] if "loss" in row] == [2]
+
+
+@pytest.mark.parametrize(("more", "status"), [("", 0), (" --lr_scheduler_type linear", 2), (" --max_steps 1", 2)])
+def test_a_longer_run_goes_on_if_its_learning_rates_are_the_same(more, status, place, capsys):
+    words = "--output_dir flat --do_eval - --batch_size 1 --save_steps 1 --lr_scheduler_type constant_with_warmup"
+    assert status_and_line("finetune", f"{words} --max_steps 2", capsys)[0] == 0
+    again = f"{words} --max_steps 3 --resume_from_checkpoint{more}"
+    found, line = status_and_line("finetune", again, capsys)
+    assert found == status, line
+    if status == 0:
+        assert status_and_line("finetune", f"{words} --max_steps 3 --output_dir whole", capsys)[0] == 0
+        ours, whole = (load_file(f"{out}/adapter_model.safetensors") for out in ("flat", "whole"))
+        assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_checkpoint_of_an_older_version_resumes_with_one_warning(resumed, caplog, capsys):
+    path = Path("stopped/base_model.json")
+    about = json.loads(path.read_text())
+    del about["training"]
+    path.write_text(json.dumps(about))
+    assert status_and_line("finetune", f"{resumed} --learning_rate 1e-3", capsys)[0] == 0
+    assert caplog.text.count("is an older version's") == 1 and caplog.text.count("cannot be checked") == 1
+    assert "training" in json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory.")], ids=str)
+def test_old_adapter_is_kept_until_there_is_something_to_save(error, place, capsys, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Trainer, "training_step", fails)
+    before = everything(place)
+    words = "--output_dir adapter --overwrite_output_dir"
+    assert status_and_line("finetune", f"{words} --learning_rate 1", capsys)[0] in (2, 130)
+    assert everything(place) == before
+    status, line = status_and_line("finetune", f"{words} --learning_rate 1 --resume_from_checkpoint", capsys)
+    assert status == 2 and "--learning_rate 1.0: the run of adapter/checkpoint-2 was started with 0.0001" in line
+
+
+def test_checkpoint_of_another_folder_replaces_a_run_only_if_told(resumed, place, capsys):
+    elsewhere = f"{resumed} stopped/checkpoint-1 --output_dir adapter"
+    before = everything(place)
+    status, line = status_and_line("finetune", elsewhere, capsys)
+    assert status == 2 and "--output_dir adapter: is not empty" in line and everything(place) == before
+    assert status_and_line("finetune", f"{elsewhere} --overwrite_output_dir", capsys)[0] == 0
+    assert {path.name for path in Path("adapter").glob("checkpoint-*")} == {"checkpoint-2"}
+    assert Path("stopped/checkpoint-1").is_dir()
+
+
 def test_memory_that_does_not_suffice(place, capsys, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
