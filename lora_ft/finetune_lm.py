@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import UserError, data, files, models
+from lib import UserError, data, files, first_line, models
 from lib.blocks import Weights
 from lib.command import Flags, Parser, answer, flag, make_parser, parse
 from lib.layers import prunable_layers
@@ -23,7 +23,7 @@ from lib.lazy import torch, transformers
 from lib.record import run_text
 from lib.registry import check_name
 from lib.settings import TEXTS
-from lora_ft import common, resumption
+from lora_ft import common, rehearsal, resumption
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -107,7 +107,7 @@ class Training(Flags):
     gradient_accumulation_steps: int | None = flag(
         None, "forward passes to a step (default: what --batch_size needs)", least=1, metavar="N"
     )
-    warmup_steps: float = flag(5, "steps, or a share of all steps below 1", least=0, metavar="N")
+    warmup_steps: float = flag(5, "steps, or a share of all steps below 1", least=0, below=math.inf, metavar="N")
     optim: str = flag("adamw_torch", "optimizer, by the Trainer's name", metavar="NAME")
     logging_steps: float = flag(10, "steps from one log line to the next", above=0, metavar="N")
     save_steps: float = flag(50, "steps from one checkpoint to the next", above=0, metavar="N")
@@ -221,6 +221,7 @@ def settle(settings: Finetune, other: dict) -> TrainingArguments:
     Raises:
         UserError: arguments that contradict each other.
     """
+    rehearsal.check_ranges(other)
     other = dict(other)
     if other["bf16"] is None and other["fp16"] is None and torch.cuda.is_available() and not other["use_cpu"]:
         other["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -240,11 +241,13 @@ def settle(settings: Finetune, other: dict) -> TrainingArguments:
     own = {item.name: getattr(settings, item.name) for item in fields(Training) if item.name != "given"}
     try:
         training = transformers.TrainingArguments(**other | own | {"gradient_accumulation_steps": 1})
-    except (ValueError, ImportError) as error:
-        raise UserError(None, str(error).strip().splitlines()[0]) from error
+    except Exception as error:  # of any class: what a wrong flag leads to
+        raise UserError(None, first_line(error)) from error
+    rehearsal.check_reports(training)
     if training.n_gpu > 1:
         training._n_gpu = 1  # one process spreads the model over its GPUs, and not the batch
     training.gradient_accumulation_steps = _accumulation(settings, training)
+    rehearsal.rehearse(training)
     return training
 
 
