@@ -165,12 +165,13 @@ def _described(given: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
             model = path is config and (folder / "config.json").is_file()
             hint = "; it holds a model, not an adapter" if model else ""
             raise UserError("lora_weights", f"{given}: the folder holds no {path.name}{hint}")
-    about = read_json("lora_weights", config, "restore it, or train the adapter again")
+    fix = "restore it, or train the adapter again"
+    about = read_json("lora_weights", config, fix)
     try:
         with safe_open(weights, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except Exception as error:  # safetensors has its own error class
-        raise UserError("lora_weights", f"{weights}: cannot be read ({first_line(error)})") from error
+        raise UserError("lora_weights", f"{weights}: cannot be read ({first_line(error)}); {fix}") from error
     if about.get("peft_type") != "LORA":
         raise UserError("lora_weights", f"{given}: is a {about.get('peft_type')} adapter; only LORA is supported")
     if about.get("modules_to_save") or about.get("bias", "none") != "none":
@@ -219,7 +220,7 @@ def attach(given: str, weights: Weights) -> PeftModel:
     """Return the model with the adapter around its layers, in evaluation mode.
 
     Raises:
-        UserError: the adapter lacks weights that its config names.
+        UserError: the adapter lacks weights that its config names, or they are of other shapes.
     """
     from peft import PeftModel
 
@@ -230,6 +231,11 @@ def attach(given: str, weights: Weights) -> PeftModel:
             return PeftModel.from_pretrained(weights.model, Path(given).expanduser()).eval()
         except UserWarning as error:
             text = f"{given}: lacks weights that its config names ({first_line(error)})"
+            raise UserError("lora_weights", text) from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of any class: what a config leads to that is not of its weights
+            text = f"{given}: its config does not fit its weights ({first_line(error)}); train the adapter again"
             raise UserError("lora_weights", text) from error
 
 

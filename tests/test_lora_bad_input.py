@@ -1,6 +1,7 @@
 """LoRA recovery, bad input: one line that says what was given and what to type, exit status 2, and nothing written."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -197,6 +198,53 @@ def test_before_loading(program, text, says, place, capsys, monkeypatch, request
     assert line.splitlines()[-1].startswith(f"{PROGRAMS[program][0].__name__.split('.')[1]}.py: error: ")
     assert len([x for x in line.splitlines() if "WARNING" not in x and not x.startswith("tokenising")]) == 1, line
     assert everything(place) == before
+
+
+def cut_off(path: str) -> None:
+    """Cut a file to half its size."""
+    os.truncate(path, Path(path).stat().st_size // 2)
+
+
+def writes(text: str):
+    return lambda path: Path(path).write_text(text)
+
+
+def fingerprints_of(text: str):
+    def change(path: str) -> None:
+        about = json.loads(Path(path).read_text())
+        about["fingerprints"] = dict.fromkeys(about["fingerprints"], text)
+        Path(path).write_text(json.dumps(about))
+
+    return change
+
+
+DAMAGED = [
+    ("base_model.json", cut_off, "adapter/base_model.json: cannot be read (", "remove it to go on without"),
+    ("base_model.json", writes("[]"), "adapter/base_model.json: holds no JSON object", "restore it"),
+    ("base_model.json", writes('{"fingerprints": 1}'), "its fingerprints are damaged", "restore it"),
+    ("base_model.json", fingerprints_of("no hex"), "its fingerprints are damaged", "restore it"),
+    ("base_model.json", fingerprints_of("00" * 8), "its fingerprints are damaged", "restore it"),
+    ("adapter_config.json", writes("[]"), "adapter/adapter_config.json: holds no JSON object", "train the adapter"),
+    ("adapter_config.json", cut_off, "adapter/adapter_config.json: cannot be read (", "train the adapter again"),
+    ("adapter_model.safetensors", cut_off, "adapter/adapter_model.safetensors: cannot be read (", "train the adapter again"),
+]
+
+
+@pytest.mark.parametrize("program", ["evaluate", "merge"])
+@pytest.mark.parametrize(("name", "damage", "says", "fix"), DAMAGED)
+def test_damaged_adapter_is_refused_before_loading(program, name, damage, says, fix, place, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
+    damage(f"adapter/{name}")
+    status, line = status_and_line(program, "", capsys)
+    assert status == 2 and says in line and len(line.splitlines()) == 1, line
+    assert fix in line and not Path("out").exists()
+
+
+def test_config_of_another_rank_is_refused(place, capsys):
+    about = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps(about | {"r": 4}))
+    status, line = status_and_line("evaluate", "", capsys)
+    assert status == 2 and "adapter: its config does not fit its weights (" in line.splitlines()[-1], line
 
 
 @pytest.mark.parametrize("program", ["evaluate", "merge"])
@@ -448,6 +496,38 @@ def test_resuming_with_another_training_is_refused_before_loading(text, says, re
     status, line = status_and_line("finetune", f"{resumed} {text}", capsys)
     assert status == 2 and says in line.splitlines()[-1], line
     assert everything(place) == before
+
+
+CHECKPOINT = [
+    ("adapter_config.json", cut_off, "adapter_config.json: cannot be read ("),
+    ("adapter_config.json", writes("[]"), "adapter_config.json: holds no JSON object"),
+    ("trainer_state.json", cut_off, "trainer_state.json: cannot be read ("),
+    ("trainer_state.json", writes("{}"), "its trainer_state.json names no step"),
+    ("adapter_model.safetensors", cut_off, "its adapter_model.safetensors cannot be read ("),
+    ("optimizer.pt", cut_off, "its optimizer.pt is damaged or cut off"),
+    ("scheduler.pt", os.remove, "holds no scheduler.pt (--save_only_model?)"),
+    ("rng_state.pth", cut_off, "its rng_state.pth is damaged or cut off"),
+    ("../base_model.json", cut_off, "base_model.json: cannot be read ("),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "says"), CHECKPOINT)
+def test_damaged_checkpoint_is_refused_before_loading(name, damage, says, resumed, place, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
+    shutil.copytree("stopped/checkpoint-1", "stopped/checkpoint-2")
+    damage(f"stopped/checkpoint-2/{name}")
+    before = everything(place)
+    status, line = status_and_line("finetune", resumed, capsys)
+    assert status == 2 and says in line and len(line.splitlines()) == 1, line
+    if ".." not in name:
+        assert "resume from the one before: --resume_from_checkpoint stopped/checkpoint-1" in line
+    assert everything(place) == before
+
+
+def test_other_folders_beside_checkpoints_are_none(resumed, capsys):
+    shutil.copytree("stopped/checkpoint-1", "stopped/checkpoint-best")
+    status, line = status_and_line("finetune", resumed, capsys)
+    assert status == 0, line
 
 
 def test_text_that_changed_since_is_refused(resumed, capsys):
