@@ -20,7 +20,7 @@ from lib.settings import TEXTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("lora_ft")
@@ -70,13 +70,14 @@ class Dataset(Flags):
 class Base(NamedTuple):
     """A model as described by its folder, without weights, and its tokenizer.
 
-    ``config`` is borrowed from another model, or None for the model's own.
+    ``config`` is borrowed from another model, or None for the model's own; the tokenizer may be borrowed as well.
     """
 
     source: models.Source
     skeleton: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: object | None = None
+    lender: str | None = None  # of the tokenizer
 
 
 @contextmanager
@@ -104,20 +105,34 @@ def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
     if config_name is None:
         if borrows_tokenizer and "config.json" in names:
             raise UserError("model", f"{model}: the folder holds no tokenizer; give its model: --config_name NAME")
-        source = models.locate(model, cache_dir)
+        source = _locate(model, cache_dir)
         return Base(source, models.load_skeleton(source), models.load_tokenizer(source))
     with lent_by("config_name"):
         lender = models.locate(config_name, cache_dir)
     if borrows_config:
         source = models.Source(model, str(folder), folder.resolve().name, cache_dir)
+        models.refuse_packed(source)
         with lent_by("config_name"):
             skeleton = models.load_skeleton(lender)
     else:
-        source = models.locate(model, cache_dir)
+        source = _locate(model, cache_dir)
         skeleton = models.load_skeleton(source)
     with lent_by("config_name" if borrows_tokenizer else "model"):
         tokenizer = models.load_tokenizer(lender if borrows_tokenizer else source)
-    return Base(source, skeleton, tokenizer, skeleton.config if borrows_config else None)
+    config = skeleton.config if borrows_config else None
+    return Base(source, skeleton, tokenizer, config, config_name if borrows_tokenizer else None)
+
+
+def _locate(model: str, cache_dir: str) -> models.Source:
+    source = models.locate(model, cache_dir)
+    models.refuse_packed(source)  # it has no gradients, and is not saved again
+    return source
+
+
+def check_vocabulary(base: Base, *texts: Tensor | None) -> None:
+    """Refuse texts whose tokenizer gives tokens that the model does not have."""
+    with lent_by("config_name" if base.lender else "model"):
+        models.check_vocabulary(base.lender or base.source.given, base.skeleton, *texts)
 
 
 def check_length(field: str, length: int, skeleton: PreTrainedModel) -> None:

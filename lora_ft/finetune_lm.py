@@ -304,6 +304,7 @@ def run(settings: Finetune, other: dict) -> None:
         if checkpoint:
             resumption.check_text(checkpoint, field, started["text"])
     evaluation = _blocks(settings, "validation", base) if training.do_eval else None
+    common.check_vocabulary(base, train, evaluation)
     if evaluation is not None and training.world_size > 1:
         training.per_device_eval_batch_size = _even_batch(len(evaluation), training)
     prepared = Prepared(training, base, targets, train, evaluation)

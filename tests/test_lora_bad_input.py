@@ -51,6 +51,14 @@ def made(tmp_path_factory, tiny_tokenizer) -> Path:
     small = LlamaConfig(vocab_size=300, max_position_embeddings=128, **sizes)
     LlamaForCausalLM(small).save_pretrained(folder / "narrow")
     tiny_tokenizer.save_pretrained(folder / "narrow")
+    few = LlamaConfig(vocab_size=20, max_position_embeddings=128, **sizes)
+    for name in ("few", "few_bare"):
+        LlamaForCausalLM(few).save_pretrained(folder / name)
+    tiny_tokenizer.save_pretrained(folder / "few")
+    shutil.copytree(folder / "pruned", folder / "packed")
+    (folder / "packed/model.safetensors").rename(folder / "packed/model-block-00000.packed.safetensors")
+    (folder / "packed_bare").mkdir()
+    (folder / "packed_bare/model-block-00000.packed.safetensors").touch()
     (folder / "long.txt").write_text(tiny_sentences(20, seed=1))
     (folder / "other.txt").write_text(tiny_sentences(20, seed=2))
     (folder / "empty.txt").write_text("")
@@ -66,6 +74,10 @@ def made(tmp_path_factory, tiny_tokenizer) -> Path:
     tensors = load_file(folder / "cut/adapter_model.safetensors")
     some = {name: tensor for name, tensor in tensors.items() if "layers.2" not in name}
     save_file(some, folder / "cut/adapter_model.safetensors")
+    shutil.copytree(folder / "adapter", folder / "few_adapter")
+    narrow = {name: t[:, :16].contiguous() if "lora_A" in name else t[:16] for name, t in tensors.items()}
+    save_file(narrow, folder / "few_adapter/adapter_model.safetensors")
+    (folder / "few_adapter/base_model.json").unlink()
     config = json.loads((folder / "adapter/adapter_config.json").read_text())
     other = {"prefix": {"peft_type": "PREFIX_TUNING"}, "more": {"modules_to_save": ["lm_head"]}}
     for name, about in (other | {"biased": {"bias": "all"}}).items():
@@ -184,6 +196,14 @@ BEFORE_LOADING = [
     ("merge", "--save full", "--save full: is not empty"),
     ("merge", "--lora_weights -", "required: --lora_weights"),
     ("merge", "--model narrow", "does not fit narrow"),
+    ("finetune", "--model_name_or_path few", "--model_name_or_path few: its tokenizer gives token"),
+    ("finetune", "--model_name_or_path few_bare --config_name few", "--config_name few: its tokenizer gives token"),
+    ("evaluate", "--model few --lora_weights -", "--model few: its tokenizer gives token"),
+    ("merge", "--model few_bare --config_name pruned --lora_weights few_adapter", "--config_name pruned: its token"),
+    ("finetune", "--model_name_or_path packed", "packed: is packed, which is for running it; unpack it first: python"),
+    ("evaluate", "--model packed", "unpack it first: python scripts/speedup/pack.py packed --unpack --save DIR"),
+    ("evaluate", "--model packed_bare --config_name pruned", "packed_bare: is packed, which is for running it"),
+    ("merge", "--model packed", "unpack it first: python scripts/speedup/pack.py packed --unpack --save DIR"),
 ]
 
 
@@ -226,7 +246,7 @@ DAMAGED = [
     ("base_model.json", fingerprints_of("00" * 8), "its fingerprints are damaged", "restore it"),
     ("adapter_config.json", writes("[]"), "adapter/adapter_config.json: holds no JSON object", "train the adapter"),
     ("adapter_config.json", cut_off, "adapter/adapter_config.json: cannot be read (", "train the adapter again"),
-    ("adapter_model.safetensors", cut_off, "adapter/adapter_model.safetensors: cannot be read (", "train the adapter again"),
+    ("adapter_model.safetensors", cut_off, "adapter_model.safetensors: cannot be read (", "train the adapter again"),
 ]
 
 
