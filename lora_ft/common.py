@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -376,18 +376,19 @@ def quiet_peft() -> None:
 
 
 @contextmanager
-def kept(resume: str, unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+def kept(resume: str | Callable[[], str], unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """If the body of the with statement fails, report what is on disk and how to ``resume``.
 
     Args:
+        resume: the text, or a function that returns it after the failure.
         unless: errors of this class are not reported.
     """
     try:
         yield
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(resume) from error
+        raise KeyboardInterrupt(resume if isinstance(resume, str) else resume()) from error
     except unless:
         raise
     except Exception:
-        log.warning("%s", resume)
+        log.warning("%s", resume if isinstance(resume, str) else resume())
         raise

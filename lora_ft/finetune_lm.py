@@ -288,7 +288,8 @@ def run(settings: Finetune, other: dict) -> None:
     checkpoint = Path(training.resume_from_checkpoint) if training.resume_from_checkpoint else None
     started = {"flags": _training_flags(settings, training)}
     if checkpoint:
-        resumption.check_parts(checkpoint)
+        if not training.deepspeed and not training.fsdp:  # which save an optimizer's shards in their own way
+            resumption.check_parts(checkpoint)
         resumption.check_flags(checkpoint, started["flags"])
     base = common.find_base(settings.model, settings.config_name, settings.cache_dir)
     common.check_length("block_size", settings.block_size, base.skeleton)
@@ -340,7 +341,7 @@ def _train_and_evaluate(settings: Finetune, known: Prepared, flags: dict, starte
         if training.resume_from_checkpoint:
             _check_base(Path(training.resume_from_checkpoint).parent, weights, base)
         record = common.describe_base(weights, base, about["sparsity"]) | {"training": started}
-        with common.kept(RESUME, unless=Ruined):
+        with common.kept(partial(_how_to_go_on, trainer), unless=Ruined):
             train_adapter(trainer, about, record)
     if training.do_eval:
         saved = f"the adapter is saved in {training.output_dir}" if training.do_train else "nothing was written"
@@ -394,6 +395,13 @@ def _begin(args: TrainingArguments, record: dict) -> None:
     if not (checkpoint and _is_in(Path(checkpoint), out)):
         _clear(out)
     files.write_atomically(out / common.BASE, json.dumps(record, indent=1) + "\n")
+
+
+def _how_to_go_on(trainer: Trainer) -> str:
+    """Return what to type after training was stopped."""
+    out, checkpoint = Path(trainer.args.output_dir), trainer.args.resume_from_checkpoint
+    resumed = checkpoint and _is_in(Path(checkpoint), out)
+    return RESUME if resumed or trainer.first_save is None else "nothing was saved yet; the same command starts again"
 
 
 def _is_in(checkpoint: Path, folder: Path) -> bool:

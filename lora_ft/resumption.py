@@ -160,8 +160,10 @@ def check_flags(checkpoint: Path, flags: Mapping[str, object]) -> None:
     """Refuse to resume with flags that change what is trained; warn if an older version recorded none."""
     before = _recorded(checkpoint, "flags")
     if not before:
-        text = "--%s %s: is an older version's; whether it was started with these flags and this text cannot be checked"
-        common.log.warning(text, FIELD, checkpoint)
+        known = "fingerprints" in common.recorded(checkpoint.parent, FIELD)
+        what = "flags and text" if known else "flags, text and model"
+        text = "--%s %s: has no record of its start (an older version's): whether its %s were these cannot be checked"
+        common.log.warning(text, FIELD, checkpoint, what)
     for name, value in flags.items():
         was = before.get(name, value)
         if was == value or (name in _LENGTH and _goes_on(before, was, value)):

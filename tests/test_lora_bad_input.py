@@ -423,13 +423,28 @@ def test_norm_of_an_update():
     assert finetune_lm.update_norm(layer) == pytest.approx(by_hand, rel=1e-12)  # float64, sixteen terms to a sum
 
 
-def test_interrupted_training_says_how_it_resumes(place, capsys, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("calls", "says"),
+    [
+        (1, "nothing was saved yet; the same command starts again"),
+        (2, "the same command with --resume_from_checkpoint resumes"),
+    ],
+)
+def test_interrupted_training_says_how_it_goes_on(calls, says, place, capsys, monkeypatch):
+    step, done = Trainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        done.append(1)
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", interrupted)
-    status, line = status_and_line("finetune", "", capsys)
-    assert status == 130 and "the same command with --resume_from_checkpoint resumes" in line.splitlines()[-1]
+    words = "--batch_size 1 --save_steps 1"
+    status, line = status_and_line("finetune", words, capsys)
+    assert status == 130 and says in line.splitlines()[-1]
+    again = words if calls == 1 else f"{words} --resume_from_checkpoint"
+    assert status_and_line("finetune", again, capsys)[0] == 0
 
 
 def test_training_resumes_on_its_own_model_only(place, capsys, monkeypatch):
@@ -585,7 +600,7 @@ def test_checkpoint_of_an_older_version_resumes_with_one_warning(resumed, caplog
     del about["training"]
     path.write_text(json.dumps(about))
     assert status_and_line("finetune", f"{resumed} --learning_rate 1e-3", capsys)[0] == 0
-    assert caplog.text.count("is an older version's") == 1 and caplog.text.count("cannot be checked") == 1
+    assert caplog.text.count("has no record of its start") == 1 and caplog.text.count("cannot be checked") == 1
     assert "training" in json.loads(path.read_text())
 
 
