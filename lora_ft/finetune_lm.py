@@ -243,7 +243,7 @@ def settle(settings: Finetune, other: dict) -> TrainingArguments:
         training = transformers.TrainingArguments(**other | own | {"gradient_accumulation_steps": 1})
     except Exception as error:  # of any class: what a wrong flag leads to
         raise UserError(None, first_line(error)) from error
-    rehearsal.check_reports(training)
+    rehearsal.check_arguments(training)
     if training.n_gpu > 1:
         training._n_gpu = 1  # one process spreads the model over its GPUs, and not the batch
     training.gradient_accumulation_steps = _accumulation(settings, training)
@@ -306,6 +306,10 @@ def run(settings: Finetune, other: dict) -> None:
             resumption.check_text(checkpoint, field, started["text"])
     evaluation = _blocks(settings, "validation", base) if training.do_eval else None
     common.check_vocabulary(base, train, evaluation)
+    at_once = training.per_device_train_batch_size * training.world_size
+    if train is not None and training.dataloader_drop_last and len(train) < at_once:
+        text = f"leaves nothing of {len(train)} blocks, {at_once} at once; leave it out"
+        raise UserError("dataloader_drop_last", text)
     if evaluation is not None and training.world_size > 1:
         training.per_device_eval_batch_size = _even_batch(len(evaluation), training)
     prepared = Prepared(training, base, targets, train, evaluation)

@@ -56,6 +56,24 @@ def check_ranges(other: Mapping[str, object]) -> None:
             raise UserError(name, "without --dataloader_num_workers does nothing; add --dataloader_num_workers N")
 
 
+def check_arguments(training: TrainingArguments) -> None:
+    """Refuse what the Trainer takes and this training, which measures a loss alone, cannot do.
+
+    Raises:
+        UserError: as described above, or as ``check_reports``.
+    """
+    check_reports(training)
+    if training.label_names != ["labels"]:
+        raise UserError("label_names", f"{','.join(training.label_names)}: the labels are the text; leave the flag out")
+    best = training.metric_for_best_model
+    if best not in (None, "loss", "eval_loss"):
+        raise UserError("metric_for_best_model", f"{best}: only the loss is measured; give loss, or leave it out")
+    if training.use_liger_kernel and not transformers.utils.is_liger_kernel_available():
+        raise UserError("use_liger_kernel", "needs liger-kernel, which is not installed; install it, or leave it out")
+    if training.fsdp and training.world_size == 1:
+        raise UserError("fsdp", "works with several processes; start them with accelerate launch, or leave it out")
+
+
 def check_reports(training: TrainingArguments) -> None:
     """Refuse to report to a service that transformers does not know or whose package is not installed."""
     from transformers.integrations import integration_utils as services
@@ -80,7 +98,7 @@ def rehearse(training: TrainingArguments) -> None:
         return
     training, device = copy.copy(training), training.device
     blocks = torch.zeros(4, 2, dtype=torch.int32)
-    training.report_to = []
+    training.report_to, training.push_to_hub = [], False  # nobody is told of a rehearsal
     try:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as training.output_dir:
             warnings.simplefilter("ignore")
@@ -95,5 +113,8 @@ def rehearse(training: TrainingArguments) -> None:
                 trainer.create_optimizer_and_scheduler(num_training_steps=10)
             if training.do_eval:
                 trainer.get_eval_dataloader()
+            if training.gradient_checkpointing:
+                ask = {"use_reentrant": True} | (training.gradient_checkpointing_kwargs or {})
+                torch.utils.checkpoint.checkpoint(torch.zeros_like, blocks, **ask)
     except Exception as error:  # of any class: what a wrong flag leads to
         raise UserError(None, f"with these flags training cannot be set up ({first_line(error)})") from error
