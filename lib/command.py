@@ -209,7 +209,7 @@ def check_values(settings: Flags) -> None:
         if about.get("choices") and value is not None:
             for name in value if isinstance(value, list) else [value]:
                 check_name(item.name, name, about["choices"])
-        _check_range(item.name, value, about)
+        check_range(item.name, value, about)
         needed = about.get("needs")
         if needed and item.name in settings.given and not getattr(settings, needed):
             spelling = settings.spelling(needed)
@@ -225,7 +225,8 @@ def _check_empty(item: Field) -> None:
         raise UserError(item.name, f"'': is empty; {fix}")
 
 
-def _check_range(name: str, value: Any, about: Any) -> None:
+def check_range(name: str, value: Any, about: Any) -> None:
+    """Refuse a number, or one of a list, outside the bounds ``about`` the flag ``name``; see ``flag``."""
     for number in value if isinstance(value, (list, tuple)) else [value]:
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             continue

@@ -133,9 +133,8 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     warn_of_replacement(settings, task)
     _check_written_files(settings, task)
     source = processes.by_first(lambda: models.locate(settings.model, settings.cache_dir))
-    if models.is_packed(source) and (task.pruner or settings.metrics_only or settings.stream == "always"):
-        unpack = f"python scripts/speedup/pack.py {settings.model} --unpack --save DIR"
-        raise UserError("model", f"{settings.model}: is packed, which is for running it; unpack it first: {unpack}")
+    if task.pruner or settings.metrics_only or settings.stream == "always":
+        models.refuse_packed(source)
     skeleton = session.once(models.load_skeleton, source)
     layers = session.once(prunable_layers, skeleton)
     if models.is_packed(source):
@@ -157,7 +156,7 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     seqlen = _seqlen(settings.seqlen, models.context_length(skeleton), reads)
     tokenizer = session.once(models.load_tokenizer, source)
     windows = _read_windows(settings, task, tokenizer, seqlen, session)
-    _check_vocabulary(settings, skeleton, windows)
+    models.check_vocabulary(settings.model, skeleton, windows.calibration, windows.evaluation)
     reserve = max(_reserve(run, skeleton, dtypes, seqlen, session) for run in (settings, *session.planned))
     ask = partial(models.fits_in_memory, reserve=reserve)
     fits = all(processes.gathered(session.once(ask, skeleton, dtypes.compute)))  # once: later the model is in the way
@@ -418,15 +417,6 @@ def _read_windows(
 
 def _warn_of_one_text(name: str) -> None:
     log.warning("%s is both calibrated and evaluated on; give another text: --eval_data FILE", name)
-
-
-def _check_vocabulary(settings: Experiment, skeleton: PreTrainedModel, windows: Windows) -> None:
-    most = skeleton.get_input_embeddings().num_embeddings
-    texts = (windows.calibration, windows.evaluation)
-    largest = max([int(text.max()) for text in texts if text is not None], default=0)
-    if largest >= most:
-        what = f"its tokenizer gives token {largest} and the model has {most} embeddings"
-        raise UserError("model", f"{settings.model}: {what}; they do not belong together")
 
 
 def questions(settings: ZeroShot, session: Session) -> evaluation.Tasks | None:

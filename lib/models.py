@@ -175,6 +175,15 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise _unreadable(source, error, "the tokenizer of ") from error
 
 
+def check_vocabulary(given: str, skeleton: PreTrainedModel, *texts: Tensor | None) -> None:
+    """Refuse token ids for which the model ``given`` has no embedding: its tokenizer is another model's."""
+    most = skeleton.get_input_embeddings().num_embeddings
+    largest = max([int(text.max()) for text in texts if text is not None], default=0)
+    if largest >= most:
+        what = f"its tokenizer gives token {largest} and the model has {most} embeddings"
+        raise UserError("model", f"{given}: {what}; they do not belong together")
+
+
 class Dtypes(NamedTuple):
     """The dtype in which a model is computed, and the one to which its pruned weights are rounded for saving."""
 
@@ -386,6 +395,13 @@ def saved_bytes(skeleton: PreTrainedModel, source: Source, dtype: torch.dtype) -
 def is_packed(source: Source) -> bool:
     """Return whether a model's folder is packed (``lib.sparse``)."""
     return any(Path(source.path).glob("*.packed.safetensors"))
+
+
+def refuse_packed(source: Source) -> None:
+    """Refuse a model whose folder is packed."""
+    if is_packed(source):
+        unpack = f"python scripts/speedup/pack.py {source.given} --unpack --save DIR"
+        raise UserError("model", f"{source.given}: is packed, which is for running it; unpack it first: {unpack}")
 
 
 def packed_dtypes(source: Source, dtype: str) -> Dtypes:

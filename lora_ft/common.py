@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from lib import UserError, data, files, fingerprint, first_line, metrics, models
+from lib import UserError, data, fingerprint, first_line, metrics, models, stream
 from lib.blocks import Weights, weights_of
 from lib.command import Flags, flag
+from lib.layers import prunable_layers
 from lib.lazy import torch
 from lib.settings import TEXTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("lora_ft")
 
 BASE = "base_model.json"  # beside an adapter: which weights it was trained on
 
+_RESTORE = "restore it, or remove it to go on without knowing which weights it belongs to"
 _DENSE = 0.01  # a sparsity below this is no pruning
 
 
@@ -68,13 +70,14 @@ class Dataset(Flags):
 class Base(NamedTuple):
     """A model as described by its folder, without weights, and its tokenizer.
 
-    ``config`` is borrowed from another model, or None for the model's own.
+    ``config`` is borrowed from another model, or None for the model's own; the tokenizer may be borrowed as well.
     """
 
     source: models.Source
     skeleton: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: object | None = None
+    lender: str | None = None  # of the tokenizer
 
 
 @contextmanager
@@ -102,20 +105,34 @@ def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
     if config_name is None:
         if borrows_tokenizer and "config.json" in names:
             raise UserError("model", f"{model}: the folder holds no tokenizer; give its model: --config_name NAME")
-        source = models.locate(model, cache_dir)
+        source = _locate(model, cache_dir)
         return Base(source, models.load_skeleton(source), models.load_tokenizer(source))
     with lent_by("config_name"):
         lender = models.locate(config_name, cache_dir)
     if borrows_config:
         source = models.Source(model, str(folder), folder.resolve().name, cache_dir)
+        models.refuse_packed(source)
         with lent_by("config_name"):
             skeleton = models.load_skeleton(lender)
     else:
-        source = models.locate(model, cache_dir)
+        source = _locate(model, cache_dir)
         skeleton = models.load_skeleton(source)
     with lent_by("config_name" if borrows_tokenizer else "model"):
         tokenizer = models.load_tokenizer(lender if borrows_tokenizer else source)
-    return Base(source, skeleton, tokenizer, skeleton.config if borrows_config else None)
+    config = skeleton.config if borrows_config else None
+    return Base(source, skeleton, tokenizer, config, config_name if borrows_tokenizer else None)
+
+
+def _locate(model: str, cache_dir: str) -> models.Source:
+    source = models.locate(model, cache_dir)
+    models.refuse_packed(source)  # it has no gradients, and is not saved again
+    return source
+
+
+def check_vocabulary(base: Base, *texts: Tensor | None) -> None:
+    """Refuse texts whose tokenizer gives tokens that the model does not have."""
+    with lent_by("config_name" if base.lender else "model"):
+        models.check_vocabulary(base.lender or base.source.given, base.skeleton, *texts)
 
 
 def check_length(field: str, length: int, skeleton: PreTrainedModel) -> None:
@@ -126,7 +143,7 @@ def check_length(field: str, length: int, skeleton: PreTrainedModel) -> None:
 
 
 def check_adapter(given: str, base: Base) -> None:
-    """Refuse a folder that holds no LoRA adapter, or one whose matrices do not fit those of the model ``base``.
+    """Refuse a folder that holds no LoRA adapter, or one of another model than ``base``, as far as its files tell.
 
     Raises:
         UserError: as described above; names the first matrix that does not fit and the adapter's model.
@@ -142,9 +159,12 @@ def check_adapter(given: str, base: Base) -> None:
         if wanted is None:
             raise UserError("lora_weights", f"{given}: {base.source.given} has no layer {name}; {fix}")
         axis, side = (1, "columns") if part[0] == "A" else (0, "rows")
+        if len(shape) != 2:
+            raise UserError("lora_weights", f"{given}: {key} is no matrix; train the adapter again")
         if shape[axis] != wanted.shape[axis]:
             have = f"{name} has {wanted.shape[axis]} {side} and the adapter is for {shape[axis]}"
             raise UserError("lora_weights", f"{given}: does not fit {base.source.given}, {have}; {fix}")
+    check_base_files(given, base)
 
 
 def _described(given: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
@@ -160,12 +180,13 @@ def _described(given: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
             model = path is config and (folder / "config.json").is_file()
             hint = "; it holds a model, not an adapter" if model else ""
             raise UserError("lora_weights", f"{given}: the folder holds no {path.name}{hint}")
+    fix = "restore it, or train the adapter again"
+    about = read_json("lora_weights", config, fix)
     try:
-        about = json.loads(config.read_text(encoding="utf-8"))
         with safe_open(weights, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except Exception as error:  # safetensors has its own error class
-        raise UserError("lora_weights", f"{given}: cannot be read ({first_line(error)})") from error
+        raise UserError("lora_weights", f"{weights}: cannot be read ({first_line(error)}); {fix}") from error
     if about.get("peft_type") != "LORA":
         raise UserError("lora_weights", f"{given}: is a {about.get('peft_type')} adapter; only LORA is supported")
     if about.get("modules_to_save") or about.get("bias", "none") != "none":
@@ -214,7 +235,7 @@ def attach(given: str, weights: Weights) -> PeftModel:
     """Return the model with the adapter around its layers, in evaluation mode.
 
     Raises:
-        UserError: the adapter lacks weights that its config names.
+        UserError: the adapter lacks weights that its config names, or they are of other shapes.
     """
     from peft import PeftModel
 
@@ -226,12 +247,46 @@ def attach(given: str, weights: Weights) -> PeftModel:
         except UserWarning as error:
             text = f"{given}: lacks weights that its config names ({first_line(error)})"
             raise UserError("lora_weights", text) from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of any class: what a config leads to that is not of its weights
+            text = f"{given}: its config does not fit its weights ({first_line(error)}); train the adapter again"
+            raise UserError("lora_weights", text) from error
 
 
-def write_base(folder: Path, weights: Weights, base: Base, sparsity: float) -> None:
-    """Record beside an adapter the weights that it was trained on."""
-    about = {"model": identity(base.source), "sparsity": sparsity, "fingerprints": metrics.fingerprints(weights)}
-    files.write_atomically(folder / BASE, json.dumps(about, indent=1) + "\n")
+def describe_base(weights: Weights, base: Base, sparsity: float) -> dict:
+    """Return what is recorded beside an adapter of the weights that it is trained on."""
+    return {"model": identity(base.source), "sparsity": sparsity, "fingerprints": metrics.fingerprints(weights)}
+
+
+def read_json(field: str, path: Path, fix: str) -> dict:
+    """Return the JSON object in the file ``path``.
+
+    Raises:
+        UserError: the file is damaged or holds no object; ``fix`` says what to do.
+    """
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(field, f"{path}: cannot be read ({first_line(error)}); {fix}") from error
+    if not isinstance(about, dict):
+        raise UserError(field, f"{path}: holds no JSON object; {fix}")
+    return about
+
+
+def recorded(folder: Path, field: str = "lora_weights") -> dict:
+    """Return what was recorded beside an adapter when its training started; nothing if there is no record.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    path = folder / BASE
+    if not path.is_file():
+        return {}
+    about = read_json(field, path, _RESTORE)
+    if not isinstance(about.get("fingerprints", {}), dict):
+        raise UserError(field, f"{path}: its fingerprints are damaged; {_RESTORE}")
+    return about
 
 
 def check_base(given: str, weights: Weights, base: Base) -> None:
@@ -240,18 +295,57 @@ def check_base(given: str, weights: Weights, base: Base) -> None:
     Raises:
         UserError: names the first layer that differs.
     """
-    path = Path(given).expanduser() / BASE
-    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    before = about.get("fingerprints")
-    if before is None:
+    about = recorded(Path(given).expanduser())
+    if "fingerprints" not in about:
         lacks = f"{BASE} is an older version's, without fingerprints" if about else f"has no {BASE}"
         text = "--lora_weights %s: %s: whether it was trained on %s cannot be checked"
         log.warning(text, given, lacks, base.source.given)
         return
-    other = fingerprint.first_difference(before, metrics.fingerprints(weights))
+    _compare(given, about, metrics.fingerprints(weights), base)
+
+
+def check_base_files(given: str, base: Base) -> None:
+    """Refuse what ``check_base`` refuses before the weights are loaded, if their files are on this machine."""
+    about = recorded(Path(given).expanduser())
+    now = _stored_fingerprints(base) if "fingerprints" in about else None
+    if now is not None:
+        _compare(given, about, now, base)
+
+
+def _compare(given: str, about: Mapping, now: Mapping[str, str], base: Base) -> None:
+    try:
+        other = fingerprint.first_difference(about["fingerprints"], now)
+    except (TypeError, ValueError) as error:  # no hexadecimal digits, or not as many as they were
+        text = f"{Path(given) / BASE}: its fingerprints are damaged; {_RESTORE}"
+        raise UserError("lora_weights", text) from error
     if other:
         text = f"was trained on other weights than those of --model {base.source.given} (see {other})"
-        raise UserError("lora_weights", f"{given}: {text}; give the model it was trained on, {about['model']}")
+        raise UserError("lora_weights", f"{given}: {text}; give the model it was trained on, {about.get('model')}")
+
+
+def _stored_fingerprints(base: Base) -> dict[str, str] | None:
+    """Return the fingerprints of the layers as the model's files hold them; None if they do not by the layers' names.
+
+    The files are mapped, so that only the few entries of each matrix are read that its fingerprint needs.
+    """
+    from safetensors import safe_open
+
+    folder = Path(base.source.path)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not single.is_file() and not index.is_file():
+        return None
+    try:
+        entries = stream.Checkpoint(folder).entries if index.is_file() else stream.read_header(single)
+    except UserError:  # it is for the loading to say whether it is damaged
+        return None
+    weights = {layer.name: f"{layer.name}.weight" for layer in prunable_layers(base.skeleton)}
+    if not entries.keys() >= set(weights.values()):
+        return None
+    with ExitStack() as opened:
+        paths = {entries[key].file for key in weights.values()}
+        shards = {path: opened.enter_context(safe_open(path, framework="pt")) for path in paths}
+        tensors = ((name, shards[entries[key].file].get_tensor(key)) for name, key in weights.items())
+        return {name: fingerprint.fingerprint(tensor) for name, tensor in tensors}
 
 
 def identity(source: models.Source) -> str:
@@ -282,18 +376,19 @@ def quiet_peft() -> None:
 
 
 @contextmanager
-def kept(resume: str, unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+def kept(resume: str | Callable[[], str], unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """If the body of the with statement fails, report what is on disk and how to ``resume``.
 
     Args:
+        resume: the text, or a function that returns it after the failure.
         unless: errors of this class are not reported.
     """
     try:
         yield
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(resume) from error
+        raise KeyboardInterrupt(resume if isinstance(resume, str) else resume()) from error
     except unless:
         raise
     except Exception:
-        log.warning("%s", resume)
+        log.warning("%s", resume if isinstance(resume, str) else resume())
         raise

@@ -55,6 +55,7 @@ def run(settings: Evaluate) -> dict:
         common.check_adapter(settings.lora_weights, base)
     cut = (settings.ctx_length, settings.eval_windows)
     windows = data.evaluation_windows(settings.dataset, base.tokenizer, *cut, field="dataset")
+    common.check_vocabulary(base, windows)
     tasks = experiment.questions(settings, experiment.Session())
 
     dtype = models.choose_dtypes(settings.dtype, base.skeleton).compute

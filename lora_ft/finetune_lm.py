@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import UserError, data, files, models
+from lib import UserError, data, files, first_line, models
 from lib.blocks import Weights
 from lib.command import Flags, Parser, answer, flag, make_parser, parse
 from lib.layers import prunable_layers
@@ -23,18 +23,17 @@ from lib.lazy import torch, transformers
 from lib.record import run_text
 from lib.registry import check_name
 from lib.settings import TEXTS
-from lora_ft import common
+from lora_ft import common, rehearsal, resumption
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 BATCH = 128  # blocks to an optimizer step, published
 # Decided in ``settle`` unless set by a flag.
 OPEN = ("bf16", "fp16", "eval_strategy")
 WRITTEN = ("train_results.json", "eval_results.json", "loss_curve.png")  # beside the adapter
-LAST = "last"  # --resume_from_checkpoint without a folder
 RESUME = "the same command with --resume_from_checkpoint resumes from the last checkpoint in --output_dir"
 
 # An update this many times larger than its layer's weight: in float32 sums nothing of the weight's share is left.
@@ -98,7 +97,7 @@ class Training(Flags):
         None,
         "resume from a checkpoint's folder; without one, from the last checkpoint in --output_dir",
         nargs="?",
-        const=LAST,
+        const=resumption.LAST,
         needs="do_train",
         metavar="DIR",
     )
@@ -108,7 +107,7 @@ class Training(Flags):
     gradient_accumulation_steps: int | None = flag(
         None, "forward passes to a step (default: what --batch_size needs)", least=1, metavar="N"
     )
-    warmup_steps: float = flag(5, "steps, or a share of all steps below 1", least=0, metavar="N")
+    warmup_steps: float = flag(5, "steps, or a share of all steps below 1", least=0, below=math.inf, metavar="N")
     optim: str = flag("adamw_torch", "optimizer, by the Trainer's name", metavar="NAME")
     logging_steps: float = flag(10, "steps from one log line to the next", above=0, metavar="N")
     save_steps: float = flag(50, "steps from one checkpoint to the next", above=0, metavar="N")
@@ -204,31 +203,16 @@ def _check_output(settings: Finetune) -> None:
     """Refuse an --output_dir that cannot take this run, and find the checkpoint to resume from."""
     folder = Path(settings.output_dir).expanduser()
     if settings.resume_from_checkpoint:
-        settings.resume_from_checkpoint = str(_checkpoint(folder, settings.resume_from_checkpoint))
+        found = resumption.find_checkpoint(folder, settings.resume_from_checkpoint)
+        settings.resume_from_checkpoint = str(found)
     if int(os.environ.get("RANK", 0)) > 0:
         return  # what the first process of several does here, the others would find half done
     files.prepare("output_dir", folder)
     taken = folder.is_dir() and any(folder.iterdir())
-    if taken and not (settings.overwrite_output_dir or settings.resume_from_checkpoint):
+    resumed = settings.resume_from_checkpoint and _is_in(Path(settings.resume_from_checkpoint), folder)
+    if taken and not (settings.overwrite_output_dir or resumed):
         fix = "add --overwrite_output_dir to start again, --resume_from_checkpoint to resume, or give another folder"
         raise UserError("output_dir", f"{folder}: is not empty; {fix}")
-
-
-def _checkpoint(folder: Path, given: str) -> Path:
-    """Return the checkpoint to resume from: the last complete one in ``folder``."""
-    last, parts = "trainer_state.json", ("trainer_state.json", "adapter_config.json")
-    if given != LAST:
-        path = Path(given).expanduser()
-        lacking = [part for part in parts if not (path / part).is_file()]
-        if lacking:
-            text = f"{given}: is no checkpoint of a LoRA run, it holds no {lacking[0]}"
-            raise UserError("resume_from_checkpoint", text)
-        return path
-    found = {int(path.parent.name.split("-")[1]): path.parent for path in folder.glob(f"checkpoint-*/{last}")}
-    if not found:
-        text = f"with --output_dir {folder}: the folder holds no checkpoint; leave the flag out to start again"
-        raise UserError("resume_from_checkpoint", text)
-    return found[max(found)]
 
 
 def settle(settings: Finetune, other: dict) -> TrainingArguments:
@@ -237,6 +221,7 @@ def settle(settings: Finetune, other: dict) -> TrainingArguments:
     Raises:
         UserError: arguments that contradict each other.
     """
+    rehearsal.check_ranges(other)
     other = dict(other)
     if other["bf16"] is None and other["fp16"] is None and torch.cuda.is_available() and not other["use_cpu"]:
         other["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -256,11 +241,13 @@ def settle(settings: Finetune, other: dict) -> TrainingArguments:
     own = {item.name: getattr(settings, item.name) for item in fields(Training) if item.name != "given"}
     try:
         training = transformers.TrainingArguments(**other | own | {"gradient_accumulation_steps": 1})
-    except (ValueError, ImportError) as error:
-        raise UserError(None, str(error).strip().splitlines()[0]) from error
+    except Exception as error:  # of any class: what a wrong flag leads to
+        raise UserError(None, first_line(error)) from error
+    rehearsal.check_arguments(training)
     if training.n_gpu > 1:
         training._n_gpu = 1  # one process spreads the model over its GPUs, and not the batch
     training.gradient_accumulation_steps = _accumulation(settings, training)
+    rehearsal.rehearse(training)
     return training
 
 
@@ -292,45 +279,74 @@ def _check_targets(given: str, skeleton: PreTrainedModel) -> str | list[str]:
     return [check_name("lora_target_modules", name.strip(), names) for name in given.split(",")]
 
 
-def _check_same_adapter(checkpoint: Path, settings: Lora, targets: str | list[str]) -> None:
-    """Refuse to resume from a checkpoint of a different adapter."""
-    before = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-    for name in ("lora_r", "lora_alpha", "lora_dropout"):
-        value, was = getattr(settings, name), before["r" if name == "lora_r" else name]
-        if was != value:
-            raise UserError(name, f"{value}: the run of {checkpoint} was started with {was}; give that")
-    if targets != "all-linear" and set(targets) != set(before["target_modules"]):
-        was = ",".join(sorted(before["target_modules"]))
-        raise UserError("lora_target_modules", f"{','.join(targets)}: the run of {checkpoint} was started with {was}")
-
-
 # ------------------------------------------------------------------------------------------------------- the run
 
 
 def run(settings: Finetune, other: dict) -> None:
     """Carry out the run step by step."""
     training = settle(settings, other)
+    checkpoint = Path(training.resume_from_checkpoint) if training.resume_from_checkpoint else None
+    started = {"flags": _training_flags(settings, training)}
+    if checkpoint:
+        if not training.deepspeed and not training.fsdp:  # which save an optimizer's shards in their own way
+            resumption.check_parts(checkpoint)
+        resumption.check_flags(checkpoint, started["flags"])
     base = common.find_base(settings.model, settings.config_name, settings.cache_dir)
     common.check_length("block_size", settings.block_size, base.skeleton)
     targets = _check_targets(settings.lora_target_modules, base.skeleton)
-    if training.resume_from_checkpoint:
-        _check_same_adapter(Path(training.resume_from_checkpoint), settings, targets)
+    if checkpoint:
+        resumption.check_same_adapter(checkpoint, settings, targets, base.skeleton)
+        with common.lent_by("model"):
+            common.check_base_files(str(checkpoint.parent), base)
     train = _blocks(settings, "train", base) if training.do_train else None
+    if train is not None:
+        field, name = text_of(settings, "train")
+        started["text"] = resumption.training_text(name, settings.max_train_samples, train)
+        if checkpoint:
+            resumption.check_text(checkpoint, field, started["text"])
     evaluation = _blocks(settings, "validation", base) if training.do_eval else None
+    common.check_vocabulary(base, train, evaluation)
+    at_once = training.per_device_train_batch_size * training.world_size
+    if train is not None and training.dataloader_drop_last and len(train) < at_once:
+        text = f"leaves nothing of {len(train)} blocks, {at_once} at once; leave it out"
+        raise UserError("dataloader_drop_last", text)
     if evaluation is not None and training.world_size > 1:
         training.per_device_eval_batch_size = _even_batch(len(evaluation), training)
+    prepared = Prepared(training, base, targets, train, evaluation)
+    _train_and_evaluate(settings, prepared, settings.flags() | _differing(other), started)
 
+
+class Prepared(NamedTuple):
+    """Everything known before the weights are loaded; ``train`` and ``evaluation`` are blocks, if they are needed."""
+
+    training: TrainingArguments
+    base: common.Base
+    targets: str | list[str]
+    train: Tensor | None
+    evaluation: Tensor | None
+
+
+def _train_and_evaluate(settings: Finetune, known: Prepared, flags: dict, started: dict) -> None:
+    """Load the model, train and evaluate.
+
+    Args:
+        flags: as stored in the records of the results.
+        started: what a resumption has to have in common with this run.
+    """
+    training, base = known.training, known.base
     alone = training.world_size == 1 and not training.use_cpu
     device = None if alone else training.device
     weights = common.load_base(base, _frozen_dtype(settings, training), settings.block_size, device)
     transformers.set_seed(training.seed)
-    model = _with_adapter(weights, base, settings, targets)
-    trainer = checked_trainer(model, training, _collate, train, evaluation)
-    flags = settings.flags() | _differing(other)
+    model = _with_adapter(weights, base, settings, known.targets)
+    trainer = checked_trainer(model, training, _collate, known.train, known.evaluation)
     about = {"model": common.identity(base.source), "sparsity": weights.sparsity(), "flags": flags}
     if training.do_train:
-        with common.kept(RESUME, unless=Ruined):
-            train_adapter(trainer, about, weights, base)
+        if training.resume_from_checkpoint:
+            _check_base(Path(training.resume_from_checkpoint).parent, weights, base)
+        record = common.describe_base(weights, base, about["sparsity"]) | {"training": started}
+        with common.kept(partial(_how_to_go_on, trainer), unless=Ruined):
+            train_adapter(trainer, about, record)
     if training.do_eval:
         saved = f"the adapter is saved in {training.output_dir}" if training.do_train else "nothing was written"
         with common.kept(f"{saved}; measure it with: python lora_ft/evaluate_ppl.py"):
@@ -339,27 +355,61 @@ def run(settings: Finetune, other: dict) -> None:
         print(f"written: {training.output_dir}")
 
 
-def train_adapter(trainer: Trainer, about: dict, weights: Weights, base: common.Base) -> None:
-    """Train, and write the adapter, the figures and the loss curve."""
-    args, out = trainer.args, Path(trainer.args.output_dir)
-    if not args.resume_from_checkpoint:
-        if args.should_save:
-            _clear(out)
-            common.write_base(out, weights, base, about["sparsity"])
-    elif (out / common.BASE).is_file():
+def _training_flags(settings: Finetune, training: TrainingArguments) -> dict:
+    dtype = str(_frozen_dtype(settings, training)).removeprefix("torch.")
+    return resumption.training_flags(training, settings.block_size, dtype)
+
+
+def _check_base(folder: Path, weights: Weights, base: common.Base) -> None:
+    """Refuse to go on with a run in ``folder`` that was started on other weights."""
+    if "fingerprints" in common.recorded(folder):
         with common.lent_by("model"):
-            common.check_base(str(out), weights, base)
+            common.check_base(str(folder), weights, base)
+
+
+def train_adapter(trainer: Trainer, about: dict, record: dict) -> None:
+    """Train, and write the adapter, the figures and the loss curve.
+
+    Args:
+        about: what the figures are stored with.
+        record: of the weights and the flags, to be written beside the checkpoints.
+    """
+    args, out = trainer.args, Path(trainer.args.output_dir)
+    trainer.first_save = partial(_begin, args, record)
     blocks, size = trainer.train_dataset.shape
     common.log.info("training %d of %d parameters on %d blocks of %d tokens, %d to a step",
                     *trainer.model.get_nb_trainable_parameters(), blocks, size,
                     args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)  # fmt: skip
     metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     check_adapter(trainer)
-    _save_adapter(trainer, out, weights, base, about["sparsity"])
+    _save_adapter(trainer, out)
     if args.should_save:
-        record = metrics | {"train_samples": blocks} | about
-        files.write_atomically(out / "train_results.json", run_text(record))
+        files.write_atomically(out / "train_results.json", run_text(metrics | {"train_samples": blocks} | about))
         _plot(trainer.state.log_history, out / "loss_curve.png")
+
+
+def _begin(args: TrainingArguments, record: dict) -> None:
+    """Make --output_dir this run's: remove an earlier run's files, and record what a resumption has to share.
+
+    Not before there is something to save: until then, what an earlier run left is worth more.
+    """
+    out, checkpoint = Path(args.output_dir), args.resume_from_checkpoint
+    if not args.should_save:
+        return
+    if not (checkpoint and _is_in(Path(checkpoint), out)):
+        _clear(out)
+    files.write_atomically(out / common.BASE, json.dumps(record, indent=1) + "\n")
+
+
+def _how_to_go_on(trainer: Trainer) -> str:
+    """Return what to type after training was stopped."""
+    out, checkpoint = Path(trainer.args.output_dir), trainer.args.resume_from_checkpoint
+    resumed = checkpoint and _is_in(Path(checkpoint), out)
+    return RESUME if resumed or trainer.first_save is None else "nothing was saved yet; the same command starts again"
+
+
+def _is_in(checkpoint: Path, folder: Path) -> bool:
+    return checkpoint.resolve().parent == folder.expanduser().resolve()
 
 
 def _evaluate(trainer: Trainer, about: dict, text: str) -> None:
@@ -435,10 +485,11 @@ def checked_trainer(
     """Return a Trainer that stops at a non-finite loss and keeps the first and last loss of a step.
 
     The attributes are ``first_loss`` and ``last_loss``, means over this process's blocks of a step, nats per token.
+    It calls its ``first_save``, if that is set, before it saves anything.
     """
 
     class CheckedTrainer(transformers.Trainer):
-        first_loss = last_loss = None
+        first_loss = last_loss = first_save = None
         _so_far: Tensor | float = 0.0
 
         def training_step(self, *args, **kwargs) -> Tensor:
@@ -452,13 +503,34 @@ def checked_trainer(
                     self.first_loss = self.last_loss
             return loss
 
+        def save_model(self, *args, **kwargs) -> None:  # of every checkpoint too, before the rest of it
+            begin, self.first_save = self.first_save, None
+            if begin:
+                begin()
+                self.accelerator.wait_for_everyone()  # the others' parts of a checkpoint would be cleared as well
+            super().save_model(*args, **kwargs)
+
         def evaluate(self, *args, **kwargs) -> dict[str, float]:
             metrics = super().evaluate(*args, **kwargs)
             if not math.isfinite(metrics["eval_loss"]):
                 raise _not_finite("the evaluation loss", metrics["eval_loss"], self.state.global_step)
             return metrics
 
-    return CheckedTrainer(model, training, collate, train_dataset=train, eval_dataset=evaluation)
+    options = {"train_dataset": train, "eval_dataset": evaluation, "callbacks": [_own_steps()]}
+    return CheckedTrainer(model, training, collate, **options)
+
+
+def _own_steps() -> TrainerCallback:
+    """Return a callback that lets a resumed run log, save and evaluate at the steps that its own flags name.
+
+    The Trainer takes those of the run that is resumed, whatever is typed.
+    """
+
+    class OwnSteps(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **_) -> None:
+            state.compute_steps(args, state.max_steps)
+
+    return OwnSteps()
 
 
 def _not_finite(what: str, loss: float, step: int) -> UserError:
@@ -509,20 +581,18 @@ def update_norm(layer) -> float:
 
 def _clear(folder: Path) -> None:
     """Remove the files of an earlier run: a later resumption would mistake its checkpoints for this run's."""
-    for path in folder.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+", path.name):
-            shutil.rmtree(path)
+    for path in resumption.checkpoints(folder).values():
+        shutil.rmtree(path)
     for name in ("adapter_config.json", "adapter_model.safetensors", common.BASE, *WRITTEN):
         (folder / name).unlink(missing_ok=True)
 
 
-def _save_adapter(trainer: Trainer, out: Path, weights: Weights, base: common.Base, sparsity: float) -> None:
+def _save_adapter(trainer: Trainer, out: Path) -> None:
     """Write the adapter beside the checkpoints, its config last, so that a folder with a config is complete."""
     tmp = out / ".adapter"
     trainer.save_model(str(tmp))  # by all processes: sharded weights are gathered
     if not trainer.args.should_save:
         return
-    common.write_base(out, weights, base, sparsity)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (tmp / name).replace(out / name)
     shutil.rmtree(tmp)

@@ -90,6 +90,7 @@ def run(settings: Merge, console: Console) -> list[Row]:
     files.prepare("save", out, models.saved_bytes(base.skeleton, base.source, dtypes.stored))
     cut = (settings.ctx_length, settings.eval_windows)
     windows = data.evaluation_windows(settings.dataset, base.tokenizer, *cut, field="dataset")
+    common.check_vocabulary(base, windows)
 
     weights = common.load_base(base, dtypes.compute, settings.ctx_length, stored=dtypes.stored)
     pruned = weights.sparsity()

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -96,11 +98,12 @@ def compare(args: argparse.Namespace) -> None:
     """Run the model and the dense one in turns, each in a separate process, and print both and the ratio."""
     names, runs = [args.model, args.compare], [[], []]
     about = ["--tokens", str(args.tokens), "--cache_dir", args.cache_dir, "--threads", str(args.threads), "--serve"]
-    command, pipe = [sys.executable, str(Path(__file__))], subprocess.PIPE
-    servers = [
-        subprocess.Popen([*command, name, args.prompt, *about], stdin=pipe, stdout=pipe, text=True) for name in names
-    ]
+    command, pipes = [sys.executable, str(Path(__file__)), *about, "--"], {"stdin": PIPE, "stdout": PIPE, "text": True}
+    servers: list[subprocess.Popen] = []
     try:
+        for name in names:  # a session of its own: Ctrl-C reaches this process alone, which ends them
+            words = [*command, name, args.prompt]
+            servers.append(subprocess.Popen(words, start_new_session=True, **pipes))
         for turn in range(1 + ROUNDS):  # the first warms up
             for name, server, found in zip(names, servers, runs, strict=True):
                 with suppress(BrokenPipeError):
@@ -140,20 +143,48 @@ def main(argv: list[str] | None = None) -> int:
     return answer("generate.py", Flags, lambda: work(make_parser().parse_args(argv)), resume, False, "use the CPU")
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse values of the flags that no model can be run with."""
+    if args.tokens < 2:
+        raise UserError("tokens", f"{args.tokens}: must be at least 2, or there is no speed to measure")
+    most = os.cpu_count() or 1
+    if not 0 <= args.threads <= most:
+        raise UserError("threads", f"{args.threads}: must be between 1 and {most}, this machine's processors")
+    if not args.prompt:
+        raise UserError(None, "the prompt is empty; give the text to continue")
+    try:
+        args.prompt.encode("utf-8")
+    except UnicodeEncodeError:  # Python keeps what it cannot decode as surrogates
+        raise UserError(None, "the prompt is not UTF-8; give it in this encoding") from None
+
+
+def check_model(model: str, args: argparse.Namespace) -> None:
+    """Refuse a model that cannot continue the prompt by as many tokens, as far as its files tell without weights."""
+    from lib import models
+
+    source = models.locate(model, args.cache_dir)
+    skeleton, tokenizer = models.load_skeleton(source), models.load_tokenizer(source)
+    ids = tokenizer(args.prompt, return_tensors="pt", verbose=False).input_ids
+    count, context = ids.shape[1], models.context_length(skeleton)
+    if not count:
+        raise UserError(None, f"{model}: its tokenizer finds no token in the prompt; give a longer one")
+    models.check_vocabulary(model, skeleton, ids)
+    if context is None or count + args.tokens <= context:
+        return
+    has = f"the prompt has {count} tokens and {model} a context of {context}"
+    if count + 2 > context:
+        raise UserError(None, f"{has}; give a shorter one")
+    raise UserError("tokens", f"{args.tokens}: {has}; give at most {context - count}")
+
+
 def work(args: argparse.Namespace) -> None:
     """Generate, and compare if asked."""
     import torch
 
-    from lib import models
     from lib.sparse import loading  # noqa: F401  (with transformers, before the memory is measured)
 
-    if args.tokens < 2:
-        raise UserError("tokens", f"{args.tokens}: must be at least 2, or there is no speed to measure")
-    if not args.prompt or args.threads < 0:
-        raise UserError(None, "give a prompt that is not empty, and --threads of at least 1")
+    check_flags(args)
     try:
-        if args.compare:
-            models.locate(args.compare, args.cache_dir)  # a wrong name is reported before the first model is loaded
         if args.threads:
             torch.set_num_threads(args.threads)
         args.threads = torch.get_num_threads()
@@ -161,12 +192,14 @@ def work(args: argparse.Namespace) -> None:
             serve(args)
             return
         before = resident_mb()
+        for model in filter(None, (args.model, args.compare)):  # both before the first one is loaded
+            check_model(model, args)
         run = generate(*load(args.model, args.cache_dir), args, before, stream=True)
         print(f"\n{describe(run)}")
         if args.compare:
             compare(args)
     except UserError as error:
-        raise UserError(None, error.text) from error  # here the model has no flag
+        raise UserError(None if error.field == "model" else error.field, error.text) from error  # which is no flag here
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """LoRA recovery, bad input: one line that says what was given and what to type, exit status 2, and nothing written."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def made(tmp_path_factory, tiny_tokenizer) -> Path:
     small = LlamaConfig(vocab_size=300, max_position_embeddings=128, **sizes)
     LlamaForCausalLM(small).save_pretrained(folder / "narrow")
     tiny_tokenizer.save_pretrained(folder / "narrow")
+    few = LlamaConfig(vocab_size=20, max_position_embeddings=128, **sizes)
+    for name in ("few", "few_bare"):
+        LlamaForCausalLM(few).save_pretrained(folder / name)
+    tiny_tokenizer.save_pretrained(folder / "few")
+    shutil.copytree(folder / "pruned", folder / "packed")
+    (folder / "packed/model.safetensors").rename(folder / "packed/model-block-00000.packed.safetensors")
+    (folder / "packed_bare").mkdir()
+    (folder / "packed_bare/model-block-00000.packed.safetensors").touch()
     (folder / "long.txt").write_text(tiny_sentences(20, seed=1))
     (folder / "other.txt").write_text(tiny_sentences(20, seed=2))
     (folder / "empty.txt").write_text("")
@@ -65,6 +74,10 @@ def made(tmp_path_factory, tiny_tokenizer) -> Path:
     tensors = load_file(folder / "cut/adapter_model.safetensors")
     some = {name: tensor for name, tensor in tensors.items() if "layers.2" not in name}
     save_file(some, folder / "cut/adapter_model.safetensors")
+    shutil.copytree(folder / "adapter", folder / "few_adapter")
+    narrow = {name: t[:, :16].contiguous() if "lora_A" in name else t[:16] for name, t in tensors.items()}
+    save_file(narrow, folder / "few_adapter/adapter_model.safetensors")
+    (folder / "few_adapter/base_model.json").unlink()
     config = json.loads((folder / "adapter/adapter_config.json").read_text())
     other = {"prefix": {"peft_type": "PREFIX_TUNING"}, "more": {"modules_to_save": ["lm_head"]}}
     for name, about in (other | {"biased": {"bias": "all"}}).items():
@@ -141,6 +154,35 @@ BEFORE_LOADING = [
     ("finetune", "--output_dir adapter --resume_from_checkpoint --lora_target_modules o_proj", "with q_proj,v_proj"),
     ("finetune", "--logging_steps 0", "--logging_steps 0.0: must be above 0"),
     ("finetune", "--learning_rate nan", "--learning_rate nan: must be above 0"),
+    ("finetune", "--warmup_steps inf", "--warmup_steps inf: must be at least 0 and below inf"),
+    ("finetune", "--warmup_steps -1", "--warmup_steps -1.0: must be at least 0"),
+    ("finetune", "--seed -1", "--seed -1: must be between 0 and 4294967295"),
+    ("finetune", "--data_seed 4294967296", "--data_seed 4294967296: must be between"),
+    ("finetune", "--adam_beta1 2", "--adam_beta1 2.0: must be at least 0 and below 1"),
+    ("finetune", "--adam_epsilon nan", "--adam_epsilon nan: must be at least 0"),
+    ("finetune", "--weight_decay -1", "--weight_decay -1.0: must be at least 0"),
+    ("finetune", "--dataloader_num_workers -1", "--dataloader_num_workers -1: must be at least 0"),
+    ("finetune", "--dataloader_persistent_workers True", "add --dataloader_num_workers N"),
+    ("finetune", "--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: must be at least 1"),
+    ("finetune", "--max_steps -7", "--max_steps -7: must be at least 1; leave it out for as many steps as --num_tr"),
+    ("finetune", "--max_steps 0", "--max_steps 0: must be at least 1"),
+    ("finetune", "--report_to wandb", "--report_to wandb: its package is not installed"),
+    ("finetune", "--report_to wandbb", "Did you mean 'wandb'"),
+    ("finetune", "--optim adamw_bnb_8bit", "training cannot be set up ("),
+    ("finetune", "--optim adamw_torhc", "adamw_torhc"),
+    ("finetune", "--optim_args betas", "training cannot be set up ("),
+    ("finetune", '--lr_scheduler_type polynomial --lr_scheduler_kwargs {"no":1}', "training cannot be set up (get"),
+    ("finetune", "--lr_scheduler_type inverse", "inverse"),
+    ("finetune", "--train_sampling_strategy group_by_length", "training cannot be set up ("),
+    ("finetune", "--load_best_model_at_end True --save_strategy no", "save"),
+    ("finetune", "--deepspeed no.json", "deepspeed"),
+    ("finetune", "--label_names x", "--label_names x: the labels are the text; leave the flag out"),
+    ("finetune", "--load_best_model_at_end True --metric_for_best_model bleu", "bleu: only the loss is measured"),
+    ("finetune", "--use_liger_kernel True", "--use_liger_kernel needs liger-kernel, which is not installed"),
+    ("finetune", "--dataloader_drop_last True --per_device_train_batch_size 8 --batch_size 8", "leaves nothing of 4"),
+    ("finetune", "--fsdp full_shard", "--fsdp works with several processes"),
+    ("finetune", '--gradient_checkpointing True --gradient_checkpointing_kwargs {"a":1}', "cannot be set up (Unexp"),
+    ("finetune", "--output_dir adapter --overwrite_output_dir --seed -1", "--seed -1"),
     ("finetune", "--grad_checkpointing True", "Did you mean '--gradient_checkpointing'"),
     ("finetune", "--fp16 True --bf16 True --use_cpu True", "fp16 and bf16"),
     ("evaluate", "--model nowhere/", "--model nowhere/: folder not found"),
@@ -160,6 +202,14 @@ BEFORE_LOADING = [
     ("merge", "--save full", "--save full: is not empty"),
     ("merge", "--lora_weights -", "required: --lora_weights"),
     ("merge", "--model narrow", "does not fit narrow"),
+    ("finetune", "--model_name_or_path few", "--model_name_or_path few: its tokenizer gives token"),
+    ("finetune", "--model_name_or_path few_bare --config_name few", "--config_name few: its tokenizer gives token"),
+    ("evaluate", "--model few --lora_weights -", "--model few: its tokenizer gives token"),
+    ("merge", "--model few_bare --config_name pruned --lora_weights few_adapter", "--config_name pruned: its token"),
+    ("finetune", "--model_name_or_path packed", "packed: is packed, which is for running it; unpack it first: python"),
+    ("evaluate", "--model packed", "unpack it first: python scripts/speedup/pack.py packed --unpack --save DIR"),
+    ("evaluate", "--model packed_bare --config_name pruned", "packed_bare: is packed, which is for running it"),
+    ("merge", "--model packed", "unpack it first: python scripts/speedup/pack.py packed --unpack --save DIR"),
 ]
 
 
@@ -174,6 +224,53 @@ def test_before_loading(program, text, says, place, capsys, monkeypatch, request
     assert line.splitlines()[-1].startswith(f"{PROGRAMS[program][0].__name__.split('.')[1]}.py: error: ")
     assert len([x for x in line.splitlines() if "WARNING" not in x and not x.startswith("tokenising")]) == 1, line
     assert everything(place) == before
+
+
+def cut_off(path: str) -> None:
+    """Cut a file to half its size."""
+    os.truncate(path, Path(path).stat().st_size // 2)
+
+
+def writes(text: str):
+    return lambda path: Path(path).write_text(text)
+
+
+def fingerprints_of(text: str):
+    def change(path: str) -> None:
+        about = json.loads(Path(path).read_text())
+        about["fingerprints"] = dict.fromkeys(about["fingerprints"], text)
+        Path(path).write_text(json.dumps(about))
+
+    return change
+
+
+DAMAGED = [
+    ("base_model.json", cut_off, "adapter/base_model.json: cannot be read (", "remove it to go on without"),
+    ("base_model.json", writes("[]"), "adapter/base_model.json: holds no JSON object", "restore it"),
+    ("base_model.json", writes('{"fingerprints": 1}'), "its fingerprints are damaged", "restore it"),
+    ("base_model.json", fingerprints_of("no hex"), "its fingerprints are damaged", "restore it"),
+    ("base_model.json", fingerprints_of("00" * 8), "its fingerprints are damaged", "restore it"),
+    ("adapter_config.json", writes("[]"), "adapter/adapter_config.json: holds no JSON object", "train the adapter"),
+    ("adapter_config.json", cut_off, "adapter/adapter_config.json: cannot be read (", "train the adapter again"),
+    ("adapter_model.safetensors", cut_off, "adapter_model.safetensors: cannot be read (", "train the adapter again"),
+]
+
+
+@pytest.mark.parametrize("program", ["evaluate", "merge"])
+@pytest.mark.parametrize(("name", "damage", "says", "fix"), DAMAGED)
+def test_damaged_adapter_is_refused_before_loading(program, name, damage, says, fix, place, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
+    damage(f"adapter/{name}")
+    status, line = status_and_line(program, "", capsys)
+    assert status == 2 and says in line and len(line.splitlines()) == 1, line
+    assert fix in line and not Path("out").exists()
+
+
+def test_config_of_another_rank_is_refused(place, capsys):
+    about = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps(about | {"r": 4}))
+    status, line = status_and_line("evaluate", "", capsys)
+    assert status == 2 and "adapter: its config does not fit its weights (" in line.splitlines()[-1], line
 
 
 @pytest.mark.parametrize("program", ["evaluate", "merge"])
@@ -332,13 +429,28 @@ def test_norm_of_an_update():
     assert finetune_lm.update_norm(layer) == pytest.approx(by_hand, rel=1e-12)  # float64, sixteen terms to a sum
 
 
-def test_interrupted_training_says_how_it_resumes(place, capsys, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("calls", "says"),
+    [
+        (1, "nothing was saved yet; the same command starts again"),
+        (2, "the same command with --resume_from_checkpoint resumes"),
+    ],
+)
+def test_interrupted_training_says_how_it_goes_on(calls, says, place, capsys, monkeypatch):
+    step, done = Trainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        done.append(1)
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", interrupted)
-    status, line = status_and_line("finetune", "", capsys)
-    assert status == 130 and "the same command with --resume_from_checkpoint resumes" in line.splitlines()[-1]
+    words = "--batch_size 1 --save_steps 1"
+    status, line = status_and_line("finetune", words, capsys)
+    assert status == 130 and says in line.splitlines()[-1]
+    again = words if calls == 1 else f"{words} --resume_from_checkpoint"
+    assert status_and_line("finetune", again, capsys)[0] == 0
 
 
 def test_training_resumes_on_its_own_model_only(place, capsys, monkeypatch):
@@ -361,6 +473,165 @@ def test_training_resumes_on_its_own_model_only(place, capsys, monkeypatch):
     assert "--model_name_or_path" in line.splitlines()[-1] or "--model " in line.splitlines()[-1]
     assert everything(place) == before
     assert status_and_line("finetune", again, capsys)[0] == 0
+
+
+@pytest.fixture(scope="module")
+def stopped(made, tmp_path_factory) -> Path:
+    """Return the folder of a run that was stopped in the second of its two steps."""
+    step, calls = Trainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    out = tmp_path_factory.mktemp("stopped") / "stopped"
+    flags = FINETUNE | RESUMED | {"--model_name_or_path": str(made / "pruned"), "--output_dir": str(out)}
+    flags |= {"--train_file": str(made / "long.txt"), "--validation_file": str(made / "other.txt")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupted)
+        assert finetune_lm.main([word for item in flags.items() for word in item]) == 130
+    return out
+
+
+RESUMED = {"--max_steps": "2", "--save_steps": "1", "--batch_size": "1", "--max_train_samples": "4"}
+
+
+@pytest.fixture
+def resumed(stopped, place) -> str:
+    """Return the flags that resume a copy of ``stopped`` in the current folder, which holds its training text."""
+    shutil.copytree(stopped, place / "stopped")
+    about = json.loads((place / "stopped/base_model.json").read_text())
+    about["training"]["text"]["name"] = str(place / "long.txt")
+    (place / "stopped/base_model.json").write_text(json.dumps(about))
+    words = " ".join(word for item in RESUMED.items() for word in item)
+    return f"--output_dir stopped {words} --resume_from_checkpoint"
+
+
+# What is typed beside the flags of the run that is resumed -> what the line must say.
+OTHER_TRAINING = [
+    ("--learning_rate 1e-3", "--learning_rate 0.001: the run of stopped/checkpoint-1 was started with 0.0001; give"),
+    ("--block_size 16", "--block_size 16: the run of stopped/checkpoint-1 was started with 32; give that"),
+    ("--batch_size 2", "--batch_size 2: the run of stopped/checkpoint-1 was started with 1; give that"),
+    ("--seed 1", "--seed 1: the run of stopped/checkpoint-1 was started with 42"),
+    ("--data_seed 1", "--data_seed 1: the run of stopped/checkpoint-1 was started without it; leave it out"),
+    ("--lr_scheduler_type cosine", "--lr_scheduler_type cosine: the run of stopped/checkpoint-1 was started with lin"),
+    ("--warmup_steps 1", "--warmup_steps 1.0: the run of stopped/checkpoint-1 was started with 5"),
+    ("--max_steps 3", "--max_steps 3: the run of stopped/checkpoint-1 was started with 2"),
+    ("--max_steps -", "--max_steps -1: the run of stopped/checkpoint-1 was started with 2"),
+    ("--dtype bfloat16", "--dtype bfloat16: the run of stopped/checkpoint-1 was started with float32"),
+    ("--max_train_samples 3", "--max_train_samples 3: the run of stopped/checkpoint-1 was started with 4; give that"),
+    ("--max_train_samples -", "--max_train_samples left out: the run of stopped/checkpoint-1 was started with 4"),
+    ("--train_file longer.txt --validation_file long.txt", "/longer.txt: the run of stopped/checkpoint-1 was start"),
+    ("--lora_target_modules all-linear", "all-linear: the run of stopped/checkpoint-1 was started with q_proj,v_proj"),
+    ("--model_name_or_path dense", "stopped: was trained on other weights than those of --model dense"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), OTHER_TRAINING, ids=lambda value: str(value)[:40])
+def test_resuming_with_another_training_is_refused_before_loading(text, says, resumed, place, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
+    Path("longer.txt").write_text(tiny_sentences(30, seed=7))
+    before = everything(place)
+    status, line = status_and_line("finetune", f"{resumed} {text}", capsys)
+    assert status == 2 and says in line.splitlines()[-1], line
+    assert everything(place) == before
+
+
+CHECKPOINT = [
+    ("adapter_config.json", cut_off, "adapter_config.json: cannot be read ("),
+    ("adapter_config.json", writes("[]"), "adapter_config.json: holds no JSON object"),
+    ("trainer_state.json", cut_off, "trainer_state.json: cannot be read ("),
+    ("trainer_state.json", writes("{}"), "its trainer_state.json names no step"),
+    ("adapter_model.safetensors", cut_off, "its adapter_model.safetensors cannot be read ("),
+    ("optimizer.pt", cut_off, "its optimizer.pt is damaged or cut off"),
+    ("scheduler.pt", os.remove, "holds no scheduler.pt (--save_only_model?)"),
+    ("rng_state.pth", cut_off, "its rng_state.pth is damaged or cut off"),
+    ("../base_model.json", cut_off, "base_model.json: cannot be read ("),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "says"), CHECKPOINT)
+def test_damaged_checkpoint_is_refused_before_loading(name, damage, says, resumed, place, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load_llm", lambda *_: pytest.fail("the model was loaded"))
+    shutil.copytree("stopped/checkpoint-1", "stopped/checkpoint-2")
+    damage(f"stopped/checkpoint-2/{name}")
+    before = everything(place)
+    status, line = status_and_line("finetune", resumed, capsys)
+    assert status == 2 and says in line and len(line.splitlines()) == 1, line
+    if ".." not in name:
+        assert "resume from the one before: --resume_from_checkpoint stopped/checkpoint-1" in line
+    assert everything(place) == before
+
+
+def test_other_folders_beside_checkpoints_are_none(resumed, capsys):
+    shutil.copytree("stopped/checkpoint-1", "stopped/checkpoint-best")
+    status, line = status_and_line("finetune", resumed, capsys)
+    assert status == 0, line
+
+
+def test_text_that_changed_since_is_refused(resumed, capsys):
+    Path("long.txt").write_text(tiny_sentences(20, seed=7))
+    status, line = status_and_line("finetune", resumed, capsys)
+    assert status == 2 and "long.txt: the text or the tokenizer has changed since the run of stopped/" in line
+
+
+def test_what_does_not_change_the_training_may_change(resumed, capsys):
+    text = f"{resumed} --save_steps 2 --logging_steps 2 --validation_file long.txt --max_eval_samples 1"
+    status, line = status_and_line("finetune", text, capsys)
+    assert status == 0, line
+    assert json.loads(Path("stopped/train_results.json").read_text())["flags"]["logging_steps"] == 2
+    state = json.loads(Path("stopped/checkpoint-2/trainer_state.json").read_text())
+    assert (state["logging_steps"], state["save_steps"]) == (2, 2)  # the Trainer's own are those of the first run
+    assert [row["step"] for row in state["log_history"] if "loss" in row] == [2]
+
+
+@pytest.mark.parametrize(("more", "status"), [("", 0), (" --lr_scheduler_type linear", 2), (" --max_steps 1", 2)])
+def test_a_longer_run_goes_on_if_its_learning_rates_are_the_same(more, status, place, capsys):
+    words = "--output_dir flat --do_eval - --batch_size 1 --save_steps 1 --lr_scheduler_type constant_with_warmup"
+    assert status_and_line("finetune", f"{words} --max_steps 2", capsys)[0] == 0
+    again = f"{words} --max_steps 3 --resume_from_checkpoint{more}"
+    found, line = status_and_line("finetune", again, capsys)
+    assert found == status, line
+    if status == 0:
+        assert status_and_line("finetune", f"{words} --max_steps 3 --output_dir whole", capsys)[0] == 0
+        ours, whole = (load_file(f"{out}/adapter_model.safetensors") for out in ("flat", "whole"))
+        assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_checkpoint_of_an_older_version_resumes_with_one_warning(resumed, caplog, capsys):
+    path = Path("stopped/base_model.json")
+    about = json.loads(path.read_text())
+    del about["training"]
+    path.write_text(json.dumps(about))
+    assert status_and_line("finetune", f"{resumed} --learning_rate 1e-3", capsys)[0] == 0
+    assert caplog.text.count("has no record of its start") == 1 and caplog.text.count("cannot be checked") == 1
+    assert "training" in json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory.")], ids=str)
+def test_old_adapter_is_kept_until_there_is_something_to_save(error, place, capsys, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Trainer, "training_step", fails)
+    before = everything(place)
+    words = "--output_dir adapter --overwrite_output_dir"
+    assert status_and_line("finetune", f"{words} --learning_rate 1", capsys)[0] in (2, 130)
+    assert everything(place) == before
+    status, line = status_and_line("finetune", f"{words} --learning_rate 1 --resume_from_checkpoint", capsys)
+    assert status == 2 and "--learning_rate 1.0: the run of adapter/checkpoint-2 was started with 0.0001" in line
+
+
+def test_checkpoint_of_another_folder_replaces_a_run_only_if_told(resumed, place, capsys):
+    elsewhere = f"{resumed} stopped/checkpoint-1 --output_dir adapter"
+    before = everything(place)
+    status, line = status_and_line("finetune", elsewhere, capsys)
+    assert status == 2 and "--output_dir adapter: is not empty" in line and everything(place) == before
+    assert status_and_line("finetune", f"{elsewhere} --overwrite_output_dir", capsys)[0] == 0
+    assert {path.name for path in Path("adapter").glob("checkpoint-*")} == {"checkpoint-2"}
+    assert Path("stopped/checkpoint-1").is_dir()
 
 
 def test_memory_that_does_not_suffice(place, capsys, monkeypatch):
