@@ -145,7 +145,7 @@ def skeleton_of(config, given: str) -> PreTrainedModel:
             skeleton = None if other else transformers.AutoModelForCausalLM.from_config(config)
     except ValueError:  # the library has no causal model for this config
         skeleton = None
-    named = any("ForCausalLM" in each for each in config.architectures or ["ForCausalLM"])  # GPT-NeoX is, and says False
+    named = any("ForCausalLM" in each for each in config.architectures or ["ForCausalLM"])  # GPT-NeoX, too
     if skeleton is None or not (named or getattr(skeleton.config, "is_decoder", True)):  # BERT sees what comes after
         raise UserError("model", f"{given}: {kind} is not a causal language model; supported: {SUPPORTED}")
     _check_support(given, skeleton)
