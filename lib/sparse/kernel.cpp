@@ -46,7 +46,7 @@ inline void dot(const Matrix& w, int64_t row, const Vector* x, float* out) {
     for (int line = 0; line < R - 1; line++) __builtin_prefetch(ahead + 64 * line);
     if (R > 1) __builtin_prefetch(ahead_mask), ahead += bytes / w.words + 1, ahead_mask += R * 4;
     if (!PACKED) widen<HALF>(load(v[0]), part[0]), v[0] += GROUP;
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int i = 0; i < R * P; i++) {  // one token: row by row, more: the rows take turns, with their x at hand
       const int r = M == 1 ? i / P : i % R, p = M == 1 ? i % P : i / R;
       if (PACKED) spread<HALF>(mask[r * w.words + group], p, v[r], part[r]);

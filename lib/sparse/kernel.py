@@ -136,7 +136,7 @@ def load(level: str | None = None) -> Kernel:
     level = level or (levels() or [None])[0]
     if level not in levels():
         machine = platform.machine()
-        raise Unavailable(f"this CPU ({machine}) has no AVX2" if level is None else f"this CPU has no {level}")
+        raise Unavailable(f"this CPU ({machine}) has neither AVX2 nor NEON" if level is None else f"this CPU has no {level}")
     try:
         return Kernel(_built(level))
     except OSError as error:  # the cache cannot be written, or libraries cannot be loaded from it

@@ -58,7 +58,7 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
   for (int i = 0; i < 4; i++) vst1q_f32(to + i * to_stride, vld1q_f32(four + 4 * i));
 }
 
-template <int M> constexpr int TOGETHER = M <= 4 ? 4 : 2;  // packed rows at once: 16 sums of 32 registers
+template <int M> constexpr int TOGETHER = M <= 2 ? 4 : M <= 6 ? 2 : 1;  // packed rows at once, as registers allow
 inline int split(int64_t, int) { return 8; }
 
 template <bool HALF> constexpr int PARTS = 8;
@@ -68,17 +68,23 @@ inline Raw load(const uint16_t* v) { return {vld1q_u16(v), vld1q_u16(v + 8), vld
 inline void store(Raw raw, uint16_t* v) {
   for (int i = 0; i < 4; i++) vst1q_u16(v + 8 * i, raw.bits[i]);
 }
-// How many bits of a mask are set in its first byte, its first two, three and all: a byte each.
-inline uint32_t counts(uint32_t bits) {
-  return vget_lane_u32(vreinterpret_u32_u8(vcnt_u8(vcreate_u8(bits))), 0) * 0x01010101u;
+inline uint32_t byte_of(uint32_t word, int b) { return word >> 8 * b & 255; }
+// How many bytes the values of a mask's first byte take, of its first two, three and all: a byte each.
+inline uint32_t ends_of(uint32_t bits) {
+  return vget_lane_u32(vreinterpret_u32_u8(vcnt_u8(vcreate_u8(bits))), 0) * 0x02020202u;
 }
-inline uint16x8_t placed(uint32_t byte, const uint16_t* v) {
-  return vreinterpretq_u16_u8(vqtbl1q_u8(vreinterpretq_u8_u16(vld1q_u16(v)), vld1q_u8(shuffles.narrow[byte])));
+// The eight values of which some are for byte `b` of the mask.
+inline uint8x16_t eight_for(uint32_t ends, int b, const uint16_t* v) {
+  return vld1q_u8((const uint8_t*)v + (b ? byte_of(ends, b - 1) : 0));
+}
+inline uint16x8_t placed(uint8x16_t eight, uint32_t byte) {
+  return vreinterpretq_u16_u8(vqtbl1q_u8(eight, vld1q_u8(shuffles.narrow[byte])));
 }
 inline Raw expand(uint32_t bits, const uint16_t* v) {
-  const uint32_t ends = counts(bits);
-  return {placed(bits & 255, v), placed(bits >> 8 & 255, v + (ends & 255)), placed(bits >> 16 & 255, v + (ends >> 8 & 255)),
-          placed(bits >> 24, v + (ends >> 16 & 255))};
+  Raw raw;
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; b++) raw.bits[b] = placed(eight_for(ends_of(bits), b, v), byte_of(bits, b));
+  return raw;
 }
 template <bool HALF>
 inline void widen(Raw raw, Vector* part) {
@@ -87,21 +93,19 @@ inline void widen(Raw raw, Vector* part) {
 }
 template <bool HALF>
 inline void spread(uint32_t bits, int p, const uint16_t*& v, Vector* part) {
-  const uint32_t ends = counts(bits);  // once for all parts: the compiler sees that it is the same
+  const uint32_t ends = ends_of(bits);  // once for all parts: the compiler sees that it is the same
   if (p % 2 == 0) {
-    const uint32_t byte = bits >> 4 * p & 255;
-    const uint16_t* from = v + (p ? ends >> (4 * p - 8) & 255 : 0);
+    const uint32_t byte = byte_of(bits, p / 2);
+    const uint8x16_t eight = eight_for(ends, p / 2, v);
     if (HALF) {
-      const uint16x8_t eight = placed(byte, from);
-      part[p] = lower<true>(eight), part[p + 1] = upper<true>(eight);
+      part[p] = lower<true>(placed(eight, byte)), part[p + 1] = upper<true>(placed(eight, byte));
     } else {
-      const uint8x16_t eight = vreinterpretq_u8_u16(vld1q_u16(from));
       const uint8_t* wide = shuffles.wide[byte];
+      asm("" : "+r"(wide));  // one register for both halves
       part[p] = vreinterpretq_f32_u8(vqtbl1q_u8(eight, vld1q_u8(wide)));
       part[p + 1] = vreinterpretq_f32_u8(vqtbl1q_u8(eight, vld1q_u8(wide + 16)));
     }
-  } else if (p == PARTS<HALF> - 1) {
-    v += ends >> 24;
+    if (p == PARTS<HALF> - 2) v = (const uint16_t*)((const char*)v + byte_of(ends, 3));
   }
 }
 template <bool HALF>
