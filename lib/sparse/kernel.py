@@ -135,8 +135,8 @@ def load(level: str | None = None) -> Kernel:
     """
     level = level or (levels() or [None])[0]
     if level not in levels():
-        machine = platform.machine()
-        raise Unavailable(f"this CPU ({machine}) has neither AVX2 nor NEON" if level is None else f"this CPU has no {level}")
+        lacks = "neither AVX2 nor NEON" if level is None else f"no {level}"
+        raise Unavailable(f"this CPU ({platform.machine()}) has {lacks}")
     try:
         return Kernel(_built(level))
     except OSError as error:  # the cache cannot be written, or libraries cannot be loaded from it
