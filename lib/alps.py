@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 DAMPING = 0.1  # of the unit diagonal; with .01, as published, little calibration text is fitted too closely
 ITERATIONS, PER_RHO, REFIT_STEPS = 10, 3, 10  # of ADMM, of them with the same rho, of conjugate gradients
-ROWS = 256  # of which temporaries are held at a time
+ROWS = 512  # of which temporaries are held at a time
 
 
 class Problem(NamedTuple):

@@ -239,9 +239,9 @@ def load_llm(
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:  # from_pretrained would leave random numbers there
         raise UserError("model", f"{source.given}: the checkpoint lacks {len(missing)} weights, first {missing[0]}")
-    if not hasattr(model, "hf_device_map"):  # accelerate notes only a model that it split, transformers none
-        model.hf_device_map = {"": next(model.parameters()).device}  # and the Trainer asks for it
-    places = [str(place) for place in model.hf_device_map.values()]
+    # transformers notes it only where it splits the model. A device is not written there: the libraries compare strings.
+    noted = getattr(model, "hf_device_map", {"": next(model.parameters()).device})
+    places = [str(place) for place in noted.values()]
     if "disk" in places:
         raise UserError("model", f"{source.given}: does not fit in the memory of the GPUs and the CPU together")
     if device is None and torch.cuda.is_available() and set(places) == {"cpu"}:
