@@ -239,7 +239,7 @@ def load_llm(
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:  # from_pretrained would leave random numbers there
         raise UserError("model", f"{source.given}: the checkpoint lacks {len(missing)} weights, first {missing[0]}")
-    # transformers notes it only where it splits the model. A device is not written there: the libraries compare strings.
+    # Noted only where the model is split; and not noted here, since the libraries compare what is there with strings.
     noted = getattr(model, "hf_device_map", {"": next(model.parameters()).device})
     places = [str(place) for place in noted.values()]
     if "disk" in places:
