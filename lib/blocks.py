@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -232,12 +233,15 @@ class Streamed(Weights):
         if index in self.changed:
             entries = stream.read_header(self.changed[index])
             return {name: stream.read_tensor(entries[name]) for name in names}
-        return {name: self._narrowed(stream.read_tensor(self.checkpoint.entries[self._keys[name]])) for name in names}
+        return {name: self._parameter(self.checkpoint.entries[self._keys[name]]) for name in names}
 
-    def _narrowed(self, tensor: Tensor) -> Tensor:
-        """Return ``tensor`` in the dtype of the checkpoint if it has more bits, as ``weights_of`` has them."""
-        wider = tensor.is_floating_point() and tensor.element_size() > self.stored.itemsize
-        return tensor.to(self.stored) if wider else tensor
+    def _parameter(self, entry: stream.Entry) -> Tensor:
+        tensor = stream.read_tensor(entry)
+        return tensor.to(self.stored) if self._too_wide(entry) else tensor
+
+    def _too_wide(self, entry: stream.Entry) -> bool:
+        """Return whether a tensor has more bits than ``stored``, to which it is rounded, as by ``weights_of``."""
+        return entry.code.startswith("F") and entry.size > math.prod(entry.shape) * self.stored.itemsize
 
     @contextmanager
     def _lent(self, index: int, write: bool) -> Iterator[torch.device]:
@@ -264,8 +268,8 @@ class Streamed(Weights):
         if not self._held:
             for name in outside:
                 entry = self.checkpoint.entries[self._keys[name]]
-                value = stream.read_converted(entry, self.device, self.compute)
-                value = value if entry.size <= value.numel() * self.stored.itemsize else self._narrowed(value)
+                kind = self.stored if self._too_wide(entry) else self.compute
+                value = stream.read_converted(entry, self.device, kind)
                 _assign(self.model, name, value, self.device, self.compute)
                 del value
             self.model.tie_weights()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib import UserError, fingerprint, processes, sparse, stream
-from lib.files import is_alive, new_folder
+from lib.files import checksum, is_alive, new_folder
 from lib.lazy import torch
 from lib.record import LayerReport
 
@@ -240,7 +240,7 @@ class Journal:
             if int(key) != len(finished):
                 break
             path = self.path(int(key))
-            if not path.is_file() or stream.checksum(path) != about["sha256"]:
+            if not path.is_file() or checksum(path) != about["sha256"]:
                 log.warning("%s is damaged: its block and those after it are pruned again", path)
                 break
             finished[int(key)] = about

@@ -16,7 +16,7 @@ from lib.hub import check_hub
 from lib.layers import SUPPORTED, architecture, check_support, find_blocks, linear_modules
 from lib.lazy import torch, transformers
 from lib.registry import did_you_mean
-from lib.skeletons import empty_model, untie
+from lib.skeletons import empty_model, generation_config, untie
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -365,10 +365,11 @@ def local_copy(source: Source) -> Path:
 
 def empty_llm(source: Source, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model in evaluation mode, its parameters on the meta device and its buffers in memory."""
+    generation = generation_config(folder)
     model = empty_model(transformers.AutoConfig.from_pretrained(folder), dtype)
     model.tie_weights()
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    if generation is not None:
+        model.generation_config = generation
     model.name_or_path = source.path
     return model.eval()
 

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.files import write_files
+from lib.files import checksum, write_files
 from lib.lazy import torch
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 INPUTS = ("model", "resume", "calib_data", "eval_data", "plan", "include_path")
 _OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt")  # what is read from its folder
 _READ_WHOLE = 2**25  # bytes: larger files of a model are known by size and time, since to read them takes minutes
-_PIECE = 2**24  # bytes hashed at a time
 
 PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
 
@@ -250,11 +249,7 @@ def _digest(path: Path, whole: bool = False) -> str:
     about = path.stat()
     if not whole and about.st_size > _READ_WHOLE:
         return f"{about.st_size} bytes of {about.st_mtime_ns}"
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return f"{about.st_size} bytes {digest.hexdigest()}"
+    return f"{about.st_size} bytes {checksum(path)}"
 
 
 def changed_inputs(record: dict, inputs: Mapping[str, str]) -> list[str] | None:

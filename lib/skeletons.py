@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lib import UserError, first_line
 from lib.lazy import torch, transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -24,6 +26,22 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     return model
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """Return the settings of generation in a model's folder, None if it has none.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
+        what = f"cannot be used ({first_line(error)}); correct it, or delete it for the defaults"
+        raise UserError(None, f"{path}: {what}") from error
 
 
 def untie(model: PreTrainedModel) -> None:

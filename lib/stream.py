@@ -158,15 +158,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def write_index(folder: Path) -> None:
     """Write the index of all shards in ``folder`` that transformers reads."""
     shards = {path.name: read_header(path) for path in sorted(folder.glob("*.safetensors"))}

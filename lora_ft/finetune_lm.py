@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import UserError, data, files, first_line, models
+from lib import UserError, data, files, first_line, models, processes
 from lib.blocks import Weights
 from lib.command import Flags, Parser, answer, flag, make_parser, parse
 from lib.layers import prunable_layers
@@ -205,7 +205,7 @@ def _check_output(settings: Finetune) -> None:
     if settings.resume_from_checkpoint:
         found = resumption.find_checkpoint(folder, settings.resume_from_checkpoint)
         settings.resume_from_checkpoint = str(found)
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not processes.speaks():
         return  # what the first process of several does here, the others would find half done
     files.prepare("output_dir", folder)
     taken = folder.is_dir() and any(folder.iterdir())

@@ -429,6 +429,19 @@ def test_norm_of_an_update():
     assert finetune_lm.update_norm(layer) == pytest.approx(by_hand, rel=1e-12)  # float64, sixteen terms to a sum
 
 
+def interrupt(patch: pytest.MonkeyPatch, call: int) -> None:
+    """Press Ctrl-C in the ``call``-th training step, once."""
+    step, done = Trainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        done.append(1)
+        if len(done) == call:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    patch.setattr(Trainer, "training_step", interrupted)
+
+
 @pytest.mark.parametrize(
     ("calls", "says"),
     [
@@ -437,15 +450,7 @@ def test_norm_of_an_update():
     ],
 )
 def test_interrupted_training_says_how_it_goes_on(calls, says, place, capsys, monkeypatch):
-    step, done = Trainer.training_step, []
-
-    def interrupted(self, *args, **kwargs):
-        done.append(1)
-        if len(done) == calls:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", interrupted)
+    interrupt(monkeypatch, calls)
     words = "--batch_size 1 --save_steps 1"
     status, line = status_and_line("finetune", words, capsys)
     assert status == 130 and says in line.splitlines()[-1]
@@ -454,16 +459,8 @@ def test_interrupted_training_says_how_it_goes_on(calls, says, place, capsys, mo
 
 
 def test_training_resumes_on_its_own_model_only(place, capsys, monkeypatch):
-    step, calls = Trainer.training_step, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", interrupted)
+        interrupt(patch, 2)
         once = "--output_dir new --max_steps 2 --save_steps 1 --batch_size 1"
         assert status_and_line("finetune", once, capsys)[0] == 130
     before = everything(place)
@@ -478,19 +475,11 @@ def test_training_resumes_on_its_own_model_only(place, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def stopped(made, tmp_path_factory) -> Path:
     """Return the folder of a run that was stopped in the second of its two steps."""
-    step, calls = Trainer.training_step, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
     out = tmp_path_factory.mktemp("stopped") / "stopped"
     flags = FINETUNE | RESUMED | {"--model_name_or_path": str(made / "pruned"), "--output_dir": str(out)}
     flags |= {"--train_file": str(made / "long.txt"), "--validation_file": str(made / "other.txt")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "training_step", interrupted)
+        interrupt(patch, 2)
         assert finetune_lm.main([word for item in flags.items() for word in item]) == 130
     return out
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_models import KINDS, build
 
 import main
-from lib import UserError, calibration, models, stream
+from lib import UserError, calibration, files, models, stream
 from lib.blocks import Streamed, weights_of
 from lib.calibration import HIDDEN_STATES, enter_blocks
 from lib.evaluation import perplexity, perplexity_by_blocks
@@ -47,7 +47,7 @@ def test_shards_are_what_the_library_reads_and_writes(dtype, tmp_path):
     tensors = some_tensors(dtype)
     digest = stream.write_shard(tmp_path / "ours.safetensors", tensors)
     assert digest == hashlib.sha256((tmp_path / "ours.safetensors").read_bytes()).hexdigest()
-    assert digest == stream.checksum(tmp_path / "ours.safetensors")
+    assert digest == files.checksum(tmp_path / "ours.safetensors")
     save_file(tensors, tmp_path / "theirs.safetensors")
     for name in ("ours", "theirs"):
         path = tmp_path / f"{name}.safetensors"
@@ -308,6 +308,14 @@ def test_a_streamed_model_needs_a_place_for_its_blocks(tiny_folder, tiny_text, t
     assert main.main(f"{flags} --prune_method magnitude --sparsity_ratio 0.5".split()) == 2
     assert "add --save_model DIR" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert main.main(flags.split()) == 0  # a dense one does not
+
+
+def test_a_damaged_generation_config_is_one_line(tiny_folder, tiny_text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(shutil.copytree(tiny_folder, "damaged"), "generation_config.json").write_text("{")
+    flags = f"--model damaged --eval_data {tiny_text} --seqlen 32 --eval_windows 8 --stream always"
+    assert main.main(flags.split()) == 2
+    assert "damaged/generation_config.json: cannot be used (" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("free", "expected"), [(0, True), (2**40, False)])

@@ -38,9 +38,7 @@ inline Raw expand(uint32_t bits, const uint16_t* v) {
 template <bool HALF>
 inline void widen(Raw raw, Vector* part) {
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++)
-    part[i] = HALF ? _mm256_cvtph_ps(raw.bits[i])
-                   : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw.bits[i]), 16));
+  for (int i = 0; i < 4; i++) part[i] = widened<HALF>(raw.bits[i]);
 }
 template <bool HALF>
 inline void spread(uint32_t bits, int p, const uint16_t*& v, Vector* part) {

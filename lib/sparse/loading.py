@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from lib import UserError, first_line
-from lib.skeletons import empty_model, untie
+from lib.skeletons import empty_model, generation_config, untie
 from lib.sparse.fusing import LEAST_ZEROS, fuse
 from lib.sparse.kernel import Unavailable, load
 from lib.sparse.layers import DenseLinear, SparseLinear
@@ -30,7 +30,7 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
         UserError: not a packed folder, a damaged file, another version of the format, or another model's config.
     """
     folder = Path(folder)
-    generation = _generation(folder)
+    generation = generation_config(folder)
     tensors = {name: (content, shape) for path in packed_files(folder) for name, content, shape in read_file(path)}
     kind = kind_to_run_in(folder)
     if torch.float32 in {_kind(content) for content, _ in tensors.values()}:
@@ -60,18 +60,6 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
     if generation is not None:
         model.generation_config = generation
     return model
-
-
-def _generation(folder: Path) -> GenerationConfig | None:
-    """Return the folder's settings of generation, None if it has none."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
-        what = f"cannot be used ({first_line(error)}); correct it, or delete it for the defaults"
-        raise UserError(None, f"{path}: {what}") from error
 
 
 def _skeleton(folder: Path, kind: torch.dtype) -> PreTrainedModel:

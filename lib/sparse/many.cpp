@@ -13,7 +13,8 @@
 
 namespace {
 
-constexpr int PANEL = 96;      // tokens: 12 sums in AVX2's 16 registers, enough to hide the latency of an addition; 24 of NEON's 32
+// Tokens: 12 sums in AVX2's 16 registers, 24 in NEON's 32, enough to hide the latency of an addition.
+constexpr int PANEL = 96;
 constexpr int CHUNK = 64;      // columns at a time: 24 KB of the panel, which stay in L1
 constexpr int ROWS = 64;       // rows at a time: their sums, and what they are multiplied with, stay in L2
 constexpr int SLAB = 8;        // panels at a time: how often the weights are read again

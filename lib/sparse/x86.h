@@ -8,10 +8,12 @@ inline float half_to_float(uint16_t v) { return _cvtsh_ss(v); }
 inline uint16_t float_to_half(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
 
 template <bool HALF>
+inline __m256 widened(__m128i eight) {
+  return HALF ? _mm256_cvtph_ps(eight) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
+}
+template <bool HALF>
 inline void to_floats(const uint16_t* from, float* to) {
-  const __m128i eight = _mm_loadu_si128((const __m128i*)from);
-  const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16);
-  _mm256_storeu_ps(to, HALF ? _mm256_cvtph_ps(eight) : _mm256_castsi256_ps(wide));
+  _mm256_storeu_ps(to, widened<HALF>(_mm_loadu_si128((const __m128i*)from)));
 }
 
 inline int squeeze(const float* from, float* to) {
