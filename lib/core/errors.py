@@ -1,20 +1,24 @@
-"""Errors that the user can fix, and the modules of the experiment."""
+"""Errors that the user can fix."""
 
 import re
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """An error that the user can fix, in one line: what was given, what is allowed, what to type.
+    """An error that the user can fix, in one line: the flag, the value given, what is wrong with it, what to type.
 
     ``field`` is the settings field of the flag at fault, None if no flag is. The running command prints the flag in its
-    own spelling (``lib.command``) without a traceback and exits with status 2. Other flags in the text are written as
-    ``flag_name(field)``.
+    own spelling (``lib.cli.command``) without a traceback and exits with status 2. Other flags in the line are written
+    as ``flag_name(field)``. The line is ``--field value: problem; fix``; ``value`` and ``fix`` may be None.
     """
 
-    def __init__(self, field: str | None, text: str) -> None:
-        super().__init__(text)
-        self.field, self.text = field, text
+    def __init__(self, field: str | None, value: object, problem: str | None = None, fix: str | None = None) -> None:
+        if problem is None:  # to be converted: the whole line is in ``value``
+            self.text = str(value)
+        else:
+            self.text = (f"{value}: " if value is not None else "") + problem + (f"; {fix}" if fix else "")
+        super().__init__(self.text)
+        self.field = field
 
     def spelled(self, spelling: Callable[[str], str]) -> str:
         """Return the whole line with every flag as ``--spelling(field)``."""
