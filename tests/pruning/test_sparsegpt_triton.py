@@ -19,7 +19,7 @@ slow = pytest.mark.slow  # the interpreter runs each of the kernel's operations 
 INTERPRET = """
 import sys, torch
 from lib.pruning import sparsegpt
-from lib.sparsegpt_triton import solve_block
+from lib.pruning.sparsegpt_triton import solve_block
 
 blocks, matrices = torch.load(sys.argv[1])
 errors = [solve_block(*case) for case in blocks]  # the blocks are changed in place
@@ -32,7 +32,7 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lib.sparsegpt_triton import TILE, _solve
+from lib.pruning.sparsegpt_triton import TILE, _solve
 
 architecture, group, padded = map(int, sys.argv[1:])
 kinds = dict.fromkeys(("block", "errors", "upper", "gone"), "*fp32") | {"removed": "*i32" if group else "*fp32"}
