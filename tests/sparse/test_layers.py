@@ -61,7 +61,7 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
 
 @needs_kernel
 @pytest.mark.parametrize("multiplies", [False, True])  # whether the CPU has instructions for many tokens of this kind
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
 @pytest.mark.parametrize("level", kernel.levels())
 def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeypatch):
     monkeypatch.setattr("lib.sparse.layers.multiplies", lambda _: multiplies)
@@ -76,10 +76,10 @@ def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeyp
                 x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(kind)
                 expected = x.double() @ weight.double().T
                 size = x.double().abs() @ weight.double().abs().T
-                if tokens <= kernel.MOST_TOKENS:
+                if tokens <= kernel.MAX_TOKENS:
                     sums = library.multiply(layers[0]._matrix, x, torch.full((tokens, rows), torch.nan), tokens)
                     assert ((sums - expected).abs() <= CLOSE * size).all()
-                own = tokens > kernel.MOST_TOKENS and multiplies and platform.machine() in kernel.ARM
+                own = tokens > kernel.MAX_TOKENS and multiplies and platform.machine() in kernel.ARM
                 close = HALF_ULP[kind] if own else CLOSE  # torch's bfloat16 product rounds parts of a sum there
                 for plain, with_bias in zip(layers, biased, strict=True):
                     assert ((plain(x) - expected).abs() <= close * size + HALF_ULP[kind] * expected.abs() + 1e-7).all()
@@ -178,7 +178,7 @@ def test_pack_by_pencil():
     assert values.tolist() == [1.5, -2, 3] + [0] * packed.PADDING
     assert negative.tolist() == [0b10001000, 0]  # the zeros in order: two of row 0, four of row 1, three of row 2
     assert packed.row_starts(mask).tolist() == [0, 2, 2, 3]
-    back = packed.unpack(packed.Packed(mask, values, negative), [3, 4])
+    back = packed.unpack(packed.PackedTensor(mask, values, negative), [3, 4])
     assert torch.equal(back, tensor) and torch.equal(back.signbit(), tensor.signbit())
 
 
