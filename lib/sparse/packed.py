@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ from lib.sparse.kernel import PADDING
 # transformers does not look for files of this ending: it would fill the weights that it does not find with random
 # numbers.
 SUFFIX = ".packed.safetensors"
-# Key of the file's metadata that holds {"version", "tensors": {name: {"shape", "sha256"}}}.
+# Key of the file's metadata that holds {"version", "metadata", "tensors": {name: {"shape", "sha256"}}}.
 KEY = "packed"
-VERSION = 2
+VERSION = 3
 # Integers that hold the bits of a number of that many bytes.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PARTS = ("mask", "values", "negative")
@@ -115,7 +116,7 @@ def unpack_files(source: Path, target: Path) -> int:
     for path in packed_files(source):
         tensors = {name: unpacked(tensor, shape) for name, tensor, shape in read_file(path)}
         with safe_open(path, framework="pt") as file:
-            metadata = {key: value for key, value in (file.metadata() or {}).items() if key != KEY}
+            metadata = json.loads(file.metadata()[KEY])["metadata"]
         save_file(tensors, target / path.name.replace(SUFFIX, ".safetensors"), metadata)
         count += len(tensors)
     _copy_others(source, target)
@@ -163,7 +164,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Tensor | PackedTensor, list[int
                     problem = f"{name} is not what was packed (its SHA-256 differs)"
                     raise UserError(None, path, problem, "the file is damaged")
                 yield name, content, entry["shape"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
 
 
@@ -193,7 +194,8 @@ def _pack_file(source: Path, target: Path) -> Counter:
                 stored |= {f"{name}.{part}": value for part, value in content._asdict().items() if value is not None}
             else:
                 stored[name] = tensor
-        save_file(stored, target, metadata | {KEY: json.dumps({"version": VERSION, "tensors": entries})})
+        # One key: safetensors writes several in an order that changes from run to run.
+        save_file(stored, target, {KEY: json.dumps({"version": VERSION, "metadata": metadata, "tensors": entries})})
         for name, content, shape in read_file(target):
             if not torch.equal(_bits(unpacked(content, shape)), _bits(file.get_tensor(name))):
                 raise RuntimeError(f"{source}: {name} does not come back from its packed form")
@@ -211,15 +213,18 @@ def _digest(content: Tensor | PackedTensor, shape: list[int]) -> str:
 
 
 def _fits(content: Tensor | PackedTensor, shape: list[int]) -> bool:
-    """Return whether the parts are consistent: the kernel relies on them for its addresses."""
+    """Return whether the parts are consistent: the kernel takes its addresses from them, and anyone can write a file."""
     if not isinstance(content, PackedTensor):
         return list(content.shape) == shape
-    rows = int(np.prod(shape[:-1]))
-    return (
-        content.mask.dtype == torch.int32
-        and list(content.mask.shape) == [rows, -(-shape[-1] // 32)]
-        and int(row_starts(content.mask)[-1]) + PADDING == content.values.numel()
-    )
+    mask, values, negative = content
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    if mask.dtype != torch.int32 or list(mask.shape) != [rows, -(-columns // 32)] or values.ndim != 1:
+        return False
+    beyond = mask.numpy().view(np.uint32)[:, -1] >> (columns % 32) if columns % 32 else np.zeros(rows, np.uint32)
+    count = int(row_starts(mask)[-1])
+    zeros = rows * columns - count
+    signs = negative is None or (negative.dtype == torch.uint8 and list(negative.shape) == [-(-zeros // 8)])
+    return not beyond.any() and count + PADDING == len(values) and signs
 
 
 def _copy_others(source: Path, target: Path) -> None:
