@@ -213,7 +213,7 @@ def _digest(content: Tensor | PackedTensor, shape: list[int]) -> str:
 
 
 def _fits(content: Tensor | PackedTensor, shape: list[int]) -> bool:
-    """Return whether the parts are consistent: the kernel takes its addresses from them, and anyone can write a file."""
+    """Return whether the parts are consistent: anyone can write a file, the kernel takes addresses from them."""
     if not isinstance(content, PackedTensor):
         return list(content.shape) == shape
     mask, values, negative = content
