@@ -14,11 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tabulate import tabulate
 
-from lib import UserError, files, sparse
-from lib.command import Flags, command, flag, make_parser
-from lib.lazy import torch
-from lib.record import provenance
-from lib.registry import check_name
+from lib import sparse
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.lazy import torch
+from lib.core.names import check_name
+from lib.run.record import provenance
 from scripts.bench.cases import PARTS, SIZES, Case, Sizes
 
 # TFLOP/s of dense products of halves with float32 sums, as the manufacturer gives them, by a part of the card's name.

@@ -10,11 +10,17 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lib import calibration, esd, price, prune, scores
-from lib.allocation import SparsityPlan
-from lib.blocks import weights_of
-from lib.lazy import torch, transformers
-from lib.pruners import PRUNERS, VARIANTS, Pruner
+from lib.allocation import price
+from lib.allocation.block_scores import lamp_score, median_score, outlier_ratio
+from lib.calibration.hidden import enter_blocks
+from lib.calibration.statistics import STATISTICS, completed
+from lib.core.lazy import torch, transformers
+from lib.models.weights import weights_of
+from lib.pruning.plan import SparsityPlan
+from lib.pruning.pruners import PRUNERS, VARIANTS, Pruner
+from lib.pruning.walk import walk
+from lib.spectra.spectrum import DRIVERS, spectrum
+from lib.spectra.tail import fit_tail
 from scripts.bench import plain
 
 RATIO = 0.5
@@ -100,14 +106,14 @@ def metrics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for each driver and shape, and one for the fit over all candidates to spectra of three kinds."""
 
     def eigs_of(weight: torch.Tensor, driver: str) -> torch.Tensor:
-        return esd.spectrum(weight, driver).eigs
+        return spectrum(weight, driver).eigs
 
     def fit(eigs: torch.Tensor, starts: torch.Tensor) -> int:
-        return esd.fit_tail(eigs, starts).index
+        return fit_tail(eigs, starts).index
 
     for shape in sizes.shapes[:2]:
         weight = random_weight(shape, device)
-        for driver in esd.DRIVERS:
+        for driver in DRIVERS:
             name = f"spectrum, {driver}, {shape[0]}x{shape[1]}"
             yield Case(name, partial(eigs_of, weight, driver), partial(plain.spectrum, weight), same_numbers)
 
@@ -135,8 +141,8 @@ def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     def ours(name: str) -> torch.Tensor:
         total = None
         for x in samples:
-            total = calibration.STATISTICS[name](x, total)
-        return calibration.completed(total.div_(len(samples)))
+            total = STATISTICS[name](x, total)
+        return completed(total.div_(len(samples)))
 
     def slow(name: str) -> torch.Tensor:
         mean = None
@@ -144,7 +150,7 @@ def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
             mean = getattr(plain, name)(x, mean, seen)
         return mean
 
-    for name in calibration.STATISTICS:
+    for name in STATISTICS:
         title = f"{name} of {len(samples)} x {sizes.tokens} tokens, {sizes.intermediate} columns"
         flops = 2 * len(samples) * sizes.tokens * sizes.intermediate**2 if name == "hessian" else None
         yield Case(title, partial(ours, name), partial(slow, name), same_numbers, flops=flops)
@@ -154,7 +160,7 @@ def pruners(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for each pruner, variant and N:M, on the widest layer, with the statistic already computed."""
     weight = random_weight(sizes.shapes[2], device)
     x = torch.randn(2 * weight.shape[1], weight.shape[1], device=device)  # enough for a Hessian of full rank
-    statistic = {name: calibration.completed(add(x, None)) for name, add in calibration.STATISTICS.items()}
+    statistic = {name: completed(add(x, None)) for name, add in STATISTICS.items()}
     del x
 
     def ours(pruner: Pruner, nm: tuple[int, int] | None) -> torch.Tensor:
@@ -187,10 +193,10 @@ def block_scores(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         return 100 * (flat > 5 * flat.mean(dtype=torch.float64)).double().mean().item()
 
     of_scores = f"of {sum(score.numel() for score in block) / 1e6:.1f} million scores"
-    yield Case(f"median {of_scores}", partial(scores.median_score, block), plain_median, same_numbers)
-    outliers = partial(scores.outlier_ratio, block, multiple=5.0)
+    yield Case(f"median {of_scores}", partial(median_score, block), plain_median, same_numbers)
+    outliers = partial(outlier_ratio, block, multiple=5.0)
     yield Case(f"outliers {of_scores}", outliers, plain_outliers, same_numbers)
-    yield Case(f"LAMP scores, {block[0].shape[0]}x{block[0].shape[1]}", partial(scores.lamp_score, block[0]))
+    yield Case(f"LAMP scores, {block[0].shape[0]}x{block[0].shape[1]}", partial(lamp_score, block[0]))
 
 
 def prices(sizes: Sizes, device: torch.device) -> Iterator[Case]:
@@ -227,7 +233,7 @@ def walks(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     plan = SparsityPlan(RATIO, {layer.name: RATIO for layer in weights.layers})
 
     def ours(pruner: Pruner) -> None:
-        prune.walk(weights, plan, pruner, calibration.enter_blocks(weights, windows) if pruner.statistic else None)
+        walk(weights, plan, pruner, enter_blocks(weights, windows) if pruner.statistic else None)
 
     def kept(_: None) -> torch.Tensor:
         # Differences of rounding grow from block to block: the first two show whether the methods are the same.

@@ -16,14 +16,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tabulate import tabulate
 
-from lib import UserError, alps, files, models, price, stream
-from lib.command import Flags, command, flag, make_parser
-from lib.layers import prunable_layers
-from lib.lazy import torch, transformers
-from lib.pruners import PRUNERS
-from lib.record import provenance
-from lib.registry import check_name
-from lib.settings import METHODS
+from lib.allocation import price
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import METHODS
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.lazy import torch, transformers
+from lib.core.names import check_name
+from lib.models import memory, safetensors_io
+from lib.models.layers import prunable_layers
+from lib.models.load import load_tokenizer
+from lib.models.locate import SMOLLM2, locate
+from lib.pruning import alps
+from lib.pruning.pruners import PRUNERS
+from lib.run.record import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 # Hidden and inner width, blocks, heads, heads of keys and values, vocabulary: LLaMA 1 and 2, LLaMA 3.1's 405B.
@@ -131,7 +138,7 @@ def needs(size: str, nsamples: int, seqlen: int) -> Iterator[dict]:
         pruner, _, allocation = method.partition("_")
         windows, hessians = (0 if pruner == "magnitude" else nsamples), PRUNERS[pruner].statistic == "hessian"
         beside, streamed = (
-            models.working_set(model, half, hessians, count, seqlen, PRUNERS[pruner].copies) for count in (windows, 0)
+            memory.working_set(model, half, hessians, count, seqlen, PRUNERS[pruner].copies) for count in (windows, 0)
         )
         operations = work(shapes, blocks, pruner, nsamples * seqlen)
         if allocation == "price":
@@ -188,7 +195,7 @@ def make_checkpoint(settings: Scale) -> Path:
     folder = Path(settings.work) / f"llama-{settings.hidden}x{settings.intermediate}x{settings.blocks}"
     if (folder / "model.safetensors.index.json").is_file():
         return folder
-    tokenizer = models.load_tokenizer(models.locate(models.SMOLLM2, str(ROOT / "llm_weights")))
+    tokenizer = load_tokenizer(locate(SMOLLM2, str(ROOT / "llm_weights")))
     heads = settings.hidden // 128 or 1
     shape = (settings.hidden, settings.intermediate, settings.blocks, heads, heads, len(tokenizer))
     model = skeleton(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
@@ -206,11 +213,11 @@ def make_checkpoint(settings: Scale) -> Path:
             name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=draw).mul_(shape[1] ** -0.5)
             for name, shape in shapes.items()
         }
-        stream.write_shard(folder / f"model-{block}.safetensors", tensors, torch.float16)
+        safetensors_io.write_shard(folder / f"model-{block}.safetensors", tensors, torch.float16)
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    stream.write_index(folder)
+    safetensors_io.write_index(folder)
     return folder
 
 

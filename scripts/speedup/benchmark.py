@@ -18,10 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tabulate import tabulate
 
-from lib import UserError, data, files, sparse
-from lib.command import Flags, command, flag, make_parser
-from lib.models import SMOLLM2
-from lib.record import provenance
+from lib import sparse
+from lib.calibration.texts import check_text
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.core import files
+from lib.core.errors import UserError
+from lib.models.locate import SMOLLM2
+from lib.run.record import provenance
 from scripts.speedup.checkpoints import LEAST_SPARSE, ROOT, Checkpoint, check_free, locate_folder, open_checkpoint
 from scripts.speedup.engines import ENGINES, FILES, ONE_SEQUENCE, SPARSE
 from scripts.speedup.export_onnx import TEXT_HELP, describe, export
@@ -84,7 +88,7 @@ class SpeedUp(Flags):
         if self.deepsparse and not shutil.which(os.environ.get("DEEPSPARSE_PYTHON", "")):
             fix = "set DEEPSPARSE_PYTHON=DIR/bin/python of its environment (docs/speedup.md says how to make it)"
             raise UserError("deepsparse", f"has no interpreter; {fix}")
-        data.check_text("--text", self.text)
+        check_text("text", self.text)
         files.prepare("save", Path(self.save))
         for model in filter(None, (*self.models, self.dense)):
             locate_folder(model)
@@ -96,7 +100,7 @@ class SpeedUp(Flags):
 PARSER = make_parser(SpeedUp, "run.sh", __doc__)
 
 
-# ------------------------------------------------------------------------------------------------------ models and files
+# ----------------------------------------------------------------------------------------------------- models and files
 
 
 def find_models(settings: SpeedUp) -> list[Checkpoint]:

@@ -7,8 +7,12 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lib import UserError, first_line, models, prune, sparse
-from lib.layers import prunable_layers
+from lib import sparse
+from lib.core.errors import UserError, first_line
+from lib.models.layers import prunable_layers
+from lib.models.load import load_skeleton
+from lib.models.locate import Source, locate
+from lib.pruning.walk import checkpoint_sparsity
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_SPARSE = 0.05  # share of zeros below which a checkpoint was not pruned
@@ -17,7 +21,7 @@ LEAST_SPARSE = 0.05  # share of zeros below which a checkpoint was not pruned
 class Checkpoint(NamedTuple):
     """A model's folder on disk, the number of weights in its block matrices and its head, and the zeros."""
 
-    source: models.Source
+    source: Source
     block_weights: int
     head_weights: int
     zeros: int  # of the block matrices
@@ -43,9 +47,9 @@ class Checkpoint(NamedTuple):
             raise UserError(None, f"{self.source.given}: is not sparse, {zeros}; {fix}")
 
 
-def locate_folder(model: str) -> models.Source:
+def locate_folder(model: str) -> Source:
     """Return the folder of ``model``: these commands read the weight files themselves, so a hub id is not enough."""
-    source = models.locate(model, str(ROOT / "llm_weights"))
+    source = locate(model, str(ROOT / "llm_weights"))
     folder = Path(source.path)
     if not folder.is_dir():
         raise UserError(None, f"{model}: folder not found; fetch it first: hf download {model} --local-dir DIR")
@@ -65,11 +69,11 @@ def open_checkpoint(model: str) -> Checkpoint:
         UserError: an unknown model, not a supported causal language model, or missing weights.
     """
     source = locate_folder(model)
-    skeleton = models.load_skeleton(source)
+    skeleton = load_skeleton(source)
     layers = prunable_layers(skeleton)
     total = sum(layer.size for layer in layers)
     try:
-        zeros = round(prune.checkpoint_sparsity(Path(source.path), [layer.name for layer in layers]) * total)
+        zeros = round(checkpoint_sparsity(Path(source.path), [layer.name for layer in layers]) * total)
     except Exception as error:  # safetensors has its own error class for a truncated file
         raise UserError(None, f"{model}: its weights cannot be read ({first_line(error)})") from error
     return Checkpoint(source, total, skeleton.get_output_embeddings().weight.numel(), zeros)

@@ -93,9 +93,11 @@ def _model(folder: Path, dtype: str, packed: bool):
     import torch
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from lib import models, sparse
+    from lib import sparse
+    from lib.models.load import load_llm
+    from lib.models.locate import locate
 
-    model = models.load_llm(models.locate(str(folder), ""), getattr(torch, dtype), torch.device("cpu"))
+    model = load_llm(locate(str(folder), ""), getattr(torch, dtype), torch.device("cpu"))
     if packed:
         sparse.load_kernel()  # without it the model would stay as it is, and be measured under this name
         sparse.sparsify(model)
