@@ -159,7 +159,7 @@ def bench(parts: Sequence[str], sizes: Sizes, device: torch.device, rounds: int)
 def run(settings: Benchmark) -> int:
     """Measure, print the table and write it; return 1 if a result differs from its plain formulation's."""
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device", "cuda: no CUDA device here, nothing was measured")
+        raise UserError("device", "cuda", "no CUDA device here, nothing was measured")
     files.prepare("save", Path(settings.save))
     torch.set_num_threads(settings.threads)
     device, machine = torch.device(settings.device), sparse.processor().get("model name", "a CPU")

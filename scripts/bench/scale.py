@@ -73,7 +73,7 @@ class Scale(Flags):
             check_name("methods", method, METHODS)
             check_name("ways", way, WAYS)
             if method.endswith("_price") and way == "always":
-                raise UserError("methods", f"{method}: a streamed model has no prices; give --ways never")
+                raise UserError("methods", method, "a streamed model has no prices", "give --ways never")
 
     def runs(self) -> list[tuple[str, str]]:
         """Return every method and way to measure, each once."""

@@ -23,7 +23,7 @@ from lib.calibration.texts import check_text
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
 from lib.core import files
-from lib.core.errors import UserError
+from lib.core.errors import UserError, flag_name
 from lib.models.locate import SMOLLM2
 from lib.run.record import provenance
 from scripts.speedup.checkpoints import LEAST_SPARSE, ROOT, Checkpoint, check_free, locate_folder, open_checkpoint
@@ -54,7 +54,7 @@ HEADINGS = (
 class SpeedUp(Flags):
     _title: ClassVar[str] = "benchmark"
 
-    models: Sequence[str] = flag(
+    model: Sequence[str] = flag(
         (), f"folder of a pruned model; a dense one with {{sparsity}} (default: {SMOLLM2} {{sparsity}} 0.5 0.7)",
         positional=True, nargs="*", metavar="MODEL",
     )  # fmt: skip
@@ -79,18 +79,19 @@ class SpeedUp(Flags):
     save: str = flag("results/speedup", "where JSON and PNG go", metavar="DIR")
 
     def check(self) -> None:
-        if not self.models:
-            self.models, self.sparsity = (SMOLLM2,), self.sparsity or (0.5, 0.7)
-        if self.sparsity and (len(self.models) > 1 or self.dense):
-            raise UserError("sparsity", "prunes one dense MODEL; leave it out for models that are pruned already")
+        if not self.model:
+            self.model, self.sparsity = (SMOLLM2,), self.sparsity or (0.5, 0.7)
+        if self.sparsity and (len(self.model) > 1 or self.dense):
+            raise UserError("sparsity", None, "prunes one dense MODEL", "leave it out for pruned models")
         if not self.sparsity and not self.dense:
-            raise UserError("dense", "is missing: give the model that MODEL was pruned from, or --sparsity 0.5 0.7")
+            fix = f"give the model that MODEL was pruned from, or {flag_name('sparsity')} 0.5 0.7"
+            raise UserError("dense", None, "is missing", fix)
         if self.deepsparse and not shutil.which(os.environ.get("DEEPSPARSE_PYTHON", "")):
             fix = "set DEEPSPARSE_PYTHON=DIR/bin/python of its environment (docs/speedup.md says how to make it)"
-            raise UserError("deepsparse", f"has no interpreter; {fix}")
+            raise UserError("deepsparse", None, "has no interpreter", fix)
         check_text("text", self.text)
         files.prepare("save", Path(self.save))
-        for model in filter(None, (*self.models, self.dense)):
+        for model in filter(None, (*self.model, self.dense)):
             locate_folder(model)
 
     def all_engines(self) -> list[str]:
@@ -105,8 +106,8 @@ PARSER = make_parser(SpeedUp, "run.sh", __doc__)
 
 def find_models(settings: SpeedUp) -> list[Checkpoint]:
     """Return the dense model and the pruned ones, pruned by main.py first if ``settings`` ask for it."""
-    dense = open_checkpoint(settings.dense or settings.models[0])
-    names = settings.models
+    dense = open_checkpoint(settings.dense or settings.model[0])
+    names = settings.model
     if settings.sparsity:
         work = Path(settings.work) / dense.source.name
         names = [str(prune_to(dense, ratio, settings.method, work)) for ratio in sorted(set(settings.sparsity))]
@@ -114,10 +115,10 @@ def find_models(settings: SpeedUp) -> list[Checkpoint]:
     for checkpoint in pruned:
         checkpoint.check_sparse()
         if (checkpoint.block_weights, checkpoint.head_weights) != (dense.block_weights, dense.head_weights):
-            raise UserError(None, f"{checkpoint.source.given}: has other shapes than {dense.source.given}")
+            raise UserError(None, checkpoint.source.given, f"has other shapes than {dense.source.given}")
         if checkpoint.sparsity <= dense.sparsity:
             zeros = f"({dense.sparsity:.4f} zeros) than {checkpoint.source.given} ({checkpoint.sparsity:.4f})"
-            raise UserError("dense", f"{dense.source.given}: is no denser {zeros}")
+            raise UserError("dense", dense.source.given, f"is no denser {zeros}")
     return [dense, *pruned]
 
 
@@ -131,7 +132,7 @@ def prune_to(dense: Checkpoint, ratio: float, method: str, work: Path) -> Path:
     where = ["--save_model", str(work.resolve()), "--save", str(work.resolve() / "figures")]
     command = [sys.executable, "main.py", "--model", str(dense.folder.resolve()), *flags, *where]
     if subprocess.run(command, cwd=ROOT).returncode:
-        raise UserError("sparsity", f"{ratio}: {dense.source.given} could not be pruned, see above")
+        raise UserError("sparsity", ratio, f"{dense.source.given} could not be pruned, see above")
     return folder
 
 
@@ -213,12 +214,9 @@ def check_agreement(rows: Sequence[dict]) -> None:
     for row in rows:
         off, most = row["logits"]["relative"], TOLERANCE[row["engine"]]
         if not off <= most:
-            logits = f"{row['engine']}: its logits ({row['graph']}, sparsity {row['sparsity']:.2f})"
-            raise UserError(
-                None,
-                f"{logits} disagree with PyTorch's by {off:.1e} of the largest (at most {most:g}), so its time says "
-                "nothing; leave it out with --engines",
-            )
+            logits = f"its logits ({row['graph']}, sparsity {row['sparsity']:.2f})"
+            problem = f"{logits} disagree with PyTorch's by {off:.1e} of the largest (at most {most:g})"
+            raise UserError(None, row["engine"], problem, "its time says nothing, so leave it out with --engines")
 
 
 def measure(checkpoints: Sequence[Checkpoint], length: int, settings: SpeedUp) -> dict:
@@ -238,7 +236,7 @@ def measure(checkpoints: Sequence[Checkpoint], length: int, settings: SpeedUp) -
             rows += summarise(result, sparsities, length if result["graph"] == "prefill" else result["batch"])
     check_agreement(rows)
     if not rows:
-        raise UserError(None, f"no engine could run: {failed[0]['error']}")
+        raise UserError(None, "no engine could run", failed[0]["error"])
     record = {"complete": True, "processor": sparse.processor().get("model name", "unknown"), "rows": rows}
     record |= {"failed": failed, "sequence_length": length, "sparsities": sparsities, "flags": settings.flags()}
     return record | {"models": [str(c.folder) for c in checkpoints], "loadavg": os.getloadavg()} | provenance()

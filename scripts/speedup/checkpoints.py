@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lib import sparse
 from lib.core.errors import UserError, first_line
 from lib.models.layers import prunable_layers
-from lib.models.load import load_skeleton
-from lib.models.locate import Source, locate
+from lib.models.load import Source, load_skeleton
+from lib.models.locate import locate
 from lib.pruning.walk import checkpoint_sparsity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,9 +42,9 @@ class Checkpoint(NamedTuple):
     def check_sparse(self) -> None:
         """Refuse a checkpoint that was not pruned."""
         if self.sparsity < LEAST_SPARSE:
-            zeros = f"{self.sparsity:.4%} of its block weights are zero"
+            problem = f"is not sparse, {self.sparsity:.4%} of its block weights are zero"
             fix = "prune it first: python main.py --prune_method ... --save_model DIR"
-            raise UserError(None, f"{self.source.given}: is not sparse, {zeros}; {fix}")
+            raise UserError(None, self.source.given, problem, fix)
 
 
 def locate_folder(model: str) -> Source:
@@ -52,13 +52,12 @@ def locate_folder(model: str) -> Source:
     source = locate(model, str(ROOT / "llm_weights"))
     folder = Path(source.path)
     if not folder.is_dir():
-        raise UserError(None, f"{model}: folder not found; fetch it first: hf download {model} --local-dir DIR")
+        raise UserError(None, model, "folder not found", f"fetch it first: hf download {model} --local-dir DIR")
     if sparse.is_packed(folder):
-        raise UserError(None, f"{model}: is packed; first: python scripts/speedup/pack.py {model} --unpack --save DIR")
+        fix = f"first: python scripts/speedup/pack.py {model} --unpack --save DIR"
+        raise UserError(None, model, "is packed", fix)
     if not list(folder.glob("*.safetensors")):
-        raise UserError(
-            None, f"{model}: the folder holds no *.safetensors; load it and save it again with transformers"
-        )
+        raise UserError(None, model, "the folder holds no *.safetensors", "load it and save it again with transformers")
     return source
 
 
@@ -75,11 +74,11 @@ def open_checkpoint(model: str) -> Checkpoint:
     try:
         zeros = round(checkpoint_sparsity(Path(source.path), [layer.name for layer in layers]) * total)
     except Exception as error:  # safetensors has its own error class for a truncated file
-        raise UserError(None, f"{model}: its weights cannot be read ({first_line(error)})") from error
+        raise UserError(None, model, f"its weights cannot be read ({first_line(error)})") from error
     return Checkpoint(source, total, skeleton.get_output_embeddings().weight.numel(), zeros)
 
 
 def check_free(field: str | None, out: Path, marker: str | None = None) -> None:
     """Refuse a non-empty folder ``out``, unless a file ``marker`` shows that it was written here and is replaceable."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (marker and (out / marker).is_file()))):
-        raise UserError(field, f"{out}: already exists and holds something else; give another folder, or remove it")
+        raise UserError(field, out, "already exists and holds something else", "give another folder, or remove it")
