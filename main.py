@@ -14,7 +14,7 @@ from lib import UserError, calibration, evaluation, experiment, models, processe
 from lib.blocks import Weights
 from lib.command import command, make_parser
 from lib.experiment import Prepared, Session
-from lib.record import Record, perplexity_text, zero_shot_table, zero_shot_text
+from lib.record import Record, perplexity_text
 from lib.settings import Experiment, Task
 
 log = logging.getLogger("main")
@@ -141,9 +141,8 @@ def evaluate(
         model = experiment.whole_model(weights, known, record.content["saved_model"])
         answers = experiment.zero_shot(settings, model, known.tokenizer, known.questions)
     record.content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
-    table = zero_shot_table(answers.scores, answers.means)
-    record.files[f"zero_shot_{task.run}.txt"] = zero_shot_text(task.method, table)
-    tables.line(console, table)
+    record.files[f"zero_shot_{task.run}.txt"] = f"{task.method}:\n{answers.table}"
+    tables.line(console, answers.table)
 
 
 def show(settings: Experiment, record: Record, console: Console) -> None:

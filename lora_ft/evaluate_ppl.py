@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib import data, evaluation, experiment, files, models
 from lib.command import Flags, command, flag, make_parser
-from lib.record import run_text, zero_shot_table
+from lib.record import run_text
 from lib.settings import ZeroShot
 from lora_ft import common
 
@@ -87,10 +87,9 @@ def _answer(settings: Evaluate, model, base: common.Base, tasks: evaluation.Task
     """Run the tasks, write and print the accuracies, and return them."""
     answers = experiment.zero_shot(settings, model, base.tokenizer, tasks)
     found = {"means": answers.means, "lm_eval": answers.full}
-    table = zero_shot_table(answers.scores, answers.means)
-    texts = {"zero_shot.txt": table, "perplexity.json": run_text(record | {"zero_shot": found, "complete": True})}
-    files.write_files(Path(settings.result_dir), texts)
-    print(table, end="")
+    run = run_text(record | {"zero_shot": found, "complete": True})
+    files.write_files(Path(settings.result_dir), {"zero_shot.txt": answers.table, "perplexity.json": run})
+    print(answers.table, end="")
     return found
 
 
