@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,21 +12,24 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sweep
+import table
 from rich.console import Console
 
 from lib import files, models, tables
 from lib.command import Flags, command, flag, make_parser, parse
 from lib.lazy import torch
+from lib.record import parsed
 from lib.settings import Experiment
 
 TEXTS = "--model smollm2-135m --calib_data wiki_leads --eval_data wiki_leads".split()
 # Small enough for four minutes on two cores; the paper's setting is 128 windows of 2048, and all of WikiText-2.
 SIZE = "--seqlen 448 --nsamples 4 --eval_windows 3".split()
 METHODS = "dense,wanda,sparsegpt,wanda_ww,sparsegpt_ww"
-KEPT = "alps"  # at the lowest sparsity only, since it takes longest: the model that is saved and prompted
-FEWER = "--pruner_iterations 5 --refit 5".split()  # of its iterations: half of the time
-NEXT = "less than five minutes"  # what the next command takes
-PROMPT, TOKENS = "The capital of France is", 24
+# ALPS takes longest, so it prunes at the lowest sparsity only, with fewer iterations than usual: half of the time. Its
+# model is the one that is saved and prompted.
+ALPS = "--methods alps --pruner_iterations 5 --refit 5".split()
+PROMPT = "The capital of France is"
+TOKENS = 24
 
 
 @dataclass(kw_only=True)
@@ -43,18 +46,25 @@ class Demo(Flags):
 
     def planned(self) -> list[Experiment]:
         """Return the settings of each run; the last one saves its model."""
+        common = [*TEXTS, *SIZE, "--save", self.save]
         lowest = str(min(sweep.numbers("sparsity_ratio", self.sparsity_ratio)))
-        kept = ["--methods", KEPT, *FEWER, "--sparsities", lowest, "--save_model", f"{self.save}/model"]
         every = ["--methods", METHODS, "--sparsities", self.sparsity_ratio, "--epsilons", str(self.epsilon)]
-        own = [*TEXTS, *SIZE, "--save", self.save]
-        return [one for part in (every, kept) for one in parse(sweep.Sweep, [*own, *part], sweep.PARSER).settings()]
+        alps = [*ALPS, "--sparsities", lowest, "--save_model", f"{self.save}/model"]
+        sweeps = [parse(sweep.Sweep, [*common, *flags], sweep.PARSER) for flags in (every, alps)]
+        return [settings for grid in sweeps for settings in grid.settings()]
 
 
 PARSER = make_parser(Demo, "demo.sh", __doc__)
 
 
-def show(records: Sequence[dict], console: Console) -> None:
-    """Print a row per record."""
+def perplexity(record: Mapping) -> str:
+    """Return the perplexity, with ``about`` if it depends on the machine's rounding."""
+    about = record["method"].endswith("_ww") or record["method"].startswith(("sparsegpt", "alps"))
+    return f"about {record['perplexity']:.1f}" if about else f"{record['perplexity']:.2f}"
+
+
+def show(records: Sequence[Mapping], console: Console) -> None:
+    """Print a row per record, what alpha gains over uniform ratios, and the best method at each sparsity."""
     rows = []
     for record in records:
         seconds = sum(stage["seconds"] for stage in record["stages"].values())
@@ -64,64 +74,54 @@ def show(records: Sequence[dict], console: Console) -> None:
     tables.show(console, "SmolLM2-135M on Wikipedia lead sections", headings, rows)
     tables.line(console, "about: differs between processors, since alphas and Cholesky factors round differently")
 
-
-def perplexity(record: dict) -> str:
-    """Return the perplexity, with ``about`` if it depends on the machine's rounding."""
-    about = record["method"].endswith("_ww") or record["method"].startswith(("sparsegpt", "alps"))
-    return f"about {record['perplexity']:.1f}" if about else f"{record['perplexity']:.2f}"
-
-
-def show_gain(records: Sequence[dict], console: Console) -> None:
-    """Print the gain from distributing the sparsity by alpha, and the best method at each sparsity."""
-    found = {(record["method"], record["target_sparsity"]): record for record in records}
     tables.line(console, "What was gained:")
-    for (method, target), record in found.items():
-        uniform = found.get((method.removesuffix("_ww"), target))
+    by_run = {(record["method"], record["target_sparsity"]): record for record in records}
+    for (method, target), record in by_run.items():
+        uniform = by_run.get((method.removesuffix("_ww"), target))
         if method.endswith("_ww") and uniform:
             gain = _change(uniform, record, "uniform", "by alpha")
             tables.line(console, f"{uniform['method']} at {target:g}: {gain}")
-    for target in sorted({target for _, target in found if target}):
-        rows = [record for (_, other), record in found.items() if other == target]
-        first, best = found.get(("wanda", target)), min(rows, key=lambda record: record["perplexity"])
+    for target in sorted({target for _, target in by_run if target}):
+        first = by_run.get(("wanda", target))
+        best = min((by_run[run] for run in by_run if run[1] == target), key=lambda record: record["perplexity"])
         if first and best is not first:
             tables.line(console, f"best at {target:g}: {_change(first, best, 'wanda', best['method'])}")
 
 
-def _change(before: dict, after: dict, *names: str) -> str:
+def _change(before: Mapping, after: Mapping, *names: str) -> str:
     change = 100 * (after["perplexity"] / before["perplexity"] - 1)
     return f"perplexity {perplexity(before)} {names[0]}, {perplexity(after)} {names[1]} (about {change:+.0f} %)"
 
 
-def show_answer(records: Sequence[dict], console: Console) -> None:
-    """Let the saved model continue one prompt."""
-    saved = [record for record in records if record.get("saved_model") and Path(record["saved_model"]).is_dir()]
-    for record in saved[:1]:
-        source = models.locate(record["saved_model"], record["flags"]["cache_dir"])
-        tokenizer, model = models.load_tokenizer(source), models.load_llm(source, torch.float32, "cpu")
-        ids = tokenizer(PROMPT, return_tensors="pt")
-        with torch.inference_mode():
-            out = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)
-        tables.line(console, f"\nThe saved model, {record['saved_model']}, continues:")
-        tables.line(console, tokenizer.decode(out[0], skip_special_tokens=True))
+def show_answer(record: Mapping, console: Console) -> None:
+    """Let the saved model continue the prompt."""
+    source = models.locate(record["saved_model"], record["flags"]["cache_dir"])
+    tokenizer, model = models.load_tokenizer(source), models.load_llm(source, torch.float32, "cpu")
+    with torch.inference_mode():
+        ids = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=TOKENS, do_sample=False)
+    tables.line(console, f"\nThe saved model, {record['saved_model']}, continues:")
+    tables.line(console, tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 def run(demo: Demo) -> int:
     """Run the demonstration; return 0, or 1 if a setting failed."""
     folder, console = Path(demo.save), Console()
     files.prepare("save", folder)
-    every, _ = sweep.run_all(demo.planned(), demo.force)
-    records = sweep.measured(every)
-    if records:
+    run_files = sweep.run_all(demo.planned(), demo.force)
+    complete = [path for path in run_files if path]
+    if complete:
+        records = [parsed(path.read_text(encoding="utf-8")) for path in complete]
         show(records, console)
-        show_gain(records, console)
-        sweep.plot(records, folder / "demo.png")
+        runs = table.read_runs(complete)
+        table.plot(folder / "demo.png", {table.title_of(runs): table.cells_of(runs)})
         tables.line(console, f"written: {folder}/demo.png")
-        show_answer(records, console)
-    again = f"--prune_method sparsegpt_ww --sparsity_ratio 0.5 --epsilon {demo.epsilon} --save_model out"
-    tables.line(console, f"\nNext, on more text and with the model kept ({NEXT} on two cores):")
-    python = shlex.quote(sys.executable)
-    tables.line(console, f"{python} main.py {' '.join(TEXTS)} --seqlen 512 --nsamples 16 --eval_windows 10 {again}")
-    return 1 if None in every else 0
+        if records[-1]["saved_model"] and Path(records[-1]["saved_model"]).is_dir():
+            show_answer(records[-1], console)
+    tables.line(console, "\nNext, on more text and with the model kept (less than five minutes on two cores):")
+    flags = "--seqlen 512 --nsamples 16 --eval_windows 10 --prune_method sparsegpt_ww --sparsity_ratio 0.5"
+    flags = f"{' '.join(TEXTS)} {flags} --epsilon {demo.epsilon} --save_model out"
+    tables.line(console, f"{shlex.quote(sys.executable)} main.py {flags}")
+    return 1 if None in run_files else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 source "$(dirname "$0")/env.sh"
 need requirements.txt
 need scripts/requirements-data.txt --no-deps
-need scripts/requirements-images.txt
 need tests/requirements.txt
 # A process per core, each with one thread; the tests of a file stay together, since they share what is slow to make, and
 # files are not sorted by their number of tests: the few that take longest would be left to one core at the end.
