@@ -11,12 +11,17 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from lib import UserError, data, fingerprint, first_line, metrics, models, stream
-from lib.blocks import Weights, weights_of
-from lib.command import Flags, flag
-from lib.layers import prunable_layers
-from lib.lazy import torch
-from lib.settings import TEXTS
+from lib import sparse
+from lib.calibration import texts as data
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import TEXTS
+from lib.core import digests
+from lib.core.errors import UserError, first_line
+from lib.core.lazy import torch
+from lib.models import load, locate, memory, safetensors_io
+from lib.models.layers import prunable_layers
+from lib.models.weights import Weights, weights_of
+from lib.spectra import measure
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,7 +51,7 @@ class PrunedModel(Flags):
     dtype: str = flag(
         "auto",
         "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU",
-        choices=models.DTYPES,
+        choices=load.DTYPES,
         metavar="NAME",
     )
 
@@ -73,7 +78,7 @@ class Base(NamedTuple):
     ``config`` is borrowed from another model, or None for the model's own; the tokenizer may be borrowed as well.
     """
 
-    source: models.Source
+    source: load.Source
     skeleton: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: object | None = None
@@ -101,43 +106,43 @@ def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
     folder = Path(model).expanduser()
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     borrows_config = "config.json" not in names and any(name.endswith((".safetensors", ".bin")) for name in names)
-    borrows_tokenizer = bool(names) and not names & set(models.TOKENIZER_FILES)
+    borrows_tokenizer = bool(names) and not names & set(load.TOKENIZER_FILES)
     if config_name is None:
         if borrows_tokenizer and "config.json" in names:
             raise UserError("model", f"{model}: the folder holds no tokenizer; give its model: --config_name NAME")
         source = _locate(model, cache_dir)
-        return Base(source, models.load_skeleton(source), models.load_tokenizer(source))
+        return Base(source, load.load_skeleton(source), load.load_tokenizer(source))
     with lent_by("config_name"):
-        lender = models.locate(config_name, cache_dir)
+        lender = locate.locate(config_name, cache_dir)
     if borrows_config:
-        source = models.Source(model, str(folder), folder.resolve().name, cache_dir)
-        models.refuse_packed(source)
+        source = load.Source(model, str(folder), folder.resolve().name, cache_dir)
+        sparse.refuse_packed(source)
         with lent_by("config_name"):
-            skeleton = models.load_skeleton(lender)
+            skeleton = load.load_skeleton(lender)
     else:
         source = _locate(model, cache_dir)
-        skeleton = models.load_skeleton(source)
+        skeleton = load.load_skeleton(source)
     with lent_by("config_name" if borrows_tokenizer else "model"):
-        tokenizer = models.load_tokenizer(lender if borrows_tokenizer else source)
+        tokenizer = load.load_tokenizer(lender if borrows_tokenizer else source)
     config = skeleton.config if borrows_config else None
     return Base(source, skeleton, tokenizer, config, config_name if borrows_tokenizer else None)
 
 
-def _locate(model: str, cache_dir: str) -> models.Source:
-    source = models.locate(model, cache_dir)
-    models.refuse_packed(source)  # it has no gradients, and is not saved again
+def _locate(model: str, cache_dir: str) -> load.Source:
+    source = locate.locate(model, cache_dir)
+    sparse.refuse_packed(source)  # it has no gradients, and is not saved again
     return source
 
 
 def check_vocabulary(base: Base, *texts: Tensor | None) -> None:
     """Refuse texts whose tokenizer gives tokens that the model does not have."""
     with lent_by("config_name" if base.lender else "model"):
-        models.check_vocabulary(base.lender or base.source.given, base.skeleton, *texts)
+        load.check_vocabulary(base.lender or base.source.given, base.skeleton, *texts)
 
 
 def check_length(field: str, length: int, skeleton: PreTrainedModel) -> None:
     """Refuse a number of tokens that the model does not support."""
-    context = models.context_length(skeleton)
+    context = load.context_length(skeleton)
     if context is not None and length > context:
         raise UserError(field, f"{length}: is more than the model's context; give at most {context}")
 
@@ -208,8 +213,8 @@ def load_base(
         device: where to put the whole model instead.
         stored: see ``Weights``.
     """
-    reserve = models.working_set(base.skeleton, dtype, hessians=False, windows=1, seqlen=seqlen)
-    model = models.load_llm(base.source, dtype, device, reserve, base.config)
+    reserve = memory.working_set(base.skeleton, dtype, hessians=False, windows=1, seqlen=seqlen)
+    model = load.load_llm(base.source, dtype, device, reserve, base.config)
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if "cpu" in places and len(places) > 1:
         need = "does not fit in the GPUs' memory, which LoRA needs; use more GPUs, or none (CUDA_VISIBLE_DEVICES=)"
@@ -256,7 +261,7 @@ def attach(given: str, weights: Weights) -> PeftModel:
 
 def describe_base(weights: Weights, base: Base, sparsity: float) -> dict:
     """Return what is recorded beside an adapter of the weights that it is trained on."""
-    return {"model": identity(base.source), "sparsity": sparsity, "fingerprints": metrics.fingerprints(weights)}
+    return {"model": identity(base.source), "sparsity": sparsity, "fingerprints": measure.fingerprints(weights)}
 
 
 def read_json(field: str, path: Path, fix: str) -> dict:
@@ -301,7 +306,7 @@ def check_base(given: str, weights: Weights, base: Base) -> None:
         text = "--lora_weights %s: %s: whether it was trained on %s cannot be checked"
         log.warning(text, given, lacks, base.source.given)
         return
-    _compare(given, about, metrics.fingerprints(weights), base)
+    _compare(given, about, measure.fingerprints(weights), base)
 
 
 def check_base_files(given: str, base: Base) -> None:
@@ -314,7 +319,7 @@ def check_base_files(given: str, base: Base) -> None:
 
 def _compare(given: str, about: Mapping, now: Mapping[str, str], base: Base) -> None:
     try:
-        other = fingerprint.first_difference(about["fingerprints"], now)
+        other = digests.first_difference(about["fingerprints"], now)
     except (TypeError, ValueError) as error:  # no hexadecimal digits, or not as many as they were
         text = f"{Path(given) / BASE}: its fingerprints are damaged; {_RESTORE}"
         raise UserError("lora_weights", text) from error
@@ -335,7 +340,7 @@ def _stored_fingerprints(base: Base) -> dict[str, str] | None:
     if not single.is_file() and not index.is_file():
         return None
     try:
-        entries = stream.Checkpoint(folder).entries if index.is_file() else stream.read_header(single)
+        entries = safetensors_io.Checkpoint(folder).entries if index.is_file() else safetensors_io.read_header(single)
     except UserError:  # it is for the loading to say whether it is damaged
         return None
     weights = {layer.name: f"{layer.name}.weight" for layer in prunable_layers(base.skeleton)}
@@ -345,10 +350,10 @@ def _stored_fingerprints(base: Base) -> dict[str, str] | None:
         paths = {entries[key].file for key in weights.values()}
         shards = {path: opened.enter_context(safe_open(path, framework="pt")) for path in paths}
         tensors = ((name, shards[entries[key].file].get_tensor(key)) for name, key in weights.items())
-        return {name: fingerprint.fingerprint(tensor) for name, tensor in tensors}
+        return {name: digests.fingerprint(tensor) for name, tensor in tensors}
 
 
-def identity(source: models.Source) -> str:
+def identity(source: load.Source) -> str:
     """Return a name of the model that is valid anywhere: an absolute path, or the name as given."""
     path = Path(source.given).expanduser()
     return str(path.resolve()) if path.exists() else source.given

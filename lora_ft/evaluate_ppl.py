@@ -10,10 +10,15 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import data, evaluation, experiment, files, models
-from lib.command import Flags, command, flag, make_parser
-from lib.record import run_text
-from lib.settings import ZeroShot
+from lib.calibration import texts as data
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import ZeroShot
+from lib.core import files
+from lib.evaluation import perplexity, zero_shot
+from lib.models import load
+from lib.run import pipeline
+from lib.run.record import run_text
 from lora_ft import common
 
 
@@ -56,9 +61,9 @@ def run(settings: Evaluate) -> dict:
     cut = (settings.ctx_length, settings.eval_windows)
     windows = data.evaluation_windows(settings.dataset, base.tokenizer, *cut, field="dataset")
     common.check_vocabulary(base, windows)
-    tasks = experiment.questions(settings, experiment.Session())
+    tasks = pipeline.questions(settings, pipeline.Session())
 
-    dtype = models.choose_dtypes(settings.dtype, base.skeleton).compute
+    dtype = load.choose_dtypes(settings.dtype, base.skeleton).compute
     weights = common.load_base(base, dtype, settings.ctx_length)
     record = {
         "perplexity": None,
@@ -71,7 +76,7 @@ def run(settings: Evaluate) -> dict:
     }
     adapter = settings.lora_weights
     model = weights.model if adapter is None else common.load_adapter(adapter, weights, base)
-    record["perplexity"] = evaluation.perplexity(model, windows)
+    record["perplexity"] = perplexity.perplexity(model, windows)
     name = "wikitext" if settings.dataset == "wikitext2" else settings.dataset  # the published line's name for it
     line = f"perplexity on {name} {record['perplexity']}"
     texts = {"perplexity.json": run_text(record | {"complete": tasks is None}), "perplexity.txt": line + "\n"}
@@ -83,9 +88,9 @@ def run(settings: Evaluate) -> dict:
     return record
 
 
-def _answer(settings: Evaluate, model, base: common.Base, tasks: evaluation.Tasks, record: dict) -> dict:
+def _answer(settings: Evaluate, model, base: common.Base, tasks: zero_shot.Tasks, record: dict) -> dict:
     """Run the tasks, write and print the accuracies, and return them."""
-    answers = experiment.zero_shot(settings, model, base.tokenizer, tasks)
+    answers = pipeline.zero_shot(settings, model, base.tokenizer, tasks)
     found = {"means": answers.means, "lm_eval": answers.full}
     run = run_text(record | {"zero_shot": found, "complete": True})
     files.write_files(Path(settings.result_dir), {"zero_shot.txt": answers.table, "perplexity.json": run})

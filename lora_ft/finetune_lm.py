@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import UserError, data, files, first_line, models, processes
-from lib.blocks import Weights
-from lib.command import Flags, Parser, answer, flag, make_parser, parse
-from lib.layers import prunable_layers
-from lib.lazy import torch, transformers
-from lib.record import run_text
-from lib.registry import check_name
-from lib.settings import TEXTS
+from lib.calibration import texts
+from lib.cli.command import Parser, answer, make_parser, parse
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import TEXTS
+from lib.core import files, processes
+from lib.core.errors import UserError, first_line
+from lib.core.lazy import torch, transformers
+from lib.core.names import check_name
+from lib.models import load
+from lib.models.layers import prunable_layers
+from lib.models.weights import Weights
+from lib.run.record import run_text
 from lora_ft import common, rehearsal, resumption
 
 if TYPE_CHECKING:
@@ -54,7 +58,7 @@ class Lora(Flags):
         "llm_weights", "where weights from the hub are kept", in_repository=True, metavar="DIR"
     )
     dtype: str = flag(
-        "auto", "{choices} of the frozen weights; auto: as --bf16 and --fp16", choices=models.DTYPES, metavar="NAME"
+        "auto", "{choices} of the frozen weights; auto: as --bf16 and --fp16", choices=load.DTYPES, metavar="NAME"
     )
     lora_r: int = flag(8, "rank of the adapters", least=1, metavar="R")
     lora_alpha: int = flag(16, "scale of the adapters, divided by their rank", least=1, metavar="A")
@@ -133,10 +137,10 @@ class Finetune(Lora, Texts, Training, Replace):
             raise UserError(None, "nothing to do; add --do_train, --do_eval or both")
         for split, do in (("train", self.do_train), ("validation", self.do_eval)):
             if do:
-                data.check_text(*text_of(self, split))
+                texts.check_text(*text_of(self, split))
         if self.do_train and self.do_eval and text_of(self, "train")[1] == text_of(self, "validation")[1]:
             name = text_of(self, "train")[1]
-            if name not in data.DATASETS:
+            if name not in texts.DATASETS:
                 text = "%s is both trained and evaluated on; give another text: --validation_file FILE"
                 common.log.warning(text, name)
         if self.lora_target_modules != "all-linear" and not all(self.lora_target_modules.split(",")):
@@ -158,7 +162,7 @@ def text_of(settings: Texts, split: str) -> tuple[str, str]:
     if getattr(settings, field) is not None:
         return field, getattr(settings, field)
     if settings.dataset_name is None:
-        raise UserError(None, f"no text; give --dataset_name, one of {', '.join(data.DATASETS)}, or --{field} FILE")
+        raise UserError(None, f"no text; give --dataset_name, one of {', '.join(texts.DATASETS)}, or --{field} FILE")
     return "dataset_name", settings.dataset_name
 
 
@@ -429,7 +433,7 @@ def _blocks(settings: Finetune, split: str, base: common.Base) -> Tensor:
     most = settings.max_train_samples if split == "train" else settings.max_eval_samples
     of_text = "train" if split == "train" else "test"
     field, name = text_of(settings, split)
-    blocks = data.training_blocks(field, name, of_text, base.tokenizer, settings.block_size, most)
+    blocks = texts.training_blocks(field, name, of_text, base.tokenizer, settings.block_size, most)
     if most and len(blocks) < most:
         text = "%s has %d blocks of %d tokens, and not the %d that were asked for"
         common.log.warning(text, name, len(blocks), settings.block_size, most)

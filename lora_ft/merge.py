@@ -13,11 +13,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
-from lib import UserError, data, evaluation, files, models, prune, tables
-from lib.blocks import Weights
-from lib.command import Flags, command, flag, make_parser
-from lib.lazy import torch
-from lib.record import run_text
+from lib.calibration import texts
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.lazy import torch
+from lib.evaluation import perplexity as evaluation
+from lib.models import load, memory
+from lib.models.weights import Weights
+from lib.pruning import walk
+from lib.run import report as tables
+from lib.run.record import run_text
 from lora_ft import common
 
 if TYPE_CHECKING:
@@ -86,10 +93,10 @@ def run(settings: Merge, console: Console) -> list[Row]:
     base = common.find_base(settings.model, settings.config_name, settings.cache_dir)
     common.check_length("ctx_length", settings.ctx_length, base.skeleton)
     common.check_adapter(settings.lora_weights, base)
-    dtypes = models.choose_dtypes(settings.dtype, base.skeleton)
-    files.prepare("save", out, models.saved_bytes(base.skeleton, base.source, dtypes.stored))
+    dtypes = load.choose_dtypes(settings.dtype, base.skeleton)
+    files.prepare("save", out, memory.saved_bytes(base.skeleton, base.source, dtypes.stored))
     cut = (settings.ctx_length, settings.eval_windows)
-    windows = data.evaluation_windows(settings.dataset, base.tokenizer, *cut, field="dataset")
+    windows = texts.evaluation_windows(settings.dataset, base.tokenizer, *cut, field="dataset")
     common.check_vocabulary(base, windows)
 
     weights = common.load_base(base, dtypes.compute, settings.ctx_length, stored=dtypes.stored)
@@ -100,8 +107,8 @@ def run(settings: Merge, console: Console) -> list[Row]:
     state = PLAINLY if settings.keep_dense else KEPT
     merge(model, weights, before if state == KEPT else None)
     merged = weights.sparsity()
-    models.save_llm(weights.model, base.tokenizer, out, dtypes.stored)  # before whatever may still fail
-    prune.check_saved(out, weights, merged)
+    load.save_llm(weights.model, base.tokenizer, out, dtypes.stored)  # before whatever may still fail
+    walk.check_saved(out, weights, merged)
 
     measure = f"python lora_ft/evaluate_ppl.py --model {out} --dataset {settings.dataset}"
     saved = f"the merged model is saved in {out}, the figures so far in {out}/merge.json"

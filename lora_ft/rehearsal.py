@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lib import UserError, first_line
-from lib.command import check_range
-from lib.lazy import torch, transformers
-from lib.registry import check_name
+from lib.cli.flags import check_range
+from lib.core.errors import UserError, first_line
+from lib.core.lazy import torch, transformers
+from lib.core.names import check_name
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

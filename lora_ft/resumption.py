@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib import UserError, data, first_line
-from lib.journal import digest
-from lib.layers import prunable_layers
+from lib.calibration import texts
+from lib.core.errors import UserError, first_line
+from lib.models.layers import prunable_layers
+from lib.run.journal import digest
 from lora_ft import common
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def training_flags(training: TrainingArguments, block_size: int, dtype: str) -> 
 
 def training_text(name: str, most: int | None, blocks: Tensor) -> dict:
     """Return what is recorded of the blocks to train on: their text's name, the most asked for, and a digest."""
-    name = name if name in data.DATASETS else str(Path(name).expanduser().resolve())
+    name = name if name in texts.DATASETS else str(Path(name).expanduser().resolve())
     return {"name": name, "max_train_samples": most, "blocks": len(blocks), "digest": digest(blocks)}
 
 

@@ -15,12 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import sweep
 import table
 
-from lib import UserError, files
-from lib.allocation import ALLOCATIONS
-from lib.command import command, flag, make_parser
-from lib.lazy import pandas
-from lib.pruners import PRUNERS
-from lib.registry import check_name
+from lib.allocation.formulas import ALLOCATIONS
+from lib.cli.command import command, make_parser
+from lib.cli.flags import flag
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.lazy import pandas
+from lib.core.names import check_name
+from lib.pruning.pruners import PRUNERS
 
 
 @dataclass(kw_only=True)

@@ -15,11 +15,14 @@ import sweep
 import table
 from rich.console import Console
 
-from lib import files, models, tables
-from lib.command import Flags, command, flag, make_parser, parse
-from lib.lazy import torch
-from lib.record import parsed
-from lib.settings import Experiment
+from lib.cli.command import command, make_parser, parse
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import Experiment
+from lib.core import files
+from lib.core.lazy import torch
+from lib.models import load, locate
+from lib.run import report
+from lib.run.record import parsed
 
 TEXTS = "--model smollm2-135m --calib_data wiki_leads --eval_data wiki_leads".split()
 # Small enough for four minutes on two cores; the paper's setting is 128 windows of 2048, and all of WikiText-2.
@@ -71,21 +74,21 @@ def show(records: Sequence[Mapping], console: Console) -> None:
         figures = (f"{record['target_sparsity']:g}", f"{record['sparsity']:.4f}", perplexity(record), f"{seconds:.1f}")
         rows.append((record["method"], *figures))
     headings = ("method", "target", "sparsity", "perplexity", "seconds")
-    tables.show(console, "SmolLM2-135M on Wikipedia lead sections", headings, rows)
-    tables.line(console, "about: differs between processors, since alphas and Cholesky factors round differently")
+    report.show(console, "SmolLM2-135M on Wikipedia lead sections", headings, rows)
+    report.line(console, "about: differs between processors, since alphas and Cholesky factors round differently")
 
-    tables.line(console, "What was gained:")
+    report.line(console, "What was gained:")
     by_run = {(record["method"], record["target_sparsity"]): record for record in records}
     for (method, target), record in by_run.items():
         uniform = by_run.get((method.removesuffix("_ww"), target))
         if method.endswith("_ww") and uniform:
             gain = _change(uniform, record, "uniform", "by alpha")
-            tables.line(console, f"{uniform['method']} at {target:g}: {gain}")
+            report.line(console, f"{uniform['method']} at {target:g}: {gain}")
     for target in sorted({target for _, target in by_run if target}):
         first = by_run.get(("wanda", target))
         best = min((by_run[run] for run in by_run if run[1] == target), key=lambda record: record["perplexity"])
         if first and best is not first:
-            tables.line(console, f"best at {target:g}: {_change(first, best, 'wanda', best['method'])}")
+            report.line(console, f"best at {target:g}: {_change(first, best, 'wanda', best['method'])}")
 
 
 def _change(before: Mapping, after: Mapping, *names: str) -> str:
@@ -95,12 +98,12 @@ def _change(before: Mapping, after: Mapping, *names: str) -> str:
 
 def show_answer(record: Mapping, console: Console) -> None:
     """Let the saved model continue the prompt."""
-    source = models.locate(record["saved_model"], record["flags"]["cache_dir"])
-    tokenizer, model = models.load_tokenizer(source), models.load_llm(source, torch.float32, "cpu")
+    source = locate.locate(record["saved_model"], record["flags"]["cache_dir"])
+    tokenizer, model = load.load_tokenizer(source), load.load_llm(source, torch.float32, "cpu")
     with torch.inference_mode():
         ids = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=TOKENS, do_sample=False)
-    tables.line(console, f"\nThe saved model, {record['saved_model']}, continues:")
-    tables.line(console, tokenizer.decode(ids[0], skip_special_tokens=True))
+    report.line(console, f"\nThe saved model, {record['saved_model']}, continues:")
+    report.line(console, tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
 def run(demo: Demo) -> int:
@@ -114,13 +117,13 @@ def run(demo: Demo) -> int:
         show(records, console)
         runs = table.read_runs(complete)
         table.plot(folder / "demo.png", {table.title_of(runs): table.cells_of(runs)})
-        tables.line(console, f"written: {folder}/demo.png")
+        report.line(console, f"written: {folder}/demo.png")
         if records[-1]["saved_model"] and Path(records[-1]["saved_model"]).is_dir():
             show_answer(records[-1], console)
-    tables.line(console, "\nNext, on more text and with the model kept (less than five minutes on two cores):")
+    report.line(console, "\nNext, on more text and with the model kept (less than five minutes on two cores):")
     flags = "--seqlen 512 --nsamples 16 --eval_windows 10 --prune_method sparsegpt_ww --sparsity_ratio 0.5"
     flags = f"{' '.join(TEXTS)} {flags} --epsilon {demo.epsilon} --save_model out"
-    tables.line(console, f"{shlex.quote(sys.executable)} main.py {flags}")
+    report.line(console, f"{shlex.quote(sys.executable)} main.py {flags}")
     return 1 if None in run_files else 0
 
 

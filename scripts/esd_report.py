@@ -11,12 +11,16 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import UserError, experiment, files
-from lib.blocks import Weights
-from lib.command import command, flag, make_parser
-from lib.esd import NoFit, PowerLaw, Spectrum, fit_tail, peak_candidates, spectrum
-from lib.lazy import numpy, pandas, torch
-from lib.settings import Experiment, Metric, Model, Spectra
+from lib.cli.command import command, make_parser
+from lib.cli.flags import flag
+from lib.cli.settings import Experiment, Metric, Model, Spectra
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.lazy import numpy, pandas, torch
+from lib.models.weights import Weights
+from lib.run import pipeline
+from lib.spectra.spectrum import NoFit, Spectrum, spectrum
+from lib.spectra.tail import PowerLaw, fit_tail, peak_candidates
 
 log = logging.getLogger("main")
 
@@ -75,15 +79,15 @@ PARSER = make_parser(Settings, "esd_report.py", __doc__)
 
 def report(settings: Settings) -> Path:
     """Write the report and return its page."""
-    run, session, folder = settings.experiment(), experiment.Session(), Path(settings.save)
+    run, session, folder = settings.experiment(), pipeline.Session(), Path(settings.save)
     task = run.task()
-    known = experiment.prepare(run, task, session)
+    known = pipeline.prepare(run, task, session)
     names = [layer.name for layer in known.layers]
     chosen = [] if settings.layers is None else [_full_name(name, names) for name in settings.layers.split(",")]
 
     weights = session.weights(known)
-    values = experiment.measure_values(run, task, weights, known, session)
-    ratios = experiment.make_plan(run, task, known.layers, values).ratios
+    values = pipeline.measure_values(run, task, weights, known, session)
+    ratios = pipeline.make_plan(run, task, known.layers, values).ratios
     layers = pandas.DataFrame({
         "name": names,
         "block": [layer.block for layer in known.layers],
@@ -122,7 +126,7 @@ def _full_name(name: str, names: Sequence[str]) -> str:
 def _spectra(weights: Weights, names: Sequence[str], run: Experiment) -> dict[str, Spectrum]:
     """Return the spectra of the layers ``names``, in that order, on the CPU."""
     spectra = {}
-    how = experiment.metric_settings(run)
+    how = pipeline.metric_settings(run)
     for block in weights.visit():
         for name in block.linears.keys() & set(names):
             spectra[name] = spectrum(block.linears[name].weight, how.driver, how.farms)

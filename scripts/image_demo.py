@@ -19,9 +19,12 @@ from rich.console import Console
 from image_classifiers import data, main, models
 from image_classifiers.evaluation import accuracy
 from image_classifiers.settings import ImageExperiment
-from lib import UserError, files, tables
-from lib.command import Flags, command, flag, make_parser, parse
-from lib.lazy import pandas, torch
+from lib.cli.command import command, make_parser, parse
+from lib.cli.flags import Flags, flag
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.lazy import pandas, torch
+from lib.run import report
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("magnitude", "magnitude_ww", "magnitude_price", "wanda", "wanda_ww", "wanda_price")
@@ -120,7 +123,7 @@ def demo(settings: Demo) -> None:
         (_, (dense,)), *pruned = cells.groupby(["pruner", "suffix"], sort=False)["text"]
         rows = [("_".join(filter(None, method)), *accuracies) for method, accuracies in pruned]
         headings = ("method", *(f"{sparsity:.0%}" for sparsity in SPARSITIES))
-        tables.show(Console(), f"{name}: top-1 % of the test images, dense {dense}", headings, rows)
+        report.show(Console(), f"{name}: top-1 % of the test images, dense {dense}", headings, rows)
     table.plot(save / "accuracy.png", panels, "top-1 accuracy, %", "linear")
     print(f"written: {save}/accuracy.png; the figures of every run: {save}/{{{','.join(SMALL)}}}/")
 

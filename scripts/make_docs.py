@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "speedup"))
 
 import table
 
-from lib import UserError
-from lib.command import Flags, command, flag, make_parser, parse
-from lib.files import write_atomically
-from lib.lazy import pandas
-from lib.settings import Experiment
+from lib.cli.command import command, make_parser, parse
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import Experiment
+from lib.core.errors import UserError
+from lib.core.files import write_atomically
+from lib.core.lazy import pandas
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = [

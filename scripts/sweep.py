@@ -17,14 +17,17 @@ import table
 from rich.console import Console
 
 import main as program
-from lib import UserError, files, first_line, models
-from lib.command import check_values, command, flag, make_parser
-from lib.experiment import Session
-from lib.lazy import pandas, torch
-from lib.pruners import DAMPED, ITERATED, VARIANTS
-from lib.record import changed_inputs, inputs_of, is_complete, read_run
-from lib.registry import check_name
-from lib.settings import METHODS, Experiment
+from lib.cli.command import command, make_parser
+from lib.cli.flags import check_values, flag
+from lib.cli.settings import METHODS, Experiment
+from lib.core import files
+from lib.core.errors import UserError, first_line
+from lib.core.lazy import pandas, torch
+from lib.core.names import check_name
+from lib.models import locate
+from lib.pruning.pruners import DAMPED, ITERATED, VARIANTS
+from lib.run.pipeline import Session
+from lib.run.record import changed_inputs, inputs_of, is_complete, read_run
 
 log = logging.getLogger("main")
 
@@ -237,7 +240,7 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
 def run(sweep: Sweep, report: Callable[[Sweep, pandas.DataFrame], str]) -> int:
     """Run the sweep and ``report`` on its runs, which returns what to print; return 0, or 1 if a setting failed."""
     files.prepare("save", Path(sweep.save))
-    models.locate(sweep.model, sweep.cache_dir)  # or every setting would fail
+    locate.locate(sweep.model, sweep.cache_dir)  # or every setting would fail
     run_files = run_all(sweep.settings(), sweep.force)
     runs = table.read_runs(filter(None, run_files))
     if len(runs):

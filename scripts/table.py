@@ -16,14 +16,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tabulate import tabulate
 
-from lib import UserError, files, price
-from lib.allocation import ALLOCATIONS
-from lib.command import Flags, command, flag, make_parser
-from lib.lazy import numpy, pandas
-from lib.pruners import PRUNERS
-from lib.record import parsed
-from lib.scores import BLOCK_SCORES
-from lib.settings import Experiment
+from lib.allocation import price
+from lib.allocation.block_scores import BLOCK_SCORES
+from lib.allocation.formulas import ALLOCATIONS
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import Experiment
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.lazy import numpy, pandas
+from lib.pruning.pruners import PRUNERS
+from lib.run.record import parsed
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published_results.json"
 LABELS = {"": "uniform", "ww": "AlphaPruning", "owl": "OWL"}  # of allocations; the others are called by their suffix
