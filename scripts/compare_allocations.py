@@ -42,7 +42,7 @@ class Comparison(sweep.Sweep):
     def methods(self) -> list[str | None]:
         pruners = [check_name("prune_method", name, PRUNERS) for name in sweep.words(self.prune_method)]
         if not pruners:
-            raise UserError("prune_method", f"{self.prune_method!r}: names no pruner")
+            raise UserError("prune_method", repr(self.prune_method), "names no pruner")
         suffixes = [check_name("allocations", name.strip(), ALLOCATIONS) for name in self.allocations.split(",")]
         return list(dict.fromkeys(f"{pruner}_{suffix}".rstrip("_") for pruner in pruners for suffix in suffixes))
 
@@ -54,9 +54,9 @@ def tabulated(comparison: Comparison, runs: pandas.DataFrame) -> str:
     """Write allocations.md and allocations.png, and return the former's text."""
     folder, lines = Path(comparison.save), table.formatted(table.by_sparsity(runs), "markdown")
     calibration = f"calibration on {comparison.nsamples} windows of {comparison.seqlen} of {comparison.calib_data}"
-    page = f"{lines}\n\n{table.title_of(runs)}: {table.caption(runs)}; {calibration}. {table.NOTES}\n"
+    page = f"{lines}\n\n{runs['model'].iloc[0]}: {table.caption(runs)}; {calibration}. {table.NOTES}\n"
     files.write_atomically(folder / "allocations.md", page)
-    table.plot(folder / "allocations.png", {table.title_of(runs): table.cells_of(runs)})
+    table.plot(folder / "allocations.png", table.cells_of(runs))
     return f"\n{page}\nwritten: {folder}/allocations.md, allocations.png"
 
 

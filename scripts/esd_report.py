@@ -62,7 +62,7 @@ class Settings(Model, Metric, Spectra):
     def check(self) -> None:
         super().check()
         if self.epsilon == "auto":
-            raise UserError("epsilon", "auto: is a search on text, which the report does not read; give a number")
+            raise UserError("epsilon", "auto", "is a search on text, which the report does not read", "give a number")
         self.experiment()
 
     def experiment(self) -> Experiment:
@@ -119,7 +119,7 @@ def _full_name(name: str, names: Sequence[str]) -> str:
     matches = [full for full in names if full == name or full.endswith("." + name)]
     if len(matches) != 1:
         problem = f"{len(matches)} layers end in that" if matches else "layer not found"
-        raise UserError("layers", f"{name}: {problem}; give names such as {names[0]}")
+        raise UserError("layers", name, problem, f"give names such as {names[0]}")
     return matches[0]
 
 

@@ -87,7 +87,7 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
     top1 = accuracy(model.eval(), data.batches(test, 150, 0)).top1
     if top1 < LEAST:
         problem = f"the {name} reached {top1:.2f} % of at least {LEAST} % wanted"
-        raise UserError(None, f"{problem}; raise EPOCHS in scripts/image_demo.py")
+        raise UserError(None, None, problem, "raise EPOCHS in scripts/image_demo.py")
     models.save(model, SIZE, folder)
     return top1
 
@@ -105,12 +105,13 @@ def prune_all(folder: Path, epsilon: float, save: Path) -> pandas.DataFrame:
         pruner, _, suffix = method.partition("_")
         rows.append((pruner, suffix, sparsity, record["accuracy"]["top1"]))
     cells = pandas.DataFrame(rows, columns=["pruner", "suffix", "target", "mean"])
-    return cells.assign(extra="", deviation=math.nan, text=cells["mean"].map("{:.2f}".format))
+    cells["text"] = cells["mean"].map("{:.2f}".format)
+    return cells.assign(model=f"{folder.name}, on scikit-learn's digits", extra="", deviation=math.nan)
 
 
 def demo(settings: Demo) -> None:
     """Train the models if needed, prune them with all methods, and print and plot the accuracies."""
-    save, panels = Path(settings.save), {}
+    save, panels = Path(settings.save), []
     files.prepare("save", save)
     for name in SMALL:
         folder = ROOT / "image_classifiers" / "weights" / f"digits-{name}"
@@ -118,13 +119,12 @@ def demo(settings: Demo) -> None:
             print(f"training a small {name}, once", flush=True)
             print(f"  test accuracy {train(name, folder):.2f} %", flush=True)
         print(f"pruning {folder.name}: {len(METHODS)} methods, {len(SPARSITIES)} sparsities", flush=True)
-        cells = prune_all(folder, settings.epsilon, save / name)
-        panels[f"{name} on scikit-learn's digits"] = cells
-        (_, (dense,)), *pruned = cells.groupby(["pruner", "suffix"], sort=False)["text"]
+        panels.append(prune_all(folder, settings.epsilon, save / name))
+        (_, (dense,)), *pruned = panels[-1].groupby(["pruner", "suffix"], sort=False)["text"]
         rows = [("_".join(filter(None, method)), *accuracies) for method, accuracies in pruned]
         headings = ("method", *(f"{sparsity:.0%}" for sparsity in SPARSITIES))
         report.show(Console(), f"{name}: top-1 % of the test images, dense {dense}", headings, rows)
-    table.plot(save / "accuracy.png", panels, "top-1 accuracy, %", "linear")
+    table.plot(save / "accuracy.png", *panels, xlabel="top-1 accuracy, %", xscale="linear")
     print(f"written: {save}/accuracy.png; the figures of every run: {save}/{{{','.join(SMALL)}}}/")
 
 

@@ -159,7 +159,7 @@ def with_results(name: str, runs: pandas.DataFrame, costs: bool) -> str:
     """Return the document ``name`` with the table of results between its marks."""
     pattern, document = r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)", (ROOT / name).read_text(encoding="utf-8")
     if not re.search(pattern, document, re.S):
-        raise UserError(None, f"{name}: the marks <!-- results --> and <!-- /results --> are missing")
+        raise UserError(None, name, "the marks <!-- results --> and <!-- /results --> are missing")
     lines = table.formatted(table.by_sparsity(runs, costs), "markdown")
     return re.sub(pattern, lambda marks: f"{marks[1]}\n{lines}\n\n{marks[2]}", document, flags=re.S)
 
@@ -176,11 +176,11 @@ def run(docs: Docs) -> None:
     for name, document in documents.items():
         path = ROOT / name
         if docs.compare and (not path.is_file() or path.read_text(encoding="utf-8") != document):
-            raise UserError(None, f"{name} is out of date; type: python scripts/make_docs.py")
+            raise UserError(None, name, "is out of date", "type: python scripts/make_docs.py")
         if not docs.compare:
             write_atomically(path, document)
     if not docs.compare:
-        table.plot(ROOT / PICTURE, {content["caption"]: table.cells_of(runs)})
+        table.plot(ROOT / PICTURE, table.cells_of(runs).assign(model=content["caption"]))
         print(f"written: docs/flags.md, the tables in README.md and docs/results.md, {PICTURE}")
 
 

@@ -79,19 +79,19 @@ class Sweep(Experiment):
         """Return the methods to run, None for the dense model."""
         names = [check_name("prune_method", name, ["dense", *METHODS]) for name in words(self.prune_method)]
         if not names:
-            raise UserError("prune_method", f"{self.prune_method!r}: names no method")
+            raise UserError("prune_method", repr(self.prune_method), "names no method")
         return [None if name == "dense" else name for name in dict.fromkeys(names)]
 
     def check(self) -> None:
         if self.metrics_only:
-            raise UserError("metrics_only", "prunes nothing, so there is nothing to sweep; use main.py")
+            raise UserError("metrics_only", None, "prunes nothing, so there is nothing to sweep", "use main.py")
         if self.methods() == [None] and self.seeds > 1:
-            raise UserError("seeds", f"{self.seeds} with --methods dense: nothing is drawn for it; leave it out")
+            raise UserError("seeds", f"{self.seeds} with --methods dense", "nothing is drawn for it", "leave it out")
         pruned = [settings for settings in self.settings() if settings.prune_method]
         for name in ("save_plan", "export_llmcompressor"):
             if getattr(self, name) and len(pruned) > 1:
-                problem = f"{len(pruned)} settings would write the same file; use main.py"
-                raise UserError(name, f"{getattr(self, name)}: {problem}")
+                problem = f"{len(pruned)} settings would write the same file"
+                raise UserError(name, getattr(self, name), problem, "use main.py")
         for suffix, name in TRIED.items():
             taken = any(method and method.endswith(f"_{suffix}") for method in self.methods())
             if name in self._lists and name in self.given and self._entries(name) and not taken:
@@ -123,7 +123,8 @@ class Sweep(Experiment):
         entries = self._entries(name)
         values = entries.get(method) or entries.get("")
         if not values:
-            raise UserError(name, f"{getattr(self, name)!r}: holds none for {method}; add {method}=E, or E for all")
+            fix = f"add {method}=E, or E for all"
+            raise UserError(name, repr(getattr(self, name)), f"holds none for {method}", fix)
         return [{name: value} for value in values]
 
     def _entries(self, name: str) -> dict[str, list[float | str]]:
@@ -137,7 +138,7 @@ class Sweep(Experiment):
             if value not in entries.setdefault(method, []):
                 entries[method].append(value)
         if not entries:
-            raise UserError(name, f"{getattr(self, name)!r}: holds no number")
+            raise UserError(name, repr(getattr(self, name)), "holds no number")
         return entries
 
     def _of_run(self, method: str | None, folder: Path | str = "", **changes) -> Experiment:
@@ -186,14 +187,14 @@ def number(field: str, word: str) -> float:
     try:
         return float(word)
     except ValueError:
-        raise UserError(field, f"{word!r} is not a number") from None
+        raise UserError(field, repr(word), "is not a number") from None
 
 
 def numbers(field: str, text: str) -> list[float]:
     """Return the numbers separated by commas or spaces, each once."""
     found = [number(field, word) for word in words(text)]
     if not found:
-        raise UserError(field, f"{text!r}: holds no number")
+        raise UserError(field, repr(text), "holds no number")
     return list(dict.fromkeys(found))
 
 
@@ -226,8 +227,8 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
         try:
             for flag_name, digest in inputs.items():
                 if digest != first[flag_name]:  # what was read of it before must not be mixed with it
-                    problem = "was changed since this command started; start it again, and it is read anew"
-                    raise UserError(flag_name, f"{getattr(settings, flag_name)}: {problem}")
+                    path, fix = getattr(settings, flag_name), "start it again, and it is read anew"
+                    raise UserError(flag_name, path, "was changed since this command started", fix)
             program.run(settings, Console(quiet=True), session)
         except Exception as error:  # one setting does not stop the others, hours into a sweep
             run_files[-1] = None
@@ -253,7 +254,7 @@ def run(sweep: Sweep, report: Callable[[Sweep, pandas.DataFrame], str]) -> int:
 
 def plotted(sweep: Sweep, runs: pandas.DataFrame) -> str:
     """Write sweep.png."""
-    table.plot(Path(sweep.save) / "sweep.png", {table.title_of(runs): table.cells_of(runs)})
+    table.plot(Path(sweep.save) / "sweep.png", table.cells_of(runs))
     return f"written: {sweep.save}/sweep.png; the table: python scripts/table.py {sweep.save}"
 
 

@@ -32,14 +32,11 @@ PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published_results
 LABELS = {"": "uniform", "ww": "AlphaPruning", "owl": "OWL"}  # of allocations; the others are called by their suffix
 FORMATS = {"text": "rounded_outline", "markdown": "pipe", "csv": "", "latex": "latex"}  # tabulate's names
 
-# Flags in which two runs of one cell may differ without being two settings; a cell is about all of its seeds.
-PLACES = {"model", "cache_dir", "save", "save_model", "ww_metric_cache", "prune_method", "sparsity_ratio", "seed"}
-EVALUATION = {
-    "perplexity": {"eval_wikitext", "eval_data", "eval_windows"},
-    "zero_shot": {"eval_zero_shot", "tasks", "num_fewshot", "limit", "eval_batch_size", "include_path"},
-}
-IGNORED = PLACES | EVALUATION["perplexity"] | EVALUATION["zero_shot"]
-
+# Flags in which runs of one cell may differ without being two settings; a cell is about all of its seeds.
+IGNORED = set(
+    "model cache_dir save save_model ww_metric_cache prune_method sparsity_ratio seed eval_wikitext eval_data "
+    "eval_windows eval_zero_shot tasks num_fewshot limit eval_batch_size include_path".split()
+)
 # Flags that make another method of a run, and the published value of each; the published figure is for those.
 OF_METRIC = {"ww_metric": "alpha_peak", "mapping_type": "block_wise", "farms": False}
 OF_PRUNER = {"use_variant": False, "refit": None, "damping": None, "pruner_iterations": None, "statistics": "pruned"}
@@ -65,7 +62,7 @@ class Settings(Flags):
 
     folder: str = flag(MISSING, "where the run files are, at any depth", positional=True)
     format: str = flag("text", "of the table", choices=list(FORMATS), metavar="NAME")
-    value: str = flag("perplexity", "what the cells hold", choices=EVALUATION, metavar="NAME")
+    value: str = flag("perplexity", "what the cells hold", choices=["perplexity", "zero_shot"], metavar="NAME")
     published: bool = flag(False, "list the published figures of these models that no run stands beside, too")
 
 
@@ -172,7 +169,7 @@ def cells_of(runs: pandas.DataFrame) -> pandas.DataFrame:
     cells = newest.groupby([*ROW, *COLUMN], as_index=False, dropna=False).agg(
         # A figure that is not a number is a result, and not skipped.
         mean=("figure", lambda figures: figures.mean(skipna=False)),
-        deviation=("figure", lambda figures: figures.std(skipna=False)),
+        deviation=("figure", lambda figures: figures.std() if numpy.isfinite(figures).all() else math.nan),
         seeds=("figure", "size"),
         as_published=("as_published", "all"),
     )
@@ -294,11 +291,6 @@ def passes_of(settings: Experiment) -> int:
     return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.shorter)
 
 
-def title_of(runs: pandas.DataFrame) -> str:
-    """Return the name of the model."""
-    return runs["model"].iloc[0]
-
-
 def caption(runs: pandas.DataFrame, value: str = "perplexity", sources: Iterable[str] = ()) -> str:
     """Return one line that explains the figures and names their commits and the sources of the published ones."""
     texts, seeds = runs["evaluation"].unique(), sorted(runs["seed"].unique())
@@ -323,17 +315,17 @@ def formatted(lines: Sequence[Sequence[str]], form: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- the plot
 
 
-def plot(path: Path, panels: Mapping[str, pandas.DataFrame], xlabel: str = "perplexity", xscale: str = "log") -> None:
-    """Write a PNG: by title, a panel with a row for each pruner and allocation, and a mark for each sparsity.
+def plot(path: Path, *panels: pandas.DataFrame, xlabel: str = "perplexity", xscale: str = "log") -> None:
+    """Write a PNG with a panel for the cells of each model: a row for each method, and in it a mark for each sparsity.
 
     The bar through a mark is the standard deviation over seeds, and a dotted line stands for the dense model. A mean
     that is not finite has no place on the axis: the label of its row names it.
     """
     from matplotlib.figure import Figure
 
-    most = max(cells.groupby(METHOD).ngroups for cells in panels.values())
+    most = max(cells.groupby(METHOD).ngroups for cells in panels)
     figure = Figure(figsize=(7.5 * len(panels), 1.4 + 0.32 * most), layout="constrained")
-    for axes, (title, cells) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, cells in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         finite = cells["mean"].where(numpy.isfinite(cells["mean"]))
         pruned = cells[cells["pruner"] != "dense"]
         rows = sorted(set(pruned[METHOD].itertuples(index=False, name=None)), key=_place)
@@ -349,7 +341,7 @@ def plot(path: Path, panels: Mapping[str, pandas.DataFrame], xlabel: str = "perp
         axes.set_yticks(range(len(rows)), labels)
         axes.invert_yaxis()
         axes.grid(axis="x", which="both", alpha=0.3)
-        axes.set(xscale=xscale, xlabel=xlabel, title=title)
+        axes.set(xscale=xscale if finite.notna().any() else "linear", xlabel=xlabel, title=cells["model"].iloc[0])
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     files.save_figure(figure, path, dpi=130)
 
@@ -364,7 +356,7 @@ def run(settings: Settings) -> None:
     if runs.empty:
         problem = f"holds no complete run with a {settings.value} (run_*.json)"
         problem = problem if folder.is_dir() else "folder not found"
-        raise UserError(None, f"{folder}: {problem}; give the --save folder of main.py")
+        raise UserError(None, folder, problem, "give the --save folder of main.py")
     cells = with_published(cells_of(runs), settings.published)
     lines = by_model(cells)
     if settings.format == "csv":
