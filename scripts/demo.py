@@ -47,11 +47,11 @@ class Demo(Flags):
     def planned(self) -> list[Experiment]:
         """Return the settings of each run; the last one saves its model."""
         common = [*TEXTS, *SIZE, "--save", self.save]
-        lowest = str(min(sweep.numbers("sparsity_ratio", self.sparsity_ratio)))
-        every = ["--methods", METHODS, "--sparsities", self.sparsity_ratio, "--epsilons", str(self.epsilon)]
-        alps = [*ALPS, "--sparsities", lowest, "--save_model", f"{self.save}/model"]
-        sweeps = [parse(sweep.Sweep, [*common, *flags], sweep.PARSER) for flags in (every, alps)]
-        return [settings for grid in sweeps for settings in grid.settings()]
+        grid = ["--methods", METHODS, "--sparsities", self.sparsity_ratio, "--epsilons", str(self.epsilon)]
+        settings = parse(sweep.Sweep, [*common, *grid], sweep.PARSER).settings()
+        lowest = min(run.sparsity_ratio for run in settings if run.prune_method)
+        alps = [*ALPS, "--sparsities", str(lowest), "--save_model", f"{self.save}/model"]
+        return settings + parse(sweep.Sweep, [*common, *alps], sweep.PARSER).settings()
 
 
 PARSER = make_parser(Demo, "demo.sh", __doc__)

@@ -81,17 +81,17 @@ def report(settings: Settings) -> Path:
     """Write the report and return its page."""
     run, session, folder = settings.experiment(), pipeline.Session(), Path(settings.save)
     task = run.task()
-    known = pipeline.prepare(run, task, session)
-    names = [layer.name for layer in known.layers]
+    setup = pipeline.prepare(run, task, session)
+    names = [layer.name for layer in setup.layers]
     chosen = [] if settings.layers is None else [_full_name(name, names) for name in settings.layers.split(",")]
 
-    weights = session.weights(known)
-    values = pipeline.measure_values(run, task, weights, known, session)
-    ratios = pipeline.make_plan(run, task, known.layers, values).ratios
+    weights = session.weights(setup)
+    values = pipeline.measure_values(run, task, weights, setup, session)
+    ratios = pipeline.make_plan(run, task, setup.layers, values).ratios
     layers = pandas.DataFrame({
         "name": names,
-        "block": [layer.block for layer in known.layers],
-        "shape": ["x".join(map(str, layer.shape)) for layer in known.layers],
+        "block": [layer.block for layer in setup.layers],
+        "shape": ["x".join(map(str, layer.shape)) for layer in setup.layers],
         run.ww_metric: [values[name] for name in names],
         "planned_ratio": [ratios[name] for name in names],
     })  # fmt: skip
@@ -99,11 +99,11 @@ def report(settings: Settings) -> Path:
     spectra = _spectra(weights, chosen or [ordered[0], ordered[len(ordered) // 2], ordered[-1]], run)
 
     folder.mkdir(parents=True, exist_ok=True)
-    title = f"{known.source.name}: {run.ww_metric}"
+    title = f"{setup.source.name}: {run.ww_metric}"
     plan = f"sparsity {run.sparsity_ratio:g}, epsilon {run.epsilon:g}, {run.mapping_type}"
-    sizes = pandas.Series([layer.size for layer in known.layers])
+    sizes = pandas.Series([layer.size for layer in setup.layers])
     files.write_atomically(folder / "layers.tsv", layers.to_csv(sep="\t", index=False, float_format="%.6f"))
-    files.save_figure(draw_blocks(layers, sizes, f"{known.source.name}: {plan}"), folder / "blocks.png", dpi=130)
+    files.save_figure(draw_blocks(layers, sizes, f"{setup.source.name}: {plan}"), folder / "blocks.png", dpi=130)
     files.save_figure(draw_heat_map(layers, title), folder / "heat_map.png", dpi=130)
     files.save_figure(draw_spectra(spectra, run.ww_metric), folder / "spectra.png", dpi=130)
     metric = layers[run.ww_metric]

@@ -111,7 +111,7 @@ class Sweep(Experiment):
                 for values in tried:
                     folder = Path(*(f"{name}_{value}" for name, value in values.items() if len(tried) > 1))
                     folder = folder / f"seed_{seed}" if self.seeds > 1 and seed else folder
-                    for sparsity in numbers("sparsity_ratio", self.sparsity_ratio):
+                    for sparsity in self._entries("sparsity_ratio")[""]:
                         settings.append(self._of_run(method, folder, sparsity_ratio=sparsity, seed=seed, **values))
         return settings
 
@@ -128,13 +128,16 @@ class Sweep(Experiment):
         return [{name: value} for value in values]
 
     def _entries(self, name: str) -> dict[str, list[float | str]]:
-        """Return the values of a hyper-parameter by method, each once; under an empty name those for all."""
+        """Return the numbers that a flag holds by method, each once; under an empty name those for all methods."""
         entries: dict[str, list[float | str]] = {}
         for word in words(getattr(self, name)):
             method, _, value = word.rpartition("=")
             if method:
                 check_name(name, method, [method for method in METHODS if TRIED.get(method.partition("_")[2]) == name])
-            value = "auto" if (name, value) == ("epsilon", "auto") else number(name, value)
+            try:
+                value = "auto" if (name, value) == ("epsilon", "auto") else float(value)
+            except ValueError:
+                raise UserError(name, repr(value), "is not a number") from None
             if value not in entries.setdefault(method, []):
                 entries[method].append(value)
         if not entries:
@@ -180,22 +183,6 @@ class Sweep(Experiment):
 def words(text: str) -> list[str]:
     """Return the words separated by commas or spaces."""
     return text.replace(",", " ").split()
-
-
-def number(field: str, word: str) -> float:
-    """Return ``word`` as a number."""
-    try:
-        return float(word)
-    except ValueError:
-        raise UserError(field, repr(word), "is not a number") from None
-
-
-def numbers(field: str, text: str) -> list[float]:
-    """Return the numbers separated by commas or spaces, each once."""
-    found = [number(field, word) for word in words(text)]
-    if not found:
-        raise UserError(field, repr(text), "holds no number")
-    return list(dict.fromkeys(found))
 
 
 PARSER = make_parser(Sweep, "sweep.py", __doc__, REST)

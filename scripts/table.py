@@ -97,11 +97,11 @@ def row_of(record: Mapping, value: str = "perplexity") -> dict:
     """Return how a run was pruned and evaluated, its figure, and what it cost."""
     flags, model, setting = record["flags"], record["model"], published()["setting"]
     pruner, _, suffix = record["method"].partition("_")
-    name = (
-        name
-        for name, known in published()["models"].items()
-        if model["name"].lower() in known["names"] and model["parameters"] == known["parameters"]
-    )
+    name = model["name"]
+    for published_name, about in published()["models"].items():
+        if name.lower() in about["names"] and model["parameters"] == about["parameters"]:
+            name = published_name
+            break
     if value == "perplexity":
         text, seqlen = record["evaluation"]["text"], record["evaluation"]["seqlen"]
         evaluation = f"{text}, {record['evaluation']['windows']} windows of {seqlen}"
@@ -118,7 +118,7 @@ def row_of(record: Mapping, value: str = "perplexity") -> dict:
         "pattern": "" if flags["sparsity_type"] == "unstructured" else flags["sparsity_type"],
         "pruner": pruner,
         "suffix": suffix,
-        "model": next(name, model["name"]),
+        "model": name,
         "parameters": model["parameters"],
         "evaluation": evaluation,
         "on_published_text": on_published_text,
