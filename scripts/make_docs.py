@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -70,11 +69,11 @@ def programs() -> list[Path]:
     return [*(ROOT / name for name in FIRST), *scripts]
 
 
-def section(program: Path, known: dict[tuple, str]) -> str:
+def section(program: Path, shared: dict[tuple, str]) -> str:
     """Return the section of a command: a table of flags for each group.
 
     Args:
-        known: flags of main.py and their help; a script that shares them refers to main.py.
+        shared: flags of main.py and their help; a script that has them refers to main.py.
     """
     parser = parser_of(program)
     name = program.relative_to(ROOT).as_posix()
@@ -83,60 +82,59 @@ def section(program: Path, known: dict[tuple, str]) -> str:
         lines += ["", _plain(parser.epilog)]
     if parser.prog.endswith(".sh"):
         lines += ["", f"Run it as `bash {program.with_name(parser.prog).relative_to(ROOT)}`."]
-    known = known if name.startswith("scripts/") else {}
+    ignored = [a.option_strings[0] for a in parser._actions if a.help is a.default is argparse.SUPPRESS]
+    refers = False
     for group in parser._action_groups:
-        rows = list(_rows(group, known))
+        rows = []
+        for action in group._group_actions:
+            if action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+                continue
+            if name.startswith("scripts/") and shared.get(tuple(action.option_strings)) == action.help:
+                refers = True
+            else:
+                rows.append(_row(action))
         if rows:
             lines += ["", f"**{group.title}**", "", "| flag | default | |", "|---|---|---|", *rows]
-    if any(_is_known(action, known) for action in parser._actions):
+    if refers:
         lines += ["", "And the flags of [main.py](#mainpy)."]
-    ignored = [a.option_strings[0] for a in parser._actions if a.help is a.default is argparse.SUPPRESS]
     if ignored:
         flags = ", ".join(f"`{option}`" for option in ignored)
         lines += ["", f"Flags of the published training script, accepted with a warning and without effect: {flags}."]
     return "\n".join(lines) + "\n"
 
 
-def _is_known(action: argparse.Action, known: dict[tuple, str]) -> bool:
-    hidden = action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction)
-    return not hidden and known.get(tuple(action.option_strings)) == action.help
+def _row(action: argparse.Action) -> str:
+    several = " ..." if action.nargs in ("*", "+") else ""
+    value = f" {action.metavar or action.dest.upper()}{several}" if action.nargs != 0 else ""
+    names = ", ".join(f"`{option}{value}`" for option in action.option_strings) or f"`{value.strip()}`"
+    whole = action.help.replace(" (default: %(default)s)", "")  # as argparse writes it
+    explanation, default = re.fullmatch(r"(.*?)(?: \(default: ([^\s()]+)\))?", whole, re.S).groups()
+    if "default:" in explanation:  # several, or one that needs words: they stay in the explanation
+        explanation, default = whole, None
+    elif default is None and action.default not in (None, False, argparse.SUPPRESS):
+        values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+        default = " ".join(map(str, values))
+    if action.choices and "{" not in explanation:  # of an argparse parser; Flags write them into the help
+        explanation = f"{explanation} {{{', '.join(action.choices)}}}"
+    if default is not None and default.startswith(str(ROOT)):
+        default = Path(default).relative_to(ROOT).as_posix()
+    required = action.required and default is None and action.nargs != "*"
+    default = "required" if required else f"`{default}`" if default else ""
+    return f"| {names} | {default} | {_plain(explanation)} |".replace("|  |", "| |")
 
 
-def _rows(group, known: dict[tuple, str]) -> Iterator[str]:
-    for action in group._group_actions:
-        if action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction) or _is_known(action, known):
-            continue
-        several = " ..." if action.nargs in ("*", "+") else ""
-        value = f" {action.metavar or action.dest.upper()}{several}" if action.nargs != 0 else ""
-        names = ", ".join(f"`{option}{value}`" for option in action.option_strings) or f"`{value.strip()}`"
-        whole = action.help.replace(" (default: %(default)s)", "")  # as argparse writes it
-        text, default = re.fullmatch(r"(.*?)(?: \(default: ([^\s()]+)\))?", whole, re.S).groups()
-        if "default:" in text:  # several, or one that needs words: they stay in the text
-            text, default = whole, None
-        elif default is None and action.default not in (None, False, argparse.SUPPRESS):
-            values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
-            default = " ".join(map(str, values))
-        if action.choices and "{" not in text:  # of an argparse parser; Flags write them into the help
-            text = f"{text} {{{', '.join(action.choices)}}}"
-        if default is not None and default.startswith(str(ROOT)):
-            default = Path(default).relative_to(ROOT).as_posix()
-        required = action.required and default is None and action.nargs != "*"
-        default = "required" if required else f"`{default}`" if default else ""
-        yield f"| {names} | {default} | {_plain(text)} |".replace("|  |", "| |")
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.replace("%%", "%").split()).replace("|", "\\|").replace("<", "&lt;")
+def _plain(words: str) -> str:
+    return " ".join(words.replace("%%", "%").split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def flags_text() -> str:
     """Return the text of docs/flags.md."""
     main = parser_of(ROOT / "main.py")
-    known = {tuple(action.option_strings): action.help for action in main._actions if action.option_strings}
+    shared = {tuple(action.option_strings): action.help for action in main._actions if action.option_strings}
     every = programs()
     names = [path.relative_to(ROOT).as_posix() for path in every]
     contents = [f"- [{name}](#{re.sub(r'[^a-z0-9_-]', '', name.lower())})" for name in names]
-    return "\n".join([BEGINNING, *contents, "", *(section(program, known) for program in every)])
+    return "\n".join([BEGINNING, *contents, "", *(section(program, shared) for program in every)])
 
 
 # ------------------------------------------------------------------------------------------------- measured results
@@ -144,14 +142,15 @@ def flags_text() -> str:
 
 def measured_runs(content: dict) -> pandas.DataFrame:
     """Return ``table.runs_of`` the runs in RESULTS, the dense model among them; ``content`` is that file's."""
-    every = content["runs"][0]["command"].partition(" --prune_method")[0]
-    dense = {"command": every, "method": "dense", "target_sparsity": 0, "perplexity": content["dense"], "stages": {}}
+    command = content["runs"][0]["command"].partition(" --prune_method")[0]
+    dense = {"command": command, "method": "dense", "target_sparsity": 0, "perplexity": content["dense"], "stages": {}}
     rows = []
     for run in [*content["runs"], dense]:
         flags = parse(Experiment, run["command"].split()[2:], parser_of(ROOT / "main.py")).flags()
         evaluation = {"text": flags["eval_data"], "seqlen": flags["seqlen"], "windows": flags["eval_windows"]}
-        about = {"flags": flags, "model": {"name": content["model"], "parameters": 0}, "evaluation": evaluation}
-        rows.append(table.row_of({"git_commit": None, "finished": "", "device": content["device"]} | about | run))
+        model = {"name": content["model"], "parameters": 0}
+        record = {"flags": flags, "model": model, "evaluation": evaluation, "device": content["device"]}
+        rows.append(table.row_of({"git_commit": None, "finished": ""} | record | run))
     return table.runs_of(rows)
 
 

@@ -180,9 +180,9 @@ class Sweep(Experiment):
         return item.metadata.get("only") in (None, suffix)
 
 
-def words(text: str) -> list[str]:
+def words(flag_value: str) -> list[str]:
     """Return the words separated by commas or spaces."""
-    return text.replace(",", " ").split()
+    return flag_value.replace(",", " ").split()
 
 
 PARSER = make_parser(Sweep, "sweep.py", __doc__, REST)

@@ -98,14 +98,13 @@ def row_of(record: Mapping, value: str = "perplexity") -> dict:
     flags, model, setting = record["flags"], record["model"], published()["setting"]
     pruner, _, suffix = record["method"].partition("_")
     name = model["name"]
-    for published_name, about in published()["models"].items():
-        if name.lower() in about["names"] and model["parameters"] == about["parameters"]:
+    for published_name, entry in published()["models"].items():
+        if name.lower() in entry["names"] and model["parameters"] == entry["parameters"]:
             name = published_name
             break
     if value == "perplexity":
-        text, seqlen = record["evaluation"]["text"], record["evaluation"]["seqlen"]
-        evaluation = f"{text}, {record['evaluation']['windows']} windows of {seqlen}"
-        on_published_text = (text, seqlen) == (setting["text"], setting["seqlen"])
+        evaluation = "{text}, {windows} windows of {seqlen}".format(**record["evaluation"])
+        on_published_text = all(record["evaluation"][key] == setting[key] for key in ("text", "seqlen"))
         figure = float(record["perplexity"])
     else:
         limit = f", {flags['limit']} questions each" if flags["limit"] else ""
@@ -153,11 +152,11 @@ def runs_of(rows: Sequence[dict]) -> pandas.DataFrame:
         [{name: str(value) for name, value in flags.items() if name not in IGNORED} for flags in runs["flags"]]
     )
     runs["extra"] = ""
-    for _, row in runs.groupby(["target", "pattern", "pruner", "suffix"]):
+    for _, method in runs.groupby(["pattern", "pruner", "suffix"]):
         differing = set()
-        for _, cell in row.groupby(COLUMN):
+        for _, cell in method.groupby(["target", *COLUMN]):
             differing |= set(flags.columns[flags.loc[cell.index].nunique(dropna=False) > 1])
-        for i in row.index:
+        for i in method.index:
             names = sorted(differing | runs.at[i, "steering"])
             runs.at[i, "extra"] = ", ".join(f"{name} {runs.at[i, 'flags'].get(name)}" for name in names)
     return runs
@@ -215,8 +214,8 @@ def with_published(cells: pandas.DataFrame, every: bool = False) -> pandas.DataF
             pruner, _, suffix = method.partition("_")
             method_row = (0.0 if method == "dense" else setting["sparsity"], "", pruner, suffix)
             for model, figure in of_models.items():
-                text = figure_text(*figure) if isinstance(figure, list) else figure_text(figure)
-                figures.append((*method_row, model, text, published()["sources"][source]))
+                cell = figure_text(*figure) if isinstance(figure, list) else figure_text(figure)
+                figures.append((*method_row, model, cell, published()["sources"][source]))
     figures = pandas.DataFrame(figures, columns=[*row, "model", "published", "source"])
 
     table = cells.merge(figures, how="left", on=[*row, "model"])
@@ -286,7 +285,7 @@ def passes_of(settings: Experiment) -> int:
     task = settings.task()
     scored = sum(settings.nsamples for step in (task, task.first) if step.wants in BLOCK_SCORES)
     if task.wants != "price":
-        return scored if task.wants in BLOCK_SCORES else 0
+        return scored
     options = settings.price_options()
     return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.shorter)
 
@@ -308,8 +307,8 @@ def caption(runs: pandas.DataFrame, value: str = "perplexity", sources: Iterable
 def formatted(lines: Sequence[Sequence[str]], form: str) -> str:
     """Return a table as text, its ``lines`` headings first; all but the first two columns are figures."""
     align = ["left" if heading in ("method", "pruner", "allocation") else "right" for heading in lines[0]]
-    text = tabulate(lines[1:], lines[0], tablefmt=FORMATS[form], disable_numparse=True, colalign=align)
-    return text.replace("±", r"$\pm$") if form == "latex" else text
+    table = tabulate(lines[1:], lines[0], tablefmt=FORMATS[form], disable_numparse=True, colalign=align)
+    return table.replace("±", r"$\pm$") if form == "latex" else table
 
 
 # ---------------------------------------------------------------------------------------------------------- the plot

@@ -27,9 +27,9 @@ def show(console: Console, title: str, headings: Sequence[str], rows: Iterable[S
     line(console, tabulate(rows, headings, tablefmt="rounded_outline", disable_numparse=True, colalign=align))
 
 
-def line(console: Console, text: str) -> None:
-    """Print ``text`` unchanged."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def line(console: Console, sentence: str) -> None:
+    """Print ``sentence`` unchanged, on one line however long it is."""
+    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_metric(
@@ -57,23 +57,23 @@ def show_trials(console: Console, trials: Sequence[Trial]) -> None:
     show(console, "--epsilon auto: perplexity on held-out calibration text", ("epsilon", "perplexity"), rows)
 
 
-def show_prices(console: Console, found: Found | None, data: str = "windows", of: str = "token") -> None:
+def show_prices(console: Console, search: Found | None, data: str = "windows", of: str = "token") -> None:
     """Print the steps of the search for prices at which the held-out ``data`` were evaluated, if any.
 
     Args:
         of: what the KL is a mean over.
     """
-    if found is None:
+    if search is None:
         return
     rows = [
         (str(i), f"{step.spread:.3f}", f"{step.fit:.4f}", f"{step.held:.4f}")
-        for i, step in enumerate(found.steps, 1)
+        for i, step in enumerate(search.steps, 1)
         if step.held is not None
     ]
     headings = ("step", "spread of prices", f"KL, its {data}", f"KL, held-out {data}")
-    show(console, f"price search in {found.dtype}: KL(dense || pruned), nats per {of}", headings, rows)
-    each = ", ".join(f"{name} {kl:.4f}" + (" <- kept" if name == found.kept else "") for name, kl in found.held.items())
-    line(console, f"held-out {data}: {each}")
+    show(console, f"price search in {search.dtype}: KL(dense || pruned), nats per {of}", headings, rows)
+    kept = {name: " <- kept" if name == search.kept else "" for name in search.held}
+    line(console, f"held-out {data}: {', '.join(f'{name} {kl:.4f}{kept[name]}' for name, kl in search.held.items())}")
 
 
 def show_run(console: Console, record: Mapping, stages: Mapping[str, Mapping], rows: Sequence[LayerReport]) -> None:
