@@ -12,17 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import main
-from lib.allocation.formulas import heavy_tailed
 from lib.cli.command import parse
 from lib.cli.settings import Experiment
 from lib.models import load as loading
-from lib.models.layers import prunable_layers
-from lib.pruning.plan import SparsityPlan
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -40,18 +35,6 @@ PUBLISHED = {
     "llama2_13b": ("meta-llama/Llama-2-13b-hf", "data/llama2-13b-hf", 0.4, 0.3, 0.3),
     "llama2_70b": ("meta-llama/Llama-2-70b-hf", "data/llama2-70b-hf", 0.4, 0.3, 0.3),
 }
-# width, inner width, blocks, heads, key/value heads
-SHAPES = {
-    "llama_7b": (4096, 11008, 32, 32, 32),
-    "llama_13b": (5120, 13824, 40, 40, 40),
-    "llama_30b": (6656, 17920, 60, 52, 52),
-    "llama_65b": (8192, 22016, 80, 64, 64),
-    "llama2_7b": (4096, 11008, 32, 32, 32),
-    "llama2_13b": (5120, 13824, 40, 40, 40),
-    "llama2_70b": (8192, 28672, 80, 64, 8),
-}
-NAMES = dict(zip(PUBLISHED, json.loads(table.PUBLISHED.read_text())["models"], strict=False))
-
 
 # One thread, as in the other tests: several of them stall each other where the cores are shared.
 ENVIRONMENT = os.environ | {"PYTHON_BIN": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -109,31 +92,6 @@ def test_zero_shot_of_the_largest_models_is_cut_openly(script, limit):
     assert {run.limit for run in dry(script)} == {None}
     assert {run.limit for run in dry(script, "--eval_zero_shot")} == {limit}
     assert {run.limit for run in dry(script, "--eval_zero_shot", "--limit", "7")} == {7}
-
-
-@pytest.mark.parametrize("script", PUBLISHED)
-def test_published_settings_give_legal_plans_on_the_true_shapes(script):
-    width, inner, blocks, heads, kv = SHAPES[script]
-    config = LlamaConfig(vocab_size=32000, hidden_size=width, intermediate_size=inner, num_hidden_layers=blocks)
-    config.num_attention_heads, config.num_key_value_heads, config.head_dim = heads, kv, width // heads
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    about = json.loads(table.PUBLISHED.read_text())["models"][NAMES[script]]
-    assert model.num_parameters() == about["parameters"]
-    layers = prunable_layers(model)
-    assert len(layers) == 7 * blocks
-    draw = torch.Generator().manual_seed(0)
-    values = dict(
-        zip([layer.name for layer in layers], (2 + 6 * torch.rand(len(layers), generator=draw)).tolist(), strict=True)
-    )
-    sizes = [layer.size for layer in layers]
-    for epsilon in PUBLISHED[script][2:]:
-        ratios = heavy_tailed(layers, 0.7, values=values, epsilon=epsilon, mapping_type="block_wise")
-        plan = SparsityPlan(0.7, ratios)  # refuses a ratio outside [0, 1]
-        budget = math.fsum(plan.ratios[layer.name] * n for layer, n in zip(layers, sizes, strict=True)) / sum(sizes)
-        assert budget == pytest.approx(0.7, abs=1e-12)
-        spread = max(plan.ratios.values()) - min(plan.ratios.values())
-        assert spread > 0.7 * epsilon, "the wish for unequal blocks is not lost in the cap"
 
 
 # ------------------------------------------------------------------------------- a script is run, stopped and restarted

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import main
 from lib.cli.command import parse
@@ -274,52 +276,42 @@ def test_comparison_runs_every_setting_once(compared, capsys):
     assert capsys.readouterr().out.count("skipped") == 10
 
 
-@pytest.mark.slow
-def test_comparison_of_pruners_over_seeds(compared, capsys):
-    flags = "--allocations ,owl,price --sparsities 0.5 --price_steps 5".split()
-    compared(*flags, "--pruners", "wanda")
-    capsys.readouterr()
-    rows, page = compared(*flags, "--pruners", "wanda,magnitude", "--seeds", "3")
-    assert capsys.readouterr().out.count("skipped") == 3, "the first seed of Wanda is there already"
-    assert list(rows) == [(pruner, label) for pruner in ("magnitude", "wanda") for label in ("uniform", "OWL", "price")]
-    paths = [Path("cmp", folder, "run_wanda_owl_sparsity_0.5.json") for folder in ("", "seed_1", "seed_2")]
-    figures = [json.loads(path.read_text())["perplexity"] for path in paths]
-    mean = sum(figures) / 3
-    deviation = math.sqrt(sum((figure - mean) ** 2 for figure in figures) / 2)
-    assert deviation > 0 and rows["wanda", "OWL"][0].strip("*") == f"{mean:.2f} ± {deviation:.2f}"
-    # Nothing is drawn for magnitude with uniform ratios.
-    assert rows["magnitude", "uniform"][0].strip("*").endswith(" ± 0.00") and "seeds 0, 1, 2" in page
-
-
 def test_published_figures_are_the_checked_ones():
     content = json.loads(table.PUBLISHED.read_text())
     assert content["perplexity"].keys() == content["sources"].keys()
-    models = {m for rows in content["perplexity"].values() for row in rows.values() for m in row}
-    assert models <= content["models"].keys()
-    rows = content["perplexity"]["AlphaPruning"]
     one = ("LLaMA-7B", "LLaMA-13B", "LLaMA-30B", "LLaMA-65B")
-    assert [rows["dense"][m] for m in (*one, "Llama-2-7B", "Llama-2-13B", "Llama-2-70B")] == [
-        5.68,
-        5.09,
-        4.1,
-        3.53,
-        5.47,
-        4.88,
-        3.31,
-    ]
-    four = {"wanda": [85.77, 55.90, 17.37, 15.23], "wanda_owl": [24.55, 17.17, 10.75, 8.61],
-            "sparsegpt": [26.30, 19.24, 12.56, 10.45], "sparsegpt_owl": [19.49, 14.55, 10.28, 8.28],
-            "magnitude": [48419.12, 84539.45, 977.73, 46.89]}  # fmt: skip
-    assert {method: [rows[method][m] for m in one] for method in four} == four
-    assert all(len(rows[method]) == 4 for method in four)
-    assert rows["wanda_ww"] == {
-        "LLaMA-7B": 23.86,
-        "LLaMA-13B": 14.21,
-        "LLaMA-30B": 9.68,
-        "Llama-2-7B": 28.87,
-        "Llama-2-13B": 14.16,
+    two = ("Llama-2-7B", "Llama-2-13B", "Llama-2-70B")
+    dense = [5.68, 5.09, 4.1, 3.53, 5.47, 4.88, 3.31]
+    assert content["perplexity"]["AlphaPruning"] == {
+        "dense": dict(zip((*one, *two), dense, strict=True)),
+        "magnitude": dict(zip(one, [48419.12, 84539.45, 977.73, 46.89], strict=True)),
+        "wanda": dict(zip(one, [85.77, 55.90, 17.37, 15.23], strict=True)),
+        "sparsegpt": dict(zip(one, [26.30, 19.24, 12.56, 10.45], strict=True)),
+        "wanda_owl": dict(zip(one, [24.55, 17.17, 10.75, 8.61], strict=True)),
+        "sparsegpt_owl": dict(zip(one, [19.49, 14.55, 10.28, 8.28], strict=True)),
+        "magnitude_ww": {"LLaMA-13B": 2029.2},
+        "wanda_ww": dict(zip((*one[:3], *two[:2]), [23.86, 14.21, 9.68, 28.87, 14.16], strict=True)),
+        "sparsegpt_ww": {"LLaMA-7B": 18.54},
     }
-    assert (rows["sparsegpt_ww"], rows["magnitude_ww"]) == ({"LLaMA-7B": 18.54}, {"LLaMA-13B": 2029.2})
-    assert len(rows) == 9
     assert content["perplexity"]["DLP"] == {"sparsegpt_dlp": {"Llama-2-7B": 18.58}}
     assert content["perplexity"]["ALPS"] == {"alps": {"Llama-2-7B": [19.31, 0.68, 5], "Llama-3-8B": [30.53, 1.58]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "inner", "blocks", "kv_heads"),
+    [
+        ("LLaMA-7B", 4096, 11008, 32, 32),
+        ("LLaMA-13B", 5120, 13824, 40, 40),
+        ("LLaMA-30B", 6656, 17920, 60, 52),
+        ("LLaMA-65B", 8192, 22016, 80, 64),
+        ("Llama-2-7B", 4096, 11008, 32, 32),
+        ("Llama-2-13B", 5120, 13824, 40, 40),
+        ("Llama-2-70B", 8192, 28672, 80, 8),
+    ],
+)
+def test_published_models_are_told_by_their_true_number_of_parameters(name, width, inner, blocks, kv_heads):
+    config = LlamaConfig(vocab_size=32000, hidden_size=width, intermediate_size=inner, num_hidden_layers=blocks)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = width // 128, kv_heads, 128
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert model.num_parameters() == table.published()["models"][name]["parameters"]
