@@ -190,7 +190,7 @@ PARSER = make_parser(Sweep, "sweep.py", __doc__, REST)
 def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
     """Run the settings that are not complete; return the run file of each, None for one that failed."""
     session = Session(shared=True, planned=todo)
-    first: dict[str, str] = {}  # digests of local files and folders as this process first saw them, by flag
+    first_seen: dict[str, str] = {}  # digests of local files and folders, by flag
     run_files: list[Path | None] = []
     for i, settings in enumerate(todo, 1):
         folder, task = Path(settings.save), settings.task()
@@ -198,7 +198,7 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
         name += f", epsilon {settings.epsilon}" if task.allocation == "ww" else ""
         name += f", seed {settings.seed}" if settings.seed else ""
         inputs = inputs_of(settings.flags())
-        first = inputs | first
+        first_seen = inputs | first_seen
         record = read_run(folder, task.run)
         run_files.append(folder / f"run_{task.run}.json")
 
@@ -207,12 +207,13 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
             if not changed:
                 print(f"[{i}/{len(todo)}] {name}: complete already, skipped (--force runs it again)", flush=True)
                 continue
-            log.info("%s: changed since the complete run on disk, which is made again", ", ".join(changed))
+            names = ", ".join(f"--{name}" for name in changed)
+            log.info("%s: changed since the complete run on disk, which is made again", names)
 
         print(f"[{i}/{len(todo)}] {name}", flush=True)
         try:
             for flag_name, digest in inputs.items():
-                if digest != first[flag_name]:  # what was read of it before must not be mixed with it
+                if digest != first_seen[flag_name]:  # what was read of it before must not be mixed with it
                     path, fix = getattr(settings, flag_name), "start it again, and it is read anew"
                     raise UserError(flag_name, path, "was changed since this command started", fix)
             program.run(settings, Console(quiet=True), session)

@@ -107,16 +107,6 @@ def small(tiny_folder, tiny_text, tmp_path_factory) -> tuple[dict, list[str], Pa
             "METHODS": "magnitude_ww wanda_ww"}, flags, save / "runs"  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def finished(small) -> Path:
-    """Return the folder of what llama_7b.sh would leave for two methods, with that script's epsilons."""
-    variables, flags, save = small
-    command = ["--model", variables["MODEL"], "--save", str(save), "--ww_metric_cache", variables["CACHE"], *flags]
-    command += ["--methods", "magnitude_ww,wanda_ww", "--sparsities", "0.7", "--epsilons", "magnitude_ww=0.3,0.2"]
-    assert sweep.main(command) == 0
-    return save
-
-
 @pytest.mark.slow
 def test_a_script_that_is_interrupted_completes_what_is_left(small, tmp_path):
     variables, flags, _ = small
@@ -144,49 +134,29 @@ def test_a_script_that_is_interrupted_completes_what_is_left(small, tmp_path):
         assert record["sparsity"] == pytest.approx(0.7, abs=1 / 32)
 
 
-def test_a_run_is_complete_only_with_the_same_flags(finished, small, monkeypatch):
-    variables, flags, save = small
-    flags = ["--model", variables["MODEL"], "--save", str(save), "--ww_metric_cache", variables["CACHE"], *flags]
-    flags += ["--methods", "wanda_ww", "--sparsities", "0.7"]
-    made = []
-    monkeypatch.setattr(main, "run", lambda *_: made.append(1))
-
-    def skipped(*more: str, force: bool = False) -> bool:
-        made.clear()
-        assert len(sweep.run_all(planned(*flags, *more), force)) == 1
-        return not made
-
-    assert skipped("--epsilons", "0.2") and not skipped("--epsilons", "0.2", force=True)
-    assert not skipped("--epsilons", "0.3") and not skipped("--epsilons", "0.2", "--seed", "1")
-    path = save / "run_wanda_ww_sparsity_0.7.json"
-    text = path.read_text()
-    try:
-        for damaged in (text.replace('"complete": true', '"complete": false'), text[: len(text) // 2]):
-            path.write_text(damaged)
-            assert not skipped("--epsilons", "0.2")
-    finally:
-        path.write_text(text)
-
-
-def test_a_complete_run_of_a_file_that_was_replaced_is_run_again(tiny_folder, tiny_text, tmp_path, capsys, caplog):
+def test_only_the_same_run_of_the_same_files_is_complete(tiny_folder, tiny_text, tmp_path, capsys, caplog):
     shutil.copytree(tiny_folder, tmp_path / "tiny")
     (tmp_path / "cal.txt").write_bytes(tiny_text.read_bytes())
     flags = f"--model {tmp_path}/tiny --calib_data {tmp_path}/cal.txt --eval_data {tiny_text} --seqlen 32".split()
     flags += f"--nsamples 2 --eval_windows 2 --save {tmp_path}/s --methods wanda --sparsities 0.5".split()
 
-    def again() -> bool:
+    def again(*more: str) -> bool:
         """Return whether the setting was run."""
-        assert sweep.main(flags) == 0
+        caplog.clear()
+        assert sweep.main([*flags, *more]) == 0
         return "complete already" not in capsys.readouterr().out
 
-    assert again() and not again()
+    assert again() and not again() and again("--force")
+    assert again("--seed", "1") and again() and not again()
+    path = tmp_path / "s" / "run_wanda_sparsity_0.5.json"
+    for damaged in (path.read_text().replace('"complete": true', '"complete": false'), path.read_text()[:99]):
+        path.write_text(damaged)
+        assert again() and not again()
     (tmp_path / "cal.txt").write_text(tiny_text.read_text()[::-1])
-    caplog.clear()
-    assert again() and "calib_data: changed since the complete run on disk" in caplog.text and not again()
+    assert again() and "--calib_data: changed since the complete run on disk" in caplog.text and not again()
     weights = tmp_path / "tiny" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
-    caplog.clear()
-    assert again() and "model: changed since the complete run on disk" in caplog.text and not again()
+    assert again() and "--model: changed since the complete run on disk" in caplog.text and not again()
     (tmp_path / "tiny" / "README.md").write_text("not the model")
     assert not again()
 
