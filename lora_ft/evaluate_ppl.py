@@ -18,7 +18,7 @@ from lib.core import files
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load
 from lib.run import pipeline
-from lib.run.record import run_text, zero_shot_table
+from lib.run.record import run_text
 from lora_ft import common
 
 
@@ -92,10 +92,9 @@ def _answer(settings: Evaluate, model, base: common.Base, tasks: zero_shot.Tasks
     """Run the tasks, write and print the accuracies, and return them."""
     answers = pipeline.zero_shot(settings, model, base.tokenizer, tasks)
     found = {"means": answers.means, "lm_eval": answers.full}
-    table = zero_shot_table(answers.scores, answers.means)
-    texts = {"zero_shot.txt": table, "perplexity.json": run_text(record | {"zero_shot": found, "complete": True})}
-    files.write_files(Path(settings.result_dir), texts)
-    print(table, end="")
+    run = run_text(record | {"zero_shot": found, "complete": True})
+    files.write_files(Path(settings.result_dir), {"zero_shot.txt": answers.table, "perplexity.json": run})
+    print(answers.table, end="")
     return found
 
 
