@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -21,10 +22,12 @@ from transformers import AutoModelForCausalLM, Trainer
 import main
 from lib import data, evaluation
 from lib.blocks import weights_of
+from lib.command import parse
 from lib.data import evaluation_windows
 from lib.evaluation import perplexity
 from lib.layers import prunable_layers
 from lora_ft import evaluate_ppl, finetune_lm, merge
+from lora_ft.training import parse_arguments
 
 BLOCK = 32
 
@@ -302,11 +305,13 @@ def test_published_command(place, documents, tiny_tokenizer, tmp_path, monkeypat
         "--block_size 2048 --per_device_train_batch_size 1 --per_device_eval_batch_size 8 --do_train --do_eval "
         "--max_train_samples 100000 --max_eval_samples 128 --learning_rate 1e-4 --overwrite_output_dir --output_dir OUT"
     )
-    lora, other = finetune_lm.read(command.split())
-    training = finetune_lm.settle(lora, other)
+    words: list[str] = []
+    lora = parse(finetune_lm.Finetune, command.split(), finetune_lm.PARSER, words)
+    training = parse_arguments(words, finetune_lm.PARSER, do_train=True, do_eval=True, output_dir="OUT")
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules) == (8, 16, 0.05, "q_proj,v_proj")
-    assert (training.gradient_accumulation_steps, training.warmup_steps, training.logging_steps) == (128, 5, 10)
-    assert (training.save_steps, training.eval_strategy, training.optim) == (50, "steps", "adamw_torch")
+    assert (training.gradient_accumulation_steps, training.batch_size, training.eval_strategy) == (128, 128, "steps")
+    published = re.findall(r"--(\w+) ([\w.]+)", finetune_lm.PARSER.epilog.partition("Published")[2])
+    assert len(published) == 8 and all(str(training.to_dict()[name]) == value for name, value in published)
     assert finetune_lm.main(command.replace("2048", "32").split()) == 0  # the tiny model's context is 128
     assert record(tmp_path / "OUT/adapter_config.json")["base_model_name_or_path"] == str(bare)
     assert not {path.name for path in bare.iterdir()} - {"model.safetensors"}
