@@ -288,8 +288,6 @@ def train_adapter(trainer, checkpoint: Path | None, started: dict, record: dict)
     size = trainer.train_dataset.shape[1]
     common.log.info(text, *trainer.model.get_nb_trainable_parameters(), blocks, size, arguments.batch_size)
     results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    if not trainer.state.global_step or (trainer.last_loss is None and not checkpoint):
-        raise UserError(None, "the training took no step; give more text, or leave --dataloader_drop_last out")
     trainer.check_adapter()
 
     # The config comes last into the folder, so that a folder with a config is complete.

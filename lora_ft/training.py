@@ -42,7 +42,9 @@ def refusals() -> Iterator[None]:
     """Turn an error by which transformers refuses its arguments into one line."""
     try:
         yield
-    except (ImportError, TypeError, ValueError) as error:
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any class: whatever a wrong flag leads to
         raise UserError(None, f"training cannot be set up with these flags ({first_line(error)})") from error
 
 
@@ -158,7 +160,7 @@ class LoraTrainer(transformers.Trainer):
     def train(self, *args, **kwargs):
         try:
             return super().train(*args, **kwargs)
-        except (ImportError, TypeError, ValueError):
+        except (ArithmeticError, ImportError, TypeError, ValueError):
             if self.first_loss is not None:
                 raise  # No flag has led to it, but an error of the program.
             with refusals():
