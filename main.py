@@ -10,12 +10,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lib import UserError, calibration, evaluation, experiment, models, processes, prune, tables
-from lib.blocks import Weights
-from lib.command import command, make_parser
-from lib.experiment import Prepared, Session
-from lib.record import Record, perplexity_text, zero_shot_table, zero_shot_text
-from lib.settings import Experiment, Task
+from lib.calibration import hidden
+from lib.cli.command import command, make_parser
+from lib.cli.settings import Experiment, Task
+from lib.core import processes
+from lib.core.errors import UserError
+from lib.evaluation import perplexity as evaluation
+from lib.models import load
+from lib.models.weights import Weights
+from lib.pruning import walk
+from lib.run import pipeline, report
+from lib.run.pipeline import Prepared, Session
+from lib.run.record import Record, perplexity_text, zero_shot_table, zero_shot_text
 
 log = logging.getLogger("main")
 
@@ -40,8 +46,8 @@ def run(settings: Experiment, console: Console, session: Session | None = None) 
     record = Record(Path(settings.save), task.run)
 
     with record.stage("prepare"):  # everything that can be checked without the weights
-        known = experiment.prepare(settings, task, session)
-        record.content |= experiment.described(settings, task, known)
+        known = pipeline.prepare(settings, task, session)
+        record.content |= pipeline.described(settings, task, known)
     try:
         return work(settings, task, known, session, record, console)
     finally:
@@ -58,33 +64,33 @@ def work(
         record.content["dense_zeros"] = weights.sparsity()
 
     with record.stage("measure"):
-        prices = experiment.find_prices(settings, task, weights, known, session)
-        values = prices.ratios if prices else experiment.measure_values(settings, task, weights, known, session)
-        record.content |= experiment.priced(prices)
-    tables.show_prices(console, prices)
+        prices = pipeline.find_prices(settings, task, weights, known, session)
+        values = prices.ratios if prices else pipeline.measure_values(settings, task, weights, known, session)
+        record.content |= pipeline.priced(prices)
+    report.show_prices(console, prices)
     if settings.metrics_only:
-        tables.show_metric(console, settings, weights.layers, values, experiment.metric_file(settings, known))
+        report.show_metric(console, settings, weights.layers, values, pipeline.metric_file(settings, known))
         return record.whole() | {"metric": values}
 
     if task.pruner:
         with record.stage("allocate"):
-            plan, trials = experiment.choose_plan(settings, task, weights, known, values, session.dense)
-            record.content |= experiment.searched(trials)
-            tables.show_trials(console, trials)
+            plan, trials = pipeline.choose_plan(settings, task, weights, known, values, session.dense)
+            record.content |= pipeline.searched(trials)
+            report.show_trials(console, trials)
 
         with record.stage("prune"):
-            experiment.begin_journal(settings, weights, known, plan)
+            pipeline.begin_journal(settings, weights, known, plan)
             inputs = None
             if task.pruner.statistic:
                 given = (known.windows.calibration, settings.hidden_states, known.calib_dtype)
-                inputs = calibration.enter_blocks(weights, *given)
-            record.rows = prune.walk(weights, plan, task.pruner, inputs, values, settings.statistics, known.journal)
+                inputs = hidden.enter_blocks(weights, *given)
+            record.rows = walk.walk(weights, plan, task.pruner, inputs, values, settings.statistics, known.journal)
 
     record.content["sparsity"] = weights.sparsity()
     unsaved = save(settings, task, weights, known, record)  # before whatever may still fail
     with record.kept(_resume(settings, record)):
         record.write()
-        experiment.draw_prices(settings, task, prices)
+        pipeline.draw_prices(settings, task, prices)
         evaluate(task, weights, known, record, console, settings)
         record.write(complete=unsaved is None)
 
@@ -97,7 +103,7 @@ def work(
 def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, record: Record) -> UserError | None:
     """Complete the pruned model's folder; return an error instead of raising it: the figures can still be measured."""
     if task.pruner:
-        experiment.warn_of_miss(task.target, record.content["sparsity"])
+        pipeline.warn_of_miss(task.target, record.content["sparsity"])
     if known.journal is None:
         return None
     journal = known.journal
@@ -116,8 +122,8 @@ def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, re
 
 def _finish(settings: Experiment, weights: Weights, known: Prepared, sparsity: float) -> None:
     folder = known.journal.folder
-    models.complete_folder(folder, weights.model, known.tokenizer, weights.edge_tensors(), known.dtypes.stored)
-    prune.check_saved(folder, weights, sparsity)
+    load.complete_folder(folder, weights.model, known.tokenizer, weights.edge_tensors(), known.dtypes.stored)
+    walk.check_saved(folder, weights, sparsity)
     known.journal.finish(settings.packed)
 
 
@@ -138,20 +144,20 @@ def evaluate(
         return
     record.write()
     with record.stage("zero_shot"):
-        model = experiment.whole_model(weights, known, record.content["saved_model"])
-        answers = experiment.zero_shot(settings, model, known.tokenizer, known.questions)
+        model = pipeline.whole_model(weights, known, record.content["saved_model"])
+        answers = pipeline.zero_shot(settings, model, known.tokenizer, known.questions)
     record.content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
     table = zero_shot_table(answers.scores, answers.means)
     record.files[f"zero_shot_{task.run}.txt"] = zero_shot_text(task.method, table)
-    tables.line(console, table)
+    report.line(console, table)
 
 
 def show(settings: Experiment, record: Record, console: Console) -> None:
     """Print the run's figures and where they were written."""
-    tables.show_run(console, record.content, record.stages, record.rows)
-    tables.line(console, f"written: {settings.save}/*_{record.run}.*")
+    report.show_run(console, record.content, record.stages, record.rows)
+    report.line(console, f"written: {settings.save}/*_{record.run}.*")
     if record.content["saved_model"]:
-        tables.line(console, f"saved:   {record.content['saved_model']}")
+        report.line(console, f"saved:   {record.content['saved_model']}")
 
 
 def _resume(settings: Experiment, record: Record) -> str:
@@ -177,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(settings: Experiment, console: Console) -> None:
     try:
         processes.join()
-        experiment.check_used(settings)
+        pipeline.check_used(settings)
         run(settings, console)
         processes.leave()
     except KeyboardInterrupt:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, first_line
-from lib.lazy import numpy, torch
+from lib.core.errors import UserError, first_line
+from lib.core.lazy import numpy, torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tqdm import tqdm
 
 from lib import sparse
-from lib.lazy import torch
+from lib.core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from image_classifiers import data, models, pruning
 from image_classifiers.price import EFFORT, FIT, HELD, PART, ImagePrices, split
 from image_classifiers.settings import ImageExperiment, wants_images
-from lib import UserError, files, first_line, metrics, price, scores
-from lib.calibration import BlockInputs
-from lib.esd import WEIGHTWATCHER
-from lib.experiment import make_plan, model_folder, warn_of_replacement
-from lib.files import readable
-from lib.lazy import torch
-from lib.models import free_memory
-from lib.record import read_run
-from lib.settings import Task
+from lib.allocation import block_scores, price
+from lib.calibration.hidden import BlockInputs
+from lib.cli.settings import Task
+from lib.core import files
+from lib.core.errors import UserError, first_line
+from lib.core.files import readable
+from lib.core.lazy import torch
+from lib.models.memory import free_memory
+from lib.run.pipeline import make_plan, model_folder, warn_of_replacement
+from lib.run.record import read_run
+from lib.spectra import measure
+from lib.spectra.tail import WEIGHTWATCHER
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,7 +85,7 @@ def check_allocation(
         metric, layers = settings.ww_metric, parts.measured.layers
         if metric in WEIGHTWATCHER and any(len(layer.shape) > 2 for layer in layers):
             raise UserError("ww_metric", f"{metric}: is for matrices, and {settings.model} holds convolutions")
-        if not metrics.has_cache(cache, metric, source.label, layers):
+        if not measure.has_cache(cache, metric, source.label, layers):
             files.prepare("ww_metric_cache", cache)
     elif task.wants is None:
         make_plan(settings, task, parts.pruned.layers, None)  # from shapes alone: it is met, or refused here
@@ -190,8 +193,8 @@ def measure_values(
     if task.wants is None:
         return None
     if task.wants == "metric":
-        return metrics.load_or_measure(known.cache, settings.ww_metric, known.source.label, parts.measured).values
-    return scores.measure_scores(task.wants, parts.pruned, task.target, enter, settings.owl_m)
+        return measure.load_or_measure(known.cache, settings.ww_metric, known.source.label, parts.measured).values
+    return block_scores.measure_scores(task.wants, parts.pruned, task.target, enter, settings.owl_m)
 
 
 def find_prices(

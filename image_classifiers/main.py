@@ -17,11 +17,13 @@ from image_classifiers import experiment, models
 from image_classifiers.evaluation import Accuracy, accuracy
 from image_classifiers.experiment import Prepared
 from image_classifiers.settings import Evaluation, ImageExperiment, Images
-from lib import UserError, prune, tables
-from lib.command import command, make_parser
-from lib.experiment import draw_prices, make_plan, model_folder, priced
-from lib.record import Record
-from lib.settings import Task
+from lib.cli.command import command, make_parser
+from lib.cli.settings import Task
+from lib.core.errors import UserError
+from lib.pruning import walk
+from lib.run import report
+from lib.run.pipeline import draw_prices, make_plan, model_folder, priced
+from lib.run.record import Record
 
 log = logging.getLogger("main")
 
@@ -60,13 +62,13 @@ def run(settings: ImageExperiment, console: Console) -> dict:
             prices = experiment.find_prices(settings, task, known, parts, enter)
             values = prices.ratios if prices else experiment.measure_values(settings, task, known, parts, enter)
             record.content |= priced(prices)
-        tables.show_prices(console, prices, "images", "image")
+        report.show_prices(console, prices, "images", "image")
         draw_prices(settings, task, prices)
         with record.stage("allocate"):
             plan = make_plan(settings, task, parts.pruned.layers, values)
         with record.stage("prune"):
             inputs = enter() if task.pruner.statistic else None
-            record.rows = prune.walk(parts.pruned, plan, task.pruner, inputs, values, settings.statistics)
+            record.rows = walk.walk(parts.pruned, plan, task.pruner, inputs, values, settings.statistics)
 
     with record.kept(partial(resume, settings, record)):
         record.content["sparsity"] = parts.pruned.sparsity()
@@ -98,7 +100,7 @@ def save(
             folder = model_folder(settings, task)
             with record.stage("save"):
                 models.save(parts.pruned.model, known.size, folder)
-                prune.check_saved(folder, parts.pruned, record.content["sparsity"])
+                walk.check_saved(folder, parts.pruned, record.content["sparsity"])
             record.content["saved_model"] = str(folder)
     except UserError as error:
         log.error("%s; the accuracy is measured all the same", error)
@@ -138,12 +140,12 @@ def show(settings: ImageExperiment, task: Task, record: Record, console: Console
         seconds = f"{sum(stage['seconds'] for stage in stages):.1f}"
         rows.append(row(task.method, task.target, content["sparsity"], content["accuracy"], seconds))
     title = f"{content['model']['given']}: {content['accuracy']['images']} test images"
-    tables.show(console, title, ("method", "target", "sparsity", "top-1 %", "top-5 %", "seconds"), rows)
+    report.show(console, title, ("method", "target", "sparsity", "top-1 %", "top-5 %", "seconds"), rows)
     share = content["model"]["prunable"] / content["model"]["parameters"]
-    tables.line(console, f"sparsity: of the blocks' matrices, {share:.1%} of the model's parameters")
-    tables.line(console, f"written:  {settings.save}/{task.target}.txt, {settings.save}/*_{task.run}.*")
+    report.line(console, f"sparsity: of the blocks' matrices, {share:.1%} of the model's parameters")
+    report.line(console, f"written:  {settings.save}/{task.target}.txt, {settings.save}/*_{task.run}.*")
     if content["saved_model"]:
-        tables.line(console, f"model:    {content['saved_model']}")
+        report.line(console, f"model:    {content['saved_model']}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

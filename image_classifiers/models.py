@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import UserError, first_line
-from lib.blocks import Weights
-from lib.files import new_folder
-from lib.layers import Layer
-from lib.lazy import torch
-from lib.registry import did_you_mean
+from lib.core.errors import UserError, first_line
+from lib.core.files import new_folder
+from lib.core.lazy import torch
+from lib.core.names import did_you_mean
+from lib.models.layers import Layer
+from lib.models.weights import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

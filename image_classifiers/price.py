@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from image_classifiers import pruning
-from lib import UserError
-from lib.blocks import Weights
-from lib.calibration import BlockInputs
-from lib.lazy import torch
-from lib.price import Effort, Options, Prices, band_price, kl_divergence, standing
+from lib.allocation.price import Effort, Options, Prices, band_price, kl_divergence, standing
+from lib.calibration.hidden import BlockInputs
+from lib.core.errors import UserError
+from lib.core.lazy import torch
+from lib.models.weights import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

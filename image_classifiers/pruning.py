@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lib.blocks import Weights
-from lib.calibration import BlockInputs
-from lib.lazy import torch
-from lib.pruners import PRUNERS, Pruner, magnitude
+from lib.calibration.hidden import BlockInputs
+from lib.core.lazy import torch
+from lib.models.weights import Weights
+from lib.pruning.pruners import PRUNERS, Pruner, magnitude
 
 if TYPE_CHECKING:
     from torch import Tensor

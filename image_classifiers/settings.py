@@ -7,14 +7,15 @@ from typing import ClassVar
 
 from image_classifiers import data, models
 from image_classifiers.pruning import IMAGE_PRUNERS
-from lib import UserError, flag_name, settings
-from lib.allocation import ALLOCATIONS
-from lib.calibration import PROPAGATE
-from lib.command import Flags, flag
-from lib.esd import METRICS, WEIGHTWATCHER
-from lib.experiment import wants_calibration
-from lib.registry import check_name
-from lib.settings import Method, Output, Price, Task, Widths, check_only, pruning_flags
+from lib.allocation.formulas import ALLOCATIONS
+from lib.calibration.hidden import PROPAGATE
+from lib.cli import settings
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import Method, Output, Price, Task, Widths, check_only, pruning_flags
+from lib.core.errors import UserError, flag_name
+from lib.core.names import check_name
+from lib.run.pipeline import wants_calibration
+from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
 METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in IMAGE_PRUNERS]
 

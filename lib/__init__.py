@@ -1,35 +1,5 @@
-"""Errors that the user can fix, and the modules of the experiment."""
+"""Rooms of the experiment, from the ground up: core, models, spectra, sparse, calibration, pruning ..."""
 
-import re
-from collections.abc import Callable
+from lib.core.errors import UserError
 
-
-class UserError(Exception):
-    """An error that the user can fix, in one line: what was given, what is allowed, what to type.
-
-    ``field`` is the settings field of the flag at fault, None if no flag is. The running command prints the flag in its
-    own spelling (``lib.command``) without a traceback and exits with status 2. Other flags in the text are written as
-    ``flag_name(field)``.
-    """
-
-    def __init__(self, field: str | None, text: str) -> None:
-        super().__init__(text)
-        self.field, self.text = field, text
-
-    def spelled(self, spelling: Callable[[str], str]) -> str:
-        """Return the whole line with every flag as ``--spelling(field)``."""
-        text = re.sub("\0(\\w+)\0", lambda found: f"--{spelling(found[1])}", self.text)
-        return text if self.field is None else f"--{spelling(self.field)} {text}"
-
-    def __str__(self) -> str:
-        return self.spelled(str)
-
-
-def flag_name(field: str) -> str:
-    """Return a placeholder for a UserError's text that the running command replaces by its own flag for ``field``."""
-    return f"\0{field}\0"
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its class if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+__all__ = ["UserError"]

@@ -12,12 +12,17 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from lib import UserError, data, fingerprint, first_line, metrics, models
-from lib.blocks import Weights, weights_of
-from lib.command import Flags, flag
-from lib.layers import prunable_layers
-from lib.lazy import torch
-from lib.settings import TEXTS
+from lib import sparse
+from lib.calibration import texts
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import TEXTS
+from lib.core import digests
+from lib.core.errors import UserError, first_line
+from lib.core.lazy import torch
+from lib.models import load, locate, memory
+from lib.models.layers import prunable_layers
+from lib.models.weights import Weights, weights_of
+from lib.spectra import measure
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,6 +34,7 @@ log = logging.getLogger("lora_ft")
 BASE = "base_model.json"
 
 DENSE_BELOW = 0.01  # A model with a smaller sparsity has not been pruned.
+TRAINED_ON = "give the model it was trained on"
 
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -47,7 +53,7 @@ class PrunedModel(Flags):
         "auto",
         "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU; for "
         "training, that of --bf16 or --fp16",
-        choices=models.DTYPES,
+        choices=load.DTYPES,
         metavar="NAME",
     )
 
@@ -62,7 +68,7 @@ class Dataset(Flags):
 
     def check(self) -> None:
         super().check()
-        data.check_text("dataset", self.dataset)
+        texts.check_text("dataset", self.dataset)
 
 
 # ------------------------------------------------------------------------------------------------- before loading
@@ -71,24 +77,31 @@ class Dataset(Flags):
 class Base(NamedTuple):
     """A pruned model without its weights, and its tokenizer.
 
-    ``config`` is that of the model ``lender`` if the pruned folder has none, else None. ``lender`` is None if the
-    tokenizer is the model's own.
+    ``config`` is another model's if the pruned folder has none, else None; ``lender`` is the name of that model if the
+    tokenizer is its, too.
     """
 
-    source: models.Source
+    source: load.Source
     skeleton: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: object | None = None
     lender: str | None = None
 
+    @property
+    def identity(self) -> str:
+        """A name of the model that is valid anywhere: an absolute path, or the name as given."""
+        path = Path(self.source.given).expanduser()
+        return str(path.resolve()) if path.exists() else self.source.given
+
 
 @contextmanager
 def blame(field: str) -> Iterator[None]:
-    """Let a UserError about a model or an adapter name the flag ``field``, from which its name came."""
+    """Let a UserError about a model name the flag ``field``, from which the model's name came."""
     try:
         yield
     except UserError as error:
-        raise UserError(field, error.text) from error
+        error.field = field
+        raise
 
 
 @contextmanager
@@ -97,8 +110,8 @@ def damage_reported(field: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        text = f"{path}: is damaged ({first_line(error)}); restore it, or train the adapter again"
-        raise UserError(field, text) from error
+        fix = "restore it, or train the adapter again"
+        raise UserError(field, path, f"is damaged ({first_line(error)})", fix) from error
 
 
 def find_base(settings: PrunedModel) -> Base:
@@ -111,36 +124,31 @@ def find_base(settings: PrunedModel) -> Base:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     has_weights = any(name.endswith((".safetensors", ".bin")) for name in names)
     borrows_config = bool(settings.config_name) and has_weights and "config.json" not in names
-    borrows_tokenizer = bool(names) and not names & set(models.TOKENIZER_FILES)
+    borrows_tokenizer = bool(names) and not names & set(load.TOKENIZER_FILES)
     if borrows_tokenizer and not settings.config_name and "config.json" in names:
-        text = "the folder holds no tokenizer; give the model that it was pruned from: --config_name NAME"
-        raise UserError("model", f"{settings.model}: {text}")
-
+        fix = "give the model that it was pruned from: --config_name NAME"
+        raise UserError("model", settings.model, "the folder holds no tokenizer", fix)
     if borrows_config:
-        source = models.Source(settings.model, str(folder), folder.resolve().name, settings.cache_dir)
+        source = load.Source(settings.model, str(folder), folder.resolve().name, settings.cache_dir)
     else:
-        source = models.locate(settings.model, settings.cache_dir)
-    models.refuse_packed(source)  # It has no gradients, and is not saved again.
+        source = locate.locate(settings.model, settings.cache_dir)
+    sparse.refuse_packed(source)  # It has no gradients, and is not saved again.
     lender = source
     if borrows_config or borrows_tokenizer:
         with blame("config_name"):
-            lender = models.locate(settings.config_name, settings.cache_dir)
+            lender = locate.locate(settings.config_name, settings.cache_dir)
     with blame("config_name" if borrows_config else "model"):
-        skeleton = models.load_skeleton(lender if borrows_config else source)
+        skeleton = load.load_skeleton(lender if borrows_config else source)
     with blame("config_name" if borrows_tokenizer else "model"):
-        tokenizer = models.load_tokenizer(lender if borrows_tokenizer else source)
+        tokenizer = load.load_tokenizer(lender if borrows_tokenizer else source)
     config = skeleton.config if borrows_config else None
     return Base(source, skeleton, tokenizer, config, settings.config_name if borrows_tokenizer else None)
 
 
 def evaluation_windows(settings, base: Base) -> torch.Tensor:
-    """Return the windows to evaluate, [windows, tokens]; ``settings`` has the flags of ``Dataset``.
-
-    Raises:
-        UserError: they are longer than the model's context, or the text is too short or of another vocabulary.
-    """
+    """Return the windows to evaluate, [windows, tokens]; ``settings`` has the flags of ``Dataset``."""
     check_length("ctx_length", settings.ctx_length, base.skeleton)
-    windows = data.evaluation_windows(
+    windows = texts.evaluation_windows(
         settings.dataset, base.tokenizer, settings.ctx_length, settings.eval_windows, field="dataset"
     )
     check_vocabulary(base, windows)
@@ -150,25 +158,70 @@ def evaluation_windows(settings, base: Base) -> torch.Tensor:
 def check_vocabulary(base: Base, *windows: torch.Tensor | None) -> None:
     """Refuse tokens that the model does not have: its tokenizer is another model's."""
     with blame("config_name" if base.lender else "model"):
-        models.check_vocabulary(base.lender or base.source.given, base.skeleton, *windows)
+        load.check_vocabulary(base.lender or base.source.given, base.skeleton, *windows)
 
 
 def check_length(field: str, length: int, skeleton: PreTrainedModel) -> None:
     """Refuse more tokens than the model has positions for."""
-    context = models.context_length(skeleton)
+    context = load.context_length(skeleton)
     if context is not None and length > context:
-        raise UserError(field, f"{length}: is more than the model's context; give at most {context}")
+        raise UserError(field, length, "is more than the model's context", f"give at most {context}")
 
 
 def check_adapter(folder: str, base: Base) -> None:
     """Refuse a folder that holds no LoRA adapter, or one that does not belong to ``base``, as far as files tell."""
     path = Path(folder).expanduser()
     if not (path / "adapter_config.json").is_file():
-        hint = "; it holds a model, not an adapter" if (path / "config.json").is_file() else ""
-        text = f"no adapter_config.json in this folder{hint}; give the --output_dir of finetune_lm.py"
-        raise UserError("lora_weights", f"{folder}: {text}")
+        hint = ", but a model" if (path / "config.json").is_file() else ""
+        raise UserError("lora_weights", folder, f"holds no adapter{hint}", "give finetune_lm.py's --output_dir")
     check_base("lora_weights", path, base)
     attach(folder, copy.deepcopy(base.skeleton))
+
+
+def check_base(field: str, folder: Path, base: Base, weights: Weights | None = None) -> None:
+    """Refuse the adapter in ``folder`` if it was trained on other weights than the model's.
+
+    Called before the weights are loaded, and again with ``weights``, for a model whose files do not hold its layers
+    under their names.
+
+    Raises:
+        UserError: names the first layer that differs.
+    """
+    fingerprints = stored_fingerprints(base)
+    if (fingerprints is None) == (weights is None):
+        return  # This call is too early to know, or comes after the one that knew.
+    path = folder / BASE
+    if not path.is_file():
+        text = "%s: has no %s: whether it was trained on %s cannot be checked"
+        log.warning(text, folder, BASE, base.source.given)
+        return
+    if fingerprints is None:
+        fingerprints = measure.fingerprints(weights)
+    with damage_reported(field, path):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        layer = digests.first_difference(record["fingerprints"], fingerprints)
+    if layer:
+        problem = f"was trained on other weights than those of --model {base.source.given} (see {layer})"
+        raise UserError(field, folder, problem, f"{TRAINED_ON}, {record.get('model')}")
+
+
+def stored_fingerprints(base: Base) -> dict[str, str] | None:
+    """Return the fingerprints of the layers in the model's files, None if those do not hold the layers by name.
+
+    The files are mapped into memory, so that only the few entries of a matrix are read that its fingerprint needs.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with ExitStack() as opened:
+        try:
+            paths = sorted(Path(base.source.path).glob("model*.safetensors"))
+            shards = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
+            shard_of = {key: shard for shard in shards for key in shard.keys()}
+            names = [layer.name for layer in prunable_layers(base.skeleton)]
+            tensors = {name: shard_of[f"{name}.weight"].get_tensor(f"{name}.weight") for name in names}
+        except (KeyError, SafetensorError):  # A damaged file is reported where the model is loaded.
+            return None
+        return {name: digests.fingerprint(tensor) for name, tensor in tensors.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- loading
@@ -184,12 +237,12 @@ def load_base(
         device: where to put the whole model instead.
         stored: see ``Weights``.
     """
-    reserve = models.working_set(base.skeleton, dtype, hessians=False, windows=1, seqlen=seqlen)
-    model = models.load_llm(base.source, dtype, device, reserve, base.config)
+    reserve = memory.working_set(base.skeleton, dtype, hessians=False, windows=1, seqlen=seqlen)
+    model = load.load_llm(base.source, dtype, device, reserve, base.config)
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if "cpu" in places and len(places) > 1:
-        need = "does not fit in the GPUs' memory, which LoRA needs; use more GPUs, or none (CUDA_VISIBLE_DEVICES=)"
-        raise UserError("model", f"{base.source.given}: {need}")
+        problem = "does not fit in the GPUs' memory, which LoRA needs"
+        raise UserError("model", base.source.given, problem, "use more GPUs, or none (CUDA_VISIBLE_DEVICES=)")
     weights = weights_of(model, stored)
     sparsity = weights.sparsity()
     if sparsity < DENSE_BELOW:
@@ -211,77 +264,20 @@ def attach(folder: str, model: PreTrainedModel) -> PeftModel:
     path = Path(folder).expanduser()
     try:
         config = PeftConfig.from_pretrained(path)
-        if config.peft_type != "LORA" or config.modules_to_save or config.bias != "none":
-            kind = f"is a {getattr(config.peft_type, 'value', config.peft_type)} adapter with more than its matrices"
-            raise UserError("lora_weights", f"{folder}: {kind}; only LoRA alone is supported")
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind != "LORA" or config.modules_to_save or config.bias != "none":
+            raise UserError("lora_weights", folder, f"is {kind}, modules_to_save or bias; only LoRA alone is supported")
         adapted = PeftModelForCausalLM(model, config)
         keys = adapted.load_adapter(path, "default")
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # peft, safetensors and torch each have their own for files that do not fit
         reason = " ".join(str(error).split())[:200]
-        text = f"{folder}: is damaged, or does not fit the model ({reason}); give the model it was trained on"
-        raise UserError("lora_weights", text) from error
+        raise UserError("lora_weights", folder, f"is damaged, or of another model ({reason})", TRAINED_ON) from error
     for problem, names in (("lacks", keys.missing_keys), ("has in excess", keys.unexpected_keys)):
         if names:
-            text = f"{folder}: {problem} {len(names)} matrices, first {names[0]}; give the model it was trained on"
-            raise UserError("lora_weights", text)
+            raise UserError("lora_weights", folder, f"{problem} {len(names)} matrices, first {names[0]}", TRAINED_ON)
     return adapted.eval()
-
-
-def check_base(field: str, folder: Path, base: Base, weights: Weights | None = None) -> None:
-    """Refuse the adapter in ``folder`` if it was trained on other weights than the model's.
-
-    Called before the weights are loaded, and again with ``weights``, for a model whose files do not hold its layers
-    under their names.
-
-    Raises:
-        UserError: names the first layer that differs.
-    """
-    fingerprints = stored_fingerprints(base)
-    if (fingerprints is None) == (weights is None):
-        return  # It cannot be known yet, or was found right before.
-    path = folder / BASE
-    if not path.is_file():
-        text = "%s: has no %s: whether it was trained on %s cannot be checked"
-        log.warning(text, folder, BASE, base.source.given)
-        return
-    if fingerprints is None:
-        fingerprints = metrics.fingerprints(weights)
-    with damage_reported(field, path):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        layer = fingerprint.first_difference(record["fingerprints"], fingerprints)
-    if layer:
-        text = f"was trained on other weights than those of --model {base.source.given} (see {layer})"
-        raise UserError(field, f"{folder}: {text}; give the model it was trained on, {record.get('model')}")
-
-
-def stored_fingerprints(base: Base) -> dict[str, str] | None:
-    """Return the fingerprints of the layers in the model's files, None if those do not hold the layers by name.
-
-    The files are mapped into memory, so that only the few entries of a matrix are read that its fingerprint needs.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    with ExitStack() as opened:
-        try:
-            paths = sorted(Path(base.source.path).glob("model*.safetensors"))
-            shards = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
-            shard_of = {key: shard for shard in shards for key in shard.keys()}
-            names = [layer.name for layer in prunable_layers(base.skeleton)]
-            tensors = {name: shard_of[f"{name}.weight"].get_tensor(f"{name}.weight") for name in names}
-        except (KeyError, SafetensorError):  # A damaged file is reported where the model is loaded.
-            return None
-        return {name: fingerprint.fingerprint(tensor) for name, tensor in tensors.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------- reports
-
-
-def identity(source: models.Source) -> str:
-    """Return a name of the model that is valid anywhere: an absolute path, or the name as given."""
-    path = Path(source.given).expanduser()
-    return str(path.resolve()) if path.exists() else source.given
 
 
 def lora_layers(model: PeftModel) -> dict[str, torch.nn.Module]:
@@ -299,19 +295,18 @@ def quiet_peft() -> None:
 
 
 @contextmanager
-def explain_failure(hint: str | Callable[[], str], unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """If the body of the with statement fails, say what is on disk and how to go on.
+def explain_failure(hint: Callable[[], str], unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """If the body of the with statement fails, say by ``hint`` what is on disk and how to go on.
 
     Args:
-        hint: the text, or a function that returns it after the failure.
         unless: errors of this class need no hint.
     """
     try:
         yield
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(hint if isinstance(hint, str) else hint()) from error
+        raise KeyboardInterrupt(hint()) from error
     except unless:
         raise
     except Exception:
-        log.warning("%s", hint if isinstance(hint, str) else hint())
+        log.warning("%s", hint())
         raise

@@ -10,10 +10,14 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import evaluation, experiment, files, models
-from lib.command import command, flag, make_parser
-from lib.record import run_text, zero_shot_table
-from lib.settings import ZeroShot
+from lib.cli.command import command, make_parser
+from lib.cli.flags import flag
+from lib.cli.settings import ZeroShot
+from lib.core import files
+from lib.evaluation.perplexity import perplexity
+from lib.models import load
+from lib.run import pipeline
+from lib.run.record import run_text, zero_shot_table
 from lora_ft import common
 
 
@@ -44,33 +48,32 @@ def run(settings: Evaluate) -> None:
     if settings.lora_weights is not None:
         common.check_adapter(settings.lora_weights, base)
     windows = common.evaluation_windows(settings, base)
-    tasks = experiment.questions(settings, experiment.Session())
+    tasks = pipeline.questions(settings, pipeline.Session())
 
-    dtype = models.choose_dtypes(settings.dtype, base.skeleton).compute
+    dtype = load.choose_dtypes(settings.dtype, base.skeleton).compute
     weights = common.load_base(base, dtype, settings.ctx_length)
     sparsity, model = weights.sparsity(), weights.model
     if settings.lora_weights is not None:
         common.check_base("lora_weights", Path(settings.lora_weights), base, weights)
         model = common.attach(settings.lora_weights, weights.model)
-    perplexity = evaluation.perplexity(model, windows)
     record = {
         "complete": tasks is None,
-        "perplexity": perplexity,
+        "perplexity": perplexity(model, windows),
         "zero_shot": None,
-        "model": common.identity(base.source),
+        "model": base.identity,
         "sparsity": sparsity,
         "lora_weights": settings.lora_weights,
         "evaluation": {"text": settings.dataset, "windows": len(windows), "seqlen": settings.ctx_length},
         "flags": settings.flags(),
     }
     name = "wikitext" if settings.dataset == "wikitext2" else settings.dataset  # as the published line calls it
-    line = f"perplexity on {name} {perplexity}"
+    line = f"perplexity on {name} {record['perplexity']}"
     files.write_files(folder, {"perplexity.json": run_text(record), "perplexity.txt": line + "\n"})
     print(line, flush=True)
     if tasks is None:
         return
-    with common.explain_failure(f"the perplexity is in {folder}; the same command starts again"):
-        answers = experiment.zero_shot(settings, model, base.tokenizer, tasks)
+    with common.explain_failure(lambda: f"the perplexity is in {folder}; the same command starts again"):
+        answers = pipeline.zero_shot(settings, model, base.tokenizer, tasks)
         record |= {"complete": True, "zero_shot": {"means": answers.means, "lm_eval": answers.full}}
         table = zero_shot_table(answers.scores, answers.means)
         files.write_files(folder, {"zero_shot.txt": table, "perplexity.json": run_text(record)})

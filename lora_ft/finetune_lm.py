@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import UserError, data, files, metrics, processes
-from lib.blocks import Weights
-from lib.command import Flags, answer, flag, make_parser, parse
-from lib.journal import digest
-from lib.layers import prunable_layers
-from lib.lazy import Lazy, torch, transformers
-from lib.record import run_text
-from lib.registry import check_name
-from lib.settings import TEXTS
+from lib.calibration import texts
+from lib.cli.command import answer, make_parser, parse
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import TEXTS
+from lib.core import files, processes
+from lib.core.errors import UserError
+from lib.core.lazy import Lazy, torch, transformers
+from lib.core.names import check_name
+from lib.models.layers import prunable_layers
+from lib.models.weights import Weights
+from lib.run.journal import digest
+from lib.run.record import run_text
+from lib.spectra import measure
 from lora_ft import common, resumption
 
 if TYPE_CHECKING:
@@ -32,14 +36,8 @@ if TYPE_CHECKING:
 training = Lazy("lora_ft.training")
 
 # What an earlier run has left in --output_dir, beside its checkpoints.
-WRITTEN = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    common.BASE,
-    "train_results.json",
-    "eval_results.json",
-    "loss_curve.png",
-)
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+WRITTEN = (*ADAPTER, common.BASE, "train_results.json", "eval_results.json", "loss_curve.png")
 
 # What to type after training was stopped.
 RESUME = "the same command with --resume_from_checkpoint resumes from the last checkpoint in --output_dir"
@@ -103,11 +101,11 @@ class Finetune(Lora, Texts, Training):
     def check(self) -> None:
         super().check()
         if not self.do_train and not self.do_eval:
-            raise UserError(None, "nothing to do; add --do_train, --do_eval or both")
+            raise UserError(None, None, "nothing to do", "add --do_train, --do_eval or both")
         names = [text_of(self, split) for split in self.splits()]
         for field, name in names:
-            data.check_text(field, name)
-        if len(names) == 2 and names[0][1] == names[1][1] not in data.DATASETS:
+            texts.check_text(field, name)
+        if len(names) == 2 and names[0][1] == names[1][1] not in texts.DATASETS:
             text = "%s is both trained and evaluated on; give another text: --validation_file FILE"
             common.log.warning(text, names[0][1])
 
@@ -132,7 +130,8 @@ def text_of(settings: Texts, split: str) -> tuple[str, str]:
     if getattr(settings, field) is not None:
         return field, getattr(settings, field)
     if settings.dataset_name is None:
-        raise UserError(None, f"no text; give --dataset_name, one of {', '.join(data.DATASETS)}, or --{field} FILE")
+        fix = f"give --dataset_name, one of {', '.join(texts.DATASETS)}, or --{field} FILE"
+        raise UserError(None, None, "no text", fix)
     return "dataset_name", settings.dataset_name
 
 
@@ -172,8 +171,8 @@ def run(settings: Finetune, trainer_words: list[str]) -> None:
     weights = load_weights(settings, arguments, base)
     if checkpoint:
         common.check_base("model", checkpoint.parent, base, weights)
-    record = {"model": common.identity(base.source), "sparsity": weights.sparsity()}
-    started = record | {"fingerprints": metrics.fingerprints(weights), "training": flags}
+    record = {"model": base.identity, "sparsity": weights.sparsity()}
+    started = record | {"fingerprints": measure.fingerprints(weights), "training": flags}
     record["flags"] = arguments.to_dict() | settings.flags()
     with training.refusals():
         transformers.set_seed(arguments.seed)
@@ -185,7 +184,7 @@ def run(settings: Finetune, trainer_words: list[str]) -> None:
             train_adapter(trainer, checkpoint, started, record)
     if settings.do_eval:
         saved = f"the adapter is saved in {settings.output_dir}" if settings.do_train else "nothing was written"
-        with common.explain_failure(f"{saved}; measure it with: python lora_ft/evaluate_ppl.py"):
+        with common.explain_failure(lambda: f"{saved}; measure it with: python lora_ft/evaluate_ppl.py"):
             evaluate(trainer, record, text_of(settings, "validation")[1])
     if arguments.should_save:
         print(f"written: {arguments.output_dir}")
@@ -202,7 +201,7 @@ def check_output_dir(settings: Finetune) -> Path | None:
     resumed = checkpoint and is_in(checkpoint, folder)
     if folder.is_dir() and any(folder.iterdir()) and not (settings.overwrite_output_dir or resumed):
         fix = "add --overwrite_output_dir to start again, --resume_from_checkpoint to resume, or give another folder"
-        raise UserError("output_dir", f"{folder}: is not empty; {fix}")
+        raise UserError("output_dir", folder, "is not empty", fix)
     return checkpoint
 
 
@@ -223,7 +222,7 @@ def read_blocks(settings: Finetune, split: str, base: common.Base) -> torch.Tens
     most = settings.max_train_samples if split == "train" else settings.max_eval_samples
     field, name = text_of(settings, split)
     text_split = "train" if split == "train" else "test"
-    blocks = data.training_blocks(field, name, text_split, base.tokenizer, settings.block_size, most)
+    blocks = texts.training_blocks(field, name, text_split, base.tokenizer, settings.block_size, most)
     if most and len(blocks) < most:
         text = "%s has %d blocks of %d tokens, and not the %d that were asked for"
         common.log.warning(text, name, len(blocks), settings.block_size, most)
@@ -265,7 +264,7 @@ def with_adapter(model: PreTrainedModel, base: common.Base, settings: Lora, targ
         target_modules=targets,
     )
     adapted = get_peft_model(model, config)
-    config.base_model_name_or_path = common.identity(base.source)
+    config.base_model_name_or_path = base.identity
     return adapted
 
 
@@ -295,7 +294,7 @@ def train_adapter(trainer, checkpoint: Path | None, started: dict, record: dict)
     trainer.save_model(str(unfinished))  # by all processes: sharded weights are gathered
     if not arguments.should_save:
         return
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
+    for name in ADAPTER:
         (unfinished / name).replace(out / name)
     shutil.rmtree(unfinished)
     files.write_atomically(out / "train_results.json", run_text(results | {"train_samples": blocks} | record))

@@ -12,11 +12,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
-from lib import UserError, evaluation, files, models, prune, tables
-from lib.blocks import Weights
-from lib.command import command, flag, make_parser
-from lib.lazy import torch
-from lib.record import run_text
+from lib.cli.command import command, make_parser
+from lib.cli.flags import flag
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.lazy import torch
+from lib.evaluation.perplexity import perplexity
+from lib.models import load, memory
+from lib.models.weights import Weights
+from lib.pruning import walk
+from lib.run import report
+from lib.run.record import run_text
 from lora_ft import common
 
 if TYPE_CHECKING:
@@ -39,7 +45,7 @@ class Merge(common.PrunedModel, common.Dataset):
         super().check()
         out = Path(self.save)
         if out.is_dir() and any(out.iterdir()):
-            raise UserError("save", f"{out}: is not empty; give a new folder")
+            raise UserError("save", out, "is not empty", "give a new folder")
 
 
 PARSER = make_parser(Merge, "merge.py", "Merge a LoRA adapter into the pruned weights without filling their zeros.")
@@ -51,8 +57,8 @@ def run(settings: Merge) -> None:
     base = common.find_base(settings)
     common.check_adapter(settings.lora_weights, base)
     windows = common.evaluation_windows(settings, base)
-    dtypes = models.choose_dtypes(settings.dtype, base.skeleton)
-    files.prepare("save", out, models.saved_bytes(base.skeleton, base.source, dtypes.stored))
+    dtypes = load.choose_dtypes(settings.dtype, base.skeleton)
+    files.prepare("save", out, memory.saved_bytes(base.skeleton, base.source, dtypes.stored))
 
     weights = common.load_base(base, dtypes.compute, settings.ctx_length, stored=dtypes.stored)
     pruned = weights.sparsity()
@@ -63,23 +69,23 @@ def run(settings: Merge) -> None:
     state = PLAINLY if settings.keep_dense else KEPT
     merge(model, weights, None if settings.keep_dense else before)
     merged = weights.sparsity()
-    models.save_llm(weights.model, base.tokenizer, out, dtypes.stored)  # before whatever may still fail
-    prune.check_saved(out, weights, merged)
+    load.save_llm(weights.model, base.tokenizer, out, dtypes.stored)  # before whatever may still fail
+    walk.check_saved(out, weights, merged)
 
     rows: dict[str, dict] = {}
-    record = {"complete": False, "rows": [], "written": state, "model": common.identity(base.source)}
+    record = {"complete": False, "rows": [], "written": state, "model": base.identity}
     record |= {"lora_weights": settings.lora_weights, "flags": settings.flags()}
     record["evaluation"] = {"text": settings.dataset, "windows": len(windows), "seqlen": settings.ctx_length}
 
     def measure(name: str, sparsity: float, measured: torch.nn.Module) -> None:
-        rows[name] = {"state": name, "sparsity": sparsity, "perplexity": evaluation.perplexity(measured, windows)}
+        rows[name] = {"state": name, "sparsity": sparsity, "perplexity": perplexity(measured, windows)}
         record["rows"] = [rows[name] for name in STATES if name in rows]
         record["complete"] = len(rows) == len(STATES) - settings.keep_dense
         files.write_atomically(out / "merge.json", run_text(record))
 
     again = f"python lora_ft/evaluate_ppl.py --model {out} --dataset {settings.dataset}"
     saved = f"the merged model is saved in {out}, the figures so far in {out}/merge.json"
-    with common.explain_failure(f"{saved}; measure it with: {again} --ctx_length {settings.ctx_length}"):
+    with common.explain_failure(lambda: f"{saved}; measure it with: {again} --ctx_length {settings.ctx_length}"):
         measure(state, merged, weights.model)
         for name, layer in layers.items():
             layer.weight.data.copy_(before[name])
@@ -92,8 +98,8 @@ def run(settings: Merge) -> None:
     console = Console()
     title = f"{settings.lora_weights} in {settings.model}, perplexity on {settings.dataset}"
     cells = [(row["state"], f"{row['sparsity']:.4f}", f"{row['perplexity']:.4f}") for row in record["rows"]]
-    tables.show(console, title, ("model", "sparsity", "perplexity"), cells)
-    tables.line(console, f"written: {out}, {state}, with a sparsity of {merged:.4f}")
+    report.show(console, title, ("model", "sparsity", "perplexity"), cells)
+    report.line(console, f"written: {out}, {state}, with a sparsity of {merged:.4f}")
 
 
 def merge(model: PeftModel, weights: Weights, before: Mapping[str, torch.Tensor] | None) -> None:
@@ -116,8 +122,8 @@ def merge(model: PeftModel, weights: Weights, before: Mapping[str, torch.Tensor]
         if weights.stored is not None:
             weight.copy_(weight.to(weights.stored))
         if not torch.isfinite(weight).all():
-            text = f"its product added to {name} is not finite; train it again, or try --dtype bfloat16"
-            raise UserError("lora_weights", text)
+            problem = f"its product added to {name} is not finite"
+            raise UserError("lora_weights", None, problem, "train it again, or try --dtype bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

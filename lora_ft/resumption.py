@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib import UserError
+from lib.core.errors import UserError
 from lora_ft import common
 
 if TYPE_CHECKING:
@@ -35,18 +35,17 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     """Return the checkpoint to resume from: the folder ``name``, or the last complete one in ``folder``.
 
     Raises:
-        UserError: there is none, or a part of it is missing or damaged.
+        UserError: there is none, or a part of it is missing.
     """
     checkpoint = Path(name).expanduser()
     if name == LAST:
         complete = {path.parent for path in folder.glob(f"checkpoint-*[0-9]/{STATE}")}
         if not complete:
-            text = f"with --output_dir {folder}: the folder holds no checkpoint; leave the flag out to start again"
-            raise UserError(FIELD, text)
+            raise UserError(FIELD, None, f"finds no checkpoint in {folder}", "leave the flag out to start again")
         checkpoint = max(complete, key=lambda path: int(path.name.rpartition("-")[2]))
     for path in (checkpoint / STATE, checkpoint / "adapter_model.safetensors", checkpoint.parent / common.BASE):
         if not path.is_file():
-            raise UserError(FIELD, f"{checkpoint}: is no checkpoint of a LoRA run, there is no {path}")
+            raise UserError(FIELD, checkpoint, f"is no checkpoint of a LoRA run, there is no {path}")
     return checkpoint
 
 
@@ -54,8 +53,9 @@ def check_optimizer(checkpoint: Path) -> None:
     """Refuse a checkpoint without its optimizer or schedule: the Trainer would begin new ones and say nothing."""
     for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"):
         if not zipfile.is_zipfile(path):
-            text = f"{path}: is missing (--save_only_model?) or damaged, so that training cannot go on as it was"
-            raise UserError(FIELD, f"{text}; give an earlier checkpoint, or start again with --overwrite_output_dir")
+            problem = "is missing (--save_only_model?) or damaged, so that training cannot go on as it was"
+            fix = "give an earlier checkpoint, or start again with --overwrite_output_dir"
+            raise UserError(FIELD, path, problem, fix)
 
 
 def training_flags(settings: Finetune, arguments: LoraArguments) -> dict[str, object]:
@@ -81,6 +81,6 @@ def check_same_training(checkpoint: Path, flags: Mapping[str, object]) -> None:
         old = before.get(name)
         longer = flat and name in ("max_steps", "num_train_epochs") and 0 < old < value
         if old != value and not longer:
-            now = "left out" if value is None else value
-            fix = "started without it; leave it out" if old is None else f"started with {old}; give that"
-            raise UserError(name, f"{now}: the run of {checkpoint} was {fix}, or start again in another folder")
+            problem = f"the run of {checkpoint} was started {'without it' if old is None else f'with {old}'}"
+            fix = f"{'leave it out' if old is None else 'give that'}, or start again in another folder"
+            raise UserError(name, "left out" if value is None else value, problem, fix)

@@ -15,14 +15,20 @@ from typing import NoReturn
 import torch
 import transformers
 
-from lib import UserError, first_line, processes
-from lib.command import Parser, check_range
+from lib.cli.command import Parser
+from lib.cli.flags import check_range
+from lib.core import processes
+from lib.core.errors import UserError, first_line
 from lora_ft import common
 
 BATCH = 128  # Blocks to an optimizer step, as published.
 
+# An update this many times larger than its layer's weight: in float32 sums nothing is left of the weight.
+DROWNED = 2.0**23
+
 # A last loss this many times that of the first step and of equal chances for all tokens: their perplexity squared.
 RUINED = 2.0
+LOWER = "lower --learning_rate, or try --bf16"
 
 # Of the arguments below, those that must be above zero. The others are checked by the libraries that use them.
 POSITIVE = """
@@ -45,7 +51,7 @@ def refusals() -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any class: whatever a wrong flag leads to
-        raise UserError(None, f"training cannot be set up with these flags ({first_line(error)})") from error
+        raise UserError(None, None, f"training cannot be set up with these flags ({first_line(error)})") from error
 
 
 @dataclass
@@ -79,7 +85,7 @@ class LoraArguments(transformers.TrainingArguments):
         for name in POSITIVE:
             check_range(name, getattr(self, name), {"above": 0})
         if self.do_predict:
-            raise UserError("do_predict", "does nothing here; use --do_eval, or lora_ft/evaluate_ppl.py on the adapter")
+            raise UserError("do_predict", None, "does nothing here", "use --do_eval, or lora_ft/evaluate_ppl.py")
         if self.bf16 is None and self.fp16 is None and torch.cuda.is_available() and not self.use_cpu:
             self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = not self.bf16
@@ -101,11 +107,11 @@ class LoraArguments(transformers.TrainingArguments):
         if steps is None:
             steps, remainder = divmod(batch or BATCH, at_once)
             if remainder or not steps:
-                text = f"{batch or BATCH}: is not made of {at_once} blocks at once; give a multiple of {at_once}"
-                raise UserError("batch_size", text)
+                problem = f"is not made of {at_once} blocks at once"
+                raise UserError("batch_size", batch or BATCH, problem, f"give a multiple of {at_once}")
         elif batch not in (None, steps * at_once):
-            made = f"makes {steps * at_once} blocks to a step; leave one of the two out"
-            raise UserError("batch_size", f"{batch} with --gradient_accumulation_steps {steps}: that {made}")
+            problem = f"--gradient_accumulation_steps {steps} makes {steps * at_once} blocks to a step"
+            raise UserError("batch_size", batch, problem, "leave one of the two out")
         self.gradient_accumulation_steps, self.batch_size = steps, steps * at_once
 
 
@@ -134,7 +140,7 @@ def parse_arguments(words: Sequence[str], command: Parser, **values) -> LoraArgu
 
 def check_finite(kind: str, loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise Ruined(None, f"the {kind} loss is {loss} at step {step}; lower --learning_rate, or try --bf16")
+        raise Ruined(None, None, f"the {kind} loss is {loss} at step {step}", LOWER)
 
 
 class OwnSteps(transformers.TrainerCallback):
@@ -191,8 +197,8 @@ class LoraTrainer(transformers.Trainer):
     def check_adapter(self) -> None:
         """Refuse an adapter that training has certainly ruined.
 
-        Its update of a weight is not finite; or the last loss is far above both that of the first step and
-        ln(vocabulary), the loss of a model that finds all tokens equally probable.
+        Its update of a weight is not finite, or makes the weight vanish in their sum; or the last loss is far above
+        both that of the first step and ln(vocabulary), the loss of a model that finds all tokens equally probable.
 
         Raises:
             Ruined: as described above.
@@ -200,11 +206,13 @@ class LoraTrainer(transformers.Trainer):
         step = self.state.global_step
         for name, layer in common.lora_layers(self.model).items():
             (adapter,) = layer.active_adapters
-            if not torch.isfinite(layer.get_delta_weight(adapter)).all():
-                text = f"the adapter's update of {name} is not finite after step {step}"
-                raise Ruined(None, f"{text}; lower --learning_rate, or try --bf16")
+            update = layer.get_delta_weight(adapter).float().norm().item()
+            weight = layer.get_base_layer().weight.detach().float().norm().item()
+            if not update <= DROWNED * (weight or 1.0):  # nor if it is not a number
+                problem = f"its update of {name} is of size {update:.3g} and the weight of {weight:.3g}"
+                raise Ruined(None, None, f"the adapter is ruined after step {step}, {problem}", LOWER)
         chance = math.log(self.model.get_input_embeddings().num_embeddings)
         if self.last_loss is not None and self.last_loss > RUINED * max(self.first_loss, chance):
-            losses = f"against {self.first_loss:.4g} at its start and {chance:.4g} for equal chances"
-            text = f"the training loss is {self.last_loss:.4g} nats per token after step {step}, {losses}"
-            raise Ruined(None, f"the adapter is ruined: {text}; lower --learning_rate")
+            losses = f"{self.last_loss:.4g}, against {self.first_loss:.4g} at first and {chance:.4g} for equal chances"
+            problem = f"the training loss in nats per token is {losses}"
+            raise Ruined(None, None, f"the adapter is ruined after step {step}, {problem}", LOWER)

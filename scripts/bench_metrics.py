@@ -18,13 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
-from lib import files, tables
-from lib.blocks import weights_of
-from lib.command import Flags, command, flag, make_parser
-from lib.esd import Spectrum, alpha_peak, fit_tail, peak_candidates, spectrum
-from lib.lazy import torch
-from lib.models import load_llm, locate
-from lib.record import provenance
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.core import files
+from lib.core.lazy import torch
+from lib.models.load import load_llm
+from lib.models.locate import locate
+from lib.models.weights import weights_of
+from lib.run import report
+from lib.run.record import provenance
+from lib.spectra.spectrum import Spectrum, spectrum
+from lib.spectra.tail import alpha_peak, fit_tail, peak_candidates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,7 +214,7 @@ def run(settings: Benchmark) -> None:
         (row["what"], f"{row['plain_seconds']:.4f}", f"{row['seconds']:.4f}", f"{row['ratio']:.1f}") for row in rows
     ]
     title = f"seconds, one thread, median of {rounds}; {machine['cpu']}"
-    tables.show(Console(), title, ("what", "plain", "ours", "ratio"), figures)
+    report.show(Console(), title, ("what", "plain", "ours", "ratio"), figures)
     print(f"written: {folder}/bench_metrics.json")
 
 

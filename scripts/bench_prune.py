@@ -22,19 +22,26 @@ import plain_methods
 from bench_metrics import cpu_name
 from rich.console import Console
 
-from lib import calibration, files, prune, tables
-from lib.allocation import SparsityPlan
-from lib.allocator import give_back_freed_memory
-from lib.blocks import Streamed, Weights, weights_of
-from lib.command import Flags, command, flag, make_parser
-from lib.data import calibration_windows
-from lib.lazy import numpy, torch, transformers
-from lib.models import SMOLLM2, empty_llm, load_llm, load_tokenizer, locate
-from lib.pruners import PRUNERS
-from lib.record import Record, provenance
-from lib.registry import check_name
-from lib.selection import nth_smallest, row_smallest
-from lib.stream import Checkpoint
+from lib.calibration import hidden
+from lib.calibration import statistics as calibration
+from lib.calibration.texts import calibration_windows
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.core import files
+from lib.core.allocator import give_back_freed_memory
+from lib.core.lazy import numpy, torch, transformers
+from lib.core.names import check_name
+from lib.models.load import empty_llm, load_llm, load_tokenizer
+from lib.models.locate import SMOLLM2, locate
+from lib.models.safetensors_io import Checkpoint
+from lib.models.streamed import Streamed
+from lib.models.weights import Weights, weights_of
+from lib.pruning import walk
+from lib.pruning.plan import SparsityPlan
+from lib.pruning.pruners import PRUNERS
+from lib.pruning.thresholds import nth_smallest, row_smallest
+from lib.run import report
+from lib.run.record import Record, provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -168,13 +175,13 @@ def ours(weights: Weights, windows: Tensor, name: str, ratio: float, clock: Cloc
     with ExitStack() as patches:
         for owner, part, new in (
             (calibration, "STATISTICS", statistics),
-            (prune, "input_statistics", clock.timed("dense pass", prune.input_statistics)),
-            (prune, "advance", clock.timed("pruned pass", prune.advance)),
+            (walk, "input_statistics", clock.timed("dense pass", walk.input_statistics)),
+            (walk, "advance", clock.timed("pruned pass", walk.advance)),
         ):
             patches.enter_context(mock.patch.object(owner, part, new))
-        enter = clock.timed("entry", calibration.enter_blocks)
+        enter = clock.timed("entry", hidden.enter_blocks)
         plan = SparsityPlan(ratio, {layer.name: ratio for layer in weights.layers})
-        prune.walk(weights, plan, pruner, enter(weights, windows) if pruner.statistic else None)
+        walk.walk(weights, plan, pruner, enter(weights, windows) if pruner.statistic else None)
 
 
 def plain(weights: Weights, windows: Tensor, name: str, ratio: float, clock: Clock) -> None:
@@ -317,12 +324,12 @@ def draw(rows: Sequence[Mapping], title: str) -> Figure:
 def show(console: Console, rows: Sequence[Mapping], title: str) -> None:
     """Print the table of a model's rows, and the agreement of ours and plain."""
     headings = ("pruner", "seconds", "plain / ours", "peak MB", *PARTS)
-    tables.show(console, title, headings, [line for row in rows for line in cells(row)])
+    report.show(console, title, headings, [line for row in rows for line in cells(row)])
     for row in rows:
         if "agree" in row:
             first, every = (f"{100 * row[key]:.3f} %" for key in ("agree_in_first_block", "agree"))
             text = f"zero in both or in neither: {first} of the first block's weights, {every} of all"
-            tables.line(console, f"{row['pruner']}: {text}")
+            report.line(console, f"{row['pruner']}: {text}")
 
 
 def run(settings: Benchmark) -> None:
@@ -343,7 +350,7 @@ def run(settings: Benchmark) -> None:
     ]
     if figures:
         title = f"selection in {SELECT}x{SELECT}, CPU seconds"
-        tables.show(console, title, ("pruner", "sort", "ours", "sort / ours"), figures)
+        report.show(console, title, ("pruner", "sort", "ours", "sort / ours"), figures)
     content = {"rows": rows, "selections": selections, "settings": settings.flags(), "machine": machine}
     files.write_atomically(folder / "bench_prune.json", json.dumps(content, indent=1) + "\n")
     chart = draw(rows, f"prune stage at {settings.sparsity_ratio}, threads: {settings.threads}; {machine['cpu']}")

@@ -15,12 +15,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
-from lib import UserError, files, models, stream, tables
-from lib.command import Flags, command, flag, make_parser
-from lib.lazy import torch, transformers
-from lib.record import provenance
-from lib.registry import check_name
-from lib.settings import METHODS
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import METHODS
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.lazy import torch, transformers
+from lib.core.names import check_name
+from lib.models import load, locate, safetensors_io
+from lib.run import report
+from lib.run.record import provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,8 +83,8 @@ def make_checkpoint(settings: Scale) -> Path:
     folder = Path(settings.work) / f"llama-{settings.hidden}x{settings.intermediate}x{settings.blocks}"
     if (folder / "model.safetensors.index.json").is_file():
         return folder
-    small = models.locate(models.SMOLLM2, str(ROOT / "llm_weights"))
-    tokenizer = models.load_tokenizer(small)
+    small = locate.locate(locate.SMOLLM2, str(ROOT / "llm_weights"))
+    tokenizer = load.load_tokenizer(small)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,
@@ -103,11 +107,11 @@ def make_checkpoint(settings: Scale) -> Path:
     draw = torch.Generator().manual_seed(0)
     for block, names in shards.items():
         tensors = {name: _random(skeleton.get_parameter(name).shape, draw) for name in names}
-        stream.write_shard(folder / f"model-{block}.safetensors", tensors, torch.float16)
+        safetensors_io.write_shard(folder / f"model-{block}.safetensors", tensors, torch.float16)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    stream.write_index(folder)
+    safetensors_io.write_index(folder)
     return folder
 
 
@@ -171,7 +175,7 @@ def run(settings: Scale) -> int:
     ]
     headings = ("method", "weights", "peak RSS", "peak GPU", "seconds", "seconds per block")
     title = f"{settings.blocks} blocks of LLaMA, hidden {settings.hidden}, {files.readable(size)} in float16"
-    tables.show(console, title, headings, cells)
+    report.show(console, title, headings, cells)
     text = json.dumps({"rows": rows, "checkpoint_bytes": size, "settings": settings.flags()} | provenance(), indent=1)
     files.write_atomically(Path(settings.save) / "scale.json", text + "\n")
     print(f"written: {settings.save}/scale.json")

@@ -13,15 +13,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sweep
 
-from lib import UserError, files, models, price
-from lib.allocation import ALLOCATIONS
-from lib.command import command, flag, make_parser
-from lib.pruners import PRUNERS
-from lib.record import read_run
-from lib.registry import check_name
-from lib.scores import BLOCK_SCORES
-from lib.settings import Experiment
-from lib.tables import Spread, commit_text, spread_of
+from lib.allocation import price
+from lib.allocation.block_scores import BLOCK_SCORES
+from lib.allocation.formulas import ALLOCATIONS
+from lib.cli.command import command, make_parser
+from lib.cli.flags import flag
+from lib.cli.settings import Experiment
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.names import check_name
+from lib.models import locate
+from lib.pruning.pruners import PRUNERS
+from lib.run.record import read_run
+from lib.run.report import Spread, commit_text, spread_of
 
 # Hyper-parameters of which several values are tried, by suffix; others have main.py's defaults.
 TRIED = {"ww": "epsilon", "atp": "atp_beta"}
@@ -255,7 +259,7 @@ def run(comparison: Comparison) -> int:
     """Run the comparison; return 0, or 1 if a setting failed."""
     folder = Path(comparison.save)
     files.prepare("save", folder)
-    models.locate(comparison.model, comparison.cache_dir)  # or every setting would fail
+    locate.locate(comparison.model, comparison.cache_dir)  # or every setting would fail
     keys, settings = zip(*comparison.keyed(), strict=True)
     records, _ = sweep.run_all(settings, comparison.force)
     # As they are on disk, where commit and versions are, too.

@@ -14,10 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sweep
 from rich.console import Console
 
-from lib import files, models, tables
-from lib.command import Flags, command, flag, make_parser, parse
-from lib.lazy import torch
-from lib.settings import Experiment
+from lib.cli.command import command, make_parser, parse
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import Experiment
+from lib.core import files
+from lib.core.lazy import torch
+from lib.models import load, locate
+from lib.run import report
 
 TEXTS = "--model smollm2-135m --calib_data wiki_leads --eval_data wiki_leads".split()
 # Small enough for four minutes on two cores; the paper's setting is 128 windows of 2048, and all of WikiText-2.
@@ -61,8 +64,8 @@ def show(records: Sequence[dict], console: Console) -> None:
         figures = (f"{record['target_sparsity']:g}", f"{record['sparsity']:.4f}", perplexity(record), f"{seconds:.1f}")
         rows.append((record["method"], *figures))
     headings = ("method", "target", "sparsity", "perplexity", "seconds")
-    tables.show(console, "SmolLM2-135M on Wikipedia lead sections", headings, rows)
-    tables.line(console, "about: differs between processors, since alphas and Cholesky factors round differently")
+    report.show(console, "SmolLM2-135M on Wikipedia lead sections", headings, rows)
+    report.line(console, "about: differs between processors, since alphas and Cholesky factors round differently")
 
 
 def perplexity(record: dict) -> str:
@@ -74,17 +77,17 @@ def perplexity(record: dict) -> str:
 def show_gain(records: Sequence[dict], console: Console) -> None:
     """Print the gain from distributing the sparsity by alpha, and the best method at each sparsity."""
     found = {(record["method"], record["target_sparsity"]): record for record in records}
-    tables.line(console, "What was gained:")
+    report.line(console, "What was gained:")
     for (method, target), record in found.items():
         uniform = found.get((method.removesuffix("_ww"), target))
         if method.endswith("_ww") and uniform:
             gain = _change(uniform, record, "uniform", "by alpha")
-            tables.line(console, f"{uniform['method']} at {target:g}: {gain}")
+            report.line(console, f"{uniform['method']} at {target:g}: {gain}")
     for target in sorted({target for _, target in found if target}):
         rows = [record for (_, other), record in found.items() if other == target]
         first, best = found.get(("wanda", target)), min(rows, key=lambda record: record["perplexity"])
         if first and best is not first:
-            tables.line(console, f"best at {target:g}: {_change(first, best, 'wanda', best['method'])}")
+            report.line(console, f"best at {target:g}: {_change(first, best, 'wanda', best['method'])}")
 
 
 def _change(before: dict, after: dict, *names: str) -> str:
@@ -96,13 +99,13 @@ def show_answer(records: Sequence[dict], console: Console) -> None:
     """Let the saved model continue one prompt."""
     saved = [record for record in records if record.get("saved_model") and Path(record["saved_model"]).is_dir()]
     for record in saved[:1]:
-        source = models.locate(record["saved_model"], record["flags"]["cache_dir"])
-        tokenizer, model = models.load_tokenizer(source), models.load_llm(source, torch.float32, "cpu")
+        source = locate.locate(record["saved_model"], record["flags"]["cache_dir"])
+        tokenizer, model = load.load_tokenizer(source), load.load_llm(source, torch.float32, "cpu")
         ids = tokenizer(PROMPT, return_tensors="pt")
         with torch.inference_mode():
             out = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)
-        tables.line(console, f"\nThe saved model, {record['saved_model']}, continues:")
-        tables.line(console, tokenizer.decode(out[0], skip_special_tokens=True))
+        report.line(console, f"\nThe saved model, {record['saved_model']}, continues:")
+        report.line(console, tokenizer.decode(out[0], skip_special_tokens=True))
 
 
 def run(demo: Demo) -> int:
@@ -115,12 +118,12 @@ def run(demo: Demo) -> int:
         show(records, console)
         show_gain(records, console)
         sweep.plot(records, folder / "demo.png")
-        tables.line(console, f"written: {folder}/demo.png")
+        report.line(console, f"written: {folder}/demo.png")
         show_answer(records, console)
     again = f"--prune_method sparsegpt_ww --sparsity_ratio 0.5 --epsilon {demo.epsilon} --save_model out"
-    tables.line(console, f"\nNext, on more text and with the model kept ({NEXT} on two cores):")
+    report.line(console, f"\nNext, on more text and with the model kept ({NEXT} on two cores):")
     python = shlex.quote(sys.executable)
-    tables.line(console, f"{python} main.py {' '.join(TEXTS)} --seqlen 512 --nsamples 16 --eval_windows 10 {again}")
+    report.line(console, f"{python} main.py {' '.join(TEXTS)} --seqlen 512 --nsamples 16 --eval_windows 10 {again}")
     return 1 if None in every else 0
 
 

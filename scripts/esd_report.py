@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import UserError, experiment, files
-from lib.blocks import Weights
-from lib.command import Flags, command, flag, make_parser
-from lib.esd import NoFit, PowerLaw, Spectrum, fit_tail, peak_candidates, spectrum
-from lib.layers import Layer
-from lib.lazy import numpy, torch
-from lib.settings import Experiment, Metric, Model, Spectra
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.cli.settings import Experiment, Metric, Model, Spectra
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.lazy import numpy, torch
+from lib.models.layers import Layer
+from lib.models.weights import Weights
+from lib.run import pipeline
+from lib.spectra.spectrum import NoFit, Spectrum, spectrum
+from lib.spectra.tail import PowerLaw, fit_tail, peak_candidates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,14 +79,14 @@ class Report(NamedTuple):
 
 def report(settings: Settings) -> Path:
     """Write the report and return its page."""
-    run, session, out = settings.experiment(), experiment.Session(), Path(settings.save)
+    run, session, out = settings.experiment(), pipeline.Session(), Path(settings.save)
     task = run.task()
-    known = experiment.prepare(run, task, session)
+    known = pipeline.prepare(run, task, session)
     names = [layer.name for layer in known.layers]
     chosen = [] if settings.layers is None else [_full_name(name, names) for name in settings.layers.split(",")]
     weights = session.weights(known)
-    values = experiment.measure_values(run, task, weights, known, session)
-    ratios = experiment.make_plan(run, task, known.layers, values).ratios
+    values = pipeline.measure_values(run, task, weights, known, session)
+    ratios = pipeline.make_plan(run, task, known.layers, values).ratios
     title = f"sparsity {run.sparsity_ratio:g}, epsilon {run.epsilon:g}, {run.mapping_type}"
     about = Report(known.source.name, run.ww_metric, known.layers, values, ratios, title)
     spectra = _spectra(weights, chosen or _typical(values), run)
@@ -112,7 +116,7 @@ def _typical(values: Mapping[str, float]) -> list[str]:
 def _spectra(weights: Weights, names: Sequence[str], run: Experiment) -> dict[str, Spectrum]:
     """Return the spectra of the layers ``names``, in that order, on the CPU."""
     found = {}
-    how = experiment.metric_settings(run)
+    how = pipeline.metric_settings(run)
     for block in weights.visit():
         for name in block.linears.keys() & set(names):
             spec = spectrum(block.linears[name].weight, how.driver, how.farms)

@@ -13,8 +13,9 @@ from subprocess import PIPE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib import UserError
-from lib.command import Flags, answer
+from lib.cli.command import answer
+from lib.cli.flags import Flags
+from lib.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5  # of --compare: each model as many times, in turns
@@ -47,12 +48,14 @@ def load(model: str, cache_dir: str):
     """Return the model of a packed folder, or a dense one in bfloat16 on the CPU, and its tokenizer."""
     import torch
 
-    from lib import models, sparse
+    from lib import sparse
+    from lib.models import load as loading
+    from lib.models import locate
 
-    source = models.locate(model, cache_dir)
+    source = locate.locate(model, cache_dir)
     if sparse.is_packed(Path(source.path)):
-        return sparse.load_packed(source.path), models.load_tokenizer(source)
-    return models.load_llm(source, torch.bfloat16, torch.device("cpu")), models.load_tokenizer(source)
+        return sparse.load_packed(source.path), loading.load_tokenizer(source)
+    return loading.load_llm(source, torch.bfloat16, torch.device("cpu")), loading.load_tokenizer(source)
 
 
 def generate(model, tokenizer, args: argparse.Namespace, before: int, stream: bool) -> dict:
@@ -160,15 +163,16 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def check_model(model: str, args: argparse.Namespace) -> None:
     """Refuse a model that cannot continue the prompt by as many tokens, as far as its files tell without weights."""
-    from lib import models
+    from lib.models import load as loading
+    from lib.models import locate
 
-    source = models.locate(model, args.cache_dir)
-    skeleton, tokenizer = models.load_skeleton(source), models.load_tokenizer(source)
+    source = locate.locate(model, args.cache_dir)
+    skeleton, tokenizer = loading.load_skeleton(source), loading.load_tokenizer(source)
     ids = tokenizer(args.prompt, return_tensors="pt", verbose=False).input_ids
-    count, context = ids.shape[1], models.context_length(skeleton)
+    count, context = ids.shape[1], loading.context_length(skeleton)
     if not count:
         raise UserError(None, f"{model}: its tokenizer finds no token in the prompt; give a longer one")
-    models.check_vocabulary(model, skeleton, ids)
+    loading.check_vocabulary(model, skeleton, ids)
     if context is None or count + args.tokens <= context:
         return
     has = f"the prompt has {count} tokens and {model} a context of {context}"
@@ -181,7 +185,7 @@ def work(args: argparse.Namespace) -> None:
     """Generate, and compare if asked."""
     import torch
 
-    from lib.sparse import loading  # noqa: F401  (with transformers, before the memory is measured)
+    pass  # noqa: F401  (with transformers, before the memory is measured)
 
     check_flags(args)
     try:

@@ -16,14 +16,16 @@ from bench_metrics import plain_fit, plain_spectrum
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib import scores
-from lib.allocation import SparsityPlan
-from lib.blocks import weights_of
-from lib.calibration import STATISTICS, completed, enter_blocks
-from lib.esd import DRIVERS, alpha_mid, fit_tail, spectrum
-from lib.metrics import InFlight
-from lib.prune import walk
-from lib.pruners import PRUNERS, VARIANTS, Pruner
+from lib.allocation import block_scores as scores
+from lib.calibration.hidden import enter_blocks
+from lib.calibration.statistics import STATISTICS, completed
+from lib.models.weights import weights_of
+from lib.pruning.plan import SparsityPlan
+from lib.pruning.pruners import PRUNERS, VARIANTS, Pruner
+from lib.pruning.walk import walk
+from lib.spectra.measure import InFlight
+from lib.spectra.spectrum import DRIVERS, spectrum
+from lib.spectra.tail import alpha_mid, fit_tail
 
 RATIO, NM = 0.5, (2, 4)
 BLOCKS, SAMPLES = 32, 128  # of a LLaMA-7B, and of the published calibration

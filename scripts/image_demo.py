@@ -15,9 +15,12 @@ from rich.console import Console
 from image_classifiers import data, main, models
 from image_classifiers.evaluation import accuracy
 from image_classifiers.settings import ImageExperiment
-from lib import UserError, files, tables
-from lib.command import Flags, command, flag, make_parser, parse
-from lib.lazy import torch
+from lib.cli.command import command, make_parser, parse
+from lib.cli.flags import Flags, flag
+from lib.core import files
+from lib.core.errors import UserError
+from lib.core.lazy import torch
+from lib.run import report
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("magnitude", "magnitude_ww", "magnitude_price", "wanda", "wanda_ww", "wanda_price")
@@ -109,7 +112,7 @@ def show(name: str, dense: dict, records: dict) -> None:
     for method in METHODS:
         rows.append((method, *(f"{records[method, s]['accuracy']['top1']:.2f}" for s in SPARSITIES)))
     title = f"{name}: top-1 % of {dense['accuracy']['images']} test images"
-    tables.show(Console(), title, ("method", *(f"{sparsity:.0%}" for sparsity in SPARSITIES)), rows)
+    report.show(Console(), title, ("method", *(f"{sparsity:.0%}" for sparsity in SPARSITIES)), rows)
 
 
 def plot(found: dict[str, tuple[dict, dict]], path: Path) -> None:

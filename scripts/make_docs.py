@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as when one of the scripts is run
 sys.path.insert(0, str(Path(__file__).resolve().parent / "speedup"))
 
-from lib import UserError
-from lib.command import Flags, command, flag, make_parser
-from lib.files import save_figure, write_atomically
-from lib.pruners import PRUNERS
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.core.errors import UserError
+from lib.core.files import save_figure, write_atomically
+from lib.pruning.pruners import PRUNERS
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = [

@@ -11,11 +11,14 @@ from typing import ClassVar, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import alps, models, price
-from lib.command import Flags, command, flag, make_parser
-from lib.layers import prunable_layers
-from lib.lazy import torch, transformers
-from lib.pruners import PRUNERS
+from lib.allocation import price
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.core.lazy import torch, transformers
+from lib.models import memory as models
+from lib.models.layers import prunable_layers
+from lib.pruning import alps
+from lib.pruning.pruners import PRUNERS
 
 # Hidden and inner width, blocks, heads, heads of keys and values, vocabulary: LLaMA 1 and 2, LLaMA 3.1's 405B.
 SIZES = {

@@ -16,15 +16,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 
 import main as program
-from lib import UserError, files, first_line, models
-from lib.command import check_values, command, flag, make_parser
-from lib.experiment import Session
-from lib.lazy import torch
-from lib.pruners import DAMPED, ITERATED, VARIANTS
-from lib.record import changed_inputs, inputs_of, is_complete, read_run
-from lib.registry import check_name
-from lib.settings import METHODS, Experiment
-from lib.tables import spread_of
+from lib.cli.command import command, make_parser
+from lib.cli.flags import check_values, flag
+from lib.cli.settings import METHODS, Experiment
+from lib.core import files
+from lib.core.errors import UserError, first_line
+from lib.core.lazy import torch
+from lib.core.names import check_name
+from lib.models import locate
+from lib.pruning.pruners import DAMPED, ITERATED, VARIANTS
+from lib.run.pipeline import Session
+from lib.run.record import changed_inputs, inputs_of, is_complete, read_run
+from lib.run.report import spread_of
 
 log = logging.getLogger("main")
 
@@ -336,7 +339,7 @@ def measured(records: Sequence[dict | None]) -> list[dict]:
 def run(sweep: Sweep) -> int:
     """Run the sweep; return 0, or 1 if a setting failed."""
     files.prepare("save", Path(sweep.save))
-    models.locate(sweep.model, sweep.cache_dir)  # or every setting would fail
+    locate.locate(sweep.model, sweep.cache_dir)  # or every setting would fail
     if "epsilon" in sweep.given and sweep.idle():  # not refused: the published scripts give it for all their methods
         log.warning("--epsilons %s: does nothing with --methods %s", ",".join(sweep.idle()), sweep.prune_method)
     start_up, begin = _since_start(), time.perf_counter()

@@ -15,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
-from lib import UserError, tables
-from lib.command import Flags, command, flag, make_parser
-from lib.record import parsed
-from lib.tables import Spread, commit_text, spread_of
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
+from lib.core.errors import UserError
+from lib.run import report
+from lib.run.record import parsed
+from lib.run.report import Spread, commit_text, spread_of
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published_results.json"
 PRUNERS = ("dense", "magnitude", "wanda", "sparsegpt", "alps")  # the order of the rows; others come after them
@@ -280,8 +282,8 @@ def show(lines: list[list[str]], title: str, form: str) -> None:
     """Print the ``lines``, headings first, in a format of FORMATS."""
     if form == "text":
         console = Console(width=10_000)  # never squeezed into the 80 columns that rich takes a file to have
-        tables.line(console, title)
-        tables.show(console, "", lines[0], lines[1:])
+        report.line(console, title)
+        report.show(console, "", lines[0], lines[1:])
     elif form == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
     else:

@@ -20,11 +20,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import main
-from lib import evaluation, price
-from lib.blocks import Weights, weights_of
-from lib.command import parse
-from lib.models import load_llm, locate
-from lib.settings import Experiment
+from lib.allocation import price
+from lib.cli.command import parse
+from lib.cli.settings import Experiment
+from lib.evaluation import zero_shot
+from lib.models.load import load_llm
+from lib.models.locate import locate
+from lib.models.weights import Weights, weights_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -54,7 +56,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def metrics_stay_with_the_test(monkeypatch):
     """Cache metrics below the current folder, which tests change, and not in the repository."""
-    monkeypatch.setattr("lib.experiment.in_repository", lambda name: name)
+    monkeypatch.setattr("lib.run.pipeline.in_repository", lambda name: name)
 
 
 @pytest.fixture(scope="session")
@@ -124,9 +126,9 @@ def few_tasks(monkeypatch, tmp_path_factory):
     for name in ("super_glue", "glue", "hellaswag", "winogrande", "arc", "openbookqa"):
         shutil.copytree(Path(lister.__file__).parent / name, folder / name)
     monkeypatch.setattr(lister, "__file__", str(folder / "__init__.py"))
-    evaluation._tasks_in.cache_clear()
+    zero_shot._tasks_in.cache_clear()
     yield
-    evaluation._tasks_in.cache_clear()
+    zero_shot._tasks_in.cache_clear()
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:

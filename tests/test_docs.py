@@ -8,12 +8,12 @@ import pytest
 from conftest import ROOT, settings
 from test_layout import tracked
 
-from lib import UserError
-from lib.allocation import ALLOCATIONS
-from lib.data import DATASETS
-from lib.esd import METRICS, WEIGHTWATCHER
-from lib.layers import FAMILIES, SUPPORTED
-from lib.pruners import PRUNERS
+from lib.allocation.formulas import ALLOCATIONS
+from lib.calibration.texts import DATASETS
+from lib.core.errors import UserError
+from lib.models.layers import FAMILIES, SUPPORTED
+from lib.pruning.pruners import PRUNERS
+from lib.spectra.tail import METRICS, WEIGHTWATCHER
 from scripts import make_docs
 
 DOCUMENTS = sorted(name for name in tracked() if name.endswith(".md") and not name.startswith("tests/"))
@@ -166,9 +166,9 @@ def check_command(words: list[str]) -> None:
         if unknown and path.stem in ("sweep", "compare_allocations"):  # the rest is main.py's
             settings(unknown)
         elif unknown and path.stem == "finetune_lm":  # the rest is the Trainer's, whose parser has no fast import
-            from lora_ft.finetune_lm import trainer_parser
+            from lora_ft.training import TrainerParser
 
-            trainer_parser().parse_args(unknown)
+            TrainerParser(make_docs.parser_of(path)).parse_args(unknown)
         elif unknown:
             make_docs.parser_of(path).parse_args(rest)
     else:  # its flags are declared where it runs
@@ -178,8 +178,9 @@ def check_command(words: list[str]) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_command_in_the_documents_parses(name, monkeypatch):
-    monkeypatch.setattr("lib.data.check_text", lambda *_: None)  # a local text in an example need not exist
-    monkeypatch.setattr("lib.plans.read_plan", lambda _: {"target": 0.7, "layers": {}})  # nor a plan
+    # A local text in an example need not exist.
+    monkeypatch.setattr("lib.calibration.texts.check_text", lambda *_: None)
+    monkeypatch.setattr("lib.pruning.plan.read_plan", lambda _: {"target": 0.7, "layers": {}})  # nor a plan
     for words in commands_of(read(name)):
         try:
             check_command(words)

@@ -15,9 +15,10 @@ import transformers
 from conftest import ROOT
 
 import main
-from lib import files, models, stream
-from lib.layers import prunable_layers
-from lib.settings import METHODS
+from lib.cli.settings import METHODS
+from lib.core import files
+from lib.models import load, locate, safetensors_io
+from lib.models.layers import prunable_layers
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     shutil.copytree(tiny_folder, "mismatched")  # half the embeddings that the tokenizer has tokens
     config = json.loads(Path("mismatched/config.json").read_text())
     Path("mismatched/config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-    layers = prunable_layers(models.load_skeleton(models.locate("tiny-llama", "unused")))
+    layers = prunable_layers(load.load_skeleton(locate.locate("tiny-llama", "unused")))
     about = {"model": "other-model", "metric": "alpha_peak", "layers": [layer.name for layer in layers]}
     about |= {"shapes": [list(layer.shape) for layer in layers], "mean_abs": [1.0] * 21}
     Path("foreign/alpha_peak.json").write_text(json.dumps(about))
@@ -329,7 +330,7 @@ def check_one_line(capsys, status: int, say: str) -> str:
 def test_refused_before_the_model_is_loaded(typed, say, place, capsys, monkeypatch, request):
     if "--eval_zero_shot" in typed:
         request.getfixturevalue("few_tasks")
-    monkeypatch.setattr(models, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(load, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
     before = everything(place)
     check_one_line(capsys, status_of(arguments(typed)), say)
     assert everything(place) == before
@@ -339,7 +340,7 @@ def test_refused_before_the_model_is_loaded(typed, say, place, capsys, monkeypat
 def test_a_cache_that_cannot_be_written_is_known_before_the_conversion(cache, place, capsys, monkeypatch):
     Path("taken").mkdir()
     Path("taken/smollm2-135m").write_text("a file")
-    monkeypatch.setattr(models, "_smollm2_gguf", lambda: Path("bad.gguf"))
+    monkeypatch.setattr(locate, "_smollm2_gguf", lambda: Path("bad.gguf"))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: pytest.fail("it is converted"))
     before = everything(place)
     line = check_one_line(capsys, status_of(arguments(f"--model smollm2-135m --cache_dir {cache}")), "--cache_dir")
@@ -403,7 +404,7 @@ def test_hub_that_cannot_be_reached(place, capsys, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them\nmore")
 
-    monkeypatch.setattr(models, "check_hub", lambda: None)
+    monkeypatch.setattr(load, "check_hub", lambda: None)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
     before = everything(place)
     line = check_one_line(capsys, status_of(arguments(f"{WANDA} --model meta-llama/Llama-2-7b-hf")), "--model DIR")
@@ -416,9 +417,9 @@ def test_hub_text_that_cannot_be_reached(place, capsys, monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach the Hub")
 
-    monkeypatch.setattr("lib.data.check_hub", lambda: None)
+    monkeypatch.setattr("lib.calibration.texts.check_hub", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    monkeypatch.setattr(models, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(load, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
     before = everything(place)
     for typed in (f"{WANDA} --calib_data c4", f"{WANDA} --eval_data wikitext2"):
         line = check_one_line(capsys, status_of(arguments(typed)), "give wiki_leads")
@@ -431,7 +432,7 @@ def test_model_that_is_not_supported(place, capsys, monkeypatch):
         vocab_size=300, n_embd=32, n_layer=2, n_head=4, architectures=["GPT2LMHeadModel"]
     ).save_pretrained("gpt2")
     Path("gpt2/model.safetensors").write_bytes(b"")
-    monkeypatch.setattr(models, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(load, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
     check_one_line(capsys, status_of(arguments(f"{WANDA} --model gpt2")), "GPT2LMHeadModel")
     assert not Path("save").exists()
 
@@ -445,7 +446,7 @@ def full(*_, **__):
 
 def test_disk_that_is_too_full_is_known_before_loading(place, capsys, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    monkeypatch.setattr(models, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(load, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
     before = everything(place)
     check_one_line(capsys, status_of(arguments(f"{WANDA} --save_model kept")), "full")
     assert everything(place) == before
@@ -454,14 +455,14 @@ def test_disk_that_is_too_full_is_known_before_loading(place, capsys, monkeypatc
 @pytest.mark.parametrize("block", ["block-00001", "edges-00000"])
 @pytest.mark.parametrize("stream_it", ["never", "always"])
 def test_disk_full_while_the_model_is_saved(block, stream_it, place, capsys, monkeypatch):
-    write = stream.os.fsync
+    write = safetensors_io.os.fsync
 
     def until_full(descriptor: int) -> None:
         if block in os.readlink(f"/proc/self/fd/{descriptor}"):
             full()
         write(descriptor)
 
-    monkeypatch.setattr(stream.os, "fsync", until_full)
+    monkeypatch.setattr(safetensors_io.os, "fsync", until_full)
     flags = f"{WANDA} --save_model kept --stream {stream_it}"
     check_one_line(capsys, status_of(arguments(flags)), "No space left")
     assert not Path("kept/wanda_0.5").exists() and not list(Path("kept").rglob("*.safetensors.*"))
@@ -469,7 +470,7 @@ def test_disk_full_while_the_model_is_saved(block, stream_it, place, capsys, mon
     lost = stream_it == "always" and "edges" not in block  # a streamed block has no other place: the run ends there
     assert figures == (set() if lost else {"layers", "perplexity", "run"})
     # and the same command resumes once there is room
-    monkeypatch.setattr(stream.os, "fsync", write)
+    monkeypatch.setattr(safetensors_io.os, "fsync", write)
     assert status_of(arguments(flags)) == 0
     assert Path("kept/wanda_0.5/config.json").is_file()
 
@@ -495,7 +496,7 @@ def test_out_of_memory_is_one_line(place, capsys, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
 
-    monkeypatch.setattr(main.prune, "walk", fail)
+    monkeypatch.setattr(main.walk, "walk", fail)
     check_one_line(capsys, status_of(arguments(WANDA)), "lower --nsamples")
 
 

@@ -14,18 +14,23 @@ from conftest import ROOT, on_cpu, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import main
-from lib import UserError, experiment, models, prune
-from lib.allocation import ALLOCATIONS, MAPPINGS, SparsityPlan, heavy_tailed, uniform
-from lib.blocks import Weights, weights_of
-from lib.calibration import enter_blocks
-from lib.data import evaluation_windows
-from lib.esd import METRICS, spectrum
-from lib.evaluation import perplexity
-from lib.layers import prunable_layers
-from lib.metrics import measure
-from lib.prune import walk
-from lib.pruners import PRUNERS
-from lib.settings import METHODS, Task
+from lib.allocation.formulas import ALLOCATIONS, MAPPINGS, heavy_tailed, uniform
+from lib.calibration.hidden import enter_blocks
+from lib.calibration.texts import evaluation_windows
+from lib.cli.settings import METHODS, Task
+from lib.core.errors import UserError
+from lib.evaluation.perplexity import perplexity
+from lib.models import load
+from lib.models.layers import prunable_layers
+from lib.models.weights import Weights, weights_of
+from lib.pruning import walk as prune
+from lib.pruning.plan import SparsityPlan
+from lib.pruning.pruners import PRUNERS
+from lib.pruning.walk import walk
+from lib.run import pipeline
+from lib.spectra.measure import measure
+from lib.spectra.spectrum import spectrum
+from lib.spectra.tail import METRICS
 
 # ---------------------------------------------------------------------------------------- the published code's figures
 
@@ -294,7 +299,7 @@ def test_every_metric_and_mapping_steers_the_plan(metric, mapping, tiny_weights)
     flags = "--model m --prune_method magnitude_ww --sparsity_ratio 0.5 --epsilon 0.2"
     asked = settings(f"{flags} --ww_metric {metric} --mapping_type {mapping}")
     values = measure(metric, "tiny", tiny_weights).values
-    planned = experiment.make_plan(asked, asked.task(), tiny_weights.layers, values).ratios
+    planned = pipeline.make_plan(asked, asked.task(), tiny_weights.layers, values).ratios
     assert len(set(planned.values())) == (3 if mapping == "block_wise" else 21)
     if mapping == "layer_wise":  # the more of the metric, the more is pruned
         assert sorted(values, key=values.get) == sorted(planned, key=planned.get)
@@ -310,7 +315,7 @@ def test_the_metric_of_a_run_is_cached_under_the_models_name(tiny_run):
 def test_the_metric_is_read_the_second_time(tiny_run, monkeypatch):
     flags = "--prune_method magnitude_ww --sparsity_ratio 0.5"
     first = tiny_run(flags)
-    monkeypatch.setattr("lib.metrics.spectrum", None)
+    monkeypatch.setattr("lib.spectra.measure.spectrum", None)
     assert tiny_run(flags)["perplexity"] == first["perplexity"]
 
 
@@ -412,7 +417,7 @@ def test_a_failing_evaluation_leaves_the_model_and_the_layers(error, keep, tiny_
 
 def test_the_model_is_saved_before_it_is_evaluated(tiny_run, monkeypatch):
     order = []
-    for room, name in ((prune, "walk"), (models, "complete_folder"), (main.evaluation, "perplexity_by_blocks")):
+    for room, name in ((prune, "walk"), (load, "complete_folder"), (main.evaluation, "perplexity_by_blocks")):
         real = getattr(room, name)
         monkeypatch.setattr(room, name, lambda *a, real=real, name=name, **k: order.append(name) or real(*a, **k))
     tiny_run("--prune_method wanda --sparsity_ratio 0.5 --save_model kept")

@@ -8,12 +8,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib import calibration, models
-from lib.allocator import keep_freed_memory
-from lib.calibration import completed, hessian, squared_norms, symmetric
-from lib.layers import prunable_layers
-from lib.pruners import PRUNERS, refitted
-from lib.sparsegpt import BLOCK, inverse_factor, repair, repair_group
+from lib.calibration import statistics as calibration
+from lib.calibration.statistics import completed, hessian, squared_norms, symmetric
+from lib.core.allocator import keep_freed_memory
+from lib.models import memory
+from lib.models.layers import prunable_layers
+from lib.pruning.pruners import PRUNERS, refitted
+from lib.pruning.sparsegpt import BLOCK, inverse_factor, repair, repair_group
 
 SIZE = 2048
 MATRIX = 4 * SIZE * SIZE  # bytes, float32
@@ -223,5 +224,5 @@ def test_a_7b_is_pruned_beside_its_weights_on_a_card_of_24_gb(name):
     work = max(work, PRUNERS[name].copies * 4 * 11008 * 4096)
     assert weights + statistics + max(work, activations) <= 14 * gib + statistics
     hessians = PRUNERS[name].statistic == "hessian"
-    bound = models.working_set(model, torch.float16, hessians, 128, tokens, PRUNERS[name].copies)
+    bound = memory.working_set(model, torch.float16, hessians, 128, tokens, PRUNERS[name].copies)
     assert weights + bound <= 24e9  # hidden states of all windows on the card, and whatever else is held at once

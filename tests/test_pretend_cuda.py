@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM
 import main
 from image_classifiers import main as image_main
 from image_classifiers.models import save as save_image_model
-from lib import calibration, metrics
-from lib.allocation import ALLOCATIONS
-from lib.esd import METRICS, WEIGHTWATCHER
-from lib.models import locate
-from lib.pruners import PRUNERS
+from lib.allocation.formulas import ALLOCATIONS
+from lib.calibration import statistics
+from lib.models.locate import locate
+from lib.pruning.pruners import PRUNERS
+from lib.spectra import measure
+from lib.spectra.tail import METRICS, WEIGHTWATCHER
 from lora_ft import evaluate_ppl, merge
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -247,7 +248,7 @@ NEAR = {"perplexity": 1e-4, "sparsity": 2e-3, "planned_ratio": 2e-6}
 @pytest.fixture
 def rehearse(runs, monkeypatch):
     """Return a function of flags: it runs them on the pretend device and on the CPU, and compares."""
-    monkeypatch.setattr(calibration, "HESSIANS", calibration.GPU_HESSIANS)  # added up as a GPU does
+    monkeypatch.setattr(statistics, "HESSIANS", statistics.GPU_HESSIANS)  # added up as a GPU does
 
     def both(flags: str, free: int = FREE, **more) -> dict:
         with pretend_cuda(free) as cuda:
@@ -330,8 +331,8 @@ def test_every_metric(metric, runs):
 def test_metrics_of_the_gpu_or_of_the_cores(cpu, flags, runs, monkeypatch, caplog):
     """Let the matrices that are left after the trial go to the CPU, and to the GPU."""
     ticks = iter([0, 0, 0, 1, 1, 1 + (0 if cpu else 1000)])
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    monkeypatch.setattr(metrics, "_FEW_WORKERS", 1)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(measure, "_FEW_WORKERS", 1)
     with pretend_cuda(), caplog.at_level("INFO"):
         runs(f"--metrics_only --ww_metric alpha --ww_metric_cache ../raced {flags}", "work")
     assert f"computed on the {'CPU' if cpu else 'GPU'}" in caplog.text
@@ -341,8 +342,8 @@ def test_metrics_of_the_gpu_or_of_the_cores(cpu, flags, runs, monkeypatch, caplo
 
 @pytest.mark.parametrize("flags", ["", "--stream always"])
 def test_metrics_of_several_matrices_in_flight(flags, runs, monkeypatch):
-    started, submit = [], metrics.InFlight.submit
-    monkeypatch.setattr(metrics.InFlight, "submit", lambda *args: started.append(submit(*args)) or started[-1])
+    started, submit = [], measure.InFlight.submit
+    monkeypatch.setattr(measure.InFlight, "submit", lambda *args: started.append(submit(*args)) or started[-1])
     with pretend_cuda():
         runs(f"--metrics_only --esd_driver fast --ww_metric alpha --ww_metric_cache ../flown {flags}", "work")
     runs("--metrics_only --esd_driver fast --ww_metric alpha --ww_metric_cache ../here --dtype float16", "work")
@@ -405,7 +406,7 @@ def test_a_device_that_is_too_small_for_anything_is_an_error(tiny_folder, tiny_t
 @pytest.fixture
 def no_room_is_kept(monkeypatch):
     """Let the weights take all of the device: what is kept for the work is a gigabyte and more."""
-    monkeypatch.setattr("lib.models.working_set", lambda *_: 0)
+    monkeypatch.setattr("lib.models.memory.working_set", lambda *_: 0)
 
 
 @pytest.mark.parametrize("method", fast(["wanda_owl", "sparsegpt_er", "magnitude_global", "wanda_ww"], 2))

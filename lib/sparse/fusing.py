@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lib import UserError
-from lib.sparse.attention import group_attention
+from lib.core.errors import UserError
+from lib.sparse.decode import compile_steps, group_attention
 from lib.sparse.kernel import KINDS, Kernel, Unavailable, load
 from lib.sparse.layers import DenseLinear, Shared, SparseLinear
-from lib.sparse.steps import compile_steps
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "csrc"
 HEADERS, SOURCES = (sorted(_FOLDER.glob(ending)) for ending in ("*.h", "*.cpp"))
 # Instruction sets, the best first. The flags are spelled as the compiler's -m and, but for "_", as in /proc/cpuinfo.
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx2", "fma", "f16c", "popcnt")

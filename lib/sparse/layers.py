@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import UserError
+from lib.core.errors import UserError
 from lib.sparse.kernel import KINDS, MOST_TOKENS, Kernel, Matrix, load, multiplies
 from lib.sparse.packed import Packed, pack, row_starts, unpack
 

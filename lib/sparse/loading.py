@@ -9,12 +9,12 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from lib import UserError, first_line
-from lib.skeletons import empty_model, generation_config, untie
+from lib.core.errors import UserError, first_line
+from lib.models.load import Dtypes, Source, empty_model, generation_config, untie
 from lib.sparse.fusing import LEAST_ZEROS, fuse
 from lib.sparse.kernel import Unavailable, load
 from lib.sparse.layers import DenseLinear, SparseLinear
-from lib.sparse.packed import PADDING, Packed, kind_to_run_in, packed_files, read_file, undone
+from lib.sparse.packed import PADDING, Packed, is_packed, kind_to_run_in, packed_files, read_file, undone
 
 log = logging.getLogger(__name__)
 
@@ -110,3 +110,20 @@ def _fill(
 
 def _kind(content: torch.Tensor | Packed) -> torch.dtype:
     return content.values.dtype if isinstance(content, Packed) else content.dtype
+
+
+def refuse_packed(source: Source) -> None:
+    """Refuse a model whose folder is packed."""
+    if is_packed(Path(source.path)):
+        unpack = f"python scripts/speedup/pack.py {source.given} --unpack --save DIR"
+        raise UserError("model", f"{source.given}: is packed, which is for running it; unpack it first: {unpack}")
+
+
+def packed_dtypes(source: Source, dtype: str) -> Dtypes:
+    """Return the dtypes of a packed model; ``dtype``, a name of DTYPES, must not differ."""
+    kind = kind_to_run_in(Path(source.path))
+    name = str(kind).removeprefix("torch.")
+    if dtype not in ("auto", name):
+        text = f"{dtype}: {source.given} is packed and runs in {name}; leave --dtype out, or unpack it for another"
+        raise UserError("dtype", text)
+    return Dtypes(kind, kind)

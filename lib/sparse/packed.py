@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib import UserError
+from lib.core.errors import UserError
 from lib.sparse.kernel import PADDING
 
 # Not a name that transformers looks for: it would fill the weights that it does not find with random numbers.
@@ -84,9 +84,9 @@ def _bits(tensor: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- files
 
 
-def is_packed(folder: Path) -> bool:
+def is_packed(folder: Path | str) -> bool:
     """Return whether ``folder`` holds a packed model."""
-    return folder.is_dir() and any(folder.glob(f"*{SUFFIX}"))
+    return Path(folder).is_dir() and any(Path(folder).glob(f"*{SUFFIX}"))
 
 
 def pack_files(source: Path, target: Path) -> Counter:

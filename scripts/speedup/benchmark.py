@@ -29,8 +29,10 @@ from engines import ENGINES, ONE_SEQUENCE, SPARSE, energy_meter
 from rich.console import Console
 from rich.table import Table
 
-from lib import UserError, files, sparse
-from lib.record import provenance
+from lib import sparse
+from lib.core import files
+from lib.core.errors import UserError
+from lib.run.record import provenance
 
 log = logging.getLogger("main")  # whose level main.quiet() sets
 

@@ -12,9 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from engines import FILES
 
-from lib import UserError, models, prune, sparse
-from lib.command import Flags, answer
-from lib.layers import prunable_layers
+from lib import sparse
+from lib.cli.command import answer
+from lib.cli.flags import Flags
+from lib.core.errors import UserError
+from lib.models import load, locate
+from lib.models.layers import prunable_layers
+from lib.pruning import walk
 
 ROOT = Path(__file__).resolve().parents[2]
 OPSET = 14
@@ -53,7 +57,7 @@ def command(
 class Checkpoint(NamedTuple):
     """A model's folder on disk, the number of weights in its block matrices and its head, and the zeros."""
 
-    source: models.Source
+    source: load.Source
     block_weights: int
     head_weights: int
     zeros: int  # of the block matrices
@@ -76,9 +80,9 @@ class Checkpoint(NamedTuple):
         return (self.block_weights + self.head_weights) / (self.block_weights * (1 - sparsity) + self.head_weights)
 
 
-def locate_folder(model: str) -> models.Source:
+def locate_folder(model: str) -> load.Source:
     """Return the folder of ``model``: these commands read the weight files themselves, so a hub id is not enough."""
-    source = models.locate(model, str(ROOT / "llm_weights"))
+    source = locate.locate(model, str(ROOT / "llm_weights"))
     folder = Path(source.path)
     if not folder.is_dir():
         raise UserError(None, f"{model}: folder not found; fetch it first: hf download {model} --local-dir DIR")
@@ -98,11 +102,11 @@ def open_checkpoint(model: str) -> Checkpoint:
         UserError: an unknown model, not a supported causal language model, or missing weights.
     """
     source = locate_folder(model)
-    skeleton = models.load_skeleton(source)
+    skeleton = load.load_skeleton(source)
     layers = prunable_layers(skeleton)
     total = sum(layer.size for layer in layers)
     try:
-        zeros = round(prune.checkpoint_sparsity(Path(source.path), [layer.name for layer in layers]) * total)
+        zeros = round(walk.checkpoint_sparsity(Path(source.path), [layer.name for layer in layers]) * total)
     except Exception as error:  # safetensors has its own error class for a truncated file
         raise UserError(None, f"{model}: its weights cannot be read ({str(error).splitlines()[0]})") from error
     return Checkpoint(source, total, skeleton.get_output_embeddings().weight.numel(), zeros)

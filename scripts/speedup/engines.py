@@ -120,11 +120,12 @@ def _model(folder: Path, dtype: str, csr: bool, packed: bool):
     import torch
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from lib import models, sparse
-    from lib.layers import prunable_modules
+    from lib import sparse
+    from lib.models import load, locate
+    from lib.models.layers import prunable_modules
 
     kind = torch.float32 if dtype == "int8" else getattr(torch, dtype)
-    model = models.load_llm(models.locate(str(folder), ""), kind, torch.device("cpu"))
+    model = load.load_llm(locate.locate(str(folder), ""), kind, torch.device("cpu"))
     if packed:
         sparse.load_kernel()  # without it the model would stay as it is, and be measured under this name
         sparse.sparsify(model)

@@ -27,8 +27,11 @@ from engines import agreement
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from lib import UserError, data, files, models
-from lib.record import provenance
+from lib.calibration import texts
+from lib.core import files
+from lib.core.errors import UserError
+from lib.models import load, locate
+from lib.run.record import provenance
 
 # One file holds 2 GiB at most (protobuf); above that the weights go to a file beside it.
 ONE_FILE = 2**31 - 2**24
@@ -238,15 +241,15 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], te
 
 
 def _load(checkpoint: Checkpoint, length: int, text: str) -> tuple[PreTrainedModel, Tensor]:
-    skeleton = models.load_skeleton(checkpoint.source)
-    context = models.context_length(skeleton)
+    skeleton = load.load_skeleton(checkpoint.source)
+    context = load.context_length(skeleton)
     if length < 2 or (context is not None and length > context):
         raise UserError("sequence_length", f"{length}: must be at least 2 and at most the model's context, {context}")
     sliding = getattr(skeleton.config.get_text_config(), "sliding_window", None)
     if sliding and length > sliding:  # the graph has one mask for all blocks
         raise UserError("sequence_length", f"{length}: its blocks look back {sliding} tokens only; give at most that")
-    window = data.evaluation_windows(text, models.load_tokenizer(checkpoint.source), length, 1)
-    return models.load_llm(checkpoint.source, torch.float32, torch.device("cpu")), window
+    window = texts.evaluation_windows(text, load.load_tokenizer(checkpoint.source), length, 1)
+    return load.load_llm(checkpoint.source, torch.float32, torch.device("cpu")), window
 
 
 def _check_disk(checkpoint: Checkpoint, model: PreTrainedModel, length: int, out: Path, graphs: list[str]) -> None:
@@ -284,7 +287,7 @@ def add_export_flags(parser: argparse.ArgumentParser, several: bool = False) -> 
 
 
 def run(args: argparse.Namespace) -> None:
-    data.check_text("--text", args.text)
+    texts.check_text("--text", args.text)
     checkpoint = open_checkpoint(args.model)
     out = Path(args.out) if args.out else checkpoint.deployment
     check_free("--save", out, "export.json")
@@ -293,7 +296,7 @@ def run(args: argparse.Namespace) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(prog="export_onnx.py", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help=f"local folder, .gguf file or {models.SMOLLM2}")
+    parser.add_argument("model", metavar="MODEL", help=f"local folder, .gguf file or {locate.SMOLLM2}")
     parser.add_argument("--save", dest="out", metavar="DIR", help="where the graphs go (default: MODEL/deployment)")
     add_export_flags(parser)
     return parser

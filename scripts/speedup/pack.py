@@ -7,7 +7,9 @@ from pathlib import Path
 
 from checkpoints import Parser, check_free, check_sparse, command, open_checkpoint
 
-from lib import UserError, files, sparse
+from lib import sparse
+from lib.core import files
+from lib.core.errors import UserError
 
 
 def pack_folder(folder: Path, out: Path) -> Counter:

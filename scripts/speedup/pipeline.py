@@ -22,12 +22,14 @@ from checkpoints import (
 )
 from export_onnx import add_export_flags, describe, export
 
-from lib import UserError, data, models
-from lib.layers import prunable_modules
+from lib.calibration import texts
+from lib.core.errors import UserError
+from lib.models import load, locate
+from lib.models.layers import prunable_modules
 
 METHODS = ("magnitude", "magnitude_ww")  # of main.py, those that need no calibration text
 DEFAULT_SPARSITIES = [0.5, 0.7]
-DEFAULT = f"default: {models.SMOLLM2} --sparsity {' '.join(map(str, DEFAULT_SPARSITIES))}"
+DEFAULT = f"default: {locate.SMOLLM2} --sparsity {' '.join(map(str, DEFAULT_SPARSITIES))}"
 EPSILON = "0.1"  # half of the default: at a sparsity of 0.9 no matrix of SmolLM2 loses every weight
 
 
@@ -63,23 +65,23 @@ def stand_in(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     Its text is nonsense. Its latency equals that of the dense model, since only zeros affect it.
     """
     if not folder.is_dir():
-        model = models.load_llm(checkpoint.source, torch.float32, torch.device("cpu"))
+        model = load.load_llm(checkpoint.source, torch.float32, torch.device("cpu"))
         draw = torch.Generator().manual_seed(0)
         for linear in prunable_modules(model).values():
             weight = linear.weight.data
             zero = weight == 0
             spread = weight[~zero].std() if (~zero).sum() > 1 else torch.tensor(0.02)
             weight[zero] = torch.randn(int(zero.sum()), generator=draw) * spread
-        models.save_llm(model, models.load_tokenizer(checkpoint.source), folder)
+        load.save_llm(model, load.load_tokenizer(checkpoint.source), folder)
     return open_checkpoint(str(folder))
 
 
 def _check_args(args: argparse.Namespace) -> None:
     """Check everything that needs no model, before anything is created."""
     if not args.models:
-        args.models, args.sparsity = [models.SMOLLM2], args.sparsity or DEFAULT_SPARSITIES
+        args.models, args.sparsity = [locate.SMOLLM2], args.sparsity or DEFAULT_SPARSITIES
     benchmark.check_measuring_flags(args)
-    data.check_text("--text", args.text)
+    texts.check_text("--text", args.text)
     for sparsity in args.sparsity or ():
         if not LEAST_SPARSE <= sparsity < 1:
             raise UserError("sparsity", f"{sparsity}: must be at least {LEAST_SPARSE} and below 1")

@@ -10,10 +10,12 @@ from checkpoints import Checkpoint
 from engines import agreement, take_turns
 from torch import Tensor, nn
 
-from lib import UserError, files, models
-from lib.calibration import entry_device
-from lib.layers import prunable_modules
-from lib.record import provenance
+from lib.calibration.hidden import entry_device
+from lib.core import files
+from lib.core.errors import UserError
+from lib.models import load
+from lib.models.layers import prunable_modules
+from lib.run.record import provenance
 
 TOKENS = (1, 128, 2048)  # of the timed windows; a window of 1 is one step of decoding without its cache
 # Both models multiply in float16 and sum in float32, in another order: 11 bits of every activation, through all blocks.
@@ -79,14 +81,14 @@ def measure(checkpoint: Checkpoint, rounds: int = 20) -> dict:
     Raises:
         UserError: a matrix that is not 2:4, or logits that disagree.
     """
-    dense, sparse = (models.load_llm(checkpoint.source, torch.float16) for _ in range(2))
+    dense, sparse = (load.load_llm(checkpoint.source, torch.float16) for _ in range(2))
     linears = prunable_modules(sparse)
     check_two_of_four(linears)
     before, after = _convert(linears)
     vocabulary = dense.get_input_embeddings().weight.shape[0]
     rows = []
     for tokens in TOKENS:
-        if tokens > (models.context_length(dense) or tokens):
+        if tokens > (load.context_length(dense) or tokens):
             continue
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(vocabulary, (1, tokens), generator=draw).to(entry_device(dense))

@@ -6,7 +6,7 @@ build() {
   for name in multiply unpack multiply_many multiply_float solve_block enter_block attend_block leave_block take_step; do
     renamed+=("-D$name=${level}_$name")
   done
-  for source in "$(dirname "${BASH_SOURCE[0]}")"/../../lib/sparse/*.cpp; do
+  for source in "$(dirname "${BASH_SOURCE[0]}")"/../../lib/sparse/csrc/*.cpp; do
     "${CXX:-g++}" -O3 -std=c++17 "$@" "${renamed[@]}" -c "$source" -o "$level-$(basename "$source" .cpp).o"
   done
 }

@@ -144,7 +144,7 @@ struct Weight {  // [rows, columns] with a fraction of zeros, dense and packed
   Weight(const Weight&) = delete;
 };
 
-// Up to eight tokens: within 3e-6 of the sum of all |w x|, as tests/test_sparse.py has it.
+// Up to eight tokens: within 3e-6 of the sum of all |w x|, as tests/sparse/test_layers.py has it.
 void check_few(const Level& level, const Weight& w, bool half) {
   const int64_t rows = w.plain.rows, columns = w.plain.columns;
   for (int tokens = 1; tokens <= 8; tokens++) {

@@ -1,0 +1,250 @@
+"""Allocations: how the overall sparsity is distributed over layers, within the budget."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from lib.core.errors import UserError
+from lib.models.layers import Layer
+
+log = logging.getLogger(__name__)
+
+MAPPINGS = ("block_wise", "layer_wise")
+_NM_TOLERANCE = 1e-3  # of the parameters
+
+
+Values = Mapping[str, float]  # a number by layer name
+Ratios = dict[str, float]
+
+
+def uniform(layers: Sequence[Layer], target: float, values: Values | None = None) -> Ratios:
+    """Return the same ratio for every layer."""
+    return {layer.name: target for layer in layers}
+
+
+def heavy_tailed(
+    layers: Sequence[Layer], target: float, values: Values, epsilon: float, mapping_type: str
+) -> Ratios:
+    """Return ratios that grow linearly with a metric such as alpha (paper, section 3.2).
+
+    With x the metric scaled to [0, 1]: ratio = (1 - epsilon + 2 epsilon x) * c, with c chosen such that the mean ratio,
+    weighted by layer size, is the target.
+
+    Args:
+        values: the metric by layer name.
+        epsilon: half width of the map before scaling, in [0, 1].
+        mapping_type: ``block_wise`` (each matrix of a block gets the block's mean metric) or ``layer_wise``.
+    """
+    groups, x = _scaled_groups(layers, values, mapping_type)
+    ratios = spread([1 - epsilon + 2 * epsilon * value for value in x], _sizes(groups), target)
+    largest = _typed(largest_epsilon(layers, target, values, mapping_type))
+    _warn_of_cap(groups, ratios, f"--epsilon that needs no cap is {largest}")
+    return _by_name(groups, ratios)
+
+
+def largest_epsilon(layers: Sequence[Layer], target: float, values: Values, mapping_type: str) -> float:
+    """Return the largest epsilon, at most 1, with which ``heavy_tailed`` needs no cap: (1 - s) / (1 + s - 2 mean x)."""
+    groups, x = _scaled_groups(layers, values, mapping_type)
+    sizes = _sizes(groups)
+    room = 1 + target - 2 * sum(n * value for n, value in zip(sizes, x, strict=True)) / sum(sizes)
+    return 1.0 if room <= 1 - target else (1 - target) / room
+
+
+def _scaled_groups(
+    layers: Sequence[Layer], values: Values, mapping_type: str
+) -> tuple[list[list[Layer]], list[float]]:
+    """Return the groups that share a ratio, and the mean metric of each, scaled to [0, 1]."""
+    groups = _blocks(layers) if mapping_type == "block_wise" else [[layer] for layer in layers]
+    return groups, _scaled([sum(values[layer.name] for layer in group) / len(group) for group in groups])
+
+
+def outlier_weighted(layers: Sequence[Layer], target: float, values: Values, owl_lambda: float) -> Ratios:
+    """Return block ratios that fall linearly with the share of outliers +- ``owl_lambda`` (OWL: Yin et al., 2024).
+
+    Args:
+        values: each block's outlier ratio, by layer name.
+    """
+    groups = _blocks(layers)
+    x = _scaled([values[group[0].name] for group in groups])
+    return _around(groups, target, [-2 * owl_lambda * value for value in x], "--owl_lambda", owl_lambda)
+
+
+def dynamic(layers: Sequence[Layer], target: float, values: Values, dlp_alpha: float) -> Ratios:
+    """Return block ratios that fall linearly with the importance 1 - score / sum of scores (DLP: Chen et al., 2025).
+
+    Args:
+        values: each block's median score, by layer name.
+        dlp_alpha: half width of the map.
+    """
+    groups = _blocks(layers)
+    scores = [values[group[0].name] for group in groups]
+    if not sum(scores) > 0:
+        text = "_dlp: every block's median score is zero: the checkpoint is pruned by half already; use _owl"
+        raise UserError(None, text)
+    x = _scaled([1 - score / sum(scores) for score in scores])
+    return _around(groups, target, [-2 * dlp_alpha * value for value in x], "--dlp_alpha", dlp_alpha)
+
+
+def arithmetic(layers: Sequence[Layer], target: float, values: None, atp_beta: float) -> Ratios:
+    """Return target - beta (L-1)/2 + beta i for block i of L, with beta = ``atp_beta`` (ATP: arXiv 2502.14770)."""
+    groups = _blocks(layers)
+    return _around(groups, target, [atp_beta * i for i in range(len(groups))], "--atp_beta", atp_beta)
+
+
+def erdos_renyi(layers: Sequence[Layer], target: float, values: Values | None = None) -> Ratios:
+    """Return ratios, densities proportional to (n_in + n_out) / (n_in n_out), none above 1 (Mocanu et al., 2018)."""
+    return _erdos_renyi(layers, [], target)
+
+
+def erdos_renyi_plus(layers: Sequence[Layer], target: float, values: Values | None = None) -> Ratios:
+    """Return the same with the layers of the last block kept dense (ER-plus: Liu et al., 2022)."""
+    groups = _blocks(layers)
+    return _erdos_renyi([layer for group in groups[:-1] for layer in group], groups[-1], target)
+
+
+def from_shares(layers: Sequence[Layer], target: float, values: Values) -> Ratios:
+    """Return ``values``, shares of each layer's weights that add up to the target but for rounding, as ratios."""
+    groups = [[layer] for layer in layers]
+    return _by_name(groups, spread([values[layer.name] for layer in layers], _sizes(groups), target))
+
+
+class Allocation(NamedTuple):
+    """How the overall target is distributed over layers.
+
+    ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name. ``wants`` names what ``values``
+    hold: ``metric`` (--ww_metric), ``outlier_ratio``, ``median_score`` (from a calibration pass), ``lamp_score``,
+    ``magnitude_score`` (shares below one threshold), ``price`` (ratios of equal price), or None. ``flags`` names the
+    hyper-parameters.
+    """
+
+    share: Callable[..., Ratios]
+    wants: str | None = None
+    flags: tuple[str, ...] = ()
+
+
+# By the suffix of the method: <pruner>[_<allocation>].
+ALLOCATIONS: dict[str, Allocation] = {
+    "": Allocation(uniform),
+    "ww": Allocation(heavy_tailed, "metric", ("epsilon", "mapping_type")),
+    "owl": Allocation(outlier_weighted, "outlier_ratio", ("owl_lambda",)),
+    "dlp": Allocation(dynamic, "median_score", ("dlp_alpha",)),
+    "atp": Allocation(arithmetic, None, ("atp_beta",)),
+    "er": Allocation(erdos_renyi),
+    "er_plus": Allocation(erdos_renyi_plus),
+    "lamp": Allocation(from_shares, "lamp_score"),
+    "global": Allocation(from_shares, "magnitude_score"),
+    "price": Allocation(from_shares, "price"),
+}
+
+
+def _erdos_renyi(layers: Sequence[Layer], dense: Sequence[Layer], target: float) -> Ratios:
+    sizes = _sizes([[layer] for layer in layers])
+    kept = sum(_sizes([[layer] for layer in dense]))
+    budget = (1 - target) * (sum(sizes) + kept) - kept  # of weights to keep in ``layers``
+    if budget < 0 or not layers:
+        raise UserError(
+            "sparsity_ratio", f"{target}: cannot be met with the last block kept dense; lower it"
+        )
+    shapes = [layer.shape[:2] for layer in layers]  # of 1x1 convolutions too
+    densities = spread([(n_out + n_in) / (n_out * n_in) for n_out, n_in in shapes], sizes, budget / sum(sizes))
+    ratios = {layer.name: 1 - density for layer, density in zip(layers, densities, strict=True)}
+    return ratios | {layer.name: 0.0 for layer in dense}
+
+
+def _around(
+    groups: Sequence[Sequence[Layer]], target: float, offsets: Sequence[float], flag: str, width: float
+) -> Ratios:
+    """Return target + offset, shifted so that the mean weighted by size is the target, within [0, 1]."""
+    sizes = _sizes(groups)
+    mean = math.fsum(n * offset for n, offset in zip(sizes, offsets, strict=True)) / sum(sizes)
+    offsets = [offset - mean for offset in offsets]
+    ratios = spread([max(0.0, target + offset) for offset in offsets], sizes, target)
+    if max(offsets) > 0:
+        most = width * min((1 - target) / max(offsets), target / -min(offsets))
+        _warn_of_cap(groups, ratios, f"{flag} that needs no cap is {_typed(most)}", floor=target + min(offsets) < 0)
+    return _by_name(groups, ratios)
+
+
+def _blocks(layers: Sequence[Layer]) -> list[list[Layer]]:
+    return [list(group) for _, group in groupby(layers, key=lambda layer: layer.block)]
+
+
+def _sizes(groups: Sequence[Sequence[Layer]]) -> list[int]:
+    return [sum(layer.size for layer in group) for group in groups]
+
+
+def _scaled(values: Sequence[float]) -> list[float]:
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.5 for value in values]
+
+
+def _by_name(groups: Sequence[Sequence[Layer]], ratios: Sequence[float]) -> Ratios:
+    return {layer.name: ratio for group, ratio in zip(groups, ratios, strict=True) for layer in group}
+
+
+def _typed(value: float) -> str:
+    return f"{math.floor(1e4 * value) / 1e4:.4f}"  # rounded up it would bring the cap back
+
+
+def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
+    """Return ratios in proportion to ``shape`` whose mean weighted by ``sizes`` is ``target``, none above 1.
+
+    The excess above 1 is spread over the others in proportion, until none is above 1.
+    """
+    budget = target * sum(sizes)
+    capped: set[int] = set()
+    while True:
+        free = [i for i in range(len(shape)) if i not in capped]
+        room = budget - sum(sizes[i] for i in capped)
+        weight = math.fsum(sizes[i] * shape[i] for i in free)
+        if room > 0 and not weight:  # the rest has shape 0: proportions are undefined there
+            text = f"{target}: cannot be met by this allocation; lower it, or the allocation's width (epsilon)"
+            raise UserError("sparsity_ratio", text)
+        scale = room / weight if weight else 0
+        over = [i for i in free if scale * shape[i] > 1]
+        if not over:
+            return [1.0 if i in capped else scale * shape[i] for i in range(len(shape))]
+        capped.update(over)
+
+
+def _warn_of_cap(
+    groups: Sequence[Sequence[Layer]], ratios: Sequence[float], largest: str, floor: bool = False
+) -> None:
+    capped = [group for group, ratio in zip(groups, ratios, strict=True) if ratio == 1]
+    if not capped and not floor:
+        return
+    whole = len(groups[0]) > 1
+    names = ", ".join(str(group[0].block) if whole else group[0].name for group in capped)
+    what = f"{'blocks' if whole else 'layers'} {names} would need a sparsity above 1: capped at 1" if capped else ""
+    less = "some blocks would need a sparsity below 0: left dense" if floor else ""
+    cut = "; ".join(part for part in (what, less) if part)
+    log.warning("%s, the rest spread over the others; the largest %s", cut, largest)
+
+
+def mixed_nm(layers: Sequence[Layer], ratios: Ratios, target: float, group: int) -> dict[str, tuple[int, int]]:
+    """Return (N, M = ``group``) for each layer, N close to its ratio and the total within 1/1000 of the target.
+
+    Each layer's M - N starts as the integer part of M * ratio; the rest of the budget goes to the layers with the
+    largest remainders, and single steps then correct any excess or shortfall. At least one of M is kept.
+    """
+    sizes = {layer.name: layer.size for layer in layers}
+    removed = {name: min(group - 1, math.floor(group * ratio + 1e-9)) for name, ratio in ratios.items()}
+    left = target * group * sum(sizes.values()) - sum(sizes[name] * count for name, count in removed.items())
+    for name in sorted(ratios, key=lambda name: removed[name] - group * ratios[name]):  # largest remainder first
+        if ratios[name] > 0 and removed[name] < group - 1 and abs(left - sizes[name]) < abs(left):
+            removed[name] += 1
+            left -= sizes[name]
+    while abs(left) > _NM_TOLERANCE * group * sum(sizes.values()):
+        step = 1 if left > 0 else -1
+        # What an allocation keeps dense stays so.
+        able = [name for name in ratios if 0 <= removed[name] + step <= group - 1 and (step < 0 or ratios[name] > 0)]
+        best = min(able, key=lambda name: abs(left - step * sizes[name]), default=None)
+        if best is None or abs(left - step * sizes[best]) >= abs(left):
+            reached = target - left / (group * sum(sizes.values()))
+            log.warning("mixed N:%d reaches a sparsity of %.4f where %.4f was asked for", group, reached, target)
+            break
+        removed[best] += step
+        left -= step * sizes[best]
+    return {name: (group - count, group) for name, count in removed.items()}

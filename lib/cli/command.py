@@ -1,0 +1,182 @@
+"""Command lines: flags declared as data and parsed before torch is imported, and one wrapper for every main()."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field
+from typing import Any, NoReturn, TypeVar
+
+from lib.cli.flags import Flags, check_values, true_or_false
+from lib.core.errors import UserError
+from lib.core.names import did_you_mean
+from lib.core.processes import speaks, started, tells
+
+log = logging.getLogger("main")
+
+
+Settings = TypeVar("Settings", bound=Flags)
+
+
+# ----------------------------------------------------------------------------------------------------------- parsing
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
+        if unknown:
+            message += "." + did_you_mean(unknown[1].split("=")[0], self._option_string_actions)
+        raise UserError(None, f"{message} (--help lists the flags)")
+
+
+def make_parser(settings: type[Flags], prog: str, description: str, epilog: str | None = None) -> Parser:
+    """Return the argparse parser of the flags that ``settings`` declares."""
+    formatter = argparse.HelpFormatter
+    parser = Parser(
+        prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=formatter
+    )
+    groups: dict[str, Any] = {}
+    for title, item, kind in settings.declared():
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add(groups[title], settings, item, kind)
+    for name in settings._ignored:
+        parser.add_argument(f"--{name}", nargs="*", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
+    about = item.metadata
+    text = about["help"]
+    for name in re.findall(r"\{(\w+)\}", text):  # another flag, in its spelling
+        if name != "choices":
+            text = text.replace(f"{{{name}}}", f"--{settings.spelling(name)}")
+    choices = f"{{{', '.join(name or repr(name) for name in about['choices'])}}}" if about.get("choices") else ""
+    text = text.replace("{choices}", choices) if "{choices}" in text else f"{text} {choices}".rstrip()
+    if not any(item.default is none for none in (None, False, MISSING)):
+        text += f" (default: {item.default})"
+    options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if about.get("positional"):
+        group.add_argument(item.name, metavar=about.get("metavar"), nargs=about.get("nargs"), **options)
+        return
+    options |= {"dest": item.name, "required": item.default is MISSING and item.default_factory is MISSING}
+    if kind is bool and item.default is False and not about.get("nargs"):
+        options["action"] = "store_true"
+    elif kind is bool:
+        options |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "{true,false}"}
+    else:
+        plain = next((t for t in (int, float) if str(t.__name__) in str(kind)), str)
+        options |= {"type": about.get("convert", plain), "metavar": about.get("metavar"), "nargs": about.get("nargs")}
+        options["const"] = about.get("const")
+    names = [f"--{name}" for name in (settings.spelling(item.name), *about.get("aliases", ()))]
+    group.add_argument(*names, **options)
+
+
+def parse(
+    settings: type[Settings], argv: Sequence[str] | None, parser: Parser, rest: list[str] | None = None
+) -> Settings:
+    """Return the settings of the command line ``argv``, checked as far as possible without a model.
+
+    Args:
+        rest: receives unknown arguments, for a command that passes them on; without it, they are an error.
+
+    Raises:
+        UserError: an unknown flag, a value out of its range, a contradiction.
+    """
+    if rest is None:
+        values = vars(parser.parse_args(argv))
+    else:
+        namespace, unknown = parser.parse_known_args(argv)
+        values = vars(namespace)
+        rest += unknown
+    # as a shell does where neither a quote nor a = comes before the ~
+    values = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
+    ignored = [name for name in settings._ignored if name in values]
+    if ignored:
+        text = "flags of the published training script, which do nothing here: --%s"
+        log.warning(text, ", --".join(ignored))
+    made = settings(**{name: value for name, value in values.items() if name not in ignored})
+    made.given = frozenset(values) - set(ignored)
+    check_values(made)
+    made.check()
+    return made
+
+
+# ----------------------------------------------------------------------------------------------------------- running
+
+
+def command(
+    settings: type[Settings],
+    run: Callable[[Settings], Any],
+    argv: Sequence[str] | None,
+    parser: Parser,
+    resume: str = "the same command starts again",
+    processes: bool = False,
+    out_of_memory: str = "lower --nsamples or --seqlen, or use more GPUs",
+) -> int:
+    """Run a command line and return its exit status: 0, 2 for an error that the user can fix, 130 for Ctrl-C.
+
+    Args:
+        run: does the work; its return value is the exit status if it is an int.
+        resume: what to do after Ctrl-C, unless the KeyboardInterrupt has a message.
+        processes: whether several processes may run it together (torchrun, accelerate launch).
+        out_of_memory: what to do when a GPU runs out of memory.
+    """
+    return answer(parser.prog, settings, lambda: run(parse(settings, argv, parser)), resume, processes, out_of_memory)
+
+
+def answer(
+    prog: str, settings: type[Flags], work: Callable[[], Any], resume: str, processes: bool, out_of_memory: str
+) -> int:
+    """Do ``work``, including parsing the command line, and return the exit status; see ``command``."""
+    quiet()
+    try:
+        if not processes and started() > 1:
+            text = "runs as one process, which spreads the model over all GPUs itself; start it with python"
+            raise UserError(None, f"{started()} processes were started (WORLD_SIZE): {prog} {text}")
+        status = work()
+    except UserError as error:
+        if tells():
+            print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt as error:
+        if speaks():
+            tells()
+            print(f"\n{prog}: interrupted; {str(error) or resume}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        tells()  # by traceback or below; errors that others raise because this process ended are not reported
+        if "torch" not in sys.modules or not isinstance(error, sys.modules["torch"].OutOfMemoryError):
+            raise
+        print(f"{prog}: error: out of GPU memory ({str(error).splitlines()[0]}); {out_of_memory}", file=sys.stderr)
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+def quiet() -> None:
+    """Silence third-party logging and progress bars; lib's own messages and warnings are shown."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    for name in ("lib", "main", "lora_ft", "image_classifiers"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in ("huggingface_hub", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    if not sys.stderr.isatty():  # bars of downloads and of loading would fill a log file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        transformers_logging = sys.modules["transformers"].utils.logging
+        transformers_logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not speaks():  # of several processes, the first one speaks
+        for name in ("lib", "main", "lora_ft"):
+            logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,39 @@
+"""Errors that the user can fix."""
+
+import re
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """An error that the user can fix, in one line: the flag, the value given, what is wrong with it, what to type.
+
+    ``field`` is the settings field of the flag at fault, None if no flag is. The running command prints the flag in its
+    own spelling (``lib.cli.command``) without a traceback and exits with status 2. Other flags in the line are written
+    as ``flag_name(field)``. The line is ``--field value: problem; fix``; ``value`` and ``fix`` may be None.
+    """
+
+    def __init__(self, field: str | None, value: object, problem: str | None = None, fix: str | None = None) -> None:
+        if problem is None:  # to be converted: the whole line is in ``value``
+            self.text = str(value)
+        else:
+            self.text = (f"{value}: " if value is not None else "") + problem + (f"; {fix}" if fix else "")
+        super().__init__(self.text)
+        self.field = field
+
+    def spelled(self, spelling: Callable[[str], str]) -> str:
+        """Return the whole line with every flag as ``--spelling(field)``."""
+        text = re.sub("\0(\\w+)\0", lambda found: f"--{spelling(found[1])}", self.text)
+        return text if self.field is None else f"--{spelling(self.field)} {text}"
+
+    def __str__(self) -> str:
+        return self.spelled(str)
+
+
+def flag_name(field: str) -> str:
+    """Return a placeholder for a UserError's text that the running command replaces by its own flag for ``field``."""
+    return f"\0{field}\0"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,1 @@
+"""Models: where a model comes from, and where its weights live."""

@@ -1,0 +1,306 @@
+"""Models: inspecting one without its weights, loading and saving."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lib.core.errors import UserError, first_line
+from lib.core.files import new_folder
+from lib.core.hub import check_hub
+from lib.core.lazy import torch, transformers
+from lib.models import safetensors_io
+from lib.models.layers import SUPPORTED, architecture, check_support
+from lib.models.memory import free_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+
+
+class Source(NamedTuple):
+    """Where a model comes from: ``given`` by the user, its ``path`` (folder or hub id), and its own ``name``."""
+
+    given: str
+    path: str
+    name: str
+    cache_dir: str
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def load_skeleton(source: Source) -> PreTrainedModel:
+    """Return the model without weights (on the meta device): its config, blocks and shapes, within a second.
+
+    Raises:
+        UserError: the hub id cannot be reached, or the kind of model is not supported.
+    """
+    if not Path(source.path).exists():
+        check_hub()
+        log.info("looking up %s in %s and on the Hugging Face hub", source.path, source.cache_dir)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source.path, cache_dir=source.cache_dir)
+    except Exception as error:  # OSError, ValueError, KeyError ...: whatever a wrong config.json leads to
+        raise unreadable(source, error) from error
+    return skeleton_of(config, source.given)
+
+
+def skeleton_of(config, given: str) -> PreTrainedModel:
+    """Return the model of ``config`` without weights; ``given`` names it in errors."""
+    kind = architecture(config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError("model", f"{given}: {kind} is an encoder-decoder; supported: {SUPPORTED}")
+    if getattr(config, "quantization_config", None):
+        raise UserError("model", f"{given}: is quantised; pruning needs the float16, bfloat16 or float32 weights")
+    other = [a for a in config.architectures or [] if "ForCausalLM" not in a and "LMHead" not in a]
+    try:
+        with torch.device("meta"):
+            skeleton = None if other else transformers.AutoModelForCausalLM.from_config(config)
+    except ValueError:  # the library has no causal model for this config
+        skeleton = None
+    named = any("ForCausalLM" in each for each in config.architectures or ["ForCausalLM"])  # GPT-NeoX, too
+    if skeleton is None or not (named or getattr(skeleton.config, "is_decoder", True)):  # BERT sees what comes after
+        raise UserError("model", f"{given}: {kind} is not a causal language model; supported: {SUPPORTED}")
+    check_supported(given, skeleton)
+    return skeleton
+
+
+def check_supported(given: str, model: PreTrainedModel) -> None:
+    try:
+        check_support(model)
+    except UserError as error:
+        raise UserError("model", f"{given}: {error.text}") from error
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Return the model's own tokenizer, with its defaults.
+
+    Raises:
+        UserError: the tokenizer is missing or cannot be read.
+    """
+    folder = Path(source.path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        fix = "copy the original model's there (tokenizer.json, tokenizer_config.json ...)"
+        raise UserError("model", f"{source.given}: the folder holds no tokenizer; {fix}")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source.path, cache_dir=source.cache_dir)
+    except Exception as error:
+        raise unreadable(source, error, "the tokenizer of ") from error
+
+
+def check_vocabulary(given: str, skeleton: PreTrainedModel, *texts: Tensor | None) -> None:
+    """Refuse token ids for which the model ``given`` has no embedding: its tokenizer is another model's."""
+    most = skeleton.get_input_embeddings().num_embeddings
+    largest = max([int(text.max()) for text in texts if text is not None], default=0)
+    if largest >= most:
+        what = f"its tokenizer gives token {largest} and the model has {most} embeddings"
+        raise UserError("model", f"{given}: {what}; they do not belong together")
+
+
+class Dtypes(NamedTuple):
+    """The dtype in which a model is computed, and the one to which its pruned weights are rounded for saving."""
+
+    compute: torch.dtype
+    stored: torch.dtype
+
+
+def choose_dtypes(dtype: str, skeleton: PreTrainedModel) -> Dtypes:
+    """Resolve ``dtype``, a name of DTYPES, for this model on this machine.
+
+    ``auto`` follows the checkpoint. On CUDA float32 becomes float16, as published, and bfloat16 stays: its models
+    overflow in float16. The CPU computes in float32 and saves in the checkpoint's own dtype.
+    """
+    if dtype != "auto":
+        named = getattr(torch, dtype)
+        return Dtypes(named, named)
+    own = skeleton.config.get_text_config().dtype or skeleton.config.dtype or torch.float32
+    if torch.cuda.is_available():
+        compute = torch.bfloat16 if own == torch.bfloat16 else torch.float16
+        return Dtypes(compute, compute)
+    return Dtypes(torch.float32, own)
+
+
+def load_llm(
+    source: Source, dtype: torch.dtype, device: torch.device | str | None = None, reserve: int = 0, config=None
+) -> PreTrainedModel:
+    """Return the model in evaluation mode: over all GPUs (and the CPU, if they are too small), or on the CPU.
+
+    Args:
+        device: where to put the whole model instead.
+        reserve: bytes of each GPU that are left for the work (see ``working_set``).
+        config: of another model, for a folder that contains only weights.
+
+    Raises:
+        UserError: weights that are missing, damaged or of another model, or too large for GPU and CPU memory.
+    """
+    options = {"device_map": None if device is None else {"": device}}
+    if device is None and torch.cuda.is_available():
+        options = {"device_map": "auto", "max_memory": free_memory(reserve)}
+    if config is not None:  # transformers looks for both in the folder otherwise
+        generation = transformers.GenerationConfig.from_model_config(config)
+        options |= {"config": config, "generation_config": generation}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source.path,
+            cache_dir=source.cache_dir,
+            dtype=dtype,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        raise unreadable(source, error) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:  # from_pretrained would leave random numbers there
+        raise UserError("model", f"{source.given}: the checkpoint lacks {len(missing)} weights, first {missing[0]}")
+    # Noted only where the model is split; and not noted here, since the libraries compare what is there with strings.
+    noted = getattr(model, "hf_device_map", {"": next(model.parameters()).device})
+    places = [str(place) for place in noted.values()]
+    if "disk" in places:
+        raise UserError("model", f"{source.given}: does not fit in the memory of the GPUs and the CPU together")
+    if device is None and torch.cuda.is_available() and set(places) == {"cpu"}:
+        text = "no GPU has room for a part of it beside the work; free GPU memory, or lower --nsamples or --seqlen"
+        raise UserError("model", f"{source.given}: {text}")
+    if "cpu" in places and len(set(places)) > 1:
+        text = "%d of the model's %d parts stay in the CPU's memory and visit the GPU"
+        log.info(text, places.count("cpu"), len(places))
+    untie(model)
+    return model.eval()
+
+
+def save_llm(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write a Hugging Face folder (safetensors, tokenizer) under a temporary name and rename it to ``target``.
+
+    Args:
+        dtype: in which the weights are written, None for the model's own.
+
+    Raises:
+        UserError: the disk is full or the path is not writable.
+    """
+    with new_folder(target) as folder:
+        if dtype in (None, model.dtype):
+            model.save_pretrained(folder)
+        else:
+            state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+            model.save_pretrained(folder, state_dict=state)
+            _note_dtype(folder, dtype)
+        tokenizer.save_pretrained(folder)
+
+
+def complete_folder(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edges: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Complete a folder with one shard per block as a Hugging Face folder.
+
+    Args:
+        edges: names and parameters around the blocks; each gets a file, so that only one at a time is in memory.
+        dtype: in which they are written, as the blocks were.
+    """
+    for index, (name, tensor) in enumerate(edges):
+        safetensors_io.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
+    safetensors_io.write_index(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    _note_dtype(folder, dtype)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _note_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Write the dtype of the weights into a saved config; transformers writes the dtype of the computation."""
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def empty_llm(source: Source, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model in evaluation mode, its parameters on the meta device and its buffers in memory."""
+    generation = generation_config(folder)
+    model = empty_model(transformers.AutoConfig.from_pretrained(folder), dtype)
+    model.tie_weights()
+    if generation is not None:
+        model.generation_config = generation
+    model.name_or_path = source.path
+    return model.eval()
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the number of positions that the model supports, None if its config does not state it."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def unreadable(source: Source, error: Exception, what: str = "") -> UserError:
+    reason = first_line(error)
+    if Path(source.path).exists():
+        return UserError("model", f"{source.given}: {what}the folder cannot be loaded ({reason})")
+    if "gated" in str(error) or "401" in str(error):
+        reason = "access must be asked for on its page, then: hf auth login"
+    elif "not a valid model identifier" in str(error) or "404" in str(error):
+        reason = "unknown to the hub, or private"
+    else:
+        reason = "it is not a local folder and the hub cannot be reached"
+    copy = f"a copy fetched elsewhere with `hf download {source.path} --local-dir DIR` works: --model DIR"
+    return UserError("model", f"{source.given}: {what}{source.path} cannot be loaded, {reason}; {copy}")
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the causal language model of ``config``, its parameters in ``dtype`` on the meta device.
+
+    Its buffers, which checkpoints do not contain, are computed in float32 as ``from_pretrained`` computes them: in
+    16 bits GPT-J's table of angles would be of other angles.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """Return the settings of generation in a model's folder, None if it has none.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
+        what = f"cannot be used ({first_line(error)}); correct it, or delete it for the defaults"
+        raise UserError(None, f"{path}: {what}") from error
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Make the config of a model say so if its head is not its embedding: a later ``tie_weights`` would replace it.
+
+    ``from_pretrained`` keeps both weights of a checkpoint that has them and whose config ties them.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is embedding.weight or not model.config.get_text_config().tie_word_embeddings:
+        return
+    one, other = head.weight, embedding.weight
+    if one.is_meta or other.is_meta or one.shape != other.shape:
+        return
+    if one.device != other.device or not torch.equal(one, other):
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False

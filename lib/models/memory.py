@@ -1,0 +1,79 @@
+"""Memory: free bytes of GPUs and CPU, and what a model needs of them, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib.core import processes
+from lib.core.lazy import torch
+from lib.models.layers import find_blocks, linear_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lib.models.load import Source
+
+
+def free_bytes(gpu: torch.device | int) -> int:
+    """Return the GPU memory that is free, including memory that torch holds for no tensor."""
+    return torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+
+
+def free_memory(reserve: int) -> dict[int | str, int]:
+    """Return how many bytes of weights each GPU and the CPU may hold; of several processes, each its GPU or share."""
+    import psutil
+
+    own = processes.device()
+    if own is not None:
+        return {own.index: max(0, free_bytes(own) - reserve)}
+    gpus = {i: max(0, free_bytes(i) - reserve) for i in range(torch.cuda.device_count())}
+    return gpus | {"cpu": psutil.virtual_memory().available // processes.beside()}
+
+
+_OVERHEAD = 2**30  # bytes of a GPU for its context, the libraries' workspaces and the allocator's gaps
+
+
+def working_set(
+    skeleton: PreTrainedModel, dtype: torch.dtype, hessians: bool, windows: int, seqlen: int, copies: float = 4
+) -> int:
+    """Return the bytes that a GPU needs besides the weights that it holds: an upper bound, from shapes alone.
+
+    They are the largest block (one stored on the CPU is lent to the GPU), its layers' statistics, ``copies`` float32
+    matrices of the largest weight's size, as the pruner holds (``Pruner.copies``), the hidden states of ``windows``
+    windows of ``seqlen`` tokens, and the activations and logits of one window. With ``hessians`` the statistics are a
+    float32 Hessian for each layer, and two more of the largest to factorise it.
+    """
+    width, vocabulary = skeleton.get_input_embeddings().weight.shape[1], skeleton.get_input_embeddings().num_embeddings
+    weights = statistics = activations = 0
+    for block in find_blocks(skeleton)[1]:
+        shapes = [linear.weight.shape for linear in linear_modules(block).values()]
+        weights = max(weights, sum(p.numel() for p in block.parameters()))
+        scores = math.ceil(copies * max(out * inputs for out, inputs in shapes))
+        squares = [inputs**2 for _, inputs in shapes]
+        statistics = max(statistics, scores + (sum(squares) + 2 * max(squares) if hessians else 0))
+        activations = max(activations, sum(out for out, _ in shapes) + 4 * width)
+    half = torch.finfo(dtype).bits // 8
+    weights += 2 * vocabulary * width  # embedding and head, where they are lent too
+    passing = half * seqlen * (windows * width + activations + vocabulary)
+    return half * weights + 4 * statistics + passing + _OVERHEAD
+
+
+def fits_in_memory(skeleton: PreTrainedModel, dtype: torch.dtype, reserve: int) -> bool:
+    """Return whether the weights fit in the free memory of GPUs, less ``reserve`` bytes each, and CPU."""
+    size = sum(p.numel() for p in skeleton.parameters()) * torch.finfo(dtype).bits // 8
+    return size <= sum(free_memory(reserve if torch.cuda.is_available() else 0).values())
+
+
+_TOKENIZER_BYTES = 2**25  # the largest vocabularies' files, where they cannot be looked at before the download
+
+
+def saved_bytes(skeleton: PreTrainedModel, source: Source, dtype: torch.dtype) -> int:
+    """Return the size in bytes of the folder that ``save_llm`` writes: weights, tokenizer and configs."""
+    weights = sum(p.numel() for p in skeleton.parameters()) * torch.finfo(dtype).bits // 8
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return weights + _TOKENIZER_BYTES
+    kinds = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
+    return weights + sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and p.suffix not in kinds)

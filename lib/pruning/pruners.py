@@ -1,0 +1,187 @@
+"""Pruners that zero a given ratio of one weight matrix: magnitude, Wanda, SparseGPT and ALPS."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from lib.core.lazy import torch
+from lib.pruning import alps
+from lib.pruning.sparsegpt import Factor, inverse_factor, repair, repair_group
+from lib.pruning.thresholds import nth_smallest, row_smallest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+VARIANT_SHARES = (0.0, 0.8)  # between which the Wanda variant seeks its share, published
+VARIANT_TOLERANCE = 0.001
+
+
+NM = tuple[int, int]
+
+
+class Pruner(NamedTuple):
+    """How to prune one matrix.
+
+    ``prune(weight [out, in], prepared, ratio, nm)`` returns the new weight, of the same shape and dtype. ``statistic``
+    is the name in ``calibration.STATISTICS`` of the input statistic that it needs, or None; ``prepare`` turns that
+    statistic into ``prepared``, once for all layers that share an input. ``group(weights, prepared, ratios, nm)``
+    prunes all of these layers at once, by name, if that is cheaper than one after another. ``copies`` is how many
+    float32 matrices of the block's largest weight's size it holds at most, besides Hessians; layers that it prunes at
+    once are twice that size, as gate and up are.
+    """
+
+    prune: Callable[[Tensor, object, float, NM | None], Tensor]
+    statistic: str | None = None
+    prepare: Callable[[Tensor], object] = lambda statistic: statistic
+    group: Callable[..., dict[str, Tensor]] | None = None
+    copies: float = 4
+
+    def prune_all(
+        self,
+        weights: Mapping[str, Tensor],
+        prepared: object,
+        ratios: Mapping[str, float],
+        nm: Mapping[str, NM | None],
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the new weight of each of ``weights``, layers that share an input."""
+        if self.group is not None:
+            yield from self.group(weights, prepared, ratios, nm).items()
+            return
+        for name, weight in weights.items():
+            yield name, self.prune(weight, prepared, ratios[name], nm[name])
+
+
+def magnitude(weight: Tensor, _: None, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+    """Zero everything <= the int(n * ratio)-th (from 0) of the sorted |W|, one threshold for the matrix."""
+    score = weight.abs()
+    if nm is not None:
+        return weight.masked_fill(_group_smallest(score, nm), 0)
+    index = int(weight.numel() * ratio)
+    if index >= weight.numel():
+        return torch.zeros_like(weight)
+    return weight.masked_fill(score <= nth_smallest(score, index), 0)
+
+
+def wanda(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+    """Zero, per output row, the int(columns * ratio) smallest |W| * sqrt(s) (Wanda: Sun et al., 2024).
+
+    Args:
+        squared_norms: s [in] float32, the mean over samples of the sum over tokens of x^2.
+    """
+    score = weight.abs() * squared_norms.sqrt()
+    if nm is not None:
+        return weight.masked_fill(_group_smallest(score, nm), 0)
+    return weight.masked_fill(row_smallest(score, int(weight.shape[1] * ratio)), 0)
+
+
+def wanda_variant(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+    """Zero, per row, the smallest scores whose cumulative sum stays within a share of the row's total.
+
+    The share is one for the matrix, found by bisection in [0, 0.8] from 0.4 on, until the sparsity is within 0.001 of
+    ``ratio`` (published); if no share achieves that, the closest is used, with a warning.
+    """
+    if nm is not None:
+        return wanda(weight, squared_norms, ratio, nm)
+    score = weight.abs() * squared_norms.sqrt()
+    ordered, order = score.sort(dim=1, stable=True)
+    cumulative, total = ordered.cumsum(dim=1), score.sum(dim=1, keepdim=True)
+    low, high = VARIANT_SHARES
+    share = 0.4
+    miss, best = math.inf, None
+    while True:
+        within = cumulative <= share * total
+        sparsity = within.sum().item() / within.numel()
+        if abs(sparsity - ratio) < miss:
+            miss, best = abs(sparsity - ratio), within
+        if miss <= VARIANT_TOLERANCE or high - low < VARIANT_TOLERANCE:
+            break
+        low, high = (low, share) if sparsity > ratio else (share, high)
+        share = (low + high) / 2
+    if miss > VARIANT_TOLERANCE:
+        log.warning("Wanda's variant misses %.4f by %.4f in a matrix of %dx%d", ratio, miss, *weight.shape)
+    return weight.masked_fill(torch.zeros_like(best).scatter_(1, order, best), 0)
+
+
+def sparsegpt(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+    """Zero ``ratio`` of each block of columns and let the other weights compensate; see ``sparsegpt.repair``."""
+    return repair(weight, factor, ratio, nm)
+
+
+def sparsegpt_group(
+    weights: Mapping[str, Tensor], factor: Factor, ratios: Mapping[str, float], nm: Mapping[str, NM | None]
+) -> dict[str, Tensor]:
+    """Return each of ``weights`` pruned as by ``sparsegpt``, but solved as one matrix."""
+    goals = [ratios[name] for name in weights], [nm[name] for name in weights]
+    return dict(zip(weights, repair_group(list(weights.values()), factor, *goals), strict=True))
+
+
+PRUNERS: dict[str, Pruner] = {
+    "magnitude": Pruner(magnitude),
+    "wanda": Pruner(wanda, "squared_norms"),
+    "sparsegpt": Pruner(sparsegpt, "hessian", inverse_factor, sparsegpt_group),
+    "alps": Pruner(alps.alps, "hessian", alps.prepare, alps.alps_group, copies=8.55),
+}
+# What --use_variant puts in a pruner's place.
+VARIANTS: dict[str, Pruner] = {"wanda": Pruner(wanda_variant, "squared_norms")}
+# What --damping and --pruner_iterations are for.
+DAMPED, ITERATED = ("sparsegpt", "alps"), ("alps",)
+
+
+class Options(NamedTuple):
+    """Deviations from a pruner's defaults; None is the default."""
+
+    iterations: int | None = None  # of ADMM
+    damping: float | None = None  # of the Hessian, as a share of its mean diagonal
+    refit: int | None = None  # conjugate-gradient steps on the mask
+
+
+def configured(name: str, table: Mapping[str, Pruner], options: Options) -> Pruner:
+    """Return the pruner ``name`` of ``table`` with ``options``."""
+    pruner = table[name]
+    damped = {} if options.damping is None else {"damping": options.damping}
+    if name == "alps":
+        given = {"iterations": options.iterations, "steps": options.refit}
+        given = {key: value for key, value in given.items() if value is not None}
+        if damped:
+            pruner = pruner._replace(prepare=partial(alps.prepare, **damped))
+        if given:
+            pruner = pruner._replace(prune=partial(pruner.prune, **given), group=partial(pruner.group, **given))
+        return pruner
+    if damped and name == "sparsegpt":
+        pruner = pruner._replace(prepare=partial(inverse_factor, **damped))
+    return refitted(pruner, options.refit, damped) if options.refit else pruner
+
+
+def refitted(pruner: Pruner, steps: int, damped: Mapping[str, float]) -> Pruner:
+    """Return ``pruner`` followed by ``steps`` of ``alps.refit`` on its masks, which needs the Hessian.
+
+    Wanda's squared norms are half of the Hessian's diagonal.
+    """
+
+    def prepare(hessian: Tensor) -> tuple[object, alps.Problem]:
+        own = None
+        if pruner.statistic == "squared_norms":
+            own = pruner.prepare(hessian.diagonal() / 2)
+        elif pruner.statistic == "hessian":
+            own = pruner.prepare(hessian.clone())
+        return own, alps.prepare(hessian, **damped)
+
+    def prune(weight: Tensor, prepared: tuple[object, alps.Problem], ratio: float, nm: NM | None) -> Tensor:
+        own, problem = prepared
+        return alps.refit(weight, pruner.prune(weight, own, ratio, nm), problem, steps)
+
+    return Pruner(prune, "hessian", prepare, copies=max(pruner.copies, 6))
+
+
+def _group_smallest(score: Tensor, nm: tuple[int, int]) -> Tensor:
+    """Return a mask of the M - N smallest of every M columns of ``score``; of equals the lower columns."""
+    keep, group = nm
+    grouped = score.reshape(score.shape[0], -1, group)
+    lowest = grouped.sort(dim=2, stable=True).indices[:, :, : group - keep]
+    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(2, lowest, True).view_as(score)

@@ -1,0 +1,230 @@
+"""SparseGPT: pruning with the remaining weights repaired by the inverse Hessian (Frantar & Alistarh, 2023)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple
+
+from lib import sparse
+from lib.core.lazy import torch
+from lib.pruning.thresholds import nth_smallest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+BLOCK = 128  # columns per block, published
+DAMPING = 0.01  # share of the Hessian's mean diagonal, published
+RETRIES = 2  # each with ten times the damping
+
+
+class Factor(NamedTuple):
+    """``upper`` [in, in], the upper Cholesky factor of the inverse damped Hessian, and the ``dead`` columns [in]."""
+
+    upper: Tensor
+    dead: Tensor
+
+
+class NotPositiveDefinite(ValueError):
+    """The Hessian could not be factorised with any damping tried."""
+
+
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
+    """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. U replaces H in memory.
+
+    A column whose input was always zero gets H = 1. A Hessian that is not positive definite is retried with ten
+    times the ``damping`` (a share of its mean diagonal), up to twice, with a warning. At most two matrices of this size
+    are held, including H.
+
+    Raises:
+        NotPositiveDefinite: all attempts failed, or the inverse overflows.
+    """
+    hessian = hessian.contiguous()
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    diagonal.masked_fill_(dead, 1)
+    damp = damping * diagonal.mean()
+    # H reversed in both axes = LL' gives H = RR' with R = L reversed, upper triangular, so that U = inv(R): one
+    # factorisation and one triangular inverse, where the plain way (factorise, invert, factorise) does three.
+    _reverse(hessian)
+    lower = torch.empty_like(hessian).mT  # by columns, as LAPACK and cuSOLVER want it: no copies are made
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+    for attempt in range(RETRIES + 1):
+        diagonal += damp if attempt == 0 else damp * (10**attempt - 10 ** (attempt - 1))
+        torch.linalg.cholesky_ex(hessian, out=(lower, failed))
+        if ((failed == 0) & torch.isfinite(lower.diagonal()).all()).item():
+            break
+        if attempt == RETRIES:
+            told = f"even with {damping * 10**RETRIES:g} of damping"
+            raise NotPositiveDefinite(f"its Hessian is not positive definite, {told}")
+        log.warning("a Hessian is not positive definite; its damping is raised tenfold")
+    _reverse(lower.mT)
+    upper = _inverse(lower, hessian.zero_().mT)  # H has served
+    if not torch.isfinite(torch.stack(torch.aminmax(hessian))).all():  # these two show every NaN and infinity
+        raise NotPositiveDefinite("the inverse of its Hessian is not finite")
+    return Factor(upper, dead)
+
+
+def _inverse(upper: Tensor, zeros: Tensor) -> Tensor:
+    """Return the inverse of the triangle ``upper`` [in, in], written into ``zeros``.
+
+    The inverse of [A B; 0 C] is [inv(A), -inv(A) B inv(C); 0, inv(C)]: one strip of columns at a time, each from those
+    before it. Solving for the identity would take twice as long, mostly for zeros.
+    """
+    for left in range(0, len(upper), BLOCK):
+        part = slice(left, left + BLOCK)
+        corner = zeros[part, part].fill_diagonal_(1)
+        corner.copy_(torch.linalg.solve_triangular(upper[part, part], corner, upper=True))
+        if left:
+            zeros[:left, part].addmm_(zeros[:left, :left], upper[:left, part] @ corner, beta=0, alpha=-1)
+    return zeros
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Reverse both axes of a contiguous ``matrix`` in place: a flip would make a copy."""
+    flat = matrix.view(-1)
+    half, chunk = len(flat) // 2, BLOCK * len(matrix)
+    for left in range(0, half, chunk):
+        right = min(left + chunk, half)
+        head, tail = flat[left:right], flat[len(flat) - right : len(flat) - left]
+        kept = head.flip(0)
+        head.copy_(tail.flip(0))
+        tail.copy_(kept)
+
+
+def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+    """Return ``weight`` [out, in] with ``ratio`` of each block of 128 columns zeroed and the rest compensating.
+
+    Args:
+        ratio: fraction to remove, in [0, 1]; not used with ``nm``.
+        nm: (N, M), keep N of every M columns, chosen group by group from the weights as updated so far.
+    """
+    return repair_group([weight], factor, [ratio], [nm])[0]
+
+
+def repair_group(
+    weights: Sequence[Tensor], factor: Factor, ratios: Sequence[float], nms: Sequence[tuple[int, int] | None]
+) -> list[Tensor]:
+    """Return each of ``weights`` [out, in] repaired as by ``repair``; they share their input and so their factor.
+
+    They are solved as one matrix, each with its own masks; if their M, and so the blocks, differ, one after another.
+    """
+    if len({nm and nm[1] for nm in nms}) > 1:
+        return [repair(weight, factor, *rest) for weight, *rest in zip(weights, ratios, nms, strict=True)]
+    columns, sizes = weights[0].shape[1], [len(weight) for weight in weights]
+    # [in, out] float32: a column of W is a row in memory. Torch transposes fast from whole tensors of one dtype.
+    stacked = torch.cat([weight.detach() for weight in weights])
+    dtype, stacked = stacked.dtype, stacked.float()
+    w = torch.empty(columns, len(stacked), dtype=torch.float32, device=stacked.device).copy_(stacked.T)
+    del stacked
+    w.masked_fill_(factor.dead[:, None], 0)
+    group = nms[0] and nms[0][1]
+    width = _width(group)
+    removed = None
+    if group:  # of each group, for each output
+        counts = [torch.full((n,), group - nm[0], dtype=torch.int32) for n, nm in zip(sizes, nms, strict=True)]
+        removed = torch.cat(counts).to(w.device)
+    solve = block_solver(w.device, group)
+    for left in range(0, columns, width):
+        right = min(left + width, columns)
+        block = w[left:right]  # [block, out]
+        upper = factor.upper[left:right, left:right].contiguous()
+        gone = None if group else _smallest(block, upper, sizes, ratios)
+        errors = solve(block, upper, gone, removed, group)
+        w[right:].addmm_(factor.upper[left:right, right:].T, errors, alpha=-1)
+    parts = w.to(dtype).T.contiguous().split(sizes)
+    return [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
+
+
+def _width(group: int | None) -> int:
+    """Return the columns of a block: a group never straddles two of them."""
+    return max(group, BLOCK - BLOCK % group) if group else BLOCK
+
+
+@cache
+def block_solver(device: torch.device, group: int | None) -> Callable[..., Tensor]:
+    """Return a block's solver on ``device``: a compiled kernel where there is one, else the loop ``solve_block``.
+
+    That is Triton's on a GPU, and on the CPU one in C++, which needs a compiler.
+    """
+    if device.type == "cpu":
+        try:
+            return _tried("compiled", sparse.load_kernel().solve_block, device, group)
+        except sparse.Unavailable as error:
+            log.debug("SparseGPT's blocks are solved by a slower loop: %s", error)
+    if device.type != "cuda" or find_spec("triton") is None:
+        return solve_block
+
+    def kernel(*block) -> Tensor:
+        from lib.pruning.sparsegpt_triton import solve_block as launch
+
+        return launch(*block)
+
+    return _tried("Triton", kernel, device, group)
+
+
+def _tried(name: str, kernel: Callable[..., Tensor], device: torch.device, group: int | None) -> Callable[..., Tensor]:
+    """Return ``kernel`` if it agrees with ``solve_block`` on a block of few rows; else the latter, with a warning."""
+    columns, outputs, draw = _width(group), 70, torch.Generator().manual_seed(0)
+    block = torch.randn(columns, outputs, generator=draw).to(device)
+    upper = (torch.eye(columns) + 0.1 * torch.rand(columns, columns, generator=draw).triu(1)).to(device)
+    gone = None if group else (torch.rand(columns, outputs, generator=draw) < 0.5).float().to(device)
+    removed = torch.full((outputs,), group // 2, dtype=torch.int32, device=device) if group else None
+    found, expected = block.clone(), block.clone()
+    try:
+        errors = kernel(found, upper, gone, removed, group)
+        torch.testing.assert_close(errors, solve_block(expected, upper, gone, removed, group), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    except Exception as error:  # a compiler fails in many ways; after each the loop is as good as before
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        text = "SparseGPT's %s kernel does not work here (%s); a slower loop takes its place"
+        log.warning(text, name, reason[0])
+        return solve_block
+    return kernel
+
+
+def solve_block(block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tensor | None, group: int | None) -> Tensor:
+    """Zero entries of ``block`` [columns, out] in place, repair the columns after each, return the errors, same shape.
+
+    Args:
+        upper: the factor's diagonal square for these columns.
+        gone: 1 to zero and 0 to keep, shaped like ``block``; or None, and then ``removed`` [out] of each ``group``.
+    """
+    errors, diagonal = torch.empty_like(block), upper.diagonal()
+    gone = torch.empty_like(block) if gone is None else gone
+    # All views at once: made one by one, they would take as long as some of the sums.
+    rows = zip(block.unbind(), gone.unbind(), errors.unbind(), diagonal.unbind(), upper.unbind(), strict=True)
+    for i, (column, mask, error, pivot, row) in enumerate(rows):
+        if group and i % group == 0:
+            part = slice(i, i + group)
+            gone[part] = _ranks(block[part].square() / diagonal[part, None].square()) < removed
+        torch.mul(column, mask, out=error)
+        column.sub_(error)  # w - w is 0, w - 0 is w
+        error.div_(pivot)
+        block[i + 1 :].addr_(row[i + 1 :], error, alpha=-1)
+    return errors
+
+
+def _smallest(block: Tensor, upper: Tensor, sizes: list[int], ratios: Sequence[float]) -> Tensor:
+    """Return 1 for each layer's scores up to the int(n * ratio)-th (from 0), inclusive (published), else 0."""
+    score = block.square() / upper.diagonal()[:, None].square()
+    gone = torch.ones_like(block)
+    for scores, mask, ratio in zip(score.split(sizes, dim=1), gone.split(sizes, dim=1), ratios, strict=True):
+        index = int(scores.numel() * ratio)
+        if index < scores.numel():
+            torch.le(scores, nth_smallest(scores, index), out=mask)
+    return gone
+
+
+def _ranks(score: Tensor) -> Tensor:
+    """Return for each of ``score`` [M, out] how many in its column are smaller; of equals, the upper ones count."""
+    ranks = torch.zeros_like(score, dtype=torch.int16)  # M may be more than 256
+    for i in range(1, len(score)):
+        before = score[:i] <= score[i]
+        ranks[i] = before.sum(dim=0, dtype=torch.int16)
+        ranks[:i] += ~before
+    return ranks

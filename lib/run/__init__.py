@@ -1,0 +1,1 @@
+"""Run: one experiment, its steps and what it leaves behind."""

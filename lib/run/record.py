@@ -1,0 +1,278 @@
+"""Run records: stages, figures and their provenance, and the formats of the files that a run writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lib.core.files import checksum, write_files
+from lib.core.lazy import torch
+from lib.pruning.walk import LayerReport
+
+log = logging.getLogger(__name__)
+
+# Flags that may name a local file or folder, which the same flags do not keep from being replaced.
+INPUTS = ("model", "resume", "calib_data", "eval_data", "plan", "include_path")
+_OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt")  # what is read from its folder
+_READ_WHOLE = 2**25  # bytes: larger files of a model are known by size and time, since to read them takes minutes
+
+PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
+
+
+class Record:
+    """The record of a run, rewritten whenever it grows.
+
+    Attributes:
+        content: the content of ``run_<run>.json``; ``complete`` is False until the end. Once it holds the flags,
+            ``inputs`` identifies the files that they name, as of the end of the stage: those read in it.
+        stages: seconds, CPU seconds of all threads, and peak memory of each stage, {stage: {"seconds", "cpu_seconds",
+            "peak_rss_mb", "peak_cuda_mb"}}; on a shared machine, only the CPU seconds are comparable.
+        rows: the per-layer table, ``layers_<run>.tsv``.
+        files: other files to write, {name: text}.
+        written: whether ``write`` has succeeded.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self.folder, self.run = folder, run
+        self.stages: dict[str, dict] = {}
+        self.rows: list[LayerReport] = []
+        self.files: dict[str, str] = {}
+        self.content: dict = {"complete": False}
+        self.written = False
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure the body of the with statement as the stage ``name``."""
+        with suppress(OSError):  # resets the peak; without it (not Linux) the peak is that of the run so far
+            Path("/proc/self/clear_refs").write_text("5")
+        for device in cuda_in_use():
+            torch.cuda.reset_peak_memory_stats(device)
+        start, cpu = time.perf_counter(), time.process_time()
+        yield
+        for device in cuda_in_use():
+            torch.cuda.synchronize(device)
+        seconds = {
+            "seconds": round(time.perf_counter() - start, 3), "cpu_seconds": round(time.process_time() - cpu, 3)
+        }  # fmt: skip
+        row = seconds | {"peak_rss_mb": _peak_rss_mb()}
+        peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
+        self.stages[name] = row | ({"peak_cuda_mb": peaks} if peaks else {})
+        if "flags" in self.content and "inputs" not in self.content:
+            self.content["inputs"] = inputs_of(self.content["flags"])
+
+    def write(self, complete: bool = False) -> None:
+        """Write all files, the run file last, since it states whether the run is complete."""
+        self.content["complete"] = complete
+        files = dict(self.files)
+        if self.rows:
+            files[f"layers_{self.run}.tsv"] = layers_text(self.rows)
+        files[f"run_{self.run}.json"] = run_text(self.whole())
+        write_files(self.folder, files)
+        self.written = True
+
+    def whole(self) -> dict:
+        """Return the content with the stages so far."""
+        return self.content | {"stages": self.stages}
+
+    @contextmanager
+    def kept(self, resume: str | Callable[[], str]) -> Iterator[None]:
+        """If the body of the with statement fails, report what is on disk and how to ``resume``.
+
+        Args:
+            resume: what to do then; a function if that depends on what was saved inside the with statement.
+        """
+        try:
+            yield
+        except BaseException:
+            figures = f"figures so far: {self.folder}/*_{self.run}.*" if self.written else "no figures were written"
+            log.warning("%s; %s", figures, resume if isinstance(resume, str) else resume())
+            raise
+
+
+def cuda_in_use() -> list[int]:
+    """Return the CUDA devices on which this process holds memory.
+
+    Any other would get a context of half a gigabyte, and statistics are unavailable before CUDA is initialised.
+    """
+    if "torch" not in sys.modules or not torch.cuda.is_initialized():
+        return []
+    return [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(device)]
+
+
+def _peak_rss_mb() -> int:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 1024)
+
+
+def perplexity_text(method: str, sparsity: float, perplexity: float) -> str:
+    """Return the content of ``perplexity_<run>.txt``, in the published format."""
+    return f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{perplexity:.4f}\n"
+
+
+def layers_text(rows: Sequence[LayerReport]) -> str:
+    """Return the content of ``layers_<run>.tsv``, a row per matrix."""
+    lines = ["name\tshape\tmetric\tplanned_ratio\tsparsity\ttype"]
+    for row in rows:
+        metric = "" if row.metric is None else f"{row.metric:.6f}"
+        shape = "x".join(map(str, row.shape))
+        kind = "unstructured" if row.nm is None else "{}:{}".format(*row.nm)
+        lines.append(f"{row.name}\t{shape}\t{metric}\t{row.ratio:.6f}\t{row.sparsity:.6f}\t{kind}")
+    return "\n".join(lines) + "\n"
+
+
+def zero_shot_table(scores: Sequence[tuple], means: Mapping[str, float]) -> str:
+    """Return a table of ``scores`` (task, metric, value, standard error or None, samples), the ``means`` below it."""
+    rows = [("task", "metric", "value", "stderr", "samples")]
+    for task, metric, value, stderr, samples in scores:
+        rows.append((task, metric, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", str(samples)))
+    rows += [("mean", metric, f"{value:.4f}", "", "") for metric, value in means.items()]
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    just = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
+    lines = ["  ".join(f(cell, w) for f, cell, w in zip(just, row, width, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def zero_shot_text(method: str, table: str) -> str:
+    """Return the content of ``zero_shot_<run>.txt``: ``{method}:``, as published, and the table."""
+    return f"{method}:\n{table}"
+
+
+def run_text(record: Mapping) -> str:
+    """Return the content of ``run_<run>.json``: ``record`` followed by the provenance of the numbers."""
+    return json.dumps(_json(record | provenance()), indent=1, default=str, allow_nan=False) + "\n"
+
+
+def _json(value):
+    """Return ``value`` with ``inf``, ``-inf`` or ``nan`` as text for numbers that JSON cannot represent.
+
+    Null would say that nothing was measured.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if isinstance(value, Mapping):
+        return {key: _json(item) for key, item in value.items()}
+    return [_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_run(folder: Path, run: str) -> dict | None:
+    """Return the record of an earlier run of the same name, None if missing or unreadable."""
+    with suppress(OSError, ValueError):
+        return parsed((folder / f"run_{run}.json").read_text(encoding="utf-8"))
+    return None
+
+
+def parsed(text: str) -> dict:
+    """Return the record in the ``text`` of a run file, its perplexity a number, or None if it was not measured.
+
+    An older version wrote null for a perplexity that is not finite as well; that of a complete run with an evaluation
+    is then NaN.
+
+    Raises:
+        ValueError: the text is not JSON, or not a run's.
+    """
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError("it does not hold a run's record")
+    value = record.get("perplexity")
+    if isinstance(value, str):
+        record["perplexity"] = float(value)
+    elif value is None and record.get("complete") is True and record.get("evaluation"):
+        record["perplexity"] = math.nan
+    return record
+
+
+def has_flags(record: dict | None, flags: Mapping[str, object]) -> bool:
+    """Return whether ``record`` belongs to a run with exactly these ``flags``."""
+    return bool(record) and record.get("flags") == json.loads(json.dumps(flags))
+
+
+def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
+    """Return whether ``record`` belongs to a completed run with exactly these ``flags``; see ``changed_inputs``."""
+    return has_flags(record, flags) and record.get("complete") is True
+
+
+def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
+    """Return digests of the local files and folders that ``flags`` name, by flag; of a hub's there is none.
+
+    A text or a plan is known by its content. So is a model, except for large files: those by name, size and time of
+    their last change.
+    """
+    found = {}
+    for name in INPUTS:
+        if not flags.get(name):
+            continue
+        path = Path(str(flags[name])).expanduser()
+        with suppress(OSError):  # whoever reads it reports it
+            if name in ("model", "include_path") and path.is_dir():
+                found[name] = _digest_of_folder(path, _OF_A_MODEL if name == "model" else ())
+            elif path.is_file():
+                found[name] = _digest(path, whole=name not in ("model", "resume"))
+    return found
+
+
+def _digest_of_folder(folder: Path, kinds: Sequence[str]) -> str:
+    paths = folder.iterdir() if kinds else folder.rglob("*")
+    paths = sorted(path for path in paths if path.is_file() and (not kinds or path.suffix in kinds))
+    lines = [f"{path.relative_to(folder)} {_digest(path)}" for path in paths]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _digest(path: Path, whole: bool = False) -> str:
+    about = path.stat()
+    if not whole and about.st_size > _READ_WHOLE:
+        return f"{about.st_size} bytes of {about.st_mtime_ns}"
+    return f"{about.st_size} bytes {checksum(path)}"
+
+
+def changed_inputs(record: dict, inputs: Mapping[str, str]) -> list[str] | None:
+    """Return the flags whose files are not those that ``record``'s run read, None if an older version made it.
+
+    Args:
+        inputs: what they are now (``inputs_of``).
+    """
+    before = record.get("inputs")
+    if not isinstance(before, dict):
+        return None
+    return [name for name in INPUTS if before.get(name) != inputs.get(name)]
+
+
+def provenance() -> dict:
+    """Return package versions, git commit, devices and time for the run's record."""
+    cuda = [torch.cuda.get_device_name(device) for device in cuda_in_use()]
+    return {
+        "versions": dict(_versions()),
+        "git_commit": _git_commit(),
+        "device": cuda or [f"cpu ({torch.get_num_threads()} threads)"],
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None

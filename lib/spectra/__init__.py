@@ -1,0 +1,1 @@
+"""Spectra: from a matrix to its eigenvalue density and the exponent of its tail."""

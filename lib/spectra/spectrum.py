@@ -1,0 +1,122 @@
+"""Spectra: eigenvalues of weight matrices, whole or in windows of one aspect ratio (FARMS)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from lib.core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+_BATCH_ENTRIES = 2**26  # of FARMS windows at a time: 256 MiB in float32
+
+
+class Spectrum(NamedTuple):
+    """Ascending eigenvalues of W'W (``eigs``: [N] float32) and the shape of W.
+
+    N = min(shape) of a matrix; of a convolution [out, in, kh, kw] kh * kw * min(out, in). ``fell_back``: the fast
+    driver was replaced by a float64 SVD.
+    """
+
+    eigs: Tensor
+    shape: tuple[int, ...]
+    fell_back: bool = False
+
+
+class Farms(NamedTuple):
+    """Windows of FARMS (Hu et al., ICML 2025): ``rows`` x int(rows * ratio), at ``steps`` places in each direction.
+
+    ``rows`` is limited to the matrix's shorter side.
+    """
+
+    rows: int = 2000
+    ratio: float = 1.0
+    steps: int = 15
+
+
+class NoFit(ValueError):
+    """The spectrum admits no power-law fit; the message gives the reason."""
+
+
+def spectrum(weight: Tensor, driver: str = "exact", farms: Farms | None = None) -> Spectrum:
+    """Return the spectrum of ``weight`` [out, in]: its squared singular values, ascending, none dropped.
+
+    Computed on the weight's own device (paper, section 3.1: the ESD of the correlation matrix W'W). For a convolution
+    [out, in, kh, kw]: those of the matrices [out, in] at all kernel positions together, each matrix scaled by sqrt(1/2)
+    (published).
+
+    Args:
+        driver: a name of DRIVERS.
+        farms: windows whose spectra are joined, instead of the whole matrix's spectrum.
+
+    Raises:
+        NoFit: the weight has non-finite values, or a window is larger than the matrix.
+    """
+    matrix = weight.detach()
+    if not torch.isfinite(matrix).all():
+        raise NoFit("the weight holds values that are not finite")
+    if farms is None:
+        matrices = matrix[None]  # [1, out, in]
+        if matrix.ndim == 4:  # [kh * kw, out, in]
+            matrices = matrix.float().permute(2, 3, 0, 1).flatten(0, 1) * math.sqrt(0.5)
+        eigs, fell_back = DRIVERS[driver](matrices)
+        return Spectrum(eigs.flatten().sort().values, tuple(weight.shape), fell_back)
+    if matrix.ndim != 2:
+        raise NoFit("FARMS is about matrices, not convolutions")
+    parts = [DRIVERS[driver](batch) for batch in _window_batches(matrix, farms)]
+    eigs = torch.cat([eigs.flatten() for eigs, _ in parts]).sort().values
+    return Spectrum(eigs, tuple(weight.shape), any(fell_back for _, fell_back in parts))
+
+
+def _exact(matrices: Tensor) -> tuple[Tensor, bool]:
+    """Return the squared float32 singular values of ``matrices`` [B, out, in], ascending, as published."""
+    return torch.linalg.svdvals(matrices.float()).square().flip(-1), False
+
+
+def _fast(matrices: Tensor) -> tuple[Tensor, bool]:
+    """Return the eigenvalues of the float64 Gram matrices on the shorter side, and whether an SVD was needed.
+
+    Their errors are about 2 sqrt(N) eps of the largest eigenvalue: if that exceeds 1e-3 of the smallest (a float32 SVD
+    would then be off by more), the matrix gets a float64 SVD. A float32 Gram matrix has negative eigenvalues.
+    """
+    wide = matrices.double()
+    wide = wide if wide.shape[-2] <= wide.shape[-1] else wide.mT
+    eigs = torch.linalg.eigvalsh(wide @ wide.mT)
+    noise = 2e3 * math.sqrt(eigs.shape[-1]) * torch.finfo(torch.float64).eps
+    bad = eigs[:, 0] <= noise * eigs[:, -1]
+    if bad.any():
+        eigs[bad] = torch.linalg.svdvals(wide[bad]).square().flip(-1)
+    return eigs.float(), bool(bad.any())
+
+
+# How the singular values are computed: [B, out, in] -> ([B, N] float32 eigenvalues, ascending; was there a fallback).
+DRIVERS: dict[str, Callable[[Tensor], tuple[Tensor, bool]]] = {"exact": _exact, "fast": _fast}
+
+
+def farms_windows(shape: tuple[int, int], farms: Farms) -> tuple[tuple[int, int], list[int], list[int]]:
+    """Return the windows' shape and the rows and the columns at which they start.
+
+    Raises:
+        NoFit: a window has more columns than the matrix.
+    """
+    rows = min(farms.rows, *shape)
+    window = (rows, int(rows * farms.ratio))
+    if not 0 < window[1] <= shape[1]:
+        raise NoFit(f"windows of {window[0]}x{window[1]} do not fit into a matrix of {shape[0]}x{shape[1]}")
+    starts = []
+    for size, part in zip(shape, window, strict=True):
+        room = size - part
+        step = max(1, room // (farms.steps - 1)) if farms.steps > 1 else 1
+        # In a small matrix several would start at the same place: each is taken once.
+        starts.append(sorted({min(i * step, room) for i in range(farms.steps)}))
+    return window, *starts
+
+
+def _window_batches(matrix: Tensor, farms: Farms) -> Iterator[Tensor]:
+    (height, width), tops, lefts = farms_windows(tuple(matrix.shape), farms)
+    places = [(top, left) for top in tops for left in lefts]
+    count = max(1, _BATCH_ENTRIES // (height * width))
+    for first in range(0, len(places), count):
+        yield torch.stack([matrix[y : y + height, x : x + width] for y, x in places[first : first + count]])

@@ -1,0 +1,238 @@
+"""The allocations of other papers and mixed N:M: definitions written slowly, and cases that a pencil can check."""
+
+import math
+import random
+
+import pytest
+import torch
+from conftest import tiny_llama
+from test_formulas import budget_of, layers_of, llama_like, numel
+from torch import nn
+
+from lib.allocation import block_scores
+from lib.allocation.formulas import ALLOCATIONS, mixed_nm
+from lib.calibration.hidden import enter_blocks
+from lib.core.errors import UserError
+from lib.models.layers import Layer
+from lib.models.weights import Weights, weights_of
+
+EXACT = 1e-9  # sums of at most a few hundred float64
+
+
+def square_blocks(count: int) -> list[Layer]:
+    return layers_of([[(8, 8)]] * count)
+
+
+def by_block(layers, ratios) -> list[float]:
+    return [ratios[next(x.name for x in layers if x.block == b)] for b in range(1 + layers[-1].block)]
+
+
+# ---------------------------------------------------------------------------------------------------- block by block
+
+
+def test_owl_gives_more_outliers_less_sparsity():
+    layers = square_blocks(3)
+    values = dict(zip([x.name for x in layers], [0.0, 1.0, 2.0], strict=True))
+    ratios = ALLOCATIONS["owl"].share(layers, 0.7, values, owl_lambda=0.08)
+    assert by_block(layers, ratios) == pytest.approx([0.78, 0.70, 0.62], abs=EXACT)
+
+
+def test_owl_by_the_papers_formula():
+    draw = random.Random(0)
+    layers = llama_like(12)
+    found = [draw.uniform(1, 9) for _ in range(12)]
+    ratios = ALLOCATIONS["owl"].share(layers, 0.7, {x.name: found[x.block] for x in layers}, owl_lambda=0.08)
+    scaled = [(d - min(found)) / (max(found) - min(found)) * 2 * 0.08 for d in found]
+    density = [d - sum(scaled) / 12 + 0.3 for d in scaled]
+    assert by_block(layers, ratios) == pytest.approx([1 - d for d in density], abs=EXACT)
+
+
+def test_dlp_by_the_papers_formula():
+    draw = random.Random(1)
+    layers = llama_like(12)
+    found = [draw.uniform(1, 9) for _ in range(12)]
+    ratios = ALLOCATIONS["dlp"].share(layers, 0.7, {x.name: found[x.block] for x in layers}, dlp_alpha=0.15)
+    importance = [1 - score / sum(found) for score in found]
+    low, high = min(importance), max(importance)
+    density = [2 * 0.15 * (i - low) / (high - low) for i in importance]
+    assert by_block(layers, ratios) == pytest.approx([1 - (d - sum(density) / 12 + 0.3) for d in density], abs=EXACT)
+    # The block with the largest median of scores is pruned most.
+    assert max(range(12), key=by_block(layers, ratios).__getitem__) == max(range(12), key=found.__getitem__)
+
+
+def test_atp_is_an_arithmetic_progression():
+    layers = llama_like(30)
+    ratios = by_block(layers, ALLOCATIONS["atp"].share(layers, 0.7, None, atp_beta=0.005))
+    assert ratios == pytest.approx([0.7 - 0.005 * 29 / 2 + 0.005 * i for i in range(30)], abs=EXACT)
+
+
+@pytest.mark.parametrize(("name", "flag"), [("owl", "owl_lambda"), ("dlp", "dlp_alpha"), ("atp", "atp_beta")])
+@pytest.mark.parametrize("target", [0.1, 0.9])
+def test_a_map_that_leaves_the_range_is_capped_and_says_the_largest_width(name, flag, target, caplog):
+    layers = square_blocks(5)
+    values = {x.name: float(x.block + 1) for x in layers}
+    ratios = ALLOCATIONS[name].share(layers, target, values, **{flag: 0.4})
+    assert all(0 <= r <= 1 for r in ratios.values()) and budget_of(layers, ratios) == pytest.approx(target, abs=EXACT)
+    (record,) = caplog.records
+    said = float(record.getMessage().split()[-1])
+    caplog.clear()
+    ALLOCATIONS[name].share(layers, target, values, **{flag: said})
+    assert not caplog.records
+    ALLOCATIONS[name].share(layers, target, values, **{flag: said + 2e-4})
+    assert caplog.records
+
+
+# ---------------------------------------------------------------------------------------------------- matrix by matrix
+
+
+def test_erdos_renyi_by_bisection():
+    layers = llama_like(3, width=64, inner=172, kv=16)
+    ratios = ALLOCATIONS["er"].share(layers, 0.6)
+    shapes = {x.name: x.shape for x in layers}
+    low, high = 0.0, 1e9
+    for _ in range(200):
+        scale = (low + high) / 2
+        density = {name: min(1.0, scale * (a + b) / (a * b)) for name, (a, b) in shapes.items()}
+        kept = sum(density[x.name] * numel(x) for x in layers) / sum(map(numel, layers))
+        low, high = (scale, high) if kept < 0.4 else (low, scale)
+    assert ratios == pytest.approx({name: 1 - d for name, d in density.items()}, abs=1e-9)
+    large, small = layers[4].name, layers[1].name
+    assert ratios[large] > ratios[small]
+
+
+def test_erdos_renyi_plus_keeps_the_last_block():
+    layers = llama_like(4, width=64, inner=172)
+    ratios = ALLOCATIONS["er_plus"].share(layers, 0.5)
+    assert {ratios[x.name] for x in layers if x.block == 3} == {0.0}
+    rest = [x for x in layers if x.block < 3]
+    assert {x.name: ratios[x.name] for x in rest} == pytest.approx(ALLOCATIONS["er"].share(rest, 0.5 * 4 / 3), abs=1e-9)
+    with pytest.raises(UserError, match="last block"):
+        ALLOCATIONS["er_plus"].share(layers, 0.8)
+
+
+def filled(*matrices) -> Weights:
+    """Return the weights of a model each of whose blocks is one linear layer."""
+    blocks = nn.ModuleList()
+    for values in matrices:
+        linear = nn.Linear(1, 1, bias=False)
+        linear.weight = nn.Parameter(torch.as_tensor(values, dtype=torch.float32).clone(), requires_grad=False)
+        blocks.append(linear)
+    layers = [Layer(f"blocks.{i}", i, tuple(block.weight.shape)) for i, block in enumerate(blocks)]
+    return Weights(blocks, blocks, layers, [{f"blocks.{i}": block} for i, block in enumerate(blocks)])
+
+
+def test_global_threshold_by_pencil():
+    weights = filled([[1.0, -2.0, 3.0, -4.0]], [[-5.0, 6.0, 7.0, 8.0]])
+    shares = block_scores.shares_below(weights, 0.5, block_scores.magnitude_score)
+    assert list(shares.values()) == [1.0, 0.0]
+    shares = block_scores.shares_below(weights, 0.75, block_scores.magnitude_score)
+    assert list(shares.values()) == [1.0, 0.5]
+
+
+def test_lamp_by_pencil():
+    # Squares 1 4 9 16, suffix sums 30 29 25 16.
+    expected = torch.tensor([[16 / 16, 9 / 25, 1 / 30, 4 / 29]])
+    assert torch.allclose(block_scores.lamp_score(torch.tensor([[4.0, -3.0, 1.0, 2.0]])), expected, rtol=1e-7)
+    # Of equal weights each counts all of them, and a layer of zeros has no score.
+    equal = torch.tensor([[1.0, -1.0, 1.0]])
+    assert torch.allclose(block_scores.lamp_score(equal), torch.full((1, 3), 1 / 3), rtol=1e-7)
+    assert block_scores.lamp_score(torch.zeros(2, 2)).eq(0).all()
+
+
+def test_lamp_does_not_know_a_layers_scale():
+    weight = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(block_scores.lamp_score(1000 * weight), block_scores.lamp_score(weight), rtol=1e-6)
+
+
+@pytest.mark.parametrize("score", [block_scores.magnitude_score, block_scores.lamp_score], ids=["global", "lamp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # half precision: thousands of equal weights
+def test_shares_below_are_those_of_a_sort(score, dtype):
+    generator = torch.Generator().manual_seed(3)
+    matrices = [torch.randn(30 + 7 * i, 40, generator=generator).mul(0.1 + i).to(dtype).float() for i in range(4)]
+    weights = filled(*matrices)
+    every = torch.cat([score(w).flatten() for w in matrices]).double()
+    for target in (0.1, 0.5, 0.77, 0.95):
+        shares = block_scores.shares_below(weights, target, score)
+        assert budget_of(weights.layers, shares) == pytest.approx(target, abs=1e-12)
+        threshold = every.sort().values[math.ceil(target * len(every)) - 1]
+        for weight, share in zip(matrices, shares.values(), strict=True):
+            own = score(weight).double()
+            low, high = (own < threshold).double().mean().item(), (own <= threshold).double().mean().item()
+            assert low - 1e-12 <= share <= high + 1e-12
+
+
+# ------------------------------------------------------------------------------------------------ the dense statistics
+
+
+def test_block_scores_by_pencil():
+    parts = [torch.tensor([[1.0, 1.0], [1.0, 17.0]]), torch.tensor([[0.0, 2.0]])]
+    assert block_scores.outlier_ratio(parts, 2) == pytest.approx(100 / 6)  # the mean is 22 / 6
+    assert block_scores.outlier_ratio(parts, 5) == 0
+    assert block_scores.median_score(parts) == 1.0  # of 0 1 1 1 2 17, the lower one
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2,), (7, 8), (100, 33, 1)])
+def test_median_is_torchs(sizes):
+    parts = [torch.rand(size, generator=torch.Generator().manual_seed(size)) for size in sizes]
+    assert block_scores.median_score(parts) == torch.cat(parts).median().item()
+
+
+def test_dense_statistics_are_those_of_whole_passes(tiny_windows):
+    model = tiny_llama()
+    weights = weights_of(model)
+    before, layers = weights.snapshot(), weights.layers
+    found = block_scores.score_blocks(weights, enter_blocks(weights, tiny_windows), block_scores.median_score)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.snapshot().items())
+
+    sums = {}
+    hooks = [
+        model.get_submodule(layer.name).register_forward_pre_hook(
+            lambda _, args, name=layer.name: sums.update(
+                {name: sums.get(name, 0) + args[0].double().square().sum((0, 1))}
+            )
+        )
+        for layer in layers
+    ]
+    with torch.no_grad():
+        for window in tiny_windows:
+            model(window[None])
+    for hook in hooks:
+        hook.remove()
+    for block in range(3):
+        own = [x for x in layers if x.block == block]
+        every = torch.cat([(before[x.name].abs() * (sums[x.name] / 7).sqrt()).flatten() for x in own])
+        for layer in own:  # the sums are float32 there
+            assert found[layer.name] == pytest.approx(every.sort().values[(len(every) - 1) // 2].item(), rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- mixed N:M
+
+
+@pytest.mark.parametrize(("keep", "group"), [(4, 8), (2, 8), (5, 8), (2, 4), (8, 16)])
+@pytest.mark.parametrize("seed", range(5))
+def test_mixed_nm_keeps_the_budget(keep, group, seed, caplog):
+    draw = random.Random(seed)
+    layers = llama_like(32)
+    target = 1 - keep / group
+    values = {x.name: draw.uniform(1, 9) for x in layers}
+    ratios = ALLOCATIONS["ww"].share(layers, target, values, epsilon=0.3, mapping_type="block_wise")
+    nm = mixed_nm(layers, ratios, target, group)
+    assert all(m == group and 0 < n <= m for n, m in nm.values())
+    assert len(set(nm.values())) > 1
+    reached = {name: 1 - n / m for name, (n, m) in nm.items()}
+    assert budget_of(layers, reached) == pytest.approx(target, abs=1e-3)
+    assert all(abs(reached[x.name] - ratios[x.name]) < 1.5 / group for x in layers if ratios[x.name] < 1 - 1 / group)
+    assert not [r for r in caplog.records if "mixed" in r.getMessage()]
+
+
+def test_mixed_nm_by_pencil():
+    layers = square_blocks(4)
+    ratios = dict(zip([x.name for x in layers], [0.30, 0.45, 0.55, 0.70], strict=True))
+    # Eighths 2.4 3.6 4.4 5.6: two steps are left for the largest remainders.
+    assert [n for n, _ in mixed_nm(layers, ratios, 0.5, 8).values()] == [6, 4, 4, 2]
+
+
+def test_mixed_nm_warns_when_the_budget_is_out_of_reach(caplog):
+    layers = square_blocks(1)
+    mixed_nm(layers, {layers[0].name: 0.3}, 0.3, 4)
+    assert "0.2500" in caplog.text and "0.3000" in caplog.text

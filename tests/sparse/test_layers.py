@@ -1,0 +1,648 @@
+"""Packed models on the CPU: products against float64, the format bit for bit, whole models, guards and bad input."""
+
+import copy
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, tiny_llama
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+
+from lib import sparse
+from lib.core.errors import UserError
+from lib.evaluation.perplexity import perplexity
+from lib.models.layers import prunable_layers, prunable_modules
+from lib.pruning.pruners import magnitude
+from lib.sparse import DenseLinear, SparseLinear, kernel, packed
+from lib.sparse.decode import grouped_attention
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import generate
+
+SHAPES = [(7, 31), (33, 1000), (1, 64), (5, 8), (40, 2100), (600, 96), (3, 33)]  # [rows, columns]
+# Float32 sums of 2,100 products at most: each of the additions is off by 2^-24 of the running sum.
+CLOSE = 3e-6
+HALF_ULP = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of the one rounding at the end
+
+needs_kernel = pytest.mark.skipif(not kernel.levels(), reason="this CPU has no kernel")
+
+
+def matrix(rows: int, columns: int, zeros: float, kind: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Return a weight with a fraction of zeros, half of them -0.0, and a first row without anything else."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=draw)
+    weight = weight * (torch.rand(rows, columns, generator=draw) >= zeros)  # leaves -0.0 where weights are negative
+    if zeros and rows > 1:
+        weight[0] *= 0
+    return weight.to(kind)
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias, requires_grad=False)
+    return made
+
+
+# -------------------------------------------------------------------------------------------------------- products
+
+
+@needs_kernel
+@pytest.mark.parametrize("multiplies", [False, True])  # whether the CPU has instructions for many tokens of this kind
+@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("level", kernel.levels())
+def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeypatch):
+    monkeypatch.setattr("lib.sparse.layers.multiplies", lambda _: multiplies)
+    library = kernel.load(level)
+    for index, (rows, columns) in enumerate(SHAPES):
+        for zeros in (0.0, 0.5, 0.9, 1.0):
+            weight = matrix(rows, columns, zeros, kind, index)
+            bias = torch.randn(rows, generator=torch.Generator().manual_seed(9)).to(kind)
+            layers = SparseLinear.from_linear(linear(weight), library), DenseLinear(linear(weight), library)
+            biased = SparseLinear.from_linear(linear(weight, bias), library), DenseLinear(linear(weight, bias), library)
+            for tokens in (*(() if multiplies else range(1, 9)), 9, 16):  # every one that the kernel has, and more
+                x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(kind)
+                expected = x.double() @ weight.double().T
+                size = x.double().abs() @ weight.double().abs().T
+                if tokens <= kernel.MOST_TOKENS:
+                    sums = library.multiply(layers[0]._matrix, x, torch.full((tokens, rows), torch.nan), tokens)
+                    assert ((sums - expected).abs() <= CLOSE * size).all()
+                own = tokens > kernel.MOST_TOKENS and multiplies and platform.machine() in kernel.ARM
+                close = HALF_ULP[kind] if own else CLOSE  # torch's bfloat16 product rounds parts of a sum there
+                for plain, with_bias in zip(layers, biased, strict=True):
+                    assert ((plain(x) - expected).abs() <= close * size + HALF_ULP[kind] * expected.abs() + 1e-7).all()
+                    expected_biased = expected + bias.double()
+                    off = (with_bias(x) - expected_biased).abs()
+                    # torch's own product, which is used for many tokens, may round before the bias is added
+                    assert (off <= CLOSE * size + 2 * HALF_ULP[kind] * (size + bias.double().abs()) + 1e-7).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("level", kernel.levels())
+def test_product_by_pencil(level):
+    weight = torch.tensor([[0.0, 2, 0, -3], [0, 0, 0, 0], [1, 0, 0.5, -0.0]], dtype=torch.bfloat16)
+    layer = SparseLinear.from_linear(linear(weight, torch.tensor([0.0, 7, 0]).bfloat16()), kernel.load(level))
+    x = torch.tensor([[1.0, 10, 100, 1000]], dtype=torch.bfloat16)
+    assert layer(x).tolist() == [[20 - 3000 + 4, 7, 51]]  # 2,980 is 2,976 in 8 bits: ties to even
+    assert torch.equal(layer.dense(), weight) and layer.sparsity == pytest.approx(8 / 12)
+
+
+@needs_kernel
+@pytest.mark.parametrize("level", kernel.levels())
+def test_what_is_beyond_the_last_column_is_not_read(level):
+    # The next row's weights, in the place of columns that are not there, would turn the zeros of x into nan.
+    weight = torch.ones(2, 40, dtype=torch.bfloat16)
+    weight[1] = torch.nan
+    x = torch.ones(1, 40, dtype=torch.bfloat16)
+    for make in (SparseLinear.from_linear, DenseLinear):
+        y = make(linear(weight), kernel.load(level))(x)
+        assert y[0, 0] == 40 and y[0, 1].isnan()
+
+
+@needs_kernel
+def test_shapes_kinds_and_empty_input():
+    layer = SparseLinear.from_linear(linear(matrix(6, 32, 0.5, torch.float16)))
+    assert layer(torch.ones(2, 3, 32).half()).shape == (2, 3, 6) and layer(torch.ones(32).half()).shape == (6,)
+    assert layer(torch.ones(0, 32).half()).shape == (0, 6)
+    strided = torch.randn(32, 3).half().T
+    assert torch.equal(layer(strided), layer(strided.contiguous()))
+    with pytest.raises(
+        RuntimeError, match=r"multiplies \[..., 32\] torch.float16 on the CPU, not \[1, 32\] torch.float32"
+    ):
+        layer(torch.ones(1, 32))
+    for wrong in (layer, DenseLinear(linear(matrix(6, 32, 0.5, torch.float16)))):
+        with pytest.raises(RuntimeError):  # twice as wide, not twice as many
+            wrong(torch.ones(1, 64).half())
+
+
+@needs_kernel
+def test_training_gradients_moves_and_saving_are_refused_in_one_line():
+    model = nn.Sequential(SparseLinear.from_linear(linear(matrix(6, 32, 0.5, torch.bfloat16))))
+    refused = {
+        lambda: model.train(): "cannot be trained",
+        lambda: model(torch.ones(1, 32, dtype=torch.bfloat16, requires_grad=True)): "has no gradients",
+        lambda: model.to("meta"): "stays on the CPU in torch.bfloat16",
+        lambda: model.float(): "stays on the CPU in torch.bfloat16",
+        lambda: model.state_dict(): "is not saved again",
+    }
+    for act, says in refused.items():
+        with pytest.raises(RuntimeError, match=says) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert model.eval().to("cpu", torch.bfloat16) is model
+    x = torch.ones(1, 32, dtype=torch.bfloat16)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_move_to_the_gpu_is_refused():
+    with pytest.raises(RuntimeError, match="stays on the CPU"):
+        SparseLinear.from_linear(linear(matrix(6, 32, 0.5, torch.bfloat16))).to("cuda")
+
+
+@pytest.mark.parametrize("mask", [None, "padded"])
+def test_grouped_attention_is_transformers_attention(mask):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 1, 16, generator=draw)
+    key, value = torch.randn(2, 2, 2, 11, 16, generator=draw)
+    mask = None if mask is None else (torch.arange(11) >= torch.tensor([[0], [4]]))[:, None, None]  # [2, 1, 1, 11]
+    module = nn.Module()
+    module.num_key_value_groups = 3
+    found, _ = grouped_attention(module, query, key, value, mask, scaling=0.3, dropout=0.0)
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3, dropout=0.0, is_causal=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # float32 sums of 11 terms in another order
+
+
+# ---------------------------------------------------------------------------------------------------------- format
+
+
+def test_pack_by_pencil():
+    tensor = torch.tensor([[0, 1.5, 0, -2], [0, -0.0, 0, 0], [3, 0, -0.0, 0]])
+    mask, values, negative = packed.pack(tensor)
+    assert mask.tolist() == [[0b1010], [0], [0b0001]]
+    assert values.tolist() == [1.5, -2, 3] + [0] * packed.PADDING
+    assert negative.tolist() == [0b10001000, 0]  # the zeros in order: two of row 0, four of row 1, three of row 2
+    assert packed.row_starts(mask).tolist() == [0, 2, 2, 3]
+    back = packed.unpack(packed.Packed(mask, values, negative), [3, 4])
+    assert torch.equal(back, tensor) and torch.equal(back.signbit(), tensor.signbit())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8])
+@pytest.mark.parametrize("shape", [(37, 29), (3, 5, 64), (70,)])
+def test_pack_keeps_every_bit(dtype, shape):
+    draw = torch.Generator().manual_seed(3)
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    bits = torch.iinfo(integer)
+    # Every pattern, NaNs with payload, infinities and -0.0 among them, whatever the kind of number.
+    raw = torch.randint(bits.min, bits.max, shape, generator=draw, dtype=torch.int64).to(integer)
+    raw[torch.rand(raw.shape, generator=draw) < 0.7] = 0
+    raw[torch.rand(raw.shape, generator=draw) < 0.2] = bits.min  # -0.0 as a float
+    tensor = raw.view(dtype)
+    back = packed.unpack(packed.pack(tensor), list(shape))
+    assert back.dtype == dtype and torch.equal(back.view(integer), raw)
+
+
+def test_negative_zeros_are_no_values():
+    tensor = -torch.zeros(8, 64)
+    tensor[:, 0] = 1
+    found = packed.pack(tensor)
+    assert found.values.numel() == 8 + packed.PADDING and found.negative.nbytes == 8 * 63 / 8
+
+
+def test_pack_reaches_the_size_that_arithmetic_gives():
+    tensor = torch.ones(1000, 96, dtype=torch.float16)
+    tensor[:, :72] = 0  # 75 %
+    assert packed.pack(tensor).nbytes - 2 * packed.PADDING == tensor.nbytes * (0.25 + 1 / 16)
+
+
+def prune(folder: Path, ratio: float, kind: torch.dtype = torch.float32) -> None:
+    """Save the tiny LLaMA to ``folder`` with ``ratio`` of each matrix zero."""
+    model = tiny_llama()
+    for linear in prunable_modules(model).values():
+        kept = magnitude(linear.weight.data, None, ratio, None) != 0
+        linear.weight.data *= kept  # leaves -0.0
+    model.to(kind).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, tiny_folder) -> Path:
+    """Return the folder of a tiny LLaMA with 70 % zeros in bfloat16, half of them -0.0; to be read only."""
+    folder = tmp_path_factory.mktemp("sparse") / "pruned"
+    shutil.copytree(tiny_folder, folder)
+    prune(folder, 0.7, torch.bfloat16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed_folder(pruned) -> Path:
+    """Return ``pruned``, packed; to be read only."""
+    folder = pruned.with_name("packed")
+    folder.mkdir()
+    sparse.pack_files(pruned, folder)
+    return folder
+
+
+def test_packed_folder_comes_back_file_by_file(pruned, packed_folder, tmp_path):
+    assert sparse.is_packed(packed_folder) and not sparse.is_packed(pruned)
+    with pytest.raises(OSError):  # not a model with random weights
+        AutoModelForCausalLM.from_pretrained(packed_folder)
+    assert sparse.unpack_files(packed_folder, tmp_path) == len(load_file(pruned / "model.safetensors"))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in pruned.iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------- whole models
+
+
+@pytest.fixture
+def model(packed_folder):
+    return sparse.load_packed(packed_folder)
+
+
+def dense(folder: Path, kind: torch.dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+
+
+@needs_kernel
+def test_layers_stay_packed_and_say_what_they_are(model):
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert len(layers) == 21 and isinstance(model.lm_head, DenseLinear)
+    assert all(layer.sparsity == pytest.approx(0.7, abs=0.01) for layer in layers)
+    assert not any(parameter.is_meta for parameter in model.parameters()) and not model.training
+    assert model.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 5, 24])
+def test_logits_are_as_close_to_float32_as_dense_bfloat16s(pruned, model, tiny_windows, length):
+    ids = tiny_windows[:1, :length]
+    exact = dense(pruned, torch.float32)(ids).logits
+    ours, theirs = (m(ids).logits.float() for m in (model, dense(pruned, torch.bfloat16)))
+    # Both round every activation to 8 bits, at other places: 1.5 for the luck of one draw.
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
+@torch.no_grad()
+def test_decoding_with_a_cache_is_the_whole_window(model, tiny_windows):
+    ids = tiny_windows[:2, :12]
+    whole = model(ids).logits
+    cache = model(ids[:, :8]).past_key_values
+    for at in range(8, 12):
+        found = model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+        cache = found.past_key_values
+        # bfloat16 keeps 8 bits of every activation, three blocks deep
+        assert (found.logits[:, 0] - whole[:, at]).abs().max() <= 0.05 * whole.abs().max()
+
+
+def test_generate_pipeline_and_perplexity_run(pruned, packed_folder, model, tiny_windows):
+    tokenizer = AutoTokenizer.from_pretrained(packed_folder)
+    ids = tiny_windows[:2, :6]
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert out.shape[0] == 2 and torch.equal(out[:, :6], ids)
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)("Ab", max_new_tokens=3)
+    assert text[0]["generated_text"].startswith("Ab")
+    reference = perplexity(dense(pruned, torch.bfloat16), tiny_windows)
+    assert perplexity(model, tiny_windows) == pytest.approx(reference, rel=0.01)  # 8 bits of every activation
+
+
+def test_lm_eval_runs(packed_folder, model, tiny_windows):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(packed_folder), batch_size=2)
+    asked = [Instance("loglikelihood", {}, ("ab de", " " + word), index) for index, word in enumerate(["kil", "mor"])]
+    assert all(value < 0 for value, _ in wrapped.loglikelihood(asked, disable_tqdm=True))
+
+
+@torch.no_grad()
+def test_sparsify_packs_what_is_sparse_and_leaves_the_rest(tiny_windows):
+    model = tiny_llama().bfloat16()
+    layers = prunable_layers(model)
+    for index, linear in enumerate(prunable_modules(model).values()):
+        linear.weight.data = magnitude(linear.weight.data, None, 0.6 if index % 3 else 0.2, None)
+    before = model(tiny_windows[:1, :4]).logits
+    count = sparse.sparsify(model)
+    assert count == (14 if kernel.levels() else 0)
+    if count:
+        assert isinstance(model.get_submodule(layers[0].name), DenseLinear)
+        assert isinstance(model.get_submodule(layers[1].name), SparseLinear)
+    assert (model(tiny_windows[:1, :4]).logits - before).abs().max() <= 0.05 * before.abs().max()  # 8 bits
+    with pytest.raises(UserError, match="is torch.float32 on cpu; load the model on the CPU in bfloat16"):
+        sparse.sparsify(tiny_llama())
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+@torch.no_grad()
+def test_other_kinds_of_checkpoints(kind, tmp_path, tiny_folder, tiny_windows, caplog):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    prune(tmp_path / "model", 0.7, kind)
+    (tmp_path / "packed").mkdir()
+    sparse.pack_files(tmp_path / "model", tmp_path / "packed")
+    with caplog.at_level(logging.INFO):
+        model = sparse.load_packed(tmp_path / "packed")
+    runs_in = torch.bfloat16 if kind == torch.float32 else kind
+    assert model.dtype == runs_in and ("float32 weights are rounded to bfloat16" in caplog.text) == (kind != runs_in)
+    expected = dense(tmp_path / "model", runs_in)(tiny_windows[:1, :4]).logits
+    assert (model(tiny_windows[:1, :4]).logits - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "opt projected", "gpt-neox", "phi3", "qwen2"])
+@torch.no_grad()
+def test_other_kinds_of_models(kind, tmp_path, tiny_windows):
+    from test_load_models import build
+
+    made = build(kind).bfloat16()
+    for linear in prunable_modules(made).values():
+        linear.weight.data = magnitude(linear.weight.data, None, 0.6, None)
+    made.save_pretrained(tmp_path / "model")
+    (tmp_path / "packed").mkdir()
+    sparse.pack_files(tmp_path / "model", tmp_path / "packed")
+    model, expected = sparse.load_packed(tmp_path / "packed"), dense(tmp_path / "model", torch.bfloat16)
+    ids = tiny_windows[:1, :5] % expected.config.get_text_config().vocab_size
+    off = (model(ids).logits - expected(ids).logits).abs().max()
+    assert off <= 0.05 * expected(ids).logits.abs().max()  # 8 bits of every activation, a few blocks deep
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2_is_as_close_to_float32_as_dense_bfloat16(smollm2, smollm2_source, tmp_path):
+    for linear in prunable_modules(smollm2).values():
+        linear.weight.data = magnitude(linear.weight.data, None, 0.5, None)
+    smollm2.bfloat16().save_pretrained(tmp_path / "model")
+    (tmp_path / "packed").mkdir()
+    sparse.pack_files(tmp_path / "model", tmp_path / "packed")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_source.path)
+    ids = tokenizer("The capital of France is Paris", return_tensors="pt").input_ids
+    exact = dense(tmp_path / "model", torch.float32)(ids).logits
+    both = sparse.load_packed(tmp_path / "packed"), dense(tmp_path / "model", torch.bfloat16)
+    ours, theirs = (model(ids).logits.float() for model in both)
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() <= 0.1 * exact.norm()
+    head, embedding = both[0].get_output_embeddings(), both[0].get_input_embeddings()
+    assert isinstance(head, DenseLinear) and head.weight is embedding.weight and head.weight.dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------ damage, bad input
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def alter_early(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start + 5] ^= 16  # of a mask
+    path.write_bytes(content)
+
+
+def rewrite(path: Path, change) -> None:
+    """Write the packed file again with its header (a dict) and tensors changed."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors, header = load_file(path), json.loads(metadata["packed"])
+    change(header, tensors)
+    save_file(tensors, path, metadata | {"packed": json.dumps(header)})
+
+
+def newer(header, _):
+    header["version"] = 3
+
+
+def drop(header, tensors):
+    name = next(iter(header["tensors"]))
+    del header["tensors"][name]
+
+
+def lie(header, _):
+    about = next(a for n, a in header["tensors"].items() if "q_proj" in n)
+    about["shape"] = [64, 16]
+
+
+def empty(header, _):
+    header.clear()
+
+
+# What is done to the packed file, and what is said.
+DAMAGED = {
+    "cut off": (cut, "cannot be read as a packed model"),
+    "altered": (alter, "is not what was packed"),
+    "altered mask": (alter_early, "is not what was packed"),
+    "not safetensors": (lambda p: p.write_bytes(b"123"), "cannot be read as a packed model"),
+    "another version": (lambda p: rewrite(p, newer), "is in version 3 of the packed format and this reads 2"),
+    "shape": (lambda p: rewrite(p, lie), "is not what was packed"),
+    "no header": (lambda p: rewrite(p, empty), "cannot be read as a packed model"),
+}
+
+
+@pytest.fixture
+def copied(packed_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(packed_folder, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_file_is_refused_in_one_line(case, copied, tmp_path):
+    spoil, says = DAMAGED[case]
+    spoil(copied / "model.packed.safetensors")
+    (tmp_path / "back").mkdir()
+    for read in (sparse.load_packed, lambda folder: sparse.unpack_files(folder, tmp_path / "back")):
+        with pytest.raises(UserError, match=says) as caught:
+            read(copied)
+        assert "\n" not in str(caught.value) and "model.packed.safetensors" in str(caught.value)
+    assert list((tmp_path / "back").iterdir()) == []
+
+
+def test_another_models_config_is_refused_in_one_line(copied, tmp_path):
+    config = json.loads((copied / "config.json").read_text())
+    for change, says in (
+        ({"hidden_size": 64}, r"is packed with shape \[.*\], the model of its config.json has"),
+        ({"num_hidden_layers": 2}, "is packed there, and the model of its config.json has none"),
+        ({"num_hidden_layers": 4}, "lacks 9 weights of its config.json's model, first model.layers.3"),
+        ({"model_type": "nothing"}, "its config.json cannot be used"),
+    ):
+        (copied / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=says) as caught:
+            sparse.load_packed(copied)
+        assert "\n" not in str(caught.value)
+    rewrite(copied / "model.packed.safetensors", drop)
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="lacks 1 weights of its config.json's model"):
+        sparse.load_packed(copied)
+    with pytest.raises(UserError, match=r"holds no \*.packed.safetensors"):
+        sparse.load_packed(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- the build
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch) -> Path:
+    """Return an empty cache folder, in which nothing was compiled yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kernel.load.cache_clear()
+    yield tmp_path / "cache" / "alphapruning"
+    kernel.load.cache_clear()
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def without_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", staticmethod(no_home))
+
+
+def read_only(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
+
+
+def without_compiler(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+
+
+def failing_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+
+
+def other_machine(monkeypatch):
+    monkeypatch.setattr(kernel, "processor", dict)
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+
+
+WITHOUT = {
+    "no home": (without_home, "no place for the kernel"),
+    "read-only": (read_only, "cannot be kept or loaded"),
+    "no compiler": (without_compiler, "no C\\+\\+ compiler found"),
+    "a compiler that fails": (failing_compiler, "false failed"),
+    "another machine": (other_machine, r"\(riscv64\) has neither AVX2 nor NEON"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT)
+@torch.no_grad()
+def test_without_a_kernel_the_model_runs_dense_and_one_line_says_why(
+    case, fresh, monkeypatch, caplog, pruned, packed_folder, tiny_windows
+):
+    if case != "another machine" and not kernel.levels():
+        pytest.skip("this CPU has no kernel")
+    spoil, says = WITHOUT[case]
+    spoil(monkeypatch)
+    with pytest.raises(kernel.Unavailable, match=says) as caught:
+        kernel.load()
+    assert "\n" not in str(caught.value)
+    model = sparse.load_packed(packed_folder)
+    assert len(caplog.records) == 1 and "the model is unpacked and runs dense" in caplog.text
+    assert not any(isinstance(module, SparseLinear | DenseLinear) for module in model.modules())
+    expected = dense(pruned, torch.bfloat16)(tiny_windows[:1]).logits
+    assert torch.equal(model(tiny_windows[:1]).logits, expected)
+    caplog.clear()
+    assert sparse.sparsify(dense(pruned, torch.bfloat16)) == 0
+    assert len(caplog.records) == 1 and "the model stays dense" in caplog.text
+    assert not fresh.exists() or list(fresh.iterdir()) == []
+
+
+@needs_kernel
+def test_library_is_compiled_once_and_again_for_other_flags(fresh, monkeypatch):
+    level = kernel.levels()[-1]
+    monkeypatch.setattr(kernel, "FLAGS", quick := ("-O0", *kernel.FLAGS[1:]))
+    first = kernel._built(level)
+    monkeypatch.setattr(kernel.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    assert kernel._built(level) == first and [path.name for path in fresh.iterdir()] == [first.name]
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh.parent))
+    monkeypatch.setattr(kernel, "FLAGS", (*quick, "-DOTHER"))
+    assert kernel._built(level) != first
+
+
+@pytest.mark.slow
+@needs_kernel
+def test_two_processes_that_build_at_once_do_not_meet(fresh):
+    code = (
+        "import sys; from lib.sparse import kernel; sys.stdin.read(1); "
+        "path = kernel._built(kernel.levels()[-1]); kernel.Kernel(path); print(path)"
+    )
+    env = os.environ | {"XDG_CACHE_HOME": str(fresh.parent)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": env}
+    both = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+    for process in both:
+        process.stdin.write("x")
+        process.stdin.flush()
+    paths = {process.communicate()[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert paths == {str(path) for path in fresh.iterdir()} and len(paths) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- generate.py
+
+
+@pytest.mark.slow
+def test_generate_streams_and_compares(pruned, packed_folder):
+    command = [sys.executable, ROOT / "scripts" / "generate.py", packed_folder, "Ab de"]
+    done = subprocess.run(
+        [*command, "--tokens", "6", "--threads", "1", "--compare", pruned], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert lines[0].startswith("Ab de")
+    figures = r"\d+\.\d tokens/s, prompt \d+\.\d tokens/s, -?\d+ MB resident"
+    assert sum(bool(re.search(figures, line)) for line in lines) == 3
+    assert lines[-1].startswith("ratio: ") and lines[-1].endswith("medians of 5 turns, 1 threads")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["nowhere", "x"], "nowhere: folder not found"),
+        (["{}", "x", "--tokens", "1"], "--tokens 1"),
+        (["{}", "x", "--compare", "nowhere"], "error: nowhere: folder not found"),
+        (["{}", "Ab", "--tokens", "100000"], "--tokens 100000: the prompt has 2 tokens and {} a context of 128; give"),
+        (["{}", "Ab", "--tokens", "127"], "give at most 126"),
+        (["{}", "Ab" * 70, "--tokens", "4"], "the prompt has 140 tokens and {} a context of 128; give a shorter one"),
+        (["{}", "x", "--threads", "100000"], "--threads 100000: must be between 1 and "),
+        (["{}", "x", "--threads", "-1"], "--threads -1: must be between 1 and "),
+        (["{}", ""], "the prompt is empty"),
+        (["{}", b"\xff\xfe".decode("utf-8", "surrogateescape")], "error: the prompt is not UTF-8"),
+        (["{few}", "unstuns"], "few: its tokenizer gives token"),
+        (["{}", "unstuns", "--compare", "{few}"], "few: its tokenizer gives token"),
+    ],
+)
+def test_generate_bad_input(packed_folder, few, flags, says, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("the model was loaded"))
+    assert generate.main([flag.format(packed_folder, few=few) for flag in flags]) == 2
+    err = capsys.readouterr().err
+    assert says.format(packed_folder) in err and err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory, tiny_tokenizer) -> Path:
+    """Return the folder of a model with fewer embeddings than its tokenizer has tokens."""
+    folder = tmp_path_factory.mktemp("generate") / "few"
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=20, max_position_embeddings=128, **sizes)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_generate_compares_prompts_that_begin_with_a_dash(packed_folder, pruned, monkeypatch, capsys):
+    started = []
+
+    class Server:
+        def __init__(self, words, **options):
+            started.append((generate.make_parser().parse_args(words[2:]), options))
+            if len(started) == 2:
+                raise KeyboardInterrupt
+
+        def kill(self):
+            started.append("killed")
+
+        def wait(self):
+            pass
+
+    monkeypatch.setattr(generate.subprocess, "Popen", Server)
+    words = ["--tokens", "2", "--compare", str(pruned), "--", str(packed_folder), "-Ab de"]
+    assert generate.main(words) == 130
+    (one, options), (other, _), killed = started
+    assert (one.model, other.model) == (str(packed_folder), str(pruned)) and killed == "killed"
+    assert one.prompt == other.prompt == "-Ab de" and one.serve and one.tokens == 2 and options["start_new_session"]
+    assert capsys.readouterr().err.strip() == "generate.py: interrupted; the same command starts again"

@@ -1,0 +1,191 @@
+"""Packed models through the commands: what main.py --packed writes, resumes and refuses, and what runs on it."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_journal import POINTS, killed_run
+from test_streamed import hashes
+
+import main
+from lib import sparse
+from lib.core.errors import UserError
+
+sys.path += [str(ROOT / "scripts"), str(ROOT / "scripts" / "speedup")]
+
+import generate
+import pack
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # runs are forked
+
+METHOD = "wanda_ww"
+RUN = f"{METHOD}_sparsity_0.7"
+
+
+def flags_of(folder: Path, tiny_folder: Path, text: Path) -> list[str]:
+    """Return the flags of a run that prunes the tiny LLaMA and saves it under ``folder``."""
+    flags = f"--model {tiny_folder} --calib_data {text} --eval_data {text} --seqlen 32 --nsamples 5 --eval_windows 8 "
+    flags += f"--prune_method {METHOD} --sparsity_ratio 0.7 --epsilon 0.2 --ww_metric_cache {folder / 'cache'} "
+    return (flags + f"--save {folder / 'save'} --save_model {folder / 'out'}").split()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, tiny_folder, tiny_text) -> tuple[Path, Path]:
+    """Return the folders of the same model as main.py writes it, plain and --packed; to be read only."""
+    made = []
+    for more in ([], ["--packed"]):
+        folder = tmp_path_factory.mktemp("packed" if more else "plain")
+        assert main.main([*flags_of(folder, tiny_folder, tiny_text), *more]) == 0
+        made.append(folder / "out" / f"{METHOD}_0.7")
+    return tuple(made)
+
+
+@pytest.fixture
+def copied(both, tmp_path) -> Path:
+    return Path(shutil.copytree(both[1], tmp_path / "copied"))
+
+
+def one_line(capsys, status: int) -> str:
+    """Return the error that a command printed: one line, with exit status 2."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert status == 2
+    return line
+
+
+def measured(model: Path, save: Path, text: Path, *more: str) -> dict:
+    flags = f"--model {model} --eval_data {text} --seqlen 32 --eval_windows 8 --save {save}"
+    assert main.main([*flags.split(), *more]) == 0
+    return json.loads((save / "run_dense_sparsity_0.0.json").read_text())
+
+
+def test_packed_folder_is_the_plain_one_in_less_space(both, tmp_path):
+    plain, packed = both
+    assert sparse.is_packed(packed) and not list(packed.parent.glob(".*"))
+    pack.unpack_folder(packed, tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(plain)
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in both]
+    assert sizes[1] < 0.9 * sizes[0]  # the embedding and the head, which stay dense, are most of so small a model
+
+
+def test_main_measures_a_packed_model(both, tmp_path, tiny_text):
+    plain, packed = both
+    expected = measured(plain, tmp_path / "plain", tiny_text, "--dtype", "bfloat16")
+    found = measured(packed, tmp_path / "packed", tiny_text)
+    # The same weights in bfloat16: activations are rounded to 8 bits at other places (dense: after every product of
+    # more than 8 tokens alike, so that windows of 32 hardly differ).
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=2e-3)
+    exact = measured(plain, tmp_path / "exact", tiny_text, "--dtype", "float32")
+    assert found["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-2)  # 2^-8 a weight and an activation
+    record = json.loads((packed.parents[1] / "save" / f"run_{RUN}.json").read_text())
+    assert found["sparsity"] == expected["sparsity"] == record["sparsity"]
+    assert found["model"]["dtype"] == "bfloat16"
+    # The run that pruned measured the model before it was packed, in float32.
+    assert record["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-5)
+
+
+def test_generate_runs_on_what_main_wrote(both, capsys):
+    assert generate.main([str(both[1]), "Ab de", "--tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Ab de") and "tokens/s" in out and "MB resident" in out
+
+
+@pytest.mark.parametrize("point", ["before the folder is renamed", "in evaluation", "before the last record"])
+def test_a_killed_run_resumes_to_the_same_packed_folder(point, both, tmp_path, tiny_folder, tiny_text):
+    flags = [*flags_of(tmp_path, tiny_folder, tiny_text), "--packed"]
+    killed_run(" ".join(flags), *POINTS[point])
+    assert main.main(flags) == 0
+    assert hashes(tmp_path / "out" / f"{METHOD}_0.7") == hashes(both[1])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{METHOD}_0.7"]
+
+
+def test_a_packed_folder_that_was_altered_is_not_resumed(tmp_path, tiny_folder, tiny_text, capsys):
+    flags = [*flags_of(tmp_path, tiny_folder, tiny_text), "--packed"]
+    killed_run(" ".join(flags), *POINTS["in evaluation"])
+    path = sorted((tmp_path / "out" / f"{METHOD}_0.7").glob("*.packed.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-8])
+    capsys.readouterr()
+    says = one_line(capsys, main.main(flags))
+    assert "cannot be read as a packed model" in says and "add --restart to begin again" in says
+    assert main.main([*flags, "--restart"]) == 0
+
+
+# What main.py is asked for beside the packed model, and what it says.
+REFUSED = {
+    "pruned again": ("--prune_method magnitude --sparsity_ratio 0.5", "is packed, which is for running it; unpack it"),
+    "metric": ("--metrics_only", "is packed, which is for running it; unpack it first"),
+    "streamed": ("--stream always", "is packed, which is for running it; unpack it first: python scripts/speedup/pack"),
+    "dtype": ("--dtype float32", "float32: {} is packed and runs in bfloat16; leave --dtype out"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_with_a_packed_model(case, both, tmp_path, monkeypatch, tiny_text, capsys):
+    monkeypatch.chdir(tmp_path)
+    more, says = REFUSED[case]
+    flags = f"--model {both[1]} --eval_data {tiny_text} --calib_data {tiny_text} --seqlen 32 {more}"
+    assert says.format(both[1]) in one_line(capsys, main.main(flags.split()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_packed_is_refused_without_a_folder_and_for_a_streamed_model(tmp_path, tiny_folder, tiny_text, capsys):
+    flags = [*flags_of(tmp_path, tiny_folder, tiny_text), "--packed"]
+    assert "--packed" in one_line(capsys, main.main([*flags, "--stream", "always"]))
+    at = flags.index("--save_model")
+    assert "--save_model" in one_line(capsys, main.main(flags[:at] + flags[at + 2 :]))
+    assert not (tmp_path / "out").exists()
+
+
+def cut(folder: Path) -> None:
+    path = sorted(folder.glob("*.packed.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(folder: Path) -> None:
+    path = sorted(folder.glob("*.packed.safetensors"))[0]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def newer(folder: Path) -> None:
+    path = sorted(folder.glob("*.packed.safetensors"))[0]
+    content = path.read_bytes()
+    assert content.count(b'\\"version\\": 2') == 1
+    path.write_bytes(content.replace(b'\\"version\\": 2', b'\\"version\\": 9'))
+
+
+def wider(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+
+
+def half_generation(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+
+
+SPOILED = {
+    "cut off": (cut, "cannot be read as a packed model"),
+    "altered": (flip, "is not what was packed (its SHA-256 differs); the file is damaged"),
+    "another version": (newer, "is in version 9 of the packed format and this reads 2"),
+    "another generation config": (half_generation, "generation_config.json: cannot be used ("),
+    "another model's config": (wider, "the model of its config.json has [32, 64]"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_spoiled_folder_ends_every_command_in_one_line(case, copied, tmp_path, monkeypatch, tiny_text, capsys):
+    monkeypatch.chdir(tmp_path)
+    spoil, says = SPOILED[case]
+    spoil(copied)
+    flags = f"--model copied --eval_data {tiny_text} --seqlen 32 --save save".split()
+    assert says in one_line(capsys, main.main(flags))
+    assert says in one_line(capsys, generate.main(["copied", "Ab de"]))
+    if spoil not in (wider, half_generation):  # unpacking reads which files are there, and not what they are for
+        with pytest.raises(UserError) as caught:
+            pack.unpack_folder(Path("copied"), Path("back"))
+        assert says in str(caught.value) and "\n" not in str(caught.value) and not list(Path().glob("*back*"))
+    assert not list(tmp_path.rglob("*.json.tmp")) and torch.get_default_dtype() == torch.float32

@@ -1,0 +1,472 @@
+"""Spectra and power-law fits against a plain loop, the published figures, and cases a pencil can check."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import fast
+
+from lib.spectra.measure import InFlight
+from lib.spectra.spectrum import DRIVERS, Farms, NoFit, Spectrum, farms_windows, spectrum
+from lib.spectra.tail import METRICS, alpha_mid, alpha_peak, fit_tail, peak_candidates
+
+
+def spec_of(eigs) -> Spectrum:
+    eigs = torch.as_tensor(eigs, dtype=torch.float32)
+    return Spectrum(eigs, (len(eigs), len(eigs)))
+
+
+# ------------------------------------------------------------------------- the definition, term by term in float32
+
+
+def oracle_alpha(eigs: torch.Tensor, i: int) -> torch.Tensor:
+    count = len(eigs) - i
+    return 1 + count / (torch.log(eigs[i:]).sum() - count * torch.log(eigs[i]))
+
+
+def oracle_distance(eigs: torch.Tensor, i: int) -> float:
+    count = len(eigs) - i
+    model = (eigs[i:] / eigs[i]) ** (1 - oracle_alpha(eigs, i))
+    empirical = torch.arange(count).float() / count
+    return (1 - model - empirical).abs().max().item()
+
+
+def oracle_fit(eigs: torch.Tensor, candidates) -> tuple[int, float]:
+    best = None
+    for i in candidates:
+        alpha = oracle_alpha(eigs, i).item()
+        if alpha > 1 and math.isfinite(alpha):
+            distance = oracle_distance(eigs, i)
+            if best is None or distance < best[1]:
+                best = i, distance, alpha
+    return best[0], best[2]
+
+
+def oracle_candidates(eigs: torch.Tensor) -> list[int]:
+    logs = torch.log10(eigs)
+    low, high = logs.min(), logs.max()
+    counts = [0] * 100
+    for value in logs:
+        counts[min(int((value - low) * (100 / (high - low))), 99)] += 1
+    peak = 10 ** (low.item() + counts.index(max(counts)) * (high - low).item() / 100)
+    lower = math.log10(0.95 * peak)  # a logarithm against an eigenvalue, as published
+    return [i for i in range(len(eigs) - 1) if eigs[i] >= lower and eigs[i] <= 1.5 * peak]
+
+
+def random_spectra() -> list:
+    draw = np.random.default_rng(0)
+    cases = []
+    for case in range(40):
+        rows, columns = draw.integers(12, 260, 2)
+        weight = draw.standard_t(draw.uniform(1.5, 12), size=(rows, columns)) * 10 ** draw.uniform(-2, 1)
+        cases.append(
+            pytest.param(np.linalg.svd(weight, compute_uv=False)[::-1] ** 2, id=f"student{case}-{min(rows, columns)}")
+        )
+    for case in range(40):
+        size = int(draw.integers(5, 700))
+        eigs = (1 - draw.random(size)) ** (-1 / draw.uniform(0.3, 6)) * 10 ** draw.uniform(-3, 2)
+        cases.append(pytest.param(np.sort(eigs), id=f"pareto{case}-{size}"))
+    return cases
+
+
+def check_against_oracle(eigs: torch.Tensor) -> None:
+    every = range(len(eigs) - 1)
+    index, alpha = oracle_fit(eigs, every)
+    fit = fit_tail(eigs, torch.tensor(every))
+    assert (fit.index, fit.alpha) == (index, pytest.approx(alpha, rel=1e-6))
+    assert fit.distance == pytest.approx(oracle_distance(eigs, index), abs=1e-6)
+
+    candidates = oracle_candidates(eigs)
+    assert peak_candidates(eigs).tolist() == candidates
+    index, alpha = oracle_fit(eigs, candidates)
+    assert fit_tail(eigs, torch.tensor(candidates)).index == index
+    assert alpha_peak(spec_of(eigs)) == pytest.approx(alpha, rel=1e-6)
+    assert alpha_mid(spec_of(eigs)) == pytest.approx(oracle_alpha(eigs, len(eigs) // 2).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("eigs", fast(random_spectra(), 30))
+def test_fit_chooses_as_the_loop_does(eigs):
+    check_against_oracle(torch.tensor(eigs.copy(), dtype=torch.float32))
+
+
+def test_fit_of_real_matrices(smollm2_weights):
+    for weight in [*smollm2_weights.snapshot().values()][::23]:
+        check_against_oracle(spectrum(weight).eigs)
+
+
+# ------------------------------------------------------------------------------------------- the published figures
+
+
+def test_published_alphas_from_published_spectra(golden):
+    spectra, alphas = golden("spectra.npz"), golden("alphas.json")
+    for i, name in enumerate(alphas["names"]):
+        spec = spec_of(spectra[name])
+        every = torch.arange(len(spec.eigs) - 1)
+        assert alpha_peak(spec) == pytest.approx(alphas["alpha_peak"][i], rel=1e-5), name
+        assert alpha_mid(spec) == pytest.approx(alphas["alpha_mid"][i], rel=1e-5), name
+        assert fit_tail(spec.eigs, every).alpha == pytest.approx(alphas["alpha_all_candidates"][i], rel=1e-5), name
+
+
+def test_published_alphas_from_the_weights(golden, smollm2_weights):
+    alphas = golden("alphas.json")
+    jumped = []
+    weights = smollm2_weights.snapshot()
+    for i, (name, weight) in enumerate([*weights.items()][: len(alphas["names"])]):
+        assert name == f"model.layers.{alphas['names'][i]}"
+        spec = spectrum(weight)
+        assert alpha_mid(spec) == pytest.approx(alphas["alpha_mid"][i], rel=1e-5), name
+        if alpha_peak(spec) != pytest.approx(alphas["alpha_peak"][i], rel=1e-5):
+            jumped.append(name)
+    assert len(jumped) <= 2, jumped  # two equally full bins, and the SVD's rounding decides between them
+
+
+# -------------------------------------------------------------------------------------- what can be known beforehand
+
+
+def test_pencil():
+    # Eigenvalues 1 2 4 8, ln 2 = L. From 0: 1 + 4/(6L), from 1: 1 + 1/L, from 2: 1 + 2/L. KS from 0: j = 1 decides,
+    # 1 - 2^(-4/(6L)) - 1/4; from 1: j = 2, 1 - 1/e - 1/3; from 2: j = 3, 1 - 1/e^2 - 1/2.
+    eigs, ln2 = torch.tensor([1.0, 2.0, 4.0, 8.0]), math.log(2)
+    assert alpha_mid(spec_of(eigs)) == pytest.approx(1 + 2 / ln2, rel=1e-6)
+    fit = fit_tail(eigs, torch.tensor([0, 1, 2]))
+    assert (fit.index, fit.alpha) == (0, pytest.approx(1 + 4 / (6 * ln2), rel=1e-6))
+    assert fit.distance == pytest.approx(1 - math.exp(-2 / 3) - 1 / 4, abs=1e-6)
+    assert fit_tail(eigs, torch.tensor([1])).distance == pytest.approx(1 - 1 / math.e - 1 / 3, abs=1e-6)
+    assert fit_tail(eigs, torch.tensor([2])).distance == pytest.approx(1 - 1 / math.e**2 - 1 / 2, abs=1e-6)
+
+
+def test_spectrum_is_that_of_the_correlation_matrix():
+    weight = torch.randn(20, 33, generator=torch.Generator().manual_seed(0))
+    spec = spectrum(weight)
+    exact = np.linalg.eigvalsh(weight.double().numpy() @ weight.double().numpy().T)
+    assert spec.shape == (20, 33) and spec.eigs.dtype == torch.float32
+    np.testing.assert_allclose(spec.eigs.numpy(), exact, rtol=2e-5)  # float32: some 1e-7 of the largest value
+    assert torch.equal(spec.eigs, spec.eigs.sort().values)
+
+
+def test_no_eigenvalue_is_dropped():
+    spec = spectrum(torch.diag(torch.tensor([3.0, 0.0, 1e-6, 2.0])))
+    assert spec.eigs.tolist() == pytest.approx([0, 1e-12, 4, 9], rel=1e-5, abs=1e-16)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_measured_in_float32(half):
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(1)).to(half)
+    assert torch.equal(spectrum(weight).eigs, spectrum(weight.float()).eigs)
+
+
+@pytest.mark.parametrize("exponent", [2.0, 2.5, 3.5, 5.0])
+def test_power_law_gives_its_exponent_back(exponent):
+    # Density ~ e^-a above 1, drawn through the inverse of its distribution. The estimate from n values scatters by
+    # (a - 1)/sqrt(n); 4 of that, and alpha_peak may choose among some hundred starts of the tail.
+    draw = torch.rand(4000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    eigs = ((1 - draw) ** (-1 / (exponent - 1))).sort().values.float()
+    assert alpha_mid(spec_of(eigs)) == pytest.approx(exponent, abs=4 * (exponent - 1) / math.sqrt(2000))
+    fit = fit_tail(eigs, peak_candidates(eigs))
+    assert fit.alpha == pytest.approx(exponent, abs=4 * (exponent - 1) / math.sqrt(len(eigs) - fit.index))
+
+
+def student(rows: int = 60, columns: int = 90) -> torch.Tensor:
+    draw = np.random.default_rng(7)
+    return torch.tensor(draw.standard_t(3, (rows, columns)), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.3, 7.0, 1e3])
+def test_scale_leaves_alpha_mid_and_each_fit_unchanged(scale):
+    # The exponent is one of ratios e_j/e_i. Only the window of alpha_peak knows the scale (next two tests).
+    weight = student()
+    a, b = spectrum(weight), spectrum(weight * scale)
+    assert alpha_mid(b) == pytest.approx(alpha_mid(a), rel=1e-4)  # rounding of the SVD's small values
+    for i in range(0, 59, 7):
+        assert fit_tail(b.eigs, torch.tensor([i])).alpha == pytest.approx(
+            fit_tail(a.eigs, torch.tensor([i])).alpha, rel=1e-4
+        )
+
+
+def test_scale_leaves_alpha_peak_unchanged_below_one():
+    # Once 0.95 * peak < 1 its logarithm is negative and bounds nothing: what is left is e <= 1.5 * peak, free of scale.
+    eigs = spectrum(student()).eigs
+    eigs = eigs / eigs.max()
+    candidates = peak_candidates(eigs)
+    assert candidates[0] == 0
+    for scale in (2.0**-4, 2.0**-10):  # powers of two: exact in float32
+        assert torch.equal(peak_candidates(eigs * scale), candidates)
+        assert alpha_peak(spec_of(eigs * scale)) == pytest.approx(alpha_peak(spec_of(eigs)), rel=1e-5)
+
+
+def test_scale_moves_the_window_of_alpha_peak():
+    # The logarithm against an eigenvalue, which published values depend on: at another scale the window's lower end
+    # is elsewhere in the spectrum. At a large scale log10(peak) is far below every eigenvalue and bounds nothing.
+    eigs = torch.logspace(-1, 1, 50)
+    eigs = torch.cat([eigs, torch.full((30,), 12.6)]).sort().values  # the fullest bin is the last one
+    starts = [peak_candidates(eigs * scale)[0].item() for scale in (1e-4, 1.0, 1e6)]
+    assert starts == [0, sum(e < math.log10(0.95 * 10 ** (math.log10(12.6) * 0.99 - 0.01)) for e in eigs.tolist()), 0]
+    assert starts[1] > 10
+
+
+BAD = {
+    "zeros": [0.0] * 10,
+    "a zero": [0.0] + list(range(1, 10)),
+    "all alike": [2.0] * 10,
+    "one": [1.0],
+    "none": [],
+    "nan": [1.0, 2.0, 3.0, math.nan],
+    "inf": [1.0, 2.0, 3.0, math.inf],
+}
+
+
+@pytest.mark.parametrize("eigs", BAD.values(), ids=BAD)
+def test_alpha_peak_refuses(eigs):
+    with pytest.raises(NoFit):
+        alpha_peak(spec_of(eigs))
+
+
+@pytest.mark.parametrize("eigs", [v for k, v in BAD.items() if k != "a zero"], ids=[k for k in BAD if k != "a zero"])
+def test_alpha_mid_refuses(eigs):
+    with pytest.raises(NoFit):
+        alpha_mid(spec_of(eigs))
+
+
+def test_alpha_mid_needs_no_more_than_its_tail():
+    # A zero below the middle is not in the tail: that matrix has a fit.
+    assert alpha_mid(spec_of(BAD["a zero"])) == pytest.approx(
+        oracle_alpha(torch.tensor(BAD["a zero"]).float(), 5).item()
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weight_that_is_not_finite_is_refused(value):
+    weight = torch.ones(4, 5)
+    weight[1, 2] = value
+    with pytest.raises(NoFit, match="not finite"):
+        spectrum(weight)
+
+
+# ---------------------------------------------------------------------------------------- every metric that is listed
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metric_is_a_number_and_the_same_twice(metric):
+    value = METRICS[metric](spectrum(student()))
+    assert isinstance(value, float) and math.isfinite(value)
+    assert METRICS[metric](spectrum(student())) == value
+
+
+@pytest.mark.parametrize("metric", ["alpha_peak", "alpha_mid"])
+def test_exponent_of_a_transposed_matrix_is_the_same(metric):
+    # W'W and WW' have the same eigenvalues but for zeros, and none of those is kept.
+    weight = student()
+    assert METRICS[metric](spectrum(weight.T.contiguous())) == pytest.approx(
+        METRICS[metric](spectrum(weight)), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("metric", ["alpha_peak", "alpha_mid"])
+def test_exponent_falls_as_the_tail_grows_heavier(metric):
+    # Rows of a matrix with a power-law spectrum: heavier tails, smaller alpha (the paper's reading of it).
+    q = torch.linalg.qr(torch.randn(80, 80, generator=torch.Generator().manual_seed(0)))[0]
+    u = (torch.arange(80) + 0.5) / 80
+    alphas = [METRICS[metric](spectrum(q * (1 - u) ** (-0.5 / (a - 1)))) for a in (2.0, 3.0, 4.5)]
+    assert alphas == sorted(alphas) and alphas[0] < alphas[2] - 1
+
+
+@pytest.mark.gpu
+def test_fit_on_cuda_is_that_on_the_cpu():
+    weight = student(300, 500)
+    here, there = spectrum(weight), spectrum(weight.cuda())
+    assert there.eigs.is_cuda
+    torch.testing.assert_close(there.eigs.cpu(), here.eigs, rtol=1e-3, atol=1e-5)
+    moved = Spectrum(here.eigs.cuda(), here.shape)  # the very same spectrum
+    assert alpha_peak(moved) == pytest.approx(alpha_peak(here), rel=1e-5)
+    assert alpha_mid(moved) == pytest.approx(alpha_mid(here), rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_values_in_flight_on_cuda_are_those_of_one_matrix_at_a_time():
+    weights = [student(300, 500 + 10 * i).cuda() for i in range(12)]
+
+    def value(weight: torch.Tensor) -> float:
+        return alpha_peak(spectrum(weight, "fast"))
+
+    with InFlight() as in_flight:
+        found = [in_flight.submit(value, weight) for weight in weights]
+    assert [future.result() for future in found] == pytest.approx([value(weight) for weight in weights], rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- every candidate's fit
+
+
+def draws_of_laws() -> list[torch.Tensor]:
+    draw = np.random.default_rng(3)
+    cases = []
+    for case in range(40):
+        size = int(draw.integers(30, 700))
+        if case % 2:
+            eigs = draw.standard_t(1 + case % 5, size) ** 2 + 1e-12
+        else:
+            eigs = (1 - draw.random(size)) ** (-1 / (0.7 + case % 7))
+        cases.append(torch.tensor(np.sort(eigs)).float())
+    cases.append(torch.tensor([1.0] * 5 + [2.0] * 5 + [4.0] * 5 + [8.0] * 2))  # ties everywhere
+    return cases
+
+
+@pytest.mark.parametrize("case", range(41))
+def test_fit_over_all_candidates_is_the_loops(case):
+    eigs = draws_of_laws()[case]
+    index, alpha = oracle_fit(eigs, range(len(eigs) - 1))
+    fit = fit_tail(eigs, torch.arange(len(eigs) - 1))
+    assert (fit.index, fit.alpha) == (index, alpha)
+
+
+# ------------------------------------------------------------------------------- weightwatcher's metrics as the oracle
+
+WATCHED = {
+    "alpha": "alpha",
+    "spectral_norm": "spectral_norm",
+    "log_spectral_norm": "log_spectral_norm",
+    "norm": "norm",
+    "log_norm": "log_norm",
+    "stable_rank": "stable_rank",
+    "entropy": "entropy",
+    "alpha_weighted": "alpha_weighted",
+    "log_alpha_norm": "log_alpha_norm",
+}
+
+
+@pytest.fixture(scope="module")
+def watched(smollm2_weights):
+    """Return weightwatcher's table of three blocks, by layer name."""
+    import logging
+
+    from weightwatcher import WeightWatcher
+
+    logging.getLogger("weightwatcher").setLevel(logging.ERROR)
+    rows = {}
+    for block in (0, 13, 29):
+        for _, row in WeightWatcher(model=smollm2_weights.modules[block]).analyze().iterrows():
+            rows[f"model.layers.{block}.{row['longname']}"] = row
+    assert len(rows) == 21
+    return {name: (weight, rows[name]) for name, weight in smollm2_weights.snapshot().items() if name in rows}
+
+
+@pytest.fixture(scope="module", params=DRIVERS)
+def spectra(request, watched):
+    return {name: spectrum(weight, request.param) for name, (weight, _) in watched.items()}
+
+
+@pytest.mark.parametrize(("metric", "column"), WATCHED.items())
+def test_metric_is_weightwatchers(metric, column, spectra, watched):
+    # weightwatcher takes float64 singular values, ours are float32 in the exact driver.
+    for name, (_, row) in watched.items():
+        assert METRICS[metric](spectra[name]) == pytest.approx(row[column], rel=1e-3), name
+
+
+def test_metrics_by_pencil():
+    spec = spec_of([1.0, 1.0, 2.0, 4.0])
+    assert METRICS["spectral_norm"](spec) == 4 and METRICS["norm"](spec) == 8 and METRICS["stable_rank"](spec) == 2
+    assert METRICS["log_spectral_norm"](spec) == pytest.approx(math.log10(4))
+    assert METRICS["log_norm"](spec) == pytest.approx(math.log10(8))
+    # Shares 1/8 1/8 1/4 1/2: 3/8 + 3/8 + 1/2 + 1/2 bits of 2.
+    assert METRICS["entropy"](spec) == pytest.approx(1.75 / 2)
+    assert METRICS["entropy"](spec_of([3.0, 3.0, 3.0])) == pytest.approx(1)
+    alpha = METRICS["alpha"](spec)
+    assert METRICS["alpha_weighted"](spec) == pytest.approx(alpha * math.log10(4))
+    assert METRICS["log_alpha_norm"](spec) == pytest.approx(math.log10(2 + 2**alpha + 4**alpha))
+
+
+@pytest.mark.parametrize("metric", ["spectral_norm", "norm", "stable_rank", "entropy", "log_norm"])
+def test_norms_of_nothing_are_refused(metric):
+    with pytest.raises(NoFit):
+        METRICS[metric](spec_of([0.0, 0.0, 0.0]))
+
+
+# ---------------------------------------------------------------------------------------------------- the fast driver
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (30, 90), (90, 30)])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e4])
+def test_fast_driver_is_closer_to_the_truth(shape, condition):
+    generator = torch.Generator().manual_seed(7)
+    rank = min(shape)
+    left = torch.linalg.qr(torch.randn(shape[0], rank, generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(shape[1], rank, generator=generator, dtype=torch.float64))[0]
+    svals = torch.logspace(0, -math.log10(condition), rank, dtype=torch.float64)
+    weight = (left * svals @ right.T).float()
+    truth = torch.linalg.svdvals(weight.double()).square().flip(0)
+    fast, exact = spectrum(weight, "fast"), spectrum(weight)
+    assert not fast.fell_back and fast.eigs.dtype == torch.float32 and (fast.eigs.diff() >= 0).all()
+    # Rounding to float32, and what cancels in W'W: 2 sqrt(N) eps of the largest eigenvalue.
+    noise = 2 * math.sqrt(rank) * 2.3e-16 * condition**2 + 6e-8
+    assert ((fast.eigs.double() - truth).abs() / truth).max() < noise
+    assert (fast.eigs.double() - truth).abs().max() <= (exact.eigs.double() - truth).abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (30, 90)])
+def test_fast_driver_gives_way_where_float64_does_not_suffice(shape):
+    weight = student(*shape)
+    weight[1] = weight[0] * (1 + 1e-7)  # all but singular: its Gram matrix has an eigenvalue of rounding errors
+    fast = spectrum(weight, "fast")
+    truth = torch.linalg.svdvals(weight.double()).square().flip(0)
+    assert fast.fell_back
+    assert torch.allclose(fast.eigs.double()[1:], truth[1:], rtol=1e-6)
+    assert (fast.eigs >= 0).all()
+
+
+def test_drivers_agree_on_real_matrices(golden, smollm2_weights):
+    for weight in [*smollm2_weights.snapshot().values()][:14]:
+        exact, fast = spectrum(weight), spectrum(weight, "fast")
+        assert not fast.fell_back
+        # float32 singular values are off by their eps of the largest: the smallest of them show it.
+        assert torch.allclose(exact.eigs.sqrt(), fast.eigs.sqrt(), rtol=0, atol=1e-5 * exact.eigs[-1].sqrt().item())
+        assert alpha_mid(fast) == pytest.approx(alpha_mid(exact), rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- FARMS
+
+
+def test_farms_windows_by_pencil():
+    assert farms_windows((100, 60), Farms(50, 1.0, 4)) == ((50, 50), [0, 16, 32, 48], [0, 3, 6, 9])
+    assert farms_windows((100, 60), Farms(2000, 1.0, 3)) == ((60, 60), [0, 20, 40], [0])  # cut to the shorter side
+    assert farms_windows((100, 60), Farms(20, 0.5, 2)) == ((20, 10), [0, 80], [0, 50])
+    assert farms_windows((12, 12), Farms(10, 1.0, 6)) == ((10, 10), [0, 1, 2], [0, 1, 2])  # room for three places only
+    assert farms_windows((12, 12), Farms(10, 1.0, 1)) == ((10, 10), [0], [0])
+    with pytest.raises(NoFit, match="30x45.*32x40"):
+        farms_windows((32, 40), Farms(30, 1.5, 3))
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(
+    ("shape", "farms"), [((70, 50), Farms(30, 1.0, 3)), ((40, 90), Farms(25, 2.0, 4)), ((33, 33), Farms(11, 0.7, 5))]
+)
+def test_farms_spectrum_is_the_union_of_the_windows(shape, farms, driver, monkeypatch):
+    weight = student(*shape)
+    height, width = farms.rows, int(farms.rows * farms.ratio)
+    found = []
+    for i in range(farms.steps):
+        for j in range(farms.steps):
+            y = i * max(1, (shape[0] - height) // (farms.steps - 1))
+            x = j * max(1, (shape[1] - width) // (farms.steps - 1))
+            found += torch.linalg.svdvals(weight[y : y + height, x : x + width].double()).square().tolist()
+    expected = torch.tensor(sorted(found))
+    eigs = spectrum(weight, driver, farms).eigs
+    assert torch.allclose(eigs, expected, rtol=1e-3, atol=1e-6 * expected[-1].item())
+    monkeypatch.setattr("lib.spectra.spectrum._BATCH_ENTRIES", 1)  # one window at a time
+    assert torch.allclose(spectrum(weight, driver, farms).eigs, eigs, rtol=1e-5)
+
+
+def test_one_window_over_all_is_the_matrix():
+    weight = student(40, 40)
+    assert torch.equal(spectrum(weight, "exact", Farms(40, 1.0, 15)).eigs, spectrum(weight).eigs)
+
+
+def test_farms_does_not_know_the_aspect_ratio():
+    # The point of it: W'W of noise has another spectrum when W is longer, its windows have not.
+    generator = torch.Generator().manual_seed(0)
+    wide, square = torch.randn(60, 600, generator=generator), torch.randn(60, 60, generator=generator)
+    stretch = [(spectrum(w).eigs.median() / spectrum(w).eigs.mean()).item() for w in (wide, square)]
+    windows = [spectrum(w, "exact", Farms(30, 1.0, 10)).eigs for w in (wide, square)]
+    assert stretch[0] > 1.5 * stretch[1]
+    assert (windows[0].median() / windows[0].mean()).item() == pytest.approx(
+        (windows[1].median() / windows[1].mean()).item(), rel=0.1
+    )
