@@ -264,9 +264,10 @@ def attach(folder: str, model: PreTrainedModel) -> PeftModel:
     path = Path(folder).expanduser()
     try:
         config = PeftConfig.from_pretrained(path)
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        if kind != "LORA" or config.modules_to_save or config.bias != "none":
-            raise UserError("lora_weights", folder, f"is {kind}, modules_to_save or bias; only LoRA alone is supported")
+        if config.peft_type != "LORA":
+            raise UserError("lora_weights", folder, f"is a {config.peft_type.value} adapter", "only LoRA is supported")
+        if config.modules_to_save or config.bias != "none":
+            raise UserError("lora_weights", folder, "changes more than its own matrices (modules_to_save or bias)")
         adapted = PeftModelForCausalLM(model, config)
         keys = adapted.load_adapter(path, "default")
     except (UserError, torch.OutOfMemoryError):
@@ -295,18 +296,14 @@ def quiet_peft() -> None:
 
 
 @contextmanager
-def explain_failure(hint: Callable[[], str], unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """If the body of the with statement fails, say by ``hint`` what is on disk and how to go on.
-
-    Args:
-        unless: errors of this class need no hint.
-    """
+def explain_failure(hint: Callable[[], str]) -> Iterator[None]:
+    """If the body of the with statement fails, say by ``hint`` what is on disk and how to go on."""
     try:
         yield
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(hint()) from error
-    except unless:
-        raise
+    except UserError:
+        raise  # It says itself what to do.
     except Exception:
         log.warning("%s", hint())
         raise

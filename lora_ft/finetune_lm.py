@@ -102,12 +102,14 @@ class Finetune(Lora, Texts, Training):
         super().check()
         if not self.do_train and not self.do_eval:
             raise UserError(None, None, "nothing to do", "add --do_train, --do_eval or both")
-        names = [text_of(self, split) for split in self.splits()]
-        for field, name in names:
+        names = []
+        for split in self.splits():
+            field, name = text_of(self, split)
             texts.check_text(field, name)
-        if len(names) == 2 and names[0][1] == names[1][1] not in texts.DATASETS:
-            text = "%s is both trained and evaluated on; give another text: --validation_file FILE"
-            common.log.warning(text, names[0][1])
+            if name in names and name not in texts.DATASETS:
+                text = "%s is both trained and evaluated on; give another text: --validation_file FILE"
+                common.log.warning(text, name)
+            names.append(name)
 
     def splits(self) -> list[str]:
         return ["train"] * self.do_train + ["validation"] * self.do_eval
@@ -180,7 +182,7 @@ def run(settings: Finetune, trainer_words: list[str]) -> None:
         callbacks = [training.OwnSteps()]
         trainer = training.LoraTrainer(model, arguments, collate, train, evaluation, callbacks=callbacks)
     if settings.do_train:
-        with common.explain_failure(lambda: NOTHING if trainer.before_first_save else RESUME, unless=training.Ruined):
+        with common.explain_failure(lambda: NOTHING if trainer.before_first_save else RESUME):
             train_adapter(trainer, checkpoint, started, record)
     if settings.do_eval:
         saved = f"the adapter is saved in {settings.output_dir}" if settings.do_train else "nothing was written"
@@ -286,7 +288,8 @@ def train_adapter(trainer, checkpoint: Path | None, started: dict, record: dict)
     text = "training %d of %d parameters on %d blocks of %d tokens, %d to a step"
     size = trainer.train_dataset.shape[1]
     common.log.info(text, *trainer.model.get_nb_trainable_parameters(), blocks, size, arguments.batch_size)
-    results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    with training.refusals(trainer):
+        results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     trainer.check_adapter()
 
     # The config comes last into the folder, so that a folder with a config is complete.

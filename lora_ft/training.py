@@ -39,18 +39,17 @@ POSITIVE = """
 SWITCH = {"nargs": "?", "const": True}  # A flag that needs no value, for HfArgumentParser.
 
 
-class Ruined(UserError):
-    """An error after which there is nothing to resume."""
-
-
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turn an error by which transformers refuses its arguments into one line."""
+def refusals(trainer: LoraTrainer | None = None) -> Iterator[None]:
+    """Turn an error by which transformers or torch refuse their arguments into one line.
+
+    Once the ``trainer`` has made a step, no argument has led to an error.
+    """
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # of any class: whatever a wrong flag leads to
+    except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or (trainer and trainer.first_loss is not None):
+            raise
         raise UserError(None, None, f"training cannot be set up with these flags ({first_line(error)})") from error
 
 
@@ -95,13 +94,8 @@ class LoraArguments(transformers.TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         self.dataloader_pin_memory &= torch.cuda.is_available()
-        self._choose_accumulation()
-        super().__post_init__()
-        if self.n_gpu > 1:
-            self._n_gpu = 1  # One process spreads the model over its GPUs, and not the batch.
 
-    def _choose_accumulation(self) -> None:
-        """Make ``batch_size`` blocks of the blocks that all processes take at once."""
+        # A step's blocks are made of those that all processes take at once.
         at_once = self.per_device_train_batch_size * processes.started()
         steps, batch = self.gradient_accumulation_steps, self.batch_size
         if steps is None:
@@ -113,6 +107,10 @@ class LoraArguments(transformers.TrainingArguments):
             problem = f"--gradient_accumulation_steps {steps} makes {steps * at_once} blocks to a step"
             raise UserError("batch_size", batch, problem, "leave one of the two out")
         self.gradient_accumulation_steps, self.batch_size = steps, steps * at_once
+
+        super().__post_init__()
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # One process spreads the model over its GPUs, and not the batch.
 
 
 class TrainerParser(Parser, transformers.HfArgumentParser):
@@ -140,7 +138,7 @@ def parse_arguments(words: Sequence[str], command: Parser, **values) -> LoraArgu
 
 def check_finite(kind: str, loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise Ruined(None, None, f"the {kind} loss is {loss} at step {step}", LOWER)
+        raise UserError(None, None, f"the {kind} loss is {loss} at step {step}", LOWER)
 
 
 class OwnSteps(transformers.TrainerCallback):
@@ -162,15 +160,6 @@ class LoraTrainer(transformers.Trainer):
     last_loss: float | None = None
     before_first_save: Callable[[], None] | None = None
     _step_loss: torch.Tensor | float = 0.0
-
-    def train(self, *args, **kwargs):
-        try:
-            return super().train(*args, **kwargs)
-        except (ArithmeticError, ImportError, TypeError, ValueError):
-            if self.first_loss is not None:
-                raise  # No flag has led to it, but an error of the program.
-            with refusals():
-                raise
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)  # This pass's share of the step's mean.
@@ -199,20 +188,16 @@ class LoraTrainer(transformers.Trainer):
 
         Its update of a weight is not finite, or makes the weight vanish in their sum; or the last loss is far above
         both that of the first step and ln(vocabulary), the loss of a model that finds all tokens equally probable.
-
-        Raises:
-            Ruined: as described above.
         """
-        step = self.state.global_step
+        ruined = f"the adapter is ruined after step {self.state.global_step}"
         for name, layer in common.lora_layers(self.model).items():
             (adapter,) = layer.active_adapters
             update = layer.get_delta_weight(adapter).float().norm().item()
             weight = layer.get_base_layer().weight.detach().float().norm().item()
             if not update <= DROWNED * (weight or 1.0):  # nor if it is not a number
-                problem = f"its update of {name} is of size {update:.3g} and the weight of {weight:.3g}"
-                raise Ruined(None, None, f"the adapter is ruined after step {step}, {problem}", LOWER)
+                problem = f"{ruined}, its update of {name} is of size {update:.3g} and the weight of {weight:.3g}"
+                raise UserError(None, None, problem, LOWER)
         chance = math.log(self.model.get_input_embeddings().num_embeddings)
         if self.last_loss is not None and self.last_loss > RUINED * max(self.first_loss, chance):
             losses = f"{self.last_loss:.4g}, against {self.first_loss:.4g} at first and {chance:.4g} for equal chances"
-            problem = f"the training loss in nats per token is {losses}"
-            raise Ruined(None, None, f"the adapter is ruined after step {step}, {problem}", LOWER)
+            raise UserError(None, None, f"{ruined}, the training loss in nats per token is {losses}", LOWER)
