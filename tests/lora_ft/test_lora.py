@@ -342,6 +342,10 @@ def cut_off(path: str) -> None:
     os.truncate(path, Path(path).stat().st_size // 2)
 
 
+def rewrite(path: str) -> None:
+    Path(path).write_text(tiny_sentences(30, seed=9))
+
+
 DAMAGED = [
     ("evaluate", "", "adapter/base_model.json", cut_off, "adapter/base_model.json: is damaged ("),
     ("evaluate", "", "adapter/adapter_config.json", cut_off, "adapter: is damaged, or of another model ("),
@@ -349,7 +353,7 @@ DAMAGED = [
     ("finetune", RESUME, "stopped/base_model.json", cut_off, "stopped/base_model.json: is damaged ("),
     ("finetune", RESUME, "stopped/checkpoint-1/optimizer.pt", cut_off, "checkpoint-1/optimizer.pt: is missing (--sav"),
     ("finetune", RESUME, "stopped/checkpoint-1/scheduler.pt", os.remove, "checkpoint-1/scheduler.pt: is missing (--s"),
-    ("finetune", RESUME, "train.txt", cut_off, "stopped/checkpoint-1 was started with train.txt (tokens "),
+    ("finetune", RESUME, "train.txt", rewrite, "stopped/checkpoint-1 was started with train.txt (tokens "),
 ]
 
 
@@ -420,15 +424,6 @@ def test_flags_that_the_trainer_refuses(changed, says, place, capsys):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert "training cannot be set up with these flags (" in line and says in line
     assert not any(Path("out").glob("*"))
-
-
-def test_learning_rate_that_ruins_the_adapter(place, capsys):
-    # Whether the loss is no longer a number, or is that of equal chances since a norm of infinity divides all by
-    # itself to zero, depends on the order of the processor's sums. Neither may pass for an adapter.
-    assert run("finetune", "--learning_rate 1e30 --warmup_steps 0 --max_train_samples 8") == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "lower --learning_rate" in line and (" at step " in line or "is ruined after step" in line)
-    assert not list(Path("out").glob("adapter*"))
 
 
 @pytest.mark.parametrize(("value", "status"), [(math.nan, 2), (1e30, 2), (1.0, 0)])
@@ -507,13 +502,6 @@ def test_a_longer_run_goes_on_if_its_learning_rates_are_the_same(more, status, p
         assert worst(weights("out"), weights("whole")) == 0
 
 
-def test_overwriting_removes_the_old_checkpoints(place):
-    Path("adapter/notes.txt").write_text("mine")
-    assert run("finetune", "--output_dir adapter --overwrite_output_dir") == 0
-    assert {path.name for path in Path("adapter").glob("checkpoint-*")} == {"checkpoint-2"}
-    assert Path("adapter/notes.txt").read_text() == "mine"
-
-
 FAILURES = [(KeyboardInterrupt(), "the same command starts again"), (torch.OutOfMemoryError("CUDA"), "--gradient_chec")]
 
 
@@ -529,13 +517,14 @@ def test_old_adapter_is_kept_until_there_is_something_to_save(error, says, place
 
 
 def test_checkpoint_of_another_folder_replaces_a_run_only_if_told(place, capsys):
+    Path("adapter/notes.txt").write_text("mine")
     elsewhere = f"{RESUME} stopped/checkpoint-1 --output_dir adapter"
     before = everything(place)
     assert run("finetune", elsewhere) == 2 and "--output_dir adapter: is not empty" in capsys.readouterr().err
     assert everything(place) == before
     assert run("finetune", f"{elsewhere} --overwrite_output_dir") == 0
     assert {path.name for path in Path("adapter").glob("checkpoint-*")} == {"checkpoint-2"}
-    assert Path("stopped/checkpoint-1").is_dir()
+    assert Path("stopped/checkpoint-1").is_dir() and Path("adapter/notes.txt").read_text() == "mine"
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluating
@@ -553,26 +542,22 @@ def test_evaluate_ppl_answers_tasks_with_the_adapter_on(place, monkeypatch):
     assert isinstance(models[0], PeftModel)
 
 
-def test_evaluate_ppl_is_main_and_writes_the_published_line(place, windows):
+def test_evaluate_ppl_is_main_and_writes_the_published_line(place, windows, monkeypatch, capsys):
+    monkeypatch.setitem(texts.DATASETS, "wikitext2", lambda split: texts.Text(stream=Path("val.txt").read_text()))
     flags = f"--model pruned --eval_data val.txt --seqlen {BLOCK} --save save"
     assert main.main(flags.split()) == 0
     dense = record("save/run_dense_sparsity_0.0.json")
-    assert run("evaluate", "--lora_weights -") == 0
+    capsys.readouterr()
+    assert run("evaluate", "--dataset wikitext2 --lora_weights -") == 0
     alone = record("out/perplexity.json")
     assert alone["perplexity"] == dense["perplexity"] and alone["sparsity"] == dense["sparsity"]
-    assert Path("out/perplexity.txt").read_text() == f"perplexity on val.txt {alone['perplexity']}\n"
+    line = f"perplexity on wikitext {alone['perplexity']}\n"
+    assert Path("out/perplexity.txt").read_text() == line == capsys.readouterr().out
 
     assert run("evaluate") == 0
     beside = record("out/perplexity.json")
     assert beside["perplexity"] == perplexity(PeftModel.from_pretrained(loaded("pruned"), "adapter").eval(), windows)
     assert beside["evaluation"] == {"text": "val.txt", "windows": len(windows), "seqlen": BLOCK}
-
-
-def test_wikitext2_has_the_published_name(place, monkeypatch, capsys):
-    monkeypatch.setitem(texts.DATASETS, "wikitext2", lambda split: texts.Text(stream=Path("val.txt").read_text()))
-    assert run("evaluate", "--dataset - --lora_weights -") == 0
-    assert capsys.readouterr().out.startswith("perplexity on wikitext ")
-    assert Path("out/perplexity.txt").read_text().startswith("perplexity on wikitext ")
 
 
 # ------------------------------------------------------------------------------------------------------------- merging
@@ -608,14 +593,6 @@ def test_merge(keep_dense, place, windows, capsys):
     for state, (sparsity, value) in expected.items():
         assert rows[state] == (sparsity, pytest.approx(value, rel=1e-5)), state
     assert f"with a sparsity of {filled if keep_dense else sparse:.4f}" in capsys.readouterr().out
-
-
-def test_merged_model_that_cannot_be_written(place, capsys, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
-    assert run("merge") == 2 and "No space left" in capsys.readouterr().err and not Path("out").exists()
 
 
 @pytest.mark.parametrize(("call", "error"), [(2, torch.OutOfMemoryError("no memory")), (4, KeyboardInterrupt())])
