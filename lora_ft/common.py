@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from lib import sparse
 from lib.calibration import texts
@@ -18,15 +18,11 @@ from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
 from lib.core import digests
 from lib.core.errors import UserError, first_line
-from lib.core.lazy import torch
+from lib.core.lazy import torch, transformers
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers
 from lib.models.weights import Weights, weights_of
 from lib.spectra import measure
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("lora_ft")
 
@@ -82,8 +78,8 @@ class Base(NamedTuple):
     """
 
     source: load.Source
-    skeleton: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    skeleton: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
     config: object | None = None
     lender: str | None = None
 
@@ -161,7 +157,7 @@ def check_vocabulary(base: Base, *windows: torch.Tensor | None) -> None:
         load.check_vocabulary(base.lender or base.source.given, base.skeleton, *windows)
 
 
-def check_length(field: str, length: int, skeleton: PreTrainedModel) -> None:
+def check_length(field: str, length: int, skeleton: torch.nn.Module) -> None:
     """Refuse more tokens than the model has positions for."""
     context = load.context_length(skeleton)
     if context is not None and length > context:
@@ -250,8 +246,8 @@ def load_base(
     return weights
 
 
-def attach(folder: str, model: PreTrainedModel) -> PeftModel:
-    """Return ``model`` with the adapter in ``folder`` around its layers, in evaluation mode.
+def attach(folder: str, model: torch.nn.Module) -> torch.nn.Module:
+    """Return ``model`` as peft's, with the adapter in ``folder`` around its layers, in evaluation mode.
 
     On a model without weights this only shows whether the adapter fits.
 
@@ -281,7 +277,7 @@ def attach(folder: str, model: PreTrainedModel) -> PeftModel:
     return adapted.eval()
 
 
-def lora_layers(model: PeftModel) -> dict[str, torch.nn.Module]:
+def lora_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Return peft's modules, each of which holds a layer and its adapter, by the layers' names without adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,10 +28,6 @@ from lib.run.journal import digest
 from lib.run.record import run_text
 from lib.spectra import measure
 from lora_ft import common, resumption
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 training = Lazy("lora_ft.training")
 
@@ -167,8 +163,8 @@ def run(settings: Finetune, trainer_words: list[str]) -> None:
         flags[field] = f"{Path(name).name} (tokens {digest(train)[:16]})"
     if checkpoint:
         resumption.check_same_training(checkpoint, flags)
-    if evaluation is not None and arguments.world_size > 1:
-        arguments.per_device_eval_batch_size = even_batch(len(evaluation), arguments)
+    if evaluation is not None:
+        arguments.evaluate_each_once(len(evaluation))
 
     weights = load_weights(settings, arguments, base)
     if checkpoint:
@@ -211,7 +207,7 @@ def is_in(checkpoint: Path, folder: Path) -> bool:
     return checkpoint.resolve().parent == folder.resolve()
 
 
-def check_targets(names: str, skeleton: PreTrainedModel) -> str | list[str]:
+def check_targets(names: str, skeleton: torch.nn.Module) -> str | list[str]:
     """Return the layers that get an adapter, as peft takes them: all-linear, or last parts of names."""
     if names == "all-linear":
         return names
@@ -231,20 +227,6 @@ def read_blocks(settings: Finetune, split: str, base: common.Base) -> torch.Tens
     return blocks
 
 
-def even_batch(blocks: int, arguments) -> int:
-    """Return the largest evaluation batch that leaves no process with a partly filled batch.
-
-    The Trainer pads such a batch with blocks that it has already seen, and they would count in the mean loss. Batches
-    of one block are padded with whole batches, which it leaves out again.
-    """
-    asked = arguments.per_device_eval_batch_size
-    batch = next((n for n in range(asked, 1, -1) if blocks % (n * arguments.world_size) == 0), 1)
-    if batch < asked:
-        text = "--per_device_eval_batch_size is %d, so that %d blocks go evenly into %d processes"
-        common.log.info(text, batch, blocks, arguments.world_size)
-    return batch
-
-
 def load_weights(settings: Finetune, arguments, base: common.Base) -> Weights:
     """Return the frozen model: one process spreads it over all GPUs, of several each has the whole."""
     dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
@@ -253,7 +235,9 @@ def load_weights(settings: Finetune, arguments, base: common.Base) -> Weights:
     return common.load_base(base, dtype, settings.block_size, None if alone else arguments.device)
 
 
-def with_adapter(model: PreTrainedModel, base: common.Base, settings: Lora, targets: str | list[str]) -> PeftModel:
+def with_adapter(
+    model: torch.nn.Module, base: common.Base, settings: Lora, targets: str | list[str]
+) -> torch.nn.Module:
     """Return the model with fresh adapters, which change nothing yet, around the target layers."""
     from peft import LoraConfig, get_peft_model
 
@@ -285,8 +269,8 @@ def train_adapter(trainer, checkpoint: Path | None, started: dict, record: dict)
     arguments, blocks = trainer.args, len(trainer.train_dataset)
     out = Path(arguments.output_dir)
     trainer.before_first_save = partial(claim_output_dir, arguments, checkpoint, started)
-    text = "training %d of %d parameters on %d blocks of %d tokens, %d to a step"
     size = trainer.train_dataset.shape[1]
+    text = "training %d of %d parameters on %d blocks of %d tokens, %d to a step"
     common.log.info(text, *trainer.model.get_nb_trainable_parameters(), blocks, size, arguments.batch_size)
     with training.refusals(trainer):
         results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
@@ -294,7 +278,7 @@ def train_adapter(trainer, checkpoint: Path | None, started: dict, record: dict)
 
     # The config comes last into the folder, so that a folder with a config is complete.
     unfinished = out / ".adapter"
-    trainer.save_model(str(unfinished))  # by all processes: sharded weights are gathered
+    trainer.save_model(str(unfinished))  # All processes call it: weights that they share are gathered.
     if not arguments.should_save:
         return
     for name in ADAPTER:
@@ -351,13 +335,9 @@ def plot_losses(history: list[dict], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # A training text is long.
-    trainer_words: list[str] = []
+    rest: list[str] = []
     fix = "lower --per_device_train_batch_size or --block_size, or add --gradient_checkpointing"
-
-    def read_and_run() -> None:
-        run(parse(Finetune, argv, PARSER, trainer_words), trainer_words)
-
-    return answer(PARSER.prog, Finetune, read_and_run, "the same command starts again", True, fix)
+    return answer(PARSER.prog, Finetune, lambda: run(parse(Finetune, argv, PARSER, rest), rest), NOTHING, True, fix)
 
 
 if __name__ == "__main__":

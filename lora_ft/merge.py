@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,9 +24,6 @@ from lib.pruning import walk
 from lib.run import report
 from lib.run.record import run_text
 from lora_ft import common
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 PRUNED, BESIDE, PLAINLY, KEPT = STATES = ("pruned", "adapter beside it", "merged without masking", "merged, zeros kept")
 
@@ -102,7 +99,7 @@ def run(settings: Merge) -> None:
     report.line(console, f"written: {out}, {state}, with a sparsity of {merged:.4f}")
 
 
-def merge(model: PeftModel, weights: Weights, before: Mapping[str, torch.Tensor] | None) -> None:
+def merge(model: torch.nn.Module, weights: Weights, before: Mapping[str, torch.Tensor] | None) -> None:
     """Add each adapter's product to its layer's weight, in place, and remove the adapters.
 
     The sums are rounded to the dtype in which they are saved, so that the weights measured are the weights saved.

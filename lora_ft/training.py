@@ -112,6 +112,16 @@ class LoraArguments(transformers.TrainingArguments):
         if self.n_gpu > 1:
             self._n_gpu = 1  # One process spreads the model over its GPUs, and not the batch.
 
+    def evaluate_each_once(self, blocks: int) -> None:
+        """Lower the evaluation batch so far that none is shared by several processes.
+
+        The Trainer fills up such a batch with blocks that it has already seen, and they would count in the mean loss.
+        Among batches of one block it adds whole ones, which it leaves out again.
+        """
+        if self.world_size > 1:
+            of_each, uneven = divmod(blocks, self.world_size)
+            self.per_device_eval_batch_size = 1 if uneven else math.gcd(self.per_device_eval_batch_size, of_each)
+
 
 class TrainerParser(Parser, transformers.HfArgumentParser):
     """Parser of the Trainer's flags, for what the parser ``command`` of finetune_lm.py's own flags leaves."""
