@@ -166,9 +166,9 @@ def check_command(words: list[str]) -> None:
         if unknown and path.stem in ("sweep", "compare_allocations"):  # the rest is main.py's
             settings(unknown)
         elif unknown and path.stem == "finetune_lm":  # the rest is the Trainer's, whose parser has no fast import
-            from lora_ft.finetune_lm import trainer_parser
+            from lora_ft.training import TrainerParser
 
-            trainer_parser().parse_args(unknown)
+            TrainerParser(make_docs.parser_of(path)).parse_args(unknown)
         elif unknown:
             make_docs.parser_of(path).parse_args(rest)
     else:  # its flags are declared where it runs
