@@ -59,15 +59,13 @@ def test_a_broken_link_and_a_broken_anchor_are_found():
 
 def test_readme_is_one_sitting():
     text = read("README.md")
-    assert len(text.splitlines()) <= 200
+    assert len(text.splitlines()) <= 150 and max(map(len, text.splitlines())) <= 120
     places = [
         text.index(part)
         for part in ("](docs/perplexity.png)", "scripts/demo.sh", "from_pretrained", "## Which method", "## Results",
-                     "## Large models", "## LoRA", "## Images", "## Speed-up", "## How the code", "## Citation")
+                     "## Large models", "## LoRA, images", "## How the code", "## Citation")
     ]  # fmt: skip
     assert places == sorted(places)
-    large = text[text.index("## Large models") : text.index("## LoRA")]
-    assert len(large.splitlines()) <= 40
 
 
 def test_readme_names_the_families_that_were_tried():
