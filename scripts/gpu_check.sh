@@ -9,7 +9,6 @@ if ! "$PYTHON_BIN" -c 'import sys, torch; sys.exit(not torch.cuda.is_available()
     exit 2
 fi
 need scripts/requirements-data.txt --no-deps
-need scripts/requirements-images.txt
 need tests/requirements.txt
 failed=0
 "$PYTHON_BIN" -m pytest -m gpu tests || failed=1

@@ -148,8 +148,8 @@ def flip(folder: Path) -> None:
 def newer(folder: Path) -> None:
     path = sorted(folder.glob("*.packed.safetensors"))[0]
     content = path.read_bytes()
-    assert content.count(b'\\"version\\": 2') == 1
-    path.write_bytes(content.replace(b'\\"version\\": 2', b'\\"version\\": 9'))
+    assert content.count(b'\\"version\\": 3') == 1
+    path.write_bytes(content.replace(b'\\"version\\": 3', b'\\"version\\": 9'))
 
 
 def wider(folder: Path) -> None:
@@ -164,7 +164,7 @@ def half_generation(folder: Path) -> None:
 SPOILED = {
     "cut off": (cut, "cannot be read as a packed model"),
     "altered": (flip, "is not what was packed (its SHA-256 differs); the file is damaged"),
-    "another version": (newer, "is in version 9 of the packed format and this reads 2"),
+    "another version": (newer, "is in version 9 of the packed format and this reads 3"),
     "another generation config": (half_generation, "generation_config.json: cannot be used ("),
     "another model's config": (wider, "the model of its config.json has [32, 64]"),
 }
