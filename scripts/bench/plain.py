@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -192,10 +193,8 @@ def _enter(
 
     hook = first.register_forward_pre_hook(catch, with_kwargs=True)
     for window in windows:
-        try:
+        with suppress(_Caught):
             model(window[None], use_cache=False)
-        except _Caught:
-            pass
     hook.remove()
     return hidden, arguments
 
