@@ -19,7 +19,7 @@ from lib.calibration import texts
 from lib.cli.command import Parser, answer, make_parser, parse
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
-from lib.core import files, processes
+from lib.core import cpu, files, processes
 from lib.core.errors import UserError, first_line
 from lib.core.lazy import torch, transformers
 from lib.core.names import check_name
@@ -227,7 +227,7 @@ def settle(settings: Finetune, other: dict) -> TrainingArguments:
     """
     rehearsal.check_ranges(other)
     other = dict(other)
-    if other["bf16"] is None and other["fp16"] is None and torch.cuda.is_available() and not other["use_cpu"]:
+    if other["bf16"] is None and other["fp16"] is None and cpu.gpus() and not other["use_cpu"]:
         other["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
         other["fp16"] = not other["bf16"]
     other |= {name: bool(other[name]) for name in ("bf16", "fp16")}
@@ -239,7 +239,7 @@ def settle(settings: Finetune, other: dict) -> TrainingArguments:
         other["ddp_find_unused_parameters"] = False  # every adapter is used in every step; a search costs time
     if other["disable_tqdm"] is None:
         other["disable_tqdm"] = not sys.stderr.isatty()
-    other["dataloader_pin_memory"] &= torch.cuda.is_available()
+    other["dataloader_pin_memory"] &= cpu.gpus() > 0
     other["prediction_loss_only"] = True  # all logits of the evaluation would be kept otherwise
     other["logging_nan_inf_filter"] = False  # it waits for the GPU after every forward pass; CheckedTrainer looks
     own = {item.name: getattr(settings, item.name) for item in fields(Training) if item.name != "given"}

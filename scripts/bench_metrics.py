@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from rich.console import Console
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
-from lib.core import files
+from lib.core import cpu, files
 from lib.core.lazy import torch
 from lib.models.load import load_llm
 from lib.models.locate import locate
@@ -207,7 +206,7 @@ def run(settings: Benchmark) -> None:
     else:
         rows = bench_fit(rounds) + bench_spectra(rounds) + bench_model(rounds, settings.cache_dir)
         rows += bench_cuda(rounds) if torch.cuda.is_available() else []
-    machine = {"cpu": cpu_name(), "load": os.getloadavg()[0], "threads": 1} | provenance()
+    machine = {"cpu": cpu.model_name(), "load": os.getloadavg()[0], "threads": 1} | provenance()
     text = json.dumps({"rows": rows, "machine": machine}, indent=1) + "\n"
     files.write_atomically(folder / "bench_metrics.json", text)
     figures = [
@@ -216,14 +215,6 @@ def run(settings: Benchmark) -> None:
     title = f"seconds, one thread, median of {rounds}; {machine['cpu']}"
     report.show(Console(), title, ("what", "plain", "ours", "ratio"), figures)
     print(f"written: {folder}/bench_metrics.json")
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,6 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plain_methods
-from bench_metrics import cpu_name
 from rich.console import Console
 
 from lib.calibration import hidden
@@ -27,7 +26,7 @@ from lib.calibration import statistics as calibration
 from lib.calibration.texts import calibration_windows
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
-from lib.core import files
+from lib.core import cpu, files
 from lib.core.allocator import give_back_freed_memory
 from lib.core.lazy import numpy, torch, transformers
 from lib.core.names import check_name
@@ -337,7 +336,7 @@ def run(settings: Benchmark) -> None:
     folder, console = Path(settings.save), Console(width=150)
     files.prepare("save", folder)
     rows = []
-    machine = {"cpu": cpu_name(), "threads": settings.threads} | provenance()
+    machine = {"cpu": cpu.model_name(), "threads": settings.threads} | provenance()
     for model in settings.models.split(","):
         for name in settings.pruners.split(","):
             rows.append(measure(model, name, settings))

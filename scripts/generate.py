@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.cli.command import answer
 from lib.cli.flags import Flags
+from lib.core import cpu
 from lib.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,7 +150,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuse values of the flags that no model can be run with."""
     if args.tokens < 2:
         raise UserError("tokens", f"{args.tokens}: must be at least 2, or there is no speed to measure")
-    most = os.cpu_count() or 1
+    most = len(cpu.usable())
     if not 0 <= args.threads <= most:
         raise UserError("threads", f"{args.threads}: must be between 1 and {most}, this machine's processors")
     if not args.prompt:

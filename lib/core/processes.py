@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import torch
 
@@ -74,7 +75,7 @@ def join() -> None:
         text = f"WORLD_SIZE is {started()} and {missing[0]} is not set; start with accelerate launch or torchrun"
         raise UserError(None, text)
     numbers = {name: _number(name, 0) for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")}
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = cpu.gpus()
     if gpus and _beside() > gpus:
         raise UserError(None, f"{_beside()} processes were started on a machine with {gpus} GPUs; start one per GPU")
     if gpus:

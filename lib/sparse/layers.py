@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.core import cpu
 from lib.core.errors import UserError
-from lib.sparse.kernel import KINDS, MOST_TOKENS, Kernel, Matrix, load, multiplies
+from lib.sparse.kernel import KINDS, MOST_TOKENS, Kernel, Matrix, load
 from lib.sparse.packed import Packed, pack, row_starts, unpack
 
 SKIP = 0.45  # fraction of zeros from which the product of many tokens is faster without them, in float32
@@ -59,7 +60,7 @@ def by_tiles(flat: Tensor, rows: Callable[[int, int], Tensor], count: int, bias:
     Args:
         rows: returns the weight's rows from the first to before the last, [last - first, columns].
     """
-    kind = flat.dtype if multiplies(flat.dtype) else torch.float32
+    kind = flat.dtype if cpu.multiplies(flat.dtype) else torch.float32
     y, flat = flat.new_empty(len(flat), count), flat.to(kind)
     for first in range(0, count, TILE):
         last = min(first + TILE, count)
@@ -134,7 +135,7 @@ class SparseLinear(nn.Module):
         return self.kernel.multiply(self._matrix, x.contiguous(), y, tokens)
 
     def _many(self, flat: Tensor) -> Tensor:
-        if len(flat) and not multiplies(self.kind) and self.sparsity >= SKIP:
+        if len(flat) and not cpu.multiplies(self.kind) and self.sparsity >= SKIP:
             return self.kernel.multiply_many(self._matrix, flat.float().contiguous(), self.bias).to(self.kind)
         tile = flat.new_empty(min(TILE, self.out_features), self.mask.shape[1] * 32)
 
@@ -222,7 +223,7 @@ class DenseLinear(nn.Linear):
         if few and here and self.shared is not None and (y := self.shared.multiply(self.place, x, tokens)) is not None:
             return y
         matrix = self.matrix(x) if here else None
-        if matrix is not None and tokens > MOST_TOKENS and not multiplies(x.dtype):
+        if matrix is not None and tokens > MOST_TOKENS and not cpu.multiplies(x.dtype):
             flat = x.reshape(tokens, self.in_features)
             y = by_tiles(flat, lambda first, last: self.weight[first:last], self.out_features, self.bias)
             return y.view(*x.shape[:-1], self.out_features)

@@ -23,14 +23,12 @@ from checkpoints import (
     fingerprint,
     graph_file,
     open_checkpoint,
-    physical_cores,
 )
 from engines import ENGINES, ONE_SEQUENCE, SPARSE, energy_meter
 from rich.console import Console
 from rich.table import Table
 
-from lib import sparse
-from lib.core import files
+from lib.core import cpu, files
 from lib.core.errors import UserError
 from lib.run.record import provenance
 
@@ -48,13 +46,13 @@ ISA = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2")
 
 def processor() -> dict:
     """Return the CPU's model, its widest relevant instruction sets, and its cores."""
-    fields = sparse.processor()
+    fields = cpu.processor()
     flags = set(fields.get("flags", "").split())
     return {
-        "model": fields.get("model name", "unknown"),
+        "model": cpu.model_name(),
         "instructions": [name for name in ISA if name in flags],
-        "physical_cores": physical_cores(),
-        "logical_cores": os.cpu_count(),
+        "physical_cores": cpu.physical_cores(),
+        "logical_cores": len(cpu.usable()),
     }
 
 
@@ -164,7 +162,7 @@ def benchmark(checkpoints: list[Checkpoint], args: argparse.Namespace) -> dict:
         {"folder": str(c.folder), "deployment": str(c.deployment), "sparse": index > 0}
         for index, c in enumerate(checkpoints)
     ]
-    check_load(os.cpu_count(), "before the measurement")
+    check_load(len(cpu.usable()), "before the measurement")
     record = {"complete": True, "processor": processor(), "loadavg_before": os.getloadavg(), "rows": [], "failed": []}
     record |= {"models": [str(c.folder) for c in checkpoints], "sparsities": sparsities}
     record |= {"flags": vars(args), "versions_of_engines": {}}
@@ -182,7 +180,7 @@ def benchmark(checkpoints: list[Checkpoint], args: argparse.Namespace) -> dict:
             rows = summarise(result, sparsities, args.sequence_length if graph == "prefill" else result["batch"])
             check_agreement(rows)
             record["rows"] += rows
-    check_load(os.cpu_count(), "after the measurement")
+    check_load(len(cpu.usable()), "after the measurement")
     record["loadavg_after"] = os.getloadavg()
     record["ideal"] = [checkpoints[0].ideal_speedup(sparsity) for sparsity in sparsities]
     record["bandwidth_bound"] = [bandwidth_bound(sparsity) for sparsity in sparsities]
@@ -328,8 +326,8 @@ def check_measuring_flags(args: argparse.Namespace) -> None:
         raise UserError("batch", f"{' '.join(map(str, args.batch))}: must be positive, 1 among them")
     if args.deepsparse and "deepsparse" not in args.engines:
         args.engines = [*args.engines, "deepsparse"]
-    if args.cores > physical_cores():
-        raise UserError("cores", f"{args.cores}: this machine has {physical_cores()} physical cores")
+    if args.cores > cpu.physical_cores():
+        raise UserError("cores", f"{args.cores}: this machine has {cpu.physical_cores()} physical cores")
     files.prepare("save", Path(args.save))
 
 

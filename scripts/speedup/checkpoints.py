@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -183,13 +182,3 @@ def fingerprint(folder: Path) -> str:
     """Return a hash of names, sizes and times of a model's files: it reveals an export older than its weights."""
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
-
-
-def physical_cores() -> int:
-    """Return the number of cores that this process may use, counting hardware threads of one core once."""
-    usable = os.sched_getaffinity(0)
-    siblings = set()
-    for cpu in usable:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text().strip() if path.exists() else str(cpu))
-    return len(siblings)

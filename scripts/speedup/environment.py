@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lib import sparse
+from lib.core import cpu
 from lib.core.errors import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -28,7 +28,7 @@ LICENCE = (
 
 def check_deepsparse() -> None:
     """Refuse, before anything is created, a machine or Python on which the engine cannot be installed."""
-    check_machine(platform.machine(), set(sparse.processor().get("flags", "").split()))
+    check_machine(platform.machine(), set(cpu.processor().get("flags", "").split()))
     if not _is_made(ENGINE_VENV, ENGINE_REQUIREMENTS):
         find_python()
 

@@ -123,7 +123,6 @@ def test_a_cropped_cache_leaves_what_others_hold(packed_model):
 # -------------------------------------------------------------------------------------------------------- arithmetic
 
 
-@pytest.mark.parametrize("level", kernel.levels())
 @pytest.mark.parametrize("kind", kernel.KINDS)
 @pytest.mark.parametrize("length", [1, 7, 300])
 @pytest.mark.parametrize("size", [8, 20, 64])
@@ -149,7 +148,6 @@ def test_attention_is_that_of_float64(level, kind, length, size, threads):
     assert ((out.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("level", kernel.levels())
 @pytest.mark.parametrize("kind", kernel.KINDS)
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_decoding_is_as_close_to_float32_as_dense(level, kind, batch, threads):

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 from lib import sparse
+from lib.core import cpu
 from lib.core.errors import UserError
 from lib.evaluation.perplexity import perplexity
 from lib.models.layers import prunable_layers, prunable_modules
@@ -59,12 +60,10 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
 # -------------------------------------------------------------------------------------------------------- products
 
 
-@needs_kernel
 @pytest.mark.parametrize("multiplies", [False, True])  # whether the CPU has instructions for many tokens of this kind
 @pytest.mark.parametrize("kind", kernel.KINDS)
-@pytest.mark.parametrize("level", kernel.levels())
 def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeypatch):
-    monkeypatch.setattr("lib.sparse.layers.multiplies", lambda _: multiplies)
+    monkeypatch.setattr(cpu, "multiplies", lambda _: multiplies)
     library = kernel.load(level)
     for index, (rows, columns) in enumerate(SHAPES):
         for zeros in (0.0, 0.5, 0.9, 1.0):
@@ -79,7 +78,7 @@ def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeyp
                 if tokens <= kernel.MOST_TOKENS:
                     sums = library.multiply(layers[0]._matrix, x, torch.full((tokens, rows), torch.nan), tokens)
                     assert ((sums - expected).abs() <= CLOSE * size).all()
-                own = tokens > kernel.MOST_TOKENS and multiplies and platform.machine() in kernel.ARM
+                own = tokens > kernel.MOST_TOKENS and multiplies and platform.machine() in cpu.ARM
                 close = HALF_ULP[kind] if own else CLOSE  # torch's bfloat16 product rounds parts of a sum there
                 for plain, with_bias in zip(layers, biased, strict=True):
                     assert ((plain(x) - expected).abs() <= close * size + HALF_ULP[kind] * expected.abs() + 1e-7).all()
@@ -89,8 +88,6 @@ def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeyp
                     assert (off <= CLOSE * size + 2 * HALF_ULP[kind] * (size + bias.double().abs()) + 1e-7).all()
 
 
-@needs_kernel
-@pytest.mark.parametrize("level", kernel.levels())
 def test_product_by_pencil(level):
     weight = torch.tensor([[0.0, 2, 0, -3], [0, 0, 0, 0], [1, 0, 0.5, -0.0]], dtype=torch.bfloat16)
     layer = SparseLinear.from_linear(linear(weight, torch.tensor([0.0, 7, 0]).bfloat16()), kernel.load(level))
@@ -99,8 +96,6 @@ def test_product_by_pencil(level):
     assert torch.equal(layer.dense(), weight) and layer.sparsity == pytest.approx(8 / 12)
 
 
-@needs_kernel
-@pytest.mark.parametrize("level", kernel.levels())
 def test_what_is_beyond_the_last_column_is_not_read(level):
     # The next row's weights, in the place of columns that are not there, would turn the zeros of x into nan.
     weight = torch.ones(2, 40, dtype=torch.bfloat16)
@@ -478,9 +473,9 @@ def test_another_models_config_is_refused_in_one_line(copied, tmp_path):
 def fresh(tmp_path, monkeypatch) -> Path:
     """Return an empty cache folder, in which nothing was compiled yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kernel.load.cache_clear()
+    kernel._loaded.cache_clear()
     yield tmp_path / "cache" / "alphapruning"
-    kernel.load.cache_clear()
+    kernel._loaded.cache_clear()
 
 
 def no_home() -> Path:
@@ -506,7 +501,7 @@ def failing_compiler(monkeypatch):
 
 
 def other_machine(monkeypatch):
-    monkeypatch.setattr(kernel, "processor", dict)
+    monkeypatch.setattr(cpu, "processor", dict)
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
 
 
