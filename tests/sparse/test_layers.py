@@ -106,6 +106,7 @@ def test_what_is_beyond_the_last_column_is_not_read(level):
         assert y[0, 0] == 40 and y[0, 1].isnan()
 
 
+@pytest.mark.machine
 @needs_kernel
 def test_shapes_kinds_and_empty_input():
     layer = SparseLinear.from_linear(linear(matrix(6, 32, 0.5, torch.float16)))
@@ -261,6 +262,7 @@ def test_layers_stay_packed_and_say_what_they_are(model):
     assert model.dtype == torch.bfloat16
 
 
+@pytest.mark.machine
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 5, 24])
 def test_logits_are_as_close_to_float32_as_dense_bfloat16s(pruned, model, tiny_windows, length):
@@ -271,6 +273,7 @@ def test_logits_are_as_close_to_float32_as_dense_bfloat16s(pruned, model, tiny_w
     assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
 
 
+@pytest.mark.machine
 @torch.no_grad()
 def test_decoding_with_a_cache_is_the_whole_window(model, tiny_windows):
     ids = tiny_windows[:2, :12]
@@ -283,6 +286,7 @@ def test_decoding_with_a_cache_is_the_whole_window(model, tiny_windows):
         assert (found.logits[:, 0] - whole[:, at]).abs().max() <= 0.05 * whole.abs().max()
 
 
+@pytest.mark.machine
 def test_generate_pipeline_and_perplexity_run(pruned, packed_folder, model, tiny_windows):
     tokenizer = AutoTokenizer.from_pretrained(packed_folder)
     ids = tiny_windows[:2, :6]
@@ -294,6 +298,7 @@ def test_generate_pipeline_and_perplexity_run(pruned, packed_folder, model, tiny
     assert perplexity(model, tiny_windows) == pytest.approx(reference, rel=0.01)  # 8 bits of every activation
 
 
+@pytest.mark.machine
 def test_lm_eval_runs(packed_folder, model, tiny_windows):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -585,6 +590,7 @@ def test_generate_streams_and_compares(pruned, packed_folder):
     assert lines[-1].startswith("ratio: ") and lines[-1].endswith("medians of 5 turns, 1 threads")
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -619,6 +625,7 @@ def few(tmp_path_factory, tiny_tokenizer) -> Path:
     return folder
 
 
+@pytest.mark.machine
 def test_generate_compares_prompts_that_begin_with_a_dash(packed_folder, pruned, monkeypatch, capsys):
     started = []
 
