@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from image_classifiers.settings import ImageExperiment, wants_images
 from lib.allocation import block_scores, price
 from lib.calibration.hidden import BlockInputs
 from lib.cli.settings import Task
-from lib.core import files
+from lib.core import cpu, files
 from lib.core.errors import UserError, first_line
 from lib.core.files import readable
 from lib.core.lazy import torch
@@ -60,7 +59,7 @@ def prepare(settings: ImageExperiment, task: Task) -> Prepared:
     warn_of_other_method(settings, task)
     device = settings.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if cpu.gpus() else "cpu"
     check_device("device", device)
     check_device("hidden_device", settings.hidden_device or device)
     source = models.locate(settings.model)
@@ -177,7 +176,7 @@ def reader(
     settings: ImageExperiment, batch_size: int | None = None
 ) -> Callable[[data.Prepared], Iterator[tuple[Tensor, Tensor]]]:
     """Return a function that yields the batches of given images; ``batch_size``: another than the flag's."""
-    workers = min(10, os.cpu_count() or 1) if settings.num_workers is None else settings.num_workers
+    workers = min(10, len(cpu.usable())) if settings.num_workers is None else settings.num_workers
     return partial(data.batches, batch_size=batch_size or settings.batch_size, workers=workers)
 
 

@@ -167,7 +167,7 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     assert record["versions"]["torch"] == version("torch") and record["versions"]["transformers"] == version(
         "transformers"
     )
-    assert record["model"]["name"] == "smollm2-135m" and record["model"]["dtype"] in ("float32", "float16")
+    assert record["model"]["name"] == "smollm2-135m" and record["model"]["dtype"] == "float32"
     assert {"git_commit", "device"} <= set(record)
     assert {"prepare", "load", "measure", "allocate", "prune", "save", "evaluate"} <= set(record["stages"])
     assert all(stage["seconds"] >= 0 and stage["peak_rss_mb"] > 100 for stage in record["stages"].values())
@@ -205,9 +205,7 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     # The folder is a plain model that evaluates to the same perplexity.
     tokenizer = AutoTokenizer.from_pretrained(kept / "wanda_ww_0.5")
     windows = evaluation_windows("wiki_leads", tokenizer, 128, 8)
-    assert perplexity(model.eval(), windows) == pytest.approx(
-        record["perplexity"], rel=1e-6 if not torch.cuda.is_available() else 1e-2
-    )
+    assert perplexity(model.eval(), windows) == pytest.approx(record["perplexity"], rel=1e-6)
     assert record["perplexity"] > 1.05 * perplexity(dense.eval(), windows)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "kept", "save"]
     assert [p.name for p in kept.iterdir()] == ["wanda_ww_0.5"]

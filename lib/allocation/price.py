@@ -17,11 +17,11 @@ from lib.calibration.hidden import (
     after_blocks,
     enter_blocks,
     hidden_of,
-    multiplies_bfloat16,
     passes,
     run_block,
 )
 from lib.calibration.statistics import input_statistics
+from lib.core import cpu
 from lib.core.errors import UserError
 from lib.core.files import readable
 from lib.core.lazy import torch
@@ -530,7 +530,7 @@ def search_dtype(asked: str, device: torch.device, own: torch.dtype) -> torch.dt
     if asked != "auto":
         dtype = getattr(torch, asked)
         return None if dtype == own else dtype
-    return torch.bfloat16 if multiplies_bfloat16(device) and own == torch.float32 else None
+    return torch.bfloat16 if device.type == "cpu" and own == torch.float32 and cpu.multiplies(torch.bfloat16) else None
 
 
 def _best(kls: Mapping[str, float], advice: str) -> str:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import torch
 
@@ -51,12 +52,12 @@ def speaks() -> bool:
 
 def _number(name: str, default: int) -> int:
     """Return the whole number that a launcher put into the environment."""
-    text = os.environ.get(name, str(default))
+    value = os.environ.get(name, str(default))
     try:
-        return int(text)
+        return int(value)
     except ValueError:
-        what = f"{name} is {text!r} in the environment, which is not a whole number"
-        raise UserError(None, f"{what}; unset it, or start with accelerate launch or torchrun") from None
+        problem = f"{name} is {value!r} in the environment, which is not a whole number"
+        raise UserError(None, None, problem, "unset it, or start with accelerate launch or torchrun") from None
 
 
 def join() -> None:
@@ -71,12 +72,13 @@ def join() -> None:
         return
     missing = [name for name in _ENVIRONMENT if name not in os.environ]
     if missing:
-        text = f"WORLD_SIZE is {started()} and {missing[0]} is not set; start with accelerate launch or torchrun"
-        raise UserError(None, text)
+        problem = f"WORLD_SIZE is {started()} and {missing[0]} is not set"
+        raise UserError(None, None, problem, "start with accelerate launch or torchrun")
     numbers = {name: _number(name, 0) for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")}
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = cpu.gpus()
     if gpus and _beside() > gpus:
-        raise UserError(None, f"{_beside()} processes were started on a machine with {gpus} GPUs; start one per GPU")
+        problem = f"{_beside()} processes were started on a machine with {gpus} GPUs"
+        raise UserError(None, None, problem, "start one per GPU")
     if gpus:
         torch.cuda.set_device(numbers["LOCAL_RANK"])
     from accelerate import PartialState
@@ -84,7 +86,8 @@ def join() -> None:
     try:
         _state = PartialState(cpu=not gpus, timeout=_WAIT)
     except RuntimeError as error:
-        raise UserError(None, f"the {started()} processes cannot reach each other ({first_line(error)})") from error
+        problem = f"the {started()} processes cannot reach each other ({first_line(error)})"
+        raise UserError(None, None, problem) from error
     if not speaks() and sys.stderr.isatty():
         sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)
 
@@ -215,7 +218,7 @@ def by_first(work: Callable[[], T]) -> T:
     with _collective():
         torch.distributed.broadcast_object_list(outcome, 0)
     if outcome[1] is not None:
-        raise UserError(*outcome[1])
+        raise UserError(outcome[1][0], None, outcome[1][1])
     return outcome[0]
 
 
@@ -235,8 +238,9 @@ def _collective() -> Iterator[None]:
 
 def _lost(error: RuntimeError) -> NoReturn:
     reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]  # gloo begins with its source file
-    text = f"another of the {started()} processes has ended ({reason}); the same command starts again"
-    raise UserError(None, f"{text}, and with {flag_name('save_model')} it resumes after the last block") from error
+    problem = f"another of the {started()} processes has ended ({reason})"
+    fix = f"the same command starts again, and with {flag_name('save_model')} it resumes after the last block"
+    raise UserError(None, None, problem, fix) from error
 
 
 def tells() -> bool:

@@ -14,7 +14,7 @@ from lib.allocation import epsilon as search
 from lib.calibration import hidden, texts
 from lib.cli.flags import Flags
 from lib.cli.settings import Experiment, Output, Task, ZeroShot
-from lib.core import files, processes
+from lib.core import cpu, files, processes
 from lib.core.allocator import give_back_freed_memory
 from lib.core.errors import UserError, flag_name
 from lib.core.files import in_repository
@@ -100,7 +100,7 @@ class Session:
         elif known.streamed:
             log.info("streaming %s block by block", known.streamed)
             model = load.empty_llm(known.source, known.streamed, dtypes.compute)
-            device = processes.device() or _freest()
+            device = processes.device() or memory.freest()  # which the blocks visit
             weights = Streamed(model, Checkpoint(known.streamed), device, dtypes.stored)
         else:
             log.info("loading %s", known.source.path)
@@ -112,12 +112,6 @@ class Session:
 
 
 # ------------------------------------------------------------------------------------- before the weights are loaded
-
-
-def _freest() -> torch.device:
-    """Return the GPU with the most free memory, which streamed blocks visit, or the CPU."""
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return torch.device("cuda", max(gpus, key=memory.free_bytes)) if gpus else torch.device("cpu")
 
 
 def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
@@ -136,7 +130,7 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
         dtypes = load.choose_dtypes(settings.dtype, skeleton)
     _check_layers(settings, task, source, layers)
     calib_dtype = _calib_dtype(settings, dtypes)
-    if settings.hidden_states == "gpu" and wants_calibration(task) and not torch.cuda.is_available():
+    if settings.hidden_states == "gpu" and wants_calibration(task) and not cpu.gpus():
         raise UserError("hidden_states", "gpu: there is no GPU that torch can use; leave it out, or use cpu or disk")
     if wants_calibration(task) and settings.nsamples < processes.count():
         text = f"{settings.nsamples}: {processes.count()} processes share them, so give at least as many"
@@ -170,7 +164,7 @@ def _calib_dtype(settings: Experiment, dtypes: load.Dtypes) -> torch.dtype | Non
         own = str(dtypes.compute).removeprefix("torch.")
         text = f"the model is computed in {own}, which is as fast; leave it out, or use --dtype float32"
         raise UserError("calib_dtype", f"{settings.calib_dtype}: {text}")
-    if not torch.cuda.is_available() and not hidden.multiplies_bfloat16(torch.device("cpu")):
+    if not cpu.gpus() and not cpu.multiplies(torch.bfloat16):
         text = "--calib_dtype %s: this CPU has no instructions for it, so that it is slower than float32"
         log.warning(text, settings.calib_dtype)
     return getattr(torch, settings.calib_dtype)
@@ -346,7 +340,7 @@ def _reserve(
         return least + block_scores.LAMP_BYTES * max(layer.size for layer in layers)
     if task.wants != "price":
         return least
-    gpus = 1 if processes.device() else max(1, torch.cuda.device_count())
+    gpus = 1 if processes.device() else max(1, cpu.gpus())
     effort = settings.price_options().effort
     ranks = price.rank_bytes(layers, task.by_magnitude) // gpus  # they lie beside the layers
     return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, effort.length(seqlen), effort))

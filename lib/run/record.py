@@ -16,6 +16,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lib.core import cpu
 from lib.core.files import checksum, write_files
 from lib.core.lazy import torch
 from lib.pruning.walk import LayerReport
@@ -58,12 +59,12 @@ class Record:
             Path("/proc/self/clear_refs").write_text("5")
         for device in cuda_in_use():
             torch.cuda.reset_peak_memory_stats(device)
-        start, cpu = time.perf_counter(), time.process_time()
+        start, busy = time.perf_counter(), time.process_time()
         yield
         for device in cuda_in_use():
             torch.cuda.synchronize(device)
         seconds = {
-            "seconds": round(time.perf_counter() - start, 3), "cpu_seconds": round(time.process_time() - cpu, 3)
+            "seconds": round(time.perf_counter() - start, 3), "cpu_seconds": round(time.process_time() - busy, 3)
         }  # fmt: skip
         row = seconds | {"peak_rss_mb": _peak_rss_mb()}
         peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
@@ -107,7 +108,7 @@ def cuda_in_use() -> list[int]:
     """
     if "torch" not in sys.modules or not torch.cuda.is_initialized():
         return []
-    return [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(device)]
+    return [device for device in range(cpu.gpus()) if torch.cuda.memory_reserved(device)]
 
 
 def _peak_rss_mb() -> int:

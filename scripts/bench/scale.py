@@ -16,7 +16,7 @@ from tabulate import tabulate
 from lib.allocation import price
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
-from lib.core import files
+from lib.core import cpu, files
 from lib.core.errors import UserError
 from lib.core.lazy import torch, transformers
 from lib.models import memory
@@ -128,7 +128,7 @@ def needs(size: str, nsamples: int, seqlen: int) -> Iterator[dict]:
 
 def measured_rate() -> float:
     """Return the operations per second of a product at LLaMA-7B's shapes: half precision on a GPU, else float32."""
-    cuda = torch.cuda.is_available()
+    cuda = cpu.gpus() > 0
     device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)
     x, w = torch.randn(2048, 4096, device=device, dtype=dtype), torch.randn(11008, 4096, device=device, dtype=dtype)
     best = float("inf")

@@ -17,6 +17,8 @@ from image_classifiers.price import EFFORT, FIT, HELD, ImagePrices, split
 from lib.allocation.price import BAND, Options, equalise
 from lib.core.errors import UserError
 
+pytestmark = pytest.mark.machine
+
 IMAGES = some_images(12).double()
 GROUPS = list(IMAGES.split(3))
 OPTIONS = Options(effort=EFFORT)

@@ -155,6 +155,7 @@ def only_line(capsys) -> str:
     return line
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize(
     ("more", "what"),
     [
@@ -339,6 +340,7 @@ def test_epsilon_auto_does_not_try_again_what_it_tried(place, monkeypatch):
     assert len(trials) > 3 and len(tried) == len(trials) - 2
 
 
+@pytest.mark.machine
 @pytest.mark.usefixtures("few_windows")
 def test_prices_are_not_sought_again(place, monkeypatch):
     flags = place.replace(METHOD, "wanda_price").replace(" --epsilon 0.2", " --price_steps 2")
@@ -352,6 +354,7 @@ def test_prices_are_not_sought_again(place, monkeypatch):
     assert resumed["price_search"] == whole["price_search"] and resumed["perplexity"] == whole["perplexity"]
 
 
+@pytest.mark.machine
 @pytest.mark.usefixtures("few_windows")
 def test_prices_of_other_weights_are_not_taken(place, monkeypatch):
     flags = place.replace(METHOD, "wanda_price").replace(" --epsilon 0.2", " --price_steps 1")

@@ -6,13 +6,12 @@ import os
 import socket
 import stat
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from lib.core import files
+from lib.core import cpu, files
 from lib.core.errors import UserError
 from lib.pruning.walk import LayerReport
 from lib.run import record
@@ -117,16 +116,24 @@ def test_sizes_are_readable(size, text):
     assert files.readable(size) == text
 
 
-def test_stages_measure_seconds_and_memory(tmp_path):
+def test_stages_measure_seconds(tmp_path, monkeypatch):
+    now = {"perf_counter": 10.0, "process_time": 4.0}
+    for clock in now:
+        monkeypatch.setattr(record.time, clock, lambda clock=clock: now[clock])
     run = Record(tmp_path, "x")
     with run.stage("wait"):
-        time.sleep(0.05)
+        now.update(perf_counter=12.5, process_time=4.25)
+    assert (run.stages["wait"]["seconds"], run.stages["wait"]["cpu_seconds"]) == (2.5, 0.25)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux: a peak that can be reset")
+def test_each_stage_has_its_own_peak_of_memory(tmp_path):
+    run = Record(tmp_path, "x")
+    with run.stage("wait"):
+        pass
     with run.stage("fill"):
         block = b"x" * 200_000_000
     del block
-    assert 0.05 <= run.stages["wait"]["seconds"] < 5
-    assert 0 <= run.stages["wait"]["cpu_seconds"] < 0.05, "waiting costs the processor nothing"
-    # each stage has its own peak, where the system lets it be reset
     assert run.stages["fill"]["peak_rss_mb"] >= run.stages["wait"]["peak_rss_mb"] + 150
     with run.stage("after"):
         pass
@@ -142,9 +149,6 @@ class Cuda:
 
     def is_initialized(self) -> bool:
         return bool(self.used)
-
-    def device_count(self) -> int:
-        return 2
 
     def memory_reserved(self, device: int) -> int:
         return device in self.used
@@ -162,6 +166,7 @@ class Cuda:
 def test_stages_ask_nothing_of_cuda_before_it_is_initialised(tmp_path, monkeypatch):
     cuda = Cuda()
     monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(cpu, "gpus", lambda: 2)
     run = Record(tmp_path, "x")
     with run.stage("prepare"):
         pass
