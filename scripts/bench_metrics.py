@@ -201,7 +201,7 @@ def run(settings: Benchmark) -> None:
     """Measure, print a table, and write it together with the machine's description."""
     torch.set_num_threads(1)
     folder, rounds = Path(settings.save), settings.rounds
-    files.prepare("save", folder)
+    files.check_writable("save", folder)
     if settings.llama_7b:
         rows = bench_llama_7b(LLAMA_7B, settings.cores)
     else:

@@ -335,7 +335,7 @@ def show(console: Console, rows: Sequence[Mapping], title: str) -> None:
 def run(settings: Benchmark) -> None:
     """Measure, print a table per model, and write the figures and a chart, with the machine's description."""
     folder, console = Path(settings.save), Console(width=150)
-    files.prepare("save", folder)
+    files.check_writable("save", folder)
     rows = []
     machine = {"cpu": cpu_name(), "threads": settings.threads} | provenance()
     for model in settings.models.split(","):

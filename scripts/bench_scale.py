@@ -154,7 +154,7 @@ def measure(settings: Scale, folder: Path, method: str, way: str) -> dict:
 def run(settings: Scale) -> int:
     """Make the checkpoint, measure every method both ways, print and write the figures; return 1 if a run failed."""
     for name in ("save", "work"):
-        files.prepare(name, Path(getattr(settings, name)))
+        files.check_writable(name, Path(getattr(settings, name)))
     folder = make_checkpoint(settings)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     console = Console()

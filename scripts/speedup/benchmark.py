@@ -330,7 +330,7 @@ def check_measuring_flags(args: argparse.Namespace) -> None:
         args.engines = [*args.engines, "deepsparse"]
     if args.cores > physical_cores():
         raise UserError("cores", f"{args.cores}: this machine has {physical_cores()} physical cores")
-    files.prepare("save", Path(args.save))
+    files.check_writable("save", Path(args.save))
 
 
 def check_pair(dense: Checkpoint, sparse: list[Checkpoint]) -> None:

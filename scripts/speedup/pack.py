@@ -14,7 +14,7 @@ from lib.core.errors import UserError
 
 def pack_folder(folder: Path, out: Path) -> Counter:
     """Write the packed form of a model's ``folder`` to ``out``; return bytes before and after, as ``pack_files``."""
-    files.prepare("save", out.parent, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    files.check_writable("save", out.parent, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     with files.new_folder(out) as tmp:
         return sparse.pack_files(folder, tmp)
 
