@@ -153,7 +153,7 @@ def locked(folder: Path, field: str | None = None, wait: bool = False) -> Iterat
     """
     from filelock import FileLock, Timeout
 
-    path = folder.with_name(f".{folder.name}.lock")
+    path = folder.with_name(f".{folder.name.removeprefix('.')}.lock")
     lock = FileLock(path, timeout=-1 if wait else 0)
     with writing(path, field):
         path.parent.mkdir(parents=True, exist_ok=True)

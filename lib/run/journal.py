@@ -69,7 +69,7 @@ class Journal:
         self.target, self.folder = target, partial_folder(target)
         self.finished: dict[int, list[LayerReport]] = {}
         self.failure: UserError | None = None
-        self._lock = ExitStack()
+        self._undo = ExitStack()  # of what is to be released in the end
         self._reopened = False  # whether the folder is a finished model that this run has not accepted yet
         self._progress: Progress  # in the main process only
         processes.on_main(lambda: self._open(restart, unmeasured))
@@ -77,10 +77,11 @@ class Journal:
     # ----------------------------------------------------------------------------------------------------- the folder
 
     def _open(self, restart: bool, unmeasured: bool) -> None:
-        with ExitStack() as lock, files.writing(self.folder, "save_model"):
-            lock.enter_context(files.locked(self.folder, "save_model"))
+        with ExitStack() as undo, files.writing(self.folder, "save_model"):
+            undo.enter_context(files.locked(self.folder, "save_model"))
             with files.locked(self.target, wait=True):
                 files.remove_leftovers(self.target)
+            undo.callback(self._release)
             if can_reopen(self.target, restart, unmeasured):
                 self._reopen()
             if restart and self.folder.exists():
@@ -90,7 +91,21 @@ class Journal:
                 path.unlink()
             shutil.rmtree(self.scratch, ignore_errors=True)
             self._progress = self._read_progress()
-            self._lock = lock.pop_all()
+            self._undo = undo.pop_all()
+
+    def _release(self) -> None:
+        """Leave a finished folder that this run has not accepted as it was, and no empty one."""
+        if self.folder.is_dir():
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            if self._reopened and not self.target.exists():
+                (self.folder / _PROGRESS).unlink(missing_ok=True)
+                self.folder.rename(self.target)
+            elif not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def close(self) -> None:
+        """Release the folder for another run."""
+        self._undo.close()
 
     def _reopen(self) -> None:
         """Turn the finished folder into the working folder again; a packed one is unpacked first, bit for bit."""
@@ -108,14 +123,15 @@ class Journal:
         path, manifest = self.folder / _PROGRESS, self.folder / MANIFEST
         if not manifest.exists():
             return Progress(path)
-        path.unlink(missing_ok=True)
-        progress = Progress(path)
         try:
-            for kind, values in json.loads(manifest.read_bytes()).items():
-                for key, value in values.items():
-                    progress.add(kind, key, value)
+            content = json.loads(manifest.read_bytes())
+            entries = [(kind, key, value) for kind, values in content.items() for key, value in values.items()]
         except (ValueError, AttributeError) as error:
             raise UserError("save_model", manifest, f"is damaged ({first_line(error)})", _RESTART) from error
+        path.unlink(missing_ok=True)
+        progress = Progress(path)
+        for entry in entries:
+            progress.add(*entry)
         return progress
 
     @property
@@ -135,18 +151,6 @@ class Journal:
                 shutil.rmtree(self.folder)
             else:
                 files.replace_folder(self.folder, self.target)
-
-    def close(self) -> None:
-        """Release the folder for another run."""
-        with self._lock:
-            if not processes.is_main() or not self.folder.is_dir():
-                return
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            if self._reopened and not self.target.exists():
-                self._progress.path.unlink(missing_ok=True)
-                self.folder.rename(self.target)  # unchanged
-            elif not any(self.folder.iterdir()):
-                self.folder.rmdir()
 
     # -------------------------------------------------------------------------------------------------- what it holds
 

@@ -18,6 +18,7 @@ from test_streamed import hashes
 import main
 from lib.allocation import epsilon
 from lib.calibration import hidden
+from lib.core import files
 from lib.core.digests import digest
 from lib.core.progress import Progress
 from lib.evaluation import perplexity
@@ -92,7 +93,7 @@ POINTS = {
     "while the model is completed": (safetensors_io, "write_index", 1),
     "before the manifest is written": (Journal, "finish", 1),
     "between manifest and progress": (Path, "unlink", 1, "progress.jsonl"),
-    "before the folder is renamed": (Path, "rename", 1, ".partial"),
+    "before the folder is renamed": (files, "replace_folder", 1),
     "in evaluation": (perplexity, "perplexity_by_blocks", 1),
     "before the last record": (main.report, "show_run", 1),
 }
@@ -133,28 +134,27 @@ def test_resume_after_repeated_kills(place, unbroken):
     assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
 
 
-def test_finished_blocks_are_not_pruned_again(place, monkeypatch, caplog):
+@pytest.fixture
+def pruned(monkeypatch) -> list[int]:
+    """Return the blocks that are pruned from now on, except in a killed run."""
+    blocks, real = [], walk._prune_block
+    monkeypatch.setattr(walk, "_prune_block", lambda block, *rest: blocks.append(block.index) or real(block, *rest))
+    return blocks
+
+
+def test_finished_blocks_are_not_pruned_again(place, pruned, caplog):
     killed_run(place, walk, "_prune_block", 3)
-    pruned = []
-    real = walk._prune_block
-    monkeypatch.setattr(walk, "_prune_block", lambda block, *rest: pruned.append(block.index) or real(block, *rest))
     assert main.main(place.split()) == 0
     assert pruned == [2] and "resuming after block 1" in caplog.text
 
 
-def test_a_run_that_was_complete_starts_again(place, monkeypatch):
-    assert main.main(place.split()) == 0
-    pruned = []
-    real = walk._prune_block
-    monkeypatch.setattr(walk, "_prune_block", lambda block, *rest: pruned.append(block.index) or real(block, *rest))
-    assert main.main(place.split()) == 0 and pruned == [0, 1, 2]
+def test_a_run_that_was_complete_starts_again(place, pruned):
+    assert main.main(place.split()) == main.main(place.split()) == 0
+    assert pruned == [0, 1, 2, 0, 1, 2]
 
 
-def test_restart_throws_the_journal_away(place, monkeypatch, unbroken):
+def test_restart_throws_the_journal_away(place, pruned, unbroken):
     killed_run(place, walk, "_prune_block", 3)
-    pruned = []
-    real = walk._prune_block
-    monkeypatch.setattr(walk, "_prune_block", lambda block, *rest: pruned.append(block.index) or real(block, *rest))
     assert main.main([*place.split(), "--restart"]) == 0 and pruned == [0, 1, 2]
     assert hashes(Path("kept") / f"{METHOD}_0.6") == unbroken[0]
 
@@ -244,6 +244,7 @@ def test_a_damaged_manifest_is_one_line(place, capsys):
     Path(f"kept/{METHOD}_0.6/pruning.json").write_text("[]")
     assert main.main(place.split()) == 2
     assert "pruning.json: is damaged (" in (line := only_line(capsys)) and "add --restart" in line
+    assert [path.name for path in Path("kept").iterdir()] == [f"{METHOD}_0.6"], "the model stays where it was"
 
 
 def test_shards_of_no_finished_block_do_not_become_part_of_the_model(place, unbroken):

@@ -245,10 +245,6 @@ def test_damaged_sidecar_is_refused(filled, tiny_weights, content):
         {"shapes": [[32, 32]]},
         {"shapes": 3},
         {"layers": []},
-        {"fingerprints": {"model.layers.0.self_attn.q_proj": "no digits"}},
-        {"fingerprints": {"model.layers.0.self_attn.q_proj": "ab"}},
-        {"fingerprints": {"model.layers.0.self_attn.q_proj": 3}},
-        {"fingerprints": [3]},
     ],
 )
 def test_a_sidecar_with_damaged_parts_is_refused_before_the_weights(filled, tiny_weights, changes):
@@ -261,8 +257,8 @@ def test_a_sidecar_with_damaged_parts_is_refused_before_the_weights(filled, tiny
 def test_values_of_an_interrupted_measurement_are_taken_where_they_are_whole(tmp_path, tiny_weights):
     layer = tiny_weights.layers[0].name
     mark = fingerprint(matrix(tiny_weights, 0))
-    rows = [{"layer": layer, "value": 2.5, "fingerprint": mark}, {"layer": "b", "value": 1.0, "fingerprint": "xy"}]
-    rows += [{"layer": "c", "value": math.nan, "fingerprint": mark}, [1]]
+    rows = [{"layer": layer, "value": 2.5, "fingerprint": mark}, [1]]
+    rows += [{"layer": "c", "value": math.nan, "fingerprint": mark}]
     lines = [json.dumps(row).encode() for row in rows]
     (tmp_path / "begun").write_bytes(b"\xff\xfe\x80\n" + b"\n".join(lines) + b'\n{"layer": "\xe4')
     begun = metrics.Begun(tmp_path / "begun")
