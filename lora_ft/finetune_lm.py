@@ -193,9 +193,9 @@ def check_output_dir(settings: Finetune) -> Path | None:
     folder, checkpoint = Path(settings.output_dir).expanduser(), None
     if settings.resume_from_checkpoint:
         checkpoint = resumption.find_checkpoint(folder, settings.resume_from_checkpoint)
-    if not processes.speaks():
+    if not processes.is_main():
         return checkpoint  # What the first process of several does here, the others would find half done.
-    files.prepare("output_dir", folder)
+    files.check_writable("output_dir", folder)
     resumed = checkpoint and is_in(checkpoint, folder)
     if folder.is_dir() and any(folder.iterdir()) and not (settings.overwrite_output_dir or resumed):
         fix = "add --overwrite_output_dir to start again, --resume_from_checkpoint to resume, or give another folder"

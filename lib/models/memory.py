@@ -40,7 +40,7 @@ def free_memory(reserve: int) -> dict[int | str, int]:
     if gpu is not None:
         return {gpu.index: max(0, free_bytes(gpu) - reserve)}
     gpus = {i: max(0, free_bytes(i) - reserve) for i in range(cpu.gpus())}
-    return gpus | {"cpu": free_ram() // processes.beside()}
+    return gpus | {"cpu": free_ram() // processes.processes_on_machine()}
 
 
 _OVERHEAD = 2**30  # bytes of a GPU for its context, the libraries' workspaces and the allocator's gaps

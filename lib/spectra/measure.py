@@ -77,7 +77,7 @@ def load_or_measure(
     Raises:
         UserError: the cache does not match (see ``read_cache``), or a layer's spectrum admits no fit.
     """
-    cached = processes.by_first(lambda: read_cache(folder, metric, model, weights.layers, settings))
+    cached = processes.on_main(lambda: read_cache(folder, metric, model, weights.layers, settings))
     if cached is not None and _same_weights(folder / settings.stem(metric), weights):
         return cached
     begun = Begun(folder / f".{settings.stem(metric)}.jsonl")
@@ -102,7 +102,7 @@ class Begun:
                 with suppress(ValueError, KeyError, TypeError):  # the last line may be cut off
                     row = json.loads(line)
                     name, value, mark = row["layer"], float(row["value"]), row["fingerprint"]
-                    if math.isfinite(value) and digests.is_fingerprint(mark):
+                    if math.isfinite(value):
                         self.known[name] = value, mark
 
     def value(self, name: str, weight: Tensor) -> float | None:
@@ -118,7 +118,7 @@ class Begun:
     def add(self, values: Mapping[str, tuple[float, str]]) -> None:
         """Store values and fingerprints by layer name."""
         rows = [{"layer": name, "value": value, "fingerprint": mark} for name, (value, mark) in values.items()]
-        if not processes.first():
+        if not processes.is_main():
             return
         with suppress(OSError):  # a full disk is reported at the end of the measurement
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -440,10 +440,6 @@ def _check_sidecar(about: dict, wanted: LayerMetrics, layers: Sequence[Layer], p
         if list(layer.shape) != shape:
             text = f"{path}: {layer.name} had the shape {shape} and has {list(layer.shape)} now; {fix}"
             raise UserError(None, text)
-    marks = about.get("fingerprints")  # a cache of an older version has none
-    damaged = [name for name, mark in dict(marks or {}).items() if not digests.is_fingerprint(mark)]
-    if damaged:
-        raise ValueError(f"the fingerprint of {damaged[0]} is damaged")
 
 
 def _same_weights(stem: Path, weights: Weights) -> bool:
@@ -488,7 +484,7 @@ def write_cache(folder: Path, metrics: LayerMetrics, weights: Weights, settings:
 
 
 def _write(folder: Path, stem: str, about: Mapping, values: Sequence[float]) -> None:
-    if not processes.first():
+    if not processes.is_main():
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -196,7 +196,7 @@ def run(settings: Scale) -> None:
     folder = Path(settings.make)
     if folder.exists():
         raise UserError("make", folder, "already exists", "give another folder, or remove it")
-    files.prepare("make", folder.parent)
+    files.check_writable("make", folder.parent)
     make_checkpoint(settings, folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(f"written: {folder}, {settings.blocks} blocks, {files.readable(size)}")
