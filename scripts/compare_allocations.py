@@ -146,7 +146,7 @@ def passes(setting: Experiment) -> int:
     if task.wants != "price":
         return scored if task.wants in BLOCK_SCORES else 0
     options = setting.price_options()
-    return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.shorter)
+    return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.window_divisor)
 
 
 def seconds_of(record: Mapping, *stages: str) -> float | None:

@@ -13,13 +13,13 @@ from test_image_pruning import exact
 
 from image_classifiers import data
 from image_classifiers.models import find_parts, save
-from image_classifiers.price import EFFORT, FIT, HELD, ImagePrices, split
-from lib.allocation.price import BAND, Options, equalise
+from image_classifiers.price import EFFORT, FIT, HELD, ImagePriceModel, split
+from lib.allocation.price import Options, search
+from lib.allocation.price_model import BAND
 from lib.core.errors import UserError
 
 IMAGES = some_images(12).double()
 GROUPS = list(IMAGES.split(3))
-OPTIONS = Options(effort=EFFORT)
 
 
 def parts_of(make):
@@ -82,11 +82,11 @@ class Oracle:
 def test_prices_are_derivatives_along_the_band(make):
     weights, oracle, batch = parts_of(make), Oracle(make), [2, 0]
     ratios = some_ratios(weights)
-    mine = ImagePrices(weights, GROUPS, OPTIONS, part=2)  # of 3 images a group: a whole part and a rest
-    assert {name: rank.tolist() for name, rank in mine.ranks.items()} == {
+    model = ImagePriceModel(weights, (GROUPS, GROUPS), chunk=2)  # of 3 images a group: a whole chunk and a rest
+    assert {name: rank.tolist() for name, rank in model.masks.ranks.items()} == {
         name: [rank.flatten().tolist()] for name, rank in oracle.ranks.items()
     }
-    loss, found = mine.prices(ratios, batch)
+    loss, found = model.prices(ratios, batch)
     masked = oracle.masked(ratios)
     assert loss == pytest.approx(oracle.kl(masked, batch), rel=1e-6)  # KL adds in float64, but for transformed logits
     step = 1e-4
@@ -106,10 +106,10 @@ def test_kl_is_that_of_the_pruned_model_and_the_weights_stay_as_they_were(make):
     weights, oracle = parts_of(make), Oracle(make)
     before = {name: (layer.weight, layer.weight.detach().clone()) for name, layer in matrices(weights).items()}
     ratios = some_ratios(weights)
-    mine = ImagePrices(weights, GROUPS, OPTIONS)
-    assert mine.kl(ratios) == pytest.approx(oracle.kl(oracle.masked(ratios), [0, 1, 2, 3]), rel=1e-9)
-    assert mine.kl(dict.fromkeys(ratios, 0.0)) == 0
-    mine.prices(ratios, [1])
+    model = ImagePriceModel(weights, (GROUPS, GROUPS))
+    assert model.kl(ratios) == pytest.approx(oracle.kl(oracle.masked(ratios), [0, 1, 2, 3]), rel=1e-9)
+    assert model.kl(dict.fromkeys(ratios, 0.0)) == 0
+    model.prices(ratios, [1])
     for name, layer in matrices(weights).items():
         assert layer.weight is before[name][0] and torch.equal(layer.weight, before[name][1])
         assert layer.weight.grad is None and not layer.weight._post_accumulate_grad_hooks
@@ -118,7 +118,7 @@ def test_kl_is_that_of_the_pruned_model_and_the_weights_stay_as_they_were(make):
 def test_half_precision_changes_little():
     weights = find_parts(tiny_vit()).pruned
     images = [group.float() for group in GROUPS]
-    plain, half = (ImagePrices(weights, images, OPTIONS._replace(dtype=dtype)) for dtype in (None, torch.bfloat16))
+    plain, half = (ImagePriceModel(weights, (images, images), dtype) for dtype in (None, torch.bfloat16))
     ratios = some_ratios(weights)
     assert half.kl(ratios) == pytest.approx(plain.kl(ratios), rel=0.1)  # 3 digits of logits, whose differences count
     assert half.kl(ratios) != plain.kl(ratios)
@@ -126,21 +126,22 @@ def test_half_precision_changes_little():
 
 def test_renewed_ranks_are_those_of_pruned_predecessors():
     weights = find_parts(tiny_vit()).pruned
-    mine = ImagePrices(weights, [group.float() for group in GROUPS], OPTIONS)
-    renewed = mine.renewed_ranks(dict.fromkeys(mine.ranks, 0.5))
+    images = [group.float() for group in GROUPS]
+    model = ImagePriceModel(weights, (images, images))
+    dense = dict(model.masks.ranks)
+    model.renew(dict.fromkeys(dense, 0.5))
     first = [layer.name for layer in weights.layers if layer.block == 0]
-    assert all(torch.equal(renewed[name], mine.ranks[name]) for name in first)
-    assert any(not torch.equal(renewed[name], rank) for name, rank in mine.ranks.items())
-    same = mine.renewed_ranks(dict.fromkeys(mine.ranks, 0.0))
-    assert all(torch.equal(same[name], rank) for name, rank in mine.ranks.items())
+    assert all(torch.equal(model.masks.ranks[name], dense[name]) for name in first)
+    assert any(not torch.equal(model.masks.ranks[name], rank) for name, rank in dense.items())
+    model.renew(dict.fromkeys(dense, 0.0))
+    assert all(torch.equal(model.masks.ranks[name], rank) for name, rank in dense.items())
 
 
 def test_a_search_improves_on_uniform(digits):
     weights = find_parts(copy.deepcopy(digits[0])).pruned
     fit, held = (list(digits[1][part].split(50)) for part in map(list, split(range(600))))
     assert [len(part) for part in (fit, held)] == [FIT, HELD]
-    mine = ImagePrices(weights, fit, OPTIONS._replace(steps=8))
-    found = equalise(mine, ImagePrices(weights, held, mine.options, mine.ranks), 0.6, None)
+    found = search(ImagePriceModel(weights, (fit, held)), weights.layers, 0.6, None, Options(8, effort=EFFORT))
     sizes = {layer.name: layer.size for layer in weights.layers}
     mean = sum(sizes[name] * ratio for name, ratio in found.ratios.items()) / sum(sizes.values())
     assert mean == pytest.approx(0.6, abs=1e-9)
@@ -172,6 +173,7 @@ def test_a_run_records_its_search(more, digits, tmp_path, capsys):
     save(digits[0], 8, tmp_path / "tiny")
     method = more.split()[0]
     flags = f"--model {tmp_path}/tiny --data_set digits --prune_metric {more} --sparsity 0.6 --price_steps 3"
+    flags += " --price_dtype float32"
     flags += f" --nsamples 50 --num_workers 0 --save_dir {tmp_path}/out"
     flags += f" --metric_cache {tmp_path}/cache" if "ww" in more else ""
     assert call(capsys, *flags.split())[0] == 0
