@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from image_classifiers import pruning
 from lib.allocation.price import Effort
-from lib.allocation.price_model import Masks, autocast, band_price, kl_divergence, swapped_weights
+from lib.allocation.price_model import Masks, autocast, band_price, kl_divergence
 from lib.calibration.hidden import BlockInputs
 from lib.core.errors import UserError
 from lib.core.lazy import torch
-from lib.models.weights import Weights
+from lib.models.weights import Weights, swapped_weights
 
 # Groups of images on which prices are measured. A group is to a classifier what a window is to a language model.
 FIT = 8

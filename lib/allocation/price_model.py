@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -25,8 +25,7 @@ from lib.core.errors import UserError
 from lib.core.files import readable
 from lib.core.lazy import torch
 from lib.models import memory
-from lib.models.layers import Layer
-from lib.models.weights import Block, Weights, check_finite
+from lib.models.weights import Block, Weights, check_finite, swapped_weights
 
 log = logging.getLogger(__name__)
 
@@ -180,20 +179,6 @@ class Masks:
 # ------------------------------------------------------------------------- walk: forward and backward over the blocks
 
 
-@contextmanager
-def swapped_weights(block: Block, copies: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """Replace a block's weights by ``copies`` meanwhile, as parameters, which are yielded by layer name."""
-    originals = {name: block.linears[name].weight for name in copies}
-    leaves = {name: torch.nn.Parameter(copy) for name, copy in copies.items()}
-    try:
-        for name, leaf in leaves.items():
-            block.linears[name]._parameters["weight"] = leaf
-        yield leaves
-    finally:
-        for name, parameter in originals.items():
-            block.linears[name]._parameters["weight"] = parameter
-
-
 class BlockActivations(NamedTuple):
     """Inputs, outputs and replaced weights of a block, kept for its backward pass.
 
@@ -234,14 +219,15 @@ class BlockWalk(NamedTuple):
         activations = []
         for block in self.weights.visit():
             hidden = [states.to(block.device) for states in hidden]
+            kept = BlockActivations(hidden)
             if differentiable and self.keeps_activations:
-                activations.append(self._run_differentiably(block, hidden, copies))
-                hidden = [states.detach() for states in activations[-1].outputs]
-                continue
+                kept = self._run_differentiably(block, hidden, copies)
+                hidden = [states.detach() for states in kept.outputs]
+            else:
+                with torch.no_grad(), swapped_weights(block, copies(block)):
+                    hidden = self._run(block, hidden)
             if differentiable:
-                activations.append(BlockActivations(hidden))
-            with torch.no_grad(), swapped_weights(block, copies(block)):
-                hidden = self._run(block, hidden)
+                activations.append(kept)
         return hidden, activations
 
     def backward(
@@ -415,36 +401,20 @@ def _check_memory(
 ) -> bool:
     """Log how much memory a search needs, refuse one that does not fit, and return whether all activations do.
 
-    Args:
-        tokens: in a window.
-        step: windows in a step.
-        windows: of calibration and held out together.
+    The arguments are those of ``memory.price_bytes``.
     """
     if not weights.in_memory:
         problem = "needs all weights in memory, and these are streamed or offloaded"
         raise UserError("prune_method", "_price", problem, "use GPUs with more memory, or another allocation")
-    model_dtype = weights.model.dtype
-    work = memory.price_working_set(weights.model, weights.layers, model_dtype, tokens, step, windows)
-    on_device: dict[int | str, list[Layer]] = {}
-    for block in weights.visit():
-        device = (block.device.index or 0) if block.device.type != "cpu" else "cpu"
-        on_device.setdefault(device, []).extend(layer for layer in weights.layers if layer.block == block.index)
-    ranks = {device: memory.rank_bytes(layers, by_magnitude) for device, layers in on_device.items()}
-    needs = {device: work + size for device, size in ranks.items()}
-    activations = {
-        device: memory.activation_bytes(layers, dtype or model_dtype, step * tokens)
-        for device, layers in on_device.items()
-    }
+    needs = memory.price_bytes(weights, tokens, step, windows, dtype, by_magnitude)
     free = memory.free_memory(0)
-    keeps = all(size + activations[device] <= KEEP_WITHIN * free[device] for device, size in needs.items())
-
-    sizes = (readable(sum(size)) for size in (needs.values(), ranks.values(), [work] * len(needs)))
-    log.info("the price search needs %s beside the weights: ranks %s, work %s", *sizes)
+    keeps = all(need.least + need.activations <= KEEP_WITHIN * free[place] for place, need in needs.items())
+    log.info("the price search needs %s beside the weights", readable(sum(need.least for need in needs.values())))
     text = "for speed it takes up to %s more for activations" if keeps else "it would be faster with %s more"
-    log.info(text, readable(sum(activations.values())))
-    for device, size in needs.items():
-        if size > free[device]:
-            where = "in the CPU's memory" if device == "cpu" else f"on GPU {device}"
-            problem = f"{readable(size)} are needed {where} beside the weights and {readable(free[device])} are free"
-            raise UserError("prune_method", "_price", problem, "lower --seqlen, or use more or larger GPUs")
+    log.info(text, readable(sum(need.activations for need in needs.values())))
+    for place, need in needs.items():
+        if need.least > free[place]:
+            where = "in the CPU's memory" if place == "cpu" else f"on GPU {place}"
+            sizes = f"{readable(need.least)} are needed {where} beside the weights and {readable(free[place])} are free"
+            raise UserError("prune_method", "_price", sizes, "lower --seqlen, or use more or larger GPUs")
     return keeps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lib.core import processes
 from lib.core.lazy import torch
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lib.models.load import Source
+    from lib.models.weights import Weights
 
 
 def free_bytes(gpu: torch.device | int) -> int:
@@ -82,6 +83,14 @@ def saved_bytes(skeleton: PreTrainedModel, source: Source, dtype: torch.dtype) -
 
 # ------------------------------------------------------------------------------------------------- a search for prices
 
+
+class PriceBytes(NamedTuple):
+    """Bytes that a search for prices needs beside the weights: at ``least``, and more if it keeps ``activations``."""
+
+    least: int
+    activations: int
+
+
 # Tokens whose logits are in memory at a time in a search for prices.
 LOGIT_TOKENS = 256
 
@@ -118,3 +127,26 @@ def price_working_set(
     # Scores, their order (int64) and its temporaries; a gradient later takes their place.
     sort = 24 * max(layer.size for layer in layers)
     return largest + hidden + sort + 6 * 4 * LOGIT_TOKENS * vocabulary
+
+
+def price_bytes(
+    weights: Weights, tokens: int, step: int, windows: int, dtype: torch.dtype | None, whole: bool
+) -> dict[int | str, PriceBytes]:
+    """Return what a search for prices needs on each GPU (by its index) that holds blocks, or on the ``cpu``.
+
+    Args:
+        tokens, step, windows: as in ``price_working_set``.
+        dtype: of the products, None for the model's.
+        whole: as in ``rank_bytes``.
+    """
+    model, places = weights.model, {}
+    for block in weights.visit():
+        place = "cpu" if block.device.type == "cpu" else block.device.index or 0
+        places.setdefault(place, []).extend(layer for layer in weights.layers if layer.block == block.index)
+    work = price_working_set(model, weights.layers, model.dtype, tokens, step, windows)
+    return {
+        place: PriceBytes(
+            work + rank_bytes(layers, whole), activation_bytes(layers, dtype or model.dtype, step * tokens)
+        )
+        for place, layers in places.items()
+    }

@@ -67,7 +67,7 @@ def test_a_plans_file_names_every_layer(tmp_path):
     rows[layers[0].name]["nm"] = [1, 4]
     content = json.loads((tmp_path / "p.json").read_text()) | {"layers": rows}
     (tmp_path / "p.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="contradict"):
+    with pytest.raises(UserError, match="does not fit"):
         load_plan(tmp_path / "p.json", "m", layers)
 
 
