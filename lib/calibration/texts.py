@@ -107,15 +107,11 @@ def read_text(field: str, name: str, split: str) -> Text:
             records = records if isinstance(records, list) else [records]
         except json.JSONDecodeError:  # not one JSON value: a value per line; strings may hold U+2028
             records = [json.loads(line) for line in raw.split("\n") if line.strip()]
-        stream = "\n\n".join(record["text"] for record in records)
-        stream.encode()  # JSON can spell half a character, which no tokenizer takes
-        return Text(stream=stream)
-    except RecursionError as error:
-        raise UserError(field, f"{name}: cannot be read (its lists are nested too deeply)") from error
-    except (OSError, ValueError) as error:  # of JSON, of UTF-8, or of a number too long to be read
-        raise UserError(field, f"{name}: cannot be read ({first_line(error)})") from error
+        return Text(stream="\n\n".join(record["text"] for record in records))
+    except (OSError, ValueError) as error:  # neither JSON nor UTF-8
+        raise UserError(field, name, f"cannot be read ({first_line(error)})") from error
     except (KeyError, TypeError) as error:
-        raise UserError(field, f"{name}: every record needs a field `text` that holds a string") from error
+        raise UserError(field, name, "every record needs a field `text` that holds a string") from error
 
 
 def _hub(path: str, config: str | None, split: str, **kwargs):

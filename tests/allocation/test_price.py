@@ -44,9 +44,7 @@ def exact_weights():
 
 def prices_of(weights, windows=(WINDOWS, WINDOWS), effort=EFFORTS["full"], dtype=None, by_magnitude=False):
     """Return the price model of ``weights`` for these windows: of calibration, and held out."""
-    return LanguagePriceModel(
-        weights, windows, effort.windows_per_step, effort.token_stride, dtype, by_magnitude
-    )
+    return LanguagePriceModel(weights, windows, effort.windows_per_step, effort.token_stride, dtype, by_magnitude)
 
 
 def searched(weights, windows, target: float, start=None, options: Options = Options(), **how):  # noqa: B008
@@ -62,37 +60,63 @@ def some_ratios(weights, seed: int = 3) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------- slow and by itself
 
 
-class Oracle:
-    """KL of a pruned copy of the tiny model, and its ranks, in plain loops over whole models in float64."""
+class PriceOracle:
+    """Ranks by a plain sort, and prices by differences of a KL that a subclass defines.
+
+    Attributes:
+        dense: weights by layer name.
+        scores: by layer name, as lists: rows of scores that compete with each other.
+    """
+
+    def __init__(self, dense: dict[str, torch.Tensor], scores: dict[str, list[list[float]]]) -> None:
+        self.dense, self.ranks = dense, {}
+        for name, score in scores.items():
+            self.ranks[name] = rank = torch.zeros(len(score), len(score[0]), dtype=torch.long)
+            for i, row in enumerate(score):
+                for place, column in enumerate(sorted(range(len(row)), key=lambda j: (row[j], j))):
+                    rank[i, column] = place
+
+    def masked(self, ratios: dict[str, float]) -> dict[str, torch.Tensor]:
+        kept = {name: rank >= int(rank.shape[1] * ratios[name]) for name, rank in self.ranks.items()}
+        return {name: weight * kept[name].view_as(weight) for name, weight in self.dense.items()}
+
+    def price(self, name: str, ratios: dict[str, float], batch: list[int]) -> float:
+        """Return the central difference of the KL along the weights in the band around the threshold.
+
+        Its error is step^2 of a third derivative of order 1, by the width: 1e-7.
+        """
+        step, masked, dense, rank = 1e-4, self.masked(ratios), self.dense[name], self.ranks[name]
+        columns = rank.shape[1]
+        middle, half = int(columns * ratios[name]), max(1, int(BAND / 2 * columns))
+        low, high = max(0, middle - half), min(columns, middle + half)
+        band = dense * ((rank >= low) & (rank < high)).view_as(dense)
+        kls = [self.kl(masked | {name: masked[name] - sign * step * band}, batch) for sign in (1, -1)]
+        return (kls[0] - kls[1]) / (2 * step) * columns / (high - low)
+
+
+class Oracle(PriceOracle):
+    """KL of a pruned copy of the tiny model, in plain loops over whole models in float64."""
 
     def __init__(self, windows: torch.Tensor, by_magnitude: bool = False, every: int = 2) -> None:
         self.model, self.windows, self.counted = tiny_llama().double(), windows, slice(every - 1, None, every)
         self.layers = {n: m for n, m in self.model.model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.layers = {f"model.{name}": module for name, module in self.layers.items()}
-        self.dense = {name: module.weight.detach().clone() for name, module in self.layers.items()}
-        squares = {}
+        squares, hooks = {}, []
+        for name, module in self.layers.items():
 
-        def watch(name):
-            def hook(_, args):
+            def hook(_, args, name=name):
                 squares[name] = squares.get(name, 0) + args[0].detach().flatten(0, 1).square().sum(0)
 
-            return hook
-
-        hooks = [module.register_forward_pre_hook(watch(name)) for name, module in self.layers.items()]
+            hooks.append(module.register_forward_pre_hook(hook))
         with torch.no_grad():
             self.logits = [self.model(window[None]).logits[0, self.counted] for window in windows]
-        for hook in hooks:
-            hook.remove()
-        self.ranks = {}
-        for name, weight in self.dense.items():
-            score = (weight.abs() * squares[name].sqrt()).tolist()
-            if by_magnitude:
-                score = [weight.abs().flatten().tolist()]
-            rank = torch.zeros(len(score), len(score[0]), dtype=torch.long)
-            for i, row in enumerate(score):
-                for place, column in enumerate(sorted(range(len(row)), key=lambda j: (row[j], j))):
-                    rank[i, column] = place
-            self.ranks[name] = rank
+        for handle in hooks:
+            handle.remove()
+        dense = {name: module.weight.detach().clone() for name, module in self.layers.items()}
+        scores = {name: (weight.abs() * squares[name].sqrt()).tolist() for name, weight in dense.items()}
+        if by_magnitude:
+            scores = {name: [weight.abs().flatten().tolist()] for name, weight in dense.items()}
+        super().__init__(dense, scores)
 
     def kl(self, weights: dict[str, torch.Tensor], batch: list[int]) -> float:
         for name, module in self.layers.items():
@@ -105,10 +129,6 @@ class Oracle:
                 total.append((dense.exp() * (dense - ours)).sum(-1).mean().item())
         return sum(total) / len(total)
 
-    def masked(self, ratios: dict[str, float]) -> dict[str, torch.Tensor]:
-        kept = {name: rank >= int(rank.shape[1] * ratios[name]) for name, rank in self.ranks.items()}
-        return {name: weight * kept[name].view_as(weight) for name, weight in self.dense.items()}
-
 
 @pytest.mark.parametrize(("by_magnitude", "effort"), [(False, "full"), (True, "quick")])
 def test_prices_are_derivatives_along_the_band(exact, by_magnitude, effort):
@@ -119,18 +139,9 @@ def test_prices_are_derivatives_along_the_band(exact, by_magnitude, effort):
     for name, rank in oracle.ranks.items():
         assert torch.equal(model.masks.ranks[name].long(), rank), name
     loss, found = model.prices(ratios, batch)
-    masked = oracle.masked(ratios)
-    assert loss == pytest.approx(oracle.kl(masked, batch), rel=1e-11)
-    step = 1e-4
-    for name, dense in oracle.dense.items():
-        columns = oracle.ranks[name].shape[1]
-        middle, half = int(columns * ratios[name]), max(1, int(BAND / 2 * columns))
-        inside = (oracle.ranks[name] >= middle - half) & (oracle.ranks[name] < middle + half)
-        band = dense * inside.view_as(dense)
-        kls = [oracle.kl(masked | {name: masked[name] - sign * step * band}, batch) for sign in (1, -1)]
-        share = min(columns, middle + half) - max(0, middle - half)
-        # The error of a central difference is step^2 of a third derivative of order 1, by the width: 1e-7.
-        assert found[name] == pytest.approx((kls[0] - kls[1]) / (2 * step) * columns / share, rel=1e-5, abs=1e-7), name
+    assert loss == pytest.approx(oracle.kl(oracle.masked(ratios), batch), rel=1e-11)
+    for name in oracle.dense:
+        assert found[name] == pytest.approx(oracle.price(name, ratios, batch), rel=1e-5, abs=1e-7), name
 
 
 def test_prices_tell_what_a_change_of_ratio_costs():
@@ -416,8 +427,8 @@ def test_activations_are_kept_where_there_is_room(effort, monkeypatch):
 
 
 def test_quick_windows_are_half_as_long():
-    assert [EFFORTS["quick"].length(n) for n in (2, 3, 512)] == [1, 2, 256]
-    assert [EFFORTS["full"].length(n) for n in (2, 3, 512)] == [2, 3, 512]
+    lengths = {name: [effort.length(n) for n in (2, 3, 512)] for name, effort in EFFORTS.items()}
+    assert lengths == {"full": [2, 3, 512], "quick": [1, 2, 256]}
 
 
 def test_an_error_leaves_the_weights_as_they_were(monkeypatch):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import random
 
 import pytest
 import torch
@@ -10,12 +9,12 @@ from conftest import fast
 from test_image_main import call
 from test_image_models import TINY, matrices, some_images, tiny_vit
 from test_image_pruning import exact
+from test_price import PriceOracle, some_ratios
 
 from image_classifiers import data
 from image_classifiers.models import find_parts, save
 from image_classifiers.price import EFFORT, FIT, HELD, ImagePriceModel, split
 from lib.allocation.price import Options, search
-from lib.allocation.price_model import BAND
 from lib.core.errors import UserError
 
 IMAGES = some_images(12).double()
@@ -43,26 +42,17 @@ def digits():
     return model.eval(), pixels
 
 
-def some_ratios(weights) -> dict[str, float]:
-    draw = random.Random(3)
-    return {layer.name: draw.uniform(0.2, 0.8) for layer in weights.layers}
-
-
-class Oracle:
-    """KL of a pruned copy of a model, and ranks within whole matrices, in plain loops in float64."""
+class Oracle(PriceOracle):
+    """KL of a pruned copy of a model in float64; weights compete within whole matrices."""
 
     def __init__(self, make) -> None:
         self.model = make().double()
         self.layers = matrices(find_parts(self.model).pruned)
-        self.dense = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
-        self.ranks = {}
-        for (name, weight), squares in zip(self.dense.items(), exact(self.model, "squared_norms", IMAGES), strict=True):
-            score = (weight.flatten(1).abs() * squares.double().sqrt()).flatten().tolist()
-            rank = torch.zeros(len(score), dtype=torch.long)
-            for place, entry in enumerate(sorted(range(len(score)), key=lambda i: (score[i], i))):
-                rank[entry] = place
-            self.ranks[name] = rank.view_as(weight)
-        self.logits = self._logits(self.dense)
+        dense = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        squares = dict(zip(dense, exact(self.model, "squared_norms", IMAGES), strict=True))
+        scores = {name: weight.flatten(1).abs() * squares[name].double().sqrt() for name, weight in dense.items()}
+        super().__init__(dense, {name: [score.flatten().tolist()] for name, score in scores.items()})
+        self.logits = self._logits(dense)
 
     @torch.no_grad()
     def _logits(self, weights) -> torch.Tensor:
@@ -74,31 +64,18 @@ class Oracle:
         each = (self.logits.exp() * (self.logits - self._logits(weights))).sum(-1)
         return torch.cat([each.split(3)[i] for i in batch]).mean().item()
 
-    def masked(self, ratios: dict[str, float]) -> dict[str, torch.Tensor]:
-        return {n: w * (self.ranks[n] >= int(w.numel() * ratios[n])) for n, w in self.dense.items()}
-
 
 @pytest.mark.parametrize("make", fast(TINY.values(), 2))
 def test_prices_are_derivatives_along_the_band(make):
     weights, oracle, batch = parts_of(make), Oracle(make), [2, 0]
     ratios = some_ratios(weights)
     model = ImagePriceModel(weights, (GROUPS, GROUPS), chunk=2)  # of 3 images a group: a whole chunk and a rest
-    assert {name: rank.tolist() for name, rank in model.masks.ranks.items()} == {
-        name: [rank.flatten().tolist()] for name, rank in oracle.ranks.items()
-    }
+    assert all(torch.equal(model.masks.ranks[name].long(), rank) for name, rank in oracle.ranks.items())
     loss, found = model.prices(ratios, batch)
-    masked = oracle.masked(ratios)
-    assert loss == pytest.approx(oracle.kl(masked, batch), rel=1e-6)  # KL adds in float64, but for transformed logits
-    step = 1e-4
-    for name, dense in oracle.dense.items():
-        size = dense.numel()
-        middle, half = int(size * ratios[name]), max(1, int(BAND / 2 * size))
-        low, high = max(0, middle - half), min(size, middle + half)
-        band = dense * ((oracle.ranks[name] >= low) & (oracle.ranks[name] < high))
-        kls = [oracle.kl(masked | {name: masked[name] - sign * step * band}, batch) for sign in (1, -1)]
-        # The error of a central difference is step^2 of a third derivative of order 1, by the width: 1e-7.
-        wanted = (kls[0] - kls[1]) / (2 * step) * size / (high - low)
-        assert found[name] == pytest.approx(wanted, rel=1e-5, abs=1e-7), name
+    # KL adds in float64, but for transformed logits.
+    assert loss == pytest.approx(oracle.kl(oracle.masked(ratios), batch), rel=1e-6)
+    for name in oracle.dense:
+        assert found[name] == pytest.approx(oracle.price(name, ratios, batch), rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.parametrize("make", fast(TINY.values(), 2))
@@ -189,16 +166,8 @@ def test_a_run_records_its_search(more, digits, tmp_path, capsys):
     assert len({row[3] for row in rows[1:]}) > 2
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("wanda_price --nsamples 11", "--nsamples 11: the search for prices needs at least 12 different images"),
-        ("wanda --price_steps 3", "--price_steps does nothing with wanda; it is for the methods with _price"),
-        ("wanda_price --price_start price", "--price_start price:"),
-    ],
-)
-def test_what_cannot_be_is_one_line(flags, said, tmp_path, capsys):
+def test_too_few_images_are_refused(tmp_path, capsys):
     save(tiny_vit(), 8, tmp_path / "tiny")
-    given = f"--model {tmp_path}/tiny --data_set digits --sparsity 0.6 --save_dir {tmp_path}/out --prune_metric {flags}"
-    status, err = call(capsys, *given.split())
-    assert status == 2 and said in err and len(err.splitlines()) == 1
+    flags = f"--model {tmp_path}/tiny --data_set digits --sparsity 0.6 --save_dir {tmp_path}/out --nsamples 11"
+    status, err = call(capsys, *flags.split(), "--prune_metric", "wanda_price")
+    assert status == 2 and "--nsamples 11: the search for prices needs at least 12 different images" in err
