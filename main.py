@@ -21,7 +21,7 @@ from lib.models.weights import Weights
 from lib.pruning import walk
 from lib.run import pipeline, report
 from lib.run.pipeline import Prepared, Session
-from lib.run.record import Record, perplexity_text, zero_shot_table, zero_shot_text
+from lib.run.record import Record, perplexity_text
 
 log = logging.getLogger("main")
 
@@ -147,9 +147,8 @@ def evaluate(
         model = pipeline.whole_model(weights, known, record.content["saved_model"])
         answers = pipeline.zero_shot(settings, model, known.tokenizer, known.questions)
     record.content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
-    table = zero_shot_table(answers.scores, answers.means)
-    record.files[f"zero_shot_{task.run}.txt"] = zero_shot_text(task.method, table)
-    report.line(console, table)
+    record.files[f"zero_shot_{task.run}.txt"] = f"{task.method}:\n{answers.table}"
+    report.line(console, answers.table)
 
 
 def show(settings: Experiment, record: Record, console: Console) -> None:
