@@ -21,7 +21,6 @@ from lib.core.lazy import torch
 from lib.models import load, locate, memory, safetensors_io
 from lib.models.layers import prunable_layers
 from lib.models.weights import Weights, weights_of
-from lib.spectra import measure
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -261,7 +260,7 @@ def attach(given: str, weights: Weights) -> PeftModel:
 
 def describe_base(weights: Weights, base: Base, sparsity: float) -> dict:
     """Return what is recorded beside an adapter of the weights that it is trained on."""
-    return {"model": identity(base.source), "sparsity": sparsity, "fingerprints": measure.fingerprints(weights)}
+    return {"model": identity(base.source), "sparsity": sparsity, "fingerprints": weights.fingerprints()}
 
 
 def read_json(field: str, path: Path, fix: str) -> dict:
@@ -306,7 +305,7 @@ def check_base(given: str, weights: Weights, base: Base) -> None:
         text = "--lora_weights %s: %s: whether it was trained on %s cannot be checked"
         log.warning(text, given, lacks, base.source.given)
         return
-    _compare(given, about, measure.fingerprints(weights), base)
+    _compare(given, about, weights.fingerprints(), base)
 
 
 def check_base_files(given: str, base: Base) -> None:

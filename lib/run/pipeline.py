@@ -460,7 +460,7 @@ def find_prices(
     journal, key = known.journal, ""
     if journal is not None:
         windows = [digest(part) for part in known.windows.search]
-        key = digest([settings.identity(), windows, known.source.name, measure.fingerprints(weights)])
+        key = digest([settings.identity(), windows, known.source.name, weights.fingerprints()])
         noted = processes.by_first(lambda: journal.noted("prices") or {})  # before any of them notes more
         if noted.get("key") == key:
             log.info("the ratios of equal price are those that the interrupted run found")
@@ -553,7 +553,7 @@ def _search(
     journal, tried = known.journal, {}
     if journal is not None:
         windows = [digest(part) for part in known.windows.search]
-        key = digest([settings.identity(), windows, known.source.name, measure.fingerprints(weights)])
+        key = digest([settings.identity(), windows, known.source.name, weights.fingerprints()])
         tried = _Noted(journal, key)
         if isinstance(weights, Streamed):
             weights.scratch(journal.scratch)
@@ -584,7 +584,7 @@ def begin_journal(settings: Experiment, weights: Weights, known: Prepared, plan:
     same |= {"device": device, "processes": str(processes.count())}  # whose number is the order of sums
     calibrated = "none" if windows is None else digest(windows)
     known.journal.begin(
-        Identity(settings.identity(), plan.digest(), calibrated, same, measure.fingerprints(weights))
+        Identity(settings.identity(), plan.digest(), calibrated, same, weights.fingerprints())
     )
 
 
