@@ -60,8 +60,9 @@ def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
             text = text.replace(f"{{{name}}}", f"--{settings.spelling(name)}")
     choices = f"{{{', '.join(name or repr(name) for name in about['choices'])}}}" if about.get("choices") else ""
     text = text.replace("{choices}", choices) if "{choices}" in text else f"{text} {choices}".rstrip()
-    if not any(item.default is none for none in (None, False, MISSING)):
-        text += f" (default: {item.default})"
+    if not any(item.default is none for none in (None, False, MISSING, ())):
+        default = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+        text += f" (default: {default})"
     options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if about.get("positional"):
         group.add_argument(item.name, metavar=about.get("metavar"), nargs=about.get("nargs"), **options)
@@ -143,6 +144,8 @@ def answer(
             raise UserError(None, f"{started()} processes were started (WORLD_SIZE): {prog} {text}")
         status = work()
     except UserError as error:
+        if any(item.name == error.field and item.metadata.get("positional") for _, item, _ in settings.declared()):
+            error.field = None  # a value without a flag
         if tells():
             print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr, flush=True)
         return 2

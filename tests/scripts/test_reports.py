@@ -1,4 +1,4 @@
-"""The report of spectra, the benchmark's plain formulation, and the comparison of allocations."""
+"""The report of spectra and the comparison of allocations."""
 
 import json
 import math
@@ -7,13 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, fast
-from test_tail import oracle_fit, student
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import bench_metrics
 import compare_allocations
 import esd_report
 
@@ -71,13 +68,6 @@ def test_report_refuses_in_one_line(flags, say, tiny_folder, tmp_path, monkeypat
     assert say in line and not (tmp_path / "results").exists()
 
 
-def test_the_benchmarks_loop_is_the_definition():
-    # A benchmark against a wrong baseline says nothing.
-    eigs = bench_metrics.plain_spectrum(student())
-    index, alpha = oracle_fit(eigs, range(len(eigs) - 1))
-    assert bench_metrics.plain_fit(eigs, torch.arange(len(eigs) - 1)) == (index, pytest.approx(alpha, rel=1e-6))
-
-
 @pytest.fixture
 def compared(tiny_folder, tiny_text, other_text, tmp_path, monkeypatch):
     """Return a function that runs a comparison on the tiny model and returns its table's rows and whole text."""
@@ -92,19 +82,6 @@ def compared(tiny_folder, tiny_text, other_text, tmp_path, monkeypatch):
         return {(row[0], row[1]): row[2:] for row in rows[2:]}, found
 
     return run
-
-
-def test_shapes_of_a_7b_at_a_small_size(capsys):
-    rows = bench_metrics.bench_llama_7b(((16, 16), (44, 16)), cores=8)
-    assert [row["what"].removeprefix("7B spectrum, ") for row in rows] == [
-        "exact, 16x16", "fast, 16x16", "exact, 44x16", "fast, 44x16", "exact, QR first, 44x16",
-    ]  # fmt: skip
-    assert all(row["seconds"] > 0 for row in rows) and capsys.readouterr().out.count("8 at once") == 2
-    assert bench_metrics.seconds_of_7b(2.0, 3.0, 8) == (128 * 2 + 96 * 3) / 8
-    weight = torch.randn(44, 16, generator=torch.Generator().manual_seed(0))
-    exact = torch.linalg.svdvals(weight.double()).square().flip(0)
-    # Float32 singular values, squared: a few roundings of the largest.
-    torch.testing.assert_close(bench_metrics.qr_first(weight).double(), exact, rtol=0, atol=1e-5 * exact[-1].item())
 
 
 def test_comparison_runs_every_setting_once(compared, capsys):
