@@ -55,7 +55,7 @@ class MetricCache:
             values = numpy.load(self.path, allow_pickle=False).astype(numpy.float64)
         names = [name for name, _ in self.identity["layers"]]
         if values.shape != (len(names),):
-            problem = f"holds {values.size} values and {self.identity['model']} has {len(names)} matrices"
+            problem = f"holds values of shape {[*values.shape]} and {self.identity['model']} has {len(names)} matrices"
             raise UserError(None, self.path, problem, self._fix)
         if not numpy.isfinite(values).all():
             raise UserError(None, self.path, "holds values that are not finite", self._fix)
