@@ -88,7 +88,7 @@ def work(
 
     record.content["sparsity"] = weights.sparsity()
     unsaved = save(settings, task, weights, known, record)  # before whatever may still fail
-    with record.kept(_resume(settings, record)):
+    with record.explain_failure(_resume(settings, record)):
         record.write()
         pipeline.draw_prices(settings, task, prices)
         evaluate(task, weights, known, record, console, settings)
@@ -111,7 +111,7 @@ def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, re
         return journal.failure
     try:
         with record.stage("save"):
-            processes.by_first(partial(_finish, settings, weights, known, record.content["sparsity"]))
+            processes.on_main(partial(_finish, settings, weights, known, record.content["sparsity"]))
             weights.moved(journal.folder, journal.target)
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)
@@ -176,7 +176,7 @@ def _after_interrupt(settings: Experiment) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
-    console = Console(quiet=not processes.speaks())
+    console = Console(quiet=not processes.is_main())
     return command(Experiment, partial(_run, console=console), argv, PARSER, processes=True)
 
 

@@ -55,7 +55,7 @@ class Prepared(NamedTuple):
 
 def prepare(settings: ImageExperiment, task: Task) -> Prepared:
     """Check everything that can be checked without the weights, so that errors surface before any work."""
-    files.prepare("save", Path(settings.save))
+    files.check_writable("save", Path(settings.save))
     warn_of_replacement(settings, task)
     warn_of_other_method(settings, task)
     device = settings.device
@@ -71,7 +71,7 @@ def prepare(settings: ImageExperiment, task: Task) -> Prepared:
     for part in (task, task.first) if task.pruner else ():
         check_allocation(settings, part, source, parts, cache)
     if settings.save_model:
-        files.prepare("save_model", model_folder(settings, task).parent, 4 * parameters)
+        files.check_writable("save_model", model_folder(settings, task).parent, 4 * parameters)
     sets = open_images(settings, task, size, skeleton.num_classes)
     prunable = sum(layer.size for layer in parts.pruned.layers)
     return Prepared(source, size, parameters, prunable, device, cache, sets)
@@ -86,7 +86,7 @@ def check_allocation(
         if metric in WEIGHTWATCHER and any(len(layer.shape) > 2 for layer in layers):
             raise UserError("ww_metric", f"{metric}: is for matrices, and {settings.model} holds convolutions")
         if not measure.has_cache(cache, metric, source.label, layers):
-            files.prepare("ww_metric_cache", cache)
+            files.check_writable("ww_metric_cache", cache)
     elif task.wants is None:
         make_plan(settings, task, parts.pruned.layers, None)  # from shapes alone: it is met, or refused here
 

@@ -53,7 +53,7 @@ PARSER = make_parser(
 def run(settings: Evaluate) -> dict:
     """Measure, write and print the perplexity and the accuracies, and return the record."""
     folder = Path(settings.result_dir)
-    files.prepare("result_dir", folder)
+    files.check_writable("result_dir", folder)
     base = common.find_base(settings.model, settings.config_name, settings.cache_dir)
     common.check_length("ctx_length", settings.ctx_length, base.skeleton)
     if settings.lora_weights is not None:

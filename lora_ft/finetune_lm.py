@@ -209,9 +209,9 @@ def _check_output(settings: Finetune) -> None:
     if settings.resume_from_checkpoint:
         found = resumption.find_checkpoint(folder, settings.resume_from_checkpoint)
         settings.resume_from_checkpoint = str(found)
-    if not processes.speaks():
+    if not processes.is_main():
         return  # what the first process of several does here, the others would find half done
-    files.prepare("output_dir", folder)
+    files.check_writable("output_dir", folder)
     taken = folder.is_dir() and any(folder.iterdir())
     resumed = settings.resume_from_checkpoint and _is_in(Path(settings.resume_from_checkpoint), folder)
     if taken and not (settings.overwrite_output_dir or resumed):

@@ -94,7 +94,7 @@ def run(settings: Merge, console: Console) -> list[Row]:
     common.check_length("ctx_length", settings.ctx_length, base.skeleton)
     common.check_adapter(settings.lora_weights, base)
     dtypes = load.choose_dtypes(settings.dtype, base.skeleton)
-    files.prepare("save", out, memory.saved_bytes(base.skeleton, base.source, dtypes.stored))
+    files.check_writable("save", out, memory.saved_bytes(base.skeleton, base.source, dtypes.stored))
     cut = (settings.ctx_length, settings.eval_windows)
     windows = texts.evaluation_windows(settings.dataset, base.tokenizer, *cut, field="dataset")
     common.check_vocabulary(base, windows)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.calibration import texts
+from lib.core.digests import digest
 from lib.core.errors import UserError, first_line
 from lib.models.layers import prunable_layers
-from lib.run.journal import digest
 from lora_ft import common
 
 if TYPE_CHECKING:

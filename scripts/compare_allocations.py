@@ -258,7 +258,7 @@ def plot(rows: Rows, sparsities: Sequence[float], title: str, path: Path) -> Non
 def run(comparison: Comparison) -> int:
     """Run the comparison; return 0, or 1 if a setting failed."""
     folder = Path(comparison.save)
-    files.prepare("save", folder)
+    files.check_writable("save", folder)
     locate.locate(comparison.model, comparison.cache_dir)  # or every setting would fail
     keys, settings = zip(*comparison.keyed(), strict=True)
     records, _ = sweep.run_all(settings, comparison.force)

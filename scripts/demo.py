@@ -111,7 +111,7 @@ def show_answer(records: Sequence[dict], console: Console) -> None:
 def run(demo: Demo) -> int:
     """Run the demonstration; return 0, or 1 if a setting failed."""
     folder, console = Path(demo.save), Console()
-    files.prepare("save", folder)
+    files.check_writable("save", folder)
     every, _ = sweep.run_all(demo.planned(), demo.force)
     records = sweep.measured(every)
     if records:

@@ -140,7 +140,7 @@ def plot(found: dict[str, tuple[dict, dict]], path: Path) -> None:
 def demo(settings: Demo) -> None:
     """Train the models if needed, prune them with all methods, and print and plot the accuracies."""
     save, found = Path(settings.save), {}
-    files.prepare("save", save)
+    files.check_writable("save", save)
     for name in SMALL:
         folder = ROOT / "image_classifiers" / "weights" / f"digits-{name}"
         if not folder.is_dir():

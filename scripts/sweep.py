@@ -338,7 +338,7 @@ def measured(records: Sequence[dict | None]) -> list[dict]:
 
 def run(sweep: Sweep) -> int:
     """Run the sweep; return 0, or 1 if a setting failed."""
-    files.prepare("save", Path(sweep.save))
+    files.check_writable("save", Path(sweep.save))
     locate.locate(sweep.model, sweep.cache_dir)  # or every setting would fail
     if "epsilon" in sweep.given and sweep.idle():  # not refused: the published scripts give it for all their methods
         log.warning("--epsilons %s: does nothing with --methods %s", ",".join(sweep.idle()), sweep.prune_method)

@@ -320,7 +320,7 @@ def test_every_metric(metric, runs):
     assert Path(f"../there/{metric}.npy").read_bytes() == Path(f"../here/{metric}.npy").read_bytes(), "both LAPACK's"
 
 
-@pytest.mark.parametrize("flags", ["", "--stream always", "--farms --farms_rows 12"])
+@pytest.mark.parametrize("flags", ["", "--stream always", "--farms --farms_rows 12 --farms_steps 2"])
 def test_fast_spectra_are_computed_on_the_device(flags, runs, monkeypatch):
     devices, fast_driver = [], DRIVERS["fast"]
     monkeypatch.setitem(DRIVERS, "fast", lambda m: devices.append(m.device.type) or fast_driver(m))

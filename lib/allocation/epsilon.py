@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from lib.calibration.hidden import enter_blocks
 from lib.core import processes
+from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.evaluation.perplexity import perplexity_by_blocks
 from lib.models.weights import Weights
@@ -62,11 +63,11 @@ def try_epsilons(
     dense = weights.snapshot() if dense is None else dense
     found = {} if tried is None else tried
     plans = {epsilon: plan_of(epsilon) for epsilon in grid}
-    keys = {epsilon: plan.digest() for epsilon, plan in plans.items()}
+    keys = {epsilon: digest(plan) for epsilon, plan in plans.items()}
     untried = {keys[epsilon]: plan for epsilon, plan in plans.items() if keys[epsilon] not in found}
     for start in tqdm(range(0, len(untried), processes.count()), desc="epsilon", unit="trial", disable=None):
         own = list(untried.items())[start + processes.rank() :][:1]
-        with processes.apart():
+        with processes.single_process():
             results = [(key, _try(weights, plan, pruner, windows, dense)) for key, plan in own]
         for some in processes.gathered(results):
             for key, value in some:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.core.errors import UserError, first_line
+from lib.core.files import sync_folder, writing
 
 
 class Progress:
@@ -25,18 +26,18 @@ class Progress:
             UserError: the file is damaged elsewhere than in a last line that is cut off.
         """
         self.path = path
-        self._values: dict[tuple[str, str | int], Any] = {}
+        self.values: dict[str, dict[str, Any]] = {}  # {kind: {key: value}}
         content = path.read_bytes() if path.exists() else b""
         self._size = content.rfind(b"\n") + 1  # of the lines that are whole
 
         try:
             for line in content[: self._size].splitlines():
                 entry = json.loads(line)
-                self._values[entry["kind"], entry["key"]] = entry["value"]
+                self.values.setdefault(entry["kind"], {})[entry["key"]] = entry["value"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(None, path, f"is damaged ({first_line(error)})", "delete it to begin again") from error
 
-    def add(self, kind: str, key: str | int, value: Any) -> None:
+    def add(self, kind: str, key: str, value: Any) -> None:
         """Append a finished thing; when this returns, it survives a kill and a power failure.
 
         Args:
@@ -46,23 +47,22 @@ class Progress:
             UserError: the file cannot be written, for example because the disk is full; earlier lines stay.
         """
         line = json.dumps({"kind": kind, "key": key, "value": value}).encode() + b"\n"
-        try:
-            with open(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
-                file.truncate(self._size)
-                file.seek(self._size)
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(None, self.path, f"cannot be written ({error.strerror or error})") from error
+        with writing(self.path), open(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+            file.truncate(self._size)
+            file.seek(self._size)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+            if not self._size:
+                sync_folder(self.path.parent)
 
         self._size += len(line)
-        self._values[kind, key] = value
+        self.values.setdefault(kind, {})[key] = value
 
-    def get(self, kind: str, key: str | int, default: Any = None) -> Any:
+    def get(self, kind: str, key: str, default: Any = None) -> Any:
         """Return the value of a finished thing, ``default`` if it is not finished."""
-        return self._values.get((kind, key), default)
+        return self.values.get(kind, {}).get(key, default)
 
-    def items(self, kind: str) -> dict[str | int, Any]:
+    def items(self, kind: str) -> dict[str, Any]:
         """Return the values of all finished things of a kind by key, in the order in which they were finished."""
-        return {key: value for (its_kind, key), value in self._values.items() if its_kind == kind}
+        return dict(self.values.get(kind, {}))

@@ -149,7 +149,7 @@ def zero_shot(
             log_samples=False,
         )
     _warn_of_nan(tasks)
-    if not processes.first():
+    if not processes.is_main():
         return ZeroShot([], {}, {})
     scores = _scores(full)
     values = {metric: [score.value for score in scores if score.metric == metric] for metric in MEANS}

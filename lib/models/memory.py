@@ -29,7 +29,7 @@ def free_memory(reserve: int) -> dict[int | str, int]:
     if own is not None:
         return {own.index: max(0, free_bytes(own) - reserve)}
     gpus = {i: max(0, free_bytes(i) - reserve) for i in range(torch.cuda.device_count())}
-    return gpus | {"cpu": psutil.virtual_memory().available // processes.beside()}
+    return gpus | {"cpu": psutil.virtual_memory().available // processes.processes_on_machine()}
 
 
 _OVERHEAD = 2**30  # bytes of a GPU for its context, the libraries' workspaces and the allocator's gaps

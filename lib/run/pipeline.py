@@ -16,6 +16,7 @@ from lib.cli.flags import Flags
 from lib.cli.settings import Experiment, Output, Task, ZeroShot
 from lib.core import files, processes
 from lib.core.allocator import give_back_freed_memory
+from lib.core.digests import digest
 from lib.core.errors import UserError, flag_name
 from lib.core.files import in_repository
 from lib.core.lazy import torch
@@ -27,7 +28,7 @@ from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
 from lib.pruning import plan as plans
 from lib.pruning.plan import SparsityPlan
-from lib.run.journal import MANIFEST, Identity, Journal, can_take_back, digest, partial_folder
+from lib.run.journal import MANIFEST, Identity, Journal, can_reopen, partial_folder
 from lib.run.record import has_flags, provenance, read_run
 from lib.spectra import measure, spectrum
 
@@ -122,10 +123,10 @@ def _freest() -> torch.device:
 
 def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     """Check everything that can be checked without the weights: 13 GB take a while to load."""
-    files.prepare("save", Path(settings.save))
+    files.check_writable("save", Path(settings.save))
     warn_of_replacement(settings, task)
     _check_written_files(settings, task)
-    source = processes.by_first(lambda: locate.locate(settings.model, settings.cache_dir))
+    source = processes.on_main(lambda: locate.locate(settings.model, settings.cache_dir))
     if task.pruner or settings.metrics_only or settings.stream == "always":
         sparse.refuse_packed(source)
     skeleton = session.once(load.load_skeleton, source)
@@ -144,7 +145,7 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     if settings.save_model:
         target = model_folder(settings, task)
         have = _written_before(settings, task, target)
-        files.prepare("save_model", target.parent, memory.saved_bytes(skeleton, source, dtypes.stored) - have)
+        files.check_writable("save_model", target.parent, memory.saved_bytes(skeleton, source, dtypes.stored) - have)
     reads = not settings.metrics_only and (settings.eval_wikitext or wants_calibration(task))
     seqlen = _seqlen(settings.seqlen, load.context_length(skeleton), reads)
     tokenizer = session.once(load.load_tokenizer, source)
@@ -203,9 +204,9 @@ def _streamed_folder(settings: Experiment, task: Task, source: load.Source, fits
 
 def _written_before(settings: Experiment, task: Task, target: Path) -> int:
     """Return the bytes that an unfinished run wrote for ``target``, which need no more space on the disk."""
-    taken_back = can_take_back(target, settings.restart, _unmeasured(settings, task))
+    reopened = can_reopen(target, settings.restart, _unmeasured(settings, task))
     # A packed folder is unpacked beside itself.
-    folder = target if taken_back and not sparse.is_packed(target) else partial_folder(target)
+    folder = target if reopened and not sparse.is_packed(target) else partial_folder(target)
     return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
 
 
@@ -275,7 +276,7 @@ def _check_written_files(settings: Experiment, task: Task) -> None:
             raise UserError(name, f"{path}: lies in the folder of {flag_name('model')}; give another file")
         if path.stem in figures and path.resolve().parent == Path(settings.save).resolve():
             raise UserError(name, f"{path}: is where the run's figures are written; give another file")
-        files.prepare(name, path.parent)
+        files.check_writable(name, path.parent)
 
 
 def model_folder(settings: Output, task: Task) -> Path:
@@ -361,7 +362,7 @@ def _check_layers(settings: Experiment, task: Task, source: load.Source, layers:
     if "ww" in (task.allocation, task.start):
         folder, how = metric_folder(settings, source.name), metric_settings(settings)
         if not measure.has_cache(folder, settings.ww_metric, source.name, layers, how):
-            files.prepare("ww_metric_cache", folder)
+            files.check_writable("ww_metric_cache", folder)
         for layer in layers if settings.farms else ():
             try:
                 spectrum.farms_windows(layer.shape, how.farms)
@@ -445,7 +446,7 @@ def measure_values(
     multiple = settings.owl_m if wants == "outlier_ratio" else 0.0
     asked = (wants, weights, target, multiple, known.windows.calibration, settings.hidden_states)
     values = session.once(_scores, *asked)
-    return processes.by_first(lambda: values)  # the same in the last bit, so that all make the same plan
+    return processes.on_main(lambda: values)  # the same in the last bit, so that all make the same plan
 
 
 def find_prices(
@@ -461,10 +462,10 @@ def find_prices(
     if journal is not None:
         windows = [digest(part) for part in known.windows.search]
         key = digest([settings.identity(), windows, known.source.name, weights.fingerprints()])
-        noted = processes.by_first(lambda: journal.noted("prices") or {})  # before any of them notes more
-        if noted.get("key") == key:
+        earlier = journal.get("prices", key)
+        if earlier is not None:
             log.info("the ratios of equal price are those that the interrupted run found")
-            return price.Found.of(noted["found"])
+            return price.Found.of(earlier)
     start = None
     if task.start:
         values = measure_values(settings, task.first, weights, known, session)
@@ -476,12 +477,12 @@ def find_prices(
         log.info("the first process searches for prices, the others wait for them")
 
     def search_apart() -> price.Found:
-        with processes.apart():
+        with processes.single_process():
             return session.once(price.search, weights, known.windows.search, task.target, start, options)
 
-    found = processes.by_first(search_apart)
+    found = processes.on_main(search_apart)
     if journal is not None:
-        journal.note("prices", {"key": key, "found": found._asdict()})
+        journal.put("prices", key, found._asdict())
     return found
 
 
@@ -554,23 +555,22 @@ def _search(
     if journal is not None:
         windows = [digest(part) for part in known.windows.search]
         key = digest([settings.identity(), windows, known.source.name, weights.fingerprints()])
-        tried = _Noted(journal, key)
+        tried = _Tried(journal, key)
         if isinstance(weights, Streamed):
             weights.scratch(journal.scratch)
     return search.try_epsilons(weights, plan_of, grid, task.pruner, known.windows.search, dense, tried)
 
 
-class _Noted(dict):
+class _Tried(dict):
     """Results of a search by plan, each recorded in the journal as soon as it is known."""
 
     def __init__(self, journal: Journal, key: str) -> None:
-        noted = journal.noted("search") or {}
-        super().__init__(noted["found"] if noted.get("key") == key else {})
+        super().__init__(journal.get("trials", key) or {})
         self._journal, self._key = journal, key
 
     def __setitem__(self, plan: str, perplexity: float) -> None:
         super().__setitem__(plan, perplexity)
-        self._journal.note("search", {"key": self._key, "found": dict(self)})
+        self._journal.put("trials", self._key, dict(self))
 
 
 def begin_journal(settings: Experiment, weights: Weights, known: Prepared, plan: SparsityPlan) -> None:
@@ -584,7 +584,7 @@ def begin_journal(settings: Experiment, weights: Weights, known: Prepared, plan:
     same |= {"device": device, "processes": str(processes.count())}  # whose number is the order of sums
     calibrated = "none" if windows is None else digest(windows)
     known.journal.begin(
-        Identity(settings.identity(), plan.digest(), calibrated, same, weights.fingerprints())
+        Identity(settings.identity(), digest(plan), calibrated, same, weights.fingerprints())
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -12,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.core import digests, processes
+from lib.core import digests, files, processes
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import numpy
 from lib.core.progress import Progress
@@ -92,11 +91,10 @@ class MetricCache:
     def progress(self) -> Progress:
         """Return the file in which this process keeps finished values until all are measured."""
         path = self.folder / f".{self.stem}.{processes.rank()}.jsonl"
-        try:
+        with files.writing(self.folder, "ww_metric_cache"):
             self.folder.mkdir(parents=True, exist_ok=True)
+        try:
             return Progress(path)
-        except OSError as error:
-            raise _not_writable(self.folder, error) from error
         except UserError as error:  # Two runs have measured the same at the same time.
             log.warning("%s; measured again", error)
             path.unlink(missing_ok=True)
@@ -104,22 +102,16 @@ class MetricCache:
 
     def write(self, measured: LayerMetrics) -> None:
         """Write the values (float64, one per matrix in model order, as published) and the sidecar."""
-        if not processes.first():
+        if not processes.is_main():
             return
         versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
         content = {**self.identity, "fingerprints": measured.fingerprints, "versions": versions}
-        try:
-            # The sidecar comes first: values without one would be taken for a published file.
-            temporary = self.folder / f".{self.stem}.json.{os.getpid()}"
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-            temporary.rename(self.sidecar)
-            temporary = self.folder / f".{self.stem}.{os.getpid()}.npy"
-            numpy.save(temporary, numpy.array([*measured.values.values()], dtype=numpy.float64))
-            temporary.rename(self.path)
-            for path in self.folder.glob(f".{self.stem}.*.jsonl"):
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise _not_writable(self.folder, error) from error
+        # The sidecar comes first: values without one would be taken for a published file.
+        files.write_files(self.folder, {self.sidecar.name: json.dumps(content, indent=1) + "\n"})
+        with files.atomic(self.path) as file:
+            numpy.save(file, numpy.array([*measured.values.values()], dtype=numpy.float64))
+        for path in self.folder.glob(f".{self.stem}.*.jsonl"):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -131,7 +123,3 @@ def _damage_reported(path: Path, fix: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(None, path, f"is damaged ({error!r})", fix) from error
-
-
-def _not_writable(folder: Path, error: OSError) -> UserError:
-    return UserError("ww_metric_cache", folder, f"cannot be written ({error.strerror or error})")

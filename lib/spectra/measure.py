@@ -87,7 +87,7 @@ def load_or_measure(
         UserError: the cache is damaged or of something else, or a layer's spectrum admits no fit.
     """
     cache = _cache(folder, metric, model, weights.layers, settings)
-    cached = processes.by_first(cache.read)
+    cached = processes.on_main(cache.read)
     if cached is not None:
         cache.check_weights(cached, weights)
         return cached

@@ -160,7 +160,7 @@ def run(settings: Benchmark) -> int:
     """Measure, print the table and write it; return 1 if a result differs from its plain formulation's."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device", "cuda", "no CUDA device here, nothing was measured")
-    files.prepare("save", Path(settings.save))
+    files.check_writable("save", Path(settings.save))
     torch.set_num_threads(settings.threads)
     device, machine = torch.device(settings.device), sparse.processor().get("model name", "a CPU")
     if settings.device == "cuda":

@@ -251,7 +251,7 @@ def measure(settings: Scale, folder: Path, method: str, way: str) -> dict:
 def measure_all(settings: Scale) -> int:
     """Make the checkpoint, measure every method both ways, print and write the figures; return 1 if a run failed."""
     for field in ("save", "work"):
-        files.prepare(field, Path(getattr(settings, field)))
+        files.check_writable(field, Path(getattr(settings, field)))
     folder, rows = make_checkpoint(settings), []
     for method, way in settings.runs():
         print(f"\n{method}, --stream {way}", flush=True)

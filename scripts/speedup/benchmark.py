@@ -90,7 +90,7 @@ class SpeedUp(Flags):
             fix = "set DEEPSPARSE_PYTHON=DIR/bin/python of its environment (docs/speedup.md says how to make it)"
             raise UserError("deepsparse", None, "has no interpreter", fix)
         check_text("text", self.text)
-        files.prepare("save", Path(self.save))
+        files.check_writable("save", Path(self.save))
         for model in filter(None, (*self.model, self.dense)):
             locate_folder(model)
 

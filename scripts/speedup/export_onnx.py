@@ -234,7 +234,7 @@ def export(
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     past = 8 * length * heads * (config.hidden_size // config.num_attention_heads) * config.num_hidden_layers
     again = size if size > ONE_FILE else 0  # gathered into one file from a file per tensor
-    files.prepare("save", out.parent, (len(graphs) * size + again) * onnx + past + 4 * length**2)
+    files.check_writable("save", out.parent, (len(graphs) * size + again) * onnx + past + 4 * length**2)
 
     by_graph = examples(model, window)
     model.set_attn_implementation("eager")  # scaled dot product attention has no operator in this opset

@@ -58,7 +58,7 @@ def run(settings: Pack) -> None:
 
     # Two of four and the mask's bit for each are as small as two numbers with their places: one container for both.
     folder = checkpoint.folder
-    files.prepare("save", out.parent, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    files.check_writable("save", out.parent, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     with files.new_folder(out) as tmp:
         size = sparse.pack_files(folder, tmp)
         if report:

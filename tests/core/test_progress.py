@@ -18,12 +18,12 @@ def path(tmp_path) -> Path:
 def test_finished_things_are_read_back(path):
     written = Progress(path)
     written.add("value", "model.layers.0.q_proj", 0.1 + 0.2)
-    written.add("block", 3, {"rows": [1, None]})
+    written.add("block", "3", {"rows": [1, None]})
     written.add("value", "model.layers.0.k_proj", math.inf)
     for progress in (written, Progress(path)):
         assert progress.items("value") == {"model.layers.0.q_proj": 0.1 + 0.2, "model.layers.0.k_proj": math.inf}
-        assert progress.get("block", 3) == {"rows": [1, None]} and progress.items("trial") == {}
-        assert progress.get("block", 4) is None and progress.get("block", "3", "none") == "none"
+        assert progress.get("block", "3") == {"rows": [1, None]} and progress.items("trial") == {}
+        assert progress.get("block", "4") is None and progress.get("trial", "3", "none") == "none"
 
 
 def test_the_later_of_two_lines_counts(path):
@@ -52,7 +52,7 @@ def test_every_line_is_durable_before_the_work_goes_on(path, monkeypatch):
     progress = Progress(path)
     progress.add("value", "a", 1)
     progress.add("value", "b", 2)
-    assert synced == [1, 2]
+    assert synced == [1, 1, 2], "the first line with its folder"
 
 
 @pytest.mark.parametrize("line", [b"\xff", b"{", b"[]", b"3", b'{"kind": "a"}', b'{"kind": 1, "key": [], "value": 1}'])

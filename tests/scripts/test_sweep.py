@@ -257,7 +257,7 @@ def test_what_changes_while_a_sweep_runs_is_not_mixed(small, tmp_path, monkeypat
 
 
 def test_large_weights_are_known_without_reading_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("lib.run.record._READ_WHOLE", 10)
+    monkeypatch.setattr("lib.core.digests._LARGE", 10)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"x" * 20)
     os.utime(path, ns=(0, 5))

@@ -120,13 +120,13 @@ def test_a_complete_cache_may_be_on_a_disk_that_cannot_be_written(tiny_folder, t
     flags = f"--model {tiny_folder} --eval_data {tiny_text} --seqlen 32 --eval_windows 1 --ww_metric alpha_mid".split()
     flags += "--ww_metric_cache cache --prune_method magnitude_ww --sparsity_ratio 0.5".split()
     assert main.main(flags) == 0
-    prepare = files.prepare
+    prepare = files.check_writable
 
     def read_only(field: str, folder, *more) -> None:
         assert str(folder) != "cache"
         prepare(field, folder, *more)
 
-    monkeypatch.setattr(files, "prepare", read_only)
+    monkeypatch.setattr(files, "check_writable", read_only)
     assert main.main(flags) == 0
 
 

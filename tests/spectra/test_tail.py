@@ -247,7 +247,8 @@ def test_spectrum_of_weights_on_cuda():
 WATCHED = [metric for metric in METRICS if metric not in ("alpha_peak", "alpha_mid")]
 
 
-@pytest.mark.parametrize("block", fast([0, 13, 29], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [0, 13, 29])
 def test_metrics_are_weightwatchers(block, smollm2_weights):
     from weightwatcher import WeightWatcher
 
