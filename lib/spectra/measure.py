@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 # A checkpoint with a larger share of zeros in its first block is taken for pruned: no dense one has that many.
 _PRUNED = 0.1
 
-# Seconds of work after which the time of the whole measurement is estimated: LAPACK's start then hardly counts.
-_SAMPLE = 2.0
+# Seconds of a matrix that lets the time of all others be estimated; fewer may be those of LAPACK's start.
+_SAMPLE = 1.0
 
 # Minutes up to which an estimate is not worth a line.
 _SOON = 2.0
@@ -118,40 +118,34 @@ def measure(
     Args:
         progress: supplies the values of an interrupted measurement, and keeps those of this one.
     """
-    if metric in WEIGHTWATCHER:  # which gets whole blocks
-        mine = [layer for layer in weights.layers if layer.block % processes.count() == processes.rank()]
-    else:
-        owners = processes.owners([_work(layer) for layer in weights.layers])
-        mine = [layer for layer, owner in zip(weights.layers, owners, strict=True) if owner == processes.rank()]
-    cores = max(1, min(torch.get_num_threads(), len(mine)))
-    names = {layer.name for layer in mine}
+    cores = torch.get_num_threads()
+    # An SVD's time grows with the number of weights times the shorter side.
+    work = {layer.name: layer.size * min(layer.shape[:2]) for layer in weights.layers}
     if metric in WEIGHTWATCHER:
+        names = {layer.name for layer in weights.layers if layer.block % processes.count() == processes.rank()}
         results = _by_weightwatcher(metric, weights, names, settings.seed)
     else:
+        owners = processes.owners(list(work.values()))
+        names = {name for name, owner in zip(work, owners, strict=True) if owner == processes.rank()}
         results = _by_spectrum(metric, weights, names, settings, progress, cores)
 
-    finished: list[_Result] = []
-    work_left = {layer.name: _work(layer) for layer in mine}
-    seconds = work = 0.0
+    finished: dict[str, _Result] = {}
     estimated = settings.driver != "exact"
-    with closing(results), tqdm(total=len(mine), desc=metric, unit="matrix", disable=None) as bar:
+    with closing(results), tqdm(total=len(names), desc=metric, unit="matrix", disable=None) as bar:
         for result in results:
-            finished.append(result)
+            finished[result.name] = result
             bar.update()
-            work_of_result = work_left.pop(result.name)
-            if not result.seconds:
-                continue
-            if progress is not None:
+            if result.seconds and progress is not None:
                 progress.add("value", result.name, (result.value, result.fingerprint))
-            seconds, work = seconds + result.seconds, work + work_of_result
-            if not estimated and seconds >= _SAMPLE:
+            if not estimated and result.seconds >= _SAMPLE:
                 estimated = True
-                minutes = seconds / work * sum(work_left.values()) / cores / 60
+                work_left = sum(work[name] for name in names - finished.keys())
+                minutes = result.seconds * work_left / work[result.name] / cores / 60
                 if minutes > _SOON:
                     message = "%s: exact spectra take about %.0f more minutes on %d of the CPU's cores; %s takes less"
                     log.info(message, metric, minutes, cores, "--esd_driver fast")
 
-    shares = {result.name: result for share in processes.gathered(finished) for result in share}
+    shares = {name: result for share in processes.gathered(finished) for name, result in share.items()}
     ordered = [shares[layer.name] for layer in weights.layers]
     fell_back = [result.name for result in ordered if result.fell_back]
     if fell_back:
@@ -161,11 +155,6 @@ def measure(
     return LayerMetrics(
         {result.name: result.value for result in ordered}, {result.name: result.fingerprint for result in ordered}
     )
-
-
-def _work(layer: Layer) -> float:
-    """Return the time of a matrix's SVD, up to a factor."""
-    return float(layer.size * min(layer.shape[:2]))
 
 
 def _by_spectrum(
