@@ -15,7 +15,6 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as when one of the scripts is run
-sys.path.insert(0, str(Path(__file__).resolve().parent / "speedup"))
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag

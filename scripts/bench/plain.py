@@ -39,18 +39,6 @@ def best_fit(eigs: torch.Tensor, starts: Sequence[int]) -> tuple[int, float]:
     return best, fits[best][0]
 
 
-def peak_candidates(eigs: torch.Tensor) -> list[int]:
-    """Return the indices around the peak of the log-spectrum's histogram from which alpha_peak's tail may start."""
-    logs = torch.log10(eigs)
-    low, high = logs.min(), logs.max()
-    counts = [0] * 100
-    for value in logs:
-        counts[min(int((value - low) * (100 / (high - low))), 99)] += 1
-    peak = 10 ** (low.item() + counts.index(max(counts)) * (high - low).item() / 100)
-    lower = math.log10(0.95 * peak)  # A logarithm is compared with an eigenvalue, as published.
-    return [i for i in range(len(eigs) - 1) if lower <= eigs[i] <= 1.5 * peak]
-
-
 # -------------------------------------------------------------------------------------------------------------- pruners
 
 

@@ -1,14 +1,11 @@
-"""Needs of large models, LLaMAs of 7B to 405B: computed from shapes; --measure runs main.py on a random model."""
+"""Needs of LLaMAs of 7B to 405B, computed from shapes; --make writes a random one, on which main.py can be measured."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,18 +16,16 @@ from tabulate import tabulate
 from lib.allocation import price
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
-from lib.cli.settings import METHODS
 from lib.core import files
 from lib.core.errors import UserError
 from lib.core.lazy import torch, transformers
-from lib.core.names import check_name
-from lib.models import memory, safetensors_io
+from lib.models import memory
 from lib.models.layers import prunable_layers
 from lib.models.load import load_tokenizer
 from lib.models.locate import SMOLLM2, locate
+from lib.models.safetensors_io import write_index, write_shard
 from lib.pruning import alps
 from lib.pruning.pruners import PRUNERS
-from lib.run.record import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 # Hidden and inner width, blocks, heads, heads of keys and values, vocabulary: LLaMA 1 and 2, LLaMA 3.1's 405B.
@@ -43,42 +38,24 @@ SIZES = {
 COMPUTED = ("magnitude", "wanda", "sparsegpt", "alps", "wanda_price")
 SEARCH = price.Options()  # the settings of _price
 SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # by their input
-WAYS = {"auto": "auto", "always": "streamed", "never": "in memory"}  # main.py's --stream, and what the table says
-NEEDS = (
+HEADINGS = (
     "model", "method", "GPU, weights in memory", "GPU, streamed", "RAM for hidden states", "disk", "PFLOP", "hours"
 )  # fmt: skip
-MEASURED = ("method", "weights", "peak RSS", "peak GPU", "seconds", "seconds per block")
 
 
 @dataclass(kw_only=True)
 class Scale(Flags):
     _title: ClassVar[str] = "scale"
 
-    nsamples: int | None = flag(None, "calibration windows (default: 128; with {measure} 4)", least=1, metavar="N")
-    seqlen: int | None = flag(None, "window length, tokens (default: 2048; {measure}: 128)", least=2, metavar="N")
+    nsamples: int = flag(128, "calibration windows, a count", least=1, metavar="N")
+    seqlen: int = flag(2048, "window length, tokens", least=2, metavar="N")
     tflops: float | None = flag(
         None, "what the machine reaches, TFLOP/s (default: measured here by a product)", above=0, metavar="X"
     )
-    measure: bool = flag(False, "run main.py on a LLaMA with random weights (6.4 GB), which is made once")
-    methods: str = flag("magnitude,wanda,sparsegpt", "pruning methods, with commas", needs="measure", metavar="M,M")
-    ways: str = flag("always,never", "values of main.py's --stream, with commas", needs="measure", metavar="W,W")
-    blocks: int = flag(14, "of the generated model, a count", needs="measure", least=1, metavar="N")
-    hidden: int = flag(4096, "width of the generated model", needs="measure", least=64, metavar="N")
-    intermediate: int = flag(11008, "inner width of its MLP", needs="measure", least=64, metavar="N")
-    work: str = flag("out/scale", "where models are made", needs="measure", metavar="DIR")
-    save: str = flag("results/scale", "where scale.json is written", needs="measure", metavar="DIR")
-
-    def check(self) -> None:
-        for method, way in self.runs():
-            check_name("methods", method, METHODS)
-            check_name("ways", way, WAYS)
-            if method.endswith("_price") and way == "always":
-                raise UserError("methods", method, "a streamed model has no prices", "give --ways never")
-
-    def runs(self) -> list[tuple[str, str]]:
-        """Return every method and way to measure, each once."""
-        methods, ways = ([word.strip() for word in names.split(",")] for names in (self.methods, self.ways))
-        return list(dict.fromkeys(product(methods, ways)))
+    make: str | None = flag(None, "write a LLaMA with random float16 weights to this folder instead", metavar="DIR")
+    blocks: int = flag(14, "of that model, a count", needs="make", least=1, metavar="N")
+    hidden: int = flag(4096, "width of that model", needs="make", least=64, metavar="N")
+    intermediate: int = flag(11008, "inner width of its MLP", needs="make", least=64, metavar="N")
 
 
 PARSER = make_parser(Scale, "scale.py", __doc__)
@@ -93,9 +70,6 @@ def skeleton(shape: tuple[int, int, int, int, int, int], **config) -> transforme
     )  # fmt: skip
     with torch.device("meta"):
         return transformers.LlamaForCausalLM(config)
-
-
-# ------------------------------------------------------------------------------------------------------------- computed
 
 
 def work(shapes: dict[str, tuple[int, int]], blocks: int, method: str, tokens: int) -> float:
@@ -168,8 +142,7 @@ def measured_rate() -> float:
 def show_needs(settings: Scale) -> None:
     """Print the computed table and the source of its figures."""
     rate = settings.tflops * 1e12 if settings.tflops else measured_rate()
-    nsamples, seqlen = settings.nsamples or 128, settings.seqlen or 2048
-    rows = []
+    nsamples, seqlen, rows = settings.nsamples, settings.seqlen, []
     for need in (need for size in SIZES for need in needs(size, nsamples, seqlen)):
         gpu, streamed, hidden, disk = (
             f"{need[key] / 1e9:.{digits}f} GB" if need[key] else "-"
@@ -178,7 +151,8 @@ def show_needs(settings: Scale) -> None:
         hours = need["work"] / rate / 3600
         hours = f"{hours:{'.0f' if hours >= 10 else '.2g'}}" if need["work"] else "disk"
         rows.append((need["size"], need["method"], gpu, streamed, hidden, disk, f"{need['work'] / 1e15:.1f}", hours))
-    print(markdown(rows, NEEDS, words=2))
+    align = ("left",) * 2 + ("right",) * 6
+    print(tabulate(rows, HEADINGS, tablefmt="pipe", colalign=align, disable_numparse=True))
     source = "as given" if settings.tflops else "a product at LLaMA-7B's shapes, measured on this machine"
     print(
         f"\n{nsamples} windows of {seqlen}. Memory and disk (checkpoint and pruned copy, 16 bits a weight) are "
@@ -187,14 +161,8 @@ def show_needs(settings: Scale) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- measured
-
-
-def make_checkpoint(settings: Scale) -> Path:
-    """Return the folder of a random float16 LLaMA, one shard per block, written with only one block in memory."""
-    folder = Path(settings.work) / f"llama-{settings.hidden}x{settings.intermediate}x{settings.blocks}"
-    if (folder / "model.safetensors.index.json").is_file():
-        return folder
+def make_checkpoint(settings: Scale, folder: Path) -> None:
+    """Write a random LLaMA with SmolLM2's tokenizer to ``folder``, a shard per block, with one block in memory."""
     tokenizer = load_tokenizer(locate(SMOLLM2, str(ROOT / "llm_weights")))
     heads = settings.hidden // 128 or 1
     shape = (settings.hidden, settings.intermediate, settings.blocks, heads, heads, len(tokenizer))
@@ -204,89 +172,38 @@ def make_checkpoint(settings: Scale) -> Path:
         block = name.split(".")[2] if name.startswith("model.layers.") else "edges"
         shards.setdefault(block, []).append(name)
 
-    folder.mkdir(parents=True, exist_ok=True)
     draw = torch.Generator().manual_seed(0)
-    for block, names in shards.items():
-        shapes = {name: model.get_parameter(name).shape for name in names}
-        tensors = {
+    with files.new_folder(folder) as tmp:
+        for block, names in shards.items():
+            sizes = {name: model.get_parameter(name).shape for name in names}
             # Norms are ones; a matrix preserves the scale of its inputs.
-            name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=draw).mul_(shape[1] ** -0.5)
-            for name, shape in shapes.items()
-        }
-        safetensors_io.write_shard(folder / f"model-{block}.safetensors", tensors, torch.float16)
-    model.config.architectures = ["LlamaForCausalLM"]
-    model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    safetensors_io.write_index(folder)
-    return folder
+            tensors = {
+                name: torch.ones(size) if len(size) == 1 else torch.randn(size, generator=draw).mul_(size[1] ** -0.5)
+                for name, size in sizes.items()
+            }
+            write_shard(tmp / f"model-{block}.safetensors", tensors, torch.float16)
+        model.config.architectures = ["LlamaForCausalLM"]
+        model.config.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
+        write_index(tmp)
 
 
-def measure(settings: Scale, folder: Path, method: str, way: str) -> dict:
-    """Run main.py in a separate process and return the figures of its stages."""
-    save, windows = Path(settings.work) / f"{method}_{way}", settings.nsamples or 4
-    flags = {
-        "--model": folder, "--dtype": "auto" if torch.cuda.is_available() else "float32", "--prune_method": method,
-        "--sparsity_ratio": 0.5, "--calib_data": "wiki_leads", "--nsamples": windows,
-        "--seqlen": settings.seqlen or 128, "--eval_data": "wiki_leads", "--eval_windows": windows,
-        "--stream": way, "--save": save, "--save_model": save, "--cache_dir": ROOT / "llm_weights",
-    }  # fmt: skip
-    words = [str(word) for item in flags.items() for word in item]
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / "main.py"), *words, "--restart"])
-    if done.returncode:
-        return {"method": method, "stream": way, "failed": done.returncode}
-    record = json.loads((save / f"run_{method}_sparsity_0.5.json").read_text())
-    stages = record["stages"].values()
-    return {
-        "method": method,
-        "stream": way,
-        "peak_rss_mb": max(stage["peak_rss_mb"] for stage in stages),
-        "peak_cuda_mb": max((mb for stage in stages for mb in stage.get("peak_cuda_mb", {}).values()), default=None),
-        "seconds": round(time.perf_counter() - start, 1),
-        "seconds_per_block": round(record["stages"]["prune"]["seconds"] / settings.blocks, 2),
-        "perplexity": record["perplexity"],
-    }
-
-
-def measure_all(settings: Scale) -> int:
-    """Make the checkpoint, measure every method both ways, print and write the figures; return 1 if a run failed."""
-    for field in ("save", "work"):
-        files.check_writable(field, Path(getattr(settings, field)))
-    folder, rows = make_checkpoint(settings), []
-    for method, way in settings.runs():
-        print(f"\n{method}, --stream {way}", flush=True)
-        rows.append(measure(settings, folder, method, way))
+def run(settings: Scale) -> None:
+    """Print the table, or write the model."""
+    if settings.make is None:
+        show_needs(settings)
+        return
+    folder = Path(settings.make)
+    if folder.exists():
+        raise UserError("make", folder, "already exists", "give another folder, or remove it")
+    files.check_writable("make", folder.parent)
+    make_checkpoint(settings, folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    cells = []
-    for row in rows:
-        peaks = [f"{row[key] * 2**20 / 1e9:.2f} GB" if row.get(key) else "-" for key in ("peak_rss_mb", "peak_cuda_mb")]
-        peaks[0] = "failed" if "failed" in row else peaks[0]
-        seconds = [f"{row.get('seconds', 0):.0f}", f"{row.get('seconds_per_block', 0):.2f}"]
-        cells.append((row["method"], WAYS[row["stream"]], *peaks, *seconds))
-    print(f"\n{settings.blocks} blocks of LLaMA, hidden {settings.hidden}, {files.readable(size)} in float16\n")
-    print(markdown(cells, MEASURED, words=2))
-    content = {"rows": rows, "checkpoint_bytes": size, "settings": settings.flags()} | provenance()
-    files.write_atomically(Path(settings.save) / "scale.json", json.dumps(content, indent=1) + "\n")
-    print(f"written: {settings.save}/scale.json")
-    return int(any("failed" in row for row in rows))
-
-
-def markdown(rows: list[tuple], headings: tuple, words: int) -> str:
-    """Return a Markdown table whose first columns are ``words`` and the others numbers."""
-    align = ("left",) * words + ("right",) * (len(headings) - words)
-    return tabulate(rows, headings, tablefmt="pipe", colalign=align, disable_numparse=True)
-
-
-def run(settings: Scale) -> int:
-    """Compute, or measure; return 1 if a measured run failed."""
-    if settings.measure:
-        return measure_all(settings)
-    show_needs(settings)
-    return 0
+    print(f"written: {folder}, {settings.blocks} blocks, {files.readable(size)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, 1 if a run failed, 2 for a wrong flag."""
+    """Run the command line ``argv`` and return the exit status."""
     return command(Scale, run, argv, PARSER)
 
 

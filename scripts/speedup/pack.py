@@ -15,6 +15,7 @@ from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
 from lib.core import files
 from lib.core.errors import UserError
+from lib.core.lazy import torch
 from scripts.speedup import two_of_four
 from scripts.speedup.checkpoints import check_free, open_checkpoint
 
@@ -37,8 +38,8 @@ class Pack(Flags):
         check_free("save", Path(self.save))
         if self.unpack and self.format != "bitmask":
             raise UserError("unpack", None, "the packed folder says how it was packed; leave --format out")
-        if self.format == "2of4":
-            two_of_four.check_device()
+        if self.format == "2of4" and not torch.cuda.is_available():
+            raise UserError("format", "2of4", "needs a CUDA device and there is none", "--format bitmask needs none")
 
 
 PARSER = make_parser(Pack, "pack.py", __doc__)

@@ -20,23 +20,6 @@ TOKENS = (1, 128, 2048)  # of the timed windows; a window of 1 is one step of de
 TOLERANCE = 0.05
 
 
-def check_device() -> None:
-    """Refuse a machine without a device that has 2:4 kernels."""
-    if not torch.cuda.is_available():
-        raise UserError("format", "2of4", "needs a CUDA device and there is none", "--format bitmask needs none")
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        name = torch.cuda.get_device_name()
-        raise UserError("format", "2of4", f"needs a device of compute capability 8.0; {name} has {major}.{minor}")
-
-
-def breaks_two_of_four(weight: torch.Tensor) -> int:
-    """Return how many groups of four columns of ``weight`` [out, in] have more than two nonzeros; -1 without groups."""
-    if weight.shape[1] % 4:
-        return -1
-    return int(((weight.reshape(-1, 4) != 0).sum(dim=1) > 2).sum())
-
-
 def convert(linears: Mapping[str, torch.nn.Linear]) -> tuple[int, int]:
     """Replace every matrix by a semi-structured one; return the bytes before and after.
 
@@ -46,13 +29,11 @@ def convert(linears: Mapping[str, torch.nn.Linear]) -> tuple[int, int]:
     before = after = 0
     for name, linear in linears.items():
         dense = linear.weight.data
-        wrong = breaks_two_of_four(dense)
-        if wrong:
-            reason = "no multiple of 4 columns" if wrong < 0 else f"{wrong} groups of 4 hold more than 2 numbers"
-            raise UserError(None, name, f"is not 2:4, {reason}", "prune it with --sparsity_type 2:4")
+        if dense.shape[1] % 4 or ((dense.unflatten(1, (-1, 4)) != 0).sum(dim=2) > 2).any():
+            raise UserError(None, name, "is not 2:4", "prune it with --sparsity_type 2:4")
         try:
             sparse = torch.sparse.to_sparse_semi_structured(dense)
-        except (RuntimeError, ValueError) as error:  # shapes that are no multiple of the kernel's tile
+        except (RuntimeError, ValueError) as error:  # an older device, or shapes that are no multiple of a tile
             raise UserError(None, name, f"has no 2:4 kernel here ({first_line(error)})") from error
         if not torch.equal(sparse.to_dense(), dense):
             raise RuntimeError(f"{name}: the 2:4 form does not give the matrix back")
@@ -80,18 +61,16 @@ def measure(checkpoint: Checkpoint, rounds: int = 20) -> str:
 
 def cases(dense: torch.nn.Module, sparse: torch.nn.Module) -> Iterator[Case]:
     """Yield a case for each window length that the model takes; plain is the dense model."""
+
+    def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+    def close(one: torch.Tensor, two: torch.Tensor) -> float:
+        return float((one - two).abs().max() <= TOLERANCE * two.abs().max())
+
     vocabulary = dense.get_input_embeddings().weight.shape[0]
     for tokens in TOKENS:
         if tokens <= (context_length(dense) or tokens):
             draw = torch.Generator().manual_seed(0)
             ids = torch.randint(vocabulary, (1, tokens), generator=draw).to(entry_device(dense))
             yield Case(f"2:4, {tokens} tokens", partial(logits, sparse, ids), partial(logits, dense, ids), close)
-
-
-def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, use_cache=False).logits
-
-
-def close(one: torch.Tensor, two: torch.Tensor) -> float:
-    """Return whether logits differ by TOLERANCE of the largest at most, as 1 or 0."""
-    return float((one - two).float().abs().max() <= TOLERANCE * two.float().abs().max())

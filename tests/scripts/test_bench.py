@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,9 @@ from conftest import ROOT
 from pretend_cuda import pretend_cuda
 
 from lib.calibration.statistics import STATISTICS
+from lib.models.layers import prunable_layers
+from lib.models.load import load_llm
+from lib.models.locate import locate
 from lib.pruning.pruners import PRUNERS, VARIANTS
 from lib.spectra.spectrum import DRIVERS
 from scripts.bench import bench, cases, plain, scale
@@ -168,35 +170,14 @@ def test_table_shows_hours_at_the_given_rate(capsys):
     assert hours == pytest.approx(work / 3600, rel=0.05)  # PFLOP at 1 PFLOP/s; two digits
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        ("--methods wandaa", "--methods wandaa: invalid choice. Did you mean 'wanda'?"),
-        ("--ways sometimes", "--ways sometimes: invalid choice"),
-        ("--methods wanda_price", "--methods wanda_price: a streamed model has no prices; give --ways never"),
-        ("--save file/below", "--save file/below: cannot be written"),
-        ("--work file", "--work file: cannot be written"),
-    ],
-)
-def test_wrong_flags_end_it_before_a_checkpoint_is_made(flags, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scale, "make_checkpoint", lambda _: pytest.fail("a checkpoint was made"))
-    Path("file").write_text("")
-    assert scale.main(["--measure", *flags.split()]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"scale.py: error: {says}") and [path.name for path in Path().iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize(("fails", "status"), [({"wanda"}, 1), (set(), 0)])
-def test_failed_run_shows_in_the_status(fails, status, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scale, "make_checkpoint", lambda _: tmp_path)
-    figures = {"peak_rss_mb": 1, "peak_cuda_mb": None, "seconds": 1.0, "seconds_per_block": 1.0, "perplexity": 2.0}
-
-    def measure(settings, folder, method: str, way: str) -> dict:
-        return {"method": method, "stream": way} | ({"failed": 2} if method in fails else figures)
-
-    monkeypatch.setattr(scale, "measure", measure)
-    assert scale.main(["--measure", "--methods", "magnitude, wanda,wanda", "--ways", "never"]) == status
-    rows = json.loads(Path("results/scale/scale.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["magnitude", "wanda"]
+def test_made_model_is_one_that_loads(smollm2_source, tmp_path, monkeypatch, capsys):
+    flags = ["--make", str(tmp_path / "out" / "llama"), "--blocks", "2", "--hidden", "64", "--intermediate", "96"]
+    assert scale.main(flags) == 0
+    assert len(list(tmp_path.glob("out/llama/*.safetensors"))) == 3  # a shard per block, and the rest
+    model = load_llm(locate(str(tmp_path / "out" / "llama"), "unused"), torch.float32, CPU)
+    assert all(layer.shape in ((64, 64), (96, 64), (64, 96)) for layer in prunable_layers(model))
+    logits = model(torch.arange(20)[None]).logits
+    assert 0.1 < logits.std() < 10  # the scale of the inputs is kept
+    capsys.readouterr()
+    monkeypatch.setattr(scale, "make_checkpoint", lambda *_: pytest.fail("it was replaced"))
+    assert scale.main(flags) == 2 and "already exists" in capsys.readouterr().err

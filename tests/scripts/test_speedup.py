@@ -237,18 +237,12 @@ def test_pack_bad_input(folders, tmp_path, monkeypatch, capsys, flags, says):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_of_four_by_pencil():
-    good = torch.tensor([[1, 0, 2, 0, 0, 0, 0, 3], [0, 0, 4, 5, 6, 7, 0, 0]])
-    assert two_of_four.breaks_two_of_four(good) == 0
-    bad = good.clone()
-    bad[0, 1] = bad[1, 3] = bad[1, 6] = 9  # row 0: 1 9 2 0; row 1: 0 0 4 9 is fine, 6 7 9 0 is not
-    assert two_of_four.breaks_two_of_four(bad) == 2
-    assert two_of_four.breaks_two_of_four(good[:, :6]) == -1
-
-
-def test_two_of_four_refuses_a_matrix_that_is_not():
-    with pytest.raises(UserError, match=r"q_proj: is not 2:4, 256 groups of 4 hold more than 2 numbers"):
-        two_of_four.convert(prunable_modules(tiny_llama()))
+@pytest.mark.parametrize(("rows", "columns"), [([1, 0, 2, 0, 0, 5, 6, 7], 8), ([1, 0, 0, 0, 2, 3], 6)])
+def test_two_of_four_refuses_a_matrix_that_is_not(rows, columns):
+    linear = torch.nn.Linear(columns, 1, bias=False)
+    linear.weight.data = torch.tensor([rows]).float()
+    with pytest.raises(UserError, match="gate: is not 2:4; prune it with --sparsity_type 2:4"):
+        two_of_four.convert({"gate": linear})
 
 
 @pytest.mark.gpu
