@@ -22,7 +22,6 @@ from lib.core.lazy import torch, transformers
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers
 from lib.models.weights import Weights, weights_of
-from lib.spectra import measure
 
 log = logging.getLogger("lora_ft")
 
@@ -192,7 +191,7 @@ def check_base(field: str, folder: Path, base: Base, weights: Weights | None = N
         log.warning(text, folder, BASE, base.source.given)
         return
     if fingerprints is None:
-        fingerprints = measure.fingerprints(weights)
+        fingerprints = weights.fingerprints()
     with damage_reported(field, path):
         record = json.loads(path.read_text(encoding="utf-8"))
         layer = digests.first_difference(record["fingerprints"], fingerprints)

@@ -26,7 +26,6 @@ from lib.models.layers import prunable_layers
 from lib.models.weights import Weights
 from lib.run.journal import digest
 from lib.run.record import run_text
-from lib.spectra import measure
 from lora_ft import common, resumption
 
 training = Lazy("lora_ft.training")
@@ -170,7 +169,7 @@ def run(settings: Finetune, trainer_words: list[str]) -> None:
     if checkpoint:
         common.check_base("model", checkpoint.parent, base, weights)
     record = {"model": base.identity, "sparsity": weights.sparsity()}
-    started = record | {"fingerprints": measure.fingerprints(weights), "training": flags}
+    started = record | {"fingerprints": weights.fingerprints(), "training": flags}
     record["flags"] = arguments.to_dict() | settings.flags()
     with training.refusals():
         transformers.set_seed(arguments.seed)

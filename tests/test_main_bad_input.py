@@ -62,9 +62,7 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     config = json.loads(Path("mismatched/config.json").read_text())
     Path("mismatched/config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     layers = prunable_layers(load.load_skeleton(locate.locate("tiny-llama", "unused")))
-    about = {"model": "other-model", "metric": "alpha_peak", "layers": [layer.name for layer in layers]}
-    about |= {"shapes": [list(layer.shape) for layer in layers], "mean_abs": [1.0] * 21}
-    Path("foreign/alpha_peak.json").write_text(json.dumps(about))
+    Path("foreign/alpha_peak.json").write_text(json.dumps({"model": "other-model", "fingerprints": {}}))
     Path("earlier").mkdir()
     shutil.copytree("tiny-llama", "earlier/wanda_0.5")
     shutil.copy(tiny_text, "earlier/wanda_0.5/text.txt")
@@ -245,8 +243,8 @@ BEFORE_LOADING = {
     f"{WANDA} --esd_driver fast": "_ww",
     "--farms": "_ww",
     f"{WANDA} --model mismatched": "do not belong together",
-    f"{WW} --ww_metric_cache archive": "cannot be read as a metric cache",
-    f"{WW} --ww_metric_cache square": "does not hold a list of numbers",
+    f"{WW} --ww_metric_cache archive": "is damaged",
+    f"{WW} --ww_metric_cache square": "values of shape [21, 1]",
     # zero-shot tasks: their data are fetched before the model is loaded, and no test reaches the hub
     f"{WANDA} --eval_zero_shot": "--tasks boolq: cannot be loaded",
     f"{WANDA} --eval_zero_shot --tasks winogrand": "Did you mean 'winogrande'",

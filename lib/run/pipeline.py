@@ -457,7 +457,7 @@ def find_prices(
     journal, key = known.journal, ""
     if journal is not None:
         windows = [digest(part) for part in known.windows.search]
-        key = digest([settings.identity(), windows, known.source.name, measure.fingerprints(weights)])
+        key = digest([settings.identity(), windows, known.source.name, weights.fingerprints()])
         earlier = journal.get("prices", key)
         if earlier is not None:
             log.info("the ratios of equal price are those that the interrupted run found")
@@ -567,7 +567,7 @@ def _search(
     journal, tried = known.journal, {}
     if journal is not None:
         windows = [digest(part) for part in known.windows.search]
-        key = digest([settings.identity(), windows, known.source.name, measure.fingerprints(weights)])
+        key = digest([settings.identity(), windows, known.source.name, weights.fingerprints()])
         tried = _Tried(journal, key)
         if isinstance(weights, Streamed):
             weights.scratch(journal.scratch)
@@ -597,7 +597,7 @@ def begin_journal(settings: Experiment, weights: Weights, known: Prepared, plan:
     same |= {"device": device, "processes": str(processes.count())}  # whose number is the order of sums
     calibrated = "none" if windows is None else digest(windows)
     known.journal.begin(
-        Identity(settings.identity(), digest(plan), calibrated, same, measure.fingerprints(weights))
+        Identity(settings.identity(), digest(plan), calibrated, same, weights.fingerprints())
     )
 
 
