@@ -19,12 +19,12 @@ from lib.cli.command import answer, make_parser, parse
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
 from lib.core import files, processes
+from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.core.lazy import Lazy, torch, transformers
 from lib.core.names import check_name
 from lib.models.layers import prunable_layers
 from lib.models.weights import Weights
-from lib.run.journal import digest
 from lib.run.record import run_text
 from lib.spectra import measure
 from lora_ft import common, resumption
