@@ -21,7 +21,7 @@ from lib.models.weights import Weights
 from lib.pruning import walk
 from lib.run import pipeline, report
 from lib.run.pipeline import Prepared, Session
-from lib.run.record import Record, perplexity_text, zero_shot_table, zero_shot_text
+from lib.run.record import Record, perplexity_text
 
 log = logging.getLogger("main")
 
@@ -88,7 +88,7 @@ def work(
 
     record.content["sparsity"] = weights.sparsity()
     unsaved = save(settings, task, weights, known, record)  # before whatever may still fail
-    with record.kept(_resume(settings, record)):
+    with record.explain_failure(_resume(settings, record)):
         record.write()
         pipeline.draw_prices(settings, task, prices)
         evaluate(task, weights, known, record, console, settings)
@@ -111,7 +111,7 @@ def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, re
         return journal.failure
     try:
         with record.stage("save"):
-            processes.by_first(partial(_finish, settings, weights, known, record.content["sparsity"]))
+            processes.on_main(partial(_finish, settings, weights, known, record.content["sparsity"]))
             weights.moved(journal.folder, journal.target)
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)
@@ -147,9 +147,8 @@ def evaluate(
         model = pipeline.whole_model(weights, known, record.content["saved_model"])
         answers = pipeline.zero_shot(settings, model, known.tokenizer, known.questions)
     record.content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
-    table = zero_shot_table(answers.scores, answers.means)
-    record.files[f"zero_shot_{task.run}.txt"] = zero_shot_text(task.method, table)
-    report.line(console, table)
+    record.files[f"zero_shot_{task.run}.txt"] = f"{task.method}:\n{answers.table}"
+    report.line(console, answers.table)
 
 
 def show(settings: Experiment, record: Record, console: Console) -> None:
@@ -176,7 +175,7 @@ def _after_interrupt(settings: Experiment) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
-    console = Console(quiet=not processes.speaks())
+    console = Console(quiet=not processes.is_main())
     return command(Experiment, partial(_run, console=console), argv, PARSER, processes=True)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from image_classifiers import data, models, pruning
-from image_classifiers.price import EFFORT, FIT, HELD, PART, ImagePrices, split
+from image_classifiers.price import CHUNK, EFFORT, FIT, HELD, ImagePriceModel, split
 from image_classifiers.settings import ImageExperiment, wants_images
-from lib.allocation import block_scores, price
+from lib.allocation import block_scores, price, price_model
 from lib.calibration.hidden import BlockInputs
 from lib.cli.settings import Task
 from lib.core import cpu, files
@@ -54,7 +54,7 @@ class Prepared(NamedTuple):
 
 def prepare(settings: ImageExperiment, task: Task) -> Prepared:
     """Check everything that can be checked without the weights, so that errors surface before any work."""
-    files.prepare("save", Path(settings.save))
+    files.check_writable("save", Path(settings.save))
     warn_of_replacement(settings, task)
     warn_of_other_method(settings, task)
     device = settings.device
@@ -70,7 +70,7 @@ def prepare(settings: ImageExperiment, task: Task) -> Prepared:
     for part in (task, task.first) if task.pruner else ():
         check_allocation(settings, part, source, parts, cache)
     if settings.save_model:
-        files.prepare("save_model", model_folder(settings, task).parent, 4 * parameters)
+        files.check_writable("save_model", model_folder(settings, task).parent, 4 * parameters)
     sets = open_images(settings, task, size, skeleton.num_classes)
     prunable = sum(layer.size for layer in parts.pruned.layers)
     return Prepared(source, size, parameters, prunable, device, cache, sets)
@@ -85,7 +85,7 @@ def check_allocation(
         if metric in WEIGHTWATCHER and any(len(layer.shape) > 2 for layer in layers):
             raise UserError("ww_metric", f"{metric}: is for matrices, and {settings.model} holds convolutions")
         if not measure.has_cache(cache, metric, source.label, layers):
-            files.prepare("ww_metric_cache", cache)
+            files.check_writable("ww_metric_cache", cache)
     elif task.wants is None:
         make_plan(settings, task, parts.pruned.layers, None)  # from shapes alone: it is met, or refused here
 
@@ -210,9 +210,8 @@ def find_prices(
     for part, count in zip(split(given.indices), (FIT, HELD), strict=True):
         images = data.Prepared(given.images, part, given.transform, given.seed)
         groups.append([batch for batch, _ in reader(settings, len(part) // count)(images)])
-    dtype = price.search_dtype(settings.price_dtype, torch.device(known.device), torch.float32)
-    options = price.Options(settings.price_steps, settings.price_refresh, dtype, task.by_magnitude, EFFORT)
-    part = min(PART, settings.batch_size)
-    fit, held = (partial(ImagePrices, parts.pruned, each, options, part=part) for each in groups)
-    found = fit(kept_on=settings.hidden_device)
-    return price.equalise(found, held(ranks=found.ranks), task.target, start)
+    dtype = price_model.search_dtype(settings.price_dtype, torch.device(known.device), torch.float32)
+    chunk = min(CHUNK, settings.batch_size)
+    model = ImagePriceModel(parts.pruned, tuple(groups), dtype, task.by_magnitude, settings.hidden_device, chunk)
+    options = price.Options(settings.price_steps, settings.price_refresh, EFFORT)
+    return price.search(model, parts.pruned.layers, task.target, start, options)

@@ -70,7 +70,7 @@ def run(settings: ImageExperiment, console: Console) -> dict:
             inputs = enter() if task.pruner.statistic else None
             record.rows = walk.walk(parts.pruned, plan, task.pruner, inputs, values, settings.statistics)
 
-    with record.kept(partial(resume, settings, record)):
+    with record.explain_failure(partial(resume, settings, record)):
         record.content["sparsity"] = parts.pruned.sparsity()
         unsaved = save(settings, task, known, parts, record)  # and the results so far, before anything else can fail
         if task.pruner:

@@ -90,7 +90,7 @@ def test_published_perplexity(key, method, ratio, nm, smollm2_source, windows, g
     expected, name = golden("pruning.json")[key], method.removesuffix("_ww")
     # Rounding grows from block to block, at 0.7 more than at 0.5. With weights changed in their last bit, SparseGPT's
     # figure at 0.7 is 8.5, 5.7, 6.5 and 1.7 % below the published one, and that of the published loop itself
-    # (scripts/plain_methods.py, the same processor) 9.3, 3.9 and 1.3 %. The mean of four draws is held to it.
+    # (scripts/bench/plain.py, the same processor) 9.3, 3.9 and 1.3 %. The mean of four draws is held to it.
     ratios, found = published_ratios(method, ratio, weights_of(on_cpu(smollm2_source))), []
     for draw in range(4 if (name, ratio) == ("sparsegpt", 0.7) else 1):
         weights = weights_of(on_cpu(smollm2_source))
@@ -113,7 +113,7 @@ def test_published_perplexity(key, method, ratio, nm, smollm2_source, windows, g
 def published_ratios(method: str, ratio: float, weights: Weights) -> object:
     if not method.endswith("_ww"):
         return uniform(weights.layers, ratio)
-    values = measure("alpha_peak", "smollm2-135m", weights).values
+    values = measure("alpha_peak", weights).values
     return heavy_tailed(weights.layers, ratio, values=values, epsilon=0.2, mapping_type="block_wise")
 
 
@@ -296,7 +296,7 @@ def test_a_run_repeats_itself_and_the_seed_matters(tiny_run):
 def test_every_metric_and_mapping_steers_the_plan(metric, mapping, tiny_weights):
     flags = "--model m --prune_method magnitude_ww --sparsity_ratio 0.5 --epsilon 0.2"
     asked = settings(f"{flags} --ww_metric {metric} --mapping_type {mapping}")
-    values = measure(metric, "tiny", tiny_weights).values
+    values = measure(metric, tiny_weights).values
     planned = pipeline.make_plan(asked, asked.task(), tiny_weights.layers, values).ratios
     assert len(set(planned.values())) == (3 if mapping == "block_wise" else 21)
     if mapping == "layer_wise":  # the more of the metric, the more is pruned

@@ -114,7 +114,7 @@ def check_values(settings: Flags) -> None:
         if value == "" and item.name in settings.given:
             _check_empty(item)
         if about.get("choices") and value is not None:
-            for name in value if isinstance(value, list) else [value]:
+            for name in value if isinstance(value, (list, tuple)) else [value]:
                 check_name(item.name, name, about["choices"])
         check_range(item.name, value, about)
         needed = about.get("needs")

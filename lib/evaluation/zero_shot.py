@@ -27,12 +27,11 @@ log = logging.getLogger(__name__)
 
 # The paper's seven tasks, by lm-eval's names.
 ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-MEANS = ("acc", "acc_norm")  # averaged over the tasks; acc_norm: choices compared per byte of their length
+# Metrics to average over the tasks; acc_norm compares choices per byte of their length.
+MEANS = ("acc", "acc_norm")
 _LOCAL_TASKS = "task files that need no hub: --include_path DIR (data/tasks holds some), --tasks with their names"
-_CPU_BATCH = 8  # where "auto" cannot be found out by running out of memory: that would end the process
-
-
-# ----------------------------------------------------------------------------------------------------- zero-shot
+# There is no automatic batch size on a CPU: running out of memory would kill the process.
+_CPU_BATCH = 8
 
 
 class Tasks(NamedTuple):
@@ -42,22 +41,12 @@ class Tasks(NamedTuple):
     manager: object
 
 
-class TaskScore(NamedTuple):
-    """One figure of one task, over ``samples`` questions; ``stderr`` is None if lm-eval has none."""
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    samples: int
-
-
 class ZeroShot(NamedTuple):
-    """All ``scores``, the ``means`` over the tasks that have the metric, and lm-eval's own result, ``full``."""
+    """lm-eval's ``full`` result, the ``means`` over the tasks that have the metric, and both as a ``table``."""
 
-    scores: list[TaskScore]
-    means: dict[str, float]
     full: dict
+    means: dict[str, float]
+    table: str
 
 
 def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int) -> Tasks:
@@ -72,15 +61,16 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
         try:
             tasks |= manager.load([name])["tasks"]
         except Exception as error:  # a task definition may run anything, and the hub may be out of reach
-            raise UserError("tasks", f"{name}: cannot be loaded ({first_line(error)}); {_LOCAL_TASKS}") from error
+            raise UserError("tasks", name, f"cannot be loaded ({first_line(error)})", _LOCAL_TASKS) from error
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise UserError("tasks", f"{name}: runs code that the model writes, or needs images; leave it out")
-        if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to 0 and report it only in its log
-            raise UserError("num_fewshot", f"{num_fewshot}: {name} is zero-shot by its definition; leave one out")
+            raise UserError("tasks", name, "runs code that the model writes, or needs images", "leave it out")
+        # Of a task with 0, lm-eval would keep to 0 and say so only in its log.
+        if num_fewshot and task.get_config("num_fewshot") == 0:
+            raise UserError("num_fewshot", num_fewshot, f"{name} is zero-shot by its definition", "leave one out")
         most = _worked_examples(task) if num_fewshot else num_fewshot
         if num_fewshot > most:
-            raise UserError("num_fewshot", f"{num_fewshot}: {name} has {most} to draw from; give at most {most}")
+            raise UserError("num_fewshot", num_fewshot, f"{name} has {most} to draw from", f"give at most {most}")
     return Tasks(list(tasks.values()), manager)
 
 
@@ -96,17 +86,17 @@ def _task_manager(names: Sequence[str], include_path: str | None) -> object:
     """Return a manager that knows all of ``names``."""
     if include_path is not None:
         if not Path(include_path).is_dir():
-            raise UserError("include_path", f"{include_path}: folder not found; give one with lm-eval task files")
+            raise UserError("include_path", include_path, "folder not found", "give one with lm-eval task files")
         local = _tasks_in(include_path, include_defaults=False)
         if not local.all_tasks:
-            raise UserError("include_path", f"{include_path}: the folder holds no lm-eval task files (*.yaml)")
+            raise UserError("include_path", include_path, "the folder holds no lm-eval task files (*.yaml)")
         if set(names) <= set(local.all_subtasks):  # lm-eval's own, over ten thousand, take seconds to list
             return local
     manager = _tasks_in(include_path)
-    for name in names:  # all names before the first data: those may have to be fetched
+    for name in names:  # all names are checked before the first data, which may have to be fetched
         if name not in manager.task_index:
             hint = did_you_mean(name, manager.all_tasks)
-            raise UserError("tasks", f"{name}: unknown to lm-eval.{hint} For {_LOCAL_TASKS}")
+            raise UserError("tasks", name, f"unknown to lm-eval.{hint} For {_LOCAL_TASKS}")
     return manager
 
 
@@ -133,6 +123,7 @@ def zero_shot(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import make_table
 
     if batch_size == "auto" and entry_device(model).type == "cpu":
         batch_size = _CPU_BATCH
@@ -149,11 +140,15 @@ def zero_shot(
             log_samples=False,
         )
     _warn_of_nan(tasks)
-    if not processes.first():
-        return ZeroShot([], {}, {})
-    scores = _scores(full)
-    values = {metric: [score.value for score in scores if score.metric == metric] for metric in MEANS}
-    return ZeroShot(scores, {metric: sum(v) / len(v) for metric, v in values.items() if v}, full)
+    if not processes.is_main():
+        return ZeroShot({}, {}, "")
+    means = {}
+    for metric in MEANS:
+        figures = [row[f"{metric},none"] for row in full["results"].values() if f"{metric},none" in row]
+        if figures:
+            means[metric] = sum(figures) / len(figures)
+    lines = [make_table(full).rstrip(), "", *(f"mean {metric}: {mean:.4f}" for metric, mean in means.items())]
+    return ZeroShot(full, means, "\n".join(lines) + "\n")
 
 
 def _data_parallel(adapter: type) -> type:
@@ -189,24 +184,10 @@ def _bars_for_terminals() -> Iterator[None]:
         tqdm.__init__ = original
 
 
-def _scores(full: dict) -> list[TaskScore]:
-    found = []
-    for task, row in full["results"].items():
-        for key, value in row.items():
-            metric, _, filtered = key.partition(",")
-            if not filtered or metric.endswith("_stderr"):
-                continue
-            name = metric if filtered == "none" else f"{metric} ({filtered})"
-            stderr = row.get(f"{metric}_stderr,{filtered}")  # the string N/A for metrics without
-            samples = full["n-samples"][task]["effective"]
-            found.append(TaskScore(task, name, value, stderr if isinstance(stderr, float) else None, samples))
-    return found
-
-
 def _warn_of_nan(tasks: Tasks) -> None:
     """Warn if log-likelihoods are NaN: lm-eval would take the first choice, which looks like an accuracy."""
     answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
-    found = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
-    broken, total = map(sum, zip(*found, strict=True))
+    counts = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
+    broken, total = map(sum, zip(*counts, strict=True))
     if broken:
         log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, total)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lib.core import cpu
 from lib.core.errors import UserError, first_line
-from lib.core.files import new_folder
+from lib.core.files import new_folder, writing
 from lib.core.hub import check_hub
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
@@ -211,15 +211,16 @@ def complete_folder(
         edges: names and parameters around the blocks; each gets a file, so that only one at a time is in memory.
         dtype: in which they are written, as the blocks were.
     """
-    for index, (name, tensor) in enumerate(edges):
-        safetensors_io.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
-    safetensors_io.write_index(folder)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    _note_dtype(folder, dtype)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with writing(folder):
+        for index, (name, tensor) in enumerate(edges):
+            safetensors_io.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
+        safetensors_io.write_index(folder)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        _note_dtype(folder, dtype)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _note_dtype(folder: Path, dtype: torch.dtype) -> None:

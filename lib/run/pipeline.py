@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib import sparse
-from lib.allocation import block_scores, formulas, price
+from lib.allocation import block_scores, formulas, price, price_model
 from lib.allocation import epsilon as search
 from lib.calibration import hidden, texts
 from lib.cli.flags import Flags
 from lib.cli.settings import Experiment, Output, Task, ZeroShot
 from lib.core import cpu, files, processes
 from lib.core.allocator import give_back_freed_memory
+from lib.core.digests import digest
 from lib.core.errors import UserError, flag_name
 from lib.core.files import in_repository
 from lib.core.lazy import torch
@@ -27,7 +28,7 @@ from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
 from lib.pruning import plan as plans
 from lib.pruning.plan import SparsityPlan
-from lib.run.journal import MANIFEST, Identity, Journal, can_take_back, digest, partial_folder
+from lib.run.journal import MANIFEST, Identity, Journal, can_reopen, partial_folder
 from lib.run.record import has_flags, provenance, read_run
 from lib.spectra import measure, spectrum
 
@@ -116,10 +117,10 @@ class Session:
 
 def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     """Check everything that can be checked without the weights: 13 GB take a while to load."""
-    files.prepare("save", Path(settings.save))
+    files.check_writable("save", Path(settings.save))
     warn_of_replacement(settings, task)
     _check_written_files(settings, task)
-    source = processes.by_first(lambda: locate.locate(settings.model, settings.cache_dir))
+    source = processes.on_main(lambda: locate.locate(settings.model, settings.cache_dir))
     if task.pruner or settings.metrics_only or settings.stream == "always":
         sparse.refuse_packed(source)
     skeleton = session.once(load.load_skeleton, source)
@@ -138,7 +139,7 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     if settings.save_model:
         target = model_folder(settings, task)
         have = _written_before(settings, task, target)
-        files.prepare("save_model", target.parent, memory.saved_bytes(skeleton, source, dtypes.stored) - have)
+        files.check_writable("save_model", target.parent, memory.saved_bytes(skeleton, source, dtypes.stored) - have)
     reads = not settings.metrics_only and (settings.eval_wikitext or wants_calibration(task))
     seqlen = _seqlen(settings.seqlen, load.context_length(skeleton), reads)
     tokenizer = session.once(load.load_tokenizer, source)
@@ -197,9 +198,9 @@ def _streamed_folder(settings: Experiment, task: Task, source: load.Source, fits
 
 def _written_before(settings: Experiment, task: Task, target: Path) -> int:
     """Return the bytes that an unfinished run wrote for ``target``, which need no more space on the disk."""
-    taken_back = can_take_back(target, settings.restart, _unmeasured(settings, task))
+    reopened = can_reopen(target, settings.restart, _unmeasured(settings, task))
     # A packed folder is unpacked beside itself.
-    folder = target if taken_back and not sparse.is_packed(target) else partial_folder(target)
+    folder = target if reopened and not sparse.is_packed(target) else partial_folder(target)
     return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
 
 
@@ -269,7 +270,7 @@ def _check_written_files(settings: Experiment, task: Task) -> None:
             raise UserError(name, f"{path}: lies in the folder of {flag_name('model')}; give another file")
         if path.stem in figures and path.resolve().parent == Path(settings.save).resolve():
             raise UserError(name, f"{path}: is where the run's figures are written; give another file")
-        files.prepare(name, path.parent)
+        files.check_writable(name, path.parent)
 
 
 def model_folder(settings: Output, task: Task) -> Path:
@@ -342,8 +343,10 @@ def _reserve(
         return least
     gpus = 1 if processes.device() else max(1, cpu.gpus())
     effort = settings.price_options().effort
-    ranks = price.rank_bytes(layers, task.by_magnitude) // gpus  # they lie beside the layers
-    return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, effort.length(seqlen), effort))
+    ranks = memory.rank_bytes(layers, task.by_magnitude) // gpus  # they lie beside the layers
+    count, length = price.FIT_WINDOWS + effort.held_out_windows, effort.length(seqlen)
+    shape = (length, effort.windows_per_step, count)
+    return max(least, ranks + memory.price_working_set(skeleton, layers, dtypes.compute, *shape))
 
 
 def _check_layers(settings: Experiment, task: Task, source: load.Source, layers: tuple[Layer, ...]) -> None:
@@ -355,7 +358,7 @@ def _check_layers(settings: Experiment, task: Task, source: load.Source, layers:
     if "ww" in (task.allocation, task.start):
         folder, how = metric_folder(settings, source.name), metric_settings(settings)
         if not measure.has_cache(folder, settings.ww_metric, source.name, layers, how):
-            files.prepare("ww_metric_cache", folder)
+            files.check_writable("ww_metric_cache", folder)
         for layer in layers if settings.farms else ():
             try:
                 spectrum.farms_windows(layer.shape, how.farms)
@@ -393,7 +396,7 @@ def _read_windows(
         windows = windows._replace(search=session.once(texts.search_windows, *draws))
     if task.wants == "price":
         effort = settings.price_options().effort
-        counts, length = (price.FIT, effort.held), effort.length(seqlen)
+        counts, length = (price.FIT_WINDOWS, effort.held_out_windows), effort.length(seqlen)
         draws = (settings.calib_data, tokenizer, counts, length, settings.seed, "_price")
         windows = windows._replace(search=session.once(texts.search_windows, *draws))
     if settings.eval_wikitext:
@@ -439,7 +442,7 @@ def measure_values(
     multiple = settings.owl_m if wants == "outlier_ratio" else 0.0
     asked = (wants, weights, target, multiple, known.windows.calibration, settings.hidden_states)
     values = session.once(_scores, *asked)
-    return processes.by_first(lambda: values)  # the same in the last bit, so that all make the same plan
+    return processes.on_main(lambda: values)  # the same in the last bit, so that all make the same plan
 
 
 def find_prices(
@@ -454,29 +457,46 @@ def find_prices(
     journal, key = known.journal, ""
     if journal is not None:
         windows = [digest(part) for part in known.windows.search]
-        key = digest([settings.identity(), windows, known.source.name, measure.fingerprints(weights)])
-        noted = processes.by_first(lambda: journal.noted("prices") or {})  # before any of them notes more
-        if noted.get("key") == key:
+        key = digest([settings.identity(), windows, known.source.name, weights.fingerprints()])
+        earlier = journal.get("prices", key)
+        if earlier is not None:
             log.info("the ratios of equal price are those that the interrupted run found")
-            return price.Found.of(noted["found"])
+            return price.Found.of(earlier)
     start = None
     if task.start:
         values = measure_values(settings, task.first, weights, known, session)
         start = tuple(make_plan(settings, task.first, weights.layers, values).ratios.items())
     device = next(iter(weights.visit())).device
-    dtype = price.search_dtype(settings.price_dtype, device, known.dtypes.compute)
-    options = settings.price_options(dtype)
+    dtype = price_model.search_dtype(settings.price_dtype, device, known.dtypes.compute)
+    options = settings.price_options()
     if processes.count() > 1:
         log.info("the first process searches for prices, the others wait for them")
 
     def search_apart() -> price.Found:
-        with processes.apart():
-            return session.once(price.search, weights, known.windows.search, task.target, start, options)
+        with processes.single_process():
+            windows = known.windows.search
+            return session.once(_search_prices, weights, windows, dtype, task.by_magnitude, task.target, start, options)
 
-    found = processes.by_first(search_apart)
+    found = processes.on_main(search_apart)
     if journal is not None:
-        journal.note("prices", {"key": key, "found": found._asdict()})
+        journal.put("prices", key, found._asdict())
     return found
+
+
+def _search_prices(
+    weights: Weights,
+    windows: tuple[Tensor, Tensor],
+    dtype: torch.dtype | None,
+    by_magnitude: bool,
+    target: float,
+    start: tuple[tuple[str, float], ...] | None,
+    options: price.Options,
+) -> price.Found:
+    effort = options.effort
+    model = price_model.LanguagePriceModel(
+        weights, windows, effort.windows_per_step, effort.token_stride, dtype, by_magnitude
+    )
+    return price.search(model, weights.layers, target, start and dict(start), options)
 
 
 def priced(found: price.Found | None) -> dict:
@@ -547,24 +567,23 @@ def _search(
     journal, tried = known.journal, {}
     if journal is not None:
         windows = [digest(part) for part in known.windows.search]
-        key = digest([settings.identity(), windows, known.source.name, measure.fingerprints(weights)])
-        tried = _Noted(journal, key)
+        key = digest([settings.identity(), windows, known.source.name, weights.fingerprints()])
+        tried = _Tried(journal, key)
         if isinstance(weights, Streamed):
             weights.scratch(journal.scratch)
     return search.try_epsilons(weights, plan_of, grid, task.pruner, known.windows.search, dense, tried)
 
 
-class _Noted(dict):
+class _Tried(dict):
     """Results of a search by plan, each recorded in the journal as soon as it is known."""
 
     def __init__(self, journal: Journal, key: str) -> None:
-        noted = journal.noted("search") or {}
-        super().__init__(noted["found"] if noted.get("key") == key else {})
+        super().__init__(journal.get("trials", key) or {})
         self._journal, self._key = journal, key
 
     def __setitem__(self, plan: str, perplexity: float) -> None:
         super().__setitem__(plan, perplexity)
-        self._journal.note("search", {"key": self._key, "found": dict(self)})
+        self._journal.put("trials", self._key, dict(self))
 
 
 def begin_journal(settings: Experiment, weights: Weights, known: Prepared, plan: SparsityPlan) -> None:
@@ -578,7 +597,7 @@ def begin_journal(settings: Experiment, weights: Weights, known: Prepared, plan:
     same |= {"device": device, "processes": str(processes.count())}  # whose number is the order of sums
     calibrated = "none" if windows is None else digest(windows)
     known.journal.begin(
-        Identity(settings.identity(), plan.digest(), calibrated, same, measure.fingerprints(weights))
+        Identity(settings.identity(), digest(plan), calibrated, same, weights.fingerprints())
     )
 
 

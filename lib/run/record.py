@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -17,16 +16,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lib.core import cpu
-from lib.core.files import checksum, write_files
+from lib.core.digests import digest, file_state
+from lib.core.files import write_files
 from lib.core.lazy import torch
 from lib.pruning.walk import LayerReport
 
 log = logging.getLogger(__name__)
 
-# Flags that may name a local file or folder, which the same flags do not keep from being replaced.
+# Flags that may name a file or folder, which may change between two runs with equal flags.
 INPUTS = ("model", "resume", "calib_data", "eval_data", "plan", "include_path")
 _OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt")  # what is read from its folder
-_READ_WHOLE = 2**25  # bytes: larger files of a model are known by size and time, since to read them takes minutes
 
 PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
 
@@ -87,7 +86,7 @@ class Record:
         return self.content | {"stages": self.stages}
 
     @contextmanager
-    def kept(self, resume: str | Callable[[], str]) -> Iterator[None]:
+    def explain_failure(self, resume: str | Callable[[], str]) -> Iterator[None]:
         """If the body of the with statement fails, report what is on disk and how to ``resume``.
 
         Args:
@@ -135,23 +134,6 @@ def layers_text(rows: Sequence[LayerReport]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def zero_shot_table(scores: Sequence[tuple], means: Mapping[str, float]) -> str:
-    """Return a table of ``scores`` (task, metric, value, standard error or None, samples), the ``means`` below it."""
-    rows = [("task", "metric", "value", "stderr", "samples")]
-    for task, metric, value, stderr, samples in scores:
-        rows.append((task, metric, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", str(samples)))
-    rows += [("mean", metric, f"{value:.4f}", "", "") for metric, value in means.items()]
-    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    just = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
-    lines = ["  ".join(f(cell, w) for f, cell, w in zip(just, row, width, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def zero_shot_text(method: str, table: str) -> str:
-    """Return the content of ``zero_shot_<run>.txt``: ``{method}:``, as published, and the table."""
-    return f"{method}:\n{table}"
-
-
 def run_text(record: Mapping) -> str:
     """Return the content of ``run_<run>.json``: ``record`` followed by the provenance of the numbers."""
     return json.dumps(_json(record | provenance()), indent=1, default=str, allow_nan=False) + "\n"
@@ -179,20 +161,14 @@ def read_run(folder: Path, run: str) -> dict | None:
 def parsed(text: str) -> dict:
     """Return the record in the ``text`` of a run file, its perplexity a number, or None if it was not measured.
 
-    An older version wrote null for a perplexity that is not finite as well; that of a complete run with an evaluation
-    is then NaN.
-
     Raises:
         ValueError: the text is not JSON, or not a run's.
     """
     record = json.loads(text)
     if not isinstance(record, dict):
         raise ValueError("it does not hold a run's record")
-    value = record.get("perplexity")
-    if isinstance(value, str):
-        record["perplexity"] = float(value)
-    elif value is None and record.get("complete") is True and record.get("evaluation"):
-        record["perplexity"] = math.nan
+    if isinstance(record.get("perplexity"), str):  # not finite, which JSON has no number for
+        record["perplexity"] = float(record["perplexity"])
     return record
 
 
@@ -207,48 +183,25 @@ def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
 
 
 def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
-    """Return digests of the local files and folders that ``flags`` name, by flag; of a hub's there is none.
-
-    A text or a plan is known by its content. So is a model, except for large files: those by name, size and time of
-    their last change.
-    """
-    found = {}
-    for name in INPUTS:
-        if not flags.get(name):
-            continue
+    """Return the states of the local files and folders that ``flags`` name, by flag; of a hub's there is none."""
+    states = {}
+    for name in filter(flags.get, INPUTS):
         path = Path(str(flags[name])).expanduser()
+        paths = [path]
+        if name == "model" and path.is_dir():
+            paths = [file for file in path.iterdir() if file.suffix in _OF_A_MODEL]
+        elif name == "include_path" and path.is_dir():
+            paths = path.rglob("*")
         with suppress(OSError):  # whoever reads it reports it
-            if name in ("model", "include_path") and path.is_dir():
-                found[name] = _digest_of_folder(path, _OF_A_MODEL if name == "model" else ())
-            elif path.is_file():
-                found[name] = _digest(path, whole=name not in ("model", "resume"))
-    return found
+            lines = [f"{file.relative_to(path)} {file_state(file)}" for file in sorted(paths) if file.is_file()]
+            if lines:
+                states[name] = digest(lines)
+    return states
 
 
-def _digest_of_folder(folder: Path, kinds: Sequence[str]) -> str:
-    paths = folder.iterdir() if kinds else folder.rglob("*")
-    paths = sorted(path for path in paths if path.is_file() and (not kinds or path.suffix in kinds))
-    lines = [f"{path.relative_to(folder)} {_digest(path)}" for path in paths]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _digest(path: Path, whole: bool = False) -> str:
-    about = path.stat()
-    if not whole and about.st_size > _READ_WHOLE:
-        return f"{about.st_size} bytes of {about.st_mtime_ns}"
-    return f"{about.st_size} bytes {checksum(path)}"
-
-
-def changed_inputs(record: dict, inputs: Mapping[str, str]) -> list[str] | None:
-    """Return the flags whose files are not those that ``record``'s run read, None if an older version made it.
-
-    Args:
-        inputs: what they are now (``inputs_of``).
-    """
-    before = record.get("inputs")
-    if not isinstance(before, dict):
-        return None
-    return [name for name in INPUTS if before.get(name) != inputs.get(name)]
+def changed_inputs(record: dict, inputs: Mapping[str, str]) -> list[str]:
+    """Return the flags whose files are not those that ``record``'s run read; ``inputs_of`` tells what they are now."""
+    return [name for name in INPUTS if record.get("inputs", {}).get(name) != inputs.get(name)]
 
 
 def provenance() -> dict:
