@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from image_classifiers import data, models, pruning
-from image_classifiers.price import EFFORT, FIT, HELD, PART, ImagePrices, split
+from image_classifiers.price import CHUNK, EFFORT, FIT, HELD, ImagePriceModel, split
 from image_classifiers.settings import ImageExperiment, wants_images
-from lib.allocation import block_scores, price
+from lib.allocation import block_scores, price, price_model
 from lib.calibration.hidden import BlockInputs
 from lib.cli.settings import Task
 from lib.core import cpu, files
@@ -210,9 +210,8 @@ def find_prices(
     for part, count in zip(split(given.indices), (FIT, HELD), strict=True):
         images = data.Prepared(given.images, part, given.transform, given.seed)
         groups.append([batch for batch, _ in reader(settings, len(part) // count)(images)])
-    dtype = price.search_dtype(settings.price_dtype, torch.device(known.device), torch.float32)
-    options = price.Options(settings.price_steps, settings.price_refresh, dtype, task.by_magnitude, EFFORT)
-    part = min(PART, settings.batch_size)
-    fit, held = (partial(ImagePrices, parts.pruned, each, options, part=part) for each in groups)
-    found = fit(kept_on=settings.hidden_device)
-    return price.equalise(found, held(ranks=found.ranks), task.target, start)
+    dtype = price_model.search_dtype(settings.price_dtype, torch.device(known.device), torch.float32)
+    chunk = min(CHUNK, settings.batch_size)
+    model = ImagePriceModel(parts.pruned, tuple(groups), dtype, task.by_magnitude, settings.hidden_device, chunk)
+    options = price.Options(settings.price_steps, settings.price_refresh, EFFORT)
+    return price.search(model, parts.pruned.layers, task.target, start, options)

@@ -100,7 +100,7 @@ class LoraArguments(transformers.TrainingArguments):
         steps, batch = self.gradient_accumulation_steps, self.batch_size
         if steps is None:
             steps, remainder = divmod(batch or BATCH, at_once)
-            if remainder or not steps:
+            if remainder:
                 problem = f"is not made of {at_once} blocks at once"
                 raise UserError("batch_size", batch or BATCH, problem, f"give a multiple of {at_once}")
         elif batch not in (None, steps * at_once):

@@ -287,7 +287,7 @@ def passes_of(settings: Experiment) -> int:
     if task.wants != "price":
         return scored
     options = settings.price_options()
-    return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.shorter)
+    return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.window_divisor)
 
 
 def caption(runs: pandas.DataFrame, value: str = "perplexity", sources: Iterable[str] = ()) -> str:

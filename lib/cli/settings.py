@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-from lib.allocation import price
+from lib.allocation import price, price_model
 from lib.allocation.formulas import ALLOCATIONS, MAPPINGS
 from lib.calibration import texts
 from lib.calibration.hidden import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
@@ -22,9 +22,6 @@ from lib.pruning import plan as plans
 from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Options, Pruner, configured
 from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
-
-if TYPE_CHECKING:
-    import torch
 
 METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS]
 TEXTS = f"{{{', '.join(texts.DATASETS)}}} or a .txt, .json or .jsonl file (field `text`)"
@@ -213,7 +210,7 @@ class Price(Flags):
     price_dtype: str = flag(
         "auto",
         "for _price: {choices} to search in; auto: bfloat16 on a CPU that multiplies it, else the model's own",
-        choices=price.DTYPES,
+        choices=price_model.DTYPES,
         only="price",
         metavar="NAME",
     )
@@ -465,10 +462,9 @@ class Experiment(
         start = self.price_start.replace("uniform", "") if suffix == "price" else ""
         return Task(method, configured(name, table, self._options(name)), suffix, target, nm, start)
 
-    def price_options(self, dtype: torch.dtype | None = None) -> price.Options:
-        """Return the options of the search for prices, in ``dtype`` (None: the model's own)."""
-        effort = price.EFFORTS[self.price_effort]
-        return price.Options(self.price_steps, self.price_refresh, dtype, self.task().by_magnitude, effort)
+    def price_options(self) -> price.Options:
+        """Return the options of the search for prices."""
+        return price.Options(self.price_steps, self.price_refresh, price.EFFORTS[self.price_effort])
 
     def _options(self, pruner: str) -> Options:
         if self.pruner_iterations is not None and pruner not in ITERATED:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lib.core import digests
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import safetensors_io
@@ -124,6 +125,10 @@ class Weights:
                 results[name] = function(name, linear.weight.detach())
         return results
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of each layer by name."""
+        return self.map(lambda _, weight: digests.fingerprint(weight))
+
     def zeros(self) -> dict[str, int]:
         """Return the number of zeros of each layer by name."""
         # One synchronisation per block, not one per matrix.
@@ -200,6 +205,20 @@ def _offloaded(modules: Iterable[nn.Module]) -> list[nn.Module]:
     from accelerate.utils import has_offloaded_params
 
     return [part for part in modules if has_offloaded_params(part)]
+
+
+@contextmanager
+def swapped_weights(block: Block, copies: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Replace a block's weights by ``copies`` meanwhile, as parameters, which are yielded by layer name."""
+    originals = {name: block.linears[name].weight for name in copies}
+    leaves = {name: torch.nn.Parameter(copy) for name, copy in copies.items()}
+    try:
+        for name, leaf in leaves.items():
+            block.linears[name]._parameters["weight"] = leaf
+        yield leaves
+    finally:
+        for name, parameter in originals.items():
+            block.linears[name]._parameters["weight"] = parameter
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib import sparse
-from lib.allocation import block_scores, formulas, price
+from lib.allocation import block_scores, formulas, price, price_model
 from lib.allocation import epsilon as search
 from lib.calibration import hidden, texts
 from lib.cli.flags import Flags
@@ -343,8 +343,10 @@ def _reserve(
         return least
     gpus = 1 if processes.device() else max(1, cpu.gpus())
     effort = settings.price_options().effort
-    ranks = price.rank_bytes(layers, task.by_magnitude) // gpus  # they lie beside the layers
-    return max(least, ranks + price.working_set(skeleton, layers, dtypes.compute, effort.length(seqlen), effort))
+    ranks = memory.rank_bytes(layers, task.by_magnitude) // gpus  # they lie beside the layers
+    count, length = price.FIT_WINDOWS + effort.held_out_windows, effort.length(seqlen)
+    shape = (length, effort.windows_per_step, count)
+    return max(least, ranks + memory.price_working_set(skeleton, layers, dtypes.compute, *shape))
 
 
 def _check_layers(settings: Experiment, task: Task, source: load.Source, layers: tuple[Layer, ...]) -> None:
@@ -394,7 +396,7 @@ def _read_windows(
         windows = windows._replace(search=session.once(texts.search_windows, *draws))
     if task.wants == "price":
         effort = settings.price_options().effort
-        counts, length = (price.FIT, effort.held), effort.length(seqlen)
+        counts, length = (price.FIT_WINDOWS, effort.held_out_windows), effort.length(seqlen)
         draws = (settings.calib_data, tokenizer, counts, length, settings.seed, "_price")
         windows = windows._replace(search=session.once(texts.search_windows, *draws))
     if settings.eval_wikitext:
@@ -455,7 +457,7 @@ def find_prices(
     journal, key = known.journal, ""
     if journal is not None:
         windows = [digest(part) for part in known.windows.search]
-        key = digest([settings.identity(), windows, known.source.name, measure.fingerprints(weights)])
+        key = digest([settings.identity(), windows, known.source.name, weights.fingerprints()])
         earlier = journal.get("prices", key)
         if earlier is not None:
             log.info("the ratios of equal price are those that the interrupted run found")
@@ -465,19 +467,36 @@ def find_prices(
         values = measure_values(settings, task.first, weights, known, session)
         start = tuple(make_plan(settings, task.first, weights.layers, values).ratios.items())
     device = next(iter(weights.visit())).device
-    dtype = price.search_dtype(settings.price_dtype, device, known.dtypes.compute)
-    options = settings.price_options(dtype)
+    dtype = price_model.search_dtype(settings.price_dtype, device, known.dtypes.compute)
+    options = settings.price_options()
     if processes.count() > 1:
         log.info("the first process searches for prices, the others wait for them")
 
     def search_apart() -> price.Found:
         with processes.single_process():
-            return session.once(price.search, weights, known.windows.search, task.target, start, options)
+            windows = known.windows.search
+            return session.once(_search_prices, weights, windows, dtype, task.by_magnitude, task.target, start, options)
 
     found = processes.on_main(search_apart)
     if journal is not None:
         journal.put("prices", key, found._asdict())
     return found
+
+
+def _search_prices(
+    weights: Weights,
+    windows: tuple[Tensor, Tensor],
+    dtype: torch.dtype | None,
+    by_magnitude: bool,
+    target: float,
+    start: tuple[tuple[str, float], ...] | None,
+    options: price.Options,
+) -> price.Found:
+    effort = options.effort
+    model = price_model.LanguagePriceModel(
+        weights, windows, effort.windows_per_step, effort.token_stride, dtype, by_magnitude
+    )
+    return price.search(model, weights.layers, target, start and dict(start), options)
 
 
 def priced(found: price.Found | None) -> dict:
@@ -548,7 +567,7 @@ def _search(
     journal, tried = known.journal, {}
     if journal is not None:
         windows = [digest(part) for part in known.windows.search]
-        key = digest([settings.identity(), windows, known.source.name, measure.fingerprints(weights)])
+        key = digest([settings.identity(), windows, known.source.name, weights.fingerprints()])
         tried = _Tried(journal, key)
         if isinstance(weights, Streamed):
             weights.scratch(journal.scratch)
@@ -578,7 +597,7 @@ def begin_journal(settings: Experiment, weights: Weights, known: Prepared, plan:
     same |= {"device": device, "processes": str(processes.count())}  # whose number is the order of sums
     calibrated = "none" if windows is None else digest(windows)
     known.journal.begin(
-        Identity(settings.identity(), digest(plan), calibrated, same, measure.fingerprints(weights))
+        Identity(settings.identity(), digest(plan), calibrated, same, weights.fingerprints())
     )
 
 

@@ -94,7 +94,7 @@ def work(shapes: dict[str, tuple[int, int]], blocks: int, method: str, tokens: i
             inverses = -(-alps.ITERATIONS // alps.PER_RHO)
             total += inverses * inside**3 + 2 * (alps.ITERATIONS + alps.REFIT_STEPS + 2) * out * inside**2
     if allocation == "price":  # and once more where blocks are run twice
-        windows = price.forward_passes(SEARCH, started=False) + SEARCH.effort.batch * SEARCH.steps
+        windows = price.forward_passes(SEARCH, started=False) + SEARCH.effort.windows_per_step * SEARCH.steps
         total += windows * tokens * forward
     return total * blocks
 
@@ -117,7 +117,8 @@ def needs(size: str, nsamples: int, seqlen: int) -> Iterator[dict]:
         operations = work(shapes, blocks, pruner, nsamples * seqlen)
         if allocation == "price":
             length = SEARCH.effort.length(seqlen)
-            search = price.rank_bytes(layers) + price.working_set(model, layers, half, length, SEARCH.effort)
+            counts = SEARCH.effort.windows_per_step, price.FIT_WINDOWS + SEARCH.effort.held_out_windows
+            search = memory.rank_bytes(layers) + memory.price_working_set(model, layers, half, length, *counts)
             beside, streamed = max(beside, search), None
             operations += work(shapes, blocks, method, length) - work(shapes, blocks, pruner, length)
         yield {
