@@ -16,8 +16,8 @@ from lora_ft.training import TrainerParser
 from scripts.make_docs import has_parser, parser_of
 
 TOP = (
-    "main.py lib scripts data docs lora_ft image_classifiers README.md INSTALL.md CONTRIBUTING.md LICENSE "
-    "requirements.txt tests .ci pyproject.toml .gitignore"
+    "main.py lib scripts data docs lora_ft image_classifiers README.md INSTALL.md CONTRIBUTING.md CHANGELOG.md "
+    "LICENSE requirements.txt tests .ci pyproject.toml .gitignore"
 )
 
 ROOMS = sorted((ROOT / "lib").rglob("*.py"))
@@ -49,7 +49,7 @@ def longest_function(path: Path) -> tuple[int, str]:
 @pytest.mark.parametrize("path", [*ROOMS, *COMMANDS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_functions_can_be_read_at_a_glance(path):
     # What ruff has no rule for. The rest of the style and the order of the rooms are in pyproject.toml.
-    assert longest_function(path)[0] <= 50, longest_function(path)
+    assert longest_function(path)[0] <= 70, longest_function(path)
     assert ".cuda(" not in path.read_text(), "the weight's own device, whatever it is"
 
 
