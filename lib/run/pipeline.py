@@ -15,7 +15,6 @@ from lib.calibration import hidden, texts
 from lib.cli.flags import Flags
 from lib.cli.settings import Experiment, Output, Task, ZeroShot
 from lib.core import cpu, files, processes
-from lib.core.allocator import give_back_freed_memory
 from lib.core.digests import digest
 from lib.core.errors import UserError, flag_name
 from lib.core.files import in_repository
@@ -150,7 +149,6 @@ def prepare(settings: Experiment, task: Task, session: Session) -> Prepared:
     fits = all(processes.gathered(session.once(ask, skeleton, dtypes.compute)))  # once: later the model is in the way
     streamed = _streamed_folder(settings, task, source, fits)
     tasks = questions(settings, session)
-    give_back_freed_memory()  # a quarter of a gigabyte after a text of a million tokens
     journal = _open_journal(settings, task)  # last: what is refused above leaves no trace
     return Prepared(
         source, skeleton, layers, dtypes, calib_dtype, tokenizer, seqlen, windows, tasks, reserve, streamed, journal
