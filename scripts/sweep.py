@@ -26,7 +26,7 @@ from lib.core.names import check_name
 from lib.models import locate
 from lib.pruning.pruners import DAMPED, ITERATED, VARIANTS
 from lib.run.pipeline import Session
-from lib.run.record import changed_inputs, inputs_of, is_complete, read_run
+from lib.run.record import changed_inputs, has_flags, inputs_of, read_run
 
 log = logging.getLogger("main")
 
@@ -202,7 +202,7 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
         record = read_run(folder, task.run)
         run_files.append(folder / f"run_{task.run}.json")
 
-        if not force and is_complete(record, settings.flags()):
+        if not force and has_flags(record, settings.flags()) and record["complete"]:
             changed = changed_inputs(record, inputs)
             if not changed:
                 print(f"[{i}/{len(todo)}] {name}: complete already, skipped (--force runs it again)", flush=True)

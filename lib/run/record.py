@@ -177,11 +177,6 @@ def has_flags(record: dict | None, flags: Mapping[str, object]) -> bool:
     return bool(record) and record.get("flags") == json.loads(json.dumps(flags))
 
 
-def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
-    """Return whether ``record`` belongs to a completed run with exactly these ``flags``; see ``changed_inputs``."""
-    return has_flags(record, flags) and record.get("complete") is True
-
-
 def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
     """Return the states of the local files and folders that ``flags`` name, by flag; of a hub's there is none."""
     states = {}
