@@ -112,7 +112,7 @@ def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, re
     try:
         with record.stage("save"):
             processes.on_main(partial(_finish, settings, weights, known, record.content["sparsity"]))
-            weights.moved(journal.folder, journal.target)
+            weights.rebase_files(journal.folder, journal.target)
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)
         return error
@@ -122,7 +122,7 @@ def save(settings: Experiment, task: Task, weights: Weights, known: Prepared, re
 
 def _finish(settings: Experiment, weights: Weights, known: Prepared, sparsity: float) -> None:
     folder = known.journal.folder
-    load.complete_folder(folder, weights.model, known.tokenizer, weights.edge_tensors(), known.dtypes.stored)
+    load.complete_folder(folder, weights.model, known.tokenizer, weights.outer_tensors(), known.dtypes.stored)
     walk.check_saved(folder, weights, sparsity)
     known.journal.finish(settings.packed)
 
