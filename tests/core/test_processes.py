@@ -32,7 +32,7 @@ from lib.spectra import measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # runs are forked
 
-LIMIT = 120  # seconds after which a process that waits for another in vain is ended
+LIMIT = 600  # seconds after which a process that waits for another in vain is ended
 
 
 # ------------------------------------------------------------------------------------------------- whose is what
