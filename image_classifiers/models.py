@@ -1,22 +1,21 @@
-"""Image classifiers: located by timm name, folder or weight file; their blocks and layers by structure."""
+"""Image classifiers: located, loaded and saved; their blocks and layers by structure, and what prunes them."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from lib.calibration.hidden import BlockInputs
 from lib.core.errors import UserError, first_line
 from lib.core.files import new_folder
 from lib.core.lazy import torch
 from lib.core.names import did_you_mean
 from lib.models.layers import Layer
 from lib.models.weights import Weights
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from lib.pruning.pruners import PRUNERS, Pruner, magnitude
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ def locate(model: str) -> Source:
     return Source(model, model, None)
 
 
-def skeleton(source: Source, size: int | None, classes: int | None) -> tuple[nn.Module, int]:
+def skeleton(source: Source, size: int | None, classes: int | None) -> tuple[torch.nn.Module, int]:
     """Return the model without weights (on the meta device), and the side of its input images in pixels.
 
     Raises:
@@ -94,7 +93,7 @@ def skeleton(source: Source, size: int | None, classes: int | None) -> tuple[nn.
     return model, size or own
 
 
-def load(source: Source, resume: str | None, size: int, classes: int | None) -> nn.Module:
+def load(source: Source, resume: str | None, size: int, classes: int | None) -> torch.nn.Module:
     """Return the model in evaluation mode on the CPU, with the weights of ``resume``, its folder, or timm's own.
 
     Raises:
@@ -117,7 +116,7 @@ def load(source: Source, resume: str | None, size: int, classes: int | None) -> 
         raise UserError(error.field, f"{error.text}; {other}") from error
 
 
-def _create(source: Source, options: dict, device: str, pretrained: bool = False) -> nn.Module:
+def _create(source: Source, options: dict, device: str, pretrained: bool = False) -> torch.nn.Module:
     import timm
 
     try:
@@ -128,7 +127,7 @@ def _create(source: Source, options: dict, device: str, pretrained: bool = False
         raise UserError("model", f"{source.given}: {what} ({first_line(error)})") from error
 
 
-def _options(model: nn.Module, size: int | None, classes: int | None) -> dict:
+def _options(model: torch.nn.Module, size: int | None, classes: int | None) -> dict:
     about = model.pretrained_cfg
     other = size not in (None, about["input_size"][-1]) and about.get("fixed_input_size")
     return {"num_classes": classes, "img_size": size if other else None}  # timm leaves out what is None
@@ -137,7 +136,7 @@ def _options(model: nn.Module, size: int | None, classes: int | None) -> dict:
 # --------------------------------------------------------------------------------------- blocks and their layers
 
 
-def find_parts(model: nn.Module, given: str | None = None) -> Parts:
+def find_parts(model: torch.nn.Module, given: str | None = None) -> Parts:
     """Return the weights of ``model``, its blocks found by their structure.
 
     They are one list of transformer blocks, or stages of ConvNeXt blocks with the modules between them.
@@ -157,7 +156,7 @@ def find_parts(model: nn.Module, given: str | None = None) -> Parts:
     return Parts(_weights(model, chain, _pointwise), measured)
 
 
-def _chain(model: nn.Module, given: str | None) -> list[str]:
+def _chain(model: torch.nn.Module, given: str | None) -> list[str]:
     """Return the names of the modules that hidden states pass through, in order."""
     lists = {
         name: kinds.pop()
@@ -176,7 +175,7 @@ def _chain(model: nn.Module, given: str | None) -> list[str]:
     raise _refusal(model, given, what)
 
 
-def _weights(model: nn.Module, chain: list[str], wanted: Callable[[nn.Module], bool]) -> Weights:
+def _weights(model: torch.nn.Module, chain: list[str], wanted: Callable[[torch.nn.Module], bool]) -> Weights:
     """Return the weights over the modules of ``chain`` whose layers are the ``wanted`` matrices of its blocks."""
     modules = [model.get_submodule(name) for name in chain]
     linears = [
@@ -193,7 +192,7 @@ def _weights(model: nn.Module, chain: list[str], wanted: Callable[[nn.Module], b
     return Weights(model, modules, layers, linears)
 
 
-def _stages(model: nn.Module, root: str, lists: dict[str, str]) -> list[str]:
+def _stages(model: torch.nn.Module, root: str, lists: dict[str, str]) -> list[str]:
     """Return the names of the blocks in the stages under ``root``, and of the modules between them, in order."""
     chain = []
     for stage, module in model.get_submodule(root).named_children():
@@ -206,7 +205,7 @@ def _stages(model: nn.Module, root: str, lists: dict[str, str]) -> list[str]:
     return chain
 
 
-def _kind(block: nn.Module) -> str | None:
+def _kind(block: torch.nn.Module) -> str | None:
     matrices = _matrices(block)
     known = {id(module.weight) for module in matrices.values()}
     if any(p.ndim > 1 and id(p) not in known for p in block.parameters()):
@@ -222,27 +221,27 @@ def _kind(block: nn.Module) -> str | None:
     return None
 
 
-def _matrices(module: nn.Module) -> dict[str, nn.Module]:
+def _matrices(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
     kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     return {name: inner for name, inner in module.named_modules() if isinstance(inner, kinds)}
 
 
-def _pointwise(module: nn.Module) -> bool:
+def _pointwise(module: torch.nn.Module) -> bool:
     if isinstance(module, torch.nn.Conv2d):
         plain = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1
         return plain and module.padding in (0, (0, 0), "same", "valid")
     return isinstance(module, torch.nn.Linear)
 
 
-def _depthwise(module: nn.Module) -> bool:
+def _depthwise(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
 
 
-def _check_chain(model: nn.Module, blocks: Sequence[nn.Module], size: int, given: str) -> None:
+def _check_chain(model: torch.nn.Module, blocks: Sequence[torch.nn.Module], size: int, given: str) -> None:
     """Refuse a model whose forward pass does not hand one tensor from block to block."""
     calls: list[tuple] = []
 
-    def note(module: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
+    def note(module: torch.nn.Module, args: tuple, kwargs: dict, out: object) -> None:
         calls.append((module, args, kwargs, out))
 
     hooks = [block.register_forward_hook(note, with_kwargs=True) for block in blocks]
@@ -265,15 +264,66 @@ def _check_chain(model: nn.Module, blocks: Sequence[nn.Module], size: int, given
         raise _refusal(model, given, "its blocks are given more than what left the block before")
 
 
-def _refusal(model: nn.Module, given: str | None, reason: str) -> UserError:
+def _refusal(model: torch.nn.Module, given: str | None, reason: str) -> UserError:
     kind = type(model).__name__
     return UserError("model", f"{given or kind}: {kind} is not supported, {reason}; supported: {SUPPORTED}")
+
+
+# ----------------------------------------------------------------------------------------------------- pruning
+
+
+def wanda_of_matrix(weight: torch.Tensor, mean_squares: torch.Tensor, ratio: float, nm: None = None) -> torch.Tensor:
+    """Zero everything <= the int(n * ratio)-th (from 0) of the sorted |W| * sqrt(s), one threshold for the matrix.
+
+    Args:
+        weight: [out, in].
+        mean_squares: s [in] float32, the mean over tokens of x^2.
+    """
+    kept = magnitude(weight.abs() * mean_squares.sqrt(), None, ratio, None) != 0
+    return weight.masked_fill(~kept, 0)
+
+
+# As in the language models, but for Wanda, which compares within the matrix and not within each row (published).
+IMAGE_PRUNERS: dict[str, Pruner] = PRUNERS | {"wanda": Pruner(wanda_of_matrix, "squared_norms")}
+
+
+class _Caught(Exception):
+    """Ends a forward pass once the first block's input is known."""
+
+
+def block_inputs(
+    weights: Weights, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], kept_on: str | None
+) -> BlockInputs:
+    """Return the inputs of the first block for each of ``batches``; statistics will be means over tokens.
+
+    Args:
+        batches: of images [batch, 3, height, width] and labels, which are not read.
+        kept_on: the device that holds the hidden states; None for the model's.
+    """
+    hidden: list[torch.Tensor] = []
+
+    def catch(_, args: tuple) -> None:
+        hidden.append(args[0].to(kept_on or args[0].device))
+        raise _Caught
+
+    device = next(weights.model.parameters()).device
+    handle = weights.modules[0].register_forward_pre_hook(catch)
+    try:
+        for images, _ in batches:
+            try:
+                with torch.no_grad():
+                    weights.model(images.to(device))
+            except _Caught:
+                pass
+    finally:
+        handle.remove()
+    return BlockInputs(hidden, [((), {})] * len(weights.modules), samples=None)
 
 
 # ----------------------------------------------------------------------------------------------------- weights
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: torch.nn.Module, path: Path) -> None:
     """Fill ``model`` with the weights in ``path``, in the layout of Meta's ConvNeXt, DeiT, jx_vit, or timm.
 
     Raises:
@@ -301,7 +351,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors by name in a ``.safetensors`` file or a PyTorch checkpoint; code in it is not run."""
     from safetensors.torch import load_file
 
@@ -327,7 +377,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def _check_resampling(state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
+def _check_resampling(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], path: Path) -> None:
     """Warn about positions, and refuse patches, that timm would silently resample."""
     for key in ("pos_embed", "patch_embed.proj.weight"):
         if (
@@ -343,7 +393,7 @@ def _check_resampling(state: dict[str, Tensor], own: dict[str, Tensor], path: Pa
         log.warning("%s: %s; it is resampled, since the weights are for images of another size", path.name, shapes)
 
 
-def save(model: nn.Module, size: int, target: Path) -> None:
+def save(model: torch.nn.Module, size: int, target: Path) -> None:
     """Write a folder (config.json, model.safetensors) from which timm builds the model: ``local-dir:FOLDER``.
 
     Args:

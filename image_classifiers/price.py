@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
-from image_classifiers import pruning
+from image_classifiers import models
 from lib.allocation.price import Effort, Options, Prices, band_price, kl_divergence, standing
 from lib.calibration.hidden import BlockInputs
 from lib.core.errors import UserError
@@ -134,4 +134,4 @@ class ImagePrices(Prices):
 
     def _enter(self) -> BlockInputs:
         batches = ((part, None) for group in self.windows for part in group.split(self.part))
-        return pruning.block_inputs(self.weights, batches, self.kept_on)
+        return models.block_inputs(self.weights, batches, self.kept_on)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from image_classifiers import data, models
-from image_classifiers.pruning import IMAGE_PRUNERS
+from image_classifiers.models import IMAGE_PRUNERS
+from image_classifiers.price import EFFORT
+from lib.allocation import price
 from lib.allocation.formulas import ALLOCATIONS
 from lib.calibration.hidden import PROPAGATE
 from lib.cli import settings
 from lib.cli.flags import Flags, flag
-from lib.cli.settings import Method, Output, Price, Task, Widths, check_only, pruning_flags
+from lib.cli.settings import Method, Output, Price, Widths, check_only, hyper_parameters, pruning_flags
+from lib.cli.task import Measurement, Task
 from lib.core.errors import UserError, flag_name
 from lib.core.names import check_name
-from lib.run.pipeline import wants_calibration
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
 METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in IMAGE_PRUNERS]
@@ -116,11 +119,6 @@ class Evaluation(Flags):
     use_amp: bool = flag(False, "evaluate in half precision (autocast)", nargs="?")
 
 
-def wants_images(task: Task) -> bool:
-    """Return whether the pruner or the allocation needs calibration images."""
-    return wants_calibration(task) or task.wants == "price"
-
-
 @dataclass(kw_only=True)
 class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Price, Evaluation, Output):
     """The flags of image_classifiers/main.py."""
@@ -151,7 +149,15 @@ class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Price,
         """
         task = self._dense() if self.prune_method is None else self._pruned()
         check_only(self, task)
-        return task
+        return task._replace(hyper=hyper_parameters(self))
+
+    def measurement(self, model: str) -> Measurement:
+        """Return how the metric of the ``model`` is measured, and where it is cached."""
+        return Measurement(self.ww_metric, Path(self.ww_metric_cache) / model)
+
+    def price_options(self, task: Task) -> price.Options:
+        """Return the options of the search for prices; its dtype depends on the model's."""
+        return price.Options(self.price_steps, self.price_refresh, None, task.by_magnitude, EFFORT)
 
     def _dense(self) -> Task:
         if self.sparsity_ratio:
@@ -171,7 +177,7 @@ class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Price,
         start = self.price_start.replace("uniform", "") if suffix == "price" else ""
         task = Task(method, IMAGE_PRUNERS[name], suffix, self.sparsity_ratio, start=start)
         idle = [] if task.pruner.statistic else ["statistics"]
-        idle += [] if wants_images(task) else ["hidden_device", "published_calibration"]
+        idle += [] if task.is_calibrated or task.is_searched else ["hidden_device", "published_calibration"]
         for field in idle:
             if field in self.given:
                 raise UserError(field, f"does nothing with {method}: {name} prunes without calibration images")

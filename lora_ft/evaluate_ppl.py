@@ -17,7 +17,6 @@ from lib.cli.settings import ZeroShot
 from lib.core import files
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load
-from lib.run import pipeline
 from lib.run.record import run_text, zero_shot_table
 from lora_ft import common
 
@@ -61,7 +60,9 @@ def run(settings: Evaluate) -> dict:
     cut = (settings.ctx_length, settings.eval_windows)
     windows = data.evaluation_windows(settings.dataset, base.tokenizer, *cut, field="dataset")
     common.check_vocabulary(base, windows)
-    tasks = pipeline.questions(settings, pipeline.Session())
+    tasks = None
+    if settings.eval_zero_shot:
+        tasks = zero_shot.find_tasks(settings.task_names(), settings.include_path, settings.num_fewshot)
 
     dtype = load.choose_dtypes(settings.dtype, base.skeleton).compute
     weights = common.load_base(base, dtype, settings.ctx_length)
@@ -90,7 +91,8 @@ def run(settings: Evaluate) -> dict:
 
 def _answer(settings: Evaluate, model, base: common.Base, tasks: zero_shot.Tasks, record: dict) -> dict:
     """Run the tasks, write and print the accuracies, and return them."""
-    answers = pipeline.zero_shot(settings, model, base.tokenizer, tasks)
+    cut = (settings.num_fewshot, settings.limit, settings.batch_size())
+    answers = zero_shot.zero_shot(model, base.tokenizer, tasks, *cut)
     found = {"means": answers.means, "lm_eval": answers.full}
     table = zero_shot_table(answers.scores, answers.means)
     texts = {"zero_shot.txt": table, "perplexity.json": run_text(record | {"zero_shot": found, "complete": True})}

@@ -142,10 +142,10 @@ def passes(setting: Experiment) -> int:
     allocations.
     """
     task = setting.task()
-    scored = sum(setting.nsamples for part in (task, task.first) if part.wants in BLOCK_SCORES)
-    if task.wants != "price":
-        return scored if task.wants in BLOCK_SCORES else 0
-    options = setting.price_options()
+    scored = sum(setting.nsamples for part in (task, task.starting_task) if part.needs in BLOCK_SCORES)
+    if task.needs != "price":
+        return scored if task.needs in BLOCK_SCORES else 0
+    options = setting.price_options(task)
     return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.shorter)
 
 

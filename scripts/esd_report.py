@@ -21,6 +21,8 @@ from lib.core.lazy import numpy, torch
 from lib.models.layers import Layer
 from lib.models.weights import Weights
 from lib.run import pipeline
+from lib.run.language import LanguageModel
+from lib.spectra.measure import Settings as SpectraSettings
 from lib.spectra.spectrum import NoFit, Spectrum, spectrum
 from lib.spectra.tail import PowerLaw, fit_tail, peak_candidates
 
@@ -79,17 +81,18 @@ class Report(NamedTuple):
 
 def report(settings: Settings) -> Path:
     """Write the report and return its page."""
-    run, session, out = settings.experiment(), pipeline.Session(), Path(settings.save)
+    run, subject, out = settings.experiment(), LanguageModel(), Path(settings.save)
     task = run.task()
-    known = pipeline.prepare(run, task, session)
-    names = [layer.name for layer in known.layers]
+    subject.prepare(run, task)
+    names = [layer.name for layer in subject.layers]
     chosen = [] if settings.layers is None else [_full_name(name, names) for name in settings.layers.split(",")]
-    weights = session.weights(known)
-    values = pipeline.measure_values(run, task, weights, known, session)
-    ratios = pipeline.make_plan(run, task, known.layers, values).ratios
+    subject.load()
+    measurement = run.measurement(subject.name)
+    values, _ = pipeline.measure(subject, task, measurement, run.price_options(task))
+    ratios = pipeline.make_plan(task, subject.layers, values).ratios
     title = f"sparsity {run.sparsity_ratio:g}, epsilon {run.epsilon:g}, {run.mapping_type}"
-    about = Report(known.source.name, run.ww_metric, known.layers, values, ratios, title)
-    spectra = _spectra(weights, chosen or _typical(values), run)
+    about = Report(subject.name, run.ww_metric, subject.layers, values, ratios, title)
+    spectra = _spectra(subject.weights, chosen or _typical(values), measurement.settings)
 
     out.mkdir(parents=True, exist_ok=True)
     _write_table(out / "layers.tsv", about)
@@ -113,10 +116,9 @@ def _typical(values: Mapping[str, float]) -> list[str]:
     return [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
 
 
-def _spectra(weights: Weights, names: Sequence[str], run: Experiment) -> dict[str, Spectrum]:
+def _spectra(weights: Weights, names: Sequence[str], how: SpectraSettings) -> dict[str, Spectrum]:
     """Return the spectra of the layers ``names``, in that order, on the CPU."""
     found = {}
-    how = pipeline.metric_settings(run)
     for block in weights.visit():
         for name in block.linears.keys() & set(names):
             spec = spectrum(block.linears[name].weight, how.driver, how.farms)

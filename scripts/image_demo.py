@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 
 from image_classifiers import data, main, models
-from image_classifiers.evaluation import accuracy
 from image_classifiers.settings import ImageExperiment
+from image_classifiers.subject import accuracy
 from lib.cli.command import command, make_parser, parse
 from lib.cli.flags import Flags, flag
 from lib.core import files

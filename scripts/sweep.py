@@ -25,7 +25,7 @@ from lib.core.lazy import torch
 from lib.core.names import check_name
 from lib.models import locate
 from lib.pruning.pruners import DAMPED, ITERATED, VARIANTS
-from lib.run.pipeline import Session
+from lib.run.language import LanguageModel
 from lib.run.record import changed_inputs, inputs_of, is_complete, read_run
 from lib.run.report import spread_of
 
@@ -220,7 +220,7 @@ PARSER = make_parser(Sweep, "sweep.py", __doc__, REST)
 
 def run_all(todo: Sequence[Experiment], force: bool) -> tuple[list[dict | None], list[dict]]:
     """Run the incomplete settings; return each setting's record, None if it failed, and the records made now."""
-    session, inputs = Session(shared=True, planned=todo), Inputs()
+    subject, inputs = LanguageModel(planned=todo), Inputs()
     records: list[dict | None] = []
     made: list[dict] = []
     for i, settings in enumerate(todo):
@@ -234,7 +234,7 @@ def run_all(todo: Sequence[Experiment], force: bool) -> tuple[list[dict | None],
         print(what, flush=True)
         try:
             inputs.check(settings, now)
-            made.append(program.run(settings, Console(quiet=True), session))
+            made.append(program.run(settings, Console(quiet=True), subject))
             records.append(made[-1])
         except UserError as error:
             log.error("%s failed: %s", _name(settings), error)

@@ -496,7 +496,7 @@ def test_out_of_memory_is_one_line(place, capsys, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
 
-    monkeypatch.setattr(main.walk, "walk", fail)
+    monkeypatch.setattr("lib.pruning.walk.walk", fail)
     check_one_line(capsys, status_of(arguments(WANDA)), "lower --nsamples")
 
 

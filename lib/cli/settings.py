@@ -5,26 +5,26 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar
 
 from lib.allocation import price
 from lib.allocation.formulas import ALLOCATIONS, MAPPINGS
 from lib.calibration import texts
 from lib.calibration.hidden import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
 from lib.cli.flags import Flags, flag, number_or_auto
+from lib.cli.task import Measurement, Task
 from lib.core.errors import UserError
+from lib.core.files import in_repository
 from lib.core.names import check_name, did_you_mean
 from lib.evaluation.zero_shot import ZERO_SHOT_TASKS
 from lib.models.layers import SUPPORTED
 from lib.models.load import DTYPES
 from lib.models.locate import SMOLLM2
 from lib.pruning import plan as plans
-from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Options, Pruner, configured
+from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Options, configured
+from lib.spectra import measure, spectrum
 from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
-
-if TYPE_CHECKING:
-    import torch
 
 METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS]
 TEXTS = f"{{{', '.join(texts.DATASETS)}}} or a .txt, .json or .jsonl file (field `text`)"
@@ -283,6 +283,14 @@ class ZeroShot(Flags):
         if self.eval_batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", self.eval_batch_size):
             raise UserError("eval_batch_size", f"{self.eval_batch_size}: must be auto or at least 1")
 
+    def task_names(self) -> tuple[str, ...]:
+        """Return the names of the tasks, each once."""
+        return tuple(dict.fromkeys(filter(None, self.tasks.split(","))))
+
+    def batch_size(self) -> int | str:
+        """Return the number of questions at a time, or auto."""
+        return "auto" if self.eval_batch_size == "auto" else int(self.eval_batch_size)
+
 
 @dataclass(kw_only=True)
 class Output(Flags):
@@ -296,6 +304,10 @@ class Output(Flags):
         prunes=True,
         metavar="DIR",
     )
+
+    def model_folder(self, task: Task) -> Path | None:
+        """Return where the pruned model is saved, None if it is not."""
+        return Path(self.save_model) / task.folder if self.save_model else None
 
 
 @dataclass(kw_only=True)
@@ -333,50 +345,6 @@ class Scale(Flags):
     restart: bool = flag(
         False, "begin again where {save_model} holds an unfinished run, instead of resuming it", prunes=True
     )
-
-
-# ------------------------------------------------------------------------------------------------- what is asked for
-
-
-class Task(NamedTuple):
-    """Task described by the flags: names in registries, the implied sparsity, and N:M."""
-
-    method: str  # "dense" without pruning
-    pruner: Pruner | None
-    allocation: str
-    target: float
-    nm: tuple[int, int] | None = None
-    start: str = ""  # allocation that the search for prices starts from
-
-    @property
-    def run(self) -> str:
-        """Name of the run in its files."""
-        return f"{self.method}_sparsity_{self.target}"
-
-    @property
-    def folder(self) -> str:
-        """Name of the pruned model's folder."""
-        return f"{self.method}_{self.target}"
-
-    @property
-    def pruner_name(self) -> str:
-        """Name of the pruner in its registry, also where flags have changed the pruner."""
-        return self.method.partition("_")[0]
-
-    @property
-    def by_magnitude(self) -> bool:
-        """Whether the pruner's masks are magnitude's, which know nothing of the input."""
-        return self.pruner_name == "magnitude"
-
-    @property
-    def wants(self) -> str | None:
-        """Name of the values that the allocation needs for each layer."""
-        return ALLOCATIONS[self.allocation].wants
-
-    @property
-    def first(self) -> Task:
-        """Task of the allocation from which the search starts."""
-        return self._replace(allocation=self.start, start="", nm=None)
 
 
 @dataclass(kw_only=True)
@@ -419,11 +387,22 @@ class Experiment(
             if task.allocation != "ww" or self.metrics_only:
                 raise UserError("epsilon", f"auto with {task.method}: needs a --prune_method with _ww")
             self._check_search("epsilon", "auto")
-        if task.wants == "price":
+        if task.needs == "price":
             self._check_search("prune_method", task.method)
             if self.seqlen < 2:
                 raise UserError("seqlen", f"{self.seqlen} with {task.method}: must be at least 2")
-        return task
+        return task._replace(hyper=hyper_parameters(self), plan=self.plan, identity=self.identity())
+
+    def measurement(self, model: str) -> Measurement:
+        """Return how the metric of the ``model`` is measured, and where it is cached."""
+        farms = spectrum.Farms(self.farms_rows, self.farms_ratio, self.farms_steps) if self.farms else None
+        folder = Path(self.ww_metric_cache or Path(in_repository("data"), model))
+        return Measurement(self.ww_metric, folder, measure.Settings(self.esd_driver, farms, self.seed))
+
+    def price_options(self, task: Task) -> price.Options:
+        """Return the options of the search for prices; its dtype depends on the model's."""
+        effort = price.EFFORTS[self.price_effort]
+        return price.Options(self.price_steps, self.price_refresh, None, task.by_magnitude, effort)
 
     def one_file(self) -> bool:
         """Return whether the texts for calibration and evaluation are one file, which is not split."""
@@ -464,11 +443,6 @@ class Experiment(
         table = VARIANTS if self.use_variant else PRUNERS
         start = self.price_start.replace("uniform", "") if suffix == "price" else ""
         return Task(method, configured(name, table, self._options(name)), suffix, target, nm, start)
-
-    def price_options(self, dtype: torch.dtype | None = None) -> price.Options:
-        """Return the options of the search for prices, in ``dtype`` (None: the model's own)."""
-        effort = price.EFFORTS[self.price_effort]
-        return price.Options(self.price_steps, self.price_refresh, dtype, self.task().by_magnitude, effort)
 
     def _options(self, pruner: str) -> Options:
         if self.pruner_iterations is not None and pruner not in ITERATED:
@@ -528,6 +502,12 @@ class Experiment(
             fix = f"that type removes {implied:g}; leave --sparsity_ratio out or give {implied:g}"
             raise UserError("sparsity_ratio", f"{self.sparsity_ratio} {given}: {fix}")
         return implied
+
+
+def hyper_parameters(settings: Flags) -> dict[str, object]:
+    """Return the hyper-parameters of all allocations by field."""
+    names = {name for allocation in ALLOCATIONS.values() for name in allocation.flags}
+    return {name: getattr(settings, name) for name in sorted(names | {"owl_m"})}
 
 
 def pruning_flags(settings: Flags) -> list[str]:

@@ -205,6 +205,12 @@ def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
     return has_flags(record, flags) and record.get("complete") is True
 
 
+def is_unmeasured(save: Path, run: str, flags: Mapping[str, object]) -> bool:
+    """Return whether the run with these flags was stopped in its evaluation, when its model was whole."""
+    earlier = read_run(save, run)
+    return has_flags(earlier, flags) and earlier.get("complete") is False
+
+
 def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
     """Return digests of the local files and folders that ``flags`` name, by flag; of a hub's there is none.
 

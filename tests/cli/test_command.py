@@ -12,7 +12,6 @@ from conftest import ROOT, settings
 from lib.cli.command import command, make_parser, parse
 from lib.cli.flags import Flags, flag, number_or_auto
 from lib.core.errors import UserError
-from lib.run.pipeline import metric_folder
 
 
 @dataclass(kw_only=True)
@@ -171,6 +170,7 @@ def test_defaults_in_the_repository_are_there_wherever_a_command_is_started(else
     monkeypatch.chdir(tmp_path if elsewhere else ROOT)
     made = settings("--model m")
     place = ROOT if elsewhere else Path()
-    assert Path(made.cache_dir) == place / "llm_weights" and metric_folder(made, "m") == place / "data" / "m"
+    assert Path(made.cache_dir) == place / "llm_weights"
+    assert made.measurement("m").folder == place / "data" / "m"
     assert made.save == "results"  # the current folder's
     assert settings("--model m --cache_dir llm_weights").cache_dir == "llm_weights"  # typed: the current folder's too

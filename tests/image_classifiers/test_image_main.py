@@ -18,10 +18,10 @@ from test_image_models import matrices, some_images, tiny_convnext, tiny_vit
 from test_image_pruning import exact
 from torchvision import transforms
 
-from image_classifiers import data, main, pruning
-from image_classifiers.evaluation import accuracy
+from image_classifiers import data, main, models
 from image_classifiers.models import find_parts, save
 from image_classifiers.settings import METHODS, TRAINING_FLAGS, ImageExperiment
+from image_classifiers.subject import accuracy
 from lib.allocation import formulas
 from lib.allocation.block_scores import outlier_ratio, score_blocks
 from lib.cli.command import parse
@@ -200,7 +200,7 @@ def test_scores_of_blocks_are_those_of_the_dense_model():
         scores = [layers[name].weight.detach().double().flatten(1).abs() * means[name].sqrt() for name in names]
         flat = torch.cat([score.flatten() for score in scores])
         wanted |= dict.fromkeys(names, 100 * (flat > 2 * flat.mean()).double().mean().item())
-    inputs = pruning.block_inputs(parts.pruned, [(images[:3], None), (images[3:], None)], None)
+    inputs = models.block_inputs(parts.pruned, [(images[:3], None), (images[3:], None)], None)
     found = score_blocks(parts.pruned, inputs, partial(outlier_ratio, multiple=2.0))
     assert found == pytest.approx(wanted) and len(set(found.values())) > 1
 
@@ -258,7 +258,7 @@ def test_a_failed_evaluation_leaves_the_model_and_the_figures(
     error, status, said, pruning_run, tmp_path, capsys, caplog, monkeypatch
 ):
     flags, (table, run, line), folder = pruning_run
-    monkeypatch.setattr(main, "accuracy", fails_after(1, error))  # the dense model's comes first
+    monkeypatch.setattr("image_classifiers.subject.accuracy", fails_after(1, error))  # the dense model's comes first
     if status is None:
         with pytest.raises(RuntimeError, match="a bug"):
             call(capsys, *flags)
@@ -291,7 +291,7 @@ def test_a_failed_save_leaves_the_figures(error, status, pruning_run, capsys, ca
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(main.models, "save", fail)
+    monkeypatch.setattr(models, "save", fail)
     if status is None:
         with pytest.raises(RuntimeError, match="a bug"):
             call(capsys, *flags)
@@ -330,7 +330,7 @@ def test_the_model_and_the_table_are_written_before_the_evaluation(pruning_run, 
         seen.append((*there, run.exists() and json.loads(run.read_text())["complete"]))
         return accuracy(*args)
 
-    monkeypatch.setattr(main, "accuracy", measured)
+    monkeypatch.setattr("image_classifiers.subject.accuracy", measured)
     assert call(capsys, *flags)[0] == 0
     assert seen == [(False, False, False, False, False), (True, True, True, False, False)]
     record = json.loads(run.read_text())
@@ -459,12 +459,12 @@ def test_published_command_is_understood():
     )
     task = parse(ImageExperiment, command.split(), main.PARSER).task()
     assert (task.method, task.allocation, task.target) == ("wanda_ww", "ww", 0.8)
-    assert task.pruner is pruning.IMAGE_PRUNERS["wanda"]
+    assert task.pruner is models.IMAGE_PRUNERS["wanda"]
 
 
 def test_every_pruner_and_allocation_is_offered():
     assert {"magnitude", "wanda", "magnitude_ww", "wanda_ww", "sparsegpt", "sparsegpt_ww"} <= set(METHODS)
-    assert len(METHODS) == len(formulas.ALLOCATIONS) * len(pruning.IMAGE_PRUNERS)
+    assert len(METHODS) == len(formulas.ALLOCATIONS) * len(models.IMAGE_PRUNERS)
 
 
 def test_defaults_are_the_published_ones():
