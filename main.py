@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(settings: Experiment) -> None:
         try:
             processes.join()
-            checks.check_used(settings)
+            settings.warn_of_idle()
             run(settings, Console(quiet=not processes.speaks()))
             processes.leave()
         except KeyboardInterrupt:

@@ -159,9 +159,7 @@ class Classifier:
             text = "images are normalised by a mean of %s, and these weights were trained with %s%s"
             log.warning(text, mean, trained, fix)
 
-    def batches(
-        self, images: data.Prepared, size: int | None = None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, images: data.Prepared, size: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield ``images`` and their labels, ``size`` (default: the flag's batch size) at a time."""
         return data.batches(images, size or self.batch_size, self.workers)
 

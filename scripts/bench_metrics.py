@@ -44,7 +44,7 @@ class Benchmark(Flags):
 
     rounds: int = flag(3, "measured rounds, whose median is reported", least=1, metavar="N")
     llama_7b: bool = flag(False, "measure LLaMA-7B's shapes only, once, and compute what {cores} need for all of it")
-    cores: int = flag(64, "number of cores assumed by {llama_7b}", least=1, needs="llama_7b", metavar="N")
+    cores: int = flag(64, "number of cores assumed by {llama_7b}", least=1, only="llama_7b", metavar="N")
     cache_dir: str = flag("llm_weights", "where SmolLM2 is kept", in_repository=True, metavar="DIR")
     save: str = flag("results", "where bench_metrics.json is written", metavar="DIR")
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
-from lib.cli.settings import Experiment, Metric, Model, Spectra
+from lib.cli.settings import Allocation, Experiment, Model
 from lib.core import files
 from lib.core.errors import UserError
 from lib.core.lazy import numpy, torch
@@ -47,8 +47,16 @@ class Plan(Flags):
 
 
 @dataclass(kw_only=True)
-class Settings(Plan, Model, Metric, Spectra):
+class Settings(Plan, Model, Allocation):
     """The flags of esd_report.py: main.py's for the metric and the plan, and those for the plots."""
+
+    _without: ClassVar[list[str]] = (
+        "owl_m owl_lambda dlp_alpha atp_beta price_steps price_start price_refresh price_dtype price_effort "
+        "metrics_only plan save_plan export_llmcompressor"
+    ).split()
+
+    def traits(self) -> set[str]:
+        return super().traits() | {"_ww"}
 
     def check(self) -> None:
         super().check()
@@ -83,6 +91,7 @@ def report(settings: Settings) -> Path:
     """Write the report and return its page."""
     run, subject, out = settings.experiment(), LanguageModel(), Path(settings.save)
     task = run.task()
+    files.prepare("save", out)
     subject.prepare(run, task)
     names = [layer.name for layer in subject.layers]
     chosen = [] if settings.layers is None else [_full_name(name, names) for name in settings.layers.split(",")]

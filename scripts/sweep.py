@@ -24,15 +24,12 @@ from lib.core.errors import UserError, first_line
 from lib.core.lazy import torch
 from lib.core.names import check_name
 from lib.models import locate
-from lib.pruning.pruners import DAMPED, ITERATED, VARIANTS
 from lib.run.language import LanguageModel
 from lib.run.record import changed_inputs, inputs_of, is_complete, read_run
 from lib.run.report import spread_of
 
 log = logging.getLogger("main")
 
-# Flags that do nothing with other pruners than these.
-FOR_PRUNERS = {"pruner_iterations": ITERATED, "damping": DAMPED, "use_variant": VARIANTS}
 RESUME = "the same command resumes"
 REST = (
     "All other flags are main.py's; one for certain methods only (--owl_m, --damping, --save_model ...) is not given "
@@ -104,14 +101,9 @@ class Several(Experiment):
         return made
 
     def _understands(self, method: str | None, item: Field) -> bool:
-        if method is None and item.metadata.get("prunes"):
-            return False
-        pruner, _, suffix = (method or "").partition("_")
-        refitted = item.name == "damping" and self.refit  # it is for whatever pruner is refitted then
-        if item.name in FOR_PRUNERS and pruner not in FOR_PRUNERS[item.name] and not refitted:
-            return False
-        only = item.metadata.get("only")
-        return only is None or only == suffix
+        values = {name: getattr(self, name) for name in self.given - {"seeds", "force", "allocations", *self._lists}}
+        only, traits = item.metadata["only"], Experiment(**values | {"prune_method": method}).traits()
+        return not only or bool(traits & set(only.split(" | ")))
 
 
 def words(text: str) -> list[str]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.allocation.block_scores import BLOCK_SCORES
 from lib.allocation.formulas import ALLOCATIONS
 from lib.pruning.pruners import Pruner
 from lib.spectra import measure
@@ -25,6 +24,7 @@ class Task(NamedTuple):
         hyper: hyper-parameters of all allocations by flag.
         plan: file with the ratios, which then come from no allocation.
         identity: the flags that determine the pruned weights, for resuming.
+        traits: what holds of the run, as flags declare what they are for (``Method.traits``).
     """
 
     method: str
@@ -36,6 +36,7 @@ class Task(NamedTuple):
     hyper: Mapping[str, object] = {}
     plan: str | None = None
     identity: Mapping[str, object] = {}
+    traits: frozenset[str] = frozenset()
 
     @property
     def run(self) -> str:
@@ -70,13 +71,12 @@ class Task(NamedTuple):
     @property
     def is_calibrated(self) -> bool:
         """Whether the pruner or the allocation reads statistics of calibration data."""
-        scored = {self.needs, self.starting_task.needs} & BLOCK_SCORES.keys()
-        return bool(self.pruner and (self.pruner.statistic or scored))
+        return "calibration" in self.traits
 
     @property
     def is_searched(self) -> bool:
         """Whether the allocation is found by a search on calibration data."""
-        return self.needs == "price" or (self.allocation == "ww" and self.hyper.get("epsilon") == "auto")
+        return "search" in self.traits
 
 
 class Measurement(NamedTuple):

@@ -145,7 +145,8 @@ def check_calibration(hidden_states: str, nsamples: int) -> None:
         fix = "leave it out, or use cpu or disk"
         raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", fix)
     if nsamples < processes.count():
-        raise UserError("nsamples", nsamples, f"{processes.count()} processes share them", "give at least as many")
+        problem = f"{processes.count()} processes share them, so give at least as many"
+        raise UserError("nsamples", nsamples, problem)
 
 
 def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | None:
@@ -205,22 +206,3 @@ def check_streamed(task: Task, always: bool, fits: bool, zero_shot: bool, packed
     if task.pruner and not saved:
         why = "always" if always else "auto (the model does not fit into memory)"
         raise UserError("stream", f"{why} without --save_model", "pruned blocks go to disk", "add --save_model DIR")
-
-
-def check_used(settings) -> None:
-    """Refuse a flag that nothing reads in this run, or warn if it is about texts: scripts pass those to every run."""
-    task = settings.task()
-    if task.pruner and "hidden_states" in settings.given and not task.is_calibrated:
-        text = f"{settings.hidden_states} does nothing with {task.method}, which needs no calibration"
-        raise UserError("hidden_states", text)
-    evaluates = settings.eval_wikitext and not settings.metrics_only
-    used = {
-        "nsamples": task.is_calibrated,
-        "calib_data": task.is_calibrated or task.is_searched,
-        "eval_data": evaluates,
-        "eval_windows": evaluates,
-        "seqlen": not settings.metrics_only,
-    }
-    unused = [f"--{name}" for name in used if name in settings.given and not used[name]]
-    if unused:
-        log.warning("no effect in this run, which reads no such text: %s", ", ".join(unused))

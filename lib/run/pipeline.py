@@ -184,9 +184,7 @@ def allocate(
     largest = formulas.largest_epsilon(layers, task.target, values, task.hyper["mapping_type"])
     plan_of = partial(make_plan, task, layers, values)
     grid = epsilon.epsilon_grid(largest)
-    trials = epsilon.try_epsilons(
-        subject.weights, plan_of, grid, task.pruner, subject.search, subject.dense, tried
-    )
+    trials = epsilon.try_epsilons(subject.weights, plan_of, grid, task.pruner, subject.search, subject.dense, tried)
     return plan_of(epsilon.best(trials).epsilon), trials
 
 

@@ -197,7 +197,7 @@ BEFORE_LOADING = [
     ("evaluate", "--dataset short.txt", "--dataset short.txt: too short, it has"),
     ("evaluate", "--ctx_length 129", "give at most 128"),
     ("evaluate", "--eval_windows 0", "--eval_windows 0"),
-    ("evaluate", "--tasks boolq", "--tasks without --eval_zero_shot does nothing; add --eval_zero_shot"),
+    ("evaluate", "--tasks boolq", "--tasks does nothing without --eval_zero_shot; add --eval_zero_shot"),
     ("evaluate", "--eval_zero_shot --tasks winogrand", "Did you mean 'winogrande'"),
     ("evaluate", "--result_dir file/x", "--result_dir file/x: cannot be written"),
     ("merge", "--save full", "--save full: is not empty"),
