@@ -16,7 +16,7 @@ from lib.cli.settings import Experiment
 from lib.core import processes
 from lib.run import checks, pipeline, report
 from lib.run.language import LanguageModel
-from lib.run.record import Record, perplexity_text, zero_shot_table
+from lib.run.record import Record, perplexity_text
 
 log = logging.getLogger("main")
 
@@ -106,9 +106,8 @@ def evaluate(subject: LanguageModel, settings: Experiment, record: Record, conso
     with record.stage("zero_shot"):
         answers = subject.zero_shot(saved, settings.num_fewshot, settings.limit, settings.batch_size())
     record.content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
-    table = zero_shot_table(answers.scores, answers.means)
-    record.files[f"zero_shot_{record.run}.txt"] = f"{method}:\n{table}"
-    report.line(console, table)
+    record.files[f"zero_shot_{record.run}.txt"] = f"{method}:\n{answers.table}"
+    report.line(console, answers.table)
 
 
 def how_to_resume(settings: Experiment, record: Record) -> str:

@@ -1,39 +1,36 @@
-"""Pruned models and LoRA adapters: locating, checking against each other and loading."""
+"""Pruned models and their LoRA adapters: found, checked against each other, and loaded."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from lib import sparse
-from lib.calibration import texts as data
+from lib.calibration import texts
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
 from lib.core import digests
 from lib.core.errors import UserError, first_line
-from lib.core.lazy import torch
-from lib.models import load, locate, memory, safetensors_io
+from lib.core.lazy import torch, transformers
+from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers
 from lib.models.weights import Weights, weights_of
 from lib.spectra import measure
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 log = logging.getLogger("lora_ft")
 
-BASE = "base_model.json"  # beside an adapter: which weights it was trained on
+# Lies beside an adapter: the fingerprints of the weights it was trained on, and how its training was started.
+BASE = "base_model.json"
 
-_RESTORE = "restore it, or remove it to go on without knowing which weights it belongs to"
-_DENSE = 0.01  # a sparsity below this is no pruning
+DENSE_BELOW = 0.01  # A model with a smaller sparsity has not been pruned.
+TRAINED_ON = "give the model it was trained on"
 
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -50,7 +47,8 @@ class PrunedModel(Flags):
     cache_dir: str = flag("llm_weights", "where weights from the hub are kept", in_repository=True, metavar="DIR")
     dtype: str = flag(
         "auto",
-        "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU",
+        "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU; for "
+        "training, that of --bf16 or --fp16",
         choices=load.DTYPES,
         metavar="NAME",
     )
@@ -66,138 +64,160 @@ class Dataset(Flags):
 
     def check(self) -> None:
         super().check()
-        data.check_text("dataset", self.dataset)
+        texts.check_text("dataset", self.dataset)
 
 
 # ------------------------------------------------------------------------------------------------- before loading
 
 
 class Base(NamedTuple):
-    """A model as described by its folder, without weights, and its tokenizer.
+    """A pruned model without its weights, and its tokenizer.
 
-    ``config`` is borrowed from another model, or None for the model's own; the tokenizer may be borrowed as well.
+    ``config`` is another model's if the pruned folder has none, else None; ``lender`` is the name of that model if the
+    tokenizer is its, too.
     """
 
     source: load.Source
-    skeleton: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    skeleton: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
     config: object | None = None
-    lender: str | None = None  # of the tokenizer
+    lender: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """A name of the model that is valid anywhere: an absolute path, or the name as given."""
+        path = Path(self.source.given).expanduser()
+        return str(path.resolve()) if path.exists() else self.source.given
 
 
 @contextmanager
-def lent_by(field: str) -> Iterator[None]:
-    """Make errors about a model name the flag ``field`` that it came from."""
+def blame(field: str) -> Iterator[None]:
+    """Let a UserError about a model name the flag ``field``, from which the model's name came."""
     try:
         yield
     except UserError as error:
-        raise UserError(field, error.text) from error
+        error.field = field
+        raise
 
 
-def find_base(model: str, config_name: str | None, cache_dir: str) -> Base:
-    """Return the model ``model`` without weights, and its tokenizer.
+@contextmanager
+def damage_reported(field: str, path: Path) -> Iterator[None]:
+    """Turn whatever reading a damaged file ``path`` leads to into a UserError about the flag ``field``."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fix = "restore it, or train the adapter again"
+        raise UserError(field, path, f"is damaged ({first_line(error)})", fix) from error
 
-    Args:
-        config_name: a folder or hub id that supplies the config and tokenizer missing from the model's own folder.
+
+def find_base(settings: PrunedModel) -> Base:
+    """Return the model that the flags name, without weights, and its tokenizer.
 
     Raises:
-        UserError: the model is unknown, or lacks a part and ``config_name`` is not given.
+        UserError: the model is unknown, or lacks a part and --config_name is not given.
     """
-    folder = Path(model).expanduser()
+    folder = Path(settings.model).expanduser()
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    borrows_config = "config.json" not in names and any(name.endswith((".safetensors", ".bin")) for name in names)
+    has_weights = any(name.endswith((".safetensors", ".bin")) for name in names)
+    borrows_config = bool(settings.config_name) and has_weights and "config.json" not in names
     borrows_tokenizer = bool(names) and not names & set(load.TOKENIZER_FILES)
-    if config_name is None:
-        if borrows_tokenizer and "config.json" in names:
-            raise UserError("model", f"{model}: the folder holds no tokenizer; give its model: --config_name NAME")
-        source = _locate(model, cache_dir)
-        return Base(source, load.load_skeleton(source), load.load_tokenizer(source))
-    with lent_by("config_name"):
-        lender = locate.locate(config_name, cache_dir)
+    if borrows_tokenizer and not settings.config_name and "config.json" in names:
+        fix = "give the model that it was pruned from: --config_name NAME"
+        raise UserError("model", settings.model, "the folder holds no tokenizer", fix)
     if borrows_config:
-        source = load.Source(model, str(folder), folder.resolve().name, cache_dir)
-        sparse.refuse_packed(source)
-        with lent_by("config_name"):
-            skeleton = load.load_skeleton(lender)
+        source = load.Source(settings.model, str(folder), folder.resolve().name, settings.cache_dir)
     else:
-        source = _locate(model, cache_dir)
-        skeleton = load.load_skeleton(source)
-    with lent_by("config_name" if borrows_tokenizer else "model"):
+        source = locate.locate(settings.model, settings.cache_dir)
+    sparse.refuse_packed(source)  # It has no gradients, and is not saved again.
+    lender = source
+    if borrows_config or borrows_tokenizer:
+        with blame("config_name"):
+            lender = locate.locate(settings.config_name, settings.cache_dir)
+    with blame("config_name" if borrows_config else "model"):
+        skeleton = load.load_skeleton(lender if borrows_config else source)
+    with blame("config_name" if borrows_tokenizer else "model"):
         tokenizer = load.load_tokenizer(lender if borrows_tokenizer else source)
     config = skeleton.config if borrows_config else None
-    return Base(source, skeleton, tokenizer, config, config_name if borrows_tokenizer else None)
+    return Base(source, skeleton, tokenizer, config, settings.config_name if borrows_tokenizer else None)
 
 
-def _locate(model: str, cache_dir: str) -> load.Source:
-    source = locate.locate(model, cache_dir)
-    sparse.refuse_packed(source)  # it has no gradients, and is not saved again
-    return source
+def evaluation_windows(settings, base: Base) -> torch.Tensor:
+    """Return the windows to evaluate, [windows, tokens]; ``settings`` has the flags of ``Dataset``."""
+    check_length("ctx_length", settings.ctx_length, base.skeleton)
+    windows = texts.evaluation_windows(
+        settings.dataset, base.tokenizer, settings.ctx_length, settings.eval_windows, field="dataset"
+    )
+    check_vocabulary(base, windows)
+    return windows
 
 
-def check_vocabulary(base: Base, *texts: Tensor | None) -> None:
-    """Refuse texts whose tokenizer gives tokens that the model does not have."""
-    with lent_by("config_name" if base.lender else "model"):
-        load.check_vocabulary(base.lender or base.source.given, base.skeleton, *texts)
+def check_vocabulary(base: Base, *windows: torch.Tensor | None) -> None:
+    """Refuse tokens that the model does not have: its tokenizer is another model's."""
+    with blame("config_name" if base.lender else "model"):
+        load.check_vocabulary(base.lender or base.source.given, base.skeleton, *windows)
 
 
-def check_length(field: str, length: int, skeleton: PreTrainedModel) -> None:
-    """Refuse a number of tokens that the model does not support."""
+def check_length(field: str, length: int, skeleton: torch.nn.Module) -> None:
+    """Refuse more tokens than the model has positions for."""
     context = load.context_length(skeleton)
     if context is not None and length > context:
-        raise UserError(field, f"{length}: is more than the model's context; give at most {context}")
+        raise UserError(field, length, "is more than the model's context", f"give at most {context}")
 
 
-def check_adapter(given: str, base: Base) -> None:
-    """Refuse a folder that holds no LoRA adapter, or one of another model than ``base``, as far as its files tell.
+def check_adapter(folder: str, base: Base) -> None:
+    """Refuse a folder that holds no LoRA adapter, or one that does not belong to ``base``, as far as files tell."""
+    path = Path(folder).expanduser()
+    if not (path / "adapter_config.json").is_file():
+        hint = ", but a model" if (path / "config.json").is_file() else ""
+        raise UserError("lora_weights", folder, f"holds no adapter{hint}", "give finetune_lm.py's --output_dir")
+    check_base("lora_weights", path, base)
+    attach(folder, copy.deepcopy(base.skeleton))
+
+
+def check_base(field: str, folder: Path, base: Base, weights: Weights | None = None) -> None:
+    """Refuse the adapter in ``folder`` if it was trained on other weights than the model's.
+
+    Called before the weights are loaded, and again with ``weights``, for a model whose files do not hold its layers
+    under their names.
 
     Raises:
-        UserError: as described above; names the first matrix that does not fit and the adapter's model.
+        UserError: names the first layer that differs.
     """
-    about, shapes = _described(given)
-    fix = f"it was made for {about.get('base_model_name_or_path')}, give that --model"
-    modules = dict(base.skeleton.named_modules())
-    for key, shape in shapes.items():
-        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
-        wanted = getattr(modules.get(name), "weight", None)
-        if part[:1] not in ("A", "B") or not part.endswith(".weight"):
-            continue
-        if wanted is None:
-            raise UserError("lora_weights", f"{given}: {base.source.given} has no layer {name}; {fix}")
-        axis, side = (1, "columns") if part[0] == "A" else (0, "rows")
-        if len(shape) != 2:
-            raise UserError("lora_weights", f"{given}: {key} is no matrix; train the adapter again")
-        if shape[axis] != wanted.shape[axis]:
-            have = f"{name} has {wanted.shape[axis]} {side} and the adapter is for {shape[axis]}"
-            raise UserError("lora_weights", f"{given}: does not fit {base.source.given}, {have}; {fix}")
-    check_base_files(given, base)
+    fingerprints = stored_fingerprints(base)
+    if (fingerprints is None) == (weights is None):
+        return  # This call is too early to know, or comes after the one that knew.
+    path = folder / BASE
+    if not path.is_file():
+        text = "%s: has no %s: whether it was trained on %s cannot be checked"
+        log.warning(text, folder, BASE, base.source.given)
+        return
+    if fingerprints is None:
+        fingerprints = measure.fingerprints(weights)
+    with damage_reported(field, path):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        layer = digests.first_difference(record["fingerprints"], fingerprints)
+    if layer:
+        problem = f"was trained on other weights than those of --model {base.source.given} (see {layer})"
+        raise UserError(field, folder, problem, f"{TRAINED_ON}, {record.get('model')}")
 
 
-def _described(given: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
-    """Return the config of the LoRA adapter in the folder ``given``, and the shapes of its matrices by key."""
-    from safetensors import safe_open
+def stored_fingerprints(base: Base) -> dict[str, str] | None:
+    """Return the fingerprints of the layers in the model's files, None if those do not hold the layers by name.
 
-    folder = Path(given).expanduser()
-    if not folder.is_dir():
-        raise UserError("lora_weights", f"{given}: folder not found; give the --output_dir of finetune_lm.py")
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for path in (config, weights):
-        if not path.is_file():
-            model = path is config and (folder / "config.json").is_file()
-            hint = "; it holds a model, not an adapter" if model else ""
-            raise UserError("lora_weights", f"{given}: the folder holds no {path.name}{hint}")
-    fix = "restore it, or train the adapter again"
-    about = read_json("lora_weights", config, fix)
-    try:
-        with safe_open(weights, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except Exception as error:  # safetensors has its own error class
-        raise UserError("lora_weights", f"{weights}: cannot be read ({first_line(error)}); {fix}") from error
-    if about.get("peft_type") != "LORA":
-        raise UserError("lora_weights", f"{given}: is a {about.get('peft_type')} adapter; only LORA is supported")
-    if about.get("modules_to_save") or about.get("bias", "none") != "none":
-        text = "changes more than its own matrices (modules_to_save or bias); only LoRA alone is supported"
-        raise UserError("lora_weights", f"{given}: {text}")
-    return about, shapes
+    The files are mapped into memory, so that only the few entries of a matrix are read that its fingerprint needs.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with ExitStack() as opened:
+        try:
+            paths = sorted(Path(base.source.path).glob("model*.safetensors"))
+            shards = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
+            shard_of = {key: shard for shard in shards for key in shard.keys()}
+            names = [layer.name for layer in prunable_layers(base.skeleton)]
+            tensors = {name: shard_of[f"{name}.weight"].get_tensor(f"{name}.weight") for name in names}
+        except (KeyError, SafetensorError):  # A damaged file is reported where the model is loaded.
+            return None
+        return {name: digests.fingerprint(tensor) for name, tensor in tensors.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- loading
@@ -217,183 +237,69 @@ def load_base(
     model = load.load_llm(base.source, dtype, device, reserve, base.config)
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if "cpu" in places and len(places) > 1:
-        need = "does not fit in the GPUs' memory, which LoRA needs; use more GPUs, or none (CUDA_VISIBLE_DEVICES=)"
-        raise UserError("model", f"{base.source.given}: {need}")
+        problem = "does not fit in the GPUs' memory, which LoRA needs"
+        raise UserError("model", base.source.given, problem, "use more GPUs, or none (CUDA_VISIBLE_DEVICES=)")
     weights = weights_of(model, stored)
     sparsity = weights.sparsity()
-    if sparsity < _DENSE:
+    if sparsity < DENSE_BELOW:
         log.warning("the model %s is dense, not pruned: its sparsity is %.4f", base.source.given, sparsity)
     return weights
 
 
-def load_adapter(given: str, weights: Weights, base: Base) -> PeftModel:
-    """Return the model with the adapter around its layers, in evaluation mode.
+def attach(folder: str, model: torch.nn.Module) -> torch.nn.Module:
+    """Return ``model`` as peft's, with the adapter in ``folder`` around its layers, in evaluation mode.
+
+    On a model without weights this only shows whether the adapter fits.
 
     Raises:
-        UserError: the adapter records that it was trained on other weights, or lacks some of its own.
+        UserError: it is no adapter of LoRA alone, is damaged, or has other matrices than the model and its config need.
     """
-    check_base(given, weights, base)
-    return attach(given, weights)
-
-
-def attach(given: str, weights: Weights) -> PeftModel:
-    """Return the model with the adapter around its layers, in evaluation mode.
-
-    Raises:
-        UserError: the adapter lacks weights that its config names, or they are of other shapes.
-    """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModelForCausalLM
 
     quiet_peft()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys")
-        try:
-            return PeftModel.from_pretrained(weights.model, Path(given).expanduser()).eval()
-        except UserWarning as error:
-            text = f"{given}: lacks weights that its config names ({first_line(error)})"
-            raise UserError("lora_weights", text) from error
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of any class: what a config leads to that is not of its weights
-            text = f"{given}: its config does not fit its weights ({first_line(error)}); train the adapter again"
-            raise UserError("lora_weights", text) from error
-
-
-def describe_base(weights: Weights, base: Base, sparsity: float) -> dict:
-    """Return what is recorded beside an adapter of the weights that it is trained on."""
-    return {"model": identity(base.source), "sparsity": sparsity, "fingerprints": measure.fingerprints(weights)}
-
-
-def read_json(field: str, path: Path, fix: str) -> dict:
-    """Return the JSON object in the file ``path``.
-
-    Raises:
-        UserError: the file is damaged or holds no object; ``fix`` says what to do.
-    """
+    path = Path(folder).expanduser()
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(field, f"{path}: cannot be read ({first_line(error)}); {fix}") from error
-    if not isinstance(about, dict):
-        raise UserError(field, f"{path}: holds no JSON object; {fix}")
-    return about
+        config = PeftConfig.from_pretrained(path)
+        if config.peft_type != "LORA":
+            raise UserError("lora_weights", folder, f"is a {config.peft_type.value} adapter", "only LoRA is supported")
+        if config.modules_to_save or config.bias != "none":
+            raise UserError("lora_weights", folder, "changes more than its own matrices (modules_to_save or bias)")
+        adapted = PeftModelForCausalLM(model, config)
+        keys = adapted.load_adapter(path, "default")
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # peft, safetensors and torch each have their own for files that do not fit
+        reason = " ".join(str(error).split())[:200]
+        raise UserError("lora_weights", folder, f"is damaged, or of another model ({reason})", TRAINED_ON) from error
+    for problem, names in (("lacks", keys.missing_keys), ("has in excess", keys.unexpected_keys)):
+        if names:
+            raise UserError("lora_weights", folder, f"{problem} {len(names)} matrices, first {names[0]}", TRAINED_ON)
+    return adapted.eval()
 
 
-def recorded(folder: Path, field: str = "lora_weights") -> dict:
-    """Return what was recorded beside an adapter when its training started; nothing if there is no record.
-
-    Raises:
-        UserError: the record is damaged.
-    """
-    path = folder / BASE
-    if not path.is_file():
-        return {}
-    about = read_json(field, path, _RESTORE)
-    if not isinstance(about.get("fingerprints", {}), dict):
-        raise UserError(field, f"{path}: its fingerprints are damaged; {_RESTORE}")
-    return about
-
-
-def check_base(given: str, weights: Weights, base: Base) -> None:
-    """Refuse the adapter in the folder ``given`` if it records training on weights other than ``weights``.
-
-    Raises:
-        UserError: names the first layer that differs.
-    """
-    about = recorded(Path(given).expanduser())
-    if "fingerprints" not in about:
-        lacks = f"{BASE} is an older version's, without fingerprints" if about else f"has no {BASE}"
-        text = "--lora_weights %s: %s: whether it was trained on %s cannot be checked"
-        log.warning(text, given, lacks, base.source.given)
-        return
-    _compare(given, about, measure.fingerprints(weights), base)
-
-
-def check_base_files(given: str, base: Base) -> None:
-    """Refuse what ``check_base`` refuses before the weights are loaded, if their files are on this machine."""
-    about = recorded(Path(given).expanduser())
-    now = _stored_fingerprints(base) if "fingerprints" in about else None
-    if now is not None:
-        _compare(given, about, now, base)
-
-
-def _compare(given: str, about: Mapping, now: Mapping[str, str], base: Base) -> None:
-    try:
-        other = digests.first_difference(about["fingerprints"], now)
-    except (TypeError, ValueError) as error:  # no hexadecimal digits, or not as many as they were
-        text = f"{Path(given) / BASE}: its fingerprints are damaged; {_RESTORE}"
-        raise UserError("lora_weights", text) from error
-    if other:
-        text = f"was trained on other weights than those of --model {base.source.given} (see {other})"
-        raise UserError("lora_weights", f"{given}: {text}; give the model it was trained on, {about.get('model')}")
-
-
-def _stored_fingerprints(base: Base) -> dict[str, str] | None:
-    """Return the fingerprints of the layers as the model's files hold them; None if they do not by the layers' names.
-
-    The files are mapped, so that only the few entries of each matrix are read that its fingerprint needs.
-    """
-    from safetensors import safe_open
-
-    folder = Path(base.source.path)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not single.is_file() and not index.is_file():
-        return None
-    try:
-        entries = safetensors_io.Checkpoint(folder).entries if index.is_file() else safetensors_io.read_header(single)
-    except UserError:  # it is for the loading to say whether it is damaged
-        return None
-    weights = {layer.name: f"{layer.name}.weight" for layer in prunable_layers(base.skeleton)}
-    if not entries.keys() >= set(weights.values()):
-        return None
-    with ExitStack() as opened:
-        paths = {entries[key].file for key in weights.values()}
-        shards = {path: opened.enter_context(safe_open(path, framework="pt")) for path in paths}
-        tensors = ((name, shards[entries[key].file].get_tensor(key)) for name, key in weights.items())
-        return {name: digests.fingerprint(tensor) for name, tensor in tensors}
-
-
-def identity(source: load.Source) -> str:
-    """Return a name of the model that is valid anywhere: an absolute path, or the name as given."""
-    path = Path(source.given).expanduser()
-    return str(path.resolve()) if path.exists() else source.given
-
-
-def adapted_layers(model: PeftModel) -> dict[str, nn.Module]:
-    """Return the layers of the model that have an adapter, by their names in the model without adapters."""
-    return {name: layer.get_base_layer() for name, layer in lora_layers(model).items()}
-
-
-def lora_layers(model: PeftModel) -> dict[str, nn.Module]:
-    """Return peft's own modules, which hold a layer and its adapter, by the layers' names."""
+def lora_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return peft's modules, each of which holds a layer and its adapter, by the layers' names without adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     modules = model.base_model.model.named_modules()
     return {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
 
 
-# ---------------------------------------------------------------------------------------------------------- reports
-
-
 def quiet_peft() -> None:
-    """Silence peft's search for a config that would show whether the vocabulary grew, which it does not here."""
+    """Silence peft's search for a vocabulary that grew, and its remark that a model without weights takes none."""
     warnings.filterwarnings("ignore", message="Could not find a config file in")
+    warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
 
 
 @contextmanager
-def kept(resume: str | Callable[[], str], unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """If the body of the with statement fails, report what is on disk and how to ``resume``.
-
-    Args:
-        resume: the text, or a function that returns it after the failure.
-        unless: errors of this class are not reported.
-    """
+def explain_failure(hint: Callable[[], str]) -> Iterator[None]:
+    """If the body of the with statement fails, say by ``hint`` what is on disk and how to go on."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(resume if isinstance(resume, str) else resume()) from error
-    except unless:
-        raise
+        raise KeyboardInterrupt(hint()) from error
+    except UserError:
+        raise  # It says itself what to do.
     except Exception:
-        log.warning("%s", resume if isinstance(resume, str) else resume())
+        log.warning("%s", hint())
         raise

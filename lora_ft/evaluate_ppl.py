@@ -10,38 +10,29 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.calibration import texts as data
 from lib.cli.command import command, make_parser
-from lib.cli.flags import Flags, flag
+from lib.cli.flags import flag
 from lib.cli.settings import ZeroShot
 from lib.core import files
-from lib.evaluation import perplexity, zero_shot
+from lib.evaluation import zero_shot
+from lib.evaluation.perplexity import perplexity
 from lib.models import load
-from lib.run.record import run_text, zero_shot_table
+from lib.run.record import run_text
 from lora_ft import common
 
 
 @dataclass(kw_only=True)
-class Adapter(Flags):
-    _title: ClassVar[str] = "model"
+class Evaluate(common.PrunedModel, common.Dataset, ZeroShot):
+    """The flags of evaluate_ppl.py."""
+
+    _title: ClassVar[str] = "adapter and output"
 
     lora_weights: str | None = flag(
         None, "the adapter: finetune_lm.py's --output_dir (default: the model alone)", metavar="DIR"
     )
-
-
-@dataclass(kw_only=True)
-class Output(Flags):
-    _title: ClassVar[str] = "output"
-
     result_dir: str = flag(
         "results", "where perplexity.txt, perplexity.json and zero_shot.txt are written", metavar="DIR"
     )
-
-
-@dataclass(kw_only=True)
-class Evaluate(common.PrunedModel, Adapter, common.Dataset, ZeroShot, Output):
-    """The flags of evaluate_ppl.py."""
 
 
 PARSER = make_parser(
@@ -49,56 +40,46 @@ PARSER = make_parser(
 )
 
 
-def run(settings: Evaluate) -> dict:
-    """Measure, write and print the perplexity and the accuracies, and return the record."""
+def run(settings: Evaluate) -> None:
+    """Measure, write and print the perplexity, then the accuracies if they are asked for."""
     folder = Path(settings.result_dir)
     files.prepare("result_dir", folder)
-    base = common.find_base(settings.model, settings.config_name, settings.cache_dir)
-    common.check_length("ctx_length", settings.ctx_length, base.skeleton)
+    base = common.find_base(settings)
     if settings.lora_weights is not None:
         common.check_adapter(settings.lora_weights, base)
-    cut = (settings.ctx_length, settings.eval_windows)
-    windows = data.evaluation_windows(settings.dataset, base.tokenizer, *cut, field="dataset")
-    common.check_vocabulary(base, windows)
+    windows = common.evaluation_windows(settings, base)
     tasks = None
     if settings.eval_zero_shot:
         tasks = zero_shot.find_tasks(settings.task_names(), settings.include_path, settings.num_fewshot)
 
     dtype = load.choose_dtypes(settings.dtype, base.skeleton).compute
     weights = common.load_base(base, dtype, settings.ctx_length)
+    sparsity, model = weights.sparsity(), weights.model
+    if settings.lora_weights is not None:
+        common.check_base("lora_weights", Path(settings.lora_weights), base, weights)
+        model = common.attach(settings.lora_weights, weights.model)
     record = {
-        "perplexity": None,
+        "complete": tasks is None,
+        "perplexity": perplexity(model, windows),
         "zero_shot": None,
-        "model": common.identity(base.source),
-        "sparsity": weights.sparsity(),
+        "model": base.identity,
+        "sparsity": sparsity,
         "lora_weights": settings.lora_weights,
         "evaluation": {"text": settings.dataset, "windows": len(windows), "seqlen": settings.ctx_length},
         "flags": settings.flags(),
     }
-    adapter = settings.lora_weights
-    model = weights.model if adapter is None else common.load_adapter(adapter, weights, base)
-    record["perplexity"] = perplexity.perplexity(model, windows)
-    name = "wikitext" if settings.dataset == "wikitext2" else settings.dataset  # the published line's name for it
+    name = "wikitext" if settings.dataset == "wikitext2" else settings.dataset  # as the published line calls it
     line = f"perplexity on {name} {record['perplexity']}"
-    texts = {"perplexity.json": run_text(record | {"complete": tasks is None}), "perplexity.txt": line + "\n"}
-    files.write_files(folder, texts)
+    files.write_files(folder, {"perplexity.json": run_text(record), "perplexity.txt": line + "\n"})
     print(line, flush=True)
-    if tasks is not None:
-        with common.kept(f"the perplexity is in {folder}; the same command starts again"):
-            record["zero_shot"] = _answer(settings, model, base, tasks, record)
-    return record
-
-
-def _answer(settings: Evaluate, model, base: common.Base, tasks: zero_shot.Tasks, record: dict) -> dict:
-    """Run the tasks, write and print the accuracies, and return them."""
-    cut = (settings.num_fewshot, settings.limit, settings.batch_size())
-    answers = zero_shot.zero_shot(model, base.tokenizer, tasks, *cut)
-    found = {"means": answers.means, "lm_eval": answers.full}
-    table = zero_shot_table(answers.scores, answers.means)
-    texts = {"zero_shot.txt": table, "perplexity.json": run_text(record | {"zero_shot": found, "complete": True})}
-    files.write_files(Path(settings.result_dir), texts)
-    print(table, end="")
-    return found
+    if tasks is None:
+        return
+    with common.explain_failure(lambda: f"the perplexity is in {folder}; the same command starts again"):
+        cut = (settings.num_fewshot, settings.limit, settings.batch_size())
+        answers = zero_shot.zero_shot(model, base.tokenizer, tasks, *cut)
+        record |= {"complete": True, "zero_shot": {"means": answers.means, "lm_eval": answers.full}}
+        files.write_files(folder, {"zero_shot.txt": answers.table, "perplexity.json": run_text(record)})
+        print(answers.table, end="")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,24 +1,51 @@
 """Generated text of a model folder, packed or dense, with tokens per second and resident memory."""
 
-import argparse
-import json
+from __future__ import annotations
+
 import os
+import signal
 import statistics
-import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import MISSING, dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from subprocess import PIPE
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.cli.command import answer
-from lib.cli.flags import Flags
+from lib import sparse
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
 from lib.core.errors import UserError
+from lib.core.lazy import torch, transformers
+from lib.models.load import check_vocabulary, context_length, load_llm, load_skeleton, load_tokenizer
+from lib.models.locate import locate
 
-ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5  # of --compare: each model as many times, in turns
+
+
+@dataclass(kw_only=True)
+class Generation(Flags):
+    _title: ClassVar[str] = "generation"
+
+    model: str = flag(
+        MISSING, "a packed folder, a model's folder, a .gguf file or smollm2-135m", positional=True, metavar="MODEL"
+    )
+    prompt: str = flag(MISSING, "the text to continue", positional=True, metavar="PROMPT")
+    tokens: int = flag(64, "new tokens at most", least=2, metavar="N")
+    compare: str | None = flag(None, "run this model, too, in turns, and print the ratio", metavar="DENSE")
+    threads: int = flag(
+        0, "threads (0: as many as torch takes)", least=0, most=os.cpu_count() or 1, metavar="N"
+    )
+    cache_dir: str = flag("llm_weights", "where models are kept", in_repository=True, metavar="DIR")
+
+
+PARSER = make_parser(Generation, "generate.py", __doc__)
 
 
 def resident_mb() -> int:
@@ -29,181 +56,129 @@ def resident_mb() -> int:
 
 
 class Timing:
-    """A streamer for ``generate`` that passes tokens on to ``text``, if given, and records when each one arrives."""
+    """A streamer for ``generate`` that passes tokens on to a ``printer``, if any, and records when each one arrives."""
 
-    def __init__(self, text=None) -> None:
-        self.text, self.times = text, []
+    def __init__(self, printer: Any = None) -> None:
+        self.printer, self.times = printer, []
 
-    def put(self, ids) -> None:
+    def put(self, ids: torch.Tensor) -> None:
         self.times.append(time.perf_counter())  # the first call brings the prompt, before it is read
-        if self.text:
-            self.text.put(ids)
+        if self.printer:
+            self.printer.put(ids)
 
     def end(self) -> None:
-        if self.text:
-            self.text.end()
+        if self.printer:
+            self.printer.end()
 
 
-def load(model: str, cache_dir: str):
-    """Return the model of a packed folder, or a dense one in bfloat16 on the CPU, and its tokenizer."""
-    import torch
+class Runner:
+    """A model of a packed folder, or a dense one in bfloat16 on the CPU, and its tokenizer."""
 
-    from lib import sparse
-    from lib.models import load as loading
-    from lib.models import locate
+    def __init__(self, model: str, settings: Generation) -> None:
+        from lib.sparse import loading  # noqa: F401  (with transformers, before the memory is measured)
 
-    source = locate.locate(model, cache_dir)
-    if sparse.is_packed(Path(source.path)):
-        return sparse.load_packed(source.path), loading.load_tokenizer(source)
-    return loading.load_llm(source, torch.bfloat16, torch.device("cpu")), loading.load_tokenizer(source)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.settings, self.before = settings, resident_mb()
+        source = locate(model, settings.cache_dir)
+        self.tokenizer = load_tokenizer(source)
+        packed = sparse.is_packed(Path(source.path))
+        cpu = torch.device("cpu")
+        self.model = sparse.load_packed(source.path) if packed else load_llm(source, torch.bfloat16, cpu)
 
-
-def generate(model, tokenizer, args: argparse.Namespace, before: int, stream: bool) -> dict:
-    """Return time and memory of one greedy run; ``before``: the resident memory before the model was loaded, MB."""
-    import torch
-    from transformers import TextStreamer
-
-    ids = tokenizer(args.prompt, return_tensors="pt").input_ids
-    timing = Timing(TextStreamer(tokenizer) if stream else None)
-    limits = {"max_new_tokens": args.tokens} | ({} if stream else {"min_new_tokens": args.tokens})  # all do the same
-    with torch.inference_mode():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=timing, do_sample=False, **limits)
-    start, first, *rest = timing.times
-    return {
-        "new_tokens": out.shape[1] - ids.shape[1],
-        "prompt_tokens_per_second": ids.shape[1] / (first - start),
-        "tokens_per_second": len(rest) / (rest[-1] - first) if rest else 0.0,
-        "resident_mb": resident_mb(),
-        "model_mb": resident_mb() - before,
-    }
+    def generate(self, show: bool) -> dict[str, float]:
+        """Return speed and memory of one greedy run; ``show`` prints its text, else it is always as long."""
+        ids = self.tokenizer(self.settings.prompt, return_tensors="pt").input_ids
+        timing = Timing(transformers.TextStreamer(self.tokenizer) if show else None)
+        limits = {"max_new_tokens": self.settings.tokens} | ({} if show else {"min_new_tokens": self.settings.tokens})
+        with torch.inference_mode():
+            self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=timing, do_sample=False, **limits)
+        start, first, *rest = timing.times
+        return {
+            "prompt_tokens_per_second": ids.shape[1] / (first - start),
+            "tokens_per_second": len(rest) / (rest[-1] - first) if rest else 0.0,
+            "resident_mb": resident_mb(),
+            "model_mb": resident_mb() - self.before,
+        }
 
 
-def describe(run: dict) -> str:
+def describe(run: dict[str, float]) -> str:
     return (
         f"{run['tokens_per_second']:.1f} tokens/s, prompt {run['prompt_tokens_per_second']:.1f} tokens/s, "
-        f"{run['resident_mb']} MB resident ({run['model_mb']} MB more than before the model was loaded)"
+        f"{run['resident_mb']:.0f} MB resident ({run['model_mb']:.0f} MB more than before the model was loaded)"
     )
 
 
-def medians(runs: list[dict]) -> dict:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+_runner: Runner  # of a process that compare() started
 
 
-def serve(args: argparse.Namespace) -> None:
-    """Answer each line of standard input with a run, as a line of JSON: one model of --compare in its own process."""
-    before = resident_mb()
-    model, tokenizer = load(args.model, args.cache_dir)
-    for _ in sys.stdin:
-        print(json.dumps(generate(model, tokenizer, args, before, stream=False)), flush=True)
+def _start(model: str, settings: Generation) -> None:
+    global _runner
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process without a traceback
+    _runner = Runner(model, settings)
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Run the model and the dense one in turns, each in a separate process, and print both and the ratio."""
-    names, runs = [args.model, args.compare], [[], []]
-    about = ["--tokens", str(args.tokens), "--cache_dir", args.cache_dir, "--threads", str(args.threads), "--serve"]
-    command, pipes = [sys.executable, str(Path(__file__)), *about, "--"], {"stdin": PIPE, "stdout": PIPE, "text": True}
-    servers: list[subprocess.Popen] = []
-    try:
-        for name in names:  # a session of its own: Ctrl-C reaches this process alone, which ends them
-            words = [*command, name, args.prompt]
-            servers.append(subprocess.Popen(words, start_new_session=True, **pipes))
+def _run() -> dict[str, float]:
+    return _runner.generate(show=False)
+
+
+def compare(settings: Generation) -> None:
+    """Run the model and the dense one in turns, each in a process of its own, and print both and the ratio."""
+    names, runs = (settings.model, settings.compare), ([], [])
+    with ExitStack() as stack:
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _start, (name, settings)))
+            for name in names
+        ]
         for turn in range(1 + ROUNDS):  # the first warms up
-            for name, server, found in zip(names, servers, runs, strict=True):
-                with suppress(BrokenPipeError):
-                    print("run", file=server.stdin, flush=True)
-                line = server.stdout.readline()
-                if not line:
-                    raise UserError(None, f"{name}: could not be run, see above")
+            for name, pool, runs_of_model in zip(names, pools, runs, strict=True):
+                try:
+                    run = pool.submit(_run).result()
+                except BrokenProcessPool as error:
+                    raise UserError(None, name, "could not be run, see above") from error
                 if turn:
-                    found.append(json.loads(line))
-    finally:
-        for server in servers:
-            server.kill()
-            server.wait()
-    one, other = map(medians, runs)
-    print(f"\n{args.model}: {describe(one)}\n{args.compare}: {describe(other)}")
-    ratios = [one[key] / other[key] for key in ("tokens_per_second", "prompt_tokens_per_second", "model_mb")]
+                    runs_of_model.append(run)
+    ours, dense = ({key: statistics.median(run[key] for run in ones) for key in ones[0]} for ones in runs)
+    print(f"\n{settings.model}: {describe(ours)}\n{settings.compare}: {describe(dense)}")
+    ratios = [ours[key] / dense[key] for key in ("tokens_per_second", "prompt_tokens_per_second", "model_mb")]
     print("ratio: {:.2f} times the tokens/s, {:.2f} of a prompt's, {:.2f} of the memory".format(*ratios), end="; ")
-    print(f"medians of {ROUNDS} turns, {args.threads} threads")
+    print(f"medians of {ROUNDS} turns, {torch.get_num_threads()} threads")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="generate.py", description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a packed folder, a model's folder, a .gguf file or smollm2-135m")
-    add("prompt", metavar="PROMPT", help="the text to continue")
-    add("--tokens", type=int, default=64, metavar="N", help="new tokens at most (default: %(default)s)")
-    add("--compare", metavar="DENSE", help="run this model too, in turns, and print the ratio")
-    add("--threads", type=int, default=0, metavar="N", help="threads (default: as many as torch takes)")
-    add("--cache_dir", default=str(ROOT / "llm_weights"), metavar="DIR", help="where models are kept")
-    add("--serve", action="store_true", help=argparse.SUPPRESS)
-    return parser
+# -------------------------------------------------------------------------------------------------------------- command
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status."""
-    resume = "the same command starts again"
-    return answer("generate.py", Flags, lambda: work(make_parser().parse_args(argv)), resume, False, "use the CPU")
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Refuse values of the flags that no model can be run with."""
-    if args.tokens < 2:
-        raise UserError("tokens", f"{args.tokens}: must be at least 2, or there is no speed to measure")
-    most = os.cpu_count() or 1
-    if not 0 <= args.threads <= most:
-        raise UserError("threads", f"{args.threads}: must be between 1 and {most}, this machine's processors")
-    if not args.prompt:
-        raise UserError(None, "the prompt is empty; give the text to continue")
-    try:
-        args.prompt.encode("utf-8")
-    except UnicodeEncodeError:  # Python keeps what it cannot decode as surrogates
-        raise UserError(None, "the prompt is not UTF-8; give it in this encoding") from None
-
-
-def check_model(model: str, args: argparse.Namespace) -> None:
+def check_model(model: str, settings: Generation) -> None:
     """Refuse a model that cannot continue the prompt by as many tokens, as far as its files tell without weights."""
-    from lib.models import load as loading
-    from lib.models import locate
-
-    source = locate.locate(model, args.cache_dir)
-    skeleton, tokenizer = loading.load_skeleton(source), loading.load_tokenizer(source)
-    ids = tokenizer(args.prompt, return_tensors="pt", verbose=False).input_ids
-    count, context = ids.shape[1], loading.context_length(skeleton)
+    source = locate(model, settings.cache_dir)
+    skeleton, tokenizer = load_skeleton(source), load_tokenizer(source)
+    ids = tokenizer(settings.prompt, return_tensors="pt", verbose=False).input_ids
+    count, context = ids.shape[1], context_length(skeleton)
     if not count:
-        raise UserError(None, f"{model}: its tokenizer finds no token in the prompt; give a longer one")
-    loading.check_vocabulary(model, skeleton, ids)
-    if context is None or count + args.tokens <= context:
-        return
-    has = f"the prompt has {count} tokens and {model} a context of {context}"
-    if count + 2 > context:
-        raise UserError(None, f"{has}; give a shorter one")
-    raise UserError("tokens", f"{args.tokens}: {has}; give at most {context - count}")
+        raise UserError(None, model, "its tokenizer finds no token in the prompt", "give a longer one")
+    check_vocabulary(model, skeleton, ids)
+    if context is not None and count + settings.tokens > context:
+        problem = f"the prompt has {count} tokens and {model} a context of {context}"
+        if count + 2 > context:
+            raise UserError(None, None, problem, "give a shorter one")
+        raise UserError("tokens", settings.tokens, problem, f"give at most {context - count}")
 
 
-def work(args: argparse.Namespace) -> None:
+def run(settings: Generation) -> None:
     """Generate, and compare if asked."""
-    import torch
+    for model in filter(None, (settings.model, settings.compare)):  # both before the first one is loaded
+        check_model(model, settings)
+    shown = Runner(settings.model, settings).generate(show=True)
+    print(f"\n{describe(shown)}")
+    if settings.compare:
+        compare(settings)
 
-    pass  # noqa: F401  (with transformers, before the memory is measured)
 
-    check_flags(args)
-    try:
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        args.threads = torch.get_num_threads()
-        if args.serve:
-            serve(args)
-            return
-        before = resident_mb()
-        for model in filter(None, (args.model, args.compare)):  # both before the first one is loaded
-            check_model(model, args)
-        run = generate(*load(args.model, args.cache_dir), args, before, stream=True)
-        print(f"\n{describe(run)}")
-        if args.compare:
-            compare(args)
-    except UserError as error:
-        raise UserError(None if error.field == "model" else error.field, error.text) from error  # which is no flag here
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status."""
+    return command(Generation, run, argv, PARSER, out_of_memory="use the CPU")
 
 
 if __name__ == "__main__":

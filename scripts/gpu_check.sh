@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA GPU: run the tests that need one, then time every method on random blocks of LLaMA-7B's
-# shapes and print a Markdown table. Downloads no model. What follows is passed on to gpu_check.py. Without a GPU: 2.
+# shapes and print a Markdown table. Downloads no model. What follows is passed on to scripts/bench/bench.py. Without a
+# GPU the exit status is 2.
 source "$(dirname "$0")/env.sh"
 need requirements.txt
 if ! "$PYTHON_BIN" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -8,9 +9,8 @@ if ! "$PYTHON_BIN" -c 'import sys, torch; sys.exit(not torch.cuda.is_available()
     exit 2
 fi
 need scripts/requirements-data.txt --no-deps
-need scripts/requirements-images.txt
 need tests/requirements.txt
 failed=0
 "$PYTHON_BIN" -m pytest -m gpu tests || failed=1
-"$PYTHON_BIN" scripts/gpu_check.py "$@" || failed=1
+"$PYTHON_BIN" scripts/bench/bench.py --device cuda "$@" || failed=1
 exit "$failed"

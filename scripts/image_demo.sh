@@ -3,5 +3,4 @@
 # Makes its own environment; needs no model and no images from elsewhere.
 source "$(dirname "$0")/env.sh"
 need requirements.txt
-need scripts/requirements-images.txt
 exec "$PYTHON_BIN" scripts/image_demo.py "$@"

@@ -1,13 +1,11 @@
-"""Generated documents: docs/flags.md from the declared flags, the README's results from measured figures."""
+"""Generated documents: docs/flags.md from the declared flags, tables of results from measured figures."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
-import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,29 +13,21 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as when one of the scripts is run
-sys.path.insert(0, str(Path(__file__).resolve().parent / "speedup"))
 
-from lib.cli.command import command, make_parser
+import table
+
+from lib.cli.command import command, make_parser, parse
 from lib.cli.flags import Flags, flag
+from lib.cli.settings import Experiment
 from lib.core.errors import UserError
-from lib.core.files import save_figure, write_atomically
-from lib.pruning.pruners import PRUNERS
+from lib.core.files import write_atomically
+from lib.core.lazy import pandas
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = [
     "main.py", "image_classifiers/main.py", "lora_ft/finetune_lm.py", "lora_ft/evaluate_ppl.py", "lora_ft/merge.py"
 ]  # fmt: skip
 RESULTS, PICTURE = "data/smollm2_results.json", "docs/perplexity.png"
-LABELS = {"": "uniform", "ww": "by alpha", "price": "by price"}
-DRAWN = {
-    "wanda": ("Wanda, uniform", "s--C3"),
-    "wanda_ww": ("Wanda, by alpha", "o-C1"),
-    "sparsegpt": ("SparseGPT, uniform", "s--C4"),
-    "sparsegpt_ww": ("SparseGPT, by alpha", "o-C0"),
-    "alps_price": ("ALPS, by price", "D-C2"),
-}
-Figures = dict[str, dict[float, list[float]]]  # perplexities of all seeds by sparsity, by method
-
 BEGINNING = """\
 # Flags
 
@@ -78,11 +68,11 @@ def programs() -> list[Path]:
     return [*(ROOT / name for name in FIRST), *scripts]
 
 
-def section(program: Path, known: dict[tuple, str]) -> str:
+def section(program: Path, shared: dict[tuple, str]) -> str:
     """Return the section of a command: a table of flags for each group.
 
     Args:
-        known: flags of main.py and their help; a script that shares them refers to main.py.
+        shared: flags of main.py and their help; a script that has them refers to main.py.
     """
     parser = parser_of(program)
     name = program.relative_to(ROOT).as_posix()
@@ -91,151 +81,109 @@ def section(program: Path, known: dict[tuple, str]) -> str:
         lines += ["", _plain(parser.epilog)]
     if parser.prog.endswith(".sh"):
         lines += ["", f"Run it as `bash {program.with_name(parser.prog).relative_to(ROOT)}`."]
-    known = known if name.startswith("scripts/") else {}
+    ignored = [a.option_strings[0] for a in parser._actions if a.help is a.default is argparse.SUPPRESS]
+    refers = False
     for group in parser._action_groups:
-        rows = list(_rows(group, known))
+        rows = []
+        for action in group._group_actions:
+            if action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+                continue
+            if name.startswith("scripts/") and shared.get(tuple(action.option_strings)) == action.help:
+                refers = True
+            else:
+                rows.append(_row(action))
         if rows:
             lines += ["", f"**{group.title}**", "", "| flag | default | |", "|---|---|---|", *rows]
-    if any(_is_known(action, known) for action in parser._actions):
+    if refers:
         lines += ["", "And the flags of [main.py](#mainpy)."]
-    ignored = [a.option_strings[0] for a in parser._actions if a.help is a.default is argparse.SUPPRESS]
     if ignored:
         flags = ", ".join(f"`{option}`" for option in ignored)
         lines += ["", f"Flags of the published training script, accepted with a warning and without effect: {flags}."]
     return "\n".join(lines) + "\n"
 
 
-def _is_known(action: argparse.Action, known: dict[tuple, str]) -> bool:
-    hidden = action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction)
-    return not hidden and known.get(tuple(action.option_strings)) == action.help
+def _row(action: argparse.Action) -> str:
+    several = " ..." if action.nargs in ("*", "+") else ""
+    value = f" {action.metavar or action.dest.upper()}{several}" if action.nargs != 0 else ""
+    names = ", ".join(f"`{option}{value}`" for option in action.option_strings) or f"`{value.strip()}`"
+    whole = action.help.replace(" (default: %(default)s)", "")  # as argparse writes it
+    explanation, default = re.fullmatch(r"(.*?)(?: \(default: ([^\s()]+)\))?", whole, re.S).groups()
+    if "default:" in explanation:  # several, or one that needs words: they stay in the explanation
+        explanation, default = whole, None
+    elif default is None and action.default not in (None, False, argparse.SUPPRESS):
+        values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+        default = " ".join(map(str, values))
+    if action.choices and "{" not in explanation:  # of an argparse parser; Flags write them into the help
+        explanation = f"{explanation} {{{', '.join(action.choices)}}}"
+    if default is not None and default.startswith(str(ROOT)):
+        default = Path(default).relative_to(ROOT).as_posix()
+    required = action.required and default is None and action.nargs != "*"
+    default = "required" if required else f"`{default}`" if default else ""
+    return f"| {names} | {default} | {_plain(explanation)} |".replace("|  |", "| |")
 
 
-def _rows(group, known: dict[tuple, str]) -> Iterator[str]:
-    for action in group._group_actions:
-        if action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction) or _is_known(action, known):
-            continue
-        several = " ..." if action.nargs in ("*", "+") else ""
-        value = f" {action.metavar or action.dest.upper()}{several}" if action.nargs != 0 else ""
-        names = ", ".join(f"`{option}{value}`" for option in action.option_strings) or f"`{value.strip()}`"
-        whole = action.help.replace(" (default: %(default)s)", "")  # as argparse writes it
-        text, default = re.fullmatch(r"(.*?)(?: \(default: ([^\s()]+)\))?", whole, re.S).groups()
-        if "default:" in text:  # several, or one that needs words: they stay in the text
-            text, default = whole, None
-        elif default is None and action.default not in (None, False, argparse.SUPPRESS):
-            values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
-            default = " ".join(map(str, values))
-        if action.choices and "{" not in text:  # of an argparse parser; Flags write them into the help
-            text = f"{text} {{{', '.join(action.choices)}}}"
-        if default is not None and default.startswith(str(ROOT)):
-            default = Path(default).relative_to(ROOT).as_posix()
-        required = action.required and default is None and action.nargs != "*"
-        default = "required" if required else f"`{default}`" if default else ""
-        yield f"| {names} | {default} | {_plain(text)} |".replace("|  |", "| |")
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.replace("%%", "%").split()).replace("|", "\\|").replace("<", "&lt;")
+def _plain(words: str) -> str:
+    return " ".join(words.replace("%%", "%").split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def flags_text() -> str:
     """Return the text of docs/flags.md."""
     main = parser_of(ROOT / "main.py")
-    known = {tuple(action.option_strings): action.help for action in main._actions if action.option_strings}
+    shared = {tuple(action.option_strings): action.help for action in main._actions if action.option_strings}
     every = programs()
     names = [path.relative_to(ROOT).as_posix() for path in every]
     contents = [f"- [{name}](#{re.sub(r'[^a-z0-9_-]', '', name.lower())})" for name in names]
-    return "\n".join([BEGINNING, *contents, "", *(section(program, known) for program in every)])
+    return "\n".join([BEGINNING, *contents, "", *(section(program, shared) for program in every)])
 
 
 # ------------------------------------------------------------------------------------------------- measured results
 
 
-def figures(content: dict) -> Figures:
-    """Return the perplexities of all seeds by method and sparsity; ``content`` is that of RESULTS."""
-    found: Figures = {}
-    for record in content["runs"]:
-        found.setdefault(record["method"], {}).setdefault(record["target_sparsity"], []).append(record["perplexity"])
-    return found
+def measured_runs(content: dict) -> pandas.DataFrame:
+    """Return ``table.runs_of`` the runs in RESULTS, the dense model among them; ``content`` is that file's."""
+    command = content["runs"][0]["command"].partition(" --prune_method")[0]
+    dense = {"command": command, "method": "dense", "target_sparsity": 0, "perplexity": content["dense"], "stages": {}}
+    rows = []
+    for run in [*content["runs"], dense]:
+        flags = parse(Experiment, run["command"].split()[2:], parser_of(ROOT / "main.py")).flags()
+        evaluation = {"text": flags["eval_data"], "seqlen": flags["seqlen"], "windows": flags["eval_windows"]}
+        model = {"name": content["model"], "parameters": 0}
+        record = {"flags": flags, "model": model, "evaluation": evaluation, "device": content["device"]}
+        rows.append(table.row_of({"git_commit": None, "finished": ""} | record | run))
+    return table.runs_of(rows)
 
 
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "-"
-    mean = statistics.mean(values)
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{mean:.{1 if mean < 100 else 0}f}{spread}"
-
-
-def results_table(content: dict) -> str:
-    """Return the README's table: mean and standard deviation over the calibration seeds."""
-    found = figures(content)
-    sparsities = sorted({sparsity for row in found.values() for sparsity in row if sparsity})
-    lines = [
-        "| pruner | allocation | " + " | ".join(f"{sparsity:g}" for sparsity in sparsities) + " |",
-        "|---|---|" + "---:|" * len(sparsities),
-    ]
-    for pruner in PRUNERS:
-        for suffix, label in LABELS.items():
-            row = found.get(f"{pruner}_{suffix}".rstrip("_"))
-            if row:
-                cells = " | ".join(_cell(row.get(sparsity, [])) for sparsity in sparsities)
-                lines.append(f"| {pruner} | {label} | {cells} |")
-    return "\n".join(lines)
-
-
-def readme_text(text: str, content: dict) -> str:
-    """Return the README with the results table between its marks."""
-    pattern = r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)"
-    if not re.search(pattern, text, re.S):
-        raise UserError(None, "README.md: the marks <!-- results --> and <!-- /results --> are missing")
-    return re.sub(pattern, lambda found: f"{found[1]}\n{results_table(content)}\n\n{found[2]}", text, flags=re.S)
-
-
-def draw(content: dict, path: Path) -> None:
-    """Write the README's plot: perplexity over sparsity, mean over seeds, one line for each of DRAWN."""
-    from matplotlib.figure import Figure
-
-    found = figures(content)
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for method, (label, style) in DRAWN.items():
-        points = sorted((sparsity, statistics.mean(values)) for sparsity, values in found.get(method, {}).items())
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.axhline(content["dense"], color="black", linewidth=0.8, linestyle=":", label="dense")
-    axes.set(yscale="log", xlabel="weights removed", ylabel="perplexity (lower is better)")
-    sparsities = sorted({sparsity for row in found.values() for sparsity in row if sparsity})
-    axes.set_xticks(sparsities, [f"{sparsity:.0%}" for sparsity in sparsities])
-    low, high = axes.get_ylim()
-    ticks = [tick for tick in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= tick <= high]
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
-    axes.yaxis.set_minor_formatter("")
-    axes.set_title(content["caption"], fontsize="medium")
-    axes.grid(which="both", alpha=0.25)
-    axes.legend(fontsize="small")
-    save_figure(figure, path, dpi=120)
-
-
-# ------------------------------------------------------------------------------------------------------------- all
+def with_results(name: str, runs: pandas.DataFrame, costs: bool) -> str:
+    """Return the document ``name`` with the table of results between its marks."""
+    pattern, document = r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)", (ROOT / name).read_text(encoding="utf-8")
+    if not re.search(pattern, document, re.S):
+        raise UserError(None, name, "the marks <!-- results --> and <!-- /results --> are missing")
+    lines = table.formatted(table.by_sparsity(runs, costs), "markdown")
+    return re.sub(pattern, lambda marks: f"{marks[1]}\n{lines}\n\n{marks[2]}", document, flags=re.S)
 
 
 def run(docs: Docs) -> None:
     """Write the generated documents, or compare them; the plot is not compared."""
     content = json.loads((ROOT / RESULTS).read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, text in {"docs/flags.md": flags_text(), "README.md": readme_text(readme, content)}.items():
+    runs = measured_runs(content)
+    documents = {
+        "docs/flags.md": flags_text(),
+        "docs/results.md": with_results("docs/results.md", runs, costs=True),
+        "README.md": with_results("README.md", runs, costs=False),
+    }
+    for name, document in documents.items():
         path = ROOT / name
-        if docs.compare and (not path.is_file() or path.read_text(encoding="utf-8") != text):
-            raise UserError(None, f"{name} is out of date; type: python scripts/make_docs.py")
+        if docs.compare and (not path.is_file() or path.read_text(encoding="utf-8") != document):
+            raise UserError(None, name, "is out of date", "type: python scripts/make_docs.py")
         if not docs.compare:
-            write_atomically(path, text)
+            write_atomically(path, document)
     if not docs.compare:
-        draw(content, ROOT / PICTURE)
-        print(f"written: docs/flags.md, the table in README.md, {PICTURE}")
+        table.plot(ROOT / PICTURE, table.cells_of(runs).assign(model=content["caption"]))
+        print(f"written: docs/flags.md, the tables in README.md and docs/results.md, {PICTURE}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 if the reference is out of date."""
+    """Run the command line ``argv`` and return the exit status: 0, or 2 if a document is out of date."""
     return command(Docs, run, argv, PARSER)
 
 

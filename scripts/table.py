@@ -4,41 +4,56 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from functools import cache
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
+from tabulate import tabulate
 
+from lib.allocation import price
+from lib.allocation.block_scores import BLOCK_SCORES
+from lib.allocation.formulas import ALLOCATIONS
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
+from lib.cli.settings import Experiment
+from lib.core import files
 from lib.core.errors import UserError
-from lib.run import report
+from lib.core.lazy import numpy, pandas
+from lib.pruning.pruners import PRUNERS
 from lib.run.record import parsed
-from lib.run.report import Spread, commit_text, spread_of
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published_results.json"
-PRUNERS = ("dense", "magnitude", "wanda", "sparsegpt", "alps")  # the order of the rows; others come after them
-ALLOCATIONS = {"": "uniform", "ww": "AlphaPruning", "owl": "OWL"}
-# Flags in which two runs of one cell may differ without being two settings; a cell is about all of its seeds.
-PLACES = {"model", "cache_dir", "save", "save_model", "ww_metric_cache", "prune_method", "sparsity_ratio", "seed"}
-EVALUATION = {
-    "perplexity": {"eval_wikitext", "eval_data", "eval_windows"},
-    "zero_shot": {"eval_zero_shot", "tasks", "num_fewshot", "limit", "eval_batch_size", "include_path"},
-}
+LABELS = {"": "uniform", "ww": "AlphaPruning", "owl": "OWL"}  # of allocations; the others are called by their suffix
+FORMATS = {"text": "rounded_outline", "markdown": "pipe", "csv": "", "latex": "latex"}  # tabulate's names
 
-
+# Flags in which runs of one cell may differ without being two settings; a cell is about all of its seeds.
+IGNORED = set(
+    "model cache_dir save save_model ww_metric_cache prune_method sparsity_ratio seed eval_wikitext eval_data "
+    "eval_windows eval_zero_shot tasks num_fewshot limit eval_batch_size include_path".split()
+)
 # Flags that make another method of a run, and the published value of each; the published figure is for those.
 OF_METRIC = {"ww_metric": "alpha_peak", "mapping_type": "block_wise", "farms": False}
 OF_PRUNER = {"use_variant": False, "refit": None, "damping": None, "pruner_iterations": None, "statistics": "pruned"}
-STEERING = OF_METRIC | OF_PRUNER
-SETTING = STEERING | {"nsamples": 128, "calib_data": "c4", "eval_windows": None}
-FORMATS = ("text", "markdown", "csv", "latex")
+SETTING = {"nsamples": 128, "calib_data": "c4", "eval_windows": None, "sparsity_type": "unstructured"}
+
+# What names a row and a column of the table. Figures on different texts do not belong in one column.
+METHOD = ["pruner", "suffix", "extra"]
+ROW = ["target", "pattern", *METHOD]
+COLUMN = ["model", "parameters", "evaluation", "on_published_text"]
+
+NOTES = (
+    "Bold: a mean below every other one of its pruner and sparsity by more than the larger of the two standard "
+    "deviations; of one seed the noise is unknown, and nothing is bold. Seconds: of the allocation, in the longest of "
+    "its runs (what runs share is found once, a metric is kept on disk). Passes: windows through the blocks for the "
+    "allocation alone, a backward pass counted as two. Pruning s: mean seconds of the pruning stage. On a CPU they are "
+    "CPU seconds of all threads."
+)  # on the table ``by_sparsity``
 
 
 @dataclass(kw_only=True)
@@ -46,264 +61,308 @@ class Settings(Flags):
     _title: ClassVar[str] = "table"
 
     folder: str = flag(MISSING, "where the run files are, at any depth", positional=True)
-    format: str = flag("text", "of the table", choices=FORMATS, metavar="NAME")
-    value: str = flag("perplexity", "what the cells hold", choices=EVALUATION, metavar="NAME")
+    format: str = flag("text", "of the table", choices=list(FORMATS), metavar="NAME")
+    value: str = flag("perplexity", "what the cells hold", choices=["perplexity", "zero_shot"], metavar="NAME")
     published: bool = flag(False, "list the published figures of these models that no run stands beside, too")
 
 
 PARSER = make_parser(Settings, "table.py", __doc__)
 
 
-class Column(NamedTuple):
-    """A model and its evaluation text: figures on different texts do not belong in one column."""
-
-    model: str
-    parameters: int
-    evaluation: tuple
+# ---------------------------------------------------------------------------------------------------------- the runs
 
 
-class Row(NamedTuple):
-    """How the model was pruned; ``extra`` names the flags that distinguish runs which would share a cell."""
-
-    target: float
-    method: str
-    pattern: str  # N:M, or nothing
-    extra: str = ""
+@cache
+def published() -> dict:
+    """Return the published figures: their models, setting and sources."""
+    return json.loads(PUBLISHED.read_text(encoding="utf-8"))
 
 
-class Cell(NamedTuple):
-    """A figure over seeds, and whether it was made as published (except for epsilon, which the paper tuned by hand)."""
-
-    figure: Spread
-    as_published: bool
-
-
-def read_runs(folder: Path, value: str) -> list[dict]:
-    """Return the complete records under ``folder`` that have a ``value``, newest last; report which are left out."""
-    runs = []
-    for path in sorted(folder.rglob("run_*.json")):
+def read_runs(paths: Iterable[Path], value: str = "perplexity") -> pandas.DataFrame:
+    """Return ``runs_of`` the complete runs that have a ``value``; report which files are left out."""
+    rows = []
+    for path in paths:
         try:
             record = parsed(path.read_text(encoding="utf-8"))
             if record["complete"] is not True:
                 raise ValueError("not complete")
             if record[value] is not None:
-                record["column"] = _column(record, value)
-                _check(record, value)
-                runs.append(record)
+                rows.append(row_of(record, value))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"table.py: {path} is left out: {type(error).__name__}: {error}", file=sys.stderr)
-    return sorted(runs, key=lambda record: record["finished"])
+    return runs_of(rows)
 
 
-def _check(record: dict, value: str) -> None:
-    """Refuse a record without what a row is made of, as KeyError, TypeError or ValueError."""
-    _measured(record, value) + record["target_sparsity"]
-    hash(record["column"])
-    texts = record["method"], record["finished"], record["model"]["name"]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(record["flags"], dict):
-        raise TypeError("it is not a run's record")
-
-
-def _measured(record: dict, value: str) -> float:
-    return record["perplexity"] if value == "perplexity" else 100 * float(record["zero_shot"]["means"]["acc"])
-
-
-def _column(record: dict, value: str) -> Column:
-    flags, model = record["flags"], record["model"]
+def row_of(record: Mapping, value: str = "perplexity") -> dict:
+    """Return how a run was pruned and evaluated, its figure, and what it cost."""
+    flags, model, setting = record["flags"], record["model"], published()["setting"]
+    pruner, _, suffix = record["method"].partition("_")
+    name = model["name"]
+    for published_name, entry in published()["models"].items():
+        if name.lower() in entry["names"] and model["parameters"] == entry["parameters"]:
+            name = published_name
+            break
     if value == "perplexity":
-        evaluation = tuple(record["evaluation"][key] for key in ("text", "seqlen", "windows"))
+        evaluation = "{text}, {windows} windows of {seqlen}".format(**record["evaluation"])
+        on_published_text = all(record["evaluation"][key] == setting[key] for key in ("text", "seqlen"))
+        figure = float(record["perplexity"])
     else:
-        evaluation = (flags["tasks"], flags["num_fewshot"], flags["limit"])
-    return Column(model["name"], model["parameters"], evaluation)
-
-
-def cells_of(runs: list[dict], value: str) -> dict[Row, dict[Column, Cell]]:
-    """Return the figures by row and column, over seeds; of two runs with the same flags, the newer one counts.
-
-    If runs of one cell differ in a flag (--epsilon, --nsamples ...), each setting gets a separate row.
-    """
-    grouped: dict[Row, dict[Column, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        pattern = run["flags"].get("sparsity_type", "unstructured")
-        row = Row(run["target_sparsity"], run["method"], "" if pattern == "unstructured" else pattern)
-        grouped[row][run["column"]].append(run)
-    ignored = PLACES | EVALUATION["perplexity"] | EVALUATION["zero_shot"]
-    by_seed: dict[tuple[Row, Column], dict[int | None, tuple[float, bool]]] = defaultdict(dict)
-    for row, columns in grouped.items():
-        differing = {
-            flag
-            for same in columns.values()
-            for flag in set().union(*(run["flags"] for run in same)) - ignored
-            if len({str(run["flags"].get(flag)) for run in same}) > 1
-        }
-        for column, same in columns.items():
-            for run in same:
-                flags = run["flags"]
-                other = {flag for flag, published in STEERING.items() if flags.get(flag, published) != published}
-                if not row.method.endswith("_ww"):
-                    other &= OF_PRUNER.keys()
-                extra = ", ".join(f"{flag} {flags.get(flag)}" for flag in sorted(differing | other))
-                as_published = all(flags.get(flag, published) == published for flag, published in SETTING.items())
-                figures = by_seed[row._replace(extra=extra), column]
-                figures[flags.get("seed")] = _measured(run, value), as_published
-    cells: dict[Row, dict[Column, Cell]] = defaultdict(dict)
-    for (row, column), figures in by_seed.items():
-        measured, as_published = zip(*figures.values(), strict=True)
-        cells[row][column] = Cell(spread_of(measured), all(as_published))
-    return cells
-
-
-def published_name(column: Column, published: dict) -> str | None:
-    """Return the published name of the column's model, None if it has no published figure."""
-    for name, about in published["models"].items():
-        if column.model.lower() in about["names"] and column.parameters == about["parameters"]:
-            return name
-    return None
-
-
-class Published(NamedTuple):
-    """A published figure and the name of its source."""
-
-    figure: Spread
-    source: str
-
-
-def published_figure(row: Row, column: Column, published: dict) -> Published | None:
-    """Return the published perplexity for this model, row and evaluation text, or None."""
-    setting = published["setting"]
-    same = column.evaluation[:2] == (setting["text"], setting["seqlen"]) and not row.pattern
-    if not same or row.target not in (0, setting["sparsity"]):
-        return None
-    name = published_name(column, published)
-    for source, figures in published["perplexity"].items():
-        found = figures.get(row.method, {}).get(name)
-        if found is not None:
-            return Published(Spread(*found) if isinstance(found, list) else Spread(found), source)
-    return None
-
-
-def without_runs(cells: dict[Row, dict[Column, Cell]], published: dict) -> list[Row]:
-    """Return rows for the published figures of the columns' models that have no run."""
-    columns = {column for row in cells.values() for column in row}
-    methods = {method: None for figures in published["perplexity"].values() for method in figures}
-    rows = [Row(0 if method == "dense" else published["setting"]["sparsity"], method, "") for method in methods]
-    have = {row._replace(extra="") for row in cells}
-    return [row for row in rows if row not in have and any(published_figure(row, c, published) for c in columns)]
-
-
-def beside(cells: dict[Row, dict[Column, Cell]], published: dict) -> dict[tuple[Row, Column], Published]:
-    """Return the published figures by cell: for cells made as published, and for rows without a run."""
-    columns = {column for row in cells.values() for column in row}
+        limit = f", {flags['limit']} questions each" if flags["limit"] else ""
+        evaluation = f"{flags['tasks']}, {flags['num_fewshot']}-shot{limit}"
+        on_published_text = False
+        figure = 100 * float(record["zero_shot"]["means"]["acc"])
+    usual = OF_PRUNER | (OF_METRIC if suffix == "ww" else {})
     return {
-        (row, column): found
-        for row, own in cells.items()
-        for column in (columns if not own else own)
-        if (not own or own[column].as_published) and (found := published_figure(row, column, published))
+        "target": float(record["target_sparsity"]),
+        "pattern": "" if flags["sparsity_type"] == "unstructured" else flags["sparsity_type"],
+        "pruner": pruner,
+        "suffix": suffix,
+        "model": name,
+        "parameters": model["parameters"],
+        "evaluation": evaluation,
+        "on_published_text": on_published_text,
+        "seed": flags["seed"],
+        "figure": figure,
+        "flags": flags,
+        "steering": {name for name, value in usual.items() if flags[name] != value},
+        "as_published": all(flags[name] == value for name, value in (usual | SETTING).items()),
+        "finished": str(record["finished"]),
+        "commit": record["git_commit"] or "unknown",
+        "allocating": _seconds(record, "measure", "allocate"),
+        "pruning": _seconds(record, "prune"),
     }
 
 
-def table(
-    cells: dict[Row, dict[Column, Cell]], value: str, published: dict, paper: dict[tuple[Row, Column], Published]
-) -> list[list[str]]:
-    """Return the lines of the table as text, headings first; a published figure appears to the right of its cell."""
-    order = list(published["models"])
-    columns = {column for row in cells.values() for column in row}
-    names = {column: published_name(column, published) or column.model for column in columns}
-    columns = sorted(columns, key=lambda c: (order.index(names[c]) if names[c] in order else 99, c.parameters, str(c)))
-    headings = ["method", "allocation", "sparsity"]
-    for column in columns:
-        several = sum(names[other] == names[column] for other in columns) > 1
-        headings.append(f"{names[column]} ({evaluation_text(column, value)})" if several else names[column])
-        headings += ["published"] if any(c == column for _, c in paper) else []
-    lines = [headings]
-    most = max((cell.figure.count for row in cells.values() for cell in row.values()), default=1)
-    for row in sorted(cells, key=_row_order):
-        pruner, _, suffix = row.method.partition("_")
-        allocation = ALLOCATIONS.get(suffix, suffix) if pruner != "dense" else ""
-        labels = [pruner, ", ".join(filter(None, (allocation, row.extra))), row.pattern or f"{row.target:g}"]
-        wanted = 1 if pruner == "dense" else most  # nothing is drawn for the dense model
-        for column in columns:
-            labels.append(cells[row][column].figure.text(wanted) if column in cells[row] else "")
-            if any(c == column for _, c in paper):
-                labels.append(paper[row, column].figure.text() if (row, column) in paper else "")
-        lines.append(labels)
+def _seconds(record: Mapping, *stages: str) -> float:
+    """Return the seconds of some stages of a run: CPU seconds on a CPU, which others may have used too."""
+    clock = "cpu_seconds" if str(record["device"][0]).startswith("cpu") else "seconds"
+    return sum(record["stages"][stage][clock] for stage in stages if stage in record["stages"])
+
+
+def runs_of(rows: Sequence[dict]) -> pandas.DataFrame:
+    """Return a frame with a row per run, the newest last.
+
+    ``extra`` names the flags that make another method of a run, or in which runs of one cell differ (--epsilon,
+    --nsamples ...): each setting gets a separate row of the table.
+    """
+    if not rows:
+        return pandas.DataFrame()
+    runs = pandas.DataFrame(rows).sort_values("finished", kind="stable", ignore_index=True)
+    flags = pandas.DataFrame(
+        [{name: str(value) for name, value in flags.items() if name not in IGNORED} for flags in runs["flags"]]
+    )
+    runs["extra"] = ""
+    for _, method in runs.groupby(["pattern", "pruner", "suffix"]):
+        differing = set()
+        for _, cell in method.groupby(["target", *COLUMN]):
+            differing |= set(flags.columns[flags.loc[cell.index].nunique(dropna=False) > 1])
+        for i in method.index:
+            names = sorted(differing | runs.at[i, "steering"])
+            runs.at[i, "extra"] = ", ".join(f"{name} {runs.at[i, 'flags'].get(name)}" for name in names)
+    return runs
+
+
+def cells_of(runs: pandas.DataFrame) -> pandas.DataFrame:
+    """Return a row per cell: mean, sample standard deviation and count of seeds; of two runs of one, the newer."""
+    newest = runs.drop_duplicates([*ROW, *COLUMN, "seed"], keep="last")
+    cells = newest.groupby([*ROW, *COLUMN], as_index=False, dropna=False).agg(
+        # A figure that is not a number is a result, and not skipped.
+        mean=("figure", lambda figures: figures.mean(skipna=False)),
+        deviation=("figure", lambda figures: figures.std() if numpy.isfinite(figures).all() else math.nan),
+        seeds=("figure", "size"),
+        as_published=("as_published", "all"),
+    )
+    most = cells["seeds"].max()
+    cells["text"] = [
+        figure_text(cell["mean"], cell["deviation"], cell["seeds"], 1 if cell["pruner"] == "dense" else most)
+        for cell in cells.to_dict("records")  # nothing is drawn for the dense model, which has one seed
+    ]
+    return cells
+
+
+def figure_text(mean: float, deviation: float = math.nan, seeds: int = 1, most: int = 1) -> str:
+    """Return a figure with two decimals and its deviation, followed by the number of seeds if below ``most``."""
+    spread = "" if math.isnan(deviation) else f" ± {deviation:.2f}"
+    return f"{mean:.2f}{spread}" + (f" ({seeds})" if seeds < most else "")
+
+
+def label_of(suffix: str, extra: str) -> str:
+    """Return the name of an allocation, followed by the flags that tell it from others of that name."""
+    return ", ".join(filter(None, (LABELS.get(suffix, suffix), extra)))
+
+
+def _place(row: tuple) -> tuple:
+    """Return the key by which rows are sorted: the last three entries of ROW, after whatever comes before them."""
+    *before, pruner, suffix, extra = row
+    places = {name: place for place, name in enumerate(["dense", *PRUNERS, *ALLOCATIONS])}
+    return *before, places.get(pruner, 99), pruner, places.get(suffix, 99), suffix, extra
+
+
+# -------------------------------------------------------------------------------------------------------- the tables
+
+
+def with_published(cells: pandas.DataFrame, every: bool = False) -> pandas.DataFrame:
+    """Return the cells with the ``published`` figure and its ``source`` beside those that were made as published.
+
+    Args:
+        every: add a row for each published figure of these models that has no run, too.
+    """
+    setting, row = published()["setting"], ["target", "pattern", "pruner", "suffix"]
+    figures = []
+    for source, methods in published()["perplexity"].items():
+        for method, of_models in methods.items():
+            pruner, _, suffix = method.partition("_")
+            method_row = (0.0 if method == "dense" else setting["sparsity"], "", pruner, suffix)
+            for model, figure in of_models.items():
+                cell = figure_text(*figure) if isinstance(figure, list) else figure_text(figure)
+                figures.append((*method_row, model, cell, published()["sources"][source]))
+    figures = pandas.DataFrame(figures, columns=[*row, "model", "published", "source"])
+
+    table = cells.merge(figures, how="left", on=[*row, "model"])
+    table.loc[~(table["as_published"] & table["on_published_text"]), ["published", "source"]] = ""
+    if every:
+        alone = figures.merge(cells.loc[cells["on_published_text"], COLUMN].drop_duplicates(), on="model")
+        alone = alone[~alone.set_index(row).index.isin(cells.set_index(row).index)]
+        table = pandas.concat([table, alone.assign(extra="", text="")], ignore_index=True)
+    return table.fillna({"published": "", "source": ""})
+
+
+def by_model(cells: pandas.DataFrame) -> list[list[str]]:
+    """Return the lines of a table with a column per model and text, headings first (``with_published``)."""
+    models = list(published()["models"])
+    columns = [(name, cell.set_index(ROW)) for name, cell in cells.groupby(COLUMN)]
+    columns.sort(key=lambda c: (models.index(c[0][0]) if c[0][0] in models else 99, c[0][1:]))
+    names = [model for (model, *_), _ in columns]
+    headings, lines = ["method", "allocation", "sparsity"], {}
+    for row in sorted(cells[ROW].itertuples(index=False, name=None), key=_place):
+        target, pattern, pruner, suffix, extra = row
+        lines[row] = [pruner, extra if pruner == "dense" else label_of(suffix, extra), pattern or f"{target:g}"]
+    for (model, _, evaluation, _), column in columns:
+        headings.append(f"{model} ({evaluation})" if names.count(model) > 1 else model)
+        figures = ["text", "published"] if column["published"].any() else ["text"]
+        headings += figures[1:]
+        for row, line in lines.items():
+            line += list(column.loc[row, figures]) if row in column.index else [""] * len(figures)
+    return [headings, *lines.values()]
+
+
+def by_sparsity(runs: pandas.DataFrame, costs: bool = True) -> list[list[str]]:
+    """Return the lines of a table of one model with a column per sparsity, headings first.
+
+    Bold: a mean below every other one of its pruner and sparsity by more than the larger of the two deviations.
+
+    Args:
+        costs: add what ``NOTES`` explains.
+    """
+    runs = runs[runs["pruner"] != "dense"]
+    cells = cells_of(runs)
+    for i, cell in cells.iterrows():
+        rivals = cells[(cells["pruner"] == cell["pruner"]) & (cells["target"] == cell["target"])].drop(i)
+        noise = numpy.maximum(rivals["deviation"], cell["deviation"])  # not a number for a single seed
+        if len(rivals) and (rivals["mean"] - cell["mean"] > noise).all():
+            cells.at[i, "text"] = f"**{cell['text']}**"
+
+    targets = sorted(cells["target"].unique())
+    lines = [["pruner", "allocation", *(f"{target:g}" for target in targets)]]
+    lines[0] += ["seconds", "passes", "pruning s"] if costs else []
+    allocating = runs.groupby(["suffix", "extra"])["allocating"].max()  # other runs may have reused its result
+    for row, of_row in sorted(runs.groupby(METHOD), key=lambda group: _place(group[0])):
+        texts = cells[(cells[METHOD] == row).all(axis=1)].set_index("target")["text"]
+        line = [row[0], label_of(*row[1:]), *(texts.get(target, "-") for target in targets)]
+        if costs:
+            passes = passes_of(Experiment(**of_row["flags"].iloc[0]))
+            line += [f"{allocating[row[1:]]:.0f}", str(passes), f"{of_row['pruning'].mean():.0f}"]
+        lines.append(line)
     return lines
 
 
-def _row_order(row: Row) -> tuple:
-    pruner, _, suffix = row.method.partition("_")
-    place = PRUNERS.index(pruner) if pruner in PRUNERS else len(PRUNERS)
-    return row.target, row.pattern, place, pruner, suffix, row.extra
+def passes_of(settings: Experiment) -> int:
+    """Return how many calibration windows a run's allocation passes through the blocks.
+
+    Two windows of half the length count as one. The passes of pruning itself are not counted: they are the same for all
+    allocations.
+    """
+    task = settings.task()
+    scored = sum(settings.nsamples for step in (task, task.starting_task) if step.needs in BLOCK_SCORES)
+    if task.needs != "price":
+        return scored
+    options = settings.price_options(task)
+    return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.shorter)
 
 
-def evaluation_text(column: Column, value: str) -> str:
-    """Return a description of the column's evaluation text."""
-    if value == "perplexity":
-        text, seqlen, windows = column.evaluation
-        return f"{text}, {windows} windows of {seqlen}"
-    tasks, shots, limit = column.evaluation
-    return f"{tasks}, {shots}-shot" + (f", {limit} questions each" if limit else "")
-
-
-def caption(runs: list[dict], value: str, sources: list[str]) -> str:
-    """Return one line that explains the figures and names their sources and those of the published ones."""
-    what = "perplexity" if value == "perplexity" else "mean zero-shot accuracy (acc), %"
-    texts = {evaluation_text(run["column"], value) for run in runs}
-    parts = [f"{what} on {texts.pop()}" if len(texts) == 1 else what]
-    seeds = sorted({run["flags"]["seed"] for run in runs if "seed" in run["flags"]})
+def caption(runs: pandas.DataFrame, value: str = "perplexity", sources: Iterable[str] = ()) -> str:
+    """Return one line that explains the figures and names their commits and the sources of the published ones."""
+    texts, seeds = runs["evaluation"].unique(), sorted(runs["seed"].unique())
+    name = "perplexity" if value == "perplexity" else "mean zero-shot accuracy (acc), %"
+    clauses = [f"{name} on {texts[0]}" if len(texts) == 1 else name]
     if len(seeds) > 1:
-        parts.append(f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}, or (n) of them")
-    elif seeds:
-        parts.append(f"seed {seeds[0]}")
-    parts.append(commit_text(runs).rstrip("."))
-    return "; ".join(parts + [f"published: {source}" for source in sources])
-
-
-# ------------------------------------------------------------------------------------------------------ formats
-
-
-def as_markdown(lines: list[list[str]], title: str) -> str:
-    rule = [":--"] * 2 + ["--:"] * (len(lines[0]) - 2)
-    rows = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in (rows[0], rule, *rows[1:]))
-
-
-def as_latex(cells: list[list[str]], title: str) -> str:
-    def escape(text: str) -> str:
-        return "".join(f"\\{c}" if c in "&%$#_{}" else c for c in text).replace("±", "$\\pm$")
-
-    rows = [" & ".join(map(escape, line)) + r" \\" for line in cells]
-    begin = f"\\begin{{tabular}}{{ll{'r' * (len(cells[0]) - 2)}}}"
-    lines = [f"% {title}", begin, r"\hline", rows[0], r"\hline", *rows[1:], r"\hline", r"\end{tabular}"]
-    return "\n".join(lines) + "\n"
-
-
-def show(lines: list[list[str]], title: str, form: str) -> None:
-    """Print the ``lines``, headings first, in a format of FORMATS."""
-    if form == "text":
-        console = Console(width=10_000)  # never squeezed into the 80 columns that rich takes a file to have
-        report.line(console, title)
-        report.show(console, "", lines[0], lines[1:])
-    elif form == "csv":
-        csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
+        clauses.append(f"mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}, or (n) of them")
     else:
-        sys.stdout.write((as_markdown if form == "markdown" else as_latex)(lines, title))
+        clauses.append(f"seed {seeds[0]}")
+    commits = [commit[:12] + ("-dirty" if commit.endswith("-dirty") else "") for commit in runs["commit"].unique()]
+    clauses.append(f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}")
+    return "; ".join(clauses + [f"published: {source}" for source in sources])
+
+
+def formatted(lines: Sequence[Sequence[str]], form: str) -> str:
+    """Return a table as text, its ``lines`` headings first; all but the first two columns are figures."""
+    align = ["left" if heading in ("method", "pruner", "allocation") else "right" for heading in lines[0]]
+    table = tabulate(lines[1:], lines[0], tablefmt=FORMATS[form], disable_numparse=True, colalign=align)
+    return table.replace("±", r"$\pm$") if form == "latex" else table
+
+
+# ---------------------------------------------------------------------------------------------------------- the plot
+
+
+def plot(path: Path, *panels: pandas.DataFrame, xlabel: str = "perplexity", xscale: str = "log") -> None:
+    """Write a PNG with a panel for the cells of each model: a row for each method, and in it a mark for each sparsity.
+
+    The bar through a mark is the standard deviation over seeds, and a dotted line stands for the dense model. A mean
+    that is not finite has no place on the axis: the label of its row names it.
+    """
+    from matplotlib.figure import Figure
+
+    most = max(cells.groupby(METHOD).ngroups for cells in panels)
+    figure = Figure(figsize=(7.5 * len(panels), 1.4 + 0.32 * most), layout="constrained")
+    for axes, cells in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        finite = cells["mean"].where(numpy.isfinite(cells["mean"]))
+        pruned = cells[cells["pruner"] != "dense"]
+        rows = sorted(set(pruned[METHOD].itertuples(index=False, name=None)), key=_place)
+        labels = [f"{pruner}, {label_of(suffix, extra)}" for pruner, suffix, extra in rows]
+        heights = pandas.Series([rows.index(tuple(row)) for row in pruned[METHOD].to_numpy()], pruned.index, dtype=int)
+        for sparsity, marks in pruned.groupby("target"):
+            places, bars = heights[marks.index], marks["deviation"].fillna(0)
+            axes.errorbar(finite[marks.index], places, xerr=bars, fmt="o", capsize=2, label=f"sparsity {sparsity:g}")
+            for i in marks.index[finite[marks.index].isna()]:
+                labels[heights[i]] += f", {cells.at[i, 'mean']} at {sparsity:g}"
+        for i in cells.index[cells["pruner"] == "dense"]:
+            axes.axvline(finite[i], color="black", linewidth=0.8, linestyle=":", label=f"dense, {cells.at[i, 'text']}")
+        axes.set_yticks(range(len(rows)), labels)
+        axes.invert_yaxis()
+        axes.grid(axis="x", which="both", alpha=0.3)
+        axes.set(xscale=xscale if finite.notna().any() else "linear", xlabel=xlabel, title=cells["model"].iloc[0])
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    files.save_figure(figure, path, dpi=130)
+
+
+# ---------------------------------------------------------------------------------------------------------------- all
 
 
 def run(settings: Settings) -> None:
     """Read the run files and print the table."""
     folder = Path(settings.folder)
-    runs = read_runs(folder, settings.value)
-    if not runs:
-        what = f"holds no complete run with a {settings.value} (run_*.json)" if folder.is_dir() else "folder not found"
-        raise UserError(None, f"{folder}: {what}; give the --save folder of main.py")
-    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
-    cells = cells_of(runs, settings.value)
-    if settings.published:
-        cells |= {row: {} for row in without_runs(cells, published)}
-    paper = beside(cells, published) if settings.value == "perplexity" else {}
-    sources = [published["sources"][name] for name in dict.fromkeys(found.source for found in paper.values())]
-    show(table(cells, settings.value, published, paper), caption(runs, settings.value, sources), settings.format)
+    runs = read_runs(sorted(folder.rglob("run_*.json")), settings.value)
+    if runs.empty:
+        problem = f"holds no complete run with a {settings.value} (run_*.json)"
+        problem = problem if folder.is_dir() else "folder not found"
+        raise UserError(None, folder, problem, "give the --save folder of main.py")
+    cells = with_published(cells_of(runs), settings.published)
+    lines = by_model(cells)
+    if settings.format == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
+        return
+    title = caption(runs, settings.value, filter(None, cells["source"].unique()))
+    print(f"{'% ' if settings.format == 'latex' else ''}{title}\n\n{formatted(lines, settings.format)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

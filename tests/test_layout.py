@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT, settings
 
 import main
+from lora_ft import finetune_lm
+from lora_ft.training import TrainerParser
 from scripts.make_docs import has_parser, parser_of
 
 TOP = (
@@ -83,6 +85,7 @@ def test_every_command_in_the_scripts_parses():
     # Commands of the programs in scripts, as far as their flags go: values may be variables.
     programs = [path for path in COMMANDS if has_parser(path)]
     known = {str(path.relative_to(ROOT)): set(parser_of(path)._option_string_actions) for path in programs}
+    known["lora_ft/finetune_lm.py"] |= set(TrainerParser(finetune_lm.PARSER)._option_string_actions)
     for name in SCRIPTS:
         for line in (ROOT / name).read_text().replace("\\\n", " ").splitlines():
             words = [] if line.lstrip().startswith("#") else line.split()

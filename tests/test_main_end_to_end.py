@@ -91,7 +91,7 @@ def test_published_perplexity(key, method, ratio, nm, smollm2_source, windows, g
     expected, name = golden("pruning.json")[key], method.removesuffix("_ww")
     # Rounding grows from block to block, at 0.7 more than at 0.5. With weights changed in their last bit, SparseGPT's
     # figure at 0.7 is 8.5, 5.7, 6.5 and 1.7 % below the published one, and that of the published loop itself
-    # (scripts/plain_methods.py, the same processor) 9.3, 3.9 and 1.3 %. The mean of four draws is held to it.
+    # (scripts/bench/plain.py, the same processor) 9.3, 3.9 and 1.3 %. The mean of four draws is held to it.
     ratios, found = published_ratios(method, ratio, weights_of(on_cpu(smollm2_source))), []
     for draw in range(4 if (name, ratio) == ("sparsegpt", 0.7) else 1):
         weights = weights_of(on_cpu(smollm2_source))

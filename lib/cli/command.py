@@ -62,8 +62,9 @@ def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
         help = help.replace("{choices}", choices) if "{choices}" in help else f"{help} {choices}"
     if declared["only"]:
         help = f"for {settings.purpose(item)}: {help}"
-    if not any(item.default is none for none in (None, False, MISSING)):
-        help += f" (default: {item.default})"
+    if not any(item.default is none for none in (None, False, MISSING, ())):
+        default = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+        help += f" (default: {default})"
     options: dict[str, Any] = {"help": help.replace("%", "%%"), "default": argparse.SUPPRESS}
 
     if declared["positional"]:
@@ -146,6 +147,8 @@ def answer(
             raise UserError(None, f"{started()} processes were started (WORLD_SIZE): {prog} {text}")
         status = work()
     except UserError as error:
+        if any(item.name == error.field and item.metadata["positional"] for _, item, _ in settings.declared()):
+            error.field = None  # a value without a flag
         if tells():
             print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr, flush=True)
         return 2

@@ -178,7 +178,7 @@ def check_values(settings: Flags) -> None:
         if value == "" and item.name in settings.given:
             _check_empty(item)
         if choices and value is not None:
-            for name in value if isinstance(value, list) else [value]:
+            for name in value if isinstance(value, (list, tuple)) else [value]:
                 check_name(item.name, name, choices)
         check_range(item.name, value, item.metadata)
 

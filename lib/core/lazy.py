@@ -1,4 +1,4 @@
-"""Lazy imports of numpy, torch and transformers, so that --help and a mistyped flag are answered immediately."""
+"""Lazy imports of numpy, pandas, torch and transformers, so that --help is answered immediately."""
 
 from importlib import import_module
 
@@ -15,4 +15,5 @@ class Lazy:
 
 torch = Lazy("torch")
 numpy = Lazy("numpy")
+pandas = Lazy("pandas")
 transformers = Lazy("transformers")

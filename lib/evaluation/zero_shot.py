@@ -42,22 +42,12 @@ class Tasks(NamedTuple):
     manager: object
 
 
-class TaskScore(NamedTuple):
-    """One figure of one task, over ``samples`` questions; ``stderr`` is None if lm-eval has none."""
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    samples: int
-
-
 class ZeroShot(NamedTuple):
-    """All ``scores``, the ``means`` over the tasks that have the metric, and lm-eval's own result, ``full``."""
+    """lm-eval's ``full`` result, the ``means`` over the tasks that have the metric, and both as a ``table``."""
 
-    scores: list[TaskScore]
-    means: dict[str, float]
     full: dict
+    means: dict[str, float]
+    table: str
 
 
 def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int) -> Tasks:
@@ -133,6 +123,7 @@ def zero_shot(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import make_table
 
     if batch_size == "auto" and entry_device(model).type == "cpu":
         batch_size = _CPU_BATCH
@@ -150,10 +141,14 @@ def zero_shot(
         )
     _warn_of_nan(tasks)
     if not processes.first():
-        return ZeroShot([], {}, {})
-    scores = _scores(full)
-    values = {metric: [score.value for score in scores if score.metric == metric] for metric in MEANS}
-    return ZeroShot(scores, {metric: sum(v) / len(v) for metric, v in values.items() if v}, full)
+        return ZeroShot({}, {}, "")
+    means = {}
+    for metric in MEANS:
+        figures = [row[f"{metric},none"] for row in full["results"].values() if f"{metric},none" in row]
+        if figures:
+            means[metric] = sum(figures) / len(figures)
+    lines = [make_table(full).rstrip(), "", *(f"mean {metric}: {mean:.4f}" for metric, mean in means.items())]
+    return ZeroShot(full, means, "\n".join(lines) + "\n")
 
 
 def _data_parallel(adapter: type) -> type:
@@ -187,20 +182,6 @@ def _bars_for_terminals() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = original
-
-
-def _scores(full: dict) -> list[TaskScore]:
-    found = []
-    for task, row in full["results"].items():
-        for key, value in row.items():
-            metric, _, filtered = key.partition(",")
-            if not filtered or metric.endswith("_stderr"):
-                continue
-            name = metric if filtered == "none" else f"{metric} ({filtered})"
-            stderr = row.get(f"{metric}_stderr,{filtered}")  # the string N/A for metrics without
-            samples = full["n-samples"][task]["effective"]
-            found.append(TaskScore(task, name, value, stderr if isinstance(stderr, float) else None, samples))
-    return found
 
 
 def _warn_of_nan(tasks: Tasks) -> None:

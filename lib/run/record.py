@@ -134,23 +134,6 @@ def layers_text(rows: Sequence[LayerReport]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def zero_shot_table(scores: Sequence[tuple], means: Mapping[str, float]) -> str:
-    """Return a table of ``scores`` (task, metric, value, standard error or None, samples), the ``means`` below it."""
-    rows = [("task", "metric", "value", "stderr", "samples")]
-    for task, metric, value, stderr, samples in scores:
-        rows.append((task, metric, f"{value:.4f}", "" if stderr is None else f"{stderr:.4f}", str(samples)))
-    rows += [("mean", metric, f"{value:.4f}", "", "") for metric, value in means.items()]
-    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    just = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
-    lines = ["  ".join(f(cell, w) for f, cell, w in zip(just, row, width, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def zero_shot_text(method: str, table: str) -> str:
-    """Return the content of ``zero_shot_<run>.txt``: ``{method}:``, as published, and the table."""
-    return f"{method}:\n{table}"
-
-
 def run_text(record: Mapping) -> str:
     """Return the content of ``run_<run>.json``: ``record`` followed by the provenance of the numbers."""
     return json.dumps(_json(record | provenance()), indent=1, default=str, allow_nan=False) + "\n"
@@ -178,20 +161,14 @@ def read_run(folder: Path, run: str) -> dict | None:
 def parsed(text: str) -> dict:
     """Return the record in the ``text`` of a run file, its perplexity a number, or None if it was not measured.
 
-    An older version wrote null for a perplexity that is not finite as well; that of a complete run with an evaluation
-    is then NaN.
-
     Raises:
         ValueError: the text is not JSON, or not a run's.
     """
     record = json.loads(text)
     if not isinstance(record, dict):
         raise ValueError("it does not hold a run's record")
-    value = record.get("perplexity")
-    if isinstance(value, str):
-        record["perplexity"] = float(value)
-    elif value is None and record.get("complete") is True and record.get("evaluation"):
-        record["perplexity"] = math.nan
+    if isinstance(record.get("perplexity"), str):  # not finite, which JSON has no number for
+        record["perplexity"] = float(record["perplexity"])
     return record
 
 
@@ -244,16 +221,9 @@ def _digest(path: Path, whole: bool = False) -> str:
     return f"{about.st_size} bytes {checksum(path)}"
 
 
-def changed_inputs(record: dict, inputs: Mapping[str, str]) -> list[str] | None:
-    """Return the flags whose files are not those that ``record``'s run read, None if an older version made it.
-
-    Args:
-        inputs: what they are now (``inputs_of``).
-    """
-    before = record.get("inputs")
-    if not isinstance(before, dict):
-        return None
-    return [name for name in INPUTS if before.get(name) != inputs.get(name)]
+def changed_inputs(record: dict, inputs: Mapping[str, str]) -> list[str]:
+    """Return the flags whose files are not those that ``record``'s run read; ``inputs_of`` tells what they are now."""
+    return [name for name in INPUTS if record.get("inputs", {}).get(name) != inputs.get(name)]
 
 
 def provenance() -> dict:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
 
 from lib.allocation import price
 from lib.allocation.epsilon import Trial, best
@@ -20,58 +20,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-class Spread(NamedTuple):
-    """A figure over runs that differ only in their seed: ``mean``, sample standard deviation (None for one), count."""
-
-    mean: float
-    deviation: float | None = None
-    count: int = 1
-
-    def text(self, most: int = 1) -> str:
-        """Return the figure with two decimals, followed by the number of runs if below ``most``."""
-        text = f"{self.mean:.2f}" if math.isfinite(self.mean) else str(self.mean)
-        if self.deviation is not None:
-            text += f" ± {self.deviation:.2f}"
-        return text if self.count >= most else f"{text} ({self.count})"
-
-    def below(self, other: Spread) -> bool:
-        """Return whether the mean is below the ``other`` one by more than the larger of the two deviations.
-
-        False for single runs, whose noise is unknown.
-        """
-        if self.deviation is None or other.deviation is None:
-            return False
-        return other.mean - self.mean > max(self.deviation, other.deviation)
-
-
-def spread_of(figures: Sequence[float]) -> Spread:
-    """Return the spread of one or more ``figures``."""
-    deviation = statistics.stdev(figures) if len(figures) > 1 and all(map(math.isfinite, figures)) else None
-    return Spread(math.fsum(figures) / len(figures), deviation, len(figures))
-
-
-def commit_text(records: Iterable[Mapping]) -> str:
-    """Return one sentence that names the commits with which the runs of ``records`` were made."""
-    found = dict.fromkeys((record.get("git_commit") or "unknown") for record in records)
-    commits = [commit[:12] + ("-dirty" if commit.endswith("-dirty") else "") for commit in found]
-    return f"Commit{'s' if len(commits) > 1 else ''}: {', '.join(commits)}."
-
-
 def show(console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table with the first column left-aligned and the others right-aligned."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == headings[0] else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    align = ["left"] + ["right"] * (len(headings) - 1)
+    line(console, title)
+    line(console, tabulate(rows, headings, tablefmt="rounded_outline", disable_numparse=True, colalign=align))
 
 
-def line(console: Console, text: str) -> None:
-    """Print one line unchanged."""
-    console.print(text, highlight=False, soft_wrap=True)
+def line(console: Console, sentence: str) -> None:
+    """Print ``sentence`` unchanged, on one line however long it is."""
+    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_metric(
@@ -98,23 +56,23 @@ def show_trials(console: Console, trials: Sequence[Trial]) -> None:
     show(console, "--epsilon auto: perplexity on held-out calibration text", ("epsilon", "perplexity"), rows)
 
 
-def show_prices(console: Console, found: Found | None, data: str = "windows", of: str = "token") -> None:
+def show_prices(console: Console, search: Found | None, data: str = "windows", of: str = "token") -> None:
     """Print the steps of the search for prices at which the held-out ``data`` were evaluated, if any.
 
     Args:
         of: what the KL is a mean over.
     """
-    if found is None:
+    if search is None:
         return
     rows = [
         (str(i), f"{step.spread:.3f}", f"{step.fit:.4f}", f"{step.held:.4f}")
-        for i, step in enumerate(found.steps, 1)
+        for i, step in enumerate(search.steps, 1)
         if step.held is not None
     ]
     headings = ("step", "spread of prices", f"KL, its {data}", f"KL, held-out {data}")
-    show(console, f"price search in {found.dtype}: KL(dense || pruned), nats per {of}", headings, rows)
-    each = ", ".join(f"{name} {kl:.4f}" + (" <- kept" if name == found.kept else "") for name, kl in found.held.items())
-    line(console, f"held-out {data}: {each}")
+    show(console, f"price search in {search.dtype}: KL(dense || pruned), nats per {of}", headings, rows)
+    kept = {name: " <- kept" if name == search.kept else "" for name in search.held}
+    line(console, f"held-out {data}: {', '.join(f'{name} {kl:.4f}{kept[name]}' for name, kl in search.held.items())}")
 
 
 def show_run(console: Console, record: Record) -> None:

@@ -8,7 +8,7 @@ _HOMES = {
     "SparseLinear": "layers",
     "Unavailable": "kernel",
     "is_packed": "packed",
-    "kind_to_run_in": "packed",
+    "run_dtype": "packed",
     "load_kernel": "kernel.load",
     "load_packed": "loading",
     "pack_files": "packed",

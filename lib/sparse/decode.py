@@ -16,10 +16,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lib.sparse.kernel import MOST_TOKENS, Block, Kernel, Matrix, load
+from lib.sparse.kernel import MAX_TOKENS, BlockStruct, Kernel, MatrixStruct, load
 from lib.sparse.layers import DenseLinear, SparseLinear
 
-NAME = "grouped_sdpa"
+GROUPED_SDPA = "grouped_sdpa"
 
 
 def grouped_attention(
@@ -41,50 +41,55 @@ def grouped_attention(
     return out.reshape(batch, 1, heads, value.shape[-1]), None
 
 
-AttentionInterface.register(NAME, grouped_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(GROUPED_SDPA, grouped_attention)
+AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
 
 
 def group_attention(model: PreTrainedModel) -> None:
     """Replace ``sdpa`` by ``grouped_attention`` in ``model``, in place, if it uses it."""
     if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(GROUPED_SDPA)
 
-PRODUCTS = (  # a kernel call each
+
+# Linear layers of a LLaMA's block, those of one kernel call together.
+PRODUCTS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-OTHERS = ("self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm")
-SPARE = 64  # tokens for which there is room at least after keys and values were copied
-TRIAL = 3  # tokens that a block is tried on: the first key and value, a copy with room for more, and a place in it
+OTHER_MODULES = ("self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm")
+# When keys and values are copied, room is made for at least so many further tokens.
+SPARE_TOKENS = 64
+# A block is tried on three tokens: the first key and value, a copy with room for more, and a place in it.
+TRIAL_TOKENS = 3
 
 
-class Pass:
-    """Part of a forward pass that all blocks share: cosines and sines for the kernel, prepared once."""
+class RotaryCache:
+    """Cosines and sines of a forward pass for the kernel, prepared once for all blocks."""
 
     def __init__(self) -> None:
-        self._latest = None  # one tuple: another thread replaces all of it, or nothing
+        self._latest = None  # one tuple, so that another thread replaces all of it or nothing
 
-    def angles(self, given: tuple | None, x: Tensor, size: int, config: PreTrainedConfig) -> list | None:
+    def angles(self, embeddings: tuple | None, x: Tensor, size: int, config: PreTrainedConfig) -> list | None:
         """Return [address of the cosines, of the sines, stride], None where the kernel does not compute such a pass.
 
-        ``given``: [1 or batch, 1, size] each, the same tuple for every block; another one is another pass.
+        ``embeddings``: cosines and sines, [1 or batch, 1, size] each. Every block of a pass is given the same tuple;
+        another tuple is another pass.
         """
         latest, key = self._latest, (x.dtype, x.shape[0], size)
-        if latest is None or latest[0] is not given or latest[1] != key:
-            latest = self._latest = (given, key, *_prepared(given, x, size, config))
+        if latest is None or latest[0] is not embeddings or latest[1] != key:
+            latest = self._latest = (embeddings, key, *_addresses_of_angles(embeddings, x, size, config))
         return latest[3]
 
 
-class Parts:
-    """Modules inside of a block, and whether they still are as they were."""
+class BlockGuard:
+    """Guard of a block's modules: whether they still are as they were when the block was compiled."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.attention, self.linears, self.norms = layer.self_attn, _linears(layer), _norms(layer)
-        inside = [(parent._modules, *part) for parent in layer.modules() for part in parent._modules.items()]
-        self._tables, self._names, self._modules = zip(*inside, strict=True)
+        children = [(parent._modules, *child) for parent in layer.modules() for child in parent._modules.items()]
+        self._tables, self._names, self._modules = zip(*children, strict=True)
         self._hooks = [table for m in self._modules for table in (m._forward_hooks, m._forward_pre_hooks)]
         self._states = [vars(module) for module in self._modules]
 
@@ -97,7 +102,7 @@ class Parts:
         return kept and not any(self._hooks) and not any(map(contains, self._states, repeat("forward")))
 
 
-class Store:
+class KeyValueStore:
     """Keys and values of one block in tensors with room for more: a cache's own copies all of them for each token.
 
     What the cache holds are views of the part in use. Only a view that this object put there, and that nobody replaced
@@ -107,7 +112,7 @@ class Store:
     def __init__(self) -> None:
         self._held = WeakKeyDictionary()  # by the cache's layer: the views of keys and values, and the whole of both
 
-    def grown(self, cache: DynamicCache, index: int, x: Tensor, block: Block) -> tuple[Tensor, Tensor] | None:
+    def with_room(self, cache: DynamicCache, index: int, x: Tensor, block: BlockStruct) -> tuple[Tensor, Tensor] | None:
         """Return the cache's keys and values and a place for one more, [batch, keys, length + 1, size] each.
 
         The cache is to hold them once the place is filled. None if the cache is empty, or does more than to append.
@@ -123,52 +128,52 @@ class Store:
         if ours and length < held[2].shape[3]:
             both = held[2]
         else:
-            both = x.new_empty(2, x.shape[0], block.keys, length + max(SPARE, length // 4), block.size)
+            both = x.new_empty(2, x.shape[0], block.keys, length + max(SPARE_TOKENS, length // 4), block.size)
             both[0, :, :, :length], both[1, :, :, :length] = k, v
         k, v = both[:, :, :, : length + 1].unbind()
         self._held[layer] = k, v, both
         return k, v
 
     @staticmethod
-    def _fits(k: Tensor, v: Tensor, x: Tensor, block: Block) -> bool:
+    def _fits(k: Tensor, v: Tensor, x: Tensor, block: BlockStruct) -> bool:
         if k.numel() == 0:
             return False
         shape = x.shape[0], block.keys, k.shape[2], block.size
         return all(each.shape == shape and each.dtype == x.dtype and each.device == x.device for each in (k, v))
 
 
-class Step:
+class CompiledBlock:
     """Forward pass of one block: compiled for a single token per sequence, the model's own for everything else.
 
     The model's own also runs where the kernel would miss something: gradients, hooks, replaced modules or forward
     methods inside of the block, another cache than DynamicCache, another attention than ``grouped_attention``.
     """
 
-    def __init__(self, layer: nn.Module, kernel: Kernel | None = None, shared: Pass | None = None) -> None:
-        self.layer, self.kernel, self._pass = layer, kernel or load(), shared or Pass()
-        self._store = Store()
+    def __init__(self, layer: nn.Module, kernel: Kernel | None = None, shared: RotaryCache | None = None) -> None:
+        self.layer, self.kernel, self._pass = layer, kernel or load(), shared or RotaryCache()
+        self._store = KeyValueStore()
         self._parts = self._built = None  # made when first needed: a layer that is being copied has no parts yet
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         plain = not args and type(cache) is DynamicCache and not torch.is_grad_enabled()
         batch, tokens, _ = hidden_states.shape
-        few = tokens == 1 and 1 <= batch <= MOST_TOKENS
+        few = tokens == 1 and 1 <= batch <= MAX_TOKENS
         block = self._block(hidden_states) if plain and few else None
         if block is not None:
             config = self._parts.attention.config
             angles = self._pass.angles(kwargs.get("position_embeddings"), hidden_states, block.size, config)
             if angles is not None:
                 return self._step(block, hidden_states.contiguous(), angles, cache, kwargs)
-        return self.own(hidden_states, *args, **kwargs)
+        return self.plain_forward(hidden_states, *args, **kwargs)
 
-    def own(self, *args, **kwargs) -> Tensor:
+    def plain_forward(self, *args, **kwargs) -> Tensor:
         """Return what the model's own forward pass gives."""
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
-    def _step(self, block: Block, x: Tensor, angles: list, cache: DynamicCache, kwargs: dict) -> Tensor:
+    def _step(self, block: BlockStruct, x: Tensor, angles: list, cache: DynamicCache, kwargs: dict) -> Tensor:
         index, batch, threads = self._parts.attention.layer_idx, x.shape[0], torch.get_num_threads()
-        held = self._store.grown(cache, index, x, block)
+        held = self._store.with_room(cache, index, x, block)
         at, y = ctypes.addressof(block), torch.empty_like(x)
         if held is not None and kwargs.get("attention_mask") is None:
             k, v = held
@@ -190,28 +195,28 @@ class Step:
         self.kernel.leave_block(at, x.data_ptr(), attended.data_ptr(), batch, y.data_ptr(), threads)
         return y
 
-    def _attend(self, block: Block, q: Tensor, k: Tensor, v: Tensor, kwargs: dict) -> Tensor:
+    def _attend(self, block: BlockStruct, q: Tensor, k: Tensor, v: Tensor, kwargs: dict) -> Tensor:
         attention, mask = self._parts.attention, kwargs.get("attention_mask")
-        apart, own = k.stride(1), (block.keys * k.stride(1), k.stride(1), block.size, 1)
-        if mask is not None or any(x.dtype != q.dtype or x.stride() != own for x in (k, v)):
+        apart, expected = k.stride(1), (block.keys * k.stride(1), k.stride(1), block.size, 1)
+        if mask is not None or any(x.dtype != q.dtype or x.stride() != expected for x in (k, v)):
             more = {key: kwargs[key] for key in kwargs.keys() - {"attention_mask", "cache", "past_key_values"}}
             return grouped_attention(attention, q, k, v, mask, scaling=attention.scaling, **more)[0].contiguous()
         at, places = ctypes.addressof(block), (q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[2], apart)
         self.kernel.attend_block(at, *places, attention.scaling, q.shape[0], q.data_ptr(), torch.get_num_threads())
         return q
 
-    def _block(self, x: Tensor) -> Block | None:
+    def _block(self, x: Tensor) -> BlockStruct | None:
         """Return the block for the kernel, None if it is not as the kernel takes it, was altered, or is watched."""
-        parts = self._parts = self._parts or Parts(self.layer)
+        parts = self._parts = self._parts or BlockGuard(self.layer)
         watched = watching._global_forward_hooks or watching._global_forward_pre_hooks
         if watched or x.device.type != "cpu" or not parts.untouched():
             return None
-        kind, weights = x.dtype, [norm._parameters["weight"] for norm in parts.norms]
-        found = [linear.of_kind(kind) for linear in parts.linears]
-        key = kind, *(weight.data_ptr() for weight in weights)
-        if self._built is None or self._built[0] != key or not all(map(is_, self._built[1], found)):
-            fits = None not in found and all(weight.dtype == kind for weight in weights)
-            self._built = key, found, *(_described(self.layer, found, kind) if fits else (None, None))
+        dtype, weights = x.dtype, [norm._parameters["weight"] for norm in parts.norms]
+        matrices = [linear.matrix_for(dtype) for linear in parts.linears]
+        key = dtype, *(weight.data_ptr() for weight in weights)
+        if self._built is None or self._built[0] != key or not all(map(is_, self._built[1], matrices)):
+            fits = None not in matrices and all(weight.dtype == dtype for weight in weights)
+            self._built = key, matrices, *(_block_struct(self.layer, matrices, dtype) if fits else (None, None))
         return self._built[2]
 
     def __getstate__(self) -> dict:  # addresses and libraries are neither copied nor pickled
@@ -221,14 +226,16 @@ class Step:
         self.__init__(**state)
 
 
-def _prepared(given: tuple | None, x: Tensor, size: int, config: PreTrainedConfig) -> tuple[list, list | None]:
-    """Return tensors that are to be kept, and what ``Pass.angles`` returns."""
-    fit = given is not None and all(a.shape[1:] == (1, size) and len(a) in (1, len(x)) for a in given)
-    if not fit or config._attn_implementation != NAME:
+def _addresses_of_angles(
+    embeddings: tuple | None, x: Tensor, size: int, config: PreTrainedConfig
+) -> tuple[list, list | None]:
+    """Return the tensors that must stay alive, and what ``RotaryCache.angles`` returns."""
+    fit = embeddings is not None and all(e.shape[1:] == (1, size) and len(e) in (1, len(x)) for e in embeddings)
+    if not fit or config._attn_implementation != GROUPED_SDPA:
         return [], None
-    kept = [a.to(x.dtype).contiguous() for a in given]
-    stride = size if len(kept[0]) > 1 else 0  # one position for all sequences, or one for each
-    return kept, [*(a.data_ptr() for a in kept), stride]
+    tensors = [e.to(x.dtype).contiguous() for e in embeddings]
+    stride = size if len(tensors[0]) > 1 else 0  # 0: all sequences share one position
+    return tensors, [*(e.data_ptr() for e in tensors), stride]
 
 
 def _linears(layer: nn.Module) -> list[nn.Module]:
@@ -239,23 +246,23 @@ def _norms(layer: nn.Module) -> list[nn.Module]:
     return [layer.input_layernorm, layer.post_attention_layernorm]
 
 
-def _described(layer: nn.Module, found: Sequence[Matrix], kind: torch.dtype) -> tuple[Block, list]:
-    """Return the block, and the arrays whose addresses it holds."""
-    rest, arrays = list(found), []
+def _block_struct(layer: nn.Module, matrices: Sequence[MatrixStruct], dtype: torch.dtype) -> tuple[BlockStruct, list]:
+    """Return the block for the kernel, and the arrays whose addresses it holds."""
+    rest, arrays = list(matrices), []
     for names in PRODUCTS:
-        arrays.append((Matrix * len(names))(*rest[: len(names)]))
+        arrays.append((MatrixStruct * len(names))(*rest[: len(names)]))
         del rest[: len(names)]
     norms, size = _norms(layer), layer.self_attn.head_dim
-    block = Block(
+    block = BlockStruct(
         *map(ctypes.addressof, arrays),
         *(norm.weight.data_ptr() for norm in norms),
         *(norm.eps for norm in norms),
-        found[0].columns,
-        found[0].rows // size,
-        found[1].rows // size,
+        matrices[0].columns,
+        matrices[0].rows // size,
+        matrices[1].rows // size,
         size,
-        found[4].rows,
-        kind == torch.float16,
+        matrices[4].rows,
+        dtype == torch.float16,
     )
     return block, arrays
 
@@ -266,10 +273,10 @@ def compile_steps(model: PreTrainedModel, kernel: Kernel | None = None) -> int:
     A trial on random tokens shows for each block whether the step computes what its own forward pass does: blocks of
     one class may differ, for example in whether they rotate.
     """
-    if model.config._attn_implementation != NAME:
+    if model.config._attn_implementation != GROUPED_SDPA:
         return 0
-    shared = Pass()
-    steps = [Step(layer, kernel, shared) for layer in model.modules() if _is_llama(layer)]
+    shared = RotaryCache()
+    steps = [CompiledBlock(layer, kernel, shared) for layer in model.modules() if _is_llama(layer)]
     agreeing = [step for step in steps if _agrees(step)]
     for step in agreeing:
         step.layer.forward = step
@@ -278,12 +285,12 @@ def compile_steps(model: PreTrainedModel, kernel: Kernel | None = None) -> int:
 
 def _is_llama(layer: nn.Module) -> bool:
     inside = {name for name, _ in layer.named_modules()} - {""}
-    if inside != {*chain.from_iterable(PRODUCTS), *OTHERS} or any(True for _ in layer.parameters(recurse=False)):
+    if inside != {*chain.from_iterable(PRODUCTS), *OTHER_MODULES} or any(True for _ in layer.parameters(recurse=False)):
         return False
-    own = all(isinstance(linear, SparseLinear | DenseLinear) for linear in _linears(layer))
+    packable = all(isinstance(linear, SparseLinear | DenseLinear) for linear in _linears(layer))
     plain = all(type(norm) is nn.RMSNorm for norm in _norms(layer))  # as ``fuse`` leaves those that compute the same
     needed = all(hasattr(layer.self_attn, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
-    return own and plain and needed and _shapes_fit(layer) and _is_silu(layer.mlp.act_fn)
+    return packable and plain and needed and _shapes_fit(layer) and _is_silu(layer.mlp.act_fn)
 
 
 def _shapes_fit(layer: nn.Module) -> bool:
@@ -305,35 +312,40 @@ def _is_silu(function: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _agrees(step: Step) -> bool:
+def _agrees(step: CompiledBlock) -> bool:
     """Return whether ``step`` computes what the layer's own forward pass does, up to rounding, for two sequences."""
     layer = step.layer
-    attention, kind = layer.self_attn, layer.input_layernorm.weight.dtype
+    attention, dtype = layer.self_attn, layer.input_layernorm.weight.dtype
     draw = torch.Generator().manual_seed(0)
     width = attention.q_proj.in_features
-    tokens = torch.randn(TRIAL, 2, 1, width, generator=draw).to(kind)
-    angles = torch.rand(TRIAL, 2, 1, attention.head_dim // 2, generator=draw).mul(6).repeat(1, 1, 1, 2)
+    tokens = torch.randn(TRIAL_TOKENS, 2, 1, width, generator=draw).to(dtype)
+    angles = torch.rand(TRIAL_TOKENS, 2, 1, attention.head_dim // 2, generator=draw).mul(6).repeat(1, 1, 1, 2)
     results = []
-    for forward in (step.own, step):
+    for forward in (step.plain_forward, step):
         cache, outs = DynamicCache(), []
         try:
             for x, angle in zip(tokens, angles, strict=True):
-                given = {"attention_mask": None, "position_embeddings": (angle.cos().to(kind), angle.sin().to(kind))}
-                outs.append(forward(x, **given, **{_cache_name(layer): cache}).float())
+                arguments = {
+                    "attention_mask": None,
+                    "position_embeddings": (angle.cos().to(dtype), angle.sin().to(dtype)),
+                }
+                outs.append(forward(x, **arguments, **{_cache_name(layer): cache}).float())
             held = cache.layers[attention.layer_idx]
             rest = {name: value for name, value in vars(held).items() if name not in ("keys", "values")}
             results.append((torch.stack(outs) - tokens.float(), held.keys.float(), held.values.float(), rest))
-        except Exception:  # a block that wants, gives or keeps something else, in one of many ways
+        except Exception:  # any failure means that this is not a plain LLaMA block
             return False
-    (*own, rest), (*found, found_rest) = results
-    eps = torch.finfo(kind).eps
+    (*expected, expected_rest), (*computed, computed_rest) = results
+    eps = torch.finfo(dtype).eps
     # Some ten roundings of what the block adds, and one of the sum, about as large as the tokens. Keys and values are
     # rounded less often: there another rotation, or none, shows.
-    bounds = [10 * eps * own[0].abs().max() + 2 * eps * tokens.float().abs().max()]
-    bounds += [3 * eps * expected.abs().max() for expected in own[1:]]
-    triples = zip(own, found, bounds, strict=True)
+    bounds = [10 * eps * expected[0].abs().max() + 2 * eps * tokens.float().abs().max()]
+    bounds += [3 * eps * values.abs().max() for values in expected[1:]]
+    triples = zip(expected, computed, bounds, strict=True)
     close = all(a.shape == b.shape and bool((a - b).abs().max() <= bound) for a, b, bound in triples)
-    return close and rest == found_rest  # ``Store`` knows nothing of what else a cache may keep count of
+    return (
+        close and computed_rest == expected_rest
+    )  # ``KeyValueStore`` knows nothing of what else a cache may keep count of
 
 
 def _cache_name(layer: nn.Module) -> str:

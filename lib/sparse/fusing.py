@@ -9,13 +9,15 @@ from transformers import PreTrainedModel
 
 from lib.core.errors import UserError
 from lib.sparse.decode import compile_steps, group_attention
-from lib.sparse.kernel import KINDS, Kernel, Unavailable, load
-from lib.sparse.layers import DenseLinear, Shared, SparseLinear
+from lib.sparse.kernel import KERNEL_DTYPES, Kernel, Unavailable, load
+from lib.sparse.layers import DenseLinear, FusedProjections, SparseLinear
 
 log = logging.getLogger(__name__)
 
-LEAST_ZEROS = 0.3  # of a matrix: a bit and 16 (1 - zeros) bits a weight are to be clearly less than 16
-ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # siblings that transformers gives one tensor
+# Fraction of zeros from which a matrix is packed: 1 + 16 (1 - zeros) bits a weight are then clearly less than 16.
+LEAST_ZEROS = 0.3
+# Sibling layers that transformers calls with one and the same tensor.
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fuse(model: nn.Module, kernel: Kernel | None = None) -> None:
@@ -28,7 +30,7 @@ def fuse(model: nn.Module, kernel: Kernel | None = None) -> None:
         for names in ONE_INPUT:
             layers = [getattr(parent, name, None) for name in names]
             if all(isinstance(layer, SparseLinear | DenseLinear) for layer in layers):
-                Shared(layers)
+                FusedProjections(layers)
         for name, child in list(parent.named_children()):
             norm = _torch_norm(child)
             if norm is not None:
@@ -46,13 +48,13 @@ def _torch_norm(module: nn.Module) -> nn.RMSNorm | None:
     weight = parameters.get("weight")
     if type(module) is nn.RMSNorm or len(parameters) != 1 or weight is None or weight.ndim != 1 or eps is None:
         return None
-    made = nn.RMSNorm(len(weight), eps, device="meta")
-    made.weight, made.training = weight, module.training
+    norm = nn.RMSNorm(len(weight), eps, device="meta")
+    norm.weight, norm.training = weight, module.training
     x = torch.linspace(-3, 2, 4 * len(weight), dtype=torch.float32).reshape(4, -1).sin().mul(3).to(weight)
-    expected, found = module(x).float(), made(x).float()
+    expected, computed = module(x).float(), norm(x).float()
     # Some round before the weight is multiplied and some after: two units in the last place.
-    close = (found - expected).abs() <= 2 * torch.finfo(weight.dtype).eps * expected.abs() + eps
-    return made if found.shape == expected.shape and bool(close.all()) else None
+    close = (computed - expected).abs() <= 2 * torch.finfo(weight.dtype).eps * expected.abs() + eps
+    return norm if computed.shape == expected.shape and bool(close.all()) else None
 
 
 def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None = None) -> int:
@@ -66,9 +68,9 @@ def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, module in linears.items():
-        if module.weight.device.type != "cpu" or module.weight.dtype not in KINDS:
-            where = f"{module.weight.dtype} on {module.weight.device}"
-            raise UserError(None, f"sparsify: {name} is {where}; load the model on the CPU in bfloat16 or float16")
+        if module.weight.device.type != "cpu" or module.weight.dtype not in KERNEL_DTYPES:
+            problem = f"{name} is {module.weight.dtype} on {module.weight.device}"
+            raise UserError(None, "sparsify", problem, "load the model on the CPU in bfloat16 or float16")
     try:
         kernel = kernel or load()
     except Unavailable as error:

@@ -29,9 +29,9 @@ LEVELS = {
 }
 ARM = ("aarch64", "arm64")  # all of which have NEON
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
-MOST_TOKENS = 8  # of a call of the kernel
+MAX_TOKENS = 8  # of a call of the kernel
 PADDING = 32  # values after a matrix's last, which the kernel may read
-KINDS = (torch.bfloat16, torch.float16)  # of weights
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of weights
 # The library's functions and the kinds of their arguments. Those with "_" are called by methods of Kernel.
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
 FUNCTIONS = {
@@ -51,7 +51,7 @@ class Unavailable(RuntimeError):
     """The kernel is unavailable on this machine. The message is one line with the reason."""
 
 
-class Matrix(ctypes.Structure):
+class MatrixStruct(ctypes.Structure):
     """A weight as kernel.h declares it. It holds addresses: its creator must keep the tensors alive."""
 
     _fields_ = [
@@ -60,7 +60,7 @@ class Matrix(ctypes.Structure):
     ]
 
 
-class Block(ctypes.Structure):
+class BlockStruct(ctypes.Structure):
     """A LLaMA's block as step.cpp sees it: addresses of matrices and of the norms' weights, and sizes."""
 
     _fields_ = [
@@ -77,25 +77,25 @@ class Kernel:
         library = ctypes.CDLL(str(path))
         for name, kinds in FUNCTIONS.items():
             function = getattr(library, name.removeprefix("_"))
-            function.argtypes, function.restype = [_KINDS[kind] for kind in kinds], None
+            function.argtypes, function.restype = [_KINDS[dtype] for dtype in kinds], None
             setattr(self, name, function)
 
-    def multiply(self, matrix: Matrix, x: Tensor, y: Tensor, tokens: int) -> Tensor:
+    def multiply(self, matrix: MatrixStruct, x: Tensor, y: Tensor, tokens: int) -> Tensor:
         """Fill ``y`` [..., rows] with the products of ``x`` [..., columns], both contiguous, and return it.
 
-        ``tokens``: the product of the leading dimensions, 1 to MOST_TOKENS; the caller guarantees the shapes. ``x`` is
-        of the weight's kind, ``y`` of that kind or float32. Sums are float32.
+        ``tokens``: the product of the leading dimensions, 1 to MAX_TOKENS; the caller guarantees the shapes. ``x`` is
+        of the weight's dtype, ``y`` of that dtype or float32. Sums are float32.
         """
         self.multiply_each(matrix, x, (y,), tokens)
         return y
 
     def multiply_each(self, matrices: ctypes.Structure | ctypes.Array, x: Tensor, ys: Sequence[Tensor], tokens: int):
-        """Do the same for several ``matrices`` in a row (a Matrix * n), of one kind and with equally many columns."""
+        """Do the same for several ``matrices`` (a MatrixStruct * n) of one dtype and with equally many columns."""
         places = (ctypes.c_void_p * len(ys))(*[y.data_ptr() for y in ys])
         wide, threads = ys[0].dtype == torch.float32, torch.get_num_threads()
         self._multiply(ctypes.addressof(matrices), len(ys), x.data_ptr(), tokens, places, wide, threads)
 
-    def multiply_many(self, weight: Matrix | Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def multiply_many(self, weight: MatrixStruct | Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the products [tokens, rows] of ``x`` [tokens, columns], and ``bias`` added, skipping the zeros.
 
         ``weight``: packed (its own bias is not used), or a dense [rows, columns] whose zeros are looked for. All are
@@ -103,7 +103,7 @@ class Kernel:
         the columns, rounded at each step (FMA): the same for any number of tokens and threads.
         """
         tokens, threads = len(x), torch.get_num_threads()
-        if isinstance(weight, Matrix):
+        if isinstance(weight, MatrixStruct):
             y = x.new_empty(tokens, weight.rows)
             self._multiply_many(ctypes.addressof(weight), x.data_ptr(), tokens, y.data_ptr(), threads)
         else:
@@ -121,7 +121,7 @@ class Kernel:
         self._solve_block(block.data_ptr(), upper.data_ptr(), *masks, *sizes, errors.data_ptr(), threads)
         return errors
 
-    def unpack(self, matrix: Matrix, first: int, last: int, out: Tensor) -> None:
+    def unpack(self, matrix: MatrixStruct, first: int, last: int, out: Tensor) -> None:
         """Fill ``out`` [last - first, words * 32] with rows of a packed matrix."""
         self._unpack(ctypes.addressof(matrix), first, last, out.data_ptr(), torch.get_num_threads())
 
@@ -165,12 +165,12 @@ def processor() -> dict[str, str]:
 
 
 @cache
-def multiplies(kind: torch.dtype) -> bool:
-    """Return whether this CPU has instructions for products of many tokens in ``kind`` of KINDS.
+def multiplies(dtype: torch.dtype) -> bool:
+    """Return whether this CPU has instructions for products of many tokens in ``dtype`` of KERNEL_DTYPES.
 
     Without them torch takes five times as long as in float32.
     """
-    about, name = processor(), {torch.bfloat16: "bf16", torch.float16: "fp16"}[kind]
+    about, name = processor(), {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     if platform.machine() in ARM:
         return name == "bf16" and name in about.get("Features", "").split()
     return not {f"avx512_{name}", f"amx_{name}"}.isdisjoint(about.get("flags", "").split())

@@ -14,7 +14,7 @@ from lib.models.load import Dtypes, Source, empty_model, generation_config, unti
 from lib.sparse.fusing import LEAST_ZEROS, fuse
 from lib.sparse.kernel import Unavailable, load
 from lib.sparse.layers import DenseLinear, SparseLinear
-from lib.sparse.packed import PADDING, Packed, is_packed, kind_to_run_in, packed_files, read_file, undone
+from lib.sparse.packed import PADDING, PackedTensor, is_packed, packed_files, read_file, run_dtype, unpacked
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +32,23 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
     folder = Path(folder)
     generation = generation_config(folder)
     tensors = {name: (content, shape) for path in packed_files(folder) for name, content, shape in read_file(path)}
-    kind = kind_to_run_in(folder)
-    if torch.float32 in {_kind(content) for content, _ in tensors.values()}:
-        log.info("%s: its float32 weights are rounded to %s", folder, str(kind).removeprefix("torch."))
+    dtype = run_dtype(folder)
+    if torch.float32 in {_dtype_of(content) for content, _ in tensors.values()}:
+        log.info("%s: its float32 weights are rounded to %s", folder, str(dtype).removeprefix("torch."))
     try:
         kernel = load()
     except Unavailable as error:
         kernel, least = None, 2.0  # no matrix has that many zeros
         log.warning("no sparse kernel, %s; the model is unpacked and runs dense", error)
-    model = _skeleton(folder, kind)
-    packed = _fill(model, tensors, kind, least)
+    model = _skeleton(folder, dtype)
+    packed = _fill(model, tensors, dtype, least)
     untie(model)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     missing = [name for name in missing if name not in {f"{module}.weight" for module in packed}]
     if missing:
-        raise UserError(None, f"{folder}: lacks {len(missing)} weights of its config.json's model, first {missing[0]}")
+        problem = f"lacks {len(missing)} weights of its config.json's model, first {missing[0]}"
+        raise UserError(None, folder, problem)
     for name, module in list(model.named_modules()):
         if name in packed:
             weight, columns = packed.pop(name)
@@ -62,68 +63,73 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
     return model
 
 
-def _skeleton(folder: Path, kind: torch.dtype) -> PreTrainedModel:
+def _skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model of the folder's config, its parameters on the meta device; see ``empty_model``."""
     try:
-        return empty_model(AutoConfig.from_pretrained(folder), kind)
+        return empty_model(AutoConfig.from_pretrained(folder), dtype)
     except Exception as error:  # whatever a missing or a wrong config.json leads to
-        raise UserError(None, f"{folder}: its config.json cannot be used ({first_line(error)})") from error
+        raise UserError(None, folder, f"its config.json cannot be used ({first_line(error)})") from error
 
 
 def _fill(
-    model: PreTrainedModel, tensors: dict[str, tuple], kind: torch.dtype, least: float
-) -> dict[str, tuple[Packed, int]]:
+    model: PreTrainedModel, tensors: dict[str, tuple], dtype: torch.dtype, least: float
+) -> dict[str, tuple[PackedTensor, int]]:
     """Fill ``model`` with the ``tensors``, and return {module: (weight, columns)} of those that stay packed."""
     packed = {}
     tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
     # Some names of a checkpoint are not the model's own (GPT-NeoX's embed_out is lm_head).
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
-    known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    model_names = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     for name in list(tensors):
         content, shape = tensors.pop(name)  # a file's pages are freed with the last of its tensors
-        for renaming in renamings if name not in known else ():
+        for renaming in renamings if name not in model_names else ():
             name = renaming.rename_source_key(name)[0]
-        parent, _, own = name.rpartition(".")
+        parent, _, attribute = name.rpartition(".")
         try:
             module = model.get_submodule(parent)
-            expected = list(getattr(module, own).shape)
+            expected = list(getattr(module, attribute).shape)
         except AttributeError:
-            raise UserError(None, f"{name} is packed there, and the model of its config.json has none") from None
+            raise UserError(None, name, "is packed there, and the model of its config.json has none") from None
         if expected != shape:
-            raise UserError(None, f"{name} is packed with shape {shape}, the model of its config.json has {expected}")
-        if isinstance(content, Packed) and type(module) is nn.Linear and own == "weight" and module is not tied:
+            raise UserError(None, name, f"is packed with shape {shape}, the model of its config.json has {expected}")
+        if (
+            isinstance(content, PackedTensor)
+            and type(module) is nn.Linear
+            and attribute == "weight"
+            and module is not tied
+        ):
             zeros = 1 - (content.values.numel() - PADDING) / (shape[0] * shape[1])
             if zeros >= least:
-                mask, values = content.mask, content.values.to(kind)
+                mask, values = content.mask, content.values.to(dtype)
                 if values is not content.values:  # rounded: a mask that stays mapped would keep all the file's pages
                     mask = mask.clone()
-                packed[parent] = Packed(mask, values), shape[1]
+                packed[parent] = PackedTensor(mask, values), shape[1]
                 continue
-        value = undone(content, shape)
-        value = value.to(kind) if value.is_floating_point() else value
-        if own in module._buffers:
-            module._buffers[own] = value
+        value = unpacked(content, shape)
+        value = value.to(dtype) if value.is_floating_point() else value
+        if attribute in module._buffers:
+            module._buffers[attribute] = value
         else:
-            setattr(module, own, nn.Parameter(value, requires_grad=False))
+            setattr(module, attribute, nn.Parameter(value, requires_grad=False))
     return packed
 
 
-def _kind(content: torch.Tensor | Packed) -> torch.dtype:
-    return content.values.dtype if isinstance(content, Packed) else content.dtype
+def _dtype_of(content: torch.Tensor | PackedTensor) -> torch.dtype:
+    return content.values.dtype if isinstance(content, PackedTensor) else content.dtype
 
 
 def refuse_packed(source: Source) -> None:
     """Refuse a model whose folder is packed."""
-    if is_packed(Path(source.path)):
-        unpack = f"python scripts/speedup/pack.py {source.given} --unpack --save DIR"
-        raise UserError("model", f"{source.given}: is packed, which is for running it; unpack it first: {unpack}")
+    if is_packed(source.path):
+        unpack = f"unpack it first: python scripts/speedup/pack.py {source.given} --unpack --save DIR"
+        raise UserError("model", source.given, "is packed, which is for running it", unpack)
 
 
 def packed_dtypes(source: Source, dtype: str) -> Dtypes:
     """Return the dtypes of a packed model; ``dtype``, a name of DTYPES, must not differ."""
-    kind = kind_to_run_in(Path(source.path))
-    name = str(kind).removeprefix("torch.")
+    packed_dtype = run_dtype(Path(source.path))
+    name = str(packed_dtype).removeprefix("torch.")
     if dtype not in ("auto", name):
-        text = f"{dtype}: {source.given} is packed and runs in {name}; leave --dtype out, or unpack it for another"
-        raise UserError("dtype", text)
-    return Dtypes(kind, kind)
+        problem = f"{source.given} is packed and runs in {name}"
+        raise UserError("dtype", dtype, problem, "leave --dtype out, or unpack it for another")
+    return Dtypes(packed_dtype, packed_dtype)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -17,15 +18,18 @@ from torch import Tensor
 from lib.core.errors import UserError
 from lib.sparse.kernel import PADDING
 
-# Not a name that transformers looks for: it would fill the weights that it does not find with random numbers.
+# transformers does not look for files of this ending: it would fill the weights that it does not find with random
+# numbers.
 SUFFIX = ".packed.safetensors"
-KEY = "packed"  # of the file's metadata: {"version", "tensors": {name: {"shape", "sha256"}}}
-VERSION = 2  # 1 had the bits of a byte in the other order, rows that began anywhere, and -0.0 among the values
+# Key of the file's metadata that holds {"version", "metadata", "tensors": {name: {"shape", "sha256"}}}.
+KEY = "packed"
+VERSION = 3
+# Integers that hold the bits of a number of that many bytes.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PARTS = ("mask", "values", "negative")
 
 
-class Packed(NamedTuple):
+class PackedTensor(NamedTuple):
     """A tensor of any shape as rows of its last dimension.
 
     ``mask``: int32 [rows, ceil(columns / 32)], a bit per entry, the first column lowest. ``values``: the entries
@@ -43,7 +47,7 @@ class Packed(NamedTuple):
         return sum(part.nbytes for part in self if part is not None)
 
 
-def pack(tensor: Tensor) -> Packed:
+def pack(tensor: Tensor) -> PackedTensor:
     """Return the packed form of ``tensor``, at least one-dimensional, with entries of 1 to 8 bytes."""
     bits = _bits(tensor).reshape(-1, tensor.shape[-1]).numpy()
     minus_zero = np.iinfo(bits.dtype).min if bits.dtype != np.uint8 else 0x80  # the sign's bit alone
@@ -53,10 +57,10 @@ def pack(tensor: Tensor) -> Packed:
     mask = np.pad(mask, ((0, 0), (0, -mask.shape[1] % 4)))
     values = torch.from_numpy(np.concatenate([bits[kept], np.zeros(PADDING, bits.dtype)])).view(tensor.dtype)
     negative = torch.from_numpy(np.packbits(minus[~kept], bitorder="little")) if minus.any() else None
-    return Packed(torch.from_numpy(mask.view(np.int32)), values, negative)
+    return PackedTensor(torch.from_numpy(mask.view(np.int32)), values, negative)
 
 
-def unpack(packed: Packed, shape: list[int]) -> Tensor:
+def unpack(packed: PackedTensor, shape: list[int]) -> Tensor:
     """Return the tensor that ``pack`` was given, of ``shape``, bit for bit."""
     kept = np.unpackbits(packed.mask.numpy().view(np.uint8), axis=1, count=shape[-1], bitorder="little").astype(bool)
     bits = _bits(packed.values).numpy()
@@ -110,9 +114,9 @@ def unpack_files(source: Path, target: Path) -> int:
     """
     count = 0
     for path in packed_files(source):
-        tensors = {name: undone(tensor, shape) for name, tensor, shape in read_file(path)}
+        tensors = {name: unpacked(tensor, shape) for name, tensor, shape in read_file(path)}
         with safe_open(path, framework="pt") as file:
-            metadata = {key: value for key, value in (file.metadata() or {}).items() if key != KEY}
+            metadata = json.loads(file.metadata()[KEY])["metadata"]
         save_file(tensors, target / path.name.replace(SUFFIX, ".safetensors"), metadata)
         count += len(tensors)
     _copy_others(source, target)
@@ -123,11 +127,11 @@ def packed_files(folder: Path) -> list[Path]:
     """Return the packed files of ``folder``."""
     files = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
     if not files:
-        raise UserError(None, f"{folder}: holds no *{SUFFIX}; give a folder that pack.py or main.py --packed wrote")
+        raise UserError(None, folder, f"holds no *{SUFFIX}", "give a folder that pack.py or main.py --packed wrote")
     return files
 
 
-def kind_to_run_in(folder: Path) -> torch.dtype:
+def run_dtype(folder: Path) -> torch.dtype:
     """Return float16 if a weight of the packed ``folder`` has that dtype, else bfloat16; reads only headers."""
     for path in packed_files(folder):
         try:
@@ -139,7 +143,7 @@ def kind_to_run_in(folder: Path) -> torch.dtype:
     return torch.bfloat16
 
 
-def read_file(path: Path) -> Iterator[tuple[str, Tensor | Packed, list[int]]]:
+def read_file(path: Path) -> Iterator[tuple[str, Tensor | PackedTensor, list[int]]]:
     """Yield name, content and shape of every tensor of a packed file, memory-mapped and checked.
 
     Raises:
@@ -149,36 +153,33 @@ def read_file(path: Path) -> Iterator[tuple[str, Tensor | Packed, list[int]]]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(KEY, '{"version": 1}'))
             if header["version"] != VERSION:
-                raise UserError(
-                    None,
-                    f"{path}: is in version {header['version']} of the packed format and this reads {VERSION}; pack "
-                    "the model again: python scripts/speedup/pack.py MODEL --save DIR",
-                )
+                problem = f"is in version {header['version']} of the packed format and this reads {VERSION}"
+                fix = "pack the model again: python scripts/speedup/pack.py MODEL --save DIR"
+                raise UserError(None, path, problem, fix)
             stored = set(file.keys())
-            for name, about in header["tensors"].items():
+            for name, entry in header["tensors"].items():
                 parts = {part: file.get_tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in stored}
-                content = Packed(**parts) if parts else file.get_tensor(name)
-                if _digest(content, about["shape"]) != about["sha256"] or not _fits(content, about["shape"]):
-                    raise UserError(
-                        None, f"{path}: {name} is not what was packed (its SHA-256 differs); the file is damaged"
-                    )
-                yield name, content, about["shape"]
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                content = PackedTensor(**parts) if parts else file.get_tensor(name)
+                if _digest(content, entry["shape"]) != entry["sha256"] or not _fits(content, entry["shape"]):
+                    problem = f"{name} is not what was packed (its SHA-256 differs)"
+                    raise UserError(None, path, problem, "the file is damaged")
+                yield name, content, entry["shape"]
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
     reason = str(error).splitlines()[0] or type(error).__name__
-    return UserError(None, f"{path}: cannot be read as a packed model ({reason}); the file is damaged")
+    return UserError(None, path, f"cannot be read as a packed model ({reason})", "the file is damaged")
 
 
-def undone(content: Tensor | Packed, shape: list[int]) -> Tensor:
+def unpacked(content: Tensor | PackedTensor, shape: list[int]) -> Tensor:
     """Return a tensor of ``read_file`` as it was before packing."""
-    return unpack(content, shape) if isinstance(content, Packed) else content
+    return unpack(content, shape) if isinstance(content, PackedTensor) else content
 
 
 def _pack_file(source: Path, target: Path) -> Counter:
-    stored, about, size = {}, {}, Counter()
+    stored, entries, size = {}, {}, Counter()
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata() or {}
         for name in file.keys():
@@ -188,38 +189,42 @@ def _pack_file(source: Path, target: Path) -> Counter:
                 if packed.nbytes < tensor.nbytes:
                     content = packed
                     size.update(masked=tensor.nbytes, masked_after=packed.nbytes)
-            about[name] = {"shape": list(tensor.shape), "sha256": _digest(content, tensor.shape)}
-            if isinstance(content, Packed):
+            entries[name] = {"shape": list(tensor.shape), "sha256": _digest(content, tensor.shape)}
+            if isinstance(content, PackedTensor):
                 stored |= {f"{name}.{part}": value for part, value in content._asdict().items() if value is not None}
             else:
                 stored[name] = tensor
-        save_file(stored, target, metadata | {KEY: json.dumps({"version": VERSION, "tensors": about})})
+        # One key: safetensors writes several in an order that changes from run to run.
+        save_file(stored, target, {KEY: json.dumps({"version": VERSION, "metadata": metadata, "tensors": entries})})
         for name, content, shape in read_file(target):
-            if not torch.equal(_bits(undone(content, shape)), _bits(file.get_tensor(name))):
+            if not torch.equal(_bits(unpacked(content, shape)), _bits(file.get_tensor(name))):
                 raise RuntimeError(f"{source}: {name} does not come back from its packed form")
     size.update(all=source.stat().st_size, all_after=target.stat().st_size)
     return size
 
 
-def _digest(content: Tensor | Packed, shape: list[int]) -> str:
+def _digest(content: Tensor | PackedTensor, shape: list[int]) -> str:
     """Return the SHA-256 of the dtypes, shapes and bits of a stored tensor."""
-    parts = [part for part in content if part is not None] if isinstance(content, Packed) else [content]
-    found = hashlib.sha256(f"{list(shape)} {[(str(part.dtype), list(part.shape)) for part in parts]}".encode())
+    parts = [part for part in content if part is not None] if isinstance(content, PackedTensor) else [content]
+    digest = hashlib.sha256(f"{list(shape)} {[(str(part.dtype), list(part.shape)) for part in parts]}".encode())
     for part in parts:
-        found.update(_bits(part).flatten().numpy() if part.ndim else _bits(part.reshape(1)).numpy())
-    return found.hexdigest()
+        digest.update(_bits(part).flatten().numpy() if part.ndim else _bits(part.reshape(1)).numpy())
+    return digest.hexdigest()
 
 
-def _fits(content: Tensor | Packed, shape: list[int]) -> bool:
-    """Return whether the parts are consistent: the kernel relies on them for its addresses."""
-    if not isinstance(content, Packed):
+def _fits(content: Tensor | PackedTensor, shape: list[int]) -> bool:
+    """Return whether the parts are consistent: anyone can write a file, the kernel takes addresses from them."""
+    if not isinstance(content, PackedTensor):
         return list(content.shape) == shape
-    rows = int(np.prod(shape[:-1]))
-    return (
-        content.mask.dtype == torch.int32
-        and list(content.mask.shape) == [rows, -(-shape[-1] // 32)]
-        and int(row_starts(content.mask)[-1]) + PADDING == content.values.numel()
-    )
+    mask, values, negative = content
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    if mask.dtype != torch.int32 or list(mask.shape) != [rows, -(-columns // 32)] or values.ndim != 1:
+        return False
+    beyond = mask.numpy().view(np.uint32)[:, -1] >> (columns % 32) if columns % 32 else np.zeros(rows, np.uint32)
+    count = int(row_starts(mask)[-1])
+    zeros = rows * columns - count
+    signs = negative is None or (negative.dtype == torch.uint8 and list(negative.shape) == [-(-zeros // 8)])
+    return not beyond.any() and count + PADDING == len(values) and signs
 
 
 def _copy_others(source: Path, target: Path) -> None:

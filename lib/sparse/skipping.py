@@ -9,22 +9,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.sparse.kernel import Kernel, Unavailable, load
-from lib.sparse.layers import SKIP
+from lib.sparse.layers import SKIP_FROM
 
 log = logging.getLogger(__name__)
 
-FEWEST = 64  # tokens: for fewer, looking for the zeros takes as long as the product
-SMALLEST = 1 << 16  # weights, likewise
+# For fewer tokens, or smaller matrices, looking for the zeros takes as long as the product.
+MIN_TOKENS = 64
+MIN_WEIGHTS = 1 << 16
 
 
 @contextmanager
 def zeros_skipped(modules: Iterable[nn.Module]) -> Iterator[int]:
     """Let the linear layers among ``modules`` skip their zeros, where that is faster; yield how many do.
 
-    Layers of at least SKIP zeros, in float32 and on the CPU, whose weights do not change meanwhile. At 70 % zeros their
-    products take 0.6 of the time; they differ from torch's as those of two BLAS libraries do, in the order of float32
-    additions. Hooks are called as usual. Layers stay as they are without a compiler, for few tokens, for inputs of
-    another dtype, and for gradients.
+    These are float32 layers on the CPU with at least SKIP_FROM zeros, whose weights do not change meanwhile. At 70 %
+    zeros their products take 0.6 of the time; they differ from torch's in the order of float32 additions, as those of
+    two BLAS libraries do. Hooks are called as usual. Layers stay as they are without a compiler, for few tokens, for
+    inputs of another dtype, and for gradients.
     """
     suitable = [module for module in modules if _suits(module)]
     try:
@@ -45,8 +46,8 @@ def _suits(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module):  # accelerate's hooks replace it
         return False
     weight = module.weight
-    enough = _plain(weight) and weight.numel() >= SMALLEST
-    return enough and 1 - int(weight.count_nonzero()) / weight.numel() >= SKIP
+    enough = _plain(weight) and weight.numel() >= MIN_WEIGHTS
+    return enough and 1 - int(weight.count_nonzero()) / weight.numel() >= SKIP_FROM
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -58,7 +59,7 @@ def _product(linear: nn.Linear, kernel: Kernel) -> Callable[[Tensor], Tensor]:
         weight, bias = linear.weight, linear.bias
         rows, columns = weight.shape
         x = x.contiguous()
-        enough = x.shape[-1] == columns and x.numel() >= FEWEST * columns
+        enough = x.shape[-1] == columns and x.numel() >= MIN_TOKENS * columns
         watched = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if not (enough and _plain(x) and _plain(weight)) or watched or torch.is_autocast_enabled("cpu"):
             return F.linear(x, weight, bias)

@@ -1,13 +1,13 @@
-"""Latencies of exported models: one engine in a separate process, on models that take turns."""
+"""Latencies of models in one engine: started by benchmark.py as a separate process, in which the models take turns."""
 
-# Runs in the DeepSparse environment too, which is old and has no torch: nothing but numpy is imported up here.
+# DeepSparse's own environment has neither torch nor lib: nothing but numpy is imported up here.
 import importlib.metadata
 import json
-import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,204 +18,134 @@ FILES = {"prefill": "model", "decode": "decode"}
 
 
 class Job(NamedTuple):
-    """Input of a loader: the model's folder, the graph, the cores, and the inputs by the graph's names."""
+    """Input of an engine: the model's folder, its graph's ONNX file, the cores, and the inputs by the graph's names."""
 
     folder: Path
-    deployment: Path
-    graph: str
+    onnx: str
     cores: int
-    feed: dict
-    sparse: bool
-
-    @property
-    def onnx(self) -> str:
-        return str(self.deployment / f"{FILES[self.graph]}.onnx")
+    feed: dict[str, np.ndarray]
 
 
-class Loaded(NamedTuple):
-    """A function that runs the model once and returns its logits [1, tokens, vocabulary], and the operators' share."""
-
-    run: Callable
-    supported: "float | None" = None  # of the graph's operators that the engine runs itself
+# Each engine takes a job and returns a function that runs the model once and returns its logits.
 
 
-def deepsparse(job: Job) -> Loaded:
-    """DeepSparse 1.8.0: compiles the graph for these specific weights and skips their zeros."""
-    from deepsparse import Engine
-
-    engine = Engine(model=job.onnx, batch_size=1, num_cores=job.cores)
-    for name, shape in zip(engine.input_names, engine.input_shapes):  # noqa: B905  (Python 3.8)
-        if tuple(shape) != job.feed[name].shape:
-            raise RuntimeError(f"runs {name} as {list(shape)}, not {list(job.feed[name].shape)} as asked")
-    inputs = [np.ascontiguousarray(job.feed[name]) for name in engine.input_names]
-    return Loaded(lambda: engine.run(inputs)[0], engine.fraction_of_supported_ops)
-
-
-def onnxruntime(job: Job) -> Loaded:
-    """ONNX Runtime on the CPU, with the same file: dense kernels, whatever the weights."""
-    return _session(job, job.onnx)
-
-
-def onnxruntime_int8(job: Job) -> Loaded:
-    """ONNX Runtime with its own dynamic quantisation: 8-bit weights and activations, scales per matrix."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    path = Path(job.onnx).with_suffix(".int8.onnx")
-    if not path.is_file() or path.stat().st_mtime < Path(job.onnx).stat().st_mtime:
-        part = path.with_name("." + path.name)
-        # Unsigned: on processors without VNNI the sums of signed weights overflow (logits off by 0.4 of the largest).
-        quantize_dynamic(job.onnx, part, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QUInt8)
-        os.replace(part, path)
-    return _session(job, str(path))
-
-
-def packed(job: Job) -> Loaded:
+def packed(job: Job) -> Callable:
     """lib.sparse in bfloat16: pruned layers packed, and the dense model with a dense product in the same style."""
     return _torch(job, "bfloat16", packed=True)
 
 
-def torch_float32(job: Job) -> Loaded:
-    """PyTorch, dense kernels in float32."""
-    return _torch(job, "float32")
-
-
-def torch_bfloat16(job: Job) -> Loaded:
+def torch_bfloat16(job: Job) -> Callable:
     """PyTorch, dense kernels in bfloat16: the same machine's speed without any sparsity."""
     return _torch(job, "bfloat16")
 
 
-def torch_int8(job: Job) -> Loaded:
-    """PyTorch with its own dynamic quantisation of every linear layer: 8-bit weights and activations."""
-    return _torch(job, "int8")
+def torch_float32(job: Job) -> Callable:
+    """PyTorch, dense kernels in float32."""
+    return _torch(job, "float32")
 
 
-def torch_csr(job: Job) -> Loaded:
-    """PyTorch with the pruned matrices as CSR, a generic sparse kernel; the dense model stays dense float32."""
-    return _torch(job, "float32", csr=job.sparse)
+def onnxruntime(job: Job) -> Callable:
+    """ONNX Runtime on the CPU, with the same file: dense kernels, whatever the weights."""
+    return _session(job, job.onnx)
 
 
-ENGINES = {
-    f.__name__: f
-    for f in (packed, torch_bfloat16, torch_float32, torch_int8, onnxruntime, onnxruntime_int8, torch_csr, deepsparse)
-}
+def onnxruntime_int8(job: Job) -> Callable:
+    """ONNX Runtime with its own dynamic quantisation: 8-bit weights and activations, scales per matrix."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/int8.onnx"
+        # Unsigned: on processors without VNNI the sums of signed weights overflow (logits off by 0.4 of the largest).
+        quantize_dynamic(job.onnx, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QUInt8)
+        return _session(job, path)
+
+
+def deepsparse(job: Job) -> Callable:
+    """DeepSparse 1.8.0: compiles the graph for these specific weights and skips their zeros."""
+    from deepsparse import Engine
+
+    engine = Engine(model=job.onnx, batch_size=1, num_cores=job.cores)
+    for name, shape in zip(engine.input_names, engine.input_shapes, strict=True):
+        if tuple(shape) != job.feed[name].shape:  # it would run its own shape without a word
+            raise RuntimeError(f"runs {name} as {list(shape)}, not {list(job.feed[name].shape)} as asked")
+    inputs = [np.ascontiguousarray(job.feed[name]) for name in engine.input_names]
+    return lambda: engine.run(inputs)[0]
+
+
+ENGINES = {f.__name__: f for f in (packed, torch_bfloat16, torch_float32, onnxruntime, onnxruntime_int8, deepsparse)}
 ONE_SEQUENCE = ("onnxruntime", "onnxruntime_int8", "deepsparse")  # their graphs are exported for a batch of one
-SPARSE = ("packed", "torch_csr", "deepsparse")  # the others multiply by zeros too: the dense model's time suffices
+SPARSE = ("packed", "deepsparse")  # the others multiply by zeros, too: the dense model's time suffices
 
 
-def _session(job: Job, path: str) -> Loaded:
+def _session(job: Job, path: str) -> Callable:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job.cores
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    # All outputs, as in the other engines: keys and values are wanted for the next token. A graph with an operator that
-    # the provider lacks makes no session, so the share is 1.
-    return Loaded(lambda: session.run(None, job.feed)[0], 1.0)
+    return lambda: session.run(None, job.feed)[0]  # all outputs: the next token needs the keys and values
 
 
-@lru_cache(maxsize=None)  # noqa: UP033  (Python 3.8)
-def _model(folder: Path, dtype: str, csr: bool, packed: bool):
+@cache
+def _model(folder: Path, dtype: str, packed: bool):
     """Return the model of a folder for one engine; loaded once for all graphs and batches."""
     import torch
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from lib import sparse
-    from lib.models import load, locate
-    from lib.models.layers import prunable_modules
+    from lib.models.load import load_llm
+    from lib.models.locate import locate
 
-    kind = torch.float32 if dtype == "int8" else getattr(torch, dtype)
-    model = load.load_llm(locate.locate(str(folder), ""), kind, torch.device("cpu"))
+    model = load_llm(locate(str(folder), ""), getattr(torch, dtype), torch.device("cpu"))
     if packed:
         sparse.load_kernel()  # without it the model would stay as it is, and be measured under this name
         sparse.sparsify(model)
-    if csr:
-        _to_csr(model, prunable_modules(model))
-    if dtype == "int8":
-        import warnings
-
-        warnings.filterwarnings("ignore", message=".*torch.ao.quantization is deprecated")
-        warnings.filterwarnings("ignore", message=".*quantize_per_tensor.*")
-        torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
     return model
 
 
-def _torch(job: Job, dtype: str, csr: bool = False, packed: bool = False) -> Loaded:
+def _torch(job: Job, dtype: str, packed: bool = False) -> Callable:
     import torch
     from transformers import DynamicCache
 
     torch.set_num_threads(job.cores)
-    model = _model(job.folder, dtype, csr, packed)
+    model = _model(job.folder, dtype, packed)
     ids = torch.from_numpy(job.feed["input_ids"])
     past = [torch.from_numpy(array).to(model.dtype) for name, array in job.feed.items() if name != "input_ids"]
-    cache = DynamicCache()
+    cached = DynamicCache()
     for layer in range(len(past) // 2):
-        cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        cached.update(past[2 * layer], past[2 * layer + 1], layer)
 
+    # Each run decodes one token further on, as ``generate`` does: a cropped cache would be copied anew.
     @torch.inference_mode()
-    def prefill():
+    def run() -> torch.Tensor:
+        if past:
+            return model(input_ids=ids, past_key_values=cached, use_cache=True).logits
         return model(input_ids=ids, use_cache=False).logits
 
-    @torch.inference_mode()
-    def decode():  # each run one token further on, as ``generate`` goes on: a cropped cache would be copied anew
-        return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-
-    return Loaded(decode if past else prefill)
+    return run
 
 
-def _to_csr(model, linears: dict) -> None:
-    """Replace every linear layer of the blocks by a CSR matrix."""
-    import warnings
-
-    import torch
-
-    class CsrLinear(torch.nn.Module):
-        def __init__(self, linear) -> None:
-            super().__init__()
-            self.weight, self.bias = linear.weight.detach().to_sparse_csr(), linear.bias
-
-        def forward(self, x):
-            out = (self.weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
-            return out if self.bias is None else out + self.bias
-
-    warnings.filterwarnings("ignore", message="Sparse CSR")
-    for full_name, linear in linears.items():
-        parent, _, name = full_name.rpartition(".")
-        setattr(model.get_submodule(parent), name, CsrLinear(linear))
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def take_turns(runs: list, warmup: int, rounds: int, meter: "Callable | None" = None) -> list:
-    """Return the seconds of every run in every round, [runs][rounds]; each round starts with a different run.
-
-    With a ``meter``: pairs of seconds and its reading, in joules.
-    """
+def take_turns(runs: Sequence[Callable], warmup: int, rounds: int) -> list[list[float]]:
+    """Return the seconds of every run in every round, [runs][rounds]; each round starts with a different run."""
     for _ in range(warmup):
         for run in runs:
             run()
     seconds = [[] for _ in runs]
-    for index in range(rounds):
+    for first in range(rounds):
         for turn in range(len(runs)):
-            which = (index + turn) % len(runs)
-            before, start = meter() if meter else 0.0, time.perf_counter()
-            runs[which]()
-            took = time.perf_counter() - start
-            seconds[which].append((took, meter() - before) if meter else took)
+            index = (first + turn) % len(runs)
+            start = time.perf_counter()
+            runs[index]()
+            seconds[index].append(time.perf_counter() - start)
     return seconds
 
 
-def energy_meter(root: Path = Path("/sys/class/powercap")) -> "Callable | None":
-    """Return a function that returns the joules used by all processor packages, None if they cannot be read."""
-    files = [path / "energy_uj" for path in root.glob("*:*") if path.name.count(":") == 1]
-    try:
-        if not files or not all(int(path.read_text()) for path in files):
-            return None
-    except (OSError, ValueError):  # for root alone, on most machines
-        return None
-    return lambda: sum(int(path.read_text()) for path in files) / 1e6
-
-
-def agreement(logits, reference) -> dict:
-    """Return how far ``logits`` [positions, vocabulary] are from ``reference``, both numpy arrays.
+def agreement(logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Return how far ``logits`` [positions, vocabulary] are from ``reference``.
 
     ``relative`` is the largest difference over the largest reference logit; ``top1`` the fraction of positions with
     the same most likely token.
@@ -224,49 +154,41 @@ def agreement(logits, reference) -> dict:
     return {"relative": relative, "top1": float((logits.argmax(-1) == reference.argmax(-1)).mean())}
 
 
-def measure(spec: dict) -> list:
+def measure(spec: dict) -> list[dict]:
     """Load every model of ``spec`` in its engine, let them take turns in each cell, and return the measurements.
 
     A cell is a graph and a batch: {"graph", "batch", "rounds"}. One that fails is {"graph", "batch", "error"}.
     """
     results = []
     for cell in spec["cells"]:
-        about = {"engine": spec["engine"], "graph": cell["graph"], "batch": cell["batch"]}
+        named = {"engine": spec["engine"], "graph": cell["graph"], "batch": cell["batch"]}
         try:
-            results.append({**about, **_measure_cell(spec, cell)})
-        except Exception as error:  # of any engine
-            results.append({**about, "error": " ".join(f"{type(error).__name__}: {error}".split())[:500]})
+            results.append(named | _measure_cell(spec, cell))
+        except Exception as error:  # every engine has its own
+            results.append(named | {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]})
     return results
 
 
 def _measure_cell(spec: dict, cell: dict) -> dict:
-    loaded, agrees = [], []
+    runs, agrees = [], []
     for model in spec["models"]:
-        deployment = Path(model["deployment"])
-        arrays = dict(np.load(deployment / f"{FILES[cell['graph']]}.npz"))
+        path = Path(model["deployment"]) / FILES[cell["graph"]]
+        arrays = dict(np.load(path.with_suffix(".npz")))
         # The same sequence as many times as the batch asks for.
         feed = {k[6:]: np.repeat(array, cell["batch"], axis=0) for k, array in arrays.items() if k.startswith("input:")}
-        job = Job(Path(model["folder"]), deployment, cell["graph"], spec["cores"], feed, model["sparse"])
-        loaded.append(ENGINES[spec["engine"]](job))
-        out = loaded[-1].run()
-        out = out if isinstance(out, np.ndarray) else out.float().numpy()
-        agrees.append(agreement(out[0][arrays["positions"]], arrays["logits"]))
-    runs, meter = [one.run for one in loaded], energy_meter()
-    turns = take_turns(runs, spec["warmup"], cell["rounds"], meter)
-    seconds = [[took for took, _ in one] for one in turns] if meter else turns
-    joules = [[used for _, used in one] for one in turns] if meter else [None] * len(runs)
-    names = {"packed": ["torch", "transformers"], "onnxruntime_int8": ["onnxruntime"]}
-    packages = names.get(spec["engine"], names["packed"] if spec["engine"].startswith("torch") else [spec["engine"]])
+        run = ENGINES[spec["engine"]](Job(Path(model["folder"]), f"{path}.onnx", spec["cores"], feed))
+        logits = run()
+        logits = logits if isinstance(logits, np.ndarray) else logits.float().numpy()
+        agrees.append(agreement(logits[0][arrays["positions"]], arrays["logits"]))
+        runs.append(run)
+    seconds = take_turns(runs, spec["warmup"], cell["rounds"])
+    package = spec["engine"].split("_")[0].replace("packed", "torch")
     return {
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "loadavg": os.getloadavg(),
-        "models": [
-            {"seconds": times, "joules": used, "supported": one.supported, "agreement": agree}
-            for times, used, one, agree in zip(seconds, joules, loaded, agrees)  # noqa: B905  (Python 3.8)
-        ],
+        "version": importlib.metadata.version(package),
+        "models": [{"seconds": s, "agreement": a} for s, a in zip(seconds, agrees, strict=True)],
     }
 
 
 if __name__ == "__main__":
-    result = measure(json.loads(Path(sys.argv[1]).read_text()))
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    measured = measure(json.loads(Path(sys.argv[1]).read_text()))
+    Path(sys.argv[2]).write_text(json.dumps(measured))

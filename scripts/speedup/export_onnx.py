@@ -1,46 +1,62 @@
 """ONNX export of a checkpoint: graphs of a whole window and of one token of decoding, checked against PyTorch."""
 
-import argparse
+from __future__ import annotations
+
 import json
 import sys
-import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from checkpoints import (  # it puts the repository's root on the path
-    GRAPHS,
-    OPSET,
-    TEXT_HELP,
-    Checkpoint,
-    Parser,
-    check_free,
-    check_graph,
-    command,
-    fingerprint,
-    graph_file,
-    open_checkpoint,
-)
-from engines import agreement
-from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from lib.calibration import texts
+from lib.calibration.texts import check_text, evaluation_windows
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
 from lib.core import files
 from lib.core.errors import UserError
-from lib.models import load, locate
+from lib.models.load import context_length, load_llm, load_skeleton, load_tokenizer
+from lib.models.locate import SMOLLM2
 from lib.run.record import provenance
+from scripts.speedup.checkpoints import Checkpoint, check_free, open_checkpoint
+from scripts.speedup.engines import FILES, agreement
 
+OPSET = 14  # and so ONNX IR 7: DeepSparse 1.8.0 reads no opset above 14 and no IR above 9
 # One file holds 2 GiB at most (protobuf); above that the weights go to a file beside it.
 ONE_FILE = 2**31 - 2**24
 POSITIONS = 16  # of a window, whose logits are kept for the check: all of them would take 400 MB at 2,048
 # Largest difference over largest logit: float32 sums of a few thousand terms in another order, some thirty blocks deep.
 TOLERANCE = 5e-5
+TEXT_HELP = "text for the check of the logits: a name of main.py's --eval_data or a .txt, .json or .jsonl file"
 
 
-class Prefill(nn.Module):
+@dataclass(kw_only=True)
+class Export(Flags):
+    _title: ClassVar[str] = "export"
+
+    model: str = flag(MISSING, f"local folder, .gguf file or {SMOLLM2}", positional=True, metavar="MODEL")
+    save: str | None = flag(None, "where the graphs go (default: MODEL/deployment)", metavar="DIR")
+    sequence_length: int = flag(2048, "window length, tokens; fixed in the graph", least=2, metavar="N")
+    graphs: Sequence[str] = flag(tuple(FILES), "a whole window, and one token after it", nargs="+", choices=FILES)
+    text: str = flag("wiki_leads", TEXT_HELP, metavar="TEXT")
+
+    def check(self) -> None:
+        check_text("text", self.text)
+
+
+PARSER = make_parser(Export, "export_onnx.py", __doc__)
+
+
+# ----------------------------------------------------------------------------------------------------------- the graphs
+
+
+class Prefill(torch.nn.Module):
     """Token ids [1, N] to logits [1, N, vocabulary]; mask and positions are constants, so no shape logic is left."""
 
     def __init__(self, model: PreTrainedModel, length: int) -> None:
@@ -50,13 +66,13 @@ class Prefill(nn.Module):
         self.register_buffer("mask", torch.full((1, 1, length, length), lowest).triu(1))
         self.register_buffer("positions", torch.arange(length)[None])
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model(
             input_ids=input_ids, attention_mask=self.mask, position_ids=self.positions, use_cache=False
         ).logits
 
 
-class Decode(nn.Module):
+class Decode(torch.nn.Module):
     """A token's id [1, 1] and keys, values of N - 1 before it [1, heads, N - 1, size] to logits and N keys, values."""
 
     def __init__(self, model: PreTrainedModel, length: int) -> None:
@@ -65,7 +81,7 @@ class Decode(nn.Module):
         self.register_buffer("mask", torch.zeros(1, 1, 1, length))
         self.register_buffer("positions", torch.tensor([[length - 1]]))
 
-    def forward(self, input_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, input_ids: torch.Tensor, *past: torch.Tensor) -> tuple[torch.Tensor, ...]:
         cache = DynamicCache()
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
@@ -79,7 +95,7 @@ class Decode(nn.Module):
         return (logits, *flat_cache(cache))
 
 
-def flat_cache(cache: DynamicCache) -> list[Tensor]:
+def flat_cache(cache: DynamicCache) -> list[torch.Tensor]:
     """Return key, value of layer 0, key, value of layer 1 ..."""
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
@@ -87,14 +103,14 @@ def flat_cache(cache: DynamicCache) -> list[Tensor]:
 class Example(NamedTuple):
     """A real input of a graph by the inputs' names, and the model's own logits at the kept positions."""
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, torch.Tensor]
     outputs: list[str]
     positions: np.ndarray
     logits: np.ndarray  # [positions, vocabulary]
 
 
 @torch.no_grad()
-def examples(model: PreTrainedModel, window: Tensor) -> dict[str, Example]:
+def examples(model: PreTrainedModel, window: torch.Tensor) -> dict[str, Example]:
     """Return an example of each graph from a ``window`` of a real text, [1, N], with the unchanged model's output."""
     length = window.shape[1]
     logits = model(input_ids=window, use_cache=False).logits[0].numpy()
@@ -112,8 +128,8 @@ def examples(model: PreTrainedModel, window: Tensor) -> dict[str, Example]:
 
 
 @torch.no_grad()
-def write_graph(wrapper: nn.Module, example: Example, path: Path) -> None:
-    """Write ``wrapper`` as ONNX; weights of more than 2 GiB in total go to ``<path>.data``."""
+def write_graph(wrapper: torch.nn.Module, example: Example, path: Path) -> None:
+    """Write ``wrapper`` as ONNX to ``path``, in a folder of its own; above 2 GiB the weights go to ``<path>.data``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer: every shape here is meant to be a constant
         torch.onnx.export(
@@ -127,183 +143,118 @@ def write_graph(wrapper: nn.Module, example: Example, path: Path) -> None:
         )
     size = sum(p.numel() * 4 for p in wrapper.parameters())
     if size > ONE_FILE or len(list(path.parent.iterdir())) > 1:
-        _gather(path)
+        import onnx
+
+        proto = onnx.load(path)
+        for part in list(path.parent.iterdir()):  # the exporter writes a file per tensor
+            part.unlink()
+        beside = f"{path.name}.data"
+        onnx.save_model(proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=beside)
+        path.with_name(beside).chmod(path.stat().st_mode)
 
 
-def _gather(path: Path) -> None:
-    """Put the weights of the graph in ``path`` into one file beside it, ``<path>.data``."""
+def check_export(path: Path, example: Example) -> dict:
+    """Run the graph in ``path`` and return its IR, its opset and the agreement of its logits with the model's.
+
+    Raises:
+        UserError: the logits disagree.
+    """
     import onnx
-
-    others = [p for p in path.parent.iterdir() if p != path]  # the exporter writes a file per tensor
-    proto = onnx.load(path)
-    data_name = f"{path.name}.data"
-    for other in (path, *others):
-        other.unlink()
-    onnx.save_model(proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data_name)
-    path.with_name(data_name).chmod(path.stat().st_mode)
-
-
-def matrix_zeros(proto, folder: Path) -> tuple[int, int]:
-    """Return the zeros and the total of the weights that a graph multiplies by; external weights are in ``folder``."""
-    from onnx import numpy_helper
-
-    graph = proto.graph
-    matrices = {i.name: i for i in graph.initializer if len(i.dims) == 2}
-    turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type in ("Transpose", "Identity")}
-    counts, zeros, total = {}, 0, 0
-    for node in graph.node:
-        for name in node.input if node.op_type in ("MatMul", "Gemm") else ():
-            name = turned.get(name, name)
-            if name in matrices:
-                if name not in counts:
-                    array = numpy_helper.to_array(matrices[name], base_dir=str(folder))
-                    counts[name] = (array.size - np.count_nonzero(array), array.size)
-                zeros, total = zeros + counts[name][0], total + counts[name][1]
-    return int(zeros), int(total)
-
-
-def run_onnx_runtime(path: Path, example: Example) -> np.ndarray:
-    """Return ONNX Runtime's logits at the example's positions, [positions, vocabulary]."""
     import onnxruntime
 
+    proto = onnx.load(path, load_external_data=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = {name: tensor.numpy() for name, tensor in example.inputs.items()}
-    return session.run(["logits"], feed)[0][0][example.positions]
-
-
-def check_export(path: Path, graph: str, example: Example, length: int, weights: tuple[int, int]) -> dict:
-    """Compare the written graph with the model and return the findings.
-
-    Raises:
-        UserError: IR, opset, zeros or logits that are not as expected.
-    """
-    proto = check_graph(path, graph, length)
-    found = matrix_zeros(proto, path.parent)
-    if found != weights:
-        has = "{} of {} weights are zero".format
-        raise UserError(
-            None, f"{path.name}: {has(*found)} in the file, {has(*weights)} in the model; it cannot be exported"
-        )
-    agrees = agreement(run_onnx_runtime(path, example), example.logits)
+    logits = session.run(["logits"], {name: tensor.numpy() for name, tensor in example.inputs.items()})[0]
+    agrees = agreement(logits[0][example.positions], example.logits)
     if not agrees["relative"] <= TOLERANCE:
-        raise UserError(
-            None,
-            f"{path.name}: ONNX Runtime's logits disagree with PyTorch's, by {agrees['relative']:.1e} of the largest "
-            f"(at most {TOLERANCE:g}); this kind of model cannot be exported at {length} tokens",
-        )
-    opset = proto.opset_import[0].version
-    return {"ir": proto.ir_version, "opset": opset, "zeros": found[0], "weights": found[1], "onnxruntime": agrees}
+        off = f"by {agrees['relative']:.1e} of the largest (at most {TOLERANCE:g})"
+        problem = f"ONNX Runtime's logits disagree with PyTorch's, {off}"
+        raise UserError(None, path.name, problem, "this model cannot be exported at this length")
+    return {"ir": proto.ir_version, "opset": proto.opset_import[0].version, "onnxruntime": agrees}
 
 
-def export(checkpoint: Checkpoint, length: int, out: Path, graphs: list[str], text: str, onnx: bool = True) -> dict:
+# ----------------------------------------------------------------------------------------------------------- the export
+
+
+def export(
+    checkpoint: Checkpoint, length: int, out: Path, graphs: Sequence[str], text: str, onnx: bool = True
+) -> dict:
     """Write the ``graphs`` of a checkpoint for windows of ``length`` tokens to ``out`` and return the record.
 
     Each is NAME.onnx and NAME.npz (input and logits of a real text), without ``onnx`` only the latter; ``export.json``
     lists the checks. Everything is written and checked under a temporary name.
+
+    Raises:
+        UserError: too long a window, too full a disk, or a graph that is not the model.
     """
-    model, window = _load(checkpoint, length, text)
-    _check_disk(checkpoint, model, length, out, graphs if onnx else [])
-    given = examples(model, window)
+    skeleton = load_skeleton(checkpoint.source)
+    context = context_length(skeleton)
+    if context is not None and length > context:
+        raise UserError("sequence_length", length, f"must be at most the model's context, {context}")
+    window = evaluation_windows(text, load_tokenizer(checkpoint.source), length, 1)
+    model = load_llm(checkpoint.source, torch.float32, torch.device("cpu"))
+    size = 4 * (sum(p.numel() for p in model.parameters()) + checkpoint.head_weights)  # tied: the graph has a copy
+    # One more where weights are gathered into one file from a file per tensor.
+    files.prepare("save", out.parent, (len(graphs) + (size > ONE_FILE)) * size if onnx else 0)
+
+    by_graph = examples(model, window)
     model.set_attn_implementation("eager")  # scaled dot product attention has no operator in this opset
-    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]  # the head among them
-    weights = (sum(int((w == 0).sum()) for w in matrices), sum(w.numel() for w in matrices))
     record = {
         "complete": True,
         "model": checkpoint.source.given,
-        "fingerprint": fingerprint(checkpoint.folder),
+        "fingerprint": checkpoint.fingerprint(),
         "sequence_length": length,
         "sparsity": checkpoint.sparsity,
         "text": text,
-        "graphs": {},
+        "graphs": dict.fromkeys(graphs),
     }
     with files.new_folder(out) as tmp:
         for graph in graphs:
-            start = time.perf_counter()
-            path = graph_file(tmp, graph)
-            arrays = {f"input:{name}": tensor.numpy() for name, tensor in given[graph].inputs.items()}
-            np.savez(path.with_suffix(".npz"), **arrays, positions=given[graph].positions, logits=given[graph].logits)
-            if not onnx:
-                record["graphs"][graph] = None
-                continue
-            inside = tmp / graph  # a separate folder, which the exporter litters
-            inside.mkdir()
-            wrapper = (Prefill if graph == "prefill" else Decode)(model, length)
-            write_graph(wrapper, given[graph], inside / path.name)
-            for written in inside.iterdir():
-                written.rename(tmp / written.name)
-            inside.rmdir()
-            record["graphs"][graph] = check_export(path, graph, given[graph], length, weights)
-            record["graphs"][graph]["seconds"] = round(time.perf_counter() - start, 1)
+            example, name = by_graph[graph], FILES[graph]
+            arrays = {f"input:{name}": tensor.numpy() for name, tensor in example.inputs.items()}
+            np.savez(tmp / f"{name}.npz", **arrays, positions=example.positions, logits=example.logits)
+            if onnx:
+                inside = tmp / graph  # a separate folder, which the exporter litters
+                inside.mkdir()
+                wrapper = (Prefill if graph == "prefill" else Decode)(model, length)
+                write_graph(wrapper, example, inside / f"{name}.onnx")
+                for written in inside.iterdir():
+                    written.rename(tmp / written.name)
+                inside.rmdir()
+                record["graphs"][graph] = check_export(tmp / f"{name}.onnx", example)
         (tmp / "export.json").write_text(json.dumps(record | provenance(), indent=1) + "\n")
     return record
-
-
-def _load(checkpoint: Checkpoint, length: int, text: str) -> tuple[PreTrainedModel, Tensor]:
-    skeleton = load.load_skeleton(checkpoint.source)
-    context = load.context_length(skeleton)
-    if length < 2 or (context is not None and length > context):
-        raise UserError("sequence_length", f"{length}: must be at least 2 and at most the model's context, {context}")
-    sliding = getattr(skeleton.config.get_text_config(), "sliding_window", None)
-    if sliding and length > sliding:  # the graph has one mask for all blocks
-        raise UserError("sequence_length", f"{length}: its blocks look back {sliding} tokens only; give at most that")
-    window = texts.evaluation_windows(text, load.load_tokenizer(checkpoint.source), length, 1)
-    return load.load_llm(checkpoint.source, torch.float32, torch.device("cpu")), window
-
-
-def _check_disk(checkpoint: Checkpoint, model: PreTrainedModel, length: int, out: Path, graphs: list[str]) -> None:
-    config = model.config.get_text_config()
-    size = 4 * (sum(p.numel() for p in model.parameters()) + checkpoint.head_weights)  # tied: the graph has a copy
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    past = 8 * length * heads * (config.hidden_size // config.num_attention_heads) * config.num_hidden_layers
-    again = size if size > ONE_FILE else 0  # gathered into one file from a file per tensor
-    files.prepare("save", out.parent, len(graphs) * size + again + past + 4 * length**2)
 
 
 def describe(record: dict, out: Path) -> str:
     """Return the lines for the terminal."""
     lines = [f"{out}: {record['sequence_length']} tokens, {record['sparsity']:.4f} of the block weights are zero"]
-    for graph, found in record["graphs"].items():
-        if found is None:
+    for graph, checks in record["graphs"].items():
+        if checks is None:
             lines.append(f"  {graph}: an input and its logits")
             continue
-        agrees = found["onnxruntime"]
-        share = found["zeros"] / found["weights"]
-        lines += [
-            f"  {graph}: ONNX IR {found['ir']}, opset {found['opset']}, {share:.4f} of all weights (head too) zero,",
-            f"    ONNX Runtime's logits differ from PyTorch's by {agrees['relative']:.1e} of the largest, "
-            f"the top token is the same at {agrees['top1']:.0%} of the positions",
-        ]
+        off, same = checks["onnxruntime"]["relative"], checks["onnxruntime"]["top1"]
+        lines.append(
+            f"  {graph}: ONNX Runtime's logits are {off:.1e} of the largest off, with the same top token at {same:.0%} "
+            "of the positions"
+        )
     return "\n".join(lines)
 
 
-def add_export_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    add = parser.add_argument
-    lengths = {"nargs": "+", "default": [128, 512]} if several else {"default": 2048}
-    add("--sequence_length", type=int, metavar="N", help="window length, tokens; fixed in the graph", **lengths)
-    add("--graphs", nargs="+", default=GRAPHS, choices=GRAPHS, help="whole window, one token")
-    add("--text", default="wiki_leads", help=TEXT_HELP)
+def run(settings: Export) -> None:
+    """Export the model and print what was checked."""
+    checkpoint = open_checkpoint(settings.model)
+    out = Path(settings.save) if settings.save else checkpoint.folder / "deployment"
+    check_free("save", out, "export.json")
+    record = export(checkpoint, settings.sequence_length, out, settings.graphs, settings.text)
+    print(describe(record, out))
 
 
-def run(args: argparse.Namespace) -> None:
-    texts.check_text("--text", args.text)
-    checkpoint = open_checkpoint(args.model)
-    out = Path(args.out) if args.out else checkpoint.deployment
-    check_free("--save", out, "export.json")
-    print(describe(export(checkpoint, args.sequence_length, out, args.graphs, args.text), out))
-
-
-def make_parser() -> Parser:
-    parser = Parser(prog="export_onnx.py", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help=f"local folder, .gguf file or {locate.SMOLLM2}")
-    parser.add_argument("--save", dest="out", metavar="DIR", help="where the graphs go (default: MODEL/deployment)")
-    add_export_flags(parser)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    return command(make_parser(), run, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status."""
+    return command(Export, run, argv, PARSER, out_of_memory="use a smaller model")
 
 
 if __name__ == "__main__":

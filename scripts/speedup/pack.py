@@ -1,76 +1,82 @@
 """Packing of a pruned checkpoint: a bit per weight and the nonzero values, undone exactly by --unpack."""
 
-import argparse
-import sys
-from collections import Counter
-from pathlib import Path
+from __future__ import annotations
 
-from checkpoints import Parser, check_free, check_sparse, command, open_checkpoint
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lib import sparse
+from lib.cli.command import command, make_parser
+from lib.cli.flags import Flags, flag
 from lib.core import files
 from lib.core.errors import UserError
+from lib.core.lazy import torch
+from scripts.speedup import two_of_four
+from scripts.speedup.checkpoints import check_free, open_checkpoint
 
 
-def pack_folder(folder: Path, out: Path) -> Counter:
-    """Write the packed form of a model's ``folder`` to ``out``; return bytes before and after, as ``pack_files``."""
+@dataclass(kw_only=True)
+class Pack(Flags):
+    _title: ClassVar[str] = "packing"
+
+    model: str = flag(
+        MISSING, "folder of a pruned model; with {unpack} a folder that pack.py wrote", positional=True, metavar="MODEL"
+    )
+    save: str = flag(MISSING, "output folder; must not exist yet", metavar="DIR")
+    unpack: bool = flag(False, "the other way: write the model again, every tensor bit for bit")
+    format: str = flag(
+        "bitmask", "{choices}: bitmask for any zeros, 2of4 for a 2:4 model, timed against dense on a CUDA device",
+        choices=("bitmask", "2of4"),
+    )  # fmt: skip
+
+    def check(self) -> None:
+        check_free("save", Path(self.save))
+        if self.unpack and self.format != "bitmask":
+            raise UserError("unpack", None, "the packed folder says how it was packed; leave --format out")
+        if self.format == "2of4" and not torch.cuda.is_available():
+            raise UserError("format", "2of4", "needs a CUDA device and there is none", "--format bitmask needs none")
+
+
+PARSER = make_parser(Pack, "pack.py", __doc__)
+
+
+def run(settings: Pack) -> None:
+    """Pack or unpack the folder and print the sizes."""
+    folder, out = Path(settings.model), Path(settings.save)
+    if settings.unpack:
+        with files.new_folder(out) as tmp:
+            count = sparse.unpack_files(folder, tmp)
+        print(f"{out}: {count} tensors, each with the SHA-256 of what was packed")
+        return
+    checkpoint = open_checkpoint(settings.model)
+    checkpoint.check_sparse()
+    report = two_of_four.measure(checkpoint) if settings.format == "2of4" else None
+
+    # Two of four and the mask's bit for each are as small as two numbers with their places: one container for both.
+    folder = checkpoint.folder
     files.prepare("save", out.parent, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     with files.new_folder(out) as tmp:
-        return sparse.pack_files(folder, tmp)
-
-
-def unpack_folder(folder: Path, out: Path) -> int:
-    """Write the model packed in ``folder`` to ``out``, bit for bit; return the number of tensors."""
-    with files.new_folder(out) as tmp:
-        return sparse.unpack_files(folder, tmp)
-
-
-def report(folder: Path, out: Path, sparsity: float) -> str:
-    """Pack ``folder`` and return a report of the sizes."""
-    size = pack_folder(folder, out)
-    return (
+        size = sparse.pack_files(folder, tmp)
+        if report:
+            (tmp / "2of4.md").write_text(report)
+    print(
         f"{out}: {size['all_after'] / 1e6:.1f} MB, {size['all_after'] / size['all']:.4f} of {folder}'s "
         f"{size['all'] / 1e6:.1f} MB; every tensor comes back bit for bit (compared)\n"
         f"  the tensors with zeros alone: {size['masked_after'] / size['masked']:.4f} of "
-        f"{size['masked'] / 1e6:.1f} MB, at a sparsity of {sparsity:.4f} in the blocks"
+        f"{size['masked'] / 1e6:.1f} MB, at a sparsity of {checkpoint.sparsity:.4f} in the blocks"
     )
+    if report:
+        print(report)
 
 
-def run(args: argparse.Namespace) -> None:
-    out = Path(args.out)
-    check_free("--save", out)
-    if args.unpack:
-        if args.format != "bitmask":
-            raise UserError("unpack", f"with --format {args.format}: the packed folder says how; leave --format out")
-        print(f"{out}: {unpack_folder(Path(args.model), out)} tensors, each with the SHA-256 of what was packed")
-        return
-    if args.format == "2of4":
-        import two_of_four
-
-        two_of_four.check_device()
-    checkpoint = open_checkpoint(args.model)
-    check_sparse(checkpoint, "prune it first: python main.py --prune_method ... --save_model DIR")
-    if args.format == "2of4":
-        found = two_of_four.measure(checkpoint)
-    # Two of four and the mask's bit for each are as small as two numbers with their places: one container for both.
-    print(report(checkpoint.folder, out, checkpoint.sparsity))
-    if args.format == "2of4":
-        two_of_four.leave(found, checkpoint, out)
-
-
-def make_parser() -> Parser:
-    parser = Parser(prog="pack.py", description=__doc__)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="folder of a pruned model; with --unpack: a folder that pack.py wrote")
-    add("--save", dest="out", required=True, metavar="DIR", help="output folder; must not exist yet")
-    add("--unpack", action="store_true", help="the other way: write the model again, every tensor bit for bit")
-    add("--format", default="bitmask", choices=["bitmask", "2of4"],
-        help="bitmask: any zeros; 2of4: a 2:4 model on a CUDA device, packed and timed against dense")  # fmt: skip
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    return command(make_parser(), run, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status."""
+    return command(Pack, run, argv, PARSER, out_of_memory="use a smaller model")
 
 
 if __name__ == "__main__":

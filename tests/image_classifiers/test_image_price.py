@@ -172,7 +172,7 @@ def test_a_run_records_its_search(more, digits, tmp_path, capsys):
     save(digits[0], 8, tmp_path / "tiny")
     method = more.split()[0]
     flags = f"--model {tmp_path}/tiny --data_set digits --prune_metric {more} --sparsity 0.6 --price_steps 3"
-    flags += f" --nsamples 50 --num_workers 0 --save_dir {tmp_path}/out"
+    flags += f" --nsamples 50 --num_workers 0 --save_dir {tmp_path}/out --price_dtype float32"
     flags += f" --metric_cache {tmp_path}/cache" if "ww" in more else ""
     assert call(capsys, *flags.split())[0] == 0
     record = json.loads((tmp_path / f"out/run_{method}_sparsity_0.6.json").read_text())

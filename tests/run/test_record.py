@@ -62,8 +62,6 @@ def test_an_infinite_perplexity_is_told_from_one_that_was_not_measured(tmp_path)
     text = {"evaluation": {"text": "c4"}}
     assert read({"perplexity": math.inf} | text) == math.inf and math.isnan(read({"perplexity": math.nan} | text))
     assert read({"perplexity": 2.5} | text) == 2.5 and read({"perplexity": None}) is None
-    assert math.isnan(read({"perplexity": None} | text)), "an older version wrote null for what is not finite"
-    assert read({"perplexity": None, "complete": False} | text) is None
 
 
 def test_writing_is_atomic(tmp_path, monkeypatch):
@@ -255,3 +253,17 @@ def test_an_earlier_run_is_read_or_is_none(tmp_path):
         assert record.read_run(tmp_path, "x") is None
     files.write_atomically(tmp_path / "run_x.json", record.run_text({"perplexity": 1.0}))
     assert record.read_run(tmp_path, "x")["perplexity"] == 1.0
+
+
+def test_large_weights_are_known_without_reading_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.run.record._READ_WHOLE", 10)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"x" * 20)
+    os.utime(path, ns=(0, 5))
+    first = record.inputs_of({"model": str(tmp_path), "seed": 0, "plan": None, "calib_data": "c4"})
+    assert first.keys() == {"model"}
+    path.write_bytes(b"y" * 20)
+    os.utime(path, ns=(0, 6))
+    assert record.inputs_of({"model": str(tmp_path)}) != first
+    os.utime(path, ns=(0, 5))
+    assert record.inputs_of({"model": str(tmp_path)}) == first, "it is not read"

@@ -1,59 +1,32 @@
-"""The image demonstration and the benchmark of streaming: what is wrong ends them before their long work."""
+"""The demonstrations: what they show, and what ends them before their long work."""
 
 import json
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import main
+from lib.cli.command import parse
+from lib.cli.settings import Experiment
+
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import bench_scale
+import demo
 import image_demo
+import sweep
+from test_table import record
 
 
 @pytest.fixture
 def no_work(tmp_path, monkeypatch):
-    """Change to an empty folder, where the demonstration and the benchmark fail the test if they begin."""
+    """Change to an empty folder, where the demonstration fails the test if it begins."""
     monkeypatch.chdir(tmp_path)
-    for module, name in ((bench_scale, "make_checkpoint"), (image_demo, "train"), (image_demo, "prune_all")):
-        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        ("--methods wandaa", "--methods wandaa: invalid choice. Did you mean 'wanda'?"),
-        ("--methods wanda,foo", "--methods foo: invalid choice"),
-        ("--ways sometimes", "--ways sometimes: invalid choice"),
-        ("--ways ,", "--ways ',': names nothing"),
-        ("--methods wanda_price", "--methods wanda_price: a streamed model has no prices; give --ways never"),
-        ("--save file/below", "--save file/below: cannot be written"),
-        ("--work file", "--work file: cannot be written"),
-    ],
-)
-def test_benchmark_refuses_before_it_makes_a_checkpoint(flags, says, no_work, capsys):
-    Path("file").write_text("")
-    assert bench_scale.main(flags.split()) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"bench_scale.py: error: {says}") and [path.name for path in Path().iterdir()] == ["file"]
-
-
-def test_a_benchmark_with_a_failed_run_says_so_in_its_status(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench_scale, "make_checkpoint", lambda _: tmp_path)
-    figures = {"peak_rss_mb": 1, "peak_cuda_mb": None, "seconds": 1.0, "seconds_per_block": 1.0, "perplexity": 2.0}
-
-    for fails, status in (({"wanda"}, 1), (set(), 0)):
-
-        def measure(settings, folder, method: str, way: str, fails=fails) -> dict:
-            return {"method": method, "stream": way} | ({"failed": 2} if method in fails else figures)
-
-        monkeypatch.setattr(bench_scale, "measure", measure)
-        assert bench_scale.main(["--methods", "magnitude, wanda,wanda", "--ways", "never"]) == status
-        rows = json.loads(Path("results/bench_scale/scale.json").read_text())["rows"]
-        assert [row["method"] for row in rows] == ["magnitude", "wanda"]
+    for name in ("train", "prune_all"):
+        monkeypatch.setattr(image_demo, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
 
 
 def test_image_demo_refuses_its_folder_before_it_trains(no_work, capsys):
@@ -61,3 +34,35 @@ def test_image_demo_refuses_its_folder_before_it_trains(no_work, capsys):
     assert image_demo.run(["--save", "a.txt"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("image_demo.sh: error: --save a.txt: cannot be written")
+
+
+def test_demo_shows_what_was_gained_and_what_moves(monkeypatch, tmp_path, tiny_folder, capsys):
+    figures = {("dense", 0.0): 14.0, ("wanda", 0.7): 600.0, ("wanda_ww", 0.7): 450.0, ("sparsegpt", 0.7): 180.0}
+    figures |= {("alps", 0.7): 90.0}
+    paths = []
+    for (method, target), perplexity in figures.items():
+        paths.append(tmp_path / f"{method}.json")
+        paths[-1].write_text(json.dumps(record(method, perplexity, target)))
+    asked = []
+    monkeypatch.setattr(sweep, "run_all", lambda todo, force: asked.append(todo) or paths)
+    shutil.copytree(tiny_folder, tmp_path / "model" / "alps_0.7")
+    assert demo.main(["--save", str(tmp_path), "--sparsity_ratio", "0.7"]) == 0
+    assert [run.prune_method for run in asked[0]] == [None, "wanda", "sparsegpt", "wanda_ww", "sparsegpt_ww", "alps"]
+    assert [run.save_model for run in asked[0]] == [None] * 5 + [str(tmp_path / "model")]
+    out = capsys.readouterr().out
+    assert "wanda at 0.7: perplexity 600.0 -> 450.0 (-25%) by alpha instead of uniform" in out
+    assert "best at 0.7: perplexity 600.0 -> 90.0 (-85%) with alps instead of wanda" in out
+    assert f"{tmp_path}/model/alps_0.7, continues:\n" in out
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    program, *rest = shlex.split(out.splitlines()[-1])[1:]
+    assert program == "main.py" and parse(Experiment, rest, main.PARSER).eval_windows == 10
+
+
+@pytest.mark.parametrize(("flags", "says"), [(["--epsilon", "2"], "--epsilon 2.0"), (["--save", "f/x"], "--save f/x"),
+                                             (["--sparsity_ratio", "1"], "--sparsity_ratio 1.0")])  # fmt: skip
+def test_demo_refuses_in_one_line(flags, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").write_text("")
+    assert demo.main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"demo.sh: error: {says}")

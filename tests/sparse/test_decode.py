@@ -18,7 +18,7 @@ from lib.models.layers import prunable_modules
 from lib.pruning.pruners import magnitude
 from lib.sparse import decode as steps
 from lib.sparse import kernel
-from lib.sparse.decode import Step, compile_steps
+from lib.sparse.decode import CompiledBlock, compile_steps
 
 pytestmark = needs_kernel
 
@@ -32,7 +32,7 @@ def pruned(model, kind: torch.dtype = torch.bfloat16, every: int = 1):
 
 def compiled(model) -> list[bool]:
     """Return for each block whether it takes compiled steps."""
-    return [isinstance(vars(layer).get("forward"), Step) for layer in model.get_decoder().layers]
+    return [isinstance(vars(layer).get("forward"), CompiledBlock) for layer in model.get_decoder().layers]
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def packed_model():
 
 
 def test_keys_and_values_are_copied_only_when_there_is_no_more_room(packed_model, monkeypatch):
-    monkeypatch.setattr(steps, "SPARE", 3)
+    monkeypatch.setattr(steps, "SPARE_TOKENS", 3)
     ids, places = some_ids(2, 11), []
     cache = filled(packed_model, ids[:, :4])
     for at in range(4, 11):
@@ -124,7 +124,7 @@ def test_a_cropped_cache_leaves_what_others_hold(packed_model):
 
 
 @pytest.mark.parametrize("level", kernel.levels())
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
 @pytest.mark.parametrize("length", [1, 7, 300])
 @pytest.mark.parametrize("size", [8, 20, 64])
 def test_attention_is_that_of_float64(level, kind, length, size, threads):
@@ -134,7 +134,7 @@ def test_attention_is_that_of_float64(level, kind, length, size, threads):
     # In a tensor with room for more.
     k, v = torch.randn(2, batch, keys, length + 5, size, generator=draw).to(kind)[:, :, :, :length].unbind()
     k[0] *= 40  # scores of some hundred: all but the largest are nothing
-    block = kernel.Block(heads=heads, keys=keys, size=size, half=kind == torch.float16)
+    block = kernel.BlockStruct(heads=heads, keys=keys, size=size, half=kind == torch.float16)
     out = torch.full_like(q, math.nan)
     places = (q.data_ptr(), k.data_ptr(), v.data_ptr())
     kernel.load(level).attend_block(
@@ -150,7 +150,7 @@ def test_attention_is_that_of_float64(level, kind, length, size, threads):
 
 
 @pytest.mark.parametrize("level", kernel.levels())
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_decoding_is_as_close_to_float32_as_dense(level, kind, batch, threads):
     ids = some_ids(batch)
@@ -240,8 +240,8 @@ def made():
 @pytest.fixture
 def stepped(monkeypatch):
     """Return a list that grows by a number for each compiled step."""
-    found, real = [], Step._step
-    monkeypatch.setattr(Step, "_step", lambda self, *rest: found.append(1) or real(self, *rest))
+    found, real = [], CompiledBlock._step
+    monkeypatch.setattr(CompiledBlock, "_step", lambda self, *rest: found.append(1) or real(self, *rest))
     return found
 
 

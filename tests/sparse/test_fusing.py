@@ -14,11 +14,11 @@ from lib import sparse
 from lib.models.layers import prunable_modules
 from lib.pruning.pruners import magnitude
 from lib.sparse import DenseLinear, SparseLinear, fusing, kernel
-from lib.sparse.layers import Shared
+from lib.sparse.layers import FusedProjections
 
 pytestmark = needs_kernel
 ROWS = (24, 8, 40)
-KINDS = {  # of the three layers
+KERNEL_DTYPES = {  # of the three layers
     "packed": (SparseLinear.from_linear,) * 3,
     "dense": (DenseLinear,) * 3,
     "both": (SparseLinear.from_linear, DenseLinear, SparseLinear.from_linear),
@@ -29,22 +29,22 @@ def layers_of(kinds: str, dtype: torch.dtype = torch.bfloat16, bias: bool = True
     """Return three layers of 40 columns, which no step of 32 divides."""
     biases = [torch.randn(rows).to(dtype) if bias else None for rows in ROWS]
     weights = [matrix(rows, 40, 0.5, dtype, rows) for rows in ROWS]
-    return [make(linear(w, b)) for make, w, b in zip(KINDS[kinds], weights, biases, strict=True)]
+    return [make(linear(w, b)) for make, w, b in zip(KERNEL_DTYPES[kinds], weights, biases, strict=True)]
 
 
 def tokens_of(count: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(count, 40, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", kernel.KINDS)
-@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("dtype", kernel.KERNEL_DTYPES)
+@pytest.mark.parametrize("kinds", KERNEL_DTYPES)
 @torch.no_grad()
 def test_layers_of_one_input_give_what_each_gives_by_itself(kinds, dtype):
     layers = layers_of(kinds, dtype)
     for count in range(1, 11):  # 9 and 10 are not the kernel's
         x = tokens_of(count, count, dtype)
         alone = [layer(x) for layer in layers]
-        Shared(layers)
+        FusedProjections(layers)
         for order in ((0, 1, 2), (2, 0, 1), (1, 1, 0, 0, 2)):
             for place in order:
                 y = layers[place](x)
@@ -59,7 +59,7 @@ def test_what_is_held_is_of_that_very_tensor():
     layers = layers_of("both")
     one, other = tokens_of(1, 1), tokens_of(1, 2)
     alone = [[layer(x) for layer in layers] for x in (one, other)]
-    Shared(layers)
+    FusedProjections(layers)
     assert torch.equal(layers[0](one), alone[0][0])
     assert torch.equal(layers[1](other), alone[1][1])  # and what was held of `one` is gone
     assert torch.equal(layers[1](one), alone[0][1])
@@ -74,7 +74,7 @@ def test_threads_do_not_take_each_others_products():
     layers = layers_of("packed")
     inputs = [tokens_of(1, seed) for seed in range(4)]
     expected = [[layer(x) for layer in layers] for x in inputs]
-    Shared(layers)
+    FusedProjections(layers)
     wrong = []
 
     def work(index: int) -> None:
@@ -93,7 +93,7 @@ def test_threads_do_not_take_each_others_products():
 
 def test_gradients_other_weights_and_copies():
     layers = layers_of("dense", bias=False)
-    Shared(layers)
+    FusedProjections(layers)
     x = tokens_of(2)
     layers[1].weight.requires_grad_(True)
     layers[0](x)

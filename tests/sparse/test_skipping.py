@@ -31,7 +31,7 @@ def in_order(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @needs_kernel
 @LEVELS
-@pytest.mark.parametrize("kind", [torch.float32, *kernel.KINDS])
+@pytest.mark.parametrize("kind", [torch.float32, *kernel.KERNEL_DTYPES])
 def test_sums_have_the_bits_of_additions_in_order(level, kind, threads):
     library = kernel.load(level)
     for index, (rows, columns) in enumerate([(7, 31), (1, 64), (5, 8), (40, 700), (130, 129)]):
@@ -64,7 +64,7 @@ def test_what_is_not_a_number_stays_where_it_is(level):
 
 
 @needs_kernel
-@pytest.mark.parametrize("kind", kernel.KINDS)
+@pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
 @pytest.mark.parametrize(("zeros", "skips"), [(0.7, True), (0.35, False)])
 def test_packed_layers_skip_zeros_in_prompts_where_that_pays(kind, zeros, skips, monkeypatch):
     monkeypatch.setattr("lib.sparse.layers.multiplies", lambda _: False)
@@ -162,8 +162,8 @@ def test_without_a_kernel_zeros_are_multiplied(monkeypatch):
 
 @needs_kernel
 def test_pruned_passes_and_perplexity_skip_zeros(monkeypatch):
-    monkeypatch.setattr(skipping, "SMALLEST", 1)
-    monkeypatch.setattr(skipping, "FEWEST", 1)
+    monkeypatch.setattr(skipping, "MIN_WEIGHTS", 1)
+    monkeypatch.setattr(skipping, "MIN_TOKENS", 1)
     products = []
     monkeypatch.setattr(
         skipping.Kernel,
@@ -181,7 +181,7 @@ def test_pruned_passes_and_perplexity_skip_zeros(monkeypatch):
         for layer in block.linears.values():
             layer.weight.data *= torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     with monkeypatch.context() as patch:
-        patch.setattr(skipping, "SKIP", 2.0)  # never
+        patch.setattr(skipping, "SKIP_FROM", 2.0)  # never
         plain = perplexity(model, windows), enter_blocks(weights, windows)
         for block in weights.visit():
             advance(block, plain[1])

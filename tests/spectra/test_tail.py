@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from conftest import fast
@@ -15,43 +16,6 @@ from lib.spectra.tail import METRICS, alpha_mid, alpha_peak, fit_tail, peak_cand
 def spec_of(eigs) -> Spectrum:
     eigs = torch.as_tensor(eigs, dtype=torch.float32)
     return Spectrum(eigs, (len(eigs), len(eigs)))
-
-
-# ------------------------------------------------------------------------- the definition, term by term in float32
-
-
-def oracle_alpha(eigs: torch.Tensor, i: int) -> torch.Tensor:
-    count = len(eigs) - i
-    return 1 + count / (torch.log(eigs[i:]).sum() - count * torch.log(eigs[i]))
-
-
-def oracle_distance(eigs: torch.Tensor, i: int) -> float:
-    count = len(eigs) - i
-    model = (eigs[i:] / eigs[i]) ** (1 - oracle_alpha(eigs, i))
-    empirical = torch.arange(count).float() / count
-    return (1 - model - empirical).abs().max().item()
-
-
-def oracle_fit(eigs: torch.Tensor, candidates) -> tuple[int, float]:
-    best = None
-    for i in candidates:
-        alpha = oracle_alpha(eigs, i).item()
-        if alpha > 1 and math.isfinite(alpha):
-            distance = oracle_distance(eigs, i)
-            if best is None or distance < best[1]:
-                best = i, distance, alpha
-    return best[0], best[2]
-
-
-def oracle_candidates(eigs: torch.Tensor) -> list[int]:
-    logs = torch.log10(eigs)
-    low, high = logs.min(), logs.max()
-    counts = [0] * 100
-    for value in logs:
-        counts[min(int((value - low) * (100 / (high - low))), 99)] += 1
-    peak = 10 ** (low.item() + counts.index(max(counts)) * (high - low).item() / 100)
-    lower = math.log10(0.95 * peak)  # a logarithm against an eigenvalue, as published
-    return [i for i in range(len(eigs) - 1) if eigs[i] >= lower and eigs[i] <= 1.5 * peak]
 
 
 def random_spectra() -> list:
@@ -72,17 +36,19 @@ def random_spectra() -> list:
 
 def check_against_oracle(eigs: torch.Tensor) -> None:
     every = range(len(eigs) - 1)
-    index, alpha = oracle_fit(eigs, every)
+    index, alpha = oracles.best_fit(eigs, every)
     fit = fit_tail(eigs, torch.tensor(every))
     assert (fit.index, fit.alpha) == (index, pytest.approx(alpha, rel=1e-6))
-    assert fit.distance == pytest.approx(oracle_distance(eigs, index), abs=1e-6)
+    assert fit.distance == pytest.approx(oracles.tail_fit(eigs, eigs.log(), index)[1], abs=1e-6)
 
-    candidates = oracle_candidates(eigs)
+    candidates = oracles.peak_candidates(eigs)
     assert peak_candidates(eigs).tolist() == candidates
-    index, alpha = oracle_fit(eigs, candidates)
+    index, alpha = oracles.best_fit(eigs, candidates)
     assert fit_tail(eigs, torch.tensor(candidates)).index == index
     assert alpha_peak(spec_of(eigs)) == pytest.approx(alpha, rel=1e-6)
-    assert alpha_mid(spec_of(eigs)) == pytest.approx(oracle_alpha(eigs, len(eigs) // 2).item(), rel=1e-6)
+    assert alpha_mid(spec_of(eigs)) == pytest.approx(
+        oracles.tail_fit(eigs, eigs.log(), len(eigs) // 2)[0], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("eigs", fast(random_spectra(), 30))
@@ -230,9 +196,8 @@ def test_alpha_mid_refuses(eigs):
 
 def test_alpha_mid_needs_no_more_than_its_tail():
     # A zero below the middle is not in the tail: that matrix has a fit.
-    assert alpha_mid(spec_of(BAD["a zero"])) == pytest.approx(
-        oracle_alpha(torch.tensor(BAD["a zero"]).float(), 5).item()
-    )
+    eigs = torch.tensor(BAD["a zero"])
+    assert alpha_mid(spec_of(eigs)) == pytest.approx(oracles.tail_fit(eigs, eigs.log(), 5)[0])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -314,7 +279,7 @@ def draws_of_laws() -> list[torch.Tensor]:
 @pytest.mark.parametrize("case", range(41))
 def test_fit_over_all_candidates_is_the_loops(case):
     eigs = draws_of_laws()[case]
-    index, alpha = oracle_fit(eigs, range(len(eigs) - 1))
+    index, alpha = oracles.best_fit(eigs, range(len(eigs) - 1))
     fit = fit_tail(eigs, torch.arange(len(eigs) - 1))
     assert (fit.index, fit.alpha) == (index, alpha)
 

@@ -1,6 +1,5 @@
 // AVX2 with FMA: a table of shuffles puts eight values where the bits of a byte are.
 #pragma once
-#include "shuffles.h"
 #include "x86.h"
 
 namespace {

@@ -52,8 +52,10 @@ struct Packed {
   void start(int64_t r) { mask = (const uint8_t*)(w.mask + r * w.words), next = w.values + w.starts[r]; }
   int take(int64_t group, float* value) {
     to_floats<HALF>(next, value);  // there are 32 more than needed
+    const int64_t left = w.columns - group * 8;  // a bit beyond the last column would lead out of the panel
+    const int byte = mask[group] & (left < 8 ? (1 << left) - 1 : 255);
     next += __builtin_popcount(mask[group]);
-    return mask[group];
+    return byte;
   }
 };
 

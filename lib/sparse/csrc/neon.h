@@ -2,8 +2,6 @@
 #pragma once
 #include <arm_neon.h>
 
-#include "shuffles.h"
-
 namespace {
 
 typedef float32x4_t Vector;

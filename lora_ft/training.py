@@ -1,0 +1,213 @@
+"""Trainer of LoRA adapters: its arguments with the published defaults, and its checks of loss and adapter.
+
+Imports transformers, which takes seconds: finetune_lm.py imports this module after it has read its own flags.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import torch
+import transformers
+
+from lib.cli.command import Parser
+from lib.cli.flags import check_range
+from lib.core import processes
+from lib.core.errors import UserError, first_line
+from lora_ft import common
+
+BATCH = 128  # Blocks to an optimizer step, as published.
+
+# An update this many times larger than its layer's weight: in float32 sums nothing is left of the weight.
+DROWNED = 2.0**23
+
+# A last loss this many times that of the first step and of equal chances for all tokens: their perplexity squared.
+RUINED = 2.0
+LOWER = "lower --learning_rate, or try --bf16"
+
+# Of the arguments below, those that must be above zero. The others are checked by the libraries that use them.
+POSITIVE = """
+    learning_rate num_train_epochs per_device_train_batch_size per_device_eval_batch_size batch_size
+    gradient_accumulation_steps logging_steps save_steps eval_steps
+""".split()
+
+SWITCH = {"nargs": "?", "const": True}  # A flag that needs no value, for HfArgumentParser.
+
+
+@contextmanager
+def refusals(trainer: LoraTrainer | None = None) -> Iterator[None]:
+    """Turn an error by which transformers or torch refuse their arguments into one line.
+
+    Once the ``trainer`` has made a step, no argument has led to an error.
+    """
+    try:
+        yield
+    except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or (trainer and trainer.first_loss is not None):
+            raise
+        raise UserError(None, None, f"training cannot be set up with these flags ({first_line(error)})") from error
+
+
+@dataclass
+class LoraArguments(transformers.TrainingArguments):
+    """Arguments of the Trainer with the published defaults; each field is a flag of finetune_lm.py."""
+
+    learning_rate: float = 1e-4
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 1
+    warmup_steps: float = 5
+    optim: str = "adamw_torch"
+    logging_steps: float = 10
+    save_steps: float = 50
+    eval_steps: float | None = 50
+
+    # Blocks to an optimizer step, over all processes and accumulation steps, and the steps that make as many.
+    batch_size: int | None = None
+    gradient_accumulation_steps: int | None = None
+
+    # Without flags: bfloat16 where the GPU has it, else float16; an evaluation now and then if there is training, too.
+    bf16: bool | None = field(default=None, metadata=SWITCH)
+    fp16: bool | None = field(default=None, metadata=SWITCH)
+    eval_strategy: str | None = None
+
+    # The Trainer's filter waits for the GPU after every forward pass; LoraTrainer looks once a step.
+    logging_nan_inf_filter: bool = False
+    # Every adapter is used in every step, and searching for unused ones takes time.
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self) -> None:
+        for name in POSITIVE:
+            check_range(name, getattr(self, name), {"above": 0})
+        if self.do_predict:
+            raise UserError("do_predict", None, "does nothing here", "use --do_eval, or lora_ft/evaluate_ppl.py")
+        if self.bf16 is None and self.fp16 is None and torch.cuda.is_available() and not self.use_cpu:
+            self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = not self.bf16
+        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+        if self.eval_strategy is None:
+            self.eval_strategy = "steps" if self.do_train and self.do_eval else "no"
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        self.dataloader_pin_memory &= torch.cuda.is_available()
+
+        # A step's blocks are made of those that all processes take at once.
+        at_once = self.per_device_train_batch_size * processes.started()
+        steps, batch = self.gradient_accumulation_steps, self.batch_size
+        if steps is None:
+            steps, remainder = divmod(batch or BATCH, at_once)
+            if remainder or not steps:
+                problem = f"is not made of {at_once} blocks at once"
+                raise UserError("batch_size", batch or BATCH, problem, f"give a multiple of {at_once}")
+        elif batch not in (None, steps * at_once):
+            problem = f"--gradient_accumulation_steps {steps} makes {steps * at_once} blocks to a step"
+            raise UserError("batch_size", batch, problem, "leave one of the two out")
+        self.gradient_accumulation_steps, self.batch_size = steps, steps * at_once
+
+        super().__post_init__()
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # One process spreads the model over its GPUs, and not the batch.
+
+    def evaluate_each_once(self, blocks: int) -> None:
+        """Lower the evaluation batch so far that none is shared by several processes.
+
+        The Trainer fills up such a batch with blocks that it has already seen, and they would count in the mean loss.
+        Among batches of one block it adds whole ones, which it leaves out again.
+        """
+        if self.world_size > 1:
+            of_each, uneven = divmod(blocks, self.world_size)
+            self.per_device_eval_batch_size = 1 if uneven else math.gcd(self.per_device_eval_batch_size, of_each)
+
+
+class TrainerParser(Parser, transformers.HfArgumentParser):
+    """Parser of the Trainer's flags, for what the parser ``command`` of finetune_lm.py's own flags leaves."""
+
+    def __init__(self, command: Parser) -> None:
+        self.command = command
+        super().__init__(LoraArguments, prog=command.prog, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self._option_string_actions |= self.command._option_string_actions  # for "did you mean"
+        super().error(message)
+
+
+def parse_arguments(words: Sequence[str], command: Parser, **values) -> LoraArguments:
+    """Return the Trainer's arguments of the command line ``words``, and ``values`` of those that were read already.
+
+    Raises:
+        UserError: an unknown flag, or a value that transformers refuses.
+    """
+    namespace = TrainerParser(command).parse_args(words)
+    with refusals():
+        return LoraArguments(**vars(namespace) | values)
+
+
+def check_finite(kind: str, loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise UserError(None, None, f"the {kind} loss is {loss} at step {step}", LOWER)
+
+
+class OwnSteps(transformers.TrainerCallback):
+    """Lets a resumed run log, save and evaluate at the steps of its own flags, not of those it was started with."""
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
+class LoraTrainer(transformers.Trainer):
+    """Trainer that stops at a loss that is not finite, and knows the first and last loss of a step.
+
+    Attributes:
+        first_loss, last_loss: means over this process's blocks of a step, nats per token; None before it.
+        before_first_save: called once, before the first checkpoint or adapter is written.
+    """
+
+    first_loss: float | None = None
+    last_loss: float | None = None
+    before_first_save: Callable[[], None] | None = None
+    _step_loss: torch.Tensor | float = 0.0
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)  # This pass's share of the step's mean.
+        self._step_loss = self._step_loss + loss
+        if self.accelerator.sync_gradients:  # The last pass of a step. To read the loss is to wait for the GPU.
+            self.last_loss, self._step_loss = float(self._step_loss), 0.0
+            check_finite("training", self.last_loss, self.state.global_step + 1)
+            if self.first_loss is None:
+                self.first_loss = self.last_loss
+        return loss
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        check_finite("evaluation", metrics["eval_loss"], self.state.global_step)
+        return metrics
+
+    def save_model(self, *args, **kwargs) -> None:  # Of each checkpoint, too, before the rest of it is saved.
+        prepare, self.before_first_save = self.before_first_save, None
+        if prepare:
+            prepare()
+            self.accelerator.wait_for_everyone()  # Else it could remove what another process has saved already.
+        super().save_model(*args, **kwargs)
+
+    def check_adapter(self) -> None:
+        """Refuse an adapter that training has certainly ruined.
+
+        Its update of a weight is not finite, or makes the weight vanish in their sum; or the last loss is far above
+        both that of the first step and ln(vocabulary), the loss of a model that finds all tokens equally probable.
+        """
+        ruined = f"the adapter is ruined after step {self.state.global_step}"
+        for name, layer in common.lora_layers(self.model).items():
+            (adapter,) = layer.active_adapters
+            update = layer.get_delta_weight(adapter).float().norm().item()
+            weight = layer.get_base_layer().weight.detach().float().norm().item()
+            if not update <= DROWNED * (weight or 1.0):  # nor if it is not a number
+                problem = f"{ruined}, its update of {name} is of size {update:.3g} and the weight of {weight:.3g}"
+                raise UserError(None, None, problem, LOWER)
+        chance = math.log(self.model.get_input_embeddings().num_embeddings)
+        if self.last_loss is not None and self.last_loss > RUINED * max(self.first_loss, chance):
+            losses = f"{self.last_loss:.4g}, against {self.first_loss:.4g} at first and {chance:.4g} for equal chances"
+            raise UserError(None, None, f"{ruined}, the training loss in nats per token is {losses}", LOWER)
