@@ -52,7 +52,7 @@ def run(settings: ImageExperiment, console: Console) -> dict:
     if task.pruner:
         with record.stage("measure"):
             values, search = pipeline.measure(
-                subject, task, settings.measurement(subject.name), settings.price_options(task)
+                subject, task, settings.measurement(subject.name), settings.price_options()
             )
             record.content |= report.price_entries(search)
         report.show_prices(console, search, "images", "image")

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from functools import partial
+from typing import NamedTuple
 
 from image_classifiers import models
-from lib.allocation.price import Effort, Options, Prices, band_price, kl_divergence, standing
+from lib.allocation.price import Effort
+from lib.allocation.price_model import Masks, autocast, band_price, kl_divergence
 from lib.calibration.hidden import BlockInputs
 from lib.core.errors import UserError
 from lib.core.lazy import torch
-from lib.models.weights import Weights
+from lib.models.weights import Weights, swapped_weights
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-FIT, HELD = 8, 4  # groups of images: to find prices on, and held out
-GROUP = 256  # images that count as one window of text in a search, at most
-PART = 32  # images that are differentiated at a time, at most
-EFFORT = Effort(batch=1, shorter=1, every=1, held=HELD, check_every=8)
+# Groups of images on which prices are measured. A group is to a classifier what a window is to a language model.
+FIT = 8
+# Groups of images that are held out.
+HELD = 4
+# The most images of a group.
+GROUP = 256
+# The most images that are differentiated at a time.
+CHUNK = 32
+EFFORT = Effort(windows_per_step=1, window_divisor=1, token_stride=1, held_out_windows=HELD, evaluate_every=8)
 
 
 def split(images: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """Return which of ``images`` prices are found on, FIT groups of one size, and HELD such groups of others.
+    """Return the ``images`` that prices are measured on, FIT groups of one size, and HELD such groups of other images.
 
-    Drawn with replacement, an image may be there several times; it is then in one part only.
+    Drawn with replacement, an image may be among ``images`` several times; it is then in one of the two only.
 
     Raises:
         UserError: too few images.
@@ -35,103 +39,102 @@ def split(images: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
     held = [image for image in images[len(fit) :] if image not in seen]
     size = min(len(fit) // FIT, len(held) // HELD, GROUP)
     if not size:
-        text = f"{len(images)}: the search for prices needs at least {FIT + HELD} different images"
-        raise UserError("nsamples", text)
+        problem = f"the search for prices needs at least {FIT + HELD} different images"
+        raise UserError("nsamples", len(images), problem)
     return fit[: FIT * size], held[: HELD * size]
 
 
-class ImagePrices(Prices):
-    """Prices of a classifier's matrices, and its KL(dense || pruned) in nats per image.
+class Group(NamedTuple):
+    """Images [images, 3, height, width] and the dense model's logits of them, [images, classes]."""
 
-    Its images are small beside a language model's windows: pruned copies of all matrices stand in their places, the
-    whole model is run and differentiated at once, and only the dense logits are kept. As in pruning, weights compete
-    within the matrix.
+    images: torch.Tensor
+    logits: torch.Tensor
 
-    Attributes:
-        windows: groups of images, each [images, 3, height, width].
-        dense: the dense model's logits of each group, [images, classes].
+
+class ImagePriceModel:
+    """Prices of a classifier's matrices: derivatives of KL(dense || pruned), in nats per image.
+
+    Images are small beside a language model's windows: pruned copies replace all matrices, the whole model is run and
+    differentiated at once, and only the dense logits are kept. As in pruning, weights compete within the matrix.
+    Its public members are those of ``lib.allocation.price_model.PriceModel``; a sample is a group of images.
     """
 
-    whole: ClassVar[bool] = True
-    advice: ClassVar[str] = "use another allocation"
+    advice = "use another allocation"
 
     def __init__(
         self,
         weights: Weights,
-        windows: Sequence[Tensor],
-        options: Options,
-        ranks: dict[str, Tensor] | None = None,
+        groups: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
+        dtype: torch.dtype | None = None,
+        by_magnitude: bool = False,
         kept_on: str | None = None,
-        part: int = PART,
+        chunk: int = CHUNK,
     ) -> None:
-        """Pass the groups ``windows`` through the dense model.
+        """Compute the dense model's logits of all groups, and rank its weights.
 
         Args:
-            options: their dtype is used by autocast.
-            ranks: those of other images; None takes them from these.
-            kept_on: the device that holds the hidden states while ranks are found; None for the model's.
-            part: images that are differentiated at a time.
+            groups: for prices, and held out; each [images, 3, height, width].
+            dtype: of the products (autocast), None for the model's.
+            by_magnitude: whether the masks are magnitude's, and not Wanda's.
+            kept_on: the device that holds the hidden states while weights are ranked; None for the model's.
+            chunk: images that are differentiated at a time.
         """
-        self.weights, self.windows, self.options, self.kept_on, self.part = weights, windows, options, kept_on, part
-        self.arguments, self.tuples = [((), {})] * len(weights.modules), None
+        first = next(weights.model.parameters())
+        self.weights, self.kept_on, self.chunk, self.samples = weights, kept_on, chunk, len(groups[0])
+        self.device, self.dtype = first.device, dtype or first.dtype
+        self.masks = Masks(weights, dtype, by_magnitude, whole=True)
         with torch.no_grad():
-            self.dense = [torch.cat([self._logits(images) for images in group.split(part)]) for group in windows]
-        self.ranks = self._ranks(self._enter()) if ranks is None else ranks
-
-    def renewed_ranks(self, ratios: Mapping[str, float]) -> dict[str, Tensor]:
-        return self._ranks(self._enter(), ratios)
+            self._fit, self._held_out = (
+                [Group(g, torch.cat([self._logits(images) for images in g.split(chunk)])) for g in part]
+                for part in groups
+            )
+        self.masks.rank(self._enter())
 
     def kl(self, ratios: Mapping[str, float]) -> float:
-        every = range(len(self.windows))
+        images = sum(len(group.images) for group in self._held_out)
         with torch.no_grad(), self._pruned(ratios):
-            return torch.stack(list(self._losses(every))).sum().item() / self._count(every)
+            return torch.stack(list(self._losses(self._held_out))).sum().item() / images
 
     def prices(self, ratios: Mapping[str, float], batch: Sequence[int]) -> tuple[float, dict[str, float]]:
-        found: dict[str, Tensor] = {}
         dense = {name: m.weight.detach() for block in self.weights.visit() for name, m in block.linears.items()}
+        prices, losses = dict.fromkeys(dense, 0), []
 
-        def appraise(name: str) -> Callable[[nn.Parameter], None]:
-            def hook(leaf: nn.Parameter) -> None:
-                price = band_price(leaf.grad, dense[name], self.ranks[name], ratios[name])
-                found[name] = found.get(name, 0) + price
-                leaf.grad = None
+        def take(name: str, leaf: torch.nn.Parameter) -> None:
+            prices[name] = prices[name] + band_price(leaf.grad, dense[name], self.masks.ranks[name], ratios[name])
+            leaf.grad = None
 
-            return hook
-
-        count, total = self._count(batch), []
+        groups = [self._fit[i] for i in batch]
+        images = sum(len(group.images) for group in groups)
         with self._pruned(ratios) as leaves, torch.enable_grad():
             for name, leaf in leaves.items():
-                leaf.register_post_accumulate_grad_hook(appraise(name))
-            for loss in self._losses(batch):
-                torch.autograd.backward(loss / count, inputs=list(leaves.values()))
-                total.append(loss.detach())
-        loss = torch.stack(total).sum().item() / count
-        return loss, self._checked(loss, found)
+                leaf.register_post_accumulate_grad_hook(partial(take, name))
+            for loss in self._losses(groups):
+                torch.autograd.backward(loss / images, inputs=list(leaves.values()))
+                losses.append(loss.detach())
+        return torch.stack(losses).sum().item() / images, {name: price.item() for name, price in prices.items()}
 
-    def _count(self, batch: Sequence[int]) -> int:
-        return sum(len(self.windows[i]) for i in batch)
+    def renew(self, ratios: Mapping[str, float]) -> None:
+        self.masks.rank(self._enter(), ratios)
 
     @contextmanager
-    def _pruned(self, ratios: Mapping[str, float]) -> Iterator[dict[str, nn.Parameter]]:
-        """Let pruned copies stand in the places of all matrices, as parameters, which are yielded by name."""
+    def _pruned(self, ratios: Mapping[str, float]) -> Iterator[dict[str, torch.nn.Parameter]]:
+        """Replace all matrices by pruned copies meanwhile, as parameters, which are yielded by name."""
         with ExitStack() as stack:
-            leaves: dict[str, nn.Parameter] = {}
+            leaves: dict[str, torch.nn.Parameter] = {}
             for block in self.weights.visit():
-                leaves |= stack.enter_context(standing(block, self._copies(block, self.ranks, ratios)))
+                leaves |= stack.enter_context(swapped_weights(block, self.masks.copies(block, ratios)))
             yield leaves
 
-    def _losses(self, batch: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the sum over images of KL(dense || pruned) for each part of the groups ``batch``."""
-        for index in batch:
-            parts = self.windows[index].split(self.part), self.dense[index].split(self.part)
-            for part, dense in zip(*parts, strict=True):
-                yield kl_divergence(dense, self._logits(part))
+    def _losses(self, groups: Sequence[Group]) -> Iterator[torch.Tensor]:
+        """Yield the sum over images of KL(dense || pruned) for each chunk of the groups."""
+        for group in groups:
+            for images, logits in zip(*(x.split(self.chunk) for x in group), strict=True):
+                yield kl_divergence(logits, self._logits(images))
 
-    def _logits(self, images: Tensor) -> Tensor:
-        device = next(self.weights.model.parameters()).device
-        with self._autocast(device):
-            return self.weights.model(images.to(device))
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        with autocast(self.device, self.masks.dtype):
+            return self.weights.model(images.to(self.device))
 
     def _enter(self) -> BlockInputs:
-        batches = ((part, None) for group in self.windows for part in group.split(self.part))
-        return models.block_inputs(self.weights, batches, self.kept_on)
+        chunks = ((images, None) for group in self._fit for images in group.images.split(self.chunk))
+        return models.block_inputs(self.weights, chunks, self.kept_on)

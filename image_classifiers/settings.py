@@ -170,6 +170,6 @@ class ImageExperiment(Model, Images, ImageMethod, Evaluation, Output):
         """Return how the metric of the ``model`` is measured, and where it is cached."""
         return Measurement(self.ww_metric, Path(self.ww_metric_cache) / model)
 
-    def price_options(self, task: Task) -> price.Options:
-        """Return the options of the search for prices; its dtype depends on the model's."""
-        return price.Options(self.price_steps, self.price_refresh, None, task.by_magnitude, EFFORT)
+    def price_options(self) -> price.Options:
+        """Return the options of the search for prices."""
+        return price.Options(self.price_steps, self.price_refresh, EFFORT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +12,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from image_classifiers import data, models
-from image_classifiers.price import FIT, HELD, PART, ImagePrices, split
+from image_classifiers.price import CHUNK, FIT, HELD, ImagePriceModel, split
 from image_classifiers.settings import ImageExperiment
 from lib import sparse
-from lib.allocation import price
+from lib.allocation import price, price_model
 from lib.calibration.hidden import BlockInputs
 from lib.cli.task import Task
 from lib.core import files
@@ -167,17 +167,15 @@ class Classifier:
         """Return the inputs of the first block for the calibration images."""
         return models.block_inputs(self.weights, self.batches(self.calibration), self.hidden_device)
 
-    def search_prices(self, target: float, start: Mapping[str, float] | None, options: price.Options) -> price.Found:
-        """Return the ratios at which all layers cost the same, found on calibration images from ``start``."""
+    def price_model(self, effort: price.Effort, by_magnitude: bool) -> ImagePriceModel:
+        """Return the model whose prices are searched, measured on calibration images."""
         images, groups = self.calibration, []
         for indices, count in zip(split(images.indices), (FIT, HELD), strict=True):
             chosen = data.Prepared(images.images, indices, images.transform, images.seed)
             groups.append([batch for batch, _ in self.batches(chosen, len(indices) // count)])
-        dtype = price.search_dtype(self.price_dtype, torch.device(self.device), torch.float32)
-        options, size = options._replace(dtype=dtype), min(PART, self.batch_size)
-        fit, held = (partial(ImagePrices, self.weights, group, options, part=size) for group in groups)
-        fitted = fit(kept_on=self.hidden_device)
-        return price.equalise(fitted, held(ranks=fitted.ranks), target, start)
+        dtype = price_model.search_dtype(self.price_dtype, torch.device(self.device), torch.float32)
+        chunk = min(CHUNK, self.batch_size)
+        return ImagePriceModel(self.weights, tuple(groups), dtype, by_magnitude, self.hidden_device, chunk)
 
     def save(self, folder: Path, sparsity: float) -> Path:
         """Write the pruned model to ``folder``, which is returned.

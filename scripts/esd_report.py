@@ -97,7 +97,7 @@ def report(settings: Settings) -> Path:
 
     subject.load()
     measurement = run.measurement(subject.name)
-    values, _ = pipeline.measure(subject, task, measurement, run.price_options(task))
+    values, _ = pipeline.measure(subject, task, measurement, run.price_options())
     ratios = pipeline.make_plan(task, subject.layers, values).ratios
     layers = pandas.DataFrame({
         "name": names,

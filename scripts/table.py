@@ -286,8 +286,8 @@ def passes_of(settings: Experiment) -> int:
     scored = sum(settings.nsamples for step in (task, task.starting_task) if step.needs in BLOCK_SCORES)
     if task.needs != "price":
         return scored
-    options = settings.price_options(task)
-    return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.shorter)
+    options = settings.price_options()
+    return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.window_divisor)
 
 
 def caption(runs: pandas.DataFrame, value: str = "perplexity", sources: Iterable[str] = ()) -> str:

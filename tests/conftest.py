@@ -111,9 +111,9 @@ def one_thread():
 @pytest.fixture
 def few_windows(monkeypatch):
     """Let a search for prices read few windows: each goes the same way."""
-    monkeypatch.setattr(price, "FIT", 4)
+    monkeypatch.setattr(price, "FIT_WINDOWS", 4)
     for name, effort in price.EFFORTS.items():
-        monkeypatch.setitem(price.EFFORTS, name, effort._replace(held=2))
+        monkeypatch.setitem(price.EFFORTS, name, effort._replace(held_out_windows=2))
 
 
 @pytest.fixture

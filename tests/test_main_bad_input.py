@@ -84,7 +84,6 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
         "wide": {"layers": rows | {name: rows[name] | {"ratio": 1.5}}},
         "budget": {"target": 0.6},
         "groups": {"layers": {key: row | {"nm": [4, 7], "ratio": 3 / 7} for key, row in rows.items()}, "target": 3 / 7},
-        "halves": {"layers": {key: row | {"nm": [1.5, 3]} for key, row in rows.items()}},
     }.items():
         Path(f"plans/{kind}.json").write_text(json.dumps(good | change))
     return tmp_path
@@ -257,14 +256,14 @@ BEFORE_LOADING = {
     f"{WW} --farms --farms_rows 30 --farms_ratio 1.5": "do not fit",
     f"{WANDA} --hidden_states gpu": "--hidden_states gpu: there is no GPU",
     "--prune_method wanda --plan plans/other.json": "other-model",
-    "--prune_method wanda --plan plans/short.json": "lacks the layer model.layers.1.mlp.down_proj",
+    "--prune_method wanda --plan plans/short.json": "model.layers.1.mlp.down_proj has shape None there",
     "--prune_method wanda --plan plans/extra.json": "model.layers.9.mlp.down_proj",
     "--prune_method wanda --plan plans/wide.json": "outside [0, 1]",
     "--prune_method wanda --plan plans/budget.json": "add up to",
     "--prune_method wanda --plan plans/good.json --sparsity_ratio 0.6": "0.5",
     f"{WANDA} --save_plan file/plan.json": "file",
     f"{WANDA} --save_plan nothing": "is a folder",
-    "--prune_method wanda --plan plans/groups.json": "which 7 does not divide",
+    "--prune_method wanda --plan plans/groups.json": "4:7 does not fit",
     "--prune_method wanda --plan plans/halves.json": "whole numbers",
     f"{WANDA} --model mismatched": "do not belong together",
     f"{WW} --ww_metric_cache archive": "cannot be read as a metric cache",

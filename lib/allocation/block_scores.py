@@ -1,10 +1,9 @@
-"""Scores of dense weights, by which OWL, DLP, LAMP and global magnitude distribute the sparsity."""
+"""Scores of dense weights by which OWL, DLP, LAMP and global magnitude distribute the sparsity."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -14,20 +13,17 @@ from lib.core.lazy import torch
 from lib.models.weights import Weights, check_finite
 from lib.pruning.thresholds import threshold
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 # -------------------------------------------------------------------------------------------- a number for each block
 
 
-def outlier_ratio(scores: Sequence[Tensor], multiple: float) -> float:
+def outlier_ratio(scores: Sequence[torch.Tensor], multiple: float) -> float:
     """Return the percentage of a block's scores that exceed ``multiple`` times their mean (OWL: Yin et al., 2024)."""
     count = sum(score.numel() for score in scores)
     mean = sum(score.sum(dtype=torch.float64).item() for score in scores) / count
     return 100 * sum((score > multiple * mean).sum().item() for score in scores) / count
 
 
-def median_score(scores: Sequence[Tensor]) -> float:
+def median_score(scores: Sequence[torch.Tensor]) -> float:
     """Return the median of a block's scores, the lower one of two (DLP: Chen et al., 2025)."""
     return threshold(lambda: scores, sum(score.numel() for score in scores) / 2).value
 
@@ -35,15 +31,16 @@ def median_score(scores: Sequence[Tensor]) -> float:
 # ------------------------------------------------------------------------------- one threshold over the whole model
 
 
-def magnitude_score(weight: Tensor) -> Tensor:
+def magnitude_score(weight: torch.Tensor) -> torch.Tensor:
     """Return |W| in float32."""
     return weight.detach().float().abs()
 
 
-LAMP_BYTES = 80  # a weight: float64 and int64 copies of a matrix and a sort's workspace, estimated
+# Bytes for each weight of the largest matrix: float64 and int64 copies and a sort's workspace, estimated.
+LAMP_BYTES = 80
 
 
-def lamp_score(weight: Tensor) -> Tensor:
+def lamp_score(weight: torch.Tensor) -> torch.Tensor:
     """Return w^2 over the sum of squares of the weights at least as large in its layer (LAMP: Lee et al., 2021)."""
     squares = weight.detach().double().square().flatten()
     ordered, order = squares.sort()
@@ -53,31 +50,31 @@ def lamp_score(weight: Tensor) -> Tensor:
     return torch.empty_like(score).scatter_(0, order, score).float().view(weight.shape)
 
 
-def shares_below(weights: Weights, target: float, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def shares_below(weights: Weights, target: float, score: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
     """Return the share of each layer's weights that are among the model's fraction ``target`` with the smallest scores.
 
     The threshold is exact and needs the memory of one layer: two counts over the bits of the float32 scores, which sort
     like the scores since none is negative. Of the weights exactly at the threshold, each layer loses the same share.
     """
 
-    def parts() -> Iterator[Tensor]:
+    def scores() -> Iterator[torch.Tensor]:
         for block in weights.visit():
             for name, linear in block.linears.items():
                 check_finite(name, linear.weight)
                 yield score(linear.weight)
 
     wanted = target * sum(layer.size for layer in weights.layers)
-    _, below, equal = threshold(parts, wanted)
-    share = (wanted - sum(below)) / sum(equal)  # of those on the threshold
+    _, below, equal = threshold(scores, wanted)
+    share = (wanted - sum(below)) / sum(equal)  # of the weights at the threshold
     removed = [b + share * e for b, e in zip(below, equal, strict=True)]
-    return {layer.name: gone / layer.size for layer, gone in zip(weights.layers, removed, strict=True)}
+    return {layer.name: count / layer.size for layer, count in zip(weights.layers, removed, strict=True)}
 
 
 # ----------------------------------------------------------------------------- by the value that an allocation needs
 
 
 def score_blocks(
-    weights: Weights, inputs: BlockInputs, number: Callable[[list[Tensor]], float]
+    weights: Weights, inputs: BlockInputs, number: Callable[[list[torch.Tensor]], float]
 ) -> dict[str, float]:
     """Return, by layer name, ``number`` of the scores |W| * sqrt(s) of the layer's block, in the dense model.
 
@@ -86,34 +83,32 @@ def score_blocks(
         number: function of the scores of a block's layers, each [out, in].
     """
     values = {}
-    last = max(layer.block for layer in weights.layers)
-    with torch.no_grad(), tqdm(total=last + 1, desc="dense statistics", unit="block", disable=None) as bar:
-        for block in weights.visit():
-            if block.index > last:
-                break
-            for name, linear in block.linears.items():
-                check_finite(name, linear.weight)
-            steps = passes(block, inputs, keep=True)
-            found = input_statistics(block.linears, "squared_norms", inputs.samples, steps)
-            scores = [
-                block.linears[name].weight.flatten(1).abs() * value.sqrt() for names, value in found for name in names
-            ]
+    for block in tqdm(weights.visit(), "dense statistics", len(weights.modules), unit="block", disable=None):
+        for name, linear in block.linears.items():
+            check_finite(name, linear.weight)
+        steps = passes(block, inputs, keep=True)
+        statistics = input_statistics(block.linears, "squared_norms", inputs.samples, steps)
+        with torch.no_grad():
+            norms = {name: squares.sqrt() for names, squares in statistics for name in names}
+            scores = [block.linears[name].weight.flatten(1).abs() * norm for name, norm in norms.items()]
             if scores:
                 values |= dict.fromkeys(block.linears, number(scores))
-            bar.update()
     return values
 
 
-# Values that an allocation may need (``Allocation.wants``): from a dense calibration pass, by block ...
+# Values that an allocation may need (``Allocation.wants``): a number for each block, from a dense calibration pass,
 BLOCK_SCORES: dict[str, Callable[..., float]] = {"outlier_ratio": outlier_ratio, "median_score": median_score}
-# ... or from the weights alone, one threshold over the whole model.
-WEIGHT_SCORES: dict[str, Callable[[Tensor], Tensor]] = {"lamp_score": lamp_score, "magnitude_score": magnitude_score}
+# or a score of each weight, for one threshold over the whole model.
+WEIGHT_SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "lamp_score": lamp_score,
+    "magnitude_score": magnitude_score,
+}
 
 
 def measure_scores(
     wants: str, weights: Weights, target: float, enter: Callable[[], BlockInputs], outlier_multiple: float
 ) -> dict[str, float]:
-    """Return the values that an allocation ``wants`` for each layer, by name.
+    """Return the values that an allocation ``wants``, by layer name.
 
     Args:
         enter: returns the inputs of the blocks; called only if a calibration pass is needed.

@@ -1,29 +1,26 @@
-"""Search for epsilon: the plan that gives the lowest perplexity on held-out calibration text."""
+"""Epsilon, searched: the plan that gives the lowest perplexity on held-out calibration text."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from lib.calibration.hidden import enter_blocks
 from lib.core import processes
 from lib.core.errors import UserError
+from lib.core.lazy import torch
 from lib.evaluation.perplexity import perplexity_by_blocks
 from lib.models.weights import Weights
 from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import Pruner
 from lib.pruning.walk import walk
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-log = logging.getLogger(__name__)
-
-WINDOWS = 8  # of calibration and as many held out: enough to distinguish epsilons, a sixteenth of a full calibration
+# Windows of calibration, and as many held out: enough to tell epsilons apart, a sixteenth of a full calibration.
+WINDOWS = 8
+# Distance of the epsilons that are tried.
 STEP = 0.05
 
 
@@ -35,7 +32,7 @@ class Trial(NamedTuple):
 
 
 def epsilon_grid(largest: float) -> list[float]:
-    """Return 0 (uniform) and the multiples of 0.05 up to ``largest``, above which a ratio would have to be capped."""
+    """Return 0 (uniform) and the multiples of STEP up to ``largest``, above which a ratio would have to be capped."""
     return [round(STEP * i, 2) for i in range(math.floor(largest / STEP + 1e-9) + 1)]
 
 
@@ -44,8 +41,8 @@ def try_epsilons(
     plan_of: Callable[[float], SparsityPlan],
     grid: Sequence[float],
     pruner: Pruner,
-    windows: tuple[Tensor, Tensor],
-    dense: Mapping[str, Tensor] | None = None,
+    windows: tuple[torch.Tensor, torch.Tensor],
+    dense: Mapping[str, torch.Tensor] | None = None,
     tried: dict[str, float] | None = None,
 ) -> list[Trial]:
     """Return the perplexity after pruning with each epsilon of ``grid``; the weights are dense again afterwards.
@@ -57,25 +54,29 @@ def try_epsilons(
         plan_of: returns the plan for an epsilon.
         windows: calibration and held-out windows, each [samples, tokens].
         dense: the caller's snapshot of the weights; without one, a copy is held in CPU memory meanwhile.
-        tried: perplexities by plan from an earlier run; each new one is added as soon as it is known.
+        tried: perplexities by plan from an earlier run; each new one is added as soon as it is computed.
     """
     dense = weights.snapshot() if dense is None else dense
-    found = {} if tried is None else tried
+    perplexities = {} if tried is None else tried
     plans = {epsilon: plan_of(epsilon) for epsilon in grid}
     keys = {epsilon: plan.digest() for epsilon, plan in plans.items()}
-    untried = {keys[epsilon]: plan for epsilon, plan in plans.items() if keys[epsilon] not in found}
+    untried = {keys[epsilon]: plan for epsilon, plan in plans.items() if keys[epsilon] not in perplexities}
     for start in tqdm(range(0, len(untried), processes.count()), desc="epsilon", unit="trial", disable=None):
-        own = list(untried.items())[start + processes.rank() :][:1]
-        with processes.apart():
-            results = [(key, _try(weights, plan, pruner, windows, dense)) for key, plan in own]
-        for some in processes.gathered(results):
-            for key, value in some:
-                found[key] = value
-    return [Trial(epsilon, found[keys[epsilon]]) for epsilon in grid]
+        results = []
+        for key, plan in list(untried.items())[start + processes.rank() :][:1]:  # one trial for each process
+            with processes.apart():
+                results.append((key, _perplexity_after(weights, plan, pruner, windows, dense)))
+        for key, perplexity in (result for share in processes.gathered(results) for result in share):
+            perplexities[key] = perplexity
+    return [Trial(epsilon, perplexities[keys[epsilon]]) for epsilon in grid]
 
 
-def _try(
-    weights: Weights, plan: SparsityPlan, pruner: Pruner, windows: tuple[Tensor, Tensor], dense: Mapping[str, Tensor]
+def _perplexity_after(
+    weights: Weights,
+    plan: SparsityPlan,
+    pruner: Pruner,
+    windows: tuple[torch.Tensor, torch.Tensor],
+    dense: Mapping[str, torch.Tensor],
 ) -> float:
     """Return the perplexity on the held-out windows after pruning; the weights are dense again afterwards."""
     calibration, held_out = windows
@@ -94,5 +95,6 @@ def best(trials: Sequence[Trial]) -> Trial:
     """
     finite = [trial for trial in trials if math.isfinite(trial.perplexity)]
     if not finite:
-        raise UserError("epsilon", "auto: the perplexity is not finite after any epsilon; lower --sparsity_ratio")
+        problem = "the perplexity is not finite after any epsilon"
+        raise UserError("epsilon", "auto", problem, "lower --sparsity_ratio")
     return min(finite, key=lambda trial: (trial.perplexity, trial.epsilon))

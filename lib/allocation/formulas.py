@@ -1,4 +1,6 @@
-"""Allocations: how the overall sparsity is distributed over layers, within the budget."""
+"""Allocations: formulas that distribute the overall sparsity over the layers, within the budget."""
+
+from __future__ import annotations
 
 import logging
 import math
@@ -12,10 +14,11 @@ from lib.models.layers import Layer
 log = logging.getLogger(__name__)
 
 MAPPINGS = ("block_wise", "layer_wise")
-_NM_TOLERANCE = 1e-3  # of the parameters
+# Fraction of the weights by which mixed N:M may miss the target.
+_NM_TOLERANCE = 1e-3
 
-
-Values = Mapping[str, float]  # a number by layer name
+# Numbers by layer name.
+Values = Mapping[str, float]
 Ratios = dict[str, float]
 
 
@@ -24,9 +27,7 @@ def uniform(layers: Sequence[Layer], target: float, values: Values | None = None
     return {layer.name: target for layer in layers}
 
 
-def heavy_tailed(
-    layers: Sequence[Layer], target: float, values: Values, epsilon: float, mapping_type: str
-) -> Ratios:
+def heavy_tailed(layers: Sequence[Layer], target: float, values: Values, epsilon: float, mapping_type: str) -> Ratios:
     """Return ratios that grow linearly with a metric such as alpha (paper, section 3.2).
 
     With x the metric scaled to [0, 1]: ratio = (1 - epsilon + 2 epsilon x) * c, with c chosen such that the mean ratio,
@@ -39,8 +40,7 @@ def heavy_tailed(
     """
     groups, x = _scaled_groups(layers, values, mapping_type)
     ratios = spread([1 - epsilon + 2 * epsilon * value for value in x], _sizes(groups), target)
-    largest = _typed(largest_epsilon(layers, target, values, mapping_type))
-    _warn_of_cap(groups, ratios, f"--epsilon that needs no cap is {largest}")
+    _warn_of_cap(groups, ratios, "epsilon", largest_epsilon(layers, target, values, mapping_type))
     return _by_name(groups, ratios)
 
 
@@ -52,9 +52,7 @@ def largest_epsilon(layers: Sequence[Layer], target: float, values: Values, mapp
     return 1.0 if room <= 1 - target else (1 - target) / room
 
 
-def _scaled_groups(
-    layers: Sequence[Layer], values: Values, mapping_type: str
-) -> tuple[list[list[Layer]], list[float]]:
+def _scaled_groups(layers: Sequence[Layer], values: Values, mapping_type: str) -> tuple[list[list[Layer]], list[float]]:
     """Return the groups that share a ratio, and the mean metric of each, scaled to [0, 1]."""
     groups = _blocks(layers) if mapping_type == "block_wise" else [[layer] for layer in layers]
     return groups, _scaled([sum(values[layer.name] for layer in group) / len(group) for group in groups])
@@ -68,7 +66,7 @@ def outlier_weighted(layers: Sequence[Layer], target: float, values: Values, owl
     """
     groups = _blocks(layers)
     x = _scaled([values[group[0].name] for group in groups])
-    return _around(groups, target, [-2 * owl_lambda * value for value in x], "--owl_lambda", owl_lambda)
+    return _around(groups, target, [-2 * owl_lambda * value for value in x], "owl_lambda", owl_lambda)
 
 
 def dynamic(layers: Sequence[Layer], target: float, values: Values, dlp_alpha: float) -> Ratios:
@@ -81,16 +79,16 @@ def dynamic(layers: Sequence[Layer], target: float, values: Values, dlp_alpha: f
     groups = _blocks(layers)
     scores = [values[group[0].name] for group in groups]
     if not sum(scores) > 0:
-        text = "_dlp: every block's median score is zero: the checkpoint is pruned by half already; use _owl"
-        raise UserError(None, text)
+        problem = "every block's median score is zero: the checkpoint is pruned by half already"
+        raise UserError(None, "_dlp", problem, "use _owl")
     x = _scaled([1 - score / sum(scores) for score in scores])
-    return _around(groups, target, [-2 * dlp_alpha * value for value in x], "--dlp_alpha", dlp_alpha)
+    return _around(groups, target, [-2 * dlp_alpha * value for value in x], "dlp_alpha", dlp_alpha)
 
 
 def arithmetic(layers: Sequence[Layer], target: float, values: None, atp_beta: float) -> Ratios:
     """Return target - beta (L-1)/2 + beta i for block i of L, with beta = ``atp_beta`` (ATP: arXiv 2502.14770)."""
     groups = _blocks(layers)
-    return _around(groups, target, [atp_beta * i for i in range(len(groups))], "--atp_beta", atp_beta)
+    return _around(groups, target, [atp_beta * i for i in range(len(groups))], "atp_beta", atp_beta)
 
 
 def erdos_renyi(layers: Sequence[Layer], target: float, values: Values | None = None) -> Ratios:
@@ -105,18 +103,20 @@ def erdos_renyi_plus(layers: Sequence[Layer], target: float, values: Values | No
 
 
 def from_shares(layers: Sequence[Layer], target: float, values: Values) -> Ratios:
-    """Return ``values``, shares of each layer's weights that add up to the target but for rounding, as ratios."""
-    groups = [[layer] for layer in layers]
-    return _by_name(groups, spread([values[layer.name] for layer in layers], _sizes(groups), target))
+    """Return ``values``, the fraction of each layer's weights to remove, scaled to meet the target to the last bit."""
+    ratios = spread([values[layer.name] for layer in layers], [layer.size for layer in layers], target)
+    return _by_name([[layer] for layer in layers], ratios)
 
 
 class Allocation(NamedTuple):
-    """How the overall target is distributed over layers.
+    """How the overall target is distributed over the layers.
 
-    ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name. ``wants`` names what ``values``
-    hold: ``metric`` (--ww_metric), ``outlier_ratio``, ``median_score`` (from a calibration pass), ``lamp_score``,
-    ``magnitude_score`` (shares below one threshold), ``price`` (ratios of equal price), or None. ``flags`` names the
-    hyper-parameters.
+    Attributes:
+        share: ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name.
+        wants: name of what ``values`` hold: ``metric`` (--ww_metric), ``outlier_ratio`` and ``median_score`` (from a
+            calibration pass), ``lamp_score`` and ``magnitude_score`` (fractions below one threshold), ``price`` (ratios
+            of equal price), or None.
+        flags: names of the hyper-parameters.
     """
 
     share: Callable[..., Ratios]
@@ -124,7 +124,7 @@ class Allocation(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-# By the suffix of the method: <pruner>[_<allocation>].
+# Allocations by the suffix of the method: <pruner>[_<allocation>].
 ALLOCATIONS: dict[str, Allocation] = {
     "": Allocation(uniform),
     "ww": Allocation(heavy_tailed, "metric", ("epsilon", "mapping_type")),
@@ -140,14 +140,12 @@ ALLOCATIONS: dict[str, Allocation] = {
 
 
 def _erdos_renyi(layers: Sequence[Layer], dense: Sequence[Layer], target: float) -> Ratios:
-    sizes = _sizes([[layer] for layer in layers])
-    kept = sum(_sizes([[layer] for layer in dense]))
+    """Return Erdos-Renyi ratios for ``layers``, and 0 for those that stay ``dense``; the mean of all is the target."""
+    sizes, kept = [layer.size for layer in layers], sum(layer.size for layer in dense)
     budget = (1 - target) * (sum(sizes) + kept) - kept  # of weights to keep in ``layers``
     if budget < 0 or not layers:
-        raise UserError(
-            "sparsity_ratio", f"{target}: cannot be met with the last block kept dense; lower it"
-        )
-    shapes = [layer.shape[:2] for layer in layers]  # of 1x1 convolutions too
+        raise UserError("sparsity_ratio", target, "cannot be met with the last block kept dense", "lower it")
+    shapes = [layer.shape[:2] for layer in layers]  # a 1x1 convolution has four dimensions
     densities = spread([(n_out + n_in) / (n_out * n_in) for n_out, n_in in shapes], sizes, budget / sum(sizes))
     ratios = {layer.name: 1 - density for layer, density in zip(layers, densities, strict=True)}
     return ratios | {layer.name: 0.0 for layer in dense}
@@ -162,8 +160,8 @@ def _around(
     offsets = [offset - mean for offset in offsets]
     ratios = spread([max(0.0, target + offset) for offset in offsets], sizes, target)
     if max(offsets) > 0:
-        most = width * min((1 - target) / max(offsets), target / -min(offsets))
-        _warn_of_cap(groups, ratios, f"{flag} that needs no cap is {_typed(most)}", floor=target + min(offsets) < 0)
+        largest = width * min((1 - target) / max(offsets), target / -min(offsets))
+        _warn_of_cap(groups, ratios, flag, largest, floor=target + min(offsets) < 0)
     return _by_name(groups, ratios)
 
 
@@ -184,10 +182,6 @@ def _by_name(groups: Sequence[Sequence[Layer]], ratios: Sequence[float]) -> Rati
     return {layer.name: ratio for group, ratio in zip(groups, ratios, strict=True) for layer in group}
 
 
-def _typed(value: float) -> str:
-    return f"{math.floor(1e4 * value) / 1e4:.4f}"  # rounded up it would bring the cap back
-
-
 def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
     """Return ratios in proportion to ``shape`` whose mean weighted by ``sizes`` is ``target``, none above 1.
 
@@ -199,9 +193,9 @@ def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[
         free = [i for i in range(len(shape)) if i not in capped]
         room = budget - sum(sizes[i] for i in capped)
         weight = math.fsum(sizes[i] * shape[i] for i in free)
-        if room > 0 and not weight:  # the rest has shape 0: proportions are undefined there
-            text = f"{target}: cannot be met by this allocation; lower it, or the allocation's width (epsilon)"
-            raise UserError("sparsity_ratio", text)
+        if room > 0 and not weight:  # the others have shape 0, and so no proportions
+            fix = "lower it, or the allocation's width (epsilon)"
+            raise UserError("sparsity_ratio", target, "cannot be met by this allocation", fix)
         scale = room / weight if weight else 0
         over = [i for i in free if scale * shape[i] > 1]
         if not over:
@@ -210,17 +204,21 @@ def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[
 
 
 def _warn_of_cap(
-    groups: Sequence[Sequence[Layer]], ratios: Sequence[float], largest: str, floor: bool = False
+    groups: Sequence[Sequence[Layer]], ratios: Sequence[float], flag: str, largest: float, floor: bool = False
 ) -> None:
-    capped = [group for group, ratio in zip(groups, ratios, strict=True) if ratio == 1]
-    if not capped and not floor:
-        return
-    whole = len(groups[0]) > 1
-    names = ", ".join(str(group[0].block) if whole else group[0].name for group in capped)
-    what = f"{'blocks' if whole else 'layers'} {names} would need a sparsity above 1: capped at 1" if capped else ""
-    less = "some blocks would need a sparsity below 0: left dense" if floor else ""
-    cut = "; ".join(part for part in (what, less) if part)
-    log.warning("%s, the rest spread over the others; the largest %s", cut, largest)
+    """Warn if ratios were cut at 1, or at 0 (``floor``), and say the ``largest`` value of the flag without a cut."""
+    by_block = len(groups[0]) > 1
+    capped = [group[0] for group, ratio in zip(groups, ratios, strict=True) if ratio == 1]
+    cuts = []
+    if capped:
+        names = ", ".join(str(layer.block) if by_block else layer.name for layer in capped)
+        cuts.append(f"{'blocks' if by_block else 'layers'} {names} would need a sparsity above 1: capped at 1")
+    if floor:
+        cuts.append("some blocks would need a sparsity below 0: left dense")
+    if cuts:
+        typed = math.floor(1e4 * largest) / 1e4  # rounded up, it would bring the cap back
+        text = "%s, the rest spread over the others; the largest --%s that needs no cap is %.4f"
+        log.warning(text, "; ".join(cuts), flag, typed)
 
 
 def mixed_nm(layers: Sequence[Layer], ratios: Ratios, target: float, group: int) -> dict[str, tuple[int, int]]:
@@ -238,8 +236,8 @@ def mixed_nm(layers: Sequence[Layer], ratios: Ratios, target: float, group: int)
             left -= sizes[name]
     while abs(left) > _NM_TOLERANCE * group * sum(sizes.values()):
         step = 1 if left > 0 else -1
-        # What an allocation keeps dense stays so.
-        able = [name for name in ratios if 0 <= removed[name] + step <= group - 1 and (step < 0 or ratios[name] > 0)]
+        # What an allocation keeps dense stays dense.
+        able = [name for name in ratios if 0 <= removed[name] + step < group and (step < 0 or ratios[name] > 0)]
         best = min(able, key=lambda name: abs(left - step * sizes[name]), default=None)
         if best is None or abs(left - step * sizes[best]) >= abs(left):
             reached = target - left / (group * sum(sizes.values()))

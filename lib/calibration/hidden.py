@@ -17,7 +17,7 @@ from lib.core.errors import UserError
 from lib.core.files import readable
 from lib.core.lazy import torch, transformers
 from lib.models import memory
-from lib.models.weights import Block, Weights
+from lib.models.weights import Block, Weights, swapped_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -225,7 +225,10 @@ def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
 
     arguments = send_to_device(inputs.arguments[block.index], block.device)
     hidden = inputs.hidden if isinstance(inputs.hidden, list) else inputs.hidden.unsqueeze(1)  # views, one sample each
-    with _cast(block, inputs.dtype):
+    # Copies of the weights in the dtype of the products: autocast would make them for each sample.
+    linears = {} if inputs.dtype is None else block.linears
+    copies = {name: linear.weight.detach().to(inputs.dtype) for name, linear in linears.items()}
+    with swapped_weights(block, copies):
         for i in range(len(hidden)):
             with torch.no_grad(), _autocast(block, inputs.dtype), nullcontext() if keep else suppress(PassEnded):
                 out = run_block(block.module, hidden[i].to(block.device), arguments)
@@ -235,19 +238,6 @@ def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
                 elif keep:
                     hidden[i].copy_(out)  # into pinned memory, where it lies there: no copy that is not pinned between
             yield
-
-
-@contextmanager
-def _cast(block: Block, dtype: torch.dtype | None) -> Iterator[None]:
-    """Replace the weights by copies in ``dtype``; autocast would cast them for each sample."""
-    own = {} if dtype is None else {linear: linear.weight for linear in block.linears.values()}
-    try:
-        for linear, weight in own.items():
-            linear._parameters["weight"] = torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-        yield
-    finally:
-        for linear, weight in own.items():
-            linear._parameters["weight"] = weight
 
 
 def _autocast(block: Block, dtype: torch.dtype | None) -> AbstractContextManager:

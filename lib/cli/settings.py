@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from lib.allocation import price
+from lib.allocation import price, price_model
 from lib.allocation.block_scores import BLOCK_SCORES
 from lib.allocation.formulas import ALLOCATIONS, MAPPINGS
 from lib.calibration import texts
@@ -199,7 +199,7 @@ class Allocation(Flags):
     price_dtype: str = flag(
         "auto",
         "{choices} to search in; auto: bfloat16 on a CPU that multiplies it, else the model's own",
-        choices=price.DTYPES,
+        choices=price_model.DTYPES,
         only="_price",
         metavar="NAME",
     )
@@ -389,7 +389,7 @@ class Experiment(Model, Texts, Method, Evaluation, ZeroShot, Output, Scale):
         task = self.task()
         if self.epsilon == "auto":
             if task.allocation != "ww" or self.metrics_only:
-                raise UserError("epsilon", "auto", f"with {task.method}: needs a --prune_method with _ww")
+                raise UserError("epsilon", "auto", f"needs a --prune_method with _ww, not {task.method}")
             self._check_search("epsilon", "auto")
         if task.needs == "price":
             self._check_search("prune_method", task.method)
@@ -419,10 +419,9 @@ class Experiment(Model, Texts, Method, Evaluation, ZeroShot, Output, Scale):
         folder = Path(self.ww_metric_cache or Path(in_repository("data"), model))
         return Measurement(self.ww_metric, folder, measure.Settings(self.esd_driver, farms, self.seed))
 
-    def price_options(self, task: Task) -> price.Options:
-        """Return the options of the search for prices; its dtype depends on the model's."""
-        effort = price.EFFORTS[self.price_effort]
-        return price.Options(self.price_steps, self.price_refresh, None, task.by_magnitude, effort)
+    def price_options(self) -> price.Options:
+        """Return the options of the search for prices."""
+        return price.Options(self.price_steps, self.price_refresh, price.EFFORTS[self.price_effort])
 
     def task(self) -> Task:
         """Return the task that the flags describe.

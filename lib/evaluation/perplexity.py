@@ -17,31 +17,30 @@ from lib.core.lazy import torch
 from lib.models.weights import Weights
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-_LOSS_TOKENS = 512  # at a time: a float32 copy of all logits of a large vocabulary would be gigabytes
+# Tokens whose loss is computed at a time: a float32 copy of all logits of a large vocabulary would be gigabytes.
+_LOSS_TOKENS = 512
 
 
-def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
+def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
     """Return exp of the mean over ``windows`` [count, seqlen] of the mean next-token loss (nats, float32).
 
-    Not finite if the model's logits are not: a pruned model may be that broken, and that is then the result, with a
-    warning.
+    It is infinite or NaN if the pruned model is broken; this is reported, with a warning.
     """
     keep_freed_memory()
     mine = windows[processes.share(len(windows))]
     with torch.no_grad(), sparse.zeros_skipped(model.modules()):
-        every = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in mine)
-        return _perplexity(every, mine, model.dtype)
+        logits = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in mine)
+        return _perplexity(logits, mine, model.dtype)
 
 
-def perplexity_by_blocks(weights: Weights, windows: Tensor) -> float:
+def perplexity_by_blocks(weights: Weights, windows: torch.Tensor) -> float:
     """Return the same, but pass all windows through one block before the next, so that each block is fetched once.
 
-    For a model larger than the GPU's memory, or than all memory; others are evaluated window by window.
+    This is for a model larger than the GPU's memory, or than all memory; others are evaluated window by window.
     """
     if weights.in_memory:
         return perplexity(weights.model, windows)
@@ -52,15 +51,15 @@ def perplexity_by_blocks(weights: Weights, windows: Tensor) -> float:
     return _perplexity(leave_blocks(weights, mine, inputs), mine, weights.model.dtype)
 
 
-def _perplexity(every: Iterable[Tensor], windows: Tensor, dtype: torch.dtype) -> float:
+def _perplexity(logits_by_window: Iterable[torch.Tensor], windows: torch.Tensor, dtype: torch.dtype) -> float:
     """Return the perplexity of the logits [seqlen, vocabulary] of each window, over all processes."""
     losses = []
     cross_entropy = torch.nn.functional.cross_entropy
-    bar = tqdm(zip(every, windows, strict=True), total=len(windows), desc="perplexity", unit="window", disable=None)
-    for logits, window in bar:
+    pairs = zip(logits_by_window, windows, strict=True)
+    for logits, window in tqdm(pairs, "perplexity", len(windows), unit="window", disable=None):
         logits, targets = logits[:-1], window[1:].to(logits.device)
-        parts = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
-        total = sum(cross_entropy(part.float(), target, reduction="sum") for part, target in parts)
+        chunks = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
+        total = sum(cross_entropy(chunk.float(), target, reduction="sum") for chunk, target in chunks)
         losses.append(total / len(targets))
     losses = processes.joined(torch.stack(losses) if losses else torch.empty(0))
     result = losses.mean().exp().item()

@@ -27,12 +27,11 @@ log = logging.getLogger(__name__)
 
 # The paper's seven tasks, by lm-eval's names.
 ZERO_SHOT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-MEANS = ("acc", "acc_norm")  # averaged over the tasks; acc_norm: choices compared per byte of their length
+# Metrics to average over the tasks; acc_norm compares choices per byte of their length.
+MEANS = ("acc", "acc_norm")
 _LOCAL_TASKS = "task files that need no hub: --include_path DIR (data/tasks holds some), --tasks with their names"
-_CPU_BATCH = 8  # where "auto" cannot be found out by running out of memory: that would end the process
-
-
-# ----------------------------------------------------------------------------------------------------- zero-shot
+# There is no automatic batch size on a CPU: running out of memory would kill the process.
+_CPU_BATCH = 8
 
 
 class Tasks(NamedTuple):
@@ -62,15 +61,16 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
         try:
             tasks |= manager.load([name])["tasks"]
         except Exception as error:  # a task definition may run anything, and the hub may be out of reach
-            raise UserError("tasks", f"{name}: cannot be loaded ({first_line(error)}); {_LOCAL_TASKS}") from error
+            raise UserError("tasks", name, f"cannot be loaded ({first_line(error)})", _LOCAL_TASKS) from error
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise UserError("tasks", f"{name}: runs code that the model writes, or needs images; leave it out")
-        if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to 0 and report it only in its log
-            raise UserError("num_fewshot", f"{num_fewshot}: {name} is zero-shot by its definition; leave one out")
+            raise UserError("tasks", name, "runs code that the model writes, or needs images", "leave it out")
+        # Of a task with 0, lm-eval would keep to 0 and say so only in its log.
+        if num_fewshot and task.get_config("num_fewshot") == 0:
+            raise UserError("num_fewshot", num_fewshot, f"{name} is zero-shot by its definition", "leave one out")
         most = _worked_examples(task) if num_fewshot else num_fewshot
         if num_fewshot > most:
-            raise UserError("num_fewshot", f"{num_fewshot}: {name} has {most} to draw from; give at most {most}")
+            raise UserError("num_fewshot", num_fewshot, f"{name} has {most} to draw from", f"give at most {most}")
     return Tasks(list(tasks.values()), manager)
 
 
@@ -86,17 +86,17 @@ def _task_manager(names: Sequence[str], include_path: str | None) -> object:
     """Return a manager that knows all of ``names``."""
     if include_path is not None:
         if not Path(include_path).is_dir():
-            raise UserError("include_path", f"{include_path}: folder not found; give one with lm-eval task files")
+            raise UserError("include_path", include_path, "folder not found", "give one with lm-eval task files")
         local = _tasks_in(include_path, include_defaults=False)
         if not local.all_tasks:
-            raise UserError("include_path", f"{include_path}: the folder holds no lm-eval task files (*.yaml)")
+            raise UserError("include_path", include_path, "the folder holds no lm-eval task files (*.yaml)")
         if set(names) <= set(local.all_subtasks):  # lm-eval's own, over ten thousand, take seconds to list
             return local
     manager = _tasks_in(include_path)
-    for name in names:  # all names before the first data: those may have to be fetched
+    for name in names:  # all names are checked before the first data, which may have to be fetched
         if name not in manager.task_index:
             hint = did_you_mean(name, manager.all_tasks)
-            raise UserError("tasks", f"{name}: unknown to lm-eval.{hint} For {_LOCAL_TASKS}")
+            raise UserError("tasks", name, f"unknown to lm-eval.{hint} For {_LOCAL_TASKS}")
     return manager
 
 
@@ -187,7 +187,7 @@ def _bars_for_terminals() -> Iterator[None]:
 def _warn_of_nan(tasks: Tasks) -> None:
     """Warn if log-likelihoods are NaN: lm-eval would take the first choice, which looks like an accuracy."""
     answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
-    found = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
-    broken, total = map(sum, zip(*found, strict=True))
+    counts = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
+    broken, total = map(sum, zip(*counts, strict=True))
     if broken:
         log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, total)

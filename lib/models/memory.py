@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lib.core import processes
 from lib.core.lazy import torch
-from lib.models.layers import find_blocks, linear_modules
+from lib.models.layers import Layer, find_blocks, linear_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lib.models.load import Source
+    from lib.models.weights import Weights
 
 
 def free_bytes(gpu: torch.device | int) -> int:
@@ -77,3 +79,74 @@ def saved_bytes(skeleton: PreTrainedModel, source: Source, dtype: torch.dtype) -
         return weights + _TOKENIZER_BYTES
     kinds = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
     return weights + sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and p.suffix not in kinds)
+
+
+# ------------------------------------------------------------------------------------------------- a search for prices
+
+
+class PriceBytes(NamedTuple):
+    """Bytes that a search for prices needs beside the weights: at ``least``, and more if it keeps ``activations``."""
+
+    least: int
+    activations: int
+
+
+# Tokens whose logits are in memory at a time in a search for prices.
+LOGIT_TOKENS = 256
+
+
+def rank_bytes(layers: Sequence[Layer], whole: bool = False) -> int:
+    """Return the memory of the ranks of ``layers``, within rows or within the ``whole`` matrix."""
+    return sum(layer.size * (2 if (layer.size if whole else layer.shape[1]) <= 2**15 else 4) for layer in layers)
+
+
+def activation_bytes(layers: Sequence[Layer], dtype: torch.dtype, tokens: int) -> int:
+    """Return at most the bytes of pruned copies of ``layers`` and of their blocks' activations for ``tokens``."""
+    activations = tokens * 3 * sum(sum(layer.shape) for layer in layers)
+    return torch.finfo(dtype).bits // 8 * (sum(layer.size for layer in layers) + activations)
+
+
+def price_working_set(
+    model: PreTrainedModel, layers: Sequence[Layer], dtype: torch.dtype, tokens: int, step: int, windows: int
+) -> int:
+    """Return the bytes that a search for prices needs beside the weights and ranks: an upper bound, from shapes alone.
+
+    They are a block's pruned copies and its activations for the windows of a step, one matrix's sort, what enters each
+    block, the hidden states of all windows, and the logits of some tokens with their gradients.
+
+    Args:
+        tokens: in a window of the search.
+        step: windows in a step.
+        windows: of calibration and held out together.
+    """
+    vocabulary, width = model.get_input_embeddings().weight.shape
+    blocks = layers[-1].block + 1
+    by_block = [[layer for layer in layers if layer.block == i] for i in range(blocks)]
+    largest = max(activation_bytes(block, dtype, step * tokens) for block in by_block)
+    hidden = torch.finfo(dtype).bits // 8 * (step * blocks + 3 * windows) * tokens * width
+    # Scores, their order (int64) and its temporaries; a gradient later takes their place.
+    sort = 24 * max(layer.size for layer in layers)
+    return largest + hidden + sort + 6 * 4 * LOGIT_TOKENS * vocabulary
+
+
+def price_bytes(
+    weights: Weights, tokens: int, step: int, windows: int, dtype: torch.dtype | None, whole: bool
+) -> dict[int | str, PriceBytes]:
+    """Return what a search for prices needs on each GPU (by its index) that holds blocks, or on the ``cpu``.
+
+    Args:
+        tokens, step, windows: as in ``price_working_set``.
+        dtype: of the products, None for the model's.
+        whole: as in ``rank_bytes``.
+    """
+    model, places = weights.model, {}
+    for block in weights.visit():
+        place = "cpu" if block.device.type == "cpu" else block.device.index or 0
+        places.setdefault(place, []).extend(layer for layer in weights.layers if layer.block == block.index)
+    work = price_working_set(model, weights.layers, model.dtype, tokens, step, windows)
+    return {
+        place: PriceBytes(
+            work + rank_bytes(layers, whole), activation_bytes(layers, dtype or model.dtype, step * tokens)
+        )
+        for place, layers in places.items()
+    }

@@ -203,6 +203,20 @@ def _offloaded(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 @contextmanager
+def swapped_weights(block: Block, copies: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Replace a block's weights by ``copies`` meanwhile, as parameters, which are yielded by layer name."""
+    originals = {name: block.linears[name].weight for name in copies}
+    leaves = {name: torch.nn.Parameter(copy) for name, copy in copies.items()}
+    try:
+        for name, leaf in leaves.items():
+            block.linears[name]._parameters["weight"] = leaf
+        yield leaves
+    finally:
+        for name, parameter in originals.items():
+            block.linears[name]._parameters["weight"] = parameter
+
+
+@contextmanager
 def _lent_by_accelerate(modules: Iterable[nn.Module], write: bool) -> Iterator[None]:
     """Hold the weights of ``modules`` themselves on their compute devices, then return them.
 

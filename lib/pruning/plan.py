@@ -1,5 +1,7 @@
 """Plan files with the sparsity of each layer, and llm-compressor recipes."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,7 +12,8 @@ from lib.core.errors import UserError
 from lib.core.files import write_atomically
 from lib.models.layers import Layer
 
-_BUDGET = 1e-3  # by which a plan's own target may miss the ratios' mean: mixed N:M does
+# By how much the mean of a plan's ratios may miss its target: mixed N:M does.
+_BUDGET = 1e-3
 
 # llm-compressor's modifier for each of our pruners; its magnitude modifier takes one sparsity for all layers.
 LLM_COMPRESSOR = {"wanda": "WandaPruningModifier", "sparsegpt": "SparseGPTModifier"}
@@ -40,11 +43,9 @@ class SparsityPlan(NamedTuple("SparsityPlan", [("target", float), ("ratios", dic
 
 def save_plan(path: Path, plan: SparsityPlan, model: str, layers: Sequence[Layer], made_by: dict) -> None:
     """Write ``plan`` as JSON: its model, what made it, and each layer's ratio (and N:M) and shape by name."""
-    rows = {}
-    for layer in layers:
-        rows[layer.name] = {"ratio": plan.ratios[layer.name], "shape": list(layer.shape)}
-        if plan.nm is not None:
-            rows[layer.name]["nm"] = list(plan.nm[layer.name])
+    rows = {layer.name: {"ratio": plan.ratios[layer.name], "shape": list(layer.shape)} for layer in layers}
+    for name, nm in (plan.nm or {}).items():
+        rows[name]["nm"] = list(nm)
     content = {"model": model, "target": plan.target, "made_by": made_by, "layers": rows}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
@@ -58,36 +59,26 @@ def load_plan(path: Path, model: str, layers: Sequence[Layer]) -> SparsityPlan:
     content = read_plan(path)
     target, rows = content["target"], content["layers"]
     if content["model"] != model:
-        raise UserError("plan", f"{path}: is a plan for the model {content['model']}, not for {model}")
-    names = {layer.name for layer in layers}
-    for what, odd in (
-        ("lacks the layer", names - rows.keys()),
-        ("has a layer that is not in the model,", rows.keys() - names),
-    ):
-        if odd:
-            text = f"{path}: {what} {sorted(odd)[0]} ({len(odd)} in all); make the plan again with --save_plan"
-            raise UserError("plan", text)
-    for layer in layers:
-        if rows[layer.name]["shape"] != list(layer.shape):
-            raise UserError("plan", f"{path}: {layer.name} has another shape there, {rows[layer.name]['shape']}")
-    has_nm = {"nm" in row for row in rows.values()}
+        raise UserError("plan", path, f"is a plan for the model {content['model']}, not for {model}")
+    shapes, planned = {x.name: list(x.shape) for x in layers}, {name: row["shape"] for name, row in rows.items()}
+    for name in shapes | planned:
+        if shapes.get(name) != planned.get(name):
+            problem = f"{name} has shape {planned.get(name)} there, and {shapes.get(name)} in the model"
+            raise UserError("plan", path, problem, "make the plan again with --save_plan")
     try:
-        nm = {layer.name: tuple(rows[layer.name]["nm"]) for layer in layers} if True in has_nm else None
-        if nm and any(type(n) is not int or type(m) is not int for n, m in nm.values()):
-            raise ValueError("N and M must be whole numbers")
-        if nm and any(not 0 < n <= m or abs(rows[name]["ratio"] - (1 - n / m)) > 1e-9 for name, (n, m) in nm.items()):
-            raise ValueError("an N:M and its ratio contradict each other")
-        plan = SparsityPlan(target, {layer.name: float(rows[layer.name]["ratio"]) for layer in layers}, nm)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError("plan", f"{path}: is not a sparsity plan ({error})") from error
-    for layer in layers if nm else ():
-        if layer.shape[1] % nm[layer.name][1]:
-            raise UserError("plan", f"{path}: {layer.name} has {layer.shape[1]} columns, which "
-                            f"{nm[layer.name][1]} does not divide")  # fmt: skip
-    total = sum(layer.size for layer in layers)
-    mean = sum(plan.ratios[layer.name] * layer.size for layer in layers) / total
+        ratios = {layer.name: float(rows[layer.name]["ratio"]) for layer in layers}
+        nm = {name: tuple(row["nm"]) for name, row in rows.items() if "nm" in row} or None
+        plan = SparsityPlan(target, ratios, nm)
+        for layer in layers if nm else ():
+            n, m = nm[layer.name]
+            if not 0 < n <= m or layer.shape[1] % m or abs(ratios[layer.name] - (1 - n / m)) > 1e-9:
+                raise ValueError(f"{layer.name}: {n}:{m} does not fit its ratio or its {layer.shape[1]} columns")
+    except (TypeError, ValueError) as error:
+        raise UserError("plan", path, f"is not a sparsity plan ({error})") from error
+    mean = sum(ratios[layer.name] * layer.size for layer in layers) / sum(layer.size for layer in layers)
     if abs(mean - target) > _BUDGET:
-        raise UserError("plan", f"{path}: its ratios add up to {mean:.4f} and its target is {target}; fix one of them")
+        problem = f"its ratios add up to {mean:.4f} and its target is {target}"
+        raise UserError("plan", path, problem, "fix one of them")
     return plan
 
 
@@ -97,12 +88,12 @@ def read_plan(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         for row in content["layers"].values():
             row["ratio"], row["shape"]
-        if not (isinstance(content["model"], str) and 0 < content["target"] < 1 and content["layers"]):
-            raise ValueError("its model, target or layers are not what they should be")
+        if not (isinstance(content["model"], str) and 0 < content["target"] < 1):
+            raise ValueError("its model or target is not what it should be")
     except OSError as error:
-        raise UserError("plan", f"{path}: cannot be read ({error.strerror or error})") from error
+        raise UserError("plan", path, f"cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("plan", f"{path}: is not a sparsity plan ({type(error).__name__}: {error})") from error
+        raise UserError("plan", path, f"is not a sparsity plan ({type(error).__name__}: {error})") from error
     return content
 
 
@@ -114,14 +105,15 @@ def llm_compressor_recipe(plan: SparsityPlan, layers: Sequence[Layer], pruner: s
     Raises:
         UserError: llm-compressor cannot express the plan.
     """
+    field = "export_llmcompressor"
     if pruner not in LLM_COMPRESSOR:
         takes = f"llm-compressor takes layer-wise sparsity with {' and '.join(LLM_COMPRESSOR)} only"
-        raise UserError("export_llmcompressor", f"with {pruner}: {takes}")
+        raise UserError(field, f"with {pruner}", takes)
     layers = [layer for layer in layers if plan.ratios[layer.name] > 0]
     patterns = {plan.nm[layer.name] for layer in layers} if plan.nm else {None}
     if len(patterns) > 1:
-        fix = "use --sparsity_type unstructured"
-        raise UserError("export_llmcompressor", f"with mixed N:M: llm-compressor has one N:M for all layers; {fix}")
+        problem = "llm-compressor has one N:M for all layers"
+        raise UserError(field, "with mixed N:M", problem, "use --sparsity_type unstructured")
     pattern = patterns.pop()
     structure = "0:0" if pattern is None else f"{pattern[1] - pattern[0]}:{pattern[1]}"  # there N counts the zeros
     lines = [
@@ -129,7 +121,9 @@ def llm_compressor_recipe(plan: SparsityPlan, layers: Sequence[Layer], pruner: s
         "  pruning_modifiers:",
         f"    {LLM_COMPRESSOR[pruner]}:",
         f'      mask_structure: "{structure}"',
+        "      sparsity:",
+        *(f"        - {plan.ratios[layer.name]:.6f}" for layer in layers),
+        "      targets:",
+        *(f"        - {layer.name}" for layer in layers),
     ]
-    lines += ["      sparsity:"] + [f"        - {plan.ratios[layer.name]:.6f}" for layer in layers]
-    lines += ["      targets:"] + [f"        - {layer.name}" for layer in layers]
     return "\n".join(lines) + "\n"

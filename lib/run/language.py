@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lib import sparse
-from lib.allocation import block_scores, epsilon, price
+from lib.allocation import block_scores, epsilon, price, price_model
 from lib.calibration import hidden, texts
 from lib.cli.settings import Experiment
 from lib.cli.task import Task
@@ -130,8 +130,8 @@ class LanguageModel:
                 log.warning("%s is both calibrated and evaluated on; give another text: --eval_data FILE", text)
             self.calibration = self._windows(texts.calibration_windows, text, settings.nsamples, self.seqlen, seed)
         if task.needs == "price":
-            effort = settings.price_options(task).effort
-            counts, length = (price.FIT, effort.held), effort.length(self.seqlen)
+            effort = settings.price_options().effort
+            counts, length = (price.FIT_WINDOWS, effort.held_out_windows), effort.length(self.seqlen)
             self.search = self._windows(texts.search_windows, text, counts, length, seed, "_price")
         elif task.is_searched:
             counts = (epsilon.WINDOWS, epsilon.WINDOWS)
@@ -167,10 +167,10 @@ class LanguageModel:
         if task.needs != "price":
             return needed
         gpus = 1 if processes.device() else max(1, torch.cuda.device_count())
-        effort = settings.price_options(task).effort
-        ranks = price.rank_bytes(self.layers, task.by_magnitude) // gpus  # each layer's are on its own device
-        length = effort.length(self.seqlen)
-        return max(needed, ranks + price.working_set(self.skeleton, self.layers, dtype, length, effort))
+        effort = settings.price_options().effort
+        ranks = memory.rank_bytes(self.layers, task.by_magnitude) // gpus  # each layer's are on its own device
+        windows = (effort.length(self.seqlen), effort.windows_per_step, price.FIT_WINDOWS + effort.held_out_windows)
+        return max(needed, ranks + memory.price_working_set(self.skeleton, self.layers, dtype, *windows))
 
     def describe(self, flags: Mapping[str, object]) -> dict:
         """Return what the run's record says of the model and its texts."""
@@ -217,9 +217,8 @@ class LanguageModel:
         elif self.streamed:
             log.info("streaming %s block by block", self.streamed)
             model = load.empty_llm(source, self.streamed, dtypes.compute)
-            gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-            freest = torch.device("cuda", max(gpus, key=memory.free_bytes)) if gpus else torch.device("cpu")
-            self.weights = Streamed(model, Checkpoint(self.streamed), processes.device() or freest, dtypes.stored)
+            device = processes.device() or self._freest()
+            self.weights = Streamed(model, Checkpoint(self.streamed), device, dtypes.stored)
         else:
             log.info("loading %s", source.path)
             model = load.load_llm(source, dtypes.compute, processes.device(), reserve=self.reserve)
@@ -227,15 +226,21 @@ class LanguageModel:
         if self.planned:
             self.dense, self._loaded_as = self.weights.snapshot(), key
 
+    def _freest(self) -> torch.device:
+        """Return the GPU with the most free memory, which streamed blocks visit, or the CPU."""
+        gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        return torch.device("cuda", max(gpus, key=memory.free_bytes)) if gpus else torch.device("cpu")
+
     def inputs(self) -> hidden.BlockInputs:
         """Return the inputs of the first block for the calibration windows."""
         return hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
 
-    def search_prices(self, target: float, start: Mapping[str, float] | None, options: price.Options) -> price.Found:
-        """Return the ratios at which all layers cost the same, found on calibration text from ``start``."""
+    def price_model(self, effort: price.Effort, by_magnitude: bool) -> price_model.PriceModel:
+        """Return the model whose prices are searched, measured on calibration text."""
         device = next(iter(self.weights.visit())).device
-        dtype = price.search_dtype(self.price_dtype, device, self.dtypes.compute)
-        return price.search(self.weights, self.search, target, start, options._replace(dtype=dtype))
+        dtype = price_model.search_dtype(self.price_dtype, device, self.dtypes.compute)
+        step = (effort.windows_per_step, effort.token_stride)
+        return price_model.LanguagePriceModel(self.weights, self.search, *step, dtype, by_magnitude)
 
     def save(self, journal: Journal, packed: bool, sparsity: float) -> Path:
         """Complete the folder of the pruned blocks and move it into its place, which is returned.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lib.allocation import block_scores, epsilon, formulas, price
+from lib.allocation.price_model import PriceModel
 from lib.calibration.hidden import BlockInputs
 from lib.cli.task import Measurement, Task
 from lib.core import files, processes
@@ -56,8 +57,8 @@ class Subject(Protocol):
     def inputs(self) -> BlockInputs:
         """Return the inputs of the first block."""
 
-    def search_prices(self, target: float, start: Mapping[str, float] | None, options: price.Options) -> price.Found:
-        """Return the ratios at which all layers cost the same, found from those of ``start``."""
+    def price_model(self, effort: price.Effort, by_magnitude: bool) -> PriceModel:
+        """Return the model whose prices are searched, with the masks of magnitude or of Wanda."""
 
 
 def open_journal(
@@ -133,9 +134,11 @@ def search_prices(
 
     def search_apart() -> price.Found:
         with processes.apart():
-            return subject.search_prices(task.target, start, options)
+            model = subject.price_model(options.effort, task.by_magnitude)
+            return price.search(model, subject.weights.layers, task.target, start, options)
 
-    scores_key = ("price", task.target, tuple((start or {}).items()), options, *subject.search_digests)
+    searched = (task.target, task.by_magnitude, tuple((start or {}).items()), options)
+    scores_key = ("price", *searched, *subject.search_digests)
     if scores_key not in subject.scores:
         subject.scores[scores_key] = processes.by_first(search_apart)
     search = subject.scores[scores_key]

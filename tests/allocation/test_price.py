@@ -1,4 +1,4 @@
-"""Prices against finite differences, the budget, and a search that leaves nothing behind."""
+"""Prices against finite differences, the search against closed forms, and a search that leaves nothing behind."""
 
 import json
 import math
@@ -12,21 +12,12 @@ from conftest import settings, tiny_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import main
-from lib.allocation import price
-from lib.allocation.price import (
-    BAND,
-    EFFORTS,
-    LEAST,
-    MOST,
-    Options,
-    Prices,
-    next_logits,
-    pruned,
-    row_ranks,
-    search,
-    within_budget,
-)
+from lib.allocation import price, price_model
+from lib.allocation.price import EFFORTS, MAX_RATIO, MIN_RATIO, Options, next_logits, search, within_budget
+from lib.allocation.price_model import BAND, LanguagePriceModel, band_price, pruned_copy, row_ranks
+from lib.calibration.hidden import enter_blocks
 from lib.core.errors import UserError
+from lib.models import memory
 from lib.models.layers import Layer
 from lib.models.weights import weights_of
 from lib.pruning.plan import SparsityPlan
@@ -51,6 +42,16 @@ def exact_weights():
     return weights_of(tiny_llama().double())
 
 
+def prices_of(weights, windows=(WINDOWS, WINDOWS), effort=EFFORTS["full"], dtype=None, by_magnitude=False):
+    """Return the price model of ``weights`` for these windows: of calibration, and held out."""
+    return LanguagePriceModel(weights, windows, effort.windows_per_step, effort.token_stride, dtype, by_magnitude)
+
+
+def searched(weights, windows, target: float, start=None, options: Options = Options(), **how):  # noqa: B008
+    model = prices_of(weights, windows, options.effort, **how)
+    return search(model, weights.layers, target, start, options)
+
+
 def some_ratios(weights, seed: int = 3) -> dict[str, float]:
     draw = random.Random(seed)
     return {layer.name: draw.uniform(0.2, 0.8) for layer in weights.layers}
@@ -59,37 +60,63 @@ def some_ratios(weights, seed: int = 3) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------- slow and by itself
 
 
-class Oracle:
-    """KL of a pruned copy of the tiny model, and its ranks, in plain loops over whole models in float64."""
+class PriceOracle:
+    """Ranks by a plain sort, and prices by differences of a KL that a subclass defines.
+
+    Attributes:
+        dense: weights by layer name.
+        scores: by layer name, as lists: rows of scores that compete with each other.
+    """
+
+    def __init__(self, dense: dict[str, torch.Tensor], scores: dict[str, list[list[float]]]) -> None:
+        self.dense, self.ranks = dense, {}
+        for name, score in scores.items():
+            self.ranks[name] = rank = torch.zeros(len(score), len(score[0]), dtype=torch.long)
+            for i, row in enumerate(score):
+                for place, column in enumerate(sorted(range(len(row)), key=lambda j: (row[j], j))):
+                    rank[i, column] = place
+
+    def masked(self, ratios: dict[str, float]) -> dict[str, torch.Tensor]:
+        kept = {name: rank >= int(rank.shape[1] * ratios[name]) for name, rank in self.ranks.items()}
+        return {name: weight * kept[name].view_as(weight) for name, weight in self.dense.items()}
+
+    def price(self, name: str, ratios: dict[str, float], batch: list[int]) -> float:
+        """Return the central difference of the KL along the weights in the band around the threshold.
+
+        Its error is step^2 of a third derivative of order 1, by the width: 1e-7.
+        """
+        step, masked, dense, rank = 1e-4, self.masked(ratios), self.dense[name], self.ranks[name]
+        columns = rank.shape[1]
+        middle, half = int(columns * ratios[name]), max(1, int(BAND / 2 * columns))
+        low, high = max(0, middle - half), min(columns, middle + half)
+        band = dense * ((rank >= low) & (rank < high)).view_as(dense)
+        kls = [self.kl(masked | {name: masked[name] - sign * step * band}, batch) for sign in (1, -1)]
+        return (kls[0] - kls[1]) / (2 * step) * columns / (high - low)
+
+
+class Oracle(PriceOracle):
+    """KL of a pruned copy of the tiny model, in plain loops over whole models in float64."""
 
     def __init__(self, windows: torch.Tensor, by_magnitude: bool = False, every: int = 2) -> None:
         self.model, self.windows, self.counted = tiny_llama().double(), windows, slice(every - 1, None, every)
         self.layers = {n: m for n, m in self.model.model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.layers = {f"model.{name}": module for name, module in self.layers.items()}
-        self.dense = {name: module.weight.detach().clone() for name, module in self.layers.items()}
-        squares = {}
+        squares, hooks = {}, []
+        for name, module in self.layers.items():
 
-        def watch(name):
-            def hook(_, args):
+            def hook(_, args, name=name):
                 squares[name] = squares.get(name, 0) + args[0].detach().flatten(0, 1).square().sum(0)
 
-            return hook
-
-        hooks = [module.register_forward_pre_hook(watch(name)) for name, module in self.layers.items()]
+            hooks.append(module.register_forward_pre_hook(hook))
         with torch.no_grad():
             self.logits = [self.model(window[None]).logits[0, self.counted] for window in windows]
-        for hook in hooks:
-            hook.remove()
-        self.ranks = {}
-        for name, weight in self.dense.items():
-            score = (weight.abs() * squares[name].sqrt()).tolist()
-            if by_magnitude:
-                score = [weight.abs().flatten().tolist()]
-            rank = torch.zeros(len(score), len(score[0]), dtype=torch.long)
-            for i, row in enumerate(score):
-                for place, column in enumerate(sorted(range(len(row)), key=lambda j: (row[j], j))):
-                    rank[i, column] = place
-            self.ranks[name] = rank
+        for handle in hooks:
+            handle.remove()
+        dense = {name: module.weight.detach().clone() for name, module in self.layers.items()}
+        scores = {name: (weight.abs() * squares[name].sqrt()).tolist() for name, weight in dense.items()}
+        if by_magnitude:
+            scores = {name: [weight.abs().flatten().tolist()] for name, weight in dense.items()}
+        super().__init__(dense, scores)
 
     def kl(self, weights: dict[str, torch.Tensor], batch: list[int]) -> float:
         for name, module in self.layers.items():
@@ -102,47 +129,33 @@ class Oracle:
                 total.append((dense.exp() * (dense - ours)).sum(-1).mean().item())
         return sum(total) / len(total)
 
-    def masked(self, ratios: dict[str, float]) -> dict[str, torch.Tensor]:
-        kept = {name: rank >= int(rank.shape[1] * ratios[name]) for name, rank in self.ranks.items()}
-        return {name: weight * kept[name].view_as(weight) for name, weight in self.dense.items()}
-
 
 @pytest.mark.parametrize(("by_magnitude", "effort"), [(False, "full"), (True, "quick")])
 def test_prices_are_derivatives_along_the_band(exact, by_magnitude, effort):
-    every = EFFORTS[effort].every
-    weights, oracle, batch = exact_weights(), Oracle(WINDOWS, by_magnitude, every), [4, 1]
+    effort = EFFORTS[effort]
+    weights, oracle, batch = exact_weights(), Oracle(WINDOWS, by_magnitude, effort.token_stride), [4, 1]
     ratios = some_ratios(weights)
-    options = Options(by_magnitude=by_magnitude, effort=EFFORTS[effort])
-    mine = Prices(weights, WINDOWS, options)
+    model = prices_of(weights, effort=effort, by_magnitude=by_magnitude)
     for name, rank in oracle.ranks.items():
-        assert torch.equal(mine.ranks[name].long(), rank), name
-    loss, found = mine.prices(ratios, batch)
-    masked = oracle.masked(ratios)
-    assert loss == pytest.approx(oracle.kl(masked, batch), rel=1e-11)
-    step = 1e-4
-    for name, dense in oracle.dense.items():
-        columns = oracle.ranks[name].shape[1]
-        middle, half = int(columns * ratios[name]), max(1, int(BAND / 2 * columns))
-        inside = (oracle.ranks[name] >= middle - half) & (oracle.ranks[name] < middle + half)
-        band = dense * inside.view_as(dense)
-        kls = [oracle.kl(masked | {name: masked[name] - sign * step * band}, batch) for sign in (1, -1)]
-        share = min(columns, middle + half) - max(0, middle - half)
-        # The error of a central difference is step^2 of a third derivative of order 1, by the width: 1e-7.
-        assert found[name] == pytest.approx((kls[0] - kls[1]) / (2 * step) * columns / share, rel=1e-5, abs=1e-7), name
+        assert torch.equal(model.masks.ranks[name].long(), rank), name
+    loss, found = model.prices(ratios, batch)
+    assert loss == pytest.approx(oracle.kl(oracle.masked(ratios), batch), rel=1e-11)
+    for name in oracle.dense:
+        assert found[name] == pytest.approx(oracle.price(name, ratios, batch), rel=1e-5, abs=1e-7), name
 
 
 def test_prices_tell_what_a_change_of_ratio_costs():
     # With everything else dense KL is nearly quadratic in what is removed, where the mean of both ends is exact but for
     # what differs between the halves of the band; so is the whole model's in the sum, over wider bands of one matrix.
     weights, oracle, batch = exact_weights(), Oracle(WINDOWS), list(range(len(WINDOWS)))
-    mine = Prices(weights, WINDOWS, Options())
+    model = prices_of(weights)
     wanted, found = [], []
     for name, dense in oracle.dense.items():
         ratios = dict.fromkeys(oracle.dense, 0.0) | {name: 0.5}
         half = max(1, int(BAND / 2 * dense.shape[1])) / dense.shape[1]
         ends = [oracle.kl(oracle.masked(ratios | {name: 0.5 + sign * half}), batch) for sign in (1, -1)]
         wanted.append((ends[0] - ends[1]) / (2 * half))
-        found.append(mine.prices(ratios, batch)[1][name])
+        found.append(model.prices(ratios, batch)[1][name])
     assert all(x > 0 for x in wanted)
     assert np.corrcoef(np.log(wanted), np.log(found))[0, 1] > 0.99
     assert sum(found) == pytest.approx(sum(wanted), rel=0.1)
@@ -151,29 +164,17 @@ def test_prices_tell_what_a_change_of_ratio_costs():
 def test_nothing_removed_is_no_loss_and_no_price_beyond_its_band():
     weights = exact_weights()
     nothing = dict.fromkeys((layer.name for layer in weights.layers), 0.0)
-    mine = Prices(weights, WINDOWS, Options())
-    assert mine.kl(nothing) == 0
-    loss, found = mine.prices(nothing, [0])
+    model = prices_of(weights)
+    assert model.kl(nothing) == 0
+    loss, found = model.prices(nothing, [0])
     assert loss == 0 and all(abs(value) < 1e-12 for value in found.values())  # a minimum
-
-
-def test_permuting_hidden_units_changes_no_price(exact):
-    one, other = tiny_llama().double(), tiny_llama().double()
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
-    for block in other.model.layers:
-        block.mlp.gate_proj.weight.data = block.mlp.gate_proj.weight.data[order]
-        block.mlp.up_proj.weight.data = block.mlp.up_proj.weight.data[order]
-        block.mlp.down_proj.weight.data = block.mlp.down_proj.weight.data[:, order]
-    ratios = some_ratios(weights_of(one))
-    prices = [Prices(weights_of(model), WINDOWS, Options()).prices(ratios, [0, 3])[1] for model in (one, other)]
-    assert prices[0] == pytest.approx(prices[1], rel=1e-9)
 
 
 def test_what_does_not_matter_is_free_and_equal():
     model = tiny_llama().double()
     model.model.layers[1].self_attn.o_proj.weight.data.zero_()
     model.model.layers[1].mlp.down_proj.weight.data.zero_()
-    _, found = Prices(weights_of(model), WINDOWS, Options()).prices(some_ratios(weights_of(model)), [0, 1])
+    _, found = prices_of(weights_of(model)).prices(some_ratios(weights_of(model)), [0, 1])
     dead = {value for name, value in found.items() if ".1." in name}
     assert {abs(value) for value in dead} == {0.0} and all(found[name] for name in found if ".1." not in name)
 
@@ -185,9 +186,9 @@ def test_half_precision_neither_underflows_nor_overflows():
         made.lm_head.weight.data.mul_(2e-3)
         return weights_of(made.to(dtype))
 
-    exact = Prices(model(torch.float64), WINDOWS, Options())
+    exact, half = prices_of(model(torch.float64)), prices_of(model(torch.float16))
     ratios = some_ratios(exact.weights)
-    half = Prices(model(torch.float16), WINDOWS, Options(), {name: rank.clone() for name, rank in exact.ranks.items()})
+    half.masks.ranks = exact.masks.ranks
     wanted, found = exact.prices(ratios, [0, 1])[1], half.prices(ratios, [0, 1])[1]
     assert max(abs(value) for value in wanted.values()) < 1e-4
     size = math.sqrt(sum(value**2 for value in wanted.values()))
@@ -203,11 +204,11 @@ def test_ranks_by_pencil():
     assert row_ranks(score).tolist() == [[3, 0, 2, 1], [0, 1, 2, 3]]
     assert row_ranks(score).dtype == torch.int16
     weight = torch.tensor([[5.0, 6.0, 7.0, 8.0]])
-    assert pruned(weight, row_ranks(score[:1]), 0.5).tolist() == [[5, 0, 7, 0]]
+    assert pruned_copy(weight, row_ranks(score[:1]), 0.5).tolist() == [[5, 0, 7, 0]]
     # The band of 4 columns at 0.5 is ranks 1 and 2: -(7 * 10 + 8 * 100) / (2 / 4).
     gradient = torch.tensor([[1.0, 1e6, 10.0, 100.0]])
-    assert price.band_price(gradient, weight, row_ranks(score[:1]), 0.5).item() == -1740
-    assert price.band_price(gradient, weight, row_ranks(score[:1]), 0.0).item() == -6e6 * 4  # cut: rank 0 alone
+    assert band_price(gradient, weight, row_ranks(score[:1]), 0.5).item() == -1740
+    assert band_price(gradient, weight, row_ranks(score[:1]), 0.0).item() == -6e6 * 4  # cut: rank 0 alone
     assert row_ranks(torch.zeros(1, 2**15 + 1))[0, -1] == 2**15  # int16 would not hold it
 
 
@@ -219,36 +220,30 @@ def test_ranks_of_every_dtype_are_those_of_a_plain_sort(dtype):
         assert [ranks[j] for j in sorted(range(300), key=lambda j: (row[j], j))] == list(range(300))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_ranks_prune_what_wanda_prunes(seed):
-    draw = torch.Generator().manual_seed(seed)
+def test_ranks_prune_what_wanda_prunes():
+    draw = torch.Generator().manual_seed(0)
     weight, norms = torch.randn(7, 40, generator=draw), torch.rand(40, generator=draw)
     weight = (weight * 4).round()  # ties
     rank = row_ranks(weight.abs() * norms.sqrt())
     for ratio in (0.0, 0.01, 0.3, 0.55, 0.999, 1.0):
-        assert torch.equal(pruned(weight, rank, ratio), wanda(weight, norms, ratio, None)), ratio
+        assert torch.equal(pruned_copy(weight, rank, ratio), wanda(weight, norms, ratio, None)), ratio
 
 
 def test_ranks_by_magnitude_prune_what_magnitude_prunes():
     model = tiny_llama()
     ratios = some_ratios(weights_of(model))
-    mine = Prices(weights_of(model), WINDOWS, Options(by_magnitude=True))
+    ranks = prices_of(weights_of(model), by_magnitude=True).masks.ranks
     for block in weights_of(model).visit():
         for name, linear in block.linears.items():
-            ours = pruned(linear.weight.detach(), mine.ranks[name], ratios[name]) == 0
+            ours = pruned_copy(linear.weight.detach(), ranks[name], ratios[name]) == 0
             theirs = magnitude(linear.weight.detach(), None, ratios[name], None) == 0
             assert (ours <= theirs).all() and theirs.sum() == ours.sum() + 1, name  # its threshold is inclusive
 
 
-def test_a_search_for_magnitude_looks_at_magnitudes_masks():
-    for method, own in (("magnitude_price --refit 2", True), ("magnitude_price", True), ("alps_price", False)):
-        assert settings(f"--model x --sparsity_ratio 0.5 --prune_method {method}").task().by_magnitude is own
-    weights = weights_of(tiny_llama())
-    found = search(weights, (WINDOWS, HELD), 0.5, None, Options(1, by_magnitude=True))
-    uniform = dict.fromkeys(found.ratios, 0.5)
-    mine, wandas = (Prices(weights, WINDOWS, Options(by_magnitude=own)).ranks for own in (True, False))
-    assert found.held["uniform"] == Prices(weights, HELD, Options(), mine).kl(uniform)
-    assert found.held["uniform"] != Prices(weights, HELD, Options(), wandas).kl(uniform)
+def test_only_magnitude_is_searched_with_masks_by_magnitude():
+    for method, by_magnitude in (("magnitude_price --refit 2", True), ("magnitude_price", True), ("alps_price", False)):
+        task = settings(f"--model x --sparsity_ratio 0.5 --prune_method {method}").task()
+        assert task.by_magnitude is by_magnitude
 
 
 @pytest.mark.parametrize("target", [0.0005, 0.01, 0.3, 0.5, 0.7, 0.95, 0.97, 0.99])
@@ -259,7 +254,7 @@ def test_the_budget_is_met_to_rounding(seed, target):
     ratios = within_budget([draw.gauss(0, 5 * seed) for _ in sizes], sizes, target)
     assert math.fsum(n * s for n, s in zip(sizes, ratios, strict=True)) / sum(sizes) == pytest.approx(target, abs=1e-12)
     usual = 0.004 <= target <= 0.96
-    assert all(LEAST <= s <= MOST if usual else 0 < s < 1 for s in ratios)
+    assert all(MIN_RATIO <= s <= MAX_RATIO if usual else 0 < s < 1 for s in ratios)
     if not seed:
         assert ratios == pytest.approx([target] * len(sizes), abs=1e-12)
 
@@ -286,6 +281,57 @@ def test_equal_prices_move_nothing_and_scale_does_not_matter(scale):
 # ----------------------------------------------------------------------------------------------------------- the search
 
 
+class Bowl:
+    """A price model whose KL is the sum of cost * size * ratio^2: at the optimum, all cost * ratio are equal."""
+
+    samples, dtype, advice = 8, torch.float32, "give up"
+
+    def __init__(self, costs: list[float]) -> None:
+        self.layers = [Layer(f"m{i}", i, (i + 1, 10)) for i in range(len(costs))]
+        self.costs, self.renewed = dict(zip((layer.name for layer in self.layers), costs, strict=True)), []
+
+    def kl(self, ratios):
+        return sum(self.costs[layer.name] * layer.size * ratios[layer.name] ** 2 for layer in self.layers)
+
+    def prices(self, ratios, batch):
+        return self.kl(ratios), {x.name: 2 * self.costs[x.name] * x.size * ratios[x.name] for x in self.layers}
+
+    def renew(self, ratios):
+        self.renewed.append(ratios)
+
+
+@pytest.mark.parametrize("refresh", [0, 5])
+def test_prices_are_equal_at_the_end(refresh):
+    bowl = Bowl([1.0, 1.3, 1.6, 2.0])
+    found = search(bowl, bowl.layers, 0.5, None, Options(200, refresh))
+    ratios = [found.ratios[layer.name] for layer in bowl.layers]
+    expected = [1 / cost for cost in bowl.costs.values()]
+    scale = 0.5 * 100 / sum(layer.size * x for layer, x in zip(bowl.layers, expected, strict=True))
+    assert ratios == pytest.approx([scale * x for x in expected], abs=2e-3)
+    assert found.kept == ("refreshed" if refresh else "end") and len(bowl.renewed) == bool(refresh)
+    assert [step.spread for step in found.steps] == sorted((step.spread for step in found.steps), reverse=True)
+
+
+@pytest.mark.parametrize("kept", ["end", "uniform", "start"])
+def test_the_best_of_start_end_and_uniform_is_kept(kept, monkeypatch):
+    bowl = Bowl([1.0, 2.0])
+    plans = {name: {"m0": ratio, "m1": ratio} for name, ratio in (("uniform", 0.5), ("start", 0.1), ("end", 0.9))}
+    kls = {name: float(name != kept) for name in plans}
+    monkeypatch.setattr(bowl, "kl", lambda ratios: next(kls[name] for name in plans if plans[name] == ratios))
+    monkeypatch.setattr(price, "_descend", lambda *_: (plans["end"], [price.Step(0.5, 1.0, kls["end"])]))
+    found = search(bowl, bowl.layers, 0.5, plans["start"], Options(1))
+    assert (found.kept, found.held, found.ratios) == (kept, kls, plans[kept])
+
+
+@pytest.mark.parametrize("method", ["kl", "prices"])
+def test_what_is_not_finite_is_an_error(method, monkeypatch):
+    bowl = Bowl([1.0, 2.0])
+    broken = {"kl": lambda _: math.nan, "prices": lambda *_: (1.0, {"m0": 1.0, "m1": math.inf})}[method]
+    monkeypatch.setattr(bowl, method, broken)
+    with pytest.raises(UserError, match="not finite; .*give up"):
+        search(bowl, bowl.layers, 0.5)
+
+
 def trained() -> tuple:
     """Return a tiny model that has learnt to continue arithmetic sequences, and windows of these."""
     draw = torch.Generator().manual_seed(0)
@@ -303,16 +349,14 @@ def trained() -> tuple:
 
 def test_a_search_improves_on_uniform_and_says_what_it_kept():
     weights, fit, held = trained()
-    found = search(weights, (fit, held), 0.5, None, Options(12))
-    uniform = dict.fromkeys(found.ratios, 0.5)
-    mine = Prices(weights, fit, Options())
-    assert found.kept == "end" and mine.kl(found.ratios) < 0.9 * mine.kl(uniform)
-    others = Prices(weights, held, Options(), mine.ranks)
-    assert found.held == {"uniform": others.kl(uniform), "end": others.kl(found.ratios)}
-    assert found.held["end"] < found.held["uniform"] and found.steps[-1].held == found.held["end"]
+    found = searched(weights, (fit, held), 0.5, None, Options(12))
+    uniform, model = dict.fromkeys(found.ratios, 0.5), prices_of(weights, (fit, held))
+    assert found.held == {"uniform": model.kl(uniform), "end": model.kl(found.ratios)}
+    assert found.kept == "end" and found.held["end"] < 0.9 * found.held["uniform"]
+    assert found.steps[-1].held == found.held["end"]
     assert [step.held is None for step in found.steps] == [i % 4 != 3 for i in range(12)]
     assert all(0 <= step.spread <= 1 for step in found.steps)
-    assert found.steps[0].fit == pytest.approx(mine.prices(uniform, random.Random(0).sample(range(16), 16)[:2])[0])
+    assert found.steps[0].fit == pytest.approx(model.prices(uniform, random.Random(0).sample(range(16), 16)[:2])[0])
 
 
 @pytest.mark.parametrize("refresh", [0, 2])
@@ -322,12 +366,12 @@ def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were(refresh, st
     parameters = dict(weights.model.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}
     first = start and {x.name: (start if x.block else 0.1) for x in weights.layers}
-    found = [search(weights, (WINDOWS, HELD), 0.6, first, Options(3, refresh)) for _ in range(2)]
+    found = [searched(weights, (WINDOWS, HELD), 0.6, first, Options(3, refresh)) for _ in range(2)]
     assert found[0] == found[1]  # every bit of it
     total = sum(layer.size for layer in weights.layers)
     if found[0].kept not in ("start", "uniform"):
         assert sum(x.size * found[0].ratios[x.name] for x in weights.layers) / total == pytest.approx(0.6, abs=1e-12)
-    assert all(LEAST <= ratio <= MOST for ratio in found[0].ratios.values())
+    assert all(MIN_RATIO <= ratio <= MAX_RATIO for ratio in found[0].ratios.values())
     assert len(found[0].steps) == 3 + refresh
     now = dict(weights.model.named_parameters())
     assert all(now[name] is parameters[name] and torch.equal(now[name], before[name]) for name in before)
@@ -339,68 +383,71 @@ def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were(refresh, st
 def test_passes_are_those_that_a_search_makes(options, started):
     weights = weights_of(tiny_llama())
     draw = torch.Generator().manual_seed(0)
-    fit, held = (torch.randint(3, 300, (count, 8), generator=draw) for count in (price.FIT, options.effort.held))
+    counts = price.FIT_WINDOWS, options.effort.held_out_windows
+    fit, held = (torch.randint(3, 300, (count, 8), generator=draw) for count in counts)
     calls = []
     for block in weights.visit():
         block.module.register_forward_pre_hook(lambda *_: calls.append(3 if torch.is_grad_enabled() else 1))
     blocks = 1 + weights.layers[-1].block
     start = {layer.name: 0.4 for layer in weights.layers} if started else None
-    search(weights, (fit, held), 0.5, start, options)
+    searched(weights, (fit, held), 0.5, start, options)
     assert sum(calls) == blocks * price.forward_passes(options, started)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_prices_are_the_same_to_the_bit_whether_activations_are_held_or_not(dtype):
+def test_prices_are_the_same_to_the_bit_whether_activations_are_kept_or_not(dtype):
     weights = weights_of(tiny_llama())
-    ratios, calls = some_ratios(weights), []
+    ratios, calls, model = some_ratios(weights), [], prices_of(weights, dtype=dtype)
     for block in weights.visit():
         block.module.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     found = []
-    for holds in (False, True):
-        mine = Prices(weights, WINDOWS, Options(dtype=dtype), holds=holds)
+    for keeps in (False, True):
+        model.walk = model.walk._replace(keeps_activations=keeps)
         calls.clear()
-        found.append(mine.prices(ratios, [4, 1]))
+        found.append(model.prices(ratios, [4, 1]))
         blocks = 1 + weights.layers[-1].block
-        assert sorted(calls) == [False] * (0 if holds else 2 * blocks) + [True] * 2 * blocks
+        assert sorted(calls) == [False] * (0 if keeps else 2 * blocks) + [True] * 2 * blocks
     assert found[0] == found[1]
     assert all(p.grad is None for p in weights.model.parameters())
 
 
 @pytest.mark.parametrize("effort", EFFORTS.values())
-def test_activations_are_held_where_there_is_room(effort, monkeypatch):
+def test_activations_are_kept_where_there_is_room(effort, monkeypatch):
     weights = weights_of(tiny_llama())
-    work = price.working_set(weights.model, weights.layers, torch.float32, 24, effort)
-    need, tokens = price.rank_bytes(weights.layers) + work, 24 * effort.batch
-    every = need + price.held_bytes(weights.layers, torch.float32, tokens)
-    for free, holds in ((need, False), (every / price.HOLD_WITHIN - 1, False), (every / price.HOLD_WITHIN + 1, True)):
-        monkeypatch.setattr(price, "free_memory", lambda _, free=free: {"cpu": free})
-        assert price.check_memory(weights, 24, Options(effort=effort)) is holds
-    copies = 4 * sum(layer.size for layer in weights.layers)
-    assert price.held_bytes(weights.layers, torch.float32, 2 * tokens) - copies == 2 * (every - need - copies)
+    layers, step, windows = weights.layers, effort.windows_per_step, len(WINDOWS) + len(HELD)
+    need = memory.rank_bytes(layers)
+    need += memory.price_working_set(weights.model, layers, torch.float32, 24, step, windows)
+    every = need + memory.activation_bytes(layers, torch.float32, 24 * step)
+    limit = price_model.KEEP_WITHIN
+    for free, keeps in ((need, False), (every / limit - 1, False), (every / limit + 1, True)):
+        monkeypatch.setattr(memory, "free_memory", lambda _, free=free: {"cpu": free})
+        assert prices_of(weights, (WINDOWS, HELD), effort).walk.keeps_activations is keeps
+    copies = 4 * sum(layer.size for layer in layers)
+    assert memory.activation_bytes(layers, torch.float32, 48 * step) - copies == 2 * (every - need - copies)
 
 
 def test_quick_windows_are_half_as_long():
-    assert [EFFORTS["quick"].length(n) for n in (2, 3, 512)] == [1, 2, 256]
-    assert [EFFORTS["full"].length(n) for n in (2, 3, 512)] == [2, 3, 512]
+    lengths = {name: [effort.length(n) for n in (2, 3, 512)] for name, effort in EFFORTS.items()}
+    assert lengths == {"full": [2, 3, 512], "quick": [1, 2, 256]}
 
 
 def test_an_error_leaves_the_weights_as_they_were(monkeypatch):
     weights = weights_of(tiny_llama())
     parameters = dict(weights.model.named_parameters())
-    mine = Prices(weights, WINDOWS, Options())
+    model = prices_of(weights)
 
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(price, "band_price", fail)
+    monkeypatch.setattr(price_model, "band_price", fail)
     with pytest.raises(KeyboardInterrupt):
-        mine.prices(some_ratios(weights), [0])
+        model.prices(some_ratios(weights), [0])
     assert all(p is parameters[name] for name, p in weights.model.named_parameters())
 
 
 def test_one_gradient_of_a_matrix_is_alive_at_a_time(monkeypatch):
     weights, alive, leaves = weights_of(tiny_llama()), [], []
-    parameter, appraise = torch.nn.Parameter, price.band_price
+    parameter = torch.nn.Parameter
 
     def noted(*args):
         leaves.append(parameter(*args))
@@ -408,37 +455,21 @@ def test_one_gradient_of_a_matrix_is_alive_at_a_time(monkeypatch):
 
     def counted(gradient, *rest):
         alive.append(sum(leaf.grad is not None for leaf in leaves))
-        return appraise(gradient, *rest)
+        return band_price(gradient, *rest)
 
-    mine = Prices(weights, WINDOWS, Options())
+    model = prices_of(weights)
     monkeypatch.setattr(torch.nn, "Parameter", noted)
-    monkeypatch.setattr(price, "band_price", counted)
-    mine.prices(some_ratios(weights), [0, 1, 2])
+    monkeypatch.setattr(price_model, "band_price", counted)
+    model.prices(some_ratios(weights), [0, 1, 2])
     assert alive == [1] * len(weights.layers) and not any(leaf.grad is not None for leaf in leaves)
 
 
-@pytest.mark.parametrize("worst", ["end", "uniform", "start"])
-def test_the_best_of_start_end_and_uniform_is_kept(worst, monkeypatch):
-    weights = exact_weights()
-    layers = weights.layers
-    good, bad = dict.fromkeys((x.name for x in layers), 0.3), dict.fromkeys((x.name for x in layers), 0.9)
-    end = bad if worst == "end" else good
-    steps = [price.Step(0.5, 1.0, 9.0 if worst == "end" else 1e-9)]
-    monkeypatch.setattr(price, "_descend", lambda *_: (end, steps))
-    start = bad if worst == "start" else good
-    found = search(weights, (WINDOWS, HELD), 0.95 if worst == "uniform" else 0.4, start, Options(1))
-    assert found.kept == min(found.held, key=found.held.get) != worst
-    assert set(found.held) == {"uniform", "start", "end"}
-    assert found.ratios == {"uniform": dict.fromkeys(good, 0.4), "start": start, "end": end}[found.kept]
-
-
 def test_ranks_on_the_pruned_path_are_those_of_the_pruning_walk():
-    from lib.calibration.hidden import enter_blocks
-
     weights = weights_of(tiny_llama())
     ratios = some_ratios(weights)
-    ranks = Prices(weights, WINDOWS, Options()).renewed_ranks(ratios)
-    expected = weights.map(lambda name, weight: pruned(weight, ranks[name], ratios[name]))
+    model = prices_of(weights)
+    model.renew(ratios)
+    expected = weights.map(lambda name, weight: pruned_copy(weight, model.masks.ranks[name], ratios[name]))
     target = sum(x.size * ratios[x.name] for x in weights.layers) / sum(x.size for x in weights.layers)
     walk(weights, SparsityPlan(target, ratios), PRUNERS["wanda"], enter_blocks(weights, WINDOWS))
     assert all(weights.map(lambda name, weight: torch.equal(weight, expected[name])).values())
@@ -447,26 +478,23 @@ def test_ranks_on_the_pruned_path_are_those_of_the_pruning_walk():
 # ---------------------------------------------------------------------------------------------------- memory, in words
 
 
-def test_what_does_not_fit_is_refused_in_one_line(monkeypatch, caplog):
+def test_what_does_not_fit_is_refused(monkeypatch, caplog):
     weights = weights_of(tiny_llama())
-    monkeypatch.setattr(price, "free_memory", lambda _: {"cpu": 10_000})
-    with pytest.raises(UserError, match=r"_price: .* are needed in the CPU's memory .* are free") as caught:
-        search(weights, (WINDOWS, HELD), 0.5)
-    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(memory, "free_memory", lambda _: {"cpu": 10_000})
+    caplog.set_level("INFO")
+    with pytest.raises(UserError, match=r"_price: .* are needed in the CPU's memory .* are free"):
+        prices_of(weights)
+    assert "the price search needs" in caplog.records[0].getMessage()
     monkeypatch.setattr(type(weights), "in_memory", False)
     with pytest.raises(UserError, match="streamed or offloaded"):
-        search(weights, (WINDOWS, HELD), 0.5)
+        prices_of(weights)
 
 
-def test_the_need_is_told_before_the_search(caplog):
-    weights = weights_of(tiny_llama())
-    with caplog.at_level("INFO"):
-        search(weights, (WINDOWS, HELD), 0.5, None, Options(1))
-    ranks = 2 * sum(layer.size for layer in weights.layers)
-    assert price.rank_bytes(weights.layers) == ranks
-    assert price.rank_bytes([Layer("wide", 0, (3, 2**15 + 1))]) == 4 * 3 * (2**15 + 1)
-    assert price.rank_bytes([Layer("narrow", 0, (2**8, 2**8))], whole=True) == 4 * 2**16
-    assert "the price search needs" in caplog.records[0].getMessage()
+def test_ranks_take_two_bytes_where_they_fit():
+    layers = weights_of(tiny_llama()).layers
+    assert memory.rank_bytes(layers) == 2 * sum(layer.size for layer in layers)
+    assert memory.rank_bytes([Layer("wide", 0, (3, 2**15 + 1))]) == 4 * 3 * (2**15 + 1)
+    assert memory.rank_bytes([Layer("narrow", 0, (2**8, 2**8))], whole=True) == 4 * 2**16
 
 
 # --------------------------------------------------------------------------------------------------- the command itself
@@ -516,17 +544,16 @@ def test_other_starts_and_forms(flags, run):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--prune_method wanda --sparsity_ratio 0.5 --price_steps 3", "--price_steps does nothing with wanda"),
-        ("--prune_method wanda_price --sparsity_ratio 0.5 --price_start price", "--price_start price: invalid choice"),
-        ("--prune_method wanda_price --sparsity_ratio 0.5 --epsilon 0.2", "--epsilon does nothing with wanda_price"),
-        ("--prune_method wanda_price --sparsity_ratio 0.5 --price_start ww --epsilon auto", "--epsilon auto with"),
-        ("--prune_method wanda_price --sparsity_ratio 0.5 --stream always --save_model kept", "--stream always, and"),
-        ("--prune_method wanda_price --sparsity_ratio 0.5 --price_steps 0", "--price_steps 0: must be at least 1"),
+        ("--prune_method wanda --price_steps 3", "does nothing with wanda"),
+        ("--prune_method wanda_price --price_start price", "price: invalid choice"),
+        ("--prune_method wanda_price --epsilon 0.2", "does nothing with wanda_price"),
+        ("--prune_method wanda_price --price_start ww --epsilon auto", "--epsilon auto with"),
+        ("--prune_method wanda_price --price_steps 0", "--price_steps 0: must be at least 1"),
     ],
 )
-def test_what_cannot_be_is_one_line(flags, words, run, capsys):
-    run(flags, 2)
-    assert words in capsys.readouterr().err.splitlines()[-1] and not Path("save").exists()
+def test_what_cannot_be_is_refused_by_the_flags(flags, words):
+    with pytest.raises(UserError, match=words):
+        settings(f"--model x --sparsity_ratio 0.5 {flags}")
 
 
 def test_the_evaluation_text_is_not_searched_on(run, tiny_text, capsys):

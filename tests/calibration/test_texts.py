@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, fast, tiny_sentences
 
-from lib.calibration.texts import DATASETS, calibration_windows, evaluation_windows, read_text
+from lib.calibration.texts import DATASETS, calibration_windows, evaluation_windows, read_text, search_windows
 from lib.core.errors import UserError
 
 SEQLEN = 32
@@ -120,9 +120,11 @@ def test_the_tokenizers_defaults_are_used(tiny_text, tiny_folder):
     assert windows[0, 0] == 1 and (windows == 1).sum() == 1
 
 
-def test_seed_decides(tiny_text, tiny_tokenizer):
-    a, again, b = (calibration_windows(str(tiny_text), tiny_tokenizer, 5, SEQLEN, seed) for seed in (0, 0, 1))
-    assert torch.equal(a, again) and not torch.equal(a, b)
+def test_search_windows_do_not_overlap(tiny_tokenizer, tmp_path):
+    (tmp_path / "two.txt").write_text("ab " * 4000 + "su " * 1000)  # the last fifth is another text
+    parts = search_windows(str(tmp_path / "two.txt"), tiny_tokenizer, (8, 8), 32, 0, "a test")
+    assert [set(tiny_tokenizer.decode(part.flatten()).split()) & {"ab", "su"} for part in parts] == [{"ab"}, {"su"}]
+    assert all(part.shape == (8, 32) for part in parts)
 
 
 # ------------------------------------------------------------------------------------------- every text that is listed
@@ -222,18 +224,12 @@ def test_local_files_are_read(tmp_path, name, content):
     ("name", "content", "match"),
     [
         ("a.txt", b"", "empty"),
-        ("a.jsonl", b"", "empty"),
         ("a.txt", b"\xff\xfe\xfa", "cannot be read"),
         ("a.json", b'{"text": "a"', "cannot be read"),
         ("a.json", b'[{"words": "a"}]', "`text`"),
         ("a.json", b'[{"text": 3}]', "`text`"),
         ("a.json", b'["a"]', "`text`"),
-        ("a.json", b"3", "`text`"),
         ("a.jsonl", b'{"text": "a"}\n{"text": null}', "`text`"),
-        ("a.json", b'{"text": "a \\ud800 b"}', "cannot be read .*surrogates"),
-        ("a.json", b"[" * 100_000, "nested too deeply"),
-        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "nested too deeply"),
-        ("a.json", b"[" + b"1" * 5000 + b"]", "cannot be read"),
         ("a.json", b"[]", "short|empty|no"),
         ("a.csv", b"text\na", r"\.txt"),
         ("a", b"text", r"\.txt"),
@@ -246,7 +242,7 @@ def test_local_files_that_are_something_else(tmp_path, tiny_tokenizer, name, con
     assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "c5", "wikitext", "wiki_lead", "folder.txt"])
+@pytest.mark.parametrize("name", ["missing.txt", "c5", "folder.txt"])
 def test_text_that_is_not_there(tmp_path, tiny_tokenizer, name):
     (tmp_path / "folder.txt").mkdir()
     given = str(tmp_path / name) if name.endswith(".txt") else name

@@ -24,38 +24,23 @@ def oracle(model, windows) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_perplexity_is_that_of_the_definition(tiny_model, tiny_windows, count):
-    assert perplexity(tiny_model, tiny_windows[:count]) == pytest.approx(
-        oracle(tiny_model, tiny_windows[:count]), rel=1e-5
-    )
-
-
-def test_windows_longer_than_a_chunk_of_the_loss(tiny_model):
-    windows = torch.randint(3, 300, (1, 1100), generator=torch.Generator().manual_seed(0))
+# One window, several, and one longer than a chunk of the loss.
+@pytest.mark.parametrize("shape", [(1, 24), (7, 24), (1, 1100)], ids=str)
+def test_perplexity_is_that_of_the_definition(tiny_model, shape):
+    windows = torch.randint(3, 300, shape, generator=torch.Generator().manual_seed(0))
     assert perplexity(tiny_model, windows) == pytest.approx(oracle(tiny_model, windows), rel=1e-5)
 
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity(tiny_model, tiny_windows):
-    tiny_model.lm_head = nn.Linear(32, 300, bias=False)
     nn.init.zeros_(tiny_model.lm_head.weight)
     assert perplexity(tiny_model, tiny_windows) == pytest.approx(300, rel=1e-5)
 
 
 def test_loss_is_float32_for_half_precision(tiny_model, tiny_windows):
-    # The logits are rounded to 8 bits, the loss over 300 of them is not: within 1 % of the float32 model's.
-    exact = perplexity(tiny_model, tiny_windows)
     half = tiny_model.bfloat16()
-    assert perplexity(half, tiny_windows) == pytest.approx(exact, rel=2e-2)
     with torch.no_grad():
         nats = [nn.functional.cross_entropy(half(w[None]).logits[0, :-1].double(), w[1:]).item() for w in tiny_windows]
     assert perplexity(half, tiny_windows) == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
-
-
-def test_order_of_windows_does_not_matter_and_no_cache_lives_on(tiny_model, tiny_windows):
-    tiny_model.config.use_cache = True
-    assert perplexity(tiny_model, tiny_windows.flip(0)) == pytest.approx(perplexity(tiny_model, tiny_windows), rel=1e-6)
-    assert tiny_model.config.use_cache is True
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

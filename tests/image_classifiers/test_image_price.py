@@ -2,7 +2,6 @@
 
 import copy
 import json
-import random
 
 import pytest
 import torch
@@ -10,16 +9,16 @@ from conftest import fast
 from test_image_main import call
 from test_image_models import TINY, matrices, some_images, tiny_vit
 from test_image_pruning import exact
+from test_price import PriceOracle, some_ratios
 
 from image_classifiers import data
 from image_classifiers.models import find_parts, save
-from image_classifiers.price import EFFORT, FIT, HELD, ImagePrices, split
-from lib.allocation.price import BAND, Options, equalise
+from image_classifiers.price import EFFORT, FIT, HELD, ImagePriceModel, split
+from lib.allocation.price import Options, search
 from lib.core.errors import UserError
 
 IMAGES = some_images(12).double()
 GROUPS = list(IMAGES.split(3))
-OPTIONS = Options(effort=EFFORT)
 
 
 def parts_of(make):
@@ -43,26 +42,17 @@ def digits():
     return model.eval(), pixels
 
 
-def some_ratios(weights) -> dict[str, float]:
-    draw = random.Random(3)
-    return {layer.name: draw.uniform(0.2, 0.8) for layer in weights.layers}
-
-
-class Oracle:
-    """KL of a pruned copy of a model, and ranks within whole matrices, in plain loops in float64."""
+class Oracle(PriceOracle):
+    """KL of a pruned copy of a model in float64; weights compete within whole matrices."""
 
     def __init__(self, make) -> None:
         self.model = make().double()
         self.layers = matrices(find_parts(self.model).pruned)
-        self.dense = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
-        self.ranks = {}
-        for (name, weight), squares in zip(self.dense.items(), exact(self.model, "squared_norms", IMAGES), strict=True):
-            score = (weight.flatten(1).abs() * squares.double().sqrt()).flatten().tolist()
-            rank = torch.zeros(len(score), dtype=torch.long)
-            for place, entry in enumerate(sorted(range(len(score)), key=lambda i: (score[i], i))):
-                rank[entry] = place
-            self.ranks[name] = rank.view_as(weight)
-        self.logits = self._logits(self.dense)
+        dense = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        squares = dict(zip(dense, exact(self.model, "squared_norms", IMAGES), strict=True))
+        scores = {name: weight.flatten(1).abs() * squares[name].double().sqrt() for name, weight in dense.items()}
+        super().__init__(dense, {name: [score.flatten().tolist()] for name, score in scores.items()})
+        self.logits = self._logits(dense)
 
     @torch.no_grad()
     def _logits(self, weights) -> torch.Tensor:
@@ -74,31 +64,18 @@ class Oracle:
         each = (self.logits.exp() * (self.logits - self._logits(weights))).sum(-1)
         return torch.cat([each.split(3)[i] for i in batch]).mean().item()
 
-    def masked(self, ratios: dict[str, float]) -> dict[str, torch.Tensor]:
-        return {n: w * (self.ranks[n] >= int(w.numel() * ratios[n])) for n, w in self.dense.items()}
-
 
 @pytest.mark.parametrize("make", fast(TINY.values(), 2))
 def test_prices_are_derivatives_along_the_band(make):
     weights, oracle, batch = parts_of(make), Oracle(make), [2, 0]
     ratios = some_ratios(weights)
-    mine = ImagePrices(weights, GROUPS, OPTIONS, part=2)  # of 3 images a group: a whole part and a rest
-    assert {name: rank.tolist() for name, rank in mine.ranks.items()} == {
-        name: [rank.flatten().tolist()] for name, rank in oracle.ranks.items()
-    }
-    loss, found = mine.prices(ratios, batch)
-    masked = oracle.masked(ratios)
-    assert loss == pytest.approx(oracle.kl(masked, batch), rel=1e-6)  # KL adds in float64, but for transformed logits
-    step = 1e-4
-    for name, dense in oracle.dense.items():
-        size = dense.numel()
-        middle, half = int(size * ratios[name]), max(1, int(BAND / 2 * size))
-        low, high = max(0, middle - half), min(size, middle + half)
-        band = dense * ((oracle.ranks[name] >= low) & (oracle.ranks[name] < high))
-        kls = [oracle.kl(masked | {name: masked[name] - sign * step * band}, batch) for sign in (1, -1)]
-        # The error of a central difference is step^2 of a third derivative of order 1, by the width: 1e-7.
-        wanted = (kls[0] - kls[1]) / (2 * step) * size / (high - low)
-        assert found[name] == pytest.approx(wanted, rel=1e-5, abs=1e-7), name
+    model = ImagePriceModel(weights, (GROUPS, GROUPS), chunk=2)  # of 3 images a group: a whole chunk and a rest
+    assert all(torch.equal(model.masks.ranks[name].long(), rank) for name, rank in oracle.ranks.items())
+    loss, found = model.prices(ratios, batch)
+    # KL adds in float64, but for transformed logits.
+    assert loss == pytest.approx(oracle.kl(oracle.masked(ratios), batch), rel=1e-6)
+    for name in oracle.dense:
+        assert found[name] == pytest.approx(oracle.price(name, ratios, batch), rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.parametrize("make", fast(TINY.values(), 2))
@@ -106,10 +83,10 @@ def test_kl_is_that_of_the_pruned_model_and_the_weights_stay_as_they_were(make):
     weights, oracle = parts_of(make), Oracle(make)
     before = {name: (layer.weight, layer.weight.detach().clone()) for name, layer in matrices(weights).items()}
     ratios = some_ratios(weights)
-    mine = ImagePrices(weights, GROUPS, OPTIONS)
-    assert mine.kl(ratios) == pytest.approx(oracle.kl(oracle.masked(ratios), [0, 1, 2, 3]), rel=1e-9)
-    assert mine.kl(dict.fromkeys(ratios, 0.0)) == 0
-    mine.prices(ratios, [1])
+    model = ImagePriceModel(weights, (GROUPS, GROUPS))
+    assert model.kl(ratios) == pytest.approx(oracle.kl(oracle.masked(ratios), [0, 1, 2, 3]), rel=1e-9)
+    assert model.kl(dict.fromkeys(ratios, 0.0)) == 0
+    model.prices(ratios, [1])
     for name, layer in matrices(weights).items():
         assert layer.weight is before[name][0] and torch.equal(layer.weight, before[name][1])
         assert layer.weight.grad is None and not layer.weight._post_accumulate_grad_hooks
@@ -118,7 +95,7 @@ def test_kl_is_that_of_the_pruned_model_and_the_weights_stay_as_they_were(make):
 def test_half_precision_changes_little():
     weights = find_parts(tiny_vit()).pruned
     images = [group.float() for group in GROUPS]
-    plain, half = (ImagePrices(weights, images, OPTIONS._replace(dtype=dtype)) for dtype in (None, torch.bfloat16))
+    plain, half = (ImagePriceModel(weights, (images, images), dtype) for dtype in (None, torch.bfloat16))
     ratios = some_ratios(weights)
     assert half.kl(ratios) == pytest.approx(plain.kl(ratios), rel=0.1)  # 3 digits of logits, whose differences count
     assert half.kl(ratios) != plain.kl(ratios)
@@ -126,21 +103,22 @@ def test_half_precision_changes_little():
 
 def test_renewed_ranks_are_those_of_pruned_predecessors():
     weights = find_parts(tiny_vit()).pruned
-    mine = ImagePrices(weights, [group.float() for group in GROUPS], OPTIONS)
-    renewed = mine.renewed_ranks(dict.fromkeys(mine.ranks, 0.5))
+    images = [group.float() for group in GROUPS]
+    model = ImagePriceModel(weights, (images, images))
+    dense = dict(model.masks.ranks)
+    model.renew(dict.fromkeys(dense, 0.5))
     first = [layer.name for layer in weights.layers if layer.block == 0]
-    assert all(torch.equal(renewed[name], mine.ranks[name]) for name in first)
-    assert any(not torch.equal(renewed[name], rank) for name, rank in mine.ranks.items())
-    same = mine.renewed_ranks(dict.fromkeys(mine.ranks, 0.0))
-    assert all(torch.equal(same[name], rank) for name, rank in mine.ranks.items())
+    assert all(torch.equal(model.masks.ranks[name], dense[name]) for name in first)
+    assert any(not torch.equal(model.masks.ranks[name], rank) for name, rank in dense.items())
+    model.renew(dict.fromkeys(dense, 0.0))
+    assert all(torch.equal(model.masks.ranks[name], rank) for name, rank in dense.items())
 
 
 def test_a_search_improves_on_uniform(digits):
     weights = find_parts(copy.deepcopy(digits[0])).pruned
     fit, held = (list(digits[1][part].split(50)) for part in map(list, split(range(600))))
     assert [len(part) for part in (fit, held)] == [FIT, HELD]
-    mine = ImagePrices(weights, fit, OPTIONS._replace(steps=8))
-    found = equalise(mine, ImagePrices(weights, held, mine.options, mine.ranks), 0.6, None)
+    found = search(ImagePriceModel(weights, (fit, held)), weights.layers, 0.6, None, Options(8, effort=EFFORT))
     sizes = {layer.name: layer.size for layer in weights.layers}
     mean = sum(sizes[name] * ratio for name, ratio in found.ratios.items()) / sum(sizes.values())
     assert mean == pytest.approx(0.6, abs=1e-9)
@@ -187,16 +165,8 @@ def test_a_run_records_its_search(more, digits, tmp_path, capsys):
     assert len({row[3] for row in rows[1:]}) > 2
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("wanda_price --nsamples 11", "--nsamples 11: the search for prices needs at least 12 different images"),
-        ("wanda --price_steps 3", "--price_steps does nothing with wanda; it is for the methods with _price"),
-        ("wanda_price --price_start price", "--price_start price:"),
-    ],
-)
-def test_what_cannot_be_is_one_line(flags, said, tmp_path, capsys):
+def test_too_few_images_are_refused(tmp_path, capsys):
     save(tiny_vit(), 8, tmp_path / "tiny")
-    given = f"--model {tmp_path}/tiny --data_set digits --sparsity 0.6 --save_dir {tmp_path}/out --prune_metric {flags}"
-    status, err = call(capsys, *given.split())
-    assert status == 2 and said in err and len(err.splitlines()) == 1
+    flags = f"--model {tmp_path}/tiny --data_set digits --sparsity 0.6 --save_dir {tmp_path}/out --nsamples 11"
+    status, err = call(capsys, *flags.split(), "--prune_metric", "wanda_price")
+    assert status == 2 and "--nsamples 11: the search for prices needs at least 12 different images" in err

@@ -1,0 +1,420 @@
+"""Price model: what removing one more weight of each matrix costs, the interface and a language model's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from tqdm import tqdm
+
+from lib.calibration.hidden import (
+    BlockInputs,
+    advance,
+    after_blocks,
+    enter_blocks,
+    hidden_of,
+    multiplies_bfloat16,
+    passes,
+    run_block,
+)
+from lib.calibration.statistics import input_statistics
+from lib.core.errors import UserError
+from lib.core.files import readable
+from lib.core.lazy import torch
+from lib.models import memory
+from lib.models.weights import Block, Weights, check_finite, swapped_weights
+
+log = logging.getLogger(__name__)
+
+# Names of the dtypes to search in.
+DTYPES = ("auto", "float32", "bfloat16")
+# Fraction of a row, centred on the threshold, over which the derivative is averaged.
+BAND = 0.1
+# Factor of the loss before it is differentiated: most gradients of logits (at most 1) would underflow in float16.
+LOSS_SCALE = 1024
+# Fraction of the free memory up to which the activations of a whole step are kept; beyond, blocks are run twice.
+KEEP_WITHIN = 0.75
+
+
+class PriceModel(Protocol):
+    """A model whose matrices have prices, as the search sees it; a plan is a ratio by layer name.
+
+    Attributes:
+        samples: how many samples (windows of text, groups of images) prices can be measured on.
+        dtype: the dtype of the products.
+        advice: what a user may try where numbers are not finite.
+    """
+
+    samples: int
+    dtype: torch.dtype
+    advice: str
+
+    def kl(self, ratios: Mapping[str, float]) -> float:
+        """Return the mean KL(dense || pruned) on held-out data, in nats."""
+
+    def prices(self, ratios: Mapping[str, float], batch: Sequence[int]) -> tuple[float, dict[str, float]]:
+        """Return the mean KL over a batch (indices of samples), and its derivative by each layer's ratio, by name."""
+
+    def renew(self, ratios: Mapping[str, float]) -> None:
+        """Rank the weights again, with the statistics that the model has when it is pruned by ``ratios``."""
+
+
+def search_dtype(name: str, device: torch.device, model_dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype that a name of DTYPES stands for, None for the model's."""
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bfloat16(device) and model_dtype == torch.float32 else None
+    dtype = getattr(torch, name)
+    return None if dtype == model_dtype else dtype
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Compute products in ``dtype``, None for the model's."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def kl_divergence(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    """Return the sum over tokens of KL(dense || pruned) of logits [tokens, vocabulary], in float32 at least."""
+    exact = torch.promote_types(dense.dtype, torch.float32)
+    dense, pruned = (torch.log_softmax(logits.to(exact), dim=-1) for logits in (dense, pruned))
+    return torch.nn.functional.kl_div(pruned, dense, reduction="sum", log_target=True)
+
+
+# ------------------------------------------------------------------------------------------------- ranks and masks
+
+
+def row_ranks(score: torch.Tensor) -> torch.Tensor:
+    """Return each score's position in its ascending row, [out, in]; of equal scores, the lower column comes first.
+
+    No score is negative, and so they sort like their bits.
+    """
+    columns = score.shape[1]
+    dtype = torch.int16 if columns <= 2**15 else torch.int32
+    places = torch.arange(columns, device=score.device)
+    if score.device.type == "cpu" and score.dtype == torch.float32:
+        # numpy sorts integers in a quarter of the time: the score's bits above, its column below.
+        keys = score.view(torch.int32).long() << 32 | places
+        keys.numpy().sort(axis=1)
+        order = keys & (2**32 - 1)
+    else:
+        order = score.sort(dim=1, stable=True).indices
+    ranks = torch.empty(score.shape, dtype=dtype, device=score.device)
+    return ranks.scatter_(1, order, places.to(dtype).expand_as(score))
+
+
+def pruned_copy(weight: torch.Tensor, rank: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Return a copy of ``weight`` without the int(n * ratio) lowest ranks of each row of n in ``rank``.
+
+    This is how Wanda prunes. The rows of ``rank`` are the weight's [out, in], or one row holds the whole matrix.
+    """
+    # The product with the mask is three times as fast as masked_fill.
+    return weight * (rank >= int(rank.shape[1] * ratio)).view_as(weight)
+
+
+def band_price(gradient: torch.Tensor, weight: torch.Tensor, rank: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Return dL/d ratio of a matrix, a scalar tensor: the loss that the weights around the threshold are worth.
+
+    It is -sum of gradient * weight over the ranks within BAND / 2 of the threshold, divided by the band's width as a
+    fraction of the row. Half of the band is kept and half is gone, so the derivatives at both ends of a step are
+    averaged (the trapezoid rule).
+
+    Args:
+        gradient: dL/dW at the pruned weights, also where they are pruned.
+        weight: the dense W. Both are read in the shape of ``rank``.
+    """
+    gradient, weight = gradient.reshape(rank.shape), weight.reshape(rank.shape)
+    columns = rank.shape[1]
+    middle, half = int(columns * ratio), max(1, int(BAND / 2 * columns))
+    low, high = max(0, middle - half), min(columns, middle + half)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    inside = (rank >= low) & (rank < high)
+    worth = torch.where(inside, gradient.to(exact), 0).mul_(weight).sum()
+    return -worth * columns / (high - low)
+
+
+class Masks:
+    """Masks of any plan: the order in which the weights of each matrix are pruned, and copies pruned in that order.
+
+    Attributes:
+        dtype: of the products and of the copies, None for the model's.
+        by_magnitude: whether the order is magnitude's, within the whole matrix, and not Wanda's.
+        whole: whether weights compete within the whole matrix, and not within each row.
+        ranks: by layer name, [out, in], or [1, out * in] where weights compete within the whole matrix.
+    """
+
+    def __init__(
+        self, weights: Weights, dtype: torch.dtype | None, by_magnitude: bool, whole: bool = False
+    ) -> None:
+        self.weights, self.dtype, self.by_magnitude = weights, dtype, by_magnitude
+        self.whole = whole or by_magnitude
+        self.ranks: dict[str, torch.Tensor] = {}
+
+    def rank(self, inputs: BlockInputs, ratios: Mapping[str, float] | None = None) -> None:
+        """Pass ``inputs`` on through the blocks, dense or pruned by ``ratios``, and rank the weights of each."""
+        for block in tqdm(self.weights.visit(), "ranks", len(self.weights.modules), unit="block", disable=None):
+            for name, linear in block.linears.items():
+                check_finite(name, linear.weight)
+            with autocast(block.device, self.dtype):
+                steps = passes(block, inputs, keep=ratios is None)
+                for names, norms in input_statistics(block.linears, "squared_norms", inputs.samples, steps):
+                    for name in names:
+                        score = block.linears[name].weight.detach().flatten(1).abs()
+                        score = score if self.by_magnitude else score * norms.sqrt()
+                        self.ranks[name] = row_ranks(score.reshape(1, -1) if self.whole else score)
+                if ratios is not None:
+                    with swapped_weights(block, self.copies(block, ratios)):
+                        advance(block, inputs)
+
+    def copies(self, block: Block, ratios: Mapping[str, float]) -> dict[str, torch.Tensor]:
+        """Return pruned copies of a block's weights by layer name."""
+        weights = {name: linear.weight.detach() for name, linear in block.linears.items()}
+        return {
+            name: pruned_copy(weight.to(self.dtype or weight.dtype), self.ranks[name], ratios[name])
+            for name, weight in weights.items()
+        }
+
+
+# ------------------------------------------------------------------------- walk: forward and backward over the blocks
+
+
+class BlockActivations(NamedTuple):
+    """Inputs, outputs and replaced weights of a block, kept for its backward pass.
+
+    Only the inputs are kept where the block is to be run again.
+    """
+
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor] | None = None
+    leaves: dict[str, torch.nn.Parameter] | None = None
+
+
+class BlockWalk(NamedTuple):
+    """Walk of a few windows forward and backward through a model's blocks, each run with other weights than its own.
+
+    ``copies(block)`` returns those weights by layer name; the model's own are back in place after each block.
+    Gradients are handed over matrix by matrix and freed at once, so that one of them is alive at a time.
+
+    Attributes:
+        weights: of the model, all of them in memory.
+        inputs: other arguments of the blocks' calls; the hidden states in it are not read.
+        dtype: of the products, None for the model's.
+        keeps_activations: whether activations and copies are kept from the forward for the backward pass. If not, each
+            block is run again on its inputs (checkpointing): the same bits in less memory, with a quarter more passes.
+    """
+
+    weights: Weights
+    inputs: BlockInputs
+    dtype: torch.dtype | None
+    keeps_activations: bool
+
+    def forward(
+        self,
+        hidden: list[torch.Tensor],
+        copies: Callable[[Block], Mapping[str, torch.Tensor]],
+        differentiable: bool = False,
+    ) -> tuple[list[torch.Tensor], list[BlockActivations]]:
+        """Return the last block's outputs for ``hidden``, [1, tokens, width] each, and what ``backward`` needs."""
+        activations = []
+        for block in self.weights.visit():
+            hidden = [states.to(block.device) for states in hidden]
+            kept = BlockActivations(hidden)
+            if differentiable and self.keeps_activations:
+                kept = self._run_differentiably(block, hidden, copies)
+                hidden = [states.detach() for states in kept.outputs]
+            else:
+                with torch.no_grad(), swapped_weights(block, copies(block)):
+                    hidden = self._run(block, hidden)
+            if differentiable:
+                activations.append(kept)
+        return hidden, activations
+
+    def backward(
+        self,
+        gradients: list[torch.Tensor],
+        scale: torch.Tensor,
+        activations: list[BlockActivations],
+        copies: Callable[[Block], Mapping[str, torch.Tensor]],
+        take_gradient: Callable[[Block, str, torch.Tensor, torch.Tensor], None],
+    ) -> None:
+        """Call ``take_gradient(block, name, gradient, scale)`` with the gradient of each copy, last block first.
+
+        Args:
+            gradients: ``scale`` times the loss's gradients by the last block's outputs.
+            activations: of ``forward``, used up.
+        """
+
+        def hand_over(block: Block, name: str, scale: torch.Tensor, leaf: torch.nn.Parameter) -> None:
+            take_gradient(block, name, leaf.grad, scale)
+            leaf.grad = None
+
+        for block in self.weights.visit(backwards=True):
+            # Scaled to 1 at each block, gradients of half precision neither underflow nor overflow.
+            gradients = [gradient.to(block.device) for gradient in gradients]
+            largest = torch.stack([gradient.abs().amax().float() for gradient in gradients]).amax()
+            largest = torch.where(largest > 0, largest, 1)
+            gradients, scale = [gradient / largest for gradient in gradients], scale.to(block.device) / largest
+
+            kept = activations.pop()
+            inputs, outputs, leaves = kept if kept.outputs else self._run_differentiably(block, kept.inputs, copies)
+            for name, leaf in leaves.items():
+                leaf.register_post_accumulate_grad_hook(partial(hand_over, block, name, scale))
+            torch.autograd.backward(outputs, gradients, inputs=[*inputs, *leaves.values()])
+            gradients = [states.grad for states in inputs]
+
+    def _run_differentiably(
+        self, block: Block, hidden: list[torch.Tensor], copies: Callable[[Block], Mapping[str, torch.Tensor]]
+    ) -> BlockActivations:
+        inputs = [states.detach().requires_grad_() for states in hidden]
+        with swapped_weights(block, copies(block)) as leaves, torch.enable_grad():
+            return BlockActivations(inputs, self._run(block, inputs), leaves)
+
+    def _run(self, block: Block, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        from accelerate.utils import send_to_device
+
+        arguments = send_to_device(self.inputs.arguments[block.index], block.device)
+        with autocast(block.device, self.dtype):
+            outputs = [run_block(block.module, states, arguments) for states in hidden]
+        return [hidden_of(output, block.index, self.inputs.tuples) for output in outputs]
+
+
+# ---------------------------------------------------------------------------------------------------- language models
+
+
+class DenseStates(NamedTuple):
+    """Windows of token ids, [windows, tokens], and the hidden states of the dense model for them.
+
+    ``entering`` [windows, tokens, width] enters the first block; ``leaving`` [windows, counted tokens, width] leaves
+    the last one, and becomes the dense model's logits whenever they are needed.
+    """
+
+    windows: torch.Tensor
+    entering: torch.Tensor
+    leaving: torch.Tensor
+
+
+class LanguagePriceModel:
+    """Prices of a language model's matrices: derivatives of KL(dense || pruned), in nats per token.
+
+    The weights stay dense: pruned copies replace them while a block is run, and each gradient becomes a price and is
+    freed as soon as it is computed. Its public members are those of ``PriceModel``.
+    """
+
+    advice = "try --dtype bfloat16 or --dtype float32"
+
+    def __init__(
+        self,
+        weights: Weights,
+        windows: tuple[torch.Tensor, torch.Tensor],
+        windows_per_step: int,
+        token_stride: int = 1,
+        dtype: torch.dtype | None = None,
+        by_magnitude: bool = False,
+    ) -> None:
+        """Pass ``windows`` through the dense model and rank its weights.
+
+        Args:
+            windows: of calibration, for prices, and held out, for ``kl``; each [windows, tokens], of equal length.
+            windows_per_step: how many windows ``prices`` is called with, which decides the memory.
+            token_stride: one of so many tokens counts in the loss.
+            dtype: of the products, None for the model's.
+            by_magnitude: whether the masks are magnitude's, and not Wanda's.
+
+        Raises:
+            UserError: the weights are not in memory, or the work does not fit beside them.
+        """
+        count, tokens = sum(map(len, windows)), windows[0].shape[1]
+        keeps_activations = _check_memory(weights, tokens, windows_per_step, count, dtype, by_magnitude)
+        self.weights, self.samples = weights, len(windows[0])
+        self.dtype = dtype or weights.model.dtype
+        self._counted = slice(token_stride - 1, None, token_stride)
+        self.masks = Masks(weights, dtype, by_magnitude)
+
+        inputs = enter_blocks(weights, windows[0])
+        entering = inputs.hidden.clone()
+        self.masks.rank(inputs)
+        self._fit = DenseStates(windows[0], entering, inputs.hidden[:, self._counted].clone())
+        self.walk = BlockWalk(weights, inputs._replace(hidden=[]), dtype, keeps_activations)
+
+        inputs = enter_blocks(weights, windows[1])
+        entering = inputs.hidden.clone()
+        for block in weights.visit():
+            with autocast(block.device, dtype):
+                advance(block, inputs)
+        self._held_out = DenseStates(windows[1], entering, inputs.hidden[:, self._counted].clone())
+
+    def kl(self, ratios: Mapping[str, float]) -> float:
+        windows = range(len(self._held_out.windows))
+        hidden, _ = self.walk.forward(list(self._held_out.entering.split(1)), partial(self.masks.copies, ratios=ratios))
+        return self._loss(self._held_out, hidden, windows)[0]
+
+    def prices(self, ratios: Mapping[str, float], batch: Sequence[int]) -> tuple[float, dict[str, float]]:
+        copies = partial(self.masks.copies, ratios=ratios)
+        hidden, activations = self.walk.forward([self._fit.entering[i : i + 1] for i in batch], copies, True)
+        loss, gradients, scale = self._loss(self._fit, hidden, batch, differentiate=True)
+        prices: dict[str, torch.Tensor] = {}
+
+        def take(block: Block, name: str, gradient: torch.Tensor, scale: torch.Tensor) -> None:
+            weight = block.linears[name].weight.detach()
+            prices[name] = band_price(gradient, weight, self.masks.ranks[name], ratios[name]) / scale
+
+        self.walk.backward(gradients, scale, activations, copies, take)
+        return loss, {layer.name: prices[layer.name].item() for layer in self.weights.layers}
+
+    def renew(self, ratios: Mapping[str, float]) -> None:
+        self.masks.rank(enter_blocks(self.weights, self._fit.windows), ratios)
+
+    def _loss(
+        self, dense: DenseStates, hidden: Sequence[torch.Tensor], batch: Sequence[int], differentiate: bool = False
+    ) -> tuple[float, list[torch.Tensor], torch.Tensor]:
+        """Return the mean KL of the windows in ``batch``, scaled gradients by ``hidden``, and their scale.
+
+        Args:
+            hidden: the pruned blocks' output for each window, [1, tokens, width].
+        """
+        count = len(batch) * dense.leaving.shape[1]
+        total, gradients = 0.0, []
+        with after_blocks(self.weights, self.walk.inputs.tuples) as logits, torch.set_grad_enabled(differentiate):
+            for states, index in zip(hidden, batch, strict=True):
+                window, pieces = dense.windows[index], []
+                chunks = (x.split(memory.LOGIT_TOKENS) for x in (states[0, self._counted], dense.leaving[index]))
+                for pruned_states, dense_states in zip(*chunks, strict=True):
+                    pruned_states = pruned_states.detach().requires_grad_(differentiate)
+                    with autocast(pruned_states.device, self.masks.dtype):
+                        pruned_logits = logits(window, pruned_states)
+                        with torch.no_grad():
+                            dense_logits = logits(window, dense_states)
+                    kl = kl_divergence(dense_logits, pruned_logits)
+                    total = total + kl.detach()
+                    if differentiate:
+                        pieces += torch.autograd.grad(kl, pruned_states, torch.full_like(kl, LOSS_SCALE))
+                if differentiate:
+                    gradient = torch.zeros_like(states)
+                    gradient[0, self._counted] = torch.cat(pieces)
+                    gradients.append(gradient)
+        return (total / count).item(), gradients, torch.tensor(float(LOSS_SCALE * count))
+
+
+def _check_memory(
+    weights: Weights, tokens: int, step: int, windows: int, dtype: torch.dtype | None, by_magnitude: bool
+) -> bool:
+    """Log how much memory a search needs, refuse one that does not fit, and return whether all activations do.
+
+    The arguments are those of ``memory.price_bytes``.
+    """
+    if not weights.in_memory:
+        problem = "needs all weights in memory, and these are streamed or offloaded"
+        raise UserError("prune_method", "_price", problem, "use GPUs with more memory, or another allocation")
+    needs = memory.price_bytes(weights, tokens, step, windows, dtype, by_magnitude)
+    free = memory.free_memory(0)
+    keeps = all(need.least + need.activations <= KEEP_WITHIN * free[place] for place, need in needs.items())
+    log.info("the price search needs %s beside the weights", readable(sum(need.least for need in needs.values())))
+    text = "for speed it takes up to %s more for activations" if keeps else "it would be faster with %s more"
+    log.info(text, readable(sum(need.activations for need in needs.values())))
+    for place, need in needs.items():
+        if need.least > free[place]:
+            where = "in the CPU's memory" if place == "cpu" else f"on GPU {place}"
+            sizes = f"{readable(need.least)} are needed {where} beside the weights and {readable(free[place])} are free"
+            raise UserError("prune_method", "_price", sizes, "lower --seqlen, or use more or larger GPUs")
+    return keeps
