@@ -54,8 +54,8 @@ class Model(Flags):
 class Texts(Flags):
     _title: ClassVar[str] = "data"
 
-    calib_data: str = flag("c4", f"calibration text: {TEXTS}", only="calibration | search", warns=True, metavar="TEXT")
-    nsamples: int = flag(128, "calibration windows, a count", least=1, only="calibration", warns=True, metavar="N")
+    calib_data: str = flag("c4", f"text: {TEXTS}", only="calibration | search", warns=True, metavar="TEXT")
+    nsamples: int = flag(128, "windows, a count", least=1, only="calibration", warns=True, metavar="N")
     seqlen: int = flag(
         2048,
         "window length, tokens; at most the model's context",
@@ -79,7 +79,7 @@ class Pruning(Flags):
     sparsity_ratio: float = flag(0.0, "fraction of the weights to remove, in [0, 1)", least=0, below=1, metavar="S")
     sparsity_type: str = flag("unstructured", "unstructured, or N:M (2:4, 4:8 ...): keep N of M", metavar="TYPE")
     use_variant: bool = flag(
-        False, "Wanda's variant: one share of each row's score instead of a count", only=" | ".join(VARIANTS)
+        False, "its variant: one share of each row's score instead of a count", only=" | ".join(VARIANTS)
     )
     pruner_iterations: int | None = flag(
         None,
@@ -112,7 +112,7 @@ class Pruning(Flags):
     )
     calib_dtype: str | None = flag(
         None,
-        "{choices}: of the products in calibration's passes through a float32 model (default: float32)",
+        "{choices}: of the products in calibration's passes through a float32 model (default: the model's own)",
         choices=CALIB_DTYPES,
         only=CALIBRATED,
         metavar="NAME",
@@ -224,9 +224,9 @@ class Allocation(Flags):
 class Evaluation(Flags):
     _title: ClassVar[str] = "evaluation"
 
-    eval_data: str = flag("wikitext2", f"evaluation text: {TEXTS}", only="evaluation", warns=True, metavar="TEXT")
+    eval_data: str = flag("wikitext2", f"text: {TEXTS}", only="evaluation", warns=True, metavar="TEXT")
     eval_windows: int | None = flag(
-        None, "windows to evaluate, a count (default: all)", least=1, only="evaluation", warns=True, metavar="N"
+        None, "windows, a count (default: all)", least=1, only="evaluation", warns=True, metavar="N"
     )
     eval_wikitext: bool = flag(True, "measure the perplexity on {eval_data}")
 

@@ -212,7 +212,7 @@ def prune(
     propagate: str,
     journal: Journal | None = None,
 ) -> list[walk.LayerReport]:
-    """Prune the subject by ``plan`` and return the report of each layer; the weights are still dense.
+    """Prune the subject, whose weights are still dense, by ``plan`` and return the report of each layer.
 
     Args:
         values: those behind the plan, for the report.
