@@ -74,7 +74,7 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
 
         record.content["sparsity"] = sparsity = subject.weights.sparsity()
         pipeline.warn_if_off_target(task, sparsity)
-        with record.kept(partial(how_to_resume, settings, record)):
+        with record.explain_failure(partial(how_to_resume, settings, record)):
             # The model is saved before whatever may still fail.
             write = partial(subject.save, journal, settings.packed, sparsity) if journal else None
             unsaved = pipeline.save(record, write)
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             processes.join()
             settings.warn_of_idle()
-            run(settings, Console(quiet=not processes.speaks()))
+            run(settings, Console(quiet=not processes.is_main()))
             processes.leave()
         except KeyboardInterrupt:
             again = "starts again; with --save_model it would resume"

@@ -63,7 +63,7 @@ def run(settings: ImageExperiment, console: Console) -> dict:
             record.rows = pipeline.prune(subject, task, plan, values, settings.statistics)
 
     unsaved = None
-    with record.kept(partial(resume, settings, record)):
+    with record.explain_failure(partial(resume, settings, record)):
         record.content["sparsity"] = sparsity = subject.weights.sparsity()
         if task.pruner:
             unsaved = pipeline.save(record, partial(subject.save, target, sparsity) if target else None)

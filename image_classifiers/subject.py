@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from lib import sparse
 from lib.allocation import price, price_model
 from lib.calibration.hidden import BlockInputs
 from lib.cli.task import Task
-from lib.core import files
+from lib.core import cpu, files
 from lib.core.errors import UserError, first_line
 from lib.core.lazy import torch
 from lib.models.memory import free_memory
@@ -79,7 +78,7 @@ class Classifier:
         _warn_of_other_method(Path(settings.save), task)
         self.device = settings.device
         if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.device = "cuda" if cpu.gpus() else "cpu"
         self.hidden_device = settings.hidden_device
         for field, device in (("device", self.device), ("hidden_device", self.hidden_device or self.device)):
             _check_device(field, device)
@@ -97,10 +96,10 @@ class Classifier:
                 raise UserError("ww_metric", measurement.metric, problem)
         checks.check_layers(task, self.name, pruned.layers, measured.layers, measurement)
         if settings.save_model:
-            files.prepare("save_model", Path(settings.save_model), 4 * self.parameters)
+            files.check_writable("save_model", Path(settings.save_model), 4 * self.parameters)
 
         self.batch_size, self.use_amp = settings.batch_size, settings.use_amp
-        self.workers = min(10, os.cpu_count() or 1) if settings.num_workers is None else settings.num_workers
+        self.workers = min(10, len(cpu.usable())) if settings.num_workers is None else settings.num_workers
         self.price_dtype, self.imagenet_mean = settings.price_dtype, settings.imagenet_default_mean_and_std
         self._open_images(settings, task, skeleton.num_classes)
 

@@ -17,12 +17,11 @@ from lib.calibration import texts
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
 from lib.core import digests
-from lib.core.errors import UserError, first_line
+from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import torch, transformers
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers
 from lib.models.weights import Weights, weights_of
-from lib.spectra import measure
 
 log = logging.getLogger("lora_ft")
 
@@ -86,7 +85,7 @@ class Base(NamedTuple):
     @property
     def identity(self) -> str:
         """A name of the model that is valid anywhere: an absolute path, or the name as given."""
-        path = Path(self.source.given).expanduser()
+        path = Path(self.source.given)
         return str(path.resolve()) if path.exists() else self.source.given
 
 
@@ -116,7 +115,7 @@ def find_base(settings: PrunedModel) -> Base:
     Raises:
         UserError: the model is unknown, or lacks a part and --config_name is not given.
     """
-    folder = Path(settings.model).expanduser()
+    folder = Path(settings.model)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     has_weights = any(name.endswith((".safetensors", ".bin")) for name in names)
     borrows_config = bool(settings.config_name) and has_weights and "config.json" not in names
@@ -166,7 +165,7 @@ def check_length(field: str, length: int, skeleton: torch.nn.Module) -> None:
 
 def check_adapter(folder: str, base: Base) -> None:
     """Refuse a folder that holds no LoRA adapter, or one that does not belong to ``base``, as far as files tell."""
-    path = Path(folder).expanduser()
+    path = Path(folder)
     if not (path / "adapter_config.json").is_file():
         hint = ", but a model" if (path / "config.json").is_file() else ""
         raise UserError("lora_weights", folder, f"holds no adapter{hint}", "give finetune_lm.py's --output_dir")
@@ -192,12 +191,12 @@ def check_base(field: str, folder: Path, base: Base, weights: Weights | None = N
         log.warning(text, folder, BASE, base.source.given)
         return
     if fingerprints is None:
-        fingerprints = measure.fingerprints(weights)
+        fingerprints = weights.fingerprints()
     with damage_reported(field, path):
         record = json.loads(path.read_text(encoding="utf-8"))
         layer = digests.first_difference(record["fingerprints"], fingerprints)
     if layer:
-        problem = f"was trained on other weights than those of --model {base.source.given} (see {layer})"
+        problem = f"was trained on other weights than those of {flag_name('model')} {base.source.given} (see {layer})"
         raise UserError(field, folder, problem, f"{TRAINED_ON}, {record.get('model')}")
 
 
@@ -257,7 +256,7 @@ def attach(folder: str, model: torch.nn.Module) -> torch.nn.Module:
     from peft import PeftConfig, PeftModelForCausalLM
 
     quiet_peft()
-    path = Path(folder).expanduser()
+    path = Path(folder)
     try:
         config = PeftConfig.from_pretrained(path)
         if config.peft_type != "LORA":
@@ -287,7 +286,7 @@ def lora_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 def quiet_peft() -> None:
     """Silence peft's search for a vocabulary that grew, and its remark that a model without weights takes none."""
-    warnings.filterwarnings("ignore", message="Could not find a config file in")
+    warnings.filterwarnings("ignore", message="Could not find a config file in|Unable to fetch remote file")
     warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
 
 

@@ -43,7 +43,7 @@ PARSER = make_parser(
 def run(settings: Evaluate) -> None:
     """Measure, write and print the perplexity, then the accuracies if they are asked for."""
     folder = Path(settings.result_dir)
-    files.prepare("result_dir", folder)
+    files.check_writable("result_dir", folder)
     base = common.find_base(settings)
     if settings.lora_weights is not None:
         common.check_adapter(settings.lora_weights, base)

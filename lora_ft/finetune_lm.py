@@ -19,14 +19,13 @@ from lib.cli.command import answer, make_parser, parse
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
 from lib.core import files, processes
+from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.core.lazy import Lazy, torch, transformers
 from lib.core.names import check_name
 from lib.models.layers import prunable_layers
 from lib.models.weights import Weights
-from lib.run.journal import digest
 from lib.run.record import run_text
-from lib.spectra import measure
 from lora_ft import common, resumption
 
 training = Lazy("lora_ft.training")
@@ -154,7 +153,7 @@ def run(settings: Finetune, trainer_words: list[str]) -> None:
     common.check_length("block_size", settings.block_size, base.skeleton)
     targets = check_targets(settings.lora_target_modules, base.skeleton)
     if checkpoint:
-        common.check_base("model", checkpoint.parent, base)
+        common.check_base(resumption.FIELD, checkpoint.parent, base)
     blocks = {split: read_blocks(settings, split, base) for split in settings.splits()}
     train, evaluation = blocks.get("train"), blocks.get("validation")
     common.check_vocabulary(base, train, evaluation)
@@ -168,9 +167,9 @@ def run(settings: Finetune, trainer_words: list[str]) -> None:
 
     weights = load_weights(settings, arguments, base)
     if checkpoint:
-        common.check_base("model", checkpoint.parent, base, weights)
+        common.check_base(resumption.FIELD, checkpoint.parent, base, weights)
     record = {"model": base.identity, "sparsity": weights.sparsity()}
-    started = record | {"fingerprints": measure.fingerprints(weights), "training": flags}
+    started = record | {"fingerprints": weights.fingerprints(), "training": flags}
     record["flags"] = arguments.to_dict() | settings.flags()
     with training.refusals():
         transformers.set_seed(arguments.seed)
@@ -190,12 +189,12 @@ def run(settings: Finetune, trainer_words: list[str]) -> None:
 
 def check_output_dir(settings: Finetune) -> Path | None:
     """Refuse an --output_dir that cannot take this run, and return the checkpoint to resume from, if any."""
-    folder, checkpoint = Path(settings.output_dir).expanduser(), None
+    folder, checkpoint = Path(settings.output_dir), None
     if settings.resume_from_checkpoint:
         checkpoint = resumption.find_checkpoint(folder, settings.resume_from_checkpoint)
-    if not processes.speaks():
+    if not processes.is_main():
         return checkpoint  # What the first process of several does here, the others would find half done.
-    files.prepare("output_dir", folder)
+    files.check_writable("output_dir", folder)
     resumed = checkpoint and is_in(checkpoint, folder)
     if folder.is_dir() and any(folder.iterdir()) and not (settings.overwrite_output_dir or resumed):
         fix = "add --overwrite_output_dir to start again, --resume_from_checkpoint to resume, or give another folder"

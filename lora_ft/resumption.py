@@ -37,7 +37,7 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     Raises:
         UserError: there is none, or a part of it is missing.
     """
-    checkpoint = Path(name).expanduser()
+    checkpoint = Path(name)
     if name == LAST:
         complete = {path.parent for path in folder.glob(f"checkpoint-*[0-9]/{STATE}")}
         if not complete:

@@ -17,7 +17,7 @@ import transformers
 
 from lib.cli.command import Parser
 from lib.cli.flags import check_range
-from lib.core import processes
+from lib.core import cpu, processes
 from lib.core.errors import UserError, first_line
 from lora_ft import common
 
@@ -85,7 +85,7 @@ class LoraArguments(transformers.TrainingArguments):
             check_range(name, getattr(self, name), {"above": 0})
         if self.do_predict:
             raise UserError("do_predict", None, "does nothing here", "use --do_eval, or lora_ft/evaluate_ppl.py")
-        if self.bf16 is None and self.fp16 is None and torch.cuda.is_available() and not self.use_cpu:
+        if self.bf16 is None and self.fp16 is None and cpu.gpus() and not self.use_cpu:
             self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             self.fp16 = not self.bf16
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
@@ -93,14 +93,14 @@ class LoraArguments(transformers.TrainingArguments):
             self.eval_strategy = "steps" if self.do_train and self.do_eval else "no"
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
-        self.dataloader_pin_memory &= torch.cuda.is_available()
+        self.dataloader_pin_memory &= cpu.gpus() > 0
 
         # A step's blocks are made of those that all processes take at once.
         at_once = self.per_device_train_batch_size * processes.started()
         steps, batch = self.gradient_accumulation_steps, self.batch_size
         if steps is None:
             steps, remainder = divmod(batch or BATCH, at_once)
-            if remainder or not steps:
+            if remainder:
                 problem = f"is not made of {at_once} blocks at once"
                 raise UserError("batch_size", batch or BATCH, problem, f"give a multiple of {at_once}")
         elif batch not in (None, steps * at_once):

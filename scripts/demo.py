@@ -90,7 +90,7 @@ def show_answer(settings: Experiment) -> None:
 def run(demo: Demo) -> int:
     """Run the demonstration; return 0, or 1 if a setting failed."""
     folder, todo = Path(demo.save), demo.planned()
-    files.prepare("save", folder)
+    files.check_writable("save", folder)
     run_files = sweep.run_all(todo, demo.force)
     if None not in run_files:
         runs = table.read_runs(run_files)

@@ -90,7 +90,7 @@ def report(settings: Settings) -> Path:
     """Write the report and return its page."""
     run, subject, folder = settings.experiment(), LanguageModel(), Path(settings.save)
     task = run.task()
-    files.prepare("save", folder)
+    files.check_writable("save", folder)
     subject.prepare(run, task)
     names = [layer.name for layer in subject.layers]
     chosen = [] if settings.layers is None else [_full_name(name, names) for name in settings.layers.split(",")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import statistics
 import sys
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import sparse
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
+from lib.core import cpu
 from lib.core.errors import UserError
 from lib.core.lazy import torch, transformers
 from lib.models.load import check_vocabulary, context_length, load_llm, load_skeleton, load_tokenizer
@@ -40,7 +40,7 @@ class Generation(Flags):
     tokens: int = flag(64, "new tokens at most", least=2, metavar="N")
     compare: str | None = flag(None, "run this model, too, in turns, and print the ratio", metavar="DENSE")
     threads: int = flag(
-        0, "threads (0: as many as torch takes)", least=0, most=os.cpu_count() or 1, metavar="N"
+        0, "threads (0: as many as torch takes)", least=0, most=len(cpu.usable()), metavar="N"
     )
     cache_dir: str = flag("llm_weights", "where models are kept", in_repository=True, metavar="DIR")
 

@@ -106,7 +106,7 @@ def prune_all(folder: Path, epsilon: float, save: Path) -> pandas.DataFrame:
 def demo(settings: Demo) -> None:
     """Train the models if needed, prune them with all methods, and print and plot the accuracies."""
     save, panels = Path(settings.save), []
-    files.prepare("save", save)
+    files.check_writable("save", save)
     for name in SMALL:
         folder = ROOT / "image_classifiers" / "weights" / f"digits-{name}"
         if not folder.is_dir():

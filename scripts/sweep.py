@@ -221,7 +221,7 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
 
 def run(sweep: Sweep, report: Callable[[Sweep, pandas.DataFrame], str]) -> int:
     """Run the sweep and ``report`` on its runs, which returns what to print; return 0, or 1 if a setting failed."""
-    files.prepare("save", Path(sweep.save))
+    files.check_writable("save", Path(sweep.save))
     locate.locate(sweep.model, sweep.cache_dir)  # or every setting would fail
     run_files = run_all(sweep.settings(), sweep.force)
     runs = table.read_runs(filter(None, run_files))

@@ -15,6 +15,6 @@ status=0
 if [ "$status" -gt 1 ]; then exit "$status"; fi  # a wrong flag, or Ctrl-C
 echo
 "$PYTHON_BIN" scripts/table.py "$save" --format "${FORMAT:-text}" || exit $?
-cpu="$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1)"
-printf '\nmeasured on %s, %s cores (%s)\n' "$(date +%F)" "$(getconf _NPROCESSORS_ONLN)" "${cpu:-$(uname -m)}"
+cpu="$("$PYTHON_BIN" -c 'from lib.core import cpu; print(f"{len(cpu.usable())} cores ({cpu.model_name()})")')"
+printf '\nmeasured on %s, %s\n' "$(date +%F)" "$cpu"
 exit "$status"

@@ -11,7 +11,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start
 
+import machines
 import numpy as np
 import pytest
 import torch
@@ -23,16 +25,21 @@ import main
 from lib.allocation import price
 from lib.cli.command import parse
 from lib.cli.settings import Experiment
+from lib.core import cpu
 from lib.evaluation import zero_shot
 from lib.models.load import load_llm
 from lib.models.locate import locate
 from lib.models.weights import Weights, weights_of
+from lib.sparse import kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 # The order of float32 sums, and so the last digit, depends on the number of threads; the suite passes with any.
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
+
+# What the program finds out about the machine is the same everywhere, also while tests are collected.
+machines.pretend(os.environ.get("TEST_MACHINE", "plain"))
 
 
 def pytest_addoption(parser):
@@ -57,6 +64,21 @@ def pytest_collection_modifyitems(config, items):
 def metrics_stay_with_the_test(monkeypatch):
     """Cache metrics below the current folder, which tests change, and not in the repository."""
     monkeypatch.setattr("lib.cli.settings.in_repository", lambda name: name)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Return a function of a name in machines.MACHINES: the test goes on on that machine."""
+    return lambda name: machines.pretend(name, monkeypatch.setattr)
+
+
+@pytest.fixture(params=kernel.LEVELS)
+def level(request, monkeypatch):
+    """Return each level of the compiled kernel in turn; a test is skipped where the CPU lacks the instructions."""
+    monkeypatch.setattr(cpu, "processor", machines.REAL_PROCESSOR)
+    if request.param not in kernel.levels():
+        pytest.skip(f"this CPU has no {request.param}")
+    return request.param
 
 
 @pytest.fixture(scope="session")

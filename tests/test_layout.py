@@ -53,6 +53,18 @@ def test_functions_can_be_read_at_a_glance(path):
     assert ".cuda(" not in path.read_text(), "the weight's own device, whatever it is"
 
 
+ASKED_IN_ONE_PLACE = [
+    "/proc/cpuinfo", "os.cpu_count", "sched_getaffinity", "virtual_memory", "mem_get_info", "cuda.is_available",
+    "cuda.device_count",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [*ROOMS, *COMMANDS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_the_machine_can_do_is_asked_in_one_place(path):
+    if path.relative_to(ROOT).as_posix() not in ("lib/core/cpu.py", "lib/models/memory.py"):
+        assert not [call for call in ASKED_IN_ONE_PLACE if call in path.read_text()], "see lib/core/cpu.py"
+
+
 def test_main_is_the_experiment_and_no_more():
     assert len((ROOT / "main.py").read_text().splitlines()) <= 250
     scripts = (ROOT / "scripts").rglob("*.py")

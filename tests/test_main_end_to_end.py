@@ -114,7 +114,7 @@ def test_published_perplexity(key, method, ratio, nm, smollm2_source, windows, g
 def published_ratios(method: str, ratio: float, weights: Weights) -> object:
     if not method.endswith("_ww"):
         return uniform(weights.layers, ratio)
-    values = measure("alpha_peak", "smollm2-135m", weights).values
+    values = measure("alpha_peak", weights).values
     return heavy_tailed(weights.layers, ratio, values=values, epsilon=0.2, mapping_type="block_wise")
 
 
@@ -168,7 +168,7 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     assert record["versions"]["torch"] == version("torch") and record["versions"]["transformers"] == version(
         "transformers"
     )
-    assert record["model"]["name"] == "smollm2-135m" and record["model"]["dtype"] in ("float32", "float16")
+    assert record["model"]["name"] == "smollm2-135m" and record["model"]["dtype"] == "float32"
     assert {"git_commit", "device"} <= set(record)
     assert {"prepare", "load", "measure", "allocate", "prune", "save", "evaluate"} <= set(record["stages"])
     assert all(stage["seconds"] >= 0 and stage["peak_rss_mb"] > 100 for stage in record["stages"].values())
@@ -206,9 +206,7 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     # The folder is a plain model that evaluates to the same perplexity.
     tokenizer = AutoTokenizer.from_pretrained(kept / "wanda_ww_0.5")
     windows = evaluation_windows("wiki_leads", tokenizer, 128, 8)
-    assert perplexity(model.eval(), windows) == pytest.approx(
-        record["perplexity"], rel=1e-6 if not torch.cuda.is_available() else 1e-2
-    )
+    assert perplexity(model.eval(), windows) == pytest.approx(record["perplexity"], rel=1e-6)
     assert record["perplexity"] > 1.05 * perplexity(dense.eval(), windows)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "kept", "save"]
     assert [p.name for p in kept.iterdir()] == ["wanda_ww_0.5"]
@@ -299,7 +297,7 @@ def test_a_run_repeats_itself_and_the_seed_matters(tiny_run):
 def test_every_metric_and_mapping_steers_the_plan(metric, mapping, tiny_weights):
     flags = "--model m --prune_method magnitude_ww --sparsity_ratio 0.5 --epsilon 0.2"
     asked = settings(f"{flags} --ww_metric {metric} --mapping_type {mapping}")
-    values = measure(metric, "tiny", tiny_weights).values
+    values = measure(metric, tiny_weights).values
     planned = pipeline.make_plan(asked.task(), tiny_weights.layers, values).ratios
     assert len(set(planned.values())) == (3 if mapping == "block_wise" else 21)
     if mapping == "layer_wise":  # the more of the metric, the more is pruned

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from lib.calibration.hidden import enter_blocks
 from lib.core import processes
+from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.evaluation.perplexity import perplexity_by_blocks
@@ -59,12 +60,12 @@ def try_epsilons(
     dense = weights.snapshot() if dense is None else dense
     perplexities = {} if tried is None else tried
     plans = {epsilon: plan_of(epsilon) for epsilon in grid}
-    keys = {epsilon: plan.digest() for epsilon, plan in plans.items()}
+    keys = {epsilon: digest(plan) for epsilon, plan in plans.items()}
     untried = {keys[epsilon]: plan for epsilon, plan in plans.items() if keys[epsilon] not in perplexities}
     for start in tqdm(range(0, len(untried), processes.count()), desc="epsilon", unit="trial", disable=None):
         results = []
         for key, plan in list(untried.items())[start + processes.rank() :][:1]:  # one trial for each process
-            with processes.apart():
+            with processes.single_process():
                 results.append((key, _perplexity_after(weights, plan, pruner, windows, dense)))
         for key, perplexity in (result for share in processes.gathered(results) for result in share):
             perplexities[key] = perplexity

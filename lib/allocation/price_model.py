@@ -16,11 +16,11 @@ from lib.calibration.hidden import (
     after_blocks,
     enter_blocks,
     hidden_of,
-    multiplies_bfloat16,
     passes,
     run_block,
 )
 from lib.calibration.statistics import input_statistics
+from lib.core import cpu
 from lib.core.errors import UserError
 from lib.core.files import readable
 from lib.core.lazy import torch
@@ -65,7 +65,8 @@ class PriceModel(Protocol):
 def search_dtype(name: str, device: torch.device, model_dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype that a name of DTYPES stands for, None for the model's."""
     if name == "auto":
-        return torch.bfloat16 if multiplies_bfloat16(device) and model_dtype == torch.float32 else None
+        pays = device.type == "cpu" and model_dtype == torch.float32 and cpu.multiplies(torch.bfloat16)
+        return torch.bfloat16 if pays else None
     dtype = getattr(torch, name)
     return None if dtype == model_dtype else dtype
 

@@ -244,13 +244,6 @@ def _autocast(block: Block, dtype: torch.dtype | None) -> AbstractContextManager
     return nullcontext() if dtype is None else torch.autocast(block.device.type, dtype)
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether ``device`` is a CPU with instructions for bfloat16 products."""
-    from lib.sparse.kernel import multiplies
-
-    return device.type == "cpu" and multiplies(torch.bfloat16)
-
-
 def advance(block: Block, inputs: BlockInputs) -> None:
     """Replace the hidden states by the output of ``block``; on the CPU the zeros of its weights are skipped."""
     with sparse.zeros_skipped(block.linears.values()):

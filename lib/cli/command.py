@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from lib.cli.flags import Flags, check_values, true_or_false
 from lib.core.errors import UserError
 from lib.core.names import did_you_mean
-from lib.core.processes import speaks, started, tells
+from lib.core.processes import is_main, started
 
 log = logging.getLogger("main")
 
@@ -149,16 +149,13 @@ def answer(
     except UserError as error:
         if any(item.name == error.field and item.metadata["positional"] for _, item, _ in settings.declared()):
             error.field = None  # a value without a flag
-        if tells():
-            print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr, flush=True)
+        print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt as error:
-        if speaks():
-            tells()
+        if is_main():
             print(f"\n{prog}: interrupted; {str(error) or resume}", file=sys.stderr)
         return 130
     except Exception as error:
-        tells()  # by traceback or below; errors that others raise because this process ended are not reported
         if "torch" not in sys.modules or not isinstance(error, sys.modules["torch"].OutOfMemoryError):
             raise
         print(f"{prog}: error: out of GPU memory ({str(error).splitlines()[0]}); {out_of_memory}", file=sys.stderr)
@@ -183,6 +180,6 @@ def quiet() -> None:
         if not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not speaks():  # of several processes, the first one speaks
+    if not is_main():
         for name in ("lib", "main", "lora_ft"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,18 +1,15 @@
-"""Output files and folders: checked before work begins, written to a temporary name and renamed."""
+"""Output files and folders: checked before work begins, written under a temporary name, durable when they appear."""
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import logging
 import os
-import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from lib.core import processes
 from lib.core.errors import UserError, first_line
@@ -20,56 +17,12 @@ from lib.core.errors import UserError, first_line
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
+TEMPORARY = ".*.tmp"  # the names of files that ``atomic`` has not finished
 
 
 def in_repository(name: str) -> str:
     """Return the path of ``name`` in the repository: relative if the command is started there, else absolute."""
     return name if Path.cwd() == ROOT else str(ROOT / name)
-
-
-def prepare(field: str, folder: Path, need_bytes: int = 0) -> None:
-    """Refuse a ``folder`` that is not writable or whose disk has less than ``need_bytes`` free; leave no trace."""
-    if not processes.first():
-        return
-    made = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            free = shutil.disk_usage(folder).free
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(field, f"{folder}: cannot be written ({reason}); give another folder") from error
-    finally:
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
-    if free < need_bytes:
-        short = f"{readable(need_bytes)} are needed and {readable(free)} are free"
-        raise UserError(field, f"{folder}: the disk is too full, {short}; give a folder on another disk")
-
-
-def check_file(field: str, path: Path) -> None:
-    """Refuse a ``path`` to write where something else than an ordinary file stands, such as a folder or a device."""
-    if path.is_dir():
-        raise UserError(field, f"{path}: is a folder; give a file")
-    if os.path.lexists(path) and not path.is_file():
-        raise UserError(field, f"{path}: is not an ordinary file, and would be replaced by one; give another file")
-
-
-def check_folder(field: str | None, folder: Path) -> None:
-    """Refuse a ``folder`` to write where a file or a link stands, which would be moved out of the way and be lost."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        what = "a link" if folder.is_symlink() else "not a folder"
-        raise UserError(field, f"{folder}: is {what}, and would be replaced; move it away, or give another folder")
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**24):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def readable(size: float) -> str:
@@ -81,113 +34,186 @@ def readable(size: float) -> str:
     return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` under a temporary name beside ``path`` and rename it."""
-    write_files(path.parent, {path.name: text})
+# ------------------------------------------------------------------------------------------------- before work begins
+
+
+def check_writable(field: str, folder: Path, need_bytes: int = 0) -> None:
+    """Refuse a ``folder`` that is not writable or whose disk has less than ``need_bytes`` free; leave no trace."""
+    if not processes.is_main():
+        return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
+    try:
+        with writing(folder, field):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                free = shutil.disk_usage(folder).free
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+    if free < need_bytes:
+        problem = f"the disk is too full, {readable(need_bytes)} are needed and {readable(free)} are free"
+        raise UserError(field, folder, problem, "give a folder on another disk")
+
+
+def check_file(field: str, path: Path) -> None:
+    """Refuse a ``path`` to write where something else than an ordinary file stands, such as a folder or a device."""
+    if path.is_dir():
+        raise UserError(field, path, "is a folder", "give a file")
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(field, path, "is not an ordinary file, and would be replaced by one", "give another file")
+
+
+def check_folder(field: str | None, folder: Path) -> None:
+    """Refuse a ``folder`` to write where a file or a link stands, which would be moved out of the way and be lost."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        problem = f"is {'a link' if folder.is_symlink() else 'not a folder'}, and would be replaced"
+        raise UserError(field, folder, problem, "move it away, or give another folder")
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def writing(path: Path, field: str | None = None) -> Iterator[None]:
+    """Turn a failure to write ``path``, such as a full disk, into a UserError."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers have classes of their own for what the system refuses
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(field, path, f"cannot be written ({reason})") from error
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that takes the place of ``path``, durably, when the with statement ends without an error.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; an existing file is left as it is.
+    """
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tmp.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(tmp, path)
+            sync_folder(path.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 
 def write_files(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write each of ``texts`` {file name: content} to ``folder``, all of them or none; only the first process writes.
+    """Write each of ``texts`` {file name: content} to ``folder``, in their order; only the main process writes.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; existing files are left as they are.
+        UserError: as ``atomic`` does.
     """
-    if not processes.first():
-        return
-    written: dict[Path, Path] = {}
+    for name, content in texts.items() if processes.is_main() else ():
+        with atomic(folder / name) as file:
+            file.write(content.encode())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to a file; see ``write_files``."""
+    write_files(path.parent, {path.name: text})
+
+
+def save_figure(figure, path: Path, dpi: int) -> None:
+    """Write a matplotlib ``figure`` as a PNG; only the main process writes."""
+    if processes.is_main():
+        with atomic(path) as file:
+            figure.savefig(file, dpi=dpi, format="png")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            tmp = folder / f".{name}.{os.getpid()}"
-            written[tmp] = folder / name
-            tmp.write_text(text, encoding="utf-8")
-        for tmp, path in written.items():
-            tmp.rename(path)
-    except OSError as error:
-        for tmp in written:
-            with suppress(OSError):
-                tmp.unlink()
-        raise UserError(None, f"{folder / name}: cannot be written ({error.strerror or error})") from error
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+@contextmanager
+def locked(folder: Path, field: str | None = None, wait: bool = False) -> Iterator[None]:
+    """Hold a ``folder``, which need not exist yet, against other processes.
+
+    The operating system releases it when this process dies, however that happens.
+
+    Raises:
+        UserError: another process holds it, unless this one is to ``wait``.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder.with_name(f".{folder.name.removeprefix('.')}.lock")
+    lock = FileLock(path, timeout=-1 if wait else 0)
+    with writing(path, field):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            fix = "wait for it, or give another folder"
+            raise UserError(field, folder, "another process is at work there", fix) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before the release: a process that gets the lock finds its own file there
+        lock.release()
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``target`` that replaces it when the with statement ends without an error.
+    """Yield a temporary folder that takes the place of ``target`` when the with statement ends without an error.
 
-    Leftovers of killed processes' attempts at the same target are removed, with a line that names them.
+    It waits while another process does the same.
 
     Raises:
         UserError: the disk is full, the path is not writable, or something else than a folder stands there.
     """
     check_folder(None, target)
-    tmp = target.with_name(f".{target.name}-{_me()}")
-    old = target.with_name(f".{target.name}-old-{_me()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        tmp.mkdir()
-        yield tmp
-        for path in tmp.rglob("*"):  # safetensors makes its files private
-            if path.is_file():
-                path.chmod(tmp.stat().st_mode & 0o666)
-        if target.exists():
-            target.rename(old)
+    folder = target.with_name(f".{target.name}.new")
+    with locked(target, wait=True), writing(target):
+        remove_leftovers(target)
+        folder.mkdir()
         try:
-            tmp.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    except Exception as error:  # safetensors has its own error class for a full disk
-        if not isinstance(error, OSError) and "os error" not in str(error):
-            raise
-        raise UserError(None, f"{target}: the model cannot be saved there ({first_line(error)})") from error
-    finally:
-        for leftover in (tmp, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            yield folder
+            for path in folder.rglob("*"):  # safetensors makes its files private
+                if path.is_file():
+                    path.chmod(folder.stat().st_mode & 0o666)
+            replace_folder(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _me() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
-
-
-def _remove_leftovers(target: Path) -> None:
-    for path in target.parent.glob(f".{glob.escape(target.name)}-*"):
-        owner = re.fullmatch(r"(?:old-)?(.+)-(\d+)", path.name.removeprefix(f".{target.name}-"))
-        if not owner or not path.is_dir() or owner[1] != socket.gethostname():  # of another machine: unknown
-            continue
-        if not is_alive(int(owner[2])):
-            if path.name.startswith(f".{target.name}-old-") and not target.exists():  # killed between two renames
-                path.rename(target)
-                continue
-            log.warning("%s was left by a process that was killed: removed", path)
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def is_alive(process: int) -> bool:
-    """Return whether a process on this machine is running."""
+def replace_folder(folder: Path, target: Path) -> None:
+    """Put ``folder`` durably in the place of ``target``; killed in between, ``remove_leftovers`` loses neither."""
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        target.rename(old)
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+        folder.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def save_figure(figure, path: Path, dpi: int) -> None:
-    """Write a matplotlib ``figure`` as a PNG, under a temporary name first; only the first process writes.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    if not processes.first():
-        return
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(tmp, dpi=dpi, format="png")
-        tmp.rename(path)
-    except OSError as error:
-        tmp.unlink(missing_ok=True)
-        raise UserError(None, f"{path}: cannot be written ({error.strerror or error})") from error
+def remove_leftovers(target: Path) -> None:
+    """Remove what a killed process left beside ``target``; an old one that had no new one yet is brought back."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for leftover in (old, target.with_name(f".{target.name}.new")):
+        if leftover.exists():
+            log.warning("%s was left by a process that was killed: removed", leftover)
+            shutil.rmtree(leftover)

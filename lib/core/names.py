@@ -23,5 +23,5 @@ def check_name(field: str, name: str, names: Iterable[str]) -> str:
     names = list(names)
     if name not in names:
         hint = did_you_mean(name, names)
-        raise UserError(field, f"{name}: invalid choice.{hint} Choose from: {', '.join(names)}")
+        raise UserError(field, name, f"invalid choice.{hint} Choose from: {', '.join(names)}")
     return name

@@ -6,57 +6,42 @@ everything here behaves as if this were the only process, and imports nothing.
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import torch
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-    from torch import Tensor
 
 T = TypeVar("T")
 
-_WAIT = timedelta(weeks=1)  # of some for others, who may be saving or searching; one that dies is noticed at once
-_PATIENCE = 3.0  # seconds in which a launcher ends the others once one process has ended
+# How long a process waits for the others, for example while one saves; a crash is noticed immediately.
+_WAIT = timedelta(weeks=1)
+
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 _state: PartialState | None = None  # accelerate's process group, once this process has joined it
-_apart = False  # whether this process works for itself for now
+_single = False  # whether this process works for itself for now
 
 
-# ------------------------------------------------------------------------------------------------------- who is there
+# -------------------------------------------------------------------------------------------------------------- ranks
 
 
 def started() -> int:
     """Return how many processes the launcher started, whether or not they share the work."""
-    return _number("WORLD_SIZE", 1)
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def speaks() -> bool:
-    """Return whether this process prints and logs."""
-    try:
-        return _number("RANK", 0) == 0
-    except UserError:  # which ``join`` reports
-        return True
-
-
-def _number(name: str, default: int) -> int:
-    """Return the whole number that a launcher put into the environment."""
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        what = f"{name} is {text!r} in the environment, which is not a whole number"
-        raise UserError(None, f"{what}; unset it, or start with accelerate launch or torchrun") from None
+def is_main() -> bool:
+    """Return whether this process prints, logs and writes files: the first one that the launcher started."""
+    return started() == 1 or int(os.environ.get("RANK", 0)) == 0
 
 
 def join() -> None:
@@ -71,29 +56,23 @@ def join() -> None:
         return
     missing = [name for name in _ENVIRONMENT if name not in os.environ]
     if missing:
-        text = f"WORLD_SIZE is {started()} and {missing[0]} is not set; start with accelerate launch or torchrun"
-        raise UserError(None, text)
-    numbers = {name: _number(name, 0) for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")}
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus and _beside() > gpus:
-        raise UserError(None, f"{_beside()} processes were started on a machine with {gpus} GPUs; start one per GPU")
+        problem = f"WORLD_SIZE is {started()} and {missing[0]} is not set"
+        raise UserError(None, None, problem, "start with accelerate launch or torchrun")
+
+    gpus = cpu.gpus()
+    if gpus and processes_on_machine() > gpus:
+        problem = f"{processes_on_machine()} processes were started on a machine with {gpus} GPUs"
+        raise UserError(None, None, problem, "start one per GPU")
     if gpus:
-        torch.cuda.set_device(numbers["LOCAL_RANK"])
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
     from accelerate import PartialState
 
     try:
         _state = PartialState(cpu=not gpus, timeout=_WAIT)
     except RuntimeError as error:
-        raise UserError(None, f"the {started()} processes cannot reach each other ({first_line(error)})") from error
-    if not speaks() and sys.stderr.isatty():
-        sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)
-
-
-class _NoTerminal(io.TextIOWrapper):
-    """Standard error of a process that shows no progress bars."""
-
-    def isatty(self) -> bool:
-        return False
+        problem = f"the {started()} processes cannot reach each other ({first_line(error)})"
+        raise UserError(None, None, problem) from error
 
 
 def leave() -> None:
@@ -105,38 +84,29 @@ def leave() -> None:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Run the body of the with statement as if this were the only process."""
-    global _apart
-    before, _apart = _apart, True
+    global _single
+    before, _single = _single, True
     try:
         yield
     finally:
-        _apart = before
+        _single = before
 
 
 def count() -> int:
     """Return the number of processes that share the work."""
-    return 1 if _state is None or _apart else _state.num_processes
+    return 1 if _state is None or _single else _state.num_processes
 
 
 def rank() -> int:
     """Return the rank of this process, from 0."""
-    return 0 if _state is None or _apart else _state.process_index
+    return 0 if _state is None or _single else _state.process_index
 
 
-def first() -> bool:
-    """Return whether this process writes files; true for each of several processes that do not share the work."""
-    return _state is None or _state.process_index == 0
-
-
-def beside() -> int:
-    """Return how many processes share this machine's memory, including while this one works apart."""
-    return 1 if _state is None else _beside()
-
-
-def _beside() -> int:
-    return _number("LOCAL_WORLD_SIZE", started())
+def processes_on_machine() -> int:
+    """Return how many processes share this machine's memory, including while this one works for itself."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", started()))
 
 
 def device() -> torch.device | None:
@@ -144,7 +114,7 @@ def device() -> torch.device | None:
     return None if _state is None or _state.device.type == "cpu" else _state.device
 
 
-# ---------------------------------------------------------------------------------------------------- whose is what
+# ------------------------------------------------------------------------------------------------------- sharing work
 
 
 def share(total: int) -> slice:
@@ -163,10 +133,24 @@ def owners(costs: Sequence[float]) -> list[int]:
     return result
 
 
-# ------------------------------------------------------------------------------------------- what is told to others
+# ------------------------------------------------------------------------------------------------------ communication
 
 
-def sum_(tensor: Tensor) -> Tensor:
+@contextmanager
+def _collective() -> Iterator[None]:
+    """Turn the failure of a collective operation, which means that another process has ended, into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]  # gloo begins with its source file
+        problem = f"another of the {started()} processes has ended ({reason})"
+        fix = f"the same command starts again, and with {flag_name('save_model')} it resumes after the last block"
+        raise UserError(None, None, problem, fix) from error
+
+
+def sum_(tensor: torch.Tensor) -> torch.Tensor:
     """Sum the processes' tensors, all of one shape, in place and return the sum."""
     if count() > 1:
         with _collective():
@@ -174,7 +158,7 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def broadcast(tensor: Tensor, owner: int) -> None:
+def broadcast(tensor: torch.Tensor, owner: int) -> None:
     """Replace the values of ``tensor`` by those in the process ``owner``."""
     if count() == 1:
         return
@@ -195,61 +179,23 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def joined(tensor: Tensor) -> Tensor:
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """Return the processes' tensors concatenated: the parts given by ``share`` become the whole."""
-    if count() == 1:
-        return tensor
-    return torch.cat(gathered(tensor.cpu())).to(tensor.device)
+    return tensor if count() == 1 else torch.cat(gathered(tensor.cpu())).to(tensor.device)
 
 
-def by_first(work: Callable[[], T]) -> T:
-    """Return the result of ``work`` in the first process, the only one that runs it; its UserError is raised in all."""
+def on_main(work: Callable[[], T]) -> T:
+    """Return the result of ``work`` in the main process, the only one that runs it; its UserError is raised in all."""
     if count() == 1:
         return work()
     outcome: list = [None, None]
-    if first():
+    if is_main():
         try:
             outcome[0] = work()
         except UserError as error:
-            outcome[1] = (error.field, error.text)
+            outcome[1] = (error.field, None, error.text)
     with _collective():
         torch.distributed.broadcast_object_list(outcome, 0)
     if outcome[1] is not None:
-        raise UserError(*outcome[1])
+        raise UserError(outcome[1][0], None, outcome[1][1])
     return outcome[0]
-
-
-# ------------------------------------------------------------------------------------------------- how it may end
-
-
-@contextmanager
-def _collective() -> Iterator[None]:
-    """Turn the failure of a collective operation, caused by another process's end, into one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        _lost(error)
-
-
-def _lost(error: RuntimeError) -> NoReturn:
-    reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]  # gloo begins with its source file
-    text = f"another of the {started()} processes has ended ({reason}); the same command starts again"
-    raise UserError(None, f"{text}, and with {flag_name('save_model')} it resumes after the last block") from error
-
-
-def tells() -> bool:
-    """Return whether this process reports the error that ends it; an error already reported is not repeated.
-
-    Processes that end because another one has ended come after it.
-    """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized() and started() > 1:
-        try:
-            return distributed.distributed_c10d._get_default_store().add("told", 1) == 1
-        except RuntimeError:  # the store went with the process that held it
-            return True
-    if not speaks():  # the first process is likely to have found the same: then the launcher ends this one
-        time.sleep(_PATIENCE)
-    return True

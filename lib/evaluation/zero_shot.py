@@ -140,7 +140,7 @@ def zero_shot(
             log_samples=False,
         )
     _warn_of_nan(tasks)
-    if not processes.first():
+    if not processes.is_main():
         return ZeroShot({}, {}, "")
     means = {}
     for metric in MEANS:

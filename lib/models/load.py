@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lib.core import cpu
 from lib.core.errors import UserError, first_line
-from lib.core.files import new_folder
+from lib.core.files import new_folder, writing
 from lib.core.hub import check_hub
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
@@ -123,7 +124,7 @@ def choose_dtypes(dtype: str, skeleton: PreTrainedModel) -> Dtypes:
         named = getattr(torch, dtype)
         return Dtypes(named, named)
     own = skeleton.config.get_text_config().dtype or skeleton.config.dtype or torch.float32
-    if torch.cuda.is_available():
+    if cpu.gpus():
         compute = torch.bfloat16 if own == torch.bfloat16 else torch.float16
         return Dtypes(compute, compute)
     return Dtypes(torch.float32, own)
@@ -143,7 +144,7 @@ def load_llm(
         UserError: weights that are missing, damaged or of another model, or too large for GPU and CPU memory.
     """
     options = {"device_map": None if device is None else {"": device}}
-    if device is None and torch.cuda.is_available():
+    if device is None and cpu.gpus():
         options = {"device_map": "auto", "max_memory": free_memory(reserve)}
     if config is not None:  # transformers looks for both in the folder otherwise
         generation = transformers.GenerationConfig.from_model_config(config)
@@ -166,7 +167,7 @@ def load_llm(
     places = [str(place) for place in noted.values()]
     if "disk" in places:
         raise UserError("model", f"{source.given}: does not fit in the memory of the GPUs and the CPU together")
-    if device is None and torch.cuda.is_available() and set(places) == {"cpu"}:
+    if device is None and cpu.gpus() and set(places) == {"cpu"}:
         text = "no GPU has room for a part of it beside the work; free GPU memory, or lower --nsamples or --seqlen"
         raise UserError("model", f"{source.given}: {text}")
     if "cpu" in places and len(set(places)) > 1:
@@ -210,15 +211,16 @@ def complete_folder(
         edges: names and parameters around the blocks; each gets a file, so that only one at a time is in memory.
         dtype: in which they are written, as the blocks were.
     """
-    for index, (name, tensor) in enumerate(edges):
-        safetensors_io.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
-    safetensors_io.write_index(folder)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    _note_dtype(folder, dtype)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with writing(folder):
+        for index, (name, tensor) in enumerate(edges):
+            safetensors_io.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
+        safetensors_io.write_index(folder)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        _note_dtype(folder, dtype)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _note_dtype(folder: Path, dtype: torch.dtype) -> None:

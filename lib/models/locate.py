@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib.core.errors import UserError, first_line
-from lib.core.files import check_folder, prepare
+from lib.core.files import check_folder, check_writable
 from lib.core.lazy import torch, transformers
 from lib.core.names import did_you_mean
 from lib.models.load import Source, check_supported, save_llm, unreadable
@@ -76,7 +76,7 @@ def _converted(gguf: Path, name: str, cache_dir: str) -> Path:
     if target.is_dir():
         return target
     check_folder("cache_dir", target)
-    prepare("cache_dir", target.parent)  # before a minute's work
+    check_writable("cache_dir", target.parent)  # before a minute's work
     log.info("converting %s to %s, once", gguf.name, target)
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:

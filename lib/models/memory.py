@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib.core import processes
+from lib.core import cpu, processes
 from lib.core.lazy import torch
 from lib.models.layers import Layer, find_blocks, linear_modules
 
@@ -23,15 +23,26 @@ def free_bytes(gpu: torch.device | int) -> int:
     return torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
 
 
-def free_memory(reserve: int) -> dict[int | str, int]:
-    """Return how many bytes of weights each GPU and the CPU may hold; of several processes, each its GPU or share."""
+def free_ram() -> int:
+    """Return the bytes of the CPU's memory that can be had without swapping."""
     import psutil
 
-    own = processes.device()
-    if own is not None:
-        return {own.index: max(0, free_bytes(own) - reserve)}
-    gpus = {i: max(0, free_bytes(i) - reserve) for i in range(torch.cuda.device_count())}
-    return gpus | {"cpu": psutil.virtual_memory().available // processes.beside()}
+    return psutil.virtual_memory().available
+
+
+def freest() -> torch.device:
+    """Return the GPU with the most free memory, or the CPU where there is none."""
+    gpus = range(cpu.gpus())
+    return torch.device("cuda", max(gpus, key=free_bytes)) if gpus else torch.device("cpu")
+
+
+def free_memory(reserve: int) -> dict[int | str, int]:
+    """Return how many bytes of weights each GPU and the CPU may hold; of several processes, each its GPU or share."""
+    gpu = processes.device()
+    if gpu is not None:
+        return {gpu.index: max(0, free_bytes(gpu) - reserve)}
+    gpus = {i: max(0, free_bytes(i) - reserve) for i in range(cpu.gpus())}
+    return gpus | {"cpu": free_ram() // processes.processes_on_machine()}
 
 
 _OVERHEAD = 2**30  # bytes of a GPU for its context, the libraries' workspaces and the allocator's gaps
@@ -65,7 +76,7 @@ def working_set(
 def fits_in_memory(skeleton: PreTrainedModel, dtype: torch.dtype, reserve: int) -> bool:
     """Return whether the weights fit in the free memory of GPUs, less ``reserve`` bytes each, and CPU."""
     size = sum(p.numel() for p in skeleton.parameters()) * torch.finfo(dtype).bits // 8
-    return size <= sum(free_memory(reserve if torch.cuda.is_available() else 0).values())
+    return size <= sum(free_memory(reserve if cpu.gpus() else 0).values())
 
 
 _TOKENIZER_BYTES = 2**25  # the largest vocabularies' files, where they cannot be looked at before the download

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib.core.errors import UserError, first_line
+from lib.core.files import atomic
 from lib.core.lazy import torch
 
 if TYPE_CHECKING:
@@ -127,35 +128,17 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | 
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begin at a multiple of eight bytes
-    digest = hashlib.sha256()
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with tmp.open("wb") as file:
-            for piece in (len(text).to_bytes(8, "little"), text):
-                file.write(piece)
-                digest.update(piece)
-            for tensor in tensors.values():
-                kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                data = memoryview(tensor.detach().to("cpu", kind).contiguous().view(-1).view(torch.uint8).numpy())
-                file.write(data)
-                digest.update(data)
-            file.flush()
-            os.fsync(file.fileno())
-        tmp.rename(path)
-    except OSError as error:
-        tmp.unlink(missing_ok=True)
-        raise UserError(None, f"{path}: cannot be written ({error.strerror or error})") from error
-    sync_folder(path.parent)
-    return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sha256 = hashlib.sha256()
+    with atomic(path) as file:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            file.write(piece)
+            sha256.update(piece)
+        for tensor in tensors.values():
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            data = memoryview(tensor.detach().to("cpu", kind).contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(data)
+            sha256.update(data)
+    return sha256.hexdigest()
 
 
 def write_index(folder: Path) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lib.core import digests
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import safetensors_io
@@ -123,6 +124,10 @@ class Weights:
             for name, linear in block.linears.items():
                 results[name] = function(name, linear.weight.detach())
         return results
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of each layer by name."""
+        return self.map(lambda _, weight: digests.fingerprint(weight))
 
     def zeros(self) -> dict[str, int]:
         """Return the number of zeros of each layer by name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,11 +33,6 @@ class SparsityPlan(NamedTuple("SparsityPlan", [("target", float), ("ratios", dic
         if nm is not None and nm.keys() != ratios.keys():
             raise ValueError("N:M must be given for every layer that has a ratio")
         return super().__new__(cls, target, ratios, nm)
-
-    def digest(self) -> str:
-        """Return a hash of the ratios and of N:M."""
-        content = [self.ratios, {name: list(nm) for name, nm in (self.nm or {}).items()}]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def save_plan(path: Path, plan: SparsityPlan, model: str, layers: Sequence[Layer], made_by: dict) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tqdm import tqdm
 
@@ -26,8 +26,6 @@ from lib.pruning.sparsegpt import NotPositiveDefinite
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lib.run.journal import Journal
-
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +43,28 @@ class LayerReport(NamedTuple):
     nm: tuple[int, int] | None = None
 
 
+class FinishedBlocks(Protocol):
+    """Blocks that are stored durably, each in a file, so that a walk which is interrupted can resume.
+
+    Attributes:
+        failure: the error of a block that could not be stored; no later one is.
+    """
+
+    failure: UserError | None
+
+    def __contains__(self, index: int) -> bool:
+        """Return whether the block of this index is stored."""
+
+    def path(self, index: int) -> Path:
+        """Return the safetensors file of a block."""
+
+    def rows(self, index: int) -> list[LayerReport]:
+        """Return the layer reports of a stored block."""
+
+    def add(self, index: int, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, rows: list[LayerReport]) -> None:
+        """Store a block."""
+
+
 def walk(
     weights: Weights,
     plan: SparsityPlan,
@@ -52,7 +72,7 @@ def walk(
     inputs: BlockInputs | None,
     metric: Mapping[str, float] | None = None,
     propagate: str = "pruned",
-    journal: Journal | None = None,
+    journal: FinishedBlocks | None = None,
 ) -> list[LayerReport]:
     """Prune the layers in place, block by block, and report planned and measured sparsities.
 
@@ -97,7 +117,7 @@ def walk(
     return report
 
 
-def _keep(block: Block, weights: Weights, journal: Journal, rows: list[LayerReport]) -> None:
+def _keep(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[LayerReport]) -> None:
     """Store a finished block durably; if the disk is full, pruning continues in memory without it."""
     try:
         journal.add(block.index, weights.tensors(block.index), weights.stored or block.dtype, rows)

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lib import sparse
-from lib.calibration import hidden
 from lib.cli.task import Measurement, Task
-from lib.core import files, processes
+from lib.core import cpu, files, processes
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
 from lib.models.layers import Layer
 from lib.pruning import plan as plans
-from lib.run.journal import MANIFEST, can_take_back, partial_folder
+from lib.run.journal import MANIFEST, can_reopen, partial_folder
 from lib.run.pipeline import make_plan
 from lib.run.record import has_flags, read_run
 from lib.spectra import measure, spectrum
@@ -47,7 +46,7 @@ def check_output(
         paths: files and folders that the flags name, by field.
         mark: file that every folder of a pruned model holds.
     """
-    files.prepare("save", save)
+    files.check_writable("save", save)
     if target is not None:
         _check_target(target, mark, paths)
     earlier = read_run(save, run)
@@ -93,16 +92,16 @@ def _check_written_file(name: str, save: Path, run: str, paths: Mapping[str, Pat
         raise UserError(name, path, f"lies in the folder of {flag_name('model')}", fix)
     if path.stem in {f"{kind}_{run}" for kind in FIGURES} and path.resolve().parent == save.resolve():
         raise UserError(name, path, "is where the run's figures are written", fix)
-    files.prepare(name, path.parent)
+    files.check_writable(name, path.parent)
 
 
 def check_disk(target: Path, size: int, restart: bool, unmeasured: bool) -> None:
     """Refuse a disk that has no room for the ``size`` bytes of a pruned model, less what a resumed run has written."""
-    taken_back = can_take_back(target, restart, unmeasured)
+    reopened = can_reopen(target, restart, unmeasured)
     # A packed folder is unpacked beside itself.
-    folder = target if taken_back and not sparse.is_packed(target) else partial_folder(target)
+    folder = target if reopened and not sparse.is_packed(target) else partial_folder(target)
     written = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
-    files.prepare("save_model", target.parent, size - written)
+    files.check_writable("save_model", target.parent, size - written)
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -124,7 +123,7 @@ def check_layers(
     if "ww" in (task.allocation, task.start):
         metric, folder, how = measurement
         if not measure.has_cache(folder, metric, name, measured, how):
-            files.prepare("ww_metric_cache", folder)
+            files.check_writable("ww_metric_cache", folder)
         for layer in measured if how.farms else ():
             try:
                 spectrum.farms_windows(layer.shape, how.farms)
@@ -141,7 +140,7 @@ def check_layers(
 
 def check_calibration(hidden_states: str, nsamples: int) -> None:
     """Refuse a place of the hidden states that is missing, and too few windows for all processes."""
-    if hidden_states == "gpu" and not torch.cuda.is_available():
+    if hidden_states == "gpu" and not cpu.gpus():
         fix = "leave it out, or use cpu or disk"
         raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", fix)
     if nsamples < processes.count():
@@ -160,7 +159,7 @@ def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | N
     if compute != torch.float32:
         problem = f"the model is computed in {str(compute).removeprefix('torch.')}, which is as fast"
         raise UserError("calib_dtype", name, problem, "leave it out, or use --dtype float32")
-    if not torch.cuda.is_available() and not hidden.multiplies_bfloat16(torch.device("cpu")):
+    if not cpu.gpus() and not cpu.multiplies(torch.bfloat16):
         log.warning("--calib_dtype %s: this CPU has no instructions for it, so that it is slower than float32", name)
     return getattr(torch, name)
 

@@ -11,8 +11,9 @@ from lib.allocation import block_scores, epsilon, price, price_model
 from lib.calibration import hidden, texts
 from lib.cli.settings import Experiment
 from lib.cli.task import Task
-from lib.core import processes
+from lib.core import cpu, processes
 from lib.core.allocator import give_back_freed_memory
+from lib.core.digests import digest
 from lib.core.lazy import torch, transformers
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
@@ -22,7 +23,7 @@ from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
 from lib.pruning import walk
 from lib.run import checks
-from lib.run.journal import Journal, digest
+from lib.run.journal import Journal
 from lib.run.record import is_unmeasured
 
 log = logging.getLogger("main")
@@ -61,7 +62,7 @@ class LanguageModel:
 
     def prepare(self, settings: Experiment, task: Task) -> None:
         """Take up what a run needs besides the weights, and refuse what cannot work: 13 GB take a while to load."""
-        source = processes.by_first(lambda: locate.locate(settings.model, settings.cache_dir))
+        source = processes.on_main(lambda: locate.locate(settings.model, settings.cache_dir))
         if task.pruner or settings.metrics_only or settings.stream == "always":
             sparse.refuse_packed(source)
         if source != self.source:
@@ -166,7 +167,7 @@ class LanguageModel:
             return needed + block_scores.LAMP_BYTES * max(layer.size for layer in self.layers)
         if task.needs != "price":
             return needed
-        gpus = 1 if processes.device() else max(1, torch.cuda.device_count())
+        gpus = 1 if processes.device() else max(1, cpu.gpus())
         effort = settings.price_options().effort
         ranks = memory.rank_bytes(self.layers, task.by_magnitude) // gpus  # each layer's are on its own device
         windows = (effort.length(self.seqlen), effort.windows_per_step, price.FIT_WINDOWS + effort.held_out_windows)
@@ -217,7 +218,7 @@ class LanguageModel:
         elif self.streamed:
             log.info("streaming %s block by block", self.streamed)
             model = load.empty_llm(source, self.streamed, dtypes.compute)
-            device = processes.device() or self._freest()
+            device = processes.device() or memory.freest()  # which the blocks visit
             self.weights = Streamed(model, Checkpoint(self.streamed), device, dtypes.stored)
         else:
             log.info("loading %s", source.path)
@@ -225,11 +226,6 @@ class LanguageModel:
             self.weights = weights_of(model, None if dtypes.stored == dtypes.compute else dtypes.stored)
         if self.planned:
             self.dense, self._loaded_as = self.weights.snapshot(), key
-
-    def _freest(self) -> torch.device:
-        """Return the GPU with the most free memory, which streamed blocks visit, or the CPU."""
-        gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        return torch.device("cuda", max(gpus, key=memory.free_bytes)) if gpus else torch.device("cpu")
 
     def inputs(self) -> hidden.BlockInputs:
         """Return the inputs of the first block for the calibration windows."""
@@ -257,7 +253,7 @@ class LanguageModel:
             walk.check_saved(journal.folder, self.weights, sparsity)
             journal.finish(packed)
 
-        processes.by_first(complete)
+        processes.on_main(complete)
         self.weights.moved(journal.folder, journal.target)
         return journal.target
 

@@ -13,6 +13,7 @@ from lib.allocation.price_model import PriceModel
 from lib.calibration.hidden import BlockInputs
 from lib.cli.task import Measurement, Task
 from lib.core import files, processes
+from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models.layers import Layer
@@ -21,7 +22,7 @@ from lib.models.weights import Weights
 from lib.pruning import plan as plans
 from lib.pruning import walk
 from lib.pruning.plan import SparsityPlan
-from lib.run.journal import Identity, Journal, digest
+from lib.run.journal import Identity, Journal
 from lib.run.record import Record, is_unmeasured, provenance
 from lib.spectra import measure as metrics
 
@@ -108,7 +109,7 @@ def _values(subject: Subject, task: Task, measurement: Measurement) -> Mapping[s
     if key not in subject.scores:
         values = block_scores.measure_scores(needs, subject.weights, target, subject.inputs, multiple)
         # All processes take the first one's, which are the same but for the last bit, so that all make the same plan.
-        subject.scores[key] = processes.by_first(lambda: values)
+        subject.scores[key] = processes.on_main(lambda: values)
     return subject.scores[key]
 
 
@@ -121,10 +122,10 @@ def search_prices(
     """
     key = _search_key(subject, task) if journal is not None else ""
     if journal is not None:
-        noted = processes.by_first(lambda: journal.noted("prices") or {})  # before any of them notes more
-        if noted.get("key") == key:
+        earlier = journal.get("prices", key)
+        if earlier is not None:
             log.info("the ratios of equal price are those that the interrupted run found")
-            return price.Found.of(noted["found"])
+            return price.Found.of(earlier)
     start = None
     if task.start:
         values = _values(subject, task.starting_task, measurement)
@@ -133,23 +134,23 @@ def search_prices(
         log.info("the first process searches for prices, the others wait for them")
 
     def search_apart() -> price.Found:
-        with processes.apart():
+        with processes.single_process():
             model = subject.price_model(options.effort, task.by_magnitude)
             return price.search(model, subject.weights.layers, task.target, start, options)
 
     searched = (task.target, task.by_magnitude, tuple((start or {}).items()), options)
     scores_key = ("price", *searched, *subject.search_digests)
     if scores_key not in subject.scores:
-        subject.scores[scores_key] = processes.by_first(search_apart)
+        subject.scores[scores_key] = processes.on_main(search_apart)
     search = subject.scores[scores_key]
     if journal is not None:
-        journal.note("prices", {"key": key, "found": search._asdict()})
+        journal.put("prices", key, search._asdict())
     return search
 
 
 def _search_key(subject: Subject, task: Task) -> str:
     """Return a hash of all that the result of a search depends on."""
-    return digest([task.identity, subject.search_digests, subject.name, metrics.fingerprints(subject.weights)])
+    return digest([task.identity, subject.search_digests, subject.name, subject.weights.fingerprints()])
 
 
 def make_plan(
@@ -181,7 +182,7 @@ def allocate(
 
     tried = {}
     if journal is not None:
-        tried = _Noted(journal, _search_key(subject, task))
+        tried = _Tried(journal, _search_key(subject, task))
         if isinstance(subject.weights, Streamed):
             subject.weights.scratch(journal.scratch)
     largest = formulas.largest_epsilon(layers, task.target, values, task.hyper["mapping_type"])
@@ -191,17 +192,16 @@ def allocate(
     return plan_of(epsilon.best(trials).epsilon), trials
 
 
-class _Noted(dict):
+class _Tried(dict):
     """Results of a search by plan, each recorded in the journal as soon as it is known."""
 
     def __init__(self, journal: Journal, key: str) -> None:
-        noted = journal.noted("search") or {}
-        super().__init__(noted["found"] if noted.get("key") == key else {})
+        super().__init__(journal.get("trials", key) or {})
         self._journal, self._key = journal, key
 
     def __setitem__(self, plan: str, perplexity: float) -> None:
         super().__setitem__(plan, perplexity)
-        self._journal.note("search", {"key": self._key, "found": dict(self)})
+        self._journal.put("trials", self._key, dict(self))
 
 
 def prune(
@@ -224,8 +224,8 @@ def prune(
         device = next(iter(subject.weights.visit())).device.type
         # The number of processes determines the order of float32 additions.
         machine = versions | {"device": device, "processes": str(processes.count())}
-        fingerprints = metrics.fingerprints(subject.weights)
-        journal.begin(Identity(task.identity, plan.digest(), subject.calibration_digest, machine, fingerprints))
+        fingerprints = subject.weights.fingerprints()
+        journal.begin(Identity(task.identity, digest(plan), subject.calibration_digest, machine, fingerprints))
     inputs = subject.inputs()._replace(dtype=subject.calib_dtype) if task.pruner.statistic else None
     return walk.walk(subject.weights, plan, task.pruner, inputs, values, propagate, journal)
 

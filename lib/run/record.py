@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -16,16 +15,17 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from lib.core.files import checksum, write_files
+from lib.core import cpu
+from lib.core.digests import digest, file_state
+from lib.core.files import write_files
 from lib.core.lazy import torch
 from lib.pruning.walk import LayerReport
 
 log = logging.getLogger(__name__)
 
-# Flags that may name a local file or folder, which the same flags do not keep from being replaced.
+# Flags that may name a file or folder, which may change between two runs with equal flags.
 INPUTS = ("model", "resume", "calib_data", "eval_data", "plan", "include_path")
 _OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt")  # what is read from its folder
-_READ_WHOLE = 2**25  # bytes: larger files of a model are known by size and time, since to read them takes minutes
 
 PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
 
@@ -58,12 +58,12 @@ class Record:
             Path("/proc/self/clear_refs").write_text("5")
         for device in cuda_in_use():
             torch.cuda.reset_peak_memory_stats(device)
-        start, cpu = time.perf_counter(), time.process_time()
+        start, busy = time.perf_counter(), time.process_time()
         yield
         for device in cuda_in_use():
             torch.cuda.synchronize(device)
         seconds = {
-            "seconds": round(time.perf_counter() - start, 3), "cpu_seconds": round(time.process_time() - cpu, 3)
+            "seconds": round(time.perf_counter() - start, 3), "cpu_seconds": round(time.process_time() - busy, 3)
         }  # fmt: skip
         row = seconds | {"peak_rss_mb": _peak_rss_mb()}
         peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
@@ -86,7 +86,7 @@ class Record:
         return self.content | {"stages": self.stages}
 
     @contextmanager
-    def kept(self, resume: str | Callable[[], str]) -> Iterator[None]:
+    def explain_failure(self, resume: str | Callable[[], str]) -> Iterator[None]:
         """If the body of the with statement fails, report what is on disk and how to ``resume``.
 
         Args:
@@ -107,7 +107,7 @@ def cuda_in_use() -> list[int]:
     """
     if "torch" not in sys.modules or not torch.cuda.is_initialized():
         return []
-    return [device for device in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(device)]
+    return [device for device in range(cpu.gpus()) if torch.cuda.memory_reserved(device)]
 
 
 def _peak_rss_mb() -> int:
@@ -189,36 +189,20 @@ def is_unmeasured(save: Path, run: str, flags: Mapping[str, object]) -> bool:
 
 
 def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
-    """Return digests of the local files and folders that ``flags`` name, by flag; of a hub's there is none.
-
-    A text or a plan is known by its content. So is a model, except for large files: those by name, size and time of
-    their last change.
-    """
-    found = {}
-    for name in INPUTS:
-        if not flags.get(name):
-            continue
+    """Return the states of the local files and folders that ``flags`` name, by flag; of a hub's there is none."""
+    states = {}
+    for name in filter(flags.get, INPUTS):
         path = Path(str(flags[name])).expanduser()
+        paths = [path]
+        if name == "model" and path.is_dir():
+            paths = [file for file in path.iterdir() if file.suffix in _OF_A_MODEL]
+        elif name == "include_path" and path.is_dir():
+            paths = path.rglob("*")
         with suppress(OSError):  # whoever reads it reports it
-            if name in ("model", "include_path") and path.is_dir():
-                found[name] = _digest_of_folder(path, _OF_A_MODEL if name == "model" else ())
-            elif path.is_file():
-                found[name] = _digest(path, whole=name not in ("model", "resume"))
-    return found
-
-
-def _digest_of_folder(folder: Path, kinds: Sequence[str]) -> str:
-    paths = folder.iterdir() if kinds else folder.rglob("*")
-    paths = sorted(path for path in paths if path.is_file() and (not kinds or path.suffix in kinds))
-    lines = [f"{path.relative_to(folder)} {_digest(path)}" for path in paths]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _digest(path: Path, whole: bool = False) -> str:
-    about = path.stat()
-    if not whole and about.st_size > _READ_WHOLE:
-        return f"{about.st_size} bytes of {about.st_mtime_ns}"
-    return f"{about.st_size} bytes {checksum(path)}"
+            lines = [f"{file.relative_to(path)} {file_state(file)}" for file in sorted(paths) if file.is_file()]
+            if lines:
+                states[name] = digest(lines)
+    return states
 
 
 def changed_inputs(record: dict, inputs: Mapping[str, str]) -> list[str]:

@@ -13,7 +13,6 @@ _HOMES = {
     "load_packed": "loading",
     "pack_files": "packed",
     "packed_dtypes": "loading",
-    "processor": "kernel",
     "refuse_packed": "loading",
     "sparsify": "fusing",
     "unpack_files": "packed",

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib.core import cpu
+
 log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent / "csrc"
 HEADERS, SOURCES = (sorted(_FOLDER.glob(ending)) for ending in ("*.h", "*.cpp"))
-# Instruction sets, the best first. The flags are spelled as the compiler's -m and, but for "_", as in /proc/cpuinfo.
+# What the kernel is compiled for, the best first, and the compiler's -m flags; on ARM, NEON needs none.
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx2", "fma", "f16c", "popcnt")
 LEVELS = {
     "avx512bf16": (*_AVX512, "avx512bf16"),
@@ -27,7 +29,6 @@ LEVELS = {
     "avx2": ("avx2", "bmi2", "fma", "f16c", "popcnt"),
     "neon": (),
 }
-ARM = ("aarch64", "arm64")  # all of which have NEON
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 MAX_TOKENS = 8  # of a call of the kernel
 PADDING = 32  # values after a matrix's last, which the kernel may read
@@ -126,7 +127,6 @@ class Kernel:
         self._unpack(ctypes.addressof(matrix), first, last, out.data_ptr(), torch.get_num_threads())
 
 
-@cache
 def load(level: str | None = None) -> Kernel:
     """Return the kernel for ``level`` of LEVELS, or for the best that this CPU supports; compiled if necessary.
 
@@ -137,6 +137,11 @@ def load(level: str | None = None) -> Kernel:
     if level not in levels():
         lacks = "neither AVX2 nor NEON" if level is None else f"no {level}"
         raise Unavailable(f"this CPU ({platform.machine()}) has {lacks}")
+    return _loaded(level)
+
+
+@cache
+def _loaded(level: str) -> Kernel:
     try:
         return Kernel(_built(level))
     except OSError as error:  # the cache cannot be written, or libraries cannot be loaded from it
@@ -145,35 +150,13 @@ def load(level: str | None = None) -> Kernel:
 
 def levels() -> list[str]:
     """Return which of LEVELS this machine supports, best first."""
-    if platform.machine() in ARM:
-        return ["neon"]
-    about = processor()
-    has = {flag.replace("_", "") for flag in about.get("flags", "").split()}
-    found = [name for name, flags in LEVELS.items() if flags and has.issuperset(flags)]
+    has = cpu.instructions()
+    names = [name for name, flags in LEVELS.items() if has.issuperset(flags or [name])]
     # Intel's vdpbf16ps starts every other cycle, on the port of vpexpandw: two float32 products are faster there.
     # A step of 32 columns takes 1.26 ns with it and 1.54 without on an EPYC of 2023 (Zen 4).
-    if "avx512bf16" in found and about.get("vendor_id") != "AuthenticAMD":
-        found.insert(1, found.pop(0))
-    return found
-
-
-def processor() -> dict[str, str]:
-    """Return the fields of the first processor in /proc/cpuinfo; empty if that is missing (not Linux)."""
-    info = Path("/proc/cpuinfo")
-    first = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
-
-
-@cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Return whether this CPU has instructions for products of many tokens in ``dtype`` of KERNEL_DTYPES.
-
-    Without them torch takes five times as long as in float32.
-    """
-    about, name = processor(), {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    if platform.machine() in ARM:
-        return name == "bf16" and name in about.get("Features", "").split()
-    return not {f"avx512_{name}", f"amx_{name}"}.isdisjoint(about.get("flags", "").split())
+    if "avx512bf16" in names and cpu.processor().get("vendor_id") != "AuthenticAMD":
+        names.insert(1, names.pop(0))
+    return names
 
 
 def _compiler() -> str:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.core import cpu
 from lib.core.errors import UserError
-from lib.sparse.kernel import KERNEL_DTYPES, MAX_TOKENS, Kernel, MatrixStruct, load, multiplies
+from lib.sparse.kernel import KERNEL_DTYPES, MAX_TOKENS, Kernel, MatrixStruct, load
 from lib.sparse.packed import PackedTensor, pack, row_starts, unpack
 
 # Fraction of zeros from which the float32 product of many tokens is faster if it skips them.
@@ -61,12 +62,12 @@ def by_tiles(flat: Tensor, rows: Callable[[int, int], Tensor], count: int, bias:
     Args:
         rows: returns the weight's rows from the first to before the last, [last - first, columns].
     """
-    dtype = flat.dtype if multiplies(flat.dtype) else torch.float32
+    dtype = flat.dtype if cpu.multiplies(flat.dtype) else torch.float32
     y, flat = flat.new_empty(len(flat), count), flat.to(dtype)
     for first in range(0, count, ROWS_AT_ONCE):
         last = min(first + ROWS_AT_ONCE, count)
-        tile_bias = None if bias is None else bias[first:last].to(dtype)
-        y[:, first:last] = F.linear(flat, rows(first, last).to(dtype), tile_bias)
+        part = None if bias is None else bias[first:last].to(dtype)
+        y[:, first:last] = F.linear(flat, rows(first, last).to(dtype), part)
     return y
 
 
@@ -137,7 +138,7 @@ class SparseLinear(nn.Module):
         return self.kernel.multiply(self._matrix, x.contiguous(), y, tokens)
 
     def _many(self, flat: Tensor) -> Tensor:
-        if len(flat) and not multiplies(self.dtype) and self.sparsity >= SKIP_FROM:
+        if len(flat) and not cpu.multiplies(self.dtype) and self.sparsity >= SKIP_FROM:
             return self.kernel.multiply_many(self._matrix, flat.float().contiguous(), self.bias).to(self.dtype)
         tile = flat.new_empty(min(ROWS_AT_ONCE, self.out_features), self.mask.shape[1] * 32)
 
@@ -225,7 +226,7 @@ class DenseLinear(nn.Linear):
         if few and here and self.shared is not None and (y := self.shared.multiply(self.place, x, tokens)) is not None:
             return y
         matrix = self.matrix(x) if here else None
-        if matrix is not None and tokens > MAX_TOKENS and not multiplies(x.dtype):
+        if matrix is not None and tokens > MAX_TOKENS and not cpu.multiplies(x.dtype):
             flat = x.reshape(tokens, self.in_features)
             y = by_tiles(flat, lambda first, last: self.weight[first:last], self.out_features, self.bias)
             return y.view(*x.shape[:-1], self.out_features)

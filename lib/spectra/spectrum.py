@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lib.core.lazy import torch
 
-if TYPE_CHECKING:
-    from torch import Tensor
-_BATCH_ENTRIES = 2**26  # of FARMS windows at a time: 256 MiB in float32
+# Numbers in the FARMS windows that are decomposed at a time: 256 MiB in float32.
+_BATCH_ENTRIES = 2**26
 
 
 class Spectrum(NamedTuple):
-    """Ascending eigenvalues of W'W (``eigs``: [N] float32) and the shape of W.
+    """Ascending eigenvalues of W'W (``eigs``: [N] float32, on the CPU) and the shape of W.
 
-    N = min(shape) of a matrix; of a convolution [out, in, kh, kw] kh * kw * min(out, in). ``fell_back``: the fast
-    driver was replaced by a float64 SVD.
+    For a matrix N is min(shape), for a convolution [out, in, kh, kw] it is kh * kw * min(out, in).
+    ``fell_back``: the fast driver was replaced by a float64 SVD.
     """
 
-    eigs: Tensor
+    eigs: torch.Tensor
     shape: tuple[int, ...]
     fell_back: bool = False
 
@@ -40,15 +39,14 @@ class NoFit(ValueError):
     """The spectrum admits no power-law fit; the message gives the reason."""
 
 
-def spectrum(weight: Tensor, driver: str = "exact", farms: Farms | None = None) -> Spectrum:
+def spectrum(weight: torch.Tensor, driver: str = "exact", farms: Farms | None = None) -> Spectrum:
     """Return the spectrum of ``weight`` [out, in]: its squared singular values, ascending, none dropped.
 
-    Computed on the weight's own device (paper, section 3.1: the ESD of the correlation matrix W'W). For a convolution
-    [out, in, kh, kw]: those of the matrices [out, in] at all kernel positions together, each matrix scaled by sqrt(1/2)
-    (published).
+    They are the ESD of the correlation matrix W'W (paper, section 3.1). For a convolution [out, in, kh, kw] they are
+    those of the matrices [out, in] at all kernel positions together, each matrix scaled by sqrt(1/2) (published).
 
     Args:
-        driver: a name of DRIVERS.
+        driver: a name of DRIVERS: ``exact`` computes on the CPU, ``fast`` on the weight's own device.
         farms: windows whose spectra are joined, instead of the whole matrix's spectrum.
 
     Raises:
@@ -57,25 +55,27 @@ def spectrum(weight: Tensor, driver: str = "exact", farms: Farms | None = None) 
     matrix = weight.detach()
     if not torch.isfinite(matrix).all():
         raise NoFit("the weight holds values that are not finite")
-    if farms is None:
-        matrices = matrix[None]  # [1, out, in]
-        if matrix.ndim == 4:  # [kh * kw, out, in]
-            matrices = matrix.float().permute(2, 3, 0, 1).flatten(0, 1) * math.sqrt(0.5)
-        eigs, fell_back = DRIVERS[driver](matrices)
-        return Spectrum(eigs.flatten().sort().values, tuple(weight.shape), fell_back)
-    if matrix.ndim != 2:
-        raise NoFit("FARMS is about matrices, not convolutions")
-    parts = [DRIVERS[driver](batch) for batch in _window_batches(matrix, farms)]
-    eigs = torch.cat([eigs.flatten() for eigs, _ in parts]).sort().values
-    return Spectrum(eigs, tuple(weight.shape), any(fell_back for _, fell_back in parts))
+
+    if farms is not None:
+        if matrix.ndim != 2:
+            raise NoFit("FARMS is about matrices, not convolutions")
+        batches = _window_batches(matrix, farms)
+    elif matrix.ndim == 4:
+        batches = [matrix.float().permute(2, 3, 0, 1).flatten(0, 1) * math.sqrt(0.5)]  # [kh * kw, out, in]
+    else:
+        batches = [matrix[None]]  # [1, out, in]
+
+    spectra = [DRIVERS[driver](batch) for batch in batches]
+    eigs = torch.cat([eigs.flatten().cpu() for eigs, _ in spectra]).sort().values
+    return Spectrum(eigs, tuple(weight.shape), any(fell_back for _, fell_back in spectra))
 
 
-def _exact(matrices: Tensor) -> tuple[Tensor, bool]:
-    """Return the squared float32 singular values of ``matrices`` [B, out, in], ascending, as published."""
-    return torch.linalg.svdvals(matrices.float()).square().flip(-1), False
+def _exact(matrices: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Return LAPACK's squared float32 singular values of ``matrices`` [B, out, in], ascending, as published."""
+    return torch.linalg.svdvals(matrices.cpu().float()).square().flip(-1), False
 
 
-def _fast(matrices: Tensor) -> tuple[Tensor, bool]:
+def _fast(matrices: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Return the eigenvalues of the float64 Gram matrices on the shorter side, and whether an SVD was needed.
 
     Their errors are about 2 sqrt(N) eps of the largest eigenvalue: if that exceeds 1e-3 of the smallest (a float32 SVD
@@ -92,7 +92,7 @@ def _fast(matrices: Tensor) -> tuple[Tensor, bool]:
 
 
 # How the singular values are computed: [B, out, in] -> ([B, N] float32 eigenvalues, ascending; was there a fallback).
-DRIVERS: dict[str, Callable[[Tensor], tuple[Tensor, bool]]] = {"exact": _exact, "fast": _fast}
+DRIVERS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, bool]]] = {"exact": _exact, "fast": _fast}
 
 
 def farms_windows(shape: tuple[int, int], farms: Farms) -> tuple[tuple[int, int], list[int], list[int]]:
@@ -106,15 +106,15 @@ def farms_windows(shape: tuple[int, int], farms: Farms) -> tuple[tuple[int, int]
     if not 0 < window[1] <= shape[1]:
         raise NoFit(f"windows of {window[0]}x{window[1]} do not fit into a matrix of {shape[0]}x{shape[1]}")
     starts = []
-    for size, part in zip(shape, window, strict=True):
-        room = size - part
+    for size, length in zip(shape, window, strict=True):
+        room = size - length
         step = max(1, room // (farms.steps - 1)) if farms.steps > 1 else 1
         # In a small matrix several would start at the same place: each is taken once.
         starts.append(sorted({min(i * step, room) for i in range(farms.steps)}))
     return window, *starts
 
 
-def _window_batches(matrix: Tensor, farms: Farms) -> Iterator[Tensor]:
+def _window_batches(matrix: torch.Tensor, farms: Farms) -> Iterator[torch.Tensor]:
     (height, width), tops, lefts = farms_windows(tuple(matrix.shape), farms)
     places = [(top, left) for top in tops for left in lefts]
     count = max(1, _BATCH_ENTRIES // (height * width))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lib.core.lazy import torch
 from lib.spectra.spectrum import NoFit, Spectrum
 
-if TYPE_CHECKING:
-    from torch import Tensor
+# Bins of the histogram of log10(eigenvalue), as published.
+HISTOGRAM_BINS = 100
 
-HISTOGRAM_BINS = 100  # of log10(eigenvalue), published
-_POINTS = 8  # of each candidate's tail, to bound its KS distance from below
-_GAPS = 2**24  # of candidates and points at a time, on a GPU: four float64 matrices of 128 MiB
-_FLOAT32_SLACK = 2e-5  # float32 and float64 KS distances differ by less: 2e-6 at most was seen, up to N = 8192
+# Points of each candidate's tail at which its KS distance is bounded from below.
+_POINTS = 8
+
+# Candidates that are measured in full at a time; more would mostly be wasted work.
+_BATCH = 4
+
+# Float32 and float64 KS distances differ by less: 2e-6 at most was seen, up to N = 8192.
+_FLOAT32_SLACK = 2e-5
 
 
 class PowerLaw(NamedTuple):
@@ -41,7 +45,7 @@ def alpha_peak(spec: Spectrum) -> float:
 def alpha(spec: Spectrum) -> float:
     """Return the tail exponent, the tail's start searched among all eigenvalues but the last (weightwatcher)."""
     eigs = _fittable(spec)
-    return fit_tail(eigs, torch.arange(len(eigs) - 1, device=eigs.device)).alpha
+    return fit_tail(eigs, torch.arange(len(eigs) - 1)).alpha
 
 
 def spectral_norm(spec: Spectrum) -> float:
@@ -49,24 +53,9 @@ def spectral_norm(spec: Spectrum) -> float:
     return _positive(spec)[-1].item()
 
 
-def log_spectral_norm(spec: Spectrum) -> float:
-    """Return log10 of the largest eigenvalue."""
-    return math.log10(spectral_norm(spec))
-
-
 def norm(spec: Spectrum) -> float:
     """Return the sum of the eigenvalues: the squared Frobenius norm of W (weightwatcher's definition)."""
     return _positive(spec).sum().item()
-
-
-def log_norm(spec: Spectrum) -> float:
-    """Return log10 of the sum of the eigenvalues."""
-    return math.log10(norm(spec))
-
-
-def stable_rank(spec: Spectrum) -> float:
-    """Return the sum of the eigenvalues over the largest."""
-    return norm(spec) / spectral_norm(spec)
 
 
 def entropy(spec: Spectrum) -> float:
@@ -83,18 +72,13 @@ def entropy(spec: Spectrum) -> float:
     return -torch.special.xlogy(share, share).sum().item() / math.log(rank)
 
 
-def alpha_weighted(spec: Spectrum) -> float:
-    """Return alpha times log10 of the largest eigenvalue."""
-    return alpha(spec) * log_spectral_norm(spec)
-
-
 def log_alpha_norm(spec: Spectrum) -> float:
     """Return log10 of the sum of the eigenvalues to the power of alpha."""
     logs = _positive(spec).log()
     return torch.logsumexp(alpha(spec) * logs, 0).item() / math.log(10)  # the powers themselves may overflow
 
 
-def _positive(spec: Spectrum) -> Tensor:
+def _positive(spec: Spectrum) -> torch.Tensor:
     """Return the eigenvalues in float64; at least one must be above zero."""
     eigs = spec.eigs.double()
     if not torch.isfinite(eigs).all():
@@ -104,7 +88,7 @@ def _positive(spec: Spectrum) -> Tensor:
     return eigs
 
 
-def peak_candidates(eigs: Tensor) -> Tensor:
+def peak_candidates(eigs: torch.Tensor) -> torch.Tensor:
     """Return the indices [C] at which ``alpha_peak`` may start the tail.
 
     The window is e >= log10(0.95 * peak) and e <= 1.5 * peak. The published code thus compares a logarithm
@@ -114,15 +98,14 @@ def peak_candidates(eigs: Tensor) -> Tensor:
     low, high = log10[0], log10[-1]
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise NoFit("eigenvalues of zero, or all alike, have no peak in the log-spectrum")
-    # On the CPU: a few thousand values, and the bins are then the same on every device.
-    counts = torch.histc(log10.cpu(), HISTOGRAM_BINS, min=low.item(), max=high.item())
+    counts = torch.histc(log10, HISTOGRAM_BINS, min=low.item(), max=high.item())
     edges = torch.linspace(low.item(), high.item(), HISTOGRAM_BINS + 1)
     peak = 10 ** edges[torch.argmax(counts)]
     inside = (eigs[:-1] >= torch.log10(0.95 * peak).item()) & (eigs[:-1] <= (1.5 * peak).item())
     return inside.nonzero().flatten()
 
 
-def fit_tail(eigs: Tensor, candidates: Tensor) -> PowerLaw:
+def fit_tail(eigs: torch.Tensor, candidates: torch.Tensor) -> PowerLaw:
     """Return the power law with the smallest KS distance among those that start at one of ``candidates``.
 
     For each start i, alpha(i) = 1 + (N-i) / (sum_{j>=i} ln e_j - (N-i) ln e_i) and
@@ -140,33 +123,41 @@ def fit_tail(eigs: Tensor, candidates: Tensor) -> PowerLaw:
         NoFit: no candidate gives a finite exponent above 1.
     """
     logs = eigs.double().log()
-    tail = torch.arange(len(eigs), 0, -1, device=eigs.device, dtype=torch.float64)  # N - i
+    tail = torch.arange(len(eigs), 0, -1, dtype=torch.float64)  # N - i
     exponent = tail / (logs.flip(0).cumsum(0).flip(0) - tail * logs)  # alpha(i) - 1, [N]
     starts = candidates[(exponent[candidates] > 0) & torch.isfinite(exponent[candidates])]
     if not len(starts):
         raise NoFit("no candidate for the start of the tail gives a finite exponent above 1")
 
-    every = torch.arange(len(eigs), device=eigs.device)
-    share = torch.linspace(0, 1, _POINTS, device=eigs.device, dtype=torch.float64)
+    def gaps(starts: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        """Return |1 - (e_j/e_i)^(1-alpha_i) - (j-i)/(N-i)| for starts i [C] at points j [C or 1, P]; 0 for j < i."""
+        rank = points - starts[:, None]
+        model = (logs[starts, None] - logs[points]).mul_(exponent[starts, None]).exp_()
+        gap = (rank / tail[starts, None]).add_(model).sub_(1).abs_()
+        return gap.masked_fill_(rank < 0, 0)
+
+    every = torch.arange(len(eigs))
+    share = torch.linspace(0, 1, _POINTS, dtype=torch.float64)
     points = starts[:, None] + (share * (tail[starts, None] - 1)).long()  # [C, P]
-    bounds = _gaps(logs, exponent, tail, starts, points).amax(1)  # of D from below, [C]
-    # Few large kernels there, of candidates times points and the reverse below; little wasted work here.
-    batch = max(4, min(256, _GAPS // len(eigs))) if eigs.is_cuda else 4
+    bounds = gaps(starts, points).amax(1)  # of D from below, [C]
+
     best, near = math.inf, []
     while len(starts):
-        first = bounds.topk(min(batch, len(starts)), largest=False).indices
+        first = bounds.topk(min(_BATCH, len(starts)), largest=False).indices
         measured = starts[first]
-        distances, worst = _gaps(logs, exponent, tail, measured, every[None, int(measured.min()) :]).max(1)
+        distances, worst = gaps(measured, every[None, int(measured.min()) :]).max(1)
         near += zip(distances.tolist(), measured.tolist(), strict=True)
         best = min(best, distances.min().item())
         bounds[first] = math.inf
         left = bounds <= best + _FLOAT32_SLACK
         starts, bounds = starts[left], bounds[left]
+
         # Where a tail is farthest from its law, its neighbours are far from theirs: the next bounds are tight.
         points = (worst + measured.min()).unique()[None]
-        bounds = torch.maximum(bounds, _gaps(logs, exponent, tail, starts, points).amax(1))
+        bounds = torch.maximum(bounds, gaps(starts, points).amax(1))
         left = bounds <= best + _FLOAT32_SLACK
         starts, bounds = starts[left], bounds[left]
+
     ties = sorted(start for distance, start in near if distance <= best + _FLOAT32_SLACK)
     fits = [fit for fit in (_plain_fit(eigs, i) for i in ties) if fit.alpha > 1 and math.isfinite(fit.alpha)]
     if not fits:
@@ -174,24 +165,16 @@ def fit_tail(eigs: Tensor, candidates: Tensor) -> PowerLaw:
     return min(fits, key=lambda fit: (fit.distance, fit.index))
 
 
-def _gaps(logs: Tensor, exponent: Tensor, tail: Tensor, starts: Tensor, points: Tensor) -> Tensor:
-    """Return |1 - (e_j/e_i)^(1-alpha_i) - (j-i)/(N-i)| of each start i [C] at points j of [C or 1, P]; 0 for j < i."""
-    rank = points - starts[:, None]
-    model = (logs[starts, None] - logs[points]).mul_(exponent[starts, None]).exp_()
-    gap = (rank / tail[starts, None]).add_(model).sub_(1).abs_()
-    return gap.masked_fill_(rank < 0, 0)
-
-
-def _plain_fit(eigs: Tensor, start: int) -> PowerLaw:
+def _plain_fit(eigs: torch.Tensor, start: int) -> PowerLaw:
     """Return the fit from ``start`` on by the published float32 formula, operation by operation."""
     alpha = _alpha_at(eigs, start)
     count = len(eigs) - start
     model = (eigs[start:] / eigs[start]) ** (1 - alpha)
-    rank = torch.arange(count, device=eigs.device, dtype=torch.float32)
+    rank = torch.arange(count, dtype=torch.float32)
     return PowerLaw(alpha, start, (1 - model - rank / count).abs().max().item())
 
 
-def _alpha_at(eigs: Tensor, start: int) -> float:
+def _alpha_at(eigs: torch.Tensor, start: int) -> float:
     logs = eigs.log()
     count = float(len(eigs) - start)
     alpha = (1 + count / (logs[start:].sum() - count * logs[start])).item()
@@ -200,7 +183,7 @@ def _alpha_at(eigs: Tensor, start: int) -> float:
     return alpha
 
 
-def _fittable(spec: Spectrum) -> Tensor:
+def _fittable(spec: Spectrum) -> torch.Tensor:
     if len(spec.eigs) < 3:
         raise NoFit(f"{len(spec.eigs)} eigenvalues are too few")
     if not torch.isfinite(spec.eigs).all():
@@ -215,13 +198,13 @@ METRICS: dict[str, Callable[[Spectrum], float]] = {
     "alpha_peak": alpha_peak,
     "alpha_mid": alpha_mid,
     "alpha": alpha,
-    "alpha_weighted": alpha_weighted,
+    "alpha_weighted": lambda spec: alpha(spec) * math.log10(spectral_norm(spec)),
     "log_alpha_norm": log_alpha_norm,
     "spectral_norm": spectral_norm,
-    "log_spectral_norm": log_spectral_norm,
+    "log_spectral_norm": lambda spec: math.log10(spectral_norm(spec)),
     "norm": norm,
-    "log_norm": log_norm,
-    "stable_rank": stable_rank,
+    "log_norm": lambda spec: math.log10(norm(spec)),
+    "stable_rank": lambda spec: norm(spec) / spectral_norm(spec),
     "entropy": entropy,
 }
 # Metrics that weightwatcher measures: the column of its table, and what makes it fill that column.

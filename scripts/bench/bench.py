@@ -14,10 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tabulate import tabulate
 
-from lib import sparse
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
-from lib.core import files
+from lib.core import cpu, files
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.core.names import check_name
@@ -158,11 +157,11 @@ def bench(parts: Sequence[str], sizes: Sizes, device: torch.device, rounds: int)
 
 def run(settings: Benchmark) -> int:
     """Measure, print the table and write it; return 1 if a result differs from its plain formulation's."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    if settings.device == "cuda" and not cpu.gpus():
         raise UserError("device", "cuda", "no CUDA device here, nothing was measured")
-    files.prepare("save", Path(settings.save))
+    files.check_writable("save", Path(settings.save))
     torch.set_num_threads(settings.threads)
-    device, machine = torch.device(settings.device), sparse.processor().get("model name", "a CPU")
+    device, machine = torch.device(settings.device), cpu.model_name()
     if settings.device == "cuda":
         machine = torch.cuda.get_device_name()
     rows = bench(settings.parts.split(","), settings.sizes(), device, settings.rounds)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lib.allocation import price
+from lib.allocation import price_model
 from lib.allocation.block_scores import lamp_score, median_score, outlier_ratio
+from lib.allocation.price import EFFORTS
 from lib.calibration.hidden import enter_blocks
 from lib.calibration.statistics import STATISTICS, completed
 from lib.core.lazy import torch, transformers
@@ -74,7 +75,7 @@ def same_zeros(one: torch.Tensor, two: torch.Tensor) -> float:
 
 def same_numbers(one: torch.Tensor | float, two: torch.Tensor | float) -> float:
     """Return the share of entries within a hundredth of each other, or within a millionth of the largest."""
-    one, two = (torch.as_tensor(numbers, dtype=torch.float64) for numbers in (one, two))
+    one, two = (torch.as_tensor(numbers, dtype=torch.float64, device="cpu") for numbers in (one, two))
     return torch.isclose(one, two, rtol=1e-2, atol=1e-6 * two.abs().max().item()).double().mean().item()
 
 
@@ -119,10 +120,20 @@ def metrics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
             yield Case(name, partial(eigs_of, weight, driver), partial(plain.spectrum, weight), same_numbers)
 
     count = sizes.hidden
-    eigs = eigs_of(random_weight(sizes.shapes[0], device), "exact")
-    slow = partial(plain.best_fit, eigs, range(count - 1))
-    # Both must start the tail at the same eigenvalue.
-    yield Case(f"alpha, all of {count} candidates", fit, slow, lambda one, two: float(one[0] == two[0]))
+    normal = torch.randn(4, count)  # Fits are computed on the CPU.
+    draws = {
+        "of a matrix": eigs_of(random_weight(sizes.shapes[0], device), "exact"),
+        "of Pareto's law": torch.rand(count, dtype=torch.float64).pow(-1 / 1.5).float().sort().values,
+        "of Student's law": (normal[0].square() / normal[1:].square().mean(0)).sort().values,
+    }
+    for kind, eigs in draws.items():
+        starts = torch.arange(count - 1)
+        slow = partial(plain.best_fit, eigs, range(count - 1))
+        # Both must start the tail at the same eigenvalue; the plain loop returns its alpha as well.
+        yield Case(
+            f"alpha, all candidates, {count} eigenvalues {kind}", partial(fit, eigs, starts), slow,
+            lambda index, best: float(index == best[0]),
+        )  # fmt: skip
 
 
 def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
@@ -194,21 +205,24 @@ def prices(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for the ranks of the widest matrix, and one for the prices of a search's step, in float32."""
     score = random_weight(sizes.shapes[2], device).float().abs()
     name = f"ranks, {score.shape[0]}x{score.shape[1]}"
-    yield Case(name, partial(price.row_ranks, score), partial(plain.row_ranks, score), same_numbers)
+    yield Case(name, partial(price_model.row_ranks, score), partial(plain.row_ranks, score), same_numbers)
 
-    model, options = random_llama(sizes, device, torch.float32), price.Options()
-    windows = torch.randint(sizes.vocabulary, (options.effort.batch, sizes.tokens)).to(device)
-    fit = price.Prices(weights_of(model), windows, options)
-    ratios = dict.fromkeys(fit.ranks, RATIO)
+    model, effort = random_llama(sizes, device, torch.float32), EFFORTS["full"]
+    windows = torch.randint(sizes.vocabulary, (effort.windows_per_step, sizes.tokens)).to(device)
+    searched = price_model.LanguagePriceModel(
+        weights_of(model), (windows, windows), effort.windows_per_step, effort.token_stride
+    )
+    ranks = searched.masks.ranks
+    ratios = dict.fromkeys(ranks, RATIO)
 
     def ours() -> dict[str, float]:
-        return fit.prices(ratios, range(len(windows)))[1]
+        return searched.prices(ratios, range(len(windows)))[1]
 
     def slow() -> dict[str, float]:
-        return plain.prices(model, windows, fit.ranks, ratios, options.effort.every, price.BAND)
+        return plain.prices(model, windows, ranks, ratios, effort.token_stride, price_model.BAND)
 
     def numbers(by_layer: dict[str, float]) -> torch.Tensor:
-        return torch.tensor([by_layer[layer] for layer in fit.ranks])
+        return torch.tensor([by_layer[layer] for layer in ranks])
 
     name = f"prices, {sizes.blocks} blocks, {len(windows)} x {sizes.tokens} tokens"
     yield Case(name, ours, slow, same_numbers, read=numbers)

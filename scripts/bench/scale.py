@@ -16,7 +16,7 @@ from tabulate import tabulate
 from lib.allocation import price
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
-from lib.core import files
+from lib.core import cpu, files
 from lib.core.errors import UserError
 from lib.core.lazy import torch, transformers
 from lib.models import memory
@@ -94,7 +94,7 @@ def work(shapes: dict[str, tuple[int, int]], blocks: int, method: str, tokens: i
             inverses = -(-alps.ITERATIONS // alps.PER_RHO)
             total += inverses * inside**3 + 2 * (alps.ITERATIONS + alps.REFIT_STEPS + 2) * out * inside**2
     if allocation == "price":  # and once more where blocks are run twice
-        windows = price.forward_passes(SEARCH, started=False) + SEARCH.effort.batch * SEARCH.steps
+        windows = price.forward_passes(SEARCH, started=False) + SEARCH.effort.windows_per_step * SEARCH.steps
         total += windows * tokens * forward
     return total * blocks
 
@@ -117,7 +117,8 @@ def needs(size: str, nsamples: int, seqlen: int) -> Iterator[dict]:
         operations = work(shapes, blocks, pruner, nsamples * seqlen)
         if allocation == "price":
             length = SEARCH.effort.length(seqlen)
-            search = price.rank_bytes(layers) + price.working_set(model, layers, half, length, SEARCH.effort)
+            counts = SEARCH.effort.windows_per_step, price.FIT_WINDOWS + SEARCH.effort.held_out_windows
+            search = memory.rank_bytes(layers) + memory.price_working_set(model, layers, half, length, *counts)
             beside, streamed = max(beside, search), None
             operations += work(shapes, blocks, method, length) - work(shapes, blocks, pruner, length)
         yield {
@@ -128,7 +129,7 @@ def needs(size: str, nsamples: int, seqlen: int) -> Iterator[dict]:
 
 def measured_rate() -> float:
     """Return the operations per second of a product at LLaMA-7B's shapes: half precision on a GPU, else float32."""
-    cuda = torch.cuda.is_available()
+    cuda = cpu.gpus() > 0
     device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)
     x, w = torch.randn(2048, 4096, device=device, dtype=dtype), torch.randn(11008, 4096, device=device, dtype=dtype)
     best = float("inf")
@@ -196,7 +197,7 @@ def run(settings: Scale) -> None:
     folder = Path(settings.make)
     if folder.exists():
         raise UserError("make", folder, "already exists", "give another folder, or remove it")
-    files.prepare("make", folder.parent)
+    files.check_writable("make", folder.parent)
     make_checkpoint(settings, folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(f"written: {folder}, {settings.blocks} blocks, {files.readable(size)}")

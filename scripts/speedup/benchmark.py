@@ -18,11 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tabulate import tabulate
 
-from lib import sparse
 from lib.calibration.texts import check_text
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
-from lib.core import files
+from lib.core import cpu, files
 from lib.core.errors import UserError, flag_name
 from lib.models.locate import SMOLLM2
 from lib.run.record import provenance
@@ -90,7 +89,7 @@ class SpeedUp(Flags):
             fix = "set DEEPSPARSE_PYTHON=DIR/bin/python of its environment (docs/speedup.md says how to make it)"
             raise UserError("deepsparse", None, "has no interpreter", fix)
         check_text("text", self.text)
-        files.prepare("save", Path(self.save))
+        files.check_writable("save", Path(self.save))
         for model in filter(None, (*self.model, self.dense)):
             locate_folder(model)
 
@@ -237,7 +236,7 @@ def measure(checkpoints: Sequence[Checkpoint], length: int, settings: SpeedUp) -
     check_agreement(rows)
     if not rows:
         raise UserError(None, "no engine could run", failed[0]["error"])
-    record = {"complete": True, "processor": sparse.processor().get("model name", "unknown"), "rows": rows}
+    record = {"complete": True, "processor": cpu.model_name(), "rows": rows}
     record |= {"failed": failed, "sequence_length": length, "sparsities": sparsities, "flags": settings.flags()}
     return record | {"models": [str(c.folder) for c in checkpoints], "loadavg": os.getloadavg()} | provenance()
 

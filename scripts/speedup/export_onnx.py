@@ -197,7 +197,7 @@ def export(
     model = load_llm(checkpoint.source, torch.float32, torch.device("cpu"))
     size = 4 * (sum(p.numel() for p in model.parameters()) + checkpoint.head_weights)  # tied: the graph has a copy
     # One more where weights are gathered into one file from a file per tensor.
-    files.prepare("save", out.parent, (len(graphs) + (size > ONE_FILE)) * size if onnx else 0)
+    files.check_writable("save", out.parent, (len(graphs) + (size > ONE_FILE)) * size if onnx else 0)
 
     by_graph = examples(model, window)
     model.set_attn_implementation("eager")  # scaled dot product attention has no operator in this opset

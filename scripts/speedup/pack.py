@@ -13,9 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lib import sparse
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
-from lib.core import files
+from lib.core import cpu, files
 from lib.core.errors import UserError
-from lib.core.lazy import torch
 from scripts.speedup import two_of_four
 from scripts.speedup.checkpoints import check_free, open_checkpoint
 
@@ -38,7 +37,7 @@ class Pack(Flags):
         check_free("save", Path(self.save))
         if self.unpack and self.format != "bitmask":
             raise UserError("unpack", None, "the packed folder says how it was packed; leave --format out")
-        if self.format == "2of4" and not torch.cuda.is_available():
+        if self.format == "2of4" and not cpu.gpus():
             raise UserError("format", "2of4", "needs a CUDA device and there is none", "--format bitmask needs none")
 
 
@@ -59,7 +58,7 @@ def run(settings: Pack) -> None:
 
     # Two of four and the mask's bit for each are as small as two numbers with their places: one container for both.
     folder = checkpoint.folder
-    files.prepare("save", out.parent, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    files.check_writable("save", out.parent, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     with files.new_folder(out) as tmp:
         size = sparse.pack_files(folder, tmp)
         if report:

@@ -24,6 +24,8 @@ from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import PRUNERS, magnitude, wanda
 from lib.pruning.walk import walk
 
+pytestmark = pytest.mark.machine
+
 WINDOWS = torch.randint(3, 300, (6, 24), generator=torch.Generator().manual_seed(1))
 HELD = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(2))
 

@@ -17,6 +17,8 @@ from image_classifiers.price import EFFORT, FIT, HELD, ImagePriceModel, split
 from lib.allocation.price import Options, search
 from lib.core.errors import UserError
 
+pytestmark = pytest.mark.machine
+
 IMAGES = some_images(12).double()
 GROUPS = list(IMAGES.split(3))
 

@@ -109,7 +109,7 @@ def test_a_1x1_convolution_has_the_alpha_of_its_matrix():
 def test_pointwise_layers_get_their_own_values_by_name():
     # Metrics are measured over three layers a block; were values matched by position, depthwise ones would leak in.
     parts = find_parts(tiny_convnext())
-    values = measure("alpha_mid", "tiny", parts.measured).values
+    values = measure("alpha_mid", parts.measured).values
     assert list(values) == [layer.name for layer in parts.measured.layers]
     ratios = ALLOCATIONS["ww"].share(parts.pruned.layers, 0.5, values=values, epsilon=0.2, mapping_type="layer_wise")
     weights = [matrix.weight for matrix in matrices(parts.pruned).values()]
@@ -122,7 +122,7 @@ def test_pointwise_layers_get_their_own_values_by_name():
 
 def test_what_is_cut_off_at_one_is_spread_over_the_others():
     parts = find_parts(tiny_vit())
-    values = measure("alpha_mid", "tiny", parts.measured).values
+    values = measure("alpha_mid", parts.measured).values
     ratios = heavy_tailed(parts.pruned.layers, 0.8, values=values, epsilon=0.9, mapping_type="layer_wise")
     sizes = {name: matrix.weight.numel() for name, matrix in matrices(parts.pruned).items()}
     assert max(ratios.values()) == 1
@@ -266,7 +266,7 @@ def test_sparsegpt_makes_up_for_what_it_removes():
 def test_sparsity_of_the_whole_is_the_target():
     model = tiny_vit()
     parts = find_parts(model)
-    values = measure("alpha_mid", "tiny", parts.measured).values
+    values = measure("alpha_mid", parts.measured).values
     layers = parts.pruned.layers
     prune(model, "wanda", heavy_tailed(layers, 0.6, values=values, epsilon=0.2, mapping_type="layer_wise"))
     weights = torch.cat([matrix.weight.detach().flatten() for matrix in matrices(parts.pruned).values()])

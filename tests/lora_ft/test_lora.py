@@ -310,7 +310,7 @@ REFUSED = [
     ("finetune", f"{RESUME} --lora_r 4", "--lora_r 4: the run of stopped/checkpoint-1 was started with 8; give that"),
     ("finetune", f"{RESUME} --max_train_samples -", "--max_train_samples left out: the run of stopped/checkpoint-1 "),
     ("finetune", f"{RESUME} --train_file longer.txt", "--train_file longer.txt (tokens "),
-    ("finetune", f"{RESUME} --model_name_or_path dense", "was trained on other weights than those of --model dense"),
+    ("finetune", f"{RESUME} --model_name_or_path dense", "stopped: was trained on other weights than those of --mod"),
     ("evaluate", "--lora_weights nowhere", "--lora_weights nowhere: holds no adapter; give finetune_lm.py's --outp"),
     ("evaluate", "--lora_weights pruned", "--lora_weights pruned: holds no adapter, but a model"),
     ("evaluate", "--lora_weights prefix", "prefix: is a PREFIX_TUNING adapter; only LoRA is supported"),

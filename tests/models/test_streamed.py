@@ -15,7 +15,7 @@ import main
 from lib.calibration import hidden
 from lib.calibration.hidden import HIDDEN_STATES, enter_blocks
 from lib.cli.settings import METHODS
-from lib.core import files
+from lib.core import digests
 from lib.core.errors import UserError
 from lib.evaluation.perplexity import perplexity, perplexity_by_blocks
 from lib.models import load, memory, safetensors_io
@@ -53,7 +53,7 @@ def test_shards_are_what_the_library_reads_and_writes(dtype, tmp_path):
     tensors = some_tensors(dtype)
     digest = safetensors_io.write_shard(tmp_path / "ours.safetensors", tensors)
     assert digest == hashlib.sha256((tmp_path / "ours.safetensors").read_bytes()).hexdigest()
-    assert digest == files.checksum(tmp_path / "ours.safetensors")
+    assert digest == digests.checksum(tmp_path / "ours.safetensors")
     save_file(tensors, tmp_path / "theirs.safetensors")
     for name in ("ours", "theirs"):
         path = tmp_path / f"{name}.safetensors"

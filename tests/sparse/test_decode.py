@@ -70,6 +70,7 @@ def packed_model():
     return made
 
 
+@pytest.mark.machine
 def test_keys_and_values_are_copied_only_when_there_is_no_more_room(packed_model, monkeypatch):
     monkeypatch.setattr(steps, "SPARE_TOKENS", 3)
     ids, places = some_ids(2, 11), []
@@ -123,7 +124,6 @@ def test_a_cropped_cache_leaves_what_others_hold(packed_model):
 # -------------------------------------------------------------------------------------------------------- arithmetic
 
 
-@pytest.mark.parametrize("level", kernel.levels())
 @pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
 @pytest.mark.parametrize("length", [1, 7, 300])
 @pytest.mark.parametrize("size", [8, 20, 64])
@@ -149,7 +149,7 @@ def test_attention_is_that_of_float64(level, kind, length, size, threads):
     assert ((out.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("level", kernel.levels())
+@pytest.mark.machine
 @pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_decoding_is_as_close_to_float32_as_dense(level, kind, batch, threads):
@@ -162,6 +162,7 @@ def test_decoding_is_as_close_to_float32_as_dense(level, kind, batch, threads):
     assert (decode(made, ids) - exact).norm() <= 1.5 * (theirs - exact).norm()
 
 
+@pytest.mark.machine
 def test_dense_and_packed_layers_in_one_block():
     ids = some_ids(2)
     made = pruned(tiny_llama(), every=2)
@@ -181,6 +182,7 @@ def test_what_is_not_finite_stays_so(value):
     assert found[:, :-1].isfinite().all() and found[:, -1].isnan().all()
 
 
+@pytest.mark.machine
 def test_sequences_of_unequal_length_are_padded_on_the_left():
     ids, made = some_ids(2), pruned(tiny_llama())
     sparse.sparsify(made)
@@ -201,6 +203,7 @@ def test_sequences_of_unequal_length_are_padded_on_the_left():
 PLAIN = ("llama", "llama grouped-query", "llama3 tied", "mistral", "qwen2")
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("kind", [name for name in KINDS if KINDS[name][0] == "decoder"])
 def test_only_blocks_that_agree_are_compiled_and_all_models_decode(kind):
     made = pruned(build(kind))
@@ -245,6 +248,7 @@ def stepped(monkeypatch):
     return found
 
 
+@pytest.mark.machine
 def test_one_token_is_a_step_and_several_are_not(made, stepped):
     decode(made, some_ids(8), prompt=11)
     assert len(stepped) == 2 * 3  # tokens, blocks
@@ -252,6 +256,7 @@ def test_one_token_is_a_step_and_several_are_not(made, stepped):
     assert len(stepped) == 2 * 3
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("place", ["self_attn.q_proj", "mlp", "input_layernorm"])
 def test_hooks_inside_are_called(place, made, stepped):
     seen = []
@@ -263,6 +268,7 @@ def test_hooks_inside_are_called(place, made, stepped):
     assert len(seen) == 3 and len(stepped) == 2 * 2 + 3
 
 
+@pytest.mark.machine
 def test_another_module_in_a_block_is_used(made, stepped):
     class Double(torch.nn.Module):
         def __init__(self, inner):
@@ -294,6 +300,7 @@ def test_gradients_other_caches_and_other_attentions_take_the_models_own(made, s
     assert not stepped and compile_steps(made) == 0
 
 
+@pytest.mark.machine
 def test_a_copy_stands_alone(made):
     ids = some_ids(2)
     expected = decode(made, ids)
@@ -390,6 +397,7 @@ def test_a_cache_of_another_dtype_is_not_misread(made):
             made(ids[:, 5:6], past_key_values=cache, use_cache=True)
 
 
+@pytest.mark.machine
 def test_a_forward_method_that_is_replaced_is_used(made, stepped):
     made.model.layers[0].mlp.forward = lambda x: 0 * x
     decode(made, some_ids(1), prompt=12)

@@ -36,6 +36,7 @@ def tokens_of(count: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) ->
     return torch.randn(count, 40, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("dtype", kernel.KERNEL_DTYPES)
 @pytest.mark.parametrize("kinds", KERNEL_DTYPES)
 @torch.no_grad()

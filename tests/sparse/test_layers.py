@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 from lib import sparse
+from lib.core import cpu
 from lib.core.errors import UserError
 from lib.evaluation.perplexity import perplexity
 from lib.models.layers import prunable_layers, prunable_modules
@@ -60,12 +61,10 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
 # -------------------------------------------------------------------------------------------------------- products
 
 
-@needs_kernel
 @pytest.mark.parametrize("multiplies", [False, True])  # whether the CPU has instructions for many tokens of this kind
 @pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
-@pytest.mark.parametrize("level", kernel.levels())
 def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeypatch):
-    monkeypatch.setattr("lib.sparse.layers.multiplies", lambda _: multiplies)
+    monkeypatch.setattr(cpu, "multiplies", lambda _: multiplies)
     library = kernel.load(level)
     for index, (rows, columns) in enumerate(SHAPES):
         for zeros in (0.0, 0.5, 0.9, 1.0):
@@ -80,7 +79,7 @@ def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeyp
                 if tokens <= kernel.MAX_TOKENS:
                     sums = library.multiply(layers[0]._matrix, x, torch.full((tokens, rows), torch.nan), tokens)
                     assert ((sums - expected).abs() <= CLOSE * size).all()
-                own = tokens > kernel.MAX_TOKENS and multiplies and platform.machine() in kernel.ARM
+                own = tokens > kernel.MAX_TOKENS and multiplies and platform.machine() in cpu.ARM
                 close = HALF_ULP[kind] if own else CLOSE  # torch's bfloat16 product rounds parts of a sum there
                 for plain, with_bias in zip(layers, biased, strict=True):
                     assert ((plain(x) - expected).abs() <= close * size + HALF_ULP[kind] * expected.abs() + 1e-7).all()
@@ -90,8 +89,6 @@ def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeyp
                     assert (off <= CLOSE * size + 2 * HALF_ULP[kind] * (size + bias.double().abs()) + 1e-7).all()
 
 
-@needs_kernel
-@pytest.mark.parametrize("level", kernel.levels())
 def test_product_by_pencil(level):
     weight = torch.tensor([[0.0, 2, 0, -3], [0, 0, 0, 0], [1, 0, 0.5, -0.0]], dtype=torch.bfloat16)
     layer = SparseLinear.from_linear(linear(weight, torch.tensor([0.0, 7, 0]).bfloat16()), kernel.load(level))
@@ -100,8 +97,6 @@ def test_product_by_pencil(level):
     assert torch.equal(layer.dense(), weight) and layer.sparsity == pytest.approx(8 / 12)
 
 
-@needs_kernel
-@pytest.mark.parametrize("level", kernel.levels())
 def test_what_is_beyond_the_last_column_is_not_read(level):
     # The next row's weights, in the place of columns that are not there, would turn the zeros of x into nan.
     weight = torch.ones(2, 40, dtype=torch.bfloat16)
@@ -112,6 +107,7 @@ def test_what_is_beyond_the_last_column_is_not_read(level):
         assert y[0, 0] == 40 and y[0, 1].isnan()
 
 
+@pytest.mark.machine
 @needs_kernel
 def test_shapes_kinds_and_empty_input():
     layer = SparseLinear.from_linear(linear(matrix(6, 32, 0.5, torch.float16)))
@@ -267,6 +263,7 @@ def test_layers_stay_packed_and_say_what_they_are(model):
     assert model.dtype == torch.bfloat16
 
 
+@pytest.mark.machine
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 5, 24])
 def test_logits_are_as_close_to_float32_as_dense_bfloat16s(pruned, model, tiny_windows, length):
@@ -277,6 +274,7 @@ def test_logits_are_as_close_to_float32_as_dense_bfloat16s(pruned, model, tiny_w
     assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
 
 
+@pytest.mark.machine
 @torch.no_grad()
 def test_decoding_with_a_cache_is_the_whole_window(model, tiny_windows):
     ids = tiny_windows[:2, :12]
@@ -289,6 +287,7 @@ def test_decoding_with_a_cache_is_the_whole_window(model, tiny_windows):
         assert (found.logits[:, 0] - whole[:, at]).abs().max() <= 0.05 * whole.abs().max()
 
 
+@pytest.mark.machine
 def test_generate_pipeline_and_perplexity_run(pruned, packed_folder, model, tiny_windows):
     tokenizer = AutoTokenizer.from_pretrained(packed_folder)
     ids = tiny_windows[:2, :6]
@@ -300,6 +299,7 @@ def test_generate_pipeline_and_perplexity_run(pruned, packed_folder, model, tiny
     assert perplexity(model, tiny_windows) == pytest.approx(reference, rel=0.01)  # 8 bits of every activation
 
 
+@pytest.mark.machine
 def test_lm_eval_runs(packed_folder, model, tiny_windows):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -561,9 +561,9 @@ def test_another_models_config_is_refused_in_one_line(copied, tmp_path):
 def fresh(tmp_path, monkeypatch) -> Path:
     """Return an empty cache folder, in which nothing was compiled yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kernel.load.cache_clear()
+    kernel._loaded.cache_clear()
     yield tmp_path / "cache" / "alphapruning"
-    kernel.load.cache_clear()
+    kernel._loaded.cache_clear()
 
 
 def no_home() -> Path:
@@ -589,7 +589,7 @@ def failing_compiler(monkeypatch):
 
 
 def other_machine(monkeypatch):
-    monkeypatch.setattr(kernel, "processor", dict)
+    monkeypatch.setattr(cpu, "processor", dict)
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
 
 
@@ -673,6 +673,7 @@ def test_generate_streams_and_compares(pruned, packed_folder):
     assert lines[-1].startswith("ratio: ") and lines[-1].endswith("medians of 5 turns, 1 threads")
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

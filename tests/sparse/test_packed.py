@@ -65,6 +65,7 @@ def test_packed_folder_is_the_plain_one_in_less_space(both, tmp_path):
     assert sizes[1] < 0.9 * sizes[0]  # the embedding and the head, which stay dense, are most of so small a model
 
 
+@pytest.mark.machine
 def test_main_measures_a_packed_model(both, tmp_path, tiny_text):
     plain, packed = both
     expected = measured(plain, tmp_path / "plain", tiny_text, "--dtype", "bfloat16")
@@ -81,6 +82,7 @@ def test_main_measures_a_packed_model(both, tmp_path, tiny_text):
     assert record["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-5)
 
 
+@pytest.mark.machine
 def test_generate_runs_on_what_main_wrote(both, capsys):
     assert generate.main([str(both[1]), "Ab de", "--tokens", "4"]) == 0
     out = capsys.readouterr().out
@@ -170,6 +172,7 @@ SPOILED = {
 }
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("case", SPOILED)
 def test_spoiled_folder_ends_every_command_in_one_line(case, copied, tmp_path, monkeypatch, tiny_text, capsys):
     monkeypatch.chdir(tmp_path)

@@ -14,8 +14,6 @@ from lib.models.weights import weights_of
 from lib.pruning import sparsegpt
 from lib.sparse import SparseLinear, kernel, skipping, zeros_skipped
 
-LEVELS = pytest.mark.parametrize("level", kernel.levels())
-
 
 def in_order(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return x W' as the kernel defines it: in float32, column by column, each product and addition rounded once.
@@ -29,8 +27,6 @@ def in_order(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@needs_kernel
-@LEVELS
 @pytest.mark.parametrize("kind", [torch.float32, *kernel.KERNEL_DTYPES])
 def test_sums_have_the_bits_of_additions_in_order(level, kind, threads):
     library = kernel.load(level)
@@ -45,8 +41,6 @@ def test_sums_have_the_bits_of_additions_in_order(level, kind, threads):
                 assert torch.equal(library.multiply_many(given, x), in_order(weight.float(), x))
 
 
-@needs_kernel
-@LEVELS
 def test_more_tokens_than_a_slab_of_panels(level):
     weight, x = matrix(9, 40, 0.6, torch.float32), torch.randn(900, 40, generator=torch.Generator().manual_seed(1))
     found = kernel.load(level).multiply_many(weight, x)
@@ -54,8 +48,6 @@ def test_more_tokens_than_a_slab_of_panels(level):
     assert torch.equal(found[500:], kernel.load(level).multiply_many(weight, x[500:].contiguous()))
 
 
-@needs_kernel
-@LEVELS
 def test_what_is_not_a_number_stays_where_it_is(level):
     weight = torch.tensor([[0.0, 1, 0], [torch.nan, 0, 0], [0, 0, -0.0]])
     x = torch.tensor([[1.0, torch.inf, 2], [3, 4, 5]])
@@ -67,7 +59,7 @@ def test_what_is_not_a_number_stays_where_it_is(level):
 @pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
 @pytest.mark.parametrize(("zeros", "skips"), [(0.7, True), (0.35, False)])
 def test_packed_layers_skip_zeros_in_prompts_where_that_pays(kind, zeros, skips, monkeypatch):
-    monkeypatch.setattr("lib.sparse.layers.multiplies", lambda _: False)
+    monkeypatch.setattr("lib.core.cpu.multiplies", lambda _: False)
     used = []
     monkeypatch.setattr(
         "lib.sparse.layers.Kernel.multiply_many",
@@ -205,8 +197,6 @@ def rounded_once(column: torch.Tensor, factor: torch.Tensor, error: torch.Tensor
     return (column.double() - factor.double() * error.double()).float()  # as in ``in_order``
 
 
-@needs_kernel
-@LEVELS
 @pytest.mark.parametrize("group", [None, 2, 4, 8, 5])
 def test_solver_has_the_bits_of_a_plain_loop(level, group, threads):
     for columns, outputs in ((128, 40), (127, 3), (20, 70), (1, 1), (40, 96)):
@@ -219,8 +209,6 @@ def test_solver_has_the_bits_of_a_plain_loop(level, group, threads):
         assert torch.equal(found, expected) and torch.equal(errors, wanted)
 
 
-@needs_kernel
-@LEVELS
 def test_solver_gives_ties_to_the_upper_column(level):
     block, *rest = ties()
     kernel.load(level).solve_block(block, *rest)

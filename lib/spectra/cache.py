@@ -1,0 +1,125 @@
+"""Cache of a metric's values: the published file of numbers, and a sidecar that says what they were measured on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lib.core import digests, files, processes
+from lib.core.errors import UserError, flag_name
+from lib.core.lazy import numpy
+from lib.core.progress import Progress
+from lib.models.weights import Weights
+
+log = logging.getLogger(__name__)
+
+
+class LayerMetrics(NamedTuple):
+    """The ``values`` of a metric by layer name, and the ``fingerprints`` of the matrices, {} if they are unknown."""
+
+    values: dict[str, float]
+    fingerprints: dict[str, str]
+
+
+class MetricCache:
+    """The values of one metric in ``folder``: ``<stem>.npy``, as published, and our sidecar ``<stem>.json``.
+
+    Args:
+        identity: what the sidecar must say: model, metric, settings, and layers as a list of [name, shape].
+    """
+
+    def __init__(self, folder: Path, stem: str, identity: Mapping[str, Any]) -> None:
+        self.folder, self.stem, self.identity = folder, stem, identity
+        self.path, self.sidecar = folder / f"{stem}.npy", folder / f"{stem}.json"
+        self._fix = f"give another {flag_name('ww_metric_cache')}, or delete {self.path} to have it computed"
+
+    def read(self) -> LayerMetrics | None:
+        """Return the cached values, None if there are none.
+
+        ``check_weights`` tells later, once the weights are loaded, whether they are those that were measured.
+
+        Raises:
+            UserError: a file is damaged, or belongs to another model or other layers.
+        """
+        if not self.path.exists():
+            return None
+
+        with _damage_reported(self.path, self._fix):
+            values = numpy.load(self.path, allow_pickle=False).astype(numpy.float64)
+        names = [name for name, _ in self.identity["layers"]]
+        if values.shape != (len(names),):
+            problem = f"holds values of shape {[*values.shape]} and {self.identity['model']} has {len(names)} matrices"
+            raise UserError(None, self.path, problem, self._fix)
+        if not numpy.isfinite(values).all():
+            raise UserError(None, self.path, "holds values that are not finite", self._fix)
+
+        fingerprints = {}
+        if self.sidecar.exists():
+            with _damage_reported(self.sidecar, self._fix):
+                stored = json.loads(self.sidecar.read_text())
+                fingerprints = dict(stored["fingerprints"])
+                for key, wanted in self.identity.items():
+                    measured = stored[key]
+                    if measured != wanted:
+                        if key == "layers":
+                            pairs = zip_longest(measured, wanted)
+                            measured, wanted = next(pair for pair in pairs if pair[0] != pair[1])
+                        problem = f"was measured with {key} {measured}, not {wanted}"
+                        raise UserError(None, self.path, problem, self._fix)
+        return LayerMetrics(dict(zip(names, values.tolist(), strict=True)), fingerprints)
+
+    def check_weights(self, cached: LayerMetrics, weights: Weights) -> None:
+        """Refuse ``cached`` values of other weights with the same names and shapes; warn if nothing can be checked."""
+        if not cached.fingerprints:  # a published file
+            message = "%s has no %s beside it: whether it belongs to this model cannot be checked"
+            log.warning(message, self.path, self.sidecar.name)
+            return
+
+        fingerprints = weights.fingerprints()
+        with _damage_reported(self.sidecar, self._fix):
+            changed = digests.first_difference(cached.fingerprints, fingerprints)
+        if changed:
+            problem = f"was measured on other weights of the same name and shape (see {changed})"
+            raise UserError(None, self.path, problem, self._fix)
+
+    def progress(self) -> Progress:
+        """Return the file in which this process keeps finished values until all are measured."""
+        path = self.folder / f".{self.stem}.{processes.rank()}.jsonl"
+        with files.writing(self.folder, "ww_metric_cache"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return Progress(path)
+        except UserError as error:  # Two runs have measured the same at the same time.
+            log.warning("%s; measured again", error)
+            path.unlink(missing_ok=True)
+            return Progress(path)
+
+    def write(self, measured: LayerMetrics) -> None:
+        """Write the values (float64, one per matrix in model order, as published) and the sidecar."""
+        if not processes.is_main():
+            return
+        versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
+        content = {**self.identity, "fingerprints": measured.fingerprints, "versions": versions}
+        # The sidecar comes first: values without one would be taken for a published file.
+        files.write_files(self.folder, {self.sidecar.name: json.dumps(content, indent=1) + "\n"})
+        with files.atomic(self.path) as file:
+            numpy.save(file, numpy.array([*measured.values.values()], dtype=numpy.float64))
+        for path in self.folder.glob(f".{self.stem}.*.jsonl"):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _damage_reported(path: Path, fix: str) -> Iterator[None]:
+    """Turn whatever numpy and json raise on a damaged file into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(None, path, f"is damaged ({error!r})", fix) from error

@@ -1,0 +1,44 @@
+"""Digests: fingerprints tell a fine-tuned copy of a matrix apart, but not one in half precision."""
+
+import pytest
+import torch
+from conftest import fast
+
+from lib.core.digests import fingerprint, first_difference, same_weights
+
+
+def low_rank_update(weight: torch.Tensor, rank: int, share: float, seed: int) -> torch.Tensor:
+    """Return ``weight`` with a random update of a rank whose norm is a share of its own."""
+    draw = torch.Generator().manual_seed(seed)
+    update = torch.randn(weight.shape[0], rank, generator=draw) @ torch.randn(rank, weight.shape[1], generator=draw)
+    return weight + update * (share * weight.norm() / update.norm())
+
+
+@pytest.mark.parametrize("every", fast([9, 1], 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_small_update_of_any_matrix_is_seen(dtype, every, smollm2_weights):
+    for index, layer in enumerate(smollm2_weights.layers[::every]):
+        weight = smollm2_weights.model.get_submodule(layer.name).weight.detach()
+        mark = fingerprint(weight)
+        assert same_weights(mark, fingerprint(weight.to(dtype))), layer.name
+        assert not same_weights(mark, fingerprint(low_rank_update(weight, 8, 0.02, index).to(dtype))), layer.name
+
+
+def test_fingerprint_knows_scale_sign_and_place():
+    weight = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+    own = fingerprint(weight)
+    assert same_weights(own, own) and same_weights(fingerprint(torch.zeros(4, 4)), fingerprint(torch.zeros(4, 4)))
+    for other in (weight * 1.001, -weight, weight.flip(0), weight.flip(1), torch.zeros(30, 40), weight * 1e-6):
+        assert not same_weights(own, fingerprint(other))
+
+
+def test_fingerprint_of_a_merged_adapter_in_a_folder_of_the_same_name(smollm2_weights, tmp_path):
+    """alpha_peak of such a matrix can move by units, which the mean of |W| did not see."""
+    before = smollm2_weights.fingerprints()
+    name = smollm2_weights.layers[100].name
+    weight = smollm2_weights.model.get_submodule(name).weight.detach()
+    changed = low_rank_update(weight, 8, 0.02, 1)
+    assert abs(changed.abs().mean() / weight.abs().mean() - 1) < 1e-3
+    assert first_difference(before, before | {name: fingerprint(changed)}) == name
+    assert first_difference(before, before) is None
+    assert first_difference({}, before) == smollm2_weights.layers[0].name

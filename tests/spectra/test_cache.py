@@ -1,0 +1,240 @@
+"""The metric cache: what goes in comes out, and what is another model's is refused."""
+
+import json
+import logging
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+
+import main
+from lib.core import files
+from lib.core.digests import fingerprint
+from lib.core.errors import UserError
+from lib.models.layers import prunable_layers
+from lib.models.load import load_skeleton
+from lib.models.locate import locate
+from lib.models.weights import weights_of
+from lib.spectra import measure
+from lib.spectra.measure import Settings, has_cache, load_or_measure
+from lib.spectra.spectrum import Farms
+from lib.spectra.tail import METRICS
+
+MODEL = "tiny-llama"
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def filled(tmp_path, tiny_weights):
+    """Return a folder that holds the tiny model's alpha_mid."""
+    load_or_measure(tmp_path / "cache", "alpha_mid", MODEL, tiny_weights)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def no_measuring(monkeypatch):
+    """Let an attempt to measure fail."""
+    monkeypatch.setattr(measure, "measure", None)
+
+
+def edit(folder, **changes):
+    path = folder / "alpha_mid.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(folder, weights, match, model=MODEL, metric="alpha_mid"):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=match) as caught:
+        load_or_measure(folder, metric, model, weights)
+    assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# -------------------------------------------------------------------------------------------------------- round trip
+
+
+def test_values_are_measured_once_and_stored_as_published(tiny_weights, tmp_path, monkeypatch):
+    folder = tmp_path / "a" / "b"  # which is made
+    first = load_or_measure(folder, "alpha_mid", MODEL, tiny_weights)
+    values = np.load(folder / "alpha_mid.npy", allow_pickle=False)
+    assert values.dtype == np.float64 and values.shape == (21,)
+    # in the model's order: q k v o gate up down
+    assert values.tolist() == [first.values[layer.name] for layer in tiny_weights.layers]
+    assert sorted(path.name for path in folder.iterdir()) == ["alpha_mid.json", "alpha_mid.npy"]
+    monkeypatch.setattr(measure, "measure", None)
+    assert load_or_measure(folder, "alpha_mid", MODEL, tiny_weights) == first
+
+
+def test_sidecar_says_what_was_measured(filled, tiny_weights):
+    stored = json.loads((filled / "alpha_mid.json").read_text())
+    assert (stored["model"], stored["metric"]) == (MODEL, "alpha_mid")
+    assert stored["layers"] == [[layer.name, list(layer.shape)] for layer in tiny_weights.layers]
+    assert stored["fingerprints"] == tiny_weights.fingerprints()
+    assert stored["versions"]["torch"] == torch.__version__ and {"transformers", "numpy"} <= set(stored["versions"])
+
+
+def test_cache_is_read_without_weights_and_each_metric_has_its_own(filled, tiny_folder, tmp_path):
+    skeleton = load_skeleton(locate(str(tiny_folder), "unused"))
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    layers = prunable_layers(skeleton)
+    assert has_cache(filled, "alpha_mid", MODEL, layers) and not has_cache(filled, "alpha_peak", MODEL, layers)
+    assert not has_cache(tmp_path / "none", "alpha_mid", MODEL, layers) and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("back", [False, True], ids=["loaded as it is", "loaded as float32"])
+def test_half_precision_of_the_same_weights_is_the_same_model(filled, dtype, back, no_measuring):
+    model = tiny_llama().to(dtype)
+    weights = weights_of(model.float() if back else model)
+    assert len(load_or_measure(filled, "alpha_mid", MODEL, weights).values) == 21
+
+
+@pytest.mark.parametrize(
+    "settings", [Settings("fast"), Settings("exact", Farms(16, 1.0, 3)), Settings("fast", Farms(8, 1.5, 2))]
+)
+def test_settings_have_a_cache_of_their_own(settings, filled, tiny_weights):
+    published = load_or_measure(filled, "alpha_mid", MODEL, tiny_weights)
+    measured = load_or_measure(filled, "alpha_mid", MODEL, tiny_weights, settings)
+    assert load_or_measure(filled, "alpha_mid", MODEL, tiny_weights, settings) == measured != published
+    assert load_or_measure(filled, "alpha_mid", MODEL, tiny_weights) == published
+    stored = json.loads((filled / f"{settings.stem('alpha_mid')}.json").read_text())
+    assert stored["settings"] == settings.described("alpha_mid")
+
+
+def test_bare_published_file_is_accepted_with_a_warning(tmp_path, tiny_weights, caplog):
+    values = np.linspace(2, 5, 21)
+    np.save(tmp_path / "alpha_peak.npy", values)
+    with caplog.at_level(logging.WARNING):
+        cached = load_or_measure(tmp_path, "alpha_peak", MODEL, tiny_weights)
+    assert list(cached.values.values()) == values.tolist()
+    (record,) = caplog.records
+    assert "alpha_peak.npy" in record.getMessage() and "cannot be checked" in record.getMessage()
+    assert [path.name for path in tmp_path.iterdir()] == ["alpha_peak.npy"], "no sidecar that it did not come with"
+
+
+def test_a_complete_cache_may_be_on_a_disk_that_cannot_be_written(tiny_folder, tiny_text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--model {tiny_folder} --eval_data {tiny_text} --seqlen 32 --eval_windows 1 --ww_metric alpha_mid".split()
+    flags += "--ww_metric_cache cache --prune_method magnitude_ww --sparsity_ratio 0.5".split()
+    assert main.main(flags) == 0
+    prepare = files.check_writable
+
+    def read_only(field: str, folder, *more) -> None:
+        assert str(folder) != "cache"
+        prepare(field, folder, *more)
+
+    monkeypatch.setattr(files, "check_writable", read_only)
+    assert main.main(flags) == 0
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_values_of_something_else_are_refused(filled, tiny_weights):
+    refused(filled, tiny_weights, "model tiny-llama, not other-llama", model="other-llama")
+
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data *= 1.01
+    refused(filled, weights_of(model), r"other weights of the same name.*layers\.1\.mlp\.up_proj")
+
+    for suffix in ("npy", "json"):
+        os.rename(filled / f"alpha_mid.{suffix}", filled / f"alpha_peak.{suffix}")
+    refused(filled, tiny_weights, "metric alpha_mid, not alpha_peak", metric="alpha_peak")
+
+
+def test_a_sidecar_of_other_layers_or_settings_is_refused(filled, tiny_weights):
+    layers = json.loads((filled / "alpha_mid.json").read_text())["layers"]
+    edit(filled, layers=[[f"decoder.{name}", shape] for name, shape in layers])
+    refused(filled, tiny_weights, f"decoder.{NAME}.*not.*'{NAME}")
+    edit(filled, layers=[[name, [64, 32] if "gate" in name else shape] for name, shape in layers])
+    refused(filled, tiny_weights, r"0\.mlp\.gate_proj', \[64, 32\].*not.*\[48, 32\]")
+    edit(filled, layers=[*layers, ["model.layers.3.self_attn.q_proj", [32, 32]]])
+    refused(filled, tiny_weights, r"layers\.3.*not None")
+    edit(filled, layers=layers, settings={"driver": "fast", "farms": None})
+    refused(filled, tiny_weights, "'fast'.*not.*'exact'")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"fingerprints": {}}'])
+def test_damaged_sidecar_is_refused_before_the_weights_are_loaded(filled, tiny_weights, content):
+    (filled / "alpha_mid.json").write_text(content)
+    with pytest.raises(UserError, match=r"alpha_mid\.json: is damaged \(.*\); .*delete"):
+        has_cache(filled, "alpha_mid", MODEL, tiny_weights.layers)
+
+
+def test_damaged_fingerprint_is_refused(filled, tiny_weights):
+    edit(filled, fingerprints=tiny_weights.fingerprints() | {NAME: "no digits"})
+    refused(filled, tiny_weights, r"alpha_mid\.json: is damaged")
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", b"PK\3\4" + bytes(99), None])
+def test_damaged_file_is_refused(filled, tiny_weights, content):
+    path = filled / "alpha_mid.npy"
+    path.write_bytes(path.read_bytes()[:-9] if content is None else content)
+    refused(filled, tiny_weights, r"alpha_mid\.npy: is damaged")
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        (np.ones(20), r"shape \[20\].*tiny-llama has 21 matrices"),
+        (np.ones((3, 7)), r"shape \[3, 7\].*21"),
+        (np.array(["a"] * 21), "damaged"),
+        (np.full(21, math.nan), "not finite"),
+    ],
+)
+def test_values_that_cannot_be_the_models_are_refused(values, match, tmp_path, tiny_weights):
+    np.save(tmp_path / "alpha_peak.npy", values)
+    refused(tmp_path, tiny_weights, rf"alpha_peak\.npy.*{match}", metric="alpha_peak")
+
+
+def test_folder_that_cannot_be_written_is_one_line(tmp_path, tiny_weights):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        load_or_measure(tmp_path / "file" / "cache", "alpha_mid", MODEL, tiny_weights)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_write_that_fails_leaves_no_half_file(tmp_path, tiny_weights, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        load_or_measure(tmp_path, "alpha_mid", MODEL, tiny_weights)
+    assert not (tmp_path / "alpha_mid.npy").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- interrupted
+
+
+def test_values_of_an_interrupted_measurement_are_used_for_the_same_matrix(tmp_path, tiny_weights):
+    first, second = (layer.name for layer in tiny_weights.layers[:2])
+    marks = tiny_weights.fingerprints()
+    lines = [
+        {"kind": "value", "key": first, "value": (2.5, marks[first])},
+        {"kind": "value", "key": second, "value": (2.5, fingerprint(torch.ones(8, 8)))},
+    ]
+    (tmp_path / ".alpha_mid.0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "va')
+    values = load_or_measure(tmp_path, "alpha_mid", MODEL, tiny_weights).values
+    assert values == measure.measure("alpha_mid", tiny_weights).values | {first: 2.5}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alpha_mid.json", "alpha_mid.npy"]
+
+
+def test_damaged_values_of_an_interrupted_measurement_are_measured_again(tmp_path, tiny_weights, caplog):
+    (tmp_path / ".alpha_mid.0.jsonl").write_bytes(bytes(99) + b"{}\n")  # as two runs at the same time may leave it
+    values = load_or_measure(tmp_path, "alpha_mid", MODEL, tiny_weights).values
+    assert "measured again" in caplog.text
+    assert values == measure.measure("alpha_mid", tiny_weights).values
+
+
+@pytest.mark.parametrize(("metric", "value"), [("alpha_peak", 0.0), *((metric, math.nan) for metric in METRICS)])
+def test_a_matrix_that_has_no_value_is_named_and_the_others_are_kept(metric, value, tmp_path, tiny_weights):
+    name = tiny_weights.layers[10].name
+    tiny_weights.model.get_submodule(name).weight.data.fill_(value)
+    with pytest.raises(UserError, match=name):
+        load_or_measure(tmp_path, metric, MODEL, tiny_weights)
+    (left,) = tmp_path.iterdir()
+    assert left.name == f".{metric}.0.jsonl" and len(left.read_text().splitlines()) >= 8
