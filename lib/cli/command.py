@@ -19,7 +19,6 @@ from lib.core.processes import is_main, started
 
 log = logging.getLogger("main")
 
-
 Settings = TypeVar("Settings", bound=Flags)
 
 
@@ -33,13 +32,12 @@ class Parser(argparse.ArgumentParser):
         unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
         if unknown:
             message += "." + did_you_mean(unknown[1].split("=")[0], self._option_string_actions)
-        raise UserError(None, f"{message} (--help lists the flags)")
+        raise UserError(None, None, f"{message} (--help lists the flags)")
 
 
 def make_parser(settings: type[Flags], prog: str, description: str, epilog: str | None = None) -> Parser:
     """Return the argparse parser of the flags that ``settings`` declares."""
-    formatter = argparse.HelpFormatter
-    parser = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=formatter)
+    parser = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
     groups: dict[str, Any] = {}
     for title, item, kind in settings.declared():
         if title not in groups:
@@ -104,8 +102,7 @@ def parse(
     values = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
     ignored = [name for name in settings._ignored if name in values]
     if ignored:
-        text = "flags of the published training script, which do nothing here: --%s"
-        log.warning(text, ", --".join(ignored))
+        log.warning("flags of the published training script, which do nothing here: --%s", ", --".join(ignored))
     command_settings = settings(**{name: value for name, value in values.items() if name not in ignored})
     command_settings.given = frozenset(values) - set(ignored)
     check_values(command_settings)
@@ -143,8 +140,9 @@ def answer(
     quiet()
     try:
         if not processes and started() > 1:
-            text = "runs as one process, which spreads the model over all GPUs itself; start it with python"
-            raise UserError(None, f"{started()} processes were started (WORLD_SIZE): {prog} {text}")
+            problem = f"{prog} runs as one process, which spreads the model over all GPUs itself"
+            processes_started = f"{started()} processes were started (WORLD_SIZE)"
+            raise UserError(None, processes_started, problem, "start it with python")
         status = work()
     except UserError as error:
         if any(item.name == error.field and item.metadata["positional"] for _, item, _ in settings.declared()):
