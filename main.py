@@ -125,18 +125,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
 
     def work(settings: Experiment) -> None:
-        try:
-            processes.join()
-            settings.warn_of_idle()
-            run(settings, Console(quiet=not processes.is_main()))
-            processes.leave()
-        except KeyboardInterrupt:
-            again = "starts again; with --save_model it would resume"
-            if settings.save_model and settings.prune_method:
-                again = "resumes after the last finished block"
-            raise KeyboardInterrupt(f"the same command {again}") from None
+        processes.join()
+        settings.warn_of_idle()
+        run(settings, Console(quiet=not processes.is_main()))
+        processes.leave()
 
-    return command(Experiment, work, argv, PARSER, processes=True)
+    resume = "with --save_model the same command resumes after the last finished block, else it starts again"
+    return command(Experiment, work, argv, PARSER, resume, processes=True)
 
 
 if __name__ == "__main__":

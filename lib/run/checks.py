@@ -167,32 +167,23 @@ def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | N
 # ---------------------------------------------------------------------------------------------------------- streaming
 
 
-def must_stream(stream: str, fits: bool) -> bool:
+def must_stream(task: Task, stream: str, fits: bool, zero_shot: bool, packed: bool, saved: bool) -> bool:
     """Return whether the weights are read block by block from disk, for ``stream``: auto, always or never.
 
     Args:
         fits: whether the model fits into memory beside what the run needs.
+        zero_shot, packed, saved: whether lm-eval is to run, and how the pruned model is written.
 
     Raises:
-        UserError: several processes are to hold a model each for which there is no room.
+        UserError: a streamed model cannot do what is asked for, or several processes have no room for a model each.
     """
     if stream == "never" and processes.count() > 1 and not fits:
         problem = f"each of the {processes.count()} processes holds the whole model, for which there is no room"
         raise UserError("stream", "never", problem, "leave it out, or start one process, which uses all GPUs")
-    return stream == "always" or (stream == "auto" and not fits)
-
-
-def check_streamed(task: Task, always: bool, fits: bool, zero_shot: bool, packed: bool, saved: bool) -> None:
-    """Refuse what a streamed model cannot do.
-
-    Args:
-        always: whether streaming was asked for.
-        zero_shot: whether lm-eval is to run.
-        packed: whether the pruned model is to be packed.
-        saved: whether it is to be saved.
-    """
+    if stream == "never" or (stream == "auto" and fits):
+        return False
     if task.needs == "price":
-        why = "--stream always" if always else "the model does not fit beside what a search needs"
+        why = "--stream always" if stream == "always" else "the model does not fit beside what a search needs"
         fix = "use more or larger GPUs, or a --plan"
         raise UserError("prune_method", task.method, f"{why}, and a streamed model has no prices", fix)
     if zero_shot and not fits:
@@ -203,5 +194,6 @@ def check_streamed(task: Task, always: bool, fits: bool, zero_shot: bool, packed
         problem = "with a streamed model, whose blocks go to disk as they are"
         raise UserError("packed", None, problem, "pack it afterwards: scripts/speedup/pack.py")
     if task.pruner and not saved:
-        why = "always" if always else "auto (the model does not fit into memory)"
+        why = "always" if stream == "always" else "auto (the model does not fit into memory)"
         raise UserError("stream", f"{why} without --save_model", "pruned blocks go to disk", "add --save_model DIR")
+    return True

@@ -35,21 +35,14 @@ class LanguageModel:
     A sweep passes one subject to all of its runs: each takes over the texts and the loaded model if they are the same,
     and starts from the dense weights again.
 
-    Attributes:
+    Attributes (and those of ``lib.run.pipeline.Subject``):
         planned: settings of all runs of a sweep. The model is loaded once, so it must leave room on each GPU for the
             most demanding of them.
-        layers: the prunable layers, known from shapes before the weights are loaded.
-        weights: what is pruned and measured; None until ``load``.
-        dense: copy of the dense weights, held for the next of several runs.
-        dtypes: in which the model is computed and stored.
-        calib_dtype: dtype of the products in calibration's passes, None for the model's own.
-        seqlen: tokens in a window.
         calibration, evaluation: windows of token ids, [windows, seqlen]; None if the run reads none.
         search: windows to search on and held-out ones, for --epsilon auto and _price.
         questions: zero-shot tasks with their data.
         reserve: bytes of each GPU that are left for the work.
         streamed: folder from which the weights are streamed, None if they are loaded.
-        scores: what was measured on the dense weights, by what it depends on.
     """
 
     source: load.Source | None = None
@@ -85,28 +78,16 @@ class LanguageModel:
             unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
             checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
 
-        self.seqlen = settings.seqlen
-        context = load.context_length(self.skeleton)
-        if context is not None and context < settings.seqlen:
-            self.seqlen = context
-            if not settings.metrics_only and (settings.eval_wikitext or task.is_calibrated):
-                log.warning("--seqlen %d is more than the model's context; using %d", settings.seqlen, context)
-        if self.tokenizer is None:
-            self.tokenizer = load.load_tokenizer(source)
         self._read_texts(settings, task)
-        load.check_vocabulary(settings.model, self.skeleton, self.calibration, self.evaluation)
-
         self.reserve = max(self._needed_memory(run) for run in (settings, *self.planned))
         if self.fits is None:  # asked once, before the model itself takes the memory
             fits = memory.fits_in_memory(self.skeleton, self.dtypes.compute, self.reserve)
             self.fits = all(processes.gathered(fits))
+        outputs = (settings.eval_zero_shot, settings.packed, bool(settings.save_model))
         self.streamed: Path | None = None
-        if checks.must_stream(settings.stream, self.fits) and not sparse.is_packed(source.path):
-            always, saved = settings.stream == "always", bool(settings.save_model)
-            checks.check_streamed(task, always, self.fits, settings.eval_zero_shot, settings.packed, saved)
+        if not sparse.is_packed(source.path) and checks.must_stream(task, settings.stream, self.fits, *outputs):
             self.streamed = locate.local_copy(source)
             Checkpoint(self.streamed)  # refuses what cannot be streamed
-        self.questions = self._find_questions(settings)
         give_back_freed_memory()  # a quarter of a gigabyte after a text of a million tokens
 
     def _forget(self) -> None:
@@ -120,16 +101,26 @@ class LanguageModel:
         self.scores: dict[tuple, object] = {}
 
     def _read_texts(self, settings: Experiment, task: Task) -> None:
-        """Read the windows that the run needs."""
-        self.calibration = self.evaluation = self.search = None
+        """Read the windows and questions that the run needs."""
+        self.calibration = self.evaluation = self.search = self.questions = None
+        self.calibration_digest, self.search_digests = "none", []
+        if self.tokenizer is None:
+            self.tokenizer = load.load_tokenizer(self.source)
+        context = load.context_length(self.skeleton)
+        self.seqlen = settings.seqlen if context is None else min(settings.seqlen, context)
         if settings.metrics_only:
             return
+        if self.seqlen < settings.seqlen and (settings.eval_wikitext or task.is_calibrated):
+            log.warning("--seqlen %d is more than the model's context; using %d", settings.seqlen, context)
+
         text, seed = settings.calib_data, settings.seed
         if task.is_calibrated:
             cut_before = "calibration_windows" in (key[0] for key in self._texts)
             if settings.eval_wikitext and settings.one_file() and not cut_before:
                 log.warning("%s is both calibrated and evaluated on; give another text: --eval_data FILE", text)
             self.calibration = self._windows(texts.calibration_windows, text, settings.nsamples, self.seqlen, seed)
+            self.calibration_digest = digest(self.calibration)
+
         if task.needs == "price":
             effort = settings.price_options().effort
             counts, length = (price.FIT_WINDOWS, effort.held_out_windows), effort.length(self.seqlen)
@@ -137,23 +128,21 @@ class LanguageModel:
         elif task.is_searched:
             counts = (epsilon.WINDOWS, epsilon.WINDOWS)
             self.search = self._windows(texts.search_windows, text, counts, self.seqlen, seed, "--epsilon auto")
+        self.search_digests = [digest(windows) for windows in self.search or ()]
+
         if settings.eval_wikitext:
             cut = (self.seqlen, settings.eval_windows)
             self.evaluation = self._windows(texts.evaluation_windows, settings.eval_data, *cut)
+        load.check_vocabulary(settings.model, self.skeleton, self.calibration, self.evaluation)
+        if settings.eval_zero_shot:
+            key = (settings.task_names(), settings.include_path, settings.num_fewshot)
+            self.questions = self._texts[key] = self._texts.get(key) or zero_shot.find_tasks(*key)
 
     def _windows(self, cut: Callable, text: str, *how):
         """Return the windows that ``cut`` makes of a ``text``, or those that an earlier run cut in the same way."""
         key = (cut.__name__, text, *how)
         if key not in self._texts:
             self._texts[key] = cut(text, self.tokenizer, *how)
-        return self._texts[key]
-
-    def _find_questions(self, settings: Experiment) -> zero_shot.Tasks | None:
-        if not settings.eval_zero_shot:
-            return None
-        key = (settings.task_names(), settings.include_path, settings.num_fewshot)
-        if key not in self._texts:
-            self._texts[key] = zero_shot.find_tasks(*key)
         return self._texts[key]
 
     def _needed_memory(self, settings: Experiment) -> int:
@@ -188,21 +177,6 @@ class LanguageModel:
 
     # --------------------------------------------------------------------------------------------------- with weights
 
-    @property
-    def measured(self) -> Weights:
-        """What a metric is measured on."""
-        return self.weights
-
-    @property
-    def calibration_digest(self) -> str:
-        """Hash of the calibration windows."""
-        return "none" if self.calibration is None else digest(self.calibration)
-
-    @property
-    def search_digests(self) -> list[str]:
-        """Hashes of the windows of a search."""
-        return [digest(windows) for windows in self.search]
-
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""
         key = (self.dtypes, self.streamed)
@@ -224,6 +198,7 @@ class LanguageModel:
             log.info("loading %s", source.path)
             model = load.load_llm(source, dtypes.compute, processes.device(), reserve=self.reserve)
             self.weights = weights_of(model, None if dtypes.stored == dtypes.compute else dtypes.stored)
+        self.measured = self.weights
         if self.planned:
             self.dense, self._loaded_as = self.weights.snapshot(), key
 

@@ -67,9 +67,7 @@ def open_journal(
 ) -> Journal | None:
     """Return the journal of the pruned model's folder ``target``, None if the model is not saved.
 
-    Args:
-        restart: discard an unfinished run there.
-        save: folder of the figures of the ``run``, which tell whether its evaluation was interrupted.
+    The figures of the ``run`` in the folder ``save`` tell whether its evaluation was interrupted.
     """
     return None if target is None else Journal(target, restart, is_unmeasured(save, run, flags))
 
@@ -80,29 +78,24 @@ def open_journal(
 def measure(
     subject: Subject, task: Task, measurement: Measurement, options: price.Options, journal: Journal | None = None
 ) -> tuple[Mapping[str, float] | None, price.Found | None]:
-    """Return the values that the allocation needs for each layer, and the search that found them.
-
-    Both are None where there is none.
+    """Return the values that the allocation needs for each layer, and the search that found them, None without one.
 
     Args:
         measurement: the metric, for _ww.
         options: of the search, for _price.
     """
-    if task.plan:
-        return None, None
-    if task.needs == "price":
-        search = search_prices(subject, task, measurement, options, journal)
-        return search.ratios, search
-    return _values(subject, task, measurement), None
-
-
-def _values(subject: Subject, task: Task, measurement: Measurement) -> Mapping[str, float] | None:
-    needs = task.needs
+    needs = None if task.plan else task.needs
     if needs is None:
-        return None
+        return None, None
     if needs == "metric":
         metric, folder, how = measurement
-        return metrics.load_or_measure(folder, metric, subject.name, subject.measured, how).values
+        return metrics.load_or_measure(folder, metric, subject.name, subject.measured, how).values, None
+    if needs == "price":
+        values, _ = measure(subject, task.starting_task, measurement, options)
+        start = make_plan(task.starting_task, subject.weights.layers, values).ratios if task.start else None
+        search = search_prices(subject, task, start, options, journal)
+        return search.ratios, search
+
     target = task.target if needs in block_scores.WEIGHT_SCORES else 0.0  # the other scores depend on no target
     multiple = task.hyper["owl_m"] if needs == "outlier_ratio" else 0.0
     key = (needs, target, multiple, subject.calibration_digest)
@@ -110,42 +103,36 @@ def _values(subject: Subject, task: Task, measurement: Measurement) -> Mapping[s
         values = block_scores.measure_scores(needs, subject.weights, target, subject.inputs, multiple)
         # All processes take the first one's, which are the same but for the last bit, so that all make the same plan.
         subject.scores[key] = processes.on_main(lambda: values)
-    return subject.scores[key]
+    return subject.scores[key], None
 
 
 def search_prices(
-    subject: Subject, task: Task, measurement: Measurement, options: price.Options, journal: Journal | None
+    subject: Subject, task: Task, start: Mapping[str, float] | None, options: price.Options, journal: Journal | None
 ) -> price.Found:
-    """Return the result of the search for ratios of equal price.
+    """Return the result of the search for ratios of equal price, which begins with the ratios ``start``.
 
     That of an unfinished run is taken from its journal, since a GPU may not reproduce the same bits.
     """
-    key = _search_key(subject, task) if journal is not None else ""
-    if journal is not None:
-        earlier = journal.get("prices", key)
-        if earlier is not None:
-            log.info("the ratios of equal price are those that the interrupted run found")
-            return price.Found.of(earlier)
-    start = None
-    if task.start:
-        values = _values(subject, task.starting_task, measurement)
-        start = make_plan(task.starting_task, subject.weights.layers, values).ratios
+    key = "" if journal is None else _search_key(subject, task)
+    earlier = None if journal is None else journal.get("prices", key)
+    if earlier is not None:
+        log.info("the ratios of equal price are those that the interrupted run found")
+        return price.Found.of(earlier)
     if processes.count() > 1:
         log.info("the first process searches for prices, the others wait for them")
 
-    def search_apart() -> price.Found:
+    def search_alone() -> price.Found:
         with processes.single_process():
             model = subject.price_model(options.effort, task.by_magnitude)
             return price.search(model, subject.weights.layers, task.target, start, options)
 
-    searched = (task.target, task.by_magnitude, tuple((start or {}).items()), options)
-    scores_key = ("price", *searched, *subject.search_digests)
+    begin = tuple((start or {}).items())
+    scores_key = ("price", task.target, task.by_magnitude, begin, options, *subject.search_digests)
     if scores_key not in subject.scores:
-        subject.scores[scores_key] = processes.on_main(search_apart)
-    search = subject.scores[scores_key]
+        subject.scores[scores_key] = processes.on_main(search_alone)
     if journal is not None:
-        journal.put("prices", key, search._asdict())
-    return search
+        journal.put("prices", key, subject.scores[scores_key]._asdict())
+    return subject.scores[scores_key]
 
 
 def _search_key(subject: Subject, task: Task) -> str:
@@ -231,12 +218,9 @@ def prune(
 
 
 def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:
-    """Save the pruned model by ``write``, which returns its folder, and then the results so far in any case.
+    """Save the pruned model by ``write``, if there is one, which returns its folder; then write the results so far.
 
     An error that the user can fix is returned instead of raised, since the figures can still be measured.
-
-    Args:
-        write: None if the model is not to be saved.
     """
     try:
         if write is not None:
