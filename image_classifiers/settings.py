@@ -38,31 +38,27 @@ class Model(Flags):
     resume: str | None = flag(
         None, "weights in timm's or their original layout (default: timm's own weights)", metavar="FILE"
     )
-    input_size: int | None = flag(None, "side of the images, pixels (default: the model's own)", least=1, metavar="N")
-    nb_classes: int | None = flag(
-        None, "classes of the model, a count (default: the model's own)", least=2, metavar="N"
-    )
+    input_size: int | None = flag(None, "side of the images, pixels (default: the model's own)", least=1)
+    nb_classes: int | None = flag(None, "classes of the model, a count (default: the model's own)", least=2)
     device: str = flag("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    seed: int = flag(0, "random seed for sampling calibration images", least=-(2**63), most=2**64 - 1, metavar="N")
+    seed: int = flag(0, "random seed for sampling calibration images", least=-(2**63), most=2**64 - 1)
 
 
 @dataclass(kw_only=True)
 class Images(Flags):
     _title: ClassVar[str] = "data"
 
-    data_set: str = flag("IMNET", "{choices}", choices=data.DATASETS, metavar="SET")
+    data_set: str = flag("IMNET", "{choices}", choices=data.DATASETS)
     data_path: str | None = flag(
         None, "IMNET: holds train/ and val/; image_folder: a folder per class, to calibrate", metavar="DIR"
     )
     eval_data_path: str | None = flag(None, "image_folder only: images to test on, a folder per class", metavar="DIR")
-    nsamples: int = flag(4096, "calibration images, a count", least=1, metavar="N")
+    nsamples: int = flag(4096, "calibration images, a count", least=1)
     published_calibration: bool = flag(False, "calibrate on augmented images, drawn with replacement", only=CALIBRATED)
-    batch_size: int = flag(256, "images at a time, a count", least=1, metavar="N")
-    num_workers: int | None = flag(
-        None, "processes that read images (default: one per core, at most 10)", least=0, metavar="N"
-    )
+    batch_size: int = flag(256, "images at a time, a count", least=1)
+    num_workers: int | None = flag(None, "processes that read images (default: one per core, at most 10)", least=0)
     crop_pct: float | None = flag(
-        None, "share of an image that is kept (default: 224/256, as published)", least=0.1, most=1, metavar="P"
+        None, "share of an image that is kept (default: 224/256, as published)", least=0.1, most=1
     )
     imagenet_default_mean_and_std: bool = flag(
         True, "normalise by ImageNet's mean and standard deviation; false: by 0.5 and 0.5"
@@ -79,7 +75,6 @@ class ImageMethod(Method):
         choices=PROPAGATE,
         only=settings.CALIBRATED.removesuffix(" | refit"),
         aliases=["propagate"],
-        metavar="HOW",
         title="pruning",
     )
     hidden_device: str | None = flag(
@@ -95,7 +90,6 @@ class ImageMethod(Method):
         choices=[*METRICS, *WEIGHTWATCHER],
         only="_ww",
         tolerated="uniform",
-        metavar="METRIC",
         title="allocation",
     )
     ww_metric_cache: str = flag(
@@ -114,7 +108,6 @@ class ImageMethod(Method):
         most=1,
         only="_ww",
         tolerated="uniform",
-        metavar="E",
         title="allocation",
     )
     mapping_type: str = "layer_wise"  # a ratio for each matrix, as published

@@ -75,7 +75,8 @@ def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
         options |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "{true,false}"}
     else:
         number = next((number for number in (int, float) if number.__name__ in str(kind)), str)
-        options |= {name: declared[name] for name in ("metavar", "nargs", "const")}
+        usual = "NAME" if declared["choices"] else {int: "N", float: "X", str: None}[number]
+        options |= {"metavar": declared["metavar"] or usual, "nargs": declared["nargs"], "const": declared["const"]}
         options["type"] = declared["convert"] or number
     names = [f"--{name}" for name in (settings.spelling(item.name), *declared["aliases"])]
     group.add_argument(*names, **options)

@@ -45,9 +45,8 @@ class Model(Flags):
         "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU, "
         "which saves in the checkpoint's own",
         choices=DTYPES,
-        metavar="NAME",
     )
-    seed: int = flag(0, "random seed for sampling calibration data", metavar="N")
+    seed: int = flag(0, "random seed for sampling calibration data")
 
 
 @dataclass(kw_only=True)
@@ -55,15 +54,8 @@ class Texts(Flags):
     _title: ClassVar[str] = "data"
 
     calib_data: str = flag("c4", f"text: {TEXTS}", only="calibration | search", warns=True, metavar="TEXT")
-    nsamples: int = flag(128, "windows, a count", least=1, only="calibration", warns=True, metavar="N")
-    seqlen: int = flag(
-        2048,
-        "window length, tokens; at most the model's context",
-        least=1,
-        only="pruning | evaluation",
-        warns=True,
-        metavar="N",
-    )
+    nsamples: int = flag(128, "windows, a count", least=1, only="calibration", warns=True)
+    seqlen: int = flag(2048, "length of a window, tokens", least=1, only="pruning | evaluation", warns=True)
 
 
 @dataclass(kw_only=True)
@@ -76,7 +68,7 @@ class Pruning(Flags):
         f"{{{', '.join('_' + a for a in ALLOCATIONS if a)}}}; _ww: by {{ww_metric}}",
         metavar="METHOD",
     )
-    sparsity_ratio: float = flag(0.0, "fraction of the weights to remove, in [0, 1)", least=0, below=1, metavar="S")
+    sparsity_ratio: float = flag(0.0, "fraction of the weights to remove, in [0, 1)", least=0, below=1)
     sparsity_type: str = flag("unstructured", "unstructured, or N:M (2:4, 4:8 ...): keep N of M", metavar="TYPE")
     use_variant: bool = flag(
         False, "its variant: one share of each row's score instead of a count", only=" | ".join(VARIANTS)
@@ -86,7 +78,6 @@ class Pruning(Flags):
         "iterations of ADMM (default: 10, rho from .3 to 1; 30: rho from .1 to 3, slower and a little better)",
         least=1,
         only=" | ".join(ITERATED),
-        metavar="N",
     )
     damping: float | None = flag(
         None,
@@ -94,28 +85,24 @@ class Pruning(Flags):
         above=0,
         most=1000,  # nothing is left of the inputs' correlations then
         only=" | ".join((*DAMPED, "refit")),
-        metavar="X",
     )
     refit: int | None = flag(
         None,
         "conjugate-gradient steps that improve the weights on the fixed mask (default: 10 for alps, else 0)",
         least=0,
         only="pruning",
-        metavar="N",
     )
     statistics: str = flag(
         "pruned",
         "what calibration passes on from block to block: {choices} weights' outputs",
         choices=PROPAGATE,
         only=CALIBRATED,
-        metavar="WHICH",
     )
     calib_dtype: str | None = flag(
         None,
         "{choices}: of the products in calibration's passes through a float32 model (default: the model's own)",
         choices=CALIB_DTYPES,
         only=CALIBRATED,
-        metavar="NAME",
     )
 
 
@@ -130,7 +117,6 @@ class Allocation(Flags):
         choices=[*METRICS, *WEIGHTWATCHER],
         only="_ww",
         tolerated="uniform",
-        metavar="METRIC",
     )
     ww_metric_cache: str | None = flag(
         None,
@@ -147,68 +133,37 @@ class Allocation(Flags):
         convert=number_or_auto,
         only="_ww",
         tolerated="uniform",
-        metavar="E",
     )
-    mapping_type: str = flag(
-        "block_wise", "{choices}", choices=MAPPINGS, only="_ww", tolerated="uniform", metavar="TYPE"
-    )
+    mapping_type: str = flag("block_wise", "{choices}", choices=MAPPINGS, only="_ww", tolerated="uniform")
     esd_driver: str = flag(
-        "exact",
-        "{choices}; exact: float32 SVD, as published; fast: eigenvalues of the float64 Gram matrix",
-        choices=DRIVERS,
-        only="_ww",
-        metavar="NAME",
+        "exact", "{choices}; exact: float32 SVD, as published; fast: float64 Gram matrix", choices=DRIVERS, only="_ww"
     )
     farms: bool = flag(False, "spectra of windows of one aspect ratio (FARMS) instead of whole matrices", only="_ww")
-    farms_rows: int = flag(
-        2000, "rows of a window; at most the matrix's shorter side", least=2, only="farms", metavar="N"
-    )
-    farms_ratio: float = flag(1.0, "columns of a window over its rows", above=0, only="farms", metavar="Q")
+    farms_rows: int = flag(2000, "rows of a window; at most the matrix's shorter side", least=2, only="farms")
+    farms_ratio: float = flag(1.0, "columns of a window over its rows", above=0, only="farms")
     farms_steps: int = flag(15, "windows in each direction, a count", least=1, only="farms", metavar="K")
     owl_m: float = flag(5.0, "outliers exceed M times the block's mean score", above=0, only="_owl", metavar="M")
-    owl_lambda: float = flag(
-        0.08, "half width of the map, a sparsity in [0, 1]", least=0, most=1, only="_owl", metavar="L"
-    )
-    dlp_alpha: float = flag(
-        0.15, "half width of the map, a sparsity in [0, 1]", least=0, most=1, only="_dlp", metavar="A"
-    )
-    atp_beta: float = flag(
-        0.005, "step from block to block, a sparsity in [0, 1]", least=0, most=1, only="_atp", metavar="B"
-    )
-    price_steps: int = flag(
-        16,
-        "steps of the search, each a backward pass over windows of text, or over up to 256 images",
-        least=1,
-        only="_price",
-        metavar="N",
-    )
+    owl_lambda: float = flag(0.08, "half width of the map, a sparsity in [0, 1]", least=0, most=1, only="_owl")
+    dlp_alpha: float = flag(0.15, "half width of the map, a sparsity in [0, 1]", least=0, most=1, only="_dlp")
+    atp_beta: float = flag(0.005, "step from block to block, a sparsity in [0, 1]", least=0, most=1, only="_atp")
+    price_steps: int = flag(16, "steps of the search, each a backward pass over text or images", least=1, only="_price")
     price_start: str = flag(
         "uniform",
         "allocation that the search starts from: {choices}",
         choices=[name or "uniform" for name in ALLOCATIONS if name != "price"],
         only="_price",
-        metavar="NAME",
     )
     price_refresh: int = flag(
-        0,
-        "further steps, after ranking the weights again on the path of the plan found so far",
-        least=0,
-        only="_price",
-        metavar="N",
+        0, "further steps, after ranking the weights again under the plan so far", least=0, only="_price"
     )
     price_dtype: str = flag(
         "auto",
-        "{choices} to search in; auto: bfloat16 on a CPU that multiplies it, else the model's own",
+        "{choices}; auto: bfloat16 on a CPU that multiplies it, else the model's own",
         choices=price_model.DTYPES,
         only="_price",
-        metavar="NAME",
     )
     price_effort: str = flag(
-        "full",
-        "{choices}: a step looks at two windows, or, faster and less exactly, at half of one",
-        choices=price.EFFORTS,
-        only="_price",
-        metavar="NAME",
+        "full", "{choices}: a step reads two windows, or, faster, half of one", choices=price.EFFORTS, only="_price"
     )
     metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
     plan: str | None = flag(
@@ -225,9 +180,7 @@ class Evaluation(Flags):
     _title: ClassVar[str] = "evaluation"
 
     eval_data: str = flag("wikitext2", f"text: {TEXTS}", only="evaluation", warns=True, metavar="TEXT")
-    eval_windows: int | None = flag(
-        None, "windows, a count (default: all)", least=1, only="evaluation", warns=True, metavar="N"
-    )
+    eval_windows: int | None = flag(None, "windows, a count (default: all)", least=1, only="evaluation", warns=True)
     eval_wikitext: bool = flag(True, "measure the perplexity on {eval_data}")
 
 
@@ -239,12 +192,8 @@ class ZeroShot(Flags):
     tasks: str = flag(
         ",".join(ZERO_SHOT_TASKS), "lm-eval's names of tasks or groups", only="eval_zero_shot", metavar="A,B"
     )
-    num_fewshot: int = flag(
-        0, "worked examples before each question, a count", least=0, only="eval_zero_shot", metavar="N"
-    )
-    limit: int | None = flag(
-        None, "questions per task, a count (default: all)", least=1, only="eval_zero_shot", metavar="N"
-    )
+    num_fewshot: int = flag(0, "worked examples before each question, a count", least=0, only="eval_zero_shot")
+    limit: int | None = flag(None, "questions per task, a count (default: all)", least=1, only="eval_zero_shot")
     eval_batch_size: str = flag(
         "auto", "batch size; auto: the largest that fits on the GPU, 8 on a CPU", only="eval_zero_shot", metavar="N"
     )
@@ -280,11 +229,7 @@ class Output(Flags):
         only="pruning",
         metavar="DIR",
     )
-    packed: bool = flag(
-        False,
-        "write the model packed, a bit per weight and the values that are left; scripts/generate.py runs it",
-        only="save_model",
-    )
+    packed: bool = flag(False, "write the model packed, for scripts/generate.py", only="save_model")
 
     def model_folder(self, task: Task) -> Path | None:
         """Return where the pruned model is saved, None if it is not."""
@@ -299,14 +244,12 @@ class Scale(Flags):
         "auto",
         "read weights block by block from disk, prune into {save_model}: {choices}; auto: if they exceed free memory",
         choices=("auto", "always", "never"),
-        metavar="WHEN",
     )
     hidden_states: str = flag(
         "auto",
-        "where hidden states are kept: {choices}; auto: on the GPU if it has room, else in the CPU's memory",
+        "place of hidden states: {choices}; auto: the GPU if it has room, else cpu",
         choices=HIDDEN_STATES,
         only="calibration",
-        metavar="WHERE",
     )
     restart: bool = flag(
         False, "begin again where {save_model} holds an unfinished run, instead of resuming it", only="save_model"
