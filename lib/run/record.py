@@ -15,6 +15,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lib import __version__
 from lib.core import cpu
 from lib.core.digests import digest, file_state
 from lib.core.files import write_files
@@ -218,11 +219,11 @@ def provenance() -> dict:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
+    versions = {"alphapruning": __version__, "python": sys.version.split()[0]}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def _git_commit() -> str | None:
