@@ -51,9 +51,8 @@ def run(settings: ImageExperiment, console: Console) -> dict:
 
     if task.pruner:
         with record.stage("measure"):
-            values, search = pipeline.measure(
-                subject, task, settings.measurement(subject.name), settings.price_options()
-            )
+            measurement, options = settings.measurement(subject.name), settings.price_options()
+            values, search = pipeline.measure(subject, task, measurement, options)
             record.content |= report.price_entries(search)
         report.show_prices(console, search, "images", "image")
         report.draw_prices(record, search)
@@ -101,8 +100,8 @@ def show(settings: ImageExperiment, task: Task, record: Record, console: Console
     """Print the run's figures and where they were written."""
     content, stages = record.content, record.stages.values()
 
-    def row(method: str, target: float, sparsity: float, found: dict, seconds: str) -> tuple[str, ...]:
-        return method, f"{target:g}", f"{sparsity:.4f}", f"{found['top1']:.2f}", f"{found['top5']:.2f}", seconds
+    def row(method: str, target: float, sparsity: float, hits: dict, seconds: str) -> tuple[str, ...]:
+        return method, f"{target:g}", f"{sparsity:.4f}", f"{hits['top1']:.2f}", f"{hits['top5']:.2f}", seconds
 
     rows = [row("dense", 0, content["dense_zeros"], content["dense"], "")]
     if task.pruner:
@@ -119,12 +118,11 @@ def show(settings: ImageExperiment, task: Task, record: Record, console: Console
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
-    advice = "lower --batch_size, or add --hidden_device cpu"
 
     def work(settings: ImageExperiment) -> None:
         run(settings, Console())
 
-    return command(ImageExperiment, work, argv, PARSER, out_of_memory=advice)
+    return command(ImageExperiment, work, argv, PARSER, out_of_memory="lower --batch_size, or add --hidden_device cpu")
 
 
 if __name__ == "__main__":
