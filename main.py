@@ -49,7 +49,7 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
             record.content["dense_zeros"] = subject.weights.sparsity()
 
         with record.stage("measure"):
-            values, search = pipeline.measure(subject, task, measurement, settings.price_options(), journal)
+            values, search = pipeline.measure_values(subject, task, measurement, settings.price_options(), journal)
             record.content |= report.price_entries(search)
         report.show_prices(console, search)
         if settings.metrics_only:

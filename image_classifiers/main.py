@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from rich.console import Console
 
-from image_classifiers.settings import Evaluation, ImageExperiment, Images
+from image_classifiers.settings import AccuracyFlags, ImageExperiment, ImageFlags
 from image_classifiers.subject import Accuracy, Classifier
 from lib.cli.command import command, make_parser
 from lib.cli.task import Task
@@ -52,7 +52,7 @@ def run(settings: ImageExperiment, console: Console) -> dict:
     if task.pruner:
         with record.stage("measure"):
             measurement, options = settings.measurement(subject.name), settings.price_options()
-            values, search = pipeline.measure(subject, task, measurement, options)
+            values, search = pipeline.measure_values(subject, task, measurement, options)
             record.content |= report.price_entries(search)
         report.show_prices(console, search, "images", "image")
         report.draw_prices(record, search)
@@ -72,7 +72,7 @@ def run(settings: ImageExperiment, console: Console) -> dict:
         record.files[f"{task.target}.txt"] = sentence(accuracy)
         record.write(complete=unsaved is None)
 
-    show(settings, task, record, console)
+    show_accuracy(settings, task, record, console)
     if unsaved:
         raise unsaved
     return record.whole()
@@ -85,7 +85,7 @@ def resume(settings: ImageExperiment, record: Record) -> str:
         advice = " (--save_model DIR would keep the model)" if record.rows and not settings.save_model else ""
         return f"the same command starts again{advice}"
     words = ["--model", saved]
-    for name in (*Images.__annotations__, *Evaluation.__annotations__, "device"):
+    for name in (*ImageFlags.__annotations__, *AccuracyFlags.__annotations__, "device"):
         if name in settings.given and name not in ("nsamples", "published_calibration"):
             words += [f"--{settings.spelling(name)}", str(getattr(settings, name))]
     return f"the pruned model is saved; measure it with: python image_classifiers/main.py {shlex.join(words)}"
@@ -96,7 +96,7 @@ def sentence(accuracy: Accuracy) -> str:
     return f"Accuracy of the network on {accuracy.images} test images: {accuracy.top1:.5f}%\n"
 
 
-def show(settings: ImageExperiment, task: Task, record: Record, console: Console) -> None:
+def show_accuracy(settings: ImageExperiment, task: Task, record: Record, console: Console) -> None:
     """Print the run's figures and where they were written."""
     content, stages = record.content, record.stages.values()
 

@@ -24,7 +24,7 @@ from lib.pruning import walk
 from lib.pruning.plan import SparsityPlan
 from lib.run.journal import Identity, Journal
 from lib.run.record import Record, is_unmeasured, provenance
-from lib.spectra import measure as metrics
+from lib.spectra import measure
 
 log = logging.getLogger("main")
 
@@ -75,7 +75,7 @@ def open_journal(
 # -------------------------------------------------------------------------------------------------------------- steps
 
 
-def measure(
+def measure_values(
     subject: Subject, task: Task, measurement: Measurement, options: price.Options, journal: Journal | None = None
 ) -> tuple[Mapping[str, float] | None, price.Found | None]:
     """Return the values that the allocation needs for each layer, and the search that found them, None without one.
@@ -89,9 +89,9 @@ def measure(
         return None, None
     if needs == "metric":
         metric, folder, how = measurement
-        return metrics.load_or_measure(folder, metric, subject.name, subject.measured, how).values, None
+        return measure.load_or_measure(folder, metric, subject.name, subject.measured, how).values, None
     if needs == "price":
-        values, _ = measure(subject, task.starting_task, measurement, options)
+        values, _ = measure_values(subject, task.starting_task, measurement, options)
         start = make_plan(task.starting_task, subject.weights.layers, values).ratios if task.start else None
         search = search_prices(subject, task, start, options, journal)
         return search.ratios, search

@@ -19,7 +19,7 @@ from test_image_pruning import exact
 from torchvision import transforms
 
 from image_classifiers import data, main, models
-from image_classifiers.models import find_parts, save
+from image_classifiers.models import find_parts, save_classifier
 from image_classifiers.settings import TRAINING_FLAGS, ImageExperiment
 from image_classifiers.subject import accuracy
 from lib.allocation import formulas
@@ -35,7 +35,7 @@ PROGRAM = ROOT / "image_classifiers" / "main.py"
 @pytest.fixture(scope="module")
 def vit_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifiers") / "tiny-vit"
-    save(tiny_vit(), 8, folder)
+    save_classifier(tiny_vit(), 8, folder)
     return folder
 
 
@@ -121,7 +121,7 @@ def logits_of(model) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_convnext_keeps_its_metric_under_its_own_name(tmp_path, capsys):
     for name, changes in (("one", {}), ("two", {"dims": (12, 16, 20, 24)})):
-        save(tiny_convnext(**changes), 8, tmp_path / name)
+        save_classifier(tiny_convnext(**changes), 8, tmp_path / name)
         flags = [
             "--model",
             tmp_path / name,
@@ -145,7 +145,7 @@ def test_convnext_keeps_its_metric_under_its_own_name(tmp_path, capsys):
 
 
 def test_dense_evaluation_and_images_in_folders(vit_folder, imagenet, tmp_path, capsys):
-    save(tiny_vit(num_classes=2), 8, tmp_path / "two")
+    save_classifier(tiny_vit(num_classes=2), 8, tmp_path / "two")
     common = ["--model", tmp_path / "two", "--save_dir", tmp_path / "out", "--num_workers", 0]
     assert call(capsys, *common, "--data_path", imagenet)[0] == 0
     imnet = json.loads((tmp_path / "out" / "run_dense_sparsity_0.0.json").read_text())
@@ -175,7 +175,7 @@ def test_results_depend_neither_on_the_batch_size_nor_on_the_workers(vit_folder,
 @pytest.mark.parametrize("suffix", fast(formulas.ALLOCATIONS, 4))
 def test_every_allocation_adds_up_to_the_target(suffix, tmp_path, capsys):
     model = tiny_convnext(conv_mlp=True)
-    save(model, 8, tmp_path / "tiny")
+    save_classifier(model, 8, tmp_path / "tiny")
     method = f"magnitude_{suffix}".rstrip("_")
     flags = ["--model", tmp_path / "tiny", "--data_set", "digits", "--prune_metric", method, "--sparsity", 0.5]
     flags += ["--save_dir", tmp_path, "--num_workers", 0, "--nsamples", 24]
@@ -215,7 +215,7 @@ def test_every_metric_is_measured(metric):
 
 
 def test_metrics_of_weightwatcher_are_refused_for_convolutions(tmp_path, capsys):
-    save(tiny_convnext(), 8, tmp_path / "tiny")
+    save_classifier(tiny_convnext(), 8, tmp_path / "tiny")
     flags = ["--model", tmp_path / "tiny", "--data_set", "digits", "--prune_metric", "magnitude_ww", "--sparsity", 0.5]
     status, said = call(capsys, *flags, "--WW_metric", "mp_softrank", "--save_dir", tmp_path / "out")
     assert status == 2 and "--WW_metric mp_softrank: is for matrices" in said and not (tmp_path / "out").exists()
@@ -292,7 +292,7 @@ def test_a_failed_save_leaves_the_figures(error, status, pruning_run, capsys, ca
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(models, "save", fail)
+    monkeypatch.setattr(models, "save_classifier", fail)
     if status is None:
         with pytest.raises(RuntimeError, match="a bug"):
             call(capsys, *flags)
@@ -418,11 +418,11 @@ def test_images_are_prepared_as_published(size, crop_pct, steps, imagenet_mean):
 
 def test_draws():
     images = data.digits(None, None, train=True)
-    draws = [data.draw(images, 1000, seed, replacement=False) for seed in (0, 0, 1)]
+    draws = [data.draw_images(images, 1000, seed, replacement=False) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert all(len(set(draw)) == 1000 and max(draw) < 1347 for draw in draws)
-    again = data.draw(images, 4096, 0, replacement=True)
-    assert again == data.draw(images, 4096, 0, replacement=True) and len(again) == 4096 > len(set(again))
+    again = data.draw_images(images, 4096, 0, replacement=True)
+    assert again == data.draw_images(images, 4096, 0, replacement=True) and len(again) == 4096 > len(set(again))
 
 
 def test_images_come_with_their_own_labels_in_the_order_that_is_asked_for():
@@ -580,7 +580,7 @@ def test_an_image_that_cannot_be_read_is_named(workers, imagenet, tmp_path):
 
 
 def test_classes_of_calibration_and_test_must_be_the_same(imagenet, tmp_path, capsys):
-    save(tiny_vit(num_classes=2), 8, tmp_path / "two")
+    save_classifier(tiny_vit(num_classes=2), 8, tmp_path / "two")
     (tmp_path / "other").mkdir()
     for name in ("n01", "n03"):
         (tmp_path / "other" / name).symlink_to(imagenet / "train" / "n01")
