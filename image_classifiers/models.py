@@ -20,9 +20,8 @@ from lib.pruning.pruners import PRUNERS, Pruner, magnitude
 
 log = logging.getLogger(__name__)
 
-CLASSIFIERS = (
-    "timm's ViT, DeiT and ConvNeXt models (deit_small_patch16_224, vit_base_patch16_224, convnext_base ...)"
-)
+# Which models are supported, for --help and errors.
+CLASSIFIERS = "timm's ViT, DeiT and ConvNeXt models (deit_small_patch16_224, vit_base_patch16_224, convnext_base ...)"
 # Matrices outside the blocks are few: patch embedding or stem, and head.
 MOST_OUTSIDE = 4
 # An error lists this many keys of a weight file.

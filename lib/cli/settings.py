@@ -352,14 +352,10 @@ class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFl
 
     def identity(self) -> dict[str, object]:
         """Return the flags that determine the pruned weights, in their spelling."""
-        names = [
-            name
-            for group in (TextFlags, PruningFlags, AllocationFlags)
-            for name in group.__annotations__
-            if name[0] != "_"
-        ]
-        free = ("ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor")
-        return {self.spelling(name): getattr(self, name) for name in ("seed", "dtype", *names) if name not in free}
+        groups = (TextFlags, PruningFlags, AllocationFlags)
+        names = {"seed", "dtype"}.union(*(group.__annotations__ for group in groups))
+        names -= {"_title", "ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor"}
+        return {self.spelling(name): getattr(self, name) for name in sorted(names)}
 
     def measurement(self, model: str) -> Measurement:
         """Return how the metric of the ``model`` is measured, and where it is cached."""

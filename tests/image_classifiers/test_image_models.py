@@ -271,9 +271,7 @@ def test_without_a_file_the_hub_is_asked():
     ):
         load_classifier(locate_classifier("deit_tiny_patch16_224"), None, 224, None)  # the tests are offline
     with pytest.raises(UserError, match=r"--nb_classes 7: timm's weights .* are for 1000 classes"):
-        load_classifier(
-            locate_classifier("deit_tiny_patch16_224"), None, 224, 7
-        )  # whose classifier would be left random
+        load_classifier(locate_classifier("deit_tiny_patch16_224"), None, 224, 7)  # it would be left random
 
 
 class Sly:
