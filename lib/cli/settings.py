@@ -297,7 +297,7 @@ class MethodFlags(PruningFlags, AllocationFlags):
         for name, value in (("sparsity_ratio", self.sparsity_ratio), ("sparsity_type", self.sparsity_type)):
             if value not in (0, "unstructured"):
                 fix = f"add {flag_name('prune_method')}, one of: {', '.join(METHODS)}"
-                raise UserError(name, value, "without a method", fix)
+                raise UserError(name, value, "does nothing without a method", fix)
         return self.settled(Task("dense", None, "", 0.0))
 
     def settled(self, task: Task) -> Task:

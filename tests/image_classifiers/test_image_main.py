@@ -522,7 +522,7 @@ BAD = {  # flags (M: a good model, I: images in folders), and what is said
     "--model M --data_set digits --eval_data_path I": "--eval_data_path does nothing with --data_set digits",
     "--model M --data_set digits --prune_metric wanda_w --sparsity 0.5": "Did you mean 'wanda_ww'?",
     "--model M --data_set digits --prune_metric wanda": "--prune_metric wanda without a sparsity; add --sparsity\n",
-    "--model M --data_set digits --sparsity 0.5": "--sparsity 0.5 without a method; add --prune_metric",
+    "--model M --data_set digits --sparsity 0.5": "--sparsity 0.5: does nothing without a method; add",
     "--model M --data_set digits --prune_metric wanda --sparsity 1": "--sparsity 1.0: must be at least 0 and below 1",
     f"--model M --data_set digits {WANDA} --epsilon 2": "--epsilon 2.0: must be between 0 and 1",
     f"--model M --data_set digits {WANDA} --propagate sparse": "Choose from: dense, pruned",
