@@ -54,13 +54,12 @@ PARSER = make_parser(Docs, "make_docs.py", __doc__)
 
 def has_parser(program: Path) -> bool:
     """Return whether a command's parser is available without running it."""
-    return bool(re.search(r"^(PARSER\b|def make_parser\()", program.read_text(encoding="utf-8"), re.M))
+    return bool(re.search(r"^PARSER\b", program.read_text(encoding="utf-8"), re.M))
 
 
 def parser_of(program: Path) -> argparse.ArgumentParser:
     """Return the argparse parser of a command for which ``has_parser`` holds."""
-    module = import_module(".".join(program.relative_to(ROOT).with_suffix("").parts))
-    return module.PARSER if hasattr(module, "PARSER") else module.make_parser()
+    return import_module(".".join(program.relative_to(ROOT).with_suffix("").parts)).PARSER
 
 
 def programs() -> list[Path]:
@@ -107,17 +106,9 @@ def _row(action: argparse.Action) -> str:
     several = " ..." if action.nargs in ("*", "+") else ""
     value = f" {action.metavar or action.dest.upper()}{several}" if action.nargs != 0 else ""
     names = ", ".join(f"`{option}{value}`" for option in action.option_strings) or f"`{value.strip()}`"
-    whole = action.help.replace(" (default: %(default)s)", "")  # as argparse writes it
-    explanation, default = re.fullmatch(r"(.*?)(?: \(default: ([^\s()]+)\))?", whole, re.S).groups()
+    explanation, default = re.fullmatch(r"(.*?)(?: \(default: ([^\s()]+)\))?", action.help, re.S).groups()
     if "default:" in explanation:  # several, or one that needs words: they stay in the explanation
-        explanation, default = whole, None
-    elif default is None and action.default not in (None, False, argparse.SUPPRESS):
-        values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
-        default = " ".join(map(str, values))
-    if action.choices and "{" not in explanation:  # of an argparse parser; Flags write them into the help
-        explanation = f"{explanation} {{{', '.join(action.choices)}}}"
-    if default is not None and default.startswith(str(ROOT)):
-        default = Path(default).relative_to(ROOT).as_posix()
+        explanation, default = action.help, None
     required = action.required and default is None and action.nargs != "*"
     default = "required" if required else f"`{default}`" if default else ""
     return f"| {names} | {default} | {_plain(explanation)} |".replace("|  |", "| |")

@@ -223,13 +223,13 @@ class LanguageModel:
             raise journal.failure
 
         def complete() -> None:
-            edges = self.weights.edge_tensors()
+            edges = self.weights.outer_tensors()
             load.complete_folder(journal.folder, self.weights.model, self.tokenizer, edges, self.dtypes.stored)
             walk.check_saved(journal.folder, self.weights, sparsity)
             journal.finish(packed)
 
         processes.on_main(complete)
-        self.weights.moved(journal.folder, journal.target)
+        self.weights.rebase_files(journal.folder, journal.target)
         return journal.target
 
     def perplexity(self) -> float:

@@ -177,11 +177,6 @@ def has_flags(record: dict | None, flags: Mapping[str, object]) -> bool:
     return bool(record) and record.get("flags") == json.loads(json.dumps(flags))
 
 
-def is_complete(record: dict | None, flags: Mapping[str, object]) -> bool:
-    """Return whether ``record`` belongs to a completed run with exactly these ``flags``; see ``changed_inputs``."""
-    return has_flags(record, flags) and record.get("complete") is True
-
-
 def is_unmeasured(save: Path, run: str, flags: Mapping[str, object]) -> bool:
     """Return whether the run with these flags was stopped in its evaluation, when its model was whole."""
     earlier = read_run(save, run)

@@ -147,9 +147,9 @@ def table(rows: Sequence[Row], peak: float | None = None) -> str:
 def bench(parts: Sequence[str], sizes: Sizes, device: torch.device, rounds: int) -> list[Row]:
     """Return the rows of all cases of ``parts``; each is told as soon as it is known."""
     rows = []
-    for part in parts:
+    for name in parts:
         torch.manual_seed(0)
-        for case in PARTS[part](sizes, device):
+        for case in PARTS[name](sizes, device):
             rows.append(compare(case, device, rounds))
             print(f"{case.name}: {rows[-1].ours.seconds:.4f} s", file=sys.stderr, flush=True)
     return rows
@@ -169,8 +169,8 @@ def run(settings: Benchmark) -> int:
     markdown = f"{machine}, torch {torch.__version__}, the fastest of {settings.rounds}.\n\n{table(rows, peak)}\n"
     print(markdown)
     content = {"rows": [row._asdict() for row in rows], "settings": settings.flags(), "machine": machine}
-    text = json.dumps(content | provenance(), indent=1) + "\n"
-    files.write_files(Path(settings.save), {"bench.md": markdown, "bench.json": text})
+    record = json.dumps(content | provenance(), indent=1) + "\n"
+    files.write_files(Path(settings.save), {"bench.md": markdown, "bench.json": record})
     for row in rows:
         if row.differs:
             print(f"bench.py: {row.name}: only {row.alike:.4f} of the result is the plain one's", file=sys.stderr)

@@ -146,8 +146,8 @@ def write_graph(wrapper: torch.nn.Module, example: Example, path: Path) -> None:
         import onnx
 
         proto = onnx.load(path)
-        for part in list(path.parent.iterdir()):  # the exporter writes a file per tensor
-            part.unlink()
+        for tensor in list(path.parent.iterdir()):  # the exporter writes a file per tensor
+            tensor.unlink()
         beside = f"{path.name}.data"
         onnx.save_model(proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=beside)
         path.with_name(beside).chmod(path.stat().st_mode)

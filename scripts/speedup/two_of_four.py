@@ -37,8 +37,9 @@ def convert(linears: Mapping[str, torch.nn.Linear]) -> tuple[int, int]:
             raise UserError(None, name, f"has no 2:4 kernel here ({first_line(error)})") from error
         if not torch.equal(sparse.to_dense(), dense):
             raise RuntimeError(f"{name}: the 2:4 form does not give the matrix back")
-        parts = [getattr(sparse, part, None) for part in ("packed", "meta")]
-        before, after = before + dense.nbytes, after + sum(part.nbytes for part in parts if part is not None)
+        # cuSPARSELt keeps values and places in one tensor, CUTLASS in two.
+        tensors = [tensor for tensor in (sparse.packed, getattr(sparse, "meta", None)) if tensor is not None]
+        before, after = before + dense.nbytes, after + sum(tensor.nbytes for tensor in tensors)
         linear.weight = torch.nn.Parameter(sparse, requires_grad=False)
     return before, after
 

@@ -142,7 +142,7 @@ def test_an_earlier_run_is_read_or_is_none(tmp_path):
 
 
 def test_large_weights_are_known_without_reading_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("lib.run.record._READ_WHOLE", 10)
+    monkeypatch.setattr("lib.core.digests._LARGE", 10)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"x" * 20)
     os.utime(path, ns=(0, 5))
