@@ -14,8 +14,9 @@ from lib.cli.command import command, make_parser
 from lib.cli.settings import Experiment
 from lib.core import processes
 from lib.run import checks, pipeline, report
+from lib.run.journal import Journal
 from lib.run.language import LanguageModel
-from lib.run.record import Record, perplexity_text
+from lib.run.record import Record, is_unmeasured, perplexity_text
 
 PARSER = make_parser(
     Experiment,
@@ -41,7 +42,8 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
         measurement = settings.measurement(subject.name)
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
         # The journal's folder comes last, so that what is refused above leaves no trace.
-        journal = pipeline.open_journal(target, settings.restart, record.folder, task.run, flags)
+        unmeasured = is_unmeasured(record.folder, task.run, flags)
+        journal = Journal(target, settings.restart, unmeasured) if target else None
 
     with closing(journal) if journal else nullcontext():
         with record.stage("load"):

@@ -23,7 +23,7 @@ from lib.pruning import plan as plans
 from lib.pruning import walk
 from lib.pruning.plan import SparsityPlan
 from lib.run.journal import Identity, Journal
-from lib.run.record import Record, is_unmeasured, provenance
+from lib.run.record import Record, provenance
 from lib.spectra import measure
 
 log = logging.getLogger("main")
@@ -33,26 +33,21 @@ MISSED = 0.002
 
 
 class Subject(Protocol):
-    """What a run prunes: a model whose blocks are lent by its weights, and the data that it is calibrated on.
+    """What a run prunes: a model whose blocks are lent by its weights, and the data that it is calibrated on."""
 
-    Attributes:
-        name: that of the model, for caches and plans.
-        weights: what is pruned.
-        measured: what a metric is measured on.
-        dense: copy of the dense weights, if one is held.
-        calib_dtype: dtype of the products in calibration's passes, None for the model's own.
-        calibration_digest: hash of the calibration data.
-        search_digests: hashes of the data of a search.
-        scores: what was measured on the dense weights, by what it depends on.
-    """
-
+    # The model's name, for caches and plans.
     name: str
+    # What is pruned, and what a metric is measured on.
     weights: Weights
     measured: Weights
+    # A copy of the dense weights, if one is held.
     dense: Mapping[str, torch.Tensor] | None
+    # The dtype of the products in calibration's passes, None for the model's own.
     calib_dtype: torch.dtype | None
+    # Hashes of the data of calibration and of a search.
     calibration_digest: str
     search_digests: Sequence[str]
+    # What was measured on the dense weights, by what it depends on.
     scores: dict[tuple, object]
 
     def inputs(self) -> BlockInputs:
@@ -60,16 +55,6 @@ class Subject(Protocol):
 
     def price_model(self, effort: price.Effort, by_magnitude: bool) -> PriceModel:
         """Return the model whose prices are searched, with the masks of magnitude or of Wanda."""
-
-
-def open_journal(
-    target: Path | None, restart: bool, save: Path, run: str, flags: Mapping[str, object]
-) -> Journal | None:
-    """Return the journal of the pruned model's folder ``target``, None if the model is not saved.
-
-    The figures of the ``run`` in the folder ``save`` tell whether its evaluation was interrupted.
-    """
-    return None if target is None else Journal(target, restart, is_unmeasured(save, run, flags))
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
