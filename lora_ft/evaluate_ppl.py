@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
-from lib.cli.settings import ZeroShot
+from lib.cli.settings import ZeroShotFlags
 from lib.core import files
 from lib.evaluation import zero_shot
 from lib.evaluation.perplexity import perplexity
@@ -22,7 +22,7 @@ from lora_ft import common
 
 
 @dataclass(kw_only=True)
-class Evaluate(common.PrunedModel, common.Dataset, ZeroShot):
+class Evaluate(common.PrunedModel, common.Dataset, ZeroShotFlags):
     """The flags of evaluate_ppl.py."""
 
     _title: ClassVar[str] = "adapter and output"

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, settings
 
 import main
+from image_classifiers import main as image_main
 from lora_ft import finetune_lm
 from lora_ft.training import TrainerParser
 from scripts.make_docs import has_parser, parser_of
@@ -132,8 +133,8 @@ def test_every_command_in_the_scripts_parses():
                 assert flags <= known[program], (name, flags - known[program])
 
 
-def test_help_explains_every_flag_in_groups(capsys):
-    parser = main.PARSER
+@pytest.mark.parametrize("parser", [main.PARSER, image_main.PARSER], ids=lambda parser: parser.prog)
+def test_help_explains_every_flag_in_groups(parser):
     assert all(action.help for action in parser._actions)
     text = parser.format_help()
     for group in ("model", "data", "pruning", "allocation", "evaluation", "output"):

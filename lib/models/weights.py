@@ -96,6 +96,9 @@ class Weights:
     def rebase_files(self, old: Path, new: Path) -> None:
         """Record that the blocks' files have moved from the folder ``old`` to ``new``."""
 
+    def scratch(self, folder: Path) -> None:
+        """Keep changed blocks that no journal records inside ``folder``, where weights are written at all."""
+
     def outer_names(self) -> list[str]:
         """Return the names of the parameters around the blocks: embedding, final norm and head."""
         inside = {name for i in range(len(self.modules)) for name in self.block_names(i)}

@@ -234,6 +234,13 @@ class LanguageModel:
         """Return the perplexity on the evaluation windows."""
         return perplexity.perplexity_by_blocks(self.weights, self.evaluation)
 
+    def is_whole(self, saved: str | None) -> bool:
+        """Return whether the pruned model can be had in memory, and warn if a streamed one was not ``saved``."""
+        if saved is None and self.weights.streamed and self.weights.changed:
+            log.warning("no zero-shot accuracy: the pruned model is whole in its folder only, which could not be saved")
+            return False
+        return True
+
     def zero_shot(self, saved: str | None, num_fewshot: int, limit: int | None, batch: int | str) -> zero_shot.ZeroShot:
         """Return the accuracy on the questions; a streamed model, which fits into memory, is read from its folder.
 
