@@ -85,8 +85,8 @@ class ImagePriceModel:
         self.masks = Masks(weights, dtype, by_magnitude, whole=True)
         with torch.no_grad():
             self._fit, self._held_out = (
-                [Group(g, torch.cat([self._logits(images) for images in g.split(chunk)])) for g in part]
-                for part in groups
+                [Group(group, torch.cat([self._logits(images) for images in group.split(chunk)])) for group in half]
+                for half in groups
             )
         self.masks.rank(self._enter())
 
