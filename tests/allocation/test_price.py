@@ -254,18 +254,17 @@ def test_the_evaluation_text_is_not_searched_on(run, tiny_text, capsys):
 def test_a_search_with_the_same_settings_is_made_once(tiny_folder, tiny_text, tmp_path, monkeypatch):
     from rich.console import Console
 
-    from lib.run.pipeline import Session
+    from lib.run.language import LanguageModel
 
     made = []
     monkeypatch.setattr(price, "_descend", lambda *args: made.append(1) or _real(*args))
     _real = _descend
-    session, console = Session(shared=True), Console(quiet=True)
     flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_wikitext false --seqlen 32 --nsamples 4 "
     flags += f"--save {tmp_path} --price_steps 2 --prune_method"
-    kept = [
-        main.run(settings(f"{flags} {method} --sparsity_ratio {ratio}"), console, session)["price_search"]
-        for method, ratio in (("wanda_price", 0.5), ("sparsegpt_price", 0.5), ("wanda_price", 0.6))
-    ]
+    runs = [("wanda_price", 0.5), ("sparsegpt_price", 0.5), ("wanda_price", 0.6)]
+    planned = [settings(f"{flags} {method} --sparsity_ratio {ratio}") for method, ratio in runs]
+    subject = LanguageModel(planned)
+    kept = [main.run(run, Console(quiet=True), subject)["price_search"] for run in planned]
     assert len(made) == 2 and kept[0] == kept[1] != kept[2]
 
 
