@@ -235,7 +235,7 @@ def test_other_starts_and_forms(flags, run):
         ("--prune_method wanda --price_steps 3", "does nothing with wanda"),
         ("--prune_method wanda_price --price_start price", "price: invalid choice"),
         ("--prune_method wanda_price --epsilon 0.2", "does nothing with wanda_price"),
-        ("--prune_method wanda_price --price_start ww --epsilon auto", "--epsilon auto with"),
+        ("--prune_method wanda_price --price_start ww --epsilon auto", "--epsilon auto: needs"),
         ("--prune_method wanda_price --price_steps 0", "--price_steps 0: must be at least 1"),
     ],
 )
