@@ -12,7 +12,6 @@ from lib.calibration import hidden, texts
 from lib.cli.settings import Experiment
 from lib.cli.task import Task
 from lib.core import cpu, processes
-from lib.core.allocator import give_back_freed_memory
 from lib.core.digests import digest
 from lib.core.lazy import torch, transformers
 from lib.evaluation import perplexity, zero_shot
@@ -88,7 +87,6 @@ class LanguageModel:
         if not sparse.is_packed(source.path) and checks.must_stream(task, settings.stream, self.fits, *outputs):
             self.streamed = locate.local_copy(source)
             Checkpoint(self.streamed)  # refuses what cannot be streamed
-        give_back_freed_memory()  # a quarter of a gigabyte after a text of a million tokens
 
     def _forget(self) -> None:
         """Forget an earlier run's model, and what depends on it."""
