@@ -256,9 +256,8 @@ def test_a_search_with_the_same_settings_is_made_once(tiny_folder, tiny_text, tm
 
     from lib.run.language import LanguageModel
 
-    made = []
-    monkeypatch.setattr(price, "_descend", lambda *args: made.append(1) or _real(*args))
-    _real = _descend
+    made, descend = [], price._descend
+    monkeypatch.setattr(price, "_descend", lambda *args: made.append(1) or descend(*args))
     flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_wikitext false --seqlen 32 --nsamples 4 "
     flags += f"--save {tmp_path} --price_steps 2 --prune_method"
     runs = [("wanda_price", 0.5), ("sparsegpt_price", 0.5), ("wanda_price", 0.6)]
@@ -266,6 +265,3 @@ def test_a_search_with_the_same_settings_is_made_once(tiny_folder, tiny_text, tm
     subject = LanguageModel(planned)
     kept = [main.run(run, Console(quiet=True), subject)["price_search"] for run in planned]
     assert len(made) == 2 and kept[0] == kept[1] != kept[2]
-
-
-_descend = price._descend
