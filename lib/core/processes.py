@@ -193,9 +193,10 @@ def on_main(work: Callable[[], T]) -> T:
         try:
             outcome[0] = work()
         except UserError as error:
-            outcome[1] = (error.field, None, error.text)
+            outcome[1] = error.field, error.text
     with _collective():
         torch.distributed.broadcast_object_list(outcome, 0)
     if outcome[1] is not None:
-        raise UserError(outcome[1][0], None, outcome[1][1])
+        field, line = outcome[1]
+        raise UserError(field, None, line)
     return outcome[0]

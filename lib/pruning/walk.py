@@ -14,7 +14,6 @@ from tqdm import tqdm
 from lib.calibration.hidden import BlockInputs, advance, passes
 from lib.calibration.statistics import input_statistics
 from lib.core import processes
-from lib.core.allocator import keep_freed_memory
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
 from lib.models import safetensors_io
@@ -90,8 +89,6 @@ def walk(
         UserError: statistics or weights that are not finite, or a Hessian that cannot be factorised; names the layer.
     """
     torch.set_float32_matmul_precision("highest")  # where an environment variable asks for TF32: masks would change
-    if not weights.streamed:  # there memory is what is scarce
-        keep_freed_memory()
     report, last = [], max(layer.block for layer in weights.layers)
     dense = propagate == "dense" and inputs is not None
     with torch.no_grad(), tqdm(total=last + 1, desc="pruning", unit="block", disable=None) as bar:
