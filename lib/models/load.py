@@ -112,7 +112,7 @@ class Dtypes(NamedTuple):
     """The dtype in which a model is computed, and the one to which its pruned weights are rounded for saving."""
 
     compute: torch.dtype
-    stored: torch.dtype
+    save: torch.dtype
 
 
 def choose_dtypes(dtype: str, skeleton: PreTrainedModel) -> Dtypes:
