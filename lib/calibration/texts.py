@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from tqdm import tqdm
 
 from lib.core.errors import UserError, first_line
-from lib.core.hub import check_hub
 from lib.core.lazy import torch
 from lib.core.names import did_you_mean
+from lib.models.hub import check_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

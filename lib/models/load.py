@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.files import new_folder, writing
-from lib.core.hub import check_hub
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
+from lib.models.hub import check_hub
 from lib.models.layers import SUPPORTED, architecture, check_support
 from lib.models.memory import free_memory
 
