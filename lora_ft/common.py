@@ -223,14 +223,18 @@ def stored_fingerprints(base: Base) -> dict[str, str] | None:
 
 
 def load_base(
-    base: Base, dtype: torch.dtype, seqlen: int, device: torch.device | None = None, stored: torch.dtype | None = None
+    base: Base,
+    dtype: torch.dtype,
+    seqlen: int,
+    device: torch.device | None = None,
+    save_dtype: torch.dtype | None = None,
 ) -> Weights:
     """Return the model with its weights, all on GPUs or all on the CPU.
 
     Args:
         seqlen: tokens per window; each GPU keeps room for the work on one.
         device: where to put the whole model instead.
-        stored: see ``Weights``.
+        save_dtype: see ``Weights``.
     """
     reserve = memory.working_set(base.skeleton, dtype, hessians=False, windows=1, seqlen=seqlen)
     model = load.load_llm(base.source, dtype, device, reserve, base.config)
@@ -238,7 +242,7 @@ def load_base(
     if "cpu" in places and len(places) > 1:
         problem = "does not fit in the GPUs' memory, which LoRA needs"
         raise UserError("model", base.source.given, problem, "use more GPUs, or none (CUDA_VISIBLE_DEVICES=)")
-    weights = weights_of(model, stored)
+    weights = weights_of(model, save_dtype)
     sparsity = weights.sparsity()
     if sparsity < DENSE_BELOW:
         log.warning("the model %s is dense, not pruned: its sparsity is %.4f", base.source.given, sparsity)

@@ -55,9 +55,9 @@ def run(settings: Merge) -> None:
     common.check_adapter(settings.lora_weights, base)
     windows = common.evaluation_windows(settings, base)
     dtypes = load.choose_dtypes(settings.dtype, base.skeleton)
-    files.check_writable("save", out, memory.saved_bytes(base.skeleton, base.source, dtypes.stored))
+    files.check_writable("save", out, memory.saved_bytes(base.skeleton, base.source, dtypes.save))
 
-    weights = common.load_base(base, dtypes.compute, settings.ctx_length, stored=dtypes.stored)
+    weights = common.load_base(base, dtypes.compute, settings.ctx_length, save_dtype=dtypes.save)
     pruned = weights.sparsity()
     common.check_base("lora_weights", Path(settings.lora_weights), base, weights)
     model = common.attach(settings.lora_weights, weights.model)
@@ -66,7 +66,7 @@ def run(settings: Merge) -> None:
     state = PLAINLY if settings.keep_dense else KEPT
     merge(model, weights, None if settings.keep_dense else before)
     merged = weights.sparsity()
-    load.save_llm(weights.model, base.tokenizer, out, dtypes.stored)  # before whatever may still fail
+    load.save_llm(weights.model, base.tokenizer, out, dtypes.save)  # before whatever may still fail
     walk.check_saved(out, weights, merged)
 
     rows: dict[str, dict] = {}

@@ -73,7 +73,7 @@ class LanguageModel:
         if task.is_calibrated:
             checks.check_calibration(settings.hidden_states, settings.nsamples)
         if settings.save_model:
-            size = memory.saved_bytes(self.skeleton, source, self.dtypes.stored)
+            size = memory.saved_bytes(self.skeleton, source, self.dtypes.save)
             unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
             checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
 
@@ -191,11 +191,11 @@ class LanguageModel:
             log.info("streaming %s block by block", self.streamed)
             model = load.empty_llm(source, self.streamed, dtypes.compute)
             device = processes.device() or memory.freest()  # which the blocks visit
-            self.weights = Streamed(model, Checkpoint(self.streamed), device, dtypes.stored)
+            self.weights = Streamed(model, Checkpoint(self.streamed), device, dtypes.save)
         else:
             log.info("loading %s", source.path)
             model = load.load_llm(source, dtypes.compute, processes.device(), reserve=self.reserve)
-            self.weights = weights_of(model, None if dtypes.stored == dtypes.compute else dtypes.stored)
+            self.weights = weights_of(model, None if dtypes.save == dtypes.compute else dtypes.save)
         self.measured = self.weights
         if self.planned:
             self.dense, self._loaded_as = self.weights.snapshot(), key
@@ -221,8 +221,10 @@ class LanguageModel:
             raise journal.failure
 
         def complete() -> None:
-            edges = self.weights.outer_tensors()
-            load.complete_folder(journal.folder, self.weights.model, self.tokenizer, edges, self.dtypes.stored)
+            outer_tensors = self.weights.outer_tensors()
+            load.complete_folder(
+                journal.folder, self.weights.model, self.tokenizer, outer_tensors, self.dtypes.save
+            )
             walk.check_saved(journal.folder, self.weights, sparsity)
             journal.finish(packed)
 
