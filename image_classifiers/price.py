@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from image_classifiers import pruning
+from image_classifiers import models
 from lib.allocation.price import Effort
 from lib.allocation.price_model import Masks, autocast, band_price, kl_divergence
 from lib.calibration.hidden import BlockInputs
@@ -137,4 +137,4 @@ class ImagePriceModel:
 
     def _enter(self) -> BlockInputs:
         chunks = ((images, None) for group in self._fit for images in group.images.split(self.chunk))
-        return pruning.block_inputs(self.weights, chunks, self.kept_on)
+        return models.block_inputs(self.weights, chunks, self.kept_on)

@@ -14,9 +14,9 @@ from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
 from lib.cli.settings import ZeroShot
 from lib.core import files
+from lib.evaluation import zero_shot
 from lib.evaluation.perplexity import perplexity
 from lib.models import load
-from lib.run import pipeline
 from lib.run.record import run_text
 from lora_ft import common
 
@@ -48,7 +48,9 @@ def run(settings: Evaluate) -> None:
     if settings.lora_weights is not None:
         common.check_adapter(settings.lora_weights, base)
     windows = common.evaluation_windows(settings, base)
-    tasks = pipeline.questions(settings, pipeline.Session())
+    tasks = None
+    if settings.eval_zero_shot:
+        tasks = zero_shot.find_tasks(settings.task_names(), settings.include_path, settings.num_fewshot)
 
     dtype = load.choose_dtypes(settings.dtype, base.skeleton).compute
     weights = common.load_base(base, dtype, settings.ctx_length)
@@ -73,7 +75,8 @@ def run(settings: Evaluate) -> None:
     if tasks is None:
         return
     with common.explain_failure(lambda: f"the perplexity is in {folder}; the same command starts again"):
-        answers = pipeline.zero_shot(settings, model, base.tokenizer, tasks)
+        cut = (settings.num_fewshot, settings.limit, settings.batch_size())
+        answers = zero_shot.zero_shot(model, base.tokenizer, tasks, *cut)
         record |= {"complete": True, "zero_shot": {"means": answers.means, "lm_eval": answers.full}}
         files.write_files(folder, {"zero_shot.txt": answers.table, "perplexity.json": run_text(record)})
         print(answers.table, end="")

@@ -82,7 +82,7 @@ class Training(Flags):
         "resume from a checkpoint's folder; without one, from the last checkpoint in --output_dir",
         nargs="?",
         const=resumption.LAST,
-        needs="do_train",
+        only="do_train",
         metavar="DIR",
     )
 

@@ -116,8 +116,8 @@ def merge(model: torch.nn.Module, weights: Weights, before: Mapping[str, torch.T
         weight = layer.weight.data
         if before is not None:
             weight.masked_fill_(before[name].to(weight.device) == 0, 0)
-        if weights.stored is not None:
-            weight.copy_(weight.to(weights.stored))
+        if weights.save_dtype is not None:
+            weight.copy_(weight.to(weights.save_dtype))
         if not torch.isfinite(weight).all():
             problem = f"its product added to {name} is not finite"
             raise UserError("lora_weights", None, problem, "train it again, or try --dtype bfloat16")

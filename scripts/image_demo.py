@@ -16,8 +16,8 @@ import table
 from rich.console import Console
 
 from image_classifiers import data, main, models
-from image_classifiers.evaluation import accuracy
 from image_classifiers.settings import ImageExperiment
+from image_classifiers.subject import accuracy
 from lib.cli.command import command, make_parser, parse
 from lib.cli.flags import Flags, flag
 from lib.core import files

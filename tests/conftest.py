@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def metrics_stay_with_the_test(monkeypatch):
     """Cache metrics below the current folder, which tests change, and not in the repository."""
-    monkeypatch.setattr("lib.run.pipeline.in_repository", lambda name: name)
+    monkeypatch.setattr("lib.cli.settings.in_repository", lambda name: name)
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from lora_ft.training import TrainerParser
 from scripts.make_docs import has_parser, parser_of
 
 TOP = (
-    "main.py lib scripts data docs lora_ft image_classifiers README.md INSTALL.md CONTRIBUTING.md LICENSE "
-    "requirements.txt tests .ci pyproject.toml .gitignore"
+    "main.py lib scripts data docs lora_ft image_classifiers README.md INSTALL.md CONTRIBUTING.md CHANGELOG.md "
+    "LICENSE requirements.txt tests .ci pyproject.toml .gitignore"
 )
 
 ROOMS = sorted((ROOT / "lib").rglob("*.py"))
@@ -49,7 +49,7 @@ def longest_function(path: Path) -> tuple[int, str]:
 @pytest.mark.parametrize("path", [*ROOMS, *COMMANDS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_functions_can_be_read_at_a_glance(path):
     # What ruff has no rule for. The rest of the style and the order of the rooms are in pyproject.toml.
-    assert longest_function(path)[0] <= 50, longest_function(path)
+    assert longest_function(path)[0] <= 70, longest_function(path)
     assert ".cuda(" not in path.read_text(), "the weight's own device, whatever it is"
 
 
@@ -59,10 +59,12 @@ ASKED_IN_ONE_PLACE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [*ROOMS, *COMMANDS], ids=lambda p: str(p.relative_to(ROOT)))
-def test_what_the_machine_can_do_is_asked_in_one_place(path):
-    if path.relative_to(ROOT).as_posix() not in ("lib/core/cpu.py", "lib/models/memory.py"):
-        assert not [call for call in ASKED_IN_ONE_PLACE if call in path.read_text()], "see lib/core/cpu.py"
+def test_what_the_machine_can_do_is_asked_in_one_place():
+    # Tests fix the answers there (tests/machines.py), and could not do so elsewhere.
+    files = {*ROOMS, *COMMANDS, *(ROOT / "scripts").rglob("*.py")}
+    files -= {ROOT / "lib/core/cpu.py", ROOT / "lib/models/memory.py"}
+    asked = {path: [call for call in ASKED_IN_ONE_PLACE if call in path.read_text()] for path in files}
+    assert {path: calls for path, calls in asked.items() if calls} == {}
 
 
 def test_main_is_the_experiment_and_no_more():

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from lib import sparse
 from lib.calibration.hidden import advance, enter_blocks, entry_device, leave_blocks
 from lib.core import processes
-from lib.core.allocator import keep_freed_memory
 from lib.core.lazy import torch
 from lib.models.weights import Weights
 
@@ -30,7 +29,6 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
 
     It is infinite or NaN if the pruned model is broken; this is reported, with a warning.
     """
-    keep_freed_memory()
     mine = windows[processes.share(len(windows))]
     with torch.no_grad(), sparse.zeros_skipped(model.modules()):
         logits = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in mine)

@@ -18,7 +18,6 @@ from lib.models.layers import SUPPORTED, architecture, check_support
 from lib.models.memory import free_memory
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise unreadable(source, error, "the tokenizer of ") from error
 
 
-def check_vocabulary(given: str, skeleton: PreTrainedModel, *texts: Tensor | None) -> None:
+def check_vocabulary(given: str, skeleton: PreTrainedModel, *texts: torch.Tensor | None) -> None:
     """Refuse token ids for which the model ``given`` has no embedding: its tokenizer is another model's."""
     most = skeleton.get_input_embeddings().num_embeddings
     largest = max([int(text.max()) for text in texts if text is not None], default=0)
@@ -202,7 +201,7 @@ def complete_folder(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    edges: Iterable[tuple[str, Tensor]],
+    edges: Iterable[tuple[str, torch.Tensor]],
     dtype: torch.dtype,
 ) -> None:
     """Complete a folder with one shard per block as a Hugging Face folder.

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from lib.calibration.hidden import BlockInputs, advance, passes
 from lib.calibration.statistics import input_statistics
 from lib.core import processes
-from lib.core.allocator import keep_freed_memory
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
 from lib.models import safetensors_io
@@ -90,8 +89,6 @@ def walk(
         UserError: statistics or weights that are not finite, or a Hessian that cannot be factorised; names the layer.
     """
     torch.set_float32_matmul_precision("highest")  # where an environment variable asks for TF32: masks would change
-    if not weights.streamed:  # there memory is what is scarce
-        keep_freed_memory()
     report, last = [], max(layer.block for layer in weights.layers)
     dense = propagate == "dense" and inputs is not None
     with torch.no_grad(), tqdm(total=last + 1, desc="pruning", unit="block", disable=None) as bar:
@@ -103,10 +100,10 @@ def walk(
             if done:
                 if dense and block.linears:
                     deque(passes(block, inputs, keep=True), 0)  # while it is dense, as in a run without a stop
-                weights.adopt(block.index, journal.path(block.index))
+                weights.load_block(block.index, journal.path(block.index))
                 rows = journal.rows(block.index)
             else:
-                _prune_block(block, plan, pruner, inputs, keep, weights.stored)
+                _prune_block(block, plan, pruner, inputs, keep, weights.save_dtype)
                 rows = _report(block, plan, metric)
             if inputs is not None and block.index != last and not keep:
                 advance(block, inputs)
@@ -120,24 +117,29 @@ def walk(
 def _keep(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[LayerReport]) -> None:
     """Store a finished block durably; if the disk is full, pruning continues in memory without it."""
     try:
-        journal.add(block.index, weights.tensors(block.index), weights.stored or block.dtype, rows)
+        journal.add(block.index, weights.tensors(block.index), weights.save_dtype or block.dtype, rows)
     except UserError as error:
         if weights.streamed:
             raise
         log.warning("%s; pruning continues, the figures can still be had", error)
         journal.failure = error
         return
-    weights.keep(block.index, journal.path(block.index))
+    weights.set_block_file(block.index, journal.path(block.index))
 
 
 def _prune_block(
-    block: Block, plan: SparsityPlan, pruner: Pruner, inputs: BlockInputs | None, keep: bool, stored: torch.dtype | None
+    block: Block,
+    plan: SparsityPlan,
+    pruner: Pruner,
+    inputs: BlockInputs | None,
+    keep: bool,
+    save_dtype: torch.dtype | None,
 ) -> None:
     owners = {}
     for names, prepared, owner in _prepared(block, pruner, inputs, keep):
         if owner == processes.rank():
             with _named(names[0]):
-                _prune_layers({name: block.linears[name] for name in names}, plan, pruner, prepared, stored)
+                _prune_layers({name: block.linears[name] for name in names}, plan, pruner, prepared, save_dtype)
         del prepared  # a factor of the Hessian: not to outlive its layers
         owners |= dict.fromkeys(names, owner)
     for name, owner in owners.items() if inputs is not None else ():
@@ -186,7 +188,11 @@ def _cost(block: Block, names: list[str], statistic: Tensor) -> float:
 
 
 def _prune_layers(
-    linears: Mapping[str, nn.Module], plan: SparsityPlan, pruner: Pruner, prepared: object, stored: torch.dtype | None
+    linears: Mapping[str, nn.Module],
+    plan: SparsityPlan,
+    pruner: Pruner,
+    prepared: object,
+    save_dtype: torch.dtype | None,
 ) -> None:
     """Prune layers that share their input."""
     for name, linear in linears.items():
@@ -196,8 +202,8 @@ def _prune_layers(
     weights = {name: linear.weight.data.flatten(1) for name, linear in linears.items() if plan.ratios[name] > 0}
     nm = dict.fromkeys(weights) if plan.nm is None else plan.nm
     for name, weight in pruner.prune_all(weights, prepared, plan.ratios, nm) if weights else ():
-        if stored is not None:
-            weight = weight.to(stored)
+        if save_dtype is not None:
+            weight = weight.to(save_dtype)
         if not is_finite(weight):
             text = f"{name}: its pruned weights are not finite; try --dtype bfloat16 or --dtype float32"
             raise UserError(None, text)

@@ -177,6 +177,12 @@ def has_flags(record: dict | None, flags: Mapping[str, object]) -> bool:
     return bool(record) and record.get("flags") == json.loads(json.dumps(flags))
 
 
+def is_unmeasured(save: Path, run: str, flags: Mapping[str, object]) -> bool:
+    """Return whether the run with these flags was stopped in its evaluation, when its model was whole."""
+    earlier = read_run(save, run)
+    return has_flags(earlier, flags) and earlier.get("complete") is False
+
+
 def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
     """Return the states of the local files and folders that ``flags`` name, by flag; of a hub's there is none."""
     states = {}

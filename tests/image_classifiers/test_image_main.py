@@ -18,13 +18,14 @@ from test_image_models import matrices, some_images, tiny_convnext, tiny_vit
 from test_image_pruning import exact
 from torchvision import transforms
 
-from image_classifiers import data, main, pruning
-from image_classifiers.evaluation import accuracy
+from image_classifiers import data, main, models
 from image_classifiers.models import find_parts, save
-from image_classifiers.settings import METHODS, TRAINING_FLAGS, ImageExperiment
+from image_classifiers.settings import TRAINING_FLAGS, ImageExperiment
+from image_classifiers.subject import accuracy
 from lib.allocation import formulas
 from lib.allocation.block_scores import outlier_ratio, score_blocks
 from lib.cli.command import parse
+from lib.cli.settings import METHODS
 from lib.core.errors import UserError
 from lib.spectra import measure
 
@@ -200,7 +201,7 @@ def test_scores_of_blocks_are_those_of_the_dense_model():
         scores = [layers[name].weight.detach().double().flatten(1).abs() * means[name].sqrt() for name in names]
         flat = torch.cat([score.flatten() for score in scores])
         wanted |= dict.fromkeys(names, 100 * (flat > 2 * flat.mean()).double().mean().item())
-    inputs = pruning.block_inputs(parts.pruned, [(images[:3], None), (images[3:], None)], None)
+    inputs = models.block_inputs(parts.pruned, [(images[:3], None), (images[3:], None)], None)
     found = score_blocks(parts.pruned, inputs, partial(outlier_ratio, multiple=2.0))
     assert found == pytest.approx(wanted) and len(set(found.values())) > 1
 
@@ -258,7 +259,7 @@ def test_a_failed_evaluation_leaves_the_model_and_the_figures(
     error, status, said, pruning_run, tmp_path, capsys, caplog, monkeypatch
 ):
     flags, (table, run, line), folder = pruning_run
-    monkeypatch.setattr(main, "accuracy", fails_after(1, error))  # the dense model's comes first
+    monkeypatch.setattr("image_classifiers.subject.accuracy", fails_after(1, error))  # the dense model's comes first
     if status is None:
         with pytest.raises(RuntimeError, match="a bug"):
             call(capsys, *flags)
@@ -291,7 +292,7 @@ def test_a_failed_save_leaves_the_figures(error, status, pruning_run, capsys, ca
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(main.models, "save", fail)
+    monkeypatch.setattr(models, "save", fail)
     if status is None:
         with pytest.raises(RuntimeError, match="a bug"):
             call(capsys, *flags)
@@ -330,7 +331,7 @@ def test_the_model_and_the_table_are_written_before_the_evaluation(pruning_run, 
         seen.append((*there, run.exists() and json.loads(run.read_text())["complete"]))
         return accuracy(*args)
 
-    monkeypatch.setattr(main, "accuracy", measured)
+    monkeypatch.setattr("image_classifiers.subject.accuracy", measured)
     assert call(capsys, *flags)[0] == 0
     assert seen == [(False, False, False, False, False), (True, True, True, False, False)]
     record = json.loads(run.read_text())
@@ -459,12 +460,12 @@ def test_published_command_is_understood():
     )
     task = parse(ImageExperiment, command.split(), main.PARSER).task()
     assert (task.method, task.allocation, task.target) == ("wanda_ww", "ww", 0.8)
-    assert task.pruner is pruning.IMAGE_PRUNERS["wanda"]
+    assert task.pruner is models.IMAGE_PRUNERS["wanda"]
 
 
 def test_every_pruner_and_allocation_is_offered():
     assert {"magnitude", "wanda", "magnitude_ww", "wanda_ww", "sparsegpt", "sparsegpt_ww"} <= set(METHODS)
-    assert len(METHODS) == len(formulas.ALLOCATIONS) * len(pruning.IMAGE_PRUNERS)
+    assert len(METHODS) == len(formulas.ALLOCATIONS) * len(models.IMAGE_PRUNERS)
 
 
 def test_defaults_are_the_published_ones():
@@ -518,7 +519,7 @@ BAD = {  # flags (M: a good model, I: images in folders), and what is said
     f"--model M --data_set digits {WANDA}": "--nsamples 4096: there are only 1347 training images; lower it",
     f"--model M --data_set digits {WANDA} --nsamples 0": "--nsamples 0: must be at least 1",
     "--model M --data_set digit": "--data_set digit: invalid choice. Did you mean 'digits'?",
-    "--model M --data_set digits --eval_data_path I": "--eval_data_path with --data_set digits does nothing",
+    "--model M --data_set digits --eval_data_path I": "--eval_data_path does nothing with --data_set digits",
     "--model M --data_set digits --prune_metric wanda_w --sparsity 0.5": "Did you mean 'wanda_ww'?",
     "--model M --data_set digits --prune_metric wanda": "--prune_metric wanda without a sparsity; add --sparsity\n",
     "--model M --data_set digits --sparsity 0.5": "--sparsity 0.5 without a method; add --prune_metric",
@@ -532,21 +533,21 @@ BAD = {  # flags (M: a good model, I: images in folders), and what is said
     "--model M --data_set digits --crop_pct 1.5": "--crop_pct 1.5: must be between 0.1 and 1",
     "--model M --data_set digits --crop_pct 1e-9": "--crop_pct 1e-09: must be between 0.1 and 1",
     f"--model M --data_set digits {WANDA} --seed 99999999999999999999": "--seed 99999999999999999999: must be between",
-    "--model M --data_set digits --save_model out": "--save_model without --prune_metric does nothing",
+    "--model M --data_set digits --save_model out": "--save_model does nothing without --prune_metric",
     "--model M --data_set digits --save_dir M/config.json": "cannot be written",
     "--model M --data_set digits --sparcity 0.5": "Did you mean '--sparsity'?",
     # Flags that would do nothing.
-    "--model M --data_set digits --data_path I": "--data_path with --data_set digits does nothing",
-    "--model M --data_set digits --owl_m 3": "--owl_m does nothing with dense; it is for the methods with _owl",
+    "--model M --data_set digits --data_path I": "--data_path does nothing with --data_set digits",
+    "--model M --data_set digits --owl_m 3": "--prune_metric; it is for the methods with _owl",
     f"--model M --data_set digits {OWL} --epsilon 0.1": "--epsilon does nothing with wanda_owl; it is for the methods",
     f"--model M --data_set digits {OWL} --WW_metric alpha_mid": "--WW_metric does nothing with wanda_owl; it is for",
     f"--model M --data_set digits {OWL} --metric_cache c": "--metric_cache does nothing with wanda_owl; it is for the",
-    "--model M --data_set digits --propagate dense": "--statistics without --prune_metric does nothing",
-    "--model M --data_set digits --hidden_device cpu": "--hidden_device without --prune_metric does nothing",
-    "--model M --data_set digits --published_calibration": "calibration without --prune_metric does nothing",
-    f"--model M --data_set digits {MAGNITUDE} --propagate pruned": "--statistics does nothing with magnitude:",
-    f"--model M --data_set digits {MAGNITUDE} --hidden_device cpu": "--hidden_device does nothing with magnitude:",
-    f"--model M --data_set digits {MAGNITUDE}_owl --propagate pruned": "--statistics does nothing with magnitude_owl:",
+    "--model M --data_set digits --propagate dense": "--statistics does nothing without --prune_metric",
+    "--model M --data_set digits --hidden_device cpu": "--hidden_device does nothing without --prune_metric",
+    "--model M --data_set digits --published_calibration": "_calibration does nothing without --prune_metric",
+    f"--model M --data_set digits {MAGNITUDE} --propagate pruned": "--statistics does nothing with magnitude;",
+    f"--model M --data_set digits {MAGNITUDE} --hidden_device cpu": "--hidden_device does nothing with magnitude;",
+    f"--model M --data_set digits {MAGNITUDE}_owl --propagate pruned": "--statistics does nothing with magnitude_owl;",
     f"--model M --data_set digits {MAGNITUDE} --published_calibration": "--published_calibration does nothing with",
     # The parser quotes what was typed, even where another command has such a flag.
     "--model M --data_set digits --sparsity_ratio 0.5": "unrecognized arguments: --sparsity_ratio 0.5. Did you mean",

@@ -9,7 +9,7 @@ from conftest import fast
 from test_image_main import call
 from test_image_models import TINY, matrices, some_images, tiny_vit
 from test_image_pruning import exact
-from test_price import PriceOracle, some_ratios
+from test_price_model import PriceOracle, some_ratios
 
 from image_classifiers import data
 from image_classifiers.models import find_parts, save

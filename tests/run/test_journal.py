@@ -308,7 +308,7 @@ def test_ctrl_c_says_that_the_same_command_resumes(place, monkeypatch, capsys):
 
     monkeypatch.setattr(walk, "_prune_block", interrupt)
     assert main.main(place.split()) == 130
-    assert "the same command resumes after the last finished block" in capsys.readouterr().err
+    assert "with --save_model the same command resumes after the last finished block" in capsys.readouterr().err
     assert not list(Path("kept").glob("*.lock"))
 
 
@@ -341,7 +341,7 @@ def test_prices_are_not_sought_again(place, monkeypatch):
 @pytest.mark.usefixtures("few_windows")
 def test_prices_of_other_weights_are_not_taken(place, monkeypatch):
     flags = place.replace(METHOD, "wanda_price").replace(" --epsilon 0.2", " --price_steps 1")
-    killed_run(flags, main.pipeline, "begin_journal", 1)  # they are noted, and no block is finished
+    killed_run(flags, Journal, "begin", 1)  # they are noted, and no block is finished
     sought = []
     real = main.pipeline.price.search
     monkeypatch.setattr(main.pipeline.price, "search", lambda *a: sought.append(1) or real(*a))
