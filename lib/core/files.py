@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
@@ -13,8 +12,6 @@ from typing import BinaryIO
 
 from lib.core import processes
 from lib.core.errors import UserError, first_line
-
-log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPORARY = ".*.tmp"  # the names of files that ``atomic`` has not finished
@@ -182,38 +179,32 @@ def new_folder(target: Path) -> Iterator[Path]:
     folder = target.with_name(f".{target.name}.new")
     with locked(target, wait=True), writing(target):
         remove_leftovers(target)
-        folder.mkdir()
         try:
+            folder.mkdir()
             yield folder
             for path in folder.rglob("*"):  # safetensors makes its files private
                 if path.is_file():
                     path.chmod(folder.stat().st_mode & 0o666)
             replace_folder(folder, target)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_leftovers(target)
 
 
 def replace_folder(folder: Path, target: Path) -> None:
     """Put ``folder`` durably in the place of ``target``; killed in between, ``remove_leftovers`` loses neither."""
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():
-        target.rename(old)
     try:
+        if target.exists():
+            target.rename(target.with_name(f".{target.name}.old"))
         folder.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        sync_folder(target.parent)
+    finally:
+        remove_leftovers(target)
 
 
 def remove_leftovers(target: Path) -> None:
     """Remove what a killed process left beside ``target``; an old one that had no new one yet is brought back."""
-    old = target.with_name(f".{target.name}.old")
+    old, new = (target.with_name(f".{target.name}.{age}") for age in ("old", "new"))
     if old.exists() and not target.exists():
         old.rename(target)
-    for leftover in (old, target.with_name(f".{target.name}.new")):
-        if leftover.exists():
-            log.warning("%s was left by a process that was killed: removed", leftover)
-            shutil.rmtree(leftover)
+    for leftover in (old, new):
+        shutil.rmtree(leftover, ignore_errors=True)
