@@ -308,7 +308,7 @@ def test_ctrl_c_says_that_the_same_command_resumes(place, monkeypatch, capsys):
 
     monkeypatch.setattr(walk, "_prune_block", interrupt)
     assert main.main(place.split()) == 130
-    assert "with --save_model the same command resumes after the last finished block" in capsys.readouterr().err
+    assert "with --save_model it resumes after the last finished block" in capsys.readouterr().err
     assert not list(Path("kept").glob("*.lock"))
 
 
