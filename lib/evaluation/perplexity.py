@@ -59,7 +59,7 @@ def _perplexity(logits_by_window: Iterable[torch.Tensor], windows: torch.Tensor,
         chunks = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
         total = sum(cross_entropy(chunk.float(), target, reduction="sum") for chunk, target in chunks)
         losses.append(total / len(targets))
-    losses = processes.all_gather(torch.stack(losses) if losses else torch.empty(0))
+    losses = torch.cat(processes.gathered(torch.stack(losses).cpu() if losses else torch.empty(0)))
     result = losses.mean().exp().item()
     if not math.isfinite(result):
         hint = "" if dtype != torch.float16 else "; bfloat16 does not where float16 does: --dtype bfloat16"

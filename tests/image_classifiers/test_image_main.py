@@ -310,7 +310,7 @@ def test_figures_that_cannot_be_written_are_not_promised(pruning_run, capsys, ca
     def fail(*args):
         raise UserError(None, "the disk is full")
 
-    monkeypatch.setattr("lib.run.record.write_files", fail)
+    monkeypatch.setattr("lib.run.record.write_atomically", fail)
     status, said = call(capsys, *flags)
     assert status == 2 and said.rstrip().endswith("error: the disk is full") and not run.exists()
     assert "no figures were written; the pruned model is saved" in caplog.text and str(folder) in caplog.text
