@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,16 +10,13 @@ from typing import NamedTuple
 from lib.core.errors import UserError, first_line
 from lib.core.lazy import numpy, torch
 
-log = logging.getLogger(__name__)
-
 MEAN_STD = {  # by --imagenet_default_mean_and_std
     True: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     False: ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-# Images of at most the first and at least the second side are not cropped (published).
-WHOLE_IMAGE_UP_TO = 32
-WHOLE_IMAGE_FROM = 384
-# Share of other images that is kept.
+# Images of sides outside these are not cropped, but squashed (published).
+CROPPED = range(33, 384)
+# Share of an image that is kept where it is cropped.
 CROP = 224 / 256
 # Of the 1,797 digits, these many are for testing.
 DIGITS_TEST = 450
@@ -32,9 +28,6 @@ class Images(NamedTuple):
     items: Sequence
     classes: list[str]
     paths: list[str] | None = None
-
-
-# ------------------------------------------------------------------------------------------------------- images
 
 
 def imnet(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
@@ -52,7 +45,7 @@ def cifar(data_path: str | None, eval_data_path: str | None, train: bool) -> Ima
     from torchvision.datasets import CIFAR100
 
     if data_path is None:
-        raise UserError("data_set", "CIFAR", "add --data_path, the folder that holds CIFAR-100 or is to hold it")
+        raise UserError("data_path", None, "is missing", "give the folder that holds CIFAR-100 or is to hold it")
     try:
         items = CIFAR100(data_path, train=train, download=True)
     except Exception as error:  # the network's errors, a full disk, a damaged archive
@@ -64,12 +57,9 @@ def cifar(data_path: str | None, eval_data_path: str | None, train: bool) -> Ima
 def digits(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fixed, stratified quarter is the test set."""
     from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise UserError("data_set", "digits", "needs scikit-learn", "run: pip install scikit-learn") from error
     digits = load_digits()
     options = {"test_size": DIGITS_TEST, "stratify": digits.target, "random_state": 0}
     parts = train_test_split(digits.images, digits.target, **options)
@@ -86,24 +76,21 @@ IMAGE_SETS: dict[str, Callable[[str | None, str | None, bool], Images]] = {
     "image_folder": image_folder,
     "digits": digits,
 }
-# Those that read --data_path, and --eval_data_path.
-FROM_DATA_PATH = ("IMNET", "CIFAR", "image_folder")
-FROM_EVAL_DATA_PATH = ("image_folder",)
+# Those that read each flag.
+READERS = {"data_path": ("IMNET", "CIFAR", "image_folder"), "eval_data_path": ("image_folder",)}
 
 
-def _folder(field: str, given: str | None, inner: str = "") -> Images:
+def _folder(field: str, folder: str | None, split: str = "") -> Images:
     from torchvision.datasets import ImageFolder
 
-    if given is None:
+    if folder is None:
         raise UserError(field, None, "is missing", "give the folder of the images (--data_set tells their layout)")
-    path = Path(given).expanduser() / inner
-    if not path.is_dir():
-        raise UserError(field, given, f"folder {path} not found", "it should hold a folder of images per class")
+    path = Path(folder) / split
     try:
         images = ImageFolder(str(path))
-    except (OSError, ValueError) as error:  # no folder inside, or one without images
+    except (OSError, ValueError) as error:  # no such folder, no folder inside, or one without images
         problem = f"{path} should hold a folder of images per class ({first_line(error)})"
-        raise UserError(field, given, problem) from error
+        raise UserError(field, folder, problem) from error
     return Images(images, images.classes, [sample[0] for sample in images.samples])
 
 
@@ -114,11 +101,11 @@ def evaluation_transform(size: int, crop_pct: float | None, mean_std: tuple) -> 
     """Return the transform from image to tensor [3, size, size]: resized (bicubic), cropped, normalised (published)."""
     from timm.data.transforms_factory import transforms_imagenet_eval
 
-    whole = size <= WHOLE_IMAGE_UP_TO or size >= WHOLE_IMAGE_FROM
+    crops = size in CROPPED
     return transforms_imagenet_eval(
         img_size=size,
-        crop_pct=crop_pct or (1.0 if whole else CROP),
-        crop_mode="squash" if whole and crop_pct is None else "center",
+        crop_pct=crop_pct or (CROP if crops else 1.0),
+        crop_mode="center" if crops or crop_pct else "squash",
         interpolation="bicubic",
         mean=mean_std[0],
         std=mean_std[1],
@@ -144,11 +131,7 @@ def augmenting_transform(size: int, mean_std: tuple) -> Callable:
 
 
 def draw_images(images: Images, count: int, seed: int, replacement: bool) -> list[int]:
-    """Return ``count`` random indices of ``images``.
-
-    Raises:
-        UserError: too few images to draw without replacement.
-    """
+    """Return ``count`` random indices of ``images``; a UserError if they are too few to draw without replacement."""
     have = len(images.items)
     generator = torch.Generator().manual_seed(seed)
     if replacement:
@@ -181,21 +164,15 @@ class Prepared:
             image, label = self.images.items[self.indices[i]]
             return self.transform(image), label
         except (OSError, SyntaxError, ValueError) as error:  # PIL's, of what is no image or is cut off
-            path = self.images.paths[self.indices[i]] if self.images.paths else f"image {self.indices[i]}"
-            return f"{path}: cannot be read as an image ({str(error).splitlines()[0]}); replace or remove it"
+            path = self.images.paths[self.indices[i]]
+            return f"{path}: cannot be read as an image ({first_line(error)}); replace or remove it"
 
 
 def batches(prepared: Prepared, batch_size: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield tensors [batch, 3, height, width] and labels [batch], in order.
-
-    Raises:
-        UserError: names an image that cannot be read.
-    """
+    """Yield tensors [batch, 3, height, width] and labels [batch], in order; a UserError names an unreadable image."""
     generator = torch.Generator().manual_seed(0)  # workers get their seeds from it, not from the global one
-    loader = torch.utils.data.DataLoader(
-        prepared, batch_size, num_workers=workers, collate_fn=_collate, generator=generator
-    )
-    for batch in loader:
+    options = {"num_workers": workers, "collate_fn": _collate, "generator": generator}
+    for batch in torch.utils.data.DataLoader(prepared, batch_size, **options):
         if isinstance(batch, str):
             raise UserError(None, None, batch)
         yield batch

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from rich.console import Console
 
-from image_classifiers.settings import AccuracyFlags, ImageExperiment, ImageFlags
-from image_classifiers.subject import Accuracy, Classifier
+from image_classifiers.settings import ImageExperiment, ImageFlags
+from image_classifiers.subject import Classifier
 from lib.cli.command import command, make_parser
 from lib.cli.task import Task
 from lib.run import checks, pipeline, report
@@ -69,7 +69,8 @@ def run(settings: ImageExperiment, console: Console) -> dict:
             with record.stage("evaluate"):
                 accuracy = subject.accuracy()
         record.content["accuracy"] = accuracy._asdict()
-        record.files[f"{task.target}.txt"] = sentence(accuracy)
+        sentence = f"Accuracy of the network on {accuracy.images} test images: {accuracy.top1:.5f}%\n"
+        record.files[f"{task.target}.txt"] = sentence  # both published
         record.write(complete=unsaved is None)
 
     show_accuracy(settings, task, record, console)
@@ -85,30 +86,25 @@ def resume(settings: ImageExperiment, record: Record) -> str:
         advice = " (--save_model DIR would keep the model)" if record.rows and not settings.save_model else ""
         return f"the same command starts again{advice}"
     words = ["--model", saved]
-    for name in (*ImageFlags.__annotations__, *AccuracyFlags.__annotations__, "device"):
-        if name in settings.given and name not in ("nsamples", "published_calibration"):
-            words += [f"--{settings.spelling(name)}", str(getattr(settings, name))]
+    for name in sorted(
+        settings.given & {*ImageFlags.__annotations__, "device"} - {"nsamples", "published_calibration"}
+    ):
+        words += [f"--{settings.spelling(name)}", str(getattr(settings, name))]
     return f"the pruned model is saved; measure it with: python image_classifiers/main.py {shlex.join(words)}"
-
-
-def sentence(accuracy: Accuracy) -> str:
-    """Return the published line."""
-    return f"Accuracy of the network on {accuracy.images} test images: {accuracy.top1:.5f}%\n"
 
 
 def show_accuracy(settings: ImageExperiment, task: Task, record: Record, console: Console) -> None:
     """Print the run's figures and where they were written."""
-    content, stages = record.content, record.stages.values()
-
-    def row(method: str, target: float, sparsity: float, hits: dict, seconds: str) -> tuple[str, ...]:
-        return method, f"{target:g}", f"{sparsity:.4f}", f"{hits['top1']:.2f}", f"{hits['top5']:.2f}", seconds
-
-    rows = [row("dense", 0, content["dense_zeros"], content["dense"], "")]
+    content, seconds = record.content, sum(stage["seconds"] for stage in record.stages.values())
+    rows = [("dense", 0, content["dense_zeros"], content["dense"], "")]
     if task.pruner:
-        seconds = f"{sum(stage['seconds'] for stage in stages):.1f}"
-        rows.append(row(task.method, task.target, content["sparsity"], content["accuracy"], seconds))
+        rows.append((task.method, task.target, content["sparsity"], content["accuracy"], f"{seconds:.1f}"))
+    cells = [
+        (method, f"{target:g}", f"{sparsity:.4f}", f"{hits['top1']:.2f}", f"{hits['top5']:.2f}", time)
+        for method, target, sparsity, hits, time in rows
+    ]
     title = f"{content['model']['given']}: {content['accuracy']['images']} test images"
-    report.show(console, title, ("method", "target", "sparsity", "top-1 %", "top-5 %", "seconds"), rows)
+    report.show(console, title, ("method", "target", "sparsity", "top-1 %", "top-5 %", "seconds"), cells)
     share = content["model"]["prunable"] / content["model"]["parameters"]
     report.line(console, f"sparsity: of the blocks' matrices, {share:.1%} of the model's parameters")
     report.line(console, f"written:  {settings.save}/{task.target}.txt, {settings.save}/*_{task.run}.*")

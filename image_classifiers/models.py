@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +24,14 @@ log = logging.getLogger(__name__)
 
 # Which models are supported, for --help and errors.
 CLASSIFIERS = "timm's ViT, DeiT and ConvNeXt models (deit_small_patch16_224, vit_base_patch16_224, convnext_base ...)"
-# Matrices outside the blocks are few: patch embedding or stem, and head.
+# Matrices before and after the blocks are few: patch embedding or stem, and head.
 MOST_OUTSIDE = 4
-# An error lists this many keys of a weight file.
-_LISTED = 6
+# An error shows this many characters of torch's list of keys that do not fit.
+_SHOWN = 400
 
 
 class ClassifierSource(NamedTuple):
-    """Where a model comes from: ``given`` by the user, the ``name`` by which timm builds it, its ``folder`` if any."""
+    """Where a model comes from: as ``given``, the ``name`` by which timm builds it, and its ``folder`` if any."""
 
     given: str
     name: str
@@ -42,77 +44,66 @@ class ClassifierSource(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Weights of a classifier over one chain of modules: its blocks, and the downsampling between them.
+    """Weights of a classifier over its blocks and the downsampling between them.
 
-    ``pruned`` lends the linear layers and 1x1 convolutions inside the blocks; ``measured`` those and the depthwise
-    convolutions, in the model's order.
+    ``pruned`` lends the blocks' linear layers and 1x1 convolutions, ``measured`` their depthwise convolutions as well.
     """
 
     pruned: Weights
     measured: Weights
 
 
-# ---------------------------------------------------------------------------------------------------- finding
+# ---------------------------------------------------------------------------------------------- finding and loading
 
 
 def locate_classifier(model: str) -> ClassifierSource:
-    """Return where ``model`` comes from: a name known to timm, or a folder written by ``--save_model``.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """Return where ``model`` comes from; a UserError if timm has no such name, and ``--save_model`` no such folder."""
     import timm
 
-    path = Path(model).expanduser()
-    if path.is_dir():
-        for name in ("config.json", "model.safetensors"):
-            if not (path / name).is_file():
-                raise UserError("model", model, f"the folder holds no {name}", "give one that --save_model wrote")
-        return ClassifierSource(model, f"local-dir:{path}", path)
+    path = Path(model)
     if path.is_file():
         raise UserError("model", model, "is a file", "give the model's name, and the file as --resume")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError("model", model, "the folder holds no config.json", "give one that --save_model wrote")
+        return ClassifierSource(model, f"local-dir:{path}", path)
     if not timm.is_model(model):
         hint = did_you_mean(model, timm.list_models())
         raise UserError("model", model, f"unknown to timm.{hint} Supported: {CLASSIFIERS}")
     return ClassifierSource(model, model, None)
 
 
-def skeleton(source: ClassifierSource, size: int | None, classes: int | None) -> tuple[torch.nn.Module, int]:
-    """Return the model without weights (on the meta device), and the side of its input images in pixels.
+def skeleton(
+    source: ClassifierSource, resume: str | None, size: int | None, classes: int | None
+) -> tuple[torch.nn.Module, int, dict]:
+    """Return the model on the meta device, the side of its images in pixels, and the options it is created with.
 
     Raises:
-        UserError: it is not supported, does not accept images of ``size``, or does not have ``classes`` outputs.
+        UserError: it is not supported, does not accept images of ``size``, or has no weights for ``classes``.
     """
-    model = _create(source, {"num_classes": classes}, "meta")
-    usual = model.pretrained_cfg["input_size"][-1]
-    if size not in (None, usual) and source.folder:
-        raise UserError("input_size", size, f"the model in {source.given} takes {usual}")
-    if not model.num_classes:
+    usual = _create(source, {}, "meta")
+    config, trained = usual.pretrained_cfg, usual.num_classes
+    side = config["input_size"][-1]
+    if source.folder and size not in (None, side):
+        raise UserError("input_size", size, f"the model in {source.given} takes {side}")
+    if not (classes or trained):
         raise UserError("model", source.given, "has no classifier", "add --nb_classes and --resume, or choose another")
-    if source.folder and classes not in (None, _create(source, {}, "meta").num_classes):
-        problem = f"the model in {source.given} has another number of classes"
-        raise UserError("nb_classes", classes, problem, "leave the flag out")
-    model = _create(source, _options(model, size, classes), "meta")
-    _check_chain(model, find_parts(model, source.given).pruned.modules, size or usual, source.given)
-    return model, size or usual
+    if not resume and classes not in (None, trained):  # timm would leave a random classifier there
+        problem = f"the weights of {source.given} are for {trained} classes"
+        raise UserError("nb_classes", classes, problem, "give fine-tuned weights with --resume")
+    resized = size not in (None, side) and config.get("fixed_input_size")
+    options = {"num_classes": classes, "img_size": size if resized else None}  # timm leaves out what is None
+    model = _create(source, options, "meta")
+    _check_chain(model, find_parts(model, source.given).pruned.modules, size or side, source.given)
+    return model, size or side, options
 
 
-def load_classifier(source: ClassifierSource, resume: str | None, size: int, classes: int | None) -> torch.nn.Module:
-    """Return the model in evaluation mode on the CPU, with the weights of ``resume``, its folder, or timm's own.
-
-    Raises:
-        UserError: the weights cannot be obtained, or do not fit the model.
-    """
-    empty = _create(source, {}, "meta")
-    options = _options(empty, size, classes)
+def load_classifier(source: ClassifierSource, resume: str | None, options: dict) -> torch.nn.Module:
+    """Return the model in evaluation mode on the CPU, with the weights of ``resume``, its folder, or timm's own."""
     if resume or source.folder:
         model = _create(source, options, "cpu")
-        fill_weights(model, Path(resume).expanduser() if resume else source.folder / "model.safetensors")
+        fill_weights(model, Path(resume) if resume else source.folder / "model.safetensors")
         return model
-    trained = empty.pretrained_cfg["num_classes"]
-    if classes not in (None, trained):  # timm would leave a random classifier there
-        problem = f"timm's weights of {source.given} are for {trained} classes"
-        raise UserError("nb_classes", classes, problem, "give fine-tuned weights with --resume")
     log.info("looking up timm's weights of %s in its cache and on the Hugging Face hub", source.given)
     return _create(source, options, "cpu", pretrained=True)
 
@@ -131,12 +122,6 @@ def _create(source: ClassifierSource, options: dict, device: str, pretrained: bo
         raise UserError("model", source.given, problem, fix) from error
 
 
-def _options(model: torch.nn.Module, size: int | None, classes: int | None) -> dict:
-    config = model.pretrained_cfg
-    resized = size not in (None, config["input_size"][-1]) and config.get("fixed_input_size")
-    return {"num_classes": classes, "img_size": size if resized else None}  # timm leaves out what is None
-
-
 # --------------------------------------------------------------------------------------- blocks and their layers
 
 
@@ -148,73 +133,56 @@ def find_parts(model: torch.nn.Module, given: str | None = None) -> Parts:
     Raises:
         UserError: the model has another structure; ``given`` names it in the message.
     """
-    chain = _chain(model, given)
-    measured = _weights(model, chain, lambda module: True)
-    inside = {layer.name for layer in measured.layers}
-    for name in chain:  # what lies between blocks may hold one: the downsampling convolution
-        between = [] if _kind(model.get_submodule(name)) else list(_matrices(model.get_submodule(name)))
-        inside |= {f"{name}.{inner}" for inner in between if len(between) == 1}
-    outside = [name for name in _matrices(model) if name not in inside]
-    if len(outside) > MOST_OUTSIDE:
-        raise _refusal(model, given, f"{len(outside)} matrices outside its blocks would stay dense ({outside[0]} ...)")
-    return Parts(_weights(model, chain, _pointwise), measured)
-
-
-def _chain(model: torch.nn.Module, given: str | None) -> list[str]:
-    """Return the names of the modules that hidden states pass through, in order."""
-    lists = {
-        name: kinds.pop()
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Sequential | torch.nn.ModuleList)
-        and len(kinds := set(map(_kind, module))) == 1
-        and None not in kinds
+    kinds = {
+        f"{name}.{child}": _kind(module)
+        for name, modules in model.named_modules()
+        if isinstance(modules, torch.nn.Sequential | torch.nn.ModuleList)
+        for child, module in modules.named_children()
     }
-    kinds, roots = set(lists.values()), {name.split(".")[0] for name in lists}
-    if kinds == {"transformer"} and len(lists) == 1:
-        (name,) = lists
-        return [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
-    if kinds == {"convnext"} and len(roots) == 1:
-        return _stages(model, roots.pop(), lists)
-    reason = "its blocks are not all of one kind, in one chain" if lists else "it has no blocks of a known kind"
-    raise _refusal(model, given, reason)
+    blocks = {name: kind for name, kind in kinds.items() if kind}
+    trunk = ".".join(os.path.commonprefix([name.split(".") for name in blocks]))  # what holds all blocks
+    if not trunk or len(set(blocks.values())) > 1:
+        reason = "its blocks are not all of one kind, in one chain" if blocks else "it has no blocks of a known kind"
+        raise _refusal(model, given, reason)
 
-
-def _stages(model: torch.nn.Module, root: str, lists: dict[str, str]) -> list[str]:
-    """Return the names of the blocks in the stages under ``root``, and of the modules between them, in order."""
-    chain = []
-    for stage, module in model.get_submodule(root).named_children():
-        for child, inner in module.named_children():
-            name = f"{root}.{stage}.{child}"
-            if name in lists:
-                chain += [f"{name}.{block}" for block, _ in inner.named_children()]
-            elif any(True for _ in inner.parameters()):
-                chain.append(name)
-    return chain
-
-
-def _weights(model: torch.nn.Module, chain: list[str], wanted: Callable[[torch.nn.Module], bool]) -> Weights:
-    """Return the weights over the modules of ``chain`` whose layers are the ``wanted`` matrices of its blocks."""
+    chain = _chain(trunk, model.get_submodule(trunk), blocks)
     modules = [model.get_submodule(name) for name in chain]
-    linears = []
-    for name, module in zip(chain, modules, strict=True):
-        matrices = _matrices(module) if _kind(module) else {}
-        linears.append({f"{name}.{inner}": matrix for inner, matrix in matrices.items() if wanted(matrix)})
-    shapes = [(name, i, tuple(m.weight.shape)) for i, block in enumerate(linears) for name, m in block.items()]
-    return Weights(model, modules, [Layer(*shape) for shape in shapes], linears)
+    measured = [
+        {f"{name}.{inner}": matrix for inner, matrix in _matrices(module).items()} if name in blocks else {}
+        for name, module in zip(chain, modules, strict=True)
+    ]
+    inside = {name for matrices in measured for name in matrices}
+    outside = [name for name in _matrices(model) if name not in inside]
+    if len(outside) > MOST_OUTSIDE + measured.count({}):  # downsampling, between the blocks, has one each
+        raise _refusal(model, given, f"{len(outside)} matrices outside its blocks would stay dense ({outside[0]} ...)")
+
+    def weights(linears: Sequence[dict[str, torch.nn.Module]]) -> Weights:
+        shapes = [(name, i, tuple(m.weight.shape)) for i, block in enumerate(linears) for name, m in block.items()]
+        return Weights(model, modules, [Layer(*shape) for shape in shapes], linears)
+
+    pruned = [{name: matrix for name, matrix in block.items() if _pointwise(matrix)} for block in measured]
+    return Parts(weights(pruned), weights(measured))
+
+
+def _chain(name: str, module: torch.nn.Module, blocks: Iterable[str]) -> list[str]:
+    """Return the names of the modules in ``module`` that hidden states pass through: blocks, and what is between."""
+    if name in blocks or not any(block.startswith(f"{name}.") for block in blocks):
+        return [name] if any(True for _ in module.parameters()) else []
+    return [link for child, inner in module.named_children() for link in _chain(f"{name}.{child}", inner, blocks)]
 
 
 def _kind(block: torch.nn.Module) -> str | None:
-    matrices = _matrices(block).values()
+    matrices = list(_matrices(block).values())
     if any(p.ndim > 1 and all(p is not m.weight for m in matrices) for p in block.parameters()):
         return None  # for example position biases: they would stay dense
-    linear = [m for m in matrices if _pointwise(m)]
-    convolutions = [m for m in matrices if not _pointwise(m)]
-    if not convolutions and len(linear) >= 4 and all(isinstance(m, torch.nn.Linear) for m in linear):
+    if len(matrices) >= 4 and all(isinstance(m, torch.nn.Linear) for m in matrices):
         return "transformer"  # attention: two or more, MLP: two or more
-    if len(convolutions) == 1 and len(linear) == 2 and _depthwise(convolutions[0]):
-        width = convolutions[0].out_channels
-        shapes = [tuple(m.weight.shape[:2]) for m in linear]
-        return "convnext" if shapes == [(shapes[0][0], width), (width, shapes[0][0])] else None
+    linear = [m for m in matrices if _pointwise(m)]
+    convolutions = [m for m in matrices if isinstance(m, torch.nn.Conv2d) and not _pointwise(m)]
+    if len(matrices) == 3 and len(linear) == 2 and len(convolutions) == 1:
+        (hidden, width), back = (tuple(m.weight.shape[:2]) for m in linear)
+        depthwise = convolutions[0].groups == convolutions[0].in_channels == convolutions[0].out_channels == width > 1
+        return "convnext" if depthwise and back == (width, hidden) else None
     return None
 
 
@@ -230,36 +198,25 @@ def _pointwise(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear)
 
 
-def _depthwise(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
-
-
 def _check_chain(model: torch.nn.Module, blocks: Sequence[torch.nn.Module], size: int, given: str) -> None:
-    """Refuse a model whose forward pass does not hand one tensor from block to block."""
+    """Refuse a ``model``, on the meta device, whose forward pass does not hand one tensor from block to block."""
     calls: list[tuple] = []
-    hooks = [block.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for block in blocks]
+    for block in blocks:
+        block.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
     try:
         with torch.no_grad():
-            model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+            model(torch.zeros(1, 3, size, size, device="meta"))
     except Exception as error:  # for example too small for the downsampling
         raise UserError("input_size", size, f"{given} cannot take images of this size ({first_line(error)})") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    leaving = None
     plain = [module for module, *_ in calls] == list(blocks)
-    for _, args, kwargs, output in calls:
-        plain = plain and len(args) == 1 and not kwargs and (leaving is None or args[0] is leaving)
-        leaving = output
-    if not plain:
+    plain = plain and all(len(args) == 1 and not kwargs for _, args, kwargs, _ in calls)
+    if not plain or any(entering[0] is not left for (*_, left), (_, entering, *_) in pairwise(calls)):
         raise _refusal(model, given, "its blocks are given more than what left the block before")
 
 
 def _refusal(model: torch.nn.Module, given: str | None, reason: str) -> UserError:
     kind = type(model).__name__
-    return UserError(
-        "model", given or kind, f"{kind} is not supported, {reason}", f"supported: {CLASSIFIERS}"
-    )
+    return UserError("model", given or kind, f"{kind} is not supported, {reason}", f"supported: {CLASSIFIERS}")
 
 
 # ----------------------------------------------------------------------------------------------------- pruning
@@ -283,11 +240,9 @@ IMAGE_PRUNERS: dict[str, Pruner] = PRUNERS | {"wanda": Pruner(wanda_of_matrix, "
 def block_inputs(
     weights: Weights, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], kept_on: str | None
 ) -> BlockInputs:
-    """Return the inputs of the first block for each of ``batches``; statistics will be means over tokens.
+    """Return the inputs of the first block for ``batches`` of images and labels, as ``data.batches`` yields them.
 
-    Args:
-        batches: of images [batch, 3, height, width] and labels, which are not read.
-        kept_on: the device that holds the hidden states; None for the model's.
+    Statistics will be means over tokens. The hidden states are ``kept_on`` that device, None for the model's.
     """
     hidden: list[torch.Tensor] = []
 
@@ -296,17 +251,14 @@ def block_inputs(
         raise PassEnded
 
     device = next(weights.model.parameters()).device
-    handle = weights.modules[0].register_forward_pre_hook(catch)
-    try:
+    with weights.modules[0].register_forward_pre_hook(catch):
         for images, _ in batches:
             with torch.no_grad(), suppress(PassEnded):
                 weights.model(images.to(device))
-    finally:
-        handle.remove()
     return BlockInputs(hidden, [((), {})] * len(weights.modules), samples=None)
 
 
-# ----------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------------- weight files
 
 
 def fill_weights(model: torch.nn.Module, path: Path) -> None:
@@ -316,32 +268,27 @@ def fill_weights(model: torch.nn.Module, path: Path) -> None:
         UserError: the file cannot be read, or its keys or shapes do not fit.
     """
     state, needed = read_checkpoint(path), model.state_dict()
-    _check_resampling(state, needed, path)
+    for key in ("pos_embed", "patch_embed.proj.weight"):
+        if key not in state or key not in needed or state[key].shape[1:] == needed[key].shape[1:]:
+            continue
+        shapes = f"{key} is {list(state[key].shape)} and the model's {list(needed[key].shape)}"
+        if key != "pos_embed" or state[key].shape[-1] != needed[key].shape[-1]:  # timm would resample it silently
+            raise UserError(None, path, f"its weights do not fit; {shapes}")
+        log.warning("%s: %s; it is resampled, since the weights are for images of another size", path.name, shapes)
+
     remap = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's, of original layouts
     try:
-        state = remap(dict(state), model) if remap else state
-    except (KeyError, RuntimeError, ValueError, AttributeError):
-        pass  # keys of another model: they are listed below
-    shapes = {key: (list(state[key].shape), list(needed[key].shape)) for key in needed if key in state}
-    wrong = {
-        "missing": sorted(needed.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - needed.keys()),
-        "of another shape": [f"{key} {has} for {needs}" for key, (has, needs) in shapes.items() if has != needs],
-    }
-    if not any(wrong.values()):
-        model.load_state_dict(state)
-        return
-    problem = f"its weights do not fit {type(model).__name__}"
-    for reason, keys in wrong.items():
-        if keys:
-            more = f" ... (and {len(keys) - _LISTED} more)" if len(keys) > _LISTED else ""
-            problem += f"; {len(keys)} {reason}: {', '.join(keys[:_LISTED])}{more}"
-    head = any("head" in key for key in wrong["of another shape"])
-    raise UserError(None, path, problem, "set the model's number of classes with --nb_classes" if head else None)
+        model.load_state_dict(remap(state, model) if remap else state)
+    except (KeyError, RuntimeError, ValueError, AttributeError) as error:  # of timm where keys are another model's
+        keys = " ".join(str(error).split())
+        fix = "set the model's number of classes with --nb_classes" if "mismatch for head" in keys else None
+        raise UserError(None, path, f"its weights do not fit ({keys[:_SHOWN]})", fix) from error
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors by name in a ``.safetensors`` file or a PyTorch checkpoint; code in it is not run."""
+    from argparse import Namespace  # noqa: TID251
+
     from safetensors.torch import load_file
 
     if not path.is_file():
@@ -349,41 +296,18 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        from argparse import Namespace  # noqa: TID251
-
         with torch.serialization.safe_globals([Namespace]):  # training scripts keep their flags beside
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the readers raise on a damaged file, or on one that tries to run code
         raise UserError("resume", path, f"cannot be read as weights ({first_line(error)})") from error
-    for key in ("model", "module", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            averaged = [k for k in state if "ema" in k and k != key]
-            log.info("%s: using its entry %r%s", path.name, key, f", not {averaged[0]!r}" if averaged else "")
-            state = state[key]
-            break
+    state = next((state[key] for key in ("model", "module", "state_dict") if key in state), state)
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError("resume", path, "holds no weights by name", "give a state_dict, or one under `model`")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
-def _check_resampling(state: dict[str, torch.Tensor], needed: dict[str, torch.Tensor], path: Path) -> None:
-    """Warn about positions, and refuse patches, that timm would silently resample."""
-    for key in ("pos_embed", "patch_embed.proj.weight"):
-        has, needs = (list(tensors[key].shape) if key in tensors else [] for tensors in (state, needed))
-        if len(has) != len(needs) or has[1:] == needs[1:]:
-            continue
-        shapes = f"{key} is {has} and the model's {needs}"
-        if key != "pos_embed" or has[2] != needs[2]:
-            raise UserError(None, path, f"its weights do not fit; {shapes}")
-        log.warning("%s: %s; it is resampled, since the weights are for images of another size", path.name, shapes)
-
-
 def save_classifier(model: torch.nn.Module, size: int, target: Path) -> None:
-    """Write a folder (config.json, model.safetensors) from which timm builds the model: ``local-dir:FOLDER``.
-
-    Args:
-        size: the side of its input images in pixels.
-    """
+    """Write a folder from which timm builds the model for images of ``size`` x ``size``: ``local-dir:FOLDER``."""
     import timm.models
 
     with new_folder(target) as folder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple
 
 from image_classifiers import models
 from lib.allocation.price import Effort
@@ -26,28 +25,17 @@ EFFORT = Effort(windows_per_step=1, window_divisor=1, token_stride=1, held_out_w
 
 
 def split(images: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-    """Return the ``images`` that prices are measured on, FIT groups of one size, and HELD such groups of other images.
+    """Return FIT groups of ``images`` that prices are measured on, and HELD groups of other images, all of one size.
 
     Drawn with replacement, an image may be among ``images`` several times; it is then in one of the two only.
-
-    Raises:
-        UserError: too few images.
     """
     fit = images[: len(images) * FIT // (FIT + HELD)]
     seen = set(fit)
     held = [image for image in images[len(fit) :] if image not in seen]
     size = min(len(fit) // FIT, len(held) // HELD, GROUP)
     if not size:
-        problem = f"the search for prices needs at least {FIT + HELD} different images"
-        raise UserError("nsamples", len(images), problem)
+        raise UserError("nsamples", len(images), f"the search for prices needs at least {FIT + HELD} different images")
     return fit[: FIT * size], held[: HELD * size]
-
-
-class Group(NamedTuple):
-    """Images [images, 3, height, width] and the dense model's logits of them, [images, classes]."""
-
-    images: torch.Tensor
-    logits: torch.Tensor
 
 
 class ImagePriceModel:
@@ -82,39 +70,39 @@ class ImagePriceModel:
         self.weights, self.kept_on, self.chunk, self.samples = weights, kept_on, chunk, len(groups[0])
         self.device, self.dtype = first.device, dtype or first.dtype
         self.masks = Masks(weights, dtype, by_magnitude, whole=True)
-        with torch.no_grad():
+        with torch.no_grad():  # a list of chunks for each group: images, and the dense logits [images, classes]
             self._fit, self._held_out = (
-                [Group(group, torch.cat([self._logits(images) for images in group.split(chunk)])) for group in half]
-                for half in groups
+                [[(images, self._logits(images)) for images in group.split(chunk)] for group in half] for half in groups
             )
         self.renew()
 
     def kl(self, ratios: Mapping[str, float]) -> float:
-        images = sum(len(group.images) for group in self._held_out)
+        chunks = sum(self._held_out, [])
         with torch.no_grad(), self._pruned(ratios):
-            return torch.stack(list(self._losses(self._held_out))).sum().item() / images
+            losses = [kl_divergence(logits, self._logits(images)) for images, logits in chunks]
+        return torch.stack(losses).sum().item() / sum(len(images) for images, _ in chunks)
 
     def prices(self, ratios: Mapping[str, float], batch: Sequence[int]) -> tuple[float, dict[str, float]]:
-        dense = {name: m.weight.detach() for block in self.weights.visit() for name, m in block.linears.items()}
+        dense = self.weights.map(lambda _, weight: weight)
         prices, losses = dict.fromkeys(dense, 0), []
 
         def take(name: str, leaf: torch.nn.Parameter) -> None:
             prices[name] = prices[name] + band_price(leaf.grad, dense[name], self.masks.ranks[name], ratios[name])
             leaf.grad = None
 
-        groups = [self._fit[i] for i in batch]
-        images = sum(len(group.images) for group in groups)
+        chunks = sum((self._fit[i] for i in batch), [])
+        count = sum(len(images) for images, _ in chunks)
         with self._pruned(ratios) as leaves, torch.enable_grad():
             for name, leaf in leaves.items():
                 leaf.register_post_accumulate_grad_hook(partial(take, name))
-            for loss in self._losses(groups):
-                torch.autograd.backward(loss / images, inputs=list(leaves.values()))
+            for images, logits in chunks:
+                loss = kl_divergence(logits, self._logits(images))
+                torch.autograd.backward(loss / count, inputs=list(leaves.values()))
                 losses.append(loss.detach())
-        return torch.stack(losses).sum().item() / images, {name: price.item() for name, price in prices.items()}
+        return torch.stack(losses).sum().item() / count, {name: price.item() for name, price in prices.items()}
 
     def renew(self, ratios: Mapping[str, float] | None = None) -> None:
-        chunks = ((images, None) for group in self._fit for images in group.images.split(self.chunk))
-        self.masks.rank(models.block_inputs(self.weights, chunks, self.kept_on), ratios)
+        self.masks.rank(models.block_inputs(self.weights, sum(self._fit, []), self.kept_on), ratios)
 
     @contextmanager
     def _pruned(self, ratios: Mapping[str, float]) -> Iterator[dict[str, torch.nn.Parameter]]:
@@ -124,12 +112,6 @@ class ImagePriceModel:
             for block in self.weights.visit():
                 leaves |= stack.enter_context(swapped_weights(block, self.masks.copies(block, ratios)))
             yield leaves
-
-    def _losses(self, groups: Sequence[Group]) -> Iterator[torch.Tensor]:
-        """Yield the sum over images of KL(dense || pruned) for each chunk of the groups."""
-        for group in groups:
-            for images, logits in zip(*(x.split(self.chunk) for x in group), strict=True):
-                yield kl_divergence(logits, self._logits(images))
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         with autocast(self.device, self.masks.dtype):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from image_classifiers import data, models
 from image_classifiers.price import EFFORT
 from lib.allocation import price
-from lib.calibration.hidden import PROPAGATE
-from lib.cli import settings
 from lib.cli.flags import Flags, flag
-from lib.cli.settings import MethodFlags, OutputFlags
+from lib.cli.settings import CALIBRATED, AllocationFlags, MethodFlags, OutputFlags, PruningFlags
 from lib.cli.task import Measurement, Task
 from lib.core.errors import UserError, flag_name
-from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
 TRAINING_FLAGS = (
     "aa auto_resume clip_grad color_jitter cutmix cutmix_minmax disable_eval dist_eval dist_on_itp dist_url drop_path "
@@ -26,8 +23,15 @@ TRAINING_FLAGS = (
     "warmup_epochs warmup_steps weight_decay weight_decay_end world_size"
 ).split()
 
-
+# Traits of a run that reads calibration images.
 CALIBRATES = "calibration | search"
+
+
+def redeclared(group: type[Flags], name: str, default: Any, **changes: Any) -> Any:
+    """Declare the flag ``name`` of ``group`` with another default, and other ``changes`` to its declaration."""
+    return field(
+        default=default, metadata=group.__dataclass_fields__[name].metadata | {"title": group._title} | changes
+    )
 
 
 @dataclass(kw_only=True)
@@ -63,65 +67,35 @@ class ImageFlags(Flags):
     imagenet_default_mean_and_std: bool = flag(
         True, "normalise by ImageNet's mean and standard deviation; false: by 0.5 and 0.5"
     )
+    use_amp: bool = flag(False, "evaluate in half precision (autocast)", nargs="?", title="evaluation")
 
 
 @dataclass(kw_only=True)
 class ImageMethodFlags(MethodFlags):
     """The flags that say what a classifier is pruned by, some with other defaults."""
 
-    statistics: str = flag(
-        "dense",
-        "{choices}: predecessors whose output calibrates a block",
-        choices=PROPAGATE,
-        only=settings.CALIBRATED.removesuffix(" | refit"),
-        aliases=["propagate"],
-        title="pruning",
+    statistics: str = redeclared(
+        PruningFlags, "statistics", "dense", only=CALIBRATED.removesuffix(" | refit"), aliases=["propagate"]
     )
     hidden_device: str | None = flag(
-        None,
-        "device of hidden states; cpu saves GPU memory (default: the model's)",
-        only=CALIBRATES,
-        metavar="DEVICE",
-        title="pruning",
+        None, "device of hidden states (default: the model's)", only=CALIBRATES, metavar="DEVICE", title="pruning"
     )
-    ww_metric: str = flag(
-        "alpha_mid",
-        "metric of each matrix: {choices}",
-        choices=[*METRICS, *WEIGHTWATCHER],
-        only="_ww",
-        tolerated="uniform",
-        title="allocation",
-    )
-    ww_metric_cache: str = flag(
+    ww_metric: str = redeclared(AllocationFlags, "ww_metric", "alpha_mid")
+    ww_metric_cache: str = redeclared(
+        AllocationFlags,
+        "ww_metric_cache",
         "./metric_cache",
-        "the metric is cached in DIR/<model>",
-        only="_ww",
-        tolerated="uniform",
-        metavar="DIR",
+        help="the metric is cached in DIR/<model>",
         aliases=["ww_metric_cache"],
-        title="allocation",
     )
-    epsilon: float = flag(
-        0.2,
-        "half width of the map from metric to sparsity, in [0, 1]",
-        least=0,
-        most=1,
-        only="_ww",
-        tolerated="uniform",
-        title="allocation",
+    epsilon: float = redeclared(
+        AllocationFlags, "epsilon", 0.2, help="half width of the map from metric to sparsity, in [0, 1]", convert=None
     )
     mapping_type: str = "layer_wise"  # a ratio for each matrix, as published
 
 
 @dataclass(kw_only=True)
-class AccuracyFlags(Flags):
-    _title: ClassVar[str] = "evaluation"
-
-    use_amp: bool = flag(False, "evaluate in half precision (autocast)", nargs="?")
-
-
-@dataclass(kw_only=True)
-class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, AccuracyFlags, OutputFlags):
+class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, OutputFlags):
     """The flags of image_classifiers/main.py."""
 
     _without: ClassVar[list[str]] = (
@@ -139,18 +113,14 @@ class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, AccuracyFla
 
     def check(self) -> None:
         super().check()
-        for name, readers in (("data_path", data.FROM_DATA_PATH), ("eval_data_path", data.FROM_EVAL_DATA_PATH)):
+        for name, readers in data.READERS.items():
             if getattr(self, name) and self.data_set not in readers:
-                fix = f"it is for {' or '.join(f'--data_set {reader}' for reader in readers)}"
+                fix = f"it is for --data_set {' or '.join(readers)}"
                 raise UserError(name, None, f"does nothing with --data_set {self.data_set}", fix)
         self.task()
 
     def task(self) -> Task:
-        """Return the task that the flags describe.
-
-        Raises:
-            UserError: flags that contradict each other.
-        """
+        """Return the task that the flags describe; a UserError if they contradict each other."""
         if self.prune_method is None:
             return self.dense_task()
         if not self.sparsity_ratio:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +20,8 @@ from lib.cli.task import Task
 from lib.core import cpu, files
 from lib.core.errors import UserError, first_line
 from lib.core.lazy import torch
-from lib.models.memory import free_memory
 from lib.pruning import walk
 from lib.run import checks
-from lib.run.record import read_run
 from lib.spectra.tail import WEIGHTWATCHER
 
 log = logging.getLogger("main")
@@ -75,16 +73,20 @@ class Classifier:
 
     def prepare(self, settings: ImageExperiment, task: Task) -> None:
         """Take up what a run needs besides the weights, and refuse what cannot work."""
-        _warn_of_other_method(Path(settings.save), task)
-        self.device = settings.device
+        self.device, self.hidden_device = settings.device, settings.hidden_device
         if self.device == "auto":
             self.device = "cuda" if cpu.gpus() else "cpu"
-        self.hidden_device = settings.hidden_device
         for field, device in (("device", self.device), ("hidden_device", self.hidden_device or self.device)):
-            _check_device(field, device)
-        self.source = source = models.locate_classifier(settings.model)
-        self.name, self.resume, self.classes = source.label, settings.resume, settings.nb_classes
-        skeleton, self.size = models.skeleton(source, settings.input_size, settings.nb_classes)
+            try:
+                torch.zeros(1, device=device).item()
+            except (RuntimeError, AssertionError) as error:  # an unknown kind, no such device, or torch without CUDA
+                raise UserError(field, device, f"cannot be used ({first_line(error)})", "use cpu") from error
+
+        self.source, self.resume = models.locate_classifier(settings.model), settings.resume
+        self.name = self.source.label
+        skeleton, self.size, self.options = models.skeleton(
+            self.source, settings.resume, settings.input_size, settings.nb_classes
+        )
         pruned, measured = models.find_parts(skeleton)
         self.parameters = sum(p.numel() for p in skeleton.parameters())
         self.prunable = sum(layer.size for layer in pruned.layers)
@@ -104,11 +106,7 @@ class Classifier:
         self._open_images(settings, task, skeleton.num_classes)
 
     def _open_images(self, settings: ImageExperiment, task: Task, classes: int) -> None:
-        """Find the images that the run reads, without reading them yet.
-
-        Raises:
-            UserError: they are missing, too few, or their classes are not the model's.
-        """
+        """Find the images that the run reads; a UserError if they are too few, or their classes not the model's."""
         find = partial(data.IMAGE_SETS[settings.data_set], settings.data_path, settings.eval_data_path)
         mean_std = data.MEAN_STD[self.imagenet_mean]
         plain = data.evaluation_transform(self.size, settings.crop_pct, mean_std)
@@ -130,11 +128,7 @@ class Classifier:
         random = settings.published_calibration
         indices = data.draw_images(training, settings.nsamples, settings.seed, replacement=random)
         if task.is_searched:
-            needed = sum(map(len, split(indices))) * 3 * self.size**2 * 4
-            free = free_memory(0).get("cpu", needed)
-            if needed > free:
-                sizes = f"need {files.readable(needed)} and {files.readable(free)} are free"
-                raise UserError("nsamples", None, f"the images that prices are found on {sizes}", "lower it")
+            split(indices)  # refuses too few
         transform = data.augmenting_transform(self.size, mean_std) if random else plain
         self.calibration = data.Prepared(training, indices, transform, settings.seed if random else None)
 
@@ -148,59 +142,34 @@ class Classifier:
 
     def load(self) -> None:
         """Load the dense weights; warn if they were trained on images with another normalisation."""
-        model = models.load_classifier(self.source, self.resume, self.size, self.classes).to(self.device)
+        model = models.load_classifier(self.source, self.resume, self.options).to(self.device)
         self.weights, self.measured = models.find_parts(model)
         trained, mean = tuple(model.pretrained_cfg["mean"]), data.MEAN_STD[self.imagenet_mean][0]
         if not self.resume and trained != mean:
-            other = not self.imagenet_mean
-            fits = trained == data.MEAN_STD[other][0]
-            fix = f"; add --imagenet_default_mean_and_std {str(other).lower()}" if fits else ""
-            text = "images are normalised by a mean of %s, and these weights were trained with %s%s"
-            log.warning(text, mean, trained, fix)
-
-    def batches(self, images: data.Prepared, size: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield ``images`` and their labels, ``size`` (default: the flag's batch size) at a time."""
-        return data.batches(images, size or self.batch_size, self.workers)
+            message = "images are normalised by a mean of %s, and these weights were trained with %s; see %s"
+            log.warning(message, mean, trained, "--imagenet_default_mean_and_std")
 
     def inputs(self) -> BlockInputs:
         """Return the inputs of the first block for the calibration images."""
-        return models.block_inputs(self.weights, self.batches(self.calibration), self.hidden_device)
+        batches = data.batches(self.calibration, self.batch_size, self.workers)
+        return models.block_inputs(self.weights, batches, self.hidden_device)
 
     def price_model(self, effort: price.Effort, by_magnitude: bool) -> ImagePriceModel:
         """Return the model whose prices are searched, measured on calibration images."""
         images, groups = self.calibration, []
         for indices, count in zip(split(images.indices), (FIT, HELD), strict=True):
             chosen = data.Prepared(images.images, indices, images.transform, images.seed)
-            groups.append([batch for batch, _ in self.batches(chosen, len(indices) // count)])
+            groups.append([batch for batch, _ in data.batches(chosen, len(indices) // count, self.workers)])
         dtype = price_model.search_dtype(self.price_dtype, torch.device(self.device), torch.float32)
         chunk = min(CHUNK, self.batch_size)
         return ImagePriceModel(self.weights, tuple(groups), dtype, by_magnitude, self.hidden_device, chunk)
 
     def save(self, folder: Path, sparsity: float) -> Path:
-        """Write the pruned model to ``folder``, which is returned.
-
-        Raises:
-            UserError: it cannot be written, or its measured ``sparsity`` is another when read back.
-        """
+        """Write the pruned model to ``folder``, which is returned, and check its ``sparsity`` as it is read back."""
         models.save_classifier(self.weights.model, self.size, folder)
         walk.check_saved(folder, self.weights, sparsity)
         return folder
 
     def accuracy(self) -> Accuracy:
         """Return the accuracy on the test images."""
-        return accuracy(self.weights.model, self.batches(self.test), self.use_amp)
-
-
-def _warn_of_other_method(save: Path, task: Task) -> None:
-    """Warn if another method's accuracy will be replaced: the published file name contains only the sparsity."""
-    published = save / f"{task.target}.txt"
-    if published.exists() and read_run(save, task.run) is None:
-        log.warning("%s of another method will be replaced; its JSON stays", published)
-
-
-def _check_device(field: str, device: str) -> None:
-    """Refuse a ``device`` that cannot be used."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # an unknown kind, no such device, or torch without CUDA
-        raise UserError(field, device, f"cannot be used ({first_line(error)})", "use cpu") from error
+        return accuracy(self.weights.model, data.batches(self.test, self.batch_size, self.workers), self.use_amp)
