@@ -1,26 +1,26 @@
 """Several processes: their parts make the whole, what they write is what one writes, and they end together."""
 
+import itertools
 import json
 import logging
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fast, saved_tensors
 from pretend_cuda import CUDA, CudaTensor, pretend_cuda
-from test_journal import hashes
+from test_streamed import hashes
 
 import main
 from lib.calibration import hidden as calibration
@@ -35,9 +35,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # runs are forked
 LIMIT = 600  # seconds after which a process that waits for another in vain is ended
 
 
-# ------------------------------------------------------------------------------------------------- whose is what
-
-
 def as_one_of(monkeypatch, rank: int, count: int, device: str = "cpu") -> None:
     state = SimpleNamespace(process_index=rank, num_processes=count, device=torch.device(device))
     monkeypatch.setattr(processes, "_state", state)
@@ -45,15 +42,15 @@ def as_one_of(monkeypatch, rank: int, count: int, device: str = "cpu") -> None:
     monkeypatch.setenv("RANK", str(rank))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("total", [0, 1, 4, 7, 15])
-def test_shares_are_the_whole_in_order(total, count, monkeypatch):
-    parts = []
-    for rank in range(count):
-        as_one_of(monkeypatch, rank, count)
-        parts.append(list(range(total))[processes.share(total)])
-    assert sum(parts, []) == list(range(total))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+def test_shares_are_the_whole_in_order(total, monkeypatch):
+    for count in (1, 2, 3, 5):
+        shares = []
+        for rank in range(count):
+            as_one_of(monkeypatch, rank, count)
+            shares.append(list(range(total))[processes.share(total)])
+        assert sum(shares, []) == list(range(total))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_work_is_balanced(monkeypatch):
@@ -102,9 +99,6 @@ def test_an_incomplete_environment_is_refused(place, monkeypatch, capsys):
     assert "LOCAL_RANK is not set; start with accelerate launch or torchrun" in err and err.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------- two are as good as one
-
-
 def fork(flags: str, count: int, before: Callable[[int], object] = lambda rank: None) -> tuple[list[int], list[str]]:
     """Run main.py in ``count`` processes; return their exit statuses and what they say.
 
@@ -112,71 +106,34 @@ def fork(flags: str, count: int, before: Callable[[int], object] = lambda rank: 
     store in which they find each other; unlike it, it ends none of them.
     """
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    about = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
-    about |= {"TORCHELASTIC_USE_AGENT_STORE": True}
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            status = 99
-            try:
-                signal.alarm(LIMIT)
-                os.environ |= {name: str(value) for name, value in about.items()}
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-                sys.stdout = sys.stderr = Path(f"said.{rank}").open("w", buffering=1)
-                logging.getLogger().handlers.clear()  # pytest's: main.py then sets up its own
-                accelerate.state.PartialState._reset_state()  # of a Trainer or a launcher in an earlier test
-                before(rank)
-                status = main.main(flags.split())
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return statuses, [Path(f"said.{rank}").read_text() for rank in range(count)]
+    launch = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    launch |= {"TORCHELASTIC_USE_AGENT_STORE": True, "OMP_NUM_THREADS": 1}
+
+    def run(rank: int) -> None:
+        signal.alarm(LIMIT)
+        os.environ |= {name: str(value) for name, value in (launch | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        sys.stdout = sys.stderr = Path(f"said.{rank}").open("w", buffering=1)
+        logging.getLogger().handlers.clear()  # pytest's: main.py then sets up its own
+        accelerate.state.PartialState._reset_state()  # of a Trainer or a launcher in an earlier test
+        before(rank)
+        os._exit(main.main(flags.split()))
+
+    children = [get_context("fork").Process(target=run, args=(rank,)) for rank in range(count)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children], [Path(f"said.{rank}").read_text() for rank in range(count)]
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, tiny_folder, tiny_text, other_text) -> Path:
-    """Return a folder with what runs read."""
-    folder = tmp_path_factory.mktemp("inputs")
-    shutil.copytree(tiny_folder, folder / "tiny-llama")
-    shutil.copy(tiny_text, folder / "text.txt")
-    shutil.copy(other_text, folder / "other.txt")
-    return folder
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch, inputs) -> str:
-    """Return the flags of a run in a folder of its own, of windows that two processes cannot share evenly."""
-    monkeypatch.chdir(tmp_path)
-    for path in inputs.iterdir():
-        Path(path.name).symlink_to(path)
-    return "--model tiny-llama --calib_data text.txt --eval_data other.txt --eval_windows 9 --seqlen 32 --nsamples 7"
-
-
-def outcome(place: str, flags: str, count: int, before=lambda rank: None) -> tuple[dict, dict, list[str], Path]:
-    """Return a run's record, its saved weights, what its processes said, and its folder."""
-    folder = Path(f"by-{count}")
-    flags = f"{place} {flags} --sparsity_ratio 0.6 --save {folder} --save_model {folder / 'kept'}"
-    statuses, said = fork(flags, count, before)
-    assert statuses == [0] * count, said
-    (record,) = map(json.loads, (path.read_text() for path in folder.glob("run_*.json")))
-    return record, saved_tensors(Path(record["saved_model"])), said, folder
-
-
-def noting(room, name: str, what: Callable[..., str]) -> Callable[[int], None]:
-    """Return what makes each process note its calls of ``room.name`` in a file of its own."""
+def before_calls(room, name: str, act: Callable[..., object]) -> Callable[[int], None]:
+    """Return what makes a process call ``act(rank, number of the call, *args)`` before each call of ``room.name``."""
 
     def before(rank: int) -> None:
-        real, path = getattr(room, name), Path(f"{name}.{rank}")
-        path.write_text("")
+        real, numbers = getattr(room, name), itertools.count(1)
 
         def call(*args, **kwargs):
-            with path.open("a") as file:
-                file.write(what(*args) + "\n")
+            act(rank, next(numbers), *args)
             return real(*args, **kwargs)
 
         setattr(room, name, call)
@@ -184,8 +141,48 @@ def noting(room, name: str, what: Callable[..., str]) -> Callable[[int], None]:
     return before
 
 
+def noting(room, name: str, entry: Callable[..., str]) -> Callable[[int], None]:
+    """Return what makes each process note ``entry(*args)`` of its calls of ``room.name``, for ``noted``."""
+
+    def note(rank: int, number: int, *args) -> None:
+        with Path(f"{name}.{rank}").open("w" if number == 1 else "a") as file:
+            file.write(entry(*args) + "\n")
+
+    return before_calls(room, name, note)
+
+
 def noted(name: str, count: int = 2) -> list[list[str]]:
     return [Path(f"{name}.{rank}").read_text().split() for rank in range(count)]
+
+
+def stopping(rank: int, room, name: str, at: int, error: BaseException | None = None) -> Callable[[int], None]:
+    """Return what makes one process raise ``error``, or die without one, at its ``at``-th call of ``room.name``."""
+
+    def stop(caller: int, number: int, *args) -> None:
+        if (caller, number) == (rank, at):
+            if error is not None:
+                raise error
+            signal.raise_signal(signal.SIGKILL)
+
+    return before_calls(room, name, stop)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, tiny_folder, tiny_text, other_text) -> str:
+    """Return the flags of a run in a folder of its own, of windows that two processes cannot share evenly."""
+    monkeypatch.chdir(tmp_path)
+    data = f"--calib_data {tiny_text} --eval_data {other_text} --eval_windows 9 --seqlen 32 --nsamples 7"
+    return f"--model {tiny_folder} {data}"
+
+
+def outcome(place: str, flags: str, count: int, before=lambda rank: None) -> tuple[dict, dict, list[str]]:
+    """Return a run's record, its saved weights, and what its processes said; its folder is ``by-COUNT``."""
+    folder = Path(f"by-{count}")
+    flags = f"{place} {flags} --sparsity_ratio 0.6 --save {folder} --save_model {folder / 'kept'}"
+    statuses, said = fork(flags, count, before)
+    assert statuses == [0] * count, said
+    (record,) = map(json.loads, (path.read_text() for path in folder.glob("run_*.json")))
+    return record, saved_tensors(Path(record["saved_model"])), said
 
 
 def different(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
@@ -196,23 +193,19 @@ def different(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> flo
 
 
 def test_metrics_and_magnitude_are_the_same_to_the_bit(place):
-    spectra = noting(measure, "_value", lambda name, *_: name)
     flags = "--prune_method magnitude_ww --epsilon 0.2 --ww_metric_cache "
-    one = outcome(place, flags + "cache-1", 1)
-    two = outcome(place, flags + "cache-2", 2, spectra)
-    values = [np.load(f"cache-{n}/alpha_peak.npy") for n in (1, 2)]
-    assert values[0].tobytes() == values[1].tobytes() and len(values[0]) == 21
-    assert Path("cache-1/alpha_peak.json").read_text() == Path("cache-2/alpha_peak.json").read_text()
-    assert sorted(os.listdir("cache-2")) == ["alpha_peak.json", "alpha_peak.npy"]
+    one, _, _ = outcome(place, flags + "cache-1", 1)
+    two, _, said = outcome(place, flags + "cache-2", 2, noting(measure, "_value", lambda name, *_: name))
+    caches = [{path.name: path.read_bytes() for path in Path(f"cache-{n}").iterdir()} for n in (1, 2)]
+    assert caches[0] == caches[1] and caches[0].keys() == {"alpha_peak.json", "alpha_peak.npy"}
     measured = noted("_value")
-    assert sorted(measured[0] + measured[1]) == sorted(set(measured[0] + measured[1])) and min(map(len, measured)) >= 9
-    assert hashes(Path(one[0]["saved_model"])) == hashes(Path(two[0]["saved_model"]))
-    assert (one[0]["perplexity"], one[0]["processes"]) == (two[0]["perplexity"], 1) and two[0]["processes"] == 2
-    for folder in (one[3], two[3]):
-        assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in Path("by-1").iterdir())
+    assert len(measured[0] + measured[1]) == len(set(measured[0] + measured[1])) == 21 and min(map(len, measured)) >= 9
+    assert hashes(Path(one["saved_model"])) == hashes(Path(two["saved_model"]))
+    assert (one["perplexity"], one["processes"]) == (two["perplexity"], 1) and two["processes"] == 2
+    assert sorted(os.listdir("by-1")) == sorted(os.listdir("by-2"))
     table = "layers_magnitude_ww_sparsity_0.6.tsv"
-    assert (one[3] / table).read_text() == (two[3] / table).read_text()
-    assert "perplexity" in two[2][0] and two[2][1] == "", "the first speaks"
+    assert (Path("by-1") / table).read_text() == (Path("by-2") / table).read_text()
+    assert "perplexity" in said[0] and said[1] == "", "the first speaks"
 
 
 WANDA = ["wanda_owl", "wanda_owl --stream always --hidden_states disk", "wanda_lamp --statistics dense",
@@ -264,8 +257,10 @@ def on_pretend_cuda(rank: int) -> None:
 
     def join() -> None:
         torch.distributed.init_process_group("gloo")
-        about = {"device": CUDA, "destroy_process_group": torch.distributed.destroy_process_group}
-        processes._state = SimpleNamespace(num_processes=2, process_index=rank, **about)
+        leave = torch.distributed.destroy_process_group
+        processes._state = SimpleNamespace(
+            num_processes=2, process_index=rank, device=CUDA, destroy_process_group=leave
+        )
 
     processes.join = join
 
@@ -279,19 +274,20 @@ def test_on_pretend_gpus(more, place):
     assert two[0]["perplexity"] == pytest.approx(one[0]["perplexity"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_zero_shot_questions_are_shared_by_lm_eval(place):
     import lm_eval.models.huggingface  # noqa: F401  before the processes part, since it takes seconds
 
     flags = f"{place} --eval_zero_shot --tasks capital_cities --include_path {ROOT / 'data/tasks'} --limit 9"
-    found = []
+    records = []
     for count in (1, 2):
         statuses, said = fork(f"{flags} --save by-{count}", count)
         assert statuses == [0] * count, said
-        found.append(json.loads(Path(f"by-{count}/run_dense_sparsity_0.0.json").read_text()))
-    assert found[0]["perplexity"] == found[1]["perplexity"]
-    assert found[0]["zero_shot"]["means"] == found[1]["zero_shot"]["means"] != {}
-    results = [record["zero_shot"]["lm_eval"]["results"]["capital_cities"] for record in found]
-    assert results[0] == results[1] and found[1]["complete"] is True
+        records.append(json.loads(Path(f"by-{count}/run_dense_sparsity_0.0.json").read_text()))
+    one, two = records
+    assert one["perplexity"] == two["perplexity"] and two["complete"] is True
+    assert one["zero_shot"]["means"] == two["zero_shot"]["means"] != {}
+    assert one["zero_shot"]["lm_eval"]["results"] == two["zero_shot"]["lm_eval"]["results"]
 
 
 def test_where_one_lacks_room_all_stream(place):
@@ -300,81 +296,47 @@ def test_where_one_lacks_room_all_stream(place):
             memory.free_memory = lambda reserve: {"cpu": 0}
 
     flags = "--prune_method wanda"
-    found = outcome(place, flags, 2, little_room)
-    assert "block by block" in found[2][0]
-    assert different(found[1], outcome(place, flags, 1)[1]) <= 1e-4
+    _, weights, said = outcome(place, flags, 2, little_room)
+    assert "block by block" in said[0]
+    assert different(weights, outcome(place, flags, 1)[1]) <= 1e-4
     statuses, said = fork(f"{place} {flags} --sparsity_ratio 0.5 --stream never", 2, little_room)
     assert statuses == [2, 2] and set(lines(said)) == {"--stream never: each of the 2 processes holds the whole model"}
 
 
-# ---------------------------------------------------------------------------------------------------- how they end
-
-
 def lines(said: list[str]) -> list[str]:
     """Return the errors that the processes told of, up to the first comma."""
-    found = [line for text in said for line in text.splitlines() if line.startswith("main.py: error: ")]
-    assert not any("Traceback" in text for text in said), said
-    return [line.removeprefix("main.py: error: ").partition(",")[0] for line in found]
+    assert not any("Traceback" in output for output in said), said
+    return re.findall(r"^main\.py: error: ([^,\n]*)", "\n".join(said), re.MULTILINE)
 
 
-def only(rank: int, room, name: str, act: Callable[[], object], at: int = 1) -> Callable[[int], None]:
-    """Return what makes one process ``act`` just before its ``at``-th call of ``room.name``."""
-
-    def before(own: int) -> None:
-        real, calls = getattr(room, name), []
-
-        def call(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == at:
-                act()
-            return real(*args, **kwargs)
-
-        if own == rank:
-            setattr(room, name, call)
-
-    return before
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def refuse() -> None:
-    raise UserError(None, "layer 3", "something is wrong with it")
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
+REFUSAL = UserError(None, "layer 3", "something is wrong with it")
 METHOD = "--prune_method sparsegpt_ww --epsilon 0.2 --sparsity_ratio 0.6"
 
 
 @pytest.fixture
-def unbroken(inputs, place) -> dict[str, str]:
+def unbroken(tmp_path_factory, place) -> dict[str, str]:
     """Return the hashes of what an undisturbed run of two processes saves."""
-    folder = inputs / "unbroken"
+    folder = tmp_path_factory.getbasetemp() / "unbroken-by-two"
     if not folder.exists():
         assert fork(f"{place} {METHOD} --save_model {folder} --ww_metric_cache other --save other", 2)[0] == [0, 0]
     return hashes(folder / "sparsegpt_ww_0.6")
 
 
-POINTS = [(1, measure, "_value", 3), (0, walk, "_prune_layers", 4), (1, walk, "_report", 2)]
-
-
-@pytest.mark.parametrize(("rank", "room", "name", "at"), POINTS)
+@pytest.mark.parametrize(
+    ("rank", "room", "name", "at"), [(1, measure, "_value", 3), (0, walk, "_prune_layers", 4), (1, walk, "_report", 2)]
+)
 def test_one_that_dies_ends_all_and_the_run_resumes(rank, room, name, at, place, unbroken):
-    statuses, said = fork(f"{place} {METHOD} --save_model broken", 2, only(rank, room, name, kill, at))
+    flags = f"{place} {METHOD} --save_model broken"
+    statuses, said = fork(flags, 2, stopping(rank, room, name, at))
     assert (statuses[rank], statuses[1 - rank]) == (-signal.SIGKILL, 2)
     (line,) = lines(said)
     assert line.startswith("another of the 2 processes has ended (")
     if name == "_report":  # the first block is whole
-        status, said = fork(f"{place} {METHOD} --save_model broken", 1)
-        assert status == [2] and "processes was 2 and is 1 now; add --restart" in said[0]
-        statuses, said = fork(f"{place} {METHOD} --save_model broken --damping 0.02", 2)
+        statuses, said = fork(flags, 1)
+        assert statuses == [2] and "processes was 2 and is 1 now; add --restart" in said[0]
+        statuses, said = fork(f"{flags} --damping 0.02", 2)
         assert statuses == [2, 2] and "--damping was None and is 0.02 now" in said[0]
-    how = "always" if room is walk else "never"
-    statuses, said = fork(f"{place} {METHOD} --save_model broken --stream {how}", 2)
+    statuses, said = fork(f"{flags} --stream {'always' if room is walk else 'never'}", 2)
     assert statuses == [0, 0] and ("resuming after block" in said[0]) == (room is walk)
     assert hashes(Path("broken/sparsegpt_ww_0.6")) == unbroken
     assert [path.name for path in Path("broken").iterdir()] == ["sparsegpt_ww_0.6"]
@@ -386,36 +348,36 @@ def test_an_error_of_all_is_one_line_of_each(place):
 
 
 def test_where_the_first_cannot_write_all_measure_on(place):
-    full = only(0, safetensors_io, "write_shard", refuse, 2)
+    full = stopping(0, safetensors_io, "write_shard", 2, REFUSAL)
     statuses, said = fork(f"{place} --prune_method wanda --sparsity_ratio 0.5 --save_model kept", 2, full)
-    assert statuses == [2, 2] and set(lines(said)) == {"layer 3: something is wrong with it"}
+    assert statuses == [2, 2] and set(lines(said)) == {str(REFUSAL)}
     record = json.loads(Path("results/run_wanda_sparsity_0.5.json").read_text())
     assert record["perplexity"] > 1 and record["complete"] is False and record["saved_model"] is None
 
 
-@pytest.mark.parametrize(("rank", "act", "status"), [(0, refuse, 2), (1, refuse, 2), (0, interrupt, 130)])
-def test_what_one_finds_ends_all_with_its_line(rank, act, status, place):
-    statuses, said = fork(f"{place} {METHOD}", 2, only(rank, walk, "_prune_layers", act, 2))
+@pytest.mark.parametrize(
+    ("rank", "error", "status", "line"),
+    [
+        (0, REFUSAL, 2, f"main.py: error: {REFUSAL}"),
+        (1, REFUSAL, 2, f"main.py: error: {REFUSAL}"),
+        (0, KeyboardInterrupt(), 130, "main.py: interrupted; the same command starts again"),
+    ],
+)
+def test_what_one_finds_ends_all_with_its_line(rank, error, status, line, place):
+    statuses, said = fork(f"{place} {METHOD}", 2, stopping(rank, walk, "_prune_layers", 2, error))
     assert statuses[rank] == status and statuses[1 - rank] == 2
-    if act is refuse:
-        assert lines([said[rank]]) == ["layer 3: something is wrong with it"]
-    else:
-        assert not lines([said[0]]) and "main.py: interrupted; the same command starts again" in said[0]
+    assert line in said[rank] and len(lines([said[rank]])) == (status == 2)
     assert "another of the 2 processes has ended (" in said[1 - rank]
-
-
-def launched(flags: str) -> subprocess.CompletedProcess:
-    """Run main.py in two processes of torch's own launcher."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(ROOT / "main.py"), *flags.split()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
 
 
 @pytest.mark.slow
 def test_under_a_launcher(place):
-    done = launched(f"{place} --prune_method magnitude --sparsity_ratio 0.5 --save_model kept")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher += [str(ROOT / "main.py"), *place.split(), "--sparsity_ratio", "0.5", "--prune_method"]
+    options = {"capture_output": True, "text": True, "timeout": LIMIT}
+    done = subprocess.run([*launcher, "magnitude", "--save_model", "kept"], **options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written: ") == 1 and "rror" not in done.stderr
     assert Path("kept/magnitude_0.5/model.safetensors.index.json").is_file()
-    refused = launched(f"{place} --prune_method magnitud --sparsity_ratio 0.5")
+    refused = subprocess.run([*launcher, "magnitud"], **options)
     assert refused.returncode != 0 and "main.py: error: --prune_method magnitud: invalid choice" in refused.stderr

@@ -399,7 +399,7 @@ BEFORE_LOADING = {
     "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume I/val/n01/0.png": "cannot be read as weights",
     "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume M/model.safetensors": "its weights do not fit",
     "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume nosuch.pth": "nosuch.pth: file not found",
-    "--model convnext_atto --input_size 8 --nb_classes 2 --data_path I": "convnext_atto cannot take images of",
+    "--model convnext_atto --input_size 8 --data_path I": "convnext_atto cannot take images of",
     "--model M": "--data_path is missing",
     "--model M --data_path nosuch": "--data_path nosuch: nosuch/val should hold a folder of",
     "--model M --data_set image_folder --eval_data_path I/train/n01": "should hold a folder of images per class",
