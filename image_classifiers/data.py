@@ -70,12 +70,7 @@ def digits(data_path: str | None, eval_data_path: str | None, train: bool) -> Im
 
 
 # Images by name: a function of --data_path, --eval_data_path, and of the split, so that only one is read.
-IMAGE_SETS: dict[str, Callable[[str | None, str | None, bool], Images]] = {
-    "IMNET": imnet,
-    "CIFAR": cifar,
-    "image_folder": image_folder,
-    "digits": digits,
-}
+IMAGE_SETS = {"IMNET": imnet, "CIFAR": cifar, "image_folder": image_folder, "digits": digits}
 # Those that read each flag.
 READERS = {"data_path": ("IMNET", "CIFAR", "image_folder"), "eval_data_path": ("image_folder",)}
 

@@ -86,9 +86,8 @@ def resume(settings: ImageExperiment, record: Record) -> str:
         advice = " (--save_model DIR would keep the model)" if record.rows and not settings.save_model else ""
         return f"the same command starts again{advice}"
     words = ["--model", saved]
-    for name in sorted(
-        settings.given & {*ImageFlags.__annotations__, "device"} - {"nsamples", "published_calibration"}
-    ):
+    evaluation = {*ImageFlags.__annotations__, "device"} - {"nsamples", "published_calibration"}
+    for name in sorted(settings.given & evaluation):
         words += [f"--{settings.spelling(name)}", str(getattr(settings, name))]
     return f"the pruned model is saved; measure it with: python image_classifiers/main.py {shlex.join(words)}"
 
@@ -114,11 +113,8 @@ def show_accuracy(settings: ImageExperiment, task: Task, record: Record, console
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
-
-    def work(settings: ImageExperiment) -> None:
-        run(settings, Console())
-
-    return command(ImageExperiment, work, argv, PARSER, out_of_memory="lower --batch_size, or add --hidden_device cpu")
+    advice = "lower --batch_size, or add --hidden_device cpu"
+    return command(ImageExperiment, lambda settings: run(settings, Console()), argv, PARSER, out_of_memory=advice)
 
 
 if __name__ == "__main__":

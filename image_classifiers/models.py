@@ -84,10 +84,6 @@ def skeleton(
     usual = _create(source, {}, "meta")
     config, trained = usual.pretrained_cfg, usual.num_classes
     side = config["input_size"][-1]
-    if source.folder and size not in (None, side):
-        raise UserError("input_size", size, f"the model in {source.given} takes {side}")
-    if not (classes or trained):
-        raise UserError("model", source.given, "has no classifier", "add --nb_classes and --resume, or choose another")
     if not resume and classes not in (None, trained):  # timm would leave a random classifier there
         problem = f"the weights of {source.given} are for {trained} classes"
         raise UserError("nb_classes", classes, problem, "give fine-tuned weights with --resume")

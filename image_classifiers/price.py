@@ -41,9 +41,8 @@ def split(images: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
 class ImagePriceModel:
     """Prices of a classifier's matrices: derivatives of KL(dense || pruned), in nats per image.
 
-    Images are small beside a language model's windows: pruned copies replace all matrices, the whole model is run and
-    differentiated at once, and only the dense logits are kept. As in pruning, weights compete within the matrix.
-    Its public members are those of ``lib.allocation.price_model.PriceModel``; a sample is a group of images.
+    The whole model is run and differentiated at once, with pruned copies of all matrices; weights compete within the
+    matrix. Its public members are those of ``price_model.PriceModel``; a sample is a group of images.
     """
 
     advice = "use another allocation"
@@ -61,8 +60,7 @@ class ImagePriceModel:
 
         Args:
             groups: for prices, and held out; each [images, 3, height, width].
-            dtype: of the products (autocast), None for the model's.
-            by_magnitude: whether the masks are magnitude's, and not Wanda's.
+            dtype, by_magnitude: of ``Masks``.
             kept_on: the device that holds the hidden states while weights are ranked; None for the model's.
             chunk: images that are differentiated at a time.
         """

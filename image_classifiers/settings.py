@@ -39,9 +39,7 @@ class ClassifierFlags(Flags):
     _title: ClassVar[str] = "model"
 
     model: str = flag(MISSING, f"name that timm knows, or a folder written by --save_model; {models.CLASSIFIERS}")
-    resume: str | None = flag(
-        None, "weights in timm's or their original layout (default: timm's own weights)", metavar="FILE"
-    )
+    resume: str | None = flag(None, "weights in timm's or the original layout (default: timm's own)", metavar="FILE")
     input_size: int | None = flag(None, "side of the images, pixels (default: the model's own)", least=1)
     nb_classes: int | None = flag(None, "classes of the model, a count (default: the model's own)", least=2)
     device: str = flag("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
@@ -52,21 +50,17 @@ class ClassifierFlags(Flags):
 class ImageFlags(Flags):
     _title: ClassVar[str] = "data"
 
-    data_set: str = flag("IMNET", "{choices}", choices=data.IMAGE_SETS)
-    data_path: str | None = flag(
-        None, "IMNET: holds train/ and val/; image_folder: a folder per class, to calibrate", metavar="DIR"
+    data_set: str = flag(
+        "IMNET", "{choices}; the folders of IMNET and image_folder hold one per class", choices=data.IMAGE_SETS
     )
-    eval_data_path: str | None = flag(None, "image_folder only: images to test on, a folder per class", metavar="DIR")
+    data_path: str | None = flag(None, "IMNET: train/ and val/; image_folder: to calibrate on", metavar="DIR")
+    eval_data_path: str | None = flag(None, "image_folder only: images to test on", metavar="DIR")
     nsamples: int = flag(4096, "calibration images, a count", least=1)
     published_calibration: bool = flag(False, "calibrate on augmented images, drawn with replacement", only=CALIBRATES)
     batch_size: int = flag(256, "images at a time, a count", least=1)
     num_workers: int | None = flag(None, "processes that read images (default: one per core, at most 10)", least=0)
-    crop_pct: float | None = flag(
-        None, "share of an image that is kept (default: 224/256, as published)", least=0.1, most=1
-    )
-    imagenet_default_mean_and_std: bool = flag(
-        True, "normalise by ImageNet's mean and standard deviation; false: by 0.5 and 0.5"
-    )
+    crop_pct: float | None = flag(None, "share of an image that is kept (default: 224/256)", least=0.1, most=1)
+    imagenet_default_mean_and_std: bool = flag(True, "normalise by ImageNet's statistics; false: by 0.5 and 0.5")
     use_amp: bool = flag(False, "evaluate in half precision (autocast)", nargs="?", title="evaluation")
 
 
@@ -82,11 +76,7 @@ class ImageMethodFlags(MethodFlags):
     )
     ww_metric: str = redeclared(AllocationFlags, "ww_metric", "alpha_mid")
     ww_metric_cache: str = redeclared(
-        AllocationFlags,
-        "ww_metric_cache",
-        "./metric_cache",
-        help="the metric is cached in DIR/<model>",
-        aliases=["ww_metric_cache"],
+        AllocationFlags, "ww_metric_cache", "./metric_cache", help="cache, DIR/<model>", aliases=["ww_metric_cache"]
     )
     epsilon: float = redeclared(
         AllocationFlags, "epsilon", 0.2, help="half width of the map from metric to sparsity, in [0, 1]", convert=None

@@ -73,20 +73,18 @@ class Classifier:
 
     def prepare(self, settings: ImageExperiment, task: Task) -> None:
         """Take up what a run needs besides the weights, and refuse what cannot work."""
-        self.device, self.hidden_device = settings.device, settings.hidden_device
+        self.settings, self.device = settings, settings.device
         if self.device == "auto":
             self.device = "cuda" if cpu.gpus() else "cpu"
-        for field, device in (("device", self.device), ("hidden_device", self.hidden_device or self.device)):
+        for field, device in (("device", self.device), ("hidden_device", settings.hidden_device or self.device)):
             try:
                 torch.zeros(1, device=device).item()
             except (RuntimeError, AssertionError) as error:  # an unknown kind, no such device, or torch without CUDA
                 raise UserError(field, device, f"cannot be used ({first_line(error)})", "use cpu") from error
 
-        self.source, self.resume = models.locate_classifier(settings.model), settings.resume
-        self.name = self.source.label
-        skeleton, self.size, self.options = models.skeleton(
-            self.source, settings.resume, settings.input_size, settings.nb_classes
-        )
+        self.source = source = models.locate_classifier(settings.model)
+        self.name, shape = source.label, (settings.input_size, settings.nb_classes)
+        skeleton, self.size, self.options = models.skeleton(source, settings.resume, *shape)
         pruned, measured = models.find_parts(skeleton)
         self.parameters = sum(p.numel() for p in skeleton.parameters())
         self.prunable = sum(layer.size for layer in pruned.layers)
@@ -100,16 +98,14 @@ class Classifier:
         if settings.save_model:
             files.check_writable("save_model", Path(settings.save_model), 4 * self.parameters)
 
-        self.batch_size, self.use_amp = settings.batch_size, settings.use_amp
         self.workers = min(10, len(cpu.usable())) if settings.num_workers is None else settings.num_workers
-        self.price_dtype, self.imagenet_mean = settings.price_dtype, settings.imagenet_default_mean_and_std
+        self.mean_std = data.MEAN_STD[settings.imagenet_default_mean_and_std]
         self._open_images(settings, task, skeleton.num_classes)
 
     def _open_images(self, settings: ImageExperiment, task: Task, classes: int) -> None:
         """Find the images that the run reads; a UserError if they are too few, or their classes not the model's."""
         find = partial(data.IMAGE_SETS[settings.data_set], settings.data_path, settings.eval_data_path)
-        mean_std = data.MEAN_STD[self.imagenet_mean]
-        plain = data.evaluation_transform(self.size, settings.crop_pct, mean_std)
+        plain = data.evaluation_transform(self.size, settings.crop_pct, self.mean_std)
         test = find(train=False)
         count = len(test.classes)
         if count != classes:
@@ -129,7 +125,7 @@ class Classifier:
         indices = data.draw_images(training, settings.nsamples, settings.seed, replacement=random)
         if task.is_searched:
             split(indices)  # refuses too few
-        transform = data.augmenting_transform(self.size, mean_std) if random else plain
+        transform = data.augmenting_transform(self.size, self.mean_std) if random else plain
         self.calibration = data.Prepared(training, indices, transform, settings.seed if random else None)
 
     def describe(self) -> dict:
@@ -142,17 +138,17 @@ class Classifier:
 
     def load(self) -> None:
         """Load the dense weights; warn if they were trained on images with another normalisation."""
-        model = models.load_classifier(self.source, self.resume, self.options).to(self.device)
+        model = models.load_classifier(self.source, self.settings.resume, self.options).to(self.device)
         self.weights, self.measured = models.find_parts(model)
-        trained, mean = tuple(model.pretrained_cfg["mean"]), data.MEAN_STD[self.imagenet_mean][0]
-        if not self.resume and trained != mean:
+        trained = tuple(model.pretrained_cfg["mean"])
+        if not self.settings.resume and trained != self.mean_std[0]:
             message = "images are normalised by a mean of %s, and these weights were trained with %s; see %s"
-            log.warning(message, mean, trained, "--imagenet_default_mean_and_std")
+            log.warning(message, self.mean_std[0], trained, "--imagenet_default_mean_and_std")
 
     def inputs(self) -> BlockInputs:
         """Return the inputs of the first block for the calibration images."""
-        batches = data.batches(self.calibration, self.batch_size, self.workers)
-        return models.block_inputs(self.weights, batches, self.hidden_device)
+        batches = data.batches(self.calibration, self.settings.batch_size, self.workers)
+        return models.block_inputs(self.weights, batches, self.settings.hidden_device)
 
     def price_model(self, effort: price.Effort, by_magnitude: bool) -> ImagePriceModel:
         """Return the model whose prices are searched, measured on calibration images."""
@@ -160,9 +156,9 @@ class Classifier:
         for indices, count in zip(split(images.indices), (FIT, HELD), strict=True):
             chosen = data.Prepared(images.images, indices, images.transform, images.seed)
             groups.append([batch for batch, _ in data.batches(chosen, len(indices) // count, self.workers)])
-        dtype = price_model.search_dtype(self.price_dtype, torch.device(self.device), torch.float32)
-        chunk = min(CHUNK, self.batch_size)
-        return ImagePriceModel(self.weights, tuple(groups), dtype, by_magnitude, self.hidden_device, chunk)
+        dtype = price_model.search_dtype(self.settings.price_dtype, torch.device(self.device), torch.float32)
+        chunk = min(CHUNK, self.settings.batch_size)
+        return ImagePriceModel(self.weights, tuple(groups), dtype, by_magnitude, self.settings.hidden_device, chunk)
 
     def save(self, folder: Path, sparsity: float) -> Path:
         """Write the pruned model to ``folder``, which is returned, and check its ``sparsity`` as it is read back."""
@@ -172,4 +168,5 @@ class Classifier:
 
     def accuracy(self) -> Accuracy:
         """Return the accuracy on the test images."""
-        return accuracy(self.weights.model, data.batches(self.test, self.batch_size, self.workers), self.use_amp)
+        batches = data.batches(self.test, self.settings.batch_size, self.workers)
+        return accuracy(self.weights.model, batches, self.settings.use_amp)

@@ -117,17 +117,12 @@ def test_a_search_improves_on_uniform(digits):
     assert result.kept == "end" and result.held["end"] < 0.9 * result.held["uniform"]
 
 
-@pytest.mark.parametrize("count", [12, 23, 24, 5000])
-def test_parts_are_of_whole_groups_and_share_no_image(count):
-    fit, held = split(range(count))
-    size = min(count // 12, 256)
-    assert (len(fit), len(held)) == (FIT * size, HELD * size) and set(fit).isdisjoint(held)
-
-
-def test_images_drawn_twice_are_in_one_part():
-    drawn = torch.randint(100, (240,), generator=torch.Generator().manual_seed(0)).tolist()
-    fit, held = split(drawn)
-    assert set(fit).isdisjoint(held) and len(held) % HELD == len(fit) % FIT == 0 < len(held)
+def test_groups_are_whole_and_share_no_image():
+    drawn = torch.randint(100, (240,), generator=torch.Generator().manual_seed(0)).tolist()  # some of them twice
+    for images, size in ((range(12), 1), (range(23), 1), (range(24), 2), (range(5000), 256), (drawn, None)):
+        fit, held = split(images)
+        assert set(fit).isdisjoint(held) and len(fit) // FIT == len(held) // HELD == (size or len(fit) // FIT) > 0
+        assert len(fit) % FIT == len(held) % HELD == 0
     with pytest.raises(UserError, match="at least 12 different images"):
         split([5] * 100)
 

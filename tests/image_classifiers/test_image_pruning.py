@@ -139,25 +139,21 @@ def test_statistics_of_pruned_predecessors_are_those_of_the_pruned_model(make):
 
 
 def test_images_are_freed_and_hidden_states_are_kept_on_their_device():
-    model = tiny_vit()
-    alive, most = [], 0
+    weights = find_parts(tiny_vit()).pruned
+    alive, numbers = [], []
 
     def watched():
-        nonlocal most
-        for batch in IMAGES.split(2):
-            batch = batch.clone()
-            alive.append(weakref.ref(batch))
-            most = max(most, sum(ref() is not None for ref in alive))
-            yield batch, None
-            del batch
+        for images, labels in in_batches(2):
+            images = images.clone()
+            alive.append(weakref.ref(images))
+            numbers.append(sum(ref() is not None for ref in alive))
+            yield images, labels
 
-    weights = find_parts(model).pruned
     inputs = block_inputs(weights, watched(), "cpu")
-    assert most <= 2 and not any(ref() is not None for ref in alive)  # the one under way, and the one before it
+    assert max(numbers) <= 2 and all(ref() is None for ref in alive)  # the one under way, and the one before it
     assert [h.shape for h in inputs.hidden] == [(2, 17, 24)] * 5 + [(1, 17, 24)]
-    meta = block_inputs(weights, in_batches(4), "meta")
-    assert {h.device.type for h in meta.hidden} == {"meta"}
-    assert not model.blocks[0]._forward_pre_hooks
+    assert {h.device.type for h in block_inputs(weights, in_batches(4), "meta").hidden} == {"meta"}
+    assert not weights.modules[0]._forward_pre_hooks
 
 
 # ------------------------------------------------------------------------------------------------------ masks
