@@ -139,7 +139,7 @@ def _inverse(damped: torch.Tensor, rho: float, work: torch.Tensor) -> torch.Tens
 
 
 def _descend(values: torch.Tensor, drop: torch.Tensor, target: torch.Tensor, damped: torch.Tensor, steps: int) -> None:
-    """Improve ``values`` [out, in] except where ``drop``, towards ``values`` @ ``damped`` = ``target``, which is lost."""
+    """Improve ``values`` [out, in] but where ``drop``, towards ``values`` @ ``damped`` = ``target``, which is lost."""
     residual = target.addmm_(values, damped, alpha=-1).masked_fill_(drop, 0)
     direction, square = residual.clone(), _row_products(residual, residual)
     for _ in range(steps):
