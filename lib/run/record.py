@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -86,19 +86,20 @@ class Record:
         """Return the content with the stages so far."""
         return self.content | {"stages": self.stages}
 
-    @contextmanager
-    def explain_failure(self, resume: str | Callable[[], str]) -> Iterator[None]:
-        """If the body of the with statement fails, report what is on disk and how to ``resume``.
+    def explain_failure(self, resume: Callable[[], str]) -> AbstractContextManager[None]:
+        """If the body of the with statement fails, report what is on disk and how to ``resume``."""
+        figures = f"figures so far: {self.folder}/*_{self.run}.*"
+        return explain_failure(lambda: f"{figures if self.written else 'no figures were written'}; {resume()}")
 
-        Args:
-            resume: what to do then; a function if that depends on what was saved inside the with statement.
-        """
-        try:
-            yield
-        except BaseException:
-            figures = f"figures so far: {self.folder}/*_{self.run}.*" if self.written else "no figures were written"
-            log.warning("%s; %s", figures, resume if isinstance(resume, str) else resume())
-            raise
+
+@contextmanager
+def explain_failure(explanation: Callable[[], str]) -> Iterator[None]:
+    """If the body of the with statement fails, report what is on disk and how to go on."""
+    try:
+        yield
+    except BaseException:
+        log.warning("%s", explanation())
+        raise
 
 
 def cuda_in_use() -> list[int]:
