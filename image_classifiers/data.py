@@ -6,13 +6,10 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lib.core.errors import UserError, first_line
 from lib.core.lazy import numpy, torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +17,13 @@ MEAN_STD = {  # by --imagenet_default_mean_and_std
     True: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     False: ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-WHOLE_IMAGE_UP_TO, WHOLE_IMAGE_FROM = 32, 384  # sides at which nothing is cropped off (published)
+# Images of at most the first and at least the second side are not cropped (published).
+WHOLE_IMAGE_UP_TO = 32
+WHOLE_IMAGE_FROM = 384
+# Share of other images that is kept.
 CROP = 224 / 256
-DIGITS_TEST = 450  # of 1,797
+# Of the 1,797 digits, these many are for testing.
+DIGITS_TEST = 450
 
 
 class Images(NamedTuple):
@@ -51,12 +52,12 @@ def cifar(data_path: str | None, eval_data_path: str | None, train: bool) -> Ima
     from torchvision.datasets import CIFAR100
 
     if data_path is None:
-        raise UserError("data_set", "CIFAR: add --data_path, the folder that holds CIFAR-100 or is to hold it")
+        raise UserError("data_set", "CIFAR", "add --data_path, the folder that holds CIFAR-100 or is to hold it")
     try:
         items = CIFAR100(data_path, train=train, download=True)
     except Exception as error:  # the network's errors, a full disk, a damaged archive
-        text = f"{data_path}: CIFAR-100 cannot be read or downloaded ({first_line(error)})"
-        raise UserError("data_path", text) from error
+        problem = f"CIFAR-100 cannot be read or downloaded ({first_line(error)})"
+        raise UserError("data_path", data_path, problem) from error
     return Images(items, items.classes)
 
 
@@ -68,39 +69,42 @@ def digits(data_path: str | None, eval_data_path: str | None, train: bool) -> Im
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise UserError("data_set", "digits: needs scikit-learn; run: pip install scikit-learn") from error
-    found = load_digits()
-    split = train_test_split(found.images, found.target, test_size=DIGITS_TEST, stratify=found.target, random_state=0)
-    pixels, labels = (split[0], split[2]) if train else (split[1], split[3])
+        raise UserError("data_set", "digits", "needs scikit-learn", "run: pip install scikit-learn") from error
+    digits = load_digits()
+    options = {"test_size": DIGITS_TEST, "stratify": digits.target, "random_state": 0}
+    parts = train_test_split(digits.images, digits.target, **options)
+    pixels, labels = parts[::2] if train else parts[1::2]
     grey = (pixels * (255 / 16)).round().astype(numpy.uint8)
     items = [(Image.fromarray(image).convert("RGB"), int(label)) for image, label in zip(grey, labels, strict=True)]
     return Images(items, [str(digit) for digit in range(10)])
 
 
 # Images by name: a function of --data_path, --eval_data_path, and of the split, so that only one is read.
-DATASETS: dict[str, Callable[[str | None, str | None, bool], Images]] = {
+IMAGE_SETS: dict[str, Callable[[str | None, str | None, bool], Images]] = {
     "IMNET": imnet,
     "CIFAR": cifar,
     "image_folder": image_folder,
     "digits": digits,
 }
-FROM_DATA_PATH, FROM_EVAL_DATA_PATH = ("IMNET", "CIFAR", "image_folder"), ("image_folder",)  # who reads these folders
+# Those that read --data_path, and --eval_data_path.
+FROM_DATA_PATH = ("IMNET", "CIFAR", "image_folder")
+FROM_EVAL_DATA_PATH = ("image_folder",)
 
 
 def _folder(field: str, given: str | None, inner: str = "") -> Images:
     from torchvision.datasets import ImageFolder
 
     if given is None:
-        raise UserError(field, "is missing; give the folder of the images (--data_set tells their layout)")
+        raise UserError(field, None, "is missing", "give the folder of the images (--data_set tells their layout)")
     path = Path(given).expanduser() / inner
     if not path.is_dir():
-        raise UserError(field, f"{given}: folder {path} not found; it should hold a folder of images per class")
+        raise UserError(field, given, f"folder {path} not found", "it should hold a folder of images per class")
     try:
-        found = ImageFolder(str(path))
+        images = ImageFolder(str(path))
     except (OSError, ValueError) as error:  # no folder inside, or one without images
-        text = f"{given}: {path} should hold a folder of images per class ({first_line(error)})"
-        raise UserError(field, text) from error
-    return Images(found, found.classes, [sample[0] for sample in found.samples])
+        problem = f"{path} should hold a folder of images per class ({first_line(error)})"
+        raise UserError(field, given, problem) from error
+    return Images(images, images.classes, [sample[0] for sample in images.samples])
 
 
 # ----------------------------------------------------------------------------------------------------- batches
@@ -139,7 +143,7 @@ def augmenting_transform(size: int, mean_std: tuple) -> Callable:
     )
 
 
-def draw(images: Images, count: int, seed: int, replacement: bool) -> list[int]:
+def draw_images(images: Images, count: int, seed: int, replacement: bool) -> list[int]:
     """Return ``count`` random indices of ``images``.
 
     Raises:
@@ -150,7 +154,7 @@ def draw(images: Images, count: int, seed: int, replacement: bool) -> list[int]:
     if replacement:
         return torch.randint(have, (count,), generator=generator).tolist()
     if count > have:
-        raise UserError("nsamples", f"{count}: there are only {have} training images; lower it")
+        raise UserError("nsamples", count, f"there are only {have} training images", "lower it")
     return torch.randperm(have, generator=generator)[:count].tolist()
 
 
@@ -167,7 +171,7 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int] | str:
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int] | str:
         if self.seed is not None:
             state = (self.seed * 1_000_003 + i) % 2**32
             random.seed(state)
@@ -181,7 +185,7 @@ class Prepared:
             return f"{path}: cannot be read as an image ({str(error).splitlines()[0]}); replace or remove it"
 
 
-def batches(prepared: Prepared, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(prepared: Prepared, batch_size: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield tensors [batch, 3, height, width] and labels [batch], in order.
 
     Raises:
@@ -193,10 +197,10 @@ def batches(prepared: Prepared, batch_size: int, workers: int) -> Iterator[tuple
     )
     for batch in loader:
         if isinstance(batch, str):
-            raise UserError(None, batch)
+            raise UserError(None, None, batch)
         yield batch
 
 
-def _collate(items: list) -> tuple[Tensor, Tensor] | str:
+def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor] | str:
     wrong = next((item for item in items if isinstance(item, str)), None)  # an error raised here would lose its type
     return wrong or (torch.stack([x for x, _ in items]), torch.tensor([label for _, label in items]))

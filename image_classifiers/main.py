@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,19 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from rich.console import Console
 
-from image_classifiers import experiment, models
-from image_classifiers.evaluation import Accuracy, accuracy
-from image_classifiers.experiment import Prepared
-from image_classifiers.settings import Evaluation, ImageExperiment, Images
+from image_classifiers.settings import AccuracyFlags, ImageExperiment, ImageFlags
+from image_classifiers.subject import Accuracy, Classifier
 from lib.cli.command import command, make_parser
-from lib.cli.settings import Task
-from lib.core.errors import UserError
-from lib.pruning import walk
-from lib.run import report
-from lib.run.pipeline import draw_prices, make_plan, model_folder, priced
+from lib.cli.task import Task
+from lib.run import checks, pipeline, report
 from lib.run.record import Record
-
-log = logging.getLogger("main")
 
 PARSER = make_parser(
     ImageExperiment,
@@ -38,76 +30,52 @@ PARSER = make_parser(
 
 def run(settings: ImageExperiment, console: Console) -> dict:
     """Carry out the run step by step and return its record."""
-    task = settings.task()
-    record = Record(Path(settings.save), task.run)
+    task, flags = settings.task(), settings.flags()
+    subject, record = Classifier(), Record(Path(settings.save), task.run)
 
     with record.stage("prepare"):  # everything that can be checked without the weights
-        known = experiment.prepare(settings, task)
-        record.content |= experiment.described(settings, task, known)
+        target = settings.model_folder(task)
+        checks.check_output(record.folder, task.run, target, flags, settings.paths(), mark="config.json")
+        subject.prepare(settings, task)
+        figures = dict.fromkeys(("sparsity", "dense_zeros", "dense", "accuracy", "saved_model"))
+        record.content |= {"method": task.method, "target_sparsity": task.target, "flags": flags} | figures
+        record.content |= subject.describe()
 
     with record.stage("load"):
-        model = models.load(known.source, settings.resume, known.size, settings.nb_classes).to(known.device)
-        experiment.warn_of_normalisation(settings, model)
-        parts = models.find_parts(model)
-        record.content["dense_zeros"] = parts.pruned.sparsity()
+        subject.load()
+        record.content["dense_zeros"] = subject.weights.sparsity()
 
-    read = experiment.reader(settings)
     with record.stage("evaluate dense"):
-        found = accuracy(model, read(known.sets.test), settings.use_amp)
-        record.content["dense"] = found._asdict()
+        accuracy = subject.accuracy()
+        record.content["dense"] = accuracy._asdict()
 
     if task.pruner:
-        enter = partial(experiment.enter_blocks, settings, parts, known.sets.calibration)
         with record.stage("measure"):
-            prices = experiment.find_prices(settings, task, known, parts, enter)
-            values = prices.ratios if prices else experiment.measure_values(settings, task, known, parts, enter)
-            record.content |= priced(prices)
-        report.show_prices(console, prices, "images", "image")
-        draw_prices(settings, task, prices)
+            measurement, options = settings.measurement(subject.name), settings.price_options()
+            values, search = pipeline.measure_values(subject, task, measurement, options)
+            record.content |= report.price_entries(search)
+        report.show_prices(console, search, "images", "image")
+        report.draw_prices(record, search)
         with record.stage("allocate"):
-            plan = make_plan(settings, task, parts.pruned.layers, values)
+            plan, _ = pipeline.allocate(subject, task, values)
         with record.stage("prune"):
-            inputs = enter() if task.pruner.statistic else None
-            record.rows = walk.walk(parts.pruned, plan, task.pruner, inputs, values, settings.statistics)
+            record.rows = pipeline.prune(subject, task, plan, values, settings.statistics)
 
+    unsaved = None
     with record.explain_failure(partial(resume, settings, record)):
-        record.content["sparsity"] = parts.pruned.sparsity()
-        unsaved = save(settings, task, known, parts, record)  # and the results so far, before anything else can fail
+        record.content["sparsity"] = sparsity = subject.weights.sparsity()
         if task.pruner:
+            unsaved = pipeline.save(record, partial(subject.save, target, sparsity) if target else None)
             with record.stage("evaluate"):
-                found = accuracy(model, read(known.sets.test), settings.use_amp)
-        record.content["accuracy"] = found._asdict()
-        record.files[f"{task.target}.txt"] = sentence(found)
+                accuracy = subject.accuracy()
+        record.content["accuracy"] = accuracy._asdict()
+        record.files[f"{task.target}.txt"] = sentence(accuracy)
         record.write(complete=unsaved is None)
 
-    show(settings, task, record, console)
+    show_accuracy(settings, task, record, console)
     if unsaved:
         raise unsaved
     return record.whole()
-
-
-def save(
-    settings: ImageExperiment, task: Task, known: Prepared, parts: models.Parts, record: Record
-) -> UserError | None:
-    """Write the pruned model, then the results so far, even if the model could not be written.
-
-    An error that the user can fix is returned instead of raised, since the accuracy can still be measured.
-    """
-    if not task.pruner:
-        return None
-    try:
-        if settings.save_model:
-            folder = model_folder(settings, task)
-            with record.stage("save"):
-                models.save(parts.pruned.model, known.size, folder)
-                walk.check_saved(folder, parts.pruned, record.content["sparsity"])
-            record.content["saved_model"] = str(folder)
-    except UserError as error:
-        log.error("%s; the accuracy is measured all the same", error)
-        return error
-    finally:
-        record.write()
-    return None
 
 
 def resume(settings: ImageExperiment, record: Record) -> str:
@@ -117,23 +85,23 @@ def resume(settings: ImageExperiment, record: Record) -> str:
         advice = " (--save_model DIR would keep the model)" if record.rows and not settings.save_model else ""
         return f"the same command starts again{advice}"
     words = ["--model", saved]
-    for name in (*Images.__annotations__, *Evaluation.__annotations__, "device"):
+    for name in (*ImageFlags.__annotations__, *AccuracyFlags.__annotations__, "device"):
         if name in settings.given and name not in ("nsamples", "published_calibration"):
             words += [f"--{settings.spelling(name)}", str(getattr(settings, name))]
     return f"the pruned model is saved; measure it with: python image_classifiers/main.py {shlex.join(words)}"
 
 
-def sentence(found: Accuracy) -> str:
+def sentence(accuracy: Accuracy) -> str:
     """Return the published line."""
-    return f"Accuracy of the network on {found.images} test images: {found.top1:.5f}%\n"
+    return f"Accuracy of the network on {accuracy.images} test images: {accuracy.top1:.5f}%\n"
 
 
-def show(settings: ImageExperiment, task: Task, record: Record, console: Console) -> None:
+def show_accuracy(settings: ImageExperiment, task: Task, record: Record, console: Console) -> None:
     """Print the run's figures and where they were written."""
     content, stages = record.content, record.stages.values()
 
-    def row(method: str, target: float, sparsity: float, found: dict, seconds: str) -> tuple[str, ...]:
-        return method, f"{target:g}", f"{sparsity:.4f}", f"{found['top1']:.2f}", f"{found['top5']:.2f}", seconds
+    def row(method: str, target: float, sparsity: float, hits: dict, seconds: str) -> tuple[str, ...]:
+        return method, f"{target:g}", f"{sparsity:.4f}", f"{hits['top1']:.2f}", f"{hits['top5']:.2f}", seconds
 
     rows = [row("dense", 0, content["dense_zeros"], content["dense"], "")]
     if task.pruner:
@@ -150,12 +118,11 @@ def show(settings: ImageExperiment, task: Task, record: Record, console: Console
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
-    advice = "lower --batch_size, or add --hidden_device cpu"
-    return command(ImageExperiment, partial(_run, console=Console()), argv, PARSER, out_of_memory=advice)
 
+    def work(settings: ImageExperiment) -> None:
+        run(settings, Console())
 
-def _run(settings: ImageExperiment, console: Console) -> None:
-    run(settings, console)
+    return command(ImageExperiment, work, argv, PARSER, out_of_memory="lower --batch_size, or add --hidden_device cpu")
 
 
 if __name__ == "__main__":

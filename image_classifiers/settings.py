@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from image_classifiers import data, models
-from image_classifiers.pruning import IMAGE_PRUNERS
-from lib.allocation.formulas import ALLOCATIONS
+from image_classifiers.price import EFFORT
+from lib.allocation import price
 from lib.calibration.hidden import PROPAGATE
 from lib.cli import settings
 from lib.cli.flags import Flags, flag
-from lib.cli.settings import Method, Output, Price, Task, Widths, check_only, pruning_flags
+from lib.cli.settings import MethodFlags, OutputFlags
+from lib.cli.task import Measurement, Task
 from lib.core.errors import UserError, flag_name
-from lib.core.names import check_name
-from lib.run.pipeline import wants_calibration
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
-
-METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in IMAGE_PRUNERS]
 
 TRAINING_FLAGS = (
     "aa auto_resume clip_grad color_jitter cutmix cutmix_minmax disable_eval dist_eval dist_on_itp dist_url drop_path "
@@ -29,41 +27,38 @@ TRAINING_FLAGS = (
 ).split()
 
 
+CALIBRATES = "calibration | search"
+
+
 @dataclass(kw_only=True)
-class Model(Flags):
+class ClassifierFlags(Flags):
     _title: ClassVar[str] = "model"
 
-    model: str = flag(MISSING, f"name that timm knows, or a folder written by --save_model; {models.SUPPORTED}")
+    model: str = flag(MISSING, f"name that timm knows, or a folder written by --save_model; {models.CLASSIFIERS}")
     resume: str | None = flag(
         None, "weights in timm's or their original layout (default: timm's own weights)", metavar="FILE"
     )
-    input_size: int | None = flag(None, "side of the images, pixels (default: the model's own)", least=1, metavar="N")
-    nb_classes: int | None = flag(
-        None, "classes of the model, a count (default: the model's own)", least=2, metavar="N"
-    )
+    input_size: int | None = flag(None, "side of the images, pixels (default: the model's own)", least=1)
+    nb_classes: int | None = flag(None, "classes of the model, a count (default: the model's own)", least=2)
     device: str = flag("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-    seed: int = flag(
-        0, "random seed for sampling calibration images", least=-(2**63), most=2**64 - 1, metavar="N"
-    )
+    seed: int = flag(0, "random seed for sampling calibration images", least=-(2**63), most=2**64 - 1)
 
 
 @dataclass(kw_only=True)
-class Images(Flags):
+class ImageFlags(Flags):
     _title: ClassVar[str] = "data"
 
-    data_set: str = flag("IMNET", "{choices}", choices=data.DATASETS, metavar="SET")
+    data_set: str = flag("IMNET", "{choices}", choices=data.IMAGE_SETS)
     data_path: str | None = flag(
         None, "IMNET: holds train/ and val/; image_folder: a folder per class, to calibrate", metavar="DIR"
     )
     eval_data_path: str | None = flag(None, "image_folder only: images to test on, a folder per class", metavar="DIR")
-    nsamples: int = flag(4096, "calibration images, a count", least=1, metavar="N")
-    published_calibration: bool = flag(False, "calibrate on augmented images, drawn with replacement", prunes=True)
-    batch_size: int = flag(256, "images at a time, a count", least=1, metavar="N")
-    num_workers: int | None = flag(
-        None, "processes that read images (default: one per core, at most 10)", least=0, metavar="N"
-    )
+    nsamples: int = flag(4096, "calibration images, a count", least=1)
+    published_calibration: bool = flag(False, "calibrate on augmented images, drawn with replacement", only=CALIBRATES)
+    batch_size: int = flag(256, "images at a time, a count", least=1)
+    num_workers: int | None = flag(None, "processes that read images (default: one per core, at most 10)", least=0)
     crop_pct: float | None = flag(
-        None, "share of an image that is kept (default: 224/256, as published)", least=0.1, most=1, metavar="P"
+        None, "share of an image that is kept (default: 224/256, as published)", least=0.1, most=1
     )
     imagenet_default_mean_and_std: bool = flag(
         True, "normalise by ImageNet's mean and standard deviation; false: by 0.5 and 0.5"
@@ -71,60 +66,68 @@ class Images(Flags):
 
 
 @dataclass(kw_only=True)
-class Calibration(Flags):
-    _title: ClassVar[str] = "pruning"
+class ImageMethodFlags(MethodFlags):
+    """The flags that say what a classifier is pruned by, some with other defaults."""
 
     statistics: str = flag(
         "dense",
         "{choices}: predecessors whose output calibrates a block",
         choices=PROPAGATE,
+        only=settings.CALIBRATED.removesuffix(" | refit"),
         aliases=["propagate"],
-        prunes=True,
-        metavar="HOW",
+        title="pruning",
     )
     hidden_device: str | None = flag(
-        None, "device of hidden states; cpu saves GPU memory (default: the model's)", prunes=True, metavar="DEVICE"
+        None,
+        "device of hidden states; cpu saves GPU memory (default: the model's)",
+        only=CALIBRATES,
+        metavar="DEVICE",
+        title="pruning",
     )
-
-
-@dataclass(kw_only=True)
-class Metric(settings.Metric):
     ww_metric: str = flag(
         "alpha_mid",
-        "metric of each matrix, for _ww: {choices}",
+        "metric of each matrix: {choices}",
         choices=[*METRICS, *WEIGHTWATCHER],
-        only="ww",
-        metavar="METRIC",
+        only="_ww",
+        tolerated="uniform",
+        title="allocation",
     )
     ww_metric_cache: str = flag(
-        "./metric_cache", "the metric is cached in DIR/<model>", only="ww", metavar="DIR", aliases=["ww_metric_cache"]
+        "./metric_cache",
+        "the metric is cached in DIR/<model>",
+        only="_ww",
+        tolerated="uniform",
+        metavar="DIR",
+        aliases=["ww_metric_cache"],
+        title="allocation",
     )
     epsilon: float = flag(
         0.2,
-        "half width of the map from metric to sparsity for _ww, in [0, 1]",
+        "half width of the map from metric to sparsity, in [0, 1]",
         least=0,
         most=1,
-        only="ww",
-        metavar="E",
+        only="_ww",
+        tolerated="uniform",
+        title="allocation",
     )
+    mapping_type: str = "layer_wise"  # a ratio for each matrix, as published
 
 
 @dataclass(kw_only=True)
-class Evaluation(Flags):
+class AccuracyFlags(Flags):
     _title: ClassVar[str] = "evaluation"
 
     use_amp: bool = flag(False, "evaluate in half precision (autocast)", nargs="?")
 
 
-def wants_images(task: Task) -> bool:
-    """Return whether the pruner or the allocation needs calibration images."""
-    return wants_calibration(task) or task.wants == "price"
-
-
 @dataclass(kw_only=True)
-class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Price, Evaluation, Output):
+class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, AccuracyFlags, OutputFlags):
     """The flags of image_classifiers/main.py."""
 
+    _without: ClassVar[list[str]] = (
+        "sparsity_type use_variant pruner_iterations damping refit calib_dtype mapping_type esd_driver farms "
+        "farms_rows farms_ratio farms_steps price_effort metrics_only plan save_plan export_llmcompressor packed"
+    ).split()
     _spelled: ClassVar[dict[str, str]] = {
         "prune_method": "prune_metric",
         "sparsity_ratio": "sparsity",
@@ -133,46 +136,33 @@ class ImageExperiment(Model, Images, Method, Calibration, Metric, Widths, Price,
         "save": "save_dir",
     }
     _ignored: ClassVar[list[str]] = TRAINING_FLAGS
-    mapping_type: ClassVar[str] = "layer_wise"  # a ratio for each matrix, as published
 
     def check(self) -> None:
         super().check()
-        for name, needed in (("data_path", data.FROM_DATA_PATH), ("eval_data_path", data.FROM_EVAL_DATA_PATH)):
-            if getattr(self, name) and self.data_set not in needed:
-                others = " or ".join(f"--data_set {choice}" for choice in needed)
-                raise UserError(name, f"with --data_set {self.data_set} does nothing; it is for {others}")
+        for name, readers in (("data_path", data.FROM_DATA_PATH), ("eval_data_path", data.FROM_EVAL_DATA_PATH)):
+            if getattr(self, name) and self.data_set not in readers:
+                fix = f"it is for {' or '.join(f'--data_set {reader}' for reader in readers)}"
+                raise UserError(name, None, f"does nothing with --data_set {self.data_set}", fix)
         self.task()
 
     def task(self) -> Task:
         """Return the task that the flags describe.
 
         Raises:
-            UserError: flags that contradict each other, or that do nothing for this method.
+            UserError: flags that contradict each other.
         """
-        task = self._dense() if self.prune_method is None else self._pruned()
-        check_only(self, task)
-        return task
-
-    def _dense(self) -> Task:
-        if self.sparsity_ratio:
-            add = f"add {flag_name('prune_method')}, one of: {', '.join(METHODS)}"
-            text = f"{self.sparsity_ratio} without a method; {add}"
-            raise UserError("sparsity_ratio", text)
-        for name in pruning_flags(self):
-            if name in self.given:
-                raise UserError(name, f"without {flag_name('prune_method')} does nothing")
-        return Task("dense", None, "", 0.0)
-
-    def _pruned(self) -> Task:
-        method = check_name("prune_method", self.prune_method, METHODS)
+        if self.prune_method is None:
+            return self.dense_task()
         if not self.sparsity_ratio:
-            raise UserError("prune_method", f"{method} without a sparsity; add {flag_name('sparsity_ratio')}")
-        name, _, suffix = method.partition("_")
-        start = self.price_start.replace("uniform", "") if suffix == "price" else ""
-        task = Task(method, IMAGE_PRUNERS[name], suffix, self.sparsity_ratio, start=start)
-        idle = [] if task.pruner.statistic else ["statistics"]
-        idle += [] if wants_images(task) else ["hidden_device", "published_calibration"]
-        for field in idle:
-            if field in self.given:
-                raise UserError(field, f"does nothing with {method}: {name} prunes without calibration images")
-        return task
+            fix = f"add {flag_name('sparsity_ratio')}"
+            raise UserError("prune_method", None, f"{self.prune_method} without a sparsity", fix)
+        pruner, _, suffix = self.prune_method.partition("_")
+        return self.settled(Task(self.prune_method, models.IMAGE_PRUNERS[pruner], suffix, self.sparsity_ratio))
+
+    def measurement(self, model: str) -> Measurement:
+        """Return how the metric of the ``model`` is measured, and where it is cached."""
+        return Measurement(self.ww_metric, Path(self.ww_metric_cache) / model)
+
+    def price_options(self) -> price.Options:
+        """Return the options of the search for prices."""
+        return price.Options(self.price_steps, self.price_refresh, EFFORT)

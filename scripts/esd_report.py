@@ -13,12 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
-from lib.cli.settings import Experiment, Metric, Model, Spectra
+from lib.cli.settings import AllocationFlags, Experiment, ModelFlags
+from lib.cli.task import Measurement
 from lib.core import files
 from lib.core.errors import UserError
 from lib.core.lazy import numpy, pandas, torch
 from lib.models.weights import Weights
 from lib.run import pipeline
+from lib.run.language import LanguageModel
 from lib.spectra.spectrum import NoFit, Spectrum, spectrum
 from lib.spectra.tail import PowerLaw, fit_tail, peak_candidates
 
@@ -46,10 +48,14 @@ Plan: {plan}. Every matrix is in [layers.tsv](layers.tsv).
 
 
 @dataclass(kw_only=True)
-class Settings(Model, Metric, Spectra):
+class Settings(ModelFlags, AllocationFlags):
     """The flags of esd_report.py: main.py's for the metric and the plan, and those for the plots."""
 
     _title: ClassVar[str] = "report"
+    _without: ClassVar[list[str]] = (
+        "owl_m owl_lambda dlp_alpha atp_beta price_steps price_start price_refresh price_dtype price_effort "
+        "metrics_only plan save_plan export_llmcompressor"
+    ).split()
 
     sparsity_ratio: float = flag(0.7, "of the plan that is shown, a fraction", above=0, below=1, metavar="S")
     layers: str | None = flag(
@@ -58,6 +64,9 @@ class Settings(Model, Metric, Spectra):
         metavar="A,B",
     )
     save: str = flag("results/esd_report", "where the report is written", metavar="DIR")
+
+    def traits(self) -> set[str]:
+        return super().traits() | {"_ww"}
 
     def check(self) -> None:
         super().check()
@@ -79,31 +88,34 @@ PARSER = make_parser(Settings, "esd_report.py", __doc__)
 
 def report(settings: Settings) -> Path:
     """Write the report and return its page."""
-    run, session, folder = settings.experiment(), pipeline.Session(), Path(settings.save)
+    run, subject, folder = settings.experiment(), LanguageModel(), Path(settings.save)
     task = run.task()
-    setup = pipeline.prepare(run, task, session)
-    names = [layer.name for layer in setup.layers]
+    files.check_writable("save", folder)
+    subject.prepare(run, task)
+    names = [layer.name for layer in subject.layers]
     chosen = [] if settings.layers is None else [_full_name(name, names) for name in settings.layers.split(",")]
 
-    weights = session.weights(setup)
-    values = pipeline.measure_values(run, task, weights, setup, session)
-    ratios = pipeline.make_plan(run, task, setup.layers, values).ratios
+    subject.load()
+    measurement = run.measurement(subject.name)
+    values, _ = pipeline.measure_values(subject, task, measurement, run.price_options())
+    ratios = pipeline.make_plan(task, subject.layers, values).ratios
     layers = pandas.DataFrame({
         "name": names,
-        "block": [layer.block for layer in setup.layers],
-        "shape": ["x".join(map(str, layer.shape)) for layer in setup.layers],
+        "block": [layer.block for layer in subject.layers],
+        "shape": ["x".join(map(str, layer.shape)) for layer in subject.layers],
         run.ww_metric: [values[name] for name in names],
         "planned_ratio": [ratios[name] for name in names],
     })  # fmt: skip
     ordered = layers.sort_values(run.ww_metric)["name"].tolist()
-    spectra = _spectra(weights, chosen or [ordered[0], ordered[len(ordered) // 2], ordered[-1]], run)
+    chosen = chosen or [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+    spectra = _spectra(subject.weights, chosen, measurement)
 
     folder.mkdir(parents=True, exist_ok=True)
-    title = f"{setup.source.name}: {run.ww_metric}"
+    title = f"{subject.name}: {run.ww_metric}"
     plan = f"sparsity {run.sparsity_ratio:g}, epsilon {run.epsilon:g}, {run.mapping_type}"
-    sizes = pandas.Series([layer.size for layer in setup.layers])
+    sizes = pandas.Series([layer.size for layer in subject.layers])
     files.write_atomically(folder / "layers.tsv", layers.to_csv(sep="\t", index=False, float_format="%.6f"))
-    files.save_figure(draw_blocks(layers, sizes, f"{setup.source.name}: {plan}"), folder / "blocks.png", dpi=130)
+    files.save_figure(draw_blocks(layers, sizes, f"{subject.name}: {plan}"), folder / "blocks.png", dpi=130)
     files.save_figure(draw_heat_map(layers, title), folder / "heat_map.png", dpi=130)
     files.save_figure(draw_spectra(spectra, run.ww_metric), folder / "spectra.png", dpi=130)
     metric = layers[run.ww_metric]
@@ -123,10 +135,10 @@ def _full_name(name: str, names: Sequence[str]) -> str:
     return matches[0]
 
 
-def _spectra(weights: Weights, names: Sequence[str], run: Experiment) -> dict[str, Spectrum]:
+def _spectra(weights: Weights, names: Sequence[str], measurement: Measurement) -> dict[str, Spectrum]:
     """Return the spectra of the layers ``names``, in that order, on the CPU."""
     spectra = {}
-    how = pipeline.metric_settings(run)
+    how = measurement.settings
     for block in weights.visit():
         for name in block.linears.keys() & set(names):
             spectra[name] = spectrum(block.linears[name].weight, how.driver, how.farms)

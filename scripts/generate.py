@@ -83,8 +83,8 @@ class Runner:
         source = locate(model, settings.cache_dir)
         self.tokenizer = load_tokenizer(source)
         packed = sparse.is_packed(Path(source.path))
-        cpu = torch.device("cpu")
-        self.model = sparse.load_packed(source.path) if packed else load_llm(source, torch.bfloat16, cpu)
+        on_cpu = torch.device("cpu")
+        self.model = sparse.load_packed(source.path) if packed else load_llm(source, torch.bfloat16, on_cpu)
 
     def generate(self, show: bool) -> dict[str, float]:
         """Return speed and memory of one greedy run; ``show`` prints its text, else it is always as long."""

@@ -4,7 +4,7 @@
 # GPU the exit status is 2.
 source "$(dirname "$0")/env.sh"
 need requirements.txt
-if ! "$PYTHON_BIN" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if ! "$PYTHON_BIN" -c 'import sys; from lib.core import cpu; sys.exit(not cpu.gpus())'; then
     echo "gpu_check.sh: error: no CUDA device here, nothing was checked" >&2
     exit 2
 fi

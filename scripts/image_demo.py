@@ -16,8 +16,8 @@ import table
 from rich.console import Console
 
 from image_classifiers import data, main, models
-from image_classifiers.evaluation import accuracy
 from image_classifiers.settings import ImageExperiment
+from image_classifiers.subject import accuracy
 from lib.cli.command import command, make_parser, parse
 from lib.cli.flags import Flags, flag
 from lib.core import files
@@ -82,7 +82,7 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
         if epoch % 10 == 9:
             print(f"  epoch {epoch + 1}/{EPOCHS}: loss {loss.item():.4f}", flush=True)
     top1 = accuracy(model.eval(), data.batches(test, 150, 0)).top1
-    models.save(model, SIZE, folder)
+    models.save_classifier(model, SIZE, folder)
     return top1
 
 

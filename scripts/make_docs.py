@@ -35,8 +35,9 @@ Every flag of every command, as `--help` shows it. This file is generated: `pyth
 the declarations, and `.ci/run` fails if it is out of date. What the methods mean is in [methods.md](methods.md).
 
 A wrong value, an unknown flag, a flag that would have no effect, or two flags that contradict each other end the
-command with one line and exit status 2, before the model is loaded wherever that can be known. Flags about texts and
-windows that a run does not read are warned about instead, since scripts pass them to every run.
+command with one line and exit status 2, before the model is loaded wherever that can be known. `for X:` says for which
+runs a flag has an effect: those with the pruner, method or flag X, or those that calibrate, search, prune or evaluate.
+Flags about texts and windows that a run does not read are warned about instead, since scripts pass them to every run.
 """
 
 

@@ -24,14 +24,11 @@ from lib.core.errors import UserError, first_line
 from lib.core.lazy import pandas, torch
 from lib.core.names import check_name
 from lib.models import locate
-from lib.pruning.pruners import DAMPED, ITERATED, VARIANTS
-from lib.run.pipeline import Session
+from lib.run.language import LanguageModel
 from lib.run.record import changed_inputs, has_flags, inputs_of, read_run
 
 log = logging.getLogger("main")
 
-# Flags that do nothing with other pruners than these.
-FOR_PRUNERS = {"pruner_iterations": ITERATED, "damping": DAMPED, "use_variant": VARIANTS}
 # The hyper-parameter of which several values may be tried, by the suffix of its methods.
 TRIED = {"ww": "epsilon", "atp": "atp_beta"}
 RESUME = "the same command resumes"
@@ -170,13 +167,10 @@ class Sweep(Experiment):
 
     def _applies(self, item: Field, method: str | None) -> bool:
         """Return whether a flag of main.py does something for a ``method``."""
-        if method is None and item.metadata.get("prunes"):
-            return False
-        pruner, _, suffix = (method or "").partition("_")
-        refitted = item.name == "damping" and self.refit  # it is for whatever pruner is refitted then
-        if item.name in FOR_PRUNERS and pruner not in FOR_PRUNERS[item.name] and not refitted:
-            return False
-        return item.metadata.get("only") in (None, suffix)
+        names = {flag.name for _, flag, _ in Experiment.declared()} & self.given - {*self._lists}
+        traits = Experiment(**{name: getattr(self, name) for name in names} | {"prune_method": method}).traits()
+        only = item.metadata["only"]
+        return not only or item.metadata["warns"] or bool(traits & set(only.split(" | ")))
 
 
 def words(flag_value: str) -> list[str]:
@@ -189,7 +183,7 @@ PARSER = make_parser(Sweep, "sweep.py", __doc__, REST)
 
 def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
     """Run the settings that are not complete; return the run file of each, None for one that failed."""
-    session = Session(shared=True, planned=todo)
+    subject = LanguageModel(planned=todo)
     first_seen: dict[str, str] = {}  # digests of local files and folders, by flag
     run_files: list[Path | None] = []
     for i, settings in enumerate(todo, 1):
@@ -216,7 +210,7 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
                 if digest != first_seen[flag_name]:  # what was read of it before must not be mixed with it
                     path, fix = getattr(settings, flag_name), "start it again, and it is read anew"
                     raise UserError(flag_name, path, "was changed since this command started", fix)
-            program.run(settings, Console(quiet=True), session)
+            program.run(settings, Console(quiet=True), subject)
         except Exception as error:  # one setting does not stop the others, hours into a sweep
             run_files[-1] = None
             foreseen = isinstance(error, (UserError, torch.OutOfMemoryError))

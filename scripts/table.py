@@ -283,8 +283,8 @@ def passes_of(settings: Experiment) -> int:
     allocations.
     """
     task = settings.task()
-    scored = sum(settings.nsamples for step in (task, task.first) if step.wants in BLOCK_SCORES)
-    if task.wants != "price":
+    scored = sum(settings.nsamples for step in (task, task.starting_task) if step.needs in BLOCK_SCORES)
+    if task.needs != "price":
         return scored
     options = settings.price_options()
     return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.window_divisor)

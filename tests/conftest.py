@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def metrics_stay_with_the_test(monkeypatch):
     """Cache metrics below the current folder, which tests change, and not in the repository."""
-    monkeypatch.setattr("lib.run.pipeline.in_repository", lambda name: name)
+    monkeypatch.setattr("lib.cli.settings.in_repository", lambda name: name)
 
 
 @pytest.fixture
@@ -148,9 +148,9 @@ def few_tasks(monkeypatch, tmp_path_factory):
     for name in ("super_glue", "glue", "hellaswag", "winogrande", "arc", "openbookqa"):
         shutil.copytree(Path(lister.__file__).parent / name, folder / name)
     monkeypatch.setattr(lister, "__file__", str(folder / "__init__.py"))
-    zero_shot._tasks_in.cache_clear()
+    zero_shot._task_manager.cache_clear()
     yield
-    zero_shot._tasks_in.cache_clear()
+    zero_shot._task_manager.cache_clear()
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,8 +15,10 @@ import transformers
 from conftest import ROOT
 
 import main
-from lib.cli.settings import METHODS
+from lib.cli.command import parse
+from lib.cli.settings import Experiment
 from lib.core import files
+from lib.core.errors import UserError
 from lib.models import load, locate
 from lib.models.layers import prunable_layers
 
@@ -121,11 +123,12 @@ def arguments(text: str) -> list[str]:
     return [part for item in flags.items() for part in item] + extra
 
 
+TASKS = ROOT / "data" / "tasks"
 WANDA = "--prune_method wanda --sparsity_ratio 0.5"
 WW = "--prune_method magnitude_ww --sparsity_ratio 0.5"
 
-# What is typed -> what the line must say. All of this is known before the weights are loaded.
-BEFORE_LOADING = {
+# What is typed -> what the line must say, known from the command line alone ...
+BY_THE_COMMAND_LINE = {
     # names
     "--prune_method wnda --sparsity_ratio 0.5": "Did you mean 'wanda'",
     "--prune_method Wanda --sparsity_ratio 0.5": "Did you mean 'wanda'",
@@ -137,10 +140,9 @@ BEFORE_LOADING = {
     f"{WANDA} --dtype float61": "Did you mean 'float16'",
     f"{WANDA} --calib_data wikitext": "Did you mean 'wikitext2'",
     f"{WANDA} --calib_dtype float16": "--calib_dtype float16: invalid choice. Did you mean 'bfloat16'?",
-    f"{WANDA} --dtype float16 --calib_dtype bfloat16": "--calib_dtype bfloat16: the model is computed in float16",
     "--prune_method magnitude --sparsity_ratio 0.5 --calib_dtype bfloat16": "does nothing with magnitude",
     "--prune_method magnitude_owl --sparsity_ratio 0.5 --calib_dtype bfloat16": "does nothing with magnitude",
-    "--calib_dtype bfloat16": "--calib_dtype without --prune_method does nothing",
+    "--calib_dtype bfloat16": "--calib_dtype does nothing without --prune_method",
     f"{WANDA} --eval_data wiki_lead": "Did you mean 'wiki_leads'",
     f"{WANDA} --sparsity_type unstructerd": "Did you mean 'unstructured'",
     # numbers
@@ -174,7 +176,6 @@ BEFORE_LOADING = {
     "--prune_method wanda --sparsity_type 0:4": "0:4",
     "--prune_method wanda --sparsity_type 2:4:8": "2:4:8",
     "--prune_method wanda --sparsity_type a:b": "a:b",
-    "--prune_method wanda --sparsity_type 2:5": "2:5",  # 32 columns
     "--prune_method wanda": "--sparsity_ratio",
     "--sparsity_ratio 0.5": "--prune_method",
     "--sparsity_type 2:4": "--prune_method",
@@ -186,13 +187,11 @@ BEFORE_LOADING = {
     f"{WANDA} more": "more",
     f"{WANDA} --model -": "--model",
     "--prune_method": "--prune_method",
-    # not built yet
     # allocations
     "--prune_method wanda_owll --sparsity_ratio 0.5": "Did you mean 'wanda_owl'",
     f"{WW} --esd_driver quick": "exact, fast",
     f"{WW} --epsilon automatic": "auto",
     f"{WANDA} --epsilon auto": "_ww",
-    f"{WW} --epsilon auto": "one file",
     f"{WW} --owl_lambda 0.1": "_owl",
     f"{WANDA} --owl_m 4": "_owl",
     f"{WW} --dlp_alpha 0.1": "_dlp",
@@ -207,41 +206,62 @@ BEFORE_LOADING = {
     f"{WW} --farms --farms_rows 1": "--farms_rows 1",
     f"{WW} --farms --farms_ratio 0": "--farms_ratio 0",
     f"{WW} --farms --farms_steps 0": "--farms_steps 0",
-    f"{WW} --farms --farms_rows 30 --farms_ratio 1.5": "do not fit",
     f"{WW} --farms --ww_metric mp_softrank": "weightwatcher",
     f"{WW} --esd_driver fast --ww_metric random_distance": "weightwatcher",
     "--prune_method wanda_owl --sparsity_ratio 0.5 --farms": "_ww",
     f"{WW} --metrics_only": "--metrics_only",
     "--metrics_only --save_plan plan.json": "--metrics_only",
-    "--metrics_only --hidden_states cpu": "--hidden_states with --metrics_only: nothing is pruned or evaluated then",
-    "--metrics_only --eval_wikitext true": "--eval_wikitext with --metrics_only",
-    "--hidden_states cpu": "--hidden_states without --prune_method does nothing",
-    "--prune_method magnitude --sparsity_ratio 0.5 --hidden_states cpu": "cpu does nothing with magnitude, which",
-    "--prune_method magnitude --sparsity_ratio 0.5 --statistics pruned": "pruned does nothing with magnitude, which",
-    f"{WANDA} --hidden_states gpu": "--hidden_states gpu: there is no GPU",
+    "--metrics_only --hidden_states cpu": "--hidden_states does nothing with --metrics_only, which prunes and",
+    "--metrics_only --eval_wikitext true": "--eval_wikitext does nothing with --metrics_only",
+    "--hidden_states cpu": "--hidden_states does nothing without --prune_method",
+    "--prune_method magnitude --sparsity_ratio 0.5 --hidden_states cpu": "--hidden_states does nothing with magnitude",
+    "--prune_method magnitude --sparsity_ratio 0.5 --statistics pruned": "--statistics does nothing with magnitude",
     "--save_plan plan.json": "--prune_method",
     "--plan plan.json": "--prune_method",
     "--prune_method wanda --plan missing.json": "missing.json",
     "--prune_method wanda --plan words.json": "words.json",
-    "--prune_method wanda --plan plans/other.json": "other-model",
-    "--prune_method wanda --plan plans/short.json": "model.layers.1.mlp.down_proj has shape None there",
-    "--prune_method wanda --plan plans/extra.json": "model.layers.9.mlp.down_proj",
     "--prune_method wanda --plan plans/shape.json": "shape",
-    "--prune_method wanda --plan plans/wide.json": "outside [0, 1]",
-    "--prune_method wanda --plan plans/budget.json": "add up to",
     "--prune_method wanda_ww --plan plans/good.json": "use wanda",
-    "--prune_method wanda --plan plans/good.json --sparsity_ratio 0.6": "0.5",
     "--prune_method wanda --plan plans/good.json --sparsity_type 2:4": "--sparsity_type",
     "--prune_method wanda --plan plans/good.json --epsilon 0.1": "--epsilon",
     "--prune_method magnitude --sparsity_ratio 0.5 --export_llmcompressor r.yaml": "wanda and sparsegpt",
-    f"{WANDA} --save_plan file/plan.json": "file",
-    f"{WANDA} --save_plan nothing": "is a folder",
-    "--prune_method wanda --plan plans/groups.json": "4:7 does not fit",
     "--prune_method wanda_ww --sparsity_type 1:4": "use 2:8",
     "--prune_method wanda_ww --sparsity_type 4:8 --export_llmcompressor r.yaml": "one N:M for all layers",
     f"{WANDA} --farms": "_ww",
     f"{WANDA} --esd_driver fast": "_ww",
     "--farms": "_ww",
+    # zero-shot tasks: their data are fetched before the model is loaded, and no test reaches the hub
+    f"{WANDA} --eval_zero_shot --tasks ,": "--tasks ','",
+    f"{WANDA} --eval_zero_shot --num_fewshot=-1": "--num_fewshot -1",
+    f"{WANDA} --eval_zero_shot --limit 0": "--limit 0",
+    f"{WANDA} --eval_zero_shot --eval_batch_size 0": "--eval_batch_size 0",
+    f"{WANDA} --eval_zero_shot --eval_batch_size all": "--eval_batch_size all",
+    f"{WANDA} --tasks boolq": "--eval_zero_shot",
+    f"{WANDA} --limit 10": "--eval_zero_shot",
+    # texts
+    f"{WANDA} --calib_data nothing": "nothing",
+    f"{WANDA} --eval_data tiny-llama/model.safetensors": ".txt",
+}
+
+# ... and from files and folders, before the weights are loaded.
+BEFORE_LOADING = {
+    # names
+    f"{WANDA} --dtype float16 --calib_dtype bfloat16": "--calib_dtype bfloat16: the model is computed in float16",
+    # contradictions
+    "--prune_method wanda --sparsity_type 2:5": "2:5",  # 32 columns
+    # allocations
+    f"{WW} --epsilon auto": "one file",
+    f"{WW} --farms --farms_rows 30 --farms_ratio 1.5": "do not fit",
+    f"{WANDA} --hidden_states gpu": "--hidden_states gpu: there is no GPU",
+    "--prune_method wanda --plan plans/other.json": "other-model",
+    "--prune_method wanda --plan plans/short.json": "model.layers.1.mlp.down_proj has shape None there",
+    "--prune_method wanda --plan plans/extra.json": "model.layers.9.mlp.down_proj",
+    "--prune_method wanda --plan plans/wide.json": "outside [0, 1]",
+    "--prune_method wanda --plan plans/budget.json": "add up to",
+    "--prune_method wanda --plan plans/good.json --sparsity_ratio 0.6": "0.5",
+    f"{WANDA} --save_plan file/plan.json": "file",
+    f"{WANDA} --save_plan nothing": "is a folder",
+    "--prune_method wanda --plan plans/groups.json": "4:7 does not fit",
     f"{WANDA} --model mismatched": "do not belong together",
     f"{WW} --ww_metric_cache archive": "is damaged",
     f"{WW} --ww_metric_cache square": "values of shape [21, 1]",
@@ -249,17 +269,9 @@ BEFORE_LOADING = {
     f"{WANDA} --eval_zero_shot": "--tasks boolq: cannot be loaded",
     f"{WANDA} --eval_zero_shot --tasks winogrand": "Did you mean 'winogrande'",
     f"{WANDA} --eval_zero_shot --tasks winogrande,capital_cities": "--include_path DIR",
-    f"{WANDA} --eval_zero_shot --tasks ,": "--tasks ','",
     f"{WANDA} --eval_zero_shot --include_path missing": "--include_path missing",
     f"{WANDA} --eval_zero_shot --include_path nothing": "no lm-eval task files",
-    f"{WANDA} --eval_zero_shot --num_fewshot=-1": "--num_fewshot -1",
-    f"{WANDA} --eval_zero_shot --tasks capital_cities --include_path {ROOT}/data/tasks --num_fewshot 1000":
-    "--num_fewshot 1000: capital_cities has 114 to draw from; give at most 114",
-    f"{WANDA} --eval_zero_shot --limit 0": "--limit 0",
-    f"{WANDA} --eval_zero_shot --eval_batch_size 0": "--eval_batch_size 0",
-    f"{WANDA} --eval_zero_shot --eval_batch_size all": "--eval_batch_size all",
-    f"{WANDA} --tasks boolq": "--eval_zero_shot",
-    f"{WANDA} --limit 10": "--eval_zero_shot",
+    f"{WANDA} --eval_zero_shot --tasks capital_cities --include_path {TASKS} --num_fewshot 1000": "114 to draw from",
     # places
     f"{WANDA} --save file": "--save file",
     f"{WANDA} --save file/below": "--save file/below",
@@ -303,8 +315,6 @@ BEFORE_LOADING = {
     f"{WANDA} --eval_data short.txt": "tokens",
     f"{WANDA} --eval_windows 100000": "tokens",
     f"{WANDA} --calib_data words.json": "`text`",
-    f"{WANDA} --calib_data nothing": "nothing",
-    f"{WANDA} --eval_data tiny-llama/model.safetensors": ".txt",
     # caches
     f"{WW} --ww_metric_cache foreign": "other-model",
     f"{WW} --ww_metric_cache longer": "28",
@@ -322,7 +332,15 @@ def check_one_line(capsys, status: int, say: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize(("typed", "say"), [(k, v) for k, v in BEFORE_LOADING.items() if v], ids=str)
+@pytest.mark.parametrize(("typed", "say"), BY_THE_COMMAND_LINE.items(), ids=str)
+def test_refused_by_the_command_line(typed, say):
+    with pytest.raises(UserError) as error:
+        parse(Experiment, arguments(f"--calib_data wiki_leads --eval_data wikitext2 {typed}"), main.PARSER)
+    line = error.value.spelled(Experiment.spelling)
+    assert say in line and "\n" not in line
+
+
+@pytest.mark.parametrize(("typed", "say"), BEFORE_LOADING.items(), ids=str)
 def test_refused_before_the_model_is_loaded(typed, say, place, capsys, monkeypatch, request):
     if "--eval_zero_shot" in typed:
         request.getfixturevalue("few_tasks")
@@ -370,21 +388,16 @@ def test_a_text_both_calibrated_and_evaluated_on_is_a_warning(typed, warned, pla
     [
         (WANDA, None),
         (f"{WANDA} --eval_wikitext false --eval_windows 2", "--eval_data, --eval_windows"),
-        ("--prune_method magnitude --sparsity_ratio 0.5", "--nsamples, --calib_data"),
+        ("--prune_method magnitude --sparsity_ratio 0.5", "--calib_data, --nsamples"),
         ("--prune_method magnitude_owl --sparsity_ratio 0.5 --hidden_states cpu", None),
-        ("--metrics_only --eval_windows 2", "--nsamples, --calib_data, --eval_data, --eval_windows, --seqlen"),
-        ("", "--nsamples, --calib_data"),
+        ("--metrics_only --eval_windows 2", "--calib_data, --nsamples, --seqlen, --eval_data, --eval_windows"),
+        ("", "--calib_data, --nsamples"),
     ],
 )
 def test_flags_of_texts_that_nothing_reads_are_a_warning(typed, unused, place, caplog):
     assert status_of(arguments(typed)) == 0
     lines = [text for text in caplog.messages if "no effect in this run" in text]
     assert lines == ([f"no effect in this run, which reads no such text: {unused}"] if unused else [])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_needs_a_sparsity(method, place, capsys):
-    check_one_line(capsys, status_of(arguments(f"--prune_method {method}")), "--sparsity_ratio")
 
 
 def test_hub_that_cannot_be_reached(place, capsys, monkeypatch):
@@ -496,7 +509,7 @@ def test_out_of_memory_is_one_line(place, capsys, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
 
-    monkeypatch.setattr(main.walk, "walk", fail)
+    monkeypatch.setattr("lib.pruning.walk.walk", fail)
     check_one_line(capsys, status_of(arguments(WANDA)), "lower --nsamples")
 
 

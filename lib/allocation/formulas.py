@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -91,21 +92,29 @@ def arithmetic(layers: Sequence[Layer], target: float, values: None, atp_beta: f
     return _around(groups, target, [atp_beta * i for i in range(len(groups))], "atp_beta", atp_beta)
 
 
-def erdos_renyi(layers: Sequence[Layer], target: float, values: Values | None = None) -> Ratios:
-    """Return ratios, densities proportional to (n_in + n_out) / (n_in n_out), none above 1 (Mocanu et al., 2018)."""
-    return _erdos_renyi(layers, [], target)
+def erdos_renyi(
+    layers: Sequence[Layer], target: float, values: Values | None = None, dense_end: bool = False
+) -> Ratios:
+    """Return ratios, densities proportional to (n_in + n_out) / (n_in n_out), none above 1 (Mocanu et al., 2018).
 
-
-def erdos_renyi_plus(layers: Sequence[Layer], target: float, values: Values | None = None) -> Ratios:
-    """Return the same with the layers of the last block kept dense (ER-plus: Liu et al., 2022)."""
-    groups = _blocks(layers)
-    return _erdos_renyi([layer for group in groups[:-1] for layer in group], groups[-1], target)
+    With ``dense_end``, the layers of the last block stay dense (ER-plus: Liu et al., 2022).
+    """
+    dense = [layer for layer in layers if dense_end and layer.block == layers[-1].block]
+    layers = layers[: len(layers) - len(dense)]
+    sizes, kept = [layer.size for layer in layers], sum(layer.size for layer in dense)
+    budget = (1 - target) * (sum(sizes) + kept) - kept  # of weights to keep in ``layers``
+    if budget < 0 or not layers:
+        raise UserError("sparsity_ratio", target, "cannot be met with the last block kept dense", "lower it")
+    shapes = [layer.shape[:2] for layer in layers]  # a 1x1 convolution has four dimensions
+    densities = spread([(n_out + n_in) / (n_out * n_in) for n_out, n_in in shapes], sizes, budget / sum(sizes))
+    ratios = {layer.name: 1 - density for layer, density in zip(layers, densities, strict=True)}
+    return ratios | {layer.name: 0.0 for layer in dense}
 
 
 def from_shares(layers: Sequence[Layer], target: float, values: Values) -> Ratios:
     """Return ``values``, the fraction of each layer's weights to remove, scaled to meet the target to the last bit."""
-    ratios = spread([values[layer.name] for layer in layers], [layer.size for layer in layers], target)
-    return _by_name([[layer] for layer in layers], ratios)
+    names, sizes = [layer.name for layer in layers], [layer.size for layer in layers]
+    return dict(zip(names, spread([values[name] for name in names], sizes, target), strict=True))
 
 
 class Allocation(NamedTuple):
@@ -132,23 +141,11 @@ ALLOCATIONS: dict[str, Allocation] = {
     "dlp": Allocation(dynamic, "median_score", ("dlp_alpha",)),
     "atp": Allocation(arithmetic, None, ("atp_beta",)),
     "er": Allocation(erdos_renyi),
-    "er_plus": Allocation(erdos_renyi_plus),
+    "er_plus": Allocation(partial(erdos_renyi, dense_end=True)),
     "lamp": Allocation(from_shares, "lamp_score"),
     "global": Allocation(from_shares, "magnitude_score"),
     "price": Allocation(from_shares, "price"),
 }
-
-
-def _erdos_renyi(layers: Sequence[Layer], dense: Sequence[Layer], target: float) -> Ratios:
-    """Return Erdos-Renyi ratios for ``layers``, and 0 for those that stay ``dense``; the mean of all is the target."""
-    sizes, kept = [layer.size for layer in layers], sum(layer.size for layer in dense)
-    budget = (1 - target) * (sum(sizes) + kept) - kept  # of weights to keep in ``layers``
-    if budget < 0 or not layers:
-        raise UserError("sparsity_ratio", target, "cannot be met with the last block kept dense", "lower it")
-    shapes = [layer.shape[:2] for layer in layers]  # a 1x1 convolution has four dimensions
-    densities = spread([(n_out + n_in) / (n_out * n_in) for n_out, n_in in shapes], sizes, budget / sum(sizes))
-    ratios = {layer.name: 1 - density for layer, density in zip(layers, densities, strict=True)}
-    return ratios | {layer.name: 0.0 for layer in dense}
 
 
 def _around(
@@ -217,8 +214,8 @@ def _warn_of_cap(
         cuts.append("some blocks would need a sparsity below 0: left dense")
     if cuts:
         typed = math.floor(1e4 * largest) / 1e4  # rounded up, it would bring the cap back
-        text = "%s, the rest spread over the others; the largest --%s that needs no cap is %.4f"
-        log.warning(text, "; ".join(cuts), flag, typed)
+        line = "%s, the rest spread over the others; the largest --%s that needs no cap is %.4f"
+        log.warning(line, "; ".join(cuts), flag, typed)
 
 
 def mixed_nm(layers: Sequence[Layer], ratios: Ratios, target: float, group: int) -> dict[str, tuple[int, int]]:

@@ -72,7 +72,7 @@ def search_dtype(name: str, device: torch.device, model_dtype: torch.dtype) -> t
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Compute products in ``dtype``, None for the model's."""
+    """Return a context in which products are computed in ``dtype``, None for the model's."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
@@ -145,9 +145,7 @@ class Masks:
         ranks: by layer name, [out, in], or [1, out * in] where weights compete within the whole matrix.
     """
 
-    def __init__(
-        self, weights: Weights, dtype: torch.dtype | None, by_magnitude: bool, whole: bool = False
-    ) -> None:
+    def __init__(self, weights: Weights, dtype: torch.dtype | None, by_magnitude: bool, whole: bool = False) -> None:
         self.weights, self.dtype, self.by_magnitude = weights, dtype, by_magnitude
         self.whole = whole or by_magnitude
         self.ranks: dict[str, torch.Tensor] = {}
@@ -237,32 +235,42 @@ class BlockWalk(NamedTuple):
         scale: torch.Tensor,
         activations: list[BlockActivations],
         copies: Callable[[Block], Mapping[str, torch.Tensor]],
-        take_gradient: Callable[[Block, str, torch.Tensor, torch.Tensor], None],
+        take_gradient: Callable[[Block, torch.Tensor, str, torch.Tensor], None],
     ) -> None:
-        """Call ``take_gradient(block, name, gradient, scale)`` with the gradient of each copy, last block first.
+        """Call ``take_gradient(block, scale, name, gradient)`` for each copy, last block first.
 
         Args:
-            gradients: ``scale`` times the loss's gradients by the last block's outputs.
+            gradients: ``scale`` times the loss's gradients by the last block's outputs; the scale changes on the way.
             activations: of ``forward``, used up.
         """
-
-        def hand_over(block: Block, name: str, scale: torch.Tensor, leaf: torch.nn.Parameter) -> None:
-            take_gradient(block, name, leaf.grad, scale)
-            leaf.grad = None
-
         for block in self.weights.visit(backwards=True):
             # Scaled to 1 at each block, gradients of half precision neither underflow nor overflow.
             gradients = [gradient.to(block.device) for gradient in gradients]
             largest = torch.stack([gradient.abs().amax().float() for gradient in gradients]).amax()
             largest = torch.where(largest > 0, largest, 1)
             gradients, scale = [gradient / largest for gradient in gradients], scale.to(block.device) / largest
+            take = partial(take_gradient, block, scale)
+            gradients = self._block_backward(block, gradients, activations.pop(), copies, take)
 
-            kept = activations.pop()
-            inputs, outputs, leaves = kept if kept.outputs else self._run_differentiably(block, kept.inputs, copies)
-            for name, leaf in leaves.items():
-                leaf.register_post_accumulate_grad_hook(partial(hand_over, block, name, scale))
-            torch.autograd.backward(outputs, gradients, inputs=[*inputs, *leaves.values()])
-            gradients = [states.grad for states in inputs]
+    def _block_backward(
+        self,
+        block: Block,
+        gradients: list[torch.Tensor],
+        kept: BlockActivations,
+        copies: Callable[[Block], Mapping[str, torch.Tensor]],
+        take: Callable[[str, torch.Tensor], None],
+    ) -> list[torch.Tensor]:
+        """Return the gradients by a block's inputs, given those by its outputs; ``take`` those by its copies."""
+
+        def hand_over(name: str, leaf: torch.nn.Parameter) -> None:
+            take(name, leaf.grad)
+            leaf.grad = None
+
+        inputs, outputs, leaves = kept if kept.outputs else self._run_differentiably(block, kept.inputs, copies)
+        for name, leaf in leaves.items():
+            leaf.register_post_accumulate_grad_hook(partial(hand_over, name))
+        torch.autograd.backward(outputs, gradients, inputs=[*inputs, *leaves.values()])
+        return [states.grad for states in inputs]
 
     def _run_differentiably(
         self, block: Block, hidden: list[torch.Tensor], copies: Callable[[Block], Mapping[str, torch.Tensor]]
@@ -356,7 +364,7 @@ class LanguagePriceModel:
         loss, gradients, scale = self._loss(self._fit, hidden, batch, differentiate=True)
         prices: dict[str, torch.Tensor] = {}
 
-        def take(block: Block, name: str, gradient: torch.Tensor, scale: torch.Tensor) -> None:
+        def take(block: Block, scale: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
             weight = block.linears[name].weight.detach()
             prices[name] = band_price(gradient, weight, self.masks.ranks[name], ratios[name]) / scale
 
@@ -411,8 +419,8 @@ def _check_memory(
     free = memory.free_memory(0)
     keeps = all(need.least + need.activations <= KEEP_WITHIN * free[place] for place, need in needs.items())
     log.info("the price search needs %s beside the weights", readable(sum(need.least for need in needs.values())))
-    text = "for speed it takes up to %s more for activations" if keeps else "it would be faster with %s more"
-    log.info(text, readable(sum(need.activations for need in needs.values())))
+    line = "for speed it takes up to %s more for activations" if keeps else "it would be faster with %s more"
+    log.info(line, readable(sum(need.activations for need in needs.values())))
     for place, need in needs.items():
         if need.least > free[place]:
             where = "in the CPU's memory" if place == "cpu" else f"on GPU {place}"

@@ -72,7 +72,7 @@ def _in_place_of_blocks(weights: Weights, act: Callable[..., Tensor]) -> Iterato
     """Replace the blocks by ``act(index, hidden, *args, **kwargs)``; the parameters around them are in memory."""
     blocks = weights.modules
     originals = list(blocks)
-    with weights.edges(), torch.no_grad():
+    with weights.outer_parameters(), torch.no_grad():
         try:
             for i, block in enumerate(originals):
                 blocks[i] = _stub(block, partial(act, i))

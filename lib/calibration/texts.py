@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from tqdm import tqdm
 
 from lib.core.errors import UserError, first_line
-from lib.core.hub import check_hub
 from lib.core.lazy import torch
 from lib.core.names import did_you_mean
+from lib.models.hub import check_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,24 +150,24 @@ def calibration_windows(
 
 
 def _draw(
-    name: str, text: Text, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+    name: str, source: Text, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
 ) -> torch.Tensor:
     random.seed(seed)
-    if text.documents is None:
-        tokens = _tokenise(tokenizer, text.stream)
+    if source.documents is None:
+        tokens = _tokenise(tokenizer, source.stream)
         _check_length("calib_data", name, len(tokens), seqlen + 1)
         starts = [random.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
         return torch.stack([tokens[i : i + seqlen] for i in starts])
     windows = []
     too_short: dict[int, int] = {}  # document -> its tokens
     while len(windows) < nsamples:
-        index = random.randint(0, len(text.documents) - 1)
+        index = random.randint(0, len(source.documents) - 1)
         if index in too_short:
             continue
-        tokens = _tokenise(tokenizer, text.documents[index])
+        tokens = _tokenise(tokenizer, source.documents[index])
         if len(tokens) <= seqlen:
             too_short[index] = len(tokens)
-            if len(too_short) == len(text.documents):
+            if len(too_short) == len(source.documents):
                 _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document has")
             continue
         start = random.randint(0, len(tokens) - seqlen - 1)
@@ -190,12 +190,13 @@ def search_windows(
     """
     whole = read_text("calib_data", name, "train")
     if whole.documents is not None:
-        texts = [Text(documents=whole.documents[first::2]) for first in (0, 1)]
+        halves = [Text(documents=whole.documents[first::2]) for first in (0, 1)]
     else:
         cut = len(whole.stream) * 4 // 5
-        texts = [Text(stream=whole.stream[:cut]), Text(stream=whole.stream[cut:])]
+        halves = [Text(stream=whole.stream[:cut]), Text(stream=whole.stream[cut:])]
     name = f"{name} (for {purpose})"
-    return tuple(_draw(name, text, tokenizer, count, seqlen, seed) for text, count in zip(texts, counts, strict=True))
+    pairs = zip(halves, counts, strict=True)
+    return tuple(_draw(name, half, tokenizer, count, seqlen, seed) for half, count in pairs)
 
 
 def evaluation_windows(
@@ -206,12 +207,12 @@ def evaluation_windows(
     Raises:
         UserError: the text is too short for one window, or for the requested ``most``.
     """
-    text = read_text(field, name, "test")
-    stream = text.stream if text.documents is None else "\n\n".join(text.documents)
+    test = read_text(field, name, "test")
+    stream = test.stream if test.documents is None else "\n\n".join(test.documents)
     tokens = _tokenise(tokenizer, stream)
     _check_length(field, name, len(tokens), seqlen * (most or 1))
     count = len(tokens) // seqlen
-    count = most or min(count, text.most_windows or count)
+    count = most or min(count, test.most_windows or count)
     return tokens[: count * seqlen].view(count, seqlen)
 
 
@@ -226,9 +227,9 @@ def training_blocks(
     Raises:
         UserError: the text is too short for one block.
     """
-    text = read_text(field, name, split)
-    stream = text.documents is None
-    pieces, step = (_pieces(text.stream), 1) if stream else (text.documents, _DOCUMENTS_AT_ONCE)
+    source = read_text(field, name, split)
+    stream = source.documents is None
+    pieces, step = (_pieces(source.stream), 1) if stream else (source.documents, _DOCUMENTS_AT_ONCE)
     tokens, have = [], 0
     with tqdm(total=most, desc=f"tokenising {name}", unit="block", disable=None) as bar:
         for start in range(0, len(pieces), step):
@@ -252,9 +253,9 @@ def _pieces(stream: str) -> list[str]:
     return [stream[left:right] for left, right in zip(cuts, [*cuts[1:], len(stream)], strict=True)]
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+def _tokenise(tokenizer: PreTrainedTokenizerBase, string: str) -> torch.Tensor:
     # No warning (verbose): a stream is longer than the model's context on purpose.
-    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+    return torch.tensor(tokenizer(string, verbose=False).input_ids, dtype=torch.long)
 
 
 def _check_length(field: str, name: str, have: int, need: int, who: str = "it has") -> None:

@@ -19,8 +19,7 @@ from lib.core.processes import is_main, started
 
 log = logging.getLogger("main")
 
-
-Settings = TypeVar("Settings", bound=Flags)
+SettingsT = TypeVar("SettingsT", bound=Flags)
 
 
 # ----------------------------------------------------------------------------------------------------------- parsing
@@ -33,15 +32,12 @@ class Parser(argparse.ArgumentParser):
         unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
         if unknown:
             message += "." + did_you_mean(unknown[1].split("=")[0], self._option_string_actions)
-        raise UserError(None, f"{message} (--help lists the flags)")
+        raise UserError(None, None, f"{message} (--help lists the flags)")
 
 
 def make_parser(settings: type[Flags], prog: str, description: str, epilog: str | None = None) -> Parser:
     """Return the argparse parser of the flags that ``settings`` declares."""
-    formatter = argparse.HelpFormatter
-    parser = Parser(
-        prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=formatter
-    )
+    parser = Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
     groups: dict[str, Any] = {}
     for title, item, kind in settings.declared():
         if title not in groups:
@@ -53,36 +49,42 @@ def make_parser(settings: type[Flags], prog: str, description: str, epilog: str 
 
 
 def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
-    about = item.metadata
-    text = about["help"]
-    for name in re.findall(r"\{(\w+)\}", text):  # another flag, in its spelling
+    """Add one flag to its group of the parser."""
+    declared, help = item.metadata, item.metadata["help"]
+    required = item.default is MISSING and item.default_factory is MISSING
+    for name in re.findall(r"\{(\w+)\}", help):  # another flag, in its spelling
         if name != "choices":
-            text = text.replace(f"{{{name}}}", f"--{settings.spelling(name)}")
-    choices = f"{{{', '.join(name or repr(name) for name in about['choices'])}}}" if about.get("choices") else ""
-    text = text.replace("{choices}", choices) if "{choices}" in text else f"{text} {choices}".rstrip()
+            help = help.replace(f"{{{name}}}", f"--{settings.spelling(name)}")
+    if declared["choices"]:
+        choices = f"{{{', '.join(name or repr(name) for name in declared['choices'])}}}"
+        help = help.replace("{choices}", choices) if "{choices}" in help else f"{help} {choices}"
+    if declared["only"]:
+        help = f"for {settings.purpose(item)}: {help}"
     if not any(item.default is none for none in (None, False, MISSING, ())):
         default = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
-        text += f" (default: {default})"
-    options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-    if about.get("positional"):
-        group.add_argument(item.name, metavar=about.get("metavar"), nargs=about.get("nargs"), **options)
+        help += f" (default: {default})"
+    options: dict[str, Any] = {"help": help.replace("%", "%%"), "default": argparse.SUPPRESS}
+
+    if declared["positional"]:
+        group.add_argument(item.name, metavar=declared["metavar"], nargs=declared["nargs"], **options)
         return
-    options |= {"dest": item.name, "required": item.default is MISSING and item.default_factory is MISSING}
-    if kind is bool and item.default is False and not about.get("nargs"):
+    options |= {"dest": item.name, "required": required}
+    if kind is bool and item.default is False and not declared["nargs"]:
         options["action"] = "store_true"
     elif kind is bool:
         options |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "{true,false}"}
     else:
-        plain = next((t for t in (int, float) if str(t.__name__) in str(kind)), str)
-        options |= {"type": about.get("convert", plain), "metavar": about.get("metavar"), "nargs": about.get("nargs")}
-        options["const"] = about.get("const")
-    names = [f"--{name}" for name in (settings.spelling(item.name), *about.get("aliases", ()))]
+        number = next((number for number in (int, float) if number.__name__ in str(kind)), str)
+        usual = "NAME" if declared["choices"] else {int: "N", float: "X", str: None}[number]
+        options |= {"metavar": declared["metavar"] or usual, "nargs": declared["nargs"], "const": declared["const"]}
+        options["type"] = declared["convert"] or number
+    names = [f"--{name}" for name in (settings.spelling(item.name), *declared["aliases"])]
     group.add_argument(*names, **options)
 
 
 def parse(
-    settings: type[Settings], argv: Sequence[str] | None, parser: Parser, rest: list[str] | None = None
-) -> Settings:
+    settings: type[SettingsT], argv: Sequence[str] | None, parser: Parser, rest: list[str] | None = None
+) -> SettingsT:
     """Return the settings of the command line ``argv``, checked as far as possible without a model.
 
     Args:
@@ -101,21 +103,20 @@ def parse(
     values = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
     ignored = [name for name in settings._ignored if name in values]
     if ignored:
-        text = "flags of the published training script, which do nothing here: --%s"
-        log.warning(text, ", --".join(ignored))
-    made = settings(**{name: value for name, value in values.items() if name not in ignored})
-    made.given = frozenset(values) - set(ignored)
-    check_values(made)
-    made.check()
-    return made
+        log.warning("flags of the published training script, which do nothing here: --%s", ", --".join(ignored))
+    command_settings = settings(**{name: value for name, value in values.items() if name not in ignored})
+    command_settings.given = frozenset(values) - set(ignored)
+    check_values(command_settings)
+    command_settings.check()
+    return command_settings
 
 
 # ----------------------------------------------------------------------------------------------------------- running
 
 
 def command(
-    settings: type[Settings],
-    run: Callable[[Settings], Any],
+    settings: type[SettingsT],
+    run: Callable[[SettingsT], Any],
     argv: Sequence[str] | None,
     parser: Parser,
     resume: str = "the same command starts again",
@@ -140,11 +141,12 @@ def answer(
     quiet()
     try:
         if not processes and started() > 1:
-            text = "runs as one process, which spreads the model over all GPUs itself; start it with python"
-            raise UserError(None, f"{started()} processes were started (WORLD_SIZE): {prog} {text}")
+            problem = f"{prog} runs as one process, which spreads the model over all GPUs itself"
+            processes_started = f"{started()} processes were started (WORLD_SIZE)"
+            raise UserError(None, processes_started, problem, "start it with python")
         status = work()
     except UserError as error:
-        if any(item.name == error.field and item.metadata.get("positional") for _, item, _ in settings.declared()):
+        if any(item.name == error.field and item.metadata["positional"] for _, item, _ in settings.declared()):
             error.field = None  # a value without a flag
         print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr, flush=True)
         return 2

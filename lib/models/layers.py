@@ -1,16 +1,12 @@
-"""Layers of a model: where each family keeps its blocks, and the name and shape of every matrix to prune."""
+"""Layers of a model: where its blocks are, and the name and shape of every matrix to prune."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lib.core.errors import UserError
 from lib.core.lazy import torch, transformers
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SUPPORTED = (
     "LLaMA 1/2/3, Vicuna, Mistral, Qwen 2/3, SmolLM 2/3, Gemma 1/2/3, Phi 1/2/3, OPT, GPT-NeoX, GPT-J, Falcon, "
@@ -31,41 +27,42 @@ class Layer(NamedTuple):
         return math.prod(self.shape)
 
 
-def decoder_blocks(model: nn.Module) -> str | None:
+def decoder_blocks(model: torch.nn.Module) -> str | None:
     """Return the name of the ModuleList of transformer blocks of a causal language model, None if not found.
 
     It is the outermost ModuleList whose entries all contain linear layers and whose length matches the config.
     """
-    found: list[str] = []
+    lists: list[str] = []
     count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in found)
+        inside = any(name.startswith(outer + ".") for outer in lists)
         if isinstance(module, torch.nn.ModuleList) and not inside and module and all(map(linear_modules, module)):
-            found.append(name)
-    found = [name for name in found if len(model.get_submodule(name)) == count]
-    return found[0] if len(found) == 1 else None
+            lists.append(name)
+    lists = [name for name in lists if len(model.get_submodule(name)) == count]
+    return lists[0] if len(lists) == 1 else None
 
 
-# How the blocks of a kind of model are found; a new kind is one function and one line.
-FAMILIES: dict[str, Callable[[nn.Module], str | None]] = {"decoder": decoder_blocks}
+def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """Return the dotted name of the list of blocks of a causal language model, and the list.
 
-
-def find_blocks(model: nn.Module, family: str = "decoder") -> tuple[str, nn.ModuleList]:
-    """Return the dotted name of the list of blocks, and the list."""
-    name = FAMILIES[family](model)
+    Raises:
+        UserError: they cannot be found.
+    """
+    name = decoder_blocks(model)
     if name is None:
-        raise UserError(None, f"{type(model).__name__}: its transformer blocks cannot be found; supported: {SUPPORTED}")
+        problem = "its transformer blocks cannot be found"
+        raise UserError(None, type(model).__name__, problem, f"supported: {SUPPORTED}")
     return name, model.get_submodule(name)
 
 
-def linear_modules(block: nn.Module) -> dict[str, nn.Linear]:
+def linear_modules(block: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """Return the linear layers inside a block by their names within it."""
     return {name: module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
-def prunable_layers(model: nn.Module, family: str = "decoder") -> tuple[Layer, ...]:
+def prunable_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
     """Return every linear layer inside the blocks, in the model's order (LLaMA: q k v o gate up down)."""
-    prefix, blocks = find_blocks(model, family)
+    prefix, blocks = find_blocks(model)
     return tuple(
         Layer(f"{prefix}.{i}.{name}", i, tuple(module.weight.shape))
         for i, block in enumerate(blocks)
@@ -73,7 +70,7 @@ def prunable_layers(model: nn.Module, family: str = "decoder") -> tuple[Layer, .
     )
 
 
-def check_support(model: nn.Module) -> None:
+def check_support(model: torch.nn.Module) -> None:
     """Refuse, by name, a model whose blocks contain matrices that would silently be left dense.
 
     Raises:
@@ -81,15 +78,16 @@ def check_support(model: nn.Module) -> None:
     """
     reason = _unsupported(model)
     if reason:
-        raise UserError(None, f"{architecture(model.config)} is not supported, {reason}; supported: {SUPPORTED}")
+        problem = f"{architecture(model.config)} is not supported, {reason}"
+        raise UserError(None, None, problem, f"supported: {SUPPORTED}")
 
 
-def prunable_modules(model: nn.Module) -> dict[str, nn.Linear]:
+def prunable_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """Return the modules of the prunable layers of a model in memory, by their full names."""
     return {layer.name: model.get_submodule(layer.name) for layer in prunable_layers(model)}
 
 
-def _unsupported(model: nn.Module) -> str | None:
+def _unsupported(model: torch.nn.Module) -> str | None:
     if any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in model.modules()):
         return "its layers are transformers' Conv1D, not nn.Linear"
     name = decoder_blocks(model)
@@ -97,12 +95,12 @@ def _unsupported(model: nn.Module) -> str | None:
         return "its transformer blocks cannot be found"
     for block in model.get_submodule(name):
         linear = {id(p) for module in linear_modules(block).values() for p in module.parameters()}
-        other = [n for n, p in block.named_parameters() if p.ndim > 1 and id(p) not in linear]
+        left_dense = [name for name, p in block.named_parameters() if p.ndim > 1 and id(p) not in linear]
         lists = [m for m in block.modules() if isinstance(m, torch.nn.ModuleList) and any(map(linear_modules, m))]
-        if lists or any("expert" in n for n in other):
+        if lists or any("expert" in name for name in left_dense):
             return "it is a mixture of experts"
-        if other:
-            return f"its blocks hold matrices that are not linear layers ({other[0]})"
+        if left_dense:
+            return f"its blocks hold matrices that are not linear layers ({left_dense[0]})"
     return None
 
 

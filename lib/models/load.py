@@ -1,24 +1,24 @@
-"""Models: inspecting one without its weights, loading and saving."""
+"""Models: looking at one without its weights, loading and saving."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib.core import cpu
-from lib.core.errors import UserError, first_line
+from lib.core.errors import UserError, first_line, flag_name
 from lib.core.files import new_folder, writing
-from lib.core.hub import check_hub
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
+from lib.models.hub import check_hub
 from lib.models.layers import SUPPORTED, architecture, check_support
 from lib.models.memory import free_memory
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -57,20 +57,21 @@ def load_skeleton(source: Source) -> PreTrainedModel:
 
 def skeleton_of(config, given: str) -> PreTrainedModel:
     """Return the model of ``config`` without weights; ``given`` names it in errors."""
-    kind = architecture(config)
+    kind, supported = architecture(config), f"supported: {SUPPORTED}"
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError("model", f"{given}: {kind} is an encoder-decoder; supported: {SUPPORTED}")
+        raise UserError("model", given, f"{kind} is an encoder-decoder", supported)
     if getattr(config, "quantization_config", None):
-        raise UserError("model", f"{given}: is quantised; pruning needs the float16, bfloat16 or float32 weights")
-    other = [a for a in config.architectures or [] if "ForCausalLM" not in a and "LMHead" not in a]
-    try:
-        with torch.device("meta"):
-            skeleton = None if other else transformers.AutoModelForCausalLM.from_config(config)
-    except ValueError:  # the library has no causal model for this config
-        skeleton = None
-    named = any("ForCausalLM" in each for each in config.architectures or ["ForCausalLM"])  # GPT-NeoX, too
-    if skeleton is None or not (named or getattr(skeleton.config, "is_decoder", True)):  # BERT sees what comes after
-        raise UserError("model", f"{given}: {kind} is not a causal language model; supported: {SUPPORTED}")
+        raise UserError("model", given, "is quantised", "pruning needs the float16, bfloat16 or float32 weights")
+
+    names = config.architectures or ["ForCausalLM"]
+    skeleton = None
+    if all("ForCausalLM" in name or "LMHead" in name for name in names):
+        with suppress(ValueError), torch.device("meta"):  # the library has no causal model for this config
+            skeleton = transformers.AutoModelForCausalLM.from_config(config)
+    causal = any("ForCausalLM" in name for name in names)
+    # Others, such as BERT's, are causal only as decoders.
+    if skeleton is None or not (causal or getattr(skeleton.config, "is_decoder", True)):
+        raise UserError("model", given, f"{kind} is not a causal language model", supported)
     check_supported(given, skeleton)
     return skeleton
 
@@ -79,7 +80,7 @@ def check_supported(given: str, model: PreTrainedModel) -> None:
     try:
         check_support(model)
     except UserError as error:
-        raise UserError("model", f"{given}: {error.text}") from error
+        raise UserError("model", given, error.text) from error
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -91,27 +92,27 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     folder = Path(source.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         fix = "copy the original model's there (tokenizer.json, tokenizer_config.json ...)"
-        raise UserError("model", f"{source.given}: the folder holds no tokenizer; {fix}")
+        raise UserError("model", source.given, "the folder holds no tokenizer", fix)
     try:
         return transformers.AutoTokenizer.from_pretrained(source.path, cache_dir=source.cache_dir)
     except Exception as error:
         raise unreadable(source, error, "the tokenizer of ") from error
 
 
-def check_vocabulary(given: str, skeleton: PreTrainedModel, *texts: Tensor | None) -> None:
+def check_vocabulary(given: str, skeleton: PreTrainedModel, *windows: torch.Tensor | None) -> None:
     """Refuse token ids for which the model ``given`` has no embedding: its tokenizer is another model's."""
-    most = skeleton.get_input_embeddings().num_embeddings
-    largest = max([int(text.max()) for text in texts if text is not None], default=0)
-    if largest >= most:
-        what = f"its tokenizer gives token {largest} and the model has {most} embeddings"
-        raise UserError("model", f"{given}: {what}; they do not belong together")
+    embeddings = skeleton.get_input_embeddings().num_embeddings
+    largest = max([int(ids.max()) for ids in windows if ids is not None], default=0)
+    if largest >= embeddings:
+        problem = f"its tokenizer gives token {largest} and the model has {embeddings} embeddings"
+        raise UserError("model", given, problem, "they do not belong together")
 
 
 class Dtypes(NamedTuple):
     """The dtype in which a model is computed, and the one to which its pruned weights are rounded for saving."""
 
     compute: torch.dtype
-    stored: torch.dtype
+    save: torch.dtype
 
 
 def choose_dtypes(dtype: str, skeleton: PreTrainedModel) -> Dtypes:
@@ -121,13 +122,12 @@ def choose_dtypes(dtype: str, skeleton: PreTrainedModel) -> Dtypes:
     overflow in float16. The CPU computes in float32 and saves in the checkpoint's own dtype.
     """
     if dtype != "auto":
-        named = getattr(torch, dtype)
-        return Dtypes(named, named)
-    own = skeleton.config.get_text_config().dtype or skeleton.config.dtype or torch.float32
+        return Dtypes(getattr(torch, dtype), getattr(torch, dtype))
+    checkpoint_dtype = skeleton.config.get_text_config().dtype or skeleton.config.dtype or torch.float32
     if cpu.gpus():
-        compute = torch.bfloat16 if own == torch.bfloat16 else torch.float16
+        compute = torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float16
         return Dtypes(compute, compute)
-    return Dtypes(torch.float32, own)
+    return Dtypes(torch.float32, checkpoint_dtype)
 
 
 def load_llm(
@@ -159,20 +159,22 @@ def load_llm(
         )
     except Exception as error:
         raise unreadable(source, error) from error
+
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:  # from_pretrained would leave random numbers there
-        raise UserError("model", f"{source.given}: the checkpoint lacks {len(missing)} weights, first {missing[0]}")
-    # Noted only where the model is split; and not noted here, since the libraries compare what is there with strings.
-    noted = getattr(model, "hf_device_map", {"": next(model.parameters()).device})
-    places = [str(place) for place in noted.values()]
+        raise UserError("model", source.given, f"the checkpoint lacks {len(missing)} weights, first {missing[0]}")
+
+    # Only a split model has this map. Others are not given one: the libraries compare its values with strings.
+    device_map = getattr(model, "hf_device_map", {"": next(model.parameters()).device})
+    places = [str(place) for place in device_map.values()]
     if "disk" in places:
-        raise UserError("model", f"{source.given}: does not fit in the memory of the GPUs and the CPU together")
+        raise UserError("model", source.given, "does not fit in the memory of the GPUs and the CPU together")
     if device is None and cpu.gpus() and set(places) == {"cpu"}:
-        text = "no GPU has room for a part of it beside the work; free GPU memory, or lower --nsamples or --seqlen"
-        raise UserError("model", f"{source.given}: {text}")
+        fix = f"free GPU memory, or lower {flag_name('nsamples')} or {flag_name('seqlen')}"
+        raise UserError("model", source.given, "no GPU has room for a part of it beside the work", fix)
     if "cpu" in places and len(set(places)) > 1:
-        text = "%d of the model's %d parts stay in the CPU's memory and visit the GPU"
-        log.info(text, places.count("cpu"), len(places))
+        message = "%d of the model's %d parts stay in the CPU's memory and visit the GPU"
+        log.info(message, places.count("cpu"), len(places))
     untie(model)
     return model.eval()
 
@@ -194,7 +196,7 @@ def save_llm(
         else:
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=state)
-            _note_dtype(folder, dtype)
+            _write_dtype(folder, dtype)
         tokenizer.save_pretrained(folder)
 
 
@@ -202,28 +204,28 @@ def complete_folder(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    edges: Iterable[tuple[str, Tensor]],
+    outer_tensors: Iterable[tuple[str, torch.Tensor]],
     dtype: torch.dtype,
 ) -> None:
     """Complete a folder with one shard per block as a Hugging Face folder.
 
     Args:
-        edges: names and parameters around the blocks; each gets a file, so that only one at a time is in memory.
+        outer_tensors: names and parameters around the blocks; each gets a file: only one at a time is in memory.
         dtype: in which they are written, as the blocks were.
     """
     with writing(folder):
-        for index, (name, tensor) in enumerate(edges):
+        for index, (name, tensor) in enumerate(outer_tensors):
             safetensors_io.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
         safetensors_io.write_index(folder)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
-        _note_dtype(folder, dtype)
+        _write_dtype(folder, dtype)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _note_dtype(folder: Path, dtype: torch.dtype) -> None:
+def _write_dtype(folder: Path, dtype: torch.dtype) -> None:
     """Write the dtype of the weights into a saved config; transformers writes the dtype of the computation."""
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -246,18 +248,19 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def unreadable(source: Source, error: Exception, what: str = "") -> UserError:
+def unreadable(source: Source, error: Exception, prefix: str = "") -> UserError:
+    """Return the error of a model, or of what ``prefix`` names of it, that cannot be loaded."""
     reason = first_line(error)
     if Path(source.path).exists():
-        return UserError("model", f"{source.given}: {what}the folder cannot be loaded ({reason})")
+        return UserError("model", source.given, f"{prefix}the folder cannot be loaded ({reason})")
     if "gated" in str(error) or "401" in str(error):
         reason = "access must be asked for on its page, then: hf auth login"
     elif "not a valid model identifier" in str(error) or "404" in str(error):
         reason = "unknown to the hub, or private"
     else:
         reason = "it is not a local folder and the hub cannot be reached"
-    copy = f"a copy fetched elsewhere with `hf download {source.path} --local-dir DIR` works: --model DIR"
-    return UserError("model", f"{source.given}: {what}{source.path} cannot be loaded, {reason}; {copy}")
+    fix = f"a copy fetched elsewhere with `hf download {source.path} --local-dir DIR` works: {flag_name('model')} DIR"
+    return UserError("model", source.given, f"{prefix}{source.path} cannot be loaded, {reason}", fix)
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -288,8 +291,8 @@ def generation_config(folder: Path) -> GenerationConfig | None:
     try:
         return transformers.GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
-        what = f"cannot be used ({first_line(error)}); correct it, or delete it for the defaults"
-        raise UserError(None, f"{path}: {what}") from error
+        fix = "correct it, or delete it for the defaults"
+        raise UserError(None, path, f"cannot be used ({first_line(error)})", fix) from error
 
 
 def untie(model: PreTrainedModel) -> None:
@@ -300,9 +303,9 @@ def untie(model: PreTrainedModel) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is embedding.weight or not model.config.get_text_config().tie_word_embeddings:
         return
-    one, other = head.weight, embedding.weight
-    if one.is_meta or other.is_meta or one.shape != other.shape:
+    one, two = head.weight, embedding.weight
+    if one.is_meta or two.is_meta or one.shape != two.shape:
         return
-    if one.device != other.device or not torch.equal(one, other):
+    if one.device != two.device or not torch.equal(one, two):
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lib.core import digests
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import safetensors_io
 from lib.models.layers import Layer, find_blocks, linear_modules, prunable_layers
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 class Block(NamedTuple):
@@ -24,8 +21,8 @@ class Block(NamedTuple):
     """
 
     index: int
-    module: nn.Module
-    linears: dict[str, nn.Module]
+    module: torch.nn.Module
+    linears: dict[str, torch.nn.Module]
     device: torch.device
 
     @property
@@ -40,8 +37,8 @@ class Weights:
     Attributes:
         model: the whole model, for the parts around the blocks.
         layers: the prunable layers, in the model's order.
-        stored: the dtype of the checkpoint, or None for the dtype of the computation. Pruned weights are rounded to it,
-            so that the weights measured are the weights saved.
+        save_dtype: the dtype of the checkpoint, or None for the dtype of the computation. Pruned weights are rounded to
+            it, so that the weights measured are the weights saved.
         streamed: whether the weights live on disk.
     """
 
@@ -49,20 +46,20 @@ class Weights:
 
     def __init__(
         self,
-        model: nn.Module,
-        modules: Sequence[nn.Module],
+        model: torch.nn.Module,
+        modules: Sequence[torch.nn.Module],
         layers: Sequence[Layer],
-        linears: Sequence[Mapping[str, nn.Module]],
-        stored: torch.dtype | None = None,
+        linears: Sequence[Mapping[str, torch.nn.Module]],
+        save_dtype: torch.dtype | None = None,
         prefix: str = "",
     ) -> None:
-        self.model, self.modules, self.layers, self.stored = model, modules, tuple(layers), stored
+        self.model, self.modules, self.layers, self.save_dtype = model, modules, tuple(layers), save_dtype
         self.prefix = prefix  # of the blocks' names
         self._linears = linears
 
     @property
     def in_memory(self) -> bool:
-        """Whether every block stays in place after its visit, so that its work need not finish first."""
+        """Whether every block stays in place after its visit."""
         return not any(_offloaded(module.modules()) for module in self.modules)
 
     def visit(self, write: bool = False, backwards: bool = False) -> Iterator[Block]:
@@ -81,43 +78,46 @@ class Weights:
         """Return the full names of a block's parameters."""
         return [f"{self.prefix}.{index}.{name}" for name, _ in self.modules[index].named_parameters()]
 
-    def tensors(self, index: int) -> dict[str, Tensor]:
+    def tensors(self, index: int) -> dict[str, torch.Tensor]:
         """Return the parameters of a lent block by their full names."""
         values = (parameter.data for _, parameter in self.modules[index].named_parameters())
         return dict(zip(self.block_names(index), values, strict=True))
 
-    def adopt(self, index: int, path: Path) -> None:
+    def load_block(self, index: int, path: Path) -> None:
         """Replace the parameters of a lent block by those in the safetensors file ``path``."""
         entries = safetensors_io.read_header(path)
         for name, tensor in self.tensors(index).items():
             tensor.copy_(safetensors_io.read_tensor(entries[name]))
-        self.keep(index, path)
+        self.set_block_file(index, path)
 
-    def keep(self, index: int, path: Path) -> None:
+    def set_block_file(self, index: int, path: Path) -> None:
         """Record that a block, as currently lent, is stored in the file ``path``."""
 
-    def moved(self, old: Path, new: Path) -> None:
-        """Record that the blocks' files have moved with their folder."""
+    def rebase_files(self, old: Path, new: Path) -> None:
+        """Record that the blocks' files have moved from the folder ``old`` to ``new``."""
 
-    def outside(self) -> list[str]:
+    def scratch(self, folder: Path) -> None:
+        """Keep changed blocks that no journal records inside ``folder``, where weights are written at all."""
+
+    def outer_names(self) -> list[str]:
         """Return the names of the parameters around the blocks: embedding, final norm and head."""
         inside = {name for i in range(len(self.modules)) for name in self.block_names(i)}
         return [name for name, _ in self.model.named_parameters() if name not in inside]
 
     @contextmanager
-    def edges(self) -> Iterator[None]:
+    def outer_parameters(self) -> Iterator[None]:
         """Hold the parameters around the blocks on their compute devices."""
-        within = {id(part) for module in self.modules for part in module.modules()}
-        with _lent_by_accelerate([part for part in self.model.modules() if id(part) not in within], write=False):
+        inside = {id(module) for block in self.modules for module in block.modules()}
+        with _lent_by_accelerate([module for module in self.model.modules() if id(module) not in inside], write=False):
             yield
 
-    def edge_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def outer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the parameters around the blocks by name, one at a time."""
-        with self.edges():
-            for name in self.outside():
+        with self.outer_parameters():
+            for name in self.outer_names():
                 yield name, self.model.get_parameter(name).data
 
-    def map(self, function: Callable[[str, Tensor], object]) -> dict:
+    def map(self, function: Callable[[str, torch.Tensor], object]) -> dict:
         """Return ``function(name, weight)`` of every layer by name."""
         results = {}
         for block in self.visit():
@@ -131,22 +131,22 @@ class Weights:
 
     def zeros(self) -> dict[str, int]:
         """Return the number of zeros of each layer by name."""
-        # One synchronisation per block, not one per matrix.
         counts = {}
         for block in self.visit():
-            found = [(linear.weight == 0).sum() for linear in block.linears.values()]
-            counts |= dict(zip(block.linears, torch.stack(found).tolist() if found else [], strict=True))
+            zeros = [(linear.weight == 0).sum() for linear in block.linears.values()]
+            # Stacked, they come from a GPU in one transfer.
+            counts |= dict(zip(block.linears, torch.stack(zeros).tolist() if zeros else [], strict=True))
         return counts
 
     def sparsity(self) -> float:
         """Return the measured fraction of zeros over all layers."""
         return sum(self.zeros().values()) / sum(layer.size for layer in self.layers)
 
-    def snapshot(self) -> Mapping[str, Tensor]:
+    def snapshot(self) -> Mapping[str, torch.Tensor]:
         """Return a copy of every layer's weight in the CPU's memory, for ``restore``."""
         return self.map(lambda _, weight: weight.to("cpu", copy=True))
 
-    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+    def restore(self, snapshot: Mapping[str, torch.Tensor]) -> None:
         """Put the weights of a ``snapshot`` back."""
         for block in self.visit(write=True):
             for name, linear in block.linears.items():
@@ -158,7 +158,7 @@ class Packed(Weights):
 
     in_memory = True
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+    def __init__(self, model: torch.nn.Module, layers: Sequence[Layer]) -> None:
         super().__init__(model, [], layers, [])
 
     def zeros(self) -> dict[str, int]:
@@ -170,41 +170,41 @@ class Packed(Weights):
         return counts
 
 
-def weights_of(model: nn.Module, stored: torch.dtype | None = None) -> Weights:
+def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) -> Weights:
     """Return the weights of a causal language model.
 
-    All of its parameters are rounded to ``stored``: a checkpoint may be of more bits than its config says, and what is
-    measured is what will be saved.
+    All of its parameters are rounded to ``save_dtype``: a checkpoint may be of more bits than its config says, and what
+    is measured is what will be saved.
     """
-    for parameter in model.parameters() if stored is not None else ():
+    for parameter in model.parameters() if save_dtype is not None else ():
         if not parameter.is_meta and parameter.is_floating_point():
-            parameter.data.copy_(parameter.data.to(stored))
+            parameter.data.copy_(parameter.data.to(save_dtype))
     prefix, modules = find_blocks(model)
-    return Weights(model, modules, prunable_layers(model), _linears_by_block(prefix, modules), stored, prefix)
+    return Weights(model, modules, prunable_layers(model), linears_by_block(prefix, modules), save_dtype, prefix)
 
 
-def _linears_by_block(prefix: str, modules: Sequence[nn.Module]) -> list[dict[str, nn.Module]]:
+def linears_by_block(prefix: str, modules: Sequence[torch.nn.Module]) -> list[dict[str, torch.nn.Module]]:
     return [
         {f"{prefix}.{i}.{name}": linear for name, linear in linear_modules(module).items()}
         for i, module in enumerate(modules)
     ]
 
 
-def is_finite(values: Tensor) -> bool:
+def is_finite(values: torch.Tensor) -> bool:
     """Return whether all ``values`` are finite: the minimum and maximum reveal any NaN or infinity, in one pass."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(values.detach()))).all())
 
 
-def check_finite(name: str, weight: Tensor) -> None:
+def check_finite(name: str, weight: torch.Tensor) -> None:
     """Refuse a weight with non-finite values."""
     if not is_finite(weight):
-        raise UserError(None, f"{name}: its weights are not finite; the checkpoint is damaged")
+        raise UserError(None, name, "its weights are not finite", "the checkpoint is damaged")
 
 
-def _offloaded(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def _offloaded(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
     from accelerate.utils import has_offloaded_params
 
-    return [part for part in modules if has_offloaded_params(part)]
+    return [module for module in modules if has_offloaded_params(module)]
 
 
 @contextmanager
@@ -222,7 +222,7 @@ def swapped_weights(block: Block, copies: Mapping[str, torch.Tensor]) -> Iterato
 
 
 @contextmanager
-def _lent_by_accelerate(modules: Iterable[nn.Module], write: bool) -> Iterator[None]:
+def _lent_by_accelerate(modules: Iterable[torch.nn.Module], write: bool) -> Iterator[None]:
     """Hold the weights of ``modules`` themselves on their compute devices, then return them.
 
     accelerate keeps offloaded weights outside the modules and fetches them at each call. Here they are fetched once per
@@ -230,20 +230,20 @@ def _lent_by_accelerate(modules: Iterable[nn.Module], write: bool) -> Iterator[N
     each weight again and empty the GPU's cache each time.
     """
     away = _offloaded(modules)
-    for part in away:
-        hook = part._hf_hook
-        for name, parameter in part.named_parameters(recurse=False):
+    for module in away:
+        hook = module._hf_hook
+        for name, parameter in module.named_parameters(recurse=False):
             value = hook.weights_map[name].to(hook.execution_device, non_blocking=True)
-            part._parameters[name] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+            module._parameters[name] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
         hook.offload = False
     try:
         yield
     finally:
-        for part in away:
-            hook = part._hf_hook
-            for name, parameter in part.named_parameters(recurse=False):
+        for module in away:
+            hook = module._hf_hook
+            for name, parameter in module.named_parameters(recurse=False):
                 if write:
                     hook.weights_map[name].copy_(parameter.data)
                 empty = torch.empty_like(parameter, device="meta")
-                part._parameters[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
             hook.offload = True

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from lib.allocation import price
 from lib.allocation.epsilon import Trial, best
 from lib.allocation.price import Found
-from lib.cli.settings import Experiment
+from lib.cli.task import Measurement, Task
+from lib.core import files, processes
 from lib.models.layers import Layer
-from lib.pruning.walk import LayerReport
-from lib.run.record import provenance
+from lib.run.record import Record, provenance
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,9 +33,9 @@ def line(console: Console, sentence: str) -> None:
 
 
 def show_metric(
-    console: Console, settings: Experiment, layers: Sequence[Layer], values: Mapping[str, float], cache: Path
+    console: Console, model: str, layers: Sequence[Layer], values: Mapping[str, float], measurement: Measurement
 ) -> None:
-    """Print the metric by type of matrix."""
+    """Print the metric of a ``model`` by type of matrix."""
     kinds: dict[str, list[float]] = {}
     for layer in layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(values[layer.name])
@@ -43,9 +43,8 @@ def show_metric(
     for kind, numbers in [*kinds.items(), ("all", list(values.values()))]:
         figures = (min(numbers), sum(numbers) / len(numbers), max(numbers))
         rows.append((kind, *(f"{x:.4f}" for x in figures)))
-    title = f"{settings.model}: {settings.ww_metric}"
-    show(console, title, ("matrix", "smallest", "mean", "largest"), rows)
-    line(console, f"cached in: {cache}")
+    show(console, f"{model}: {measurement.metric}", ("matrix", "smallest", "mean", "largest"), rows)
+    line(console, f"cached in: {measurement.file}")
 
 
 def show_trials(console: Console, trials: Sequence[Trial]) -> None:
@@ -76,17 +75,63 @@ def show_prices(console: Console, search: Found | None, data: str = "windows", o
     line(console, f"held-out {data}: {', '.join(f'{name} {kl:.4f}{kept[name]}' for name, kl in search.held.items())}")
 
 
-def show_run(console: Console, record: Mapping, stages: Mapping[str, Mapping], rows: Sequence[LayerReport]) -> None:
-    """Print the figures of a run of main.py."""
-    seconds = sum(stage["seconds"] for stage in stages.values())
-    peak = max(stage["peak_rss_mb"] for stage in stages.values())
-    perplexity = "-" if record["perplexity"] is None else f"{record['perplexity']:.4f}"
-    row = (record["method"], f"{record['target_sparsity']:g}", f"{record['sparsity']:.4f}", perplexity)
+def show_run(console: Console, record: Record) -> None:
+    """Print the figures of a run of main.py, and where they were written."""
+    content, stages = record.content, record.stages.values()
+    seconds = sum(stage["seconds"] for stage in stages)
+    peak = max(stage["peak_rss_mb"] for stage in stages)
+    perplexity = "-" if content["perplexity"] is None else f"{content['perplexity']:.4f}"
+    row = (content["method"], f"{content['target_sparsity']:g}", f"{content['sparsity']:.4f}", perplexity)
     headings = ("method", "target", "sparsity", "perplexity", "seconds", "peak memory")
-    show(console, f"{record['model']['given']}: {record['method']}", headings, [(*row, f"{seconds:.1f}", f"{peak} MB")])
+    title = f"{content['model']['given']}: {content['method']}"
+    show(console, title, headings, [(*row, f"{seconds:.1f}", f"{peak} MB")])
     commit = (provenance()["git_commit"] or "unknown")[:12]
-    line(console, f"model:   {record['model']['name']}, seed {record['flags']['seed']}, commit {commit}")
-    patterns = Counter("{}:{}".format(*report.nm) for report in rows if report.nm)
+    line(console, f"model:   {content['model']['name']}, seed {content['flags']['seed']}, commit {commit}")
+    patterns = Counter("{}:{}".format(*report.nm) for report in record.rows if report.nm)
     if len(patterns) > 1:
         each = ", ".join(f"{count} at {pattern}" for pattern, count in sorted(patterns.items()))
         line(console, f"layers:  {each} (see the .tsv)")
+    line(console, f"written: {record.folder}/*_{record.run}.*")
+    if content["saved_model"]:
+        line(console, f"saved:   {content['saved_model']}")
+
+
+# ----------------------------------------------------------------------------------------- entries of a run's record
+
+
+def task_entries(task: Task, flags: Mapping[str, object]) -> dict:
+    """Return the record's entries on what a run of main.py is to do; figures are None until they are measured."""
+    return {
+        "method": task.method,
+        "target_sparsity": task.target,
+        "sparsity": None,
+        "dense_zeros": None,
+        "perplexity": None,
+        "zero_shot": None,
+        "epsilon": task.hyper["epsilon"] if task.allocation == "ww" else None,
+        "epsilon_search": [],
+        "saved_model": None,
+        "processes": processes.count(),
+        "flags": flags,
+    }
+
+
+def price_entries(search: Found | None) -> dict:
+    """Return the record's entries on the search for prices; empty without one."""
+    if search is None:
+        return {}
+    steps = [step._asdict() for step in search.steps]
+    return {"price_search": {"kept": search.kept, "dtype": search.dtype, "held_out_kl": search.held, "steps": steps}}
+
+
+def epsilon_entries(trials: Sequence[Trial]) -> dict:
+    """Return the record's entries on the search for epsilon; empty without one."""
+    if not trials:
+        return {}
+    return {"epsilon": best(trials).epsilon, "epsilon_search": [trial._asdict() for trial in trials]}
+
+
+def draw_prices(record: Record, search: Found | None) -> None:
+    """Write the plot of the search for prices, if there was one."""
+    if search is not None:
+        files.save_figure(price.draw(search), record.folder / f"price_{record.run}.png", dpi=130)

@@ -53,9 +53,9 @@ class Scale(Flags):
         None, "what the machine reaches, TFLOP/s (default: measured here by a product)", above=0, metavar="X"
     )
     make: str | None = flag(None, "write a LLaMA with random float16 weights to this folder instead", metavar="DIR")
-    blocks: int = flag(14, "of that model, a count", needs="make", least=1, metavar="N")
-    hidden: int = flag(4096, "width of that model", needs="make", least=64, metavar="N")
-    intermediate: int = flag(11008, "inner width of its MLP", needs="make", least=64, metavar="N")
+    blocks: int = flag(14, "of that model, a count", only="make", least=1, metavar="N")
+    hidden: int = flag(4096, "width of that model", only="make", least=64, metavar="N")
+    intermediate: int = flag(11008, "inner width of its MLP", only="make", least=64, metavar="N")
 
 
 PARSER = make_parser(Scale, "scale.py", __doc__)

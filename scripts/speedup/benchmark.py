@@ -85,6 +85,8 @@ class SpeedUp(Flags):
         if not self.sparsity and not self.dense:
             fix = f"give the model that MODEL was pruned from, or {flag_name('sparsity')} 0.5 0.7"
             raise UserError("dense", None, "is missing", fix)
+        if self.cores > cpu.physical_cores():
+            raise UserError("cores", self.cores, f"this machine has {cpu.physical_cores()} physical cores")
         if self.deepsparse and not shutil.which(os.environ.get("DEEPSPARSE_PYTHON", "")):
             fix = "set DEEPSPARSE_PYTHON=DIR/bin/python of its environment (docs/speedup.md says how to make it)"
             raise UserError("deepsparse", None, "has no interpreter", fix)

@@ -12,7 +12,6 @@ from conftest import ROOT, settings
 from lib.cli.command import command, make_parser, parse
 from lib.cli.flags import Flags, flag, number_or_auto
 from lib.core.errors import UserError
-from lib.run.pipeline import metric_folder
 
 
 @dataclass(kw_only=True)
@@ -31,7 +30,7 @@ class Juice(Flags):
     _title: ClassVar[str] = "juice"
     press: bool = flag(False, "press it")
     pulp: bool = flag(True, "keep the pulp")
-    litres: float | str = flag(1.0, "how much", above=0, most=9, needs="press", convert=number_or_auto)
+    litres: float | str = flag(1.0, "how much", above=0, most=9, only="press", convert=number_or_auto)
 
 
 @dataclass(kw_only=True)
@@ -71,7 +70,7 @@ def test_values_defaults_and_what_was_given():
         ("--Weight nan", "--Weight nan: must be at least 0 and below 2"),
         ("--count 0", "--count 0: must be at least 1"),
         ("--colour gren", "--colour gren: invalid choice. Did you mean 'green'? Choose from: red, green"),
-        ("--litres 3", "--litres without --press does nothing; add --press"),
+        ("--litres 3", "--litres does nothing without --press; add --press"),
         ("--press --litres 0", "--litres 0.0: must be above 0 and at most 9"),
         ("--press --litres inf", "--litres inf: must be above 0 and at most 9"),
         ("--name=", "--name '': is empty; give a value"),
@@ -171,6 +170,7 @@ def test_defaults_in_the_repository_are_there_wherever_a_command_is_started(else
     monkeypatch.chdir(tmp_path if elsewhere else ROOT)
     made = settings("--model m")
     place = ROOT if elsewhere else Path()
-    assert Path(made.cache_dir) == place / "llm_weights" and metric_folder(made, "m") == place / "data" / "m"
+    assert Path(made.cache_dir) == place / "llm_weights"
+    assert made.measurement("m").folder == place / "data" / "m"
     assert made.save == "results"  # the current folder's
     assert settings("--model m --cache_dir llm_weights").cache_dir == "llm_weights"  # typed: the current folder's too

@@ -8,8 +8,7 @@ import pytest
 import torch
 from test_image_models import TINY, matrices, some_images, tiny_convnext, tiny_vit
 
-from image_classifiers.models import find_parts
-from image_classifiers.pruning import IMAGE_PRUNERS, block_inputs, wanda_of_matrix
+from image_classifiers.models import IMAGE_PRUNERS, block_inputs, find_parts, wanda_of_matrix
 from lib.allocation.formulas import ALLOCATIONS, heavy_tailed, uniform
 from lib.calibration.hidden import PROPAGATE
 from lib.calibration.statistics import STATISTICS

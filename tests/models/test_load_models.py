@@ -17,7 +17,7 @@ from lib.core import cpu
 from lib.core.errors import UserError
 from lib.evaluation.perplexity import perplexity
 from lib.models import load, memory
-from lib.models.layers import FAMILIES, find_blocks, prunable_layers
+from lib.models.layers import find_blocks, prunable_layers
 from lib.models.load import choose_dtypes, load_llm, load_skeleton, load_tokenizer, save_llm
 from lib.models.locate import locate
 from lib.models.weights import weights_of
@@ -42,42 +42,42 @@ _GPTJ |= {"bos_token_id": 1, "eos_token_id": 2}
 _LFM2 = ["q_proj", "k_proj", "v_proj", "out_proj", "w1", "w3", "w2"]
 _NEOX = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 
-# kind -> family, config, the names of a block's linear layers in the model's order
+# kind -> config, the names of a block's linear layers in the model's order
 KINDS = {
-    "llama": ("decoder", tf.LlamaConfig(**_COMMON, **_MLP), _LLAMA),
-    "llama grouped-query": ("decoder", tf.LlamaConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
-    "llama3 tied": ("decoder", tf.LlamaConfig(**_COMMON, **_MLP, **_GQA, tie_word_embeddings=True), _LLAMA),
-    "mistral": ("decoder", tf.MistralConfig(**_COMMON, **_MLP, **_GQA, **_NARROW), _LLAMA),
-    "qwen2": ("decoder", tf.Qwen2Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
-    "qwen3": ("decoder", tf.Qwen3Config(**_COMMON, **_MLP, **_GQA, head_dim=8), _LLAMA),
-    "gemma2": ("decoder", tf.Gemma2Config(**_GEMMA), _LLAMA),
-    "gemma3": ("decoder", tf.Gemma3TextConfig(**_GEMMA, layer_types=_MIXED), _LLAMA),
-    "phi3": ("decoder", tf.Phi3Config(**_COMMON, **_MLP, **_GQA), _FUSED),
-    "opt": ("decoder", tf.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=32), _OPT),
-    "opt projected": ("decoder", tf.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=16), _OPT),
-    "gpt-neox": ("decoder", tf.GPTNeoXConfig(**_COMMON, **_MLP), _NEOX),
-    "gemma": ("decoder", tf.GemmaConfig(**_COMMON, **_MLP, **_GQA, head_dim=8), _LLAMA),
-    "falcon": ("decoder", tf.FalconConfig(**_COMMON), _NEOX),
-    "stablelm": ("decoder", tf.StableLmConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
-    "olmo2": ("decoder", tf.Olmo2Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
-    "granite": ("decoder", tf.GraniteConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
-    "cohere": ("decoder", tf.CohereConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
-    "cohere2": ("decoder", tf.Cohere2Config(**_COMMON, **_MLP, **_GQA, **_NARROW, layer_types=_MIXED), _LLAMA),
-    "smollm3": ("decoder", tf.SmolLM3Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
-    "glm4": ("decoder", tf.Glm4Config(**_COMMON, **_MLP, **_GQA, head_dim=8), [*_LLAMA[:4], *_FUSED[2:]]),
-    "phi": ("decoder", tf.PhiConfig(**_COMMON, **_MLP), [*_LLAMA[:3], "dense", "fc1", "fc2"]),
-    "starcoder2": ("decoder", tf.Starcoder2Config(**_COMMON, **_MLP, **_GQA), [*_LLAMA[:4], "c_fc", "c_proj"]),
-    "gpt-j": ("decoder", tf.GPTJConfig(**_GPTJ), [*_OPT[:4], "fc_in", "fc_out"]),
-    "bloom": ("decoder", tf.BloomConfig(**_COMMON, n_layer=BLOCKS, n_head=4), _NEOX),
-    "lfm2": ("decoder", tf.Lfm2Config(**_COMMON, **_MLP, **_GQA, layer_types=["full_attention"] * BLOCKS), _LFM2),
-    "gpt-neox sequential": ("decoder", tf.GPTNeoXConfig(**_COMMON, **_MLP, use_parallel_residual=False), _NEOX),
+    "llama": (tf.LlamaConfig(**_COMMON, **_MLP), _LLAMA),
+    "llama grouped-query": (tf.LlamaConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "llama3 tied": (tf.LlamaConfig(**_COMMON, **_MLP, **_GQA, tie_word_embeddings=True), _LLAMA),
+    "mistral": (tf.MistralConfig(**_COMMON, **_MLP, **_GQA, **_NARROW), _LLAMA),
+    "qwen2": (tf.Qwen2Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "qwen3": (tf.Qwen3Config(**_COMMON, **_MLP, **_GQA, head_dim=8), _LLAMA),
+    "gemma2": (tf.Gemma2Config(**_GEMMA), _LLAMA),
+    "gemma3": (tf.Gemma3TextConfig(**_GEMMA, layer_types=_MIXED), _LLAMA),
+    "phi3": (tf.Phi3Config(**_COMMON, **_MLP, **_GQA), _FUSED),
+    "opt": (tf.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=32), _OPT),
+    "opt projected": (tf.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=16), _OPT),
+    "gpt-neox": (tf.GPTNeoXConfig(**_COMMON, **_MLP), _NEOX),
+    "gemma": (tf.GemmaConfig(**_COMMON, **_MLP, **_GQA, head_dim=8), _LLAMA),
+    "falcon": (tf.FalconConfig(**_COMMON), _NEOX),
+    "stablelm": (tf.StableLmConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "olmo2": (tf.Olmo2Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "granite": (tf.GraniteConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "cohere": (tf.CohereConfig(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "cohere2": (tf.Cohere2Config(**_COMMON, **_MLP, **_GQA, **_NARROW, layer_types=_MIXED), _LLAMA),
+    "smollm3": (tf.SmolLM3Config(**_COMMON, **_MLP, **_GQA), _LLAMA),
+    "glm4": (tf.Glm4Config(**_COMMON, **_MLP, **_GQA, head_dim=8), [*_LLAMA[:4], *_FUSED[2:]]),
+    "phi": (tf.PhiConfig(**_COMMON, **_MLP), [*_LLAMA[:3], "dense", "fc1", "fc2"]),
+    "starcoder2": (tf.Starcoder2Config(**_COMMON, **_MLP, **_GQA), [*_LLAMA[:4], "c_fc", "c_proj"]),
+    "gpt-j": (tf.GPTJConfig(**_GPTJ), [*_OPT[:4], "fc_in", "fc_out"]),
+    "bloom": (tf.BloomConfig(**_COMMON, n_layer=BLOCKS, n_head=4), _NEOX),
+    "lfm2": (tf.Lfm2Config(**_COMMON, **_MLP, **_GQA, layer_types=["full_attention"] * BLOCKS), _LFM2),
+    "gpt-neox sequential": (tf.GPTNeoXConfig(**_COMMON, **_MLP, use_parallel_residual=False), _NEOX),
 }
 
 
 def build(kind: str):
     """Return a random model whose weights are large enough to matter."""
     torch.manual_seed(3)
-    config = copy.deepcopy(KINDS[kind][1])  # a model that is saved in another dtype writes that into its config
+    config = copy.deepcopy(KINDS[kind][0])  # a model that is saved in another dtype writes that into its config
     config.initializer_range = config.init_std = 0.1
     return tf.AutoModelForCausalLM.from_config(config).eval()
 
@@ -91,19 +91,15 @@ def entering(weights, pruner: str, windows):
     return enter_blocks(weights, windows) if PRUNERS[pruner].statistic else None
 
 
-def test_every_family_has_a_kind_here():
-    assert set(FAMILIES) == {family for family, *_ in KINDS.values()}
-
-
 # ------------------------------------------------------------------------------------------- finding and walking
 
 
 def test_blocks_and_layers_are_found_in_order(kind):
-    family, config, names = KINDS[kind]
+    names = KINDS[kind][1]
     model = build(kind)
-    prefix, blocks = find_blocks(model, family)
+    prefix, blocks = find_blocks(model)
     assert len(blocks) == BLOCKS and model.get_submodule(prefix) is blocks
-    layers = prunable_layers(model, family)
+    layers = prunable_layers(model)
     assert [layer.name.rsplit(".", 1)[1] for layer in layers] == names * BLOCKS
     assert [layer.block for layer in layers] == [b for b in range(BLOCKS) for _ in names]
     for layer in layers:
@@ -117,8 +113,8 @@ def test_blocks_and_layers_are_found_in_order(kind):
 
 @torch.no_grad()
 def test_walk_gives_the_models_own_hidden_states(kind, tiny_windows):
-    model, family = build(kind), KINDS[kind][0]
-    blocks = find_blocks(model, family)[1]
+    model = build(kind)
+    blocks = find_blocks(model)[1]
     own: list[list] = [[] for _ in blocks]
     handles = [
         block.register_forward_hook(
@@ -365,7 +361,7 @@ def test_a_saved_model_has_the_checkpoints_own_dtype(tmp_path, tiny_model, tiny_
     written = load_file(tmp_path / "m" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {BF16}
     skeleton = load_skeleton(locate(str(tmp_path / "m"), "unused"))
-    assert choose_dtypes("auto", skeleton).stored == BF16
+    assert choose_dtypes("auto", skeleton).save == BF16
     again = load_llm(locate(str(tmp_path / "m"), "unused"), FULL, torch.device("cpu"))
     assert perplexity(again, tiny_windows) == perplexity(tiny_model, tiny_windows)
 

@@ -131,10 +131,10 @@ def test_one_block_at_a_time_is_in_memory(tmp_path, tiny_windows):
     for block in weights.visit():
         real = [name for name, p in weights.model.named_parameters() if not p.is_meta]
         assert real and all(f".layers.{block.index}." in name for name in real)
-    with weights.edges():
+    with weights.outer_parameters():
         real = [name for name, p in weights.model.named_parameters() if not p.is_meta]
         assert real == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-        with weights.edges():
+        with weights.outer_parameters():
             pass
         assert not weights.model.lm_head.weight.is_meta  # the outer one still holds it
     assert all(p.is_meta for p in weights.model.parameters())

@@ -176,7 +176,7 @@ def test_epsilons_that_lead_to_one_plan_are_tried_once(tiny_weights, tiny_window
 
 
 def test_metrics_only_computes_and_ends(run, monkeypatch, capsys, tiny_folder):
-    monkeypatch.setattr(main.evaluation, "perplexity", lambda *_: pytest.fail("it evaluates"))
+    monkeypatch.setattr("lib.evaluation.perplexity.perplexity", lambda *_: pytest.fail("it evaluates"))
     record = run("--metrics_only --ww_metric stable_rank --esd_driver fast --calib_data c4")
     assert len(record["metric"]) == 21 and Path("data", tiny_folder.name, "stable_rank_fast.npy").is_file()
     assert not Path("save").exists()

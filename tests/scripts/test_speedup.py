@@ -462,6 +462,7 @@ BAD = {
     "{half} --dense {dense} --rounds 0": "--rounds 0: must be at least 1",
     "{half} --dense {dense} --batch 0 1": "--batch 0: must be at least 1",
     "{half} --dense {dense} --engines torch_csr": "--engines torch_csr: invalid choice",
+    "{half} --dense {dense} --cores 5": "--cores 5: this machine has 4 physical cores",
     "{half} --dense {dense} --deepsparse": "--deepsparse has no interpreter; set DEEPSPARSE_PYTHON=",
     "{cut_off} --dense {dense}": "its weights cannot be read",
 }
@@ -471,6 +472,7 @@ BAD = {
 def test_benchmark_bad_input(folders, tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DEEPSPARSE_PYTHON", raising=False)
+    monkeypatch.setattr(benchmark.cpu, "physical_cores", lambda: 4)
     if "cut_off" in flags:
         shutil.copytree(folders.most, "cut_off")
         Path("cut_off/model.safetensors").write_bytes(b"123")

@@ -186,7 +186,7 @@ PLAIN = ("llama", "llama grouped-query", "llama3 tied", "mistral", "qwen2")
 
 
 @pytest.mark.machine
-@pytest.mark.parametrize("kind", [name for name in KINDS if KINDS[name][0] == "decoder"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_blocks_that_agree_are_compiled_and_all_models_decode(kind):
     made = with_zeros(build(kind))
     ids = some_ids(2) % made.config.get_text_config().vocab_size

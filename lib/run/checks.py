@@ -1,0 +1,199 @@
+"""Checks before the weights are loaded: places that are written, shapes, devices, and what streaming allows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lib import sparse
+from lib.cli.task import Measurement, Task
+from lib.core import cpu, files, processes
+from lib.core.errors import UserError, flag_name
+from lib.core.lazy import torch
+from lib.models.layers import Layer
+from lib.pruning import plan as plans
+from lib.run.journal import MANIFEST, can_reopen, partial_folder
+from lib.run.pipeline import make_plan
+from lib.run.record import has_flags, read_run
+from lib.spectra import measure, spectrum
+
+log = logging.getLogger("main")
+
+# The names of a run's files begin with these.
+FIGURES = ("run", "layers", "perplexity", "zero_shot", "price")
+
+
+# ------------------------------------------------------------------------------------------- places that are written
+
+
+def check_output(
+    save: Path,
+    run: str,
+    target: Path | None,
+    flags: Mapping[str, object],
+    paths: Mapping[str, Path],
+    mark: str = MANIFEST,
+) -> None:
+    """Refuse output that cannot be written or would destroy something; warn of earlier runs that will be replaced.
+
+    Published file names contain neither seed nor N:M nor epsilon, so that two runs may have the same ones.
+
+    Args:
+        save: folder of the figures of the ``run``.
+        target: folder of the pruned model, None if it is not saved.
+        flags: all flags of the run.
+        paths: files and folders that the flags name, by field.
+        mark: file that every folder of a pruned model holds.
+    """
+    files.check_writable("save", save)
+    if target is not None:
+        _check_target(target, mark, paths)
+    earlier = read_run(save, run)
+    if earlier and not has_flags(earlier, flags):
+        log.warning("%s/*_%s.* of a run with other flags will be replaced", save, run)
+    if target is not None and target.exists() and not (earlier and not earlier.get("complete")):
+        log.warning("%s already exists and will be replaced, with every file in it", target)
+    for name in ("save_plan", "export_llmcompressor"):
+        if name in paths:
+            _check_written_file(name, save, run, paths)
+
+
+def _check_target(target: Path, mark: str, paths: Mapping[str, Path]) -> None:
+    """Refuse to replace ``target`` by a pruned model if anything else than an earlier one would be lost."""
+    files.check_folder("save_model", target)
+    for name, path in paths.items():
+        for place in (target, partial_folder(target)):
+            if path.resolve() == place.resolve():
+                problem = f"{place} is {flag_name(name)} itself, and would be replaced"
+                raise UserError("save_model", target.parent, problem, "give another folder")
+            if path.resolve().is_relative_to(place.resolve()):
+                problem = f"{flag_name(name)} {path} lies in {place}, which would be replaced"
+                raise UserError("save_model", target.parent, problem, "give another folder")
+    fix = "move it away, or give another folder"
+    inside = sorted(target.iterdir()) if target.is_dir() else []
+    if inside and target / mark not in inside:
+        problem = f"{target} would be replaced, and no earlier run wrote it (it holds no {mark})"
+        raise UserError("save_model", target.parent, problem, fix)
+    for path in inside:
+        if path.is_dir():  # an export of the weights, for example; a saved model has no folders
+            problem = f"{target} would be replaced, and with it the folder {path.name}, which no pruning wrote"
+            raise UserError("save_model", target.parent, problem, fix)
+
+
+def _check_written_file(name: str, save: Path, run: str, paths: Mapping[str, Path]) -> None:
+    """Refuse a file to write in the place of an input, of another output, or of what is no ordinary file."""
+    path, model, fix = paths[name], paths.get("model"), "give another file"
+    files.check_file(name, path)
+    for field, place in paths.items():
+        if field != name and path.resolve() == place.resolve():
+            raise UserError(name, path, f"is {flag_name(field)}, too", fix)
+    if model is not None and path.resolve().is_relative_to(model.resolve()):
+        raise UserError(name, path, f"lies in the folder of {flag_name('model')}", fix)
+    if path.stem in {f"{kind}_{run}" for kind in FIGURES} and path.resolve().parent == save.resolve():
+        raise UserError(name, path, "is where the run's figures are written", fix)
+    files.check_writable(name, path.parent)
+
+
+def check_disk(target: Path, size: int, restart: bool, unmeasured: bool) -> None:
+    """Refuse a disk that has no room for the ``size`` bytes of a pruned model, less what a resumed run has written."""
+    reopened = can_reopen(target, restart, unmeasured)
+    # A packed folder is unpacked beside itself.
+    folder = target if reopened and not sparse.is_packed(target) else partial_folder(target)
+    written = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+    files.check_writable("save_model", target.parent, size - written)
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+def check_layers(
+    task: Task, name: str, layers: Sequence[Layer], measured: Sequence[Layer], measurement: Measurement
+) -> None:
+    """Refuse contradictions between the flags and the shapes of the model ``name``, and a cache that cannot be used.
+
+    Args:
+        layers: those to prune.
+        measured: those that a metric is measured on.
+    """
+    for layer in layers if task.nm else ():
+        if layer.shape[1] % task.nm[1]:
+            problem = f"{layer.name} has {layer.shape[1]} columns, which {task.nm[1]} does not divide"
+            raise UserError("sparsity_type", "{}:{}".format(*task.nm), problem)
+    if "ww" in (task.allocation, task.start):
+        metric, folder, how = measurement
+        if not measure.has_cache(folder, metric, name, measured, how):
+            files.check_writable("ww_metric_cache", folder)
+        for layer in measured if how.farms else ():
+            try:
+                spectrum.farms_windows(layer.shape, how.farms)
+            except spectrum.NoFit as error:
+                fix = "lower --farms_rows or --farms_ratio"
+                raise UserError("farms", None, f"with {layer.name}: {error}", fix) from error
+    if task.plan:
+        plans.load_plan(Path(task.plan), name, layers)
+    elif task.pruner:
+        for stage in (task, task.starting_task):
+            if stage.needs is None:  # from shapes alone: it is met, or refused here
+                make_plan(stage, layers, None)
+
+
+def check_calibration(hidden_states: str, nsamples: int) -> None:
+    """Refuse a place of the hidden states that is missing, and too few windows for all processes."""
+    if hidden_states == "gpu" and not cpu.gpus():
+        fix = "leave it out, or use cpu or disk"
+        raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", fix)
+    if nsamples < processes.count():
+        problem = f"{processes.count()} processes share them, so give at least as many"
+        raise UserError("nsamples", nsamples, problem)
+
+
+def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | None:
+    """Return the dtype of the products in calibration's passes, None for the model's own.
+
+    Raises:
+        UserError: the model is not computed in float32.
+    """
+    if name is None:
+        return None
+    if compute != torch.float32:
+        problem = f"the model is computed in {str(compute).removeprefix('torch.')}, which is as fast"
+        raise UserError("calib_dtype", name, problem, "leave it out, or use --dtype float32")
+    if not cpu.gpus() and not cpu.multiplies(torch.bfloat16):
+        log.warning("--calib_dtype %s: this CPU has no instructions for it, so that it is slower than float32", name)
+    return getattr(torch, name)
+
+
+# ---------------------------------------------------------------------------------------------------------- streaming
+
+
+def must_stream(task: Task, stream: str, fits: bool, zero_shot: bool, packed: bool, saved: bool) -> bool:
+    """Return whether the weights are read block by block from disk, for ``stream``: auto, always or never.
+
+    Args:
+        fits: whether the model fits into memory beside what the run needs.
+        zero_shot, packed, saved: whether lm-eval is to run, and how the pruned model is written.
+
+    Raises:
+        UserError: a streamed model cannot do what is asked for, or several processes have no room for a model each.
+    """
+    if stream == "never" and processes.count() > 1 and not fits:
+        problem = f"each of the {processes.count()} processes holds the whole model, for which there is no room"
+        raise UserError("stream", "never", problem, "leave it out, or start one process, which uses all GPUs")
+    if stream == "never" or (stream == "auto" and fits):
+        return False
+    if task.needs == "price":
+        why = "--stream always" if stream == "always" else "the model does not fit beside what a search needs"
+        fix = "use more or larger GPUs, or a --plan"
+        raise UserError("prune_method", task.method, f"{why}, and a streamed model has no prices", fix)
+    if zero_shot and not fits:
+        problem = "the model does not fit into the memory of the GPUs and the CPU together, which lm-eval needs"
+        fix = "leave it out, and measure on more GPUs"
+        raise UserError("eval_zero_shot", None, f"with a streamed model: {problem}", fix)
+    if task.pruner and packed:
+        problem = "with a streamed model, whose blocks go to disk as they are"
+        raise UserError("packed", None, problem, "pack it afterwards: scripts/speedup/pack.py")
+    if task.pruner and not saved:
+        why = "always" if stream == "always" else "auto (the model does not fit into memory)"
+        raise UserError("stream", f"{why} without --save_model", "pruned blocks go to disk", "add --save_model DIR")
+    return True
