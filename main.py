@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(settings, Console(quiet=not processes.is_main()))
         processes.leave()
 
-    resume = "with --save_model the same command resumes after the last finished block, else it starts again"
+    resume = "the same command starts again; with --save_model it resumes after the last finished block"
     return command(Experiment, work, argv, PARSER, resume, processes=True)
 
 

@@ -147,18 +147,9 @@ class Journal:
             path.unlink()
         return finished
 
-    # -------------------------------------------------------------------------------------- blocks, as the walk asks
-
-    def __contains__(self, index: int) -> bool:
-        return index in self.finished
-
     def path(self, index: int) -> Path:
         """Return the file of a block."""
         return self.folder / f"model-block-{index:05d}.safetensors"
-
-    def rows(self, index: int) -> list[LayerReport]:
-        """Return the layer reports of a finished block."""
-        return self.finished[index]
 
     def add(self, index: int, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, rows: list[LayerReport]) -> None:
         """Store a block durably: its shard, then the line that makes it a finished one."""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,15 +79,20 @@ class Record:
             write_atomically(self.folder / name, content)
         self.written = True
 
-    @contextmanager
-    def explain_failure(self, resume: Callable[[], str]) -> Iterator[None]:
-        """If the body of the with statement fails, report what is on disk by then and how to ``resume``."""
-        try:
-            yield
-        except BaseException:
-            figures = f"figures so far: {self.folder}/*_{self.run}.*" if self.written else "no figures were written"
-            log.warning("%s; %s", figures, resume())
-            raise
+    def explain_failure(self, resume: Callable[[], str]) -> AbstractContextManager[None]:
+        """If the body of the with statement fails, report what is on disk and how to ``resume``."""
+        figures = f"figures so far: {self.folder}/*_{self.run}.*"
+        return explain_failure(lambda: f"{figures if self.written else 'no figures were written'}; {resume()}")
+
+
+@contextmanager
+def explain_failure(explanation: Callable[[], str]) -> Iterator[None]:
+    """If the body of the with statement fails, report what is on disk and how to go on."""
+    try:
+        yield
+    except BaseException:
+        log.warning("%s", explanation())
+        raise
 
 
 def cuda_in_use() -> list[int]:

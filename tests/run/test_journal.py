@@ -363,7 +363,7 @@ def test_ctrl_c_says_that_the_same_command_resumes(place, monkeypatch, capsys):
 
     monkeypatch.setattr(walk, "_prune_block", interrupt)
     assert run() == 130
-    assert "with --save_model the same command resumes after the last finished block" in capsys.readouterr().err
+    assert "with --save_model it resumes after the last finished block" in capsys.readouterr().err
     assert not [*Path("kept").glob("*.lock")]
 
 
