@@ -41,11 +41,10 @@ class LayerReport(NamedTuple):
 class FinishedBlocks(Protocol):
     """Blocks that are stored durably, a file each, so that an interrupted walk can resume (``run.journal.Journal``)."""
 
+    finished: Mapping[int, list[LayerReport]]  # by index of the block
     failure: UserError | None  # of a block that could not be stored; no later one is stored
 
-    def __contains__(self, index: int) -> bool: ...
     def path(self, index: int) -> Path: ...
-    def rows(self, index: int) -> list[LayerReport]: ...
     def add(self, index: int, tensors: Mapping, dtype: torch.dtype, rows: list[LayerReport]) -> None: ...
 
 
@@ -80,13 +79,13 @@ def walk(
         for block in weights.visit(write=True):
             if block.index > last:
                 break
-            stored = journal is not None and block.index in journal
+            stored = journal is not None and block.index in journal.finished
             keep = dense and bool(block.linears)  # its dense outputs replace its inputs
             if stored:
                 if keep:
                     deque(passes(block, inputs, keep=True), 0)  # while it is dense, as in a run without a stop
                 weights.load_block(block.index, journal.path(block.index))
-                rows = journal.rows(block.index)
+                rows = journal.finished[block.index]
             else:
                 _prune_block(block, plan, pruner, inputs, keep, weights.save_dtype)
                 rows = _report(block, plan, metric)
