@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from lib.allocation import price
 from lib.allocation.epsilon import Trial, best
-from lib.allocation.price import Found
+from lib.allocation.price import SearchResult
 from lib.cli.task import Measurement, Task
 from lib.core import files, processes
 from lib.models.layers import Layer
@@ -56,7 +56,7 @@ def show_trials(console: Console, trials: Sequence[Trial]) -> None:
     show(console, "--epsilon auto: perplexity on held-out calibration text", ("epsilon", "perplexity"), rows)
 
 
-def show_prices(console: Console, search: Found | None, data: str = "windows", of: str = "token") -> None:
+def show_prices(console: Console, search: SearchResult | None, data: str = "windows", of: str = "token") -> None:
     """Print the steps of the search for prices at which the held-out ``data`` were evaluated, if any.
 
     Args:
@@ -116,7 +116,7 @@ def task_entries(task: Task, flags: Mapping[str, object]) -> dict:
     }
 
 
-def price_entries(search: Found | None) -> dict:
+def price_entries(search: SearchResult | None) -> dict:
     """Return the record's entries on the search for prices; empty without one."""
     if search is None:
         return {}
@@ -131,7 +131,7 @@ def epsilon_entries(trials: Sequence[Trial]) -> dict:
     return {"epsilon": best(trials).epsilon, "epsilon_search": [trial._asdict() for trial in trials]}
 
 
-def draw_prices(record: Record, search: Found | None) -> None:
+def draw_prices(record: Record, search: SearchResult | None) -> None:
     """Write the plot of the search for prices, if there was one."""
     if search is not None:
-        files.save_figure(price.draw(search), record.folder / f"price_{record.run}.png", dpi=130)
+        files.save_figure(price.draw_search(search), record.folder / f"price_{record.run}.png", dpi=130)

@@ -19,7 +19,7 @@ from lib.models.load import load_skeleton
 from lib.models.locate import locate
 from lib.models.weights import weights_of
 from lib.spectra import measure
-from lib.spectra.measure import Settings, has_cache, load_or_measure
+from lib.spectra.measure import SpectrumSettings, load_or_measure, metric_cache
 from lib.spectra.spectrum import Farms
 from lib.spectra.tail import METRICS
 
@@ -93,7 +93,12 @@ def test_half_precision_of_the_same_weights_is_the_same_model(filled, dtype, bac
 
 
 @pytest.mark.parametrize(
-    "settings", [Settings("fast"), Settings("exact", Farms(16, 1.0, 3)), Settings("fast", Farms(8, 1.5, 2))]
+    "settings",
+    [
+        SpectrumSettings("fast"),
+        SpectrumSettings("exact", Farms(16, 1.0, 3)),
+        SpectrumSettings("fast", Farms(8, 1.5, 2)),
+    ],
 )
 def test_settings_have_a_cache_of_their_own(settings, filled, tiny_weights):
     published = load_or_measure(filled, "alpha_mid", MODEL, tiny_weights)
