@@ -23,9 +23,6 @@ def searched(weights, windows, target: float, start=None, options: SearchOptions
     return search(model, weights.layers, target, start, options)
 
 
-# ----------------------------------------------------------------------------------------------------------- the budget
-
-
 def test_only_magnitude_is_searched_with_masks_by_magnitude():
     for method, by_magnitude in (("magnitude_price --refit 2", True), ("magnitude_price", True), ("alps_price", False)):
         task = settings(f"--model x --sparsity_ratio 0.5 --prune_method {method}").task()
@@ -62,9 +59,6 @@ def test_equal_prices_move_nothing_and_scale_does_not_matter(scale):
     assert [1 / (1 + math.exp(-x)) for x in logits] == pytest.approx(ratios, abs=1e-12) and spread < 1e-12
     moved, _ = next_logits(ratios, [scale, 2 * scale, 3 * scale], sizes, 0.6, 0.25)
     assert moved == pytest.approx(next_logits(ratios, [1, 2, 3], sizes, 0.6, 0.25)[0], abs=1e-12)
-
-
-# ----------------------------------------------------------------------------------------------------------- the search
 
 
 class Bowl:
@@ -183,9 +177,6 @@ def test_passes_are_those_that_a_search_makes(options, started):
 def test_quick_windows_are_half_as_long():
     lengths = {name: [effort.length(n) for n in (2, 3, 512)] for name, effort in EFFORTS.items()}
     assert lengths == {"full": [2, 3, 512], "quick": [1, 2, 256]}
-
-
-# --------------------------------------------------------------------------------------------------- the command itself
 
 
 @pytest.fixture
