@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 
 # A checkpoint with a larger share of zeros in its first block is taken for pruned: no dense one has that many.
 _PRUNED = 0.1
+# Seconds of a matrix from which the time of the others is estimated; fewer may be those of LAPACK's start.
+_SAMPLE = 1.0
+# Minutes from which the estimate is worth a line.
+_LONG = 2.0
 
 
 class SpectrumSettings(NamedTuple):
@@ -56,6 +61,7 @@ class _Result(NamedTuple):
     value: float
     fingerprint: str
     fell_back: bool = False
+    seconds: float = 0.0
 
 
 def metric_cache(
@@ -101,23 +107,31 @@ def measure(
     Args:
         progress: supplies the values of an interrupted measurement, and keeps those of this one.
     """
+    # An SVD's time grows with the number of weights times the shorter side.
+    work = {layer.name: layer.size * min(layer.shape[:2]) for layer in weights.layers}
     if metric in WEIGHTWATCHER:
         names = {layer.name for layer in weights.layers if layer.block % processes.count() == processes.rank()}
         results = _by_weightwatcher(metric, weights, names, settings.seed)
     else:
-        # An SVD's time grows with the number of weights times the shorter side.
-        owners = processes.owners([layer.size * min(layer.shape[:2]) for layer in weights.layers])
-        pairs = zip(weights.layers, owners, strict=True)
-        names = {layer.name for layer, owner in pairs if owner == processes.rank()}
+        owners = processes.owners(list(work.values()))
+        names = {name for name, owner in zip(work, owners, strict=True) if owner == processes.rank()}
         results = _by_spectrum(metric, weights, names, settings, progress)
 
     finished: dict[str, _Result] = {}
+    announced, cores = settings.driver != "exact", torch.get_num_threads()
     with closing(results), tqdm(total=len(names), desc=metric, unit="matrix", disable=None) as bar:
         for result in results:
             finished[result.name] = result
             bar.update()
             if progress is not None and metric in METRICS:
                 progress.add("value", result.name, (result.value, result.fingerprint))
+            if not announced and result.seconds >= _SAMPLE:
+                announced = True
+                left = sum(work[name] for name in names - finished.keys()) / work[result.name]
+                minutes = result.seconds * left / cores / 60
+                if minutes > _LONG:
+                    message = "exact spectra take about %.0f more minutes on %d of the CPU's cores; %s takes less"
+                    log.info(message, minutes, cores, "--esd_driver fast")
 
     shares = {name: result for share in processes.gathered(finished) for name, result in share.items()}
     ordered = [shares[layer.name] for layer in weights.layers]
@@ -168,7 +182,7 @@ def _by_spectrum(
 def _value(
     name: str, weight: torch.Tensor, metric: str, settings: SpectrumSettings, progress: Progress | None
 ) -> _Result:
-    fingerprint = digests.fingerprint(weight)
+    start, fingerprint = time.perf_counter(), digests.fingerprint(weight)
     before = progress.get("value", name) if progress else None
     if before and digests.same_weights(before[1], fingerprint):
         return _Result(name, before[0], fingerprint)
@@ -182,7 +196,7 @@ def _value(
     except torch.linalg.LinAlgError as error:
         problem = f"its singular values do not converge ({first_line(error)})"
         raise UserError(None, name, problem, f"try {flag_name('esd_driver')} fast") from error
-    return _Result(name, number, fingerprint, its_spectrum.fell_back)
+    return _Result(name, number, fingerprint, its_spectrum.fell_back, time.perf_counter() - start)
 
 
 def _blocks(metric: str, weights: Weights) -> Iterator[Block]:

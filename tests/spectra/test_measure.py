@@ -1,5 +1,7 @@
 """Measurement: the values of the matrices by name, on the CPU's cores, by weightwatcher, and what is warned about."""
 
+import itertools
+import logging
 import sys
 import threading
 from types import SimpleNamespace
@@ -67,6 +69,17 @@ def test_matrices_at_work_are_as_many_as_cores_and_memory_allow(little_memory, t
     monkeypatch.setattr(measuring, "spectrum", counted)
     measure("alpha_mid", tiny_weights)
     assert len(counts) == 21 and all(count <= most and linear_algebra == 1 for count, linear_algebra in counts)
+
+
+@pytest.mark.parametrize(("seconds", "driver", "announced"), [(30, "exact", 1), (0.1, "exact", 0), (30, "fast", 0)])
+def test_a_long_measurement_is_announced(seconds, driver, announced, one_thread, tiny_weights, monkeypatch, caplog):
+    clock = itertools.count(0, seconds)
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with caplog.at_level(logging.INFO):
+        measure("alpha_mid", tiny_weights, SpectrumSettings(driver))
+    first, *others = (layer.size * min(layer.shape) for layer in tiny_weights.layers)
+    message = f"take about {30 / first * sum(others) / 60:.0f} more minutes on 1 of the CPU's cores; --esd_driver fast"
+    assert [message in record.getMessage() for record in caplog.records] == [True] * announced
 
 
 def test_a_pruned_checkpoint_is_noticed(tiny_weights, caplog):
