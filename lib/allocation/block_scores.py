@@ -53,11 +53,9 @@ WEIGHT_SCORES = {"lamp_score": lamp_score, "magnitude_score": magnitude_score}
 def measure_scores(
     wants: str, weights: Weights, target: float, enter: Callable[[], BlockInputs], outlier_multiple: float
 ) -> dict[str, float]:
-    """Return the values that an allocation ``wants``, by layer name.
+    """Return the values that an allocation ``wants``, by layer name; ``outlier_multiple`` is OWL's.
 
-    Args:
-        enter: returns the inputs of the blocks; called only if a calibration pass is needed.
-        outlier_multiple: of the mean score, for ``outlier_ratio``.
+    The inputs of the blocks are made by ``enter`` if a calibration pass is needed.
     """
     if wants in WEIGHT_SCORES:
         return shares_below(weights, target, WEIGHT_SCORES[wants])
@@ -88,11 +86,9 @@ def shares_below(weights: Weights, target: float, score: Callable[[torch.Tensor]
 def score_blocks(
     weights: Weights, inputs: BlockInputs, number: Callable[[list[torch.Tensor]], float]
 ) -> dict[str, float]:
-    """Return, by layer name, ``number`` of the scores |W| * sqrt(s) of the layer's block, in the dense model.
+    """Return, by layer name, ``number`` of the scores of the layer's block in the dense model, each [out, in].
 
-    Args:
-        inputs: inputs of the blocks, modified in place.
-        number: function of the scores of a block's layers, each [out, in].
+    The ``inputs`` of the blocks are modified in place.
     """
     values = {}
     for block in tqdm(weights.visit(), "dense statistics", len(weights.modules), unit="block", disable=None):

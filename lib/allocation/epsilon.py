@@ -48,11 +48,9 @@ def try_epsilons(
 ) -> list[Trial]:
     """Return the perplexity after pruning with each epsilon of ``grid``; the weights are dense again afterwards.
 
-    Epsilons that lead to the same plan (all of them, if every metric is the same) are tried once. Several processes
-    each try different plans, on all windows.
+    Epsilons with the same ``plan_of`` are tried once. Several processes each try different plans, on all windows.
 
     Args:
-        plan_of: returns the plan for an epsilon.
         windows: calibration and held-out windows, each [samples, tokens].
         dense: the caller's snapshot of the weights; without one, a copy is held in CPU memory meanwhile.
         tried: perplexities by plan from an earlier run; each new one is added as soon as it is computed.

@@ -35,7 +35,6 @@ def heavy_tailed(layers: Sequence[Layer], target: float, values: Values, epsilon
     weighted by layer size, is the target.
 
     Args:
-        values: the metric by layer name.
         epsilon: half width of the map before scaling, in [0, 1].
         mapping_type: ``block_wise`` (each matrix of a block gets the block's mean metric) or ``layer_wise``.
     """
@@ -60,22 +59,16 @@ def _scaled_groups(layers: Sequence[Layer], values: Values, mapping_type: str) -
 
 
 def outlier_weighted(layers: Sequence[Layer], target: float, values: Values, owl_lambda: float) -> Ratios:
-    """Return block ratios that fall linearly with the share of outliers +- ``owl_lambda`` (OWL: Yin et al., 2024).
-
-    Args:
-        values: each block's outlier ratio, by layer name.
-    """
+    """Return block ratios that fall linearly with the outlier ratio, +- ``owl_lambda`` (OWL: Yin et al., 2024)."""
     groups = _blocks(layers)
     x = _scaled([values[group[0].name] for group in groups])
     return _around(groups, target, [-2 * owl_lambda * value for value in x], "owl_lambda", owl_lambda)
 
 
 def dynamic(layers: Sequence[Layer], target: float, values: Values, dlp_alpha: float) -> Ratios:
-    """Return block ratios that fall linearly with the importance 1 - score / sum of scores (DLP: Chen et al., 2025).
+    """Return block ratios that fall linearly with 1 - score / sum of scores, +- ``dlp_alpha`` (DLP: Chen et al., 2025).
 
-    Args:
-        values: each block's median score, by layer name.
-        dlp_alpha: half width of the map.
+    The scores are the blocks' medians.
     """
     groups = _blocks(layers)
     scores = [values[group[0].name] for group in groups]
@@ -204,8 +197,8 @@ def _spread(groups: Sequence[Sequence[Layer]], shape: Sequence[float], target: f
 def mixed_nm(layers: Sequence[Layer], ratios: Ratios, target: float, group: int) -> dict[str, tuple[int, int]]:
     """Return (N, M = ``group``) for each layer, N close to its ratio and the total within 1/1000 of the target.
 
-    Each layer's M - N starts as the integer part of M * ratio; the rest of the budget goes to the layers with the
-    largest remainders, and single steps then correct any excess or shortfall. At least one of M is kept.
+    M - N starts as the integer part of M * ratio; the rest of the budget goes to the layers with the largest
+    remainders, and single steps then correct any excess or shortfall. At least one of M is kept.
     """
     sizes = {layer.name: layer.size for layer in layers}
     total = sum(sizes.values())

@@ -66,10 +66,8 @@ class SearchOptions(NamedTuple):
 def forward_passes(options: SearchOptions, started: bool) -> int:
     """Return how many windows a search passes through the blocks, a backward pass counted as two.
 
-    Where there is no room for all activations of a step, its windows pass once more, block by block (checkpointing).
-
-    Args:
-        started: whether it starts from another allocation than uniform, which is then evaluated as well.
+    Where there is no room for all activations of a step, its windows pass once more (checkpointing). A search that is
+    ``started`` from another allocation than uniform evaluates that one, too.
     """
     effort = options.effort
     rankings, evaluations = (3 if options.refresh else 1), 2 + started + bool(options.refresh)  # dense and uniform: 2
@@ -81,8 +79,7 @@ def forward_passes(options: SearchOptions, started: bool) -> int:
 class Step(NamedTuple):
     """A step of the search: the ``spread`` of prices, the KL on its windows (``fit``), and on the ``held`` out ones.
 
-    The spread is the mean of |log(price / mean price)|, cut at 1 and weighted as the mean price is. KL is in nats per
-    token, ``held`` that after the step, None if it was not evaluated.
+    KL is in nats per token, ``held`` that after the step, None if it was not evaluated.
     """
 
     spread: float
@@ -114,11 +111,9 @@ def search(
 ) -> SearchResult:
     """Return the ratios at which pruning one more weight costs the same KL(dense || pruned) in every layer.
 
-    Among the start, the end and uniform ratios, the plan with the lowest KL on held-out data is kept. Masks come from
-    statistics of the dense model; ``options.refresh`` more steps follow with those of the pruned one.
-
-    Args:
-        start: ratios by layer name that the search starts from; None for uniform ones.
+    Among ``start`` (ratios by layer name, None for uniform ones), the end and uniform ratios, the plan with the lowest
+    KL on held-out data is kept. Masks come from statistics of the dense model; ``options.refresh`` more steps follow
+    with those of the pruned one.
 
     Raises:
         UserError: a price, or the KL of every plan, is not finite.
@@ -206,7 +201,7 @@ def within_budget(logits: Sequence[float], sizes: Sequence[int], target: float) 
 def next_logits(
     ratios: Sequence[float], prices: Sequence[float], sizes: Sequence[int], target: float, step_size: float
 ) -> tuple[list[float], float]:
-    """Return logits that prune more where weights are cheap, and the spread of ``prices`` (per weight).
+    """Return logits that prune more where weights are cheap, and the spread of ``prices`` (per weight): mean |log|.
 
     logit(ratio) - ``step_size`` * log(price / mean price), the log within 1 of 0; a price of 0 or less counts as
     cheapest. Where the mean itself is not positive, prices are noise, and no matrix is dearer than another.

@@ -76,15 +76,12 @@ def kl_divergence(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
 
 
 def row_ranks(score: torch.Tensor) -> torch.Tensor:
-    """Return each score's position in its ascending row, [out, in]; of equal scores, the lower column comes first.
-
-    No score is negative, and so they sort like their bits.
-    """
+    """Return each score's position in its ascending row, [out, in]; of equal scores, the lower column comes first."""
     columns = score.shape[1]
     dtype = torch.int16 if columns <= 2**15 else torch.int32
     places = torch.arange(columns, device=score.device)
     if score.device.type == "cpu" and score.dtype == torch.float32:
-        # numpy sorts integers in a quarter of the time: the score's bits above, its column below.
+        # numpy sorts integers in a quarter of the time: the bits of the score, which is not negative, and its column.
         keys = score.view(torch.int32).long() << 32 | places
         keys.numpy().sort(axis=1)
         order = keys & (2**32 - 1)
@@ -127,8 +124,7 @@ class Masks:
     Attributes:
         dtype: of the products and of the copies, None for the model's.
         by_magnitude: whether the order is magnitude's, within the whole matrix, and not Wanda's.
-        whole: whether weights compete within the whole matrix, and not within each row.
-        ranks: by layer name, [out, in], or [1, out * in] where weights compete within the whole matrix.
+        whole: whether weights compete within the whole matrix, ranks [1, out * in], or within rows, [out, in].
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype | None, by_magnitude: bool, whole: bool = False) -> None:
@@ -254,22 +250,21 @@ def _block_backward(
 
 
 class DenseStates(NamedTuple):
-    """Windows of token ids, [windows, tokens], and the hidden states of the dense model for them.
+    """Windows of token ids, and the dense model's hidden states before the first and after the last block.
 
-    ``entering`` [windows, tokens, width] enters the first block; ``leaving`` [windows, counted tokens, width] leaves
-    the last one, and becomes the dense model's logits whenever they are needed.
+    The latter become the dense model's logits whenever they are needed.
     """
 
-    windows: torch.Tensor
-    entering: torch.Tensor
-    leaving: torch.Tensor
+    windows: torch.Tensor  # [windows, tokens]
+    entering: torch.Tensor  # [windows, tokens, width]
+    leaving: torch.Tensor  # [windows, counted tokens, width]
 
 
 class LanguagePriceModel:
-    """Prices of a language model's matrices: derivatives of KL(dense || pruned), in nats per token.
+    """Prices of a language model's matrices: a ``PriceModel`` in nats per token.
 
     The weights stay dense: pruned copies replace them while a block is run, and each gradient becomes a price and is
-    freed as soon as it is computed. Its public members are those of ``PriceModel``.
+    freed as soon as it is computed.
     """
 
     advice = "try --dtype bfloat16 or --dtype float32"
@@ -341,8 +336,7 @@ class LanguagePriceModel:
     ) -> tuple[float, list[torch.Tensor], torch.Tensor]:
         """Return the mean KL of the windows in ``batch``, scaled gradients by ``hidden``, and their scale.
 
-        Args:
-            hidden: the pruned blocks' output for each window, [1, tokens, width].
+        ``hidden`` is the pruned blocks' output for each of them, [1, tokens, width].
         """
         count = len(batch) * dense.leaving.shape[1]
         total, gradients = 0.0, [torch.zeros_like(states) for states in hidden] if differentiate else []

@@ -61,12 +61,12 @@ class MetricCache:
             with _damage_reported(self.sidecar, self._fix):
                 stored = json.loads(self.sidecar.read_text())
                 fingerprints = dict(stored["fingerprints"])
-                for key, wanted in self.identity.items():
-                    if stored[key] != wanted:
-                        pairs = zip_longest(stored[key], wanted) if key == "layers" else [(stored[key], wanted)]
-                        measured, wanted = next(pair for pair in pairs if pair[0] != pair[1])
-                        problem = f"was measured with {key} {measured}, not {wanted}"
-                        raise UserError(None, self.path, problem, self._fix)
+                identities = {key: (stored[key], wanted) for key, wanted in self.identity.items()}
+            for key, pair in identities.items():
+                if pair[0] != pair[1]:
+                    pairs = zip_longest(*pair) if key == "layers" else [pair]
+                    measured, wanted = next(pair for pair in pairs if pair[0] != pair[1])
+                    raise UserError(None, self.path, f"was measured with {key} {measured}, not {wanted}", self._fix)
         return LayerMetrics(dict(zip(names, values.tolist(), strict=True)), fingerprints)
 
     def check_weights(self, cached: LayerMetrics, weights: Weights) -> None:
@@ -77,8 +77,7 @@ class MetricCache:
             )
             return
 
-        with _damage_reported(self.sidecar, self._fix):
-            changed = digests.first_difference(cached.fingerprints, weights.fingerprints())
+        changed = digests.first_difference(cached.fingerprints, weights.fingerprints())
         if changed:
             problem = f"was measured on other weights of the same name and shape (see {changed})"
             raise UserError(None, self.path, problem, self._fix)
@@ -108,7 +107,5 @@ def _damage_reported(path: Path, fix: str) -> Iterator[None]:
     """Turn whatever numpy and json raise on a damaged file into one line."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(None, path, f"is damaged ({error!r})", fix) from error

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import tiny_llama
-from test_formulas import budget_of, layers_of, llama_like, numel
+from test_formulas import budget_of, layers_of, llama_like
 from torch import nn
 
 from lib.allocation import block_scores
@@ -56,7 +56,7 @@ def test_erdos_renyi_by_bisection():
     for _ in range(200):
         scale = (low + high) / 2
         density = {name: min(1.0, scale * (a + b) / (a * b)) for name, (a, b) in shapes.items()}
-        kept = sum(density[x.name] * numel(x) for x in layers) / sum(map(numel, layers))
+        kept = budget_of(layers, density)
         low, high = (scale, high) if kept < 0.4 else (low, scale)
     assert ratios == pytest.approx({name: 1 - d for name, d in density.items()}, abs=1e-9)
     large, small = layers[4].name, layers[1].name
@@ -128,7 +128,7 @@ def test_dense_statistics_are_those_of_whole_passes(tiny_windows):
     model = tiny_llama()
     weights = weights_of(model)
     before, layers = weights.snapshot(), weights.layers
-    found = block_scores.score_blocks(weights, enter_blocks(weights, tiny_windows), block_scores.median_score)
+    medians = block_scores.score_blocks(weights, enter_blocks(weights, tiny_windows), block_scores.median_score)
     assert all(torch.equal(weight, before[name]) for name, weight in weights.snapshot().items())
 
     sums = dict.fromkeys(before, 0)
@@ -141,11 +141,11 @@ def test_dense_statistics_are_those_of_whole_passes(tiny_windows):
     with torch.no_grad():
         for window in tiny_windows:
             model(window[None])
-    for block in range(3):
-        own = [x for x in layers if x.block == block]
-        every = torch.cat([(before[x.name].abs() * (sums[x.name] / 7).sqrt()).flatten() for x in own])
-        for layer in own:  # the sums are float32 there
-            assert found[layer.name] == pytest.approx(every.sort().values[(len(every) - 1) // 2].item(), rel=1e-5)
+    scores = {name: (weight.abs() * (sums[name] / 7).sqrt()).flatten() for name, weight in before.items()}
+    for layer in layers:
+        block = torch.cat([scores[x.name] for x in layers if x.block == layer.block]).sort().values
+        # the sums are float32 in lib
+        assert medians[layer.name] == pytest.approx(block[(len(block) - 1) // 2].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("keep", "group"), [(4, 8), (2, 8), (5, 8), (2, 4), (8, 16)])
