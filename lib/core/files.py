@@ -14,7 +14,6 @@ from lib.core import processes
 from lib.core.errors import UserError, first_line
 
 ROOT = Path(__file__).resolve().parents[2]
-TEMPORARY = ".*.tmp"  # the names of files that ``atomic`` has not finished
 
 
 def in_repository(name: str) -> str:
@@ -72,10 +71,7 @@ def writing(path: Path, field: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that takes the place of ``path``, durably, when the with statement ends without an error.
-
-    A full disk or a folder that cannot be written is a UserError, and leaves an existing file as it is.
-    """
+    """Yield a file that durably takes the place of ``path`` when the with statement ends without an error."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
@@ -161,13 +157,11 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def replace_folder(folder: Path, target: Path) -> None:
     """Put ``folder`` durably in the place of ``target``; killed in between, ``remove_leftovers`` loses neither."""
-    try:
-        if target.exists():
-            target.rename(target.with_name(f".{target.name}.old"))
-        folder.rename(target)
-        sync_folder(target.parent)
-    finally:
-        remove_leftovers(target)
+    if target.exists():
+        target.rename(target.with_name(f".{target.name}.old"))
+    folder.rename(target)
+    sync_folder(target.parent)
+    remove_leftovers(target)
 
 
 def remove_leftovers(target: Path) -> None:

@@ -50,11 +50,9 @@ class Journal:
     """
 
     def __init__(self, target: Path, restart: bool = False, unmeasured: bool = False) -> None:
-        """Open the journal for ``target``, which no other process may have open.
+        """Open the journal for ``target``, which no other process may have open; ``restart`` discards what it holds.
 
-        Args:
-            restart: discard an unfinished run.
-            unmeasured: a complete model in ``target`` comes from a run stopped during its evaluation, which is resumed.
+        ``unmeasured``: a complete model in ``target`` comes from a run stopped during its evaluation, which is resumed.
         """
         self.target, self.folder = target, partial_folder(target)
         self.scratch = self.folder / "scratch"
@@ -80,7 +78,7 @@ class Journal:
                 self._progress = Progress(self.folder / MANIFEST)
             except UserError as error:
                 raise UserError("save_model", None, error.text, _RESTART) from error
-            for path in self.folder.glob(files.TEMPORARY):  # that a killed process was writing
+            for path in self.folder.glob(".*.tmp"):  # that a killed process was writing
                 path.unlink()
             shutil.rmtree(self.scratch, ignore_errors=True)
             self._undo = undo.pop_all()

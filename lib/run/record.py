@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from lib import __version__
@@ -182,22 +182,15 @@ def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
 
 def provenance() -> dict:
     """Return package versions, git commit, devices and time for the run's record."""
+    versions = {"alphapruning": __version__, "python": sys.version.split()[0]}
+    versions |= {name: version(name) for name in _PACKAGES if find_spec(name)}
     cuda = [torch.cuda.get_device_name(device) for device in cuda_in_use()]
     return {
-        "versions": dict(_versions()),
+        "versions": versions,
         "git_commit": _git_commit(),
         "device": cuda or [f"cpu ({torch.get_num_threads()} threads)"],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-@cache
-def _versions() -> dict[str, str]:
-    versions = {"alphapruning": __version__, "python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 def _git_commit() -> str | None:

@@ -89,8 +89,8 @@ def show_run(console: Console, record: Record) -> None:
     perplexity = "-" if content["perplexity"] is None else f"{content['perplexity']:.4f}"
     row = (content["method"], f"{content['target_sparsity']:g}", f"{content['sparsity']:.4f}", perplexity)
     headings = ("method", "target", "sparsity", "perplexity", "seconds", "peak memory")
-    title = f"{content['model']['given']}: {content['method']}"
-    show(console, title, headings, [(*row, f"{seconds:.1f}", f"{peak} MB")])
+    figures = [(*row, f"{seconds:.1f}", f"{peak} MB")]
+    show(console, f"{content['model']['given']}: {content['method']}", headings, figures)
     commit = (provenance()["git_commit"] or "unknown")[:12]
     line(console, f"model:   {content['model']['name']}, seed {content['flags']['seed']}, commit {commit}")
     patterns = Counter("{}:{}".format(*report.nm) for report in record.rows if report.nm)

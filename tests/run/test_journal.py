@@ -32,9 +32,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # runs are forked
 
 METHOD = "sparsegpt_ww"
 RUN = f"{METHOD}_sparsity_0.6"
+WW = f"{METHOD} --epsilon 0.2 --ww_metric_cache cache"
 FLAGS = (
     "--model tiny-llama --calib_data text.txt --eval_data other.txt --seqlen 32 --nsamples 5 --eval_windows 8 "
-    f"--prune_method {METHOD} --sparsity_ratio 0.6 --epsilon 0.2 --ww_metric_cache cache --save save --save_model kept"
+    f"--prune_method {WW} --sparsity_ratio 0.6 --save save --save_model kept"
 )
 KEPT = Path("kept", f"{METHOD}_0.6")
 PARTIAL = Path("kept", f".{METHOD}_0.6.partial")
@@ -83,37 +84,19 @@ POINTS = {
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory, tiny_folder, tiny_text) -> Path:
-    """Return a folder with what runs read."""
-    folder = tmp_path_factory.mktemp("inputs")
-    shutil.copytree(tiny_folder, folder / "tiny-llama")
-    shutil.copy(tiny_text, folder / "text.txt")
-    (folder / "other.txt").write_text(tiny_text.read_text()[2000:])
-    return folder
-
-
-@pytest.fixture
-def place(inputs, tmp_path, monkeypatch) -> str:
-    """Return the flags of a run in a folder of its own, to which the test goes."""
-    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return FLAGS
-
-
-@pytest.fixture(scope="module")
-def stops(inputs, tmp_path_factory):
-    """Return a function of a point: the folder of a run that was killed there, or without one of a whole run."""
+def stops(run_inputs, tmp_path_factory):
+    """Return a function of a point: the folder of a run that was killed there; "" is a whole run, None no run yet."""
 
     @cache
-    def stop(point: str) -> Path:
+    def stop(point: str | None) -> Path:
         folder = tmp_path_factory.mktemp("stop") / "run"
-        shutil.copytree(inputs, folder)
+        shutil.copytree(run_inputs, folder)
         with pytest.MonkeyPatch.context() as patched:
             patched.chdir(folder)
             if point:
                 killed_run(FLAGS, *POINTS[point])
-            else:
-                assert main.main(FLAGS.split()) == 0
+            elif point == "":
+                assert run() == 0
         return folder
 
     return stop
@@ -123,11 +106,18 @@ def stops(inputs, tmp_path_factory):
 def stopped(stops, tmp_path, monkeypatch):
     """Return a function that goes to a copy of the folder of a run that was killed at a point."""
 
-    def go(point: str) -> None:
+    def go(point: str | None) -> None:
         shutil.copytree(stops(point), tmp_path, dirs_exist_ok=True)
         monkeypatch.chdir(tmp_path)
 
     return go
+
+
+@pytest.fixture
+def place(stopped) -> str:
+    """Return the flags of a run in a folder of its own, to which the test goes."""
+    stopped(None)
+    return FLAGS
 
 
 @pytest.fixture(scope="module")
@@ -273,14 +263,14 @@ def test_another_run_is_refused_in_words(more, stopped, capsys):
     assert before == {path: path.read_bytes() for path in PARTIAL.glob("*.safetensors")}
 
 
-def change_weights() -> None:
+def change_weights(layer: str = "model.layers.2.mlp.down_proj") -> None:
     weights = load_file("tiny-llama/model.safetensors")
-    weights["model.layers.2.mlp.down_proj.weight"] *= 1.02
+    weights[f"{layer}.weight"] *= 1.02
     save_file(weights, "tiny-llama/model.safetensors", {"format": "pt"})
 
 
 def test_other_dense_weights_of_the_same_name_are_refused(place, capsys):
-    flags = place.replace(METHOD, "sparsegpt").replace("--epsilon 0.2 ", "")
+    flags = place.replace(WW, "sparsegpt")
     killed_run(flags, *POINTS["after a block"])
     change_weights()
     assert run(flags=flags) == 2
@@ -301,23 +291,19 @@ def test_identity_holds_every_flag_that_changes_the_weights():
     assert set(made.identity()) == set(made.flags()) - free
 
 
-@pytest.mark.parametrize("how", ["altered", "gone"])
-def test_a_damaged_shard_is_made_again(how, stopped, unbroken, caplog):
+@pytest.mark.parametrize("how", ["altered", "gone", "another"])
+def test_a_shard_that_is_not_a_finished_block_is_no_part_of_the_model(how, stopped, unbroken, caplog):
     stopped("after a block")
-    shard = PARTIAL / "model-block-00001.safetensors"
+    shard, another = PARTIAL / "model-block-00001.safetensors", PARTIAL / "model-block-00007.safetensors"
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
-    shard.write_bytes(content) if how == "altered" else shard.unlink()
-    assert run() == 0
-    assert f"{shard.name} is damaged" in caplog.text and hashes(KEPT) == unbroken
-
-
-def test_shards_of_no_finished_block_do_not_become_part_of_the_model(stopped, unbroken):
-    stopped("after a block")
-    shutil.copy(PARTIAL / "model-block-00000.safetensors", PARTIAL / "model-block-00007.safetensors")
-    (PARTIAL / ".model-block-00002.safetensors.123.tmp").write_bytes(b"half")
-    assert run() == 0
-    assert hashes(KEPT) == unbroken and not [*KEPT.glob(".*")]
+    if how == "another":
+        another.write_bytes(content)
+        (PARTIAL / ".model-block-00002.safetensors.123.tmp").write_bytes(b"half")
+    else:
+        shard.write_bytes(content) if how == "altered" else shard.unlink()
+    assert run() == 0 and hashes(KEPT) == unbroken and not [*KEPT.glob(".*")]
+    assert (f"{shard.name} is damaged" in caplog.text) == (how != "another")
 
 
 @pytest.mark.parametrize(("point", "folder"), [("after a block", PARTIAL), ("in evaluation", KEPT)])
@@ -382,15 +368,14 @@ def test_epsilon_auto_does_not_try_again_what_it_tried(place, calls):
 @pytest.mark.machine
 @pytest.mark.usefixtures("few_windows")
 def test_prices_are_not_sought_again_but_those_of_other_weights(place, calls):
-    flags = place.replace(METHOD, "wanda_price").replace(" --epsilon 0.2", " --price_steps 2")
+    flags = place.replace(WW, "wanda_price --price_steps 2")
     assert run(flags=flags.replace("--save save", "--save unbroken").replace("kept", "whole")) == 0
     killed_run(flags, *POINTS["after a block"])
     sought = calls(main.pipeline.price, "search")
     assert run(flags=flags) == 0 and sought == []
     assert hashes(Path("kept/wanda_price_0.6")) == hashes(Path("whole/wanda_price_0.6"))
-    resumed, whole = (
-        json.loads(Path(folder, "run_wanda_price_sparsity_0.6.json").read_text()) for folder in ("save", "unbroken")
-    )
+    paths = (Path(folder, "run_wanda_price_sparsity_0.6.json") for folder in ("save", "unbroken"))
+    resumed, whole = (json.loads(path.read_text()) for path in paths)
     assert resumed["price_search"] == whole["price_search"] and resumed["perplexity"] == whole["perplexity"]
 
     killed_run(flags, Journal, "begin", 1)  # they are noted, and no block is finished
@@ -398,23 +383,13 @@ def test_prices_are_not_sought_again_but_those_of_other_weights(place, calls):
     assert run(flags=flags) == 0 and len(sought) == 1
 
 
-def measured_partly(flags: str) -> list[dict]:
-    """Kill a run that measures 21 matrices at the 15th; return what it had finished."""
-    killed_run(f"{flags} --ww_metric alpha_mid", measure, "spectrum", 15, pause=1)  # by then the others are on disk
-    (partial,) = Path("cache").glob(".alpha_mid*")
-    return [json.loads(line) for line in partial.read_text().splitlines()]
-
-
-def test_metrics_resume_by_matrix(place, calls):
-    finished, measured = measured_partly(place), calls(measure, "spectrum")
-    assert run("--ww_metric", "alpha_mid") == 0
-    assert len(measured) == 21 - len(finished) and len(finished) >= 14
-    assert sorted(path.name for path in Path("cache").iterdir()) == ["alpha_mid.json", "alpha_mid.npy"]
-
-
-def test_metrics_of_other_weights_do_not_resume(place, calls, tiny_weights):
+def test_metrics_resume_by_matrix_but_not_those_of_other_weights(place, calls):
     assert "alpha_mid" in METRICS
-    finished, measured = measured_partly(place), calls(measure, "spectrum")
-    tiny_weights.model.get_submodule(finished[0]["key"]).weight.data.mul_(1.01)
-    measure.load_or_measure(Path("cache"), "alpha_mid", "tiny-llama", tiny_weights)
-    assert len(measured) == 21 - len(finished) + 1
+    killed_run(f"{place} --ww_metric alpha_mid", measure, "spectrum", 15, pause=1)  # by then the others are on disk
+    (partial,) = Path("cache").glob(".alpha_mid*")
+    finished = [json.loads(line)["key"] for line in partial.read_text().splitlines()]
+    change_weights(finished[0])
+    measured = calls(measure, "spectrum")
+    assert run("--ww_metric", "alpha_mid") == 0
+    assert len(measured) == 21 - len(finished) + 1 and len(finished) >= 14
+    assert sorted(path.name for path in Path("cache").iterdir()) == ["alpha_mid.json", "alpha_mid.npy"]
