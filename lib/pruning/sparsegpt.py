@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lib import sparse
 from lib.core.errors import first_line
 from lib.core.lazy import torch
-from lib.pruning.thresholds import nth_smallest
+from lib.pruning.thresholds import group_ranks, nth_smallest
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def solve_block(
     for i, (column, mask, error, pivot, row) in enumerate(rows):
         if group and i % group == 0:
             members = slice(i, i + group)
-            gone[members] = _ranks(block[members].square() / diagonal[members, None].square()) < removed
+            gone[members] = group_ranks(block[members].square() / diagonal[members, None].square()) < removed
         torch.mul(column, mask, out=error)
         column.sub_(error)  # w - w is 0, w - 0 is w
         error.div_(pivot)
@@ -218,13 +218,3 @@ def _smallest(block: torch.Tensor, upper: torch.Tensor, sizes: list[int], ratios
         if index < scores.numel():
             torch.le(scores, nth_smallest(scores, index), out=mask)
     return gone
-
-
-def _ranks(score: torch.Tensor) -> torch.Tensor:
-    """Return for each of ``score`` [M, out] how many in its column are smaller; of equals, the upper ones count."""
-    ranks = torch.zeros_like(score, dtype=torch.int16)  # M may be more than 256
-    for i in range(1, len(score)):
-        before = score[:i] <= score[i]
-        ranks[i] = before.sum(dim=0, dtype=torch.int16)
-        ranks[:i] += ~before
-    return ranks

@@ -10,10 +10,8 @@ from lib.core.lazy import numpy, torch
 
 # The bits of non-negative floats, read as an integer, are in the order of the floats; so their upper half is counted
 # first, and then the lower half of those whose upper half is the wanted one. Both counts fit into a CPU's cache.
-# Values of the upper half, whose sign bit is 0.
-_UPPER = 2**15
-# Values of the lower half.
-_LOWER = 2**16
+_UPPER = 2**15  # values of the upper half, whose sign bit is 0
+_LOWER = 2**16  # values of the lower half
 # Numbers counted at a time on a CPU: temporaries stay in its cache.
 _CHUNK = 2**20
 # Numbers counted at a time on a GPU: enough to fill it, few beside a matrix of a large model.
@@ -43,11 +41,7 @@ def nth_smallest(values: torch.Tensor, index: int) -> torch.Tensor:
         copy = (bits & torch.iinfo(bits.dtype).max).numpy()  # without the sign, which only a NaN has
         copy.partition(index)
         return torch.from_numpy(copy[index : index + 1]).view(values.dtype)[0]
-    high, rank = _bucket(_upper_counts(bits), index + 1)
-    if bits.dtype == torch.int16:
-        return high.to(torch.int16).view(values.dtype)
-    members, rank = _members(bits, high.item()), rank.item()
-    return torch.from_numpy(numpy.partition(members, rank - 1)[rank - 1 : rank]).view(values.dtype)[0]
+    return torch.tensor(threshold(lambda: [values], index + 1).value, dtype=values.dtype)
 
 
 def threshold(parts: Callable[[], Iterable[torch.Tensor]], rank: float) -> Threshold:
@@ -80,6 +74,22 @@ def row_smallest(score: torch.Tensor, count: int) -> torch.Tensor:
         room = count - below.sum(dim=1, keepdim=True)
         mask[rows] = below | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))
     return mask
+
+
+def group_smallest(score: torch.Tensor, nm: tuple[int, int]) -> torch.Tensor:
+    """Return a mask of the M - N smallest of every M columns of ``score`` [out, in]; of equals, the lower columns."""
+    ranks = group_ranks(score.reshape(-1, nm[1]).T.contiguous())
+    return (ranks < nm[1] - nm[0]).T.reshape(score.shape)
+
+
+def group_ranks(score: torch.Tensor) -> torch.Tensor:
+    """Return for each of ``score`` [M, groups] how many in its column are smaller; of equals, the upper ones count."""
+    ranks = torch.zeros_like(score, dtype=torch.int16)  # M may be more than 256
+    for i in range(1, len(score)):
+        before = score[:i] <= score[i]
+        ranks[i] = before.sum(dim=0, dtype=torch.int16)
+        ranks[:i] += ~before
+    return ranks
 
 
 def _row_thresholds(score: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

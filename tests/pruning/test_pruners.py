@@ -13,7 +13,8 @@ from lib.core.errors import UserError
 from lib.models.weights import weights_of
 from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import PRUNERS, VARIANTS, configured
-from lib.pruning.sparsegpt import NotPositiveDefinite, _ranks, inverse_factor, repair, repair_group
+from lib.pruning.sparsegpt import NotPositiveDefinite, inverse_factor, repair, repair_group
+from lib.pruning.thresholds import group_ranks
 from lib.pruning.walk import walk
 
 RATIOS = [0.05, 0.37, 0.5, 0.73, 0.9]
@@ -128,8 +129,8 @@ def test_groups_of_more_than_256_columns(name):
 @pytest.mark.parametrize("group", [4, 300])
 def test_ranks_by_pencil(group):
     order = torch.randperm(group, generator=torch.Generator().manual_seed(2))
-    assert _ranks(order[:, None].float())[:, 0].tolist() == order.tolist()
-    assert _ranks(torch.ones(group, 2))[:, 1].tolist() == list(range(group))  # of equals the upper ones count
+    assert group_ranks(order[:, None].float())[:, 0].tolist() == order.tolist()
+    assert group_ranks(torch.ones(group, 2))[:, 1].tolist() == list(range(group))  # of equals the upper ones count
 
 
 @pytest.mark.parametrize(
