@@ -15,14 +15,10 @@ log = logging.getLogger(__name__)
 
 # Added to the unit diagonal of the Hessian. With the published .01, little calibration text is fitted too closely.
 ALPS_DAMPING = 0.1
-# Iterations of ADMM.
-ITERATIONS = 10
-# Consecutive iterations of ADMM that share a rho, and so an inverse.
-PER_RHO = 3
-# Conjugate-gradient steps of the refit.
-REFIT_STEPS = 10
-# Rows whose elementwise products are held at a time.
-ROWS = 512
+ITERATIONS = 10  # iterations of ADMM
+PER_RHO = 3  # consecutive iterations that share a rho, and so an inverse
+REFIT_STEPS = 10  # conjugate-gradient steps of the refit
+ROWS = 512  # rows whose elementwise products are held at a time
 
 
 class Problem(NamedTuple):

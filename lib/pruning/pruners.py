@@ -15,10 +15,7 @@ from lib.pruning.thresholds import group_smallest, nth_smallest, row_smallest
 
 log = logging.getLogger(__name__)
 
-# The Wanda variant seeks its share of a row's score between these, published.
-VARIANT_SHARES = (0.0, 0.8)
-# How near the variant's sparsity must come to the ratio, published.
-VARIANT_TOLERANCE = 0.001
+VARIANT_TOLERANCE = 0.001  # how near the sparsity of Wanda's variant must come to the ratio, published
 
 
 class Pruner(NamedTuple):
@@ -86,8 +83,7 @@ def wanda_variant(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: floa
     score = weight.abs() * squared_norms.sqrt()
     ordered, order = score.sort(dim=1, stable=True)
     cumulative, total = ordered.cumsum(dim=1), score.sum(dim=1, keepdim=True)
-    low, high = VARIANT_SHARES
-    share = 0.4
+    low, high, share = 0.0, 0.8, 0.4
     miss, best = math.inf, None
     while True:
         within = cumulative <= share * total

@@ -15,12 +15,9 @@ from lib.pruning.thresholds import group_ranks, nth_smallest
 
 log = logging.getLogger(__name__)
 
-# Columns per block, published.
-BLOCK = 128
-# Share of the Hessian's mean diagonal that is added to it, published.
-HESSIAN_DAMPING = 0.01
-# Attempts after the first to factorise a Hessian, each with ten times the damping.
-RETRIES = 2
+BLOCK = 128  # columns per block, published
+HESSIAN_DAMPING = 0.01  # share of the Hessian's mean diagonal that is added to it, published
+RETRIES = 2  # further attempts to factorise a Hessian, each with ten times the damping
 
 # N:M as (N, M): N of every M columns are kept.
 NM = tuple[int, int]
@@ -41,13 +38,9 @@ def inverse_factor(hessian: torch.Tensor, damping: float = HESSIAN_DAMPING) -> F
     """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. U replaces H in memory.
 
     A column whose input was always zero gets H = 1. A Hessian that is not positive definite is retried with ten
-    times the ``damping`` (a share of its mean diagonal), up to twice, with a warning. At most two matrices of this size
-    are held, including H.
-
-    Raises:
-        NotPositiveDefinite: all attempts failed, or the inverse overflows.
+    times the ``damping`` (a share of its mean diagonal), up to twice, with a warning, before NotPositiveDefinite is
+    raised. At most two matrices of this size are held, including H.
     """
-    hessian = hessian.contiguous()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal.masked_fill_(dead, 1)

@@ -12,12 +12,9 @@ from lib.core.lazy import numpy, torch
 # first, and then the lower half of those whose upper half is the wanted one. Both counts fit into a CPU's cache.
 _UPPER = 2**15  # values of the upper half, whose sign bit is 0
 _LOWER = 2**16  # values of the lower half
-# Numbers counted at a time on a CPU: temporaries stay in its cache.
-_CHUNK = 2**20
-# Numbers counted at a time on a GPU: enough to fill it, few beside a matrix of a large model.
-_GPU_CHUNK = 2**24
-# Rows partitioned at a time on a CPU.
-_ROWS = 64
+_CHUNK = 2**20  # numbers counted at a time on a CPU: temporaries stay in its cache
+_GPU_CHUNK = 2**24  # numbers counted at a time on a GPU: enough to fill it, few beside a matrix of a large model
+_ROWS = 64  # rows partitioned at a time on a CPU
 
 
 class Threshold(NamedTuple):
@@ -36,7 +33,7 @@ def nth_smallest(values: torch.Tensor, index: int) -> torch.Tensor:
     """
     if values.is_cuda:
         return _nth_by_scatter(values, index)
-    bits = _bits(values).flatten()
+    bits = _bits(values)
     if len(bits) <= _CHUNK:  # a copy of them is small, and numpy selects with vectors
         copy = (bits & torch.iinfo(bits.dtype).max).numpy()  # without the sign, which only a NaN has
         copy.partition(index)
@@ -51,11 +48,11 @@ def threshold(parts: Callable[[], Iterable[torch.Tensor]], rank: float) -> Thres
     Args:
         parts: yields the non-negative parts each time it is called (twice), so that only one need be in memory.
     """
-    upper = [_upper_counts(_bits(part.float()).flatten()).cpu() for part in parts()]
+    upper = [_upper_counts(part.float()) for part in parts()]
     total = sum(upper)
     rank = min(max(1, math.ceil(rank)), int(total.sum()))
     high, rank = _bucket(total, rank)
-    lower = [_lower_counts(_bits(part.float()).flatten(), high.item()).cpu() for part in parts()]
+    lower = [_lower_counts(part.float(), high.item()) for part in parts()]
     low, _ = _bucket(sum(lower), rank)
     below = [u[:high].sum().item() + part[:low].sum().item() for u, part in zip(upper, lower, strict=True)]
     value = (high << 16 | low).to(torch.int32).view(torch.float32).item()
@@ -94,7 +91,7 @@ def group_ranks(score: torch.Tensor) -> torch.Tensor:
 
 def _row_thresholds(score: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's ``count``-th smallest [out, 1], and whether a number outside them equals it [out]."""
-    bits = _bits(score).numpy()
+    bits = _bits(score).view(score.shape).numpy()
     cut, tied = numpy.empty((len(bits), 1), bits.dtype), numpy.empty(len(bits), bool)
     for top in range(0, len(bits), _ROWS):
         rows = slice(top, top + _ROWS)
@@ -112,7 +109,7 @@ def _row_thresholds_on_gpu(score: torch.Tensor, count: int) -> tuple[torch.Tenso
 
 def _nth_by_scatter(values: torch.Tensor, index: int) -> torch.Tensor:
     """Do the same as ``nth_smallest`` without synchronising: bincount would wait for the largest value."""
-    bits = _bits(values).flatten()
+    bits = _bits(values)
     counts = torch.zeros(_UPPER, dtype=torch.int64, device=bits.device)
     for chunk in bits.split(_GPU_CHUNK):
         counts.scatter_add_(0, _upper(chunk).long(), counts.new_ones(1).expand(len(chunk)))
@@ -129,7 +126,7 @@ def _nth_by_scatter(values: torch.Tensor, index: int) -> torch.Tensor:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().contiguous().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
+    return values.detach().flatten().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
 
 
 def _upper(bits: torch.Tensor | numpy.ndarray) -> torch.Tensor | numpy.ndarray:
@@ -137,19 +134,20 @@ def _upper(bits: torch.Tensor | numpy.ndarray) -> torch.Tensor | numpy.ndarray:
     return (bits if bits.dtype in (torch.int16, numpy.int16) else bits >> 16) & 0x7FFF
 
 
-def _upper_counts(bits: torch.Tensor) -> torch.Tensor:
-    """Return how often each upper half occurs."""
-    return sum(torch.bincount(_upper(chunk), minlength=_UPPER) for chunk in bits.split(_CHUNK))
+def _upper_counts(values: torch.Tensor) -> torch.Tensor:
+    """Return how often each upper half of the float32 ``values`` occurs, on the CPU."""
+    return sum(torch.bincount(_upper(chunk), minlength=_UPPER) for chunk in _bits(values).split(_CHUNK)).cpu()
 
 
-def _lower_counts(bits: torch.Tensor, high: int) -> torch.Tensor:
-    """Return how often each lower half occurs among the ``bits`` of 32 whose upper half is ``high``."""
-    members = torch.from_numpy(_members(bits, high)) if bits.device.type == "cpu" else bits[_upper(bits) == high]
-    return torch.bincount(members & 0xFFFF, minlength=_LOWER)
-
-
-def _members(bits: torch.Tensor, high: int) -> numpy.ndarray:
-    return numpy.concatenate([chunk[_upper(chunk) == high] for chunk in (c.numpy() for c in bits.split(_CHUNK))])
+def _lower_counts(values: torch.Tensor, high: int) -> torch.Tensor:
+    """Return how often each lower half occurs among the float32 ``values`` whose upper half is ``high``, on the CPU."""
+    bits = _bits(values)
+    if bits.device.type == "cpu":  # where numpy selects in half the time
+        members = [chunk[_upper(chunk) == high] for chunk in (chunk.numpy() for chunk in bits.split(_CHUNK))]
+        members = torch.from_numpy(numpy.concatenate(members))
+    else:
+        members = bits[_upper(bits) == high]
+    return torch.bincount(members & 0xFFFF, minlength=_LOWER).cpu()
 
 
 def _bucket(counts: torch.Tensor, rank: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
