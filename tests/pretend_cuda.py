@@ -188,9 +188,8 @@ class _AllCalls(TorchFunctionMode):
 
 
 def _autocast(argument: object) -> object:
-    if not isinstance(argument, CudaTensor) or not argument.is_floating_point():
-        return argument
-    return argument.to(torch.get_autocast_dtype("cuda"))
+    floating = isinstance(argument, CudaTensor) and argument.is_floating_point()
+    return argument.to(torch.get_autocast_dtype("cuda")) if floating else argument
 
 
 def _numbered(argument: object, device: bool) -> object:
@@ -203,18 +202,10 @@ def _numbered(argument: object, device: bool) -> object:
 # ------------------------------------------------------------------------------------------------------ torch.cuda
 
 
-def _initialize() -> None:
+def _initialize(answer: object = None) -> object:
+    """Make sure of the driver, as most of torch.cuda does, and return ``answer``."""
     _driver.initialized = True
-
-
-def _initializing(answer: object):
-    """Return a function that first makes sure of the driver, as most of torch.cuda does, and gives ``answer``."""
-
-    def ask(*_, **__) -> object:
-        _initialize()
-        return answer
-
-    return ask
+    return answer
 
 
 def _reset_peak_memory_stats(device: object = None) -> None:
@@ -234,10 +225,8 @@ def _memory_stats(device: object = None) -> dict:
 def pretend_cuda(free: int = FREE) -> Iterator[SimpleNamespace]:
     """Let torch have one CUDA device inside the with statement, not initialised yet, as at the start of a program.
 
-    Args:
-        free: bytes of memory that it says are free.
-
-    Yields the device's state: whether it is ``initialized``, and the number of ``operations`` that ran on it.
+    It says that ``free`` bytes are free. Yields its state: whether it is ``initialized``, and how many ``operations``
+    ran on it.
 
     Not pretended: generators, streams, several devices, how much memory is in use (always a byte), autocast but for
     linear layers and attention, and threads, which see CudaTensors but cannot make any.
@@ -249,13 +238,13 @@ def pretend_cuda(free: int = FREE) -> Iterator[SimpleNamespace]:
         "is_bf16_supported": lambda *_: True,
         "is_initialized": lambda: _driver.initialized,
         "device_count": lambda: 1,
-        "current_device": _initializing(0),
-        "synchronize": _initializing(None),
-        "set_device": _initializing(None),
-        "get_device_name": _initializing("pretend"),
-        "get_device_properties": _initializing(properties),
-        "get_device_capability": _initializing((9, 0)),
-        "mem_get_info": _initializing((free, TOTAL)),
+        "current_device": lambda *_, **__: _initialize(0),
+        "synchronize": lambda *_, **__: _initialize(None),
+        "set_device": lambda *_, **__: _initialize(None),
+        "get_device_name": lambda *_, **__: _initialize("pretend"),
+        "get_device_properties": lambda *_, **__: _initialize(properties),
+        "get_device_capability": lambda *_, **__: _initialize((9, 0)),
+        "mem_get_info": lambda *_, **__: _initialize((free, TOTAL)),
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": _reset_peak_memory_stats,
         "default_generators": (torch.Generator(),),  # for torch.manual_seed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from lib.core.lazy import numpy, torch
 
@@ -15,14 +14,6 @@ _LOWER = 2**16  # values of the lower half
 _CHUNK = 2**20  # numbers counted at a time on a CPU: temporaries stay in its cache
 _GPU_CHUNK = 2**24  # numbers counted at a time on a GPU: enough to fill it, few beside a matrix of a large model
 _ROWS = 64  # rows partitioned at a time on a CPU
-
-
-class Threshold(NamedTuple):
-    """``value``, and for each part how many numbers are ``below`` it and ``equal`` to it."""
-
-    value: float
-    below: list[int]
-    equal: list[int]
 
 
 def nth_smallest(values: torch.Tensor, index: int) -> torch.Tensor:
@@ -38,12 +29,12 @@ def nth_smallest(values: torch.Tensor, index: int) -> torch.Tensor:
         copy = (bits & torch.iinfo(bits.dtype).max).numpy()  # without the sign, which only a NaN has
         copy.partition(index)
         return torch.from_numpy(copy[index : index + 1]).view(values.dtype)[0]
-    return torch.tensor(threshold(lambda: [values], index + 1).value, dtype=values.dtype)
+    return torch.tensor(threshold(lambda: [values], index + 1)[0], dtype=values.dtype)
 
 
-def threshold(parts: Callable[[], Iterable[torch.Tensor]], rank: float) -> Threshold:
+def threshold(parts: Callable[[], Iterable[torch.Tensor]], rank: float) -> tuple[float, list[int], list[int]]:
     """Return the smallest number at or below which ``rank`` numbers of all parts together lie (from 1, so a median of
-    n is rank n / 2 or (n + 1) / 2), and how many numbers of each part are below and equal to it.
+    n is rank n / 2 or (n + 1) / 2), how many numbers of each part are below it, and how many are equal to it.
 
     Args:
         parts: yields the non-negative parts each time it is called (twice), so that only one need be in memory.
@@ -56,7 +47,7 @@ def threshold(parts: Callable[[], Iterable[torch.Tensor]], rank: float) -> Thres
     low, _ = _bucket(sum(lower), rank)
     below = [u[:high].sum().item() + part[:low].sum().item() for u, part in zip(upper, lower, strict=True)]
     value = (high << 16 | low).to(torch.int32).view(torch.float32).item()
-    return Threshold(value, below, [part[low].item() for part in lower])
+    return value, below, [part[low].item() for part in lower]
 
 
 def row_smallest(score: torch.Tensor, count: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
-    """Row of the per-layer table: planned ``ratio`` and measured ``sparsity`` are fractions; ``nm`` is (N, M) or None."""
+    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None."""
 
     name: str
     shape: tuple[int, ...]
