@@ -26,7 +26,7 @@ def outlier_ratio(scores: Sequence[torch.Tensor], multiple: float) -> float:
 
 def median_score(scores: Sequence[torch.Tensor]) -> float:
     """Return the median of a block's scores, the lower one of two (DLP: Chen et al., 2025)."""
-    return threshold(lambda: scores, sum(score.numel() for score in scores) / 2).value
+    return threshold(lambda: scores, sum(score.numel() for score in scores) / 2)[0]
 
 
 def magnitude_score(weight: torch.Tensor) -> torch.Tensor:

@@ -25,10 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
-    """One row of the per-layer table: planned ``ratio`` and measured ``sparsity`` are fractions of the matrix.
-
-    ``nm`` is (N, M) if N of every M columns were kept.
-    """
+    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None."""
 
     name: str
     shape: tuple[int, ...]
@@ -172,11 +169,7 @@ def _report(block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None
 
 
 def check_saved(folder: Path, weights: Weights, measured: float) -> None:
-    """Read a saved folder back: its sparsity must equal that of the model in memory.
-
-    Raises:
-        UserError: it does not, so that something else wrote there, or the disk is at fault.
-    """
+    """Read a saved folder back, and raise a UserError unless its sparsity is the one ``measured`` in memory."""
     written = checkpoint_sparsity(folder, [layer.name for layer in weights.layers])
     if written != measured:
         problem = f"holds a sparsity of {written:.6f} as read back, and the pruned model has {measured:.6f}"
@@ -184,11 +177,7 @@ def check_saved(folder: Path, weights: Weights, measured: float) -> None:
 
 
 def checkpoint_sparsity(folder: Path, names: list[str]) -> float:
-    """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files.
-
-    Raises:
-        RuntimeError: the files contain none of these layers.
-    """
+    """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files."""
     weights = {f"{name}.weight" for name in names}
     zeros = total = 0
     for path in folder.glob("*.safetensors"):
