@@ -120,6 +120,14 @@ def write_atomically(path: Path, text: str) -> None:
     write_files(path.parent, {path.name: text})
 
 
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """Return a matplotlib figure of ``width`` x ``height`` inches, and an array of its axes, row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+
+
 def save_figure(figure, path: Path, dpi: int) -> None:
     """Write a matplotlib ``figure`` as a PNG; only the main process writes."""
     if processes.is_main():
