@@ -70,7 +70,8 @@ def run(settings: Evaluate) -> None:
     }
     name = "wikitext" if settings.dataset == "wikitext2" else settings.dataset  # as the published line calls it
     line = f"perplexity on {name} {record['perplexity']}"
-    files.write_files(folder, {"perplexity.json": run_text(record), "perplexity.txt": line + "\n"})
+    files.write_atomically(folder / "perplexity.json", run_text(record))
+    files.write_atomically(folder / "perplexity.txt", line + "\n")
     print(line, flush=True)
     if tasks is None:
         return
@@ -79,7 +80,8 @@ def run(settings: Evaluate) -> None:
             model, base.tokenizer, tasks, settings.num_fewshot, settings.limit, settings.batch_size()
         )
         record |= {"complete": True, "zero_shot": {"means": answers.means, "lm_eval": answers.full}}
-        files.write_files(folder, {"zero_shot.txt": answers.table, "perplexity.json": run_text(record)})
+        files.write_atomically(folder / "zero_shot.txt", answers.table)
+        files.write_atomically(folder / "perplexity.json", run_text(record))
         print(answers.table, end="")
 
 

@@ -25,7 +25,7 @@ from lib.core.lazy import pandas, torch
 from lib.core.names import check_name
 from lib.models import locate
 from lib.run.language import LanguageModel
-from lib.run.record import changed_inputs, has_flags, inputs_of, read_run
+from lib.run.record import INPUTS, has_flags, inputs_of, read_run
 
 log = logging.getLogger("main")
 
@@ -190,11 +190,12 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
         run_files.append(folder / f"run_{task.run}.json")
 
         if not force and has_flags(record, settings.flags()) and record["complete"]:
-            changed = ", ".join(f"--{name}" for name in changed_inputs(record, inputs))
+            changed = [name for name in INPUTS if record.get("inputs", {}).get(name) != inputs.get(name)]
             if not changed:
                 print(f"[{i}/{len(todo)}] {name}: complete already, skipped (--force runs it again)", flush=True)
                 continue
-            log.info("%s: changed since the complete run on disk, which is made again", changed)
+            names = ", ".join(f"--{name}" for name in changed)
+            log.info("%s: changed since the complete run on disk, which is made again", names)
 
         print(f"[{i}/{len(todo)}] {name}", flush=True)
         try:

@@ -22,7 +22,7 @@ from lib.models.layers import SUPPORTED
 from lib.models.load import DTYPES
 from lib.models.locate import SMOLLM2
 from lib.pruning import plan as plans
-from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Options, configured
+from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, configured
 from lib.spectra import measure, spectrum
 from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
@@ -391,7 +391,7 @@ class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFl
             fix = "add --sparsity_ratio (or --sparsity_type N:M)"
             raise UserError("prune_method", None, f"{method} without a sparsity", fix)
         table = VARIANTS if self.use_variant else PRUNERS
-        pruner = configured(name, table, Options(self.pruner_iterations, self.damping, self.refit))
+        pruner = configured(name, table, self.pruner_iterations, self.damping, self.refit)
         task = self.settled(Task(method, pruner, suffix, target, nm))
         return task._replace(plan=self.plan, identity=self.identity())
 

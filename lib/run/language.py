@@ -243,7 +243,9 @@ class LanguageModel:
             return False
         return True
 
-    def zero_shot(self, saved: str | None, num_fewshot: int, limit: int | None, batch: int | str) -> zero_shot.ZeroShot:
+    def zero_shot(
+        self, saved: str | None, num_fewshot: int, limit: int | None, batch: int | str
+    ) -> zero_shot.ZeroShotResult:
         """Return the accuracy on the questions; a streamed model, which fits into memory, is read from its folder.
 
         Args:

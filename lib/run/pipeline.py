@@ -21,7 +21,7 @@ from lib.models.weights import Weights
 from lib.pruning import plan as plans
 from lib.pruning import walk
 from lib.pruning.plan import SparsityPlan
-from lib.run.journal import Identity, Journal
+from lib.run.journal import Journal
 from lib.run.record import Record, provenance
 from lib.spectra import measure
 
@@ -194,8 +194,9 @@ def prune(
         device = next(iter(subject.weights.visit())).device.type
         # The number of processes determines the order of float32 additions.
         machine = versions | {"device": device, "processes": str(processes.count())}
-        fingerprints = subject.weights.fingerprints()
-        journal.begin(Identity(task.identity, digest(plan), subject.calibration_digest, machine, fingerprints))
+        identity = {"flags": task.identity, "versions": machine, "plan": digest(plan)}
+        identity |= {"calibration": subject.calibration_digest, "fingerprints": subject.weights.fingerprints()}
+        journal.begin(identity)
     inputs = subject.inputs()._replace(dtype=subject.calib_dtype) if task.pruner.statistic else None
     return walk.walk(subject.weights, plan, task.pruner, inputs, values, propagate, journal)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from lib import __version__
 from lib.core import cpu
 from lib.core.digests import digest, file_state
-from lib.core.files import write_files
+from lib.core.files import write_atomically
 from lib.core.lazy import torch
 from lib.pruning.walk import LayerReport
 
@@ -27,18 +27,15 @@ log = logging.getLogger(__name__)
 # Flags that may name a file or folder, which may change between two runs with equal flags.
 INPUTS = ("model", "resume", "calib_data", "eval_data", "plan", "include_path")
 _OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt")  # what is read from its folder
-
-PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
+_PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
 
 
 class Record:
     """The record of a run, rewritten whenever it grows.
 
     Attributes:
-        content: the content of ``run_<run>.json``; ``complete`` is False until the end. Once it holds the flags,
-            ``inputs`` identifies the files that they name, as of the end of the stage: those read in it.
-        stages: seconds, CPU seconds of all threads, and peak memory of each stage, {stage: {"seconds", "cpu_seconds",
-            "peak_rss_mb", "peak_cuda_mb"}}; on a shared machine, only the CPU seconds are comparable.
+        content: of ``run_<run>.json``; ``inputs`` identifies the files that the flags name, as they were read.
+        stages: the entry of the content that says what each stage cost.
         rows: the per-layer table, ``layers_<run>.tsv``.
         files: other files to write, {name: text}.
         written: whether ``write`` has succeeded.
@@ -49,7 +46,7 @@ class Record:
         self.stages: dict[str, dict] = {}
         self.rows: list[LayerReport] = []
         self.files: dict[str, str] = {}
-        self.content: dict = {"complete": False}
+        self.content: dict = {"complete": False, "stages": self.stages}
         self.written = False
 
     @contextmanager
@@ -63,28 +60,24 @@ class Record:
         yield
         for device in cuda_in_use():
             torch.cuda.synchronize(device)
-        seconds = {
-            "seconds": round(time.perf_counter() - start, 3), "cpu_seconds": round(time.process_time() - busy, 3)
-        }  # fmt: skip
-        row = seconds | {"peak_rss_mb": _peak_rss_mb()}
+        self.stages[name] = {
+            "seconds": round(time.perf_counter() - start, 3),
+            "cpu_seconds": round(time.process_time() - busy, 3),
+            "peak_rss_mb": _peak_rss_mb(),
+        }
         peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
-        self.stages[name] = row | ({"peak_cuda_mb": peaks} if peaks else {})
-        if "flags" in self.content and "inputs" not in self.content:
+        if peaks:
+            self.stages[name]["peak_cuda_mb"] = peaks
+        if "flags" in self.content and "inputs" not in self.content:  # at the end of the stage that has read them
             self.content["inputs"] = inputs_of(self.content["flags"])
 
     def write(self, complete: bool = False) -> None:
         """Write all files, the run file last, since it states whether the run is complete."""
         self.content["complete"] = complete
-        files = dict(self.files)
-        if self.rows:
-            files[f"layers_{self.run}.tsv"] = layers_text(self.rows)
-        files[f"run_{self.run}.json"] = run_text(self.whole())
-        write_files(self.folder, files)
+        layers = {f"layers_{self.run}.tsv": layers_text(self.rows)} if self.rows else {}
+        for name, content in {**self.files, **layers, f"run_{self.run}.json": run_text(self.content)}.items():
+            write_atomically(self.folder / name, content)
         self.written = True
-
-    def whole(self) -> dict:
-        """Return the content with the stages so far."""
-        return self.content | {"stages": self.stages}
 
     def explain_failure(self, resume: Callable[[], str]) -> AbstractContextManager[None]:
         """If the body of the with statement fails, report what is on disk and how to ``resume``."""
@@ -103,20 +96,16 @@ def explain_failure(explanation: Callable[[], str]) -> Iterator[None]:
 
 
 def cuda_in_use() -> list[int]:
-    """Return the CUDA devices on which this process holds memory.
-
-    Any other would get a context of half a gigabyte, and statistics are unavailable before CUDA is initialised.
-    """
+    """Return the CUDA devices on which this process holds memory: to ask any other costs it half a gigabyte."""
     if "torch" not in sys.modules or not torch.cuda.is_initialized():
         return []
     return [device for device in range(cpu.gpus()) if torch.cuda.memory_reserved(device)]
 
 
 def _peak_rss_mb() -> int:
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(OSError):
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # which cannot be reset
     return peak // (2**20 if sys.platform == "darwin" else 1024)
 
 
@@ -130,9 +119,9 @@ def layers_text(rows: Sequence[LayerReport]) -> str:
     lines = ["name\tshape\tmetric\tplanned_ratio\tsparsity\ttype"]
     for row in rows:
         metric = "" if row.metric is None else f"{row.metric:.6f}"
-        shape = "x".join(map(str, row.shape))
         kind = "unstructured" if row.nm is None else "{}:{}".format(*row.nm)
-        lines.append(f"{row.name}\t{shape}\t{metric}\t{row.ratio:.6f}\t{row.sparsity:.6f}\t{kind}")
+        figures = ("x".join(map(str, row.shape)), metric, f"{row.ratio:.6f}", f"{row.sparsity:.6f}")
+        lines.append("\t".join((row.name, *figures, kind)))
     return "\n".join(lines) + "\n"
 
 
@@ -142,10 +131,7 @@ def run_text(record: Mapping) -> str:
 
 
 def _json(value):
-    """Return ``value`` with ``inf``, ``-inf`` or ``nan`` as text for numbers that JSON cannot represent.
-
-    Null would say that nothing was measured.
-    """
+    """Return ``value`` with the words inf, -inf and nan for what JSON has no number for; null means "not measured"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     if isinstance(value, Mapping):
@@ -160,15 +146,9 @@ def read_run(folder: Path, run: str) -> dict | None:
     return None
 
 
-def parsed(text: str) -> dict:
-    """Return the record in the ``text`` of a run file, its perplexity a number, or None if it was not measured.
-
-    Raises:
-        ValueError: the text is not JSON, or not a run's.
-    """
-    record = json.loads(text)
-    if not isinstance(record, dict):
-        raise ValueError("it does not hold a run's record")
+def parsed(content: str) -> dict:
+    """Return the record in the content of a run file, its perplexity a number; a ValueError if it is not JSON."""
+    record = json.loads(content)
     if isinstance(record.get("perplexity"), str):  # not finite, which JSON has no number for
         record["perplexity"] = float(record["perplexity"])
     return record
@@ -190,21 +170,14 @@ def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
     states = {}
     for name in filter(flags.get, INPUTS):
         path = Path(str(flags[name])).expanduser()
-        paths = [path]
+        paths = [path, *path.rglob("*")] if name == "include_path" else [path]
         if name == "model" and path.is_dir():
             paths = [file for file in path.iterdir() if file.suffix in _OF_A_MODEL]
-        elif name == "include_path" and path.is_dir():
-            paths = path.rglob("*")
         with suppress(OSError):  # whoever reads it reports it
             lines = [f"{file.relative_to(path)} {file_state(file)}" for file in sorted(paths) if file.is_file()]
             if lines:
                 states[name] = digest(lines)
     return states
-
-
-def changed_inputs(record: dict, inputs: Mapping[str, str]) -> list[str]:
-    """Return the flags whose files are not those that ``record``'s run read; ``inputs_of`` tells what they are now."""
-    return [name for name in INPUTS if record.get("inputs", {}).get(name) != inputs.get(name)]
 
 
 def provenance() -> dict:
@@ -221,15 +194,14 @@ def provenance() -> dict:
 @cache
 def _versions() -> dict[str, str]:
     versions = {"alphapruning": __version__, "python": sys.version.split()[0]}
-    for name in PACKAGES:
+    for name in _PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
 
 
 def _git_commit() -> str | None:
-    here = Path(__file__).parent
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return None

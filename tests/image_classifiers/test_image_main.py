@@ -248,11 +248,10 @@ def fails_after(count: int, error: BaseException):
     ("error", "status", "said"),
     [
         (UserError(None, "x.png: cannot be read"), 2, "error: x.png: cannot be read"),
-        (KeyboardInterrupt(), 130, "interrupted"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of GPU memory (CUDA out of memory); lower --batch_size"),
         (RuntimeError("a bug"), None, ""),
     ],
-    ids=["user", "ctrl-c", "memory", "bug"],
+    ids=["user", "memory", "bug"],
 )
 def test_a_failed_evaluation_leaves_the_model_and_the_figures(
     error, status, said, pruning_run, tmp_path, capsys, caplog, monkeypatch
@@ -282,8 +281,8 @@ def test_a_failed_evaluation_leaves_the_model_and_the_figures(
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    fast([(UserError(None, "the disk is full"), 2), (KeyboardInterrupt(), 130), (RuntimeError("a bug"), None)], 2),
-    ids=["user", "ctrl-c", "bug"],
+    [(UserError(None, "the disk is full"), 2), (KeyboardInterrupt(), 130)],
+    ids=["user", "ctrl-c"],
 )
 def test_a_failed_save_leaves_the_figures(error, status, pruning_run, capsys, caplog, monkeypatch):
     flags, (table, run, line), folder = pruning_run
@@ -292,12 +291,8 @@ def test_a_failed_save_leaves_the_figures(error, status, pruning_run, capsys, ca
         raise error
 
     monkeypatch.setattr(models, "save_classifier", fail)
-    if status is None:
-        with pytest.raises(RuntimeError, match="a bug"):
-            call(capsys, *flags)
-    else:
-        found, printed = call(capsys, *flags)
-        assert found == status and "Traceback" not in printed
+    found, printed = call(capsys, *flags)
+    assert found == status and "Traceback" not in printed
     record = json.loads(run.read_text())
     assert record["complete"] is False and record["saved_model"] is None and not folder.exists()
     assert len(table.read_text().splitlines()) == 13 and abs(record["sparsity"] - 0.5) < 0.01
@@ -315,7 +310,7 @@ def test_figures_that_cannot_be_written_are_not_promised(pruning_run, capsys, ca
     def fail(*args):
         raise UserError(None, "the disk is full")
 
-    monkeypatch.setattr("lib.run.record.write_files", fail)
+    monkeypatch.setattr("lib.run.record.write_atomically", fail)
     status, said = call(capsys, *flags)
     assert status == 2 and said.rstrip().endswith("error: the disk is full") and not run.exists()
     assert "no figures were written; the pruned model is saved" in caplog.text and str(folder) in caplog.text
