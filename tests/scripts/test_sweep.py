@@ -217,8 +217,8 @@ def test_sweep_is_what_separate_runs_are(small, tmp_path, capsys, monkeypatch):
     assert sweep.main(command) == 0
     out = capsys.readouterr().out
     assert len(loads) == 1 and out.count("/9]") == 9
-    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("run_*.json"))
-    assert len(found) == 9 and "epsilon_0.1/run_wanda_ww_sparsity_0.5.json" in found
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("run_*.json"))
+    assert len(names) == 9 and "epsilon_0.1/run_wanda_ww_sparsity_0.5.json" in names
     png = (tmp_path / "sweep.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 5000
     # The last of each method, after everything else had pruned the same model, against a process of its own in spirit.
