@@ -12,18 +12,15 @@ from test_price_model import HELD, WINDOWS, prices_of
 
 import main
 from lib.allocation import price
-from lib.allocation.price import EFFORTS, MAX_RATIO, MIN_RATIO, Options, next_logits, search, within_budget
+from lib.allocation.price import EFFORTS, MAX_RATIO, MIN_RATIO, SearchOptions, next_logits, search, within_budget
 from lib.core.errors import UserError
 from lib.models.layers import Layer
 from lib.models.weights import weights_of
 
 
-def searched(weights, windows, target: float, start=None, options: Options = Options(), **how):  # noqa: B008
+def searched(weights, windows, target: float, start=None, options: SearchOptions = SearchOptions(), **how):  # noqa: B008
     model = prices_of(weights, windows, options.effort, **how)
     return search(model, weights.layers, target, start, options)
-
-
-# ----------------------------------------------------------------------------------------------------------- the budget
 
 
 def test_only_magnitude_is_searched_with_masks_by_magnitude():
@@ -64,9 +61,6 @@ def test_equal_prices_move_nothing_and_scale_does_not_matter(scale):
     assert moved == pytest.approx(next_logits(ratios, [1, 2, 3], sizes, 0.6, 0.25)[0], abs=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------- the search
-
-
 class Bowl:
     """A price model whose KL is the sum of cost * size * ratio^2: at the optimum, all cost * ratio are equal."""
 
@@ -89,7 +83,7 @@ class Bowl:
 @pytest.mark.parametrize("refresh", [0, 5])
 def test_prices_are_equal_at_the_end(refresh):
     bowl = Bowl([1.0, 1.3, 1.6, 2.0])
-    found = search(bowl, bowl.layers, 0.5, None, Options(200, refresh))
+    found = search(bowl, bowl.layers, 0.5, None, SearchOptions(200, refresh))
     ratios = [found.ratios[layer.name] for layer in bowl.layers]
     expected = [1 / cost for cost in bowl.costs.values()]
     scale = 0.5 * 100 / sum(layer.size * x for layer, x in zip(bowl.layers, expected, strict=True))
@@ -105,7 +99,7 @@ def test_the_best_of_start_end_and_uniform_is_kept(kept, monkeypatch):
     kls = {name: float(name != kept) for name in plans}
     monkeypatch.setattr(bowl, "kl", lambda ratios: next(kls[name] for name in plans if plans[name] == ratios))
     monkeypatch.setattr(price, "_descend", lambda *_: (plans["end"], [price.Step(0.5, 1.0, kls["end"])]))
-    found = search(bowl, bowl.layers, 0.5, plans["start"], Options(1))
+    found = search(bowl, bowl.layers, 0.5, plans["start"], SearchOptions(1))
     assert (found.kept, found.held, found.ratios) == (kept, kls, plans[kept])
 
 
@@ -135,7 +129,7 @@ def trained() -> tuple:
 
 def test_a_search_improves_on_uniform_and_says_what_it_kept():
     weights, fit, held = trained()
-    found = searched(weights, (fit, held), 0.5, None, Options(12))
+    found = searched(weights, (fit, held), 0.5, None, SearchOptions(12))
     uniform, model = dict.fromkeys(found.ratios, 0.5), prices_of(weights, (fit, held))
     assert found.held == {"uniform": model.kl(uniform), "end": model.kl(found.ratios)}
     assert found.kept == "end" and found.held["end"] < 0.9 * found.held["uniform"]
@@ -152,7 +146,7 @@ def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were(refresh, st
     parameters = dict(weights.model.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}
     first = start and {x.name: (start if x.block else 0.1) for x in weights.layers}
-    found = [searched(weights, (WINDOWS, HELD), 0.6, first, Options(3, refresh)) for _ in range(2)]
+    found = [searched(weights, (WINDOWS, HELD), 0.6, first, SearchOptions(3, refresh)) for _ in range(2)]
     assert found[0] == found[1]  # every bit of it
     total = sum(layer.size for layer in weights.layers)
     if found[0].kept not in ("start", "uniform"):
@@ -165,7 +159,7 @@ def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were(refresh, st
 
 
 @pytest.mark.parametrize("started", [False, True])
-@pytest.mark.parametrize("options", [Options(4), Options(5, 3), Options(9, effort=EFFORTS["quick"])])
+@pytest.mark.parametrize("options", [SearchOptions(4), SearchOptions(5, 3), SearchOptions(9, effort=EFFORTS["quick"])])
 def test_passes_are_those_that_a_search_makes(options, started):
     weights = weights_of(tiny_llama())
     draw = torch.Generator().manual_seed(0)
@@ -183,9 +177,6 @@ def test_passes_are_those_that_a_search_makes(options, started):
 def test_quick_windows_are_half_as_long():
     lengths = {name: [effort.length(n) for n in (2, 3, 512)] for name, effort in EFFORTS.items()}
     assert lengths == {"full": [2, 3, 512], "quick": [1, 2, 256]}
-
-
-# --------------------------------------------------------------------------------------------------- the command itself
 
 
 @pytest.fixture

@@ -49,9 +49,6 @@ def some_ratios(weights, seed: int = 3) -> dict[str, float]:
     return {layer.name: draw.uniform(0.2, 0.8) for layer in weights.layers}
 
 
-# --------------------------------------------------------------------------------------------------- slow and by itself
-
-
 class PriceOracle:
     """Ranks by a plain sort, and prices by differences of a KL that a subclass defines.
 
@@ -188,9 +185,6 @@ def test_half_precision_neither_underflows_nor_overflows():
     assert math.dist(list(wanted.values()), [found[name] for name in wanted]) < 0.02 * size
 
 
-# ---------------------------------------------------------------------------------------------------------------- ranks
-
-
 def test_ranks_by_pencil():
     score = torch.tensor([[3.0, 1.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     assert row_ranks(score).tolist() == [[3, 0, 2, 1], [0, 1, 2, 3]]
@@ -243,9 +237,6 @@ def test_ranks_on_the_pruned_path_are_those_of_the_pruning_walk():
     assert all(weights.map(lambda name, weight: torch.equal(weight, expected[name])).values())
 
 
-# --------------------------------------------------------------------------------------------- the walk over the blocks
-
-
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_prices_are_the_same_to_the_bit_whether_activations_are_kept_or_not(dtype):
     weights = weights_of(tiny_llama())
@@ -294,9 +285,6 @@ def test_one_gradient_of_a_matrix_is_alive_at_a_time(monkeypatch):
     monkeypatch.setattr(price_model, "band_price", counted)
     model.prices(some_ratios(weights), [0, 1, 2])
     assert alive == [1] * len(weights.layers) and not any(leaf.grad is not None for leaf in leaves)
-
-
-# --------------------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("effort", EFFORTS.values())

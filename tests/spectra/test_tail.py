@@ -61,9 +61,6 @@ def test_fit_of_real_matrices_chooses_as_the_loop_does(place, golden):
     check_against_oracle(torch.tensor(spectra[spectra.files[place]]))
 
 
-# ------------------------------------------------------------------------------------------- the published figures
-
-
 def test_published_alphas_from_published_spectra(golden):
     spectra, alphas = golden("spectra.npz"), golden("alphas.json")
     for i, name in enumerate(alphas["names"]):
@@ -84,9 +81,6 @@ def test_published_alphas_from_the_weights(matrices, golden, smollm2_weights):
         if alpha_peak(spec) != pytest.approx(alphas["alpha_peak"][i], rel=1e-5):
             jumped.append(name)
     assert len(jumped) <= 2, jumped  # two equally full bins, and the SVD's rounding decides between them
-
-
-# -------------------------------------------------------------------------------------- what can be known beforehand
 
 
 def test_pencil():
@@ -207,9 +201,6 @@ def test_weight_that_is_not_finite_is_refused(value):
         spectrum(weight)
 
 
-# ---------------------------------------------------------------------------------------- every metric that is listed
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_metric_is_a_number_and_the_same_twice(metric):
     value = METRICS[metric](spectrum(student()))
@@ -241,8 +232,6 @@ def test_spectrum_of_weights_on_cuda():
     assert torch.equal(spectrum(weight.cuda()).eigs, spectrum(weight).eigs), "LAPACK's, wherever the weight is"
     torch.testing.assert_close(spectrum(weight.cuda(), "fast").eigs, spectrum(weight, "fast").eigs, rtol=1e-6, atol=0)
 
-
-# ------------------------------------------------------------------------------- weightwatcher's metrics as the oracle
 
 WATCHED = [metric for metric in METRICS if metric not in ("alpha_peak", "alpha_mid")]
 
@@ -282,9 +271,6 @@ def test_norms_of_nothing_are_refused(metric):
         METRICS[metric](spec_of([0.0, 0.0, 0.0]))
 
 
-# ---------------------------------------------------------------------------------------------------- the fast driver
-
-
 @pytest.mark.parametrize("shape", [(40, 40), (30, 90), (90, 30)])
 @pytest.mark.parametrize("condition", [1e1, 1e3, 1e4])
 def test_fast_driver_is_closer_to_the_truth(shape, condition):
@@ -322,9 +308,6 @@ def test_drivers_agree_on_real_matrices(smollm2_weights):
         # float32 singular values are off by their eps of the largest: the smallest of them show it.
         assert torch.allclose(exact.eigs.sqrt(), fast.eigs.sqrt(), rtol=0, atol=1e-5 * exact.eigs[-1].sqrt().item())
         assert alpha_mid(fast) == pytest.approx(alpha_mid(exact), rel=1e-4)
-
-
-# -------------------------------------------------------------------------------------------------------------- FARMS
 
 
 def test_farms_windows_by_pencil():
