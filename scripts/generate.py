@@ -134,7 +134,7 @@ def compare(settings: Generation) -> None:
                 try:
                     run = pool.submit(_run).result()
                 except BrokenProcessPool as error:
-                    raise UserError(None, name, "could not be run, see above") from error
+                    raise UserError(None, name, "could not be run", "see above") from error
                 if turn:
                     runs_of_model.append(run)
     ours, dense = ({key: statistics.median(run[key] for run in ones) for key in ones[0]} for ones in runs)
@@ -158,9 +158,7 @@ def check_model(model: str, settings: Generation) -> None:
     check_vocabulary(model, skeleton, ids)
     if context is not None and count + settings.tokens > context:
         problem = f"the prompt has {count} tokens and {model} a context of {context}"
-        if count + 2 > context:
-            raise UserError(None, None, problem, "give a shorter one")
-        raise UserError("tokens", settings.tokens, problem, f"give at most {context - count}")
+        raise UserError("tokens", settings.tokens, problem, "give fewer, or a shorter prompt")
 
 
 def run(settings: Generation) -> None:

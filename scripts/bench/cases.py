@@ -195,17 +195,13 @@ def prices(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     ranks = searched.masks.ranks
     ratios = dict.fromkeys(ranks, RATIO)
 
-    def ours() -> dict[str, float]:
-        return searched.prices(ratios, range(len(windows)))[1]
-
-    def slow() -> dict[str, float]:
-        return plain.prices(model, windows, ranks, ratios, effort.token_stride, price_model.BAND)
-
-    def numbers(by_layer: dict[str, float]) -> torch.Tensor:
-        return torch.tensor([by_layer[layer] for layer in ranks])
-
-    name = f"prices, {sizes.blocks} blocks, {len(windows)} x {sizes.tokens} tokens"
-    yield Case(name, ours, slow, same_numbers, read=numbers)
+    yield Case(
+        f"prices, {sizes.blocks} blocks, {len(windows)} x {sizes.tokens} tokens",
+        lambda: searched.prices(ratios, range(len(windows)))[1],
+        partial(plain.prices, model, windows, ranks, ratios, effort.token_stride, price_model.BAND),
+        same_numbers,
+        read=lambda by_layer: torch.tensor([by_layer[layer] for layer in ranks]),
+    )
 
 
 def walks(sizes: Sizes, device: torch.device) -> Iterator[Case]:
