@@ -204,7 +204,6 @@ def run(settings: Scale) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status."""
     return command(Scale, run, argv, PARSER)
 
 
