@@ -300,7 +300,7 @@ def block_inputs(
                 weights.model(images.to(device))
     finally:
         handle.remove()
-    return BlockInputs(hidden, [((), {})] * len(weights.modules), samples=None)
+    return BlockInputs(hidden, [((), {})] * len(weights.modules), None, set())
 
 
 # ----------------------------------------------------------------------------------------------------- weights

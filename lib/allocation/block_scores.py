@@ -7,7 +7,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from lib.calibration.hidden import BlockInputs, passes
+from lib.calibration.hidden import BlockInputs
 from lib.calibration.statistics import input_statistics
 from lib.core.lazy import torch
 from lib.models.weights import Weights, check_finite
@@ -86,8 +86,7 @@ def score_blocks(
     for block in tqdm(weights.visit(), "dense statistics", len(weights.modules), unit="block", disable=None):
         for name, linear in block.linears.items():
             check_finite(name, linear.weight)
-        steps = passes(block, inputs, keep=True)
-        statistics = input_statistics(block.linears, "squared_norms", inputs.samples, steps)
+        statistics = input_statistics(block, inputs, "squared_norms", keep=True)
         with torch.no_grad():
             norms = {name: squares.sqrt() for names, squares in statistics for name in names}
             scores = [block.linears[name].weight.flatten(1).abs() * norm for name, norm in norms.items()]

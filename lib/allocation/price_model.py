@@ -15,8 +15,6 @@ from lib.calibration.hidden import (
     advance,
     after_blocks,
     enter_blocks,
-    hidden_of,
-    passes,
     run_block,
 )
 from lib.calibration.statistics import input_statistics
@@ -156,8 +154,7 @@ class Masks:
             for name, linear in block.linears.items():
                 check_finite(name, linear.weight)
             with autocast(block.device, self.dtype):
-                steps = passes(block, inputs, keep=ratios is None)
-                for names, norms in input_statistics(block.linears, "squared_norms", inputs.samples, steps):
+                for names, norms in input_statistics(block, inputs, "squared_norms", keep=ratios is None):
                     for name in names:
                         score = block.linears[name].weight.detach().flatten(1).abs()
                         score = score if self.by_magnitude else score * norms.sqrt()
@@ -284,8 +281,7 @@ class BlockWalk(NamedTuple):
 
         arguments = send_to_device(self.inputs.arguments[block.index], block.device)
         with autocast(block.device, self.dtype):
-            outputs = [run_block(block.module, states, arguments) for states in hidden]
-        return [hidden_of(output, block.index, self.inputs.tuples) for output in outputs]
+            return [run_block(block, states, arguments, self.inputs.tuples) for states in hidden]
 
 
 # ---------------------------------------------------------------------------------------------------- language models

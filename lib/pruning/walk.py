@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from lib.calibration.hidden import BlockInputs, advance, passes
+from lib.calibration.hidden import BlockInputs, advance, pass_samples
 from lib.calibration.statistics import input_statistics
 from lib.core import processes
 from lib.core.errors import UserError, flag_name
@@ -99,7 +98,7 @@ def walk(
             keep = dense and bool(block.linears)  # its dense outputs replace its inputs
             if done:
                 if dense and block.linears:
-                    deque(passes(block, inputs, keep=True), 0)  # while it is dense, as in a run without a stop
+                    pass_samples(block, inputs, keep=True)  # while it is dense, as in a run without a stop
                 weights.load_block(block.index, journal.path(block.index))
                 rows = journal.rows(block.index)
             else:
@@ -167,8 +166,7 @@ def _prepared(
         if block.linears:
             yield list(block.linears), None, processes.rank()
         return
-    steps = passes(block, inputs, keep) if block.linears else ()
-    statistics = input_statistics(block.linears, pruner.statistic, inputs.samples, steps, stop=not keep)
+    statistics = input_statistics(block, inputs, pruner.statistic, keep)
     owners = processes.owners([_cost(block, names, value) for names, value in statistics])
     for owner in owners:
         names, value = statistics.pop(0)  # each Hessian is freed before the next one is factorised

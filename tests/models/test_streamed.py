@@ -182,8 +182,8 @@ def test_a_busy_gpu_sends_hidden_states_to_pinned_memory(monkeypatch):
         def element_size(self) -> int:
             return 2
 
-    hidden._room_for((10, 5, 5), OnGpu(), "auto")
-    hidden._room_for((5, 5, 5), OnGpu(), "auto")
+    hidden._allocate_hidden_states((10, 5, 5), OnGpu(), "auto")
+    hidden._allocate_hidden_states((5, 5, 5), OnGpu(), "auto")
     assert [options.get("device", "cpu") for options in asked] == ["cpu", "cuda:0"] and asked[0]["pin_memory"] is True
 
 
