@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from lib.core import digests
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import safetensors_io
-from lib.models.layers import Layer, find_blocks, linear_modules, prunable_layers
+from lib.models.layers import Layer, find_blocks, prunable_layers
 
 
 class Block(NamedTuple):
@@ -49,13 +50,14 @@ class Weights:
         model: torch.nn.Module,
         modules: Sequence[torch.nn.Module],
         layers: Sequence[Layer],
-        linears: Sequence[Mapping[str, torch.nn.Module]],
         save_dtype: torch.dtype | None = None,
-        prefix: str = "",
     ) -> None:
         self.model, self.modules, self.layers, self.save_dtype = model, modules, tuple(layers), save_dtype
-        self.prefix = prefix  # of the blocks' names
-        self._linears = linears
+        names = {module: name for name, module in model.named_modules()}
+        self._block_names = [names[module] for module in modules]
+        self._linears: dict[int, dict[str, torch.nn.Module]] = defaultdict(dict)
+        for layer in self.layers:
+            self._linears[layer.block][layer.name] = model.get_submodule(layer.name)
 
     @property
     def in_memory(self) -> bool:
@@ -64,9 +66,10 @@ class Weights:
 
     def visit(self, write: bool = False, backwards: bool = False) -> Iterator[Block]:
         """Lend the blocks one by one, in order; with ``write``, changes to their weights are kept."""
-        for index in reversed(range(len(self.modules))) if backwards else range(len(self.modules)):
+        indices = range(len(self.modules))
+        for index in reversed(indices) if backwards else indices:
             with self._lent(index, write) as device:
-                yield Block(index, self.modules[index], dict(self._linears[index]), device)
+                yield Block(index, self.modules[index], self._linears[index], device)
 
     @contextmanager
     def _lent(self, index: int, write: bool) -> Iterator[torch.device]:
@@ -76,12 +79,11 @@ class Weights:
 
     def block_names(self, index: int) -> list[str]:
         """Return the full names of a block's parameters."""
-        return [f"{self.prefix}.{index}.{name}" for name, _ in self.modules[index].named_parameters()]
+        return [f"{self._block_names[index]}.{name}" for name, _ in self.modules[index].named_parameters()]
 
     def tensors(self, index: int) -> dict[str, torch.Tensor]:
         """Return the parameters of a lent block by their full names."""
-        values = (parameter.data for _, parameter in self.modules[index].named_parameters())
-        return dict(zip(self.block_names(index), values, strict=True))
+        return {name: self.model.get_parameter(name).data for name in self.block_names(index)}
 
     def load_block(self, index: int, path: Path) -> None:
         """Replace the parameters of a lent block by those in the safetensors file ``path``."""
@@ -93,12 +95,15 @@ class Weights:
     def set_block_file(self, index: int, path: Path) -> None:
         """Record that a block, as currently lent, is stored in the file ``path``."""
 
+    def use_scratch(self, folder: Path) -> None:
+        """Store changed blocks that no journal records (those of a search's trials) inside ``folder``, if on disk."""
+
     def rebase_files(self, old: Path, new: Path) -> None:
         """Record that the blocks' files have moved from the folder ``old`` to ``new``."""
 
     def outer_names(self) -> list[str]:
         """Return the names of the parameters around the blocks: embedding, final norm and head."""
-        inside = {name for i in range(len(self.modules)) for name in self.block_names(i)}
+        inside = {name for index in range(len(self.modules)) for name in self.block_names(index)}
         return [name for name, _ in self.model.named_parameters() if name not in inside]
 
     @contextmanager
@@ -116,11 +121,11 @@ class Weights:
 
     def map(self, function: Callable[[str, torch.Tensor], object]) -> dict:
         """Return ``function(name, weight)`` of every layer by name."""
-        results = {}
-        for block in self.visit():
-            for name, linear in block.linears.items():
-                results[name] = function(name, linear.weight.detach())
-        return results
+        return {
+            name: function(name, linear.weight.detach())
+            for block in self.visit()
+            for name, linear in block.linears.items()
+        }
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of each layer by name."""
@@ -128,12 +133,8 @@ class Weights:
 
     def zeros(self) -> dict[str, int]:
         """Return the number of zeros of each layer by name."""
-        counts = {}
-        for block in self.visit():
-            zeros = [(linear.weight == 0).sum() for linear in block.linears.values()]
-            # Stacked, they come from a GPU in one transfer.
-            counts |= dict(zip(block.linears, torch.stack(zeros).tolist() if zeros else [], strict=True))
-        return counts
+        counts = self.map(lambda _, weight: (weight == 0).sum())
+        return {name: int(count) for name, count in counts.items()}
 
     def sparsity(self) -> float:
         """Return the measured fraction of zeros over all layers."""
@@ -156,7 +157,7 @@ class Packed(Weights):
     in_memory = True
 
     def __init__(self, model: torch.nn.Module, layers: Sequence[Layer]) -> None:
-        super().__init__(model, [], layers, [])
+        super().__init__(model, [], layers)
 
     def zeros(self) -> dict[str, int]:
         counts = {}
@@ -176,15 +177,7 @@ def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) ->
     for parameter in model.parameters() if save_dtype is not None else ():
         if not parameter.is_meta and parameter.is_floating_point():
             parameter.data.copy_(parameter.data.to(save_dtype))
-    prefix, modules = find_blocks(model)
-    return Weights(model, modules, prunable_layers(model), linears_by_block(prefix, modules), save_dtype, prefix)
-
-
-def linears_by_block(prefix: str, modules: Sequence[torch.nn.Module]) -> list[dict[str, torch.nn.Module]]:
-    return [
-        {f"{prefix}.{i}.{name}": linear for name, linear in linear_modules(module).items()}
-        for i, module in enumerate(modules)
-    ]
+    return Weights(model, find_blocks(model)[1], prunable_layers(model), save_dtype)
 
 
 def is_finite(values: torch.Tensor) -> bool:

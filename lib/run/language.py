@@ -73,7 +73,7 @@ class LanguageModel:
         if task.is_calibrated:
             checks.check_calibration(settings.hidden_states, settings.nsamples)
         if settings.save_model:
-            size = memory.saved_bytes(self.skeleton, source, self.dtypes.stored)
+            size = memory.saved_bytes(self.skeleton, source.path, self.dtypes.stored)
             unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
             checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
 
@@ -189,9 +189,7 @@ class LanguageModel:
             self.weights = Packed(sparse.load_packed(source.path), self.layers)
         elif self.streamed:
             log.info("streaming %s block by block", self.streamed)
-            model = load.empty_llm(source, self.streamed, dtypes.compute)
-            device = processes.device() or memory.freest()  # which the blocks visit
-            self.weights = Streamed(model, Checkpoint(self.streamed), device, dtypes.stored)
+            self.weights = Streamed(self.streamed, dtypes, processes.device() or memory.freest())
         else:
             log.info("loading %s", source.path)
             model = load.load_llm(source, dtypes.compute, processes.device(), reserve=self.reserve)

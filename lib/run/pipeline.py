@@ -17,7 +17,6 @@ from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models.layers import Layer
-from lib.models.streamed import Streamed
 from lib.models.weights import Weights
 from lib.pruning import plan as plans
 from lib.pruning import walk
@@ -170,8 +169,7 @@ def allocate(
     tried = {}
     if journal is not None:
         tried = _Tried(journal, _search_key(subject, task))
-        if isinstance(subject.weights, Streamed):
-            subject.weights.scratch(journal.scratch)
+        subject.weights.use_scratch(journal.scratch)
     largest = formulas.largest_epsilon(layers, task.target, values, task.hyper["mapping_type"])
     plan_of = partial(make_plan, task, layers, values)
     grid = epsilon.epsilon_grid(largest)
