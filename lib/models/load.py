@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
 from lib.models.layers import SUPPORTED, architecture, check_support
 from lib.models.memory import free_memory
+from lib.models.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,6 @@ class Source(NamedTuple):
     path: str
     name: str
     cache_dir: str
-
-
-# ------------------------------------------------------------------------------------------- without weights
 
 
 def load_skeleton(source: Source) -> transformers.PreTrainedModel:
@@ -122,9 +119,6 @@ def choose_dtypes(dtype: str, skeleton: transformers.PreTrainedModel) -> Dtypes:
     else:
         compute, stored = torch.float32, checkpoint
     return Dtypes(compute, stored)
-
-
-# --------------------------------------------------------------------------------------------------- loading
 
 
 def load_llm(
@@ -230,19 +224,8 @@ def untie(model: transformers.PreTrainedModel) -> None:
             config.tie_word_embeddings = False
 
 
-# ---------------------------------------------------------------------------------------------------- saving
-
-
-def save_llm(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    target: Path,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer) under a temporary name and rename it to ``target``.
-
-    Args:
-        dtype: in which the weights are written, None for the model's own.
+def save_llm(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, target: Path, dtype=None) -> None:
+    """Write a Hugging Face folder (safetensors, tokenizer), with weights in ``dtype``, None for the model's own.
 
     Raises:
         UserError: the disk is full or the path is not writable.
@@ -257,20 +240,13 @@ def save_llm(
 
 
 def complete_folder(
-    folder: Path,
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    edges: Iterable[tuple[str, torch.Tensor]],
-    dtype: torch.dtype,
+    folder: Path, weights: Weights, tokenizer: transformers.PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> None:
-    """Complete a folder with one shard per block as a Hugging Face folder.
-
-    Args:
-        edges: names and parameters around the blocks; each gets a file, so that only one at a time is in memory.
-        dtype: in which they are written, as the blocks were.
-    """
+    """Complete a folder with one shard per block, in ``dtype``, as a Hugging Face folder."""
+    model = weights.model
     with writing(folder):
-        for index, (name, tensor) in enumerate(edges):
+        # Each parameter around the blocks gets a file, so that only one at a time is in memory.
+        for index, (name, tensor) in enumerate(weights.outer_tensors()):
             safetensors_io.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
         safetensors_io.write_index(folder)
         model.config.architectures = [type(model).__name__]

@@ -52,10 +52,10 @@ def working_set(
 ) -> int:
     """Return the bytes that a GPU needs besides the weights that it holds: an upper bound, from shapes alone.
 
-    They are the largest block (one stored on the CPU is lent to the GPU), its layers' statistics, ``copies`` float32
-    matrices of the largest weight's size, as the pruner holds (``Pruner.copies``), the hidden states of ``windows``
-    windows of ``seqlen`` tokens, and the activations and logits of one window. With ``hessians`` the statistics are a
-    float32 Hessian for each layer, and two more of the largest to factorise it.
+    They are the largest block (one stored on the CPU is lent to the GPU), embedding and head, ``copies`` float32
+    matrices of the largest weight's size (``Pruner.copies``), the hidden states of ``windows`` windows of ``seqlen``
+    tokens, and the activations and logits of one. With ``hessians`` there is a float32 Hessian for each layer of a
+    block, and two more of the largest to factorise it.
     """
     vocabulary, width = skeleton.get_input_embeddings().weight.shape
     weights = statistics = activations = 0
@@ -67,9 +67,9 @@ def working_set(
         statistics = max(statistics, scores + (sum(squares) + 2 * max(squares) if hessians else 0))
         activations = max(activations, sum(out for out, _ in shapes) + 4 * width)
     half = dtype.itemsize
-    weights += 2 * vocabulary * width  # embedding and head, where they are lent too
-    passing = half * seqlen * (windows * width + activations + vocabulary)
-    return half * weights + 4 * statistics + passing + _OVERHEAD
+    weights += 2 * vocabulary * width
+    passing = seqlen * (windows * width + activations + vocabulary)
+    return half * (weights + passing) + 4 * statistics + _OVERHEAD
 
 
 def _weight_bytes(skeleton: torch.nn.Module, dtype: torch.dtype) -> int:
@@ -88,9 +88,6 @@ def saved_bytes(skeleton: torch.nn.Module, path: str, dtype: torch.dtype) -> int
     kinds = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
     files = [file for file in Path(path).iterdir() if file.is_file() and file.suffix not in kinds]
     return _weight_bytes(skeleton, dtype) + sum(file.stat().st_size for file in files)
-
-
-# ------------------------------------------------------------------------------------------------- a search for prices
 
 
 class PriceBytes(NamedTuple):
@@ -116,13 +113,9 @@ def price_working_set(
 ) -> int:
     """Return the bytes that a search for prices needs beside the weights and ranks: an upper bound, from shapes alone.
 
-    They are a block's pruned copies and its activations for the windows of a step, one matrix's sort, what enters each
-    block, the hidden states of all windows, and the logits of some tokens with their gradients.
-
-    Args:
-        tokens: in a window of the search.
-        step: windows in a step.
-        windows: of calibration and held out together.
+    They are a block's pruned copies and its activations for the ``step`` windows of a step, of ``tokens`` each, one
+    matrix's sort, what enters each block, the hidden states of all ``windows``, for calibration and held out, and the
+    logits of some tokens with their gradients.
     """
     vocabulary, width = model.get_input_embeddings().weight.shape
     blocks = layers[-1].block + 1
@@ -139,10 +132,8 @@ def price_bytes(
 ) -> dict[int | str, PriceBytes]:
     """Return what a search for prices needs on each GPU (by its index) that holds blocks, or on the ``cpu``.
 
-    Args:
-        tokens, step, windows: as in ``price_working_set``.
-        dtype: of the products, None for the model's.
-        whole: as in ``rank_bytes``.
+    ``dtype`` is that of the products, None for the model's; the others are those of ``price_working_set`` and
+    ``rank_bytes``.
     """
     model, places = weights.model, {}
     for block in weights.visit():

@@ -60,23 +60,24 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise UserError(None, path, f"cannot be read as safetensors ({first_line(error)})") from error
 
 
-class Checkpoint:
-    """A safetensors checkpoint in a ``folder``: one file, or several with an index."""
+def read_checkpoint(folder: Path) -> dict[str, Entry]:
+    """Return the tensors of a checkpoint by name: of one file, or of several with an index.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        paths = sorted(folder.glob("*.safetensors"))
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UserError("model", folder, f"its index cannot be read ({first_line(error)})") from error
-        if not paths:
-            problem = "holds no *.safetensors, and pickled weights cannot be streamed"
-            fix = f"convert them: AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('DIR')"
-            raise UserError("model", folder, problem, fix)
-        self.entries = {name: entry for path in paths for name, entry in read_header(path).items()}
+    Raises:
+        UserError: it is damaged, or is not in safetensors.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError("model", folder, f"its index cannot be read ({first_line(error)})") from error
+    if not paths:
+        problem = "holds no *.safetensors, and pickled weights cannot be streamed"
+        fix = f"convert them: AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('DIR')"
+        raise UserError("model", folder, problem, fix)
+    return {name: entry for path in paths for name, entry in read_header(path).items()}
 
 
 def read_tensor(entry: Entry, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:

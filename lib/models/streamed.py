@@ -36,8 +36,7 @@ class Streamed(Weights):
         self.device, self.compute = device, dtypes.compute
         self.changed: dict[int, Path] = {}  # block -> the file that holds it now
         self._scratch = tempfile.TemporaryDirectory(prefix="streamed-", ignore_cleanup_errors=True)
-        self._entries = _find_tensors(model, safetensors_io.Checkpoint(folder))
-        self._outer_names = self.outer_names()
+        self._entries = _find_tensors(model, folder)
         self._next: tuple[int, Future] | None = None
         self._reader = ThreadPoolExecutor(1)
         for module in model.modules():
@@ -64,14 +63,14 @@ class Streamed(Weights):
         self.changed.clear()
 
     def outer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in self._outer_names:  # as they are on disk, in their own dtype
+        for name in self._outer_names():  # as they are on disk, in their own dtype
             yield name, safetensors_io.read_tensor(self._entries[name])
 
     def _read_block(self, index: int) -> dict[str, torch.Tensor]:
         if index in self.changed:
             entries = safetensors_io.read_header(self.changed[index])
-            return {name: safetensors_io.read_tensor(entries[name]) for name in self.block_names(index)}
-        return {name: self._read(name) for name in self.block_names(index)}
+            return {name: safetensors_io.read_tensor(entries[name]) for name in self._names(index)}
+        return {name: self._read(name) for name in self._names(index)}
 
     def _read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a tensor of the checkpoint, rounded to ``save_dtype``, as by ``weights_of``, if it has more bits."""
@@ -95,17 +94,17 @@ class Streamed(Weights):
                 safetensors_io.write_shard(path, self.tensors(index), self.save_dtype)
                 self.changed[index] = path
         finally:
-            self._forget(self.block_names(index))
+            self._forget(self._names(index))
 
     @contextmanager
     def outer_parameters(self) -> Iterator[None]:
-        for name in self._outer_names:
+        for name in self._outer_names():
             self._assign(name, self._read(name, self.device, self.compute))
         self.model.tie_weights()
         try:
             yield
         finally:
-            self._forget(self._outer_names)
+            self._forget(self._outer_names())
             self.model.tie_weights()
 
     def _assign(self, name: str, tensor: torch.Tensor) -> None:
@@ -122,25 +121,25 @@ def _set_parameter(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> N
     model.get_submodule(parent)._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
-def _find_tensors(model: torch.nn.Module, checkpoint: safetensors_io.Checkpoint) -> dict[str, safetensors_io.Entry]:
-    """Return where the checkpoint holds each of the model's parameters.
+def _find_tensors(model: torch.nn.Module, folder: Path) -> dict[str, safetensors_io.Entry]:
+    """Return where the checkpoint in ``folder`` holds each of the model's parameters.
 
     Raises:
         UserError: a parameter has no tensor there, or one of another shape; or tensors differ that the config ties,
             both of which would be used if it were loaded as a whole.
     """
-    stored, base = checkpoint.entries, f"{model.base_model_prefix}."
+    stored, base = safetensors_io.read_checkpoint(folder), f"{model.base_model_prefix}."
     entries = {}
     for name, parameter in model.named_parameters():  # of tied ones the first
         stored_name = next((n for n in (name, name.removeprefix(base), base + name) if n in stored), None)
         if stored_name is None or stored[stored_name].shape != tuple(parameter.shape):
             problem = f"its tensors are not named as the model's ({name})"
-            raise UserError(None, checkpoint.folder, problem, f"use {flag_name('stream')} never")
+            raise UserError(None, folder, problem, f"use {flag_name('stream')} never")
         entries[name] = stored[stored_name]
     for one, two in getattr(model, "all_tied_weights_keys", {}).items():
         pair = [safetensors_io.read_tensor(stored[name]) for name in (one, two) if name in stored]
         if len(pair) == 2 and not torch.equal(*pair):
             problem = f"{one} and {two} differ, and its config ties them"
             fix = f"set tie_word_embeddings to false there, or use {flag_name('stream')} never"
-            raise UserError("model", checkpoint.folder, problem, fix)
+            raise UserError("model", folder, problem, fix)
     return entries

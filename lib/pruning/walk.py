@@ -116,7 +116,7 @@ def walk(
 def _keep(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[LayerReport]) -> None:
     """Store a finished block durably; if the disk is full, pruning continues in memory without it."""
     try:
-        journal.add(block.index, weights.tensors(block.index), weights.save_dtype or block.dtype, rows)
+        journal.add(block.index, weights.tensors(block.index), weights.save_dtype or weights.model.dtype, rows)
     except UserError as error:
         if weights.streamed:
             raise

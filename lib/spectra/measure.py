@@ -67,9 +67,7 @@ class _Result(NamedTuple):
     fell_back: bool = False
 
 
-def has_cache(
-    folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: Settings = PUBLISHED
-) -> bool:
+def has_cache(folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: Settings = PUBLISHED) -> bool:
     """Return whether ``folder`` holds all values, so that nothing will be written there.
 
     Raises:
