@@ -31,10 +31,9 @@ class BlockInputs(NamedTuple):
 
     ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
     ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
-    sample. They contain no live cache. ``samples`` is what statistics are divided by, over all processes (None: the
-    number of tokens). ``tuples`` collects the indices of the blocks that return their hidden states in a tuple.
-    ``dtype`` is that of the products in a block, None for the block's own; values passed between layers keep
-    their precision.
+    sample, without a live cache. ``samples`` is what statistics are divided by, over all processes (None: the number of
+    tokens). ``tuples`` collects the indices of the blocks that return their hidden states in a tuple. ``dtype`` is that
+    of the products in a block, None for the block's own; values passed between layers keep their precision.
     """
 
     hidden: torch.Tensor | list[torch.Tensor]
@@ -42,9 +41,6 @@ class BlockInputs(NamedTuple):
     samples: int | None
     tuples: set[int]
     dtype: torch.dtype | None = None
-
-
-# --------------------------------------------------------------------------------------- what enters the blocks
 
 
 class PassEnded(Exception):
@@ -120,8 +116,8 @@ def enter_blocks(
 def after_blocks(weights: Weights, tuples: set[int]) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """Hold the parameters after the blocks; yield a function of a window [tokens] and of the blocks' output for it.
 
-    It returns the logits [n, vocabulary] of hidden states [n, width] of some or all of the window's tokens.
-    ``tuples``: the blocks that return tuples (``BlockInputs``).
+    It returns the logits [n, vocabulary] of hidden states [n, width] of some or all of the window's tokens. ``tuples``
+    are the blocks that return tuples (``BlockInputs``).
     """
 
     def logits(window: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
@@ -134,13 +130,6 @@ def after_blocks(weights: Weights, tuples: set[int]) -> Iterator[Callable[[torch
 
     with weights.outer_parameters(), torch.no_grad():
         yield logits
-
-
-def leave_blocks(weights: Weights, windows: torch.Tensor, inputs: BlockInputs) -> Iterator[torch.Tensor]:
-    """Yield the logits [tokens, vocabulary] of each window, given the blocks' output for it."""
-    with after_blocks(weights, inputs.tuples) as logits:
-        for window, hidden in zip(windows, inputs.hidden, strict=True):
-            yield logits(window, hidden)
 
 
 def entry_device(model: torch.nn.Module) -> torch.device:
@@ -182,9 +171,6 @@ def _same(a: object, b: object) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     return a is b or a == b
-
-
-# ------------------------------------------------------------------------------------------ through a block
 
 
 def run_block(block: Block, hidden: torch.Tensor, arguments: tuple[tuple, dict], tuples: set[int]) -> torch.Tensor:

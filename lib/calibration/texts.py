@@ -75,9 +75,8 @@ def check_text(field: str, name: str) -> None:
         return
     path = Path(name).expanduser()
     if path.suffix not in LOCAL_SUFFIXES:
-        hint = did_you_mean(name, DATASETS)
         choices = f"Give one of {', '.join(DATASETS)}, or a .txt/.json/.jsonl file"
-        raise UserError(field, name, f"unknown data set.{hint} {choices}")
+        raise UserError(field, name, f"unknown data set.{did_you_mean(name, DATASETS)} {choices}")
     if not path.is_file():
         raise UserError(field, name, "file not found")
     if path.stat().st_size == 0:
@@ -151,7 +150,7 @@ def _draw(
         if len(tokens) <= seqlen:
             too_short[index] = len(tokens)
             if len(too_short) == len(text.documents):
-                _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document has")
+                _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document")
             continue
         start = random.randint(0, len(tokens) - seqlen - 1)
         windows.append(tokens[start : start + seqlen])
@@ -170,11 +169,8 @@ def search_windows(
 
     Every second document is held out, or the last fifth of a stream.
 
-    Args:
-        purpose: what the windows are for, for error messages.
-
     Raises:
-        UserError: either part is too short for a window.
+        UserError: either part is too short for a window; names the ``purpose`` of the windows.
     """
     documents, stream, _ = read_text("calib_data", name, "train")
     if stream is None:
@@ -201,8 +197,7 @@ def evaluation_windows(
     documents, stream, most_windows = read_text(field, name, "test")
     tokens = _tokenise(tokenizer, "\n\n".join(documents) if stream is None else stream)
     _check_length(field, name, len(tokens), seqlen * (most or 1))
-    count = len(tokens) // seqlen
-    count = most or min(count, most_windows or count)
+    count = most or min(len(tokens) // seqlen, most_windows or len(tokens))
     return tokens[: count * seqlen].view(count, seqlen)
 
 
@@ -252,7 +247,7 @@ def _tokenise(tokenizer: transformers.PreTrainedTokenizerBase, stream: str) -> t
     return torch.tensor(tokenizer(stream, verbose=False).input_ids, dtype=torch.long)
 
 
-def _check_length(field: str, name: str, have: int, need: int, who: str = "it has") -> None:
-    if have < need:
-        problem = f"too short, {who} {have} tokens and {need} are needed"
+def _check_length(field: str, name: str, count: int, needed: int, subject: str = "it") -> None:
+    if count < needed:
+        problem = f"too short, {subject} has {count} tokens and {needed} are needed"
         raise UserError(field, name, problem, "use shorter windows or give more text")

@@ -173,7 +173,7 @@ def test_passes_are_those_that_a_search_makes(options, started):
     fit, held = (torch.randint(3, 300, (count, 8), generator=draw) for count in counts)
     calls = []
     for block in weights.visit():
-        block.module.register_forward_pre_hook(lambda *_: calls.append(3 if torch.is_grad_enabled() else 1))
+        block.module.mlp.register_forward_pre_hook(lambda *_: calls.append(3 if torch.is_grad_enabled() else 1))
     blocks = 1 + weights.layers[-1].block
     start = {layer.name: 0.4 for layer in weights.layers} if started else None
     searched(weights, (fit, held), 0.5, start, options)
