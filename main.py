@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -15,16 +14,14 @@ from lib.cli.command import command, make_parser
 from lib.cli.settings import Experiment
 from lib.core import processes
 from lib.run import checks, pipeline, report
+from lib.run.journal import Journal
 from lib.run.language import LanguageModel
-from lib.run.record import Record, perplexity_text
-
-log = logging.getLogger("main")
+from lib.run.record import Record, is_unmeasured, perplexity_text
 
 PARSER = make_parser(
     Experiment,
     "main.py",
-    "Prune a causal language model layer by layer and measure its perplexity. "
-    "Without --prune_method: the dense model's.",
+    "Prune a language model layer by layer and measure its perplexity; without --prune_method, the dense model's.",
     "example: python main.py --model smollm2-135m --prune_method wanda_ww --sparsity_ratio 0.5 "
     "--epsilon 0.2 --calib_data wiki_leads --eval_data wiki_leads --seqlen 512 --nsamples 16",
 )
@@ -33,12 +30,10 @@ PARSER = make_parser(
 def run(settings: Experiment, console: Console, subject: LanguageModel | None = None) -> dict:
     """Carry out the run step by step and return its record.
 
-    Several runs of one process may share a ``subject``: texts and the model are then loaded once, and each run starts
-    from the dense weights.
+    Several runs may share a ``subject``: texts and the model are then loaded once, and each starts from dense weights.
     """
     task, flags = settings.task(), settings.flags()
-    subject = subject or LanguageModel()
-    record = Record(Path(settings.save), task.run)
+    subject, record = subject or LanguageModel(), Record(Path(settings.save), task.run)
 
     with record.stage("prepare"):  # everything that can be checked without the weights
         target = settings.model_folder(task)
@@ -47,7 +42,8 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
         measurement = settings.measurement(subject.name)
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
         # The journal's folder comes last, so that what is refused above leaves no trace.
-        journal = pipeline.open_journal(target, settings.restart, record.folder, task.run, flags)
+        unmeasured = is_unmeasured(record.folder, task.run, flags)
+        journal = Journal(target, settings.restart, unmeasured) if target else None
 
     with closing(journal) if journal else nullcontext():
         with record.stage("load"):
@@ -55,7 +51,7 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
             record.content["dense_zeros"] = subject.weights.sparsity()
 
         with record.stage("measure"):
-            values, search = pipeline.measure(subject, task, measurement, settings.price_options(), journal)
+            values, search = pipeline.measure_values(subject, task, measurement, settings.price_options(), journal)
             record.content |= report.price_entries(search)
         report.show_prices(console, search)
         if settings.metrics_only:
@@ -90,33 +86,28 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
 
 def evaluate(subject: LanguageModel, settings: Experiment, record: Record, console: Console) -> None:
     """Measure perplexity, then zero-shot accuracy, which may take hours; earlier results are on disk by then."""
-    method, sparsity = record.content["method"], record.content["sparsity"]
+    content, saved = record.content, record.content["saved_model"]
     if subject.evaluation is not None:
         with record.stage("evaluate"):
-            perplexity = subject.perplexity()
-        record.content["perplexity"] = perplexity
-        record.files[f"perplexity_{record.run}.txt"] = perplexity_text(method, sparsity, perplexity)
-    if subject.questions is None:
-        return
-    saved = record.content["saved_model"]
-    if subject.streamed and settings.prune_method and saved is None:
-        log.warning("no zero-shot accuracy: the pruned model is whole in its folder only, which could not be saved")
+            content["perplexity"] = subject.perplexity()
+        line = perplexity_text(content["method"], content["sparsity"], content["perplexity"])
+        record.files[f"perplexity_{record.run}.txt"] = line
+    if subject.questions is None or not subject.is_whole(saved):
         return
     record.write()
     with record.stage("zero_shot"):
         answers = subject.zero_shot(saved, settings.num_fewshot, settings.limit, settings.batch_size())
-    record.content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
-    record.files[f"zero_shot_{record.run}.txt"] = f"{method}:\n{answers.table}"
+    content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
+    record.files[f"zero_shot_{record.run}.txt"] = f"{content['method']}:\n{answers.table}"
     report.line(console, answers.table)
 
 
 def how_to_resume(settings: Experiment, record: Record) -> str:
     """Return what to do after a failure: evaluate the saved model, or start again."""
     saved = record.content["saved_model"]
-    if saved is None and settings.save_model:
-        return "the same command resumes"
     if saved is None:
-        return "the same command starts again" + (" (--save_model DIR would keep the model)" if record.rows else "")
+        hint = " (--save_model DIR would keep the model)" if record.rows and not settings.save_model else ""
+        return f"the same command starts again{hint}"
     measure = f"python main.py --model {saved} --eval_data {settings.eval_data} --seqlen {settings.seqlen}"
     return f"the pruned model is saved; the same command resumes, and so does: {measure}"
 
@@ -130,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(settings, Console(quiet=not processes.is_main()))
         processes.leave()
 
-    resume = "with --save_model the same command resumes after the last finished block, else it starts again"
+    resume = "the same command starts again; with --save_model it resumes after the last finished block"
     return command(Experiment, work, argv, PARSER, resume, processes=True)
 
 

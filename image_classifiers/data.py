@@ -80,7 +80,7 @@ def digits(data_path: str | None, eval_data_path: str | None, train: bool) -> Im
 
 
 # Images by name: a function of --data_path, --eval_data_path, and of the split, so that only one is read.
-DATASETS: dict[str, Callable[[str | None, str | None, bool], Images]] = {
+IMAGE_SETS: dict[str, Callable[[str | None, str | None, bool], Images]] = {
     "IMNET": imnet,
     "CIFAR": cifar,
     "image_folder": image_folder,
@@ -143,7 +143,7 @@ def augmenting_transform(size: int, mean_std: tuple) -> Callable:
     )
 
 
-def draw(images: Images, count: int, seed: int, replacement: bool) -> list[int]:
+def draw_images(images: Images, count: int, seed: int, replacement: bool) -> list[int]:
     """Return ``count`` random indices of ``images``.
 
     Raises:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from rich.console import Console
 
-from image_classifiers.settings import Evaluation, ImageExperiment, Images
+from image_classifiers.settings import AccuracyFlags, ImageExperiment, ImageFlags
 from image_classifiers.subject import Accuracy, Classifier
 from lib.cli.command import command, make_parser
 from lib.cli.task import Task
@@ -51,9 +51,8 @@ def run(settings: ImageExperiment, console: Console) -> dict:
 
     if task.pruner:
         with record.stage("measure"):
-            values, search = pipeline.measure(
-                subject, task, settings.measurement(subject.name), settings.price_options()
-            )
+            measurement, options = settings.measurement(subject.name), settings.price_options()
+            values, search = pipeline.measure_values(subject, task, measurement, options)
             record.content |= report.price_entries(search)
         report.show_prices(console, search, "images", "image")
         report.draw_prices(record, search)
@@ -73,7 +72,7 @@ def run(settings: ImageExperiment, console: Console) -> dict:
         record.files[f"{task.target}.txt"] = sentence(accuracy)
         record.write(complete=unsaved is None)
 
-    show(settings, task, record, console)
+    show_accuracy(settings, task, record, console)
     if unsaved:
         raise unsaved
     return record.whole()
@@ -86,7 +85,7 @@ def resume(settings: ImageExperiment, record: Record) -> str:
         advice = " (--save_model DIR would keep the model)" if record.rows and not settings.save_model else ""
         return f"the same command starts again{advice}"
     words = ["--model", saved]
-    for name in (*Images.__annotations__, *Evaluation.__annotations__, "device"):
+    for name in (*ImageFlags.__annotations__, *AccuracyFlags.__annotations__, "device"):
         if name in settings.given and name not in ("nsamples", "published_calibration"):
             words += [f"--{settings.spelling(name)}", str(getattr(settings, name))]
     return f"the pruned model is saved; measure it with: python image_classifiers/main.py {shlex.join(words)}"
@@ -97,12 +96,12 @@ def sentence(accuracy: Accuracy) -> str:
     return f"Accuracy of the network on {accuracy.images} test images: {accuracy.top1:.5f}%\n"
 
 
-def show(settings: ImageExperiment, task: Task, record: Record, console: Console) -> None:
+def show_accuracy(settings: ImageExperiment, task: Task, record: Record, console: Console) -> None:
     """Print the run's figures and where they were written."""
     content, stages = record.content, record.stages.values()
 
-    def row(method: str, target: float, sparsity: float, found: dict, seconds: str) -> tuple[str, ...]:
-        return method, f"{target:g}", f"{sparsity:.4f}", f"{found['top1']:.2f}", f"{found['top5']:.2f}", seconds
+    def row(method: str, target: float, sparsity: float, hits: dict, seconds: str) -> tuple[str, ...]:
+        return method, f"{target:g}", f"{sparsity:.4f}", f"{hits['top1']:.2f}", f"{hits['top5']:.2f}", seconds
 
     rows = [row("dense", 0, content["dense_zeros"], content["dense"], "")]
     if task.pruner:
@@ -119,12 +118,11 @@ def show(settings: ImageExperiment, task: Task, record: Record, console: Console
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
-    advice = "lower --batch_size, or add --hidden_device cpu"
 
     def work(settings: ImageExperiment) -> None:
         run(settings, Console())
 
-    return command(ImageExperiment, work, argv, PARSER, out_of_memory=advice)
+    return command(ImageExperiment, work, argv, PARSER, out_of_memory="lower --batch_size, or add --hidden_device cpu")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,15 @@ from lib.pruning.pruners import PRUNERS, Pruner, magnitude
 
 log = logging.getLogger(__name__)
 
-SUPPORTED = "timm's ViT, DeiT and ConvNeXt models (deit_small_patch16_224, vit_base_patch16_224, convnext_base ...)"
+# Which models are supported, for --help and errors.
+CLASSIFIERS = "timm's ViT, DeiT and ConvNeXt models (deit_small_patch16_224, vit_base_patch16_224, convnext_base ...)"
 # Matrices outside the blocks are few: patch embedding or stem, and head.
 MOST_OUTSIDE = 4
 # An error lists this many keys of a weight file.
 _LISTED = 6
 
 
-class Source(NamedTuple):
+class ClassifierSource(NamedTuple):
     """Where a model comes from: ``given`` by the user, the ``name`` by which timm builds it, its ``folder`` if any."""
 
     given: str
@@ -54,7 +55,7 @@ class Parts(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- finding
 
 
-def locate(model: str) -> Source:
+def locate_classifier(model: str) -> ClassifierSource:
     """Return where ``model`` comes from: a name known to timm, or a folder written by ``--save_model``.
 
     Raises:
@@ -67,16 +68,16 @@ def locate(model: str) -> Source:
         for name in ("config.json", "model.safetensors"):
             if not (path / name).is_file():
                 raise UserError("model", model, f"the folder holds no {name}", "give one that --save_model wrote")
-        return Source(model, f"local-dir:{path}", path)
+        return ClassifierSource(model, f"local-dir:{path}", path)
     if path.is_file():
         raise UserError("model", model, "is a file", "give the model's name, and the file as --resume")
     if not timm.is_model(model):
         hint = did_you_mean(model, timm.list_models())
-        raise UserError("model", model, f"unknown to timm.{hint} Supported: {SUPPORTED}")
-    return Source(model, model, None)
+        raise UserError("model", model, f"unknown to timm.{hint} Supported: {CLASSIFIERS}")
+    return ClassifierSource(model, model, None)
 
 
-def skeleton(source: Source, size: int | None, classes: int | None) -> tuple[torch.nn.Module, int]:
+def skeleton(source: ClassifierSource, size: int | None, classes: int | None) -> tuple[torch.nn.Module, int]:
     """Return the model without weights (on the meta device), and the side of its input images in pixels.
 
     Raises:
@@ -96,7 +97,7 @@ def skeleton(source: Source, size: int | None, classes: int | None) -> tuple[tor
     return model, size or usual
 
 
-def load(source: Source, resume: str | None, size: int, classes: int | None) -> torch.nn.Module:
+def load_classifier(source: ClassifierSource, resume: str | None, size: int, classes: int | None) -> torch.nn.Module:
     """Return the model in evaluation mode on the CPU, with the weights of ``resume``, its folder, or timm's own.
 
     Raises:
@@ -106,7 +107,7 @@ def load(source: Source, resume: str | None, size: int, classes: int | None) -> 
     options = _options(empty, size, classes)
     if resume or source.folder:
         model = _create(source, options, "cpu")
-        load_weights(model, Path(resume).expanduser() if resume else source.folder / "model.safetensors")
+        fill_weights(model, Path(resume).expanduser() if resume else source.folder / "model.safetensors")
         return model
     trained = empty.pretrained_cfg["num_classes"]
     if classes not in (None, trained):  # timm would leave a random classifier there
@@ -116,7 +117,7 @@ def load(source: Source, resume: str | None, size: int, classes: int | None) -> 
     return _create(source, options, "cpu", pretrained=True)
 
 
-def _create(source: Source, options: dict, device: str, pretrained: bool = False) -> torch.nn.Module:
+def _create(source: ClassifierSource, options: dict, device: str, pretrained: bool = False) -> torch.nn.Module:
     import timm
 
     try:
@@ -257,7 +258,9 @@ def _check_chain(model: torch.nn.Module, blocks: Sequence[torch.nn.Module], size
 
 def _refusal(model: torch.nn.Module, given: str | None, reason: str) -> UserError:
     kind = type(model).__name__
-    return UserError("model", given or kind, f"{kind} is not supported, {reason}", f"supported: {SUPPORTED}")
+    return UserError(
+        "model", given or kind, f"{kind} is not supported, {reason}", f"supported: {CLASSIFIERS}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- pruning
@@ -307,7 +310,7 @@ def block_inputs(
 # ----------------------------------------------------------------------------------------------------- weights
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
+def fill_weights(model: torch.nn.Module, path: Path) -> None:
     """Fill ``model`` with the weights in ``path``, in the layout of Meta's ConvNeXt, DeiT, jx_vit, or timm.
 
     Raises:
@@ -376,7 +379,7 @@ def _check_resampling(state: dict[str, torch.Tensor], needed: dict[str, torch.Te
         log.warning("%s: %s; it is resampled, since the weights are for images of another size", path.name, shapes)
 
 
-def save(model: torch.nn.Module, size: int, target: Path) -> None:
+def save_classifier(model: torch.nn.Module, size: int, target: Path) -> None:
     """Write a folder (config.json, model.safetensors) from which timm builds the model: ``local-dir:FOLDER``.
 
     Args:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from image_classifiers import models
 from lib.allocation.price import Effort
 from lib.allocation.price_model import Masks, autocast, band_price, kl_divergence
-from lib.calibration.hidden import BlockInputs
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models.weights import Weights, swapped_weights
@@ -85,10 +84,10 @@ class ImagePriceModel:
         self.masks = Masks(weights, dtype, by_magnitude, whole=True)
         with torch.no_grad():
             self._fit, self._held_out = (
-                [Group(g, torch.cat([self._logits(images) for images in g.split(chunk)])) for g in part]
-                for part in groups
+                [Group(group, torch.cat([self._logits(images) for images in group.split(chunk)])) for group in half]
+                for half in groups
             )
-        self.masks.rank(self._enter())
+        self.renew()
 
     def kl(self, ratios: Mapping[str, float]) -> float:
         images = sum(len(group.images) for group in self._held_out)
@@ -113,8 +112,9 @@ class ImagePriceModel:
                 losses.append(loss.detach())
         return torch.stack(losses).sum().item() / images, {name: price.item() for name, price in prices.items()}
 
-    def renew(self, ratios: Mapping[str, float]) -> None:
-        self.masks.rank(self._enter(), ratios)
+    def renew(self, ratios: Mapping[str, float] | None = None) -> None:
+        chunks = ((images, None) for group in self._fit for images in group.images.split(self.chunk))
+        self.masks.rank(models.block_inputs(self.weights, chunks, self.kept_on), ratios)
 
     @contextmanager
     def _pruned(self, ratios: Mapping[str, float]) -> Iterator[dict[str, torch.nn.Parameter]]:
@@ -134,7 +134,3 @@ class ImagePriceModel:
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         with autocast(self.device, self.masks.dtype):
             return self.weights.model(images.to(self.device))
-
-    def _enter(self) -> BlockInputs:
-        chunks = ((images, None) for group in self._fit for images in group.images.split(self.chunk))
-        return models.block_inputs(self.weights, chunks, self.kept_on)

@@ -12,7 +12,7 @@ from lib.allocation import price
 from lib.calibration.hidden import PROPAGATE
 from lib.cli import settings
 from lib.cli.flags import Flags, flag
-from lib.cli.settings import Method, Output
+from lib.cli.settings import MethodFlags, OutputFlags
 from lib.cli.task import Measurement, Task
 from lib.core.errors import UserError, flag_name
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
@@ -27,14 +27,14 @@ TRAINING_FLAGS = (
 ).split()
 
 
-CALIBRATED = "calibration | search"
+CALIBRATES = "calibration | search"
 
 
 @dataclass(kw_only=True)
-class Model(Flags):
+class ClassifierFlags(Flags):
     _title: ClassVar[str] = "model"
 
-    model: str = flag(MISSING, f"name that timm knows, or a folder written by --save_model; {models.SUPPORTED}")
+    model: str = flag(MISSING, f"name that timm knows, or a folder written by --save_model; {models.CLASSIFIERS}")
     resume: str | None = flag(
         None, "weights in timm's or their original layout (default: timm's own weights)", metavar="FILE"
     )
@@ -45,16 +45,16 @@ class Model(Flags):
 
 
 @dataclass(kw_only=True)
-class Images(Flags):
+class ImageFlags(Flags):
     _title: ClassVar[str] = "data"
 
-    data_set: str = flag("IMNET", "{choices}", choices=data.DATASETS)
+    data_set: str = flag("IMNET", "{choices}", choices=data.IMAGE_SETS)
     data_path: str | None = flag(
         None, "IMNET: holds train/ and val/; image_folder: a folder per class, to calibrate", metavar="DIR"
     )
     eval_data_path: str | None = flag(None, "image_folder only: images to test on, a folder per class", metavar="DIR")
     nsamples: int = flag(4096, "calibration images, a count", least=1)
-    published_calibration: bool = flag(False, "calibrate on augmented images, drawn with replacement", only=CALIBRATED)
+    published_calibration: bool = flag(False, "calibrate on augmented images, drawn with replacement", only=CALIBRATES)
     batch_size: int = flag(256, "images at a time, a count", least=1)
     num_workers: int | None = flag(None, "processes that read images (default: one per core, at most 10)", least=0)
     crop_pct: float | None = flag(
@@ -66,7 +66,7 @@ class Images(Flags):
 
 
 @dataclass(kw_only=True)
-class ImageMethod(Method):
+class ImageMethodFlags(MethodFlags):
     """The flags that say what a classifier is pruned by, some with other defaults."""
 
     statistics: str = flag(
@@ -80,7 +80,7 @@ class ImageMethod(Method):
     hidden_device: str | None = flag(
         None,
         "device of hidden states; cpu saves GPU memory (default: the model's)",
-        only=CALIBRATED,
+        only=CALIBRATES,
         metavar="DEVICE",
         title="pruning",
     )
@@ -114,14 +114,14 @@ class ImageMethod(Method):
 
 
 @dataclass(kw_only=True)
-class Evaluation(Flags):
+class AccuracyFlags(Flags):
     _title: ClassVar[str] = "evaluation"
 
     use_amp: bool = flag(False, "evaluate in half precision (autocast)", nargs="?")
 
 
 @dataclass(kw_only=True)
-class ImageExperiment(Model, Images, ImageMethod, Evaluation, Output):
+class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, AccuracyFlags, OutputFlags):
     """The flags of image_classifiers/main.py."""
 
     _without: ClassVar[list[str]] = (

@@ -82,7 +82,7 @@ class Classifier:
         self.hidden_device = settings.hidden_device
         for field, device in (("device", self.device), ("hidden_device", self.hidden_device or self.device)):
             _check_device(field, device)
-        self.source = source = models.locate(settings.model)
+        self.source = source = models.locate_classifier(settings.model)
         self.name, self.resume, self.classes = source.label, settings.resume, settings.nb_classes
         skeleton, self.size = models.skeleton(source, settings.input_size, settings.nb_classes)
         pruned, measured = models.find_parts(skeleton)
@@ -109,7 +109,7 @@ class Classifier:
         Raises:
             UserError: they are missing, too few, or their classes are not the model's.
         """
-        find = partial(data.DATASETS[settings.data_set], settings.data_path, settings.eval_data_path)
+        find = partial(data.IMAGE_SETS[settings.data_set], settings.data_path, settings.eval_data_path)
         mean_std = data.MEAN_STD[self.imagenet_mean]
         plain = data.evaluation_transform(self.size, settings.crop_pct, mean_std)
         test = find(train=False)
@@ -128,7 +128,7 @@ class Classifier:
             problem = f"calibration and test images differ in their classes ({differing})"
             raise UserError("data_path", settings.data_path, problem)
         random = settings.published_calibration
-        indices = data.draw(training, settings.nsamples, settings.seed, replacement=random)
+        indices = data.draw_images(training, settings.nsamples, settings.seed, replacement=random)
         if task.is_searched:
             needed = sum(map(len, split(indices))) * 3 * self.size**2 * 4
             free = free_memory(0).get("cpu", needed)
@@ -148,7 +148,7 @@ class Classifier:
 
     def load(self) -> None:
         """Load the dense weights; warn if they were trained on images with another normalisation."""
-        model = models.load(self.source, self.resume, self.size, self.classes).to(self.device)
+        model = models.load_classifier(self.source, self.resume, self.size, self.classes).to(self.device)
         self.weights, self.measured = models.find_parts(model)
         trained, mean = tuple(model.pretrained_cfg["mean"]), data.MEAN_STD[self.imagenet_mean][0]
         if not self.resume and trained != mean:
@@ -182,7 +182,7 @@ class Classifier:
         Raises:
             UserError: it cannot be written, or its measured ``sparsity`` is another when read back.
         """
-        models.save(self.weights.model, self.size, folder)
+        models.save_classifier(self.weights.model, self.size, folder)
         walk.check_saved(folder, self.weights, sparsity)
         return folder
 

@@ -3,3 +3,4 @@
 from lib.core.errors import UserError
 
 __all__ = ["UserError"]
+__version__ = "0.1.0"

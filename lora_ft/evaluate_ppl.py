@@ -12,17 +12,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
-from lib.cli.settings import ZeroShot
+from lib.cli.settings import ZeroShotFlags
 from lib.core import files
 from lib.evaluation import zero_shot
 from lib.evaluation.perplexity import perplexity
 from lib.models import load
-from lib.run.record import run_text
+from lib.run.record import explain_failure, run_text
 from lora_ft import common
 
 
 @dataclass(kw_only=True)
-class Evaluate(common.PrunedModel, common.Dataset, ZeroShot):
+class Evaluate(common.PrunedModel, common.Dataset, ZeroShotFlags):
     """The flags of evaluate_ppl.py."""
 
     _title: ClassVar[str] = "adapter and output"
@@ -47,7 +47,7 @@ def run(settings: Evaluate) -> None:
     base = common.find_base(settings)
     if settings.lora_weights is not None:
         common.check_adapter(settings.lora_weights, base)
-    windows = common.evaluation_windows(settings, base)
+    windows = common.perplexity_windows(settings, base)
     tasks = None
     if settings.eval_zero_shot:
         tasks = zero_shot.find_tasks(settings.task_names(), settings.include_path, settings.num_fewshot)
@@ -57,7 +57,7 @@ def run(settings: Evaluate) -> None:
     sparsity, model = weights.sparsity(), weights.model
     if settings.lora_weights is not None:
         common.check_base("lora_weights", Path(settings.lora_weights), base, weights)
-        model = common.attach(settings.lora_weights, weights.model)
+        model = common.attach(settings.lora_weights, model)
     record = {
         "complete": tasks is None,
         "perplexity": perplexity(model, windows),
@@ -70,15 +70,18 @@ def run(settings: Evaluate) -> None:
     }
     name = "wikitext" if settings.dataset == "wikitext2" else settings.dataset  # as the published line calls it
     line = f"perplexity on {name} {record['perplexity']}"
-    files.write_files(folder, {"perplexity.json": run_text(record), "perplexity.txt": line + "\n"})
+    files.write_atomically(folder / "perplexity.json", run_text(record))
+    files.write_atomically(folder / "perplexity.txt", line + "\n")
     print(line, flush=True)
     if tasks is None:
         return
-    with common.explain_failure(lambda: f"the perplexity is in {folder}; the same command starts again"):
-        cut = (settings.num_fewshot, settings.limit, settings.batch_size())
-        answers = zero_shot.zero_shot(model, base.tokenizer, tasks, *cut)
+    with explain_failure(lambda: f"the perplexity is in {folder}"):
+        answers = zero_shot.zero_shot(
+            model, base.tokenizer, tasks, settings.num_fewshot, settings.limit, settings.batch_size()
+        )
         record |= {"complete": True, "zero_shot": {"means": answers.means, "lm_eval": answers.full}}
-        files.write_files(folder, {"zero_shot.txt": answers.table, "perplexity.json": run_text(record)})
+        files.write_atomically(folder / "zero_shot.txt", answers.table)
+        files.write_atomically(folder / "perplexity.json", run_text(record))
         print(answers.table, end="")
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
-from lib.cli.settings import Allocation, Experiment, Model
+from lib.cli.settings import AllocationFlags, Experiment, ModelFlags
 from lib.cli.task import Measurement
 from lib.core import files
 from lib.core.errors import UserError
@@ -48,7 +48,7 @@ Plan: {plan}. Every matrix is in [layers.tsv](layers.tsv).
 
 
 @dataclass(kw_only=True)
-class Settings(Model, Allocation):
+class Settings(ModelFlags, AllocationFlags):
     """The flags of esd_report.py: main.py's for the metric and the plan, and those for the plots."""
 
     _title: ClassVar[str] = "report"
@@ -97,7 +97,7 @@ def report(settings: Settings) -> Path:
 
     subject.load()
     measurement = run.measurement(subject.name)
-    values, _ = pipeline.measure(subject, task, measurement, run.price_options())
+    values, _ = pipeline.measure_values(subject, task, measurement, run.price_options())
     ratios = pipeline.make_plan(task, subject.layers, values).ratios
     layers = pandas.DataFrame({
         "name": names,

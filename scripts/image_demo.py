@@ -82,7 +82,7 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
         if epoch % 10 == 9:
             print(f"  epoch {epoch + 1}/{EPOCHS}: loss {loss.item():.4f}", flush=True)
     top1 = accuracy(model.eval(), data.batches(test, 150, 0)).top1
-    models.save(model, SIZE, folder)
+    models.save_classifier(model, SIZE, folder)
     return top1
 
 

@@ -148,9 +148,9 @@ def few_tasks(monkeypatch, tmp_path_factory):
     for name in ("super_glue", "glue", "hellaswag", "winogrande", "arc", "openbookqa"):
         shutil.copytree(Path(lister.__file__).parent / name, folder / name)
     monkeypatch.setattr(lister, "__file__", str(folder / "__init__.py"))
-    zero_shot._tasks_in.cache_clear()
+    zero_shot._task_manager.cache_clear()
     yield
-    zero_shot._tasks_in.cache_clear()
+    zero_shot._task_manager.cache_clear()
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:

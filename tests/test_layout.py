@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, settings
 
 import main
+from image_classifiers import main as image_main
 from lora_ft import finetune_lm
 from lora_ft.training import TrainerParser
 from scripts.make_docs import has_parser, parser_of
@@ -68,10 +70,32 @@ def test_what_the_machine_can_do_is_asked_in_one_place():
 
 
 def test_main_is_the_experiment_and_no_more():
-    assert len((ROOT / "main.py").read_text().splitlines()) <= 250
+    assert len((ROOT / "main.py").read_text().splitlines()) <= 130
     scripts = (ROOT / "scripts").rglob("*.py")
     importers = {p.name for p in scripts if re.search(r"^(import|from) main\b", p.read_text(), re.M)}
     assert importers <= {"sweep.py", "demo.py", "compare_allocations.py"}
+
+
+def test_rooms_are_few_small_and_all_in_the_contract():
+    rooms = {path.name for path in (ROOT / "lib").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == {*"core models spectra sparse calibration pruning evaluation allocation cli run".split()}
+    for room in [ROOT / "lib" / name for name in (*rooms, "sparse/csrc")]:
+        assert len([path for path in room.iterdir() if path.is_file()]) <= 9, room
+    contract = (ROOT / "pyproject.toml").read_text().partition("[[tool.importlinter.contracts]]")[2]
+    assert set(re.findall(r"lib\.(\w+)", contract)) == rooms
+
+
+def test_no_public_name_means_two_things():
+    defined = defaultdict(list)
+    for path in (path for folder in ("lib", "lora_ft", "image_classifiers") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            for name in [*names, *([node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else [])]:
+                defined[name].append(path.name)
+    once_a_command = {"PARSER", "run", "main"}  # what a command has, each its own
+    twice = {name: paths for name, paths in defined.items() if len(paths) > 1 and not name.startswith("_")}
+    assert {name: paths for name, paths in twice.items() if name not in once_a_command | {"log"}} == {}
 
 
 def test_the_top_level_holds_nothing_else():
@@ -109,8 +133,8 @@ def test_every_command_in_the_scripts_parses():
                 assert flags <= known[program], (name, flags - known[program])
 
 
-def test_help_explains_every_flag_in_groups(capsys):
-    parser = main.PARSER
+@pytest.mark.parametrize("parser", [main.PARSER, image_main.PARSER], ids=lambda parser: parser.prog)
+def test_help_explains_every_flag_in_groups(parser):
     assert all(action.help for action in parser._actions)
     text = parser.format_help()
     for group in ("model", "data", "pruning", "allocation", "evaluation", "output"):

@@ -262,7 +262,6 @@ BEFORE_LOADING = {
     f"{WANDA} --save_plan file/plan.json": "file",
     f"{WANDA} --save_plan nothing": "is a folder",
     "--prune_method wanda --plan plans/groups.json": "4:7 does not fit",
-    "--prune_method wanda --plan plans/halves.json": "whole numbers",
     f"{WANDA} --model mismatched": "do not belong together",
     f"{WW} --ww_metric_cache archive": "is damaged",
     f"{WW} --ww_metric_cache square": "values of shape [21, 1]",

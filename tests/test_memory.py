@@ -71,8 +71,9 @@ def test_statistics_factor_and_solve_hold_three_matrices_at_most(nm, dtype):
     assert held[1].upper.untyped_storage().data_ptr() == held[0].untyped_storage().data_ptr()
     # Beside the factor: the float32 copy that is worked on and the result; of a block errors, mask and a square.
     assert peak_bytes(lambda: repair(weight, held[1], 0.5, nm)) <= 2 * MATRIX + 3 * STRIP
-    weights = [weight[: SIZE // 4], weight[SIZE // 4 :]]
-    assert peak_bytes(lambda: repair_group(weights, held[1], [0.5, 0.4], [nm, nm])) <= 2 * MATRIX + 3 * STRIP
+    weights, nms = {"up": weight[: SIZE // 4], "gate": weight[SIZE // 4 :]}, {"up": nm, "gate": nm}
+    ratios = {"up": 0.5, "gate": 0.4}
+    assert peak_bytes(lambda: repair_group(weights, held[1], ratios, nms)) <= 2 * MATRIX + 3 * STRIP
 
 
 @pytest.mark.parametrize("size", [1, 2, 37, 128, 300])
@@ -174,7 +175,7 @@ def test_hessian_of_halves_on_cuda(dtype):
 def test_pruners_hold_no_more_matrices_than_they_declare(name, nm):
     pruner = PRUNERS[name.partition(",")[0]]
     if name not in PRUNERS:
-        pruner = refitted(pruner, 3, {})
+        pruner = refitted(pruner, 3)
     size, draw = 512, torch.Generator().manual_seed(1)
     weights = {name: torch.randn(8 * size, size, generator=draw) for name in ("gate", "up")}
     x = inputs(size)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import main
 from image_classifiers import main as image_main
-from image_classifiers.models import save as save_image_model
+from image_classifiers.models import save_classifier as save_image_model
 from lib.allocation.formulas import ALLOCATIONS
 from lib.calibration import statistics
 from lib.pruning.pruners import PRUNERS

@@ -214,8 +214,8 @@ def _warn_of_cap(
         cuts.append("some blocks would need a sparsity below 0: left dense")
     if cuts:
         typed = math.floor(1e4 * largest) / 1e4  # rounded up, it would bring the cap back
-        text = "%s, the rest spread over the others; the largest --%s that needs no cap is %.4f"
-        log.warning(text, "; ".join(cuts), flag, typed)
+        line = "%s, the rest spread over the others; the largest --%s that needs no cap is %.4f"
+        log.warning(line, "; ".join(cuts), flag, typed)
 
 
 def mixed_nm(layers: Sequence[Layer], ratios: Ratios, target: float, group: int) -> dict[str, tuple[int, int]]:

@@ -70,7 +70,7 @@ def search_dtype(name: str, device: torch.device, model_dtype: torch.dtype) -> t
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Compute products in ``dtype``, None for the model's."""
+    """Return a context in which products are computed in ``dtype``, None for the model's."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
@@ -415,8 +415,8 @@ def _check_memory(
     free = memory.free_memory(0)
     keeps = all(need.least + need.activations <= KEEP_WITHIN * free[place] for place, need in needs.items())
     log.info("the price search needs %s beside the weights", readable(sum(need.least for need in needs.values())))
-    text = "for speed it takes up to %s more for activations" if keeps else "it would be faster with %s more"
-    log.info(text, readable(sum(need.activations for need in needs.values())))
+    line = "for speed it takes up to %s more for activations" if keeps else "it would be faster with %s more"
+    log.info(line, readable(sum(need.activations for need in needs.values())))
     for place, need in needs.items():
         if need.least > free[place]:
             where = "in the CPU's memory" if place == "cpu" else f"on GPU {place}"

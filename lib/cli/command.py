@@ -19,7 +19,7 @@ from lib.core.processes import is_main, started
 
 log = logging.getLogger("main")
 
-Settings = TypeVar("Settings", bound=Flags)
+SettingsT = TypeVar("SettingsT", bound=Flags)
 
 
 # ----------------------------------------------------------------------------------------------------------- parsing
@@ -83,8 +83,8 @@ def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
 
 
 def parse(
-    settings: type[Settings], argv: Sequence[str] | None, parser: Parser, rest: list[str] | None = None
-) -> Settings:
+    settings: type[SettingsT], argv: Sequence[str] | None, parser: Parser, rest: list[str] | None = None
+) -> SettingsT:
     """Return the settings of the command line ``argv``, checked as far as possible without a model.
 
     Args:
@@ -115,8 +115,8 @@ def parse(
 
 
 def command(
-    settings: type[Settings],
-    run: Callable[[Settings], Any],
+    settings: type[SettingsT],
+    run: Callable[[SettingsT], Any],
     argv: Sequence[str] | None,
     parser: Parser,
     resume: str = "the same command starts again",

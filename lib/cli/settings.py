@@ -22,7 +22,7 @@ from lib.models.layers import SUPPORTED
 from lib.models.load import DTYPES
 from lib.models.locate import SMOLLM2
 from lib.pruning import plan as plans
-from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Options, configured
+from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, configured
 from lib.spectra import measure, spectrum
 from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
@@ -33,7 +33,7 @@ CALIBRATED = " | ".join([name for name, pruner in PRUNERS.items() if pruner.stat
 
 
 @dataclass(kw_only=True)
-class Model(Flags):
+class ModelFlags(Flags):
     _title: ClassVar[str] = "model"
 
     model: str = flag(MISSING, f"hub id, local folder, .gguf file, or {SMOLLM2}; families that were tried: {SUPPORTED}")
@@ -50,7 +50,7 @@ class Model(Flags):
 
 
 @dataclass(kw_only=True)
-class Texts(Flags):
+class TextFlags(Flags):
     _title: ClassVar[str] = "data"
 
     calib_data: str = flag("c4", f"text: {TEXTS}", only="calibration | search", warns=True, metavar="TEXT")
@@ -59,7 +59,7 @@ class Texts(Flags):
 
 
 @dataclass(kw_only=True)
-class Pruning(Flags):
+class PruningFlags(Flags):
     _title: ClassVar[str] = "pruning"
 
     prune_method: str | None = flag(
@@ -107,7 +107,7 @@ class Pruning(Flags):
 
 
 @dataclass(kw_only=True)
-class Allocation(Flags):
+class AllocationFlags(Flags):
     _title: ClassVar[str] = "allocation"
 
     ww_metric: str = flag(
@@ -176,7 +176,7 @@ class Allocation(Flags):
 
 
 @dataclass(kw_only=True)
-class Evaluation(Flags):
+class EvaluationFlags(Flags):
     _title: ClassVar[str] = "evaluation"
 
     eval_data: str = flag("wikitext2", f"text: {TEXTS}", only="evaluation", warns=True, metavar="TEXT")
@@ -185,7 +185,7 @@ class Evaluation(Flags):
 
 
 @dataclass(kw_only=True)
-class ZeroShot(Flags):
+class ZeroShotFlags(Flags):
     _title: ClassVar[str] = "evaluation"
 
     eval_zero_shot: bool = flag(False, "answer {tasks} with lm-eval and measure the accuracy")
@@ -218,7 +218,7 @@ class ZeroShot(Flags):
 
 
 @dataclass(kw_only=True)
-class Output(Flags):
+class OutputFlags(Flags):
     _title: ClassVar[str] = "output"
 
     save: str = flag("results", "where the run's figures are written", metavar="DIR")
@@ -237,7 +237,7 @@ class Output(Flags):
 
 
 @dataclass(kw_only=True)
-class Scale(Flags):
+class ScaleFlags(Flags):
     _title: ClassVar[str] = "large models"
 
     stream: str = flag(
@@ -257,7 +257,7 @@ class Scale(Flags):
 
 
 @dataclass(kw_only=True)
-class Method(Pruning, Allocation):
+class MethodFlags(PruningFlags, AllocationFlags):
     """The flags that say what a model is pruned by, for both main programs."""
 
     def traits(self) -> set[str]:
@@ -297,7 +297,7 @@ class Method(Pruning, Allocation):
         for name, value in (("sparsity_ratio", self.sparsity_ratio), ("sparsity_type", self.sparsity_type)):
             if value not in (0, "unstructured"):
                 fix = f"add {flag_name('prune_method')}, one of: {', '.join(METHODS)}"
-                raise UserError(name, value, "without a method", fix)
+                raise UserError(name, value, "does nothing without a method", fix)
         return self.settled(Task("dense", None, "", 0.0))
 
     def settled(self, task: Task) -> Task:
@@ -309,7 +309,7 @@ class Method(Pruning, Allocation):
 
 
 @dataclass(kw_only=True)
-class Experiment(Model, Texts, Method, Evaluation, ZeroShot, Output, Scale):
+class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFlags, OutputFlags, ScaleFlags):
     """The flags of main.py."""
 
     def traits(self) -> set[str]:
@@ -352,9 +352,10 @@ class Experiment(Model, Texts, Method, Evaluation, ZeroShot, Output, Scale):
 
     def identity(self) -> dict[str, object]:
         """Return the flags that determine the pruned weights, in their spelling."""
-        names = [name for group in (Texts, Pruning, Allocation) for name in group.__annotations__ if name[0] != "_"]
-        free = ("ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor")
-        return {self.spelling(name): getattr(self, name) for name in ("seed", "dtype", *names) if name not in free}
+        groups = (TextFlags, PruningFlags, AllocationFlags)
+        names = {"seed", "dtype"}.union(*(group.__annotations__ for group in groups))
+        names -= {"_title", "ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor"}
+        return {self.spelling(name): getattr(self, name) for name in sorted(names)}
 
     def measurement(self, model: str) -> Measurement:
         """Return how the metric of the ``model`` is measured, and where it is cached."""
@@ -390,7 +391,7 @@ class Experiment(Model, Texts, Method, Evaluation, ZeroShot, Output, Scale):
             fix = "add --sparsity_ratio (or --sparsity_type N:M)"
             raise UserError("prune_method", None, f"{method} without a sparsity", fix)
         table = VARIANTS if self.use_variant else PRUNERS
-        pruner = configured(name, table, Options(self.pruner_iterations, self.damping, self.refit))
+        pruner = configured(name, table, self.pruner_iterations, self.damping, self.refit)
         task = self.settled(Task(method, pruner, suffix, target, nm))
         return task._replace(plan=self.plan, identity=self.identity())
 

@@ -24,7 +24,7 @@ class Task(NamedTuple):
         hyper: hyper-parameters of all allocations by flag.
         plan: file with the ratios, which then come from no allocation.
         identity: the flags that determine the pruned weights, for resuming.
-        traits: what holds of the run, as flags declare what they are for (``Method.traits``).
+        traits: what holds of the run, as flags declare what they are for (``MethodFlags.traits``).
     """
 
     method: str

@@ -1,7 +1,4 @@
-"""CPU: its instruction sets and cores, and the number of GPUs beside it. Nothing else asks the machine for them.
-
-The bytes that are free are in lib/models/memory.py.
-"""
+"""CPU: its instruction sets and cores, and the number of GPUs beside it. Nothing else asks the machine for them."""
 
 from __future__ import annotations
 
@@ -13,12 +10,9 @@ from pathlib import Path
 from lib.core.lazy import torch
 
 ARM = ("aarch64", "arm64")  # as platform.machine() calls it on Linux and on macOS
-# The instructions that multiply matrices of a dtype, of which a CPU has none, one or several. Without them, torch takes
-# five times as long as in float32.
-_PRODUCTS = {
-    "bfloat16": {"avx512bf16", "amxbf16", "bf16"},
-    "float16": {"avx512fp16", "amxfp16"},
-}
+# A CPU with one of these instructions multiplies matrices of the dtype; without, torch takes five times as long as in
+# float32.
+_PRODUCTS = {"bfloat16": {"avx512bf16", "amxbf16", "bf16"}, "float16": {"avx512fp16", "amxfp16"}}
 
 
 @cache
@@ -37,8 +31,7 @@ def model_name() -> str:
 def instructions() -> set[str]:
     """Return the CPU's instruction sets, spelled as a compiler's -m flags; every ARM CPU has "neon"."""
     flags = processor().get("flags") or processor().get("Features", "")
-    has = {flag.replace("_", "") for flag in flags.split()}
-    return has | {"neon"} if platform.machine() in ARM else has
+    return {flag.replace("_", "") for flag in flags.split()} | ({"neon"} if platform.machine() in ARM else set())
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -47,10 +40,8 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def usable() -> list[int]:
-    """Return the numbers of the logical cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))  # macOS
+    """Return the numbers of the logical cores that this process may use; on macOS, which does not say, of all."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
 
 
 def physical_cores() -> int:

@@ -14,9 +14,6 @@ _STRIDE = 2654435761  # a large odd number: consecutive entries fall into unrela
 _LARGE = 2**25  # bytes of a file that takes long to read
 
 
-# ------------------------------------------------------------------------------------------------------- same weights
-
-
 def fingerprint(weight: torch.Tensor) -> str:
     """Return the float32 values of 64 entries of ``weight`` at fixed places, as hexadecimal digits.
 
@@ -31,8 +28,7 @@ def same_weights(a: str, b: str) -> bool:
     """Return whether two fingerprints belong to the same matrix, up to rounding to half precision.
 
     The root mean square of the differences, over that of the entries, must be below the rounding of the coarser one. A
-    rank-8 update of 2 % of a matrix's norm moves its entries by about 2 % of theirs, rounding to bfloat16 by 0.2 % at
-    most.
+    rank-8 update of 2 % of a matrix's norm moves its entries by about 2 %, rounding to bfloat16 by 0.2 % at most.
     """
     x, y = (numpy.frombuffer(bytes.fromhex(digits), dtype="<f4").astype(numpy.float64) for digits in (a, b))
     scale = max(numpy.square(x).mean(), numpy.square(y).mean()) ** 0.5
@@ -43,18 +39,13 @@ def same_weights(a: str, b: str) -> bool:
 def _rounding(entries) -> float:
     """Return the relative error by which a copy may differ: one unit of the coarsest dtype that holds the entries."""
     values = torch.from_numpy(entries).float()
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(values.to(dtype).float(), values):
-            return torch.finfo(dtype).eps / 2
-    return torch.finfo(torch.float32).eps
+    exact = [dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(values.to(dtype).float(), values)]
+    return torch.finfo(exact[0]).eps / 2 if exact else torch.finfo(torch.float32).eps
 
 
 def first_difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """Return the first layer of ``now`` whose fingerprint differs or is missing in ``before``, None if all agree."""
     return next((name for name in now if name not in before or not same_weights(before[name], now[name])), None)
-
-
-# ---------------------------------------------------------------------------------------------------------- same file
 
 
 def checksum(path: Path) -> str:
@@ -69,12 +60,7 @@ def checksum(path: Path) -> str:
 def file_state(path: Path) -> str:
     """Return the size and the checksum of a file, or of a large one the time of its last change."""
     stat = path.stat()
-    if stat.st_size > _LARGE:
-        return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
-    return f"{stat.st_size} bytes {checksum(path)}"
-
-
-# --------------------------------------------------------------------------------------------------------- same value
+    return f"{stat.st_size} bytes {checksum(path) if stat.st_size <= _LARGE else f'of {stat.st_mtime_ns}'}"
 
 
 def digest(value: object) -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from lib.core import processes
 from lib.core.errors import UserError, first_line
-
-log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPORARY = ".*.tmp"  # the names of files that ``atomic`` has not finished
@@ -34,23 +31,14 @@ def readable(size: float) -> str:
     return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
 
 
-# ------------------------------------------------------------------------------------------------- before work begins
-
-
 def check_writable(field: str, folder: Path, need_bytes: int = 0) -> None:
-    """Refuse a ``folder`` that is not writable or whose disk has less than ``need_bytes`` free; leave no trace."""
+    """Refuse a ``folder`` that cannot be made or written, or whose disk has less than ``need_bytes`` free."""
     if not processes.is_main():
         return
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
-    try:
-        with writing(folder, field):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                free = shutil.disk_usage(folder).free
-    finally:
-        for path in missing:
-            with suppress(OSError):
-                path.rmdir()
+    with writing(folder, field):
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=place):
+            free = shutil.disk_usage(place).free
     if free < need_bytes:
         problem = f"the disk is too full, {readable(need_bytes)} are needed and {readable(free)} are free"
         raise UserError(field, folder, problem, "give a folder on another disk")
@@ -58,10 +46,9 @@ def check_writable(field: str, folder: Path, need_bytes: int = 0) -> None:
 
 def check_file(field: str, path: Path) -> None:
     """Refuse a ``path`` to write where something else than an ordinary file stands, such as a folder or a device."""
-    if path.is_dir():
-        raise UserError(field, path, "is a folder", "give a file")
     if os.path.lexists(path) and not path.is_file():
-        raise UserError(field, path, "is not an ordinary file, and would be replaced by one", "give another file")
+        problem = "is a folder" if path.is_dir() else "is not an ordinary file, and would be replaced by one"
+        raise UserError(field, path, problem, "give another file")
 
 
 def check_folder(field: str | None, folder: Path) -> None:
@@ -69,9 +56,6 @@ def check_folder(field: str | None, folder: Path) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         problem = f"is {'a link' if folder.is_symlink() else 'not a folder'}, and would be replaced"
         raise UserError(field, folder, problem, "move it away, or give another folder")
-
-
-# -------------------------------------------------------------------------------------------------------------- files
 
 
 @contextmanager
@@ -90,8 +74,7 @@ def writing(path: Path, field: str | None = None) -> Iterator[None]:
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of ``path``, durably, when the with statement ends without an error.
 
-    Raises:
-        UserError: the disk is full or the folder cannot be written; an existing file is left as it is.
+    A full disk or a folder that cannot be written is a UserError, and leaves an existing file as it is.
     """
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
@@ -107,20 +90,11 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             tmp.unlink(missing_ok=True)
 
 
-def write_files(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write each of ``texts`` {file name: content} to ``folder``, in their order; only the main process writes.
-
-    Raises:
-        UserError: as ``atomic`` does.
-    """
-    for name, content in texts.items() if processes.is_main() else ():
-        with atomic(folder / name) as file:
+def write_atomically(path: Path, content: str) -> None:
+    """Write ``content`` to a file as ``atomic`` does; only the main process writes."""
+    if processes.is_main():
+        with atomic(path) as file:
             file.write(content.encode())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to a file; see ``write_files``."""
-    write_files(path.parent, {path.name: text})
 
 
 def save_figure(figure, path: Path, dpi: int) -> None:
@@ -139,17 +113,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-# ------------------------------------------------------------------------------------------------------------ folders
-
-
 @contextmanager
 def locked(folder: Path, field: str | None = None, wait: bool = False) -> Iterator[None]:
-    """Hold a ``folder``, which need not exist yet, against other processes.
+    """Hold a ``folder``, which need not exist yet, against other processes, until this one dies at the latest.
 
-    The operating system releases it when this process dies, however that happens.
-
-    Raises:
-        UserError: another process holds it, unless this one is to ``wait``.
+    If another process holds it, ``wait`` for that, or raise a UserError.
     """
     from filelock import FileLock, Timeout
 
@@ -173,47 +141,39 @@ def locked(folder: Path, field: str | None = None, wait: bool = False) -> Iterat
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of ``target`` when the with statement ends without an error.
 
-    It waits while another process does the same.
-
-    Raises:
-        UserError: the disk is full, the path is not writable, or something else than a folder stands there.
+    It waits while another process does the same. A full disk, a path that cannot be written, or something else than a
+    folder there is a UserError.
     """
     check_folder(None, target)
     folder = target.with_name(f".{target.name}.new")
     with locked(target, wait=True), writing(target):
         remove_leftovers(target)
-        folder.mkdir()
         try:
+            folder.mkdir()
             yield folder
             for path in folder.rglob("*"):  # safetensors makes its files private
                 if path.is_file():
                     path.chmod(folder.stat().st_mode & 0o666)
             replace_folder(folder, target)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_leftovers(target)
 
 
 def replace_folder(folder: Path, target: Path) -> None:
     """Put ``folder`` durably in the place of ``target``; killed in between, ``remove_leftovers`` loses neither."""
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():
-        target.rename(old)
     try:
+        if target.exists():
+            target.rename(target.with_name(f".{target.name}.old"))
         folder.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        sync_folder(target.parent)
+    finally:
+        remove_leftovers(target)
 
 
 def remove_leftovers(target: Path) -> None:
     """Remove what a killed process left beside ``target``; an old one that had no new one yet is brought back."""
-    old = target.with_name(f".{target.name}.old")
+    old, new = (target.with_name(f".{target.name}.{age}") for age in ("old", "new"))
     if old.exists() and not target.exists():
         old.rename(target)
-    for leftover in (old, target.with_name(f".{target.name}.new")):
-        if leftover.exists():
-            log.warning("%s was left by a process that was killed: removed", leftover)
-            shutil.rmtree(leftover)
+    for leftover in (old, new):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -8,20 +8,14 @@ from lib.core.errors import UserError
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest of ``names``, or an empty string if none is close."""
-    names = list(names)
-    by_lower = {n.lower(): n for n in names}
-    close = get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
+    by_lower = {choice.lower(): choice for choice in names}
+    close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def check_name(field: str, name: str, names: Iterable[str]) -> str:
-    """Return ``name`` if it is one of ``names``.
-
-    Raises:
-        UserError: otherwise; the message quotes the flag, the name, the closest match and all choices.
-    """
+    """Return ``name`` if it is one of ``names``; else the UserError quotes the closest one and all choices."""
     names = list(names)
     if name not in names:
-        hint = did_you_mean(name, names)
-        raise UserError(field, name, f"invalid choice.{hint} Choose from: {', '.join(names)}")
+        raise UserError(field, name, f"invalid choice.{did_you_mean(name, names)} Choose from: {', '.join(names)}")
     return name

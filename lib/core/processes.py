@@ -11,32 +11,26 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import torch
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
 T = TypeVar("T")
 
-# How long a process waits for the others, for example while one saves; a crash is noticed immediately.
-_WAIT = timedelta(weeks=1)
-
-_ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-_state: PartialState | None = None  # accelerate's process group, once this process has joined it
+_state = None  # accelerate's PartialState, once this process has joined the others
 _single = False  # whether this process works for itself for now
-
-
-# -------------------------------------------------------------------------------------------------------------- ranks
 
 
 def started() -> int:
     """Return how many processes the launcher started, whether or not they share the work."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def processes_on_machine() -> int:
+    """Return how many processes share this machine's memory, including while this one works for itself."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", started()))
 
 
 def is_main() -> bool:
@@ -45,31 +39,24 @@ def is_main() -> bool:
 
 
 def join() -> None:
-    """Share the work from now on with the other started processes, if any.
-
-    Raises:
-        UserError: the environment was not set by a launcher, there are fewer GPUs than processes, or the processes
-            cannot reach each other.
-    """
+    """Share the work from now on with the other started processes, if any; a UserError says why that cannot be."""
     global _state
     if started() == 1:
         return
-    missing = [name for name in _ENVIRONMENT if name not in os.environ]
-    if missing:
-        problem = f"WORLD_SIZE is {started()} and {missing[0]} is not set"
-        raise UserError(None, None, problem, "start with accelerate launch or torchrun")
-
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            problem = f"WORLD_SIZE is {started()} and {name} is not set"
+            raise UserError(None, None, problem, "start with accelerate launch or torchrun")
     gpus = cpu.gpus()
     if gpus and processes_on_machine() > gpus:
         problem = f"{processes_on_machine()} processes were started on a machine with {gpus} GPUs"
         raise UserError(None, None, problem, "start one per GPU")
-    if gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
     from accelerate import PartialState
 
     try:
-        _state = PartialState(cpu=not gpus, timeout=_WAIT)
+        # They wait for each other, for example while one saves, for up to a week; a crash is noticed immediately.
+        _state = PartialState(cpu=not gpus, timeout=timedelta(weeks=1))
     except RuntimeError as error:
         problem = f"the {started()} processes cannot reach each other ({first_line(error)})"
         raise UserError(None, None, problem) from error
@@ -104,17 +91,9 @@ def rank() -> int:
     return 0 if _state is None or _single else _state.process_index
 
 
-def processes_on_machine() -> int:
-    """Return how many processes share this machine's memory, including while this one works for itself."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", started()))
-
-
 def device() -> torch.device | None:
     """Return this process's own GPU, or None if it has none or may use all of them."""
     return None if _state is None or _state.device.type == "cpu" else _state.device
-
-
-# ------------------------------------------------------------------------------------------------------- sharing work
 
 
 def share(total: int) -> slice:
@@ -124,16 +103,11 @@ def share(total: int) -> slice:
 
 def owners(costs: Sequence[float]) -> list[int]:
     """Return the rank that does each piece of work: most expensive first, each to the least loaded rank."""
-    loads = [0.0] * count()
-    result = [0] * len(costs)
+    loads, owner = [0.0] * count(), [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owner = min(range(len(loads)), key=loads.__getitem__)
-        result[index] = owner
-        loads[owner] += costs[index]
-    return result
-
-
-# ------------------------------------------------------------------------------------------------------ communication
+        owner[index] = min(range(count()), key=loads.__getitem__)
+        loads[owner[index]] += costs[index]
+    return owner
 
 
 @contextmanager
@@ -160,43 +134,33 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
 
 def broadcast(tensor: torch.Tensor, owner: int) -> None:
     """Replace the values of ``tensor`` by those in the process ``owner``."""
-    if count() == 1:
-        return
-    data = tensor.contiguous()
-    with _collective():
-        torch.distributed.broadcast(data.view(-1).view(torch.uint8), owner)  # bytes: not every backend knows all dtypes
-    if data is not tensor:
+    if count() > 1:
+        data = tensor.contiguous()
+        with _collective():  # as bytes, since not every backend knows all dtypes
+            torch.distributed.broadcast(data.view(-1).view(torch.uint8), owner)
         tensor.copy_(data)
 
 
 def gathered(value: T) -> list[T]:
     """Return the ``value`` of each process, in rank order; it must not contain GPU tensors."""
-    if count() == 1:
-        return [value]
-    values: list = [None] * count()
-    with _collective():
-        torch.distributed.all_gather_object(values, value)
+    values = [value] * count()
+    if count() > 1:
+        with _collective():
+            torch.distributed.all_gather_object(values, value)
     return values
-
-
-def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the processes' tensors concatenated: the parts given by ``share`` become the whole."""
-    return tensor if count() == 1 else torch.cat(gathered(tensor.cpu())).to(tensor.device)
 
 
 def on_main(work: Callable[[], T]) -> T:
     """Return the result of ``work`` in the main process, the only one that runs it; its UserError is raised in all."""
     if count() == 1:
         return work()
-    outcome: list = [None, None]
+    result = refusal = None
     if is_main():
         try:
-            outcome[0] = work()
+            result = work()
         except UserError as error:
-            outcome[1] = error.field, error.text
-    with _collective():
-        torch.distributed.broadcast_object_list(outcome, 0)
-    if outcome[1] is not None:
-        field, line = outcome[1]
-        raise UserError(field, None, line)
-    return outcome[0]
+            refusal = error
+    result, refusal = gathered((result, refusal))[0]
+    if refusal is not None:
+        raise refusal
+    return result

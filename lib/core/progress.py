@@ -14,37 +14,28 @@ from lib.core.files import sync_folder, writing
 class Progress:
     """What was finished so far, in a file of lines ``{"kind": ..., "key": ..., "value": ...}``.
 
-    A process that is killed while it writes leaves a last line that is cut off: what it was about is not finished, and
-    the next line takes its place. Of two lines with the same kind and key, the later one counts.
-    Only one process at a time may add to a file; several may read it.
+    A process that is killed while it writes leaves a last line that is cut off; the next line takes its place. Of two
+    lines with the same kind and key, the later one counts. Only one process at a time may add to a file.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the file ``path``, if there is one; it is made by the first ``add``.
-
-        Raises:
-            UserError: the file is damaged elsewhere than in a last line that is cut off.
-        """
+        """Read the file ``path``, which the first ``add`` makes; a UserError if it is damaged before its last line."""
         self.path = path
-        self.values: dict[str, dict[str, Any]] = {}  # {kind: {key: value}}
+        self._values: dict[tuple[str, str], Any] = {}
         content = path.read_bytes() if path.exists() else b""
         self._size = content.rfind(b"\n") + 1  # of the lines that are whole
 
         try:
             for line in content[: self._size].splitlines():
                 entry = json.loads(line)
-                self.values.setdefault(entry["kind"], {})[entry["key"]] = entry["value"]
+                self._values[entry["kind"], entry["key"]] = entry["value"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(None, path, f"is damaged ({first_line(error)})", "delete it to begin again") from error
+            raise UserError(None, path, f"is damaged ({first_line(error)})") from error
 
     def add(self, kind: str, key: str, value: Any) -> None:
-        """Append a finished thing; when this returns, it survives a kill and a power failure.
+        """Append a finished thing, any ``value`` that JSON can hold; it then survives a kill and a power failure.
 
-        Args:
-            value: anything that JSON can hold, infinity and NaN included.
-
-        Raises:
-            UserError: the file cannot be written, for example because the disk is full; earlier lines stay.
+        A full disk is a UserError, and earlier lines stay.
         """
         line = json.dumps({"kind": kind, "key": key, "value": value}).encode() + b"\n"
         with writing(self.path), open(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
@@ -57,12 +48,8 @@ class Progress:
                 sync_folder(self.path.parent)
 
         self._size += len(line)
-        self.values.setdefault(kind, {})[key] = value
+        self._values[kind, key] = value
 
-    def get(self, kind: str, key: str, default: Any = None) -> Any:
-        """Return the value of a finished thing, ``default`` if it is not finished."""
-        return self.values.get(kind, {}).get(key, default)
-
-    def items(self, kind: str) -> dict[str, Any]:
-        """Return the values of all finished things of a kind by key, in the order in which they were finished."""
-        return dict(self.values.get(kind, {}))
+    def get(self, kind: str, key: str) -> Any:
+        """Return the value of a finished thing, None if it is not finished."""
+        return self._values.get((kind, key))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.core import cpu
-from lib.core.errors import UserError, first_line
+from lib.core.errors import UserError, first_line, flag_name
 from lib.core.files import new_folder, writing
-from lib.core.hub import check_hub
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
+from lib.models.hub import check_hub
 from lib.models.layers import SUPPORTED, architecture, check_support
 from lib.models.memory import free_memory
 from lib.models.weights import Weights
@@ -102,7 +102,7 @@ class Dtypes(NamedTuple):
     """The dtype in which a model is computed, and the one to which its pruned weights are rounded for saving."""
 
     compute: torch.dtype
-    stored: torch.dtype
+    save: torch.dtype
 
 
 def choose_dtypes(dtype: str, skeleton: transformers.PreTrainedModel) -> Dtypes:
@@ -113,12 +113,12 @@ def choose_dtypes(dtype: str, skeleton: transformers.PreTrainedModel) -> Dtypes:
     """
     checkpoint = skeleton.config.get_text_config().dtype or skeleton.config.dtype or torch.float32
     if dtype != "auto":
-        compute = stored = getattr(torch, dtype)
+        compute = save = getattr(torch, dtype)
     elif cpu.gpus():
-        compute = stored = torch.bfloat16 if checkpoint == torch.bfloat16 else torch.float16
+        compute = save = torch.bfloat16 if checkpoint == torch.bfloat16 else torch.float16
     else:
-        compute, stored = torch.float32, checkpoint
-    return Dtypes(compute, stored)
+        compute, save = torch.float32, checkpoint
+    return Dtypes(compute, save)
 
 
 def load_llm(
@@ -157,7 +157,7 @@ def load_llm(
     if "disk" in places:
         raise UserError("model", source.given, "does not fit in the memory of the GPUs and the CPU together")
     if spread and set(places) == {"cpu"}:
-        fix = "free GPU memory, or lower --nsamples or --seqlen"
+        fix = f"free GPU memory, or lower {flag_name('nsamples')} or {flag_name('seqlen')}"
         raise UserError("model", source.given, "no GPU has room for a part of it beside the work", fix)
     if "cpu" in places and len(set(places)) > 1:
         message = "%d of the model's %d parts stay in the CPU's memory and visit the GPU"
@@ -177,7 +177,7 @@ def unreadable(source: Source, error: Exception, subject: str = "") -> UserError
         reason = "unknown to the hub, or private"
     else:
         reason = "it is not a local folder and the hub cannot be reached"
-    fix = f"a copy fetched elsewhere with `hf download {source.path} --local-dir DIR` works: --model DIR"
+    fix = f"a copy fetched elsewhere with `hf download {source.path} --local-dir DIR` works: {flag_name('model')} DIR"
     return UserError("model", source.given, f"{subject}{source.path} cannot be loaded, {reason}", fix)
 
 

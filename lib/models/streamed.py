@@ -32,7 +32,7 @@ class Streamed(Weights):
             UserError: its tensors are not those of its config's model.
         """
         model = empty_llm(folder, dtypes.compute)
-        super().__init__(model, find_blocks(model)[1], prunable_layers(model), dtypes.stored)
+        super().__init__(model, find_blocks(model)[1], prunable_layers(model), dtypes.save)
         self.device, self.compute = device, dtypes.compute
         self.changed: dict[int, Path] = {}  # block -> the file that holds it now
         self._scratch = tempfile.TemporaryDirectory(prefix="streamed-", ignore_cleanup_errors=True)

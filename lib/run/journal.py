@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from lib import sparse
 from lib.core import files, processes
 from lib.core.digests import checksum, first_difference
-from lib.core.errors import UserError, first_line, flag_name
+from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
 from lib.core.progress import Progress
 from lib.models.safetensors_io import write_shard
@@ -22,8 +22,7 @@ from lib.pruning.walk import LayerReport
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "pruning.json"  # stays in the finished folder: what made the model
-_PROGRESS = "progress.jsonl"  # holds the same, line by line, until the folder is finished
+MANIFEST = "pruning.jsonl"  # the progress of the run; it stays in the finished folder and says what made the model
 _RESTART = "add --restart to begin again"
 
 
@@ -55,6 +54,7 @@ class Journal:
     With several processes, the main one reads and writes it and shares its contents with the others.
 
     Attributes:
+        scratch: folder for files that need not outlive the run.
         finished: the layer reports of each finished block, by its index.
         failure: the error of a block that could not be written.
     """
@@ -67,6 +67,7 @@ class Journal:
             unmeasured: a complete model in ``target`` comes from a run stopped during its evaluation, which is resumed.
         """
         self.target, self.folder = target, partial_folder(target)
+        self.scratch = self.folder / "scratch"
         self.finished: dict[int, list[LayerReport]] = {}
         self.failure: UserError | None = None
         self._undo = ExitStack()  # of what is to be released in the end
@@ -74,31 +75,39 @@ class Journal:
         self._progress: Progress  # in the main process only
         processes.on_main(lambda: self._open(restart, unmeasured))
 
-    # ----------------------------------------------------------------------------------------------------- the folder
-
     def _open(self, restart: bool, unmeasured: bool) -> None:
         with ExitStack() as undo, files.writing(self.folder, "save_model"):
             undo.enter_context(files.locked(self.folder, "save_model"))
             with files.locked(self.target, wait=True):
                 files.remove_leftovers(self.target)
             undo.callback(self._release)
-            if can_reopen(self.target, restart, unmeasured):
-                self._reopen()
             if restart and self.folder.exists():
                 shutil.rmtree(self.folder)
-            self.folder.mkdir(exist_ok=True)
+            try:
+                if can_reopen(self.target, restart, unmeasured):
+                    self._reopen()
+                self.folder.mkdir(exist_ok=True)
+                self._progress = Progress(self.folder / MANIFEST)
+            except UserError as error:
+                raise UserError("save_model", None, error.text, _RESTART) from error
             for path in self.folder.glob(files.TEMPORARY):  # that a killed process was writing
                 path.unlink()
             shutil.rmtree(self.scratch, ignore_errors=True)
-            self._progress = self._read_progress()
             self._undo = undo.pop_all()
+
+    def _reopen(self) -> None:
+        """Turn the finished folder into the working folder again; a packed one is unpacked first, bit for bit."""
+        if sparse.is_packed(self.target):
+            with files.new_folder(self.target) as folder:
+                sparse.unpack_files(self.target, folder)
+        self.target.rename(self.folder)
+        self._reopened = True
 
     def _release(self) -> None:
         """Leave a finished folder that this run has not accepted as it was, and no empty one."""
         if self.folder.is_dir():
             shutil.rmtree(self.scratch, ignore_errors=True)
-            if self._reopened and not self.target.exists():
-                (self.folder / _PROGRESS).unlink(missing_ok=True)
+            if self._reopened:
                 self.folder.rename(self.target)
             elif not any(self.folder.iterdir()):
                 self.folder.rmdir()
@@ -106,53 +115,6 @@ class Journal:
     def close(self) -> None:
         """Release the folder for another run."""
         self._undo.close()
-
-    def _reopen(self) -> None:
-        """Turn the finished folder into the working folder again; a packed one is unpacked first, bit for bit."""
-        if sparse.is_packed(self.target):
-            try:
-                with files.new_folder(self.target) as folder:
-                    sparse.unpack_files(self.target, folder)
-            except UserError as error:
-                raise UserError("save_model", None, error.text, _RESTART) from error
-        self.target.rename(self.folder)
-        self._reopened = True
-
-    def _read_progress(self) -> Progress:
-        """Return what was finished: in a folder with a manifest, all that the manifest holds."""
-        path, manifest = self.folder / _PROGRESS, self.folder / MANIFEST
-        if not manifest.exists():
-            return Progress(path)
-        try:
-            content = json.loads(manifest.read_bytes())
-            entries = [(kind, key, value) for kind, values in content.items() for key, value in values.items()]
-        except (ValueError, AttributeError) as error:
-            raise UserError("save_model", manifest, f"is damaged ({first_line(error)})", _RESTART) from error
-        path.unlink(missing_ok=True)
-        progress = Progress(path)
-        for entry in entries:
-            progress.add(*entry)
-        return progress
-
-    @property
-    def scratch(self) -> Path:
-        """Folder for files that need not outlive the run."""
-        return self.folder / "scratch"
-
-    def finish(self, packed: bool = False) -> None:
-        """Replace the target by the finished folder, ``packed`` or unchanged."""
-        with files.writing(self.target, "save_model"):
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            files.write_atomically(self.folder / MANIFEST, json.dumps(self._progress.values))
-            self._progress.path.unlink()
-            if packed:
-                with files.new_folder(self.target) as folder:
-                    sparse.pack_files(self.folder, folder)
-                shutil.rmtree(self.folder)
-            else:
-                files.replace_folder(self.folder, self.target)
-
-    # -------------------------------------------------------------------------------------------------- what it holds
 
     def get(self, kind: str, key: str) -> Any:
         """Return a result of this run or of an earlier one, None if there is none; all processes must ask."""
@@ -168,38 +130,20 @@ class Journal:
         Raises:
             UserError: the folder holds blocks of a run with other flags, weights, calibration or versions.
         """
-        now = json.loads(json.dumps(identity._asdict()))
-        self.finished = processes.on_main(lambda: self._begin(now))
+        self.finished = processes.on_main(lambda: self._begin(json.loads(json.dumps(identity._asdict()))))
         if self.finished:
             log.info("resuming after block %d of the run in %s", max(self.finished), self.folder)
 
     def _begin(self, now: dict) -> dict[int, list[LayerReport]]:
         """Return the reports of the blocks that are whole, and remove all else that would become part of the model."""
         before, finished = self._progress.get("run", "identity"), {}
-        try:
-            difference = before and _difference(before, now)
-            if before and not difference:
-                finished = self._whole_blocks()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError("save_model", self._progress.path, f"is damaged ({error!r})", _RESTART) from error
-        if difference:
+        if before is None:
+            self._progress.add("run", "identity", now)
+        elif difference := _difference(before, now):
             problem = f"an unfinished run there is another one, {difference}"
             raise UserError("save_model", self.target, problem, _RESTART)
-
         self._reopened = False  # accepted
-        whole = [self.path(index) for index in finished]
-        with files.writing(self.folder, "save_model"):
-            for path in self.folder.glob("*.safetensors"):
-                if path not in whole:
-                    path.unlink()
-            (self.folder / MANIFEST).unlink(missing_ok=True)
-        if not before:
-            self._progress.add("run", "identity", now)
-        return finished
 
-    def _whole_blocks(self) -> dict[int, list[LayerReport]]:
-        """Return the reports of the finished blocks up to the first one whose shard is damaged."""
-        finished = {}
         for index in count():
             entry, path = self._progress.get("block", str(index)), self.path(index)
             if entry is None:
@@ -207,12 +151,12 @@ class Journal:
             if not path.is_file() or checksum(path) != entry["sha256"]:
                 log.warning("%s is damaged: its block and those after it are pruned again", path)
                 break
-            for name, shape, *numbers, nm in entry["rows"]:
-                row = LayerReport(name, tuple(shape), *numbers, nm and tuple(nm))
-                finished.setdefault(index, []).append(row)
+            finished[index] = [LayerReport(*row) for row in entry["rows"]]
+        for path in {*self.folder.glob("*.safetensors")} - {self.path(index) for index in finished}:
+            path.unlink()
         return finished
 
-    # --------------------------------------------------------------------------------------- blocks, as the walk asks
+    # -------------------------------------------------------------------------------------- blocks, as the walk asks
 
     def __contains__(self, index: int) -> bool:
         return index in self.finished
@@ -235,14 +179,25 @@ class Journal:
         processes.on_main(store)
         self.finished[index] = rows
 
+    def finish(self, packed: bool = False) -> None:
+        """Replace the target by the finished folder, ``packed`` or unchanged."""
+        with files.writing(self.target, "save_model"):
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            if packed:
+                with files.new_folder(self.target) as folder:
+                    sparse.pack_files(self.folder, folder)
+                shutil.rmtree(self.folder)
+            else:
+                files.replace_folder(self.folder, self.target)
+
 
 def _difference(before: dict, now: dict) -> str | None:
     """Return in words what the identity of an earlier run differs in, None if it is the same."""
-    for part in ("flags", "versions"):
-        for name, value in now[part].items():
-            earlier = before[part].get(name)
+    for kind in ("flags", "versions"):
+        for name, value in now[kind].items():
+            earlier = before[kind].get(name)
             if earlier != value:
-                return f"{flag_name(name) if part == 'flags' else name} was {earlier} and is {value} now"
+                return f"{flag_name(name) if kind == 'flags' else name} was {earlier} and is {value} now"
     if before["calibration"] != now["calibration"]:
         return "its calibration windows were others"
     layer = first_difference(before["fingerprints"], now["fingerprints"])

@@ -73,7 +73,7 @@ class LanguageModel:
         if task.is_calibrated:
             checks.check_calibration(settings.hidden_states, settings.nsamples)
         if settings.save_model:
-            size = memory.saved_bytes(self.skeleton, source.path, self.dtypes.stored)
+            size = memory.saved_bytes(self.skeleton, source.path, self.dtypes.save)
             unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
             checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
 
@@ -193,7 +193,7 @@ class LanguageModel:
         else:
             log.info("loading %s", source.path)
             model = load.load_llm(source, dtypes.compute, processes.device(), reserve=self.reserve)
-            self.weights = weights_of(model, None if dtypes.stored == dtypes.compute else dtypes.stored)
+            self.weights = weights_of(model, None if dtypes.save == dtypes.compute else dtypes.save)
         self.measured = self.weights
         if self.planned:
             self.dense, self._loaded_as = self.weights.snapshot(), key
@@ -219,7 +219,7 @@ class LanguageModel:
             raise journal.failure
 
         def complete() -> None:
-            load.complete_folder(journal.folder, self.weights, self.tokenizer, self.dtypes.stored)
+            load.complete_folder(journal.folder, self.weights, self.tokenizer, self.dtypes.save)
             walk.check_saved(journal.folder, self.weights, sparsity)
             journal.finish(packed)
 
@@ -231,7 +231,16 @@ class LanguageModel:
         """Return the perplexity on the evaluation windows."""
         return perplexity.perplexity_by_blocks(self.weights, self.evaluation)
 
-    def zero_shot(self, saved: str | None, num_fewshot: int, limit: int | None, batch: int | str) -> zero_shot.ZeroShot:
+    def is_whole(self, saved: str | None) -> bool:
+        """Return whether the pruned model can be had in memory, and warn if a streamed one was not ``saved``."""
+        if saved is None and self.weights.streamed and self.weights.changed:
+            log.warning("no zero-shot accuracy: the pruned model is whole in its folder only, which could not be saved")
+            return False
+        return True
+
+    def zero_shot(
+        self, saved: str | None, num_fewshot: int, limit: int | None, batch: int | str
+    ) -> zero_shot.ZeroShotResult:
         """Return the accuracy on the questions; a streamed model, which fits into memory, is read from its folder.
 
         Args:

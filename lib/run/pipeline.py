@@ -22,8 +22,8 @@ from lib.pruning import plan as plans
 from lib.pruning import walk
 from lib.pruning.plan import SparsityPlan
 from lib.run.journal import Identity, Journal
-from lib.run.record import Record, is_unmeasured, provenance
-from lib.spectra import measure as metrics
+from lib.run.record import Record, provenance
+from lib.spectra import measure
 
 log = logging.getLogger("main")
 
@@ -32,26 +32,21 @@ MISSED = 0.002
 
 
 class Subject(Protocol):
-    """What a run prunes: a model whose blocks are lent by its weights, and the data that it is calibrated on.
+    """What a run prunes: a model whose blocks are lent by its weights, and the data that it is calibrated on."""
 
-    Attributes:
-        name: that of the model, for caches and plans.
-        weights: what is pruned.
-        measured: what a metric is measured on.
-        dense: copy of the dense weights, if one is held.
-        calib_dtype: dtype of the products in calibration's passes, None for the model's own.
-        calibration_digest: hash of the calibration data.
-        search_digests: hashes of the data of a search.
-        scores: what was measured on the dense weights, by what it depends on.
-    """
-
+    # The model's name, for caches and plans.
     name: str
+    # What is pruned, and what a metric is measured on.
     weights: Weights
     measured: Weights
+    # A copy of the dense weights, if one is held.
     dense: Mapping[str, torch.Tensor] | None
+    # The dtype of the products in calibration's passes, None for the model's own.
     calib_dtype: torch.dtype | None
+    # Hashes of the data of calibration and of a search.
     calibration_digest: str
     search_digests: Sequence[str]
+    # What was measured on the dense weights, by what it depends on.
     scores: dict[tuple, object]
 
     def inputs(self) -> BlockInputs:
@@ -61,20 +56,10 @@ class Subject(Protocol):
         """Return the model whose prices are searched, with the masks of magnitude or of Wanda."""
 
 
-def open_journal(
-    target: Path | None, restart: bool, save: Path, run: str, flags: Mapping[str, object]
-) -> Journal | None:
-    """Return the journal of the pruned model's folder ``target``, None if the model is not saved.
-
-    The figures of the ``run`` in the folder ``save`` tell whether its evaluation was interrupted.
-    """
-    return None if target is None else Journal(target, restart, is_unmeasured(save, run, flags))
-
-
 # -------------------------------------------------------------------------------------------------------------- steps
 
 
-def measure(
+def measure_values(
     subject: Subject, task: Task, measurement: Measurement, options: price.Options, journal: Journal | None = None
 ) -> tuple[Mapping[str, float] | None, price.Found | None]:
     """Return the values that the allocation needs for each layer, and the search that found them, None without one.
@@ -88,9 +73,9 @@ def measure(
         return None, None
     if needs == "metric":
         metric, folder, how = measurement
-        return metrics.load_or_measure(folder, metric, subject.name, subject.measured, how).values, None
+        return measure.load_or_measure(folder, metric, subject.name, subject.measured, how).values, None
     if needs == "price":
-        values, _ = measure(subject, task.starting_task, measurement, options)
+        values, _ = measure_values(subject, task.starting_task, measurement, options)
         start = make_plan(task.starting_task, subject.weights.layers, values).ratios if task.start else None
         search = search_prices(subject, task, start, options, journal)
         return search.ratios, search

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lib import __version__
 from lib.core import cpu
 from lib.core.digests import digest, file_state
-from lib.core.files import write_files
+from lib.core.files import write_atomically
 from lib.core.lazy import torch
 from lib.pruning.walk import LayerReport
 
@@ -34,10 +35,9 @@ class Record:
     """The record of a run, rewritten whenever it grows.
 
     Attributes:
-        content: the content of ``run_<run>.json``; ``complete`` is False until the end. Once it holds the flags,
-            ``inputs`` identifies the files that they name, as of the end of the stage: those read in it.
-        stages: seconds, CPU seconds of all threads, and peak memory of each stage, {stage: {"seconds", "cpu_seconds",
-            "peak_rss_mb", "peak_cuda_mb"}}; on a shared machine, only the CPU seconds are comparable.
+        content: the content of ``run_<run>.json``. Once it holds the flags, ``inputs`` identifies the files that they
+            name, as of the end of the stage: those read in it.
+        stages: time and peak memory of each, {stage: {"seconds", "cpu_seconds", "peak_rss_mb", "peak_cuda_mb"}}.
         rows: the per-layer table, ``layers_<run>.tsv``.
         files: other files to write, {name: text}.
         written: whether ``write`` has succeeded.
@@ -62,49 +62,47 @@ class Record:
         yield
         for device in cuda_in_use():
             torch.cuda.synchronize(device)
-        seconds = {
-            "seconds": round(time.perf_counter() - start, 3), "cpu_seconds": round(time.process_time() - busy, 3)
-        }  # fmt: skip
-        row = seconds | {"peak_rss_mb": _peak_rss_mb()}
+        self.stages[name] = {
+            "seconds": round(time.perf_counter() - start, 3),
+            "cpu_seconds": round(time.process_time() - busy, 3),
+            "peak_rss_mb": _peak_rss_mb(),
+        }
         peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
-        self.stages[name] = row | ({"peak_cuda_mb": peaks} if peaks else {})
+        if peaks:
+            self.stages[name]["peak_cuda_mb"] = peaks
         if "flags" in self.content and "inputs" not in self.content:
             self.content["inputs"] = inputs_of(self.content["flags"])
 
     def write(self, complete: bool = False) -> None:
         """Write all files, the run file last, since it states whether the run is complete."""
         self.content["complete"] = complete
-        files = dict(self.files)
-        if self.rows:
-            files[f"layers_{self.run}.tsv"] = layers_text(self.rows)
-        files[f"run_{self.run}.json"] = run_text(self.whole())
-        write_files(self.folder, files)
+        layers = {f"layers_{self.run}.tsv": layers_text(self.rows)} if self.rows else {}
+        for name, content in {**self.files, **layers, f"run_{self.run}.json": run_text(self.whole())}.items():
+            write_atomically(self.folder / name, content)
         self.written = True
 
     def whole(self) -> dict:
         """Return the content with the stages so far."""
         return self.content | {"stages": self.stages}
 
-    @contextmanager
-    def explain_failure(self, resume: str | Callable[[], str]) -> Iterator[None]:
-        """If the body of the with statement fails, report what is on disk and how to ``resume``.
+    def explain_failure(self, resume: Callable[[], str]) -> AbstractContextManager[None]:
+        """If the body of the with statement fails, report what is on disk and how to ``resume``."""
+        figures = f"figures so far: {self.folder}/*_{self.run}.*"
+        return explain_failure(lambda: f"{figures if self.written else 'no figures were written'}; {resume()}")
 
-        Args:
-            resume: what to do then; a function if that depends on what was saved inside the with statement.
-        """
-        try:
-            yield
-        except BaseException:
-            figures = f"figures so far: {self.folder}/*_{self.run}.*" if self.written else "no figures were written"
-            log.warning("%s; %s", figures, resume if isinstance(resume, str) else resume())
-            raise
+
+@contextmanager
+def explain_failure(explanation: Callable[[], str]) -> Iterator[None]:
+    """If the body of the with statement fails, report what is on disk and how to go on."""
+    try:
+        yield
+    except BaseException:
+        log.warning("%s", explanation())
+        raise
 
 
 def cuda_in_use() -> list[int]:
-    """Return the CUDA devices on which this process holds memory.
-
-    Any other would get a context of half a gigabyte, and statistics are unavailable before CUDA is initialised.
-    """
+    """Return the CUDA devices on which this process holds memory: to ask any other costs it half a gigabyte."""
     if "torch" not in sys.modules or not torch.cuda.is_initialized():
         return []
     return [device for device in range(cpu.gpus()) if torch.cuda.memory_reserved(device)]
@@ -140,10 +138,7 @@ def run_text(record: Mapping) -> str:
 
 
 def _json(value):
-    """Return ``value`` with ``inf``, ``-inf`` or ``nan`` as text for numbers that JSON cannot represent.
-
-    Null would say that nothing was measured.
-    """
+    """Return ``value`` with the words inf, -inf and nan for what JSON has no number for; null means "not measured"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     if isinstance(value, Mapping):
@@ -158,15 +153,9 @@ def read_run(folder: Path, run: str) -> dict | None:
     return None
 
 
-def parsed(text: str) -> dict:
-    """Return the record in the ``text`` of a run file, its perplexity a number, or None if it was not measured.
-
-    Raises:
-        ValueError: the text is not JSON, or not a run's.
-    """
-    record = json.loads(text)
-    if not isinstance(record, dict):
-        raise ValueError("it does not hold a run's record")
+def parsed(content: str) -> dict:
+    """Return the record in the content of a run file, its perplexity a number; a ValueError if it is not JSON."""
+    record = json.loads(content)
     if isinstance(record.get("perplexity"), str):  # not finite, which JSON has no number for
         record["perplexity"] = float(record["perplexity"])
     return record
@@ -218,16 +207,15 @@ def provenance() -> dict:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
+    versions = {"alphapruning": __version__, "python": sys.version.split()[0]}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def _git_commit() -> str | None:
-    here = Path(__file__).parent
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return None

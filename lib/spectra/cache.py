@@ -107,7 +107,7 @@ class MetricCache:
         versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
         content = {**self.identity, "fingerprints": measured.fingerprints, "versions": versions}
         # The sidecar comes first: values without one would be taken for a published file.
-        files.write_files(self.folder, {self.sidecar.name: json.dumps(content, indent=1) + "\n"})
+        files.write_atomically(self.sidecar, json.dumps(content, indent=1) + "\n")
         with files.atomic(self.path) as file:
             numpy.save(file, numpy.array([*measured.values.values()], dtype=numpy.float64))
         for path in self.folder.glob(f".{self.stem}.*.jsonl"):

@@ -17,6 +17,7 @@ from lib.core import digests, processes
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import numpy, torch
 from lib.core.progress import Progress
+from lib.models import memory
 from lib.models.layers import Layer
 from lib.models.weights import Block, Weights
 from lib.spectra.cache import LayerMetrics, MetricCache
@@ -116,7 +117,9 @@ def measure(
     Args:
         progress: supplies the values of an interrupted measurement, and keeps those of this one.
     """
-    cores = torch.get_num_threads()
+    # A core holds a matrix, its float32 copy and LAPACK's: half of the free memory must have room for all of them.
+    room = memory.free_ram() // processes.processes_on_machine() // 2
+    cores = max(1, min(torch.get_num_threads(), room // (12 * max(layer.size for layer in weights.layers))))
     # An SVD's time grows with the number of weights times the shorter side.
     work = {layer.name: layer.size * min(layer.shape[:2]) for layer in weights.layers}
     if metric in WEIGHTWATCHER:

@@ -170,7 +170,8 @@ def run(settings: Benchmark) -> int:
     print(markdown)
     content = {"rows": [row._asdict() for row in rows], "settings": settings.flags(), "machine": machine}
     record = json.dumps(content | provenance(), indent=1) + "\n"
-    files.write_files(Path(settings.save), {"bench.md": markdown, "bench.json": record})
+    files.write_atomically(Path(settings.save, "bench.md"), markdown)
+    files.write_atomically(Path(settings.save, "bench.json"), record)
     for row in rows:
         if row.differs:
             print(f"bench.py: {row.name}: only {row.alike:.4f} of the result is the plain one's", file=sys.stderr)

@@ -235,7 +235,7 @@ def test_other_starts_and_forms(flags, run):
         ("--prune_method wanda --price_steps 3", "does nothing with wanda"),
         ("--prune_method wanda_price --price_start price", "price: invalid choice"),
         ("--prune_method wanda_price --epsilon 0.2", "does nothing with wanda_price"),
-        ("--prune_method wanda_price --price_start ww --epsilon auto", "--epsilon auto with"),
+        ("--prune_method wanda_price --price_start ww --epsilon auto", "--epsilon auto: needs"),
         ("--prune_method wanda_price --price_steps 0", "--price_steps 0: must be at least 1"),
     ],
 )
@@ -256,9 +256,8 @@ def test_a_search_with_the_same_settings_is_made_once(tiny_folder, tiny_text, tm
 
     from lib.run.language import LanguageModel
 
-    made = []
-    monkeypatch.setattr(price, "_descend", lambda *args: made.append(1) or _real(*args))
-    _real = _descend
+    made, descend = [], price._descend
+    monkeypatch.setattr(price, "_descend", lambda *args: made.append(1) or descend(*args))
     flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_wikitext false --seqlen 32 --nsamples 4 "
     flags += f"--save {tmp_path} --price_steps 2 --prune_method"
     runs = [("wanda_price", 0.5), ("sparsegpt_price", 0.5), ("wanda_price", 0.6)]
@@ -266,6 +265,3 @@ def test_a_search_with_the_same_settings_is_made_once(tiny_folder, tiny_text, tm
     subject = LanguageModel(planned)
     kept = [main.run(run, Console(quiet=True), subject)["price_search"] for run in planned]
     assert len(made) == 2 and kept[0] == kept[1] != kept[2]
-
-
-_descend = price._descend

@@ -9,7 +9,15 @@ import timm
 import torch
 from conftest import fast
 
-from image_classifiers.models import find_parts, load, load_weights, locate, read_checkpoint, save, skeleton
+from image_classifiers.models import (
+    fill_weights,
+    find_parts,
+    load_classifier,
+    locate_classifier,
+    read_checkpoint,
+    save_classifier,
+    skeleton,
+)
 from lib.allocation.formulas import heavy_tailed
 from lib.core.errors import UserError
 from lib.spectra.measure import measure
@@ -64,7 +72,7 @@ def names_of(model) -> dict[torch.nn.Module, str]:
 @pytest.mark.parametrize("name", fast(NAMED, 3))
 def test_the_papers_models_are_found(name):
     blocks, count = NAMED[name]
-    model, size = skeleton(locate(name), None, None)
+    model, size = skeleton(locate_classifier(name), None, None)
     parts = find_parts(model)
     pruned, measured = ([layer.name for layer in weights.layers] for weights in parts)
     assert size == 224 and len(pruned) == count
@@ -102,7 +110,7 @@ def test_other_models_are_refused_by_name(name, kind):
     with pytest.raises(
         UserError, match=rf"^--model {name}: {kind} is not supported, .*; supported: .*ViT, DeiT and ConvNeXt"
     ):
-        skeleton(locate(name), None, None)
+        skeleton(locate_classifier(name), None, None)
 
 
 def test_the_blocks_are_the_whole_way_from_stem_to_head():
@@ -208,7 +216,7 @@ def test_original_weight_files_give_the_same_logits(layout, tmp_path):
         for parameter in other.parameters():
             parameter.zero_()
         assert not torch.equal(other(images), model(images))
-        load_weights(other, tmp_path / "weights.pth")
+        fill_weights(other, tmp_path / "weights.pth")
         assert torch.equal(other(images), model(images))
 
 
@@ -218,11 +226,11 @@ def test_safetensors_and_saved_folders_give_the_same_logits(tmp_path):
         safetensors.torch.save_file(model.state_dict(), tmp_path / "w.safetensors")
         other = make()
         torch.nn.init.zeros_(other.get_classifier().weight)
-        load_weights(other, tmp_path / "w.safetensors")
-        save(model, 8, tmp_path / name)
+        fill_weights(other, tmp_path / "w.safetensors")
+        save_classifier(model, 8, tmp_path / name)
         back = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
-        own, size = skeleton(locate(str(tmp_path / name)), None, None)
-        loaded = load(locate(str(tmp_path / name)), None, size, None)
+        own, size = skeleton(locate_classifier(str(tmp_path / name)), None, None)
+        loaded = load_classifier(locate_classifier(str(tmp_path / name)), None, size, None)
         with torch.no_grad():
             assert all(torch.equal(m(images), model(images)) for m in (other, back, loaded))
         assert (size, own.num_classes) == (8, 10)
@@ -234,26 +242,26 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
     state = tiny_vit().state_dict()
     torch.save({"model": {k: v for k, v in state.items() if k != "norm.bias"} | {"extra.weight": torch.ones(1)}}, path)
     with pytest.raises(UserError, match=r"fit VisionTransformer; 1 missing: norm\.bias; 1 unexpected: extra\.weight$"):
-        load_weights(tiny_vit(), path)
+        fill_weights(tiny_vit(), path)
     torch.save(state, path)
     with pytest.raises(
         UserError, match=r"2 of another shape: head\.weight \[10, 24\] for \[7, 24\], head\.bias .*--nb_classes"
     ):
-        load_weights(tiny_vit(num_classes=7), path)
+        fill_weights(tiny_vit(num_classes=7), path)
     with pytest.raises(
         UserError, match=r"patch_embed\.proj\.weight is \[24, 3, 2, 2\] and the model's \[24, 3, 4, 4\]"
     ):
-        load_weights(tiny_vit(patch_size=4), path)
+        fill_weights(tiny_vit(patch_size=4), path)
     for other in (tiny_convnext(), tiny_vit(embed_dim=32), tiny_vit(depth=4)):
         before = {k: v.clone() for k, v in other.state_dict().items()}
         with pytest.raises(UserError, match=r"do not fit"):
-            load_weights(other, path)
+            fill_weights(other, path)
         assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
 
 def test_positions_for_another_size_are_resampled_with_a_warning(tmp_path, caplog):
     torch.save(tiny_vit().state_dict(), tmp_path / "w.pth")
-    load_weights(tiny_vit(img_size=12), tmp_path / "w.pth")
+    fill_weights(tiny_vit(img_size=12), tmp_path / "w.pth")
     assert "pos_embed is [1, 17, 24] and the model's [1, 37, 24]; it is resampled" in caplog.text
 
 
@@ -261,9 +269,9 @@ def test_without_a_file_the_hub_is_asked():
     with pytest.raises(
         UserError, match=r"^--model deit_tiny_patch16_224: timm's weights cannot be loaded .*--resume FILE"
     ):
-        load(locate("deit_tiny_patch16_224"), None, 224, None)  # the tests are offline
+        load_classifier(locate_classifier("deit_tiny_patch16_224"), None, 224, None)  # the tests are offline
     with pytest.raises(UserError, match=r"--nb_classes 7: timm's weights .* are for 1000 classes"):
-        load(locate("deit_tiny_patch16_224"), None, 224, 7)  # whose classifier would be left random
+        load_classifier(locate_classifier("deit_tiny_patch16_224"), None, 224, 7)  # it would be left random
 
 
 class Sly:

@@ -12,7 +12,7 @@ from test_image_pruning import exact
 from test_price_model import PriceOracle, some_ratios
 
 from image_classifiers import data
-from image_classifiers.models import find_parts, save
+from image_classifiers.models import find_parts, save_classifier
 from image_classifiers.price import EFFORT, FIT, HELD, ImagePriceModel, split
 from lib.allocation.price import Options, search
 from lib.core.errors import UserError
@@ -149,7 +149,7 @@ def test_images_drawn_twice_are_in_one_part():
     "more", fast(["wanda_price", "magnitude_price --price_start ww", "sparsegpt_price --price_refresh 1"], 2)
 )
 def test_a_run_records_its_search(more, digits, tmp_path, capsys):
-    save(digits[0], 8, tmp_path / "tiny")
+    save_classifier(digits[0], 8, tmp_path / "tiny")
     method = more.split()[0]
     flags = f"--model {tmp_path}/tiny --data_set digits --prune_metric {more} --sparsity 0.6 --price_steps 3"
     flags += f" --nsamples 50 --num_workers 0 --save_dir {tmp_path}/out --price_dtype float32"
@@ -168,7 +168,7 @@ def test_a_run_records_its_search(more, digits, tmp_path, capsys):
 
 
 def test_too_few_images_are_refused(tmp_path, capsys):
-    save(tiny_vit(), 8, tmp_path / "tiny")
+    save_classifier(tiny_vit(), 8, tmp_path / "tiny")
     flags = f"--model {tmp_path}/tiny --data_set digits --sparsity 0.6 --save_dir {tmp_path}/out --nsamples 11"
     status, err = call(capsys, *flags.split(), "--prune_metric", "wanda_price")
     assert status == 2 and "--nsamples 11: the search for prices needs at least 12 different images" in err

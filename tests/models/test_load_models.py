@@ -353,7 +353,7 @@ def test_a_saved_model_has_the_checkpoints_own_dtype(tmp_path, tiny_model, tiny_
     written = load_file(tmp_path / "m" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {BF16}
     skeleton = load_skeleton(locate(str(tmp_path / "m"), "unused"))
-    assert choose_dtypes("auto", skeleton).stored == BF16
+    assert choose_dtypes("auto", skeleton).save == BF16
     again = load_llm(locate(str(tmp_path / "m"), "unused"), FULL, torch.device("cpu"))
     assert perplexity(again, tiny_windows) == perplexity(tiny_model, tiny_windows)
 

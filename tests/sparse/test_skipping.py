@@ -29,7 +29,7 @@ def in_order(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", [torch.float32, *kernel.KERNEL_DTYPES])
 def test_sums_have_the_bits_of_additions_in_order(level, kind, threads):
-    library = kernel.load(level)
+    library = kernel.load_kernel(level)
     for index, (rows, columns) in enumerate([(7, 31), (1, 64), (5, 8), (40, 700), (130, 129)]):
         for zeros in (0.0, 0.5, 0.9, 1.0):
             weight = matrix(rows, columns, zeros, kind, index)
@@ -43,15 +43,15 @@ def test_sums_have_the_bits_of_additions_in_order(level, kind, threads):
 
 def test_more_tokens_than_a_slab_of_panels(level):
     weight, x = matrix(9, 40, 0.6, torch.float32), torch.randn(900, 40, generator=torch.Generator().manual_seed(1))
-    found = kernel.load(level).multiply_many(weight, x)
+    found = kernel.load_kernel(level).multiply_many(weight, x)
     assert torch.equal(found, in_order(weight, x))
-    assert torch.equal(found[500:], kernel.load(level).multiply_many(weight, x[500:].contiguous()))
+    assert torch.equal(found[500:], kernel.load_kernel(level).multiply_many(weight, x[500:].contiguous()))
 
 
 def test_what_is_not_a_number_stays_where_it_is(level):
     weight = torch.tensor([[0.0, 1, 0], [torch.nan, 0, 0], [0, 0, -0.0]])
     x = torch.tensor([[1.0, torch.inf, 2], [3, 4, 5]])
-    y = kernel.load(level).multiply_many(weight, x)
+    y = kernel.load_kernel(level).multiply_many(weight, x)
     assert y[:, 0].tolist() == [torch.inf, 4] and y[:, 1].isnan().all() and y[:, 2].tolist() == [0, 0]
 
 
@@ -146,7 +146,7 @@ def test_without_a_kernel_zeros_are_multiplied(monkeypatch):
     def unavailable():
         raise kernel.Unavailable("no compiler")
 
-    monkeypatch.setattr(skipping, "load", unavailable)
+    monkeypatch.setattr(skipping, "load_kernel", unavailable)
     layer = layers()["pruned"]
     with zeros_skipped([layer]) as count:
         assert count == 0 and "forward" not in vars(layer)
@@ -205,13 +205,13 @@ def test_solver_has_the_bits_of_a_plain_loop(level, group, threads):
             continue
         block, *rest = random_block(columns, outputs, group)
         found, expected = block.clone(), block.clone()
-        errors, wanted = kernel.load(level).solve_block(found, *rest), plain_loop(expected, *rest, rounded_once)
+        errors, wanted = kernel.load_kernel(level).solve_block(found, *rest), plain_loop(expected, *rest, rounded_once)
         assert torch.equal(found, expected) and torch.equal(errors, wanted)
 
 
 def test_solver_gives_ties_to_the_upper_column(level):
     block, *rest = ties()
-    kernel.load(level).solve_block(block, *rest)
+    kernel.load_kernel(level).solve_block(block, *rest)
     for output in range(6):
         gone = min(output, 4)
         assert block[:, output].tolist() == ([0.0] * gone + [1.0] * (4 - gone)) * 2
@@ -238,7 +238,7 @@ def test_without_a_kernel_sparsegpt_is_a_loop(monkeypatch):
     def unavailable():
         raise kernel.Unavailable("no compiler")
 
-    monkeypatch.setattr(kernel, "load", unavailable)
+    monkeypatch.setattr(kernel, "load_kernel", unavailable)
     sparsegpt.block_solver.cache_clear()
     assert sparsegpt.block_solver(torch.device("cpu"), None) is sparsegpt.solve_block
     sparsegpt.block_solver.cache_clear()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lib.core.errors import UserError
+from lib.models import memory
 from lib.models.weights import Weights
 from lib.spectra import measure as measuring
 from lib.spectra.measure import Settings, load_or_measure, measure
@@ -48,8 +49,12 @@ def first_block(weights: Weights, layers: int) -> Weights:
     return Weights(weights.model, weights.modules[:1], weights.layers[:layers])
 
 
-def test_matrices_at_work_are_as_many_as_cores(threads, tiny_weights, monkeypatch):
+@pytest.mark.parametrize("little_memory", [False, True])
+def test_matrices_at_work_are_as_many_as_cores_and_memory_allow(little_memory, threads, tiny_weights, monkeypatch):
     counts, at_work, lock = [], [], threading.Lock()
+    most = 1 if little_memory else threads
+    largest = max(layer.size for layer in tiny_weights.layers)
+    monkeypatch.setattr(memory, "free_ram", lambda: 2 * (2 * 12 * largest - little_memory))
 
     def counted(weight: torch.Tensor, *more):
         with lock:
@@ -62,7 +67,7 @@ def test_matrices_at_work_are_as_many_as_cores(threads, tiny_weights, monkeypatc
 
     monkeypatch.setattr(measuring, "spectrum", counted)
     measure("alpha_mid", tiny_weights)
-    assert len(counts) == 21 and all(count <= threads and linear_algebra == 1 for count, linear_algebra in counts)
+    assert len(counts) == 21 and all(count <= most and linear_algebra == 1 for count, linear_algebra in counts)
 
 
 @pytest.mark.parametrize(("seconds", "driver", "announced"), [(30, "exact", 1), (0.1, "exact", 0), (30, "fast", 0)])

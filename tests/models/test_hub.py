@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lib.core import hub
+from lib.models import hub
 
 
 @pytest.fixture
