@@ -55,7 +55,7 @@ def run(settings: Merge) -> None:
     common.check_adapter(settings.lora_weights, base)
     windows = common.perplexity_windows(settings, base)
     dtypes = load.choose_dtypes(settings.dtype, base.skeleton)
-    files.check_writable("save", out, memory.saved_bytes(base.skeleton, base.source, dtypes.save))
+    files.check_writable("save", out, memory.saved_bytes(base.skeleton, base.source.path, dtypes.save))
 
     weights = common.load_base(base, dtypes.compute, settings.ctx_length, save_dtype=dtypes.save)
     pruned = weights.sparsity()

@@ -158,7 +158,7 @@ def allocate(
     tried = {}
     if journal is not None:
         tried = _Tried(journal, _search_key(subject, task))
-        subject.weights.scratch(journal.scratch)
+        subject.weights.use_scratch(journal.scratch)
     largest = formulas.largest_epsilon(layers, task.target, values, task.hyper["mapping_type"])
     plan_of = partial(make_plan, task, layers, values)
     grid = epsilon.epsilon_grid(largest)

@@ -81,7 +81,7 @@ def filled(*matrices) -> Weights:
         linear.weight = nn.Parameter(torch.as_tensor(values, dtype=torch.float32).clone(), requires_grad=False)
         blocks.append(linear)
     layers = [Layer(f"blocks.{i}", i, tuple(block.weight.shape)) for i, block in enumerate(blocks)]
-    return Weights(blocks, blocks, layers, [{f"blocks.{i}": block} for i, block in enumerate(blocks)])
+    return Weights(nn.ModuleDict({"blocks": blocks}), blocks, layers)
 
 
 def test_lamp_by_pencil():

@@ -161,8 +161,8 @@ def test_passes_are_those_that_a_search_makes(options, started):
     draw = torch.Generator().manual_seed(0)
     counts = price.FIT_WINDOWS, options.effort.held_out_windows
     fit, held = (torch.randint(3, 300, (count, 8), generator=draw) for count in counts)
-    for module in weights.modules:
-        module.register_forward_pre_hook(lambda *_: calls.append(3 if torch.is_grad_enabled() else 1))
+    for block in weights.visit():
+        block.module.mlp.register_forward_pre_hook(lambda *_: calls.append(3 if torch.is_grad_enabled() else 1))
     start = {layer.name: 0.4 for layer in weights.layers} if started else None
     searched(weights, (fit, held), 0.5, start, options)
     assert sum(calls) == len(weights.modules) * price.forward_passes(options, started)

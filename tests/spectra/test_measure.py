@@ -46,8 +46,7 @@ def test_bits_do_not_depend_on_the_number_of_cores(smollm2_weights):
 
 def first_block(weights: Weights, layers: int) -> Weights:
     """Return the first layers of a model's first block."""
-    linears = {layer.name: weights.model.get_submodule(layer.name) for layer in weights.layers[:layers]}
-    return Weights(weights.model, weights.modules[:1], weights.layers[:layers], [linears])
+    return Weights(weights.model, weights.modules[:1], weights.layers[:layers])
 
 
 @pytest.mark.parametrize("little_memory", [False, True])
