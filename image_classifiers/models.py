@@ -144,20 +144,16 @@ def find_parts(model: torch.nn.Module, given: str | None = None) -> Parts:
     chain = _chain(trunk, model.get_submodule(trunk), blocks)
     modules = [model.get_submodule(name) for name in chain]
     measured = [
-        {f"{name}.{inner}": matrix for inner, matrix in _matrices(module).items()} if name in blocks else {}
-        for name, module in zip(chain, modules, strict=True)
+        Layer(f"{name}.{inner}", index, tuple(matrix.weight.shape))
+        for index, name in enumerate(chain)
+        if name in blocks
+        for inner, matrix in _matrices(modules[index]).items()
     ]
-    inside = {name for matrices in measured for name in matrices}
-    outside = [name for name in _matrices(model) if name not in inside]
-    if len(outside) > MOST_OUTSIDE + measured.count({}):  # downsampling, between the blocks, has one each
+    outside = sorted(_matrices(model).keys() - {layer.name for layer in measured})
+    if len(outside) > MOST_OUTSIDE + len(chain) - len(blocks):  # downsampling, between the blocks, has one each
         raise _refusal(model, given, f"{len(outside)} matrices outside its blocks would stay dense ({outside[0]} ...)")
-
-    def weights(linears: Sequence[dict[str, torch.nn.Module]]) -> Weights:
-        shapes = [(name, i, tuple(m.weight.shape)) for i, block in enumerate(linears) for name, m in block.items()]
-        return Weights(model, modules, [Layer(*shape) for shape in shapes], linears)
-
-    pruned = [{name: matrix for name, matrix in block.items() if _pointwise(matrix)} for block in measured]
-    return Parts(weights(pruned), weights(measured))
+    pruned = [layer for layer in measured if _pointwise(model.get_submodule(layer.name))]
+    return Parts(Weights(model, modules, pruned), Weights(model, modules, measured))
 
 
 def _chain(name: str, module: torch.nn.Module, blocks: Iterable[str]) -> list[str]:
@@ -251,7 +247,7 @@ def block_inputs(
         for images, _ in batches:
             with torch.no_grad(), suppress(PassEnded):
                 weights.model(images.to(device))
-    return BlockInputs(hidden, [((), {})] * len(weights.modules), samples=None)
+    return BlockInputs(hidden, [((), {})] * len(weights.modules), None, set())
 
 
 # ------------------------------------------------------------------------------------------------- weight files

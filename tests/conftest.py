@@ -148,9 +148,9 @@ def few_tasks(monkeypatch, tmp_path_factory):
     for name in ("super_glue", "glue", "hellaswag", "winogrande", "arc", "openbookqa"):
         shutil.copytree(Path(lister.__file__).parent / name, folder / name)
     monkeypatch.setattr(lister, "__file__", str(folder / "__init__.py"))
-    zero_shot._tasks_in.cache_clear()
+    zero_shot._task_manager.cache_clear()
     yield
-    zero_shot._tasks_in.cache_clear()
+    zero_shot._task_manager.cache_clear()
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -221,6 +221,16 @@ def tiny_folder(tmp_path_factory, tiny_tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     tiny_llama().save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_inputs(tmp_path_factory, tiny_folder, tiny_text, other_text) -> Path:
+    """Return a folder with what a run reads: tiny-llama, text.txt and other.txt."""
+    folder = tmp_path_factory.mktemp("inputs")
+    shutil.copytree(tiny_folder, folder / "tiny-llama")
+    shutil.copy(tiny_text, folder / "text.txt")
+    shutil.copy(other_text, folder / "other.txt")
     return folder
 
 

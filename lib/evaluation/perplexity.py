@@ -5,18 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from lib import sparse
-from lib.calibration.hidden import advance, enter_blocks, entry_device, leave_blocks
+from lib.calibration.hidden import advance, after_blocks, enter_blocks, entry_device
 from lib.core import processes
-from lib.core.lazy import torch
+from lib.core.lazy import torch, transformers
 from lib.models.weights import Weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +20,7 @@ log = logging.getLogger(__name__)
 _LOSS_TOKENS = 512
 
 
-def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
+def perplexity(model: transformers.PreTrainedModel, windows: torch.Tensor) -> float:
     """Return exp of the mean over ``windows`` [count, seqlen] of the mean next-token loss (nats, float32).
 
     It is infinite or NaN if the pruned model is broken; this is reported, with a warning.
@@ -36,23 +32,20 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
 
 
 def perplexity_by_blocks(weights: Weights, windows: torch.Tensor) -> float:
-    """Return the same, but pass all windows through one block before the next, so that each block is fetched once.
-
-    This is for a model larger than the GPU's memory, or than all memory; others are evaluated window by window.
-    """
+    """Return the same; a model larger than the memory passes all windows through a block, which it fetches once."""
     if weights.in_memory:
         return perplexity(weights.model, windows)
     inputs = enter_blocks(weights, windows)
     for block in tqdm(weights.visit(), total=len(weights.modules), desc="evaluating", unit="block", disable=None):
         advance(block, inputs)
     mine = windows[processes.share(len(windows))]
-    return _perplexity(leave_blocks(weights, mine, inputs), mine, weights.model.dtype)
+    with after_blocks(weights, inputs.tuples) as logits:
+        return _perplexity(map(logits, mine, inputs.hidden), mine, weights.model.dtype)
 
 
 def _perplexity(logits_by_window: Iterable[torch.Tensor], windows: torch.Tensor, dtype: torch.dtype) -> float:
     """Return the perplexity of the logits [seqlen, vocabulary] of each window, over all processes."""
-    losses = []
-    cross_entropy = torch.nn.functional.cross_entropy
+    losses, cross_entropy = [], torch.nn.functional.cross_entropy
     pairs = zip(logits_by_window, windows, strict=True)
     for logits, window in tqdm(pairs, "perplexity", len(windows), unit="window", disable=None):
         logits, targets = logits[:-1], window[1:].to(logits.device)

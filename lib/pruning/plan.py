@@ -25,14 +25,10 @@ class SparsityPlan(NamedTuple("SparsityPlan", [("target", float), ("ratios", dic
     """
 
     def __new__(cls, target: float, ratios: dict[str, float], nm: dict | tuple[int, int] | None = None):
-        if isinstance(nm, tuple):
-            nm = dict.fromkeys(ratios, nm)
         for name, ratio in ratios.items():
             if not 0 <= ratio <= 1:  # a NaN fails too
                 raise ValueError(f"{name}: a ratio of {ratio} is outside [0, 1]")
-        if nm is not None and nm.keys() != ratios.keys():
-            raise ValueError("N:M must be given for every layer that has a ratio")
-        return super().__new__(cls, target, ratios, nm)
+        return super().__new__(cls, target, ratios, dict.fromkeys(ratios, nm) if isinstance(nm, tuple) else nm)
 
 
 def save_plan(path: Path, plan: SparsityPlan, model: str, layers: Sequence[Layer], made_by: dict) -> None:
@@ -67,12 +63,11 @@ def load_plan(path: Path, model: str, layers: Sequence[Layer]) -> SparsityPlan:
             n, m = nm[layer.name]
             if not 0 < n <= m or layer.shape[1] % m or abs(ratios[layer.name] - (1 - n / m)) > 1e-9:
                 raise ValueError(f"{layer.name}: {n}:{m} does not fit its ratio or its {layer.shape[1]} columns")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise UserError("plan", path, f"is not a sparsity plan ({error})") from error
     mean = sum(ratios[layer.name] * layer.size for layer in layers) / sum(layer.size for layer in layers)
     if abs(mean - target) > _BUDGET:
-        problem = f"its ratios add up to {mean:.4f} and its target is {target}"
-        raise UserError("plan", path, problem, "fix one of them")
+        raise UserError("plan", path, f"its ratios add up to {mean:.4f} and its target is {target}", "fix one of them")
     return plan
 
 
@@ -92,32 +87,25 @@ def read_plan(path: Path) -> dict:
 
 
 def llm_compressor_recipe(plan: SparsityPlan, layers: Sequence[Layer], pruner: str) -> str:
-    """Return an llm-compressor recipe (YAML) for this plan: a sparsity for each target, in model order.
+    """Return an llm-compressor recipe (YAML): a sparsity for each target, in model order, by a LLM_COMPRESSOR pruner.
 
     Layers of ratio 0 are left out: llm-compressor's SparseGPT would remove a weight or two from each.
 
     Raises:
-        UserError: llm-compressor cannot express the plan.
+        UserError: the plan has mixed N:M, which llm-compressor cannot express.
     """
-    field = "export_llmcompressor"
-    if pruner not in LLM_COMPRESSOR:
-        takes = f"llm-compressor takes layer-wise sparsity with {' and '.join(LLM_COMPRESSOR)} only"
-        raise UserError(field, f"with {pruner}", takes)
+    import yaml
+
     layers = [layer for layer in layers if plan.ratios[layer.name] > 0]
-    patterns = {plan.nm[layer.name] for layer in layers} if plan.nm else {None}
+    patterns = {plan.nm[layer.name] for layer in layers} if plan.nm else {(0, 0)}
     if len(patterns) > 1:
-        problem = "llm-compressor has one N:M for all layers"
-        raise UserError(field, "with mixed N:M", problem, "use --sparsity_type unstructured")
-    pattern = patterns.pop()
-    structure = "0:0" if pattern is None else f"{pattern[1] - pattern[0]}:{pattern[1]}"  # there N counts the zeros
-    lines = [
-        "pruning_stage:",
-        "  pruning_modifiers:",
-        f"    {LLM_COMPRESSOR[pruner]}:",
-        f'      mask_structure: "{structure}"',
-        "      sparsity:",
-        *(f"        - {plan.ratios[layer.name]:.6f}" for layer in layers),
-        "      targets:",
-        *(f"        - {layer.name}" for layer in layers),
-    ]
-    return "\n".join(lines) + "\n"
+        problem, fix = "llm-compressor has one N:M for all layers", "use --sparsity_type unstructured"
+        raise UserError("export_llmcompressor", "with mixed N:M", problem, fix)
+    ((n, m),) = patterns
+    modifier = {
+        "mask_structure": f"{m - n}:{m}",  # there N counts the zeros
+        "sparsity": [round(plan.ratios[layer.name], 6) for layer in layers],
+        "targets": [layer.name for layer in layers],
+    }
+    recipe = {"pruning_stage": {"pruning_modifiers": {LLM_COMPRESSOR[pruner]: modifier}}}
+    return yaml.safe_dump(recipe, sort_keys=False)

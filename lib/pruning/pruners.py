@@ -6,23 +6,16 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lib.core.lazy import torch
-from lib.pruning import alps
-from lib.pruning.sparsegpt import Factor, inverse_factor, repair, repair_group
-from lib.pruning.thresholds import nth_smallest, row_smallest
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lib.pruning import alps, sparsegpt
+from lib.pruning.sparsegpt import NM
+from lib.pruning.thresholds import group_smallest, nth_smallest, row_smallest
 
 log = logging.getLogger(__name__)
 
-VARIANT_SHARES = (0.0, 0.8)  # between which the Wanda variant seeks its share, published
-VARIANT_TOLERANCE = 0.001
-
-
-NM = tuple[int, int]
+VARIANT_TOLERANCE = 0.001  # how near the sparsity of Wanda's variant must come to the ratio, published
 
 
 class Pruner(NamedTuple):
@@ -36,19 +29,19 @@ class Pruner(NamedTuple):
     once are twice that size, as gate and up are.
     """
 
-    prune: Callable[[Tensor, object, float, NM | None], Tensor]
+    prune: Callable[[torch.Tensor, object, float, NM | None], torch.Tensor]
     statistic: str | None = None
-    prepare: Callable[[Tensor], object] = lambda statistic: statistic
-    group: Callable[..., dict[str, Tensor]] | None = None
+    prepare: Callable[[torch.Tensor], object] = lambda statistic: statistic
+    group: Callable[..., dict[str, torch.Tensor]] | None = None
     copies: float = 4
 
     def prune_all(
         self,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, torch.Tensor],
         prepared: object,
         ratios: Mapping[str, float],
         nm: Mapping[str, NM | None],
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the name and the new weight of each of ``weights``, layers that share an input."""
         if self.group is not None:
             yield from self.group(weights, prepared, ratios, nm).items()
@@ -57,30 +50,29 @@ class Pruner(NamedTuple):
             yield name, self.prune(weight, prepared, ratios[name], nm[name])
 
 
-def magnitude(weight: Tensor, _: None, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+def magnitude(weight: torch.Tensor, _: None, ratio: float, nm: NM | None) -> torch.Tensor:
     """Zero everything <= the int(n * ratio)-th (from 0) of the sorted |W|, one threshold for the matrix."""
     score = weight.abs()
     if nm is not None:
-        return weight.masked_fill(_group_smallest(score, nm), 0)
+        return weight.masked_fill(group_smallest(score, nm), 0)
     index = int(weight.numel() * ratio)
     if index >= weight.numel():
         return torch.zeros_like(weight)
     return weight.masked_fill(score <= nth_smallest(score, index), 0)
 
 
-def wanda(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+def wanda(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: float, nm: NM | None) -> torch.Tensor:
     """Zero, per output row, the int(columns * ratio) smallest |W| * sqrt(s) (Wanda: Sun et al., 2024).
 
     Args:
         squared_norms: s [in] float32, the mean over samples of the sum over tokens of x^2.
     """
     score = weight.abs() * squared_norms.sqrt()
-    if nm is not None:
-        return weight.masked_fill(_group_smallest(score, nm), 0)
-    return weight.masked_fill(row_smallest(score, int(weight.shape[1] * ratio)), 0)
+    smallest = group_smallest(score, nm) if nm else row_smallest(score, int(weight.shape[1] * ratio))
+    return weight.masked_fill(smallest, 0)
 
 
-def wanda_variant(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+def wanda_variant(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: float, nm: NM | None) -> torch.Tensor:
     """Zero, per row, the smallest scores whose cumulative sum stays within a share of the row's total.
 
     The share is one for the matrix, found by bisection in [0, 0.8] from 0.4 on, until the sparsity is within 0.001 of
@@ -91,8 +83,7 @@ def wanda_variant(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple
     score = weight.abs() * squared_norms.sqrt()
     ordered, order = score.sort(dim=1, stable=True)
     cumulative, total = ordered.cumsum(dim=1), score.sum(dim=1, keepdim=True)
-    low, high = VARIANT_SHARES
-    share = 0.4
+    low, high, share = 0.0, 0.8, 0.4
     miss, best = math.inf, None
     while True:
         within = cumulative <= share * total
@@ -108,80 +99,48 @@ def wanda_variant(weight: Tensor, squared_norms: Tensor, ratio: float, nm: tuple
     return weight.masked_fill(torch.zeros_like(best).scatter_(1, order, best), 0)
 
 
-def sparsegpt(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
-    """Zero ``ratio`` of each block of columns and let the other weights compensate; see ``sparsegpt.repair``."""
-    return repair(weight, factor, ratio, nm)
-
-
-def sparsegpt_group(
-    weights: Mapping[str, Tensor], factor: Factor, ratios: Mapping[str, float], nm: Mapping[str, NM | None]
-) -> dict[str, Tensor]:
-    """Return each of ``weights`` pruned as by ``sparsegpt``, but solved as one matrix."""
-    goals = [ratios[name] for name in weights], [nm[name] for name in weights]
-    return dict(zip(weights, repair_group(list(weights.values()), factor, *goals), strict=True))
-
-
 PRUNERS: dict[str, Pruner] = {
     "magnitude": Pruner(magnitude),
     "wanda": Pruner(wanda, "squared_norms"),
-    "sparsegpt": Pruner(sparsegpt, "hessian", inverse_factor, sparsegpt_group),
+    "sparsegpt": Pruner(sparsegpt.repair, "hessian", sparsegpt.inverse_factor, sparsegpt.repair_group),
     "alps": Pruner(alps.alps, "hessian", alps.prepare, alps.alps_group, copies=8.55),
 }
 # What --use_variant puts in a pruner's place.
 VARIANTS: dict[str, Pruner] = {"wanda": Pruner(wanda_variant, "squared_norms")}
-# What --damping and --pruner_iterations are for.
+# Pruners that --damping and --pruner_iterations are for.
 DAMPED, ITERATED = ("sparsegpt", "alps"), ("alps",)
 
 
-class Options(NamedTuple):
-    """Deviations from a pruner's defaults; None is the default."""
+def configured(
+    name: str, table: Mapping[str, Pruner], iterations: int | None, damping: float | None, refit: int | None
+) -> Pruner:
+    """Return the pruner ``name`` of ``table`` with those options that are not None in place of its defaults.
 
-    iterations: int | None = None  # of ADMM
-    damping: float | None = None  # of the Hessian, as a share of its mean diagonal
-    refit: int | None = None  # conjugate-gradient steps on the mask
-
-
-def configured(name: str, table: Mapping[str, Pruner], options: Options) -> Pruner:
-    """Return the pruner ``name`` of ``table`` with ``options``."""
+    They are ``iterations`` of ADMM, ``damping`` as a share of the Hessian's mean diagonal, and ``refit``, a number of
+    conjugate-gradient steps on the mask.
+    """
     pruner = table[name]
-    damped = {} if options.damping is None else {"damping": options.damping}
-    if name == "alps":
-        given = {"iterations": options.iterations, "steps": options.refit}
-        given = {key: value for key, value in given.items() if value is not None}
-        if damped:
-            pruner = pruner._replace(prepare=partial(alps.prepare, **damped))
-        if given:
-            pruner = pruner._replace(prune=partial(pruner.prune, **given), group=partial(pruner.group, **given))
-        return pruner
-    if damped and name == "sparsegpt":
-        pruner = pruner._replace(prepare=partial(inverse_factor, **damped))
-    return refitted(pruner, options.refit, damped) if options.refit else pruner
+    if damping is not None and name in DAMPED:
+        pruner = pruner._replace(prepare=partial(pruner.prepare, damping=damping))
+    if name in ITERATED:
+        options = {"iterations": iterations, "steps": refit}
+        options = {key: value for key, value in options.items() if value is not None}
+        return pruner._replace(prune=partial(pruner.prune, **options), group=partial(pruner.group, **options))
+    return refitted(pruner, refit, alps.ALPS_DAMPING if damping is None else damping) if refit else pruner
 
 
-def refitted(pruner: Pruner, steps: int, damped: Mapping[str, float]) -> Pruner:
+def refitted(pruner: Pruner, steps: int, damping: float = alps.ALPS_DAMPING) -> Pruner:
     """Return ``pruner`` followed by ``steps`` of ``alps.refit`` on its masks, which needs the Hessian.
 
-    Wanda's squared norms are half of the Hessian's diagonal.
+    Wanda's squared norms are half of the Hessian's diagonal; magnitude ignores them.
     """
 
-    def prepare(hessian: Tensor) -> tuple[object, alps.Problem]:
-        own = None
-        if pruner.statistic == "squared_norms":
-            own = pruner.prepare(hessian.diagonal() / 2)
-        elif pruner.statistic == "hessian":
-            own = pruner.prepare(hessian.clone())
-        return own, alps.prepare(hessian, **damped)
+    def prepare(hessian: torch.Tensor) -> tuple[object, alps.Problem]:
+        statistic = hessian.clone() if pruner.statistic == "hessian" else hessian.diagonal() / 2
+        return pruner.prepare(statistic), alps.prepare(hessian, damping)
 
-    def prune(weight: Tensor, prepared: tuple[object, alps.Problem], ratio: float, nm: NM | None) -> Tensor:
-        own, problem = prepared
-        return alps.refit(weight, pruner.prune(weight, own, ratio, nm), problem, steps)
+    def prune(weight: torch.Tensor, prepared: tuple[object, alps.Problem], ratio: float, nm: NM | None) -> torch.Tensor:
+        prepared, problem = prepared
+        return alps.refit(weight, pruner.prune(weight, prepared, ratio, nm), problem, steps)
 
     return Pruner(prune, "hessian", prepare, copies=max(pruner.copies, 6))
-
-
-def _group_smallest(score: Tensor, nm: tuple[int, int]) -> Tensor:
-    """Return a mask of the M - N smallest of every M columns of ``score``; of equals the lower columns."""
-    keep, group = nm
-    grouped = score.reshape(score.shape[0], -1, group)
-    lowest = grouped.sort(dim=2, stable=True).indices[:, :, : group - keep]
-    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(2, lowest, True).view_as(score)

@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lib import sparse
+from lib.core.errors import first_line
 from lib.core.lazy import torch
-from lib.pruning.thresholds import nth_smallest
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from lib.pruning.thresholds import group_ranks, nth_smallest
 
 log = logging.getLogger(__name__)
 
 BLOCK = 128  # columns per block, published
-DAMPING = 0.01  # share of the Hessian's mean diagonal, published
-RETRIES = 2  # each with ten times the damping
+HESSIAN_DAMPING = 0.01  # share of the Hessian's mean diagonal that is added to it, published
+RETRIES = 2  # further attempts to factorise a Hessian, each with ten times the damping
+
+# N:M as (N, M): N of every M columns are kept.
+NM = tuple[int, int]
 
 
 class Factor(NamedTuple):
     """``upper`` [in, in], the upper Cholesky factor of the inverse damped Hessian, and the ``dead`` columns [in]."""
 
-    upper: Tensor
-    dead: Tensor
+    upper: torch.Tensor
+    dead: torch.Tensor
 
 
 class NotPositiveDefinite(ValueError):
     """The Hessian could not be factorised with any damping tried."""
 
 
-def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
+def inverse_factor(hessian: torch.Tensor, damping: float = HESSIAN_DAMPING) -> Factor:
     """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. U replaces H in memory.
 
     A column whose input was always zero gets H = 1. A Hessian that is not positive definite is retried with ten
-    times the ``damping`` (a share of its mean diagonal), up to twice, with a warning. At most two matrices of this size
-    are held, including H.
-
-    Raises:
-        NotPositiveDefinite: all attempts failed, or the inverse overflows.
+    times the ``damping`` (a share of its mean diagonal), up to twice, with a warning, before NotPositiveDefinite is
+    raised. At most two matrices of this size are held, including H.
     """
-    hessian = hessian.contiguous()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal.masked_fill_(dead, 1)
@@ -59,32 +56,32 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
         if ((failed == 0) & torch.isfinite(lower.diagonal()).all()).item():
             break
         if attempt == RETRIES:
-            told = f"even with {damping * 10**RETRIES:g} of damping"
-            raise NotPositiveDefinite(f"its Hessian is not positive definite, {told}")
+            most = damping * 10**RETRIES
+            raise NotPositiveDefinite(f"its Hessian is not positive definite, even with {most:g} of damping")
         log.warning("a Hessian is not positive definite; its damping is raised tenfold")
     _reverse(lower.mT)
-    upper = _inverse(lower, hessian.zero_().mT)  # H has served
+    upper = _inverse(lower, hessian.zero_().mT)  # H is no longer needed: its memory is reused
     if not torch.isfinite(torch.stack(torch.aminmax(hessian))).all():  # these two show every NaN and infinity
         raise NotPositiveDefinite("the inverse of its Hessian is not finite")
     return Factor(upper, dead)
 
 
-def _inverse(upper: Tensor, zeros: Tensor) -> Tensor:
+def _inverse(upper: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """Return the inverse of the triangle ``upper`` [in, in], written into ``zeros``.
 
     The inverse of [A B; 0 C] is [inv(A), -inv(A) B inv(C); 0, inv(C)]: one strip of columns at a time, each from those
     before it. Solving for the identity would take twice as long, mostly for zeros.
     """
     for left in range(0, len(upper), BLOCK):
-        part = slice(left, left + BLOCK)
-        corner = zeros[part, part].fill_diagonal_(1)
-        corner.copy_(torch.linalg.solve_triangular(upper[part, part], corner, upper=True))
+        strip = slice(left, left + BLOCK)
+        corner = zeros[strip, strip].fill_diagonal_(1)
+        corner.copy_(torch.linalg.solve_triangular(upper[strip, strip], corner, upper=True))
         if left:
-            zeros[:left, part].addmm_(zeros[:left, :left], upper[:left, part] @ corner, beta=0, alpha=-1)
+            zeros[:left, strip].addmm_(zeros[:left, :left], upper[:left, strip] @ corner, beta=0, alpha=-1)
     return zeros
 
 
-def _reverse(matrix: Tensor) -> None:
+def _reverse(matrix: torch.Tensor) -> None:
     """Reverse both axes of a contiguous ``matrix`` in place: a flip would make a copy."""
     flat = matrix.view(-1)
     half, chunk = len(flat) // 2, BLOCK * len(matrix)
@@ -96,48 +93,48 @@ def _reverse(matrix: Tensor) -> None:
         tail.copy_(kept)
 
 
-def repair(weight: Tensor, factor: Factor, ratio: float, nm: tuple[int, int] | None) -> Tensor:
+def repair(weight: torch.Tensor, factor: Factor, ratio: float, nm: NM | None) -> torch.Tensor:
     """Return ``weight`` [out, in] with ``ratio`` of each block of 128 columns zeroed and the rest compensating.
 
     Args:
         ratio: fraction to remove, in [0, 1]; not used with ``nm``.
         nm: (N, M), keep N of every M columns, chosen group by group from the weights as updated so far.
     """
-    return repair_group([weight], factor, [ratio], [nm])[0]
+    return repair_group({"": weight}, factor, {"": ratio}, {"": nm})[""]
 
 
 def repair_group(
-    weights: Sequence[Tensor], factor: Factor, ratios: Sequence[float], nms: Sequence[tuple[int, int] | None]
-) -> list[Tensor]:
-    """Return each of ``weights`` [out, in] repaired as by ``repair``; they share their input and so their factor.
+    weights: Mapping[str, torch.Tensor], factor: Factor, ratios: Mapping[str, float], nm: Mapping[str, NM | None]
+) -> dict[str, torch.Tensor]:
+    """Return, by name, each of ``weights`` [out, in] repaired as by ``repair``; they share an input and its factor.
 
     They are solved as one matrix, each with its own masks; if their M, and so the blocks, differ, one after another.
     """
-    if len({nm and nm[1] for nm in nms}) > 1:
-        return [repair(weight, factor, *rest) for weight, *rest in zip(weights, ratios, nms, strict=True)]
-    columns, sizes = weights[0].shape[1], [len(weight) for weight in weights]
+    groups = {nm[name] and nm[name][1] for name in weights}  # M, or None
+    if len(groups) > 1:
+        return {name: repair(weight, factor, ratios[name], nm[name]) for name, weight in weights.items()}
+    (group,) = groups
+    sizes = [len(weight) for weight in weights.values()]
     # [in, out] float32: a column of W is a row in memory. Torch transposes fast from whole tensors of one dtype.
-    stacked = torch.cat([weight.detach() for weight in weights])
+    stacked = torch.cat([weight.detach() for weight in weights.values()])
     dtype, stacked = stacked.dtype, stacked.float()
-    w = torch.empty(columns, len(stacked), dtype=torch.float32, device=stacked.device).copy_(stacked.T)
+    w = torch.empty_like(stacked.T, memory_format=torch.contiguous_format).copy_(stacked.T)
     del stacked
     w.masked_fill_(factor.dead[:, None], 0)
-    group = nms[0] and nms[0][1]
-    width = _width(group)
-    removed = None
+    width, removed = _width(group), None
     if group:  # of each group, for each output
-        counts = [torch.full((n,), group - nm[0], dtype=torch.int32) for n, nm in zip(sizes, nms, strict=True)]
+        counts = [torch.full((len(x),), group - nm[name][0], dtype=torch.int32) for name, x in weights.items()]
         removed = torch.cat(counts).to(w.device)
     solve = block_solver(w.device, group)
-    for left in range(0, columns, width):
-        right = min(left + width, columns)
+    for left in range(0, len(w), width):
+        right = left + width
         block = w[left:right]  # [block, out]
         upper = factor.upper[left:right, left:right].contiguous()
-        gone = None if group else _smallest(block, upper, sizes, ratios)
+        gone = None if group else _smallest(block, upper, sizes, [ratios[name] for name in weights])
         errors = solve(block, upper, gone, removed, group)
         w[right:].addmm_(factor.upper[left:right, right:].T, errors, alpha=-1)
-    parts = w.to(dtype).T.contiguous().split(sizes)
-    return [part.to(weight.dtype) for part, weight in zip(parts, weights, strict=True)]
+    repaired = w.to(dtype).T.contiguous().split(sizes)
+    return {name: rows.to(weight.dtype) for (name, weight), rows in zip(weights.items(), repaired, strict=True)}
 
 
 def _width(group: int | None) -> int:
@@ -146,48 +143,44 @@ def _width(group: int | None) -> int:
 
 
 @cache
-def block_solver(device: torch.device, group: int | None) -> Callable[..., Tensor]:
-    """Return a block's solver on ``device``: a compiled kernel where there is one, else the loop ``solve_block``.
+def block_solver(device: torch.device, group: int | None) -> Callable[..., torch.Tensor]:
+    """Return the solver of a block on ``device``: a compiled kernel where one works, else the loop ``solve_block``.
 
-    That is Triton's on a GPU, and on the CPU one in C++, which needs a compiler.
+    On a GPU the kernel is Triton's, and on the CPU one in C++, which needs a compiler.
     """
-    if device.type == "cpu":
-        try:
-            return _tried("compiled", sparse.load_kernel().solve_block, device, group)
-        except sparse.Unavailable as error:
-            log.debug("SparseGPT's blocks are solved by a slower loop: %s", error)
-    if device.type != "cuda" or find_spec("triton") is None:
-        return solve_block
+    try:
+        if device.type == "cpu":
+            kernel = sparse.load_kernel().solve_block
+        elif device.type == "cuda" and find_spec("triton"):
+            from lib.pruning.sparsegpt_triton import solve_block_on_gpu as kernel
+        else:
+            return solve_block
+        _check_kernel(kernel, device, group)
+        return kernel
+    except sparse.Unavailable as error:
+        log.debug("SparseGPT's blocks are solved by a slower loop: %s", error)
+    except Exception as error:  # a compiler fails in many ways; after each the loop is as good as before
+        message = "SparseGPT's %s kernel does not work here (%s); a slower loop takes its place"
+        log.warning(message, device.type, first_line(error))
+    return solve_block
 
-    def kernel(*block) -> Tensor:
-        from lib.pruning.sparsegpt_triton import solve_block as launch
 
-        return launch(*block)
-
-    return _tried("Triton", kernel, device, group)
-
-
-def _tried(name: str, kernel: Callable[..., Tensor], device: torch.device, group: int | None) -> Callable[..., Tensor]:
-    """Return ``kernel`` if it agrees with ``solve_block`` on a block of few rows; else the latter, with a warning."""
+def _check_kernel(kernel: Callable[..., torch.Tensor], device: torch.device, group: int | None) -> None:
+    """Raise AssertionError unless ``kernel`` agrees with ``solve_block`` on a block of few rows."""
     columns, outputs, draw = _width(group), 70, torch.Generator().manual_seed(0)
     block = torch.randn(columns, outputs, generator=draw).to(device)
     upper = (torch.eye(columns) + 0.1 * torch.rand(columns, columns, generator=draw).triu(1)).to(device)
     gone = None if group else (torch.rand(columns, outputs, generator=draw) < 0.5).float().to(device)
     removed = torch.full((outputs,), group // 2, dtype=torch.int32, device=device) if group else None
-    found, expected = block.clone(), block.clone()
-    try:
-        errors = kernel(found, upper, gone, removed, group)
-        torch.testing.assert_close(errors, solve_block(expected, upper, gone, removed, group), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    except Exception as error:  # a compiler fails in many ways; after each the loop is as good as before
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        text = "SparseGPT's %s kernel does not work here (%s); a slower loop takes its place"
-        log.warning(text, name, reason[0])
-        return solve_block
-    return kernel
+    solved = block.clone()
+    errors = kernel(solved, upper, gone, removed, group)
+    torch.testing.assert_close(errors, solve_block(block, upper, gone, removed, group), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(solved, block, rtol=1e-4, atol=1e-5)
 
 
-def solve_block(block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tensor | None, group: int | None) -> Tensor:
+def solve_block(
+    block: torch.Tensor, upper: torch.Tensor, gone: torch.Tensor | None, removed: torch.Tensor | None, group: int | None
+) -> torch.Tensor:
     """Zero entries of ``block`` [columns, out] in place, repair the columns after each, return the errors, same shape.
 
     Args:
@@ -200,8 +193,8 @@ def solve_block(block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tens
     rows = zip(block.unbind(), gone.unbind(), errors.unbind(), diagonal.unbind(), upper.unbind(), strict=True)
     for i, (column, mask, error, pivot, row) in enumerate(rows):
         if group and i % group == 0:
-            part = slice(i, i + group)
-            gone[part] = _ranks(block[part].square() / diagonal[part, None].square()) < removed
+            members = slice(i, i + group)
+            gone[members] = group_ranks(block[members].square() / diagonal[members, None].square()) < removed
         torch.mul(column, mask, out=error)
         column.sub_(error)  # w - w is 0, w - 0 is w
         error.div_(pivot)
@@ -209,7 +202,7 @@ def solve_block(block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tens
     return errors
 
 
-def _smallest(block: Tensor, upper: Tensor, sizes: list[int], ratios: Sequence[float]) -> Tensor:
+def _smallest(block: torch.Tensor, upper: torch.Tensor, sizes: list[int], ratios: Iterable[float]) -> torch.Tensor:
     """Return 1 for each layer's scores up to the int(n * ratio)-th (from 0), inclusive (published), else 0."""
     score = block.square() / upper.diagonal()[:, None].square()
     gone = torch.ones_like(block)
@@ -218,13 +211,3 @@ def _smallest(block: Tensor, upper: Tensor, sizes: list[int], ratios: Sequence[f
         if index < scores.numel():
             torch.le(scores, nth_smallest(scores, index), out=mask)
     return gone
-
-
-def _ranks(score: Tensor) -> Tensor:
-    """Return for each of ``score`` [M, out] how many in its column are smaller; of equals, the upper ones count."""
-    ranks = torch.zeros_like(score, dtype=torch.int16)  # M may be more than 256
-    for i in range(1, len(score)):
-        before = score[:i] <= score[i]
-        ranks[i] = before.sum(dim=0, dtype=torch.int16)
-        ranks[:i] += ~before
-    return ranks

@@ -3,7 +3,6 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 TILE = 32  # outputs per program: a tile of 128 columns x 32 outputs is 32 numbers for each of 128 threads
 
@@ -43,14 +42,12 @@ def _solve(
         if GROUP > 0:
             score = tl.div_rn(w * w, (diagonal * diagonal)[:, None])
             rank = tl.zeros([COLUMNS, OUTPUTS], dtype=tl.int32)
-            for other in range(left, left + GROUP):
-                one = tl.sum(tl.where((column == other)[:, None], score, 0.0), axis=0)[None, :]
-                smaller = (one < score) | (
-                    (one == score) & (other < column)[:, None]
-                )  # of equals the lower column goes
-                rank += smaller.to(tl.int32)
-            ours = ((column >= left) & (column < left + GROUP))[:, None]
-            chosen = tl.where(ours, (rank < limit[None, :]).to(tl.float32), chosen)
+            for rival in range(left, left + GROUP):
+                one = tl.sum(tl.where((column == rival)[:, None], score, 0.0), axis=0)[None, :]
+                tied = (one == score) & (rival < column)[:, None]  # of equals the lower column goes
+                rank += ((one < score) | tied).to(tl.int32)
+            members = ((column >= left) & (column < left + GROUP))[:, None]
+            chosen = tl.where(members, (rank < limit[None, :]).to(tl.float32), chosen)
         for i in range(left, tl.minimum(left + STEP, columns)):
             here = (column == i)[:, None]
             error = tl.sum(tl.where(here, w * chosen, 0.0), axis=0)
@@ -62,17 +59,16 @@ def _solve(
     tl.store(block + places, w, mask=inside)
 
 
-def solve_block(block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tensor | None, group: int | None) -> Tensor:
+def solve_block_on_gpu(
+    block: torch.Tensor, upper: torch.Tensor, gone: torch.Tensor | None, removed: torch.Tensor | None, group: int | None
+) -> torch.Tensor:
     """Do what ``sparsegpt.solve_block`` does, on contiguous float32 tensors of one GPU."""
     columns, outputs = block.shape
     errors = torch.empty_like(block)
-    grid = (triton.cdiv(outputs, TILE),)
-    gone, removed = (
-        errors if gone is None else gone,
-        errors if removed is None else removed,
-    )  # the other one is not read
+    masks = [errors if mask is None else mask for mask in (gone, removed)]  # of the two, the kernel reads one
     padded = max(16, triton.next_power_of_2(columns))
     sizes = {"GROUP": group or 0, "STEP": group or padded, "COLUMNS": padded, "OUTPUTS": TILE}
     with torch.cuda.device_of(block):  # a kernel starts on the current GPU, which need not be the tensors'
-        _solve[grid](block, errors, upper, gone, removed, outputs, columns, **sizes, num_warps=4, enable_fp_fusion=True)
+        launch = _solve[(triton.cdiv(outputs, TILE),)]
+        launch(block, errors, upper, *masks, outputs, columns, **sizes, num_warps=4, enable_fp_fusion=True)
     return errors

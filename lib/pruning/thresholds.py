@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
 
 from lib.core.lazy import numpy, torch
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
 # The bits of non-negative floats, read as an integer, are in the order of the floats; so their upper half is counted
 # first, and then the lower half of those whose upper half is the wanted one. Both counts fit into a CPU's cache.
-_UPPER, _LOWER = 2**15, 2**16  # values of the upper half (its sign bit is 0) and of the lower half
+_UPPER = 2**15  # values of the upper half, whose sign bit is 0
+_LOWER = 2**16  # values of the lower half
 _CHUNK = 2**20  # numbers counted at a time on a CPU: temporaries stay in its cache
-_GPU_CHUNK = 2**24  # and on a GPU: large enough to fill it, small beside a matrix of a large model
-_ROWS = 64  # rows at a time, for the same reason
+_GPU_CHUNK = 2**24  # numbers counted at a time on a GPU: enough to fill it, few beside a matrix of a large model
+_ROWS = 64  # rows partitioned at a time on a CPU
 
 
-class Threshold(NamedTuple):
-    """``value``, and for each part how many numbers are ``below`` it and ``equal`` to it."""
-
-    value: float
-    below: list[int]
-    equal: list[int]
-
-
-def nth_smallest(values: Tensor, index: int) -> Tensor:
+def nth_smallest(values: torch.Tensor, index: int) -> torch.Tensor:
     """Return the ``index``-th (from 0) of the sorted ``values``, as a scalar tensor.
 
     Args:
@@ -38,36 +26,31 @@ def nth_smallest(values: Tensor, index: int) -> Tensor:
         return _nth_by_scatter(values, index)
     bits = _bits(values)
     if len(bits) <= _CHUNK:  # a copy of them is small, and numpy selects with vectors
-        kept = (bits & torch.iinfo(bits.dtype).max).numpy()  # without the sign, which only a NaN has
-        kept.partition(index)
-        return torch.from_numpy(kept[index : index + 1]).view(values.dtype)[0]
-    counts = _upper_counts(bits)
-    high, rank = _bucket(counts, index + 1)
-    if bits.dtype == torch.int16:
-        return high.to(torch.int16).view(values.dtype)
-    inside = _members(bits, high.item())
-    return torch.from_numpy(numpy.partition(inside, rank.item() - 1)[rank.item() - 1 :][:1]).view(values.dtype)[0]
+        copy = (bits & torch.iinfo(bits.dtype).max).numpy()  # without the sign, which only a NaN has
+        copy.partition(index)
+        return torch.from_numpy(copy[index : index + 1]).view(values.dtype)[0]
+    return torch.tensor(threshold(lambda: [values], index + 1)[0], dtype=values.dtype)
 
 
-def threshold(parts: Callable[[], Iterable[Tensor]], rank: float) -> Threshold:
+def threshold(parts: Callable[[], Iterable[torch.Tensor]], rank: float) -> tuple[float, list[int], list[int]]:
     """Return the smallest number at or below which ``rank`` numbers of all parts together lie (from 1, so a median of
-    n is rank n / 2 or (n + 1) / 2), and how each part lies to it.
+    n is rank n / 2 or (n + 1) / 2), how many numbers of each part are below it, and how many are equal to it.
 
     Args:
         parts: yields the non-negative parts each time it is called (twice), so that only one need be in memory.
     """
-    upper = [_upper_counts(_bits(part.float())).cpu() for part in parts()]
+    upper = [_upper_counts(part.float()) for part in parts()]
     total = sum(upper)
     rank = min(max(1, math.ceil(rank)), int(total.sum()))
     high, rank = _bucket(total, rank)
-    lower = [_lower_counts(_bits(part.float()), high.item()).cpu() for part in parts()]
+    lower = [_lower_counts(part.float(), high.item()) for part in parts()]
     low, _ = _bucket(sum(lower), rank)
     below = [u[:high].sum().item() + part[:low].sum().item() for u, part in zip(upper, lower, strict=True)]
     value = (high << 16 | low).to(torch.int32).view(torch.float32).item()
-    return Threshold(value, below, [part[low].item() for part in lower])
+    return value, below, [part[low].item() for part in lower]
 
 
-def row_smallest(score: Tensor, count: int) -> Tensor:
+def row_smallest(score: torch.Tensor, count: int) -> torch.Tensor:
     """Return a mask of the ``count`` smallest per row of ``score`` [out, in], >= 0; of equals, the lower columns."""
     if count == 0 or count == score.shape[1]:
         return torch.full_like(score, bool(count), dtype=torch.bool)
@@ -81,25 +64,41 @@ def row_smallest(score: Tensor, count: int) -> Tensor:
     return mask
 
 
-def _row_thresholds(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def group_smallest(score: torch.Tensor, nm: tuple[int, int]) -> torch.Tensor:
+    """Return a mask of the M - N smallest of every M columns of ``score`` [out, in]; of equals, the lower columns."""
+    ranks = group_ranks(score.reshape(-1, nm[1]).T.contiguous())
+    return (ranks < nm[1] - nm[0]).T.reshape(score.shape)
+
+
+def group_ranks(score: torch.Tensor) -> torch.Tensor:
+    """Return for each of ``score`` [M, groups] how many in its column are smaller; of equals, the upper ones count."""
+    ranks = torch.zeros_like(score, dtype=torch.int16)  # M may be more than 256
+    for i in range(1, len(score)):
+        before = score[:i] <= score[i]
+        ranks[i] = before.sum(dim=0, dtype=torch.int16)
+        ranks[:i] += ~before
+    return ranks
+
+
+def _row_thresholds(score: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's ``count``-th smallest [out, 1], and whether a number outside them equals it [out]."""
-    bits = score.detach().contiguous().view(_integers(score)).numpy()
+    bits = _bits(score).view(score.shape).numpy()
     cut, tied = numpy.empty((len(bits), 1), bits.dtype), numpy.empty(len(bits), bool)
     for top in range(0, len(bits), _ROWS):
         rows = slice(top, top + _ROWS)
-        parted = numpy.partition(bits[rows], count - 1, axis=1)
-        cut[rows] = parted[:, count - 1 : count]
-        tied[rows] = parted[:, count:].min(axis=1) == cut[rows, 0]
+        ordered = numpy.partition(bits[rows], count - 1, axis=1)
+        cut[rows] = ordered[:, count - 1 : count]
+        tied[rows] = ordered[:, count:].min(axis=1) == cut[rows, 0]
     return torch.from_numpy(cut).view(score.dtype), torch.from_numpy(tied)
 
 
-def _row_thresholds_on_gpu(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _row_thresholds_on_gpu(score: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Do the same as ``_row_thresholds``; on a GPU, kthvalue is a radix selection, with a multiprocessor per row."""
     cut = score.kthvalue(count, dim=1, keepdim=True).values
     return cut, (score <= cut).sum(dim=1) > count
 
 
-def _nth_by_scatter(values: Tensor, index: int) -> Tensor:
+def _nth_by_scatter(values: torch.Tensor, index: int) -> torch.Tensor:
     """Do the same as ``nth_smallest`` without synchronising: bincount would wait for the largest value."""
     bits = _bits(values)
     counts = torch.zeros(_UPPER, dtype=torch.int64, device=bits.device)
@@ -117,35 +116,32 @@ def _nth_by_scatter(values: Tensor, index: int) -> Tensor:
     return (high << 16 | low).to(torch.int32).view(values.dtype)
 
 
-def _integers(values: Tensor) -> torch.dtype:
-    return torch.int32 if values.dtype == torch.float32 else torch.int16
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().flatten().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
 
 
-def _bits(values: Tensor) -> Tensor:
-    return values.detach().contiguous().flatten().view(_integers(values))
-
-
-def _upper(bits: Tensor | np.ndarray) -> Tensor | np.ndarray:
+def _upper(bits: torch.Tensor | numpy.ndarray) -> torch.Tensor | numpy.ndarray:
     """Return the upper half without the sign, which only a NaN has; for 16-bit numbers that is everything."""
     return (bits if bits.dtype in (torch.int16, numpy.int16) else bits >> 16) & 0x7FFF
 
 
-def _upper_counts(bits: Tensor) -> Tensor:
-    """Return how often each upper half occurs."""
-    return sum(torch.bincount(_upper(chunk), minlength=_UPPER) for chunk in bits.split(_CHUNK))
+def _upper_counts(values: torch.Tensor) -> torch.Tensor:
+    """Return how often each upper half of the float32 ``values`` occurs, on the CPU."""
+    return sum(torch.bincount(_upper(chunk), minlength=_UPPER) for chunk in _bits(values).split(_CHUNK)).cpu()
 
 
-def _lower_counts(bits: Tensor, high: int) -> Tensor:
-    """Return how often each lower half occurs among the ``bits`` of 32 whose upper half is ``high``."""
-    inside = torch.from_numpy(_members(bits, high)) if bits.device.type == "cpu" else bits[_upper(bits) == high]
-    return torch.bincount(inside & 0xFFFF, minlength=_LOWER)
+def _lower_counts(values: torch.Tensor, high: int) -> torch.Tensor:
+    """Return how often each lower half occurs among the float32 ``values`` whose upper half is ``high``, on the CPU."""
+    bits = _bits(values)
+    if bits.device.type == "cpu":  # where numpy selects in half the time
+        members = [chunk[_upper(chunk) == high] for chunk in (chunk.numpy() for chunk in bits.split(_CHUNK))]
+        members = torch.from_numpy(numpy.concatenate(members))
+    else:
+        members = bits[_upper(bits) == high]
+    return torch.bincount(members & 0xFFFF, minlength=_LOWER).cpu()
 
 
-def _members(bits: Tensor, high: int) -> np.ndarray:
-    return numpy.concatenate([chunk[_upper(chunk) == high] for chunk in (c.numpy() for c in bits.split(_CHUNK))])
-
-
-def _bucket(counts: Tensor, rank: int | Tensor) -> tuple[Tensor, Tensor]:
+def _bucket(counts: torch.Tensor, rank: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the bucket that contains the ``rank``-th smallest (from 1), and its rank within the bucket."""
     ends = counts.cumsum(0)
     rank = torch.full((1,), rank, dtype=ends.dtype, device=ends.device) if isinstance(rank, int) else rank.view(1)

@@ -8,8 +8,7 @@ _HOMES = {
     "SparseLinear": "layers",
     "Unavailable": "kernel",
     "is_packed": "packed",
-    "run_dtype": "packed",
-    "load_kernel": "kernel.load",
+    "load_kernel": "kernel",
     "load_packed": "loading",
     "pack_files": "packed",
     "packed_dtypes": "loading",
@@ -24,5 +23,4 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, other = _HOMES[name].partition(".")
-    return getattr(import_module(f"{__name__}.{module}"), other or name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Fused calls in a model's blocks: layers of one input are multiplied together, and a norm is one torch call."""
+"""Packed and fused layers of a model in memory: sparse ones packed, norms one torch call, steps compiled."""
 
 import logging
 from collections import Counter
@@ -8,35 +8,27 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lib.core.errors import UserError
-from lib.sparse.decode import compile_steps, group_attention
-from lib.sparse.kernel import KERNEL_DTYPES, Kernel, Unavailable, load
-from lib.sparse.layers import DenseLinear, FusedProjections, SparseLinear
+from lib.sparse.decode import compile_steps
+from lib.sparse.kernel import KERNEL_DTYPES, Kernel, Unavailable, load_kernel
+from lib.sparse.layers import DenseLinear, SparseLinear
 
 log = logging.getLogger(__name__)
 
 # Fraction of zeros from which a matrix is packed: 1 + 16 (1 - zeros) bits a weight are then clearly less than 16.
 LEAST_ZEROS = 0.3
-# Sibling layers that transformers calls with one and the same tensor.
-ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def fuse(model: nn.Module, kernel: Kernel | None = None) -> None:
+def fuse(model: nn.Module, kernel: Kernel) -> None:
     """Fuse calls, in place, where the result is the same up to rounding.
 
-    Siblings of ONE_INPUT are multiplied together, RMS norms are torch's (one call instead of six), query heads that
-    share keys attend together, and a LLaMA's block takes one token in one compiled call.
+    RMS norms are torch's (one call instead of six), query heads that share keys attend together, and a LLaMA's block
+    takes one token in compiled code.
     """
-    for parent in list(model.modules()):
-        for names in ONE_INPUT:
-            layers = [getattr(parent, name, None) for name in names]
-            if all(isinstance(layer, SparseLinear | DenseLinear) for layer in layers):
-                FusedProjections(layers)
-        for name, child in list(parent.named_children()):
-            norm = _torch_norm(child)
-            if norm is not None:
-                setattr(parent, name, norm)
+    for name, module in list(model.named_modules()):
+        norm = _torch_norm(module)
+        if norm is not None:
+            model.set_submodule(name, norm)
     if isinstance(model, PreTrainedModel):
-        group_attention(model)
         compile_steps(model, kernel)
 
 
@@ -72,7 +64,7 @@ def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None
             problem = f"{name} is {module.weight.dtype} on {module.weight.device}"
             raise UserError(None, "sparsify", problem, "load the model on the CPU in bfloat16 or float16")
     try:
-        kernel = kernel or load()
+        kernel = kernel or load_kernel()
     except Unavailable as error:
         log.warning("no sparse kernel, %s; the model stays dense", error)
         return 0

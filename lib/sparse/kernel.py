@@ -7,15 +7,14 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lib.core import cpu
+from lib.core.errors import UserError
+from lib.core.files import atomic
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,6 @@ FUNCTIONS = {
     "enter_block": "ppppnipppni",  # these are in step.cpp
     "attend_block": "ppppnndipi",
     "leave_block": "pppipi",
-    "take_step": "ppppnippnndpi",
 }
 
 
@@ -81,22 +79,20 @@ class Kernel:
             function.argtypes, function.restype = [_KINDS[dtype] for dtype in kinds], None
             setattr(self, name, function)
 
-    def multiply(self, matrix: MatrixStruct, x: Tensor, y: Tensor, tokens: int) -> Tensor:
-        """Fill ``y`` [..., rows] with the products of ``x`` [..., columns], both contiguous, and return it.
+    def multiply(self, matrix: MatrixStruct, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the products [..., rows] of ``x`` [..., columns], 1 to MAX_TOKENS of them, plus the bias.
 
-        ``tokens``: the product of the leading dimensions, 1 to MAX_TOKENS; the caller guarantees the shapes. ``x`` is
-        of the weight's dtype, ``y`` of that dtype or float32. Sums are float32.
+        ``x`` is of the weight's dtype, the products are of that ``dtype`` or float32. Sums are float32.
         """
-        self.multiply_each(matrix, x, (y,), tokens)
+        y, threads = torch.empty(*x.shape[:-1], matrix.rows, dtype=dtype or x.dtype), torch.get_num_threads()
+        tokens, place, x = x.numel() // matrix.columns, ctypes.c_void_p(y.data_ptr()), x.contiguous()
+        wide = y.dtype == torch.float32
+        self._multiply(ctypes.addressof(matrix), 1, x.data_ptr(), tokens, ctypes.byref(place), wide, threads)
         return y
 
-    def multiply_each(self, matrices: ctypes.Structure | ctypes.Array, x: Tensor, ys: Sequence[Tensor], tokens: int):
-        """Do the same for several ``matrices`` (a MatrixStruct * n) of one dtype and with equally many columns."""
-        places = (ctypes.c_void_p * len(ys))(*[y.data_ptr() for y in ys])
-        wide, threads = ys[0].dtype == torch.float32, torch.get_num_threads()
-        self._multiply(ctypes.addressof(matrices), len(ys), x.data_ptr(), tokens, places, wide, threads)
-
-    def multiply_many(self, weight: MatrixStruct | Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def multiply_many(
+        self, weight: MatrixStruct | torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the products [tokens, rows] of ``x`` [tokens, columns], and ``bias`` added, skipping the zeros.
 
         ``weight``: packed (its own bias is not used), or a dense [rows, columns] whose zeros are looked for. All are
@@ -113,8 +109,13 @@ class Kernel:
         return y if bias is None else y.add_(bias)
 
     def solve_block(
-        self, block: Tensor, upper: Tensor, gone: Tensor | None, removed: Tensor | None, group: int | None
-    ) -> Tensor:
+        self,
+        block: torch.Tensor,
+        upper: torch.Tensor,
+        gone: torch.Tensor | None,
+        removed: torch.Tensor | None,
+        group: int | None,
+    ) -> torch.Tensor:
         """Zero and repair ``block`` as ``sparsegpt.solve_block`` does; all float32 (``removed``: int32), contiguous."""
         errors, threads = torch.empty_like(block), torch.get_num_threads()
         masks = (None if mask is None else mask.data_ptr() for mask in (gone, removed))
@@ -122,12 +123,12 @@ class Kernel:
         self._solve_block(block.data_ptr(), upper.data_ptr(), *masks, *sizes, errors.data_ptr(), threads)
         return errors
 
-    def unpack(self, matrix: MatrixStruct, first: int, last: int, out: Tensor) -> None:
+    def unpack(self, matrix: MatrixStruct, first: int, last: int, out: torch.Tensor) -> None:
         """Fill ``out`` [last - first, words * 32] with rows of a packed matrix."""
         self._unpack(ctypes.addressof(matrix), first, last, out.data_ptr(), torch.get_num_threads())
 
 
-def load(level: str | None = None) -> Kernel:
+def load_kernel(level: str | None = None) -> Kernel:
     """Return the kernel for ``level`` of LEVELS, or for the best that this CPU supports; compiled if necessary.
 
     Raises:
@@ -135,8 +136,7 @@ def load(level: str | None = None) -> Kernel:
     """
     level = level or (levels() or [None])[0]
     if level not in levels():
-        lacks = "neither AVX2 nor NEON" if level is None else f"no {level}"
-        raise Unavailable(f"this CPU ({platform.machine()}) has {lacks}")
+        raise Unavailable(f"this CPU ({platform.machine()}) has {f'no {level}' if level else 'neither AVX2 nor NEON'}")
     return _loaded(level)
 
 
@@ -144,7 +144,7 @@ def load(level: str | None = None) -> Kernel:
 def _loaded(level: str) -> Kernel:
     try:
         return Kernel(_built(level))
-    except OSError as error:  # the cache cannot be written, or libraries cannot be loaded from it
+    except (OSError, UserError) as error:  # the cache cannot be written, or libraries cannot be loaded from it
         raise Unavailable(f"the kernel cannot be kept or loaded ({error})") from error
 
 
@@ -159,43 +159,27 @@ def levels() -> list[str]:
     return names
 
 
-def _compiler() -> str:
-    asked = os.environ.get("CXX")
-    found = next(filter(None, map(shutil.which, [asked] if asked else ["g++", "clang++", "c++"])), None)
-    if found is None:
-        raise Unavailable(f"no C++ compiler found ({asked or 'g++, clang++, c++'})")
-    return found
-
-
 def _built(level: str) -> Path:
-    """Return the library's path; it is created atomically, under a name that identifies source, compiler and flags."""
-    compiler = _compiler()
+    """Return the library's path; its name identifies source, compiler and flags. It is compiled if it is not there."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        raise Unavailable(f"no C++ compiler found ({', '.join(names)})")
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphapruning"
+    except RuntimeError as error:  # no home folder
+        raise Unavailable(f"there is no place for the kernel ({error}); set XDG_CACHE_HOME") from error
     flags = [*FLAGS, *(f"-m{flag}" for flag in LEVELS[level])]
     content = b"".join(source.read_bytes() for source in (*HEADERS, *SOURCES))
     key = hashlib.sha256(content + repr((compiler, flags)).encode()).hexdigest()[:16]
-    target = _cache_folder() / f"sparse-{level}-{key}.so"
+    target = folder / f"sparse-{level}-{key}.so"
     if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A temporary name, renamed at the end: two processes that compile at once each put a whole file there.
-    handle, tmp = tempfile.mkstemp(prefix=".sparse-", suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
-        command = [compiler, *flags, *map(str, SOURCES), "-o", tmp]
-        done = subprocess.run(command, capture_output=True, text=True)
+    with atomic(target) as library:
+        done = subprocess.run([compiler, *flags, *SOURCES, "-o", library.name], capture_output=True, text=True)
         if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            reason = next((line for line in lines if "error" in line), (lines or ["no message"])[-1])
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            reason = next((line for line in lines if "error" in line), lines[-1])
             raise Unavailable(f"{compiler} failed ({reason[:200]})")
-        os.replace(tmp, target)
-    finally:
-        Path(tmp).unlink(missing_ok=True)
     log.info("compiled the sparse kernel for %s, once: %s", level, target)
     return target
-
-
-def _cache_folder() -> Path:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphapruning"
-    except RuntimeError as error:  # no home folder
-        raise Unavailable(f"there is no place for the kernel ({error}); set XDG_CACHE_HOME") from error

@@ -1,20 +1,21 @@
 """Loading of a packed folder as an ordinary transformers model whose pruned layers stay packed and memory-mapped."""
 
 import logging
+import math
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from lib.core.errors import UserError, first_line
-from lib.models.load import Dtypes, Source, empty_model, generation_config, untie
+from lib.core.errors import UserError
+from lib.models.load import Dtypes, Source, empty_llm, untie
 from lib.sparse.fusing import LEAST_ZEROS, fuse
-from lib.sparse.kernel import Unavailable, load
+from lib.sparse.kernel import Unavailable, load_kernel
 from lib.sparse.layers import DenseLinear, SparseLinear
-from lib.sparse.packed import PADDING, PackedTensor, is_packed, packed_files, read_file, run_dtype, unpacked
+from lib.sparse.packed import PADDING, PackedTensor, is_packed, packed_files, read_file, run_dtype, unpack
 
 log = logging.getLogger(__name__)
 
@@ -30,25 +31,23 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
         UserError: not a packed folder, a damaged file, another version of the format, or another model's config.
     """
     folder = Path(folder)
-    generation = generation_config(folder)
     tensors = {name: (content, shape) for path in packed_files(folder) for name, content, shape in read_file(path)}
     dtype = run_dtype(folder)
-    if torch.float32 in {_dtype_of(content) for content, _ in tensors.values()}:
+    if any(content.dtype == torch.float32 for content, _ in tensors.values()):
         log.info("%s: its float32 weights are rounded to %s", folder, str(dtype).removeprefix("torch."))
     try:
-        kernel = load()
+        kernel = load_kernel()
     except Unavailable as error:
         kernel, least = None, 2.0  # no matrix has that many zeros
         log.warning("no sparse kernel, %s; the model is unpacked and runs dense", error)
-    model = _skeleton(folder, dtype)
+    model = empty_llm(folder, dtype)
     packed = _fill(model, tensors, dtype, least)
     untie(model)
     model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    missing = [name for name in missing if name not in {f"{module}.weight" for module in packed}]
+    empty = (name for name, parameter in model.named_parameters() if parameter.is_meta)
+    missing = [name for name in empty if name.removesuffix(".weight") not in packed]
     if missing:
-        problem = f"lacks {len(missing)} weights of its config.json's model, first {missing[0]}"
-        raise UserError(None, folder, problem)
+        raise UserError(None, folder, f"lacks {len(missing)} weights of its config.json's model, first {missing[0]}")
     for name, module in list(model.named_modules()):
         if name in packed:
             weight, columns = packed.pop(name)
@@ -57,18 +56,8 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
             model.set_submodule(name, DenseLinear(module, kernel))
     model.requires_grad_(False).eval()  # before ``fuse`` tries what blocks compute
     if kernel is not None:
-        fuse(model)
-    if generation is not None:
-        model.generation_config = generation
+        fuse(model, kernel)
     return model
-
-
-def _skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model of the folder's config, its parameters on the meta device; see ``empty_model``."""
-    try:
-        return empty_model(AutoConfig.from_pretrained(folder), dtype)
-    except Exception as error:  # whatever a missing or a wrong config.json leads to
-        raise UserError(None, folder, f"its config.json cannot be used ({first_line(error)})") from error
 
 
 def _fill(
@@ -92,30 +81,21 @@ def _fill(
             raise UserError(None, name, "is packed there, and the model of its config.json has none") from None
         if expected != shape:
             raise UserError(None, name, f"is packed with shape {shape}, the model of its config.json has {expected}")
+        linear = type(module) is nn.Linear and module is not tied and attribute == "weight"
         if (
             isinstance(content, PackedTensor)
-            and type(module) is nn.Linear
-            and attribute == "weight"
-            and module is not tied
+            and linear
+            and 1 - (len(content.values) - PADDING) / math.prod(shape) >= least
         ):
-            zeros = 1 - (content.values.numel() - PADDING) / (shape[0] * shape[1])
-            if zeros >= least:
-                mask, values = content.mask, content.values.to(dtype)
-                if values is not content.values:  # rounded: a mask that stays mapped would keep all the file's pages
-                    mask = mask.clone()
-                packed[parent] = PackedTensor(mask, values), shape[1]
-                continue
-        value = unpacked(content, shape)
+            values = content.values.to(dtype)
+            # If they were rounded, a mask that stays mapped would keep all the file's pages.
+            mask = content.mask if values is content.values else content.mask.clone()
+            packed[parent] = PackedTensor(mask, values), shape[1]
+            continue
+        value = unpack(content, shape)
         value = value.to(dtype) if value.is_floating_point() else value
-        if attribute in module._buffers:
-            module._buffers[attribute] = value
-        else:
-            setattr(module, attribute, nn.Parameter(value, requires_grad=False))
+        setattr(module, attribute, value if attribute in module._buffers else nn.Parameter(value, requires_grad=False))
     return packed
-
-
-def _dtype_of(content: torch.Tensor | PackedTensor) -> torch.dtype:
-    return content.values.dtype if isinstance(content, PackedTensor) else content.dtype
 
 
 def refuse_packed(source: Source) -> None:
@@ -130,6 +110,6 @@ def packed_dtypes(source: Source, dtype: str) -> Dtypes:
     packed_dtype = run_dtype(Path(source.path))
     name = str(packed_dtype).removeprefix("torch.")
     if dtype not in ("auto", name):
-        problem = f"{source.given} is packed and runs in {name}"
-        raise UserError("dtype", dtype, problem, "leave --dtype out, or unpack it for another")
+        fix = "leave --dtype out, or unpack it for another"
+        raise UserError("dtype", dtype, f"{source.given} is packed and runs in {name}", fix)
     return Dtypes(packed_dtype, packed_dtype)

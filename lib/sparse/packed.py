@@ -13,20 +13,18 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from lib.core.errors import UserError
+from lib.core.errors import UserError, first_line
 from lib.sparse.kernel import PADDING
 
-# transformers does not look for files of this ending: it would fill the weights that it does not find with random
-# numbers.
+# transformers does not look for files of this ending: it would fill weights that it does not find with random numbers.
 SUFFIX = ".packed.safetensors"
 # Key of the file's metadata that holds {"version", "metadata", "tensors": {name: {"shape", "sha256"}}}.
 KEY = "packed"
 VERSION = 3
 # Integers that hold the bits of a number of that many bytes.
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-PARTS = ("mask", "values", "negative")
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DAMAGED = "the file is damaged"
 
 
 class PackedTensor(NamedTuple):
@@ -38,20 +36,27 @@ class PackedTensor(NamedTuple):
     products ignore it.
     """
 
-    mask: Tensor
-    values: Tensor
-    negative: Tensor | None = None
+    mask: torch.Tensor
+    values: torch.Tensor
+    negative: torch.Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self if part is not None)
+        return sum(tensor.nbytes for tensor in self.parts().values())
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Return the tensors by name, without ``negative`` if that is None."""
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
 
 
-def pack(tensor: Tensor) -> PackedTensor:
+def pack(tensor: torch.Tensor) -> PackedTensor:
     """Return the packed form of ``tensor``, at least one-dimensional, with entries of 1 to 8 bytes."""
     bits = _bits(tensor).reshape(-1, tensor.shape[-1]).numpy()
-    minus_zero = np.iinfo(bits.dtype).min if bits.dtype != np.uint8 else 0x80  # the sign's bit alone
-    minus = (bits == minus_zero) & tensor.is_floating_point()
+    minus = (bits == np.iinfo(bits.dtype).min) & tensor.is_floating_point()  # the sign's bit alone
     kept = (bits != 0) & ~minus
     mask = np.packbits(kept, axis=1, bitorder="little")
     mask = np.pad(mask, ((0, 0), (0, -mask.shape[1] % 4)))
@@ -60,27 +65,29 @@ def pack(tensor: Tensor) -> PackedTensor:
     return PackedTensor(torch.from_numpy(mask.view(np.int32)), values, negative)
 
 
-def unpack(packed: PackedTensor, shape: list[int]) -> Tensor:
-    """Return the tensor that ``pack`` was given, of ``shape``, bit for bit."""
-    kept = np.unpackbits(packed.mask.numpy().view(np.uint8), axis=1, count=shape[-1], bitorder="little").astype(bool)
-    bits = _bits(packed.values).numpy()
+def unpack(content: torch.Tensor | PackedTensor, shape: list[int]) -> torch.Tensor:
+    """Return the tensor of ``shape`` that ``pack`` was given, bit for bit; or what is not packed as it is."""
+    if not isinstance(content, PackedTensor):
+        return content
+    kept = np.unpackbits(content.mask.numpy().view(np.uint8), axis=1, count=shape[-1], bitorder="little").astype(bool)
+    bits = _bits(content.values).numpy()
     flat = np.zeros(kept.shape, bits.dtype)
     flat[kept] = bits[: bits.size - PADDING]
-    if packed.negative is not None:
+    if content.negative is not None:
         zeros = np.zeros(kept.size - int(kept.sum()), bits.dtype)
-        minus = np.unpackbits(packed.negative.numpy(), count=zeros.size, bitorder="little").astype(bool)
-        zeros[minus] = np.iinfo(bits.dtype).min if bits.dtype != np.uint8 else 0x80
+        minus = np.unpackbits(content.negative.numpy(), count=zeros.size, bitorder="little").astype(bool)
+        zeros[minus] = np.iinfo(bits.dtype).min
         flat[~kept] = zeros
-    return torch.from_numpy(flat).view(packed.values.dtype).reshape(shape)
+    return torch.from_numpy(flat).view(content.dtype).reshape(shape)
 
 
-def row_starts(mask: Tensor) -> Tensor:
+def row_starts(mask: torch.Tensor) -> torch.Tensor:
     """Return where each row's values begin, int64 [rows + 1]; the last entry is their number."""
     counts = np.bitwise_count(mask.numpy().view(np.uint32)).sum(axis=1, dtype=np.int64)
     return torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor's bits as integers of its own width: -0.0 differs from 0.0, and every NaN keeps its payload."""
     return tensor.contiguous().view(BITS[tensor.element_size()])
 
@@ -114,7 +121,7 @@ def unpack_files(source: Path, target: Path) -> int:
     """
     count = 0
     for path in packed_files(source):
-        tensors = {name: unpacked(tensor, shape) for name, tensor, shape in read_file(path)}
+        tensors = {name: unpack(content, shape) for name, content, shape in read_file(path)}
         with safe_open(path, framework="pt") as file:
             metadata = json.loads(file.metadata()[KEY])["metadata"]
         save_file(tensors, target / path.name.replace(SUFFIX, ".safetensors"), metadata)
@@ -143,7 +150,7 @@ def run_dtype(folder: Path) -> torch.dtype:
     return torch.bfloat16
 
 
-def read_file(path: Path) -> Iterator[tuple[str, Tensor | PackedTensor, list[int]]]:
+def read_file(path: Path) -> Iterator[tuple[str, torch.Tensor | PackedTensor, list[int]]]:
     """Yield name, content and shape of every tensor of a packed file, memory-mapped and checked.
 
     Raises:
@@ -154,28 +161,21 @@ def read_file(path: Path) -> Iterator[tuple[str, Tensor | PackedTensor, list[int
             header = json.loads((file.metadata() or {}).get(KEY, '{"version": 1}'))
             if header["version"] != VERSION:
                 problem = f"is in version {header['version']} of the packed format and this reads {VERSION}"
-                fix = "pack the model again: python scripts/speedup/pack.py MODEL --save DIR"
-                raise UserError(None, path, problem, fix)
+                raise UserError(None, path, problem, "pack again: python scripts/speedup/pack.py MODEL --save DIR")
             stored = set(file.keys())
             for name, entry in header["tensors"].items():
-                parts = {part: file.get_tensor(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in stored}
+                keys = {field: f"{name}.{field}" for field in PackedTensor._fields}
+                parts = {field: file.get_tensor(key) for field, key in keys.items() if key in stored}
                 content = PackedTensor(**parts) if parts else file.get_tensor(name)
                 if _digest(content, entry["shape"]) != entry["sha256"] or not _fits(content, entry["shape"]):
-                    problem = f"{name} is not what was packed (its SHA-256 differs)"
-                    raise UserError(None, path, problem, "the file is damaged")
+                    raise UserError(None, path, f"{name} is not what was packed (its SHA-256 differs)", DAMAGED)
                 yield name, content, entry["shape"]
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] or type(error).__name__
-    return UserError(None, path, f"cannot be read as a packed model ({reason})", "the file is damaged")
-
-
-def unpacked(content: Tensor | PackedTensor, shape: list[int]) -> Tensor:
-    """Return a tensor of ``read_file`` as it was before packing."""
-    return unpack(content, shape) if isinstance(content, PackedTensor) else content
+    return UserError(None, path, f"cannot be read as a packed model ({first_line(error)})", DAMAGED)
 
 
 def _pack_file(source: Path, target: Path) -> Counter:
@@ -191,28 +191,28 @@ def _pack_file(source: Path, target: Path) -> Counter:
                     size.update(masked=tensor.nbytes, masked_after=packed.nbytes)
             entries[name] = {"shape": list(tensor.shape), "sha256": _digest(content, tensor.shape)}
             if isinstance(content, PackedTensor):
-                stored |= {f"{name}.{part}": value for part, value in content._asdict().items() if value is not None}
+                stored |= {f"{name}.{field}": value for field, value in content.parts().items()}
             else:
                 stored[name] = tensor
         # One key: safetensors writes several in an order that changes from run to run.
         save_file(stored, target, {KEY: json.dumps({"version": VERSION, "metadata": metadata, "tensors": entries})})
         for name, content, shape in read_file(target):
-            if not torch.equal(_bits(unpacked(content, shape)), _bits(file.get_tensor(name))):
+            if not torch.equal(_bits(unpack(content, shape)), _bits(file.get_tensor(name))):
                 raise RuntimeError(f"{source}: {name} does not come back from its packed form")
     size.update(all=source.stat().st_size, all_after=target.stat().st_size)
     return size
 
 
-def _digest(content: Tensor | PackedTensor, shape: list[int]) -> str:
+def _digest(content: torch.Tensor | PackedTensor, shape: list[int]) -> str:
     """Return the SHA-256 of the dtypes, shapes and bits of a stored tensor."""
-    parts = [part for part in content if part is not None] if isinstance(content, PackedTensor) else [content]
-    digest = hashlib.sha256(f"{list(shape)} {[(str(part.dtype), list(part.shape)) for part in parts]}".encode())
-    for part in parts:
-        digest.update(_bits(part).flatten().numpy() if part.ndim else _bits(part.reshape(1)).numpy())
+    tensors = [*content.parts().values()] if isinstance(content, PackedTensor) else [content]
+    digest = hashlib.sha256(f"{list(shape)} {[(str(each.dtype), list(each.shape)) for each in tensors]}".encode())
+    for tensor in tensors:
+        digest.update(_bits(tensor).flatten().numpy())
     return digest.hexdigest()
 
 
-def _fits(content: Tensor | PackedTensor, shape: list[int]) -> bool:
+def _fits(content: torch.Tensor | PackedTensor, shape: list[int]) -> bool:
     """Return whether the parts are consistent: anyone can write a file, the kernel takes addresses from them."""
     if not isinstance(content, PackedTensor):
         return list(content.shape) == shape

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from lib.sparse.kernel import Kernel, Unavailable, load
+from lib.sparse.kernel import Kernel, Unavailable, load_kernel
 from lib.sparse.layers import SKIP_FROM
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def zeros_skipped(modules: Iterable[nn.Module]) -> Iterator[int]:
     """
     suitable = [module for module in modules if _suits(module)]
     try:
-        kernel = load() if suitable else None
+        kernel = load_kernel() if suitable else None
     except Unavailable as error:
         log.debug("zeros are multiplied like other weights: %s", error)
         suitable = []
@@ -50,12 +50,12 @@ def _suits(module: nn.Module) -> bool:
     return enough and 1 - int(weight.count_nonzero()) / weight.numel() >= SKIP_FROM
 
 
-def _plain(tensor: Tensor) -> bool:
+def _plain(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
-def _product(linear: nn.Linear, kernel: Kernel) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
+def _product(linear: nn.Linear, kernel: Kernel) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
         weight, bias = linear.weight, linear.bias
         rows, columns = weight.shape
         x = x.contiguous()

@@ -1,6 +1,5 @@
 // Check of lib/sparse's C++ for every instruction set in one program, which run.sh boots on an emulated CPU: products
-// against float64, sums and SparseGPT's solver bit for bit against plain loops, decoding steps against AVX2's. For ARM,
-// as arm.sh runs it, a step is compared with its parts only.
+// against float64, sums and SparseGPT's solver bit for bit against plain loops, decoding steps against AVX2's.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -43,9 +42,7 @@ struct Block {  // as in step.cpp
                   uint16_t*, uint16_t*, int64_t, int))                                                                \
   F(attend_block, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int64_t, double, int,    \
                    uint16_t*, int))                                                                                   \
-  F(leave_block, (const Block*, const uint16_t*, const uint16_t*, int, uint16_t*, int))                               \
-  F(take_step, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int, uint16_t*, uint16_t*,  \
-                int64_t, int64_t, double, uint16_t*, int))
+  F(leave_block, (const Block*, const uint16_t*, const uint16_t*, int, uint16_t*, int))
 
 #if defined(__x86_64__)
 #define DECLARE(name, arguments) void avx2_##name arguments, avx512_##name arguments, avx512bf16_##name arguments;
@@ -247,22 +244,6 @@ void check_solver(const Level& level) {
     }
 }
 
-// A step in one call: the bits of its three parts.
-void check_whole_step(const Level& level, const Block& block, const Halves& x, const Halves& cos, const Halves& sin,
-                      const Halves& past, const Halves& values, int64_t length, int tokens) {
-  const int64_t size = block.size, apart = length * size, last = apart - size;
-  Halves keys[] = {past, past}, held[] = {values, values}, q(tokens * block.heads * size), y[2];
-  for (Halves& out : y) out.resize(tokens * block.width);
-  level.enter_block(&block, x.data(), cos.data(), sin.data(), size, tokens, q.data(), keys[0].data() + last,
-                    held[0].data() + last, apart, 1);
-  level.attend_block(&block, q.data(), keys[0].data(), held[0].data(), length, apart, 0.25, tokens, q.data(), 1);
-  level.leave_block(&block, x.data(), q.data(), tokens, y[0].data(), 1);
-  level.take_step(&block, x.data(), cos.data(), sin.data(), size, tokens, keys[1].data(), held[1].data(), length, apart,
-                  0.25, y[1].data(), 1);
-  const bool same = y[0] == y[1] && keys[0] == keys[1] && held[0] == held[1];
-  expect(same, level.name, "whole step", block.width, length, tokens);
-}
-
 // Two instruction sets add in different orders, and may round a result differently: by two units in the last place of
 // the largest number.
 void check_steps(const Level& level, bool half) {
@@ -279,7 +260,6 @@ void check_steps(const Level& level, bool half) {
     const Halves x = randoms(tokens * width, half);
     const Halves cos = randoms(tokens * size, half), sin = randoms(tokens * size, half);
     const Halves past = randoms(tokens * keys * room, half), values = randoms(tokens * keys * room, half);
-    check_whole_step(level, block, x, cos, sin, past, values, length, tokens);
     std::vector<Halves> first;  // AVX2's results, of which the later steps of both make theirs
     for (const Level* now : {&LEVELS[0], &level}) {
       std::vector<Halves> made{Halves(tokens * heads * size), Halves(past.size()), Halves(past.size()),

@@ -9,8 +9,7 @@ import torch
 from test_memory import peak_bytes
 
 from lib.pruning import alps as alps_module
-from lib.pruning.alps import DAMPING, _largest, alps, alps_group, prepare, refit
-from lib.pruning.pruners import PRUNERS
+from lib.pruning.alps import ALPS_DAMPING, _largest, alps, alps_group, prepare, refit
 from lib.pruning.sparsegpt import NotPositiveDefinite, inverse_factor, repair
 
 RAMPS = {1: [0.3], 10: [0.3, 0.3 ** (2 / 3), 0.3 ** (1 / 3), 1], 30: [0.1 * 30 ** (j / 9) for j in range(10)]}
@@ -28,7 +27,7 @@ def random_case(rows=24, columns=40, seed=0, dead=(), common=0.5):
     return weight, 2 * x.T @ x / 300
 
 
-def solve(weight, hessian, ratio=0.5, nm=None, damping=DAMPING, **options):
+def solve(weight, hessian, ratio=0.5, nm=None, damping=ALPS_DAMPING, **options):
     return alps(weight, prepare(hessian.clone(), damping), ratio, nm, **options)
 
 
@@ -97,25 +96,24 @@ def oracle_fixed_mask(weight, support, hessian, damping):
 
 
 CASES = [(0.3, None), (0.5, None), (0.7, None), (0.9, None), (0.5, (2, 4)), (0.5, (4, 8)), (0.75, (1, 4))]
+OTHER_RAMPS = [(*goal, *how) for goal in ((0.7, None), (0.5, (2, 4))) for how in ((30, 0.1), (10, 0.01), (1, 0.1))]
 
 
-@pytest.mark.parametrize(("ratio", "nm"), CASES, ids=str)
-@pytest.mark.parametrize(("iterations", "damping"), [(10, 0.1), (30, 0.1), (10, 0.01), (1, 0.1)])
+@pytest.mark.parametrize(
+    ("ratio", "nm", "iterations", "damping"), [*((*goal, 10, 0.1) for goal in CASES), *OTHER_RAMPS], ids=str
+)
 def test_admm(ratio, nm, iterations, damping, monkeypatch):
     # The comparison with SparseGPT is set aside.
     monkeypatch.setattr(alps_module, "repair", lambda weight, *_: torch.zeros_like(weight))
-    for seed in range(3):
-        weight, hessian = random_case(seed=seed)
-        got = solve(weight, hessian, ratio, nm, damping, iterations=iterations, steps=0)
-        expected = oracle_admm(weight, hessian, ratio, nm, RAMPS[iterations], iterations, damping)
-        assert_alike(got, expected)
+    weight, hessian = random_case()
+    got = solve(weight, hessian, ratio, nm, damping, iterations=iterations, steps=0)
+    assert_alike(got, oracle_admm(weight, hessian, ratio, nm, RAMPS[iterations], iterations, damping))
 
 
 @pytest.mark.parametrize("damping", [0.1, 0.01])
-@pytest.mark.parametrize("seed", range(5))
-def test_refit_ends_at_least_squares(seed, damping):
-    weight, hessian = random_case(8, 12, seed)
-    mask = torch.rand(8, 12, generator=torch.Generator().manual_seed(seed)) < 0.5
+def test_refit_ends_at_least_squares(damping):
+    weight, hessian = random_case(8, 12)
+    mask = torch.rand(8, 12, generator=torch.Generator().manual_seed(0)) < 0.5
     mask[2], mask[5] = False, True  # an empty row stays empty, a full one becomes the dense one
     pruned = weight * mask * 3
     got = refit(weight, pruned, prepare(hessian.clone(), damping), steps=60)
@@ -126,7 +124,7 @@ def test_refit_ends_at_least_squares(seed, damping):
 def test_alps_ends_near_the_best_values_of_its_mask():
     weight, hessian = random_case(seed=3)
     got = solve(weight, hessian, 0.6, iterations=30, steps=30)
-    assert_alike(got, oracle_fixed_mask(weight, got != 0, hessian, DAMPING), rtol=1e-3)
+    assert_alike(got, oracle_fixed_mask(weight, got != 0, hessian, ALPS_DAMPING), rtol=1e-3)
 
 
 def test_refit_pencil():
@@ -138,26 +136,10 @@ def test_refit_pencil():
     assert got.tolist() == [[0, 6]]
 
 
-@pytest.mark.parametrize("name", PRUNERS)
-@pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
-def test_refit_after_every_pruner(name, nm):
-    weight, hessian = random_case(seed=4)
-    statistic = {None: None, "squared_norms": hessian.diagonal().clone(), "hessian": hessian.clone()}
-    pruner = PRUNERS[name]
-    pruned = pruner.prune(weight, pruner.prepare(statistic[pruner.statistic]), 0.5, nm)
-    before, problem = pruned.clone(), prepare(hessian.clone(), 0.01)
-    errors = [layer_error(weight, refit(weight, pruned, problem, steps), hessian) for steps in (0, 1, 3, 10)]
-    assert errors[0] == layer_error(weight, pruned, hessian) and errors == sorted(errors, reverse=True)
-    assert errors[3] < errors[0]
-    got = refit(weight, pruned, problem, 10)
-    assert torch.equal(got != 0, pruned != 0) and torch.equal(pruned, before)
-    assert torch.equal(refit(weight, pruned, problem, 0), pruned)
-
-
 # ------------------------------------------------------------------------------------------------ selection
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_selection_is_a_sorts(seed):
     draw = torch.Generator().manual_seed(seed)
     rows, columns = torch.randint(1, 20, (2,), generator=draw).tolist()
@@ -166,13 +148,9 @@ def test_selection_is_a_sorts(seed):
         state = (2 * state).round() / 2  # ties, zeros and -0.0
     if seed % 5 == 0:
         state.mul_(torch.rand(state.shape, generator=draw) < 0.2)
-    goals = [
-        (torch.rand((), generator=draw).item(), None),
-        (0.5, [(2, 4), (1, 2), (3, 4), (4, 4)][seed % 4]),
-        (1.0, None),
-    ]
-    parts = state.split(rows)
-    expected = [oracle_top(part.abs(), *goal) for part, goal in zip(parts, goals, strict=True)]
+    nm = [(2, 4), (1, 2), (3, 4), (4, 4)][seed % 4]
+    goals = [(torch.rand((), generator=draw).item(), None), (0.5, nm), (1.0, None)]
+    expected = [oracle_top(rows.abs(), *goal) for rows, goal in zip(state.split(rows), goals, strict=True)]
     assert torch.equal(_largest(state, [rows] * 3, goals), torch.cat(expected))
 
 
@@ -184,60 +162,45 @@ def test_everything_that_ties_with_the_threshold_goes():
     assert not solve(torch.ones(4, 8), torch.eye(8), 0.1).any()
 
 
-@pytest.mark.parametrize("nm", [(2, 4), (1, 4), (4, 8), (3, 5), (4, 4)], ids=str)
-def test_groups_keep_exactly_n_of_m(nm):
-    weight, hessian = random_case(20, 120, seed=5)
-    got = solve(weight, hessian, 0.0, nm)
-    assert ((got != 0).view(20, -1, nm[1]).sum(2) == nm[0]).all()
-    alike = solve(torch.ones(3, 120), torch.eye(120), 0.0, nm)  # ties throughout
-    assert ((alike != 0).view(3, -1, nm[1]).sum(2) == nm[0]).all()
-
-
-def test_ratios_of_zero_and_one():
+def test_ratio_of_zero():
     weight, hessian = random_case(seed=6)
     got = solve(weight, hessian, 0.0)
     assert torch.equal(got, weight) and got.data_ptr() != weight.data_ptr()
-    assert not solve(weight, hessian, 1.0).any()
 
 
 # --------------------------------------------------------------------------------------- what must always hold
 
 
 @pytest.mark.parametrize(("ratio", "nm"), CASES, ids=str)
-@pytest.mark.parametrize("seed", range(4))
-def test_order_of_the_pruners(ratio, nm, seed):
-    weight, hessian = random_case(48, 64, seed)
+def test_order_of_the_pruners(ratio, nm):
+    weight, hessian = random_case(48, 64)
     plain = sparsegpt(weight, hessian, ratio, nm)
     refitted = refit(weight, plain, prepare(hessian.clone()))
     errors = [layer_error(weight, pruned, hessian) for pruned in (plain, refitted, solve(weight, hessian, ratio, nm))]
     assert errors[0] > errors[1] > errors[2]
 
 
-@pytest.mark.parametrize(("ratio", "nm"), CASES, ids=str)
+@pytest.mark.parametrize(("ratio", "nm"), [(0.3, None), (0.9, None), (0.5, (2, 4))], ids=str)
 @pytest.mark.parametrize("common", [0, 0.5])
 @pytest.mark.parametrize("iterations", [1, 3, 10])
 def test_never_worse_than_sparsegpt(ratio, nm, common, iterations, caplog):
     # Without correlations three iterations get nowhere, and ten fall short at times.
-    warned = 0
-    for seed in range(4):
-        caplog.clear()
-        weight, hessian = random_case(48, 64, seed, common=common)
-        with caplog.at_level(logging.WARNING):
-            got = solve(weight, hessian, ratio, nm, iterations=iterations)
-        other = sparsegpt(weight, hessian, ratio, nm)
-        error, others = layer_error(weight, got, hessian), layer_error(weight, other, hessian)
-        assert error <= others * (1 + 1e-5)  # both sums are rounded
-        assert len(caplog.records) in (0, 1)
-        if caplog.records:
-            warned += 1
-            assert_alike(got, other)
-            assert "a matrix of 48x64: SparseGPT's weights are taken" in caplog.text
-    assert warned == 4 or common or iterations != 3
+    weight, hessian = random_case(48, 64, common=common)
+    with caplog.at_level(logging.WARNING):
+        got = solve(weight, hessian, ratio, nm, iterations=iterations)
+    repaired = sparsegpt(weight, hessian, ratio, nm)
+    error, error_repaired = layer_error(weight, got, hessian), layer_error(weight, repaired, hessian)
+    assert error <= error_repaired * (1 + 1e-5)  # both sums are rounded
+    assert len(caplog.records) in (0, 1)
+    if caplog.records:
+        assert_alike(got, repaired)
+        assert "a matrix of 48x64: SparseGPT's weights are taken" in caplog.text
+    assert caplog.records or common or iterations != 3
 
 
 def test_errors_are_compared_without_damping():
     # Inputs of rank 4 and a little noise: with damping .1 ALPS minimises something else than SparseGPT does with .01.
-    for seed in range(8):
+    for seed in range(3):
         draw = torch.Generator().manual_seed(seed)
         x = torch.randn(400, 4, generator=draw) @ torch.randn(4, 64, generator=draw)
         x += 0.05 * torch.randn(400, 64, generator=draw)
@@ -251,38 +214,24 @@ def test_warning_names_the_layer(caplog):
     weights = {name: random_case(24, 64, seed, common=0)[0] for seed, name in enumerate(("q_proj", "k_proj"))}
     hessian = random_case(24, 64, 0, common=0)[1]
     with caplog.at_level(logging.WARNING):
-        alps_group(weights, prepare(hessian), dict.fromkeys(weights, 0.5), None, iterations=3)
+        alps_group(weights, prepare(hessian), dict.fromkeys(weights, 0.5), dict.fromkeys(weights), iterations=3)
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["q_proj", "k_proj"]
 
 
-@pytest.mark.parametrize("factor", [1e-12, 0.3, 4.0, 1e12])
 @pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
-def test_size_of_the_hessian_does_not_matter(factor, nm):
+def test_invariances(nm):
     weight, hessian = random_case(seed=8, dead=(3,))
-    assert_alike(solve(weight, hessian * factor, 0.6, nm), solve(weight, hessian, 0.6, nm))
+    expected = solve(weight, hessian, 0.6, nm)
     pruned = sparsegpt(weight, hessian, 0.6, nm)
-    results = [refit(weight, pruned, prepare(h)) for h in (hessian * factor, hessian.clone())]
-    assert_alike(*results)
-
-
-@pytest.mark.parametrize("factor", [1e-6, 0.3, -1.0, 1e6])
-@pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
-def test_results_scale_with_the_weights(factor, nm):
-    weight, hessian = random_case(seed=9)
-    assert_alike(solve(weight * factor, hessian, 0.6, nm) / factor, solve(weight, hessian, 0.6, nm))
-
-
-@pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
-def test_order_of_rows_does_not_matter(nm):
-    weight, hessian = random_case(50, 64, seed=9)
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    assert_alike(solve(weight[order], hessian, 0.5, nm), solve(weight, hessian, 0.5, nm)[order])
-
-
-def test_order_of_columns_does_not_matter():
-    weight, hessian = random_case(seed=10)
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    assert_alike(solve(weight[:, order], hessian[order][:, order], 0.5), solve(weight, hessian, 0.5)[:, order])
+    refitted = refit(weight, pruned, prepare(hessian.clone()))
+    for factor in (1e-12, 0.3, 1e12):  # of the Hessian
+        assert_alike(solve(weight, hessian * factor, 0.6, nm), expected)
+        assert_alike(refit(weight, pruned, prepare(hessian * factor)), refitted)
+    for factor in (1e-6, -1.0, 1e6):  # of the weights
+        assert_alike(solve(weight * factor, hessian, 0.6, nm) / factor, expected)
+    if nm is None:
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+        assert_alike(solve(weight[:, order], hessian[order][:, order], 0.6), expected[:, order])
 
 
 @pytest.mark.parametrize(("ratio", "nm"), [(0.05, None), (0.5, None), (0.5, (2, 4))], ids=str)
@@ -310,47 +259,26 @@ def test_short_dtypes_are_computed_in_float32(dtype, nm):
     assert got.dtype == dtype and torch.equal(got, wide.to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("ratio", "nm"), [(0.5, None), (1.0, None), (0.5, (2, 4))], ids=str)
-def test_minus_zero_is_not_written(dtype, ratio, nm):
+def test_minus_zero_is_not_written(ratio, nm):
     weight, hessian = random_case(seed=13, dead=(2,))
-    got = solve(weight.to(dtype), hessian, ratio, nm)
-    again = refit(weight.to(dtype), got, prepare(hessian.clone()))
-    for result in (got, again):
+    got = solve(weight.half(), hessian, ratio, nm)
+    again = refit(weight.half(), got, prepare(hessian.clone()))
+    # With a diagonal Hessian the best values are the dense ones, and float16 ends at 6e-8: the first underflows.
+    tiny = refit(torch.tensor([[-1e-9, -2.0]]), torch.ones(1, 2).half(), prepare(torch.eye(2)), steps=2)
+    for result in (got, again, tiny):
         assert (result == 0).any() and not (torch.signbit(result) & (result == 0)).any()
 
 
-def test_minus_zero_of_an_underflow_is_not_written():
-    # A diagonal Hessian: the best values are the dense ones, and float16 ends at 6e-8.
-    got = refit(torch.tensor([[-1e-9, -2.0]]), torch.ones(1, 2).half(), prepare(torch.eye(2)), steps=2)
-    assert got.tolist() == [[0, -2]] and not torch.signbit(got[0, 0])
-
-
-def test_what_is_given_is_left_alone():
+def test_problem_is_left_alone():
     weight, hessian = random_case(seed=14)
-    problem, before = prepare(hessian.clone()), weight.clone()
-    kept = problem.damped.clone(), problem.scale.clone()
-    pruned = alps(weight, problem, 0.5, None)
-    refit(weight, pruned, problem)
-    assert torch.equal(weight, before)
-    assert torch.equal(problem.damped, kept[0]) and torch.equal(problem.scale, kept[1])  # of use to the next layer
+    problem = prepare(hessian.clone())
+    before = problem.damped.clone(), problem.scale.clone()
+    refit(weight, alps(weight, problem, 0.5, None), problem)
+    assert torch.equal(problem.damped, before[0]) and torch.equal(problem.scale, before[1])  # for the next layer
 
 
 # ------------------------------------------------------------------------------------- layers that share an input
-
-
-def test_group_does_as_its_layers_alone():
-    hessian = random_case(columns=64)[1]
-    weights = {str(rows): random_case(rows, 64, rows)[0] for rows in (16, 24, 40)}
-    weights["24"] = weights["24"].bfloat16()
-    ratios = {"16": 0.3, "24": 0.5, "40": 0.8, "another": 0.1}
-    for nm in (None, {"16": None, "24": (2, 4), "40": None, "another": None}):
-        together = alps_group(weights, prepare(hessian.clone()), ratios, nm)
-        assert list(together) == list(weights)
-        for name, weight in weights.items():
-            alone = solve(weight, hessian, ratios[name], nm and nm[name])
-            assert together[name].dtype == weight.dtype
-            assert_alike(together[name], alone, rtol=1e-2 if weight.dtype == torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.parametrize("iterations", RAMPS)
@@ -358,7 +286,7 @@ def test_group_shares_the_inverses_of_the_ramp(iterations, monkeypatch):
     rhos, inverse = [], alps_module._inverse
     monkeypatch.setattr(alps_module, "_inverse", lambda a, rho, work: rhos.append(rho) or inverse(a, rho, work))
     weight, hessian = random_case()
-    alps_group({"q": weight, "k": -weight}, prepare(hessian), {"q": 0.5, "k": 0.5}, None, iterations)
+    alps_group({"q": weight, "k": -weight}, prepare(hessian), {"q": 0.5, "k": 0.5}, dict.fromkeys("qk"), iterations)
     assert rhos == pytest.approx(RAMPS[iterations])
 
 
@@ -367,25 +295,14 @@ def test_at_most_three_matrices_of_the_hessians_size(nm):
     size, rows = 2048, 8
     matrix, copy = 4 * size * size, 4 * size * rows
     hessian = 2 * torch.eye(size) + 1
-    given = hessian.untyped_storage().data_ptr()
-    held = []
+    address, held = hessian.untyped_storage().data_ptr(), []
     assert peak_bytes(lambda: held.append(prepare(hessian))) <= 16 * 4 * size  # vectors
-    assert held[0].damped.untyped_storage().data_ptr() == given
+    assert held[0].damped.untyped_storage().data_ptr() == address
     weights = {name: torch.randn(rows, size, generator=torch.Generator().manual_seed(1)) for name in ("gate", "up")}
-    nms = nm and dict.fromkeys(weights, nm)
     # The inverse, SparseGPT's triangle in its room and strips of 128 columns, and some 20 copies of the two weights.
-    work = partial(alps_group, weights, held[0], dict.fromkeys(weights, 0.5), nms)
+    work = partial(alps_group, weights, held[0], dict.fromkeys(weights, 0.5), dict.fromkeys(weights, nm))
     assert peak_bytes(work) <= 2 * matrix + 2 * 4 * size * 128 + 40 * copy
     assert peak_bytes(lambda: refit(weights["up"], weights["up"], held[0])) <= 20 * copy
-
-
-@pytest.mark.parametrize("nm", [None, pytest.param((2, 4), marks=pytest.mark.slow)], ids=str)
-def test_copies_of_the_weights(nm):
-    rows, size = 16384, 128
-    hessian = random_case(2, size)[1]
-    problem, weight = prepare(hessian), torch.randn(rows, size, generator=torch.Generator().manual_seed(1))
-    assert peak_bytes(lambda: alps(weight, problem, 0.5, nm)) <= 8.5 * 4 * rows * size  # in float32
-    assert peak_bytes(lambda: refit(weight, weight, problem)) <= 7 * 4 * rows * size
 
 
 # -------------------------------------------------------------------------------------------------------- failures
@@ -449,33 +366,29 @@ def block_16(smollm2_source, golden):
     return [({name: modules[name].weight.detach() for name in names}, total[names[0]]) for names in named]
 
 
-def unit_diagonal_error(weight, pruned, hessian):
-    d = hessian.diagonal().sqrt()
-    return layer_error(weight * d, pruned * d, hessian / torch.outer(d, d))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("key", "iterations"), [("0.7", 10), ("2:4", 10), ("0.7", 30)])
-def test_published_layer_errors(key, iterations, block_16, golden, caplog):
+@pytest.mark.parametrize(
+    ("key", "column"),
+    [
+        ("0.7", "alps_10"),
+        ("2:4", "alps_10"),
+        ("0.7", "alps_30"),
+        ("0.7", "sparsegpt_refit10"),
+        ("2:4", "sparsegpt_refit10"),
+    ],
+)
+def test_published_layer_errors(key, column, block_16, golden, caplog):
     expected = golden("reconstruction.json")["layer_error"][key]
-    nm = (2, 4) if key == "2:4" else None
     for weights, hessian in block_16:
-        ratios = dict.fromkeys(weights, 0.7)
-        got = alps_group(weights, prepare(hessian.clone()), ratios, nm and dict.fromkeys(weights, nm), iterations)
+        problem, nm = prepare(hessian.clone()), (2, 4) if key == "2:4" else None
+        if column.startswith("alps"):
+            iterations = int(column.removeprefix("alps_"))
+            pruned = alps_group(weights, problem, dict.fromkeys(weights, 0.7), dict.fromkeys(weights, nm), iterations)
+        else:
+            factor = inverse_factor(hessian.clone())
+            pruned = {n: refit(w, repair(w, factor, 0.7, nm), problem, steps=10) for n, w in weights.items()}
+        d = hessian.diagonal().sqrt()
         for name, weight in weights.items():
-            error = unit_diagonal_error(weight, got[name], hessian)
-            assert error == pytest.approx(expected[name][f"alps_{iterations}"], rel=0.02)
+            error = layer_error(weight * d, pruned[name] * d, hessian / torch.outer(d, d))
+            assert error == pytest.approx(expected[name][column], rel=0.02)
     assert not caplog.records
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("key", ["0.7", "2:4"])
-def test_published_layer_errors_of_a_refit(key, block_16, golden):
-    expected = golden("reconstruction.json")["layer_error"][key]
-    nm = (2, 4) if key == "2:4" else None
-    for weights, hessian in block_16:
-        factor, problem = inverse_factor(hessian.clone()), prepare(hessian.clone())
-        for name, weight in weights.items():
-            got = refit(weight, repair(weight, factor, 0.7, nm), problem, steps=10)
-            error = unit_diagonal_error(weight, got, hessian)
-            assert error == pytest.approx(expected[name]["sparsegpt_refit10"], rel=0.02)

@@ -12,8 +12,9 @@ from lib.calibration.hidden import enter_blocks
 from lib.core.errors import UserError
 from lib.models.weights import weights_of
 from lib.pruning.plan import SparsityPlan
-from lib.pruning.pruners import PRUNERS, VARIANTS, Options, configured
-from lib.pruning.sparsegpt import NotPositiveDefinite, _ranks, inverse_factor, repair, repair_group
+from lib.pruning.pruners import PRUNERS, VARIANTS, configured
+from lib.pruning.sparsegpt import NotPositiveDefinite, inverse_factor, repair, repair_group
+from lib.pruning.thresholds import group_ranks
 from lib.pruning.walk import walk
 
 RATIOS = [0.05, 0.37, 0.5, 0.73, 0.9]
@@ -32,8 +33,13 @@ def random_case(rows=24, columns=40, seed=0, dead=()):
 
 def statistic_of(pruner, norms, hessian):
     """Return what ``pruner`` gets to see, prepared; its own copy."""
-    given = {None: None, "squared_norms": norms, "hessian": hessian}[pruner.statistic]
-    return pruner.prepare(given if given is None else given.clone())
+    return pruner.prepare({None: None, "squared_norms": norms.clone(), "hessian": hessian.clone()}[pruner.statistic])
+
+
+def error_of(weight, pruned, hessian):
+    """Return the error of the layer's output, up to a factor."""
+    change = (pruned - weight).double()
+    return ((change @ hessian.double()) * change).sum().item()
 
 
 def assert_repaired_alike(got, expected, hessian):
@@ -44,25 +50,17 @@ def assert_repaired_alike(got, expected, hessian):
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("seed", range(3))
-def test_magnitude(ratio, seed):
-    weight = random_case(seed=seed)[0]
-    got = PRUNERS["magnitude"].prune(weight, None, ratio, None)
-    assert torch.equal(got, oracles.magnitude(weight, None, ratio, None))
+@pytest.mark.parametrize("name", ["magnitude", "wanda"])
+def test_masks(name, ratio):
+    weight, norms, _ = random_case()
+    got = PRUNERS[name].prune(weight, norms, ratio, None)
+    assert torch.equal(got, getattr(oracles, name)(weight, norms, ratio, None))
 
 
 def test_magnitude_removes_everything_that_ties_with_the_threshold():
     weight = torch.tensor([[1.0, -2.0, 2.0, 3.0], [2.0, 4.0, -5.0, 6.0]])
     expected = torch.tensor([[0.0, 0, 0, 3], [0, 4, -5, 6]])
     assert torch.equal(PRUNERS["magnitude"].prune(weight, None, 0.25, None), expected)  # int(8/4) = 2: the third, a 2
-
-
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("seed", range(3))
-def test_wanda(ratio, seed):
-    weight, norms, _ = random_case(seed=seed)
-    got = PRUNERS["wanda"].prune(weight, norms, ratio, None)
-    assert torch.equal(got, oracles.wanda(weight, norms, ratio, None))
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75])
@@ -76,9 +74,8 @@ def test_wanda_ties_go_to_the_lower_column(ratio):
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
-@pytest.mark.parametrize("seed", range(3))
-def test_wanda_variant(ratio, seed):
-    weight, norms, _ = random_case(60, 50, seed)
+def test_wanda_variant(ratio):
+    weight, norms, _ = random_case(60, 50)
     got, expected = VARIANTS["wanda"].prune(weight, norms, ratio, None), oracles.wanda_variant(weight, norms, ratio)
     assert abs((got == 0).float().mean().item() - ratio) <= 0.001
     assert torch.equal(got, expected)
@@ -98,10 +95,9 @@ def test_groups_of_magnitude_and_wanda(nm, ties):
     weight, norms, _ = random_case(16, 120)
     if ties:
         weight, norms = weight.sign() * weight.abs().ceil(), torch.ones(120)
-    got = PRUNERS["magnitude"].prune(weight, None, 1 - nm[0] / nm[1], nm)
-    assert torch.equal(got, oracles.magnitude(weight, None, 0, nm))
-    got = PRUNERS["wanda"].prune(weight, norms, 1 - nm[0] / nm[1], nm)
-    assert torch.equal(got, oracles.wanda(weight, norms, 0, nm))
+    for name in ("magnitude", "wanda"):
+        got = PRUNERS[name].prune(weight, norms, 1 - nm[0] / nm[1], nm)
+        assert torch.equal(got, getattr(oracles, name)(weight, norms, 0, nm))
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -122,19 +118,11 @@ def test_sparsegpt_groups(nm):
     assert_repaired_alike(repair(weight, inverse_factor(hessian.clone()), 0.0, nm), expected, hessian)
 
 
-@pytest.mark.parametrize("name", PRUNERS)
-def test_groups_of_more_than_256_columns(name):
-    weight, norms, hessian = random_case(6, 600, seed=4)
-    pruner = PRUNERS[name]
-    pruned = pruner.prune(weight, statistic_of(pruner, norms, hessian), 0.5, (150, 300))
-    assert ((pruned != 0).view(6, 2, 300).sum(2) == 150).all()
-
-
 @pytest.mark.parametrize("group", [4, 300])
 def test_ranks_by_pencil(group):
     order = torch.randperm(group, generator=torch.Generator().manual_seed(2))
-    assert _ranks(order[:, None].float())[:, 0].tolist() == order.tolist()
-    assert _ranks(torch.ones(group, 2))[:, 1].tolist() == list(range(group))  # of equals the upper ones count
+    assert group_ranks(order[:, None].float())[:, 0].tolist() == order.tolist()
+    assert group_ranks(torch.ones(group, 2))[:, 1].tolist() == list(range(group))  # of equals the upper ones count
 
 
 @pytest.mark.parametrize(
@@ -146,27 +134,23 @@ def test_ranks_by_pencil(group):
 def test_sparsegpt_of_layers_that_share_an_input(nms, dtype):
     weight, _, hessian = random_case(64, 280, seed=3, dead=(4, 150))
     factor = inverse_factor(hessian.clone())
-    weights, ratios = list(weight.to(dtype).split([30, 1, 20, 13])), [0.3, 0.0, 0.7, 1.0]
-    before = [w.clone() for w in weights]
-    together = repair_group(weights, factor, ratios, nms)
-    assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
-    for w, found, ratio, nm in zip(weights, together, ratios, nms, strict=True):
-        alone = repair(w, factor, ratio, nm)
-        assert found.shape == w.shape and found.dtype == dtype and found.is_contiguous()
-        assert torch.equal(found == 0, alone == 0)  # each by its own thresholds
+    weights = dict(zip("abcd", weight.to(dtype).split([30, 1, 20, 13]), strict=True))
+    ratios, nms = {"a": 0.3, "b": 0.0, "c": 0.7, "d": 1.0}, dict(zip("abcd", nms, strict=True))
+    for name, got in repair_group(weights, factor, ratios, nms).items():
+        alone = repair(weights[name], factor, ratios[name], nms[name])
+        assert got.shape == alone.shape and got.dtype == dtype and got.is_contiguous()
+        assert torch.equal(got == 0, alone == 0)  # each by its own thresholds
         # A product of more columns may sum in another order: some units in the last place, of float32 or of the dtype.
-        torch.testing.assert_close(found, alone, rtol=max(1e-5, 2 * torch.finfo(dtype).eps), atol=1e-5)
+        torch.testing.assert_close(got, alone, rtol=max(1e-5, 2 * torch.finfo(dtype).eps), atol=1e-5)
 
 
 def test_sparsegpt_makes_up_for_what_it_removes():
     weight, norms, hessian = random_case(16, 128, seed=2)
-
-    def loss(pruned):  # of the layer's output, up to a factor
-        return ((pruned - weight) @ hessian @ (pruned - weight).T).trace().item()
-
-    losses = [loss(p.prune(weight, statistic_of(p, norms, hessian), 0.5, None)) for p in PRUNERS.values()]
-    by_name = dict(zip(PRUNERS, losses, strict=True))
-    assert by_name["sparsegpt"] < by_name["wanda"] < by_name["magnitude"]
+    losses = {}
+    for name, pruner in PRUNERS.items():
+        pruned = pruner.prune(weight, statistic_of(pruner, norms, hessian), 0.5, None)
+        losses[name] = error_of(weight, pruned, hessian)
+    assert losses["sparsegpt"] < losses["wanda"] < losses["magnitude"]
 
 
 # -------------------------------------------------------------------------------------------------- pencil and paper
@@ -208,12 +192,12 @@ def test_planned_sparsity_is_met(pruner, ratio):
     assert (got == 0).float().mean().item() == pytest.approx(ratio, abs=1 / 128)
 
 
-@pytest.mark.parametrize("nm", GROUPS[:3], ids=str)
+@pytest.mark.parametrize("nm", [*GROUPS[:3], (150, 300)], ids=str)
 @pytest.mark.parametrize("name", PRUNERS)
 def test_groups_keep_exactly_n_of_m(name, nm):
-    weight, norms, hessian = random_case(20, 64, seed=5)
+    weight, norms, hessian = random_case(6, 600, seed=5)
     got = PRUNERS[name].prune(weight, statistic_of(PRUNERS[name], norms, hessian), 1 - nm[0] / nm[1], nm)
-    assert ((got != 0).view(20, -1, nm[1]).sum(2) == nm[0]).all()
+    assert ((got != 0).view(6, -1, nm[1]).sum(2) == nm[0]).all()
 
 
 @pytest.mark.parametrize("name", PRUNERS)
@@ -222,20 +206,15 @@ def test_a_ratio_of_one_removes_all(name):
     assert not PRUNERS[name].prune(weight, statistic_of(PRUNERS[name], norms, hessian), 1.0, None).any()
 
 
-def test_the_weight_given_is_left_alone_and_kept_weights_of_masks_too(pruner):
-    weight, norms, hessian = random_case(seed=7)
-    before = weight.clone()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtype_and_shape_stay_and_the_weight_is_left_alone(pruner, dtype):
+    weight, norms, hessian = random_case(seed=8)
+    weight, before = weight.to(dtype), weight.to(dtype, copy=True)
     got = pruner.prune(weight, statistic_of(pruner, norms, hessian), 0.5, None)
     assert torch.equal(weight, before)
-    if pruner.statistic != "hessian":  # only SparseGPT repairs
-        assert torch.equal(got[got != 0], weight[got != 0])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtype_and_shape_stay(pruner, dtype):
-    weight, norms, hessian = random_case(seed=8)
-    got = pruner.prune(weight.to(dtype), statistic_of(pruner, norms, hessian), 0.5, None)
     assert got.dtype == dtype and got.shape == weight.shape and torch.isfinite(got).all()
+    if pruner.statistic != "hessian":  # the others repair what is left
+        assert torch.equal(got[got != 0], weight[got != 0])
 
 
 @pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
@@ -257,10 +236,6 @@ def test_dead_columns_go_first(name):
     weight, norms, hessian = random_case(seed=10, dead=dead)
     got = PRUNERS[name].prune(weight, statistic_of(PRUNERS[name], norms, hessian), 0.3, None)
     assert not got[:, dead].any() and torch.isfinite(got).all()
-
-
-def test_magnitude_needs_no_input():
-    assert PRUNERS["magnitude"].statistic is None
 
 
 # ------------------------------------------------------------------------------- a Hessian that cannot be factorised
@@ -286,7 +261,7 @@ def test_damping_is_raised_tenfold(caplog, lowest, warnings):
 
 
 def test_damping_is_given_up(caplog):
-    with pytest.raises(NotPositiveDefinite), caplog.at_level(logging.WARNING):
+    with pytest.raises(NotPositiveDefinite):
         inverse_factor(indefinite(-5.0))
     assert len(caplog.records) == 2
 
@@ -326,60 +301,48 @@ def test_inputs_that_are_not_finite_name_the_layer(name, tiny_model, tiny_window
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def random_layer(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a weight [12, 40] and the Hessian of correlated inputs."""
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(200, 40, generator=draw) @ torch.randn(40, 40, generator=draw)
-    return torch.randn(12, 40, generator=draw), 2 * x.T @ x
-
-
-def error_of(weight: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> float:
-    change = (pruned - weight).double()
-    return ((change @ hessian.double()) * change).sum().item()
-
-
 @pytest.mark.parametrize("name", [name for name in PRUNERS if name != "alps"])
 @pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)
-def test_refit_keeps_the_mask_of_any_pruner_and_lowers_the_error(name, nm):
-    for seed in range(5):
-        weight, hessian = random_layer(seed)
-        statistic = {"squared_norms": hessian.diagonal() / 2, "hessian": hessian.clone(), None: None}
-        own = PRUNERS[name]
-        plain = own.prune(weight, own.prepare(statistic[own.statistic]), 0.5, nm)
-        better = configured(name, PRUNERS, Options(refit=10))
-        assert better.statistic == "hessian"
-        refitted = better.prune(weight, better.prepare(hessian.clone()), 0.5, nm)
+def test_refit_keeps_the_mask_and_lowers_the_error(name, nm):
+    weight, norms, hessian = random_case(12, 40)
+    plain = PRUNERS[name].prune(weight, statistic_of(PRUNERS[name], norms / 2, hessian), 0.5, nm)
+    errors = [error_of(weight, plain, hessian)]
+    for steps in (1, 3, 10):
+        pruner = configured(name, PRUNERS, None, None, steps)
+        assert pruner.statistic == "hessian"
+        refitted = pruner.prune(weight, pruner.prepare(hessian.clone()), 0.5, nm)
         assert torch.equal(refitted == 0, plain == 0)
-        assert error_of(weight, refitted, hessian) < error_of(weight, plain, hessian)
+        errors.append(error_of(weight, refitted, hessian))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0]
 
 
 def test_options_reach_the_pruner():
-    assert configured("wanda", PRUNERS, Options()) is PRUNERS["wanda"]
-    assert configured("wanda", PRUNERS, Options(refit=0)) is PRUNERS["wanda"]
-    weight, hessian = random_layer(1)
-    results = {}
-    for options in (Options(), Options(iterations=30), Options(damping=0.5), Options(refit=0)):
-        pruner = configured("alps", PRUNERS, options)
-        results[options] = pruner.prune(weight, pruner.prepare(hessian.clone()), 0.6, None)
-    for options in (Options(), Options(damping=0.3)):
-        pruner = configured("sparsegpt", PRUNERS, options)
-        results[options, "sparsegpt"] = pruner.prune(weight, pruner.prepare(hessian.clone()), 0.6, None)
-    found = list(results.values())
-    assert not any(torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+    for refit in (None, 0):
+        assert configured("wanda", PRUNERS, None, None, refit) is PRUNERS["wanda"]
+    weight, _, hessian = random_case(12, 40)
+    of_alps = [(None, None, None), (30, None, None), (None, 0.5, None), (None, None, 0)]
+    options = [("alps", *each) for each in of_alps] + [("sparsegpt", None, damping, None) for damping in (None, 0.3)]
+    results = []
+    for name, *each in options:
+        pruner = configured(name, PRUNERS, *each)
+        results.append(pruner.prune(weight, pruner.prepare(hessian.clone()), 0.6, None))
+    assert not any(torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
 
 
 @pytest.mark.parametrize("name", [name for name in PRUNERS if PRUNERS[name].group])
-def test_layers_that_share_an_input_are_pruned_as_each_alone(name):
-    _, hessian = random_layer(3)
-    weights = {str(seed): random_layer(seed)[0][: 5 + seed] for seed in range(3)}
-    ratios, nm = {"0": 0.3, "1": 0.5, "2": 0.7}, dict.fromkeys(weights)
-    pruner = PRUNERS[name]
+@pytest.mark.parametrize("nm", [dict.fromkeys("abc"), {"a": None, "b": (2, 4), "c": (4, 8)}], ids=["ratios", "mixed"])
+def test_layers_that_share_an_input_are_pruned_as_each_alone(name, nm):
+    weight, _, hessian = random_case(18, 40)
+    weights = dict(zip("abc", weight.split([5, 6, 7]), strict=True)) | {"b": weight[5:11].bfloat16()}
+    ratios, pruner = {"a": 0.3, "b": 0.5, "c": 0.7, "another": 0.1}, PRUNERS[name]
     together = dict(pruner.prune_all(weights, pruner.prepare(hessian.clone()), ratios, nm))
+    assert list(together) == list(weights)
     for key, weight in weights.items():
-        alone = pruner.prune(weight, pruner.prepare(hessian.clone()), ratios[key], None)
-        assert torch.equal(together[key] == 0, alone == 0)
-        # products of other shapes round otherwise
-        torch.testing.assert_close(together[key], alone, rtol=1e-4, atol=1e-5)
+        alone = pruner.prune(weight, pruner.prepare(hessian.clone()), ratios[key], nm[key])
+        assert torch.equal(together[key] == 0, alone == 0) and together[key].dtype == weight.dtype
+        # Products of other shapes round otherwise.
+        tolerance = 1e-2 if weight.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(together[key], alone, rtol=tolerance, atol=tolerance / 10)
 
 
 @pytest.mark.gpu

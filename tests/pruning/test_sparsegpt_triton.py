@@ -5,12 +5,14 @@ import subprocess
 import sys
 import warnings
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, fast
 
-from lib.pruning.sparsegpt import Factor, _tried, block_solver, inverse_factor, repair, solve_block
+from lib.pruning.sparsegpt import Factor, block_solver, inverse_factor, repair, solve_block
+from lib.sparse import kernel
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 slow = pytest.mark.slow  # the interpreter runs each of the kernel's operations in Python
@@ -19,7 +21,7 @@ slow = pytest.mark.slow  # the interpreter runs each of the kernel's operations 
 INTERPRET = """
 import sys, torch
 from lib.pruning import sparsegpt
-from lib.pruning.sparsegpt_triton import solve_block
+from lib.pruning.sparsegpt_triton import solve_block_on_gpu as solve_block
 
 blocks, matrices = torch.load(sys.argv[1])
 errors = [solve_block(*case) for case in blocks]  # the blocks are changed in place
@@ -166,8 +168,7 @@ def test_kernel_compiles(architecture, group, padded, tmp_path):
     assert int(divisions) > 0  # exact ones: an approximate one would move the masks of N:M
 
 
-@pytest.mark.parametrize("group", [None, 4, 8])
-def test_a_kernel_is_tried_before_it_is_used(group, caplog):
+def test_a_kernel_is_tried_before_it_is_used(caplog, monkeypatch):
     def alike(*block):
         return solve_block(*block)
 
@@ -177,11 +178,14 @@ def test_a_kernel_is_tried_before_it_is_used(group, caplog):
     def failing(*block):
         raise RuntimeError("no such instruction\nsecond line")
 
-    cpu = torch.device("cpu")
-    assert _tried("Triton", alike, cpu, group) is alike and not caplog.records
-    assert _tried("Triton", wrong, cpu, group) is solve_block and _tried("Triton", failing, cpu, group) is solve_block
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
-    assert "(no such instruction)" in caplog.records[1].getMessage()
+    for solver in (alike, wrong, failing):
+        monkeypatch.setattr(kernel, "load", lambda solver=solver: SimpleNamespace(solve_block=solver))
+        for group in (None, 4, 8):
+            block_solver.cache_clear()
+            assert block_solver(torch.device("cpu"), group) is (alike if solver is alike else solve_block)
+    block_solver.cache_clear()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 6
+    assert "(no such instruction)" in caplog.records[-1].getMessage()
 
 
 @pytest.mark.gpu

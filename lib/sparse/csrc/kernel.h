@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-struct Matrix {  // as kernel.py's Matrix
+struct Matrix {  // as kernel.py's MatrixStruct
   const uint32_t* mask;    // [rows, words], null if the matrix is dense
   const uint16_t* values;  // packed: 32 more than there are bits set, which may be read; dense: [rows, columns]
   const int64_t* starts;   // [rows + 1], where each row's values begin

@@ -8,7 +8,7 @@
 
 namespace {
 
-struct Block {  // as steps.py's
+struct Block {  // as kernel.py's BlockStruct
   const Matrix *qkv, *o, *gate_up, *down;
   const uint16_t *before, *after;  // weights of the two norms, [width]
   double before_eps, after_eps;
@@ -154,17 +154,4 @@ extern "C" void attend_block(const Block* b, const uint16_t* q, const uint16_t* 
 extern "C" void leave_block(const Block* b, const uint16_t* x, const uint16_t* attended, int tokens, uint16_t* y,
                             int threads) {
   (b->half ? leave<true> : leave<false>)(*b, x, attended, tokens, y, threads);
-}
-
-// All three in one call: y [tokens, width] of x that enters, with the new keys and values written to the last of the
-// `length` places in keys and values.
-extern "C" void take_step(const Block* b, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t stride,
-                          int tokens, uint16_t* keys, uint16_t* values, int64_t length, int64_t apart, double scale,
-                          uint16_t* y, int threads) {
-  static thread_local std::vector<uint16_t> buffer;
-  uint16_t* q = room(buffer, tokens * b->heads * b->size);
-  const int64_t last = (length - 1) * b->size;
-  enter_block(b, x, cos, sin, stride, tokens, q, keys + last, values + last, apart, threads);
-  attend_block(b, q, keys, values, length, apart, scale, tokens, q, threads);
-  leave_block(b, x, q, tokens, y, threads);
 }
