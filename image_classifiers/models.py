@@ -259,7 +259,7 @@ def fill_weights(model: torch.nn.Module, path: Path) -> None:
     Raises:
         UserError: the file cannot be read, or its keys or shapes do not fit.
     """
-    state, needed = read_checkpoint(path), model.state_dict()
+    state, needed = read_weight_file(path), model.state_dict()
     for key in ("pos_embed", "patch_embed.proj.weight"):
         if key not in state or key not in needed or state[key].shape[1:] == needed[key].shape[1:]:
             continue
@@ -277,7 +277,7 @@ def fill_weights(model: torch.nn.Module, path: Path) -> None:
         raise UserError(None, path, f"its weights do not fit ({keys[:_SHOWN]})", fix) from error
 
 
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors by name in a ``.safetensors`` file or a PyTorch checkpoint; code in it is not run."""
     from argparse import Namespace  # noqa: TID251
 

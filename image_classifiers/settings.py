@@ -72,11 +72,15 @@ class ImageMethodFlags(MethodFlags):
         PruningFlags, "statistics", "dense", only=CALIBRATED.removesuffix(" | refit"), aliases=["propagate"]
     )
     hidden_device: str | None = flag(
-        None, "device of hidden states (default: the model's)", only=CALIBRATES, metavar="DEVICE", title="pruning"
+        None, "device of hidden states; cpu saves GPU memory", only=CALIBRATES, metavar="DEVICE", title="pruning"
     )
     ww_metric: str = redeclared(AllocationFlags, "ww_metric", "alpha_mid")
     ww_metric_cache: str = redeclared(
-        AllocationFlags, "ww_metric_cache", "./metric_cache", help="cache, DIR/<model>", aliases=["ww_metric_cache"]
+        AllocationFlags,
+        "ww_metric_cache",
+        "./metric_cache",
+        help="its cache is DIR/<model>",
+        aliases=["ww_metric_cache"],
     )
     epsilon: float = redeclared(
         AllocationFlags, "epsilon", 0.2, help="half width of the map from metric to sparsity, in [0, 1]", convert=None

@@ -260,7 +260,7 @@ def on_pretend_cuda(rank: int) -> None:
     processes.join = join
 
 
-@pytest.mark.parametrize("more", ["sparsegpt_owl --stream always", "wanda_ww"])
+@pytest.mark.parametrize("more", fast(["sparsegpt_owl --stream always", "wanda_ww"], 1))
 def test_on_pretend_gpus(more, place):
     flags = f"--prune_method {more} --dtype float32"
     one, two = outcome(place, flags, 1), outcome(place, flags, 2, on_pretend_cuda)
@@ -310,7 +310,7 @@ METHOD = "--prune_method sparsegpt_ww --epsilon 0.2 --sparsity_ratio 0.6"
 
 @pytest.fixture
 def unbroken(tmp_path_factory, place) -> dict[str, str]:
-    """Return the hashes of what an undisturbed run of two processes saves."""
+    """Return the hashes of what an undisturbed run of two processes saves, which the first test that asks makes."""
     folder = tmp_path_factory.getbasetemp() / "unbroken-by-two"
     if not folder.exists():
         assert fork(f"{place} {METHOD} --save_model {folder} --ww_metric_cache other --save other", 2)[0] == [0, 0]

@@ -15,7 +15,7 @@ from image_classifiers.models import (
     find_parts,
     load_classifier,
     locate_classifier,
-    read_checkpoint,
+    read_weight_file,
     save_classifier,
     skeleton,
 )
@@ -296,5 +296,5 @@ def test_bad_weight_files(name, content, said, tmp_path):
     else:
         torch.save(content, tmp_path / name)
     with pytest.raises(UserError, match=said) as caught:
-        read_checkpoint(tmp_path / name)
+        read_weight_file(tmp_path / name)
     assert "\n" not in str(caught.value) and name in str(caught.value)

@@ -99,16 +99,6 @@ def test_half_precision_changes_little():
     assert half.kl(ratios) != plain.kl(ratios)
 
 
-def test_renewed_ranks_are_those_of_pruned_predecessors():
-    weights, images = find_parts(tiny_vit()).pruned, [group.float() for group in GROUPS]
-    model = ImagePriceModel(weights, (images, images))
-    dense = dict(model.masks.ranks)
-    for ratio in (0.5, 0.0):
-        model.renew(dict.fromkeys(dense, ratio))
-        changed = {name for name, rank in dense.items() if not torch.equal(model.masks.ranks[name], rank)}
-        assert bool(changed) == (ratio > 0) and not any(name.startswith("blocks.0.") for name in changed)
-
-
 def test_a_search_improves_on_uniform(digits):
     weights = find_parts(copy.deepcopy(digits[0])).pruned
     groups = tuple(list(digits[1][indices].split(50)) for indices in map(list, split(range(600))))
@@ -150,10 +140,3 @@ def test_a_run_records_its_search(more, digits, tmp_path, capsys):
     assert (tmp_path / f"out/price_{run}.png").stat().st_size > 1000
     rows = [line.split("\t") for line in (tmp_path / f"out/layers_{run}.tsv").read_text().splitlines()]
     assert len({row[3] for row in rows[1:]}) > 2
-
-
-def test_too_few_images_are_refused(tmp_path, capsys):
-    save_classifier(tiny_vit(), 8, tmp_path / "tiny")
-    flags = f"--model {tmp_path}/tiny --data_set digits --sparsity 0.6 --save_dir {tmp_path}/out --nsamples 11"
-    status, said = call(capsys, flags, "--prune_metric wanda_price")
-    assert status == 2 and "--nsamples 11: the search for prices needs at least 12 different images" in said

@@ -9,12 +9,11 @@ import torch
 from test_image_models import TINY, matrices, some_images, tiny_convnext, tiny_vit
 
 from image_classifiers.models import IMAGE_PRUNERS, block_inputs, find_parts, wanda_of_matrix
-from lib.allocation.formulas import ALLOCATIONS, uniform
+from lib.allocation.formulas import uniform
 from lib.calibration.statistics import STATISTICS
 from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import Pruner
 from lib.pruning.walk import walk
-from lib.spectra.measure import measure
 from lib.spectra.spectrum import spectrum
 from lib.spectra.tail import alpha_mid
 
@@ -92,23 +91,6 @@ def test_a_1x1_convolution_has_the_alpha_of_its_matrix():
     matrix, convolution = spectrum(weight), spectrum(weight[:, :, None, None])
     assert torch.allclose(convolution.eigs, matrix.eigs / 2, rtol=1e-5)
     assert alpha_mid(convolution) == pytest.approx(alpha_mid(matrix), rel=1e-5)  # an exponent knows no scale
-
-
-# ------------------------------------------------------------------------------------------------------ allocation
-
-
-def test_pointwise_layers_get_their_own_values_by_name():
-    # Metrics are measured over three layers a block; were values matched by position, depthwise ones would leak in.
-    parts = find_parts(tiny_convnext())
-    values = measure("alpha_mid", parts.measured).values
-    assert list(values) == [layer.name for layer in parts.measured.layers]
-    ratios = ALLOCATIONS["ww"].share(parts.pruned.layers, 0.5, values=values, epsilon=0.2, mapping_type="layer_wise")
-    weights = [matrix.weight for matrix in matrices(parts.pruned).values()]
-    own = list(map(alpha_mid, map(spectrum, weights)))
-    shape = [0.8 + 0.4 * (v - min(own)) / (max(own) - min(own)) for v in own]
-    sizes = [weight.numel() for weight in weights]
-    scale = 0.5 * sum(sizes) / sum(n * s for n, s in zip(sizes, shape, strict=True))
-    assert list(ratios.values()) == pytest.approx([scale * s for s in shape], rel=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
