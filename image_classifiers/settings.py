@@ -76,11 +76,7 @@ class ImageMethodFlags(MethodFlags):
     )
     ww_metric: str = redeclared(AllocationFlags, "ww_metric", "alpha_mid")
     ww_metric_cache: str = redeclared(
-        AllocationFlags,
-        "ww_metric_cache",
-        "./metric_cache",
-        help="its cache is DIR/<model>",
-        aliases=["ww_metric_cache"],
+        AllocationFlags, "ww_metric_cache", "./metric_cache", help="cached in DIR/<model>", aliases=["ww_metric_cache"]
     )
     epsilon: float = redeclared(
         AllocationFlags, "epsilon", 0.2, help="half width of the map from metric to sparsity, in [0, 1]", convert=None
