@@ -281,7 +281,7 @@ BEFORE_LOADING = {
     # what would be replaced
     f"{WANDA} --save_model plain": "plain/wanda_0.5: is not a folder, and would be replaced",
     f"{WANDA} --save_model linked": "linked/wanda_0.5: is a link, and would be replaced",
-    f"{WANDA} --save_model strange": "no earlier run wrote it (it holds no pruning.json)",
+    f"{WANDA} --save_model strange": "no earlier run wrote it (it holds no pruning.jsonl)",
     f"{WANDA} --save_model old": "and with it the folder deployment, which no pruning wrote; move it away",
     f"{WANDA} --model earlier/wanda_0.5 --save_model earlier": "earlier/wanda_0.5 is --model itself, and",
     f"{WANDA} --model earlier/wanda_0.5/ --save_model ./other/../earlier": "wanda_0.5 is --model itself",
