@@ -70,7 +70,7 @@ class LanguageModel:
         checks.check_layers(task, self.name, self.layers, self.layers, settings.measurement(self.name))
         self.calib_dtype = checks.calibration_dtype(settings.calib_dtype, self.dtypes.compute)
         self.hidden_states, self.price_dtype = settings.hidden_states, settings.price_dtype
-        if task.is_calibrated:
+        if "calibration" in task.traits:
             checks.check_calibration(settings.hidden_states, settings.nsamples)
         if settings.save_model:
             size = memory.saved_bytes(self.skeleton, source, self.dtypes.save)
@@ -108,11 +108,11 @@ class LanguageModel:
         self.seqlen = settings.seqlen if context is None else min(settings.seqlen, context)
         if settings.metrics_only:
             return
-        if self.seqlen < settings.seqlen and (settings.eval_wikitext or task.is_calibrated):
+        if self.seqlen < settings.seqlen and (settings.eval_wikitext or "calibration" in task.traits):
             log.warning("--seqlen %d is more than the model's context; using %d", settings.seqlen, context)
 
         text, seed = settings.calib_data, settings.seed
-        if task.is_calibrated:
+        if "calibration" in task.traits:
             cut_before = "calibration_windows" in (key[0] for key in self._texts)
             if settings.eval_wikitext and settings.one_file() and not cut_before:
                 log.warning("%s is both calibrated and evaluated on; give another text: --eval_data FILE", text)
@@ -123,7 +123,7 @@ class LanguageModel:
             effort = settings.price_options().effort
             counts, length = (price.FIT_WINDOWS, effort.held_out_windows), effort.length(self.seqlen)
             self.search = self._windows(texts.search_windows, text, counts, length, seed, "_price")
-        elif task.is_searched:
+        elif "search" in task.traits:
             counts = (epsilon.WINDOWS, epsilon.WINDOWS)
             self.search = self._windows(texts.search_windows, text, counts, self.seqlen, seed, "--epsilon auto")
         self.search_digests = [digest(windows) for windows in self.search or ()]
@@ -147,7 +147,7 @@ class LanguageModel:
         """Return the bytes of each GPU that a run needs besides the weights, from shapes alone."""
         task, dtype = settings.task(), self.dtypes.compute
         hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
-        windows = -(-settings.nsamples // processes.count()) if task.is_calibrated else 0
+        windows = -(-settings.nsamples // processes.count()) if "calibration" in task.traits else 0
         copies = task.pruner.copies if task.pruner else 0
         needed = memory.working_set(self.skeleton, dtype, hessians, windows, self.seqlen, copies)
         if task.needs == "lamp_score":
