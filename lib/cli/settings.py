@@ -312,6 +312,9 @@ class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFl
             grouped = any("nm" in row for row in content["layers"].values())
         elif nm:
             implied = 1 - nm[0] / nm[1]
+            if suffix and nm[0] == 1:
+                problem = f"with {method}: every layer keeps at least one of {nm[1]}: nothing can be distributed"
+                raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
         target = implied or self.sparsity_ratio
         if not target:
             fix = "add --sparsity_ratio (or --sparsity_type N:M)"

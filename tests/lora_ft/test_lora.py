@@ -322,7 +322,7 @@ REFUSED = [
     ("merge", "--model narrow --lora_weights anyones", "anyones: is damaged, or of another model ("),
     ("evaluate", "--dataset no.txt", "--dataset no.txt: file not found"),
     ("evaluate", "--ctx_length 129", "--ctx_length 129: is more than the model's context; give at most 128"),
-    ("evaluate", "--tasks boolq", "--tasks does nothing without --eval_zero_shot; add --eval_zero_shot"),
+    ("evaluate", "--tasks boolq", "--tasks does nothing here; it is for --eval_zero_shot"),
     ("evaluate", "--result_dir val.txt/x", "--result_dir val.txt/x: cannot be written"),
     ("merge", "--save full", "--save full: is not empty"),
 ]

@@ -640,7 +640,7 @@ def test_generate_streams_and_compares(pruned, packed_folder):
         (["{}", "x", "--compare", "nowhere"], "error: nowhere: folder not found"),
         (["{}", "Ab", "--tokens", "127"], "--tokens 127: the prompt has 2 tokens and {} a context of 128; give"),
         (["{}", "Ab" * 70, "--tokens", "4"], "the prompt has 140 tokens and {} a context of 128; give a shorter one"),
-        (["{}", "x", "--threads", "100000"], "--threads 100000: must be between 0 and "),
+        (["{}", "x", "--threads", "100000"], "--threads 100000: must be at least 0 and at most "),
         (["{}", ""], "error: '': is empty"),
         (["{few}", "unstuns"], "few: its tokenizer gives token"),
         (["{}", "unstuns", "--compare", "{few}"], "few: its tokenizer gives token"),
