@@ -15,6 +15,7 @@ import transformers
 from conftest import ROOT
 
 import main
+from lib.calibration import texts
 from lib.cli.command import parse
 from lib.cli.settings import Experiment
 from lib.core import files
@@ -82,13 +83,6 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
 
 def everything(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
-
-
-def status_of(argv: list[str]) -> int:
-    try:
-        return main.main(argv)
-    except SystemExit as error:
-        return error.code
 
 
 def arguments(typed: str) -> list[str]:
@@ -282,7 +276,7 @@ def test_refused_before_the_model_is_loaded(typed, say, place, capsys, monkeypat
         request.getfixturevalue("few_tasks")
     monkeypatch.setattr(load, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
     before = everything(place)
-    check_one_line(capsys, status_of(arguments(typed)), say)
+    check_one_line(capsys, main.main(arguments(typed)), say)
     assert everything(place) == before
 
 
@@ -293,7 +287,7 @@ def test_a_cache_that_cannot_be_written_is_known_before_the_conversion(cache, pl
     monkeypatch.setattr(locate, "_smollm2_gguf", lambda: Path("bad.gguf"))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: pytest.fail("it is converted"))
     before = everything(place)
-    line = check_one_line(capsys, status_of(arguments(f"--model smollm2-135m --cache_dir {cache}")), "--cache_dir")
+    line = check_one_line(capsys, main.main(arguments(f"--model smollm2-135m --cache_dir {cache}")), "--cache_dir")
     assert cache in line and everything(place) == before
 
 
@@ -312,47 +306,43 @@ def test_a_cache_that_cannot_be_written_is_known_before_the_conversion(cache, pl
 )  # fmt: skip
 def test_texts_that_are_read_twice_or_not_at_all_are_a_warning(typed, twice, unused, place, caplog):
     shutil.copy("long.txt", "other.txt")
-    assert status_of(arguments(typed)) == 0
+    assert main.main(arguments(typed)) == 0
     assert Path("save").is_dir() == ("--metrics_only" not in typed)
     assert caplog.text.count("long.txt is both calibrated and evaluated on; give another text") == twice
     lines = [line for line in caplog.messages if "no effect in this run" in line]
     assert lines == ([f"no effect in this run, which reads no such text: {unused}"] if unused else [])
 
 
-def test_hub_that_cannot_be_reached(place, capsys, monkeypatch):
-    def unreachable(*_, **__):
-        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them\nmore")
-
-    monkeypatch.setattr(load, "check_hub", lambda: None)
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
-    before = everything(place)
-    line = check_one_line(capsys, status_of(arguments(f"{WANDA} --model meta-llama/Llama-2-7b-hf")), "--model DIR")
-    assert "meta-llama/Llama-2-7b-hf" in line and everything(place) == before
-
-
-def test_hub_text_that_cannot_be_reached(place, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("typed", "say"),
+    {
+        f"{WANDA} --model meta-llama/Llama-2-7b-hf": "--model meta-llama/Llama-2-7b-hf: ",
+        f"{WANDA} --calib_data c4": "give wiki_leads",
+        f"{WANDA} --eval_data wikitext2": "give wiki_leads",
+    }.items(),
+    ids=str,
+)
+def test_hub_that_cannot_be_reached(typed, say, place, capsys, monkeypatch):
     import datasets
 
     def unreachable(*_, **__):
-        raise ConnectionError("Couldn't reach the Hub")
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them\nmore")
 
-    monkeypatch.setattr("lib.calibration.texts.check_hub", lambda: None)
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    monkeypatch.setattr(load, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
+    for room in (load, texts):
+        monkeypatch.setattr(room, "check_hub", lambda: None)
+    owner, name = (transformers.AutoConfig, "from_pretrained") if "--model" in typed else (datasets, "load_dataset")
+    monkeypatch.setattr(owner, name, unreachable)
     before = everything(place)
-    for typed in (f"{WANDA} --calib_data c4", f"{WANDA} --eval_data wikitext2"):
-        line = check_one_line(capsys, status_of(arguments(typed)), "give wiki_leads")
-        assert ".txt" in line and "--calib_data" not in line  # which a dense run does not use
+    check_one_line(capsys, main.main(arguments(typed)), say)
     assert everything(place) == before
 
 
 def test_model_that_is_not_supported(place, capsys, monkeypatch):
-    transformers.GPT2Config(
-        vocab_size=300, n_embd=32, n_layer=2, n_head=4, architectures=["GPT2LMHeadModel"]
-    ).save_pretrained("gpt2")
+    config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, architectures=["GPT2LMHeadModel"])
+    config.save_pretrained("gpt2")
     Path("gpt2/model.safetensors").write_bytes(b"")
     monkeypatch.setattr(load, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
-    check_one_line(capsys, status_of(arguments(f"{WANDA} --model gpt2")), "GPT2LMHeadModel")
+    check_one_line(capsys, main.main(arguments(f"{WANDA} --model gpt2")), "GPT2LMHeadModel")
     assert not Path("save").exists()
 
 
@@ -363,34 +353,43 @@ def full(*_, **__):
     raise OSError(28, "No space left on device")
 
 
+@pytest.fixture
+def full_at(monkeypatch):
+    """Return a function: the disk is full from now on for files with a name like this."""
+    real = os.fsync
+
+    def fill(name: str) -> None:
+        def fsync(descriptor: int) -> None:
+            if name in os.readlink(f"/proc/self/fd/{descriptor}"):
+                full()
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    return fill
+
+
 def test_disk_that_is_too_full_is_known_before_loading(place, capsys, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr(load, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
     before = everything(place)
-    check_one_line(capsys, status_of(arguments(f"{WANDA} --save_model kept")), "full")
+    check_one_line(capsys, main.main(arguments(f"{WANDA} --save_model kept")), "full")
     assert everything(place) == before
 
 
 @pytest.mark.parametrize("block", ["block-00001", "edges-00000"])
 @pytest.mark.parametrize("stream_it", ["never", "always"])
-def test_disk_full_while_the_model_is_saved(block, stream_it, place, capsys, monkeypatch):
-    write = os.fsync
-
-    def until_full(descriptor: int) -> None:
-        if block in os.readlink(f"/proc/self/fd/{descriptor}"):
-            full()
-        write(descriptor)
-
-    monkeypatch.setattr(os, "fsync", until_full)
+def test_disk_full_while_the_model_is_saved(block, stream_it, place, capsys, full_at):
+    full_at(block)
     flags = f"{WANDA} --save_model kept --stream {stream_it}"
-    check_one_line(capsys, status_of(arguments(flags)), "No space left")
+    check_one_line(capsys, main.main(arguments(flags)), "No space left")
     assert not Path("kept/wanda_0.5").exists() and not list(Path("kept").rglob("*.tmp"))
     figures = {path.name.partition("_")[0] for path in Path("save").glob("*")}
     lost = stream_it == "always" and "edges" not in block  # a streamed block has no other place: the run ends there
     assert figures == (set() if lost else {"layers", "perplexity", "run"})
     # and the same command resumes once there is room
-    monkeypatch.setattr(os, "fsync", write)
-    assert status_of(arguments(flags)) == 0
+    full_at("no such file")
+    assert main.main(arguments(flags)) == 0
     assert Path("kept/wanda_0.5/config.json").is_file()
 
 
@@ -402,26 +401,29 @@ def test_disk_full_while_the_small_files_are_saved(save, place, capsys, monkeypa
     owner = {"config": transformers.PreTrainedConfig, "tokenizer": transformers.PreTrainedTokenizerBase}[save]
     with monkeypatch.context() as patched:
         patched.setattr(owner, "save_pretrained", full if save == "config" else full_for_rust)
-        line = check_one_line(capsys, status_of(arguments(f"{WANDA} --save_model kept")), "No space left")
+        line = check_one_line(capsys, main.main(arguments(f"{WANDA} --save_model kept")), "No space left")
     assert ".partial: cannot be written" in line
     assert json.loads(Path("save/run_wanda_sparsity_0.5.json").read_text())["perplexity"] > 1, "it is measured"
-    assert status_of(arguments(f"{WANDA} --save_model kept")) == 0 and Path("kept/wanda_0.5/config.json").is_file()
+    assert main.main(arguments(f"{WANDA} --save_model kept")) == 0 and Path("kept/wanda_0.5/config.json").is_file()
 
 
-@pytest.mark.parametrize("file", ["perplexity_", "layers_", "run_"])
-def test_disk_full_while_the_figures_are_written(file, place, capsys, monkeypatch):
-    write = os.fsync
-
-    def until_full(descriptor: int) -> None:
-        if file in os.readlink(f"/proc/self/fd/{descriptor}"):
-            full()
-        write(descriptor)
-
-    monkeypatch.setattr(os, "fsync", until_full)
-    check_one_line(capsys, status_of(arguments(WANDA)), "No space left")
+@pytest.mark.parametrize(
+    ("file", "left"), [("perplexity_", {"layers", "run"}), ("layers_", set()), ("run_", {"layers"})]
+)
+def test_disk_full_while_the_figures_are_written(file, left, place, capsys, full_at):
+    full_at(file)
+    check_one_line(capsys, main.main(arguments(WANDA)), "No space left")
     # What was known before the evaluation is there or not, but no file is cut off.
-    before = {"perplexity_": {"layers", "run"}, "layers_": set(), "run_": {"layers"}}[file]
-    assert {name.partition("_")[0] for name in os.listdir("save")} == before
+    assert {name.partition("_")[0] for name in os.listdir("save")} == left
+
+
+def test_disk_full_while_the_metric_is_written(place, capsys, monkeypatch):
+    monkeypatch.setattr(np, "save", full)
+    check_one_line(capsys, main.main(arguments(WW)), "No space left")
+    assert not list(Path("data/tiny-llama").glob("alpha_peak.npy")) and not Path("save").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- while running
 
 
 def test_out_of_memory_is_one_line(place, capsys, monkeypatch):
@@ -429,52 +431,37 @@ def test_out_of_memory_is_one_line(place, capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
 
     monkeypatch.setattr("lib.pruning.walk.walk", fail)
-    check_one_line(capsys, status_of(arguments(WANDA)), "lower --nsamples")
+    check_one_line(capsys, main.main(arguments(WANDA)), "lower --nsamples")
 
 
 def test_a_checkpoint_without_medians_is_refused_by_dlp(place, capsys):
-    assert status_of(arguments("--prune_method magnitude --sparsity_ratio 0.7 --save_model kept")) == 0
+    assert main.main(arguments("--prune_method magnitude --sparsity_ratio 0.7 --save_model kept")) == 0
     capsys.readouterr()
     again = "--prune_method wanda_dlp --sparsity_ratio 0.8 --model kept/magnitude_0.7"
-    check_one_line(capsys, status_of(arguments(again)), "pruned by half already")
+    check_one_line(capsys, main.main(arguments(again)), "pruned by half already")
 
 
-@pytest.mark.parametrize("method", ["wanda_dlp", "wanda_owl", "magnitude_lamp", "magnitude_global", "magnitude_ww"])
-def test_a_weight_that_is_not_finite_is_named(method, place, capsys):
-    damaged("model.layers.1.mlp.up_proj", lambda weight: weight[0].fill_(float("nan")))
-    line = check_one_line(capsys, status_of(arguments(f"--prune_method {method} --sparsity_ratio 0.5")), "up_proj")
-    assert "model.layers.1.mlp.up_proj" in line
-
-
-def test_disk_full_while_the_metric_is_written(place, capsys, monkeypatch):
-    monkeypatch.setattr(np, "save", full)
-    check_one_line(capsys, status_of(arguments(WW)), "No space left")
-    assert not list(Path("data/tiny-llama").glob("alpha_peak.npy")) and not Path("save").exists()
-
-
-# ---------------------------------------------------------------------------------------------------- while running
-
-
-def damaged(name, change):
-    """Write the tiny model anew with one weight changed."""
+def damage(name: str, value: float) -> None:
+    """Write the tiny model anew with one matrix, or its first row if ``value`` is not a number, set to ``value``."""
     model = transformers.AutoModelForCausalLM.from_pretrained("tiny-llama")
-    change(model.get_submodule(name).weight.data)
+    weight = model.get_submodule(name).weight.data
+    (weight if value == 0 else weight[0]).fill_(value)
     model.save_pretrained("tiny-llama")
 
 
-@pytest.mark.parametrize(
-    "typed",
-    ["--prune_method magnitude --sparsity_ratio 0.5", WANDA, WW, "--prune_method sparsegpt --sparsity_ratio 0.5"],
-)
-def test_weights_that_are_not_finite_name_the_layer(typed, place, capsys):
-    damaged("model.layers.2.mlp.down_proj", lambda w: w[0].fill_(float("nan")))
-    check_one_line(capsys, status_of(arguments(typed)), "model.layers.2.mlp.down_proj")
+METHODS = "magnitude wanda sparsegpt magnitude_ww wanda_dlp wanda_owl magnitude_lamp magnitude_global"
+
+
+@pytest.mark.parametrize("method", METHODS.split())
+def test_weights_that_are_not_finite_name_the_layer(method, place, capsys):
+    damage("model.layers.1.mlp.down_proj", float("nan"))
+    check_one_line(capsys, main.main(arguments(f"--prune_method {method} {HALF}")), "model.layers.1.mlp.down_proj")
     assert not Path("save").exists()
 
 
 def test_zero_matrix_names_the_layer(place, capsys):
-    damaged("model.layers.1.self_attn.v_proj", lambda w: w.zero_())
-    check_one_line(capsys, status_of(arguments(WW)), "model.layers.1.self_attn.v_proj")
+    damage("model.layers.1.self_attn.v_proj", 0)
+    check_one_line(capsys, main.main(arguments(WW)), "model.layers.1.self_attn.v_proj")
     assert not Path("save").exists() and not list(Path("data").rglob("*.npy"))  # the other values are kept: resumable
 
 
