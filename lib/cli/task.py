@@ -17,12 +17,11 @@ class Task(NamedTuple):
     Attributes:
         method: the name in files and tables; "dense" without pruning.
         pruner: what zeroes the weights, None if nothing is pruned.
-        allocation: name of what distributes the sparsity over layers, "" for uniform.
+        allocation: name of what distributes the sparsity over layers, "" for uniform; not used with a ``plan`` file.
         target: fraction of the weights to remove.
         nm: (N, M) to keep N of every M columns.
         start: allocation from which the search for prices starts, "" for uniform.
         hyper: hyper-parameters of all allocations by flag.
-        plan: file with the ratios, which then come from no allocation.
         identity: the flags that determine the pruned weights, for resuming.
         traits: what holds of the run, as flags declare what they are for (``MethodFlags.traits``).
     """
@@ -67,16 +66,6 @@ class Task(NamedTuple):
     def starting_task(self) -> Task:
         """Task of the allocation from which the search for prices starts."""
         return self._replace(allocation=self.start, start="", nm=None)
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the pruner or the allocation reads statistics of calibration data."""
-        return "calibration" in self.traits
-
-    @property
-    def is_searched(self) -> bool:
-        """Whether the allocation is found by a search on calibration data."""
-        return "search" in self.traits
 
 
 class Measurement(NamedTuple):

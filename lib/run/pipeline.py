@@ -34,20 +34,14 @@ MISSED = 0.002
 class Subject(Protocol):
     """What a run prunes: a model whose blocks are lent by its weights, and the data that it is calibrated on."""
 
-    # The model's name, for caches and plans.
-    name: str
-    # What is pruned, and what a metric is measured on.
-    weights: Weights
-    measured: Weights
-    # A copy of the dense weights, if one is held.
-    dense: Mapping[str, torch.Tensor] | None
-    # The dtype of the products in calibration's passes, None for the model's own.
-    calib_dtype: torch.dtype | None
-    # Hashes of the data of calibration and of a search.
-    calibration_digest: str
-    search_digests: Sequence[str]
-    # What was measured on the dense weights, by what it depends on.
-    scores: dict[tuple, object]
+    name: str  # the model's, for caches and plans
+    weights: Weights  # what is pruned
+    measured: Weights  # what a metric is measured on
+    dense: Mapping[str, torch.Tensor] | None  # a copy of the dense weights, if one is held
+    calib_dtype: torch.dtype | None  # of the products in calibration's passes, None for the model's own
+    calibration_digest: str  # of its data
+    search_digests: Sequence[str]  # of the data of a search
+    scores: dict[tuple, object]  # what was measured on the dense weights, by what it depends on
 
     def inputs(self) -> BlockInputs:
         """Return the inputs of the first block."""
@@ -56,17 +50,12 @@ class Subject(Protocol):
         """Return the model whose prices are searched, with the masks of magnitude or of Wanda."""
 
 
-# -------------------------------------------------------------------------------------------------------------- steps
-
-
 def measure_values(
     subject: Subject, task: Task, measurement: Measurement, options: price.SearchOptions, journal: Journal | None = None
 ) -> tuple[Mapping[str, float] | None, price.SearchResult | None]:
     """Return the values that the allocation needs for each layer, and the search that found them, None without one.
 
-    Args:
-        measurement: the metric, for _ww.
-        options: of the search, for _price.
+    The ``measurement`` is the metric, for _ww; the ``options`` are those of the search, for _price.
     """
     needs = None if task.plan else task.needs
     if needs is None:
@@ -101,9 +90,8 @@ def search_prices(
 
     That of an unfinished run is taken from its journal, since a GPU may not reproduce the same bits.
     """
-    key = "" if journal is None else _search_key(subject, task)
-    earlier = None if journal is None else journal.get("prices", key)
-    if earlier is not None:
+    key = _search_key(subject, task) if journal else ""
+    if journal and (earlier := journal.get("prices", key)) is not None:
         log.info("the ratios of equal price are those that the interrupted run found")
         return price.SearchResult.of(earlier)
     if processes.count() > 1:
@@ -118,7 +106,7 @@ def search_prices(
     scores_key = ("price", task.target, task.by_magnitude, begin, options, *subject.search_digests)
     if scores_key not in subject.scores:
         subject.scores[scores_key] = processes.on_main(search_alone)
-    if journal is not None:
+    if journal:
         journal.put("prices", key, subject.scores[scores_key]._asdict())
     return subject.scores[scores_key]
 
@@ -133,15 +121,12 @@ def make_plan(
 ) -> SparsityPlan:
     """Return the allocation's plan for ``values``; ``trial`` is an epsilon to try instead of the flag's."""
     allocation = formulas.ALLOCATIONS[task.allocation]
-    hyper = {name: task.hyper[name] for name in allocation.flags}
-    if trial is not None:
-        hyper["epsilon"] = trial
+    hyper = {name: task.hyper[name] for name in allocation.flags} | ({} if trial is None else {"epsilon": trial})
     ratios = allocation.share(layers, task.target, values, **hyper)
     if task.nm is None:
         return SparsityPlan(task.target, ratios)
-    nm = dict.fromkeys(ratios, task.nm)
-    if task.allocation:
-        nm = formulas.mixed_nm(layers, ratios, task.target, task.nm[1])
+    uniform = dict.fromkeys(ratios, task.nm)
+    nm = formulas.mixed_nm(layers, ratios, task.target, task.nm[1]) if task.allocation else uniform
     return SparsityPlan(task.target, {name: 1 - n / m for name, (n, m) in nm.items()}, nm)
 
 
@@ -155,27 +140,15 @@ def allocate(
     if task.hyper.get("epsilon") != "auto":
         return make_plan(task, layers, values), []
 
-    tried = {}
-    if journal is not None:
-        tried = _Tried(journal, _search_key(subject, task))
+    tried, remember = {}, None
+    if journal:
+        key = _search_key(subject, task)
+        tried, remember = journal.get("trials", key), partial(journal.put, "trials", key)
         subject.weights.use_scratch(journal.scratch)
-    largest = formulas.largest_epsilon(layers, task.target, values, task.hyper["mapping_type"])
-    plan_of = partial(make_plan, task, layers, values)
-    grid = epsilon.epsilon_grid(largest)
-    trials = epsilon.try_epsilons(subject.weights, plan_of, grid, task.pruner, subject.search, subject.dense, tried)
-    return plan_of(epsilon.best(trials).epsilon), trials
-
-
-class _Tried(dict):
-    """Results of a search by plan, each recorded in the journal as soon as it is known."""
-
-    def __init__(self, journal: Journal, key: str) -> None:
-        super().__init__(journal.get("trials", key) or {})
-        self._journal, self._key = journal, key
-
-    def __setitem__(self, plan: str, perplexity: float) -> None:
-        super().__setitem__(plan, perplexity)
-        self._journal.put("trials", self._key, dict(self))
+    grid = epsilon.epsilon_grid(formulas.largest_epsilon(layers, task.target, values, task.hyper["mapping_type"]))
+    tries = {trial: make_plan(task, layers, values, trial) for trial in grid}
+    trials = epsilon.try_epsilons(subject.weights, tries, task.pruner, subject.search, subject.dense, tried, remember)
+    return tries[epsilon.best(trials).epsilon], trials
 
 
 def prune(
@@ -188,12 +161,10 @@ def prune(
 ) -> list[walk.LayerReport]:
     """Prune the subject, whose weights are still dense, by ``plan`` and return the report of each layer.
 
-    Args:
-        values: those behind the plan, for the report.
-        propagate: whether a block's inputs come from ``pruned`` or ``dense`` predecessors.
-        journal: checked to hold blocks of this same run, or none.
+    A block's inputs come from the predecessors that ``propagate`` says, ``pruned`` or ``dense`` ones. The journal is
+    checked to hold blocks of this same run, or none.
     """
-    if journal is not None:
+    if journal:
         versions = {name: provenance()["versions"][name] for name in ("torch", "transformers")}
         device = next(iter(subject.weights.visit())).device.type
         # The number of processes determines the order of float32 additions.
@@ -211,19 +182,15 @@ def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:
     An error that the user can fix is returned instead of raised, since the figures can still be measured.
     """
     try:
-        if write is not None:
+        if write:
             with record.stage("save"):
-                folder = write()
-            record.content["saved_model"] = str(folder)
+                record.content["saved_model"] = str(write())
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)
         return error
     finally:
         record.write()
     return None
-
-
-# ------------------------------------------------------------------------------------------------- what is left behind
 
 
 def write_plan(
