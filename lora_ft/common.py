@@ -6,8 +6,8 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -15,17 +15,16 @@ from typing import ClassVar, NamedTuple
 from lib import sparse
 from lib.calibration import texts
 from lib.cli.flags import Flags, flag
-from lib.cli.settings import TEXTS
+from lib.cli.settings import TEXTS, ModelFlags
 from lib.core import digests
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import torch, transformers
 from lib.models import load, locate, memory
-from lib.models.layers import prunable_layers
 from lib.models.weights import Weights, weights_of
 
 log = logging.getLogger("lora_ft")
 
-# Lies beside an adapter: the fingerprints of the weights it was trained on, and how its training was started.
+# Lies beside an adapter: the fingerprints of the weights it was trained on, and the flags of its training.
 BASE = "base_model.json"
 
 DENSE_BELOW = 0.01  # A model with a smaller sparsity has not been pruned.
@@ -36,20 +35,13 @@ TRAINED_ON = "give the model it was trained on"
 
 
 @dataclass(kw_only=True)
-class PrunedModel(Flags):
+class PrunedModel(ModelFlags):
     _title: ClassVar[str] = "model"
+    _without: ClassVar[Sequence[str]] = ("seed",)
 
     model: str = flag(MISSING, "the pruned model: folder or hub id")
     config_name: str | None = flag(
         None, "folder or hub id that lends the tokenizer or config the model lacks", metavar="NAME"
-    )
-    cache_dir: str = flag("llm_weights", "where weights from the hub are kept", in_repository=True, metavar="DIR")
-    dtype: str = flag(
-        "auto",
-        "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU; for "
-        "training, that of --bf16 or --fp16",
-        choices=load.DTYPES,
-        metavar="NAME",
     )
 
 
@@ -72,14 +64,13 @@ class Dataset(Flags):
 class Base(NamedTuple):
     """A pruned model without its weights, and its tokenizer.
 
-    ``config`` is another model's if the pruned folder has none, else None; ``lender`` is the name of that model if the
-    tokenizer is its, too.
+    ``config`` is the model's if the pruned folder has none, and ``lender`` names the model whose tokenizer it borrows.
     """
 
     source: load.Source
     skeleton: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
-    config: object | None = None
+    config: transformers.PreTrainedConfig | None = None
     lender: str | None = None
 
     @property
@@ -99,58 +90,47 @@ def blame(field: str) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def damage_reported(field: str, path: Path) -> Iterator[None]:
-    """Turn whatever reading a damaged file ``path`` leads to into a UserError about the flag ``field``."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fix = "restore it, or train the adapter again"
-        raise UserError(field, path, f"is damaged ({first_line(error)})", fix) from error
-
-
 def find_base(settings: PrunedModel) -> Base:
     """Return the model that the flags name, without weights, and its tokenizer.
 
     Raises:
-        UserError: the model is unknown, or lacks a part and --config_name is not given.
+        UserError: the model is unknown, or lacks a file and --config_name is not given.
     """
     folder = Path(settings.model)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     has_weights = any(name.endswith((".safetensors", ".bin")) for name in names)
     borrows_config = bool(settings.config_name) and has_weights and "config.json" not in names
     borrows_tokenizer = bool(names) and not names & set(load.TOKENIZER_FILES)
-    if borrows_tokenizer and not settings.config_name and "config.json" in names:
-        fix = "give the model that it was pruned from: --config_name NAME"
-        raise UserError("model", settings.model, "the folder holds no tokenizer", fix)
     if borrows_config:
         source = load.Source(settings.model, str(folder), folder.resolve().name, settings.cache_dir)
     else:
         source = locate.locate(settings.model, settings.cache_dir)
     sparse.refuse_packed(source)  # It has no gradients, and is not saved again.
-    lender = source
+    if borrows_tokenizer and not settings.config_name:
+        fix = "give the model that it was pruned from: --config_name NAME"
+        raise UserError("model", settings.model, "the folder holds no tokenizer", fix)
+
+    skeleton = None if borrows_config else load.load_skeleton(source)
+    tokenizer = None if borrows_tokenizer else load.load_tokenizer(source)
     if borrows_config or borrows_tokenizer:
         with blame("config_name"):
             lender = locate.locate(settings.config_name, settings.cache_dir)
-    with blame("config_name" if borrows_config else "model"):
-        skeleton = load.load_skeleton(lender if borrows_config else source)
-    with blame("config_name" if borrows_tokenizer else "model"):
-        tokenizer = load.load_tokenizer(lender if borrows_tokenizer else source)
+            skeleton = skeleton or load.load_skeleton(lender)
+            tokenizer = tokenizer or load.load_tokenizer(lender)
     config = skeleton.config if borrows_config else None
     return Base(source, skeleton, tokenizer, config, settings.config_name if borrows_tokenizer else None)
 
 
-def evaluation_windows(settings, base: Base) -> torch.Tensor:
-    """Return the windows to evaluate, [windows, tokens]; ``settings`` has the flags of ``Dataset``."""
-    check_length("ctx_length", settings.ctx_length, base.skeleton)
-    windows = texts.evaluation_windows(
-        settings.dataset, base.tokenizer, settings.ctx_length, settings.eval_windows, field="dataset"
-    )
-    check_vocabulary(base, windows)
+def perplexity_windows(settings: Dataset, base: Base) -> torch.Tensor:
+    """Return the windows to evaluate, [windows, tokens]."""
+    length = settings.ctx_length
+    check_length("ctx_length", length, base.skeleton)
+    windows = texts.evaluation_windows(settings.dataset, base.tokenizer, length, settings.eval_windows, field="dataset")
+    check_token_ids(base, windows)
     return windows
 
 
-def check_vocabulary(base: Base, *windows: torch.Tensor | None) -> None:
+def check_token_ids(base: Base, *windows: torch.Tensor | None) -> None:
     """Refuse tokens that the model does not have: its tokenizer is another model's."""
     with blame("config_name" if base.lender else "model"):
         load.check_vocabulary(base.lender or base.source.given, base.skeleton, *windows)
@@ -164,59 +144,23 @@ def check_length(field: str, length: int, skeleton: torch.nn.Module) -> None:
 
 
 def check_adapter(folder: str, base: Base) -> None:
-    """Refuse a folder that holds no LoRA adapter, or one that does not belong to ``base``, as far as files tell."""
+    """Refuse a folder that holds no LoRA adapter, or one whose matrices do not fit the model ``base``."""
     path = Path(folder)
     if not (path / "adapter_config.json").is_file():
         hint = ", but a model" if (path / "config.json").is_file() else ""
         raise UserError("lora_weights", folder, f"holds no adapter{hint}", "give finetune_lm.py's --output_dir")
-    check_base("lora_weights", path, base)
     attach(folder, copy.deepcopy(base.skeleton))
 
 
-def check_base(field: str, folder: Path, base: Base, weights: Weights | None = None) -> None:
-    """Refuse the adapter in ``folder`` if it was trained on other weights than the model's.
-
-    Called before the weights are loaded, and again with ``weights``, for a model whose files do not hold its layers
-    under their names.
-
-    Raises:
-        UserError: names the first layer that differs.
-    """
-    fingerprints = stored_fingerprints(base)
-    if (fingerprints is None) == (weights is None):
-        return  # This call is too early to know, or comes after the one that knew.
+def training_record(field: str, folder: Path) -> dict:
+    """Return the content of ``BASE`` in ``folder``: {"model", "fingerprints", "training"}."""
     path = folder / BASE
-    if not path.is_file():
-        text = "%s: has no %s: whether it was trained on %s cannot be checked"
-        log.warning(text, folder, BASE, base.source.given)
-        return
-    if fingerprints is None:
-        fingerprints = weights.fingerprints()
-    with damage_reported(field, path):
+    try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        layer = digests.first_difference(record["fingerprints"], fingerprints)
-    if layer:
-        problem = f"was trained on other weights than those of {flag_name('model')} {base.source.given} (see {layer})"
-        raise UserError(field, folder, problem, f"{TRAINED_ON}, {record.get('model')}")
-
-
-def stored_fingerprints(base: Base) -> dict[str, str] | None:
-    """Return the fingerprints of the layers in the model's files, None if those do not hold the layers by name.
-
-    The files are mapped into memory, so that only the few entries of a matrix are read that its fingerprint needs.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    with ExitStack() as opened:
-        try:
-            paths = sorted(Path(base.source.path).glob("model*.safetensors"))
-            shards = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
-            shard_of = {key: shard for shard in shards for key in shard.keys()}
-            names = [layer.name for layer in prunable_layers(base.skeleton)]
-            tensors = {name: shard_of[f"{name}.weight"].get_tensor(f"{name}.weight") for name in names}
-        except (KeyError, SafetensorError):  # A damaged file is reported where the model is loaded.
-            return None
-        return {name: digests.fingerprint(tensor) for name, tensor in tensors.items()}
+        return {key: record[key] for key in ("model", "fingerprints", "training")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = "restore it, or train the adapter again"
+        raise UserError(field, path, f"is damaged ({first_line(error)})", fix) from error
 
 
 # -------------------------------------------------------------------------------------------------------- loading
@@ -240,13 +184,30 @@ def load_base(
     model = load.load_llm(base.source, dtype, device, reserve, base.config)
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if "cpu" in places and len(places) > 1:
-        problem = "does not fit in the GPUs' memory, which LoRA needs"
-        raise UserError("model", base.source.given, problem, "use more GPUs, or none (CUDA_VISIBLE_DEVICES=)")
+        fix = "use more GPUs, or none (CUDA_VISIBLE_DEVICES=)"
+        raise UserError("model", base.source.given, "does not fit in the GPUs' memory, as LoRA needs", fix)
     weights = weights_of(model, save_dtype)
     sparsity = weights.sparsity()
     if sparsity < DENSE_BELOW:
         log.warning("the model %s is dense, not pruned: its sparsity is %.4f", base.source.given, sparsity)
     return weights
+
+
+def check_base(field: str, folder: Path, base: Base, weights: Weights) -> None:
+    """Refuse the adapter in ``folder`` if it was trained on other weights than the model's.
+
+    Raises:
+        UserError: names the first layer that differs.
+    """
+    if not (folder / BASE).is_file():
+        message = "%s: has no %s: whether it was trained on %s cannot be checked"
+        log.warning(message, folder, BASE, base.source.given)
+        return
+    record = training_record(field, folder)
+    layer = digests.first_difference(record["fingerprints"], weights.fingerprints())
+    if layer:
+        problem = f"was trained on other weights than those of {flag_name('model')} {base.source.given} (see {layer})"
+        raise UserError(field, folder, problem, f"{TRAINED_ON}, {record['model']}")
 
 
 def attach(folder: str, model: torch.nn.Module) -> torch.nn.Module:
@@ -266,7 +227,8 @@ def attach(folder: str, model: torch.nn.Module) -> torch.nn.Module:
         if config.peft_type != "LORA":
             raise UserError("lora_weights", folder, f"is a {config.peft_type.value} adapter", "only LoRA is supported")
         if config.modules_to_save or config.bias != "none":
-            raise UserError("lora_weights", folder, "changes more than its own matrices (modules_to_save or bias)")
+            problem = "trains more than its own matrices (modules_to_save or bias)"
+            raise UserError("lora_weights", folder, problem, "give an adapter of finetune_lm.py")
         adapted = PeftModelForCausalLM(model, config)
         keys = adapted.load_adapter(path, "default")
     except (UserError, torch.OutOfMemoryError):
@@ -274,9 +236,9 @@ def attach(folder: str, model: torch.nn.Module) -> torch.nn.Module:
     except Exception as error:  # peft, safetensors and torch each have their own for files that do not fit
         reason = " ".join(str(error).split())[:200]
         raise UserError("lora_weights", folder, f"is damaged, or of another model ({reason})", TRAINED_ON) from error
-    for problem, names in (("lacks", keys.missing_keys), ("has in excess", keys.unexpected_keys)):
+    for verb, names in (("lacks", keys.missing_keys), ("has in excess", keys.unexpected_keys)):
         if names:
-            raise UserError("lora_weights", folder, f"{problem} {len(names)} matrices, first {names[0]}", TRAINED_ON)
+            raise UserError("lora_weights", folder, f"{verb} {len(names)} matrices, first {names[0]}", TRAINED_ON)
     return adapted.eval()
 
 
@@ -292,17 +254,3 @@ def quiet_peft() -> None:
     """Silence peft's search for a vocabulary that grew, and its remark that a model without weights takes none."""
     warnings.filterwarnings("ignore", message="Could not find a config file in|Unable to fetch remote file")
     warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
-
-
-@contextmanager
-def explain_failure(hint: Callable[[], str]) -> Iterator[None]:
-    """If the body of the with statement fails, say by ``hint`` what is on disk and how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(hint()) from error
-    except UserError:
-        raise  # It says itself what to do.
-    except Exception:
-        log.warning("%s", hint())
-        raise

@@ -17,7 +17,7 @@ from lib.core import files
 from lib.evaluation import zero_shot
 from lib.evaluation.perplexity import perplexity
 from lib.models import load
-from lib.run.record import run_text
+from lib.run.record import explain_failure, run_text
 from lora_ft import common
 
 
@@ -47,7 +47,7 @@ def run(settings: Evaluate) -> None:
     base = common.find_base(settings)
     if settings.lora_weights is not None:
         common.check_adapter(settings.lora_weights, base)
-    windows = common.evaluation_windows(settings, base)
+    windows = common.perplexity_windows(settings, base)
     tasks = None
     if settings.eval_zero_shot:
         tasks = zero_shot.find_tasks(settings.task_names(), settings.include_path, settings.num_fewshot)
@@ -57,7 +57,7 @@ def run(settings: Evaluate) -> None:
     sparsity, model = weights.sparsity(), weights.model
     if settings.lora_weights is not None:
         common.check_base("lora_weights", Path(settings.lora_weights), base, weights)
-        model = common.attach(settings.lora_weights, weights.model)
+        model = common.attach(settings.lora_weights, model)
     record = {
         "complete": tasks is None,
         "perplexity": perplexity(model, windows),
@@ -75,7 +75,7 @@ def run(settings: Evaluate) -> None:
     print(line, flush=True)
     if tasks is None:
         return
-    with common.explain_failure(lambda: f"the perplexity is in {folder}; the same command starts again"):
+    with explain_failure(lambda: f"the perplexity is in {folder}"):
         cut = (settings.num_fewshot, settings.limit, settings.eval_batch_size)
         answers = zero_shot.zero_shot(model, base.tokenizer, tasks, *cut)
         record |= {"complete": True, "zero_shot": {"means": answers.means, "lm_eval": answers.full}}
@@ -85,7 +85,6 @@ def run(settings: Evaluate) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
     return command(Evaluate, run, argv, PARSER, out_of_memory="lower --ctx_length, or use more GPUs")
 
 

@@ -23,9 +23,9 @@ from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.core.lazy import Lazy, torch, transformers
 from lib.core.names import check_name
+from lib.models import load
 from lib.models.layers import prunable_layers
-from lib.models.weights import Weights
-from lib.run.record import run_text
+from lib.run.record import explain_failure, run_text
 from lora_ft import common, resumption
 
 training = Lazy("lora_ft.training")
@@ -34,9 +34,7 @@ training = Lazy("lora_ft.training")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 WRITTEN = (*ADAPTER, common.BASE, "train_results.json", "eval_results.json", "loss_curve.png")
 
-# What to type after training was stopped.
-RESUME = "the same command with --resume_from_checkpoint resumes from the last checkpoint in --output_dir"
-NOTHING = "nothing was saved yet; the same command starts again"
+RESUME = "with --resume_from_checkpoint the same command resumes from the last checkpoint, else it starts again"
 
 
 @dataclass(kw_only=True)
@@ -44,6 +42,12 @@ class Lora(common.PrunedModel):
     _title: ClassVar[str] = "adapter"
 
     model: str = flag(MISSING, "the pruned model: folder or hub id", aliases=["model"], title="model")
+    dtype: str = flag(
+        "auto",
+        "{choices} of the frozen weights; auto: that of --bf16 or --fp16, else float32",
+        choices=load.DTYPES,
+        title="model",
+    )
     lora_r: int = flag(8, "rank of the adapters", least=1, metavar="R")
     lora_alpha: int = flag(16, "scale of the adapters, divided by their rank", least=1, metavar="A")
     lora_dropout: float = flag(0.05, "of the adapters' input, a share in [0, 1)", least=0, below=1, metavar="P")
@@ -53,7 +57,7 @@ class Lora(common.PrunedModel):
 
 
 @dataclass(kw_only=True)
-class Texts(Flags):
+class TrainingTexts(Flags):
     _title: ClassVar[str] = "data"
 
     dataset_name: str | None = flag(None, f"text: {TEXTS}", metavar="TEXT")
@@ -65,7 +69,7 @@ class Texts(Flags):
 
 
 @dataclass(kw_only=True)
-class Training(Flags):
+class TrainingFlags(Flags):
     """The Trainer's flags without which there is no run; ``training.LoraArguments`` declares all others."""
 
     _title: ClassVar[str] = "training"
@@ -88,7 +92,7 @@ class Training(Flags):
 
 
 @dataclass(kw_only=True)
-class Finetune(Lora, Texts, Training):
+class Finetune(Lora, TrainingTexts, TrainingFlags):
     """The flags of finetune_lm.py, except those known only to the Trainer."""
 
     _spelled: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
@@ -97,17 +101,24 @@ class Finetune(Lora, Texts, Training):
         super().check()
         if not self.do_train and not self.do_eval:
             raise UserError(None, None, "nothing to do", "add --do_train, --do_eval or both")
-        names = []
-        for split in self.splits():
-            field, name = text_of(self, split)
+        named = self.named_texts()
+        for field, name in named.values():
             texts.check_text(field, name)
-            if name in names and name not in texts.DATASETS:
-                text = "%s is both trained and evaluated on; give another text: --validation_file FILE"
-                common.log.warning(text, name)
-            names.append(name)
+        names = {name for _, name in named.values()}
+        if len(named) > len(names) and not names & set(texts.DATASETS):
+            message = "%s is both trained and evaluated on; give another text: --validation_file FILE"
+            common.log.warning(message, *names)
 
-    def splits(self) -> list[str]:
-        return ["train"] * self.do_train + ["validation"] * self.do_eval
+    def named_texts(self) -> dict[str, tuple[str, str]]:
+        """Return the texts that are read: the field that names it and its name, by split (train, validation)."""
+        named = {}
+        for split in ["train"] * self.do_train + ["validation"] * self.do_eval:
+            field = f"{split}_file" if getattr(self, f"{split}_file") else "dataset_name"
+            named[split] = field, getattr(self, field)
+            if named[split][1] is None:
+                fix = f"give --dataset_name, one of {', '.join(texts.DATASETS)}, or --{split}_file FILE"
+                raise UserError(None, None, "no text", fix)
+        return named
 
 
 PARSER = make_parser(
@@ -121,17 +132,6 @@ PARSER = make_parser(
 )
 
 
-def text_of(settings: Texts, split: str) -> tuple[str, str]:
-    """Return the field that names the text of ``split`` ("train" or "validation"), and the text's name."""
-    field = f"{split}_file"
-    if getattr(settings, field) is not None:
-        return field, getattr(settings, field)
-    if settings.dataset_name is None:
-        fix = f"give --dataset_name, one of {', '.join(texts.DATASETS)}, or --{field} FILE"
-        raise UserError(None, None, "no text", fix)
-    return "dataset_name", settings.dataset_name
-
-
 # ------------------------------------------------------------------------------------------------------- the run
 
 
@@ -141,31 +141,31 @@ def run(settings: Finetune, trainer_words: list[str]) -> None:
     Args:
         trainer_words: the part of the command line that is for the Trainer.
     """
-    checkpoint = check_output_dir(settings)
     steered = {name: getattr(settings, name) for name in ("do_train", "do_eval", "output_dir", "batch_size")}
     arguments = training.parse_arguments(trainer_words, PARSER, **steered)
-    flags = resumption.training_flags(settings, arguments)
-    if checkpoint:
-        if not (arguments.deepspeed or arguments.fsdp):  # which save an optimizer's shards in their own way
-            resumption.check_optimizer(checkpoint)
-        resumption.check_same_training(checkpoint, flags)
+    checkpoint = check_output_dir(settings, sharded=bool(arguments.deepspeed or arguments.fsdp))
     base = common.find_base(settings)
     common.check_length("block_size", settings.block_size, base.skeleton)
     targets = check_targets(settings.lora_target_modules, base.skeleton)
-    if checkpoint:
-        common.check_base(resumption.FIELD, checkpoint.parent, base)
-    blocks = {split: read_blocks(settings, split, base) for split in settings.splits()}
-    train, evaluation = blocks.get("train"), blocks.get("validation")
-    common.check_vocabulary(base, train, evaluation)
-    if train is not None:
-        field, name = text_of(settings, "train")
-        flags[field] = f"{Path(name).name} (tokens {digest(train)[:16]})"
+    blocks = {split: read_blocks(settings, split, base) for split in settings.named_texts()}
+    common.check_token_ids(base, *blocks.values())
+
+    # What determines the training; another text of the same name has other tokens.
+    flags = {name: getattr(settings, name) for name in resumption.ADAPTER_FLAGS}
+    flags |= {name: value for name, value in arguments.to_dict().items() if name in resumption.TRAINER_FLAGS}
+    if settings.do_train:
+        field, name = settings.named_texts()["train"]
+        flags[field] = f"{Path(name).name} (tokens {digest(blocks['train'])[:16]})"
     if checkpoint:
         resumption.check_same_training(checkpoint, flags)
-    if evaluation is not None:
-        arguments.evaluate_each_once(len(evaluation))
+    if settings.do_eval:
+        arguments.evaluate_each_once(len(blocks["validation"]))
 
-    weights = load_weights(settings, arguments, base)
+    # One process spreads the model over all GPUs, of several each has the whole.
+    dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+    dtype = getattr(torch, dtype if settings.dtype == "auto" else settings.dtype)
+    spread = arguments.world_size == 1 and not arguments.use_cpu
+    weights = common.load_base(base, dtype, settings.block_size, None if spread else arguments.device)
     if checkpoint:
         common.check_base(resumption.FIELD, checkpoint.parent, base, weights)
     record = {"model": base.identity, "sparsity": weights.sparsity()}
@@ -175,35 +175,31 @@ def run(settings: Finetune, trainer_words: list[str]) -> None:
         transformers.set_seed(arguments.seed)
         model = with_adapter(weights.model, base, settings, targets)
         callbacks = [training.OwnSteps()]
+        train, evaluation = blocks.get("train"), blocks.get("validation")
         trainer = training.LoraTrainer(model, arguments, collate, train, evaluation, callbacks=callbacks)
     if settings.do_train:
-        with common.explain_failure(lambda: NOTHING if trainer.before_first_save else RESUME):
-            train_adapter(trainer, checkpoint, started, record)
+        train_adapter(trainer, checkpoint, started, record)
     if settings.do_eval:
         saved = f"the adapter is saved in {settings.output_dir}" if settings.do_train else "nothing was written"
-        with common.explain_failure(lambda: f"{saved}; measure it with: python lora_ft/evaluate_ppl.py"):
-            evaluate(trainer, record, text_of(settings, "validation")[1])
+        with explain_failure(lambda: f"{saved}; measure it with: python lora_ft/evaluate_ppl.py"):
+            evaluate(trainer, record, settings.named_texts()["validation"][1])
     if arguments.should_save:
         print(f"written: {arguments.output_dir}")
 
 
-def check_output_dir(settings: Finetune) -> Path | None:
+def check_output_dir(settings: Finetune, sharded: bool) -> Path | None:
     """Refuse an --output_dir that cannot take this run, and return the checkpoint to resume from, if any."""
     folder, checkpoint = Path(settings.output_dir), None
     if settings.resume_from_checkpoint:
-        checkpoint = resumption.find_checkpoint(folder, settings.resume_from_checkpoint)
+        checkpoint = resumption.find_checkpoint(folder, settings.resume_from_checkpoint, sharded)
     if not processes.is_main():
         return checkpoint  # What the first process of several does here, the others would find half done.
     files.check_writable("output_dir", folder)
-    resumed = checkpoint and is_in(checkpoint, folder)
+    resumed = checkpoint and checkpoint.resolve().parent == folder.resolve()
     if folder.is_dir() and any(folder.iterdir()) and not (settings.overwrite_output_dir or resumed):
         fix = "add --overwrite_output_dir to start again, --resume_from_checkpoint to resume, or give another folder"
         raise UserError("output_dir", folder, "is not empty", fix)
     return checkpoint
-
-
-def is_in(checkpoint: Path, folder: Path) -> bool:
-    return checkpoint.resolve().parent == folder.resolve()
 
 
 def check_targets(names: str, skeleton: torch.nn.Module) -> str | list[str]:
@@ -216,22 +212,13 @@ def check_targets(names: str, skeleton: torch.nn.Module) -> str | list[str]:
 
 def read_blocks(settings: Finetune, split: str, base: common.Base) -> torch.Tensor:
     """Return the blocks of ``split`` ("train" or "validation"), [blocks, block_size] int32."""
-    most = settings.max_train_samples if split == "train" else settings.max_eval_samples
-    field, name = text_of(settings, split)
-    text_split = "train" if split == "train" else "test"
-    blocks = texts.training_blocks(field, name, text_split, base.tokenizer, settings.block_size, most)
+    field, name = settings.named_texts()[split]
+    most, half = (settings.max_train_samples, "train") if split == "train" else (settings.max_eval_samples, "test")
+    blocks = texts.training_blocks(field, name, half, base.tokenizer, settings.block_size, most)
     if most and len(blocks) < most:
-        text = "%s has %d blocks of %d tokens, and not the %d that were asked for"
-        common.log.warning(text, name, len(blocks), settings.block_size, most)
+        message = "%s has %d blocks of %d tokens, and not the %d that were asked for"
+        common.log.warning(message, name, len(blocks), settings.block_size, most)
     return blocks
-
-
-def load_weights(settings: Finetune, arguments, base: common.Base) -> Weights:
-    """Return the frozen model: one process spreads it over all GPUs, of several each has the whole."""
-    dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
-    dtype = getattr(torch, dtype if settings.dtype == "auto" else settings.dtype)
-    alone = arguments.world_size == 1 and not arguments.use_cpu
-    return common.load_base(base, dtype, settings.block_size, None if alone else arguments.device)
 
 
 def with_adapter(
@@ -269,8 +256,8 @@ def train_adapter(trainer, checkpoint: Path | None, started: dict, record: dict)
     out = Path(arguments.output_dir)
     trainer.before_first_save = partial(claim_output_dir, arguments, checkpoint, started)
     size = trainer.train_dataset.shape[1]
-    text = "training %d of %d parameters on %d blocks of %d tokens, %d to a step"
-    common.log.info(text, *trainer.model.get_nb_trainable_parameters(), blocks, size, arguments.batch_size)
+    message = "training %d of %d parameters on %d blocks of %d tokens, %d to a step"
+    common.log.info(message, *trainer.model.get_nb_trainable_parameters(), blocks, size, arguments.batch_size)
     with training.refusals(trainer):
         results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     trainer.check_adapter()
@@ -296,7 +283,7 @@ def claim_output_dir(arguments, checkpoint: Path | None, started: dict) -> None:
     out = Path(arguments.output_dir)
     if not arguments.should_save:
         return
-    if not (checkpoint and is_in(checkpoint, out)):
+    if not (checkpoint and checkpoint.resolve().parent == out.resolve()):
         for folder in out.glob("checkpoint-*[0-9]"):
             shutil.rmtree(folder)
         for name in WRITTEN:
@@ -317,26 +304,23 @@ def evaluate(trainer, record: dict, name: str) -> None:
 
 def plot_losses(history: list[dict], path: Path) -> None:
     """Draw the training and the evaluation loss over the steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = files.new_figure(6, 4)
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
-        points = [(row["step"], row[key]) for row in history if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        rows = [row for row in history if key in row]
+        axes.plot([row["step"] for row in rows], [row[key] for row in rows], marker=".", label=label)
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
-    if axes.lines:  # There are none if the run is shorter than --logging_steps.
-        axes.legend()
+    axes.legend()
     files.save_figure(figure, path, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # A training text is long.
     rest: list[str] = []
-    fix = "lower --per_device_train_batch_size or --block_size, or add --gradient_checkpointing"
-    return answer(PARSER.prog, Finetune, lambda: run(parse(Finetune, argv, PARSER, rest), rest), NOTHING, True, fix)
+    fix = (
+        "lower --per_device_train_batch_size or --block_size, add --gradient_checkpointing, or start one process, "
+        "which spreads the model over all GPUs"
+    )
+    return answer(PARSER.prog, Finetune, lambda: run(parse(Finetune, argv, PARSER, rest), rest), RESUME, True, fix)
 
 
 if __name__ == "__main__":

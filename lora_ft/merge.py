@@ -15,14 +15,14 @@ from rich.console import Console
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
 from lib.core import files
-from lib.core.errors import UserError
+from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
 from lib.evaluation.perplexity import perplexity
 from lib.models import load, memory
-from lib.models.weights import Weights
+from lib.models.weights import Weights, is_finite
 from lib.pruning import walk
 from lib.run import report
-from lib.run.record import run_text
+from lib.run.record import explain_failure, run_text
 from lora_ft import common
 
 PRUNED, BESIDE, PLAINLY, KEPT = STATES = ("pruned", "adapter beside it", "merged without masking", "merged, zeros kept")
@@ -53,9 +53,9 @@ def run(settings: Merge) -> None:
     out = Path(settings.save)
     base = common.find_base(settings)
     common.check_adapter(settings.lora_weights, base)
-    windows = common.evaluation_windows(settings, base)
+    windows = common.perplexity_windows(settings, base)
     dtypes = load.choose_dtypes(settings.dtype, base.skeleton)
-    files.check_writable("save", out, memory.saved_bytes(base.skeleton, base.source, dtypes.save))
+    files.check_writable("save", out, memory.saved_bytes(base.skeleton, base.source.path, dtypes.save))
 
     weights = common.load_base(base, dtypes.compute, settings.ctx_length, save_dtype=dtypes.save)
     pruned = weights.sparsity()
@@ -70,9 +70,13 @@ def run(settings: Merge) -> None:
     walk.check_saved(out, weights, merged)
 
     rows: dict[str, dict] = {}
-    record = {"complete": False, "rows": [], "written": state, "model": base.identity}
-    record |= {"lora_weights": settings.lora_weights, "flags": settings.flags()}
-    record["evaluation"] = {"text": settings.dataset, "windows": len(windows), "seqlen": settings.ctx_length}
+    record = {
+        "model": base.identity,
+        "lora_weights": settings.lora_weights,
+        "written": state,
+        "evaluation": {"text": settings.dataset, "windows": len(windows), "seqlen": settings.ctx_length},
+        "flags": settings.flags(),
+    }
 
     def measure(name: str, sparsity: float, measured: torch.nn.Module) -> None:
         rows[name] = {"state": name, "sparsity": sparsity, "perplexity": perplexity(measured, windows)}
@@ -82,7 +86,7 @@ def run(settings: Merge) -> None:
 
     again = f"python lora_ft/evaluate_ppl.py --model {out} --dataset {settings.dataset}"
     saved = f"the merged model is saved in {out}, the figures so far in {out}/merge.json"
-    with common.explain_failure(lambda: f"{saved}; measure it with: {again} --ctx_length {settings.ctx_length}"):
+    with explain_failure(lambda: f"{saved}; measure it with: {again} --ctx_length {settings.ctx_length}"):
         measure(state, merged, weights.model)
         for name, layer in layers.items():
             layer.weight.data.copy_(before[name])
@@ -118,14 +122,14 @@ def merge(model: torch.nn.Module, weights: Weights, before: Mapping[str, torch.T
             weight.masked_fill_(before[name].to(weight.device) == 0, 0)
         if weights.save_dtype is not None:
             weight.copy_(weight.to(weights.save_dtype))
-        if not torch.isfinite(weight).all():
-            problem = f"its product added to {name} is not finite"
-            raise UserError("lora_weights", None, problem, "train it again, or try --dtype bfloat16")
+        if not is_finite(weight):
+            fix = f"train it again, or try {flag_name('dtype')} bfloat16"
+            raise UserError("lora_weights", None, f"makes weights of {name} infinite or not a number", fix)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
-    return command(Merge, run, argv, PARSER, out_of_memory="lower --ctx_length, or use more GPUs")
+    resume = "the same command starts again, if nothing was written to --save yet"
+    return command(Merge, run, argv, PARSER, resume, out_of_memory="lower --ctx_length, or use more GPUs")
 
 
 if __name__ == "__main__":

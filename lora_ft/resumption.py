@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lib.core.errors import UserError
 from lora_ft import common
-
-if TYPE_CHECKING:
-    from lora_ft.finetune_lm import Finetune
-    from lora_ft.training import LoraArguments
 
 LAST = "last"  # --resume_from_checkpoint without a folder
 FIELD = "resume_from_checkpoint"
@@ -31,11 +25,14 @@ TRAINER_FLAGS = """
 """.split()
 
 
-def find_checkpoint(folder: Path, name: str) -> Path:
+def find_checkpoint(folder: Path, name: str, sharded: bool) -> Path:
     """Return the checkpoint to resume from: the folder ``name``, or the last complete one in ``folder``.
 
+    Args:
+        sharded: whether DeepSpeed or FSDP saves the optimizer, in shards of its own format.
+
     Raises:
-        UserError: there is none, or a part of it is missing.
+        UserError: there is none, or a file of it is missing.
     """
     checkpoint = Path(name)
     if name == LAST:
@@ -45,23 +42,15 @@ def find_checkpoint(folder: Path, name: str) -> Path:
         checkpoint = max(complete, key=lambda path: int(path.name.rpartition("-")[2]))
     for path in (checkpoint / STATE, checkpoint / "adapter_model.safetensors", checkpoint.parent / common.BASE):
         if not path.is_file():
-            raise UserError(FIELD, checkpoint, f"is no checkpoint of a LoRA run, there is no {path}")
-    return checkpoint
+            fix = "give a folder checkpoint-N in finetune_lm.py's --output_dir"
+            raise UserError(FIELD, checkpoint, f"is no checkpoint of a LoRA run, there is no {path}", fix)
 
-
-def check_optimizer(checkpoint: Path) -> None:
-    """Refuse a checkpoint without its optimizer or schedule: the Trainer would begin new ones and say nothing."""
-    for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"):
+    # Without these, the Trainer would begin a new optimizer and schedule and say nothing.
+    for path in () if sharded else (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"):
         if not zipfile.is_zipfile(path):
             problem = "is missing (--save_only_model?) or damaged, so that training cannot go on as it was"
-            fix = "give an earlier checkpoint, or start again with --overwrite_output_dir"
-            raise UserError(FIELD, path, problem, fix)
-
-
-def training_flags(settings: Finetune, arguments: LoraArguments) -> dict[str, object]:
-    """Return the flags that determine what is trained, by name, as they are recorded in ``common.BASE``."""
-    values = arguments.to_dict()
-    return {name: getattr(settings, name) for name in ADAPTER_FLAGS} | {name: values[name] for name in TRAINER_FLAGS}
+            raise UserError(FIELD, path, problem, "give an earlier checkpoint, or leave the flag out to start again")
+    return checkpoint
 
 
 def check_same_training(checkpoint: Path, flags: Mapping[str, object]) -> None:
@@ -72,11 +61,9 @@ def check_same_training(checkpoint: Path, flags: Mapping[str, object]) -> None:
     Raises:
         UserError: names the first flag that differs, and its value before.
     """
-    record = checkpoint.parent / common.BASE
-    with common.damage_reported(FIELD, record):
-        before = dict(json.loads(record.read_text(encoding="utf-8"))["training"])
-    flat = before.get("lr_scheduler_type") in ("constant", "constant_with_warmup")
-    flat = flat and not 0 < before.get("warmup_steps", 0) < 1  # which is a share of all steps
+    before = common.training_record(FIELD, checkpoint.parent)["training"]
+    flat = before["lr_scheduler_type"] in ("constant", "constant_with_warmup")
+    flat = flat and not 0 < before["warmup_steps"] < 1  # which is a share of all steps
     for name, value in flags.items():
         old = before.get(name)
         longer = flat and name in ("max_steps", "num_train_epochs") and 0 < old < value

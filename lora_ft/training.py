@@ -16,25 +16,14 @@ import torch
 import transformers
 
 from lib.cli.command import Parser
-from lib.cli.flags import check_range
 from lib.core import cpu, processes
 from lib.core.errors import UserError, first_line
+from lib.models.weights import is_finite
 from lora_ft import common
 
 BATCH = 128  # Blocks to an optimizer step, as published.
 
-# An update this many times larger than its layer's weight: in float32 sums nothing is left of the weight.
-DROWNED = 2.0**23
-
-# A last loss this many times that of the first step and of equal chances for all tokens: their perplexity squared.
-RUINED = 2.0
 LOWER = "lower --learning_rate, or try --bf16"
-
-# Of the arguments below, those that must be above zero. The others are checked by the libraries that use them.
-POSITIVE = """
-    learning_rate num_train_epochs per_device_train_batch_size per_device_eval_batch_size batch_size
-    gradient_accumulation_steps logging_steps save_steps eval_steps
-""".split()
 
 SWITCH = {"nargs": "?", "const": True}  # A flag that needs no value, for HfArgumentParser.
 
@@ -43,14 +32,15 @@ SWITCH = {"nargs": "?", "const": True}  # A flag that needs no value, for HfArgu
 def refusals(trainer: LoraTrainer | None = None) -> Iterator[None]:
     """Turn an error by which transformers or torch refuse their arguments into one line.
 
-    Once the ``trainer`` has made a step, no argument has led to an error.
+    Once the ``trainer`` has made a step, an error is no longer the arguments'.
     """
     try:
         yield
     except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or (trainer and trainer.first_loss is not None):
+        if isinstance(error, torch.OutOfMemoryError) or (trainer and trainer.last_loss is not None):
             raise
-        raise UserError(None, None, f"training cannot be set up with these flags ({first_line(error)})") from error
+        problem = f"training cannot be set up with these flags ({first_line(error)})"
+        raise UserError(None, None, problem, "change them, or leave them out") from error
 
 
 @dataclass
@@ -81,8 +71,6 @@ class LoraArguments(transformers.TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            check_range(name, getattr(self, name), {"above": 0})
         if self.do_predict:
             raise UserError("do_predict", None, "does nothing here", "use --do_eval, or lora_ft/evaluate_ppl.py")
         if self.bf16 is None and self.fp16 is None and cpu.gpus() and not self.use_cpu:
@@ -146,7 +134,7 @@ def parse_arguments(words: Sequence[str], command: Parser, **values) -> LoraArgu
         return LoraArguments(**vars(namespace) | values)
 
 
-def check_finite(kind: str, loss: float, step: int) -> None:
+def check_loss(kind: str, loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise UserError(None, None, f"the {kind} loss is {loss} at step {step}", LOWER)
 
@@ -159,14 +147,13 @@ class OwnSteps(transformers.TrainerCallback):
 
 
 class LoraTrainer(transformers.Trainer):
-    """Trainer that stops at a loss that is not finite, and knows the first and last loss of a step.
+    """Trainer that stops at a loss that is not finite.
 
     Attributes:
-        first_loss, last_loss: means over this process's blocks of a step, nats per token; None before it.
+        last_loss: mean over this process's blocks of the last step, nats per token; None before the first.
         before_first_save: called once, before the first checkpoint or adapter is written.
     """
 
-    first_loss: float | None = None
     last_loss: float | None = None
     before_first_save: Callable[[], None] | None = None
     _step_loss: torch.Tensor | float = 0.0
@@ -176,14 +163,12 @@ class LoraTrainer(transformers.Trainer):
         self._step_loss = self._step_loss + loss
         if self.accelerator.sync_gradients:  # The last pass of a step. To read the loss is to wait for the GPU.
             self.last_loss, self._step_loss = float(self._step_loss), 0.0
-            check_finite("training", self.last_loss, self.state.global_step + 1)
-            if self.first_loss is None:
-                self.first_loss = self.last_loss
+            check_loss("training", self.last_loss, self.state.global_step + 1)
         return loss
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
-        check_finite("evaluation", metrics["eval_loss"], self.state.global_step)
+        check_loss("evaluation", metrics["eval_loss"], self.state.global_step)
         return metrics
 
     def save_model(self, *args, **kwargs) -> None:  # Of each checkpoint, too, before the rest of it is saved.
@@ -194,20 +179,11 @@ class LoraTrainer(transformers.Trainer):
         super().save_model(*args, **kwargs)
 
     def check_adapter(self) -> None:
-        """Refuse an adapter that training has certainly ruined.
-
-        Its update of a weight is not finite, or makes the weight vanish in their sum; or the last loss is far above
-        both that of the first step and ln(vocabulary), the loss of a model that finds all tokens equally probable.
-        """
-        ruined = f"the adapter is ruined after step {self.state.global_step}"
+        """Refuse an adapter whose update of a weight is not finite, of which the last step's loss cannot tell."""
         for name, layer in common.lora_layers(self.model).items():
             (adapter,) = layer.active_adapters
-            update = layer.get_delta_weight(adapter).float().norm().item()
-            weight = layer.get_base_layer().weight.detach().float().norm().item()
-            if not update <= DROWNED * (weight or 1.0):  # nor if it is not a number
-                problem = f"{ruined}, its update of {name} is of size {update:.3g} and the weight of {weight:.3g}"
+            if not is_finite(layer.get_delta_weight(adapter)):
+                problem = (
+                    f"the adapter is ruined after step {self.state.global_step}: its update of {name} is not finite"
+                )
                 raise UserError(None, None, problem, LOWER)
-        chance = math.log(self.model.get_input_embeddings().num_embeddings)
-        if self.last_loss is not None and self.last_loss > RUINED * max(self.first_loss, chance):
-            losses = f"{self.last_loss:.4g}, against {self.first_loss:.4g} at first and {chance:.4g} for equal chances"
-            raise UserError(None, None, f"{ruined}, the training loss in nats per token is {losses}", LOWER)

@@ -22,7 +22,7 @@ from lib.pruning.walk import walk
 # Windows of calibration, and as many held out: enough to tell epsilons apart, a sixteenth of a full calibration.
 WINDOWS = 8
 # Distance of the epsilons that are tried.
-STEP = 0.05
+EPSILON_STEP = 0.05
 
 
 class Trial(NamedTuple):
@@ -33,8 +33,8 @@ class Trial(NamedTuple):
 
 
 def epsilon_grid(largest: float) -> list[float]:
-    """Return 0 (uniform) and the multiples of STEP up to ``largest``, above which a ratio would have to be capped."""
-    return [round(STEP * i, 2) for i in range(math.floor(largest / STEP + 1e-9) + 1)]
+    """Return 0 (uniform) and the multiples of EPSILON_STEP up to ``largest``, above which a ratio would be capped."""
+    return [round(EPSILON_STEP * i, 2) for i in range(math.floor(largest / EPSILON_STEP + 1e-9) + 1)]
 
 
 def try_epsilons(
@@ -59,31 +59,20 @@ def try_epsilons(
     perplexities = dict(tried or {})
     keys = {epsilon: digest(plan) for epsilon, plan in plans.items()}
     untried = {keys[epsilon]: plan for epsilon, plan in plans.items() if keys[epsilon] not in perplexities}
+    calibration, held_out = windows
     for start in tqdm(range(0, len(untried), processes.count()), desc="epsilon", unit="trial", disable=None):
         results = []
         for key, plan in list(untried.items())[start + processes.rank() :][:1]:  # one trial for each process
             with processes.single_process():
-                results.append((key, _perplexity_after(weights, plan, pruner, windows, dense)))
+                try:
+                    walk(weights, plan, pruner, enter_blocks(weights, calibration) if pruner.statistic else None)
+                    results.append((key, perplexity_by_blocks(weights, held_out)))
+                finally:
+                    weights.restore(dense)
         perplexities |= dict(result for share in processes.gathered(results) for result in share)
         if remember:
             remember(perplexities)
     return [Trial(epsilon, perplexities[keys[epsilon]]) for epsilon in plans]
-
-
-def _perplexity_after(
-    weights: Weights,
-    plan: SparsityPlan,
-    pruner: Pruner,
-    windows: tuple[torch.Tensor, torch.Tensor],
-    dense: Mapping[str, torch.Tensor],
-) -> float:
-    """Return the perplexity on the held-out windows after pruning; the weights are dense again afterwards."""
-    calibration, held_out = windows
-    try:
-        walk(weights, plan, pruner, enter_blocks(weights, calibration) if pruner.statistic else None)
-        return perplexity_by_blocks(weights, held_out)
-    finally:
-        weights.restore(dense)
 
 
 def best(trials: Sequence[Trial]) -> Trial:
@@ -94,6 +83,5 @@ def best(trials: Sequence[Trial]) -> Trial:
     """
     finite = [trial for trial in trials if math.isfinite(trial.perplexity)]
     if not finite:
-        problem = "the perplexity is not finite after any epsilon"
-        raise UserError("epsilon", "auto", problem, "lower --sparsity_ratio")
+        raise UserError("epsilon", "auto", "the perplexity is not finite after any of them", "lower --sparsity_ratio")
     return min(finite, key=lambda trial: (trial.perplexity, trial.epsilon))

@@ -120,13 +120,10 @@ def made(tmp_path_factory, tiny_tokenizer) -> Path:
         interrupt(patch, 2)
         assert run("finetune", TWO_STEPS) == 130
     tensors, config = weights(folder / "adapter"), record(folder / "adapter/adapter_config.json")
-    more = tensors | {name.replace("layers.2", "layers.3"): tensor.clone() for name, tensor in tensors.items()}
     for name, changed, matrices in (
         ("prefix", {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}, tensors),
         ("biased", {"bias": "all"}, tensors),
-        ("rank", {"r": 4}, tensors),
         ("lacking", {}, {name: tensor for name, tensor in tensors.items() if "layers.2" not in name}),
-        ("excessive", {}, more),
     ):
         shutil.copytree(folder / "adapter", folder / name)
         (folder / name / "adapter_config.json").write_text(json.dumps(config | changed))
@@ -286,7 +283,6 @@ REFUSED = [
     ("finetune", "--block_size 129", "--block_size 129: is more than the model's context; give at most 128"),
     ("finetune", "--blok_size 32", "unrecognized arguments: --blok_size 32. Did you mean '--block_size'"),
     ("finetune", "--grad_checkpointing", "Did you mean '--gradient_checkpointing'"),
-    ("finetune", "--learning 1", "unrecognized arguments: --learning 1"),
     ("finetune", "--batch_size 3 --per_device_train_batch_size 2", "--batch_size 3: is not made of 2 blocks at once"),
     ("finetune", "--batch_size 4 --gradient_accumulation_steps 2", "makes 2 blocks to a step; leave one of the two"),
     ("finetune", "--lora_target_modules q_prj", "Did you mean 'q_proj'"),
@@ -294,36 +290,21 @@ REFUSED = [
     ("finetune", "--do_predict", "--do_predict does nothing here"),
     ("finetune", "--output_dir full", "--output_dir full: is not empty; add --overwrite_output_dir"),
     ("finetune", "--output_dir full --resume_from_checkpoint", "--resume_from_checkpoint finds no checkpoint in full"),
-    ("finetune", "--output_dir full --resume_from_checkpoint full", "full: is no checkpoint of a LoRA run"),
-    ("finetune", "--logging_steps 0", "--logging_steps 0.0: must be above 0"),
-    ("finetune", "--learning_rate nan", "--learning_rate nan: must be above 0"),
-    ("finetune", "--warmup_steps -1", "training cannot be set up with these flags (Got warmup_steps = -1.0"),
     ("finetune", "--optim adamw_torhc", "(adamw_torhc is not a valid OptimizerNames, please select one of"),
-    ("finetune", "--lr_scheduler_type inverse", "invalid choice: 'inverse'"),
     ("finetune", "--fp16 --bf16 --use_cpu", "At most one of fp16 and bf16 can be True"),
-    ("finetune", "--gradient_checkpointing_kwargs {a", "training cannot be set up with these flags (Expecting"),
     ("finetune", f"{RESUME} --learning_rate 1e-3", "--learning_rate 0.001: the run of stopped/checkpoint-1 was start"),
     ("finetune", f"{RESUME} --block_size 16", "--block_size 16: the run of stopped/checkpoint-1 was started with 32"),
-    ("finetune", f"{RESUME} --batch_size 2", "--batch_size 2: the run of stopped/checkpoint-1 was started with 1; g"),
     ("finetune", f"{RESUME} --data_seed 1", "stopped/checkpoint-1 was started without it; leave it out"),
     ("finetune", f"{RESUME} --max_steps 3", "--max_steps 3: the run of stopped/checkpoint-1 was started with 2"),
-    ("finetune", f"{RESUME} --lora_r 4", "--lora_r 4: the run of stopped/checkpoint-1 was started with 8; give that"),
     ("finetune", f"{RESUME} --max_train_samples -", "--max_train_samples left out: the run of stopped/checkpoint-1 "),
     ("finetune", f"{RESUME} --train_file longer.txt", "--train_file longer.txt (tokens "),
-    ("finetune", f"{RESUME} --model_name_or_path dense", "stopped: was trained on other weights than those of --mod"),
     ("evaluate", "--lora_weights nowhere", "--lora_weights nowhere: holds no adapter; give finetune_lm.py's --outp"),
     ("evaluate", "--lora_weights pruned", "--lora_weights pruned: holds no adapter, but a model"),
     ("evaluate", "--lora_weights prefix", "prefix: is a PREFIX_TUNING adapter; only LoRA is supported"),
-    ("merge", "--lora_weights biased", "biased: changes more than its own matrices"),
-    ("evaluate", "--lora_weights rank", "rank: is damaged, or of another model (Error(s) in loading state_dict for P"),
+    ("merge", "--lora_weights biased", "biased: trains more than its own matrices"),
     ("evaluate", "--lora_weights lacking", "lacking: lacks 4 matrices, first base_model.model.model.layers.2.self"),
-    ("evaluate", "--lora_weights excessive", "excessive: has in excess 4 matrices, first base_model.model.model.la"),
-    ("evaluate", "--model dense", "trained on other weights than those of --model dense (see model.layers.0.self_att"),
     ("merge", "--model narrow --lora_weights anyones", "anyones: is damaged, or of another model ("),
-    ("evaluate", "--dataset no.txt", "--dataset no.txt: file not found"),
-    ("evaluate", "--ctx_length 129", "--ctx_length 129: is more than the model's context; give at most 128"),
     ("evaluate", "--tasks boolq", "--tasks does nothing here; it is for --eval_zero_shot"),
-    ("evaluate", "--result_dir val.txt/x", "--result_dir val.txt/x: cannot be written"),
     ("merge", "--save full", "--save full: is not empty"),
 ]
 
@@ -347,7 +328,6 @@ def rewrite(path: str) -> None:
 
 
 DAMAGED = [
-    ("evaluate", "", "adapter/base_model.json", cut_off, "adapter/base_model.json: is damaged ("),
     ("evaluate", "", "adapter/adapter_config.json", cut_off, "adapter: is damaged, or of another model ("),
     ("merge", "", "adapter/adapter_model.safetensors", cut_off, "adapter: is damaged, or of another model ("),
     ("finetune", RESUME, "stopped/base_model.json", cut_off, "stopped/base_model.json: is damaged ("),
@@ -365,9 +345,17 @@ def test_damage_is_refused_before_loading(program, changed, path, damage, says, 
     assert everything(place) == before
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapter_of_weights_that_were_fine_tuned(dtype, place, unloaded, capsys):
-    # One matrix changed by a rank-8 update of 2 % of its norm, where it is not pruned; saved as it is, or rounded.
+OTHER_BASES = [
+    ("finetune", f"{RESUME} --model_name_or_path dense", "stopped: was trained on other weights than those of --mod"),
+    ("merge", "--model dense", "trained on other weights than those of --model dense (see model.layers.0.self_attn.q"),
+    ("evaluate", "--model tuned", "(see model.layers.1.mlp.up_proj); give the model it was trained on, /"),
+    ("evaluate", "--lora_weights cut", "cut/base_model.json: is damaged ("),
+]
+
+
+@pytest.mark.parametrize(("program", "changed", "says"), OTHER_BASES)
+def test_adapter_of_other_weights(program, changed, says, place, capsys):
+    # One matrix changed by a rank-8 update of 2 % of its norm, where it is not pruned; saved rounded.
     model = loaded("pruned")
     weight = model.model.layers[1].mlp.up_proj.weight.data
     draw = torch.Generator().manual_seed(3)
@@ -375,26 +363,19 @@ def test_adapter_of_weights_that_were_fine_tuned(dtype, place, unloaded, capsys)
     update[weight == 0] = 0
     weight += update * (0.02 * weight.norm() / update.norm())
     shutil.copytree("pruned", "tuned")
-    model.to(getattr(torch, dtype)).save_pretrained("tuned")
-    assert run("evaluate", "--model tuned") == 2
-    line = capsys.readouterr().err.strip()
-    assert "(see model.layers.1.mlp.up_proj); give the model it was trained on, /" in line and line.endswith("/pruned")
+    model.to(torch.bfloat16).save_pretrained("tuned")
+    shutil.copytree("adapter", "cut")
+    cut_off("cut/base_model.json")
+    before = everything(place)
+    assert run(program, changed) == 2
+    assert says in capsys.readouterr().err
+    assert everything(place) == before
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_adapter_of_weights_that_were_rounded(dtype, place, caplog):
+def test_adapter_of_weights_that_were_rounded(place, caplog):
     shutil.copytree("pruned", "half")
-    AutoModelForCausalLM.from_pretrained("pruned", dtype=getattr(torch, dtype)).save_pretrained("half")
+    AutoModelForCausalLM.from_pretrained("pruned", dtype=torch.bfloat16).save_pretrained("half")
     assert run("evaluate", "--model half") == 0 and "cannot be checked" not in caplog.text
-
-
-@pytest.mark.parametrize(("model", "status"), [("pruned", 0), ("dense", 2)])
-def test_model_whose_files_do_not_name_its_layers_is_checked_when_loaded(model, status, place, capsys):
-    path = Path(model, "model.safetensors")
-    torch.save(load_file(path), Path(model, "pytorch_model.bin"))
-    path.unlink()
-    assert run("evaluate", f"--model {model}") == status
-    assert ("on other weights than those of" in capsys.readouterr().err) == bool(status)
 
 
 def test_warnings(place, caplog):
@@ -413,7 +394,6 @@ def test_warnings(place, caplog):
 
 TRAINER_REFUSES = [
     ("--seed -1", "Seed must be between 0 and 2**32 - 1"),  # as the Trainer is made
-    ("--adam_beta1 2", "Invalid beta parameter"),  # as its optimizer is made
     ('--lr_scheduler_type polynomial --lr_scheduler_kwargs {"no":1}', "unexpected keyword argument 'no'"),
 ]
 
@@ -439,29 +419,22 @@ def test_adapter_that_is_ruined_is_not_saved(value, status, place, capsys, monke
 
     monkeypatch.setattr(Trainer, "train", spoils)
     assert run("finetune", "--do_eval -") == status
-    line = "ruined after step 2, its update of model.layers.1.self_attn.v_proj is"
+    line = "ruined after step 2: its update of model.layers.1.self_attn.v_proj is not finite; lower --learning_rate"
     assert (line in capsys.readouterr().err) == bool(status)
     assert len(list(Path("out").glob("adapter*"))) == (0 if status else 2)
 
 
-STEP_LOSSES = [(1.5, None), (10, "and 5.704 for equal chances"), (math.nan, "training loss is nan at step 2; lower")]
-
-
-@pytest.mark.parametrize(("factor", "says"), STEP_LOSSES)
-def test_loss_that_is_not_finite_or_far_above_equal_chances(factor, says, place, capsys, monkeypatch):
-    # The second of two steps has its loss multiplied. Its true value is close to the first step's, which is that of a
-    # random model of 300 tokens: between ln(300) = 5.7 and twice that.
+def test_loss_that_is_not_finite(place, capsys, monkeypatch):
     calls, loss = [], Trainer.compute_loss
 
     def spoils(self, model, *args, **kwargs):
         calls.append(1)
-        return loss(self, model, *args, **kwargs) * (factor if len(calls) > 2 else 1)  # two blocks to a step
+        return loss(self, model, *args, **kwargs) * (math.nan if len(calls) > 2 else 1)  # two blocks to a step
 
     monkeypatch.setattr(Trainer, "compute_loss", spoils)
-    assert run("finetune", "--do_eval -") == (2 if says else 0) and len(calls) == 4
-    line = capsys.readouterr().err
-    assert (says or "") in line and "--resume_from_checkpoint" not in line
-    assert len(list(Path("out").glob("adapter*"))) == (0 if says else 2)
+    assert run("finetune", "--do_eval -") == 2 and len(calls) == 4
+    assert "the training loss is nan at step 2; lower --learning_rate" in capsys.readouterr().err
+    assert not any(Path("out").glob("*"))
 
 
 # ------------------------------------------------------------------------------------------------------- resumption
@@ -470,7 +443,7 @@ def test_loss_that_is_not_finite_or_far_above_equal_chances(factor, says, place,
 def test_resumption_ends_where_the_unbroken_run_ends(place, monkeypatch, capsys):
     calls = interrupt(monkeypatch, 4 * 4 + 2)  # in the fifth of six steps, after the checkpoint of the fourth
     assert run("finetune", SIX_STEPS) == 130
-    assert "--resume_from_checkpoint resumes from the last" in capsys.readouterr().err
+    assert "interrupted; with --resume_from_checkpoint" in capsys.readouterr().err
     Path("out/checkpoint-6").mkdir()  # a checkpoint whose writing was cut off
     assert not Path("out/adapter_config.json").exists()
     assert run("finetune", f"{SIX_STEPS} --resume_from_checkpoint") == 0
@@ -502,7 +475,10 @@ def test_a_longer_run_goes_on_if_its_learning_rates_are_the_same(more, status, p
         assert worst(weights("out"), weights("whole")) == 0
 
 
-FAILURES = [(KeyboardInterrupt(), "the same command starts again"), (torch.OutOfMemoryError("CUDA"), "--gradient_chec")]
+FAILURES = [
+    (KeyboardInterrupt(), "checkpoint, else it starts again"),
+    (torch.OutOfMemoryError("CUDA"), "--gradient_chec"),
+]
 
 
 @pytest.mark.parametrize(("error", "says"), FAILURES, ids=str)
@@ -616,7 +592,7 @@ def test_merged_model_outlives_a_failed_evaluation(call, error, place, caplog, c
     assert all(row in record("whole/merge.json")["rows"] for row in record("out/merge.json")["rows"])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", fast(["bfloat16", "float16"], 1))
 def test_merged_model_keeps_the_dtype_and_the_zeros(dtype, place):
     AutoModelForCausalLM.from_pretrained("pruned", dtype=getattr(torch, dtype)).save_pretrained("pruned")
     stored, before = Path("pruned/model.safetensors").read_bytes(), load_file("pruned/model.safetensors")
