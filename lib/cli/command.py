@@ -71,7 +71,7 @@ def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
         number = next((number for number in (int, float) if number.__name__ in str(kind)), str)
         usual = "NAME" if choices else {int: "N", float: "X", str: None}[number]
         options |= {"metavar": declared["metavar"] or usual, "nargs": declared["nargs"], "const": declared["const"]}
-        options["type"] = number_or_auto(number) if str(kind).endswith(" | str") else number
+        options["type"] = {"int | str": auto_or_int, "float | str": auto_or_float}.get(str(kind), number)
     group.add_argument(*(f"--{name}" for name in (settings.spelling(item.name), *declared["aliases"])), **options)
 
 
@@ -79,11 +79,12 @@ def true_or_false(word: str) -> bool:
     return bool(("false", "true").index(word.lower()))
 
 
-def number_or_auto(number: type) -> Callable[[str], float | str]:
-    def auto_or_number(word: str) -> float | str:
-        return word if word == "auto" else number(word)
+def auto_or_int(word: str) -> int | str:
+    return word if word == "auto" else int(word)
 
-    return auto_or_number
+
+def auto_or_float(word: str) -> float | str:
+    return word if word == "auto" else float(word)
 
 
 def parse(

@@ -119,11 +119,9 @@ class Flags:
     @classmethod
     def purpose(cls, item: Field) -> str:
         """Return what a flag is ``only`` for, in words: ``sparsegpt or alps or --refit``."""
-        words = []
-        for trait in item.metadata["only"].split(" | "):
-            is_flag = trait in cls.__dataclass_fields__
-            words.append(f"--{cls.spelling(trait)}" if is_flag else trait.replace("_", "the methods with _"))
-        return " or ".join(words)
+        names = {name: f"--{cls.spelling(name)}" for name in cls.__dataclass_fields__}
+        traits = item.metadata["only"].split(" | ")
+        return " or ".join(names.get(trait, trait.replace("_", "the methods with _")) for trait in traits)
 
     def idle(self) -> Iterator[Field]:
         """Yield the flags that were given and do nothing: none of the traits that they are ``only`` for holds."""

@@ -120,16 +120,14 @@ class AllocationFlags(Flags):
     dlp_alpha: float = flag(0.15, "half width of the map, a sparsity in [0, 1]", least=0, most=1, only="_dlp")
     atp_beta: float = flag(0.005, "step from block to block, a sparsity in [0, 1]", least=0, most=1, only="_atp")
     price_steps: int = flag(16, "steps of the search, each a backward pass over text or images", least=1, only="_price")
-    price_start: str = flag(
-        "uniform", "allocation that the search starts from: {choices}", choices=STARTS, only="_price"
-    )
+    price_start: str = flag("uniform", "where the search starts: {choices}", choices=STARTS, only="_price")
     price_refresh: int = flag(0, "further steps, after the weights are ranked again", least=0, only="_price")
     price_dtype: str = flag(
         "auto", "{choices}; auto: bfloat16 on a CPU that multiplies it, else the model's own",
         choices=price_model.SEARCH_DTYPES, only="_price",
     )  # fmt: skip
     price_effort: str = flag(
-        "full", "{choices}: a step reads two windows, or, faster, half of one", choices=price.EFFORTS, only="_price"
+        "full", "{choices}: two windows a step, or half of one", choices=price.EFFORTS, only="_price"
     )
     metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
     plan: str | None = flag(None, "take the layers' ratios from a {save_plan} file", only="pruning", metavar="FILE")
@@ -153,9 +151,7 @@ class ZeroShotFlags(Flags):
     _title: ClassVar[str] = "evaluation"
 
     eval_zero_shot: bool = flag(False, "answer {tasks} with lm-eval and measure the accuracy")
-    tasks: str = flag(
-        ",".join(ZERO_SHOT_TASKS), "lm-eval's names of tasks or groups", only="eval_zero_shot", metavar="A,B"
-    )
+    tasks: str = flag(",".join(ZERO_SHOT_TASKS), "names of tasks or groups", only="eval_zero_shot", metavar="A,B")
     num_fewshot: int = flag(0, "worked examples before each question, a count", least=0, only="eval_zero_shot")
     limit: int | None = flag(None, "questions per task, a count (default: all)", least=1, only="eval_zero_shot")
     eval_batch_size: int | str = flag(
@@ -317,17 +313,18 @@ class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFl
                 raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
         target = implied or self.sparsity_ratio
         if not target:
-            fix = "add --sparsity_ratio (or --sparsity_type N:M)"
-            raise UserError("prune_method", None, f"{method} without a sparsity", fix)
+            raise UserError(
+                "prune_method", None, f"{method} without a sparsity", "add --sparsity_ratio or --sparsity_type"
+            )
         if self.sparsity_ratio and abs(self.sparsity_ratio - target) > 1e-9:
-            fix = f"leave --sparsity_ratio out or give {target:g}"
-            raise UserError("sparsity_ratio", self.sparsity_ratio, f"with {by}, which removes {target:g}", fix)
+            raise UserError(
+                "sparsity_ratio", self.sparsity_ratio, f"with {by}, which removes {target:g}", "leave it out"
+            )
         if self.use_variant and grouped:
             raise UserError("use_variant", None, f"with {by}: the variant is unstructured only")
         table = VARIANTS if self.use_variant else PRUNERS
         pruner = configured(name, table, self.pruner_iterations, self.damping, self.refit)
-        task = self.settled(Task(method, pruner, suffix, target, nm))
-        return task._replace(plan=self.plan, identity=self.identity())
+        return self.settled(Task(method, pruner, suffix, target, nm, plan=self.plan, identity=self.identity()))
 
 
 def parse_nm(sparsity_type: str) -> tuple[int, int] | None:

@@ -18,8 +18,7 @@ class Task(NamedTuple):
         method: the name in files and tables; "dense" without pruning.
         pruner: what zeroes the weights, None if nothing is pruned.
         allocation: name of what distributes the sparsity over layers, "" for uniform; not used with a ``plan`` file.
-        target: fraction of the weights to remove.
-        nm: (N, M) to keep N of every M columns.
+        target: fraction of the weights to remove; with ``nm``, N of every M columns are kept.
         start: allocation from which the search for prices starts, "" for uniform.
         hyper: hyper-parameters of all allocations by flag.
         identity: the flags that determine the pruned weights, for resuming.
@@ -74,8 +73,3 @@ class Measurement(NamedTuple):
     metric: str
     folder: Path
     settings: measure.SpectrumSettings = measure.PUBLISHED
-
-    @property
-    def file(self) -> Path:
-        """File in which the metric is cached."""
-        return self.folder / f"{self.settings.stem(self.metric)}.npy"

@@ -21,16 +21,8 @@ from lib.spectra import measure, spectrum
 log = logging.getLogger("main")
 
 
-# ------------------------------------------------------------------------------------------- places that are written
-
-
 def check_output(
-    save: Path,
-    run: str,
-    target: Path | None,
-    flags: Mapping[str, object],
-    paths: Mapping[str, Path],
-    mark: str = MANIFEST,
+    save: Path, run: str, target: Path | None, flags: Mapping, paths: Mapping[str, Path], mark: str = MANIFEST
 ) -> None:
     """Refuse output that cannot be written or would destroy something; warn of earlier runs that will be replaced.
 
@@ -38,10 +30,8 @@ def check_output(
 
     Args:
         save: folder of the figures of the ``run``.
-        target: folder of the pruned model, None if it is not saved.
-        flags: all flags of the run.
-        paths: files and folders that the flags name, by field.
-        mark: file that every folder of a pruned model holds.
+        target: folder of the pruned model, which is known by the file ``mark`` in it; None if it is not saved.
+        paths: files and folders that the ``flags`` name, by field.
     """
     files.check_writable("save", save)
     earlier = read_run(save, run)
@@ -83,17 +73,12 @@ def check_disk(target: Path, size: int, restart: bool, unmeasured: bool) -> None
     files.check_writable("save_model", target.parent, size - written)
 
 
-# ---------------------------------------------------------------------------------------------------------- the model
-
-
 def check_layers(
     task: Task, name: str, layers: Sequence[Layer], measured: Sequence[Layer], measurement: Measurement
 ) -> None:
     """Refuse contradictions between the flags and the shapes of the model ``name``, and a cache that cannot be used.
 
-    Args:
-        layers: those to prune.
-        measured: those that a metric is measured on.
+    The ``layers`` are pruned; a metric is ``measured`` on others, where a classifier's differ.
     """
     for layer in layers if task.nm else ():
         if layer.shape[1] % task.nm[1]:
@@ -120,19 +105,15 @@ def check_layers(
 def check_calibration(hidden_states: str, nsamples: int) -> None:
     """Refuse a place of the hidden states that is missing, and too few windows for all processes."""
     if hidden_states == "gpu" and not cpu.gpus():
-        fix = "leave it out, or use cpu or disk"
-        raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", fix)
+        raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", "use cpu or disk")
     if nsamples < processes.count():
-        problem = f"{processes.count()} processes share them, so give at least as many"
-        raise UserError("nsamples", nsamples, problem)
+        raise UserError(
+            "nsamples", nsamples, "is too few to share", f"give one for each of {processes.count()} processes"
+        )
 
 
 def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | None:
-    """Return the dtype of the products in calibration's passes, None for the model's own.
-
-    Raises:
-        UserError: the model is not computed in float32.
-    """
+    """Return the dtype of the products in a float32 model's calibration passes, None for the model's own."""
     if name is None:
         return None
     if compute != torch.float32:
@@ -141,9 +122,6 @@ def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | N
     if not cpu.gpus() and not cpu.multiplies(torch.bfloat16):
         log.warning("--calib_dtype %s: this CPU has no instructions for it, so that it is slower than float32", name)
     return getattr(torch, name)
-
-
-# ---------------------------------------------------------------------------------------------------------- streaming
 
 
 def must_stream(task: Task, stream: str, fits: bool, zero_shot: bool, packed: bool, saved: bool) -> bool:
@@ -161,16 +139,13 @@ def must_stream(task: Task, stream: str, fits: bool, zero_shot: bool, packed: bo
         raise UserError("stream", "never", problem, "leave it out, or start one process, which uses all GPUs")
     if stream == "never" or (stream == "auto" and fits):
         return False
-    why = "with --stream always" if stream == "always" else "the model does not fit into memory"
+    why = "the model " + ("is streamed (--stream always)" if fits else "does not fit into the memory of GPUs and CPU")
     if task.needs == "price":
-        fix = "use more or larger GPUs, or a --plan"
-        raise UserError("prune_method", task.method, f"{why}, and a streamed model has no prices", fix)
+        raise UserError("prune_method", task.method, f"{why}, and a streamed model has no prices", "use a --plan")
     if zero_shot and not fits:
-        problem = "the model does not fit into the memory of the GPUs and the CPU together, which lm-eval needs"
-        raise UserError("eval_zero_shot", None, problem, "leave it out, and measure on more GPUs")
+        raise UserError("eval_zero_shot", None, f"{why}, where lm-eval needs it", "leave it out, or use more GPUs")
     if task.pruner and packed:
-        fix = "pack it afterwards: scripts/speedup/pack.py"
-        raise UserError("packed", None, f"{why}, and streamed blocks go to disk as they are", fix)
+        raise UserError("packed", None, f"{why}, and is streamed unpacked", "use scripts/speedup/pack.py afterwards")
     if task.pruner and not saved:
-        raise UserError("stream", stream, f"{why}, and pruned blocks then go to disk", "add --save_model DIR")
+        raise UserError("stream", stream, f"{why}, so that pruned blocks go to disk", "add --save_model DIR")
     return True

@@ -48,8 +48,6 @@ class LanguageModel:
     def __init__(self, planned: Sequence[Experiment] = ()) -> None:
         self.planned = tuple(planned)
 
-    # ----------------------------------------------------------------------------------- before the weights are loaded
-
     def prepare(self, settings: Experiment, task: Task) -> None:
         """Take up what a run needs besides the weights, and refuse what cannot work: 13 GB take a while to load."""
         source = processes.on_main(lambda: locate.locate(settings.model, settings.cache_dir))
@@ -148,17 +146,13 @@ class LanguageModel:
 
     def describe(self, flags: Mapping[str, object]) -> dict:
         """Return what the run's record says of the model and its texts."""
-        description = {"model": self.source._asdict() | {
-            "dtype": str(self.dtypes.compute).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in self.skeleton.parameters()),
-        }}  # fmt: skip
-        for name, flag in (("calibration", "calib_data"), ("evaluation", "eval_data")):
-            cut = getattr(self, name)
-            windows = None if cut is None else {"text": flags[flag], "windows": len(cut), "seqlen": self.seqlen}
-            description[name] = windows
-        return description
-
-    # --------------------------------------------------------------------------------------------------- with weights
+        model = self.source._asdict() | {"dtype": str(self.dtypes.compute).removeprefix("torch.")}
+        model["parameters"] = sum(p.numel() for p in self.skeleton.parameters())
+        windows = {"calibration": ("calib_data", self.calibration), "evaluation": ("eval_data", self.evaluation)}
+        return {"model": model} | {
+            name: None if cut is None else {"text": flags[flag], "windows": len(cut), "seqlen": self.seqlen}
+            for name, (flag, cut) in windows.items()
+        }
 
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""
@@ -223,15 +217,11 @@ class LanguageModel:
             return False
         return True
 
-    def zero_shot(
-        self, saved: str | None, num_fewshot: int, limit: int | None, batch: int | str
-    ) -> zero_shot.ZeroShotResult:
-        """Return the accuracy on the questions; a streamed model, which fits into memory, is read from its folder.
-
-        The folder is the one where the pruned model was ``saved``, the model's own if nothing was pruned.
-        """
+    def zero_shot(self, settings: Experiment, saved: str | None) -> zero_shot.ZeroShotResult:
+        """Return the accuracy on the questions; a streamed model is read from where it was ``saved``, if it changed."""
         model = self.weights.model
         if self.weights.streamed:
             source = self.source if saved is None else locate.locate(saved, self.source.cache_dir)
             model = load.load_llm(source, self.dtypes.compute, processes.device(), reserve=self.reserve)
-        return zero_shot.zero_shot(model, self.tokenizer, self.questions, num_fewshot, limit, batch)
+        how = (settings.num_fewshot, settings.limit, settings.eval_batch_size)
+        return zero_shot.zero_shot(model, self.tokenizer, self.questions, *how)

@@ -27,8 +27,7 @@ from lib.spectra import measure
 
 log = logging.getLogger("main")
 
-# A measured sparsity may miss the target by this much before it is worth a warning.
-MISSED = 0.002
+Values = Mapping[str, float]  # by the layer's name
 
 
 class Subject(Protocol):
@@ -52,7 +51,7 @@ class Subject(Protocol):
 
 def measure_values(
     subject: Subject, task: Task, measurement: Measurement, options: price.SearchOptions, journal: Journal | None = None
-) -> tuple[Mapping[str, float] | None, price.SearchResult | None]:
+) -> tuple[Values | None, price.SearchResult | None]:
     """Return the values that the allocation needs for each layer, and the search that found them, None without one.
 
     The ``measurement`` is the metric, for _ww; the ``options`` are those of the search, for _price.
@@ -80,11 +79,7 @@ def measure_values(
 
 
 def search_prices(
-    subject: Subject,
-    task: Task,
-    start: Mapping[str, float] | None,
-    options: price.SearchOptions,
-    journal: Journal | None,
+    subject: Subject, task: Task, start: Values | None, options: price.SearchOptions, journal: Journal | None
 ) -> price.SearchResult:
     """Return the result of the search for ratios of equal price, which begins with the ratios ``start``.
 
@@ -94,21 +89,18 @@ def search_prices(
     if journal and (earlier := journal.get("prices", key)) is not None:
         log.info("the ratios of equal price are those that the interrupted run found")
         return price.SearchResult.of(earlier)
-    if processes.count() > 1:
-        log.info("the first process searches for prices, the others wait for them")
 
     def search_alone() -> price.SearchResult:
         with processes.single_process():
             model = subject.price_model(options.effort, task.by_magnitude)
             return price.search(model, subject.weights.layers, task.target, start, options)
 
-    begin = tuple((start or {}).items())
-    scores_key = ("price", task.target, task.by_magnitude, begin, options, *subject.search_digests)
-    if scores_key not in subject.scores:
-        subject.scores[scores_key] = processes.on_main(search_alone)
+    asked = ("price", task.target, task.by_magnitude, *(start or {}).items(), options, *subject.search_digests)
+    if asked not in subject.scores:
+        subject.scores[asked] = processes.on_main(search_alone)
     if journal:
-        journal.put("prices", key, subject.scores[scores_key]._asdict())
-    return subject.scores[scores_key]
+        journal.put("prices", key, subject.scores[asked]._asdict())
+    return subject.scores[asked]
 
 
 def _search_key(subject: Subject, task: Task) -> str:
@@ -116,9 +108,7 @@ def _search_key(subject: Subject, task: Task) -> str:
     return digest([task.identity, subject.search_digests, subject.name, subject.weights.fingerprints()])
 
 
-def make_plan(
-    task: Task, layers: Sequence[Layer], values: Mapping[str, float] | None, trial: float | None = None
-) -> SparsityPlan:
+def make_plan(task: Task, layers: Sequence[Layer], values: Values | None, trial: float | None = None) -> SparsityPlan:
     """Return the allocation's plan for ``values``; ``trial`` is an epsilon to try instead of the flag's."""
     allocation = formulas.ALLOCATIONS[task.allocation]
     hyper = {name: task.hyper[name] for name in allocation.flags} | ({} if trial is None else {"epsilon": trial})
@@ -131,7 +121,7 @@ def make_plan(
 
 
 def allocate(
-    subject: Subject, task: Task, values: Mapping[str, float] | None, journal: Journal | None = None
+    subject: Subject, task: Task, values: Values | None, journal: Journal | None = None
 ) -> tuple[SparsityPlan, list[epsilon.Trial]]:
     """Return the plan, and the trials made for it with --epsilon auto."""
     layers = subject.weights.layers
@@ -155,7 +145,7 @@ def prune(
     subject: Subject,
     task: Task,
     plan: SparsityPlan,
-    values: Mapping[str, float] | None,
+    values: Values | None,
     propagate: str,
     journal: Journal | None = None,
 ) -> list[walk.LayerReport]:
@@ -198,15 +188,14 @@ def write_plan(
 ) -> None:
     """Write the plan to ``save_plan``, with the ``flags`` behind it, and as an llm-compressor ``recipe``, if asked."""
     layers = subject.weights.layers
-    content = plans.llm_compressor_recipe(plan, layers, task.pruner_name) if recipe else None
+    if recipe:
+        files.write_atomically(Path(recipe), plans.llm_compressor_recipe(plan, layers, task.pruner_name))
     if save_plan:
         plans.save_plan(Path(save_plan), plan, subject.name, layers, {"method": task.method, "flags": flags})
-    if content:
-        files.write_atomically(Path(recipe), content)
 
 
 def warn_if_off_target(task: Task, sparsity: float) -> None:
     """Warn if the measured ``sparsity`` of a pruned model misses the target by more than rounding."""
-    if task.pruner and abs(sparsity - task.target) > MISSED:
+    if task.pruner and abs(sparsity - task.target) > 0.002:
         text = "the measured sparsity, %.4f, misses the target of %g: per row, Wanda removes a whole number of weights"
         log.warning(text, sparsity, task.target)

@@ -77,7 +77,7 @@ def test_values_defaults_and_what_was_given():
         ("--press --colour green", "--press with green fruit: too sour"),
         ("--weight 1", "unrecognized arguments: --weight 1. Did you mean '--Weight'? (--help lists the flags)"),
         ("--pulp maybe", "argument --pulp: invalid true_or_false value: 'maybe' (--help lists the flags)"),
-        ("--press --litres all", "argument --litres: invalid auto_or_number value: 'all' (--help lists the flags)"),
+        ("--press --litres all", "argument --litres: invalid auto_or_float value: 'all' (--help lists the flags)"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_in_the_commands_own_spelling(typed, line, capsys):
