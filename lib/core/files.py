@@ -93,6 +93,14 @@ def write_atomically(path: Path, content: str) -> None:
             file.write(content.encode())
 
 
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """Return a matplotlib figure of ``width`` x ``height`` inches, and an array of its axes, row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+
+
 def save_figure(figure, path: Path, dpi: int) -> None:
     """Write a matplotlib ``figure`` as a PNG; only the main process writes."""
     if processes.is_main():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from lib.calibration.hidden import BlockInputs, advance, passes
+from lib.calibration.hidden import BlockInputs, advance, pass_samples
 from lib.calibration.statistics import input_statistics
 from lib.core import processes
 from lib.core.errors import UserError, flag_name
@@ -25,10 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
-    """One row of the per-layer table: planned ``ratio`` and measured ``sparsity`` are fractions of the matrix.
-
-    ``nm`` is (N, M) if N of every M columns were kept.
-    """
+    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None."""
 
     name: str
     shape: tuple[int, ...]
@@ -83,7 +79,7 @@ def walk(
             keep = dense and bool(block.linears)  # its dense outputs replace its inputs
             if stored:
                 if keep:
-                    deque(passes(block, inputs, keep=True), 0)  # while it is dense, as in a run without a stop
+                    pass_samples(block, inputs, keep=True)  # while it is dense, as in a run without a stop
                 weights.load_block(block.index, journal.path(block.index))
                 rows = journal.finished[block.index]
             else:
@@ -101,7 +97,7 @@ def walk(
 def _store(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[LayerReport]) -> None:
     """Store a finished block durably; if the disk is full, pruning continues in memory without it."""
     try:
-        journal.add(block.index, weights.tensors(block.index), weights.save_dtype or block.dtype, rows)
+        journal.add(block.index, weights.tensors(block.index), weights.save_dtype or weights.model.dtype, rows)
     except UserError as error:
         if weights.streamed:
             raise
@@ -117,8 +113,7 @@ def _prune_block(
     """Prune the layers of a block; those that share an input, and so a statistic, are pruned by one process."""
     groups, owners = [(list(block.linears), None)], [processes.rank()]  # without a statistic, by every process
     if inputs is not None:
-        steps = passes(block, inputs, keep) if block.linears else ()
-        groups = input_statistics(block.linears, pruner.statistic, inputs.samples, steps, stop=not keep)
+        groups = input_statistics(block, inputs, pruner.statistic, keep)
         owners = processes.owners([_cost(block, *group) for group in groups])
     owner_of = {name: owner for (names, _), owner in zip(groups, owners, strict=True) for name in names}
     for owner in owners:
@@ -172,11 +167,7 @@ def _report(block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None
 
 
 def check_saved(folder: Path, weights: Weights, measured: float) -> None:
-    """Read a saved folder back: its sparsity must equal that of the model in memory.
-
-    Raises:
-        UserError: it does not, so that something else wrote there, or the disk is at fault.
-    """
+    """Read a saved folder back, and raise a UserError unless its sparsity is the one ``measured`` in memory."""
     written = checkpoint_sparsity(folder, [layer.name for layer in weights.layers])
     if written != measured:
         problem = f"holds a sparsity of {written:.6f} as read back, and the pruned model has {measured:.6f}"
@@ -184,11 +175,7 @@ def check_saved(folder: Path, weights: Weights, measured: float) -> None:
 
 
 def checkpoint_sparsity(folder: Path, names: list[str]) -> float:
-    """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files.
-
-    Raises:
-        RuntimeError: the files contain none of these layers.
-    """
+    """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files."""
     weights = {f"{name}.weight" for name in names}
     zeros = total = 0
     for path in folder.glob("*.safetensors"):

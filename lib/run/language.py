@@ -17,7 +17,7 @@ from lib.core.lazy import torch, transformers
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
 from lib.models.layers import Layer, prunable_layers
-from lib.models.safetensors_io import Checkpoint
+from lib.models.safetensors_io import read_checkpoint
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
 from lib.pruning import walk
@@ -73,7 +73,7 @@ class LanguageModel:
         if task.is_calibrated:
             checks.check_calibration(settings.hidden_states, settings.nsamples)
         if settings.save_model:
-            size = memory.saved_bytes(self.skeleton, source, self.dtypes.save)
+            size = memory.saved_bytes(self.skeleton, source.path, self.dtypes.save)
             unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
             checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
 
@@ -86,7 +86,7 @@ class LanguageModel:
         self.streamed: Path | None = None
         if not sparse.is_packed(source.path) and checks.must_stream(task, settings.stream, self.fits, *outputs):
             self.streamed = locate.local_copy(source)
-            Checkpoint(self.streamed)  # refuses what cannot be streamed
+            read_checkpoint(self.streamed)  # refuses what cannot be streamed
 
     def _forget(self) -> None:
         """Forget an earlier run's model, and what depends on it."""
@@ -189,9 +189,7 @@ class LanguageModel:
             self.weights = Packed(sparse.load_packed(source.path), self.layers)
         elif self.streamed:
             log.info("streaming %s block by block", self.streamed)
-            model = load.empty_llm(source, self.streamed, dtypes.compute)
-            device = processes.device() or memory.freest()  # which the blocks visit
-            self.weights = Streamed(model, Checkpoint(self.streamed), device, dtypes.save)
+            self.weights = Streamed(self.streamed, dtypes, processes.device() or memory.freest())
         else:
             log.info("loading %s", source.path)
             model = load.load_llm(source, dtypes.compute, processes.device(), reserve=self.reserve)
@@ -221,10 +219,7 @@ class LanguageModel:
             raise journal.failure
 
         def complete() -> None:
-            outer_tensors = self.weights.outer_tensors()
-            load.complete_folder(
-                journal.folder, self.weights.model, self.tokenizer, outer_tensors, self.dtypes.save
-            )
+            load.complete_folder(journal.folder, self.weights, self.tokenizer, self.dtypes.save)
             walk.check_saved(journal.folder, self.weights, sparsity)
             journal.finish(packed)
 

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from lib.allocation import price
 from lib.allocation.epsilon import Trial, best
-from lib.allocation.price import Found
+from lib.allocation.price import SearchResult
 from lib.cli.task import Measurement, Task
 from lib.core import files, processes
 from lib.models.layers import Layer
@@ -56,7 +56,7 @@ def show_trials(console: Console, record: Record, trials: Sequence[Trial]) -> No
 
 
 def show_prices(
-    console: Console, record: Record, search: Found | None, data: str = "windows", of: str = "token"
+    console: Console, record: Record, search: SearchResult | None, data: str = "windows", of: str = "token"
 ) -> None:
     """Print, record and plot the search for prices, if there was one; printed are the steps evaluated on held-out data.
 
@@ -69,7 +69,7 @@ def show_prices(
     steps = [step._asdict() for step in search.steps]
     outcome = {"kept": search.kept, "dtype": search.dtype, "held_out_kl": search.held, "steps": steps}
     record.content["price_search"] = outcome
-    files.save_figure(price.draw(search), record.folder / f"price_{record.run}.png", dpi=130)
+    files.save_figure(price.draw_search(search), record.folder / f"price_{record.run}.png", dpi=130)
 
     rows = [
         (str(i), f"{step.spread:.3f}", f"{step.fit:.4f}", f"{step.held:.4f}")
