@@ -36,7 +36,7 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     Path("nothing").mkdir()
     for folder in ("old/wanda_0.5/deployment", "strange/wanda_0.5", "linked"):
         Path(folder).mkdir(parents=True)
-    Path("old/wanda_0.5/pruning.json").write_text("{}")
+    Path("old/wanda_0.5/pruning.jsonl").write_text("{}")
     Path("old/wanda_0.5/deployment/decode.onnx").write_text("an export of the weights")
     Path("strange/wanda_0.5/notes.txt").write_text("nobody's")
     Path("linked/wanda_0.5").symlink_to("../old/wanda_0.5")
@@ -68,7 +68,7 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     Path("earlier").mkdir()
     shutil.copytree("tiny-llama", "earlier/wanda_0.5")
     shutil.copy(tiny_text, "earlier/wanda_0.5/text.txt")
-    Path("earlier/wanda_0.5/pruning.json").write_text("{}")
+    Path("earlier/wanda_0.5/pruning.jsonl").write_text("{}")
     Path("plans").mkdir()
     rows = {layer.name: {"ratio": 0.5, "shape": list(layer.shape)} for layer in layers}
     good = {"model": "tiny-llama", "target": 0.5, "layers": rows}
@@ -281,7 +281,7 @@ BEFORE_LOADING = {
     # what would be replaced
     f"{WANDA} --save_model plain": "plain/wanda_0.5: is not a folder, and would be replaced",
     f"{WANDA} --save_model linked": "linked/wanda_0.5: is a link, and would be replaced",
-    f"{WANDA} --save_model strange": "no earlier run wrote it (it holds no pruning.json)",
+    f"{WANDA} --save_model strange": "no earlier run wrote it (it holds no pruning.jsonl)",
     f"{WANDA} --save_model old": "and with it the folder deployment, which no pruning wrote; move it away",
     f"{WANDA} --model earlier/wanda_0.5 --save_model earlier": "earlier/wanda_0.5 is --model itself, and",
     f"{WANDA} --model earlier/wanda_0.5/ --save_model ./other/../earlier": "wanda_0.5 is --model itself",

@@ -396,7 +396,7 @@ def on_disk(method: str) -> tuple[list[str], dict]:
     return sorted(p.name for p in Path("save").iterdir()), json.loads(Path(f"save/run_{run}.json").read_text())
 
 
-@pytest.mark.parametrize("error", [UserError(None, "no"), torch.OutOfMemoryError("CUDA out of memory"),
+@pytest.mark.parametrize("error", [UserError(None, None, "no"), torch.OutOfMemoryError("CUDA out of memory"),
                                    KeyboardInterrupt()], ids=lambda e: type(e).__name__)  # fmt: skip
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_failing_evaluation_leaves_the_model_and_the_layers(error, keep, tiny_run, monkeypatch, capsys, caplog):
