@@ -159,7 +159,7 @@ def prune(
         device = next(iter(subject.weights.visit())).device.type
         # The number of processes determines the order of float32 additions.
         machine = versions | {"device": device, "processes": str(processes.count())}
-        identity = {"flags": task.identity, "versions": machine, "plan": digest(plan)}
+        identity = {"model": subject.name, "flags": task.identity, "versions": machine, "plan": digest(plan)}
         identity |= {"calibration": subject.calibration_digest, "fingerprints": subject.weights.fingerprints()}
         journal.begin(identity)
     inputs = subject.inputs()._replace(dtype=subject.calib_dtype) if task.pruner.statistic else None

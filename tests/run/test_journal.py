@@ -76,7 +76,7 @@ POINTS = {
     "inside a solve": (walk, "_prune_layers", 6),
     "while a shard is written": (os, "fsync", 1, "model-block-00001"),
     "between shard and progress": (Progress, "add", 1, "'block', '1'"),
-    "while progress is written": (os, "fsync", 3, "pruning.jsonl"),
+    "while progress is written": (os, "fsync", 3, "progress.jsonl"),
     "after a block": (walk, "_prune_block", 3),
     "while the model is completed": (safetensors_io, "write_index", 1),
     "before the model is finished": (Journal, "finish", 1),
@@ -302,10 +302,10 @@ def test_a_shard_that_is_not_a_finished_block_is_no_part_of_the_model(how, stopp
 @pytest.mark.parametrize(("point", "folder"), [("after a block", PARTIAL), ("in evaluation", KEPT)])
 def test_damaged_progress_is_one_line(point, folder, stopped, unbroken, capsys):
     stopped(point)
-    path = folder / "pruning.jsonl"
+    path = folder / "progress.jsonl"
     path.write_bytes(path.read_bytes().replace(b'{"kind"', b'{"ki'))
     assert run() == 2
-    assert "pruning.jsonl: is damaged (" in (line := only_line(capsys)) and "add --restart to begin again" in line
+    assert "progress.jsonl: is damaged (" in (line := only_line(capsys)) and "add --restart to begin again" in line
     assert in_kept() == [folder.name], "it stays where it was"
     assert run("--restart") == 0 and hashes(KEPT) == unbroken
 
