@@ -28,7 +28,7 @@ from lib.models.weights import Block, Weights, check_finite, swapped_weights
 log = logging.getLogger(__name__)
 
 # Names of the dtypes to search in.
-DTYPES = ("auto", "float32", "bfloat16")
+PRICE_DTYPES = ("auto", "float32", "bfloat16")
 # Fraction of a row, centred on the threshold, over which the derivative is averaged.
 BAND = 0.1
 # Factor of the loss before it is differentiated: most gradients of logits (at most 1) would underflow in float16.
@@ -61,7 +61,7 @@ class PriceModel(Protocol):
 
 
 def search_dtype(name: str, device: torch.device, model_dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype that a name of DTYPES stands for, None for the model's."""
+    """Return the dtype that a name of PRICE_DTYPES stands for, None for the model's."""
     if name == "auto":
         pays = device.type == "cpu" and model_dtype == torch.float32 and cpu.multiplies(torch.bfloat16)
         return torch.bfloat16 if pays else None

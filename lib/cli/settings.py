@@ -159,7 +159,7 @@ class AllocationFlags(Flags):
     price_dtype: str = flag(
         "auto",
         "{choices}; auto: bfloat16 on a CPU that multiplies it, else the model's own",
-        choices=price_model.DTYPES,
+        choices=price_model.PRICE_DTYPES,
         only="_price",
     )
     price_effort: str = flag(

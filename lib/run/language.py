@@ -17,7 +17,7 @@ from lib.core.lazy import torch, transformers
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
 from lib.models.layers import Layer, prunable_layers
-from lib.models.safetensors_io import read_checkpoint
+from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
 from lib.pruning import walk
@@ -86,7 +86,7 @@ class LanguageModel:
         self.streamed: Path | None = None
         if not sparse.is_packed(source.path) and checks.must_stream(task, settings.stream, self.fits, *outputs):
             self.streamed = locate.local_copy(source)
-            read_checkpoint(self.streamed)  # refuses what cannot be streamed
+            checkpoint_entries(self.streamed)  # refuses what cannot be streamed
 
     def _forget(self) -> None:
         """Forget an earlier run's model, and what depends on it."""
