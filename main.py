@@ -52,18 +52,16 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
 
         with record.stage("measure"):
             values, search = pipeline.measure_values(subject, task, measurement, settings.price_options(), journal)
-            record.content |= report.price_entries(search)
-        report.show_prices(console, search)
+        report.show_prices(console, record, search)
         if settings.metrics_only:
             report.show_metric(console, settings.model, subject.layers, values, measurement)
-            return record.whole() | {"metric": values}
+            return record.content | {"metric": values}
 
         if task.pruner:
             with record.stage("allocate"):
                 plan, trials = pipeline.allocate(subject, task, values, journal)
                 pipeline.write_plan(subject, task, plan, settings.save_plan, settings.export_llmcompressor, flags)
-                record.content |= report.epsilon_entries(trials)
-            report.show_trials(console, trials)
+            report.show_trials(console, record, trials)
 
             with record.stage("prune"):
                 record.rows = pipeline.prune(subject, task, plan, values, settings.statistics, journal)
@@ -74,14 +72,13 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
             # The model is saved before whatever may still fail.
             write = partial(subject.save, journal, settings.packed, sparsity) if journal else None
             unsaved = pipeline.save(record, write)
-            report.draw_prices(record, search)
             evaluate(subject, settings, record, console)
             record.write(complete=unsaved is None)
 
     report.show_run(console, record)
     if unsaved:
         raise unsaved
-    return record.whole()
+    return record.content
 
 
 def evaluate(subject: LanguageModel, settings: Experiment, record: Record, console: Console) -> None:

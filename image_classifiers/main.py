@@ -53,9 +53,7 @@ def run(settings: ImageExperiment, console: Console) -> dict:
         with record.stage("measure"):
             measurement, options = settings.measurement(subject.name), settings.price_options()
             values, search = pipeline.measure_values(subject, task, measurement, options)
-            record.content |= report.price_entries(search)
-        report.show_prices(console, search, "images", "image")
-        report.draw_prices(record, search)
+        report.show_prices(console, record, search, "images", "image")
         with record.stage("allocate"):
             plan, _ = pipeline.allocate(subject, task, values)
         with record.stage("prune"):
@@ -75,7 +73,7 @@ def run(settings: ImageExperiment, console: Console) -> dict:
     show_accuracy(settings, task, record, console)
     if unsaved:
         raise unsaved
-    return record.whole()
+    return record.content
 
 
 def resume(settings: ImageExperiment, record: Record) -> str:

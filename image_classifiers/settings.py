@@ -163,6 +163,6 @@ class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, AccuracyFla
         """Return how the metric of the ``model`` is measured, and where it is cached."""
         return Measurement(self.ww_metric, Path(self.ww_metric_cache) / model)
 
-    def price_options(self) -> price.Options:
+    def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""
-        return price.Options(self.price_steps, self.price_refresh, EFFORT)
+        return price.SearchOptions(self.price_steps, self.price_refresh, EFFORT)

@@ -86,7 +86,6 @@ def run(settings: Evaluate) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
     return command(Evaluate, run, argv, PARSER, out_of_memory="lower --ctx_length, or use more GPUs")
 
 

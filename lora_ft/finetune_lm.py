@@ -23,6 +23,7 @@ from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.core.lazy import Lazy, torch, transformers
 from lib.core.names import check_name
+from lib.models import load
 from lib.models.layers import prunable_layers
 from lib.run.record import explain_failure, run_text
 from lora_ft import common, resumption
@@ -41,6 +42,12 @@ class Lora(common.PrunedModel):
     _title: ClassVar[str] = "adapter"
 
     model: str = flag(MISSING, "the pruned model: folder or hub id", aliases=["model"], title="model")
+    dtype: str = flag(
+        "auto",
+        "{choices} of the frozen weights; auto: that of --bf16 or --fp16, else float32",
+        choices=load.DTYPES,
+        title="model",
+    )
     lora_r: int = flag(8, "rank of the adapters", least=1, metavar="R")
     lora_alpha: int = flag(16, "scale of the adapters, divided by their rank", least=1, metavar="A")
     lora_dropout: float = flag(0.05, "of the adapters' input, a share in [0, 1)", least=0, below=1, metavar="P")
@@ -297,10 +304,7 @@ def evaluate(trainer, record: dict, name: str) -> None:
 
 def plot_losses(history: list[dict], path: Path) -> None:
     """Draw the training and the evaluation loss over the steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = files.new_figure(6, 4)
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
         rows = [row for row in history if key in row]
         axes.plot([row["step"] for row in rows], [row[key] for row in rows], marker=".", label=label)
@@ -310,10 +314,12 @@ def plot_losses(history: list[dict], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # A training text is long.
     rest: list[str] = []
-    fix = "lower --per_device_train_batch_size or --block_size, or add --gradient_checkpointing"
+    fix = (
+        "lower --per_device_train_batch_size or --block_size, add --gradient_checkpointing, or start one process, "
+        "which spreads the model over all GPUs"
+    )
     return answer(PARSER.prog, Finetune, lambda: run(parse(Finetune, argv, PARSER, rest), rest), RESUME, True, fix)
 
 

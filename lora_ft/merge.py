@@ -15,7 +15,7 @@ from rich.console import Console
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
 from lib.core import files
-from lib.core.errors import UserError
+from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
 from lib.evaluation.perplexity import perplexity
 from lib.models import load, memory
@@ -123,12 +123,11 @@ def merge(model: torch.nn.Module, weights: Weights, before: Mapping[str, torch.T
         if weights.save_dtype is not None:
             weight.copy_(weight.to(weights.save_dtype))
         if not is_finite(weight):
-            problem = f"its product added to {name} is not finite"
-            raise UserError("lora_weights", None, problem, "train it again, or try --dtype bfloat16")
+            fix = f"train it again, or try {flag_name('dtype')} bfloat16"
+            raise UserError("lora_weights", None, f"makes weights of {name} infinite or not a number", fix)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
     resume = "the same command starts again, if nothing was written to --save yet"
     return command(Merge, run, argv, PARSER, resume, out_of_memory="lower --ctx_length, or use more GPUs")
 

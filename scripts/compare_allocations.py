@@ -60,7 +60,6 @@ def tabulated(comparison: Comparison, runs: pandas.DataFrame) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, 1 if a setting failed, 2 for a wrong flag."""
     return command(Comparison, partial(sweep.run, report=tabulated), argv, PARSER, resume=sweep.RESUME)
 
 

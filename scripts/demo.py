@@ -107,7 +107,6 @@ def run(demo: Demo) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, 1 if a setting failed, 2 for a wrong flag."""
     return command(Demo, run, argv, PARSER, resume=sweep.RESUME)
 
 

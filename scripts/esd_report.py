@@ -26,8 +26,6 @@ from lib.spectra.tail import PowerLaw, fit_tail, peak_candidates
 
 log = logging.getLogger("main")
 
-MOST_TICKS = 40  # On an axis of blocks; more labels would overlap.
-
 PAGE = """# {title}
 
 {count} matrices; {metric} from {lowest:.3f} ({first}) to {highest:.3f} ({last}), mean {mean:.3f}.
@@ -58,11 +56,6 @@ class Settings(ModelFlags, AllocationFlags):
     ).split()
 
     sparsity_ratio: float = flag(0.7, "of the plan that is shown, a fraction", above=0, below=1, metavar="S")
-    layers: str | None = flag(
-        None,
-        "names of layers whose spectra are drawn (default: of the smallest, the middle and the largest metric)",
-        metavar="A,B",
-    )
     save: str = flag("results/esd_report", "where the report is written", metavar="DIR")
 
     def traits(self) -> set[str]:
@@ -92,23 +85,19 @@ def report(settings: Settings) -> Path:
     task = run.task()
     files.check_writable("save", folder)
     subject.prepare(run, task)
-    names = [layer.name for layer in subject.layers]
-    chosen = [] if settings.layers is None else [_full_name(name, names) for name in settings.layers.split(",")]
-
     subject.load()
     measurement = run.measurement(subject.name)
     values, _ = pipeline.measure_values(subject, task, measurement, run.price_options())
     ratios = pipeline.make_plan(task, subject.layers, values).ratios
     layers = pandas.DataFrame({
-        "name": names,
+        "name": [layer.name for layer in subject.layers],
         "block": [layer.block for layer in subject.layers],
         "shape": ["x".join(map(str, layer.shape)) for layer in subject.layers],
-        run.ww_metric: [values[name] for name in names],
-        "planned_ratio": [ratios[name] for name in names],
+        run.ww_metric: [values[layer.name] for layer in subject.layers],
+        "planned_ratio": [ratios[layer.name] for layer in subject.layers],
     })  # fmt: skip
     ordered = layers.sort_values(run.ww_metric)["name"].tolist()
-    chosen = chosen or [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
-    spectra = _spectra(subject.weights, chosen, measurement)
+    spectra = _spectra(subject.weights, [ordered[0], ordered[len(ordered) // 2], ordered[-1]], measurement)
 
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{subject.name}: {run.ww_metric}"
@@ -127,74 +116,57 @@ def report(settings: Settings) -> Path:
     return folder / "report.md"
 
 
-def _full_name(name: str, names: Sequence[str]) -> str:
-    matches = [full for full in names if full == name or full.endswith("." + name)]
-    if len(matches) != 1:
-        problem = f"{len(matches)} layers end in that" if matches else "layer not found"
-        raise UserError("layers", name, problem, f"give names such as {names[0]}")
-    return matches[0]
-
-
 def _spectra(weights: Weights, names: Sequence[str], measurement: Measurement) -> dict[str, Spectrum]:
     """Return the spectra of the layers ``names``, in that order, on the CPU."""
-    spectra = {}
-    how = measurement.settings
+    spectra, how = {}, measurement.settings
     for block in weights.visit():
         for name in block.linears.keys() & set(names):
-            spectra[name] = spectrum(block.linears[name].weight, how.driver, how.farms)
-            spectra[name] = spectra[name]._replace(eigs=spectra[name].eigs.cpu())
+            whole = spectrum(block.linears[name].weight, how.driver, how.farms)
+            spectra[name] = whole._replace(eigs=whole.eigs.cpu())
     return {name: spectra[name] for name in names}
 
 
 def draw_blocks(layers: pandas.DataFrame, sizes: pandas.Series, title: str):
     """Draw each block's mean metric and its planned ratio, weighted by size, as bars, one above the other."""
-    from matplotlib.figure import Figure
-
-    metric = layers.columns[3]
+    metric, blocks = layers.columns[3], layers["block"]
     means = layers.groupby("block")[metric].mean()
-    ratios = (layers["planned_ratio"] * sizes).groupby(layers["block"]).sum() / sizes.groupby(layers["block"]).sum()
-    figure = Figure(figsize=(max(6.0, 2.0 + 0.16 * len(means)), 5.5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    ratios = (layers["planned_ratio"] * sizes).groupby(blocks).sum() / sizes.groupby(blocks).sum()
+    figure, (upper, lower) = files.new_figure(max(6.0, 2.0 + 0.16 * len(means)), 5.5, rows=2)
     upper.bar(means.index, means, color="tab:blue")
     upper.set(ylabel=f"mean {metric}", title=title)
     lower.bar(ratios.index, ratios, color="tab:orange")
     lower.axhline(ratios.mean(), color="black", linewidth=0.8, linestyle="--")
     lower.set(ylabel="planned sparsity", ylim=(0, 1), xlabel="block")
-    lower.set_xticks(range(0, len(means), -(-len(means) // MOST_TICKS)))
-    lower.tick_params(axis="x", labelsize=8)
+    for axes in (upper, lower):
+        label_blocks(axes, len(means))
     return figure
 
 
 def draw_heat_map(layers: pandas.DataFrame, title: str):
     """Draw the metric, a row for each type of matrix and a column for each block."""
-    from matplotlib.figure import Figure
-
     metric, kinds = layers.columns[3], layers["name"].str.rpartition(".")[2]
     grid = layers.assign(kind=kinds).pivot(index="kind", columns="block", values=metric).loc[kinds.unique()]
     rows, columns = grid.shape
-    figure = Figure(figsize=(max(6.0, 2.5 + 0.16 * columns), 1.2 + 0.35 * rows), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = files.new_figure(max(6.0, 2.5 + 0.16 * columns), 1.2 + 0.35 * rows)
     low, high = numpy.nanpercentile(grid, [1, 99])  # one outlier would leave the rest in one colour
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
     axes.set_yticks(range(rows), grid.index)
-    axes.set_xticks(range(0, columns, -(-columns // MOST_TICKS)))
-    axes.tick_params(axis="x", labelsize=8)
     axes.set(xlabel="block", title=title)
+    label_blocks(axes, columns)
     figure.colorbar(image, ax=axes, label=metric, extend="both")
     return figure
 
 
+def label_blocks(axes, count: int) -> None:
+    """Label at most 40 of the blocks on the horizontal axis; more labels would overlap."""
+    axes.set_xticks(range(0, count, -(-count // 40)))
+    axes.tick_params(axis="x", labelsize=8)
+
+
 def draw_spectra(spectra: Mapping[str, Spectrum], metric: str):
     """Draw the density of each layer's eigenvalues over log axes, and its fitted tail."""
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(spectra))
-    rows = -(-len(spectra) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    for axes in grid[len(spectra) :]:
-        axes.set_axis_off()
-    for (name, spec), axes in zip(spectra.items(), grid, strict=False):
+    figure, grid = files.new_figure(4.2 * len(spectra), 3.6, columns=len(spectra))
+    for (name, spec), axes in zip(spectra.items(), grid, strict=True):
         axes.set_title(name, fontsize=8)
         _draw_spectrum(axes, spec.eigs[spec.eigs > 0], metric)
     return figure
@@ -238,7 +210,6 @@ def _fit(eigs: torch.Tensor, metric: str) -> PowerLaw | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
     return command(Settings, lambda settings: print(f"written: {report(settings)}"), argv, PARSER)
 
 

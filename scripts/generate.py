@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import statistics
 import sys
@@ -9,11 +10,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import MISSING, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,9 +41,7 @@ class Generation(Flags):
     prompt: str = flag(MISSING, "the text to continue", positional=True, metavar="PROMPT")
     tokens: int = flag(64, "new tokens at most", least=2, metavar="N")
     compare: str | None = flag(None, "run this model, too, in turns, and print the ratio", metavar="DENSE")
-    threads: int = flag(
-        0, "threads (0: as many as torch takes)", least=0, most=len(cpu.usable()), metavar="N"
-    )
+    threads: int = flag(0, "threads (0: as many as torch takes)", least=0, most=len(cpu.usable()), metavar="N")
     cache_dir: str = flag("llm_weights", "where models are kept", in_repository=True, metavar="DIR")
 
 
@@ -50,15 +50,15 @@ PARSER = make_parser(Generation, "generate.py", __doc__)
 
 def resident_mb() -> int:
     """Return the resident memory of this process, including mapped files, in MB; -1 if not on Linux."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 // 10**6 for line in lines if line.startswith("VmRSS")), -1)
+    with suppress(OSError):
+        return int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 // 10**6
+    return -1
 
 
 class Timing:
     """A streamer for ``generate`` that passes tokens on to a ``printer``, if any, and records when each one arrives."""
 
-    def __init__(self, printer: Any = None) -> None:
+    def __init__(self, printer: transformers.TextStreamer | None = None) -> None:
         self.printer, self.times = printer, []
 
     def put(self, ids: torch.Tensor) -> None:
@@ -102,11 +102,10 @@ class Runner:
         }
 
 
-def describe(run: dict[str, float]) -> str:
-    return (
-        f"{run['tokens_per_second']:.1f} tokens/s, prompt {run['prompt_tokens_per_second']:.1f} tokens/s, "
-        f"{run['resident_mb']:.0f} MB resident ({run['model_mb']:.0f} MB more than before the model was loaded)"
-    )
+DESCRIPTION = (
+    "{tokens_per_second:.1f} tokens/s, prompt {prompt_tokens_per_second:.1f} tokens/s, {resident_mb:.0f} MB resident "
+    "({model_mb:.0f} MB more than before the model was loaded)"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------- comparison
@@ -128,20 +127,18 @@ def compare(settings: Generation) -> None:
     """Run the model and the dense one in turns, each in a process of its own, and print both and the ratio."""
     names, runs = (settings.model, settings.compare), ([], [])
     with ExitStack() as stack:
-        pools = [
-            stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _start, (name, settings)))
-            for name in names
-        ]
+        new_pool = partial(ProcessPoolExecutor, 1, get_context("spawn"), _start)
+        pools = [stack.enter_context(new_pool((name, settings))) for name in names]
         for turn in range(1 + ROUNDS):  # the first warms up
             for name, pool, runs_of_model in zip(names, pools, runs, strict=True):
                 try:
                     run = pool.submit(_run).result()
                 except BrokenProcessPool as error:
-                    raise UserError(None, name, "could not be run, see above") from error
+                    raise UserError(None, name, "could not be run", "see above") from error
                 if turn:
                     runs_of_model.append(run)
     ours, dense = ({key: statistics.median(run[key] for run in ones) for key in ones[0]} for ones in runs)
-    print(f"\n{settings.model}: {describe(ours)}\n{settings.compare}: {describe(dense)}")
+    print(f"\n{settings.model}: {DESCRIPTION.format(**ours)}\n{settings.compare}: {DESCRIPTION.format(**dense)}")
     ratios = [ours[key] / dense[key] for key in ("tokens_per_second", "prompt_tokens_per_second", "model_mb")]
     print("ratio: {:.2f} times the tokens/s, {:.2f} of a prompt's, {:.2f} of the memory".format(*ratios), end="; ")
     print(f"medians of {ROUNDS} turns, {torch.get_num_threads()} threads")
@@ -161,23 +158,19 @@ def check_model(model: str, settings: Generation) -> None:
     check_vocabulary(model, skeleton, ids)
     if context is not None and count + settings.tokens > context:
         problem = f"the prompt has {count} tokens and {model} a context of {context}"
-        if count + 2 > context:
-            raise UserError(None, None, problem, "give a shorter one")
-        raise UserError("tokens", settings.tokens, problem, f"give at most {context - count}")
+        raise UserError("tokens", settings.tokens, problem, "give fewer, or a shorter prompt")
 
 
 def run(settings: Generation) -> None:
     """Generate, and compare if asked."""
     for model in filter(None, (settings.model, settings.compare)):  # both before the first one is loaded
         check_model(model, settings)
-    shown = Runner(settings.model, settings).generate(show=True)
-    print(f"\n{describe(shown)}")
+    print("\n" + DESCRIPTION.format(**Runner(settings.model, settings).generate(show=True)))
     if settings.compare:
         compare(settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status."""
     return command(Generation, run, argv, PARSER, out_of_memory="use the CPU")
 
 

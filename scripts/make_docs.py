@@ -175,7 +175,6 @@ def run(docs: Docs) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 if a document is out of date."""
     return command(Docs, run, argv, PARSER)
 
 

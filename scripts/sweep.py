@@ -25,7 +25,7 @@ from lib.core.lazy import pandas, torch
 from lib.core.names import check_name
 from lib.models import locate
 from lib.run.language import LanguageModel
-from lib.run.record import changed_inputs, has_flags, inputs_of, read_run
+from lib.run.record import INPUTS, has_flags, inputs_of, read_run
 
 log = logging.getLogger("main")
 
@@ -92,14 +92,10 @@ class Sweep(Experiment):
             taken = any(method and method.endswith(f"_{suffix}") for method in self.methods())
             if name in self._lists and name in self.given and self._entries(name) and not taken:
                 # It is not refused, since the published scripts give it whatever their methods are.
-                values = getattr(self, name)
-                log.warning("--%s %s: does nothing without a method with _%s", self.spelling(name), values, suffix)
+                log.warning("--%s does nothing without a method with _%s", self.spelling(name), suffix)
 
     def settings(self) -> list[Experiment]:
-        """Return the checked settings of each run.
-
-        All runs of one seed come before the next seed, so that an interrupted sweep leaves a complete table.
-        """
+        """Return the checked settings of each run, seed by seed: an interrupted sweep leaves complete tables."""
         settings = [self._of_run(None)] if None in self.methods() else []
         for seed in range(self.seed, self.seed + self.seeds):
             for method in filter(None, self.methods()):
@@ -141,13 +137,10 @@ class Sweep(Experiment):
         return entries
 
     def _of_run(self, method: str | None, folder: Path | str = "", **changes) -> Experiment:
-        """Return main.py's settings of one run: the flags that apply to its ``method``, and the ``changes``.
+        """Return main.py's checked settings of one run: the flags that apply to its ``method``, and the ``changes``.
 
         Args:
             folder: below --save and --save_model, since the names of a run's files tell only method and sparsity.
-
-        Raises:
-            UserError: as main.py would raise.
         """
         flags = {}
         for _, item, _ in Experiment.declared():
@@ -197,7 +190,7 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
         run_files.append(folder / f"run_{task.run}.json")
 
         if not force and has_flags(record, settings.flags()) and record["complete"]:
-            changed = changed_inputs(record, inputs)
+            changed = [name for name in INPUTS if record.get("inputs", {}).get(name) != inputs.get(name)]
             if not changed:
                 print(f"[{i}/{len(todo)}] {name}: complete already, skipped (--force runs it again)", flush=True)
                 continue
@@ -208,8 +201,8 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
         try:
             for flag_name, digest in inputs.items():
                 if digest != first_seen[flag_name]:  # what was read of it before must not be mixed with it
-                    path, fix = getattr(settings, flag_name), "start it again, and it is read anew"
-                    raise UserError(flag_name, path, "was changed since this command started", fix)
+                    problem = "was changed since this command started"
+                    raise UserError(flag_name, getattr(settings, flag_name), problem, "start it again")
             program.run(settings, Console(quiet=True), subject)
         except Exception as error:  # one setting does not stop the others, hours into a sweep
             run_files[-1] = None
@@ -240,7 +233,6 @@ def plotted(sweep: Sweep, runs: pandas.DataFrame) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, 1 if a setting failed, 2 for a wrong flag."""
     return command(Sweep, partial(run, report=plotted), argv, PARSER, resume=RESUME)
 
 

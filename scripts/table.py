@@ -97,11 +97,10 @@ def row_of(record: Mapping, value: str = "perplexity") -> dict:
     """Return how a run was pruned and evaluated, its figure, and what it cost."""
     flags, model, setting = record["flags"], record["model"], published()["setting"]
     pruner, _, suffix = record["method"].partition("_")
-    name = model["name"]
-    for published_name, entry in published()["models"].items():
-        if name.lower() in entry["names"] and model["parameters"] == entry["parameters"]:
-            name = published_name
-            break
+    name = next((
+        published_name for published_name, entry in published()["models"].items()
+        if model["name"].lower() in entry["names"] and model["parameters"] == entry["parameters"]
+    ), model["name"])  # fmt: skip
     if value == "perplexity":
         evaluation = "{text}, {windows} windows of {seqlen}".format(**record["evaluation"])
         on_published_text = all(record["evaluation"][key] == setting[key] for key in ("text", "seqlen"))
@@ -134,7 +133,7 @@ def row_of(record: Mapping, value: str = "perplexity") -> dict:
 
 
 def _seconds(record: Mapping, *stages: str) -> float:
-    """Return the seconds of some stages of a run: CPU seconds on a CPU, which others may have used too."""
+    """Return the seconds of stages of a run: on a CPU, which others may have used too, its own CPU seconds."""
     clock = "cpu_seconds" if str(record["device"][0]).startswith("cpu") else "seconds"
     return sum(record["stages"][stage][clock] for stage in stages if stage in record["stages"])
 
@@ -247,12 +246,10 @@ def by_model(cells: pandas.DataFrame) -> list[list[str]]:
 
 
 def by_sparsity(runs: pandas.DataFrame, costs: bool = True) -> list[list[str]]:
-    """Return the lines of a table of one model with a column per sparsity, headings first.
-
-    Bold: a mean below every other one of its pruner and sparsity by more than the larger of the two deviations.
+    """Return the lines of a table of one model with a column per sparsity, headings first; ``NOTES`` explains it.
 
     Args:
-        costs: add what ``NOTES`` explains.
+        costs: add seconds and passes.
     """
     runs = runs[runs["pruner"] != "dense"]
     cells = cells_of(runs)
@@ -277,10 +274,9 @@ def by_sparsity(runs: pandas.DataFrame, costs: bool = True) -> list[list[str]]:
 
 
 def passes_of(settings: Experiment) -> int:
-    """Return how many calibration windows a run's allocation passes through the blocks.
+    """Return how many calibration windows a run's allocation passes through the blocks; two of half the length are one.
 
-    Two windows of half the length count as one. The passes of pruning itself are not counted: they are the same for all
-    allocations.
+    The passes of pruning itself are not counted: they are the same for all allocations.
     """
     task = settings.task()
     scored = sum(settings.nsamples for step in (task, task.starting_task) if step.needs in BLOCK_SCORES)
@@ -294,18 +290,16 @@ def caption(runs: pandas.DataFrame, value: str = "perplexity", sources: Iterable
     """Return one line that explains the figures and names their commits and the sources of the published ones."""
     texts, seeds = runs["evaluation"].unique(), sorted(runs["seed"].unique())
     name = "perplexity" if value == "perplexity" else "mean zero-shot accuracy (acc), %"
-    clauses = [f"{name} on {texts[0]}" if len(texts) == 1 else name]
+    clauses = [f"{name} on {texts[0]}" if len(texts) == 1 else name, f"seed {seeds[0]}"]
     if len(seeds) > 1:
-        clauses.append(f"mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}, or (n) of them")
-    else:
-        clauses.append(f"seed {seeds[0]}")
+        clauses[1] = f"mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}, or (n) of them"
     commits = [commit[:12] + ("-dirty" if commit.endswith("-dirty") else "") for commit in runs["commit"].unique()]
     clauses.append(f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}")
     return "; ".join(clauses + [f"published: {source}" for source in sources])
 
 
 def formatted(lines: Sequence[Sequence[str]], form: str) -> str:
-    """Return a table as text, its ``lines`` headings first; all but the first two columns are figures."""
+    """Return a table as text, its ``lines`` headings first."""
     align = ["left" if heading in ("method", "pruner", "allocation") else "right" for heading in lines[0]]
     table = tabulate(lines[1:], lines[0], tablefmt=FORMATS[form], disable_numparse=True, colalign=align)
     return table.replace("±", r"$\pm$") if form == "latex" else table
@@ -320,11 +314,9 @@ def plot(path: Path, *panels: pandas.DataFrame, xlabel: str = "perplexity", xsca
     The bar through a mark is the standard deviation over seeds, and a dotted line stands for the dense model. A mean
     that is not finite has no place on the axis: the label of its row names it.
     """
-    from matplotlib.figure import Figure
-
     most = max(cells.groupby(METHOD).ngroups for cells in panels)
-    figure = Figure(figsize=(7.5 * len(panels), 1.4 + 0.32 * most), layout="constrained")
-    for axes, cells in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    figure, all_axes = files.new_figure(7.5 * len(panels), 1.4 + 0.32 * most, columns=len(panels))
+    for axes, cells in zip(all_axes, panels, strict=True):
         finite = cells["mean"].where(numpy.isfinite(cells["mean"]))
         pruned = cells[cells["pruner"] != "dense"]
         rows = sorted(set(pruned[METHOD].itertuples(index=False, name=None)), key=_place)
@@ -353,8 +345,9 @@ def run(settings: Settings) -> None:
     folder = Path(settings.folder)
     runs = read_runs(sorted(folder.rglob("run_*.json")), settings.value)
     if runs.empty:
-        problem = f"holds no complete run with a {settings.value} (run_*.json)"
-        problem = problem if folder.is_dir() else "folder not found"
+        problem = (
+            f"holds no complete run with a {settings.value} (run_*.json)" if folder.is_dir() else "folder not found"
+        )
         raise UserError(None, folder, problem, "give the --save folder of main.py")
     cells = with_published(cells_of(runs), settings.published)
     lines = by_model(cells)
@@ -366,7 +359,6 @@ def run(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
     return command(Settings, run, argv, PARSER)
 
 

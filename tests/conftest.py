@@ -224,6 +224,16 @@ def tiny_folder(tmp_path_factory, tiny_tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def run_inputs(tmp_path_factory, tiny_folder, tiny_text, other_text) -> Path:
+    """Return a folder with what a run reads: tiny-llama, text.txt and other.txt."""
+    folder = tmp_path_factory.mktemp("inputs")
+    shutil.copytree(tiny_folder, folder / "tiny-llama")
+    shutil.copy(tiny_text, folder / "text.txt")
+    shutil.copy(other_text, folder / "other.txt")
+    return folder
+
+
 @pytest.fixture
 def tiny_model() -> LlamaForCausalLM:
     return tiny_llama()

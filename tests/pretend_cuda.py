@@ -1,7 +1,6 @@
 """Pretend CUDA device for machines without one: tensors compute on the CPU and refuse what CUDA refuses."""
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -9,6 +8,7 @@ from unittest.mock import patch
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 FREE, TOTAL = 70 * 2**30, 80 * 2**30  # bytes
@@ -34,27 +34,25 @@ class CudaTensor(torch.Tensor):
     device = property(lambda self: CUDA)
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
-    # ``tensor.data = other`` is no operation, so that ``held`` would stay what it was.
-    data = property(lambda self: self.detach(), lambda self, other: self._set_data(other))
+    # ``tensor.data = values`` is no operation, so that ``held`` would stay what it was.
+    data = property(lambda self: self.detach(), lambda self, values: self._set_data(values))
 
     @staticmethod
     def __new__(cls, held: torch.Tensor, requires_grad: bool | None = None) -> torch.Tensor:
         if requires_grad is not None:  # accelerate makes a parameter by the type of the one that was there before
             return torch.nn.Parameter(held, requires_grad)
-        about = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, **about, device=CPU)
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, **layout, device=CPU)
         made.held = held
         return made
 
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return _compute(func, args, kwargs or {})
+    __torch_dispatch__ = classmethod(lambda cls, func, types, args=(), kwargs=None: _compute(func, args, kwargs or {}))
 
-    def _set_data(self, other: torch.Tensor) -> None:
-        if not isinstance(other, CudaTensor):
+    def _set_data(self, values: torch.Tensor) -> None:
+        if not isinstance(values, CudaTensor):
             raise RuntimeError("incompatible tensor type: the data of a CUDA tensor cannot be set to a CPU tensor")
-        torch.Tensor.data.__set__(self, other)
-        self.held = other.held
+        torch.Tensor.data.__set__(self, values)
+        self.held = values.held
 
     def to(self, *args, copy: bool = False, **kwargs) -> torch.Tensor:
         if args and isinstance(args[0], torch.Tensor):
@@ -103,7 +101,7 @@ class CudaTensor(torch.Tensor):
 
 def _compute(func, args: tuple, kwargs: dict) -> object:
     """Return what ``func`` gives on the CPU, on the device on which CUDA would have it."""
-    tensors = _tensors((args, list(kwargs.values())))
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     ours = [tensor for tensor in tensors if isinstance(tensor, CudaTensor)]
     packet = func.overloadpacket
     if ours and packet not in _MOVES:
@@ -126,21 +124,9 @@ def _compute(func, args: tuple, kwargs: dict) -> object:
     _driver.operations += on_cuda
     if func is aten.mm.dtype:  # which CUDA alone has
         func, args = aten.mm.default, tuple(_held(arg).to(args[2]) for arg in args[:2])
-    out = func(*_each(_held, args), **{name: _each(_held, value) for name, value in kwargs.items()})
-    return _each(lambda leaf: _wrapped(leaf, ours), out) if on_cuda else out
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    """Return the tensors among an operation's arguments, which are nested in lists and tuples only."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
-
-
-def _each(change: Callable, value: object) -> object:
-    if isinstance(value, list | tuple):
-        return type(value)(_each(change, item) for item in value)
-    return change(value)
+    args, kwargs = tree_map(_held, (args, kwargs))
+    out = func(*args, **kwargs)
+    return tree_map(lambda leaf: _wrapped(leaf, ours), out) if on_cuda else out
 
 
 def _refuse_mix(packet, args: tuple, tensors: list[torch.Tensor]) -> None:
@@ -156,11 +142,11 @@ def _held(leaf: object) -> object:
     return leaf.held if isinstance(leaf, CudaTensor) else leaf
 
 
-def _wrapped(leaf: object, given: list[CudaTensor]) -> object:
+def _wrapped(leaf: object, arguments: list[CudaTensor]) -> object:
     """Return ``leaf`` as a CudaTensor; an operation in place returns the very tensor that it was given."""
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    for tensor in given:
+    for tensor in arguments:
         if tensor.held is leaf:
             if tensor.shape != leaf.shape or tensor.stride() != leaf.stride():
                 raise NotImplementedError("the pretend device knows no operation that changes a shape in place")
@@ -202,9 +188,8 @@ class _AllCalls(TorchFunctionMode):
 
 
 def _autocast(argument: object) -> object:
-    if not isinstance(argument, CudaTensor) or not argument.is_floating_point():
-        return argument
-    return argument.to(torch.get_autocast_dtype("cuda"))
+    floating = isinstance(argument, CudaTensor) and argument.is_floating_point()
+    return argument.to(torch.get_autocast_dtype("cuda")) if floating else argument
 
 
 def _numbered(argument: object, device: bool) -> object:
@@ -217,41 +202,10 @@ def _numbered(argument: object, device: bool) -> object:
 # ------------------------------------------------------------------------------------------------------ torch.cuda
 
 
-def _initialize() -> None:
+def _initialize(answer: object = None) -> object:
+    """Make sure of the driver, as most of torch.cuda does, and return ``answer``."""
     _driver.initialized = True
-
-
-def _initializing(answer: object):
-    """Return a function that first makes sure of the driver, as most of torch.cuda does, and gives ``answer``."""
-
-    def ask(*_, **__) -> object:
-        _initialize()
-        return answer
-
-    return ask
-
-
-class _Stream:
-    """A stream whose work is done as soon as it is given."""
-
-    def __init__(self, device: object = None) -> None:
-        _initialize()
-
-    def record_event(self) -> SimpleNamespace:
-        return SimpleNamespace()
-
-    def wait_event(self, event: SimpleNamespace) -> None:
-        assert isinstance(event, SimpleNamespace)
-
-
-@contextmanager
-def _on_stream(stream: _Stream) -> Iterator[None]:
-    """Pretend in a thread that works on a stream of its own, too: what torch is told is told to one thread."""
-    if threading.current_thread() is threading.main_thread():
-        yield
-        return
-    with _AllOperations(), _AllCalls():
-        yield
+    return answer
 
 
 def _reset_peak_memory_stats(device: object = None) -> None:
@@ -271,14 +225,11 @@ def _memory_stats(device: object = None) -> dict:
 def pretend_cuda(free: int = FREE) -> Iterator[SimpleNamespace]:
     """Let torch have one CUDA device inside the with statement, not initialised yet, as at the start of a program.
 
-    Args:
-        free: bytes of memory that it says are free.
+    It says that ``free`` bytes are free. Yields its state: whether it is ``initialized``, and how many ``operations``
+    ran on it.
 
-    Yields the device's state: whether it is ``initialized``, and the number of ``operations`` that ran on it.
-
-    Not pretended: generators, streams that lag behind, events, several devices, how much memory is in use (always a
-    byte), autocast but for linear layers and attention, and threads without a stream of their own, which see
-    CudaTensors but cannot make any.
+    Not pretended: generators, streams, several devices, how much memory is in use (always a byte), autocast but for
+    linear layers and attention, and threads, which see CudaTensors but cannot make any.
     """
     properties = SimpleNamespace(name="pretend", major=9, minor=0, total_memory=TOTAL, multi_processor_count=100)
     names = {
@@ -287,16 +238,13 @@ def pretend_cuda(free: int = FREE) -> Iterator[SimpleNamespace]:
         "is_bf16_supported": lambda *_: True,
         "is_initialized": lambda: _driver.initialized,
         "device_count": lambda: 1,
-        "current_device": _initializing(0),
-        "synchronize": _initializing(None),
-        "set_device": _initializing(None),
-        "get_device_name": _initializing("pretend"),
-        "get_device_properties": _initializing(properties),
-        "get_device_capability": _initializing((9, 0)),
-        "mem_get_info": _initializing((free, TOTAL)),
-        "Stream": _Stream,
-        "current_stream": _Stream,
-        "stream": _on_stream,
+        "current_device": lambda *_, **__: _initialize(0),
+        "synchronize": lambda *_, **__: _initialize(None),
+        "set_device": lambda *_, **__: _initialize(None),
+        "get_device_name": lambda *_, **__: _initialize("pretend"),
+        "get_device_properties": lambda *_, **__: _initialize(properties),
+        "get_device_capability": lambda *_, **__: _initialize((9, 0)),
+        "mem_get_info": lambda *_, **__: _initialize((free, TOTAL)),
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": _reset_peak_memory_stats,
         "default_generators": (torch.Generator(),),  # for torch.manual_seed

@@ -10,10 +10,11 @@ from tqdm import tqdm
 from lib.calibration.hidden import BlockInputs
 from lib.calibration.statistics import input_statistics
 from lib.core.lazy import torch
-from lib.models.weights import Weights, check_finite
+from lib.models.weights import Block, Weights, check_finite
 from lib.pruning.thresholds import threshold
 
-# -------------------------------------------------------------------------------------------- a number for each block
+# Bytes for each weight of the largest matrix: float64 and int64 copies and a sort's workspace, estimated.
+LAMP_BYTES = 80
 
 
 def outlier_ratio(scores: Sequence[torch.Tensor], multiple: float) -> float:
@@ -25,19 +26,12 @@ def outlier_ratio(scores: Sequence[torch.Tensor], multiple: float) -> float:
 
 def median_score(scores: Sequence[torch.Tensor]) -> float:
     """Return the median of a block's scores, the lower one of two (DLP: Chen et al., 2025)."""
-    return threshold(lambda: scores, sum(score.numel() for score in scores) / 2).value
-
-
-# ------------------------------------------------------------------------------- one threshold over the whole model
+    return threshold(lambda: scores, sum(score.numel() for score in scores) / 2)[0]
 
 
 def magnitude_score(weight: torch.Tensor) -> torch.Tensor:
     """Return |W| in float32."""
     return weight.detach().float().abs()
-
-
-# Bytes for each weight of the largest matrix: float64 and int64 copies and a sort's workspace, estimated.
-LAMP_BYTES = 80
 
 
 def lamp_score(weight: torch.Tensor) -> torch.Tensor:
@@ -48,6 +42,25 @@ def lamp_score(weight: torch.Tensor) -> torch.Tensor:
     at_least = at_least[torch.searchsorted(ordered, ordered)]  # of equal ones each counts all of them
     score = torch.where(ordered > 0, ordered / at_least, 0)
     return torch.empty_like(score).scatter_(0, order, score).float().view(weight.shape)
+
+
+# Values that an allocation may need (``Allocation.wants``): a number for each block, from a dense calibration pass,
+BLOCK_SCORES: dict[str, Callable[..., float]] = {"outlier_ratio": outlier_ratio, "median_score": median_score}
+# or a score of each weight, for one threshold over the whole model.
+WEIGHT_SCORES = {"lamp_score": lamp_score, "magnitude_score": magnitude_score}
+
+
+def measure_scores(
+    wants: str, weights: Weights, target: float, enter: Callable[[], BlockInputs], outlier_multiple: float
+) -> dict[str, float]:
+    """Return the values that an allocation ``wants``, by layer name; ``outlier_multiple`` is OWL's.
+
+    The inputs of the blocks are made by ``enter`` if a calibration pass is needed.
+    """
+    if wants in WEIGHT_SCORES:
+        return shares_below(weights, target, WEIGHT_SCORES[wants])
+    number = partial(outlier_ratio, multiple=outlier_multiple) if wants == "outlier_ratio" else BLOCK_SCORES[wants]
+    return score_blocks(weights, enter(), number)
 
 
 def shares_below(weights: Weights, target: float, score: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
@@ -70,52 +83,25 @@ def shares_below(weights: Weights, target: float, score: Callable[[torch.Tensor]
     return {layer.name: count / layer.size for layer, count in zip(weights.layers, removed, strict=True)}
 
 
-# ----------------------------------------------------------------------------- by the value that an allocation needs
-
-
 def score_blocks(
     weights: Weights, inputs: BlockInputs, number: Callable[[list[torch.Tensor]], float]
 ) -> dict[str, float]:
-    """Return, by layer name, ``number`` of the scores |W| * sqrt(s) of the layer's block, in the dense model.
+    """Return, by layer name, ``number`` of the scores of the layer's block in the dense model, each [out, in].
 
-    Args:
-        inputs: inputs of the blocks, modified in place.
-        number: function of the scores of a block's layers, each [out, in].
+    The ``inputs`` of the blocks are modified in place.
     """
     values = {}
     for block in tqdm(weights.visit(), "dense statistics", len(weights.modules), unit="block", disable=None):
-        for name, linear in block.linears.items():
-            check_finite(name, linear.weight)
-        statistics = input_statistics(block, inputs, "squared_norms", keep=True)
-        with torch.no_grad():
-            norms = {name: squares.sqrt() for names, squares in statistics for name in names}
-            scores = [block.linears[name].weight.flatten(1).abs() * norm for name, norm in norms.items()]
-            if scores:
-                values |= dict.fromkeys(block.linears, number(scores))
+        scores = [score for _, score in wanda_scores(block, inputs, keep=True)]
+        if scores:
+            values |= dict.fromkeys(block.linears, number(scores))
     return values
 
 
-# Values that an allocation may need (``Allocation.wants``): a number for each block, from a dense calibration pass,
-BLOCK_SCORES: dict[str, Callable[..., float]] = {"outlier_ratio": outlier_ratio, "median_score": median_score}
-# or a score of each weight, for one threshold over the whole model.
-WEIGHT_SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "lamp_score": lamp_score,
-    "magnitude_score": magnitude_score,
-}
-
-
-def measure_scores(
-    wants: str, weights: Weights, target: float, enter: Callable[[], BlockInputs], outlier_multiple: float
-) -> dict[str, float]:
-    """Return the values that an allocation ``wants``, by layer name.
-
-    Args:
-        enter: returns the inputs of the blocks; called only if a calibration pass is needed.
-        outlier_multiple: of the mean score, for ``outlier_ratio``.
-    """
-    if wants in WEIGHT_SCORES:
-        return shares_below(weights, target, WEIGHT_SCORES[wants])
-    number = BLOCK_SCORES[wants]
-    if wants == "outlier_ratio":
-        number = partial(number, multiple=outlier_multiple)
-    return score_blocks(weights, enter(), number)
+def wanda_scores(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and the scores |W| * sqrt(s), [out, in], of each layer; ``keep`` as for statistics."""
+    for name, linear in block.linears.items():
+        check_finite(name, linear.weight)
+    for names, squares in input_statistics(block, inputs, "squared_norms", keep):
+        for name in names:
+            yield name, block.linears[name].weight.detach().flatten(1).abs() * squares.sqrt()

@@ -22,7 +22,7 @@ from lib.pruning.walk import walk
 # Windows of calibration, and as many held out: enough to tell epsilons apart, a sixteenth of a full calibration.
 WINDOWS = 8
 # Distance of the epsilons that are tried.
-STEP = 0.05
+EPSILON_STEP = 0.05
 
 
 class Trial(NamedTuple):
@@ -33,8 +33,8 @@ class Trial(NamedTuple):
 
 
 def epsilon_grid(largest: float) -> list[float]:
-    """Return 0 (uniform) and the multiples of STEP up to ``largest``, above which a ratio would have to be capped."""
-    return [round(STEP * i, 2) for i in range(math.floor(largest / STEP + 1e-9) + 1)]
+    """Return 0 (uniform) and the multiples of EPSILON_STEP up to ``largest``, above which a ratio would be capped."""
+    return [round(EPSILON_STEP * i, 2) for i in range(math.floor(largest / EPSILON_STEP + 1e-9) + 1)]
 
 
 def try_epsilons(
@@ -48,11 +48,9 @@ def try_epsilons(
 ) -> list[Trial]:
     """Return the perplexity after pruning with each epsilon of ``grid``; the weights are dense again afterwards.
 
-    Epsilons that lead to the same plan (all of them, if every metric is the same) are tried once. Several processes
-    each try different plans, on all windows.
+    Epsilons with the same ``plan_of`` are tried once. Several processes each try different plans, on all windows.
 
     Args:
-        plan_of: returns the plan for an epsilon.
         windows: calibration and held-out windows, each [samples, tokens].
         dense: the caller's snapshot of the weights; without one, a copy is held in CPU memory meanwhile.
         tried: perplexities by plan from an earlier run; each new one is added as soon as it is computed.
@@ -62,30 +60,19 @@ def try_epsilons(
     plans = {epsilon: plan_of(epsilon) for epsilon in grid}
     keys = {epsilon: digest(plan) for epsilon, plan in plans.items()}
     untried = {keys[epsilon]: plan for epsilon, plan in plans.items() if keys[epsilon] not in perplexities}
+    calibration, held_out = windows
     for start in tqdm(range(0, len(untried), processes.count()), desc="epsilon", unit="trial", disable=None):
         results = []
         for key, plan in list(untried.items())[start + processes.rank() :][:1]:  # one trial for each process
             with processes.single_process():
-                results.append((key, _perplexity_after(weights, plan, pruner, windows, dense)))
+                try:
+                    walk(weights, plan, pruner, enter_blocks(weights, calibration) if pruner.statistic else None)
+                    results.append((key, perplexity_by_blocks(weights, held_out)))
+                finally:
+                    weights.restore(dense)
         for key, perplexity in (result for share in processes.gathered(results) for result in share):
             perplexities[key] = perplexity
     return [Trial(epsilon, perplexities[keys[epsilon]]) for epsilon in grid]
-
-
-def _perplexity_after(
-    weights: Weights,
-    plan: SparsityPlan,
-    pruner: Pruner,
-    windows: tuple[torch.Tensor, torch.Tensor],
-    dense: Mapping[str, torch.Tensor],
-) -> float:
-    """Return the perplexity on the held-out windows after pruning; the weights are dense again afterwards."""
-    calibration, held_out = windows
-    try:
-        walk(weights, plan, pruner, enter_blocks(weights, calibration) if pruner.statistic else None)
-        return perplexity_by_blocks(weights, held_out)
-    finally:
-        weights.restore(dense)
 
 
 def best(trials: Sequence[Trial]) -> Trial:
@@ -96,6 +83,5 @@ def best(trials: Sequence[Trial]) -> Trial:
     """
     finite = [trial for trial in trials if math.isfinite(trial.perplexity)]
     if not finite:
-        problem = "the perplexity is not finite after any epsilon"
-        raise UserError("epsilon", "auto", problem, "lower --sparsity_ratio")
+        raise UserError("epsilon", "auto", "the perplexity is not finite after any of them", "lower --sparsity_ratio")
     return min(finite, key=lambda trial: (trial.perplexity, trial.epsilon))

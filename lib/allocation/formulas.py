@@ -35,21 +35,20 @@ def heavy_tailed(layers: Sequence[Layer], target: float, values: Values, epsilon
     weighted by layer size, is the target.
 
     Args:
-        values: the metric by layer name.
         epsilon: half width of the map before scaling, in [0, 1].
         mapping_type: ``block_wise`` (each matrix of a block gets the block's mean metric) or ``layer_wise``.
     """
     groups, x = _scaled_groups(layers, values, mapping_type)
-    ratios = spread([1 - epsilon + 2 * epsilon * value for value in x], _sizes(groups), target)
-    _warn_of_cap(groups, ratios, "epsilon", largest_epsilon(layers, target, values, mapping_type))
-    return _by_name(groups, ratios)
+    _warn_if_capped("epsilon", epsilon, largest_epsilon(layers, target, values, mapping_type))
+    return _spread(groups, [1 - epsilon + 2 * epsilon * value for value in x], target)
 
 
 def largest_epsilon(layers: Sequence[Layer], target: float, values: Values, mapping_type: str) -> float:
     """Return the largest epsilon, at most 1, with which ``heavy_tailed`` needs no cap: (1 - s) / (1 + s - 2 mean x)."""
     groups, x = _scaled_groups(layers, values, mapping_type)
     sizes = _sizes(groups)
-    room = 1 + target - 2 * sum(n * value for n, value in zip(sizes, x, strict=True)) / sum(sizes)
+    # The largest x is 1, or 1/2 where all are the same, which need no cap.
+    room = 1 + target * (2 * max(x) - 1) - 2 * sum(n * value for n, value in zip(sizes, x, strict=True)) / sum(sizes)
     return 1.0 if room <= 1 - target else (1 - target) / room
 
 
@@ -60,22 +59,16 @@ def _scaled_groups(layers: Sequence[Layer], values: Values, mapping_type: str) -
 
 
 def outlier_weighted(layers: Sequence[Layer], target: float, values: Values, owl_lambda: float) -> Ratios:
-    """Return block ratios that fall linearly with the share of outliers +- ``owl_lambda`` (OWL: Yin et al., 2024).
-
-    Args:
-        values: each block's outlier ratio, by layer name.
-    """
+    """Return block ratios that fall linearly with the outlier ratio, +- ``owl_lambda`` (OWL: Yin et al., 2024)."""
     groups = _blocks(layers)
     x = _scaled([values[group[0].name] for group in groups])
     return _around(groups, target, [-2 * owl_lambda * value for value in x], "owl_lambda", owl_lambda)
 
 
 def dynamic(layers: Sequence[Layer], target: float, values: Values, dlp_alpha: float) -> Ratios:
-    """Return block ratios that fall linearly with the importance 1 - score / sum of scores (DLP: Chen et al., 2025).
+    """Return block ratios that fall linearly with 1 - score / sum of scores, +- ``dlp_alpha`` (DLP: Chen et al., 2025).
 
-    Args:
-        values: each block's median score, by layer name.
-        dlp_alpha: half width of the map.
+    The scores are the blocks' medians.
     """
     groups = _blocks(layers)
     scores = [values[group[0].name] for group in groups]
@@ -100,21 +93,19 @@ def erdos_renyi(
     With ``dense_end``, the layers of the last block stay dense (ER-plus: Liu et al., 2022).
     """
     dense = [layer for layer in layers if dense_end and layer.block == layers[-1].block]
-    layers = layers[: len(layers) - len(dense)]
-    sizes, kept = [layer.size for layer in layers], sum(layer.size for layer in dense)
-    budget = (1 - target) * (sum(sizes) + kept) - kept  # of weights to keep in ``layers``
-    if budget < 0 or not layers:
+    groups = [[layer] for layer in layers[: len(layers) - len(dense)]]
+    size, kept = sum(_sizes(groups)), sum(layer.size for layer in dense)
+    budget = (1 - target) * (size + kept) - kept  # of weights to keep in ``groups``
+    if budget < 0 or not groups:
         raise UserError("sparsity_ratio", target, "cannot be met with the last block kept dense", "lower it")
-    shapes = [layer.shape[:2] for layer in layers]  # a 1x1 convolution has four dimensions
-    densities = spread([(n_out + n_in) / (n_out * n_in) for n_out, n_in in shapes], sizes, budget / sum(sizes))
-    ratios = {layer.name: 1 - density for layer, density in zip(layers, densities, strict=True)}
-    return ratios | {layer.name: 0.0 for layer in dense}
+    shapes = [layer.shape[:2] for (layer,) in groups]  # a 1x1 convolution has four dimensions
+    densities = _spread(groups, [(n_out + n_in) / (n_out * n_in) for n_out, n_in in shapes], budget / size)
+    return {name: 1 - density for name, density in densities.items()} | {layer.name: 0.0 for layer in dense}
 
 
 def from_shares(layers: Sequence[Layer], target: float, values: Values) -> Ratios:
     """Return ``values``, the fraction of each layer's weights to remove, scaled to meet the target to the last bit."""
-    names, sizes = [layer.name for layer in layers], [layer.size for layer in layers]
-    return dict(zip(names, spread([values[name] for name in names], sizes, target), strict=True))
+    return _spread([[layer] for layer in layers], [values[layer.name] for layer in layers], target)
 
 
 class Allocation(NamedTuple):
@@ -122,9 +113,8 @@ class Allocation(NamedTuple):
 
     Attributes:
         share: ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name.
-        wants: name of what ``values`` hold: ``metric`` (--ww_metric), ``outlier_ratio`` and ``median_score`` (from a
-            calibration pass), ``lamp_score`` and ``magnitude_score`` (fractions below one threshold), ``price`` (ratios
-            of equal price), or None.
+        wants: name of what ``values`` hold: ``metric`` (--ww_metric), ``price`` (ratios of equal price), a name of
+            BLOCK_SCORES (from a calibration pass) or WEIGHT_SCORES (fractions below one threshold), or None.
         flags: names of the hyper-parameters.
     """
 
@@ -155,11 +145,18 @@ def _around(
     sizes = _sizes(groups)
     mean = math.fsum(n * offset for n, offset in zip(sizes, offsets, strict=True)) / sum(sizes)
     offsets = [offset - mean for offset in offsets]
-    ratios = spread([max(0.0, target + offset) for offset in offsets], sizes, target)
-    if max(offsets) > 0:
-        largest = width * min((1 - target) / max(offsets), target / -min(offsets))
-        _warn_of_cap(groups, ratios, flag, largest, floor=target + min(offsets) < 0)
-    return _by_name(groups, ratios)
+    if min(offsets) < 0 < max(offsets):
+        _warn_if_capped(flag, width, width * min((1 - target) / max(offsets), target / -min(offsets)))
+    return _spread(groups, [max(0.0, target + offset) for offset in offsets], target)
+
+
+def _warn_if_capped(flag: str, width: float, largest: float) -> None:
+    if width > largest:
+        typed = math.floor(1e4 * largest) / 1e4  # rounded up, it would bring the cap back
+        line = (
+            "ratios outside [0, 1] are capped, the rest spread over the others; the largest --%s that needs no cap is"
+        )
+        log.warning(f"{line} %.4f", flag, typed)
 
 
 def _blocks(layers: Sequence[Layer]) -> list[list[Layer]]:
@@ -175,20 +172,16 @@ def _scaled(values: Sequence[float]) -> list[float]:
     return [(value - low) / (high - low) if high > low else 0.5 for value in values]
 
 
-def _by_name(groups: Sequence[Sequence[Layer]], ratios: Sequence[float]) -> Ratios:
-    return {layer.name: ratio for group, ratio in zip(groups, ratios, strict=True) for layer in group}
+def _spread(groups: Sequence[Sequence[Layer]], shape: Sequence[float], target: float) -> Ratios:
+    """Return ratios in proportion to ``shape``, one for each group, whose mean weighted by size is ``target``.
 
-
-def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
-    """Return ratios in proportion to ``shape`` whose mean weighted by ``sizes`` is ``target``, none above 1.
-
-    The excess above 1 is spread over the others in proportion, until none is above 1.
+    What exceeds 1 is spread over the others in proportion, until none is above 1.
     """
-    budget = target * sum(sizes)
+    sizes = _sizes(groups)
     capped: set[int] = set()
     while True:
-        free = [i for i in range(len(shape)) if i not in capped]
-        room = budget - sum(sizes[i] for i in capped)
+        free = [i for i in range(len(groups)) if i not in capped]
+        room = target * sum(sizes) - sum(sizes[i] for i in capped)
         weight = math.fsum(sizes[i] * shape[i] for i in free)
         if room > 0 and not weight:  # the others have shape 0, and so no proportions
             fix = "lower it, or the allocation's width (epsilon)"
@@ -196,49 +189,33 @@ def spread(shape: Sequence[float], sizes: Sequence[int], target: float) -> list[
         scale = room / weight if weight else 0
         over = [i for i in free if scale * shape[i] > 1]
         if not over:
-            return [1.0 if i in capped else scale * shape[i] for i in range(len(shape))]
+            ratios = [1.0 if i in capped else scale * shape[i] for i in range(len(groups))]
+            return {layer.name: ratio for group, ratio in zip(groups, ratios, strict=True) for layer in group}
         capped.update(over)
-
-
-def _warn_of_cap(
-    groups: Sequence[Sequence[Layer]], ratios: Sequence[float], flag: str, largest: float, floor: bool = False
-) -> None:
-    """Warn if ratios were cut at 1, or at 0 (``floor``), and say the ``largest`` value of the flag without a cut."""
-    by_block = len(groups[0]) > 1
-    capped = [group[0] for group, ratio in zip(groups, ratios, strict=True) if ratio == 1]
-    cuts = []
-    if capped:
-        names = ", ".join(str(layer.block) if by_block else layer.name for layer in capped)
-        cuts.append(f"{'blocks' if by_block else 'layers'} {names} would need a sparsity above 1: capped at 1")
-    if floor:
-        cuts.append("some blocks would need a sparsity below 0: left dense")
-    if cuts:
-        typed = math.floor(1e4 * largest) / 1e4  # rounded up, it would bring the cap back
-        line = "%s, the rest spread over the others; the largest --%s that needs no cap is %.4f"
-        log.warning(line, "; ".join(cuts), flag, typed)
 
 
 def mixed_nm(layers: Sequence[Layer], ratios: Ratios, target: float, group: int) -> dict[str, tuple[int, int]]:
     """Return (N, M = ``group``) for each layer, N close to its ratio and the total within 1/1000 of the target.
 
-    Each layer's M - N starts as the integer part of M * ratio; the rest of the budget goes to the layers with the
-    largest remainders, and single steps then correct any excess or shortfall. At least one of M is kept.
+    M - N starts as the integer part of M * ratio; the rest of the budget goes to the layers with the largest
+    remainders, and single steps then correct any excess or shortfall. At least one of M is kept.
     """
     sizes = {layer.name: layer.size for layer in layers}
+    total = sum(sizes.values())
     removed = {name: min(group - 1, math.floor(group * ratio + 1e-9)) for name, ratio in ratios.items()}
-    left = target * group * sum(sizes.values()) - sum(sizes[name] * count for name, count in removed.items())
+    left = target * group * total - sum(sizes[name] * count for name, count in removed.items())
     for name in sorted(ratios, key=lambda name: removed[name] - group * ratios[name]):  # largest remainder first
         if ratios[name] > 0 and removed[name] < group - 1 and abs(left - sizes[name]) < abs(left):
             removed[name] += 1
             left -= sizes[name]
-    while abs(left) > _NM_TOLERANCE * group * sum(sizes.values()):
+    while abs(left) > _NM_TOLERANCE * group * total:
         step = 1 if left > 0 else -1
         # What an allocation keeps dense stays dense.
         able = [name for name in ratios if 0 <= removed[name] + step < group and (step < 0 or ratios[name] > 0)]
         best = min(able, key=lambda name: abs(left - step * sizes[name]), default=None)
         if best is None or abs(left - step * sizes[best]) >= abs(left):
-            reached = target - left / (group * sum(sizes.values()))
-            log.warning("mixed N:%d reaches a sparsity of %.4f where %.4f was asked for", group, reached, target)
+            line = "mixed N:%d reaches a sparsity of %.4f where %.4f was asked for"
+            log.warning(line, group, target - left / (group * total), target)
             break
         removed[best] += step
         left -= step * sizes[best]

@@ -6,16 +6,13 @@ import logging
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from lib.allocation.price_model import PriceModel
 from lib.core.errors import UserError
 from lib.models.layers import Layer
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +32,10 @@ MOMENTUM = 0.6
 
 
 class Effort(NamedTuple):
-    """How much data a search looks at.
+    """How much data a search looks at: windows of --seqlen / ``window_divisor`` tokens.
 
-    A window is --seqlen / ``window_divisor`` tokens long. A step reads ``windows_per_step`` of them, and one of
-    ``token_stride`` tokens in each counts. The plan is evaluated on ``held_out_windows`` after every ``evaluate_every``
-    steps.
+    A step reads ``windows_per_step`` of them, in which one of ``token_stride`` tokens counts; after every
+    ``evaluate_every`` steps the plan is evaluated on ``held_out_windows``.
     """
 
     windows_per_step: int
@@ -59,7 +55,7 @@ EFFORTS = {
 }
 
 
-class Options(NamedTuple):
+class SearchOptions(NamedTuple):
     """Number of ``steps`` of a search, and of those to ``refresh`` the plan with after the ranks were renewed."""
 
     steps: int = 16
@@ -67,30 +63,23 @@ class Options(NamedTuple):
     effort: Effort = EFFORTS["full"]
 
 
-def forward_passes(options: Options, started: bool) -> int:
+def forward_passes(options: SearchOptions, started: bool) -> int:
     """Return how many windows a search passes through the blocks, a backward pass counted as two.
 
-    Where there is no room for all activations of a step, its windows pass once more, block by block (checkpointing).
-
-    Args:
-        started: whether it starts from another allocation than uniform, which is then evaluated as well.
+    Where there is no room for all activations of a step, its windows pass once more (checkpointing). A search that is
+    ``started`` from another allocation than uniform evaluates that one, too.
     """
     effort = options.effort
-
-    def descent(steps: int) -> int:
-        evaluations = math.ceil(steps / effort.evaluate_every)
-        return steps * effort.windows_per_step * 3 + evaluations * effort.held_out_windows
-
-    dense, starts = FIT_WINDOWS + effort.held_out_windows, effort.held_out_windows * (2 if started else 1)
-    renewed = 2 * FIT_WINDOWS + effort.held_out_windows + descent(options.refresh) if options.refresh else 0
-    return dense + starts + descent(options.steps) + renewed
+    rankings, evaluations = (3 if options.refresh else 1), 2 + started + bool(options.refresh)  # dense and uniform: 2
+    evaluations += sum(math.ceil(steps / effort.evaluate_every) for steps in (options.steps, options.refresh))
+    steps = (options.steps + options.refresh) * effort.windows_per_step
+    return rankings * FIT_WINDOWS + evaluations * effort.held_out_windows + 3 * steps
 
 
 class Step(NamedTuple):
     """A step of the search: the ``spread`` of prices, the KL on its windows (``fit``), and on the ``held`` out ones.
 
-    The spread is the mean of |log(price / mean price)|, cut at 1 and weighted as the mean price is. KL is in nats per
-    token, ``held`` that after the step, None if it was not evaluated.
+    KL is in nats per token, ``held`` that after the step, None if it was not evaluated.
     """
 
     spread: float
@@ -98,7 +87,7 @@ class Step(NamedTuple):
     held: float | None
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The ``ratios`` by layer name that were ``kept``, and the KL on held-out windows of each plan they were among."""
 
     ratios: dict[str, float]
@@ -108,7 +97,7 @@ class Found(NamedTuple):
     dtype: str
 
     @classmethod
-    def of(cls, content: Mapping) -> Found:
+    def of(cls, content: Mapping) -> SearchResult:
         """Return what ``_asdict`` was made of, after a way through JSON."""
         return cls(**content)._replace(steps=[Step(*step) for step in content["steps"]])
 
@@ -118,15 +107,13 @@ def search(
     layers: Sequence[Layer],
     target: float,
     start: Mapping[str, float] | None = None,
-    options: Options = Options(),  # noqa: B008  a tuple of numbers
-) -> Found:
+    options: SearchOptions = SearchOptions(),  # noqa: B008  a tuple of numbers
+) -> SearchResult:
     """Return the ratios at which pruning one more weight costs the same KL(dense || pruned) in every layer.
 
-    Among the start, the end and uniform ratios, the plan with the lowest KL on held-out data is kept. Masks come from
-    statistics of the dense model; ``options.refresh`` more steps follow with those of the pruned one.
-
-    Args:
-        start: ratios by layer name that the search starts from; None for uniform ones.
+    Among ``start`` (ratios by layer name, None for uniform ones), the end and uniform ratios, the plan with the lowest
+    KL on held-out data is kept. Masks come from statistics of the dense model; ``options.refresh`` more steps follow
+    with those of the pruned one.
 
     Raises:
         UserError: a price, or the KL of every plan, is not finite.
@@ -150,7 +137,7 @@ def search(
         kept = _best({name: kls[name] for name in ("before refresh", "refreshed")}, model.advice)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in kls.items())
     log.info("price search: KL on held-out calibration data: %s; kept: %s", shown, kept)
-    return Found(plans[kept], kept, kls, steps, str(model.dtype).removeprefix("torch."))
+    return SearchResult(plans[kept], kept, kls, steps, str(model.dtype).removeprefix("torch."))
 
 
 def _best(kls: Mapping[str, float], advice: str) -> str:
@@ -196,13 +183,9 @@ def _descend(
     return dict(zip(names, ratios, strict=True)), steps
 
 
-# ---------------------------------------------------------------------------------------------------- ratios by price
-
-
 def within_budget(logits: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
     """Return ratios sigmoid(logit + c), cut at the bounds, with c such that their mean by size is ``target``."""
     low, high = _bounds(target)
-    total = sum(sizes)
 
     def ratios(c: float) -> list[float]:
         return [min(max(1 / (1 + math.exp(-(x + c))), low), high) for x in logits]
@@ -210,7 +193,7 @@ def within_budget(logits: Sequence[float], sizes: Sequence[int], target: float) 
     # At these ends all ratios are at most, and at least, the target.
     left, right = _logit(target) - max(logits), _logit(target) - min(logits)
     while left < (middle := (left + right) / 2) < right:
-        over = math.fsum(n * s for n, s in zip(sizes, ratios(middle), strict=True)) >= target * total
+        over = math.fsum(n * s for n, s in zip(sizes, ratios(middle), strict=True)) >= target * sum(sizes)
         left, right = (left, middle) if over else (middle, right)
     return ratios(right)
 
@@ -218,7 +201,7 @@ def within_budget(logits: Sequence[float], sizes: Sequence[int], target: float) 
 def next_logits(
     ratios: Sequence[float], prices: Sequence[float], sizes: Sequence[int], target: float, step_size: float
 ) -> tuple[list[float], float]:
-    """Return logits that prune more where weights are cheap, and the spread of ``prices`` (per weight).
+    """Return logits that prune more where weights are cheap, and the spread of ``prices`` (per weight): mean |log|.
 
     logit(ratio) - ``step_size`` * log(price / mean price), the log within 1 of 0; a price of 0 or less counts as
     cheapest. Where the mean itself is not positive, prices are noise, and no matrix is dearer than another.
@@ -242,8 +225,8 @@ def _logit(ratio: float) -> float:
     return math.log(ratio / (1 - ratio))
 
 
-def draw(result: Found) -> Figure:
-    """Return a picture of a search: the spread of prices and the KL by step."""
+def draw_search(result: SearchResult):
+    """Return a matplotlib Figure of a search: the spread of prices and the KL by step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -10,25 +10,19 @@ from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from lib.calibration.hidden import (
-    BlockInputs,
-    advance,
-    after_blocks,
-    enter_blocks,
-    run_block,
-)
-from lib.calibration.statistics import input_statistics
+from lib.allocation.block_scores import wanda_scores
+from lib.calibration.hidden import BlockInputs, advance, after_blocks, enter_blocks, run_block
 from lib.core import cpu
 from lib.core.errors import UserError
 from lib.core.files import readable
 from lib.core.lazy import torch
 from lib.models import memory
-from lib.models.weights import Block, Weights, check_finite, swapped_weights
+from lib.models.weights import Block, Weights, swapped_weights
 
 log = logging.getLogger(__name__)
 
 # Names of the dtypes to search in.
-PRICE_DTYPES = ("auto", "float32", "bfloat16")
+SEARCH_DTYPES = ("auto", "float32", "bfloat16")
 # Fraction of a row, centred on the threshold, over which the derivative is averaged.
 BAND = 0.1
 # Factor of the loss before it is differentiated: most gradients of logits (at most 1) would underflow in float16.
@@ -61,7 +55,7 @@ class PriceModel(Protocol):
 
 
 def search_dtype(name: str, device: torch.device, model_dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype that a name of PRICE_DTYPES stands for, None for the model's."""
+    """Return the dtype that a name of SEARCH_DTYPES stands for, None for the model's."""
     if name == "auto":
         pays = device.type == "cpu" and model_dtype == torch.float32 and cpu.multiplies(torch.bfloat16)
         return torch.bfloat16 if pays else None
@@ -81,19 +75,13 @@ def kl_divergence(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.kl_div(pruned, dense, reduction="sum", log_target=True)
 
 
-# ------------------------------------------------------------------------------------------------- ranks and masks
-
-
 def row_ranks(score: torch.Tensor) -> torch.Tensor:
-    """Return each score's position in its ascending row, [out, in]; of equal scores, the lower column comes first.
-
-    No score is negative, and so they sort like their bits.
-    """
+    """Return each score's position in its ascending row, [out, in]; of equal scores, the lower column comes first."""
     columns = score.shape[1]
     dtype = torch.int16 if columns <= 2**15 else torch.int32
     places = torch.arange(columns, device=score.device)
     if score.device.type == "cpu" and score.dtype == torch.float32:
-        # numpy sorts integers in a quarter of the time: the score's bits above, its column below.
+        # numpy sorts integers in a quarter of the time: the bits of the score, which is not negative, and its column.
         keys = score.view(torch.int32).long() << 32 | places
         keys.numpy().sort(axis=1)
         order = keys & (2**32 - 1)
@@ -104,9 +92,9 @@ def row_ranks(score: torch.Tensor) -> torch.Tensor:
 
 
 def pruned_copy(weight: torch.Tensor, rank: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Return a copy of ``weight`` without the int(n * ratio) lowest ranks of each row of n in ``rank``.
+    """Return a copy of ``weight`` without the int(n * ratio) lowest ranks of each row of n: this is how Wanda prunes.
 
-    This is how Wanda prunes. The rows of ``rank`` are the weight's [out, in], or one row holds the whole matrix.
+    The rows of ``rank`` are the weight's [out, in], or one row holds the whole matrix.
     """
     # The product with the mask is three times as fast as masked_fill.
     return weight * (rank >= int(rank.shape[1] * ratio)).view_as(weight)
@@ -116,21 +104,18 @@ def band_price(gradient: torch.Tensor, weight: torch.Tensor, rank: torch.Tensor,
     """Return dL/d ratio of a matrix, a scalar tensor: the loss that the weights around the threshold are worth.
 
     It is -sum of gradient * weight over the ranks within BAND / 2 of the threshold, divided by the band's width as a
-    fraction of the row. Half of the band is kept and half is gone, so the derivatives at both ends of a step are
-    averaged (the trapezoid rule).
+    fraction of the row. Half of the band is kept and half is gone: the mean of the derivatives at both ends of a step.
 
     Args:
         gradient: dL/dW at the pruned weights, also where they are pruned.
         weight: the dense W. Both are read in the shape of ``rank``.
     """
-    gradient, weight = gradient.reshape(rank.shape), weight.reshape(rank.shape)
     columns = rank.shape[1]
     middle, half = int(columns * ratio), max(1, int(BAND / 2 * columns))
     low, high = max(0, middle - half), min(columns, middle + half)
     exact = torch.promote_types(weight.dtype, torch.float32)
-    inside = (rank >= low) & (rank < high)
-    worth = torch.where(inside, gradient.to(exact), 0).mul_(weight).sum()
-    return -worth * columns / (high - low)
+    inside = torch.where((rank >= low) & (rank < high), gradient.reshape(rank.shape).to(exact), 0)
+    return -inside.mul_(weight.reshape(rank.shape)).sum() * columns / (high - low)
 
 
 class Masks:
@@ -139,8 +124,7 @@ class Masks:
     Attributes:
         dtype: of the products and of the copies, None for the model's.
         by_magnitude: whether the order is magnitude's, within the whole matrix, and not Wanda's.
-        whole: whether weights compete within the whole matrix, and not within each row.
-        ranks: by layer name, [out, in], or [1, out * in] where weights compete within the whole matrix.
+        whole: whether weights compete within the whole matrix, ranks [1, out * in], or within rows, [out, in].
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype | None, by_magnitude: bool, whole: bool = False) -> None:
@@ -151,14 +135,11 @@ class Masks:
     def rank(self, inputs: BlockInputs, ratios: Mapping[str, float] | None = None) -> None:
         """Pass ``inputs`` on through the blocks, dense or pruned by ``ratios``, and rank the weights of each."""
         for block in tqdm(self.weights.visit(), "ranks", len(self.weights.modules), unit="block", disable=None):
-            for name, linear in block.linears.items():
-                check_finite(name, linear.weight)
             with autocast(block.device, self.dtype):
-                for names, norms in input_statistics(block, inputs, "squared_norms", keep=ratios is None):
-                    for name in names:
+                for name, score in wanda_scores(block, inputs, keep=ratios is None):
+                    if self.by_magnitude:
                         score = block.linears[name].weight.detach().flatten(1).abs()
-                        score = score if self.by_magnitude else score * norms.sqrt()
-                        self.ranks[name] = row_ranks(score.reshape(1, -1) if self.whole else score)
+                    self.ranks[name] = row_ranks(score.reshape(1, -1) if self.whole else score)
                 if ratios is not None:
                     with swapped_weights(block, self.copies(block, ratios)):
                         advance(block, inputs)
@@ -172,25 +153,22 @@ class Masks:
         }
 
 
-# ------------------------------------------------------------------------- walk: forward and backward over the blocks
+# Weights of a block, by layer name, that replace the model's own while the block is run.
+Copies = Callable[[Block], Mapping[str, "torch.Tensor"]]
 
 
 class BlockActivations(NamedTuple):
-    """Inputs, outputs and replaced weights of a block, kept for its backward pass.
-
-    Only the inputs are kept where the block is to be run again.
-    """
+    """Inputs, outputs and replaced weights of a block, kept for its backward pass; only the inputs if it runs again."""
 
     inputs: list[torch.Tensor]
-    outputs: list[torch.Tensor] | None = None
-    leaves: dict[str, torch.nn.Parameter] | None = None
+    outputs: list[torch.Tensor]
+    leaves: dict[str, torch.nn.Parameter]
 
 
 class BlockWalk(NamedTuple):
     """Walk of a few windows forward and backward through a model's blocks, each run with other weights than its own.
 
-    ``copies(block)`` returns those weights by layer name; the model's own are back in place after each block.
-    Gradients are handed over matrix by matrix and freed at once, so that one of them is alive at a time.
+    The model's own are back in place after each block. Gradients are handed over matrix by matrix and freed at once.
 
     Attributes:
         weights: of the model, all of them in memory.
@@ -206,24 +184,17 @@ class BlockWalk(NamedTuple):
     keeps_activations: bool
 
     def forward(
-        self,
-        hidden: list[torch.Tensor],
-        copies: Callable[[Block], Mapping[str, torch.Tensor]],
-        differentiable: bool = False,
+        self, hidden: list[torch.Tensor], copies: Copies, differentiable: bool = False
     ) -> tuple[list[torch.Tensor], list[BlockActivations]]:
         """Return the last block's outputs for ``hidden``, [1, tokens, width] each, and what ``backward`` needs."""
         activations = []
+        keeps = differentiable and self.keeps_activations
         for block in self.weights.visit():
-            hidden = [states.to(block.device) for states in hidden]
-            kept = BlockActivations(hidden)
-            if differentiable and self.keeps_activations:
-                kept = self._run_differentiably(block, hidden, copies)
-                hidden = [states.detach() for states in kept.outputs]
-            else:
-                with torch.no_grad(), swapped_weights(block, copies(block)):
-                    hidden = self._run(block, hidden)
+            ran = self._run(block, hidden, copies, keeps)
+            hidden = [states.detach() for states in ran.outputs]
             if differentiable:
-                activations.append(kept)
+                activations.append(ran if keeps else BlockActivations(ran.inputs, [], {}))
+            del ran  # its copies of the weights, before the next block's are made
         return hidden, activations
 
     def backward(
@@ -231,7 +202,7 @@ class BlockWalk(NamedTuple):
         gradients: list[torch.Tensor],
         scale: torch.Tensor,
         activations: list[BlockActivations],
-        copies: Callable[[Block], Mapping[str, torch.Tensor]],
+        copies: Copies,
         take_gradient: Callable[[Block, torch.Tensor, str, torch.Tensor], None],
     ) -> None:
         """Call ``take_gradient(block, scale, name, gradient)`` for each copy, last block first.
@@ -246,64 +217,53 @@ class BlockWalk(NamedTuple):
             largest = torch.stack([gradient.abs().amax().float() for gradient in gradients]).amax()
             largest = torch.where(largest > 0, largest, 1)
             gradients, scale = [gradient / largest for gradient in gradients], scale.to(block.device) / largest
-            take = partial(take_gradient, block, scale)
-            gradients = self._block_backward(block, gradients, activations.pop(), copies, take)
+            ran = activations.pop()
+            if not ran.outputs:
+                ran = self._run(block, ran.inputs, copies, True)
+            gradients = _block_backward(ran, gradients, partial(take_gradient, block, scale))
 
-    def _block_backward(
-        self,
-        block: Block,
-        gradients: list[torch.Tensor],
-        kept: BlockActivations,
-        copies: Callable[[Block], Mapping[str, torch.Tensor]],
-        take: Callable[[str, torch.Tensor], None],
-    ) -> list[torch.Tensor]:
-        """Return the gradients by a block's inputs, given those by its outputs; ``take`` those by its copies."""
-
-        def hand_over(name: str, leaf: torch.nn.Parameter) -> None:
-            take(name, leaf.grad)
-            leaf.grad = None
-
-        inputs, outputs, leaves = kept if kept.outputs else self._run_differentiably(block, kept.inputs, copies)
-        for name, leaf in leaves.items():
-            leaf.register_post_accumulate_grad_hook(partial(hand_over, name))
-        torch.autograd.backward(outputs, gradients, inputs=[*inputs, *leaves.values()])
-        return [states.grad for states in inputs]
-
-    def _run_differentiably(
-        self, block: Block, hidden: list[torch.Tensor], copies: Callable[[Block], Mapping[str, torch.Tensor]]
-    ) -> BlockActivations:
-        inputs = [states.detach().requires_grad_() for states in hidden]
-        with swapped_weights(block, copies(block)) as leaves, torch.enable_grad():
-            return BlockActivations(inputs, self._run(block, inputs), leaves)
-
-    def _run(self, block: Block, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _run(self, block: Block, hidden: list[torch.Tensor], copies: Copies, differentiable: bool) -> BlockActivations:
         from accelerate.utils import send_to_device
 
+        inputs = [states.to(block.device).detach().requires_grad_(differentiable) for states in hidden]
         arguments = send_to_device(self.inputs.arguments[block.index], block.device)
-        with autocast(block.device, self.dtype):
-            return [run_block(block, states, arguments, self.inputs.tuples) for states in hidden]
+        with torch.set_grad_enabled(differentiable), swapped_weights(block, copies(block)) as leaves:
+            with autocast(block.device, self.dtype):
+                outputs = [run_block(block, states, arguments, self.inputs.tuples) for states in inputs]
+        return BlockActivations(inputs, outputs, leaves)
 
 
-# ---------------------------------------------------------------------------------------------------- language models
+def _block_backward(
+    ran: BlockActivations, gradients: list[torch.Tensor], take: Callable[[str, torch.Tensor], None]
+) -> list[torch.Tensor]:
+    """Return the gradients by a block's inputs, given those by its outputs; ``take`` those by its copies."""
+
+    def hand_over(name: str, leaf: torch.nn.Parameter) -> None:
+        take(name, leaf.grad)
+        leaf.grad = None
+
+    for name, leaf in ran.leaves.items():
+        leaf.register_post_accumulate_grad_hook(partial(hand_over, name))
+    torch.autograd.backward(ran.outputs, gradients, inputs=[*ran.inputs, *ran.leaves.values()])
+    return [states.grad for states in ran.inputs]
 
 
 class DenseStates(NamedTuple):
-    """Windows of token ids, [windows, tokens], and the hidden states of the dense model for them.
+    """Windows of token ids, and the dense model's hidden states before the first and after the last block.
 
-    ``entering`` [windows, tokens, width] enters the first block; ``leaving`` [windows, counted tokens, width] leaves
-    the last one, and becomes the dense model's logits whenever they are needed.
+    The latter become the dense model's logits whenever they are needed.
     """
 
-    windows: torch.Tensor
-    entering: torch.Tensor
-    leaving: torch.Tensor
+    windows: torch.Tensor  # [windows, tokens]
+    entering: torch.Tensor  # [windows, tokens, width]
+    leaving: torch.Tensor  # [windows, counted tokens, width]
 
 
 class LanguagePriceModel:
-    """Prices of a language model's matrices: derivatives of KL(dense || pruned), in nats per token.
+    """Prices of a language model's matrices: a ``PriceModel`` in nats per token.
 
     The weights stay dense: pruned copies replace them while a block is run, and each gradient becomes a price and is
-    freed as soon as it is computed. Its public members are those of ``PriceModel``.
+    freed as soon as it is computed.
     """
 
     advice = "try --dtype bfloat16 or --dtype float32"
@@ -323,14 +283,17 @@ class LanguagePriceModel:
             windows: of calibration, for prices, and held out, for ``kl``; each [windows, tokens], of equal length.
             windows_per_step: how many windows ``prices`` is called with, which decides the memory.
             token_stride: one of so many tokens counts in the loss.
-            dtype: of the products, None for the model's.
-            by_magnitude: whether the masks are magnitude's, and not Wanda's.
+            dtype, by_magnitude: as in ``Masks``.
 
         Raises:
             UserError: the weights are not in memory, or the work does not fit beside them.
         """
+        if not weights.in_memory:
+            problem = "needs all weights in memory, and these are streamed or offloaded"
+            raise UserError("prune_method", "_price", problem, "use GPUs with more memory, or another allocation")
         count, tokens = sum(map(len, windows)), windows[0].shape[1]
-        keeps_activations = _check_memory(weights, tokens, windows_per_step, count, dtype, by_magnitude)
+        needs = memory.price_bytes(weights, tokens, windows_per_step, count, dtype, by_magnitude)
+        keeps_activations = _has_room_for_activations(needs)
         self.weights, self.samples = weights, len(windows[0])
         self.dtype = dtype or weights.model.dtype
         self._counted = slice(token_stride - 1, None, token_stride)
@@ -342,12 +305,9 @@ class LanguagePriceModel:
         self._fit = DenseStates(windows[0], entering, inputs.hidden[:, self._counted].clone())
         self.walk = BlockWalk(weights, inputs._replace(hidden=[]), dtype, keeps_activations)
 
-        inputs = enter_blocks(weights, windows[1])
-        entering = inputs.hidden.clone()
-        for block in weights.visit():
-            with autocast(block.device, dtype):
-                advance(block, inputs)
-        self._held_out = DenseStates(windows[1], entering, inputs.hidden[:, self._counted].clone())
+        entering = enter_blocks(weights, windows[1]).hidden
+        hidden, _ = self.walk.forward(list(entering.split(1)), lambda _: {})
+        self._held_out = DenseStates(windows[1], entering, torch.cat([states[:, self._counted] for states in hidden]))
 
     def kl(self, ratios: Mapping[str, float]) -> float:
         windows = range(len(self._held_out.windows))
@@ -375,48 +335,36 @@ class LanguagePriceModel:
     ) -> tuple[float, list[torch.Tensor], torch.Tensor]:
         """Return the mean KL of the windows in ``batch``, scaled gradients by ``hidden``, and their scale.
 
-        Args:
-            hidden: the pruned blocks' output for each window, [1, tokens, width].
+        ``hidden`` is the pruned blocks' output for each of them, [1, tokens, width].
         """
         count = len(batch) * dense.leaving.shape[1]
-        total, gradients = 0.0, []
+        total, gradients = 0.0, [torch.zeros_like(states) for states in hidden] if differentiate else []
         with after_blocks(self.weights, self.walk.inputs.tuples) as logits, torch.set_grad_enabled(differentiate):
-            for states, index in zip(hidden, batch, strict=True):
-                window, pieces = dense.windows[index], []
-                chunks = (x.split(memory.LOGIT_TOKENS) for x in (states[0, self._counted], dense.leaving[index]))
+            for i, index in enumerate(batch):
+                pieces = []
+                chunks = (x.split(memory.LOGIT_TOKENS) for x in (hidden[i][0, self._counted], dense.leaving[index]))
                 for pruned_states, dense_states in zip(*chunks, strict=True):
                     pruned_states = pruned_states.detach().requires_grad_(differentiate)
                     with autocast(pruned_states.device, self.masks.dtype):
-                        pruned_logits = logits(window, pruned_states)
+                        pruned_logits = logits(dense.windows[index], pruned_states)
                         with torch.no_grad():
-                            dense_logits = logits(window, dense_states)
+                            dense_logits = logits(dense.windows[index], dense_states)
                     kl = kl_divergence(dense_logits, pruned_logits)
                     total = total + kl.detach()
                     if differentiate:
                         pieces += torch.autograd.grad(kl, pruned_states, torch.full_like(kl, LOSS_SCALE))
                 if differentiate:
-                    gradient = torch.zeros_like(states)
-                    gradient[0, self._counted] = torch.cat(pieces)
-                    gradients.append(gradient)
+                    gradients[i][0, self._counted] = torch.cat(pieces)
         return (total / count).item(), gradients, torch.tensor(float(LOSS_SCALE * count))
 
 
-def _check_memory(
-    weights: Weights, tokens: int, step: int, windows: int, dtype: torch.dtype | None, by_magnitude: bool
-) -> bool:
-    """Log how much memory a search needs, refuse one that does not fit, and return whether all activations do.
-
-    The arguments are those of ``memory.price_bytes``.
-    """
-    if not weights.in_memory:
-        problem = "needs all weights in memory, and these are streamed or offloaded"
-        raise UserError("prune_method", "_price", problem, "use GPUs with more memory, or another allocation")
-    needs = memory.price_bytes(weights, tokens, step, windows, dtype, by_magnitude)
+def _has_room_for_activations(needs: Mapping[int | str, memory.PriceBytes]) -> bool:
+    """Log how much memory a search needs, refuse one that does not fit, and return whether all activations do."""
     free = memory.free_memory(0)
     keeps = all(need.least + need.activations <= KEEP_WITHIN * free[place] for place, need in needs.items())
-    log.info("the price search needs %s beside the weights", readable(sum(need.least for need in needs.values())))
-    line = "for speed it takes up to %s more for activations" if keeps else "it would be faster with %s more"
-    log.info(line, readable(sum(need.activations for need in needs.values())))
+    least, more = (readable(sum(sizes)) for sizes in zip(*needs.values(), strict=True))
+    are = "are used for activations" if keeps else "would make it faster"
+    log.info("the price search needs %s beside the weights; up to %s more %s", least, more, are)
     for place, need in needs.items():
         if need.least > free[place]:
             where = "in the CPU's memory" if place == "cpu" else f"on GPU {place}"

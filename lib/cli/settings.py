@@ -159,7 +159,7 @@ class AllocationFlags(Flags):
     price_dtype: str = flag(
         "auto",
         "{choices}; auto: bfloat16 on a CPU that multiplies it, else the model's own",
-        choices=price_model.PRICE_DTYPES,
+        choices=price_model.SEARCH_DTYPES,
         only="_price",
     )
     price_effort: str = flag(
@@ -361,11 +361,11 @@ class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFl
         """Return how the metric of the ``model`` is measured, and where it is cached."""
         farms = spectrum.Farms(self.farms_rows, self.farms_ratio, self.farms_steps) if self.farms else None
         folder = Path(self.ww_metric_cache or Path(in_repository("data"), model))
-        return Measurement(self.ww_metric, folder, measure.Settings(self.esd_driver, farms, self.seed))
+        return Measurement(self.ww_metric, folder, measure.SpectrumSettings(self.esd_driver, farms, self.seed))
 
-    def price_options(self) -> price.Options:
+    def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""
-        return price.Options(self.price_steps, self.price_refresh, price.EFFORTS[self.price_effort])
+        return price.SearchOptions(self.price_steps, self.price_refresh, price.EFFORTS[self.price_effort])
 
     def task(self) -> Task:
         """Return the task that the flags describe.

@@ -84,7 +84,7 @@ class Measurement(NamedTuple):
 
     metric: str
     folder: Path
-    settings: measure.Settings = measure.PUBLISHED
+    settings: measure.SpectrumSettings = measure.PUBLISHED
 
     @property
     def file(self) -> Path:

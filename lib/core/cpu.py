@@ -10,8 +10,7 @@ from pathlib import Path
 from lib.core.lazy import torch
 
 ARM = ("aarch64", "arm64")  # as platform.machine() calls it on Linux and on macOS
-# A CPU with one of these instructions multiplies matrices of the dtype; without, torch takes five times as long as in
-# float32.
+# Without one of these instructions, torch takes five times as long for a product of matrices as in float32.
 _PRODUCTS = {"bfloat16": {"avx512bf16", "amxbf16", "bf16"}, "float16": {"avx512fp16", "amxfp16"}}
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from lib.core.lazy import numpy, torch
 
-_ENTRIES = 64
-_STRIDE = 2654435761  # a large odd number: consecutive entries fall into unrelated rows and columns
 _LARGE = 2**25  # bytes of a file that takes long to read
 
 
@@ -19,7 +17,8 @@ def fingerprint(weight: torch.Tensor) -> str:
 
     It distinguishes a fine-tuned copy of a matrix but not a half-precision one; see ``same_weights``.
     """
-    places = (torch.arange(_ENTRIES) * _STRIDE + 12345) % weight.numel()
+    # A large odd number: consecutive places fall into unrelated rows and columns.
+    places = (torch.arange(64) * 2654435761 + 12345) % weight.numel()
     flat = weight.detach().reshape(-1)
     return flat[places.to(flat.device)].float().cpu().numpy().astype("<f4").tobytes().hex()
 

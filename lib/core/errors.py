@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """An error that the user can fix, in one line: the flag, the value given, what is wrong with it, what to type.
+    """An error that the user can fix, in one line ``--field value: problem; fix``, of which only the problem is needed.
 
-    ``field`` is the settings field of the flag at fault, None if no flag is. The running command prints the flag in its
-    own spelling (``lib.cli.command``) without a traceback and exits with status 2. Other flags in the line are written
-    as ``flag_name(field)``. The line is ``--field value: problem; fix``; ``value`` and ``fix`` may be None.
+    ``field`` is the settings field of the flag at fault. The running command prints the flag in its own spelling
+    (``lib.cli.command``) and exits with status 2. Other flags in the line are written as ``flag_name(field)``.
     """
 
     def __init__(self, field: str | None, value: object, problem: str | None = None, fix: str | None = None) -> None:
@@ -17,12 +16,12 @@ class UserError(Exception):
             self.text = str(value)
         else:
             self.text = (f"{value}: " if value is not None else "") + problem + (f"; {fix}" if fix else "")
-        super().__init__(self.text)
+        super().__init__(field, value, problem, fix)  # which another process makes it of
         self.field = field
 
     def spelled(self, spelling: Callable[[str], str]) -> str:
         """Return the whole line with every flag as ``--spelling(field)``."""
-        text = re.sub("\0(\\w+)\0", lambda found: f"--{spelling(found[1])}", self.text)
+        text = re.sub("\0(\\w+)\0", lambda flag: f"--{spelling(flag[1])}", self.text)
         return text if self.field is None else f"--{spelling(self.field)} {text}"
 
     def __str__(self) -> str:

@@ -14,7 +14,6 @@ from lib.core import processes
 from lib.core.errors import UserError, first_line
 
 ROOT = Path(__file__).resolve().parents[2]
-TEMPORARY = ".*.tmp"  # the names of files that ``atomic`` has not finished
 
 
 def in_repository(name: str) -> str:
@@ -72,10 +71,7 @@ def writing(path: Path, field: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that takes the place of ``path``, durably, when the with statement ends without an error.
-
-    A full disk or a folder that cannot be written is a UserError, and leaves an existing file as it is.
-    """
+    """Yield a file that durably takes the place of ``path`` when the with statement ends without an error."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
@@ -95,6 +91,14 @@ def write_atomically(path: Path, content: str) -> None:
     if processes.is_main():
         with atomic(path) as file:
             file.write(content.encode())
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """Return a matplotlib figure of ``width`` x ``height`` inches, and an array of its axes, row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
 def save_figure(figure, path: Path, dpi: int) -> None:
@@ -161,13 +165,11 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def replace_folder(folder: Path, target: Path) -> None:
     """Put ``folder`` durably in the place of ``target``; killed in between, ``remove_leftovers`` loses neither."""
-    try:
-        if target.exists():
-            target.rename(target.with_name(f".{target.name}.old"))
-        folder.rename(target)
-        sync_folder(target.parent)
-    finally:
-        remove_leftovers(target)
+    if target.exists():
+        target.rename(target.with_name(f".{target.name}.old"))
+    folder.rename(target)
+    sync_folder(target.parent)
+    remove_leftovers(target)
 
 
 def remove_leftovers(target: Path) -> None:

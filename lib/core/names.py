@@ -1,6 +1,6 @@
 """Registries: names are checked against the available ones, and errors list the choices."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 from lib.core.errors import UserError
@@ -13,9 +13,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
-def check_name(field: str, name: str, names: Iterable[str]) -> str:
+def check_name(field: str, name: str, names: Collection[str]) -> str:
     """Return ``name`` if it is one of ``names``; else the UserError quotes the closest one and all choices."""
-    names = list(names)
     if name not in names:
         raise UserError(field, name, f"invalid choice.{did_you_mean(name, names)} Choose from: {', '.join(names)}")
     return name

@@ -110,11 +110,10 @@ def owners(costs: Sequence[float]) -> list[int]:
     return owner
 
 
-@contextmanager
-def _collective() -> Iterator[None]:
-    """Turn the failure of a collective operation, which means that another process has ended, into one line."""
+def _together(operate: Callable[..., object], *arguments: object) -> None:
+    """Carry out a collective operation; it fails if another process has ended, which is then a UserError."""
     try:
-        yield
+        operate(*arguments)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -127,17 +126,15 @@ def _collective() -> Iterator[None]:
 def sum_(tensor: torch.Tensor) -> torch.Tensor:
     """Sum the processes' tensors, all of one shape, in place and return the sum."""
     if count() > 1:
-        with _collective():
-            torch.distributed.all_reduce(tensor)
+        _together(torch.distributed.all_reduce, tensor)
     return tensor
 
 
 def broadcast(tensor: torch.Tensor, owner: int) -> None:
     """Replace the values of ``tensor`` by those in the process ``owner``."""
     if count() > 1:
-        data = tensor.contiguous()
-        with _collective():  # as bytes, since not every backend knows all dtypes
-            torch.distributed.broadcast(data.view(-1).view(torch.uint8), owner)
+        data = tensor.contiguous()  # and sent as bytes, since not every backend knows all dtypes
+        _together(torch.distributed.broadcast, data.view(-1).view(torch.uint8), owner)
         tensor.copy_(data)
 
 
@@ -145,8 +142,7 @@ def gathered(value: T) -> list[T]:
     """Return the ``value`` of each process, in rank order; it must not contain GPU tensors."""
     values = [value] * count()
     if count() > 1:
-        with _collective():
-            torch.distributed.all_gather_object(values, value)
+        _together(torch.distributed.all_gather_object, values, value)
     return values
 
 

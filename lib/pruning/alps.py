@@ -9,20 +9,16 @@ from typing import NamedTuple
 
 from lib.core.lazy import torch
 from lib.pruning.sparsegpt import NM, NotPositiveDefinite, inverse_factor, repair
-from lib.pruning.thresholds import nth_smallest
+from lib.pruning.thresholds import group_smallest, nth_smallest
 
 log = logging.getLogger(__name__)
 
 # Added to the unit diagonal of the Hessian. With the published .01, little calibration text is fitted too closely.
 ALPS_DAMPING = 0.1
-# Iterations of ADMM.
-ITERATIONS = 10
-# Consecutive iterations of ADMM that share a rho, and so an inverse.
-PER_RHO = 3
-# Conjugate-gradient steps of the refit.
-REFIT_STEPS = 10
-# Rows whose elementwise products are held at a time.
-ROWS = 512
+ITERATIONS = 10  # iterations of ADMM
+PER_RHO = 3  # consecutive iterations that share a rho, and so an inverse
+REFIT_STEPS = 10  # conjugate-gradient steps of the refit
+ROWS = 512  # rows whose elementwise products are held at a time
 
 
 class Problem(NamedTuple):
@@ -164,10 +160,6 @@ def _largest(state: torch.Tensor, rows: list[int], goals: Sequence[tuple[float, 
         score = layer.abs()
         if nm is None:
             masks.append(score > nth_smallest(score, min(int(score.numel() * ratio), score.numel() - 1)))
-            continue
-        # Of equals the higher columns stay. Comparing all pairs takes a quarter of topk's time where M = 4.
-        columns = score.view(-1, nm[1]).unbind(1)
-        pairs = ([a > b if i <= j else a >= b for i, a in enumerate(columns)] for j, b in enumerate(columns))
-        larger = [sum(mask.to(torch.int16) for mask in column) for column in pairs]
-        masks.append(torch.stack([count < nm[0] for count in larger], 1).view_as(score))
+        else:
+            masks.append(~group_smallest(score, nm))
     return torch.cat(masks)

@@ -94,21 +94,18 @@ def llm_compressor_recipe(plan: SparsityPlan, layers: Sequence[Layer], pruner: s
     Raises:
         UserError: the plan has mixed N:M, which llm-compressor cannot express.
     """
+    import yaml
+
     layers = [layer for layer in layers if plan.ratios[layer.name] > 0]
-    patterns = {plan.nm[layer.name] for layer in layers} if plan.nm else {None}
+    patterns = {plan.nm[layer.name] for layer in layers} if plan.nm else {(0, 0)}
     if len(patterns) > 1:
         problem, fix = "llm-compressor has one N:M for all layers", "use --sparsity_type unstructured"
         raise UserError("export_llmcompressor", "with mixed N:M", problem, fix)
-    pattern = patterns.pop()
-    structure = "0:0" if pattern is None else f"{pattern[1] - pattern[0]}:{pattern[1]}"  # there N counts the zeros
-    lines = [
-        "pruning_stage:",
-        "  pruning_modifiers:",
-        f"    {LLM_COMPRESSOR[pruner]}:",
-        f'      mask_structure: "{structure}"',
-        "      sparsity:",
-        *(f"        - {plan.ratios[layer.name]:.6f}" for layer in layers),
-        "      targets:",
-        *(f"        - {layer.name}" for layer in layers),
-    ]
-    return "\n".join(lines) + "\n"
+    ((n, m),) = patterns
+    modifier = {
+        "mask_structure": f"{m - n}:{m}",  # there N counts the zeros
+        "sparsity": [round(plan.ratios[layer.name], 6) for layer in layers],
+        "targets": [layer.name for layer in layers],
+    }
+    recipe = {"pruning_stage": {"pruning_modifiers": {LLM_COMPRESSOR[pruner]: modifier}}}
+    return yaml.safe_dump(recipe, sort_keys=False)

@@ -11,14 +11,11 @@ from typing import NamedTuple
 from lib.core.lazy import torch
 from lib.pruning import alps, sparsegpt
 from lib.pruning.sparsegpt import NM
-from lib.pruning.thresholds import nth_smallest, row_smallest
+from lib.pruning.thresholds import group_smallest, nth_smallest, row_smallest
 
 log = logging.getLogger(__name__)
 
-# The Wanda variant seeks its share of a row's score between these, published.
-VARIANT_SHARES = (0.0, 0.8)
-# How near the variant's sparsity must come to the ratio, published.
-VARIANT_TOLERANCE = 0.001
+VARIANT_TOLERANCE = 0.001  # how near the sparsity of Wanda's variant must come to the ratio, published
 
 
 class Pruner(NamedTuple):
@@ -57,7 +54,7 @@ def magnitude(weight: torch.Tensor, _: None, ratio: float, nm: NM | None) -> tor
     """Zero everything <= the int(n * ratio)-th (from 0) of the sorted |W|, one threshold for the matrix."""
     score = weight.abs()
     if nm is not None:
-        return weight.masked_fill(_group_smallest(score, nm), 0)
+        return weight.masked_fill(group_smallest(score, nm), 0)
     index = int(weight.numel() * ratio)
     if index >= weight.numel():
         return torch.zeros_like(weight)
@@ -71,7 +68,7 @@ def wanda(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: float, nm: N
         squared_norms: s [in] float32, the mean over samples of the sum over tokens of x^2.
     """
     score = weight.abs() * squared_norms.sqrt()
-    smallest = _group_smallest(score, nm) if nm else row_smallest(score, int(weight.shape[1] * ratio))
+    smallest = group_smallest(score, nm) if nm else row_smallest(score, int(weight.shape[1] * ratio))
     return weight.masked_fill(smallest, 0)
 
 
@@ -86,8 +83,7 @@ def wanda_variant(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: floa
     score = weight.abs() * squared_norms.sqrt()
     ordered, order = score.sort(dim=1, stable=True)
     cumulative, total = ordered.cumsum(dim=1), score.sum(dim=1, keepdim=True)
-    low, high = VARIANT_SHARES
-    share = 0.4
+    low, high, share = 0.0, 0.8, 0.4
     miss, best = math.inf, None
     while True:
         within = cumulative <= share * total
@@ -101,14 +97,6 @@ def wanda_variant(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: floa
     if miss > VARIANT_TOLERANCE:
         log.warning("Wanda's variant misses %.4f by %.4f in a matrix of %dx%d", ratio, miss, *weight.shape)
     return weight.masked_fill(torch.zeros_like(best).scatter_(1, order, best), 0)
-
-
-def _group_smallest(score: torch.Tensor, nm: NM) -> torch.Tensor:
-    """Return a mask of the M - N smallest of every M columns of ``score``; of equals the lower columns."""
-    keep, group = nm
-    grouped = score.reshape(score.shape[0], -1, group)
-    lowest = grouped.sort(dim=2, stable=True).indices[:, :, : group - keep]
-    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(2, lowest, True).view_as(score)
 
 
 PRUNERS: dict[str, Pruner] = {

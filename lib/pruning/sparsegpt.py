@@ -11,16 +11,13 @@ from typing import NamedTuple
 from lib import sparse
 from lib.core.errors import first_line
 from lib.core.lazy import torch
-from lib.pruning.thresholds import nth_smallest
+from lib.pruning.thresholds import group_ranks, nth_smallest
 
 log = logging.getLogger(__name__)
 
-# Columns per block, published.
-BLOCK = 128
-# Share of the Hessian's mean diagonal that is added to it, published.
-HESSIAN_DAMPING = 0.01
-# Attempts after the first to factorise a Hessian, each with ten times the damping.
-RETRIES = 2
+BLOCK = 128  # columns per block, published
+HESSIAN_DAMPING = 0.01  # share of the Hessian's mean diagonal that is added to it, published
+RETRIES = 2  # further attempts to factorise a Hessian, each with ten times the damping
 
 # N:M as (N, M): N of every M columns are kept.
 NM = tuple[int, int]
@@ -41,13 +38,9 @@ def inverse_factor(hessian: torch.Tensor, damping: float = HESSIAN_DAMPING) -> F
     """Return the factor U with inv(H + damping) = U'U, H: [in, in] float32. U replaces H in memory.
 
     A column whose input was always zero gets H = 1. A Hessian that is not positive definite is retried with ten
-    times the ``damping`` (a share of its mean diagonal), up to twice, with a warning. At most two matrices of this size
-    are held, including H.
-
-    Raises:
-        NotPositiveDefinite: all attempts failed, or the inverse overflows.
+    times the ``damping`` (a share of its mean diagonal), up to twice, with a warning, before NotPositiveDefinite is
+    raised. At most two matrices of this size are held, including H.
     """
-    hessian = hessian.contiguous()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal.masked_fill_(dead, 1)
@@ -201,7 +194,7 @@ def solve_block(
     for i, (column, mask, error, pivot, row) in enumerate(rows):
         if group and i % group == 0:
             members = slice(i, i + group)
-            gone[members] = _ranks(block[members].square() / diagonal[members, None].square()) < removed
+            gone[members] = group_ranks(block[members].square() / diagonal[members, None].square()) < removed
         torch.mul(column, mask, out=error)
         column.sub_(error)  # w - w is 0, w - 0 is w
         error.div_(pivot)
@@ -218,13 +211,3 @@ def _smallest(block: torch.Tensor, upper: torch.Tensor, sizes: list[int], ratios
         if index < scores.numel():
             torch.le(scores, nth_smallest(scores, index), out=mask)
     return gone
-
-
-def _ranks(score: torch.Tensor) -> torch.Tensor:
-    """Return for each of ``score`` [M, out] how many in its column are smaller; of equals, the upper ones count."""
-    ranks = torch.zeros_like(score, dtype=torch.int16)  # M may be more than 256
-    for i in range(1, len(score)):
-        before = score[:i] <= score[i]
-        ranks[i] = before.sum(dim=0, dtype=torch.int16)
-        ranks[:i] += ~before
-    return ranks

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from lib.core.lazy import numpy, torch
 
 # The bits of non-negative floats, read as an integer, are in the order of the floats; so their upper half is counted
 # first, and then the lower half of those whose upper half is the wanted one. Both counts fit into a CPU's cache.
-# Values of the upper half, whose sign bit is 0.
-_UPPER = 2**15
-# Values of the lower half.
-_LOWER = 2**16
-# Numbers counted at a time on a CPU: temporaries stay in its cache.
-_CHUNK = 2**20
-# Numbers counted at a time on a GPU: enough to fill it, few beside a matrix of a large model.
-_GPU_CHUNK = 2**24
-# Rows partitioned at a time on a CPU.
-_ROWS = 64
-
-
-class Threshold(NamedTuple):
-    """``value``, and for each part how many numbers are ``below`` it and ``equal`` to it."""
-
-    value: float
-    below: list[int]
-    equal: list[int]
+_UPPER = 2**15  # values of the upper half, whose sign bit is 0
+_LOWER = 2**16  # values of the lower half
+_CHUNK = 2**20  # numbers counted at a time on a CPU: temporaries stay in its cache
+_GPU_CHUNK = 2**24  # numbers counted at a time on a GPU: enough to fill it, few beside a matrix of a large model
+_ROWS = 64  # rows partitioned at a time on a CPU
 
 
 def nth_smallest(values: torch.Tensor, index: int) -> torch.Tensor:
@@ -38,34 +24,30 @@ def nth_smallest(values: torch.Tensor, index: int) -> torch.Tensor:
     """
     if values.is_cuda:
         return _nth_by_scatter(values, index)
-    bits = _bits(values).flatten()
+    bits = _bits(values)
     if len(bits) <= _CHUNK:  # a copy of them is small, and numpy selects with vectors
         copy = (bits & torch.iinfo(bits.dtype).max).numpy()  # without the sign, which only a NaN has
         copy.partition(index)
         return torch.from_numpy(copy[index : index + 1]).view(values.dtype)[0]
-    high, rank = _bucket(_upper_counts(bits), index + 1)
-    if bits.dtype == torch.int16:
-        return high.to(torch.int16).view(values.dtype)
-    members, rank = _members(bits, high.item()), rank.item()
-    return torch.from_numpy(numpy.partition(members, rank - 1)[rank - 1 : rank]).view(values.dtype)[0]
+    return torch.tensor(threshold(lambda: [values], index + 1)[0], dtype=values.dtype)
 
 
-def threshold(parts: Callable[[], Iterable[torch.Tensor]], rank: float) -> Threshold:
+def threshold(parts: Callable[[], Iterable[torch.Tensor]], rank: float) -> tuple[float, list[int], list[int]]:
     """Return the smallest number at or below which ``rank`` numbers of all parts together lie (from 1, so a median of
-    n is rank n / 2 or (n + 1) / 2), and how many numbers of each part are below and equal to it.
+    n is rank n / 2 or (n + 1) / 2), how many numbers of each part are below it, and how many are equal to it.
 
     Args:
         parts: yields the non-negative parts each time it is called (twice), so that only one need be in memory.
     """
-    upper = [_upper_counts(_bits(part.float()).flatten()).cpu() for part in parts()]
+    upper = [_upper_counts(part.float()) for part in parts()]
     total = sum(upper)
     rank = min(max(1, math.ceil(rank)), int(total.sum()))
     high, rank = _bucket(total, rank)
-    lower = [_lower_counts(_bits(part.float()).flatten(), high.item()).cpu() for part in parts()]
+    lower = [_lower_counts(part.float(), high.item()) for part in parts()]
     low, _ = _bucket(sum(lower), rank)
     below = [u[:high].sum().item() + part[:low].sum().item() for u, part in zip(upper, lower, strict=True)]
     value = (high << 16 | low).to(torch.int32).view(torch.float32).item()
-    return Threshold(value, below, [part[low].item() for part in lower])
+    return value, below, [part[low].item() for part in lower]
 
 
 def row_smallest(score: torch.Tensor, count: int) -> torch.Tensor:
@@ -82,9 +64,25 @@ def row_smallest(score: torch.Tensor, count: int) -> torch.Tensor:
     return mask
 
 
+def group_smallest(score: torch.Tensor, nm: tuple[int, int]) -> torch.Tensor:
+    """Return a mask of the M - N smallest of every M columns of ``score`` [out, in]; of equals, the lower columns."""
+    ranks = group_ranks(score.reshape(-1, nm[1]).T.contiguous())
+    return (ranks < nm[1] - nm[0]).T.reshape(score.shape)
+
+
+def group_ranks(score: torch.Tensor) -> torch.Tensor:
+    """Return for each of ``score`` [M, groups] how many in its column are smaller; of equals, the upper ones count."""
+    ranks = torch.zeros_like(score, dtype=torch.int16)  # M may be more than 256
+    for i in range(1, len(score)):
+        before = score[:i] <= score[i]
+        ranks[i] = before.sum(dim=0, dtype=torch.int16)
+        ranks[:i] += ~before
+    return ranks
+
+
 def _row_thresholds(score: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's ``count``-th smallest [out, 1], and whether a number outside them equals it [out]."""
-    bits = _bits(score).numpy()
+    bits = _bits(score).view(score.shape).numpy()
     cut, tied = numpy.empty((len(bits), 1), bits.dtype), numpy.empty(len(bits), bool)
     for top in range(0, len(bits), _ROWS):
         rows = slice(top, top + _ROWS)
@@ -102,7 +100,7 @@ def _row_thresholds_on_gpu(score: torch.Tensor, count: int) -> tuple[torch.Tenso
 
 def _nth_by_scatter(values: torch.Tensor, index: int) -> torch.Tensor:
     """Do the same as ``nth_smallest`` without synchronising: bincount would wait for the largest value."""
-    bits = _bits(values).flatten()
+    bits = _bits(values)
     counts = torch.zeros(_UPPER, dtype=torch.int64, device=bits.device)
     for chunk in bits.split(_GPU_CHUNK):
         counts.scatter_add_(0, _upper(chunk).long(), counts.new_ones(1).expand(len(chunk)))
@@ -119,7 +117,7 @@ def _nth_by_scatter(values: torch.Tensor, index: int) -> torch.Tensor:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().contiguous().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
+    return values.detach().flatten().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
 
 
 def _upper(bits: torch.Tensor | numpy.ndarray) -> torch.Tensor | numpy.ndarray:
@@ -127,19 +125,20 @@ def _upper(bits: torch.Tensor | numpy.ndarray) -> torch.Tensor | numpy.ndarray:
     return (bits if bits.dtype in (torch.int16, numpy.int16) else bits >> 16) & 0x7FFF
 
 
-def _upper_counts(bits: torch.Tensor) -> torch.Tensor:
-    """Return how often each upper half occurs."""
-    return sum(torch.bincount(_upper(chunk), minlength=_UPPER) for chunk in bits.split(_CHUNK))
+def _upper_counts(values: torch.Tensor) -> torch.Tensor:
+    """Return how often each upper half of the float32 ``values`` occurs, on the CPU."""
+    return sum(torch.bincount(_upper(chunk), minlength=_UPPER) for chunk in _bits(values).split(_CHUNK)).cpu()
 
 
-def _lower_counts(bits: torch.Tensor, high: int) -> torch.Tensor:
-    """Return how often each lower half occurs among the ``bits`` of 32 whose upper half is ``high``."""
-    members = torch.from_numpy(_members(bits, high)) if bits.device.type == "cpu" else bits[_upper(bits) == high]
-    return torch.bincount(members & 0xFFFF, minlength=_LOWER)
-
-
-def _members(bits: torch.Tensor, high: int) -> numpy.ndarray:
-    return numpy.concatenate([chunk[_upper(chunk) == high] for chunk in (c.numpy() for c in bits.split(_CHUNK))])
+def _lower_counts(values: torch.Tensor, high: int) -> torch.Tensor:
+    """Return how often each lower half occurs among the float32 ``values`` whose upper half is ``high``, on the CPU."""
+    bits = _bits(values)
+    if bits.device.type == "cpu":  # where numpy selects in half the time
+        members = [chunk[_upper(chunk) == high] for chunk in (chunk.numpy() for chunk in bits.split(_CHUNK))]
+        members = torch.from_numpy(numpy.concatenate(members))
+    else:
+        members = bits[_upper(bits) == high]
+    return torch.bincount(members & 0xFFFF, minlength=_LOWER).cpu()
 
 
 def _bucket(counts: torch.Tensor, rank: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,10 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
-    """One row of the per-layer table: planned ``ratio`` and measured ``sparsity`` are fractions of the matrix.
-
-    ``nm`` is (N, M) if N of every M columns were kept.
-    """
+    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,11 +37,10 @@ class LayerReport(NamedTuple):
 class FinishedBlocks(Protocol):
     """Blocks that are stored durably, a file each, so that an interrupted walk can resume (``run.journal.Journal``)."""
 
+    finished: Mapping[int, list[LayerReport]]  # by index of the block
     failure: UserError | None  # of a block that could not be stored; no later one is stored
 
-    def __contains__(self, index: int) -> bool: ...
     def path(self, index: int) -> Path: ...
-    def rows(self, index: int) -> list[LayerReport]: ...
     def add(self, index: int, tensors: Mapping, dtype: torch.dtype, rows: list[LayerReport]) -> None: ...
 
 
@@ -79,13 +75,13 @@ def walk(
         for block in weights.visit(write=True):
             if block.index > last:
                 break
-            stored = journal is not None and block.index in journal
+            stored = journal is not None and block.index in journal.finished
             keep = dense and bool(block.linears)  # its dense outputs replace its inputs
             if stored:
                 if keep:
                     pass_samples(block, inputs, keep=True)  # while it is dense, as in a run without a stop
                 weights.load_block(block.index, journal.path(block.index))
-                rows = journal.rows(block.index)
+                rows = journal.finished[block.index]
             else:
                 _prune_block(block, plan, pruner, inputs, keep, weights.save_dtype)
                 rows = _report(block, plan, metric)
@@ -171,11 +167,7 @@ def _report(block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None
 
 
 def check_saved(folder: Path, weights: Weights, measured: float) -> None:
-    """Read a saved folder back: its sparsity must equal that of the model in memory.
-
-    Raises:
-        UserError: it does not, so that something else wrote there, or the disk is at fault.
-    """
+    """Read a saved folder back, and raise a UserError unless its sparsity is the one ``measured`` in memory."""
     written = checkpoint_sparsity(folder, [layer.name for layer in weights.layers])
     if written != measured:
         problem = f"holds a sparsity of {written:.6f} as read back, and the pruned model has {measured:.6f}"
@@ -183,11 +175,7 @@ def check_saved(folder: Path, weights: Weights, measured: float) -> None:
 
 
 def checkpoint_sparsity(folder: Path, names: list[str]) -> float:
-    """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files.
-
-    Raises:
-        RuntimeError: the files contain none of these layers.
-    """
+    """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files."""
     weights = {f"{name}.weight" for name in names}
     zeros = total = 0
     for path in folder.glob("*.safetensors"):

@@ -122,7 +122,7 @@ def check_layers(
             raise UserError("sparsity_type", "{}:{}".format(*task.nm), problem)
     if "ww" in (task.allocation, task.start):
         metric, folder, how = measurement
-        if not measure.has_cache(folder, metric, name, measured, how):
+        if measure.metric_cache(folder, metric, name, measured, how).read() is None:
             files.check_writable("ww_metric_cache", folder)
         for layer in measured if how.farms else ():
             try:

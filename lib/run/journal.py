@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lib import sparse
 from lib.core import files, processes
@@ -24,16 +24,6 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "pruning.jsonl"  # the progress of the run; it stays in the finished folder and says what made the model
 _RESTART = "add --restart to begin again"
-
-
-class Identity(NamedTuple):
-    """Identity that a run must share to be resumed: in words for errors, and as the values compared."""
-
-    flags: Mapping[str, object]
-    plan: str
-    calibration: str
-    versions: Mapping[str, str]
-    fingerprints: Mapping[str, str]
 
 
 def partial_folder(target: Path) -> Path:
@@ -60,11 +50,9 @@ class Journal:
     """
 
     def __init__(self, target: Path, restart: bool = False, unmeasured: bool = False) -> None:
-        """Open the journal for ``target``, which no other process may have open.
+        """Open the journal for ``target``, which no other process may have open; ``restart`` discards what it holds.
 
-        Args:
-            restart: discard an unfinished run.
-            unmeasured: a complete model in ``target`` comes from a run stopped during its evaluation, which is resumed.
+        ``unmeasured``: a complete model in ``target`` comes from a run stopped during its evaluation, which is resumed.
         """
         self.target, self.folder = target, partial_folder(target)
         self.scratch = self.folder / "scratch"
@@ -90,7 +78,7 @@ class Journal:
                 self._progress = Progress(self.folder / MANIFEST)
             except UserError as error:
                 raise UserError("save_model", None, error.text, _RESTART) from error
-            for path in self.folder.glob(files.TEMPORARY):  # that a killed process was writing
+            for path in self.folder.glob(".*.tmp"):  # that a killed process was writing
                 path.unlink()
             shutil.rmtree(self.scratch, ignore_errors=True)
             self._undo = undo.pop_all()
@@ -124,13 +112,14 @@ class Journal:
         """Store a result durably for a resumed run: any value that JSON can hold."""
         processes.on_main(lambda: self._progress.add(kind, key, value))
 
-    def begin(self, identity: Identity) -> None:
-        """Resume where an earlier run with the same identity stopped, or start.
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Resume where an earlier run with the same ``identity`` stopped, or start; another run is a UserError.
 
-        Raises:
-            UserError: the folder holds blocks of a run with other flags, weights, calibration or versions.
+        Args:
+            identity: ``flags`` and ``versions`` by name, digests of the ``plan`` and the ``calibration`` windows, and
+                the ``fingerprints`` of the dense weights by layer.
         """
-        self.finished = processes.on_main(lambda: self._begin(json.loads(json.dumps(identity._asdict()))))
+        self.finished = processes.on_main(lambda: self._begin(json.loads(json.dumps(identity))))
         if self.finished:
             log.info("resuming after block %d of the run in %s", max(self.finished), self.folder)
 
@@ -156,18 +145,9 @@ class Journal:
             path.unlink()
         return finished
 
-    # -------------------------------------------------------------------------------------- blocks, as the walk asks
-
-    def __contains__(self, index: int) -> bool:
-        return index in self.finished
-
     def path(self, index: int) -> Path:
         """Return the file of a block."""
         return self.folder / f"model-block-{index:05d}.safetensors"
-
-    def rows(self, index: int) -> list[LayerReport]:
-        """Return the layer reports of a finished block."""
-        return self.finished[index]
 
     def add(self, index: int, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, rows: list[LayerReport]) -> None:
         """Store a block durably: its shard, then the line that makes it a finished one."""

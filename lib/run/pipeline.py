@@ -21,7 +21,7 @@ from lib.models.weights import Weights
 from lib.pruning import plan as plans
 from lib.pruning import walk
 from lib.pruning.plan import SparsityPlan
-from lib.run.journal import Identity, Journal
+from lib.run.journal import Journal
 from lib.run.record import Record, provenance
 from lib.spectra import measure
 
@@ -60,8 +60,8 @@ class Subject(Protocol):
 
 
 def measure_values(
-    subject: Subject, task: Task, measurement: Measurement, options: price.Options, journal: Journal | None = None
-) -> tuple[Mapping[str, float] | None, price.Found | None]:
+    subject: Subject, task: Task, measurement: Measurement, options: price.SearchOptions, journal: Journal | None = None
+) -> tuple[Mapping[str, float] | None, price.SearchResult | None]:
     """Return the values that the allocation needs for each layer, and the search that found them, None without one.
 
     Args:
@@ -91,8 +91,12 @@ def measure_values(
 
 
 def search_prices(
-    subject: Subject, task: Task, start: Mapping[str, float] | None, options: price.Options, journal: Journal | None
-) -> price.Found:
+    subject: Subject,
+    task: Task,
+    start: Mapping[str, float] | None,
+    options: price.SearchOptions,
+    journal: Journal | None,
+) -> price.SearchResult:
     """Return the result of the search for ratios of equal price, which begins with the ratios ``start``.
 
     That of an unfinished run is taken from its journal, since a GPU may not reproduce the same bits.
@@ -101,11 +105,11 @@ def search_prices(
     earlier = None if journal is None else journal.get("prices", key)
     if earlier is not None:
         log.info("the ratios of equal price are those that the interrupted run found")
-        return price.Found.of(earlier)
+        return price.SearchResult.of(earlier)
     if processes.count() > 1:
         log.info("the first process searches for prices, the others wait for them")
 
-    def search_alone() -> price.Found:
+    def search_alone() -> price.SearchResult:
         with processes.single_process():
             model = subject.price_model(options.effort, task.by_magnitude)
             return price.search(model, subject.weights.layers, task.target, start, options)
@@ -194,8 +198,9 @@ def prune(
         device = next(iter(subject.weights.visit())).device.type
         # The number of processes determines the order of float32 additions.
         machine = versions | {"device": device, "processes": str(processes.count())}
-        fingerprints = subject.weights.fingerprints()
-        journal.begin(Identity(task.identity, digest(plan), subject.calibration_digest, machine, fingerprints))
+        identity = {"flags": task.identity, "versions": machine, "plan": digest(plan)}
+        identity |= {"calibration": subject.calibration_digest, "fingerprints": subject.weights.fingerprints()}
+        journal.begin(identity)
     inputs = subject.inputs()._replace(dtype=subject.calib_dtype) if task.pruner.statistic else None
     return walk.walk(subject.weights, plan, task.pruner, inputs, values, propagate, journal)
 

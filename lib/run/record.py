@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from lib import __version__
@@ -27,17 +27,15 @@ log = logging.getLogger(__name__)
 # Flags that may name a file or folder, which may change between two runs with equal flags.
 INPUTS = ("model", "resume", "calib_data", "eval_data", "plan", "include_path")
 _OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt")  # what is read from its folder
-
-PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
+_PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
 
 
 class Record:
     """The record of a run, rewritten whenever it grows.
 
     Attributes:
-        content: the content of ``run_<run>.json``. Once it holds the flags, ``inputs`` identifies the files that they
-            name, as of the end of the stage: those read in it.
-        stages: time and peak memory of each, {stage: {"seconds", "cpu_seconds", "peak_rss_mb", "peak_cuda_mb"}}.
+        content: of ``run_<run>.json``; ``inputs`` identifies the files that the flags name, as they were read.
+        stages: the entry of the content that says what each stage cost.
         rows: the per-layer table, ``layers_<run>.tsv``.
         files: other files to write, {name: text}.
         written: whether ``write`` has succeeded.
@@ -48,7 +46,7 @@ class Record:
         self.stages: dict[str, dict] = {}
         self.rows: list[LayerReport] = []
         self.files: dict[str, str] = {}
-        self.content: dict = {"complete": False}
+        self.content: dict = {"complete": False, "stages": self.stages}
         self.written = False
 
     @contextmanager
@@ -70,20 +68,16 @@ class Record:
         peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
         if peaks:
             self.stages[name]["peak_cuda_mb"] = peaks
-        if "flags" in self.content and "inputs" not in self.content:
+        if "flags" in self.content and "inputs" not in self.content:  # at the end of the stage that has read them
             self.content["inputs"] = inputs_of(self.content["flags"])
 
     def write(self, complete: bool = False) -> None:
         """Write all files, the run file last, since it states whether the run is complete."""
         self.content["complete"] = complete
         layers = {f"layers_{self.run}.tsv": layers_text(self.rows)} if self.rows else {}
-        for name, content in {**self.files, **layers, f"run_{self.run}.json": run_text(self.whole())}.items():
+        for name, content in {**self.files, **layers, f"run_{self.run}.json": run_text(self.content)}.items():
             write_atomically(self.folder / name, content)
         self.written = True
-
-    def whole(self) -> dict:
-        """Return the content with the stages so far."""
-        return self.content | {"stages": self.stages}
 
     def explain_failure(self, resume: Callable[[], str]) -> AbstractContextManager[None]:
         """If the body of the with statement fails, report what is on disk and how to ``resume``."""
@@ -109,10 +103,9 @@ def cuda_in_use() -> list[int]:
 
 
 def _peak_rss_mb() -> int:
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(OSError):
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # which cannot be reset
     return peak // (2**20 if sys.platform == "darwin" else 1024)
 
 
@@ -126,9 +119,9 @@ def layers_text(rows: Sequence[LayerReport]) -> str:
     lines = ["name\tshape\tmetric\tplanned_ratio\tsparsity\ttype"]
     for row in rows:
         metric = "" if row.metric is None else f"{row.metric:.6f}"
-        shape = "x".join(map(str, row.shape))
         kind = "unstructured" if row.nm is None else "{}:{}".format(*row.nm)
-        lines.append(f"{row.name}\t{shape}\t{metric}\t{row.ratio:.6f}\t{row.sparsity:.6f}\t{kind}")
+        figures = ("x".join(map(str, row.shape)), metric, f"{row.ratio:.6f}", f"{row.sparsity:.6f}")
+        lines.append("\t".join((row.name, *figures, kind)))
     return "\n".join(lines) + "\n"
 
 
@@ -177,11 +170,9 @@ def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
     states = {}
     for name in filter(flags.get, INPUTS):
         path = Path(str(flags[name])).expanduser()
-        paths = [path]
+        paths = [path, *path.rglob("*")] if name == "include_path" else [path]
         if name == "model" and path.is_dir():
             paths = [file for file in path.iterdir() if file.suffix in _OF_A_MODEL]
-        elif name == "include_path" and path.is_dir():
-            paths = path.rglob("*")
         with suppress(OSError):  # whoever reads it reports it
             lines = [f"{file.relative_to(path)} {file_state(file)}" for file in sorted(paths) if file.is_file()]
             if lines:
@@ -189,29 +180,17 @@ def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
     return states
 
 
-def changed_inputs(record: dict, inputs: Mapping[str, str]) -> list[str]:
-    """Return the flags whose files are not those that ``record``'s run read; ``inputs_of`` tells what they are now."""
-    return [name for name in INPUTS if record.get("inputs", {}).get(name) != inputs.get(name)]
-
-
 def provenance() -> dict:
     """Return package versions, git commit, devices and time for the run's record."""
+    versions = {"alphapruning": __version__, "python": sys.version.split()[0]}
+    versions |= {name: version(name) for name in _PACKAGES if find_spec(name)}
     cuda = [torch.cuda.get_device_name(device) for device in cuda_in_use()]
     return {
-        "versions": dict(_versions()),
+        "versions": versions,
         "git_commit": _git_commit(),
         "device": cuda or [f"cpu ({torch.get_num_threads()} threads)"],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-@cache
-def _versions() -> dict[str, str]:
-    versions = {"alphapruning": __version__, "python": sys.version.split()[0]}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 def _git_commit() -> str | None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from rich.console import Console
 from tabulate import tabulate
 
 from lib.allocation import price
 from lib.allocation.epsilon import Trial, best
-from lib.allocation.price import Found
+from lib.allocation.price import SearchResult
 from lib.cli.task import Measurement, Task
 from lib.core import files, processes
 from lib.models.layers import Layer
 from lib.run.record import Record, provenance
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def show(console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -39,31 +36,41 @@ def show_metric(
     kinds: dict[str, list[float]] = {}
     for layer in layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(values[layer.name])
-    rows = []
-    for kind, numbers in [*kinds.items(), ("all", list(values.values()))]:
-        figures = (min(numbers), sum(numbers) / len(numbers), max(numbers))
-        rows.append((kind, *(f"{x:.4f}" for x in figures)))
+    kinds["all"] = list(values.values())
+    rows = [
+        (kind, *(f"{figure:.4f}" for figure in (min(numbers), sum(numbers) / len(numbers), max(numbers))))
+        for kind, numbers in kinds.items()
+    ]
     show(console, f"{model}: {measurement.metric}", ("matrix", "smallest", "mean", "largest"), rows)
     line(console, f"cached in: {measurement.file}")
 
 
-def show_trials(console: Console, trials: Sequence[Trial]) -> None:
-    """Print the trials of --epsilon auto, if any."""
+def show_trials(console: Console, record: Record, trials: Sequence[Trial]) -> None:
+    """Print and record the trials of --epsilon auto, if any."""
     if not trials:
         return
     chosen = best(trials)
+    record.content |= {"epsilon": chosen.epsilon, "epsilon_search": [trial._asdict() for trial in trials]}
     rows = [(f"{t.epsilon:.2f}", f"{t.perplexity:.2f}" + (" <- taken" if t is chosen else "")) for t in trials]
     show(console, "--epsilon auto: perplexity on held-out calibration text", ("epsilon", "perplexity"), rows)
 
 
-def show_prices(console: Console, search: Found | None, data: str = "windows", of: str = "token") -> None:
-    """Print the steps of the search for prices at which the held-out ``data`` were evaluated, if any.
+def show_prices(
+    console: Console, record: Record, search: SearchResult | None, data: str = "windows", of: str = "token"
+) -> None:
+    """Print, record and plot the search for prices, if there was one; printed are the steps evaluated on held-out data.
 
     Args:
+        data: what the search evaluates on.
         of: what the KL is a mean over.
     """
     if search is None:
         return
+    steps = [step._asdict() for step in search.steps]
+    outcome = {"kept": search.kept, "dtype": search.dtype, "held_out_kl": search.held, "steps": steps}
+    record.content["price_search"] = outcome
+    files.save_figure(price.draw_search(search), record.folder / f"price_{record.run}.png", dpi=130)
+
     rows = [
         (str(i), f"{step.spread:.3f}", f"{step.fit:.4f}", f"{step.held:.4f}")
         for i, step in enumerate(search.steps, 1)
@@ -78,13 +85,12 @@ def show_prices(console: Console, search: Found | None, data: str = "windows", o
 def show_run(console: Console, record: Record) -> None:
     """Print the figures of a run of main.py, and where they were written."""
     content, stages = record.content, record.stages.values()
-    seconds = sum(stage["seconds"] for stage in stages)
-    peak = max(stage["peak_rss_mb"] for stage in stages)
+    seconds, peak = sum(stage["seconds"] for stage in stages), max(stage["peak_rss_mb"] for stage in stages)
     perplexity = "-" if content["perplexity"] is None else f"{content['perplexity']:.4f}"
     row = (content["method"], f"{content['target_sparsity']:g}", f"{content['sparsity']:.4f}", perplexity)
     headings = ("method", "target", "sparsity", "perplexity", "seconds", "peak memory")
-    title = f"{content['model']['given']}: {content['method']}"
-    show(console, title, headings, [(*row, f"{seconds:.1f}", f"{peak} MB")])
+    figures = [(*row, f"{seconds:.1f}", f"{peak} MB")]
+    show(console, f"{content['model']['given']}: {content['method']}", headings, figures)
     commit = (provenance()["git_commit"] or "unknown")[:12]
     line(console, f"model:   {content['model']['name']}, seed {content['flags']['seed']}, commit {commit}")
     patterns = Counter("{}:{}".format(*report.nm) for report in record.rows if report.nm)
@@ -96,42 +102,14 @@ def show_run(console: Console, record: Record) -> None:
         line(console, f"saved:   {content['saved_model']}")
 
 
-# ----------------------------------------------------------------------------------------- entries of a run's record
-
-
 def task_entries(task: Task, flags: Mapping[str, object]) -> dict:
     """Return the record's entries on what a run of main.py is to do; figures are None until they are measured."""
     return {
         "method": task.method,
         "target_sparsity": task.target,
-        "sparsity": None,
-        "dense_zeros": None,
-        "perplexity": None,
-        "zero_shot": None,
+        **dict.fromkeys(("sparsity", "dense_zeros", "perplexity", "zero_shot", "saved_model")),
         "epsilon": task.hyper["epsilon"] if task.allocation == "ww" else None,
         "epsilon_search": [],
-        "saved_model": None,
         "processes": processes.count(),
         "flags": flags,
     }
-
-
-def price_entries(search: Found | None) -> dict:
-    """Return the record's entries on the search for prices; empty without one."""
-    if search is None:
-        return {}
-    steps = [step._asdict() for step in search.steps]
-    return {"price_search": {"kept": search.kept, "dtype": search.dtype, "held_out_kl": search.held, "steps": steps}}
-
-
-def epsilon_entries(trials: Sequence[Trial]) -> dict:
-    """Return the record's entries on the search for epsilon; empty without one."""
-    if not trials:
-        return {}
-    return {"epsilon": best(trials).epsilon, "epsilon_search": [trial._asdict() for trial in trials]}
-
-
-def draw_prices(record: Record, search: Found | None) -> None:
-    """Write the plot of the search for prices, if there was one."""
-    if search is not None:
-        files.save_figure(price.draw(search), record.folder / f"price_{record.run}.png", dpi=130)

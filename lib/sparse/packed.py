@@ -164,9 +164,8 @@ def read_file(path: Path) -> Iterator[tuple[str, torch.Tensor | PackedTensor, li
                 raise UserError(None, path, problem, "pack again: python scripts/speedup/pack.py MODEL --save DIR")
             stored = set(file.keys())
             for name, entry in header["tensors"].items():
-                parts = {
-                    part: file.get_tensor(key) for part in PackedTensor._fields if (key := f"{name}.{part}") in stored
-                }
+                keys = {field: f"{name}.{field}" for field in PackedTensor._fields}
+                parts = {field: file.get_tensor(key) for field, key in keys.items() if key in stored}
                 content = PackedTensor(**parts) if parts else file.get_tensor(name)
                 if _digest(content, entry["shape"]) != entry["sha256"] or not _fits(content, entry["shape"]):
                     raise UserError(None, path, f"{name} is not what was packed (its SHA-256 differs)", DAMAGED)
@@ -192,7 +191,7 @@ def _pack_file(source: Path, target: Path) -> Counter:
                     size.update(masked=tensor.nbytes, masked_after=packed.nbytes)
             entries[name] = {"shape": list(tensor.shape), "sha256": _digest(content, tensor.shape)}
             if isinstance(content, PackedTensor):
-                stored |= {f"{name}.{part}": value for part, value in content.parts().items()}
+                stored |= {f"{name}.{field}": value for field, value in content.parts().items()}
             else:
                 stored[name] = tensor
         # One key: safetensors writes several in an order that changes from run to run.

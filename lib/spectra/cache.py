@@ -30,8 +30,7 @@ class LayerMetrics(NamedTuple):
 class MetricCache:
     """The values of one metric in ``folder``: ``<stem>.npy``, as published, and our sidecar ``<stem>.json``.
 
-    Args:
-        identity: what the sidecar must say: model, metric, settings, and layers as a list of [name, shape].
+    The sidecar must agree with ``identity``: model, metric, settings, and layers as a list of [name, shape].
     """
 
     def __init__(self, folder: Path, stem: str, identity: Mapping[str, Any]) -> None:
@@ -40,9 +39,7 @@ class MetricCache:
         self._fix = f"give another {flag_name('ww_metric_cache')}, or delete {self.path} to have it computed"
 
     def read(self) -> LayerMetrics | None:
-        """Return the cached values, None if there are none.
-
-        ``check_weights`` tells later, once the weights are loaded, whether they are those that were measured.
+        """Return the cached values, None if there are none; ``check_weights`` follows once the weights are loaded.
 
         Raises:
             UserError: a file is damaged, or belongs to another model or other layers.
@@ -64,41 +61,32 @@ class MetricCache:
             with _damage_reported(self.sidecar, self._fix):
                 stored = json.loads(self.sidecar.read_text())
                 fingerprints = dict(stored["fingerprints"])
-                for key, wanted in self.identity.items():
-                    measured = stored[key]
-                    if measured != wanted:
-                        if key == "layers":
-                            pairs = zip_longest(measured, wanted)
-                            measured, wanted = next(pair for pair in pairs if pair[0] != pair[1])
-                        problem = f"was measured with {key} {measured}, not {wanted}"
-                        raise UserError(None, self.path, problem, self._fix)
+                identities = {key: (stored[key], wanted) for key, wanted in self.identity.items()}
+            for key, pair in identities.items():
+                if pair[0] != pair[1]:
+                    pairs = zip_longest(*pair) if key == "layers" else [pair]
+                    measured, wanted = next(pair for pair in pairs if pair[0] != pair[1])
+                    raise UserError(None, self.path, f"was measured with {key} {measured}, not {wanted}", self._fix)
         return LayerMetrics(dict(zip(names, values.tolist(), strict=True)), fingerprints)
 
     def check_weights(self, cached: LayerMetrics, weights: Weights) -> None:
         """Refuse ``cached`` values of other weights with the same names and shapes; warn if nothing can be checked."""
         if not cached.fingerprints:  # a published file
-            message = "%s has no %s beside it: whether it belongs to this model cannot be checked"
-            log.warning(message, self.path, self.sidecar.name)
+            log.warning(
+                "%s has no %s: whether it belongs to this model cannot be checked", self.path, self.sidecar.name
+            )
             return
 
-        fingerprints = weights.fingerprints()
-        with _damage_reported(self.sidecar, self._fix):
-            changed = digests.first_difference(cached.fingerprints, fingerprints)
+        changed = digests.first_difference(cached.fingerprints, weights.fingerprints())
         if changed:
             problem = f"was measured on other weights of the same name and shape (see {changed})"
             raise UserError(None, self.path, problem, self._fix)
 
     def progress(self) -> Progress:
         """Return the file in which this process keeps finished values until all are measured."""
-        path = self.folder / f".{self.stem}.{processes.rank()}.jsonl"
         with files.writing(self.folder, "ww_metric_cache"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            return Progress(path)
-        except UserError as error:  # Two runs have measured the same at the same time.
-            log.warning("%s; measured again", error)
-            path.unlink(missing_ok=True)
-            return Progress(path)
+        return Progress(self.folder / f".{self.stem}.{processes.rank()}.jsonl")
 
     def write(self, measured: LayerMetrics) -> None:
         """Write the values (float64, one per matrix in model order, as published) and the sidecar."""
@@ -119,7 +107,5 @@ def _damage_reported(path: Path, fix: str) -> Iterator[None]:
     """Turn whatever numpy and json raise on a damaged file into one line."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(None, path, f"is damaged ({error!r})", fix) from error

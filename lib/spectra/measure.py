@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,15 +28,13 @@ log = logging.getLogger(__name__)
 
 # A checkpoint with a larger share of zeros in its first block is taken for pruned: no dense one has that many.
 _PRUNED = 0.1
-
-# Seconds of a matrix that lets the time of all others be estimated; fewer may be those of LAPACK's start.
+# Seconds of a matrix from which the time of the others is estimated; fewer may be those of LAPACK's start.
 _SAMPLE = 1.0
+# Minutes from which the estimate is worth a line.
+_LONG = 2.0
 
-# Minutes up to which an estimate is not worth a line.
-_SOON = 2.0
 
-
-class Settings(NamedTuple):
+class SpectrumSettings(NamedTuple):
     """How a metric is measured: the ``driver`` of the spectrum, its FARMS windows, and weightwatcher's ``seed``."""
 
     driver: str = "exact"
@@ -55,37 +53,39 @@ class Settings(NamedTuple):
         return {"driver": self.driver, "farms": None if self.farms is None else self.farms._asdict()}
 
 
-PUBLISHED = Settings()
+PUBLISHED = SpectrumSettings()
 
 
 class _Result(NamedTuple):
-    """The value of the layer ``name``; ``seconds`` is 0 unless its spectrum was computed now."""
-
     name: str
     value: float
     fingerprint: str
-    seconds: float = 0.0
     fell_back: bool = False
+    seconds: float = 0.0
 
 
-def has_cache(folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: Settings = PUBLISHED) -> bool:
-    """Return whether ``folder`` holds all values, so that nothing will be written there.
-
-    Raises:
-        UserError: a file is damaged, or belongs to another model or other layers.
-    """
-    return _cache(folder, metric, model, layers, settings).read() is not None
+def metric_cache(
+    folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: SpectrumSettings = PUBLISHED
+) -> MetricCache:
+    """Return the cache in ``folder`` of a metric of the ``model`` with these ``layers``."""
+    identity = {
+        "model": model,
+        "metric": metric,
+        "settings": settings.described(metric),
+        "layers": [[layer.name, list(layer.shape)] for layer in layers],
+    }
+    return MetricCache(folder, settings.stem(metric), identity)
 
 
 def load_or_measure(
-    folder: Path, metric: str, model: str, weights: Weights, settings: Settings = PUBLISHED
+    folder: Path, metric: str, model: str, weights: Weights, settings: SpectrumSettings = PUBLISHED
 ) -> LayerMetrics:
     """Return the metric of every layer from the cache in ``folder``; missing values are measured and cached there.
 
     Raises:
         UserError: the cache is damaged or of something else, or a layer's spectrum admits no fit.
     """
-    cache = _cache(folder, metric, model, weights.layers, settings)
+    cache = metric_cache(folder, metric, model, weights.layers, settings)
     cached = processes.on_main(cache.read)
     if cached is not None:
         cache.check_weights(cached, weights)
@@ -96,18 +96,8 @@ def load_or_measure(
     return measured
 
 
-def _cache(folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: Settings) -> MetricCache:
-    identity = {
-        "model": model,
-        "metric": metric,
-        "settings": settings.described(metric),
-        "layers": [[layer.name, list(layer.shape)] for layer in layers],
-    }
-    return MetricCache(folder, settings.stem(metric), identity)
-
-
 def measure(
-    metric: str, weights: Weights, settings: Settings = PUBLISHED, progress: Progress | None = None
+    metric: str, weights: Weights, settings: SpectrumSettings = PUBLISHED, progress: Progress | None = None
 ) -> LayerMetrics:
     """Return the metric of every layer. Several processes share the matrices.
 
@@ -117,9 +107,6 @@ def measure(
     Args:
         progress: supplies the values of an interrupted measurement, and keeps those of this one.
     """
-    # A core holds a matrix, its float32 copy and LAPACK's: half of the free memory must have room for all of them.
-    room = memory.free_ram() // processes.processes_on_machine() // 2
-    cores = max(1, min(torch.get_num_threads(), room // (12 * max(layer.size for layer in weights.layers))))
     # An SVD's time grows with the number of weights times the shorter side.
     work = {layer.name: layer.size * min(layer.shape[:2]) for layer in weights.layers}
     if metric in WEIGHTWATCHER:
@@ -128,85 +115,78 @@ def measure(
     else:
         owners = processes.owners(list(work.values()))
         names = {name for name, owner in zip(work, owners, strict=True) if owner == processes.rank()}
-        results = _by_spectrum(metric, weights, names, settings, progress, cores)
+        results = _by_spectrum(metric, weights, names, settings, progress)
 
     finished: dict[str, _Result] = {}
-    estimated = settings.driver != "exact"
+    announced, cores = settings.driver != "exact", torch.get_num_threads()
     with closing(results), tqdm(total=len(names), desc=metric, unit="matrix", disable=None) as bar:
         for result in results:
             finished[result.name] = result
             bar.update()
-            if result.seconds and progress is not None:
+            if progress is not None and metric in METRICS:
                 progress.add("value", result.name, (result.value, result.fingerprint))
-            if not estimated and result.seconds >= _SAMPLE:
-                estimated = True
-                work_left = sum(work[name] for name in names - finished.keys())
-                minutes = result.seconds * work_left / work[result.name] / cores / 60
-                if minutes > _SOON:
-                    message = "%s: exact spectra take about %.0f more minutes on %d of the CPU's cores; %s takes less"
-                    log.info(message, metric, minutes, cores, "--esd_driver fast")
+            if not announced and result.seconds >= _SAMPLE:
+                announced = True
+                left = sum(work[name] for name in names - finished.keys()) / work[result.name]
+                minutes = result.seconds * left / cores / 60
+                if minutes > _LONG:
+                    message = "exact spectra take about %.0f more minutes on %d of the CPU's cores; %s takes less"
+                    log.info(message, minutes, cores, "--esd_driver fast")
 
     shares = {name: result for share in processes.gathered(finished) for name, result in share.items()}
     ordered = [shares[layer.name] for layer in weights.layers]
     fell_back = [result.name for result in ordered if result.fell_back]
     if fell_back:
-        examples = ", ".join(fell_back[:3]) + (" ..." if len(fell_back) > 3 else "")
-        message = "too ill-conditioned for the fast driver, used a float64 SVD instead: %d, %s"
-        log.warning(message, len(fell_back), examples)
-    return LayerMetrics(
-        {result.name: result.value for result in ordered}, {result.name: result.fingerprint for result in ordered}
-    )
+        names = ", ".join(fell_back)
+        log.warning("too ill-conditioned for the fast driver, used a float64 SVD instead: %s", names)
+    values = {result.name: result.value for result in ordered}
+    return LayerMetrics(values, {result.name: result.fingerprint for result in ordered})
 
 
 def _by_spectrum(
-    metric: str, weights: Weights, names: set[str], settings: Settings, progress: Progress | None, cores: int
+    metric: str, weights: Weights, names: set[str], settings: SpectrumSettings, progress: Progress | None
 ) -> Iterator[_Result]:
     """Yield the values of the layers ``names`` as they become ready.
 
-    There are never more matrices on their way than cores: each is held in memory, also after its block has been left.
-    """
-    value = partial(_value, metric=metric, settings=settings, progress=progress)
-    pending: set[Future] = set()
-    with _workers(cores) as workers:
-        for block in _blocks(metric, weights):
-            for name in (name for name in block.linears if name in names):
-                weight = block.linears[name].weight.detach()
-                if settings.driver == "exact":
-                    weight = weight.cpu()
-                if weight.is_cuda:  # one matrix fills a GPU
-                    yield value(name, weight)
-                    continue
-                if len(pending) == cores:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-                pending.add(workers.submit(value, name, weight))
-        yield from (future.result() for future in as_completed(pending))
-
-
-@contextmanager
-def _workers(cores: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool of threads, each of which gives one thread to its linear algebra.
-
-    This is faster than one matrix at a time on all cores, and the rounding of an SVD, and so the bin of a spectrum's
-    peak, depends on the number of LAPACK's threads.
+    Each core works on a matrix by itself, with one thread. This is faster than one matrix at a time on all cores, and
+    the rounding of an SVD, and so the bin of a spectrum's peak, depends on the number of LAPACK's threads.
     """
     threads = torch.get_num_threads()
+    # A core holds a matrix, its float32 copy and LAPACK's: half of the free memory must have room for all of them.
+    room = memory.free_ram() // processes.processes_on_machine() // 2
+    cores = max(1, min(threads, room // (12 * max(layer.size for layer in weights.layers))))
+    value = partial(_value, metric=metric, settings=settings, progress=progress)
+    pending: set[Future] = set()
     torch.set_num_threads(1)
     try:
         # The number counts for the thread that sets it only, so that each worker must set it, too.
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as workers:
-            yield workers
+            for block in _blocks(metric, weights):
+                for name in (name for name in block.linears if name in names):
+                    weight = block.linears[name].weight.detach()
+                    if settings.driver == "exact":
+                        weight = weight.cpu()
+                    if weight.is_cuda:  # one matrix fills a GPU
+                        yield value(name, weight)
+                        continue
+                    # Each matrix is held in memory, also after its block has been left: no more of them than cores.
+                    if len(pending) == cores:
+                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                        yield from (future.result() for future in done)
+                    pending.add(workers.submit(value, name, weight))
+            yield from (future.result() for future in as_completed(pending))
     finally:
         torch.set_num_threads(threads)
 
 
-def _value(name: str, weight: torch.Tensor, metric: str, settings: Settings, progress: Progress | None) -> _Result:
-    fingerprint = digests.fingerprint(weight)
+def _value(
+    name: str, weight: torch.Tensor, metric: str, settings: SpectrumSettings, progress: Progress | None
+) -> _Result:
+    start, fingerprint = time.perf_counter(), digests.fingerprint(weight)
     before = progress.get("value", name) if progress else None
     if before and digests.same_weights(before[1], fingerprint):
         return _Result(name, before[0], fingerprint)
 
-    start = time.perf_counter()
     try:
         its_spectrum = spectrum(weight, settings.driver, settings.farms)
         number = METRICS[metric](its_spectrum)
@@ -214,9 +194,9 @@ def _value(name: str, weight: torch.Tensor, metric: str, settings: Settings, pro
         fix = f"choose another {flag_name('ww_metric')}, or another allocation" if (weight == 0).all() else None
         raise UserError(None, name, f"{metric} cannot be computed, {error}", fix) from error
     except torch.linalg.LinAlgError as error:
-        fix = f"try {flag_name('esd_driver')} fast"
-        raise UserError(None, name, f"its singular values do not converge ({first_line(error)})", fix) from error
-    return _Result(name, number, fingerprint, time.perf_counter() - start, its_spectrum.fell_back)
+        problem = f"its singular values do not converge ({first_line(error)})"
+        raise UserError(None, name, problem, f"try {flag_name('esd_driver')} fast") from error
+    return _Result(name, number, fingerprint, its_spectrum.fell_back, time.perf_counter() - start)
 
 
 def _blocks(metric: str, weights: Weights) -> Iterator[Block]:
@@ -244,9 +224,9 @@ def _by_weightwatcher(metric: str, weights: Weights, names: set[str], seed: int)
 
         watched = torch.nn.ModuleDict()
         for name, linear in linears.items():
-            copy = torch.nn.Linear(1, 1, bias=False, device="meta")
-            copy.weight = torch.nn.Parameter(linear.weight.detach().float().cpu(), requires_grad=False)
-            copy.out_features, copy.in_features = copy.weight.shape
+            weight = linear.weight.detach().float().cpu()
+            copy = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+            copy.weight = torch.nn.Parameter(weight, requires_grad=False)
             watched[name.replace(".", "/")] = copy  # a module's name has no dots
 
         numpy.random.seed(seed % 2**32)  # weightwatcher shuffles the weights with numpy's global generator

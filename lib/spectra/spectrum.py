@@ -13,22 +13,18 @@ _BATCH_ENTRIES = 2**26
 
 
 class Spectrum(NamedTuple):
-    """Ascending eigenvalues of W'W (``eigs``: [N] float32, on the CPU) and the shape of W.
+    """Ascending eigenvalues of W'W, as float32 on the CPU; ``fell_back``: the fast driver was replaced by an SVD.
 
     For a matrix N is min(shape), for a convolution [out, in, kh, kw] it is kh * kw * min(out, in).
-    ``fell_back``: the fast driver was replaced by a float64 SVD.
     """
 
-    eigs: torch.Tensor
+    eigs: torch.Tensor  # [N]
     shape: tuple[int, ...]
     fell_back: bool = False
 
 
 class Farms(NamedTuple):
-    """Windows of FARMS (Hu et al., ICML 2025): ``rows`` x int(rows * ratio), at ``steps`` places in each direction.
-
-    ``rows`` is limited to the matrix's shorter side.
-    """
+    """Windows of FARMS (Hu et al., ICML 2025): ``rows`` x int(rows * ratio), at ``steps`` places in each direction."""
 
     rows: int = 2000
     ratio: float = 1.0
@@ -57,8 +53,6 @@ def spectrum(weight: torch.Tensor, driver: str = "exact", farms: Farms | None = 
         raise NoFit("the weight holds values that are not finite")
 
     if farms is not None:
-        if matrix.ndim != 2:
-            raise NoFit("FARMS is about matrices, not convolutions")
         batches = _window_batches(matrix, farms)
     elif matrix.ndim == 4:
         batches = [matrix.float().permute(2, 3, 0, 1).flatten(0, 1) * math.sqrt(0.5)]  # [kh * kw, out, in]
@@ -101,7 +95,7 @@ def farms_windows(shape: tuple[int, int], farms: Farms) -> tuple[tuple[int, int]
     Raises:
         NoFit: a window has more columns than the matrix.
     """
-    rows = min(farms.rows, *shape)
+    rows = min(farms.rows, *shape)  # limited to the matrix's shorter side
     window = (rows, int(rows * farms.ratio))
     if not 0 < window[1] <= shape[1]:
         raise NoFit(f"windows of {window[0]}x{window[1]} do not fit into a matrix of {shape[0]}x{shape[1]}")

@@ -11,13 +11,10 @@ from lib.spectra.spectrum import NoFit, Spectrum
 
 # Bins of the histogram of log10(eigenvalue), as published.
 HISTOGRAM_BINS = 100
-
 # Points of each candidate's tail at which its KS distance is bounded from below.
 _POINTS = 8
-
 # Candidates that are measured in full at a time; more would mostly be wasted work.
 _BATCH = 4
-
 # Float32 and float64 KS distances differ by less: 2e-6 at most was seen, up to N = 8192.
 _FLOAT32_SLACK = 2e-5
 
@@ -59,10 +56,7 @@ def norm(spec: Spectrum) -> float:
 
 
 def entropy(spec: Spectrum) -> float:
-    """Return the Shannon entropy of the eigenvalues' shares of their sum, divided by the log of the matrix's rank.
-
-    Undefined for a matrix of rank one.
-    """
+    """Return the Shannon entropy of the eigenvalues' shares of their sum, divided by the log of the matrix's rank."""
     eigs = _positive(spec)
     svals = eigs.sqrt()
     rank = int((svals > svals[-1] * max(spec.shape) * torch.finfo(svals.dtype).eps).sum())
@@ -89,10 +83,9 @@ def _positive(spec: Spectrum) -> torch.Tensor:
 
 
 def peak_candidates(eigs: torch.Tensor) -> torch.Tensor:
-    """Return the indices [C] at which ``alpha_peak`` may start the tail.
+    """Return the indices [C] at which ``alpha_peak`` may start the tail: log10(0.95 * peak) <= e <= 1.5 * peak.
 
-    The window is e >= log10(0.95 * peak) and e <= 1.5 * peak. The published code thus compares a logarithm
-    with an eigenvalue; every published alpha depends on it, so it is kept.
+    The published code thus compares a logarithm with an eigenvalue; every published alpha depends on it.
     """
     log10 = torch.log10(eigs)
     low, high = log10[0], log10[-1]
@@ -126,8 +119,6 @@ def fit_tail(eigs: torch.Tensor, candidates: torch.Tensor) -> PowerLaw:
     tail = torch.arange(len(eigs), 0, -1, dtype=torch.float64)  # N - i
     exponent = tail / (logs.flip(0).cumsum(0).flip(0) - tail * logs)  # alpha(i) - 1, [N]
     starts = candidates[(exponent[candidates] > 0) & torch.isfinite(exponent[candidates])]
-    if not len(starts):
-        raise NoFit("no candidate for the start of the tail gives a finite exponent above 1")
 
     def gaps(starts: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
         """Return |1 - (e_j/e_i)^(1-alpha_i) - (j-i)/(N-i)| for starts i [C] at points j [C or 1, P]; 0 for j < i."""

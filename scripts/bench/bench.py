@@ -42,7 +42,6 @@ class Benchmark(Flags):
     )  # fmt: skip
     blocks: int = flag(2, "blocks that are walked, a count", least=1, metavar="N")
     samples: int = flag(8, "calibration windows, a count", least=1, metavar="N")
-    tokens: int | None = flag(None, "window length, tokens (default: 512 or 2048, by the shapes)", least=4, metavar="N")
     rounds: int = flag(3, "turns of each, of which the fastest counts, a count", least=1, metavar="N")
     threads: int = flag(1, "threads on a CPU, a count", least=1, metavar="N")
     save: str = flag("results/bench", "where bench.json and bench.md are written", metavar="DIR")
@@ -52,9 +51,9 @@ class Benchmark(Flags):
             check_name("parts", name, PARTS)
 
     def sizes(self) -> Sizes:
-        """Return the shapes to measure, with the flags' numbers of blocks, windows and tokens."""
+        """Return the shapes to measure, with the flags' numbers of blocks and windows."""
         sizes = SIZES[self.shapes or ("llama-7b" if self.device == "cuda" else "smollm2-135m")]
-        return sizes._replace(blocks=self.blocks, samples=self.samples, tokens=self.tokens or sizes.tokens)
+        return sizes._replace(blocks=self.blocks, samples=self.samples)
 
 
 PARSER = make_parser(
@@ -158,12 +157,11 @@ def bench(parts: Sequence[str], sizes: Sizes, device: torch.device, rounds: int)
 def run(settings: Benchmark) -> int:
     """Measure, print the table and write it; return 1 if a result differs from its plain formulation's."""
     if settings.device == "cuda" and not cpu.gpus():
-        raise UserError("device", "cuda", "no CUDA device here, nothing was measured")
+        raise UserError("device", "cuda", "no CUDA device here, nothing was measured", "leave --device out")
     files.check_writable("save", Path(settings.save))
     torch.set_num_threads(settings.threads)
-    device, machine = torch.device(settings.device), cpu.model_name()
-    if settings.device == "cuda":
-        machine = torch.cuda.get_device_name()
+    device = torch.device(settings.device)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else cpu.model_name()
     rows = bench(settings.parts.split(","), settings.sizes(), device, settings.rounds)
     peak = next((peak for card, peak in PEAKS.items() if card in machine), None)
     markdown = f"{machine}, torch {torch.__version__}, the fastest of {settings.rounds}.\n\n{table(rows, peak)}\n"
@@ -179,7 +177,6 @@ def run(settings: Benchmark) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, 1 if a result is another, 2 for a wrong flag."""
     return command(Benchmark, run, argv, PARSER)
 
 

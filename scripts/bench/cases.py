@@ -87,14 +87,10 @@ def random_weight(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
 def random_llama(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> transformers.LlamaForCausalLM:
     """Return a random LLaMA, always the same on a given device."""
     config = transformers.LlamaConfig(
-        vocab_size=sizes.vocabulary,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.intermediate,
-        num_hidden_layers=sizes.blocks,
-        num_attention_heads=sizes.heads,
-        num_key_value_heads=sizes.kv_heads,
+        vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.blocks, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
         max_position_embeddings=sizes.tokens,
-    )
+    )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
         return transformers.LlamaForCausalLM(config).to(dtype).eval()
@@ -106,24 +102,18 @@ def random_llama(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tran
 def metrics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for each driver and shape, and one for the fit over all candidates."""
 
-    def eigs_of(weight: torch.Tensor, driver: str) -> torch.Tensor:
-        return spectrum(weight, driver).eigs
-
-    def fit() -> tuple[int, float]:
-        best = fit_tail(eigs, torch.arange(count - 1))
-        return best.index, best.alpha
-
     for shape in sizes.shapes[:2]:
         weight = random_weight(shape, device)
         for driver in DRIVERS:
-            name = f"spectrum, {driver}, {shape[0]}x{shape[1]}"
-            yield Case(name, partial(eigs_of, weight, driver), partial(plain.spectrum, weight), same_numbers)
+            name, ours = f"spectrum, {driver}, {shape[0]}x{shape[1]}", partial(spectrum, weight, driver)
+            slow = partial(plain.spectrum, weight)
+            yield Case(name, ours, slow, same_numbers, read=lambda result: getattr(result, "eigs", result))
 
     count = sizes.hidden
-    eigs = eigs_of(random_weight(sizes.shapes[0], device), "exact")  # on the CPU, where fits are computed
-    slow = partial(plain.best_fit, eigs, range(count - 1))
+    eigs = spectrum(random_weight(sizes.shapes[0], device), "exact").eigs  # on the CPU, where fits are computed
+    ours, slow = partial(fit_tail, eigs, torch.arange(count - 1)), partial(plain.best_fit, eigs, range(count - 1))
     # Both must start the tail at the same eigenvalue.
-    yield Case(f"alpha, all of {count} candidates", fit, slow, lambda one, two: float(one[0] == two[0]))
+    yield Case(f"alpha, all of {count} candidates", ours, slow, lambda one, two: float(one.index == two[0]))
 
 
 def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
@@ -205,17 +195,13 @@ def prices(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     ranks = searched.masks.ranks
     ratios = dict.fromkeys(ranks, RATIO)
 
-    def ours() -> dict[str, float]:
-        return searched.prices(ratios, range(len(windows)))[1]
-
-    def slow() -> dict[str, float]:
-        return plain.prices(model, windows, ranks, ratios, effort.token_stride, price_model.BAND)
-
-    def numbers(by_layer: dict[str, float]) -> torch.Tensor:
-        return torch.tensor([by_layer[layer] for layer in ranks])
-
-    name = f"prices, {sizes.blocks} blocks, {len(windows)} x {sizes.tokens} tokens"
-    yield Case(name, ours, slow, same_numbers, read=numbers)
+    yield Case(
+        f"prices, {sizes.blocks} blocks, {len(windows)} x {sizes.tokens} tokens",
+        lambda: searched.prices(ratios, range(len(windows)))[1],
+        partial(plain.prices, model, windows, ranks, ratios, effort.token_stride, price_model.BAND),
+        same_numbers,
+        read=lambda by_layer: torch.tensor([by_layer[layer] for layer in ranks]),
+    )
 
 
 def walks(sizes: Sizes, device: torch.device) -> Iterator[Case]:

@@ -180,9 +180,7 @@ def _add(means: dict, statistic: Callable, seen: int, layer: torch.nn.Module, ar
     means[layer] = statistic(args[0].flatten(0, 1), means.get(layer), seen)
 
 
-def _enter(
-    model: torch.nn.Module, first: torch.nn.Module, windows: torch.Tensor
-) -> tuple[list[torch.Tensor], dict]:
+def _enter(model: torch.nn.Module, first: torch.nn.Module, windows: torch.Tensor) -> tuple[list[torch.Tensor], dict]:
     """Return the input of the ``first`` block for each window, and the other arguments of its last call."""
     hidden, arguments = [], {}
 

@@ -36,7 +36,7 @@ SIZES = {
     "405B": (16384, 53248, 126, 128, 8, 128256),
 }
 COMPUTED = ("magnitude", "wanda", "sparsegpt", "alps", "wanda_price")
-SEARCH = price.Options()  # the settings of _price
+SEARCH = price.SearchOptions()  # the settings of _price
 SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # by their input
 HEADINGS = (
     "model", "method", "GPU, weights in memory", "GPU, streamed", "RAM for hidden states", "disk", "PFLOP", "hours"
@@ -204,7 +204,6 @@ def run(settings: Scale) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status."""
     return command(Scale, run, argv, PARSER)
 
 

@@ -29,8 +29,6 @@ from scripts.speedup.checkpoints import LEAST_SPARSE, ROOT, Checkpoint, check_fr
 from scripts.speedup.engines import ENGINES, FILES, ONE_SEQUENCE, SPARSE
 from scripts.speedup.export_onnx import TEXT_HELP, describe, export
 
-METHODS = ("magnitude", "magnitude_ww")  # of main.py, those that need no calibration text
-EPSILON = "0.1"  # a third of the default: at a sparsity of 0.9 no matrix of SmolLM2 loses every weight
 # Largest difference of logits over the largest logit. Float32 engines sum in another order; DeepSparse approximates
 # exponentials as well; bfloat16 keeps 8 bits of every activation through all blocks. Int8, with 8 bits for a whole
 # matrix's weights and a whole tensor's activations, is shown and not judged.
@@ -59,9 +57,13 @@ class SpeedUp(Flags):
     )  # fmt: skip
     dense: str | None = flag(None, "the model that MODEL was pruned from", metavar="MODEL")
     sparsity: Sequence[float] = flag(
-        (), "prune the dense MODEL to each of these first", nargs="+", least=LEAST_SPARSE, below=1, metavar="S"
+        (),
+        "prune the dense MODEL by magnitude to each of these first",
+        nargs="+",
+        least=LEAST_SPARSE,
+        below=1,
+        metavar="S",
     )
-    method: str = flag("magnitude", "how {sparsity} prunes; for other methods, prune with main.py", choices=METHODS)
     work: str = flag("out/speedup", "where models that are made here go", metavar="DIR")
     sequence_length: Sequence[int] = flag((128, 512), "window lengths, tokens", nargs="+", least=2, metavar="N")
     graphs: Sequence[str] = flag(tuple(FILES), "a whole window, and one token after it", nargs="+", choices=FILES)
@@ -74,7 +76,6 @@ class SpeedUp(Flags):
     batch: Sequence[int] = flag((1, 2, 4, 8), "sequences that decode at once", nargs="+", least=1, metavar="N")
     cores: int = flag(1, "threads of every engine", least=1, metavar="N")
     rounds: int = flag(5, "measured turns of each model, three times as many tokens", least=1, metavar="N")
-    warmup: int = flag(1, "rounds before that, which do not count", least=0, metavar="N")
     save: str = flag("results/speedup", "where JSON and PNG go", metavar="DIR")
 
     def check(self) -> None:
@@ -86,7 +87,9 @@ class SpeedUp(Flags):
             fix = f"give the model that MODEL was pruned from, or {flag_name('sparsity')} 0.5 0.7"
             raise UserError("dense", None, "is missing", fix)
         if self.cores > cpu.physical_cores():
-            raise UserError("cores", self.cores, f"this machine has {cpu.physical_cores()} physical cores")
+            raise UserError(
+                "cores", self.cores, f"this machine has {cpu.physical_cores()} physical cores", "give fewer"
+            )
         if self.deepsparse and not shutil.which(os.environ.get("DEEPSPARSE_PYTHON", "")):
             fix = "set DEEPSPARSE_PYTHON=DIR/bin/python of its environment (docs/speedup.md says how to make it)"
             raise UserError("deepsparse", None, "has no interpreter", fix)
@@ -94,9 +97,6 @@ class SpeedUp(Flags):
         files.check_writable("save", Path(self.save))
         for model in filter(None, (*self.model, self.dense)):
             locate_folder(model)
-
-    def all_engines(self) -> list[str]:
-        return [*self.engines, *(["deepsparse"] if self.deepsparse else [])]
 
 
 PARSER = make_parser(SpeedUp, "run.sh", __doc__)
@@ -111,29 +111,30 @@ def find_models(settings: SpeedUp) -> list[Checkpoint]:
     names = settings.model
     if settings.sparsity:
         work = Path(settings.work) / dense.source.name
-        names = [str(prune_to(dense, ratio, settings.method, work)) for ratio in sorted(set(settings.sparsity))]
+        names = [str(prune_to(dense, ratio, work)) for ratio in sorted(set(settings.sparsity))]
     pruned = sorted((open_checkpoint(name) for name in names), key=lambda checkpoint: checkpoint.sparsity)
     for checkpoint in pruned:
         checkpoint.check_sparse()
         if (checkpoint.block_weights, checkpoint.head_weights) != (dense.block_weights, dense.head_weights):
-            raise UserError(None, checkpoint.source.given, f"has other shapes than {dense.source.given}")
+            fix = "give the model that it was pruned from"
+            raise UserError(None, checkpoint.source.given, f"has other shapes than {dense.source.given}", fix)
         if checkpoint.sparsity <= dense.sparsity:
-            zeros = f"({dense.sparsity:.4f} zeros) than {checkpoint.source.given} ({checkpoint.sparsity:.4f})"
-            raise UserError("dense", dense.source.given, f"is no denser {zeros}")
+            problem = f"is no denser ({dense.sparsity:.4f} zeros) than {checkpoint.source.given}"
+            raise UserError("dense", dense.source.given, problem, "give the model that it was pruned from")
     return [dense, *pruned]
 
 
-def prune_to(dense: Checkpoint, ratio: float, method: str, work: Path) -> Path:
+def prune_to(dense: Checkpoint, ratio: float, work: Path) -> Path:
     """Return the folder in ``work`` of a model pruned to ``ratio``; main.py makes it unless it is there."""
-    folder = work / f"{method}_{ratio}"
+    folder = work / f"magnitude_{ratio}"
     if folder.is_dir():
         print(f"pruned before: {folder}", flush=True)
         return folder
-    flags = f"--prune_method {method} --sparsity_ratio {ratio} --epsilon {EPSILON} --eval_wikitext false".split()
+    flags = f"--prune_method magnitude --sparsity_ratio {ratio} --eval_wikitext false".split()
     where = ["--save_model", str(work.resolve()), "--save", str(work.resolve() / "figures")]
     command = [sys.executable, "main.py", "--model", str(dense.folder.resolve()), *flags, *where]
     if subprocess.run(command, cwd=ROOT).returncode:
-        raise UserError("sparsity", ratio, f"{dense.source.given} could not be pruned, see above")
+        raise UserError("sparsity", ratio, f"{dense.source.given} could not be pruned to it", "see above")
     return folder
 
 
@@ -170,7 +171,7 @@ def run_engine(engine: str, models: list[dict], settings: SpeedUp) -> list[dict]
     """Return the cells measured by ``engines.py`` in a separate process, or {..., "error": its last line} for each."""
     python = os.environ["DEEPSPARSE_PYTHON"] if engine == "deepsparse" else sys.executable
     cells = cells_of(engine, settings)
-    spec = {"engine": engine, "models": models, "cells": cells, "cores": settings.cores, "warmup": settings.warmup}
+    spec = {"engine": engine, "models": models, "cells": cells, "cores": settings.cores, "warmup": 1}
     threads = {name: str(settings.cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     variables = os.environ | threads | {"NM_DISABLE_ANALYTICS": "True", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as tmp:
@@ -192,21 +193,16 @@ def summarise(result: dict, sparsities: Sequence[float], tokens: int) -> list[di
     for model, sparsity in zip(result["models"], sparsities, strict=False):  # some engines: the dense one alone
         seconds = model["seconds"]
         ratios = sorted(d / s for d, s in zip(dense, seconds, strict=True))
-        rows.append(
-            {
-                "graph": result["graph"],
-                "batch": result["batch"],
-                "engine": result["engine"],
-                "version": result["version"],
-                "sparsity": sparsity,
-                "median_seconds": statistics.median(seconds),
-                "least_seconds": min(seconds),
-                "tokens_per_second": tokens / statistics.median(seconds),
-                "speedup": statistics.median(ratios),
-                "speedup_range": [ratios[0], ratios[-1]],
-                "logits": model["agreement"],
-            }
-        )
+        named = {name: result[name] for name in ("graph", "batch", "engine", "version")}
+        rows.append(named | {
+            "sparsity": sparsity,
+            "median_seconds": statistics.median(seconds),
+            "least_seconds": min(seconds),
+            "tokens_per_second": tokens / statistics.median(seconds),
+            "speedup": statistics.median(ratios),
+            "speedup_range": [ratios[0], ratios[-1]],
+            "logits": model["agreement"],
+        })  # fmt: skip
     return rows
 
 
@@ -215,14 +211,14 @@ def check_agreement(rows: Sequence[dict]) -> None:
     for row in rows:
         off, most = row["logits"]["relative"], TOLERANCE[row["engine"]]
         if not off <= most:
-            logits = f"its logits ({row['graph']}, sparsity {row['sparsity']:.2f})"
-            problem = f"{logits} disagree with PyTorch's by {off:.1e} of the largest (at most {most:g})"
+            cell = f"{row['graph']}, sparsity {row['sparsity']:.2f}"
+            problem = f"its logits ({cell}) disagree with PyTorch's by {off:.1e} of the largest (at most {most:g})"
             raise UserError(None, row["engine"], problem, "its time says nothing, so leave it out with --engines")
 
 
 def measure(checkpoints: Sequence[Checkpoint], length: int, settings: SpeedUp) -> dict:
     """Export what is missing, measure the dense model, which comes first, and its pruned ones in every engine."""
-    engines, models = settings.all_engines(), []
+    engines, models = [*settings.engines, *["deepsparse"] * settings.deepsparse], []
     for index, checkpoint in enumerate(checkpoints):
         onnx = any(name in ONE_SEQUENCE and (name in SPARSE or index == 0) for name in engines)
         folder = exported(checkpoint, length, onnx, settings)
@@ -238,9 +234,9 @@ def measure(checkpoints: Sequence[Checkpoint], length: int, settings: SpeedUp) -
     check_agreement(rows)
     if not rows:
         raise UserError(None, "no engine could run", failed[0]["error"])
-    record = {"complete": True, "processor": cpu.model_name(), "rows": rows}
-    record |= {"failed": failed, "sequence_length": length, "sparsities": sparsities, "flags": settings.flags()}
-    return record | {"models": [str(c.folder) for c in checkpoints], "loadavg": os.getloadavg()} | provenance()
+    record = {"complete": True, "processor": cpu.model_name(), "loadavg": os.getloadavg(), "sparsities": sparsities}
+    record |= {"sequence_length": length, "rows": rows, "failed": failed, "flags": settings.flags()}
+    return record | {"models": [model["folder"] for model in models]} | provenance()
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -270,10 +266,8 @@ def rows_of(record: dict, graph: str, batch: int) -> list[dict]:
 
 def draw(record: dict, graphs: Sequence[str]):
     """Return a figure of the speed-up over sparsity of the engines that gain from zeros, for one sequence."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 * len(graphs), 4.2), layout="constrained")
-    for axis, graph in zip(figure.subplots(1, len(graphs), squeeze=False)[0], graphs, strict=True):
+    figure, axes = files.new_figure(5.5 * len(graphs), 4.2, columns=len(graphs))
+    for axis, graph in zip(axes, graphs, strict=True):
         rows = rows_of(record, graph, 1)
         for engine in [name for name in SPARSE if any(row["engine"] == name for row in rows)]:
             line = [row for row in rows if row["engine"] == engine]
@@ -303,7 +297,6 @@ def run(settings: SpeedUp) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status."""
     return command(SpeedUp, run, argv, PARSER, out_of_memory="use a smaller model")
 
 

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,24 +29,15 @@ class Job(NamedTuple):
 # Each engine takes a job and returns a function that runs the model once and returns its logits.
 
 
-def packed(job: Job) -> Callable:
-    """lib.sparse in bfloat16: pruned layers packed, and the dense model with a dense product in the same style."""
-    return _torch(job, "bfloat16", packed=True)
-
-
-def torch_bfloat16(job: Job) -> Callable:
-    """PyTorch, dense kernels in bfloat16: the same machine's speed without any sparsity."""
-    return _torch(job, "bfloat16")
-
-
-def torch_float32(job: Job) -> Callable:
-    """PyTorch, dense kernels in float32."""
-    return _torch(job, "float32")
-
-
 def onnxruntime(job: Job) -> Callable:
     """ONNX Runtime on the CPU, with the same file: dense kernels, whatever the weights."""
-    return _session(job, job.onnx)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job.cores
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(job.onnx, options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, job.feed)[0]  # all outputs: the next token needs the keys and values
 
 
 def onnxruntime_int8(job: Job) -> Callable:
@@ -57,7 +48,7 @@ def onnxruntime_int8(job: Job) -> Callable:
         path = f"{folder}/int8.onnx"
         # Unsigned: on processors without VNNI the sums of signed weights overflow (logits off by 0.4 of the largest).
         quantize_dynamic(job.onnx, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QUInt8)
-        return _session(job, path)
+        return onnxruntime(job._replace(onnx=path))
 
 
 def deepsparse(job: Job) -> Callable:
@@ -70,21 +61,6 @@ def deepsparse(job: Job) -> Callable:
             raise RuntimeError(f"runs {name} as {list(shape)}, not {list(job.feed[name].shape)} as asked")
     inputs = [np.ascontiguousarray(job.feed[name]) for name in engine.input_names]
     return lambda: engine.run(inputs)[0]
-
-
-ENGINES = {f.__name__: f for f in (packed, torch_bfloat16, torch_float32, onnxruntime, onnxruntime_int8, deepsparse)}
-ONE_SEQUENCE = ("onnxruntime", "onnxruntime_int8", "deepsparse")  # their graphs are exported for a batch of one
-SPARSE = ("packed", "deepsparse")  # the others multiply by zeros, too: the dense model's time suffices
-
-
-def _session(job: Job, path: str) -> Callable:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = job.cores
-    options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, job.feed)[0]  # all outputs: the next token needs the keys and values
 
 
 @cache
@@ -104,7 +80,8 @@ def _model(folder: Path, dtype: str, packed: bool):
     return model
 
 
-def _torch(job: Job, dtype: str, packed: bool = False) -> Callable:
+def pytorch(job: Job, dtype: str, packed: bool = False) -> Callable:
+    """PyTorch: dense kernels, or the layers of the pruned model packed (lib.sparse)."""
     import torch
     from transformers import DynamicCache
 
@@ -124,6 +101,18 @@ def _torch(job: Job, dtype: str, packed: bool = False) -> Callable:
         return model(input_ids=ids, use_cache=False).logits
 
     return run
+
+
+ENGINES: dict[str, Callable[[Job], Callable]] = {
+    "packed": partial(pytorch, dtype="bfloat16", packed=True),
+    "torch_bfloat16": partial(pytorch, dtype="bfloat16"),
+    "torch_float32": partial(pytorch, dtype="float32"),
+    "onnxruntime": onnxruntime,
+    "onnxruntime_int8": onnxruntime_int8,
+    "deepsparse": deepsparse,
+}
+ONE_SEQUENCE = ("onnxruntime", "onnxruntime_int8", "deepsparse")  # their graphs are exported for a batch of one
+SPARSE = ("packed", "deepsparse")  # the others multiply by zeros, too: the dense model's time suffices
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

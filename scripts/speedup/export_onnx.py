@@ -67,9 +67,8 @@ class Prefill(torch.nn.Module):
         self.register_buffer("positions", torch.arange(length)[None])
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(
-            input_ids=input_ids, attention_mask=self.mask, position_ids=self.positions, use_cache=False
-        ).logits
+        places = {"attention_mask": self.mask, "position_ids": self.positions}
+        return self.model(input_ids=input_ids, use_cache=False, **places).logits
 
 
 class Decode(torch.nn.Module):
@@ -85,13 +84,8 @@ class Decode(torch.nn.Module):
         cache = DynamicCache()
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        logits = self.model(
-            input_ids=input_ids,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
+        places = {"attention_mask": self.mask, "position_ids": self.positions}
+        logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **places).logits
         return (logits, *flat_cache(cache))
 
 
@@ -132,15 +126,11 @@ def write_graph(wrapper: torch.nn.Module, example: Example, path: Path) -> None:
     """Write ``wrapper`` as ONNX to ``path``, in a folder of its own; above 2 GiB the weights go to ``<path>.data``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer: every shape here is meant to be a constant
+        # With a Path, the exporter does not know that it may write files beside it.
         torch.onnx.export(
-            wrapper,
-            tuple(example.inputs.values()),
-            str(path),  # with a Path, the exporter does not know that it may write files beside it
-            input_names=list(example.inputs),
-            output_names=example.outputs,
-            opset_version=OPSET,
-            dynamo=False,
-        )
+            wrapper, tuple(example.inputs.values()), str(path), input_names=list(example.inputs),
+            output_names=example.outputs, opset_version=OPSET, dynamo=False,
+        )  # fmt: skip
     size = sum(p.numel() * 4 for p in wrapper.parameters())
     if size > ONE_FILE or len(list(path.parent.iterdir())) > 1:
         import onnx
@@ -169,8 +159,7 @@ def check_export(path: Path, example: Example) -> dict:
     logits = session.run(["logits"], {name: tensor.numpy() for name, tensor in example.inputs.items()})[0]
     agrees = agreement(logits[0][example.positions], example.logits)
     if not agrees["relative"] <= TOLERANCE:
-        off = f"by {agrees['relative']:.1e} of the largest (at most {TOLERANCE:g})"
-        problem = f"ONNX Runtime's logits disagree with PyTorch's, {off}"
+        problem = f"ONNX Runtime's logits disagree with PyTorch's, by {agrees['relative']:.1e} of the largest"
         raise UserError(None, path.name, problem, "this model cannot be exported at this length")
     return {"ir": proto.ir_version, "opset": proto.opset_import[0].version, "onnxruntime": agrees}
 
@@ -178,13 +167,11 @@ def check_export(path: Path, example: Example) -> dict:
 # ----------------------------------------------------------------------------------------------------------- the export
 
 
-def export(
-    checkpoint: Checkpoint, length: int, out: Path, graphs: Sequence[str], text: str, onnx: bool = True
-) -> dict:
+def export(checkpoint: Checkpoint, length: int, out: Path, graphs: Sequence[str], text: str, onnx: bool = True) -> dict:
     """Write the ``graphs`` of a checkpoint for windows of ``length`` tokens to ``out`` and return the record.
 
     Each is NAME.onnx and NAME.npz (input and logits of a real text), without ``onnx`` only the latter; ``export.json``
-    lists the checks. Everything is written and checked under a temporary name.
+    lists the checks.
 
     Raises:
         UserError: too long a window, too full a disk, or a graph that is not the model.
@@ -192,7 +179,7 @@ def export(
     skeleton = load_skeleton(checkpoint.source)
     context = context_length(skeleton)
     if context is not None and length > context:
-        raise UserError("sequence_length", length, f"must be at most the model's context, {context}")
+        raise UserError("sequence_length", length, "is more than the model's context", f"give at most {context}")
     window = evaluation_windows(text, load_tokenizer(checkpoint.source), length, 1)
     model = load_llm(checkpoint.source, torch.float32, torch.device("cpu"))
     size = 4 * (sum(p.numel() for p in model.parameters()) + checkpoint.head_weights)  # tied: the graph has a copy
@@ -201,12 +188,10 @@ def export(
 
     by_graph = examples(model, window)
     model.set_attn_implementation("eager")  # scaled dot product attention has no operator in this opset
-    record = {
-        "complete": True,
-        "model": checkpoint.source.given,
-        "fingerprint": checkpoint.fingerprint(),
-        "sequence_length": length,
+    record = {"complete": True, "model": checkpoint.source.given, "fingerprint": checkpoint.fingerprint()}
+    record |= {
         "sparsity": checkpoint.sparsity,
+        "sequence_length": length,
         "text": text,
         "graphs": dict.fromkeys(graphs),
     }
@@ -235,11 +220,8 @@ def describe(record: dict, out: Path) -> str:
         if checks is None:
             lines.append(f"  {graph}: an input and its logits")
             continue
-        off, same = checks["onnxruntime"]["relative"], checks["onnxruntime"]["top1"]
-        lines.append(
-            f"  {graph}: ONNX Runtime's logits are {off:.1e} of the largest off, with the same top token at {same:.0%} "
-            "of the positions"
-        )
+        line = "ONNX Runtime's logits are {relative:.1e} of the largest off; at {top1:.0%} the same top token"
+        lines.append(f"  {graph}: {line.format(**checks['onnxruntime'])}")
     return "\n".join(lines)
 
 
@@ -253,7 +235,6 @@ def run(settings: Export) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status."""
     return command(Export, run, argv, PARSER, out_of_memory="use a smaller model")
 
 

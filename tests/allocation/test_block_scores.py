@@ -2,11 +2,12 @@
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
 from conftest import tiny_llama
-from test_formulas import budget_of, layers_of, llama_like, numel
+from test_formulas import budget_of, layers_of, llama_like
 from torch import nn
 
 from lib.allocation import block_scores
@@ -27,55 +28,24 @@ def by_block(layers, ratios) -> list[float]:
     return [ratios[next(x.name for x in layers if x.block == b)] for b in range(1 + layers[-1].block)]
 
 
-# ---------------------------------------------------------------------------------------------------- block by block
-
-
-def test_owl_by_the_papers_formula():
-    draw = random.Random(0)
-    layers = llama_like(12)
-    found = [draw.uniform(1, 9) for _ in range(12)]
-    ratios = ALLOCATIONS["owl"].share(layers, 0.7, {x.name: found[x.block] for x in layers}, owl_lambda=0.08)
-    scaled = [(d - min(found)) / (max(found) - min(found)) * 2 * 0.08 for d in found]
-    density = [d - sum(scaled) / 12 + 0.3 for d in scaled]
-    assert by_block(layers, ratios) == pytest.approx([1 - d for d in density], abs=EXACT)
-
-
-def test_dlp_by_the_papers_formula():
-    draw = random.Random(1)
-    layers = llama_like(12)
-    found = [draw.uniform(1, 9) for _ in range(12)]
-    ratios = ALLOCATIONS["dlp"].share(layers, 0.7, {x.name: found[x.block] for x in layers}, dlp_alpha=0.15)
-    importance = [1 - score / sum(found) for score in found]
+@pytest.mark.parametrize(("name", "flag"), [("owl", "owl_lambda"), ("dlp", "dlp_alpha")])
+def test_owl_and_dlp_by_the_papers_formulas(name, flag):
+    draw, layers, width = random.Random(0), llama_like(12), 0.08
+    scores = [draw.uniform(1, 9) for _ in range(12)]
+    ratios = ALLOCATIONS[name].share(layers, 0.7, {x.name: scores[x.block] for x in layers}, **{flag: width})
+    importance = scores if name == "owl" else [1 - score / sum(scores) for score in scores]
     low, high = min(importance), max(importance)
-    density = [2 * 0.15 * (i - low) / (high - low) for i in importance]
+    density = [2 * width * (i - low) / (high - low) for i in importance]
     assert by_block(layers, ratios) == pytest.approx([1 - (d - sum(density) / 12 + 0.3) for d in density], abs=EXACT)
-    # The block with the largest median of scores is pruned most.
-    assert max(range(12), key=by_block(layers, ratios).__getitem__) == max(range(12), key=found.__getitem__)
+    # OWL prunes the block with the most outliers least, DLP the one with the largest median most.
+    pruned_most = max(range(12), key=by_block(layers, ratios).__getitem__)
+    assert scores[pruned_most] == (min(scores) if name == "owl" else max(scores))
 
 
 def test_atp_is_an_arithmetic_progression():
     layers = llama_like(30)
     ratios = by_block(layers, ALLOCATIONS["atp"].share(layers, 0.7, None, atp_beta=0.005))
     assert ratios == pytest.approx([0.7 - 0.005 * 29 / 2 + 0.005 * i for i in range(30)], abs=EXACT)
-
-
-@pytest.mark.parametrize(("name", "flag"), [("owl", "owl_lambda"), ("dlp", "dlp_alpha"), ("atp", "atp_beta")])
-@pytest.mark.parametrize("target", [0.1, 0.9])
-def test_a_map_that_leaves_the_range_is_capped_and_says_the_largest_width(name, flag, target, caplog):
-    layers = square_blocks(5)
-    values = {x.name: float(x.block + 1) for x in layers}
-    ratios = ALLOCATIONS[name].share(layers, target, values, **{flag: 0.4})
-    assert all(0 <= r <= 1 for r in ratios.values()) and budget_of(layers, ratios) == pytest.approx(target, abs=EXACT)
-    (record,) = caplog.records
-    said = float(record.getMessage().split()[-1])
-    caplog.clear()
-    ALLOCATIONS[name].share(layers, target, values, **{flag: said})
-    assert not caplog.records
-    ALLOCATIONS[name].share(layers, target, values, **{flag: said + 2e-4})
-    assert caplog.records
-
-
-# ---------------------------------------------------------------------------------------------------- matrix by matrix
 
 
 def test_erdos_renyi_by_bisection():
@@ -86,7 +56,7 @@ def test_erdos_renyi_by_bisection():
     for _ in range(200):
         scale = (low + high) / 2
         density = {name: min(1.0, scale * (a + b) / (a * b)) for name, (a, b) in shapes.items()}
-        kept = sum(density[x.name] * numel(x) for x in layers) / sum(map(numel, layers))
+        kept = budget_of(layers, density)
         low, high = (scale, high) if kept < 0.4 else (low, scale)
     assert ratios == pytest.approx({name: 1 - d for name, d in density.items()}, abs=1e-9)
     large, small = layers[4].name, layers[1].name
@@ -141,9 +111,6 @@ def test_shares_below_are_those_of_a_sort(score, dtype):
             assert low - 1e-12 <= share <= high + 1e-12
 
 
-# ------------------------------------------------------------------------------------------------ the dense statistics
-
-
 def test_block_scores_by_pencil():
     parts = [torch.tensor([[1.0, 1.0], [1.0, 17.0]]), torch.tensor([[0.0, 2.0]])]
     assert block_scores.outlier_ratio(parts, 2) == pytest.approx(100 / 6)  # the mean is 22 / 6
@@ -161,31 +128,24 @@ def test_dense_statistics_are_those_of_whole_passes(tiny_windows):
     model = tiny_llama()
     weights = weights_of(model)
     before, layers = weights.snapshot(), weights.layers
-    found = block_scores.score_blocks(weights, enter_blocks(weights, tiny_windows), block_scores.median_score)
+    medians = block_scores.score_blocks(weights, enter_blocks(weights, tiny_windows), block_scores.median_score)
     assert all(torch.equal(weight, before[name]) for name, weight in weights.snapshot().items())
 
-    sums = {}
-    hooks = [
-        model.get_submodule(layer.name).register_forward_pre_hook(
-            lambda _, args, name=layer.name: sums.update(
-                {name: sums.get(name, 0) + args[0].double().square().sum((0, 1))}
-            )
-        )
-        for layer in layers
-    ]
+    sums = dict.fromkeys(before, 0)
+
+    def add(_, args, name: str) -> None:
+        sums[name] = sums[name] + args[0].double().square().sum((0, 1))
+
+    for layer in layers:
+        model.get_submodule(layer.name).register_forward_pre_hook(partial(add, name=layer.name))
     with torch.no_grad():
         for window in tiny_windows:
             model(window[None])
-    for hook in hooks:
-        hook.remove()
-    for block in range(3):
-        own = [x for x in layers if x.block == block]
-        every = torch.cat([(before[x.name].abs() * (sums[x.name] / 7).sqrt()).flatten() for x in own])
-        for layer in own:  # the sums are float32 there
-            assert found[layer.name] == pytest.approx(every.sort().values[(len(every) - 1) // 2].item(), rel=1e-5)
-
-
-# --------------------------------------------------------------------------------------------------------- mixed N:M
+    scores = {name: (weight.abs() * (sums[name] / 7).sqrt()).flatten() for name, weight in before.items()}
+    for layer in layers:
+        block = torch.cat([scores[x.name] for x in layers if x.block == layer.block]).sort().values
+        # the sums are float32 in lib
+        assert medians[layer.name] == pytest.approx(block[(len(block) - 1) // 2].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("keep", "group"), [(4, 8), (2, 8), (5, 8), (2, 4), (8, 16)])

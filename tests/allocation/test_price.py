@@ -7,23 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import settings, tiny_llama
+from conftest import fast, settings, tiny_llama
 from test_price_model import HELD, WINDOWS, prices_of
 
 import main
 from lib.allocation import price
-from lib.allocation.price import EFFORTS, MAX_RATIO, MIN_RATIO, Options, next_logits, search, within_budget
+from lib.allocation.price import EFFORTS, MAX_RATIO, MIN_RATIO, SearchOptions, next_logits, search, within_budget
 from lib.core.errors import UserError
 from lib.models.layers import Layer
 from lib.models.weights import weights_of
 
 
-def searched(weights, windows, target: float, start=None, options: Options = Options(), **how):  # noqa: B008
+def searched(weights, windows, target: float, start=None, options: SearchOptions = SearchOptions(), **how):  # noqa: B008
     model = prices_of(weights, windows, options.effort, **how)
     return search(model, weights.layers, target, start, options)
-
-
-# ----------------------------------------------------------------------------------------------------------- the budget
 
 
 def test_only_magnitude_is_searched_with_masks_by_magnitude():
@@ -64,9 +61,6 @@ def test_equal_prices_move_nothing_and_scale_does_not_matter(scale):
     assert moved == pytest.approx(next_logits(ratios, [1, 2, 3], sizes, 0.6, 0.25)[0], abs=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------- the search
-
-
 class Bowl:
     """A price model whose KL is the sum of cost * size * ratio^2: at the optimum, all cost * ratio are equal."""
 
@@ -89,7 +83,7 @@ class Bowl:
 @pytest.mark.parametrize("refresh", [0, 5])
 def test_prices_are_equal_at_the_end(refresh):
     bowl = Bowl([1.0, 1.3, 1.6, 2.0])
-    found = search(bowl, bowl.layers, 0.5, None, Options(200, refresh))
+    found = search(bowl, bowl.layers, 0.5, None, SearchOptions(200, refresh))
     ratios = [found.ratios[layer.name] for layer in bowl.layers]
     expected = [1 / cost for cost in bowl.costs.values()]
     scale = 0.5 * 100 / sum(layer.size * x for layer, x in zip(bowl.layers, expected, strict=True))
@@ -105,7 +99,7 @@ def test_the_best_of_start_end_and_uniform_is_kept(kept, monkeypatch):
     kls = {name: float(name != kept) for name in plans}
     monkeypatch.setattr(bowl, "kl", lambda ratios: next(kls[name] for name in plans if plans[name] == ratios))
     monkeypatch.setattr(price, "_descend", lambda *_: (plans["end"], [price.Step(0.5, 1.0, kls["end"])]))
-    found = search(bowl, bowl.layers, 0.5, plans["start"], Options(1))
+    found = search(bowl, bowl.layers, 0.5, plans["start"], SearchOptions(1))
     assert (found.kept, found.held, found.ratios) == (kept, kls, plans[kept])
 
 
@@ -135,7 +129,7 @@ def trained() -> tuple:
 
 def test_a_search_improves_on_uniform_and_says_what_it_kept():
     weights, fit, held = trained()
-    found = searched(weights, (fit, held), 0.5, None, Options(12))
+    found = searched(weights, (fit, held), 0.5, None, SearchOptions(12))
     uniform, model = dict.fromkeys(found.ratios, 0.5), prices_of(weights, (fit, held))
     assert found.held == {"uniform": model.kl(uniform), "end": model.kl(found.ratios)}
     assert found.kept == "end" and found.held["end"] < 0.9 * found.held["uniform"]
@@ -152,12 +146,8 @@ def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were(refresh, st
     parameters = dict(weights.model.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}
     first = start and {x.name: (start if x.block else 0.1) for x in weights.layers}
-    found = [searched(weights, (WINDOWS, HELD), 0.6, first, Options(3, refresh)) for _ in range(2)]
+    found = [searched(weights, (WINDOWS, HELD), 0.6, first, SearchOptions(3, refresh)) for _ in range(2)]
     assert found[0] == found[1]  # every bit of it
-    total = sum(layer.size for layer in weights.layers)
-    if found[0].kept not in ("start", "uniform"):
-        assert sum(x.size * found[0].ratios[x.name] for x in weights.layers) / total == pytest.approx(0.6, abs=1e-12)
-    assert all(MIN_RATIO <= ratio <= MAX_RATIO for ratio in found[0].ratios.values())
     assert len(found[0].steps) == 3 + refresh
     now = dict(weights.model.named_parameters())
     assert all(now[name] is parameters[name] and torch.equal(now[name], before[name]) for name in before)
@@ -165,27 +155,17 @@ def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were(refresh, st
 
 
 @pytest.mark.parametrize("started", [False, True])
-@pytest.mark.parametrize("options", [Options(4), Options(5, 3), Options(9, effort=EFFORTS["quick"])])
+@pytest.mark.parametrize("options", [SearchOptions(5, 3), SearchOptions(9, effort=EFFORTS["quick"])])
 def test_passes_are_those_that_a_search_makes(options, started):
-    weights = weights_of(tiny_llama())
+    weights, calls = weights_of(tiny_llama()), []
     draw = torch.Generator().manual_seed(0)
     counts = price.FIT_WINDOWS, options.effort.held_out_windows
     fit, held = (torch.randint(3, 300, (count, 8), generator=draw) for count in counts)
-    calls = []
     for block in weights.visit():
         block.module.mlp.register_forward_pre_hook(lambda *_: calls.append(3 if torch.is_grad_enabled() else 1))
-    blocks = 1 + weights.layers[-1].block
     start = {layer.name: 0.4 for layer in weights.layers} if started else None
     searched(weights, (fit, held), 0.5, start, options)
-    assert sum(calls) == blocks * price.forward_passes(options, started)
-
-
-def test_quick_windows_are_half_as_long():
-    lengths = {name: [effort.length(n) for n in (2, 3, 512)] for name, effort in EFFORTS.items()}
-    assert lengths == {"full": [2, 3, 512], "quick": [1, 2, 256]}
-
-
-# --------------------------------------------------------------------------------------------------- the command itself
+    assert sum(calls) == len(weights.modules) * price.forward_passes(options, started)
 
 
 @pytest.fixture
@@ -193,34 +173,33 @@ def run(tiny_folder, tiny_text, other_text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def work(flags: str, status: int = 0, evaluate: Path = other_text) -> dict:
-        texts = ["--calib_data", str(tiny_text), "--eval_data", str(evaluate), "--seqlen", "32", "--nsamples", "4"]
-        texts += ["--eval_windows", "8"]
-        assert main.main(["--model", str(tiny_folder), *texts, "--save", "save", *flags.split()]) == status
-        found = sorted(Path("save").glob("run_*.json"), key=lambda path: path.stat().st_mtime)
-        return json.loads(found[-1].read_text()) if found else {}
+        command = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {evaluate} --seqlen 32 --nsamples 4"
+        assert main.main(f"{command} --eval_windows 8 --save save {flags}".split()) == status
+        records = sorted(Path("save").glob("run_*.json"), key=lambda path: path.stat().st_mtime)
+        return json.loads(records[-1].read_text()) if records else {}
 
     return work
 
 
 def test_a_run_records_the_search_and_its_plan_can_be_used_again(run):
     record = run("--prune_method wanda_price --sparsity_ratio 0.6 --price_steps 5 --save_plan plan.json")
-    found = record["price_search"]
-    assert len(found["steps"]) == 5 and found["kept"] == min(found["held_out_kl"], key=found["held_out_kl"].get)
+    outcome = record["price_search"]
+    assert len(outcome["steps"]) == 5 and outcome["kept"] == min(outcome["held_out_kl"], key=outcome["held_out_kl"].get)
     assert Path("save/price_wanda_price_sparsity_0.6.png").read_bytes().startswith(b"\x89PNG")
     again = run("--prune_method wanda --plan plan.json")
     assert (again["perplexity"], again["sparsity"]) == (record["perplexity"], record["sparsity"])
     assert "price_search" not in again
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--prune_method magnitude_price --sparsity_ratio 0.5 --price_start owl --owl_m 3",
-        "--prune_method wanda_price --sparsity_ratio 0.5 --price_start ww --epsilon 0.2 --ww_metric entropy",
-        "--prune_method magnitude_price --sparsity_ratio 0.5 --price_start atp --price_refresh 1",
-        "--prune_method wanda_price --sparsity_type 4:8",
-    ],
-)
+STARTS = [
+    "--prune_method magnitude_price --sparsity_ratio 0.5 --price_start atp --price_refresh 1",
+    "--prune_method wanda_price --sparsity_type 4:8",
+    "--prune_method wanda_price --sparsity_ratio 0.5 --price_start ww --epsilon 0.2 --ww_metric entropy",
+    "--prune_method magnitude_price --sparsity_ratio 0.5 --price_start owl --owl_m 3",
+]
+
+
+@pytest.mark.parametrize("flags", fast(STARTS, 2))
 def test_other_starts_and_forms(flags, run):
     record = run(f"{flags} --price_steps 2 --price_dtype float32")
     names = ["uniform", "start", "end"] if "start" in flags else ["uniform", "end"]
@@ -234,7 +213,6 @@ def test_other_starts_and_forms(flags, run):
     [
         ("--prune_method wanda --price_steps 3", "does nothing with wanda"),
         ("--prune_method wanda_price --price_start price", "price: invalid choice"),
-        ("--prune_method wanda_price --epsilon 0.2", "does nothing with wanda_price"),
         ("--prune_method wanda_price --price_start ww --epsilon auto", "--epsilon auto: needs"),
         ("--prune_method wanda_price --price_steps 0", "--price_steps 0: must be at least 1"),
     ],
@@ -259,9 +237,11 @@ def test_a_search_with_the_same_settings_is_made_once(tiny_folder, tiny_text, tm
     made, descend = [], price._descend
     monkeypatch.setattr(price, "_descend", lambda *args: made.append(1) or descend(*args))
     flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_wikitext false --seqlen 32 --nsamples 4 "
-    flags += f"--save {tmp_path} --price_steps 2 --prune_method"
-    runs = [("wanda_price", 0.5), ("sparsegpt_price", 0.5), ("wanda_price", 0.6)]
-    planned = [settings(f"{flags} {method} --sparsity_ratio {ratio}") for method, ratio in runs]
+    flags += f"--save {tmp_path} --price_steps 2 --sparsity_ratio"
+    planned = [
+        settings(f"{flags} {ratio} --prune_method {pruner}_price")
+        for ratio, pruner in ((0.5, "wanda"), (0.5, "sparsegpt"), (0.6, "wanda"))
+    ]
     subject = LanguageModel(planned)
     kept = [main.run(run, Console(quiet=True), subject)["price_search"] for run in planned]
     assert len(made) == 2 and kept[0] == kept[1] != kept[2]

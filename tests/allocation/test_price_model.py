@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,14 +26,9 @@ WINDOWS = torch.randint(3, 300, (6, 24), generator=torch.Generator().manual_seed
 HELD = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    """Let the norms keep to float64, which transformers' own leave for float32: its noise would drown a difference."""
-
-    def forward(self, hidden):
-        return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
-
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+def float64_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+    """Return what transformers' norm computes in float32 only, whose noise would drown a difference."""
+    return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
 
 
 def exact_weights():
@@ -47,9 +43,6 @@ def prices_of(weights, windows=(WINDOWS, WINDOWS), effort=EFFORTS["full"], dtype
 def some_ratios(weights, seed: int = 3) -> dict[str, float]:
     draw = random.Random(seed)
     return {layer.name: draw.uniform(0.2, 0.8) for layer in weights.layers}
-
-
-# --------------------------------------------------------------------------------------------------- slow and by itself
 
 
 class PriceOracle:
@@ -93,13 +86,12 @@ class Oracle(PriceOracle):
         self.model, self.windows, self.counted = tiny_llama().double(), windows, slice(every - 1, None, every)
         self.layers = {n: m for n, m in self.model.model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.layers = {f"model.{name}": module for name, module in self.layers.items()}
-        squares, hooks = {}, []
-        for name, module in self.layers.items():
+        squares = dict.fromkeys(self.layers, 0)
 
-            def hook(_, args, name=name):
-                squares[name] = squares.get(name, 0) + args[0].detach().flatten(0, 1).square().sum(0)
+        def add(_, args, name: str) -> None:
+            squares[name] = squares[name] + args[0].detach().flatten(0, 1).square().sum(0)
 
-            hooks.append(module.register_forward_pre_hook(hook))
+        hooks = [module.register_forward_pre_hook(partial(add, name=name)) for name, module in self.layers.items()]
         with torch.no_grad():
             self.logits = [self.model(window[None]).logits[0, self.counted] for window in windows]
         for handle in hooks:
@@ -123,7 +115,8 @@ class Oracle(PriceOracle):
 
 
 @pytest.mark.parametrize(("by_magnitude", "effort"), [(False, "full"), (True, "quick")])
-def test_prices_are_derivatives_along_the_band(exact, by_magnitude, effort):
+def test_prices_are_derivatives_along_the_band(by_magnitude, effort, monkeypatch):
+    monkeypatch.setattr(LlamaRMSNorm, "forward", float64_norm)
     effort = EFFORTS[effort]
     weights, oracle, batch = exact_weights(), Oracle(WINDOWS, by_magnitude, effort.token_stride), [4, 1]
     ratios = some_ratios(weights)
@@ -136,6 +129,7 @@ def test_prices_are_derivatives_along_the_band(exact, by_magnitude, effort):
         assert found[name] == pytest.approx(oracle.price(name, ratios, batch), rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.slow
 def test_prices_tell_what_a_change_of_ratio_costs():
     # With everything else dense KL is nearly quadratic in what is removed, where the mean of both ends is exact but for
     # what differs between the halves of the band; so is the whole model's in the sum, over wider bands of one matrix.
@@ -153,32 +147,24 @@ def test_prices_tell_what_a_change_of_ratio_costs():
     assert sum(found) == pytest.approx(sum(wanted), rel=0.1)
 
 
-def test_nothing_removed_is_no_loss_and_no_price_beyond_its_band():
-    weights = exact_weights()
-    nothing = dict.fromkeys((layer.name for layer in weights.layers), 0.0)
-    model = prices_of(weights)
-    assert model.kl(nothing) == 0
-    loss, found = model.prices(nothing, [0])
-    assert loss == 0 and all(abs(value) < 1e-12 for value in found.values())  # a minimum
-
-
-def test_what_does_not_matter_is_free_and_equal():
+def test_what_costs_nothing_has_no_price():
     model = tiny_llama().double()
+    nothing = {layer.name: 0.0 for layer in weights_of(model).layers}
+    prices = prices_of(weights_of(model))
+    loss, slopes = prices.prices(nothing, [0])
+    assert prices.kl(nothing) == loss == 0 and all(abs(slope) < 1e-12 for slope in slopes.values())  # a minimum
+
     model.model.layers[1].self_attn.o_proj.weight.data.zero_()
     model.model.layers[1].mlp.down_proj.weight.data.zero_()
-    _, found = prices_of(weights_of(model)).prices(some_ratios(weights_of(model)), [0, 1])
-    dead = {value for name, value in found.items() if ".1." in name}
-    assert {abs(value) for value in dead} == {0.0} and all(found[name] for name in found if ".1." not in name)
+    _, slopes = prices_of(weights_of(model)).prices(some_ratios(weights_of(model)), [0, 1])
+    assert all((slope == 0) == (".1." in name) for name, slope in slopes.items())  # block 1 changes nothing
 
 
 def test_half_precision_neither_underflows_nor_overflows():
-    # Gradients of 1e-7 and less, which float16 does not have: the head is small.
-    def model(dtype):
-        made = tiny_llama()
-        made.lm_head.weight.data.mul_(2e-3)
-        return weights_of(made.to(dtype))
-
-    exact, half = prices_of(model(torch.float64)), prices_of(model(torch.float16))
+    models = [tiny_llama() for _ in range(2)]
+    for model in models:
+        model.lm_head.weight.data.mul_(2e-3)  # gradients of 1e-7 and less, which float16 does not have
+    exact, half = prices_of(weights_of(models[0].double())), prices_of(weights_of(models[1].half()))
     ratios = some_ratios(exact.weights)
     half.masks.ranks = exact.masks.ranks
     wanted, found = exact.prices(ratios, [0, 1])[1], half.prices(ratios, [0, 1])[1]
@@ -186,9 +172,6 @@ def test_half_precision_neither_underflows_nor_overflows():
     size = math.sqrt(sum(value**2 for value in wanted.values()))
     # float16's 2^-11 at each of some tens of roundings on the way, against the prices' size
     assert math.dist(list(wanted.values()), [found[name] for name in wanted]) < 0.02 * size
-
-
-# ---------------------------------------------------------------------------------------------------------------- ranks
 
 
 def test_ranks_by_pencil():
@@ -243,9 +226,6 @@ def test_ranks_on_the_pruned_path_are_those_of_the_pruning_walk():
     assert all(weights.map(lambda name, weight: torch.equal(weight, expected[name])).values())
 
 
-# --------------------------------------------------------------------------------------------- the walk over the blocks
-
-
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_prices_are_the_same_to_the_bit_whether_activations_are_kept_or_not(dtype):
     weights = weights_of(tiny_llama())
@@ -267,12 +247,8 @@ def test_an_error_leaves_the_weights_as_they_were(monkeypatch):
     weights = weights_of(tiny_llama())
     parameters = dict(weights.model.named_parameters())
     model = prices_of(weights)
-
-    def fail(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(price_model, "band_price", fail)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(price_model, "band_price", None)
+    with pytest.raises(TypeError):
         model.prices(some_ratios(weights), [0])
     assert all(p is parameters[name] for name, p in weights.model.named_parameters())
 
@@ -281,22 +257,15 @@ def test_one_gradient_of_a_matrix_is_alive_at_a_time(monkeypatch):
     weights, alive, leaves = weights_of(tiny_llama()), [], []
     parameter = torch.nn.Parameter
 
-    def noted(*args):
-        leaves.append(parameter(*args))
-        return leaves[-1]
-
     def counted(gradient, *rest):
         alive.append(sum(leaf.grad is not None for leaf in leaves))
         return band_price(gradient, *rest)
 
     model = prices_of(weights)
-    monkeypatch.setattr(torch.nn, "Parameter", noted)
+    monkeypatch.setattr(torch.nn, "Parameter", lambda copy: leaves.append(parameter(copy)) or leaves[-1])
     monkeypatch.setattr(price_model, "band_price", counted)
     model.prices(some_ratios(weights), [0, 1, 2])
     assert alive == [1] * len(weights.layers) and not any(leaf.grad is not None for leaf in leaves)
-
-
-# --------------------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("effort", EFFORTS.values())
@@ -314,13 +283,11 @@ def test_activations_are_kept_where_there_is_room(effort, monkeypatch):
     assert memory.activation_bytes(layers, torch.float32, 48 * step) - copies == 2 * (every - need - copies)
 
 
-def test_what_does_not_fit_is_refused(monkeypatch, caplog):
+def test_what_does_not_fit_is_refused(monkeypatch):
     weights = weights_of(tiny_llama())
     monkeypatch.setattr(memory, "free_memory", lambda _: {"cpu": 10_000})
-    caplog.set_level("INFO")
     with pytest.raises(UserError, match=r"_price: .* are needed in the CPU's memory .* are free"):
         prices_of(weights)
-    assert "the price search needs" in caplog.records[0].getMessage()
     monkeypatch.setattr(type(weights), "in_memory", False)
     with pytest.raises(UserError, match="streamed or offloaded"):
         prices_of(weights)

@@ -47,15 +47,11 @@ def test_without_proc_a_cpu_has_a_name_and_no_more(monkeypatch):
 
 
 @pytest.mark.machine
-def test_tests_run_on_the_machine_that_is_asked_for():
-    machine = MACHINES[os.environ.get("TEST_MACHINE", "plain")]
-    assert cpu.multiplies(torch.bfloat16) is ("bf16" in machine.instructions)
-    assert len(cpu.usable()) == cpu.physical_cores() == machine.cores and memory.free_ram() == machine.ram
+@pytest.mark.parametrize("name", [None, "bfloat16", "plain"])
+def test_tests_run_on_the_machine_that_is_asked_for(name, machine):
+    if name:  # for one test
+        machine(name)
+    asked = MACHINES[name or os.environ.get("TEST_MACHINE", "plain")]
+    assert cpu.multiplies(torch.bfloat16) is ("bf16" in asked.instructions)
+    assert len(cpu.usable()) == cpu.physical_cores() == asked.cores and memory.free_ram() == asked.ram
     assert cpu.gpus() == 0 and memory.freest() == torch.device("cpu")
-
-
-def test_another_machine_for_one_test(machine):
-    machine("bfloat16")
-    assert cpu.multiplies(torch.bfloat16)
-    machine("plain")
-    assert not cpu.multiplies(torch.bfloat16)

@@ -5,7 +5,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,71 +18,40 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------- before work begins
-
-
-def test_a_writable_folder_is_checked_without_a_trace(tmp_path):
-    files.check_writable("save", tmp_path / "a" / "b")
-    assert names(tmp_path) == []
-    (tmp_path / "here").mkdir()
-    files.check_writable("save", tmp_path / "here")
-    assert names(tmp_path) == ["here"] and names(tmp_path / "here") == []
-
-
-@pytest.mark.parametrize("where", ["file", "file/below", "/proc/nowhere"])
-def test_a_folder_that_cannot_be_written_is_refused(where, tmp_path):
+def test_a_folder_is_checked_without_a_trace(tmp_path):
     (tmp_path / "file").write_text("a")
-    with pytest.raises(UserError, match="--save .*cannot be written") as caught:
-        files.check_writable("save", tmp_path / where)
-    assert "\n" not in str(caught.value) and names(tmp_path) == ["file"]
-
-
-def test_a_full_disk_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        files.check_writable("save", folder)
+    for folder in ("file", "file/below", "/proc/nowhere"):
+        with pytest.raises(UserError, match="--save .*cannot be written"):
+            files.check_writable("save", tmp_path / folder)
     with pytest.raises(UserError, match=r"--save_model .*full, 1\d{15} GiB are needed and \d"):
         files.check_writable("save_model", tmp_path, need_bytes=2**80)
+    assert names(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [(0, "0 bytes"), (900, "900 bytes"), (1536, "1.5 KiB"), (300 * 2**20, "300 MiB"), (2**31, "2.0 GiB")],
-)
-def test_sizes_are_readable(size, words):
-    assert files.readable(size) == words
+def test_sizes_are_readable():
+    sizes = {0: "0 bytes", 900: "900 bytes", 1536: "1.5 KiB", 300 * 2**20: "300 MiB", 2**31: "2.0 GiB"}
+    assert [files.readable(size) for size in sizes] == [*sizes.values()]
 
 
-# -------------------------------------------------------------------------------------------------------------- files
+def full(*_) -> None:
+    raise OSError(28, "No space left on device")
 
 
-def test_a_written_file_replaces_the_old_one_and_can_be_read_by_others(tmp_path):
+def test_a_file_is_replaced_by_a_durable_one_or_stays(tmp_path, monkeypatch):
     os.umask(0o022)
-    path = tmp_path / "new" / "figures.txt"
-    files.write_atomically(path, "old")
+    path, seen = tmp_path / "new" / "figures.txt", []
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda _: seen.append(path.exists()))
+        files.write_atomically(path, "old")
+    assert seen == [False, True], "the file, and then its name in the folder"
     files.write_atomically(path, "new")
-    assert path.read_text() == "new" and names(path.parent) == ["figures.txt"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "figures.txt"
-    files.write_atomically(path, "old")
-
-    def full(_) -> None:
-        raise OSError(28, "No space left on device")
-
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644, "others can read it"
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"figures\.txt: cannot be written \(No space left on device\)"):
         files.write_atomically(path, "newer")
-    assert path.read_text() == "old" and names(tmp_path) == ["figures.txt"]
-
-
-def test_a_file_appears_once_it_is_durable(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(os, "fsync", lambda _: seen.append((tmp_path / "figures.txt").exists()))
-    files.write_atomically(tmp_path / "figures.txt", "new")
-    assert seen == [False, True], "the file, and then its name in the folder"
-
-
-# ------------------------------------------------------------------------------------------------------------ folders
+    assert path.read_text() == "new" and names(path.parent) == ["figures.txt"]
 
 
 def in_child(context: AbstractContextManager, work: Callable[..., object] = lambda _: None) -> int:
@@ -118,16 +87,12 @@ def test_a_locked_folder_is_refused_until_its_process_has_ended(tmp_path):
 
 def test_of_two_processes_that_save_at_once_the_second_waits(tmp_path):
     target = tmp_path / "m"
-
-    def save() -> None:
-        with files.new_folder(target) as folder:
-            (folder / "x").write_text("child")
-
     with files.new_folder(target) as folder:
         (folder / "x").write_text("parent")
         child = os.fork()
         if child == 0:
-            save()
+            with files.new_folder(target) as folder:
+                (folder / "x").write_text("child")
             os._exit(0)
         time.sleep(0.2)
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "it waits"
@@ -146,17 +111,13 @@ def test_what_a_killed_save_left_is_removed_by_the_next_one(tmp_path):
 
 @pytest.mark.parametrize("again", ["fails", "succeeds"])
 def test_a_kill_between_two_renames_loses_nothing(again, tmp_path):
-    target, old = tmp_path / "m", tmp_path / ".m.old"
-    old.mkdir()
-    (old / "x").write_text("old")
-    if again == "fails":
-        with pytest.raises(KeyboardInterrupt), files.new_folder(target):
+    (tmp_path / ".m.old").mkdir()
+    (tmp_path / ".m.old" / "x").write_text("old")
+    with suppress(KeyboardInterrupt), files.new_folder(tmp_path / "m") as folder:
+        (folder / "x").write_text("new")
+        if again == "fails":
             raise KeyboardInterrupt
-        assert (target / "x").read_text() == "old"
-    else:
-        with files.new_folder(target) as folder:
-            (folder / "x").write_text("new")
-        assert (target / "x").read_text() == "new"
+    assert (tmp_path / "m" / "x").read_text() == ("old" if again == "fails" else "new")
     assert names(tmp_path) == ["m"]
 
 
@@ -165,7 +126,7 @@ def test_a_save_that_fails_leaves_the_old_folder_and_no_trace(tmp_path):
     (tmp_path / "m" / "x").write_text("old")
     with pytest.raises(UserError, match="No space left"), files.new_folder(tmp_path / "m") as folder:
         (folder / "x").write_text("new")
-        raise OSError(28, "No space left on device")
+        full()
     assert names(tmp_path) == ["m"] and (tmp_path / "m" / "x").read_text() == "old"
 
 

@@ -1,9 +1,10 @@
 """Several processes: their parts make the whole, what they write is what one writes, and they end together."""
 
+import itertools
 import json
 import logging
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -45,26 +46,23 @@ def as_one_of(monkeypatch, rank: int, count: int, device: str = "cpu") -> None:
     monkeypatch.setenv("RANK", str(rank))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("total", [0, 1, 4, 7, 15])
-def test_shares_are_the_whole_in_order(total, count, monkeypatch):
-    parts = []
-    for rank in range(count):
-        as_one_of(monkeypatch, rank, count)
-        parts.append(list(range(total))[processes.share(total)])
-    assert sum(parts, []) == list(range(total))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+def test_shares_are_the_whole_in_order(monkeypatch):
+    for count, total in itertools.product([1, 2, 3, 5], [0, 1, 4, 7, 15]):
+        shares = []
+        for rank in range(count):
+            as_one_of(monkeypatch, rank, count)
+            shares.append([*range(total)][processes.share(total)])
+        assert sum(shares, []) == [*range(total)] and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_work_is_balanced(monkeypatch):
     as_one_of(monkeypatch, 1, 2)
     # 6 to the first (6:0), 5 to the second (6:5), 4 to the second (6:9), 3 to the first (9:9), 1 to the first (10:9)
-    assert processes.owners([3, 6, 1, 4, 5]) == [0, 0, 0, 1, 1]
-    assert processes.owners([1, 1, 1, 1]) == [0, 1, 0, 1]
+    assert processes.owners([3, 6, 1, 4, 5]) == [0, 0, 0, 1, 1] and processes.owners([1, 1, 1, 1]) == [0, 1, 0, 1]
     with processes.single_process():
         assert processes.owners([3, 6]) == [0, 0] and processes.share(7) == slice(0, 7)
         assert not processes.is_main(), "who writes files does not change"
-        assert processes.on_main(lambda: "own") == "own" and processes.gathered(4) == [4]
+        assert processes.on_main(lambda: "mine") == "mine" and processes.gathered(4) == [4]
     assert processes.share(7) == slice(3, 7)
 
 
@@ -76,7 +74,7 @@ def test_alone_nothing_happens_and_nothing_is_imported():
         assert (processes.count(), processes.rank(), processes.is_main(), processes.device()) == (1, 0, True, None)
         assert processes.share(9) == slice(0, 9) and processes.owners([2, 5]) == [0, 0]
         assert processes.sum_(3) == 3 and processes.gathered(3) == [3] and processes.on_main(lambda: 3) == 3
-        processes.broadcast(None, 0), processes.all_gather(None), processes.leave()
+        processes.broadcast(None, 0), processes.leave()
         assert not {"torch", "accelerate"} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -84,14 +82,12 @@ def test_alone_nothing_happens_and_nothing_is_imported():
 
 def test_each_process_has_its_own_gpu_or_a_share_of_the_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 + torch.device(device).index, 200))
+    monkeypatch.setattr(memory, "free_ram", lambda: 1000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     as_one_of(monkeypatch, 5, 8, "cuda:1")
     assert processes.device() == torch.device("cuda:1") and memory.free_memory(30) == {1: 71}
     as_one_of(monkeypatch, 5, 8)
-    monkeypatch.setattr(memory, "free_ram", lambda: 1000)
     assert memory.free_memory(0) == {"cpu": 250}
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert memory.free_memory(0) == {"cpu": 1000}
 
 
 def test_an_incomplete_environment_is_refused(place, monkeypatch, capsys):
@@ -138,21 +134,11 @@ def fork(flags: str, count: int, before: Callable[[int], object] = lambda rank: 
     return statuses, [Path(f"said.{rank}").read_text() for rank in range(count)]
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, tiny_folder, tiny_text, other_text) -> Path:
-    """Return a folder with what runs read."""
-    folder = tmp_path_factory.mktemp("inputs")
-    shutil.copytree(tiny_folder, folder / "tiny-llama")
-    shutil.copy(tiny_text, folder / "text.txt")
-    shutil.copy(other_text, folder / "other.txt")
-    return folder
-
-
 @pytest.fixture
-def place(tmp_path, monkeypatch, inputs) -> str:
+def place(tmp_path, monkeypatch, run_inputs) -> str:
     """Return the flags of a run in a folder of its own, of windows that two processes cannot share evenly."""
     monkeypatch.chdir(tmp_path)
-    for path in inputs.iterdir():
+    for path in run_inputs.iterdir():
         Path(path.name).symlink_to(path)
     return "--model tiny-llama --calib_data text.txt --eval_data other.txt --eval_windows 9 --seqlen 32 --nsamples 7"
 
@@ -167,19 +153,23 @@ def outcome(place: str, flags: str, count: int, before=lambda rank: None) -> tup
     return record, saved_tensors(Path(record["saved_model"])), said, folder
 
 
-def noting(room, name: str, what: Callable[..., str]) -> Callable[[int], None]:
+def before_calls(room, name: str, act: Callable[..., object], only: int | None = None) -> Callable[[int], None]:
+    """Return what makes each process, or the rank ``only``, ``act(number, *arguments)`` before a call of a function."""
+
+    def before(rank: int) -> None:
+        real, numbers = getattr(room, name), itertools.count(1)
+        if only in (None, rank):
+            setattr(room, name, lambda *args, **kwargs: (act(next(numbers), *args), real(*args, **kwargs))[1])
+
+    return before
+
+
+def noting(room, name: str, note: Callable[..., str]) -> Callable[[int], None]:
     """Return what makes each process note its calls of ``room.name`` in a file of its own."""
 
     def before(rank: int) -> None:
-        real, path = getattr(room, name), Path(f"{name}.{rank}")
-        path.write_text("")
-
-        def call(*args, **kwargs):
-            with path.open("a") as file:
-                file.write(what(*args) + "\n")
-            return real(*args, **kwargs)
-
-        setattr(room, name, call)
+        file = Path(f"{name}.{rank}").open("w", buffering=1)
+        before_calls(room, name, lambda _, *args: file.write(note(*args) + "\n"))(rank)
 
     return before
 
@@ -234,7 +224,7 @@ def test_wanda_masks_are_the_same_but_for_the_order_of_sums(more, place):
 
 @pytest.mark.parametrize("pruner", fast(["sparsegpt", "alps"], 1))
 def test_layers_are_solved_by_owners(pruner, place):
-    solves = noting(walk, "_prune_layers", lambda linears, *_: ",".join(linears))
+    solves = noting(walk, "_prune_layers", lambda block, names, *_: ",".join(names))
     statistics = noting(walk, "_cost", lambda block, names, value: f"{value.double().abs().mean().item():.9g}")
     before = lambda rank: (solves(rank), statistics(rank))  # noqa: E731
     one = outcome(place, f"--prune_method {pruner}", 1, before)
@@ -283,15 +273,13 @@ def test_zero_shot_questions_are_shared_by_lm_eval(place):
     import lm_eval.models.huggingface  # noqa: F401  before the processes part, since it takes seconds
 
     flags = f"{place} --eval_zero_shot --tasks capital_cities --include_path {ROOT / 'data/tasks'} --limit 9"
-    found = []
+    records = []
     for count in (1, 2):
         statuses, said = fork(f"{flags} --save by-{count}", count)
         assert statuses == [0] * count, said
-        found.append(json.loads(Path(f"by-{count}/run_dense_sparsity_0.0.json").read_text()))
-    assert found[0]["perplexity"] == found[1]["perplexity"]
-    assert found[0]["zero_shot"]["means"] == found[1]["zero_shot"]["means"] != {}
-    results = [record["zero_shot"]["lm_eval"]["results"]["capital_cities"] for record in found]
-    assert results[0] == results[1] and found[1]["complete"] is True
+        records.append(json.loads(Path(f"by-{count}/run_dense_sparsity_0.0.json").read_text()))
+    figures = [(r["perplexity"], r["zero_shot"]["means"], r["zero_shot"]["lm_eval"]["results"]) for r in records]
+    assert figures[0] == figures[1] and figures[1][1] != {} and records[1]["complete"] is True
 
 
 def test_where_one_lacks_room_all_stream(place):
@@ -300,9 +288,8 @@ def test_where_one_lacks_room_all_stream(place):
             memory.free_memory = lambda reserve: {"cpu": 0}
 
     flags = "--prune_method wanda"
-    found = outcome(place, flags, 2, little_room)
-    assert "block by block" in found[2][0]
-    assert different(found[1], outcome(place, flags, 1)[1]) <= 1e-4
+    two = outcome(place, flags, 2, little_room)
+    assert "block by block" in two[2][0] and different(outcome(place, flags, 1)[1], two[1]) <= 1e-4
     statuses, said = fork(f"{place} {flags} --sparsity_ratio 0.5 --stream never", 2, little_room)
     assert statuses == [2, 2] and set(lines(said)) == {"--stream never: each of the 2 processes holds the whole model"}
 
@@ -312,48 +299,30 @@ def test_where_one_lacks_room_all_stream(place):
 
 def lines(said: list[str]) -> list[str]:
     """Return the errors that the processes told of, up to the first comma."""
-    found = [line for text in said for line in text.splitlines() if line.startswith("main.py: error: ")]
-    assert not any("Traceback" in text for text in said), said
-    return [line.removeprefix("main.py: error: ").partition(",")[0] for line in found]
-
-
-def only(rank: int, room, name: str, act: Callable[[], object], at: int = 1) -> Callable[[int], None]:
-    """Return what makes one process ``act`` just before its ``at``-th call of ``room.name``."""
-
-    def before(own: int) -> None:
-        real, calls = getattr(room, name), []
-
-        def call(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == at:
-                act()
-            return real(*args, **kwargs)
-
-        if own == rank:
-            setattr(room, name, call)
-
-    return before
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    assert "Traceback" not in "".join(said), said
+    return re.findall("^main.py: error: ([^,\n]*)", "\n".join(said), re.M)
 
 
 def refuse() -> None:
     raise UserError(None, "layer 3", "something is wrong with it")
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
+kill = partial(signal.raise_signal, signal.SIGKILL)
+interrupt = partial(signal.raise_signal, signal.SIGINT)
+
+
+def at(number: int, act: Callable[[], object]) -> Callable[..., object]:
+    """Return what acts before the call of a number only, counted from 1."""
+    return lambda call, *_: act() if call == number else None
 
 
 METHOD = "--prune_method sparsegpt_ww --epsilon 0.2 --sparsity_ratio 0.6"
 
 
 @pytest.fixture
-def unbroken(inputs, place) -> dict[str, str]:
-    """Return the hashes of what an undisturbed run of two processes saves."""
-    folder = inputs / "unbroken"
+def unbroken(place, tmp_path_factory) -> dict[str, str]:
+    """Return the hashes of what an undisturbed run of two processes saves, which the first test that asks makes."""
+    folder = tmp_path_factory.getbasetemp() / "unbroken"
     if not folder.exists():
         assert fork(f"{place} {METHOD} --save_model {folder} --ww_metric_cache other --save other", 2)[0] == [0, 0]
     return hashes(folder / "sparsegpt_ww_0.6")
@@ -362,9 +331,9 @@ def unbroken(inputs, place) -> dict[str, str]:
 POINTS = [(1, measure, "_value", 3), (0, walk, "_prune_layers", 4), (1, walk, "_report", 2)]
 
 
-@pytest.mark.parametrize(("rank", "room", "name", "at"), POINTS)
-def test_one_that_dies_ends_all_and_the_run_resumes(rank, room, name, at, place, unbroken):
-    statuses, said = fork(f"{place} {METHOD} --save_model broken", 2, only(rank, room, name, kill, at))
+@pytest.mark.parametrize(("rank", "room", "name", "call"), POINTS)
+def test_one_that_dies_ends_all_and_the_run_resumes(rank, room, name, call, place, unbroken):
+    statuses, said = fork(f"{place} {METHOD} --save_model broken", 2, before_calls(room, name, at(call, kill), rank))
     assert (statuses[rank], statuses[1 - rank]) == (-signal.SIGKILL, 2)
     (line,) = lines(said)
     assert line.startswith("another of the 2 processes has ended (")
@@ -386,7 +355,7 @@ def test_an_error_of_all_is_one_line_of_each(place):
 
 
 def test_where_the_first_cannot_write_all_measure_on(place):
-    full = only(0, safetensors_io, "write_shard", refuse, 2)
+    full = before_calls(safetensors_io, "write_shard", at(2, refuse), 0)
     statuses, said = fork(f"{place} --prune_method wanda --sparsity_ratio 0.5 --save_model kept", 2, full)
     assert statuses == [2, 2] and set(lines(said)) == {"layer 3: something is wrong with it"}
     record = json.loads(Path("results/run_wanda_sparsity_0.5.json").read_text())
@@ -395,7 +364,7 @@ def test_where_the_first_cannot_write_all_measure_on(place):
 
 @pytest.mark.parametrize(("rank", "act", "status"), [(0, refuse, 2), (1, refuse, 2), (0, interrupt, 130)])
 def test_what_one_finds_ends_all_with_its_line(rank, act, status, place):
-    statuses, said = fork(f"{place} {METHOD}", 2, only(rank, walk, "_prune_layers", act, 2))
+    statuses, said = fork(f"{place} {METHOD}", 2, before_calls(walk, "_prune_layers", at(2, act), rank))
     assert statuses[rank] == status and statuses[1 - rank] == 2
     if act is refuse:
         assert lines([said[rank]]) == ["layer 3: something is wrong with it"]
@@ -404,18 +373,17 @@ def test_what_one_finds_ends_all_with_its_line(rank, act, status, place):
     assert "another of the 2 processes has ended (" in said[1 - rank]
 
 
-def launched(flags: str) -> subprocess.CompletedProcess:
-    """Run main.py in two processes of torch's own launcher."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(ROOT / "main.py"), *flags.split()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-
-
 @pytest.mark.slow
 def test_under_a_launcher(place):
-    done = launched(f"{place} --prune_method magnitude --sparsity_ratio 0.5 --save_model kept")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done, refused = (
+        subprocess.run([*launcher, ROOT / "main.py", *flags.split()], capture_output=True, text=True, timeout=LIMIT)
+        for flags in (
+            f"{place} --prune_method magnitude --sparsity_ratio 0.5 --save_model kept",
+            f"{place} --prune_method magnitud --sparsity_ratio 0.5",
+        )
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written: ") == 1 and "rror" not in done.stderr
     assert Path("kept/magnitude_0.5/model.safetensors.index.json").is_file()
-    refused = launched(f"{place} --prune_method magnitud --sparsity_ratio 0.5")
     assert refused.returncode != 0 and "main.py: error: --prune_method magnitud: invalid choice" in refused.stderr

@@ -14,7 +14,7 @@ from test_price_model import PriceOracle, some_ratios
 from image_classifiers import data
 from image_classifiers.models import find_parts, save_classifier
 from image_classifiers.price import EFFORT, FIT, HELD, ImagePriceModel, split
-from lib.allocation.price import Options, search
+from lib.allocation.price import SearchOptions, search
 from lib.core.errors import UserError
 
 pytestmark = pytest.mark.machine
@@ -120,7 +120,7 @@ def test_a_search_improves_on_uniform(digits):
     weights = find_parts(copy.deepcopy(digits[0])).pruned
     fit, held = (list(digits[1][part].split(50)) for part in map(list, split(range(600))))
     assert [len(part) for part in (fit, held)] == [FIT, HELD]
-    found = search(ImagePriceModel(weights, (fit, held)), weights.layers, 0.6, None, Options(8, effort=EFFORT))
+    found = search(ImagePriceModel(weights, (fit, held)), weights.layers, 0.6, None, SearchOptions(8, effort=EFFORT))
     sizes = {layer.name: layer.size for layer in weights.layers}
     mean = sum(sizes[name] * ratio for name, ratio in found.ratios.items()) / sum(sizes.values())
     assert mean == pytest.approx(0.6, abs=1e-9)

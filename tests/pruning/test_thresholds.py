@@ -55,17 +55,13 @@ def test_nth_smallest_is_that_of_a_sort(kind, dtype, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nth_smallest_of_a_matrix_that_is_not_contiguous(way):
-    values = numbers("normal", 600).view(20, 30).T
+def test_nth_smallest_of_unusual_matrices(way):
+    values = numbers("normal", 600).view(20, 30).T  # not contiguous
     assert WAYS[way](values, 77).item() == sorted(values.flatten().tolist())[77]
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_nan_is_the_largest_whatever_its_sign(way, sign):
-    values = torch.tensor([3.0, sign * math.nan, 1.0, 2.0])
-    assert [WAYS[way](values, i).item() for i in range(3)] == [1, 2, 3]
-    assert math.isnan(WAYS[way](values, 3).item())
+    for sign in (1, -1):  # a NaN is the largest, whatever its sign
+        values = torch.tensor([3.0, sign * math.nan, 1.0, 2.0])
+        assert [WAYS[way](values, i).item() for i in range(3)] == [1, 2, 3]
+        assert math.isnan(WAYS[way](values, 3).item())
 
 
 @pytest.mark.parametrize("thresholds", [selection._row_thresholds, selection._row_thresholds_on_gpu])
@@ -96,10 +92,10 @@ def test_threshold_of_parts_is_that_of_a_sort(kind, dtype):
     parts[1] = parts[1].view(20, 35)
     every = torch.cat([part.flatten() for part in parts]).float().sort().values
     for rank in (-1, 0, 0.5, 1, 1.5, 2, 400.01, len(every) / 2, len(every) - 0.5, len(every), len(every) + 7):
-        found = threshold(lambda: iter(parts), rank)
-        assert found.value == every[min(max(math.ceil(rank), 1), len(every)) - 1].item()
-        assert found.below == [(part < found.value).sum().item() for part in parts]
-        assert found.equal == [(part == found.value).sum().item() for part in parts]
+        value, below, equal = threshold(lambda: iter(parts), rank)
+        assert value == every[min(max(math.ceil(rank), 1), len(every)) - 1].item()
+        assert below == [(part < value).sum().item() for part in parts]
+        assert equal == [(part == value).sum().item() for part in parts]
 
 
 @pytest.mark.gpu

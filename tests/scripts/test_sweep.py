@@ -1,7 +1,6 @@
 """The sweep and the scripts that start one: published settings, what is run again, what is refused; the demo."""
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -218,8 +217,8 @@ def test_sweep_is_what_separate_runs_are(small, tmp_path, capsys, monkeypatch):
     assert sweep.main(command) == 0
     out = capsys.readouterr().out
     assert len(loads) == 1 and out.count("/9]") == 9
-    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("run_*.json"))
-    assert len(found) == 9 and "epsilon_0.1/run_wanda_ww_sparsity_0.5.json" in found
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("run_*.json"))
+    assert len(names) == 9 and "epsilon_0.1/run_wanda_ww_sparsity_0.5.json" in names
     png = (tmp_path / "sweep.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 5000
     # The last of each method, after everything else had pruned the same model, against a process of its own in spirit.
@@ -294,23 +293,18 @@ def test_seeds_of_a_sweep_have_folders():
         (sweep, "--methods magnitude --epsilons wandaa_ww=0.3", "Did you mean 'wanda_ww'"),
         (sweep, "--epsilons wanda_ww=x", "--epsilons 'x': is not a number"),
         (sweep, "--epsilons 2", "must be between 0 and 1"),
-        (sweep, "--sparsities 0.5;0.6", "--sparsities '0.5;0.6': is not a number"),
         (sweep, "--sparsities ,", "holds no number"),
         (sweep, "--methods ,", "names no method"),
         (sweep, "--methods dense,wandaa", "Did you mean 'wanda'"),
-        (sweep, "--owl_m 3", "it is for the methods with _owl"),
         (sweep, "--save_plan p.json", "18 settings would write the same file"),
         (sweep, "--metrics_only", "nothing to sweep"),
         (sweep, "--methods dense --seeds 3", "--seeds 3 with --methods dense: nothing is drawn for it"),
-        (sweep, "--sparsitys 0.5", "Did you mean '--sparsities'"),
         (sweep, "--methods magnitude --model /nope", "--model /nope: folder not found"),
         (compare_allocations, "--pruners wanda,alp", "Did you mean 'alps'"),
         (compare_allocations, "--pruners ,", "--pruners ',': names no pruner"),
         (compare_allocations, "--allocations owll", "Did you mean 'owl'"),
         (compare_allocations, "--allocations atp --atp_betas ,", "--atp_betas ',': holds no number"),
         (compare_allocations, "--allocations atp --atp_betas auto", "--atp_betas 'auto': is not a number"),
-        (compare_allocations, "--pruners wanda --damping 0.1", "--damping"),
-        (compare_allocations, "--seeds 0", "--seeds 0: must be at least 1"),
     ],
 )
 def test_sweeps_refuse_in_one_line_before_the_first_run(command, flags, says, tmp_path, monkeypatch, capsys):
@@ -326,7 +320,7 @@ def test_epsilons_for_no_method_are_warned_about(methods, warned, caplog):
     planned(*flags)
     assert not caplog.records, "the default is not the user's"
     planned(*flags, "--epsilons", "0.4")
-    assert ("--epsilons 0.4: does nothing without a method with _ww" in caplog.text) is warned
+    assert ("--epsilons does nothing without a method with _ww" in caplog.text) is warned
 
 
 def test_a_setting_that_fails_does_not_stop_the_others(small, tmp_path, capsys, caplog):
@@ -354,16 +348,6 @@ def test_the_model_is_loaded_with_room_for_the_neediest_setting(small, tmp_path,
     assert sweep.main([*common, "--force", "--methods", "dense,sparsegpt", "--sparsities", "0.5"]) == 0
     dense, alone, swept = rooms
     assert dense < alone == swept
-
-
-def test_a_sweep_counts_a_perplexity_that_is_not_finite(small, tmp_path, monkeypatch, capsys, recwarn):
-    variables, flags, _ = small
-    monkeypatch.setattr("lib.evaluation.perplexity.perplexity", lambda *_: math.inf)
-    flags = ["--model", variables["MODEL"], *flags, "--save", str(tmp_path), "--methods", "dense,magnitude"]
-    for skipped in (0, 2):
-        assert sweep.main([*flags, "--sparsities", "0.5"]) == 0
-        assert capsys.readouterr().out.count("complete already") == skipped and (tmp_path / "sweep.png").is_file()
-    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning | UserWarning)]
 
 
 @pytest.mark.slow

@@ -137,11 +137,9 @@ def test_published_figures_without_a_run_can_be_listed(tmp_path, capsys):
     [
         ({"ww_metric": "stable_rank"}, "AlphaPruning, ww_metric stable_rank"),
         ({"mapping_type": "layer_wise"}, "AlphaPruning, mapping_type layer_wise"),
-        ({"farms": True}, "AlphaPruning, farms True"),
         ({"refit": 10}, "AlphaPruning, refit 10"),
         ({"statistics": "dense"}, "AlphaPruning, statistics dense"),
         ({"nsamples": 4}, "AlphaPruning"),
-        ({"eval_windows": 4}, "AlphaPruning"),
         ({"calib_data": "wiki_leads"}, "AlphaPruning"),
     ],
 )

@@ -7,27 +7,18 @@ import math
 import pytest
 import torch
 from conftest import tiny_llama
-from test_layers import HALF_ULP, needs_kernel
+from test_layers import HALF_ULP, needs_kernel, packed_in, with_zeros
 from test_load_models import KINDS, build
 from transformers import DynamicCache, StaticCache
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
 from lib import sparse
-from lib.models.layers import prunable_modules
-from lib.pruning.pruners import magnitude
 from lib.sparse import decode as steps
 from lib.sparse import kernel
 from lib.sparse.decode import CompiledBlock
 
 pytestmark = needs_kernel
-
-
-def pruned(model, kind: torch.dtype = torch.bfloat16, every: int = 1):
-    """Return ``model`` in ``kind``, 60 % of each of its matrices zero, but for every other one if ``every`` is 2."""
-    for linear in list(prunable_modules(model).values())[::every]:
-        linear.weight.data = magnitude(linear.weight.data, None, 0.6, None)
-    return model.to(kind)
 
 
 def compiled(model) -> list[bool]:
@@ -62,7 +53,7 @@ def some_ids(batch: int, tokens: int = 13) -> torch.Tensor:
 @pytest.fixture
 def made():
     """Return a model all of whose blocks take compiled steps."""
-    model = pruned(tiny_llama())
+    model = with_zeros(tiny_llama())
     sparse.sparsify(model)
     assert all(compiled(model))
     return model
@@ -118,8 +109,7 @@ def test_a_cropped_cache_leaves_what_others_hold(made):
     ids, tail = some_ids(1, 6), some_ids(3, 4)[:1]
     cache = filled(made, ids)
     continued(made, cache, tail)
-    held = [layer.keys for layer in cache.layers]
-    before = [keys.clone() for keys in held]
+    held, before = [layer.keys for layer in cache.layers], [layer.keys.clone() for layer in cache.layers]
     cache.crop(-3)
     logits = continued(made, cache, some_ids(5, 3)[:1])
     assert all(map(torch.equal, held, before))
@@ -143,10 +133,9 @@ def test_attention_is_that_of_float64(level, kind, length, size, threads):
     k[0] *= 40  # scores of some hundred: all but the largest are nothing
     block = kernel.BlockStruct(heads=heads, keys=keys, size=size, half=kind == torch.float16)
     out = torch.full_like(q, math.nan)
-    places = (q.data_ptr(), k.data_ptr(), v.data_ptr())
-    kernel.load_kernel(level).attend_block(
-        ctypes.addressof(block), *places, length, k.stride(1), size**-0.5, batch, out.data_ptr(), threads
-    )
+    places = ctypes.addressof(block), q.data_ptr(), k.data_ptr(), v.data_ptr()
+    attend = kernel.load_kernel(level).attend_block
+    attend(*places, length, k.stride(1), size**-0.5, batch, out.data_ptr(), threads)
     wide = (q.double(), *(x.double().repeat_interleave(heads // keys, 1) for x in (k, v)))
     weights = torch.softmax(wide[0] @ wide[1].mT * size**-0.5, -1)
     exact = weights @ wide[2]
@@ -161,9 +150,8 @@ def test_attention_is_that_of_float64(level, kind, length, size, threads):
 @pytest.mark.parametrize(("batch", "every"), [(1, 1), (3, 1), (8, 1), (2, 2)])
 def test_decoding_is_as_close_to_float32_as_dense(level, kind, batch, every, threads):
     ids = some_ids(batch)
-    made = pruned(tiny_llama(), kind, every)  # or dense and packed layers in one block
-    exact = decode(copy.deepcopy(made).float(), ids)
-    theirs = decode(copy.deepcopy(made), ids)
+    made = with_zeros(tiny_llama(), kind=kind, every=every)  # or dense and packed layers in one block
+    exact, theirs = decode(copy.deepcopy(made).float(), ids), decode(copy.deepcopy(made), ids)
     assert sparse.sparsify(made, kernel=kernel.load_kernel(level)) == -(-21 // every) and compiled(made) == [True] * 3
     # Both round the activations, at other places and ours at fewer: 1.5 for the luck of one draw.
     assert (decode(made, ids) - exact).norm() <= 1.5 * (theirs - exact).norm()
@@ -180,9 +168,8 @@ def test_what_is_not_finite_stays_so(value, made):
 
 @pytest.mark.machine
 def test_sequences_of_unequal_length_are_padded_on_the_left(made):
-    ids = some_ids(2)
+    ids, mask = some_ids(2), torch.ones(2, 9, dtype=torch.long)
     made.generation_config.pad_token_id = 2
-    mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     both = made.generate(ids[:, :9], attention_mask=mask, **options)
@@ -201,7 +188,7 @@ PLAIN = ("llama", "llama grouped-query", "llama3 tied", "mistral", "qwen2")
 @pytest.mark.machine
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_blocks_that_agree_are_compiled_and_all_models_decode(kind):
-    made = pruned(build(kind))
+    made = with_zeros(build(kind))
     ids = some_ids(2) % made.config.get_text_config().vocab_size
     expected = decode(copy.deepcopy(made), ids)
     sparse.sparsify(made)
@@ -214,7 +201,7 @@ def test_only_blocks_that_agree_are_compiled_and_all_models_decode(kind):
 
 
 def test_blocks_of_one_class_may_differ():
-    unrotated, scaled = pruned(build("smollm3")), pruned(build("granite"))
+    unrotated, scaled = with_zeros(build("smollm3")), with_zeros(build("granite"))
     for index, layer in enumerate(unrotated.get_decoder().layers):
         layer.self_attn.use_rope = index
     scaled.get_decoder().layers[1].residual_multiplier = 0.8
@@ -293,28 +280,25 @@ def test_other_activations_keep_their_own(act, scale):
     for layer in made.model.layers:
         layer.mlp.act_fn = ACT2FN[act]
         layer.mlp.down_proj.weight.data *= scale
-    made = pruned(made)
+    made = with_zeros(made)
     sparse.sparsify(made)
     assert not any(compiled(made))
 
 
-def rotated_otherwise(kind: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    if kind == "none":
-        return x
-    if kind == "interleaved":
-        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    else:  # the other way round
-        turned = -torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
-    return x * cos + turned * sin
+OTHER_ROTATIONS = {
+    "none": lambda x, cos, sin: x,
+    "interleaved": lambda x, cos, sin: x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin,
+    "backwards": lambda x, cos, sin: x * cos - modeling_llama.rotate_half(x) * sin,
+}
 
 
-@pytest.mark.parametrize("kind", ["none", "interleaved", "backwards"])
+@pytest.mark.parametrize("kind", OTHER_ROTATIONS)
 def test_other_rotations_keep_their_own(kind, monkeypatch):
     def rotate(q, k, cos, sin, *_):
-        return tuple(rotated_otherwise(kind, x, cos[:, None], sin[:, None]) for x in (q, k))
+        return tuple(OTHER_ROTATIONS[kind](x, cos[:, None], sin[:, None]) for x in (q, k))
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
-    made = pruned(tiny_llama())
+    made = with_zeros(tiny_llama())
     sparse.sparsify(made)
     assert not any(compiled(made))
 
@@ -328,20 +312,19 @@ def test_angles_of_another_width_take_the_models_own(made, stepped):
     assert not stepped
 
 
-@pytest.mark.parametrize("broken", ["v_proj", "o_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("broken", ["self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
 def test_shapes_that_do_not_fit_are_not_compiled(broken):
-    made = pruned(tiny_llama())
+    made = with_zeros(tiny_llama())
     layer = made.model.layers[1]
-    home = layer.self_attn if broken in ("v_proj", "o_proj") else layer.mlp
-    old = getattr(home, broken)
-    setattr(home, broken, torch.nn.Linear(old.in_features, old.out_features + 8, bias=False, dtype=torch.bfloat16))
+    old = layer.get_submodule(broken)
+    wider = torch.nn.Linear(old.in_features, old.out_features + 8, bias=False, dtype=torch.bfloat16)
+    layer.set_submodule(broken, wider)
     sparse.sparsify(made)
     assert compiled(made) == [True, False, True]
 
 
 def test_a_cache_of_another_dtype_is_not_misread(made):
-    ids = some_ids(1)
-    cache = DynamicCache(config=made.config)
+    ids, cache = some_ids(1), DynamicCache(config=made.config)
     with torch.no_grad():
         made(ids[:, :5], past_key_values=cache, use_cache=True)
         for held in cache.layers:
@@ -350,11 +333,7 @@ def test_a_cache_of_another_dtype_is_not_misread(made):
             made(ids[:, 5:6], past_key_values=cache, use_cache=True)
 
 
-def test_a_model_with_dropout_is_tried_without(tmp_path, tiny_tokenizer):
-    made = tiny_llama()
+def test_a_model_with_dropout_is_tried_without(tmp_path):
+    made = with_zeros(tiny_llama())
     made.config.attention_dropout = 0.5
-    (tmp_path / "packed").mkdir()
-    pruned(made).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    sparse.pack_files(tmp_path / "model", tmp_path / "packed")
-    assert compiled(sparse.load_packed(tmp_path / "packed")) == [True] * 3
+    assert compiled(sparse.load_packed(packed_in(tmp_path, made))) == [True] * 3

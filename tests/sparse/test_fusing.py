@@ -3,22 +3,18 @@
 import pytest
 import torch
 from conftest import tiny_llama
-from test_layers import needs_kernel
+from test_layers import needs_kernel, with_zeros
 from test_load_models import build
 from torch import nn
 
 from lib import sparse
-from lib.models.layers import prunable_modules
-from lib.pruning.pruners import magnitude
 from lib.sparse import fusing
 
 pytestmark = needs_kernel
 
 
 def pruned_llama() -> nn.Module:
-    model = tiny_llama().bfloat16().requires_grad_(False)
-    for module in prunable_modules(model).values():
-        module.weight.data = magnitude(module.weight.data, None, 0.6, None)
+    model = with_zeros(tiny_llama())
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):  # 1 in a model that was not trained: nothing to round
             parameter.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(2))

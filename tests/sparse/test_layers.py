@@ -186,16 +186,9 @@ def test_pack_keeps_every_bit(dtype, shape):
     assert back.dtype == dtype and torch.equal(back.view(integer), raw)
 
 
-def test_pack_reaches_the_size_that_arithmetic_gives():
-    tensor = torch.ones(1000, 96, dtype=torch.float16)
-    tensor[:, :72] = 0  # 75 %
-    assert packed.pack(tensor).nbytes - 2 * packed.PADDING == tensor.nbytes * (0.25 + 1 / 16)
-
-
-def pruned_llama(ratio: float, kind: torch.dtype) -> LlamaForCausalLM:
-    """Return the tiny LLaMA with ``ratio`` of each matrix zero, half of them -0.0."""
-    model = tiny_llama()
-    for linear in prunable_modules(model).values():
+def with_zeros(model, ratio: float = 0.6, kind: torch.dtype = torch.bfloat16, every: int = 1):
+    """Return ``model`` in ``kind`` with ``ratio`` of each (or second) matrix zero, half of it -0.0."""
+    for linear in list(prunable_modules(model).values())[::every]:
         linear.weight.data *= magnitude(linear.weight.data, None, ratio, None) != 0
     return model.to(kind)
 
@@ -213,7 +206,7 @@ def packed_in(folder: Path, model: nn.Module | None = None) -> Path:
 def pruned(tmp_path_factory, tiny_folder) -> Path:
     """Return the folder of a tiny LLaMA with 70 % zeros in bfloat16, half of them -0.0; to be read only."""
     folder = Path(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("sparse") / "model"))
-    pruned_llama(0.7, torch.bfloat16).save_pretrained(folder)
+    with_zeros(tiny_llama(), 0.7).save_pretrained(folder)
     return folder
 
 
@@ -264,18 +257,6 @@ def test_logits_are_as_close_to_float32_as_dense_bfloat16s(pruned, model, tiny_w
 
 
 @pytest.mark.machine
-@torch.no_grad()
-def test_decoding_with_a_cache_is_the_whole_window(model, tiny_windows):
-    ids = tiny_windows[:2, :12]
-    whole = model(ids).logits
-    cache = model(ids[:, :8]).past_key_values
-    for at in range(8, 12):
-        step = model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
-        # bfloat16 keeps 8 bits of every activation, three blocks deep
-        assert (step.logits[:, 0] - whole[:, at]).abs().max() <= 0.05 * whole.abs().max()
-
-
-@pytest.mark.machine
 def test_generate_pipeline_and_perplexity_run(pruned, packed_folder, model, tiny_windows):
     tokenizer = AutoTokenizer.from_pretrained(packed_folder)
     ids = tiny_windows[:2, :6]
@@ -317,7 +298,7 @@ def test_sparsify_packs_what_is_sparse_and_leaves_the_rest(tiny_windows):
 @pytest.mark.parametrize("kind", [torch.float16, torch.float32])
 @torch.no_grad()
 def test_other_kinds_of_checkpoints(kind, tmp_path, tiny_windows, caplog):
-    folder = packed_in(tmp_path, pruned_llama(0.7, kind))
+    folder = packed_in(tmp_path, with_zeros(tiny_llama(), 0.7, kind))
     with caplog.at_level(logging.INFO):
         model = sparse.load_packed(folder)
     runs_in = torch.bfloat16 if kind == torch.float32 else kind
@@ -329,10 +310,8 @@ def test_other_kinds_of_checkpoints(kind, tmp_path, tiny_windows, caplog):
 @pytest.mark.parametrize("kind", ["gemma3", "opt projected", "gpt-neox", "phi3", "qwen2"])
 @torch.no_grad()
 def test_other_kinds_of_models(kind, tmp_path, tiny_windows):
-    made = build(kind).bfloat16()
-    for linear in prunable_modules(made).values():
-        linear.weight.data = magnitude(linear.weight.data, None, 0.6, None)
-    model, expected = sparse.load_packed(packed_in(tmp_path, made)), dense(tmp_path / "model", torch.bfloat16)
+    model = sparse.load_packed(packed_in(tmp_path, with_zeros(build(kind))))
+    expected = dense(tmp_path / "model", torch.bfloat16)
     ids = tiny_windows[:1, :5] % expected.config.get_text_config().vocab_size
     off = (model(ids).logits - expected(ids).logits).abs().max()
     assert off <= 0.05 * expected(ids).logits.abs().max()  # 8 bits of every activation, a few blocks deep
@@ -341,9 +320,7 @@ def test_other_kinds_of_models(kind, tmp_path, tiny_windows):
 @pytest.mark.slow
 @torch.no_grad()
 def test_smollm2_is_as_close_to_float32_as_dense_bfloat16(smollm2, smollm2_source, tmp_path):
-    for linear in prunable_modules(smollm2).values():
-        linear.weight.data = magnitude(linear.weight.data, None, 0.5, None)
-    folder = packed_in(tmp_path, smollm2.bfloat16())
+    folder = packed_in(tmp_path, with_zeros(smollm2, 0.5))
     tokenizer = AutoTokenizer.from_pretrained(smollm2_source.path)
     ids = tokenizer("The capital of France is Paris", return_tensors="pt").input_ids
     exact = dense(tmp_path / "model", torch.float32)(ids).logits
@@ -374,27 +351,11 @@ def rewrite(change: Callable, path: Path) -> None:
     save_file(tensors, path, metadata | {"packed": json.dumps(header)})
 
 
-def newer(header, _):
-    header["version"] = 4
-
-
-def empty(header, _):
-    header.clear()
-
-
-def drop(header, _):
-    del header["tensors"][next(iter(header["tensors"]))]
-
-
-def lie(header, _):
-    next(entry for name, entry in header["tensors"].items() if "q_proj" in name)["shape"] = [64, 16]
-
-
 def forged(part: str, forge) -> Callable:
     """Return a change of one part of a packed matrix whose SHA-256 is that of the change: anybody can write it."""
 
     def change(header, tensors):
-        name = next(name for name in header["tensors"] if "down_proj" in name)
+        name = "model.layers.0.mlp.down_proj.weight"
         tensors[f"{name}.{part}"] = forge(tensors[f"{name}.{part}"].clone())
         parts = {each: tensors[key] for each in packed.PackedTensor._fields if (key := f"{name}.{each}") in tensors}
         entry = header["tensors"][name]
@@ -419,9 +380,12 @@ DAMAGED = {
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-100]), UNREADABLE),
     "altered mask": (partial(flip, 5), ALTERED),
     "altered values": (partial(flip, -3), ALTERED),
-    "another version": (partial(rewrite, newer), "is in version 4 of the packed format and this reads 3"),
-    "shape": (partial(rewrite, lie), ALTERED),
-    "no header": (partial(rewrite, empty), UNREADABLE),
+    "another version": (
+        partial(rewrite, lambda header, _: header.update(version=4)),
+        "is in version 4 of the packed format and this reads 3",
+    ),
+    "shape": (partial(rewrite, lambda header, _: header["tensors"]["lm_head.weight"].update(shape=[64, 16])), ALTERED),
+    "no header": (partial(rewrite, lambda header, _: header.clear()), UNREADABLE),
     "fewer values": (partial(rewrite, forged("values", lambda values: values[:-1])), ALTERED),
     "two dimensions": (partial(rewrite, forged("values", lambda values: values[:, None])), ALTERED),
     "other mask": (partial(rewrite, forged("mask", lambda mask: mask[:, :1].clone())), ALTERED),
@@ -485,15 +449,11 @@ def test_kernel_stays_inside_its_buffers_whatever_a_file_holds(tmp_path):
 
 
 def test_packed_files_are_the_same_bytes_in_every_process(pruned, packed_folder, tmp_path):
-    code = f"from pathlib import Path; from lib import sparse; sparse.pack_files(Path({str(pruned)!r}), Path('PLACE'))"
-    for seed in "12":
-        place = tmp_path / seed
-        place.mkdir()
-        command = [sys.executable, "-c", code.replace("PLACE", str(place))]
-        subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
-        assert {f.name: f.read_bytes() for f in place.iterdir()} == {
-            f.name: f.read_bytes() for f in packed_folder.iterdir()
-        }
+    code = "import sys, pathlib; from lib import sparse; sparse.pack_files(*map(pathlib.Path, sys.argv[1:]))"
+    env = os.environ | {"PYTHONHASHSEED": "1"}
+    subprocess.run([sys.executable, "-c", code, pruned, tmp_path], cwd=ROOT, env=env, check=True)
+    ours, theirs = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in (packed_folder, tmp_path))
+    assert ours == theirs
 
 
 def test_another_models_config_is_refused_in_one_line(copied, tmp_path):
@@ -508,7 +468,7 @@ def test_another_models_config_is_refused_in_one_line(copied, tmp_path):
         with pytest.raises(UserError, match=says) as caught:
             sparse.load_packed(copied)
         assert "\n" not in str(caught.value)
-    rewrite(drop, copied / "model.packed.safetensors")
+    rewrite(lambda header, _: header["tensors"].popitem(), copied / "model.packed.safetensors")
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="lacks 1 weights of its config.json's model"):
         sparse.load_packed(copied)
@@ -523,9 +483,8 @@ def test_another_models_config_is_refused_in_one_line(copied, tmp_path):
 def fresh(tmp_path, monkeypatch) -> Path:
     """Return an empty cache folder, in which nothing was compiled yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kernel._loaded.cache_clear()
-    yield tmp_path / "cache" / "alphapruning"
-    kernel._loaded.cache_clear()
+    monkeypatch.setattr(kernel, "_loaded", kernel._loaded.__wrapped__)
+    return tmp_path / "cache" / "alphapruning"
 
 
 def without_home(monkeypatch):
@@ -585,33 +544,18 @@ def test_without_a_kernel_the_model_runs_dense_and_one_line_says_why(
 
 @needs_kernel
 def test_library_is_compiled_once_and_again_for_other_flags(fresh, monkeypatch):
+    def compiler(command, **_):
+        Path(command[-1]).write_bytes(b"library")
+        return subprocess.CompletedProcess(command, 0)
+
+    run = Mock(side_effect=compiler)
+    monkeypatch.setattr(kernel.subprocess, "run", run)
     level = kernel.levels()[-1]
-    monkeypatch.setattr(kernel, "FLAGS", quick := ("-O0", *kernel.FLAGS[1:]))
-    first = kernel._built(level)
-    monkeypatch.setattr(kernel.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    assert kernel._built(level) == first and [path.name for path in fresh.iterdir()] == [first.name]
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh.parent))
-    monkeypatch.setattr(kernel, "FLAGS", (*quick, "-DOTHER"))
-    assert kernel._built(level) != first
-
-
-@pytest.mark.slow
-@needs_kernel
-def test_two_processes_that_build_at_once_do_not_meet(fresh):
-    code = (
-        "import sys; from lib.sparse import kernel; sys.stdin.read(1); "
-        "path = kernel._built(kernel.levels()[-1]); kernel.Kernel(path); print(path)"
-    )
-    env = os.environ | {"XDG_CACHE_HOME": str(fresh.parent)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": env}
-    both = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
-    for process in both:
-        process.stdin.write("x")
-        process.stdin.flush()
-    paths = {process.communicate()[0].strip() for process in both}
-    assert [process.returncode for process in both] == [0, 0]
-    assert paths == {str(path) for path in fresh.iterdir()} and len(paths) == 1
+    library = kernel._built(level)
+    assert kernel._built(level) == library and run.call_count == 1
+    assert [path.name for path in fresh.iterdir()] == [library.name]
+    monkeypatch.setattr(kernel, "FLAGS", (*kernel.FLAGS, "-DOTHER"))
+    assert kernel._built(level) != library and run.call_count == 2
 
 
 # ----------------------------------------------------------------------------------------------------- generate.py
@@ -619,10 +563,8 @@ def test_two_processes_that_build_at_once_do_not_meet(fresh):
 
 @pytest.mark.slow
 def test_generate_streams_and_compares(pruned, packed_folder):
-    command = [sys.executable, ROOT / "scripts" / "generate.py", packed_folder, "Ab de"]
-    done = subprocess.run(
-        [*command, "--tokens", "6", "--threads", "1", "--compare", pruned], capture_output=True, text=True, cwd=ROOT
-    )
+    command = [sys.executable, "scripts/generate.py", packed_folder, "Ab de", "--tokens", "6", "--threads", "1"]
+    done = subprocess.run([*command, "--compare", pruned], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()
     assert lines[0].startswith("Ab de")
@@ -638,8 +580,10 @@ def test_generate_streams_and_compares(pruned, packed_folder):
         (["nowhere", "x"], "error: nowhere: folder not found"),
         (["{}", "x", "--tokens", "1"], "--tokens 1: must be at least 2"),
         (["{}", "x", "--compare", "nowhere"], "error: nowhere: folder not found"),
-        (["{}", "Ab", "--tokens", "127"], "--tokens 127: the prompt has 2 tokens and {} a context of 128; give"),
-        (["{}", "Ab" * 70, "--tokens", "4"], "the prompt has 140 tokens and {} a context of 128; give a shorter one"),
+        (
+            ["{}", "Ab", "--tokens", "127"],
+            "--tokens 127: the prompt has 2 tokens and {} a context of 128; give fewer, or a shorter",
+        ),
         (["{}", "x", "--threads", "100000"], "--threads 100000: must be between 0 and "),
         (["{}", ""], "error: '': is empty"),
         (["{few}", "unstuns"], "few: its tokenizer gives token"),

@@ -69,15 +69,15 @@ def test_packed_folder_is_the_plain_one_in_less_space(both, tmp_path):
 def test_main_measures_a_packed_model(both, tmp_path, tiny_text):
     plain, packed = both
     expected = measured(plain, tmp_path / "plain", tiny_text, "--dtype", "bfloat16")
-    found = measured(packed, tmp_path / "packed", tiny_text)
+    packed_run = measured(packed, tmp_path / "packed", tiny_text)
     # The same weights in bfloat16: activations are rounded to 8 bits at other places (dense: after every product of
     # more than 8 tokens alike, so that windows of 32 hardly differ).
-    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=2e-3)
+    assert packed_run["perplexity"] == pytest.approx(expected["perplexity"], rel=2e-3)
     exact = measured(plain, tmp_path / "exact", tiny_text, "--dtype", "float32")
-    assert found["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-2)  # 2^-8 a weight and an activation
+    assert packed_run["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-2)  # 2^-8 a weight and an activation
     record = json.loads((packed.parents[1] / "save" / f"run_{RUN}.json").read_text())
-    assert found["sparsity"] == expected["sparsity"] == record["sparsity"]
-    assert found["model"]["dtype"] == "bfloat16"
+    assert packed_run["sparsity"] == expected["sparsity"] == record["sparsity"]
+    assert packed_run["model"]["dtype"] == "bfloat16"
     # The run that pruned measured the model before it was packed, in float32.
     assert record["perplexity"] == pytest.approx(exact["perplexity"], rel=1e-5)
 
@@ -140,20 +140,6 @@ def cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def flip(folder: Path) -> None:
-    path = sorted(folder.glob("*.packed.safetensors"))[0]
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
-def newer(folder: Path) -> None:
-    path = sorted(folder.glob("*.packed.safetensors"))[0]
-    content = path.read_bytes()
-    assert content.count(b'\\"version\\": 3') == 1
-    path.write_bytes(content.replace(b'\\"version\\": 3', b'\\"version\\": 9'))
-
-
 def wider(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
@@ -165,8 +151,6 @@ def half_generation(folder: Path) -> None:
 
 SPOILED = {
     "cut off": (cut, "cannot be read as a packed model"),
-    "altered": (flip, "is not what was packed (its SHA-256 differs); the file is damaged"),
-    "another version": (newer, "is in version 9 of the packed format and this reads 3"),
     "another generation config": (half_generation, "generation_config.json: cannot be used ("),
     "another model's config": (wider, "the model of its config.json has [32, 64]"),
 }

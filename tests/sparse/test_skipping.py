@@ -1,5 +1,7 @@
 """Products of many tokens that skip zeros, bit for bit, the passes that use them, and SparseGPT's compiled solver."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -27,6 +29,14 @@ def in_order(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+@pytest.fixture
+def products(monkeypatch):
+    """Return a list that grows by the number of tokens for each product that skips zeros."""
+    tokens, real = [], kernel.Kernel.multiply_many
+    monkeypatch.setattr(kernel.Kernel, "multiply_many", lambda *a: tokens.append(len(a[2])) or real(*a))
+    return tokens
+
+
 @pytest.mark.parametrize("kind", [torch.float32, *kernel.KERNEL_DTYPES])
 def test_sums_have_the_bits_of_additions_in_order(level, kind, threads):
     library = kernel.load_kernel(level)
@@ -34,18 +44,18 @@ def test_sums_have_the_bits_of_additions_in_order(level, kind, threads):
         for zeros in (0.0, 0.5, 0.9, 1.0):
             weight = matrix(rows, columns, zeros, kind, index)
             layer = None if kind == torch.float32 else SparseLinear.from_linear(linear(weight), library)
-            given = weight if layer is None else layer._matrix
+            skipped = weight if layer is None else layer._matrix
             draw = torch.Generator().manual_seed(index)
             for tokens in (1, 9, 96, 97, 205):  # one panel, a full one, two with a ragged end, three
                 x = torch.randn(tokens, columns, generator=draw)
-                assert torch.equal(library.multiply_many(given, x), in_order(weight.float(), x))
+                assert torch.equal(library.multiply_many(skipped, x), in_order(weight.float(), x))
 
 
 def test_more_tokens_than_a_slab_of_panels(level):
     weight, x = matrix(9, 40, 0.6, torch.float32), torch.randn(900, 40, generator=torch.Generator().manual_seed(1))
-    found = kernel.load_kernel(level).multiply_many(weight, x)
-    assert torch.equal(found, in_order(weight, x))
-    assert torch.equal(found[500:], kernel.load_kernel(level).multiply_many(weight, x[500:].contiguous()))
+    y = kernel.load_kernel(level).multiply_many(weight, x)
+    assert torch.equal(y, in_order(weight, x))
+    assert torch.equal(y[500:], kernel.load_kernel(level).multiply_many(weight, x[500:].contiguous()))
 
 
 def test_what_is_not_a_number_stays_where_it_is(level):
@@ -58,18 +68,13 @@ def test_what_is_not_a_number_stays_where_it_is(level):
 @needs_kernel
 @pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
 @pytest.mark.parametrize(("zeros", "skips"), [(0.7, True), (0.35, False)])
-def test_packed_layers_skip_zeros_in_prompts_where_that_pays(kind, zeros, skips, monkeypatch):
+def test_packed_layers_skip_zeros_in_prompts_where_that_pays(kind, zeros, skips, products, monkeypatch):
     monkeypatch.setattr("lib.core.cpu.multiplies", lambda _: False)
-    used = []
-    monkeypatch.setattr(
-        "lib.sparse.layers.Kernel.multiply_many",
-        lambda self, *given, own=kernel.Kernel.multiply_many: used.append(len(given[1])) or own(self, *given),
-    )
     weight = matrix(70, 200, zeros, kind)
     bias = torch.randn(70, generator=torch.Generator().manual_seed(2)).to(kind)
     x = torch.randn(3, 11, 200, generator=torch.Generator().manual_seed(3)).to(kind)
     y = SparseLinear.from_linear(linear(weight, bias))(x)
-    assert used == ([33] if skips else []) and y.dtype == kind
+    assert products == ([33] if skips else []) and y.dtype == kind
     expected = x.double() @ weight.double().T + bias.double()
     size = x.double().abs() @ weight.double().abs().T + bias.double().abs()
     # One rounding to the kind, of up to two (torch may round before the bias is added); float32 sums of 201 terms.
@@ -100,23 +105,23 @@ def test_layers_that_skip_their_zeros_and_layers_that_do_not():
     before = {name: vars(layer).get("forward") for name, layer in made.items()}
     x = torch.randn(2, 64, 256, generator=torch.Generator().manual_seed(0))
     expected = {name: made[name](x) for name in ("pruned", "biased")}
-    with zeros_skipped(made.values()) as count:
+    with pytest.raises(KeyError), zeros_skipped(made.values()) as count:  # as before after an error, too
         assert count == 2
         replaced = {name for name, layer in made.items() if vars(layer).get("forward") is not before[name]}
         assert replaced == {"pruned", "biased"}
         for name in replaced:
-            found = made[name](x)
+            y = made[name](x)
             weight, bias = made[name].weight, made[name].bias
             sums = in_order(weight, x.flatten(0, 1)).view(2, 64, 256)
-            assert torch.equal(found, sums if bias is None else sums + bias)
-            torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-5)  # torch adds in another order
+            assert torch.equal(y, sums if bias is None else sums + bias)
+            torch.testing.assert_close(y, expected[name], rtol=1e-5, atol=1e-5)  # torch adds in another order
+        raise KeyError
     assert {name: vars(layer).get("forward") for name, layer in made.items()} == before
 
 
 @needs_kernel
 def test_what_the_kernel_does_not_compute_is_left_to_torch():
-    layer = layers()["biased"]
-    x = torch.randn(64, 256)
+    layer, x = layers()["biased"], torch.randn(64, 256)
     few, wide = layer(x[:63]), layer.double()(x.double())
     layer.float()
     with zeros_skipped([layer]):
@@ -134,40 +139,22 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch():
             layer(x)
 
 
-@needs_kernel
-def test_layers_are_as_before_after_an_error():
-    layer = layers()["pruned"]
-    with pytest.raises(KeyError), zeros_skipped([layer]):
-        raise KeyError
-    assert "forward" not in vars(layer)
-
-
 def test_without_a_kernel_zeros_are_multiplied(monkeypatch):
-    def unavailable():
-        raise kernel.Unavailable("no compiler")
-
-    monkeypatch.setattr(skipping, "load_kernel", unavailable)
+    monkeypatch.setattr(skipping, "load_kernel", Mock(side_effect=kernel.Unavailable("no compiler")))
     layer = layers()["pruned"]
     with zeros_skipped([layer]) as count:
         assert count == 0 and "forward" not in vars(layer)
 
 
 @needs_kernel
-def test_pruned_passes_and_perplexity_skip_zeros(monkeypatch):
+def test_pruned_passes_and_perplexity_skip_zeros(products, monkeypatch):
     monkeypatch.setattr(skipping, "MIN_WEIGHTS", 1)
     monkeypatch.setattr(skipping, "MIN_TOKENS", 1)
-    products = []
-    monkeypatch.setattr(
-        skipping.Kernel,
-        "multiply_many",
-        lambda self, *given, own=kernel.Kernel.multiply_many: products.append(given) or own(self, *given),
-    )
     model = tiny_llama()
     windows = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(0))
     weights = weights_of(model)
     layers = len(weights.layers)
-    seen: list[str] = []
-    dense = perplexity(model, windows)
+    perplexity(model, windows)
     assert not products
     for block in weights.visit(write=True):
         for layer in block.linears.values():
@@ -177,16 +164,17 @@ def test_pruned_passes_and_perplexity_skip_zeros(monkeypatch):
         plain = perplexity(model, windows), enter_blocks(weights, windows)
         for block in weights.visit():
             advance(block, plain[1])
-    assert not products and plain[0] != dense
+    assert not products
     assert perplexity(model, windows) == pytest.approx(plain[0], rel=1e-5)  # the order of float32 additions
     assert len(products) == layers * len(windows)
     inputs = enter_blocks(weights, windows)
+    hook = Mock(return_value=None)
     for block in weights.visit():
-        hooks = [layer.register_forward_hook(lambda *_: seen.append("called")) for layer in block.linears.values()]
+        handles = [layer.register_forward_hook(hook) for layer in block.linears.values()]
         advance(block, inputs)
-        for hook in hooks:
-            hook.remove()
-    assert len(products) == 2 * layers * len(windows) and len(seen) == layers * len(windows)
+        for handle in handles:
+            handle.remove()
+    assert len(products) == 2 * layers * len(windows) and hook.call_count == layers * len(windows)
     torch.testing.assert_close(inputs.hidden, plain[1].hidden, rtol=1e-4, atol=1e-5)
 
 
@@ -204,9 +192,10 @@ def test_solver_has_the_bits_of_a_plain_loop(level, group, threads):
         if columns == 0:
             continue
         block, *rest = random_block(columns, outputs, group)
-        found, expected = block.clone(), block.clone()
-        errors, wanted = kernel.load_kernel(level).solve_block(found, *rest), plain_loop(expected, *rest, rounded_once)
-        assert torch.equal(found, expected) and torch.equal(errors, wanted)
+        expected = block.clone()
+        expected_errors = plain_loop(expected, *rest, rounded_once)
+        errors = kernel.load_kernel(level).solve_block(block, *rest)
+        assert torch.equal(block, expected) and torch.equal(errors, expected_errors)
 
 
 def test_solver_gives_ties_to_the_upper_column(level):
@@ -226,19 +215,16 @@ def test_sparsegpt_on_the_cpu_uses_the_compiled_solver(nm, monkeypatch):
     sparsegpt.block_solver.cache_clear()
     assert sparsegpt.block_solver(torch.device("cpu"), nm and nm[1]).__name__ == "solve_block"
     assert sparsegpt.block_solver(torch.device("cpu"), nm and nm[1]) is not sparsegpt.solve_block
-    found = sparsegpt.repair(weight, factor, 0.6, nm)
+    solved = sparsegpt.repair(weight, factor, 0.6, nm)
     monkeypatch.setattr(sparsegpt, "block_solver", lambda *_: sparsegpt.solve_block)
     expected = sparsegpt.repair(weight, factor, 0.6, nm)
-    assert torch.equal(found == 0, expected == 0)
+    assert torch.equal(solved == 0, expected == 0)
     # torch's loop rounds twice where a row of outputs is not a whole number of its vectors, and anywhere without FMA
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(solved, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_without_a_kernel_sparsegpt_is_a_loop(monkeypatch):
-    def unavailable():
-        raise kernel.Unavailable("no compiler")
-
-    monkeypatch.setattr(kernel, "load_kernel", unavailable)
+    monkeypatch.setattr(kernel, "load_kernel", Mock(side_effect=kernel.Unavailable("no compiler")))
     sparsegpt.block_solver.cache_clear()
     assert sparsegpt.block_solver(torch.device("cpu"), None) is sparsegpt.solve_block
     sparsegpt.block_solver.cache_clear()

@@ -14,7 +14,7 @@ from lib.core.errors import UserError
 from lib.models import memory
 from lib.models.weights import Weights
 from lib.spectra import measure as measuring
-from lib.spectra.measure import Settings, load_or_measure, measure
+from lib.spectra.measure import SpectrumSettings, load_or_measure, measure
 from lib.spectra.spectrum import spectrum
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
@@ -75,10 +75,9 @@ def test_a_long_measurement_is_announced(seconds, driver, announced, one_thread,
     clock = itertools.count(0, seconds)
     monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with caplog.at_level(logging.INFO):
-        measure("alpha_mid", tiny_weights, Settings(driver))
+        measure("alpha_mid", tiny_weights, SpectrumSettings(driver))
     first, *others = (layer.size * min(layer.shape) for layer in tiny_weights.layers)
-    minutes = 30 / first * sum(others) / 60
-    message = f"spectra take about {minutes:.0f} more minutes on 1 of the CPU's cores; --esd_driver fast"
+    message = f"take about {30 / first * sum(others) / 60:.0f} more minutes on 1 of the CPU's cores; --esd_driver fast"
     assert [message in record.getMessage() for record in caplog.records] == [True] * announced
 
 
@@ -94,12 +93,9 @@ def test_a_pruned_checkpoint_is_noticed(tiny_weights, caplog):
 
 def test_a_fallback_of_the_fast_driver_names_the_layer(tiny_weights, caplog):
     matrix(tiny_weights, 3)[1] = matrix(tiny_weights, 3)[0]
-    measure("spectral_norm", tiny_weights, Settings("fast"))
+    measure("spectral_norm", tiny_weights, SpectrumSettings("fast"))
     (record,) = caplog.records
     assert tiny_weights.layers[3].name in record.getMessage() and "ill-conditioned" in record.getMessage()
-
-
-# ---------------------------------------------------------------------------------------------------- weightwatcher
 
 
 class Watcher:
@@ -133,7 +129,7 @@ def watcher(monkeypatch):
     ("metric", "switch", "scale"), [("mp_softrank", "mp_fit", 1), ("random_distance", "randomize", 1000)]
 )
 def test_weightwatcher_is_matched_by_name(metric, switch, scale, watcher, tiny_weights):
-    found = measure(metric, tiny_weights, Settings(seed=5))
+    found = measure(metric, tiny_weights, SpectrumSettings(seed=5))
     expected = [layer.shape[0] + i % 7 / 100 for i, layer in enumerate(tiny_weights.layers)]
     assert [x * scale for x in found.values.values()] == pytest.approx(expected)
     assert all(switches == {switch: True} for switches, _ in watcher.calls)
@@ -148,9 +144,9 @@ def test_a_layer_that_weightwatcher_skips_is_named(metric, watcher, tiny_weights
 
 
 def test_the_seed_belongs_to_random_distance(watcher, tmp_path, tiny_weights):
-    load_or_measure(tmp_path, "random_distance", "tiny", tiny_weights, Settings(seed=1))
+    load_or_measure(tmp_path, "random_distance", "tiny", tiny_weights, SpectrumSettings(seed=1))
     with pytest.raises(UserError, match="seed"):
-        load_or_measure(tmp_path, "random_distance", "tiny", tiny_weights, Settings(seed=2))
+        load_or_measure(tmp_path, "random_distance", "tiny", tiny_weights, SpectrumSettings(seed=2))
 
 
 @pytest.mark.slow
