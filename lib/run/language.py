@@ -16,7 +16,7 @@ from lib.core.digests import digest
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers
-from lib.models.safetensors_io import read_checkpoint
+from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
 from lib.pruning import walk
@@ -83,7 +83,7 @@ class LanguageModel:
         self.streamed = None
         if not packed and checks.must_stream(task, settings.stream, self.fits, *outputs):
             self.streamed = locate.local_copy(source)
-            read_checkpoint(self.streamed)  # refuses what cannot be streamed
+            checkpoint_entries(self.streamed)  # refuses what cannot be streamed
 
     def _read_texts(self, settings: Experiment, task: Task) -> None:
         """Read the windows and questions that the run needs."""
