@@ -195,12 +195,13 @@ def _stages(model: torch.nn.Module, root: str, lists: dict[str, str]) -> list[st
 def _weights(model: torch.nn.Module, chain: list[str], wanted: Callable[[torch.nn.Module], bool]) -> Weights:
     """Return the weights over the modules of ``chain`` whose layers are the ``wanted`` matrices of its blocks."""
     modules = [model.get_submodule(name) for name in chain]
-    linears = []
-    for name, module in zip(chain, modules, strict=True):
-        matrices = _matrices(module) if _kind(module) else {}
-        linears.append({f"{name}.{inner}": matrix for inner, matrix in matrices.items() if wanted(matrix)})
-    shapes = [(name, i, tuple(m.weight.shape)) for i, block in enumerate(linears) for name, m in block.items()]
-    return Weights(model, modules, [Layer(*shape) for shape in shapes], linears)
+    layers = [
+        Layer(f"{name}.{inner}", index, tuple(matrix.weight.shape))
+        for index, (name, module) in enumerate(zip(chain, modules, strict=True))
+        for inner, matrix in (_matrices(module).items() if _kind(module) else ())
+        if wanted(matrix)
+    ]
+    return Weights(model, modules, layers)
 
 
 def _kind(block: torch.nn.Module) -> str | None:
@@ -303,7 +304,7 @@ def block_inputs(
                 weights.model(images.to(device))
     finally:
         handle.remove()
-    return BlockInputs(hidden, [((), {})] * len(weights.modules), samples=None)
+    return BlockInputs(hidden, [((), {})] * len(weights.modules), None, set())
 
 
 # ----------------------------------------------------------------------------------------------------- weights

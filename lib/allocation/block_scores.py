@@ -7,7 +7,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from lib.calibration.hidden import BlockInputs, passes
+from lib.calibration.hidden import BlockInputs
 from lib.calibration.statistics import input_statistics
 from lib.core.lazy import torch
 from lib.models.weights import Block, Weights, check_finite
@@ -99,10 +99,9 @@ def score_blocks(
 
 
 def wanda_scores(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and the scores |W| * sqrt(s), [out, in], of each layer; ``inputs`` and ``keep`` as in passes."""
+    """Yield the name and the scores |W| * sqrt(s), [out, in], of each layer; ``keep`` as for statistics."""
     for name, linear in block.linears.items():
         check_finite(name, linear.weight)
-    steps = passes(block, inputs, keep)
-    for names, squares in input_statistics(block.linears, "squared_norms", inputs.samples, steps):
+    for names, squares in input_statistics(block, inputs, "squared_norms", keep):
         for name in names:
             yield name, block.linears[name].weight.detach().flatten(1).abs() * squares.sqrt()

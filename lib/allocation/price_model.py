@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from tqdm import tqdm
 
 from lib.allocation.block_scores import wanda_scores
-from lib.calibration.hidden import BlockInputs, advance, after_blocks, enter_blocks, hidden_of, run_block
+from lib.calibration.hidden import BlockInputs, advance, after_blocks, enter_blocks, run_block
 from lib.core import cpu
 from lib.core.errors import UserError
 from lib.core.files import readable
@@ -229,8 +229,7 @@ class BlockWalk(NamedTuple):
         arguments = send_to_device(self.inputs.arguments[block.index], block.device)
         with torch.set_grad_enabled(differentiable), swapped_weights(block, copies(block)) as leaves:
             with autocast(block.device, self.dtype):
-                outputs = [run_block(block.module, states, arguments) for states in inputs]
-            outputs = [hidden_of(output, block.index, self.inputs.tuples) for output in outputs]
+                outputs = [run_block(block, states, arguments, self.inputs.tuples) for states in inputs]
         return BlockActivations(inputs, outputs, leaves)
 
 

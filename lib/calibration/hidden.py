@@ -7,9 +7,9 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lib import sparse
 from lib.core import processes
@@ -18,9 +18,6 @@ from lib.core.files import readable
 from lib.core.lazy import torch, transformers
 from lib.models import memory
 from lib.models.weights import Block, Weights, swapped_weights
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -34,60 +31,62 @@ class BlockInputs(NamedTuple):
 
     ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
     ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
-    sample. They contain no live cache. ``samples`` is what statistics are divided by, over all processes (None: the
-    number of tokens). ``tuples`` collects the indices of the blocks that return their hidden states in a tuple.
-    ``dtype`` is that of the products in a block, None for the block's own; values passed between layers keep
-    their precision.
+    sample, without a live cache. ``samples`` is what statistics are divided by, over all processes (None: the number of
+    tokens). ``tuples`` collects the indices of the blocks that return their hidden states in a tuple. ``dtype`` is that
+    of the products in a block, None for the block's own; values passed between layers keep their precision.
     """
 
-    hidden: Tensor | list[Tensor]
+    hidden: torch.Tensor | list[torch.Tensor]
     arguments: list[tuple[tuple, dict]]
     samples: int | None
-    tuples: set[int] | None = None
+    tuples: set[int]
     dtype: torch.dtype | None = None
 
 
-# --------------------------------------------------------------------------------------- what enters the blocks
-
-
 class PassEnded(Exception):
-    """Ends a forward pass once the needed values are known."""
-
-
-def _stub(block: nn.Module, act: Callable[..., Tensor]) -> nn.Module:
-    """Return a module that replaces a block and calls ``act`` with the block's arguments."""
-
-    class Stub(torch.nn.Module):
-        def __getattr__(self, name: str):  # some models ask a block for its kind of attention
-            return getattr(block, name)
-
-        def forward(self, *args, **kwargs) -> Tensor:
-            return act(*args, **kwargs)
-
-    return Stub()
+    """Ends a forward pass as soon as it has given the needed values."""
 
 
 @contextmanager
-def _in_place_of_blocks(weights: Weights, act: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace the blocks by ``act(index, hidden, *args, **kwargs)``; the parameters around them are in memory."""
-    blocks = weights.modules
-    originals = list(blocks)
-    with weights.outer_parameters(), torch.no_grad():
-        try:
-            for i, block in enumerate(originals):
-                blocks[i] = _stub(block, partial(act, i))
-            yield
-        finally:
-            for i, block in enumerate(originals):
-                blocks[i] = block
+def _stubbed_blocks(weights: Weights, act: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Let each block call ``act(index, hidden, *args, **kwargs)`` in place of its own forward."""
+    forwards = [vars(block).get("forward") for block in weights.modules]  # accelerate sets some
+    try:
+        for index, block in enumerate(weights.modules):
+            block.forward = partial(act, index)
+        yield
+    finally:
+        for block, forward in zip(weights.modules, forwards, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _block_calls(weights: Weights, window: torch.Tensor) -> list[tuple[torch.Tensor, tuple, dict]]:
+    """Return the hidden states and the other arguments that the model gives each block for a ``window`` [tokens]."""
+    calls: list[tuple] = []
+
+    def without_cache(value: object) -> object:
+        return None if isinstance(value, transformers.Cache) else value
+
+    def record(index: int, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        kwargs = {name: without_cache(value) for name, value in kwargs.items()}
+        calls.append((hidden, tuple(map(without_cache, args)), kwargs))
+        if index == len(weights.modules) - 1:
+            raise PassEnded
+        return hidden
+
+    with _stubbed_blocks(weights, record), suppress(PassEnded):
+        weights.model(window[None].to(entry_device(weights.model)), use_cache=False)
+    return calls
 
 
 def enter_blocks(
-    weights: Weights, windows: Tensor, place: str = "auto", dtype: torch.dtype | None = None
+    weights: Weights, windows: torch.Tensor, place: str = "auto", dtype: torch.dtype | None = None
 ) -> BlockInputs:
     """Return the inputs of the blocks for this process's share of ``windows`` [samples, tokens] of token ids.
 
-    The embedding and everything else before the blocks are the model's own; stubs replace the blocks.
+    The embedding and everything else before the blocks are the model's own.
 
     Args:
         place: a name of HIDDEN_STATES, where the hidden states are kept.
@@ -96,68 +95,50 @@ def enter_blocks(
     Raises:
         UserError: the model passes its blocks something that depends on the text, such as a padding mask.
     """
-    calls: list[tuple] = []
-    hidden, last = None, len(weights.modules) - 1
     mine = windows[processes.share(len(windows))]
-
-    def note(index: int, entering: Tensor, *args, **kwargs) -> Tensor:
-        calls.append((entering, _without_cache(args), _without_cache(kwargs)))
-        if index == last:
-            raise PassEnded
-        return entering
-
-    with _in_place_of_blocks(weights, note):
-        for sample, window in enumerate(mine if len(mine) else windows[:1]):  # their other arguments are needed
-            calls.clear()
-            with suppress(PassEnded):
-                weights.model(window[None].to(entry_device(weights.model)), use_cache=False)
-            entering = calls[0][0]
-            if hidden is None:
-                hidden = _room_for((len(mine), *entering.shape[1:]), entering, place)
+    with weights.outer_parameters(), torch.no_grad():
+        # A process without windows needs the other arguments all the same.
+        for sample, window in enumerate(mine if len(mine) else windows[:1]):
+            calls = _block_calls(weights, window)
+            entering, *others = calls[0]
+            if sample == 0:
                 arguments = [(args, kwargs) for _, args, kwargs in calls]
-            elif sample == 1 and not _same(arguments[0], calls[0][1:]):
-                text = "what its blocks are given depends on the text; not supported"
-                raise UserError(None, f"{type(weights.model).__name__}: {text}")
+                hidden = _allocate_hidden_states((len(mine), *entering.shape[1:]), entering, place)
+            elif sample == 1 and not _same(arguments[0], tuple(others)):
+                problem = "what its blocks are given depends on the text, which is not supported"
+                raise UserError(None, type(weights.model).__name__, problem)
             if len(mine):
                 hidden[sample] = entering[0]
     return BlockInputs(hidden, arguments, len(windows), set(), dtype)
 
 
 @contextmanager
-def after_blocks(weights: Weights, tuples: set[int]) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+def after_blocks(weights: Weights, tuples: set[int]) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     """Hold the parameters after the blocks; yield a function of a window [tokens] and of the blocks' output for it.
 
-    It returns the logits [n, vocabulary] of hidden states [n, width] of some or all of the window's tokens.
-    ``tuples``: the blocks that return tuples (``BlockInputs``).
+    It returns the logits [n, vocabulary] of hidden states [n, width] of some or all of the window's tokens. ``tuples``
+    are the blocks that return tuples (``BlockInputs``).
     """
-    leaving: list[Tensor] = []
 
-    def hand_back(index: int, entering: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor]:
-        hidden = leaving[0].to(entering.device) if index == 0 else entering
-        return (hidden,) if index in tuples else hidden
+    def logits(window: torch.Tensor, leaving: torch.Tensor) -> torch.Tensor:
+        def hand_back(index: int, entering: torch.Tensor, *args, **kwargs) -> torch.Tensor | tuple[torch.Tensor]:
+            hidden = leaving[None].to(entering.device) if index == 0 else entering
+            return (hidden,) if index in tuples else hidden
 
-    def logits(window: Tensor, hidden: Tensor) -> Tensor:
-        leaving[:] = [hidden[None]]
-        return weights.model(window[None].to(entry_device(weights.model)), use_cache=False).logits[0]
+        with _stubbed_blocks(weights, hand_back):
+            return weights.model(window[None].to(entry_device(weights.model)), use_cache=False).logits[0]
 
-    with _in_place_of_blocks(weights, hand_back):
+    with weights.outer_parameters(), torch.no_grad():
         yield logits
 
 
-def leave_blocks(weights: Weights, windows: Tensor, inputs: BlockInputs) -> Iterator[Tensor]:
-    """Yield the logits [tokens, vocabulary] of each window, given the blocks' output for it."""
-    with after_blocks(weights, inputs.tuples) as logits:
-        for window, hidden in zip(windows, inputs.hidden, strict=True):
-            yield logits(window, hidden)
-
-
-def entry_device(model: nn.Module) -> torch.device:
+def entry_device(model: torch.nn.Module) -> torch.device:
     """Return the device on which the model expects its token ids."""
     device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device  # offloaded: its hook fetches the ids
 
 
-def _room_for(shape: tuple[int, ...], like: Tensor, place: str) -> Tensor:
+def _allocate_hidden_states(shape: tuple[int, ...], like: torch.Tensor, place: str) -> torch.Tensor:
     """Return a buffer for hidden states; ``auto``: on a GPU only if that leaves most of its free memory.
 
     A model spread over GPU and CPU has filled the GPU; Hessians and activations need the rest.
@@ -166,29 +147,23 @@ def _room_for(shape: tuple[int, ...], like: Tensor, place: str) -> Tensor:
     if place == "auto":
         place = "gpu" if like.is_cuda and 4 * size <= memory.free_bytes(like.device) else "cpu"
         if like.is_cuda and place == "cpu":
-            text = "hidden states (%.1f GiB) are kept in the memory of the CPU: the GPU has little room"
-            log.info(text, size / 2**30)
+            log.info("hidden states (%s) are kept in the CPU's memory: the GPU has little room", readable(size))
     if place == "gpu":
         return torch.empty(shape, dtype=like.dtype, device=like.device)
-    if place == "disk":
-        file = tempfile.NamedTemporaryFile(prefix="hidden-states-")  # removed with the last reference to its pages
-        try:
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))  # a full disk would end the process at a later write
-        except OSError as error:
-            text = f"disk: {tempfile.gettempdir()} has no room for {readable(size)} ({error.strerror})"
-            raise UserError("hidden_states", f"{text}; set TMPDIR to a folder that has") from error
-        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
-    return torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
+    if place == "cpu":
+        return torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
+
+    file = tempfile.NamedTemporaryFile(prefix="hidden-states-")  # removed with the last reference to its pages
+    try:
+        os.posix_fallocate(file.fileno(), 0, max(size, 1))  # a full disk would end the process at a later write
+    except OSError as error:
+        problem = f"{tempfile.gettempdir()} has no room for {readable(size)} ({error.strerror})"
+        raise UserError("hidden_states", "disk", problem, "set TMPDIR to a folder that has") from error
+    return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
 
 
-def _without_cache(arguments):
-    cache = transformers.Cache
-    if isinstance(arguments, dict):
-        return {name: None if isinstance(value, cache) else value for name, value in arguments.items()}
-    return tuple(None if isinstance(value, cache) else value for value in arguments)
-
-
-def _same(a, b) -> bool:
+def _same(a: object, b: object) -> bool:
+    """Return whether two blocks' arguments are equal, tensors inside them included."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, (tuple, list)):
@@ -198,54 +173,44 @@ def _same(a, b) -> bool:
     return a is b or a == b
 
 
-# ------------------------------------------------------------------------------------------ through a block
-
-
-def run_block(block: nn.Module, hidden: Tensor, arguments: tuple[tuple, dict]) -> Tensor | tuple:
-    """Return the output of ``block`` for ``hidden`` [batch, tokens, width], or a tuple that begins with it."""
+def run_block(block: Block, hidden: torch.Tensor, arguments: tuple[tuple, dict], tuples: set[int]) -> torch.Tensor:
+    """Return what ``block`` makes of ``hidden`` [batch, tokens, width]; one that returns a tuple joins ``tuples``."""
     args, kwargs = arguments
-    return block(hidden, *args, **kwargs)
+    output = block.module(hidden, *args, **kwargs)
+    if not isinstance(output, tuple):
+        return output
+    tuples.add(block.index)
+    return output[0]
 
 
-def hidden_of(out: Tensor | tuple, index: int, tuples: set[int] | None) -> Tensor:
-    """Return the hidden states in the output of block ``index``; a block that returns a tuple is recorded."""
-    if not isinstance(out, tuple):
-        return out
-    if tuples is not None:
-        tuples.add(index)
-    return out[0]
+def pass_samples(block: Block, inputs: BlockInputs, keep: bool, after_each: Callable[[], None] | None = None) -> None:
+    """Run every sample or batch through ``block`` and call ``after_each``.
 
-
-def passes(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[None]:
-    """Run every sample or batch through ``block``, one per step; with ``keep``, the output replaces the input.
-
-    Without it, a pass may stop early (``input_statistics``).
+    With ``keep``, the output replaces the input; without it, a pass may stop early, by PassEnded.
     """
     from accelerate.utils import send_to_device
 
     arguments = send_to_device(inputs.arguments[block.index], block.device)
-    hidden = inputs.hidden if isinstance(inputs.hidden, list) else inputs.hidden.unsqueeze(1)  # views, one sample each
-    # Copies of the weights in the dtype of the products: autocast would make them for each sample.
-    linears = {} if inputs.dtype is None else block.linears
-    copies = {name: linear.weight.detach().to(inputs.dtype) for name, linear in linears.items()}
-    with swapped_weights(block, copies):
+    # Views of one sample each: [1, tokens, width].
+    hidden = inputs.hidden if isinstance(inputs.hidden, list) else inputs.hidden.unsqueeze(1)
+    autocast, copies = nullcontext(), {}
+    if inputs.dtype is not None:
+        # Copies of the weights in the dtype of the products: autocast would make them for each sample.
+        autocast = torch.autocast(block.device.type, inputs.dtype)
+        copies = {name: linear.weight.detach().to(inputs.dtype) for name, linear in block.linears.items()}
+    with torch.no_grad(), autocast, swapped_weights(block, copies):
         for i in range(len(hidden)):
-            with torch.no_grad(), _autocast(block, inputs.dtype), nullcontext() if keep else suppress(PassEnded):
-                out = run_block(block.module, hidden[i].to(block.device), arguments)
-                out = hidden_of(out, block.index, inputs.tuples)
+            with suppress(PassEnded):
+                output = run_block(block, hidden[i].to(block.device), arguments, inputs.tuples)
                 if keep and isinstance(hidden, list):
-                    hidden[i] = out.to(hidden[i].device)
+                    hidden[i] = output.to(hidden[i].device)
                 elif keep:
-                    hidden[i].copy_(out)  # into pinned memory, where it lies there: no copy that is not pinned between
-            yield
-
-
-def _autocast(block: Block, dtype: torch.dtype | None) -> AbstractContextManager:
-    return nullcontext() if dtype is None else torch.autocast(block.device.type, dtype)
+                    hidden[i].copy_(output)  # in place, so that pinned memory stays pinned
+            if after_each:
+                after_each()
 
 
 def advance(block: Block, inputs: BlockInputs) -> None:
     """Replace the hidden states by the output of ``block``; on the CPU the zeros of its weights are skipped."""
     with sparse.zeros_skipped(block.linears.values()):
-        for _ in passes(block, inputs, keep=True):
-            pass
+        pass_samples(block, inputs, keep=True)

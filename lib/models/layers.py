@@ -27,32 +27,25 @@ class Layer(NamedTuple):
         return math.prod(self.shape)
 
 
-def decoder_blocks(model: torch.nn.Module) -> str | None:
-    """Return the name of the ModuleList of transformer blocks of a causal language model, None if not found.
+def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
+    """Return the dotted name of the list of a causal language model's transformer blocks, and the list.
 
     It is the outermost ModuleList whose entries all contain linear layers and whose length matches the config.
+
+    Raises:
+        UserError: there is no such list.
     """
-    lists: list[str] = []
-    count = model.config.get_text_config().num_hidden_layers
+    lists: dict[str, torch.nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(outer + ".") for outer in lists)
         if isinstance(module, torch.nn.ModuleList) and not inside and module and all(map(linear_modules, module)):
-            lists.append(name)
-    lists = [name for name in lists if len(model.get_submodule(name)) == count]
-    return lists[0] if len(lists) == 1 else None
-
-
-def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """Return the dotted name of the list of blocks of a causal language model, and the list.
-
-    Raises:
-        UserError: they cannot be found.
-    """
-    name = decoder_blocks(model)
-    if name is None:
-        problem = "its transformer blocks cannot be found"
-        raise UserError(None, type(model).__name__, problem, f"supported: {SUPPORTED}")
-    return name, model.get_submodule(name)
+            lists[name] = module
+    count = model.config.get_text_config().num_hidden_layers
+    matching = [(name, blocks) for name, blocks in lists.items() if len(blocks) == count]
+    if len(matching) != 1:
+        problem = f"{architecture(model.config)} is not supported, its transformer blocks cannot be found"
+        raise UserError("model", None, problem, f"supported: {SUPPORTED}")
+    return matching[0]
 
 
 def linear_modules(block: torch.nn.Module) -> dict[str, torch.nn.Linear]:
@@ -70,40 +63,29 @@ def prunable_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
     )
 
 
-def check_support(model: torch.nn.Module) -> None:
-    """Refuse, by name, a model whose blocks contain matrices that would silently be left dense.
-
-    Raises:
-        UserError: names the unsupported part.
-    """
-    reason = _unsupported(model)
-    if reason:
-        problem = f"{architecture(model.config)} is not supported, {reason}"
-        raise UserError(None, None, problem, f"supported: {SUPPORTED}")
-
-
 def prunable_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """Return the modules of the prunable layers of a model in memory, by their full names."""
     return {layer.name: model.get_submodule(layer.name) for layer in prunable_layers(model)}
 
 
-def _unsupported(model: torch.nn.Module) -> str | None:
+def check_support(given: str, model: torch.nn.Module) -> None:
+    """Refuse the model ``given`` if its blocks contain matrices that would silently be left dense."""
+    reason = None
     if any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in model.modules()):
-        return "its layers are transformers' Conv1D, not nn.Linear"
-    name = decoder_blocks(model)
-    if name is None:
-        return "its transformer blocks cannot be found"
-    for block in model.get_submodule(name):
+        reason = "its layers are transformers' Conv1D, not nn.Linear"
+    for block in () if reason else find_blocks(model)[1]:
         linear = {id(p) for module in linear_modules(block).values() for p in module.parameters()}
         left_dense = [name for name, p in block.named_parameters() if p.ndim > 1 and id(p) not in linear]
         lists = [m for m in block.modules() if isinstance(m, torch.nn.ModuleList) and any(map(linear_modules, m))]
         if lists or any("expert" in name for name in left_dense):
-            return "it is a mixture of experts"
-        if left_dense:
-            return f"its blocks hold matrices that are not linear layers ({left_dense[0]})"
-    return None
+            reason = "it is a mixture of experts"
+        elif left_dense:
+            reason = f"its blocks hold matrices that are not linear layers ({left_dense[0]})"
+    if reason:
+        problem = f"{architecture(model.config)} is not supported, {reason}"
+        raise UserError("model", given, problem, f"supported: {SUPPORTED}")
 
 
-def architecture(config) -> str:
+def architecture(config: transformers.PreTrainedConfig) -> str:
     """Return the name of the model class that a config is for."""
     return (config.architectures or [type(config).__name__.removesuffix("Config")])[0]

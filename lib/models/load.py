@@ -1,13 +1,12 @@
-"""Models: looking at one without its weights, loading and saving."""
+"""Models: inspecting one without its weights, loading and saving."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
@@ -17,9 +16,7 @@ from lib.models import safetensors_io
 from lib.models.hub import check_hub
 from lib.models.layers import SUPPORTED, architecture, check_support
 from lib.models.memory import free_memory
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from lib.models.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +25,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 
 class Source(NamedTuple):
-    """Where a model comes from: ``given`` by the user, its ``path`` (folder or hub id), and its own ``name``."""
+    """Where a model comes from: as ``given`` by the user, its ``path`` (folder or hub id), and its own ``name``."""
 
     given: str
     path: str
@@ -36,10 +33,7 @@ class Source(NamedTuple):
     cache_dir: str
 
 
-# ---------------------------------------------------------------------------------------------------- loading
-
-
-def load_skeleton(source: Source) -> PreTrainedModel:
+def load_skeleton(source: Source) -> transformers.PreTrainedModel:
     """Return the model without weights (on the meta device): its config, blocks and shapes, within a second.
 
     Raises:
@@ -52,38 +46,25 @@ def load_skeleton(source: Source) -> PreTrainedModel:
         config = transformers.AutoConfig.from_pretrained(source.path, cache_dir=source.cache_dir)
     except Exception as error:  # OSError, ValueError, KeyError ...: whatever a wrong config.json leads to
         raise unreadable(source, error) from error
-    return skeleton_of(config, source.given)
 
-
-def skeleton_of(config, given: str) -> PreTrainedModel:
-    """Return the model of ``config`` without weights; ``given`` names it in errors."""
-    kind, supported = architecture(config), f"supported: {SUPPORTED}"
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError("model", given, f"{kind} is an encoder-decoder", supported)
     if getattr(config, "quantization_config", None):
-        raise UserError("model", given, "is quantised", "pruning needs the float16, bfloat16 or float32 weights")
-
+        raise UserError("model", source.given, "is quantised", "pruning needs the float16, bfloat16 or float32 weights")
     names = config.architectures or ["ForCausalLM"]
-    skeleton = None
-    if all("ForCausalLM" in name or "LMHead" in name for name in names):
-        with suppress(ValueError), torch.device("meta"):  # the library has no causal model for this config
+    # BERT has a language model's head, and is not causal.
+    causal = any("ForCausalLM" in name for name in names) or getattr(config, "is_decoder", True)
+    reason, skeleton = "is not a causal language model", None
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "is an encoder-decoder"
+    elif causal and all("ForCausalLM" in name or "LMHead" in name for name in names):
+        with suppress(ValueError), torch.device("meta"):  # the library may have no causal model for this config
             skeleton = transformers.AutoModelForCausalLM.from_config(config)
-    causal = any("ForCausalLM" in name for name in names)
-    # Others, such as BERT's, are causal only as decoders.
-    if skeleton is None or not (causal or getattr(skeleton.config, "is_decoder", True)):
-        raise UserError("model", given, f"{kind} is not a causal language model", supported)
-    check_supported(given, skeleton)
+    if skeleton is None:
+        raise UserError("model", source.given, f"{architecture(config)} {reason}", f"supported: {SUPPORTED}")
+    check_support(source.given, skeleton)
     return skeleton
 
 
-def check_supported(given: str, model: PreTrainedModel) -> None:
-    try:
-        check_support(model)
-    except UserError as error:
-        raise UserError("model", given, error.text) from error
-
-
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: Source) -> transformers.PreTrainedTokenizerBase:
     """Return the model's own tokenizer, with its defaults.
 
     Raises:
@@ -99,13 +80,18 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise unreadable(source, error, "the tokenizer of ") from error
 
 
-def check_vocabulary(given: str, skeleton: PreTrainedModel, *windows: torch.Tensor | None) -> None:
+def check_vocabulary(given: str, skeleton: transformers.PreTrainedModel, *windows: torch.Tensor | None) -> None:
     """Refuse token ids for which the model ``given`` has no embedding: its tokenizer is another model's."""
-    embeddings = skeleton.get_input_embeddings().num_embeddings
+    count = skeleton.get_input_embeddings().num_embeddings
     largest = max([int(ids.max()) for ids in windows if ids is not None], default=0)
-    if largest >= embeddings:
-        problem = f"its tokenizer gives token {largest} and the model has {embeddings} embeddings"
+    if largest >= count:
+        problem = f"its tokenizer gives token {largest} and the model has {count} embeddings"
         raise UserError("model", given, problem, "they do not belong together")
+
+
+def context_length(model: transformers.PreTrainedModel) -> int | None:
+    """Return the number of positions that the model supports, None if its config does not state it."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 class Dtypes(NamedTuple):
@@ -115,24 +101,25 @@ class Dtypes(NamedTuple):
     save: torch.dtype
 
 
-def choose_dtypes(dtype: str, skeleton: PreTrainedModel) -> Dtypes:
+def choose_dtypes(dtype: str, skeleton: transformers.PreTrainedModel) -> Dtypes:
     """Resolve ``dtype``, a name of DTYPES, for this model on this machine.
 
     ``auto`` follows the checkpoint. On CUDA float32 becomes float16, as published, and bfloat16 stays: its models
     overflow in float16. The CPU computes in float32 and saves in the checkpoint's own dtype.
     """
+    checkpoint = skeleton.config.get_text_config().dtype or skeleton.config.dtype or torch.float32
     if dtype != "auto":
-        return Dtypes(getattr(torch, dtype), getattr(torch, dtype))
-    checkpoint_dtype = skeleton.config.get_text_config().dtype or skeleton.config.dtype or torch.float32
-    if cpu.gpus():
-        compute = torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float16
-        return Dtypes(compute, compute)
-    return Dtypes(torch.float32, checkpoint_dtype)
+        compute = save = getattr(torch, dtype)
+    elif cpu.gpus():
+        compute = save = torch.bfloat16 if checkpoint == torch.bfloat16 else torch.float16
+    else:
+        compute, save = torch.float32, checkpoint
+    return Dtypes(compute, save)
 
 
 def load_llm(
     source: Source, dtype: torch.dtype, device: torch.device | str | None = None, reserve: int = 0, config=None
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """Return the model in evaluation mode: over all GPUs (and the CPU, if they are too small), or on the CPU.
 
     Args:
@@ -144,32 +131,27 @@ def load_llm(
         UserError: weights that are missing, damaged or of another model, or too large for GPU and CPU memory.
     """
     options = {"device_map": None if device is None else {"": device}}
-    if device is None and cpu.gpus():
+    spread = device is None and cpu.gpus() > 0
+    if spread:
         options = {"device_map": "auto", "max_memory": free_memory(reserve)}
     if config is not None:  # transformers looks for both in the folder otherwise
         generation = transformers.GenerationConfig.from_model_config(config)
         options |= {"config": config, "generation_config": generation}
+    options |= {"cache_dir": source.cache_dir, "dtype": dtype, "output_loading_info": True}
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source.path,
-            cache_dir=source.cache_dir,
-            dtype=dtype,
-            output_loading_info=True,
-            **options,
-        )
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(source.path, **options)
     except Exception as error:
         raise unreadable(source, error) from error
-
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:  # from_pretrained would leave random numbers there
         raise UserError("model", source.given, f"the checkpoint lacks {len(missing)} weights, first {missing[0]}")
 
-    # Only a split model has this map. Others are not given one: the libraries compare its values with strings.
+    # ``hf_device_map`` exists only for a split model; it is not set here, since the libraries compare it with strings.
     device_map = getattr(model, "hf_device_map", {"": next(model.parameters()).device})
     places = [str(place) for place in device_map.values()]
     if "disk" in places:
         raise UserError("model", source.given, "does not fit in the memory of the GPUs and the CPU together")
-    if device is None and cpu.gpus() and set(places) == {"cpu"}:
+    if spread and set(places) == {"cpu"}:
         fix = f"free GPU memory, or lower {flag_name('nsamples')} or {flag_name('seqlen')}"
         raise UserError("model", source.given, "no GPU has room for a part of it beside the work", fix)
     if "cpu" in places and len(set(places)) > 1:
@@ -179,42 +161,87 @@ def load_llm(
     return model.eval()
 
 
-def save_llm(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path, dtype: torch.dtype | None = None
-) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer) under a temporary name and rename it to ``target``.
+def unreadable(source: Source, error: Exception, subject: str = "") -> UserError:
+    """Return the error for a folder or hub id (or for ``subject``, "the tokenizer of " one) that cannot be loaded."""
+    reason = first_line(error)
+    if Path(source.path).exists():
+        return UserError("model", source.given, f"{subject}the folder cannot be loaded ({reason})")
+    if "gated" in str(error) or "401" in str(error):
+        reason = "access must be asked for on its page, then: hf auth login"
+    elif "not a valid model identifier" in str(error) or "404" in str(error):
+        reason = "unknown to the hub, or private"
+    else:
+        reason = "it is not a local folder and the hub cannot be reached"
+    fix = f"a copy fetched elsewhere with `hf download {source.path} --local-dir DIR` works: {flag_name('model')} DIR"
+    return UserError("model", source.given, f"{subject}{source.path} cannot be loaded, {reason}", fix)
 
-    Args:
-        dtype: in which the weights are written, None for the model's own.
+
+def empty_llm(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """Return a folder's model in evaluation mode, its parameters in ``dtype`` on the meta device.
+
+    Its buffers, which checkpoints do not contain, are computed in float32 as ``from_pretrained`` computes them: in
+    16 bits GPT-J's table of angles would be of other angles.
+
+    Raises:
+        UserError: its config or its settings of generation are damaged.
+    """
+    from accelerate import init_empty_weights
+
+    path, fix = folder / "config.json", None
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with init_empty_weights(include_buffers=False):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        path, fix = folder / "generation_config.json", "correct it, or delete it for the defaults"
+        if path.is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
+        raise UserError(None, path, f"cannot be used ({first_line(error)})", fix) from error
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    model.tie_weights()
+    return model.eval()
+
+
+def untie(model: transformers.PreTrainedModel) -> None:
+    """Make the config of a model say so if its head is not its embedding: a later ``tie_weights`` would replace it.
+
+    ``from_pretrained`` keeps both weights of a checkpoint that has them and whose config ties them.
+    """
+    if model.get_output_embeddings() is None or not model.config.get_text_config().tie_word_embeddings:
+        return
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if head is embedding or head.is_meta or embedding.is_meta or head.shape != embedding.shape:
+        return
+    if head.device != embedding.device or not torch.equal(head, embedding):
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def save_llm(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, target: Path, dtype=None) -> None:
+    """Write a Hugging Face folder (safetensors, tokenizer), with weights in ``dtype``, None for the model's own.
 
     Raises:
         UserError: the disk is full or the path is not writable.
     """
     with new_folder(target) as folder:
-        if dtype in (None, model.dtype):
-            model.save_pretrained(folder)
-        else:
+        state = None
+        if dtype not in (None, model.dtype):
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-            model.save_pretrained(folder, state_dict=state)
-            _write_dtype(folder, dtype)
+        model.save_pretrained(folder, state_dict=state)
+        _write_dtype(folder, dtype or model.dtype)
         tokenizer.save_pretrained(folder)
 
 
 def complete_folder(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    outer_tensors: Iterable[tuple[str, torch.Tensor]],
-    dtype: torch.dtype,
+    folder: Path, weights: Weights, tokenizer: transformers.PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> None:
-    """Complete a folder with one shard per block as a Hugging Face folder.
-
-    Args:
-        outer_tensors: names and parameters around the blocks; each gets a file: only one at a time is in memory.
-        dtype: in which they are written, as the blocks were.
-    """
+    """Complete a folder with one shard per block, in ``dtype``, as a Hugging Face folder."""
+    model = weights.model
     with writing(folder):
-        for index, (name, tensor) in enumerate(outer_tensors):
+        # Each parameter around the blocks gets a file, so that only one at a time is in memory.
+        for index, (name, tensor) in enumerate(weights.outer_tensors()):
             safetensors_io.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
         safetensors_io.write_index(folder)
         model.config.architectures = [type(model).__name__]
@@ -230,82 +257,3 @@ def _write_dtype(folder: Path, dtype: torch.dtype) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def empty_llm(source: Source, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model in evaluation mode, its parameters on the meta device and its buffers in memory."""
-    generation = generation_config(folder)
-    model = empty_model(transformers.AutoConfig.from_pretrained(folder), dtype)
-    model.tie_weights()
-    if generation is not None:
-        model.generation_config = generation
-    model.name_or_path = source.path
-    return model.eval()
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Return the number of positions that the model supports, None if its config does not state it."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def unreadable(source: Source, error: Exception, prefix: str = "") -> UserError:
-    """Return the error of a model, or of what ``prefix`` names of it, that cannot be loaded."""
-    reason = first_line(error)
-    if Path(source.path).exists():
-        return UserError("model", source.given, f"{prefix}the folder cannot be loaded ({reason})")
-    if "gated" in str(error) or "401" in str(error):
-        reason = "access must be asked for on its page, then: hf auth login"
-    elif "not a valid model identifier" in str(error) or "404" in str(error):
-        reason = "unknown to the hub, or private"
-    else:
-        reason = "it is not a local folder and the hub cannot be reached"
-    fix = f"a copy fetched elsewhere with `hf download {source.path} --local-dir DIR` works: {flag_name('model')} DIR"
-    return UserError("model", source.given, f"{prefix}{source.path} cannot be loaded, {reason}", fix)
-
-
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the causal language model of ``config``, its parameters in ``dtype`` on the meta device.
-
-    Its buffers, which checkpoints do not contain, are computed in float32 as ``from_pretrained`` computes them: in
-    16 bits GPT-J's table of angles would be of other angles.
-    """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    return model
-
-
-def generation_config(folder: Path) -> GenerationConfig | None:
-    """Return the settings of generation in a model's folder, None if it has none.
-
-    Raises:
-        UserError: they are damaged.
-    """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return None
-    try:
-        return transformers.GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
-        fix = "correct it, or delete it for the defaults"
-        raise UserError(None, path, f"cannot be used ({first_line(error)})", fix) from error
-
-
-def untie(model: PreTrainedModel) -> None:
-    """Make the config of a model say so if its head is not its embedding: a later ``tie_weights`` would replace it.
-
-    ``from_pretrained`` keeps both weights of a checkpoint that has them and whose config ties them.
-    """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head.weight is embedding.weight or not model.config.get_text_config().tie_word_embeddings:
-        return
-    one, two = head.weight, embedding.weight
-    if one.is_meta or two.is_meta or one.shape != two.shape:
-        return
-    if one.device != two.device or not torch.equal(one, two):
-        for config in (model.config, model.config.get_text_config()):
-            config.tie_word_embeddings = False

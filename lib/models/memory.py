@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lib.core import cpu, processes
 from lib.core.lazy import torch
 from lib.models.layers import Layer, find_blocks, linear_modules
+from lib.models.weights import Weights
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from lib.models.load import Source
-    from lib.models.weights import Weights
+# Tokens whose logits are in memory at a time in a search for prices.
+LOGIT_TOKENS = 256
+# Bytes of a GPU for its context, the libraries' workspaces and the allocator's gaps.
+_OVERHEAD = 2**30
+# The largest vocabularies' files, where they cannot be looked at before the download.
+_TOKENIZER_BYTES = 2**25
 
 
 def free_bytes(gpu: torch.device | int) -> int:
@@ -45,20 +47,17 @@ def free_memory(reserve: int) -> dict[int | str, int]:
     return gpus | {"cpu": free_ram() // processes.processes_on_machine()}
 
 
-_OVERHEAD = 2**30  # bytes of a GPU for its context, the libraries' workspaces and the allocator's gaps
-
-
 def working_set(
-    skeleton: PreTrainedModel, dtype: torch.dtype, hessians: bool, windows: int, seqlen: int, copies: float = 4
+    skeleton: torch.nn.Module, dtype: torch.dtype, hessians: bool, windows: int, seqlen: int, copies: float = 4
 ) -> int:
     """Return the bytes that a GPU needs besides the weights that it holds: an upper bound, from shapes alone.
 
-    They are the largest block (one stored on the CPU is lent to the GPU), its layers' statistics, ``copies`` float32
-    matrices of the largest weight's size, as the pruner holds (``Pruner.copies``), the hidden states of ``windows``
-    windows of ``seqlen`` tokens, and the activations and logits of one window. With ``hessians`` the statistics are a
-    float32 Hessian for each layer, and two more of the largest to factorise it.
+    They are the largest block (one stored on the CPU is lent to the GPU), embedding and head, ``copies`` float32
+    matrices of the largest weight's size (``Pruner.copies``), the hidden states of ``windows`` windows of ``seqlen``
+    tokens, and the activations and logits of one. With ``hessians`` there is a float32 Hessian for each layer of a
+    block, and two more of the largest to factorise it.
     """
-    width, vocabulary = skeleton.get_input_embeddings().weight.shape[1], skeleton.get_input_embeddings().num_embeddings
+    vocabulary, width = skeleton.get_input_embeddings().weight.shape
     weights = statistics = activations = 0
     for block in find_blocks(skeleton)[1]:
         shapes = [linear.weight.shape for linear in linear_modules(block).values()]
@@ -67,32 +66,28 @@ def working_set(
         squares = [inputs**2 for _, inputs in shapes]
         statistics = max(statistics, scores + (sum(squares) + 2 * max(squares) if hessians else 0))
         activations = max(activations, sum(out for out, _ in shapes) + 4 * width)
-    half = torch.finfo(dtype).bits // 8
-    weights += 2 * vocabulary * width  # embedding and head, where they are lent too
-    passing = half * seqlen * (windows * width + activations + vocabulary)
-    return half * weights + 4 * statistics + passing + _OVERHEAD
+    half = dtype.itemsize
+    weights += 2 * vocabulary * width
+    passing = seqlen * (windows * width + activations + vocabulary)
+    return half * (weights + passing) + 4 * statistics + _OVERHEAD
 
 
-def fits_in_memory(skeleton: PreTrainedModel, dtype: torch.dtype, reserve: int) -> bool:
+def _weight_bytes(skeleton: torch.nn.Module, dtype: torch.dtype) -> int:
+    return sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
+
+
+def fits_in_memory(skeleton: torch.nn.Module, dtype: torch.dtype, reserve: int) -> bool:
     """Return whether the weights fit in the free memory of GPUs, less ``reserve`` bytes each, and CPU."""
-    size = sum(p.numel() for p in skeleton.parameters()) * torch.finfo(dtype).bits // 8
-    return size <= sum(free_memory(reserve if cpu.gpus() else 0).values())
+    return _weight_bytes(skeleton, dtype) <= sum(free_memory(reserve if cpu.gpus() else 0).values())
 
 
-_TOKENIZER_BYTES = 2**25  # the largest vocabularies' files, where they cannot be looked at before the download
-
-
-def saved_bytes(skeleton: PreTrainedModel, source: Source, dtype: torch.dtype) -> int:
-    """Return the size in bytes of the folder that ``save_llm`` writes: weights, tokenizer and configs."""
-    weights = sum(p.numel() for p in skeleton.parameters()) * torch.finfo(dtype).bits // 8
-    folder = Path(source.path)
-    if not folder.is_dir():
-        return weights + _TOKENIZER_BYTES
+def saved_bytes(skeleton: torch.nn.Module, path: str, dtype: torch.dtype) -> int:
+    """Return the size in bytes of the folder that ``save_llm`` writes: weights, and the other files of ``path``."""
+    if not Path(path).is_dir():
+        return _weight_bytes(skeleton, dtype) + _TOKENIZER_BYTES
     kinds = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
-    return weights + sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and p.suffix not in kinds)
-
-
-# ------------------------------------------------------------------------------------------------- a search for prices
+    files = [file for file in Path(path).iterdir() if file.is_file() and file.suffix not in kinds]
+    return _weight_bytes(skeleton, dtype) + sum(file.stat().st_size for file in files)
 
 
 class PriceBytes(NamedTuple):
@@ -100,10 +95,6 @@ class PriceBytes(NamedTuple):
 
     least: int
     activations: int
-
-
-# Tokens whose logits are in memory at a time in a search for prices.
-LOGIT_TOKENS = 256
 
 
 def rank_bytes(layers: Sequence[Layer], whole: bool = False) -> int:
@@ -114,27 +105,23 @@ def rank_bytes(layers: Sequence[Layer], whole: bool = False) -> int:
 def activation_bytes(layers: Sequence[Layer], dtype: torch.dtype, tokens: int) -> int:
     """Return at most the bytes of pruned copies of ``layers`` and of their blocks' activations for ``tokens``."""
     activations = tokens * 3 * sum(sum(layer.shape) for layer in layers)
-    return torch.finfo(dtype).bits // 8 * (sum(layer.size for layer in layers) + activations)
+    return dtype.itemsize * (sum(layer.size for layer in layers) + activations)
 
 
 def price_working_set(
-    model: PreTrainedModel, layers: Sequence[Layer], dtype: torch.dtype, tokens: int, step: int, windows: int
+    model: torch.nn.Module, layers: Sequence[Layer], dtype: torch.dtype, tokens: int, step: int, windows: int
 ) -> int:
     """Return the bytes that a search for prices needs beside the weights and ranks: an upper bound, from shapes alone.
 
-    They are a block's pruned copies and its activations for the windows of a step, one matrix's sort, what enters each
-    block, the hidden states of all windows, and the logits of some tokens with their gradients.
-
-    Args:
-        tokens: in a window of the search.
-        step: windows in a step.
-        windows: of calibration and held out together.
+    They are a block's pruned copies and its activations for the ``step`` windows of a step, of ``tokens`` each, one
+    matrix's sort, what enters each block, the hidden states of all ``windows``, for calibration and held out, and the
+    logits of some tokens with their gradients.
     """
     vocabulary, width = model.get_input_embeddings().weight.shape
     blocks = layers[-1].block + 1
     by_block = [[layer for layer in layers if layer.block == i] for i in range(blocks)]
     largest = max(activation_bytes(block, dtype, step * tokens) for block in by_block)
-    hidden = torch.finfo(dtype).bits // 8 * (step * blocks + 3 * windows) * tokens * width
+    hidden = dtype.itemsize * (step * blocks + 3 * windows) * tokens * width
     # Scores, their order (int64) and its temporaries; a gradient later takes their place.
     sort = 24 * max(layer.size for layer in layers)
     return largest + hidden + sort + 6 * 4 * LOGIT_TOKENS * vocabulary
@@ -145,10 +132,8 @@ def price_bytes(
 ) -> dict[int | str, PriceBytes]:
     """Return what a search for prices needs on each GPU (by its index) that holds blocks, or on the ``cpu``.
 
-    Args:
-        tokens, step, windows: as in ``price_working_set``.
-        dtype: of the products, None for the model's.
-        whole: as in ``rank_bytes``.
+    ``dtype`` is that of the products, None for the model's; the others are those of ``price_working_set`` and
+    ``rank_bytes``.
     """
     model, places = weights.model, {}
     for block in weights.visit():

@@ -25,12 +25,12 @@ _PIECE = 2**24
 
 
 class Entry(NamedTuple):
-    """Location of a tensor: its ``file``, the byte at which it ``start``s, its ``size``, dtype and shape."""
+    """Location of a tensor: its ``file``, the byte at which it ``start``s, its ``size`` in bytes, dtype and shape."""
 
     file: Path
     start: int
     size: int
-    code: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
 
 
@@ -53,70 +53,66 @@ def read_header(path: Path) -> dict[str, Entry]:
             begin, end = fields["data_offsets"]
             if fields["dtype"] not in _CODES or 8 + length + end > size:
                 raise ValueError(f"{name} is cut off, or of an unknown dtype")
-            entries[name] = Entry(path, 8 + length + begin, end - begin, fields["dtype"], tuple(fields["shape"]))
+            dtype = getattr(torch, _CODES[fields["dtype"]])
+            entries[name] = Entry(path, 8 + length + begin, end - begin, dtype, tuple(fields["shape"]))
         return entries
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(None, path, f"cannot be read as safetensors ({first_line(error)})") from error
 
 
-class Checkpoint:
-    """A safetensors checkpoint in a ``folder``: one file, or several with an index."""
+def checkpoint_entries(folder: Path) -> dict[str, Entry]:
+    """Return the tensors of a checkpoint by name: of one file, or of several with an index.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        paths = sorted(folder.glob("*.safetensors"))
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UserError("model", folder, f"its index cannot be read ({first_line(error)})") from error
-        if not paths:
-            problem = "holds no *.safetensors, and pickled weights cannot be streamed"
-            fix = f"convert them: AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('DIR')"
-            raise UserError("model", folder, problem, fix)
-        self.entries: dict[str, Entry] = {}
-        for path in paths:
-            self.entries |= read_header(path)
+    Raises:
+        UserError: it is damaged, or is not in safetensors.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError("model", folder, f"its index cannot be read ({first_line(error)})") from error
+    if not paths:
+        problem = "holds no *.safetensors, and pickled weights cannot be streamed"
+        fix = f"convert them: AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('DIR')"
+        raise UserError("model", folder, problem, fix)
+    return {name: entry for path in paths for name, entry in read_header(path).items()}
 
 
-def read_tensor(entry: Entry) -> torch.Tensor:
-    """Return a tensor, read into memory of its own."""
-    if not entry.size:
-        return torch.empty(entry.shape, dtype=getattr(torch, _CODES[entry.code]))
-    buffer = torch.empty(entry.size, dtype=torch.uint8)
+def read_tensor(entry: Entry, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return a tensor on ``device``.
+
+    Args:
+        dtype: in which a floating-point tensor is returned, None for its own; never is all of it held in two dtypes.
+    """
+    if dtype is None or not entry.dtype.is_floating_point:
+        return _read(entry, 0, entry.size).view(entry.shape).to(device)
+    tensor = torch.empty(entry.shape, dtype=dtype, device=device)
+    flat, itemsize = tensor.view(-1), entry.dtype.itemsize
+    for start in range(0, len(flat), _PIECE):
+        count = min(_PIECE, len(flat) - start)
+        flat[start : start + count] = _read(entry, start * itemsize, count * itemsize)
+    return tensor
+
+
+def _read(entry: Entry, start: int, size: int) -> torch.Tensor:
+    """Return ``size`` bytes of a tensor from byte ``start`` on, [numbers], in memory of their own."""
+    if not size:
+        return torch.empty(0, dtype=entry.dtype)
+    buffer = torch.empty(size, dtype=torch.uint8)
     view = memoryview(buffer.numpy())
     with entry.file.open("rb", buffering=0) as file:
-        file.seek(entry.start)
+        file.seek(entry.start + start)
         done = 0
-        while done < entry.size:
+        while done < size:
             count = file.readinto(view[done:])
             if not count:
                 raise UserError(None, entry.file, "is cut off")
             done += count
         # The file's pages are not needed again soon.
-        os.posix_fadvise(file.fileno(), entry.start, entry.size, os.POSIX_FADV_DONTNEED)
-    return buffer.view(getattr(torch, _CODES[entry.code])).view(entry.shape)
-
-
-def read_converted(entry: Entry, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor on ``device``, in ``dtype`` if floating-point, without ever holding all of it in two dtypes."""
-    file_dtype = getattr(torch, _CODES[entry.code])
-    if not file_dtype.is_floating_point:
-        return read_tensor(entry).to(device)
-    value = torch.empty(entry.shape, dtype=dtype, device=device)
-    flat = value.view(-1)
-    for start in range(0, len(flat), _PIECE):
-        count = min(_PIECE, len(flat) - start)
-        piece = Entry(
-            entry.file,
-            entry.start + start * file_dtype.itemsize,
-            count * file_dtype.itemsize,
-            entry.code,
-            (count,),
-        )
-        flat[start : start + count] = read_tensor(piece)
-    return value
+        os.posix_fadvise(file.fileno(), entry.start + start, size, os.POSIX_FADV_DONTNEED)
+    return buffer.view(entry.dtype)
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> str:
@@ -137,21 +133,23 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dt
 
     sha256 = hashlib.sha256()
     with atomic(path) as file:
-        for piece in (len(encoded).to_bytes(8, "little"), encoded):
-            file.write(piece)
-            sha256.update(piece)
+
+        def write(content: bytes | memoryview) -> None:
+            file.write(content)
+            sha256.update(content)
+
+        write(len(encoded).to_bytes(8, "little") + encoded)
         for name, tensor in tensors.items():
             flat = tensor.detach().to("cpu", dtypes[name]).contiguous().view(-1)
-            data = memoryview(flat.view(torch.uint8).numpy())
-            file.write(data)
-            sha256.update(data)
+            write(memoryview(flat.view(torch.uint8).numpy()))
     return sha256.hexdigest()
 
 
 def write_index(folder: Path) -> None:
     """Write the index of all shards in ``folder`` that transformers reads."""
-    shards = {path.name: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
-    names = {name: file for file, entries in shards.items() for name in entries}
-    total = sum(entry.size for entries in shards.values() for entry in entries.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+    entries = {
+        name: entry for path in sorted(folder.glob("*.safetensors")) for name, entry in read_header(path).items()
+    }
+    metadata = {"total_size": sum(entry.size for entry in entries.values())}
+    index = {"metadata": metadata, "weight_map": {name: entries[name].file.name for name in sorted(entries)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from lib.core import digests
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import safetensors_io
-from lib.models.layers import Layer, find_blocks, linear_modules, prunable_layers
+from lib.models.layers import Layer, find_blocks, prunable_layers
 
 
 class Block(NamedTuple):
@@ -25,17 +26,13 @@ class Block(NamedTuple):
     linears: dict[str, torch.nn.Module]
     device: torch.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the block is computed in."""
-        return next(self.module.parameters()).dtype
-
 
 class Weights:
     """The weights of a model in memory, or spread by accelerate over GPUs and the CPU.
 
     Attributes:
         model: the whole model, for the parts around the blocks.
+        modules: the blocks.
         layers: the prunable layers, in the model's order.
         save_dtype: the dtype of the checkpoint, or None for the dtype of the computation. Pruned weights are rounded to
             it, so that the weights measured are the weights saved.
@@ -45,17 +42,14 @@ class Weights:
     streamed = False
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        modules: Sequence[torch.nn.Module],
-        layers: Sequence[Layer],
-        linears: Sequence[Mapping[str, torch.nn.Module]],
-        save_dtype: torch.dtype | None = None,
-        prefix: str = "",
+        self, model: torch.nn.Module, modules: Iterable[torch.nn.Module], layers: Sequence[Layer], save_dtype=None
     ) -> None:
         self.model, self.modules, self.layers, self.save_dtype = model, modules, tuple(layers), save_dtype
-        self.prefix = prefix  # of the blocks' names
-        self._linears = linears
+        names = {module: name for name, module in model.named_modules()}
+        self._prefixes = [names[module] for module in modules]
+        self._linears: dict[int, dict[str, torch.nn.Module]] = defaultdict(dict)
+        for layer in self.layers:
+            self._linears[layer.block][layer.name] = model.get_submodule(layer.name)
 
     @property
     def in_memory(self) -> bool:
@@ -64,24 +58,24 @@ class Weights:
 
     def visit(self, write: bool = False, backwards: bool = False) -> Iterator[Block]:
         """Lend the blocks one by one, in order; with ``write``, changes to their weights are kept."""
-        for index in reversed(range(len(self.modules))) if backwards else range(len(self.modules)):
+        indices = range(len(self.modules))
+        for index in reversed(indices) if backwards else indices:
             with self._lent(index, write) as device:
-                yield Block(index, self.modules[index], dict(self._linears[index]), device)
+                yield Block(index, self.modules[index], self._linears[index], device)
 
     @contextmanager
     def _lent(self, index: int, write: bool) -> Iterator[torch.device]:
         """Hold a block's weights on its compute device, yield that device, then take the weights back."""
-        with _lent_by_accelerate(list(self.modules[index].modules()), write):
+        with _lent_by_accelerate(self.modules[index].modules(), write):
             yield next(self.modules[index].parameters()).device
 
-    def block_names(self, index: int) -> list[str]:
+    def _names(self, index: int) -> list[str]:
         """Return the full names of a block's parameters."""
-        return [f"{self.prefix}.{index}.{name}" for name, _ in self.modules[index].named_parameters()]
+        return [f"{self._prefixes[index]}.{name}" for name, _ in self.modules[index].named_parameters()]
 
     def tensors(self, index: int) -> dict[str, torch.Tensor]:
         """Return the parameters of a lent block by their full names."""
-        values = (parameter.data for _, parameter in self.modules[index].named_parameters())
-        return dict(zip(self.block_names(index), values, strict=True))
+        return {name: self.model.get_parameter(name).data for name in self._names(index)}
 
     def load_block(self, index: int, path: Path) -> None:
         """Replace the parameters of a lent block by those in the safetensors file ``path``."""
@@ -96,34 +90,31 @@ class Weights:
     def rebase_files(self, old: Path, new: Path) -> None:
         """Record that the blocks' files have moved from the folder ``old`` to ``new``."""
 
-    def scratch(self, folder: Path) -> None:
-        """Keep changed blocks that no journal records inside ``folder``, where weights are written at all."""
+    def use_scratch(self, folder: Path) -> None:
+        """Store changed blocks that no journal records (those of a search's trials) inside ``folder``, if on disk."""
 
-    def outer_names(self) -> list[str]:
+    def _outer_names(self) -> list[str]:
         """Return the names of the parameters around the blocks: embedding, final norm and head."""
-        inside = {name for i in range(len(self.modules)) for name in self.block_names(i)}
+        inside = {name for index in range(len(self.modules)) for name in self._names(index)}
         return [name for name, _ in self.model.named_parameters() if name not in inside]
 
     @contextmanager
     def outer_parameters(self) -> Iterator[None]:
         """Hold the parameters around the blocks on their compute devices."""
-        inside = {id(module) for block in self.modules for module in block.modules()}
-        with _lent_by_accelerate([module for module in self.model.modules() if id(module) not in inside], write=False):
+        inside = {module for block in self.modules for module in block.modules()}
+        with _lent_by_accelerate((module for module in self.model.modules() if module not in inside), write=False):
             yield
 
     def outer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the parameters around the blocks by name, one at a time."""
         with self.outer_parameters():
-            for name in self.outer_names():
+            for name in self._outer_names():
                 yield name, self.model.get_parameter(name).data
 
     def map(self, function: Callable[[str, torch.Tensor], object]) -> dict:
         """Return ``function(name, weight)`` of every layer by name."""
-        results = {}
-        for block in self.visit():
-            for name, linear in block.linears.items():
-                results[name] = function(name, linear.weight.detach())
-        return results
+        linears = (pair for block in self.visit() for pair in block.linears.items())
+        return {name: function(name, linear.weight.detach()) for name, linear in linears}
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of each layer by name."""
@@ -131,12 +122,8 @@ class Weights:
 
     def zeros(self) -> dict[str, int]:
         """Return the number of zeros of each layer by name."""
-        counts = {}
-        for block in self.visit():
-            zeros = [(linear.weight == 0).sum() for linear in block.linears.values()]
-            # Stacked, they come from a GPU in one transfer.
-            counts |= dict(zip(block.linears, torch.stack(zeros).tolist() if zeros else [], strict=True))
-        return counts
+        counts = self.map(lambda _, weight: (weight == 0).sum())
+        return {name: int(count) for name, count in counts.items()}
 
     def sparsity(self) -> float:
         """Return the measured fraction of zeros over all layers."""
@@ -156,10 +143,8 @@ class Weights:
 class Packed(Weights):
     """The weights of a packed model, which is in memory as a whole and cannot be changed."""
 
-    in_memory = True
-
     def __init__(self, model: torch.nn.Module, layers: Sequence[Layer]) -> None:
-        super().__init__(model, [], layers, [])
+        super().__init__(model, [], layers)
 
     def zeros(self) -> dict[str, int]:
         counts = {}
@@ -173,21 +158,12 @@ class Packed(Weights):
 def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) -> Weights:
     """Return the weights of a causal language model.
 
-    All of its parameters are rounded to ``save_dtype``: a checkpoint may be of more bits than its config says, and what
-    is measured is what will be saved.
+    All of its parameters are rounded to ``save_dtype``: a checkpoint may be of more bits than its config says.
     """
     for parameter in model.parameters() if save_dtype is not None else ():
         if not parameter.is_meta and parameter.is_floating_point():
             parameter.data.copy_(parameter.data.to(save_dtype))
-    prefix, modules = find_blocks(model)
-    return Weights(model, modules, prunable_layers(model), linears_by_block(prefix, modules), save_dtype, prefix)
-
-
-def linears_by_block(prefix: str, modules: Sequence[torch.nn.Module]) -> list[dict[str, torch.nn.Module]]:
-    return [
-        {f"{prefix}.{i}.{name}": linear for name, linear in linear_modules(module).items()}
-        for i, module in enumerate(modules)
-    ]
+    return Weights(model, find_blocks(model)[1], prunable_layers(model), save_dtype)
 
 
 def is_finite(values: torch.Tensor) -> bool:
@@ -201,12 +177,6 @@ def check_finite(name: str, weight: torch.Tensor) -> None:
         raise UserError(None, name, "its weights are not finite", "the checkpoint is damaged")
 
 
-def _offloaded(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
-    from accelerate.utils import has_offloaded_params
-
-    return [module for module in modules if has_offloaded_params(module)]
-
-
 @contextmanager
 def swapped_weights(block: Block, copies: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Replace a block's weights by ``copies`` meanwhile, as parameters, which are yielded by layer name."""
@@ -214,27 +184,32 @@ def swapped_weights(block: Block, copies: Mapping[str, torch.Tensor]) -> Iterato
     leaves = {name: torch.nn.Parameter(copy) for name, copy in copies.items()}
     try:
         for name, leaf in leaves.items():
-            block.linears[name]._parameters["weight"] = leaf
+            block.linears[name].weight = leaf
         yield leaves
     finally:
         for name, parameter in originals.items():
-            block.linears[name]._parameters["weight"] = parameter
+            block.linears[name].weight = parameter
+
+
+def _offloaded(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    from accelerate.utils import has_offloaded_params
+
+    return [module for module in modules if has_offloaded_params(module)]
 
 
 @contextmanager
 def _lent_by_accelerate(modules: Iterable[torch.nn.Module], write: bool) -> Iterator[None]:
     """Hold the weights of ``modules`` themselves on their compute devices, then return them.
 
-    accelerate keeps offloaded weights outside the modules and fetches them at each call. Here they are fetched once per
-    visit. The hooks stay attached, marked as having nothing offloaded: detaching and re-attaching them would move
-    each weight again and empty the GPU's cache each time.
+    accelerate fetches offloaded weights at each call, and this once per visit. Its hooks stay attached, marked as
+    having nothing offloaded: attaching them anew would move each weight again and empty the GPU's cache.
     """
     away = _offloaded(modules)
     for module in away:
         hook = module._hf_hook
         for name, parameter in module.named_parameters(recurse=False):
             value = hook.weights_map[name].to(hook.execution_device, non_blocking=True)
-            module._parameters[name] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+            module._parameters[name] = torch.nn.Parameter(value, parameter.requires_grad)
         hook.offload = False
     try:
         yield
@@ -245,5 +220,5 @@ def _lent_by_accelerate(modules: Iterable[torch.nn.Module], write: bool) -> Iter
                 if write:
                     hook.weights_map[name].copy_(parameter.data)
                 empty = torch.empty_like(parameter, device="meta")
-                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = torch.nn.Parameter(empty, parameter.requires_grad)
             hook.offload = True

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from lib.calibration.hidden import BlockInputs, advance, passes
+from lib.calibration.hidden import BlockInputs, advance, pass_samples
 from lib.calibration.statistics import input_statistics
 from lib.core import processes
 from lib.core.errors import UserError, flag_name
@@ -80,7 +79,7 @@ def walk(
             keep = dense and bool(block.linears)  # its dense outputs replace its inputs
             if stored:
                 if keep:
-                    deque(passes(block, inputs, keep=True), 0)  # while it is dense, as in a run without a stop
+                    pass_samples(block, inputs, keep=True)  # while it is dense, as in a run without a stop
                 weights.load_block(block.index, journal.path(block.index))
                 rows = journal.finished[block.index]
             else:
@@ -98,7 +97,7 @@ def walk(
 def _store(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[LayerReport]) -> None:
     """Store a finished block durably; if the disk is full, pruning continues in memory without it."""
     try:
-        journal.add(block.index, weights.tensors(block.index), weights.save_dtype or block.dtype, rows)
+        journal.add(block.index, weights.tensors(block.index), weights.save_dtype or weights.model.dtype, rows)
     except UserError as error:
         if weights.streamed:
             raise
@@ -114,8 +113,7 @@ def _prune_block(
     """Prune the layers of a block; those that share an input, and so a statistic, are pruned by one process."""
     groups, owners = [(list(block.linears), None)], [processes.rank()]  # without a statistic, by every process
     if inputs is not None:
-        steps = passes(block, inputs, keep) if block.linears else ()
-        groups = input_statistics(block.linears, pruner.statistic, inputs.samples, steps, stop=not keep)
+        groups = input_statistics(block, inputs, pruner.statistic, keep)
         owners = processes.owners([_cost(block, *group) for group in groups])
     owner_of = {name: owner for (names, _), owner in zip(groups, owners, strict=True) for name in names}
     for owner in owners:

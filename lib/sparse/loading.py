@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from lib.core.errors import UserError, first_line
-from lib.models.load import Dtypes, Source, empty_model, generation_config, untie
+from lib.core.errors import UserError
+from lib.models.load import Dtypes, Source, empty_llm, untie
 from lib.sparse.fusing import LEAST_ZEROS, fuse
 from lib.sparse.kernel import Unavailable, load_kernel
 from lib.sparse.layers import DenseLinear, SparseLinear
@@ -31,7 +31,6 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
         UserError: not a packed folder, a damaged file, another version of the format, or another model's config.
     """
     folder = Path(folder)
-    generation = generation_config(folder)
     tensors = {name: (content, shape) for path in packed_files(folder) for name, content, shape in read_file(path)}
     dtype = run_dtype(folder)
     if any(content.dtype == torch.float32 for content, _ in tensors.values()):
@@ -41,10 +40,7 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
     except Unavailable as error:
         kernel, least = None, 2.0  # no matrix has that many zeros
         log.warning("no sparse kernel, %s; the model is unpacked and runs dense", error)
-    try:
-        model = empty_model(AutoConfig.from_pretrained(folder), dtype)
-    except Exception as error:  # whatever a missing or a wrong config.json leads to
-        raise UserError(None, folder, f"its config.json cannot be used ({first_line(error)})") from error
+    model = empty_llm(folder, dtype)
     packed = _fill(model, tensors, dtype, least)
     untie(model)
     model.tie_weights()
@@ -61,8 +57,6 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
     model.requires_grad_(False).eval()  # before ``fuse`` tries what blocks compute
     if kernel is not None:
         fuse(model, kernel)
-    if generation is not None:
-        model.generation_config = generation
     return model
 
 

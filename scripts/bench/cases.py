@@ -14,7 +14,7 @@ from lib.allocation import price_model
 from lib.allocation.block_scores import lamp_score, median_score, outlier_ratio
 from lib.allocation.price import EFFORTS
 from lib.calibration.hidden import enter_blocks
-from lib.calibration.statistics import STATISTICS, completed
+from lib.calibration.statistics import STATISTICS, as_float32
 from lib.core.lazy import torch, transformers
 from lib.models.weights import weights_of
 from lib.pruning.plan import SparsityPlan
@@ -124,7 +124,7 @@ def statistics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         total = None
         for x in samples:
             total = STATISTICS[name](x, total)
-        return completed(total.div_(len(samples)))
+        return as_float32(total.div_(len(samples)))
 
     def slow(name: str) -> torch.Tensor:
         mean = None
@@ -142,7 +142,7 @@ def pruners(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for each pruner, variant and N:M, on the widest layer, with the statistic already computed."""
     weight = random_weight(sizes.shapes[2], device)
     x = torch.randn(2 * weight.shape[1], weight.shape[1], device=device)  # enough for a Hessian of full rank
-    statistic = {name: completed(add(x, None)) for name, add in STATISTICS.items()}
+    statistic = {name: as_float32(add(x, None)) for name, add in STATISTICS.items()}
     del x
 
     def ours(pruner: Pruner, nm: tuple[int, int] | None) -> torch.Tensor:

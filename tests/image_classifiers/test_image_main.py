@@ -247,7 +247,7 @@ def fails_after(count: int, error: BaseException):
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (UserError(None, "x.png: cannot be read"), 2, "error: x.png: cannot be read"),
+        (UserError(None, "x.png", "cannot be read"), 2, "error: x.png: cannot be read"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of GPU memory (CUDA out of memory); lower --batch_size"),
         (RuntimeError("a bug"), None, ""),
     ],
@@ -281,7 +281,7 @@ def test_a_failed_evaluation_leaves_the_model_and_the_figures(
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(UserError(None, "the disk is full"), 2), (KeyboardInterrupt(), 130)],
+    [(UserError(None, None, "the disk is full"), 2), (KeyboardInterrupt(), 130)],
     ids=["user", "ctrl-c"],
 )
 def test_a_failed_save_leaves_the_figures(error, status, pruning_run, capsys, caplog, monkeypatch):
@@ -308,7 +308,7 @@ def test_figures_that_cannot_be_written_are_not_promised(pruning_run, capsys, ca
     flags, (_, run, _), folder = pruning_run
 
     def fail(*args):
-        raise UserError(None, "the disk is full")
+        raise UserError(None, None, "the disk is full")
 
     monkeypatch.setattr("lib.run.record.write_atomically", fail)
     status, said = call(capsys, *flags)
@@ -470,10 +470,10 @@ BY_THE_COMMAND_LINE = {
     "--model M --data_set digits --eval_data_path I": "--eval_data_path does nothing with --data_set digits",
     "--model M --data_set digits --prune_metric wanda_w --sparsity 0.5": "Did you mean 'wanda_ww'?",
     "--model M --data_set digits --prune_metric wanda": "--prune_metric wanda without a sparsity; add --sparsity",
-    "--model M --data_set digits --sparsity 0.5": "--sparsity 0.5: does nothing without a method; add",
+    "--model M --data_set digits --sparsity 0.5": "--sparsity does nothing without --prune_metric",
     "--model M --data_set digits --prune_metric wanda --sparsity 1": "--sparsity 1.0: must be at least 0 and below 1",
     f"--model M --data_set digits {WANDA} --owl_m 3": "--owl_m does nothing with wanda",
-    "--model M --data_set digits --crop_pct 1.5": "--crop_pct 1.5: must be between 0.1 and 1",
+    "--model M --data_set digits --crop_pct 1.5": "--crop_pct 1.5: must be at least 0.1 and at most 1",
     f"--model M --data_set digits {WANDA} --seed 99999999999999999999": "--seed 99999999999999999999: must be between",
     "--model M --data_set digits --save_model out": "--save_model does nothing without --prune_metric",
     "--model M --data_set digits --data_path I": "--data_path does nothing with --data_set digits",

@@ -462,7 +462,7 @@ def test_another_models_config_is_refused_in_one_line(copied, tmp_path):
         ({"hidden_size": 64}, r"is packed with shape \[.*\], the model of its config.json has"),
         ({"num_hidden_layers": 2}, "is packed there, and the model of its config.json has none"),
         ({"num_hidden_layers": 4}, "lacks 9 weights of its config.json's model, first model.layers.3"),
-        ({"model_type": "nothing"}, "its config.json cannot be used"),
+        ({"model_type": "nothing"}, "config.json: cannot be used"),
     ):
         (copied / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=says) as caught:
@@ -584,7 +584,7 @@ def test_generate_streams_and_compares(pruned, packed_folder):
             ["{}", "Ab", "--tokens", "127"],
             "--tokens 127: the prompt has 2 tokens and {} a context of 128; give fewer, or a shorter",
         ),
-        (["{}", "x", "--threads", "100000"], "--threads 100000: must be between 0 and "),
+        (["{}", "x", "--threads", "100000"], "--threads 100000: must be at least 0 and at most "),
         (["{}", ""], "error: '': is empty"),
         (["{few}", "unstuns"], "few: its tokenizer gives token"),
         (["{}", "unstuns", "--compare", "{few}"], "few: its tokenizer gives token"),
