@@ -88,15 +88,13 @@ class ImageMethodFlags(MethodFlags):
         "alpha_mid",
         "metric of each matrix: {choices}",
         choices=[*METRICS, *WEIGHTWATCHER],
-        only="_ww",
-        tolerated="uniform",
+        **settings.OF_WW,
         title="allocation",
     )
     ww_metric_cache: str = flag(
         "./metric_cache",
         "the metric is cached in DIR/<model>",
-        only="_ww",
-        tolerated="uniform",
+        **settings.OF_WW,
         metavar="DIR",
         aliases=["ww_metric_cache"],
         title="allocation",
@@ -106,8 +104,7 @@ class ImageMethodFlags(MethodFlags):
         "half width of the map from metric to sparsity, in [0, 1]",
         least=0,
         most=1,
-        only="_ww",
-        tolerated="uniform",
+        **settings.OF_WW,
         title="allocation",
     )
     mapping_type: str = "layer_wise"  # a ratio for each matrix, as published
@@ -152,7 +149,7 @@ class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, AccuracyFla
             UserError: flags that contradict each other.
         """
         if self.prune_method is None:
-            return self.dense_task()
+            return self.settled(Task("dense", None, "", 0.0))
         if not self.sparsity_ratio:
             fix = f"add {flag_name('sparsity_ratio')}"
             raise UserError("prune_method", None, f"{self.prune_method} without a sparsity", fix)

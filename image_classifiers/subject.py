@@ -119,7 +119,7 @@ class Classifier:
             fix = f"for a model that has {count}, add --nb_classes {count}"
             raise UserError("data_set", settings.data_set, problem, fix)
         self.test, self.calibration = data.Prepared(test, range(len(test.items)), plain), None
-        if not (task.is_calibrated or task.is_searched):
+        if not task.traits & {"calibration", "search"}:
             return
 
         training = find(train=True)
@@ -129,7 +129,7 @@ class Classifier:
             raise UserError("data_path", settings.data_path, problem)
         random = settings.published_calibration
         indices = data.draw_images(training, settings.nsamples, settings.seed, replacement=random)
-        if task.is_searched:
+        if "search" in task.traits:
             needed = sum(map(len, split(indices))) * 3 * self.size**2 * 4
             free = free_memory(0).get("cpu", needed)
             if needed > free:
