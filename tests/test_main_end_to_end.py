@@ -369,7 +369,11 @@ def test_text_that_nothing_reads_is_neither_loaded_nor_warned_of(tiny_run, caplo
 
 @pytest.mark.parametrize(
     ("error", "keep"),
-    [(UserError(None, "no"), True), (torch.OutOfMemoryError("CUDA out of memory"), False), (KeyboardInterrupt(), True)],
+    [
+        (UserError(None, None, "no"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (KeyboardInterrupt(), True),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_failing_evaluation_leaves_the_model_and_the_layers(error, keep, tiny_run, monkeypatch, capsys, caplog):

@@ -77,7 +77,7 @@ class Journal:
                 self.folder.mkdir(exist_ok=True)
                 self._progress = Progress(self.folder / MANIFEST)
             except UserError as error:
-                raise UserError("save_model", None, error.text, _RESTART) from error
+                raise UserError("save_model", None, error.message, _RESTART) from error
             for path in self.folder.glob(".*.tmp"):  # that a killed process was writing
                 path.unlink()
             shutil.rmtree(self.scratch, ignore_errors=True)

@@ -40,7 +40,7 @@ class Order(Fruit, Juice):
     def check(self) -> None:
         super().check()
         if self.colour == "green" and self.press:
-            raise UserError("press", "with green fruit: too sour")
+            raise UserError("press", "with green fruit", "too sour")
 
 
 PARSER = make_parser(Order, "order.py", "Orders.")
@@ -123,8 +123,8 @@ def run_raising(error: BaseException, **more) -> int:
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (UserError("weight", "3: too heavy"), 2, "order.py: error: --Weight 3: too heavy\n"),
-        (UserError(None, "no fruit"), 2, "order.py: error: no fruit\n"),
+        (UserError("weight", 3, "too heavy"), 2, "order.py: error: --Weight 3: too heavy\n"),
+        (UserError(None, None, "no fruit"), 2, "order.py: error: no fruit\n"),
         (KeyboardInterrupt(), 130, "\norder.py: interrupted; the same command resumes\n"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore."), 2,
          "order.py: error: out of GPU memory (CUDA out of memory. Tried 2 GiB.); eat less\n"),

@@ -3,12 +3,12 @@
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -34,9 +34,6 @@ from lib.spectra import measure
 pytestmark = pytest.mark.usefixtures("one_thread")  # runs are forked
 
 LIMIT = 600  # seconds after which a process that waits for another in vain is ended
-
-
-# ------------------------------------------------------------------------------------------------- whose is what
 
 
 def as_one_of(monkeypatch, rank: int, count: int, device: str = "cpu") -> None:
@@ -98,9 +95,6 @@ def test_an_incomplete_environment_is_refused(place, monkeypatch, capsys):
     assert "LOCAL_RANK is not set; start with accelerate launch or torchrun" in err and err.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------- two are as good as one
-
-
 def fork(flags: str, count: int, before: Callable[[int], object] = lambda rank: None) -> tuple[list[int], list[str]]:
     """Run main.py in ``count`` processes; return their exit statuses and what they say.
 
@@ -108,30 +102,24 @@ def fork(flags: str, count: int, before: Callable[[int], object] = lambda rank: 
     store in which they find each other; unlike it, it ends none of them.
     """
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    about = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
-    about |= {"TORCHELASTIC_USE_AGENT_STORE": True}
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            status = 99
-            try:
-                signal.alarm(LIMIT)
-                os.environ |= {name: str(value) for name, value in about.items()}
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-                sys.stdout = sys.stderr = Path(f"said.{rank}").open("w", buffering=1)
-                logging.getLogger().handlers.clear()  # pytest's: main.py then sets up its own
-                accelerate.state.PartialState._reset_state()  # of a Trainer or a launcher in an earlier test
-                before(rank)
-                status = main.main(flags.split())
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return statuses, [Path(f"said.{rank}").read_text() for rank in range(count)]
+    environment = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost"}
+    environment |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+
+    def work(rank: int) -> None:
+        signal.alarm(LIMIT)
+        os.environ |= {name: str(value) for name, value in environment.items()}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        sys.stdout = sys.stderr = Path(f"said.{rank}").open("w", buffering=1)
+        logging.getLogger().handlers.clear()  # pytest's: main.py then sets up its own
+        accelerate.state.PartialState._reset_state()  # of a Trainer or a launcher in an earlier test
+        before(rank)
+        sys.exit(main.main(flags.split()))
+
+    children = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(count)]
+    for act in ("start", "join"):
+        for child in children:
+            getattr(child, act)()
+    return [child.exitcode for child in children], [Path(f"said.{rank}").read_text() for rank in range(count)]
 
 
 @pytest.fixture
@@ -143,14 +131,14 @@ def place(tmp_path, monkeypatch, run_inputs) -> str:
     return "--model tiny-llama --calib_data text.txt --eval_data other.txt --eval_windows 9 --seqlen 32 --nsamples 7"
 
 
-def outcome(place: str, flags: str, count: int, before=lambda rank: None) -> tuple[dict, dict, list[str], Path]:
-    """Return a run's record, its saved weights, what its processes said, and its folder."""
+def outcome(place: str, flags: str, count: int, before=lambda rank: None) -> tuple[dict, dict, list[str]]:
+    """Return a run's record, its saved weights, and what its processes said."""
     folder = Path(f"by-{count}")
     flags = f"{place} {flags} --sparsity_ratio 0.6 --save {folder} --save_model {folder / 'kept'}"
     statuses, said = fork(flags, count, before)
     assert statuses == [0] * count, said
     (record,) = map(json.loads, (path.read_text() for path in folder.glob("run_*.json")))
-    return record, saved_tensors(Path(record["saved_model"])), said, folder
+    return record, saved_tensors(Path(record["saved_model"])), said
 
 
 def before_calls(room, name: str, act: Callable[..., object], only: int | None = None) -> Callable[[int], None]:
@@ -198,10 +186,9 @@ def test_metrics_and_magnitude_are_the_same_to_the_bit(place):
     assert sorted(measured[0] + measured[1]) == sorted(set(measured[0] + measured[1])) and min(map(len, measured)) >= 9
     assert hashes(Path(one[0]["saved_model"])) == hashes(Path(two[0]["saved_model"]))
     assert (one[0]["perplexity"], one[0]["processes"]) == (two[0]["perplexity"], 1) and two[0]["processes"] == 2
-    for folder in (one[3], two[3]):
-        assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in Path("by-1").iterdir())
-    table = "layers_magnitude_ww_sparsity_0.6.tsv"
-    assert (one[3] / table).read_text() == (two[3] / table).read_text()
+    assert sorted(os.listdir("by-1")) == sorted(os.listdir("by-2"))
+    tables = [Path(f"by-{n}/layers_magnitude_ww_sparsity_0.6.tsv").read_text() for n in (1, 2)]
+    assert tables[0] == tables[1]
     assert "perplexity" in two[2][0] and two[2][1] == "", "the first speaks"
 
 
@@ -269,6 +256,7 @@ def test_on_pretend_gpus(more, place):
     assert two[0]["perplexity"] == pytest.approx(one[0]["perplexity"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_zero_shot_questions_are_shared_by_lm_eval(place):
     import lm_eval.models.huggingface  # noqa: F401  before the processes part, since it takes seconds
 
@@ -292,9 +280,6 @@ def test_where_one_lacks_room_all_stream(place):
     assert "block by block" in two[2][0] and different(outcome(place, flags, 1)[1], two[1]) <= 1e-4
     statuses, said = fork(f"{place} {flags} --sparsity_ratio 0.5 --stream never", 2, little_room)
     assert statuses == [2, 2] and set(lines(said)) == {"--stream never: each of the 2 processes holds the whole model"}
-
-
-# ---------------------------------------------------------------------------------------------------- how they end
 
 
 def lines(said: list[str]) -> list[str]:
@@ -362,6 +347,11 @@ def test_where_the_first_cannot_write_all_measure_on(place):
     assert record["perplexity"] > 1 and record["complete"] is False and record["saved_model"] is None
 
 
+INTERRUPTED = (
+    "main.py: interrupted; the same command starts again; with --save_model it resumes after the last finished"
+)
+
+
 @pytest.mark.parametrize(("rank", "act", "status"), [(0, refuse, 2), (1, refuse, 2), (0, interrupt, 130)])
 def test_what_one_finds_ends_all_with_its_line(rank, act, status, place):
     statuses, said = fork(f"{place} {METHOD}", 2, before_calls(walk, "_prune_layers", at(2, act), rank))
@@ -369,7 +359,7 @@ def test_what_one_finds_ends_all_with_its_line(rank, act, status, place):
     if act is refuse:
         assert lines([said[rank]]) == ["layer 3: something is wrong with it"]
     else:
-        assert not lines([said[0]]) and "main.py: interrupted; the same command starts again" in said[0]
+        assert not lines([said[0]]) and INTERRUPTED in said[0]
     assert "another of the 2 processes has ended (" in said[1 - rank]
 
 

@@ -247,7 +247,7 @@ def fails_after(count: int, error: BaseException):
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (UserError(None, "x.png: cannot be read"), 2, "error: x.png: cannot be read"),
+        (UserError(None, "x.png", "cannot be read"), 2, "error: x.png: cannot be read"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of GPU memory (CUDA out of memory); lower --batch_size"),
         (RuntimeError("a bug"), None, ""),
     ],
@@ -281,7 +281,7 @@ def test_a_failed_evaluation_leaves_the_model_and_the_figures(
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(UserError(None, "the disk is full"), 2), (KeyboardInterrupt(), 130)],
+    [(UserError(None, None, "the disk is full"), 2), (KeyboardInterrupt(), 130)],
     ids=["user", "ctrl-c"],
 )
 def test_a_failed_save_leaves_the_figures(error, status, pruning_run, capsys, caplog, monkeypatch):
@@ -308,7 +308,7 @@ def test_figures_that_cannot_be_written_are_not_promised(pruning_run, capsys, ca
     flags, (_, run, _), folder = pruning_run
 
     def fail(*args):
-        raise UserError(None, "the disk is full")
+        raise UserError(None, None, "the disk is full")
 
     monkeypatch.setattr("lib.run.record.write_atomically", fail)
     status, said = call(capsys, *flags)
