@@ -26,8 +26,7 @@ class Parser(argparse.ArgumentParser):
     """Parser whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
-        if unknown:
+        if unknown := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
             message += "." + did_you_mean(unknown[1].split("=")[0], self._option_string_actions)
         raise UserError(None, None, f"{message} (--help lists the flags)")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lib.allocation import block_scores, epsilon, formulas, price
+from lib.allocation.formulas import Values
 from lib.allocation.price_model import PriceModel
 from lib.calibration.hidden import BlockInputs
 from lib.cli.task import Measurement, Task
@@ -26,8 +27,6 @@ from lib.run.record import Record, provenance
 from lib.spectra import measure
 
 log = logging.getLogger("main")
-
-Values = Mapping[str, float]  # by the layer's name
 
 
 class Subject(Protocol):
