@@ -93,7 +93,7 @@ def evaluate(subject: LanguageModel, settings: Experiment, record: Record, conso
         return
     record.write()
     with record.stage("zero_shot"):
-        answers = subject.zero_shot(saved, settings.num_fewshot, settings.limit, settings.batch_size())
+        answers = subject.zero_shot(settings, saved)
     content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
     record.files[f"zero_shot_{record.run}.txt"] = f"{content['method']}:\n{answers.table}"
     report.line(console, answers.table)

@@ -79,7 +79,7 @@ class ImageMethodFlags(MethodFlags):
         AllocationFlags, "ww_metric_cache", "./metric_cache", help="cached in DIR/<model>", aliases=["ww_metric_cache"]
     )
     epsilon: float = redeclared(
-        AllocationFlags, "epsilon", 0.2, help="half width of the map from metric to sparsity, in [0, 1]", convert=None
+        AllocationFlags, "epsilon", 0.2, help="half width of the map from metric to sparsity, in [0, 1]"
     )
     mapping_type: str = "layer_wise"  # a ratio for each matrix, as published
 
@@ -112,7 +112,7 @@ class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, OutputFlags
     def task(self) -> Task:
         """Return the task that the flags describe; a UserError if they contradict each other."""
         if self.prune_method is None:
-            return self.dense_task()
+            return self.settled(Task("dense", None, "", 0.0))
         if not self.sparsity_ratio:
             fix = f"add {flag_name('sparsity_ratio')}"
             raise UserError("prune_method", None, f"{self.prune_method} without a sparsity", fix)

@@ -113,7 +113,7 @@ class Classifier:
             fix = f"for a model that has {count}, add --nb_classes {count}"
             raise UserError("data_set", settings.data_set, problem, fix)
         self.test, self.calibration = data.Prepared(test, range(len(test.items)), plain), None
-        if not (task.is_calibrated or task.is_searched):
+        if not task.traits & {"calibration", "search"}:
             return
 
         training = find(train=True)
@@ -123,7 +123,7 @@ class Classifier:
             raise UserError("data_path", settings.data_path, problem)
         random = settings.published_calibration
         indices = data.draw_images(training, settings.nsamples, settings.seed, replacement=random)
-        if task.is_searched:
+        if "search" in task.traits:
             split(indices)  # refuses too few
         transform = data.augmenting_transform(self.size, self.mean_std) if random else plain
         self.calibration = data.Prepared(training, indices, transform, settings.seed if random else None)

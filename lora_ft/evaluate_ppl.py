@@ -76,9 +76,8 @@ def run(settings: Evaluate) -> None:
     if tasks is None:
         return
     with explain_failure(lambda: f"the perplexity is in {folder}"):
-        answers = zero_shot.zero_shot(
-            model, base.tokenizer, tasks, settings.num_fewshot, settings.limit, settings.batch_size()
-        )
+        cut = (settings.num_fewshot, settings.limit, settings.eval_batch_size)
+        answers = zero_shot.zero_shot(model, base.tokenizer, tasks, *cut)
         record |= {"complete": True, "zero_shot": {"means": answers.means, "lm_eval": answers.full}}
         files.write_atomically(folder / "zero_shot.txt", answers.table)
         files.write_atomically(folder / "perplexity.json", run_text(record))

@@ -61,10 +61,10 @@ def run(settings: Merge) -> None:
     pruned = weights.sparsity()
     common.check_base("lora_weights", Path(settings.lora_weights), base, weights)
     model = common.attach(settings.lora_weights, weights.model)
-    layers = {name: layer.get_base_layer() for name, layer in common.lora_layers(model).items()}
-    before = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
+    layers = common.lora_layers(model)
+    before = {name: layer.get_base_layer().weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
     state = PLAINLY if settings.keep_dense else KEPT
-    merge(model, weights, None if settings.keep_dense else before)
+    merge(model, weights, before, keep_zeros=not settings.keep_dense)
     merged = weights.sparsity()
     load.save_llm(weights.model, base.tokenizer, out, dtypes.save)  # before whatever may still fail
     walk.check_saved(out, weights, merged)
@@ -88,13 +88,13 @@ def run(settings: Merge) -> None:
     saved = f"the merged model is saved in {out}, the figures so far in {out}/merge.json"
     with explain_failure(lambda: f"{saved}; measure it with: {again} --ctx_length {settings.ctx_length}"):
         measure(state, merged, weights.model)
-        for name, layer in layers.items():
-            layer.weight.data.copy_(before[name])
+        for name, weight in before.items():
+            weights.model.get_submodule(name).weight.data.copy_(weight)
         measure(PRUNED, pruned, weights.model)
         model = common.attach(settings.lora_weights, weights.model)
         measure(BESIDE, pruned, model)
         if not settings.keep_dense:
-            merge(model, weights, None)
+            merge(model, weights, before, keep_zeros=False)
             measure(PLAINLY, weights.sparsity(), weights.model)
     console = Console()
     title = f"{settings.lora_weights} in {settings.model}, perplexity on {settings.dataset}"
@@ -103,23 +103,22 @@ def run(settings: Merge) -> None:
     report.line(console, f"written: {out}, {state}, with a sparsity of {merged:.4f}")
 
 
-def merge(model: torch.nn.Module, weights: Weights, before: Mapping[str, torch.Tensor] | None) -> None:
+def merge(model: torch.nn.Module, weights: Weights, before: Mapping[str, torch.Tensor], keep_zeros: bool) -> None:
     """Add each adapter's product to its layer's weight, in place, and remove the adapters.
 
     The sums are rounded to the dtype in which they are saved, so that the weights measured are the weights saved.
 
     Args:
-        before: the layers' weights without the adapter, whose zeros are kept; None to let them be filled in.
+        before: the layers' weights without the adapter, by name.
 
     Raises:
         UserError: a merged weight is not finite.
     """
-    layers = {name: layer.get_base_layer() for name, layer in common.lora_layers(model).items()}
     model.merge_and_unload()
-    for name, layer in layers.items():
-        weight = layer.weight.data
-        if before is not None:
-            weight.masked_fill_(before[name].to(weight.device) == 0, 0)
+    for name, pruned in before.items():
+        weight = weights.model.get_submodule(name).weight.data
+        if keep_zeros:
+            weight.masked_fill_(pruned.to(weight.device) == 0, 0)
         if weights.save_dtype is not None:
             weight.copy_(weight.to(weights.save_dtype))
         if not is_finite(weight):

@@ -188,7 +188,6 @@ def test_every_command_in_the_documents_parses(name, monkeypatch):
 @pytest.mark.parametrize(
     "command",
     [
-        "main.py --model m --no_such_flag",
         "main.py --model m --prune_method wanda_ww",
         "lora_ft/finetune_lm.py --model m --do_train --no_such_flag --output_dir o",
         "scripts/sweep.py --model m --no_such_flag",

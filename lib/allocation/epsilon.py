@@ -39,25 +39,24 @@ def epsilon_grid(largest: float) -> list[float]:
 
 def try_epsilons(
     weights: Weights,
-    plan_of: Callable[[float], SparsityPlan],
-    grid: Sequence[float],
+    plans: Mapping[float, SparsityPlan],
     pruner: Pruner,
     windows: tuple[torch.Tensor, torch.Tensor],
     dense: Mapping[str, torch.Tensor] | None = None,
-    tried: dict[str, float] | None = None,
+    tried: Mapping[str, float] | None = None,
+    remember: Callable[[Mapping[str, float]], None] | None = None,
 ) -> list[Trial]:
-    """Return the perplexity after pruning with each epsilon of ``grid``; the weights are dense again afterwards.
+    """Return the perplexity after pruning with the plan of each epsilon; the weights are dense again afterwards.
 
-    Epsilons with the same ``plan_of`` are tried once. Several processes each try different plans, on all windows.
+    Epsilons with the same plan are tried once. Several processes each try different plans, on all windows.
 
     Args:
         windows: calibration and held-out windows, each [samples, tokens].
         dense: the caller's snapshot of the weights; without one, a copy is held in CPU memory meanwhile.
-        tried: perplexities by plan from an earlier run; each new one is added as soon as it is computed.
+        tried: perplexities by plan from an earlier run; it is replaced by what ``remember`` is called with.
     """
     dense = weights.snapshot() if dense is None else dense
-    perplexities = {} if tried is None else tried
-    plans = {epsilon: plan_of(epsilon) for epsilon in grid}
+    perplexities = dict(tried or {})
     keys = {epsilon: digest(plan) for epsilon, plan in plans.items()}
     untried = {keys[epsilon]: plan for epsilon, plan in plans.items() if keys[epsilon] not in perplexities}
     calibration, held_out = windows
@@ -70,9 +69,10 @@ def try_epsilons(
                     results.append((key, perplexity_by_blocks(weights, held_out)))
                 finally:
                     weights.restore(dense)
-        for key, perplexity in (result for share in processes.gathered(results) for result in share):
-            perplexities[key] = perplexity
-    return [Trial(epsilon, perplexities[keys[epsilon]]) for epsilon in grid]
+        perplexities |= dict(result for share in processes.gathered(results) for result in share)
+        if remember:
+            remember(perplexities)
+    return [Trial(epsilon, perplexities[keys[epsilon]]) for epsilon in plans]
 
 
 def best(trials: Sequence[Trial]) -> Trial:

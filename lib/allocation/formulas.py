@@ -153,10 +153,8 @@ def _around(
 def _warn_if_capped(flag: str, width: float, largest: float) -> None:
     if width > largest:
         typed = math.floor(1e4 * largest) / 1e4  # rounded up, it would bring the cap back
-        line = (
-            "ratios outside [0, 1] are capped, the rest spread over the others; the largest --%s that needs no cap is"
-        )
-        log.warning(f"{line} %.4f", flag, typed)
+        line = "ratios are capped, the rest spread over the others; the largest --%s that needs no cap is %.4f"
+        log.warning(line, flag, typed)
 
 
 def _blocks(layers: Sequence[Layer]) -> list[list[Layer]]:

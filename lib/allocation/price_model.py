@@ -134,15 +134,15 @@ class Masks:
 
     def rank(self, inputs: BlockInputs, ratios: Mapping[str, float] | None = None) -> None:
         """Pass ``inputs`` on through the blocks, dense or pruned by ``ratios``, and rank the weights of each."""
+        inputs = inputs._replace(dtype=self.dtype)
         for block in tqdm(self.weights.visit(), "ranks", len(self.weights.modules), unit="block", disable=None):
-            with autocast(block.device, self.dtype):
-                for name, score in wanda_scores(block, inputs, keep=ratios is None):
-                    if self.by_magnitude:
-                        score = block.linears[name].weight.detach().flatten(1).abs()
-                    self.ranks[name] = row_ranks(score.reshape(1, -1) if self.whole else score)
-                if ratios is not None:
-                    with swapped_weights(block, self.copies(block, ratios)):
-                        advance(block, inputs)
+            for name, score in wanda_scores(block, inputs, keep=ratios is None):
+                if self.by_magnitude:
+                    score = block.linears[name].weight.detach().flatten(1).abs()
+                self.ranks[name] = row_ranks(score.reshape(1, -1) if self.whole else score)
+            if ratios is not None:
+                with swapped_weights(block, self.copies(block, ratios)):
+                    advance(block, inputs)
 
     def copies(self, block: Block, ratios: Mapping[str, float]) -> dict[str, torch.Tensor]:
         """Return pruned copies of a block's weights by layer name."""

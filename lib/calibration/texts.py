@@ -132,24 +132,24 @@ def calibration_windows(
 
 
 def _draw(
-    name: str, text: Text, tokenizer: transformers.PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+    name: str, source: Text, tokenizer: transformers.PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
 ) -> torch.Tensor:
     random.seed(seed)
-    if text.documents is None:
-        tokens = _tokenise(tokenizer, text.stream)
+    if source.documents is None:
+        tokens = _tokenise(tokenizer, source.stream)
         _check_length("calib_data", name, len(tokens), seqlen + 1)
         starts = [random.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
         return torch.stack([tokens[i : i + seqlen] for i in starts])
     windows = []
     too_short: dict[int, int] = {}  # document -> its tokens
     while len(windows) < nsamples:
-        index = random.randint(0, len(text.documents) - 1)
+        index = random.randint(0, len(source.documents) - 1)
         if index in too_short:
             continue
-        tokens = _tokenise(tokenizer, text.documents[index])
+        tokens = _tokenise(tokenizer, source.documents[index])
         if len(tokens) <= seqlen:
             too_short[index] = len(tokens)
-            if len(too_short) == len(text.documents):
+            if len(too_short) == len(source.documents):
                 _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document")
             continue
         start = random.randint(0, len(tokens) - seqlen - 1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field
 from typing import Any, NoReturn, TypeVar
 
-from lib.cli.flags import Flags, check_values, true_or_false
+from lib.cli.flags import Flags, check_values
 from lib.core.errors import UserError
 from lib.core.names import did_you_mean
 from lib.core.processes import is_main, started
@@ -22,15 +22,11 @@ log = logging.getLogger("main")
 SettingsT = TypeVar("SettingsT", bound=Flags)
 
 
-# ----------------------------------------------------------------------------------------------------------- parsing
-
-
 class Parser(argparse.ArgumentParser):
     """Parser whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
-        if unknown:
+        if unknown := re.fullmatch(r"unrecognized arguments: (\S+).*", message):
             message += "." + did_you_mean(unknown[1].split("=")[0], self._option_string_actions)
         raise UserError(None, None, f"{message} (--help lists the flags)")
 
@@ -50,36 +46,44 @@ def make_parser(settings: type[Flags], prog: str, description: str, epilog: str 
 
 def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
     """Add one flag to its group of the parser."""
-    declared, help = item.metadata, item.metadata["help"]
-    required = item.default is MISSING and item.default_factory is MISSING
-    for name in re.findall(r"\{(\w+)\}", help):  # another flag, in its spelling
-        if name != "choices":
-            help = help.replace(f"{{{name}}}", f"--{settings.spelling(name)}")
-    if declared["choices"]:
-        choices = f"{{{', '.join(name or repr(name) for name in declared['choices'])}}}"
-        help = help.replace("{choices}", choices) if "{choices}" in help else f"{help} {choices}"
+    declared, default, choices = item.metadata, item.default, item.metadata["choices"]
+    # Another flag in braces is shown in its spelling.
+    help = re.sub(r"\{(?!choices)(\w+)\}", lambda name: f"--{settings.spelling(name[1])}", declared["help"])
+    if choices:
+        help = help if "{choices}" in help else f"{help} {{choices}}"
+        help = help.replace("{choices}", f"{{{', '.join(choices)}}}")
     if declared["only"]:
         help = f"for {settings.purpose(item)}: {help}"
-    if not any(item.default is none for none in (None, False, MISSING, ())):
-        default = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
-        help += f" (default: {default})"
+    if not any(default is none for none in (None, False, MISSING, ())):
+        help += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
     options: dict[str, Any] = {"help": help.replace("%", "%%"), "default": argparse.SUPPRESS}
 
     if declared["positional"]:
         group.add_argument(item.name, metavar=declared["metavar"], nargs=declared["nargs"], **options)
         return
-    options |= {"dest": item.name, "required": required}
-    if kind is bool and item.default is False and not declared["nargs"]:
+    options |= {"dest": item.name, "required": default is MISSING and item.default_factory is MISSING}
+    if kind is bool and default is False and not declared["nargs"]:
         options["action"] = "store_true"
     elif kind is bool:
         options |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "{true,false}"}
     else:
         number = next((number for number in (int, float) if number.__name__ in str(kind)), str)
-        usual = "NAME" if declared["choices"] else {int: "N", float: "X", str: None}[number]
+        usual = "NAME" if choices else {int: "N", float: "X", str: None}[number]
         options |= {"metavar": declared["metavar"] or usual, "nargs": declared["nargs"], "const": declared["const"]}
-        options["type"] = declared["convert"] or number
-    names = [f"--{name}" for name in (settings.spelling(item.name), *declared["aliases"])]
-    group.add_argument(*names, **options)
+        options["type"] = {"int | str": auto_or_int, "float | str": auto_or_float}.get(str(kind), number)
+    group.add_argument(*(f"--{name}" for name in (settings.spelling(item.name), *declared["aliases"])), **options)
+
+
+def true_or_false(word: str) -> bool:
+    return bool(("false", "true").index(word.lower()))
+
+
+def auto_or_int(word: str) -> int | str:
+    return word if word == "auto" else int(word)
+
+
+def auto_or_float(word: str) -> float | str:
+    return word if word == "auto" else float(word)
 
 
 def parse(
@@ -99,19 +103,16 @@ def parse(
         namespace, unknown = parser.parse_known_args(argv)
         values = vars(namespace)
         rest += unknown
-    # as a shell does where neither a quote nor a = comes before the ~
-    values = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
-    ignored = [name for name in settings._ignored if name in values]
+    ignored = [name for name in settings._ignored if values.pop(name, None) is not None]
     if ignored:
         log.warning("flags of the published training script, which do nothing here: --%s", ", --".join(ignored))
-    command_settings = settings(**{name: value for name, value in values.items() if name not in ignored})
-    command_settings.given = frozenset(values) - set(ignored)
+    # A shell leaves the ~ of --save=~/results to the command.
+    values = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
+    command_settings = settings(**values)
+    command_settings.given = frozenset(values)
     check_values(command_settings)
     command_settings.check()
     return command_settings
-
-
-# ----------------------------------------------------------------------------------------------------------- running
 
 
 def command(
@@ -141,9 +142,8 @@ def answer(
     quiet()
     try:
         if not processes and started() > 1:
-            problem = f"{prog} runs as one process, which spreads the model over all GPUs itself"
-            processes_started = f"{started()} processes were started (WORLD_SIZE)"
-            raise UserError(None, processes_started, problem, "start it with python")
+            problem = f"{started()} processes were started (WORLD_SIZE), and {prog} runs as one, on all GPUs"
+            raise UserError(None, None, problem, "start it with python")
         status = work()
     except UserError as error:
         if any(item.name == error.field and item.metadata["positional"] for _, item, _ in settings.declared()):
@@ -163,22 +163,15 @@ def answer(
 
 
 def quiet() -> None:
-    """Silence third-party logging and progress bars; lib's own messages and warnings are shown."""
+    """Silence third-party logging and progress bars; lib's own messages and warnings are shown, by one process."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     for name in ("lib", "main", "lora_ft", "image_classifiers"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.INFO if is_main() else logging.ERROR)
     for name in ("huggingface_hub", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    # These are read when the libraries are imported.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():  # bars of downloads and of loading would fill a log file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if "transformers" in sys.modules:
-        transformers_logging = sys.modules["transformers"].utils.logging
-        transformers_logging.set_verbosity_error()
-        if not sys.stderr.isatty():
-            transformers_logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not is_main():
-        for name in ("lib", "main", "lora_ft"):
-            logging.getLogger(name).setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ from lib.allocation.block_scores import BLOCK_SCORES
 from lib.allocation.formulas import ALLOCATIONS, MAPPINGS
 from lib.calibration import texts
 from lib.calibration.hidden import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
-from lib.cli.flags import Flags, flag, number_or_auto
+from lib.cli.flags import Flags, flag
 from lib.cli.task import Measurement, Task
 from lib.core.errors import UserError, flag_name
 from lib.core.files import in_repository
@@ -29,7 +29,10 @@ from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
 METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS]
 TEXTS = f"{{{', '.join(texts.DATASETS)}}} or a .txt, .json or .jsonl file (field `text`)"
+STARTS = [name or "uniform" for name in ALLOCATIONS if name != "price"]
 CALIBRATED = " | ".join([name for name, pruner in PRUNERS.items() if pruner.statistic] + ["refit"])
+# Published command lines give these flags to uniform methods as well, where they do nothing.
+OF_WW = {"only": "_ww", "tolerated": "uniform"}
 
 
 @dataclass(kw_only=True)
@@ -38,14 +41,12 @@ class ModelFlags(Flags):
 
     model: str = flag(MISSING, f"hub id, local folder, .gguf file, or {SMOLLM2}; families that were tried: {SUPPORTED}")
     cache_dir: str = flag(
-        "llm_weights", "where weights from the hub or from GGUF are kept", in_repository=True, metavar="DIR"
+        "llm_weights", "folder of downloaded and converted weights", in_repository=True, metavar="DIR"
     )
     dtype: str = flag(
-        "auto",
-        "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU, "
-        "which saves in the checkpoint's own",
-        choices=DTYPES,
-    )
+        "auto", "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU, "
+        "which saves in the checkpoint's own", choices=DTYPES,
+    )  # fmt: skip
     seed: int = flag(0, "random seed for sampling calibration data")
 
 
@@ -55,7 +56,7 @@ class TextFlags(Flags):
 
     calib_data: str = flag("c4", f"text: {TEXTS}", only="calibration | search", warns=True, metavar="TEXT")
     nsamples: int = flag(128, "windows, a count", least=1, only="calibration", warns=True)
-    seqlen: int = flag(2048, "length of a window, tokens", least=1, only="pruning | evaluation", warns=True)
+    seqlen: int = flag(2048, "length of a window, tokens", least=2, only="pruning | evaluation", warns=True)
 
 
 @dataclass(kw_only=True)
@@ -63,47 +64,31 @@ class PruningFlags(Flags):
     _title: ClassVar[str] = "pruning"
 
     prune_method: str | None = flag(
-        None,
-        f"{{{', '.join(PRUNERS)}}}, each alone or with a suffix for how the sparsity is distributed over layers, "
-        f"{{{', '.join('_' + a for a in ALLOCATIONS if a)}}}; _ww: by {{ww_metric}}",
-        metavar="METHOD",
-    )
-    sparsity_ratio: float = flag(0.0, "fraction of the weights to remove, in [0, 1)", least=0, below=1)
-    sparsity_type: str = flag("unstructured", "unstructured, or N:M (2:4, 4:8 ...): keep N of M", metavar="TYPE")
-    use_variant: bool = flag(
-        False, "its variant: one share of each row's score instead of a count", only=" | ".join(VARIANTS)
-    )
+        None, f"{{{', '.join(PRUNERS)}}}, each alone or with a suffix for how the sparsity is distributed over layers, "
+        f"{{{', '.join('_' + a for a in ALLOCATIONS if a)}}}; _ww: by {{ww_metric}}", metavar="METHOD",
+    )  # fmt: skip
+    sparsity_ratio: float = flag(0.0, "fraction of the weights to remove, in [0, 1)", least=0, below=1, only="pruning")
+    sparsity_type: str = flag("unstructured", "unstructured, or N:M: keep N of M", only="pruning", metavar="TYPE")
+    use_variant: bool = flag(False, "its variant: a share of each row's score, not a count", only=" | ".join(VARIANTS))
     pruner_iterations: int | None = flag(
-        None,
-        "iterations of ADMM (default: 10, rho from .3 to 1; 30: rho from .1 to 3, slower and a little better)",
-        least=1,
-        only=" | ".join(ITERATED),
-    )
+        None, "iterations of ADMM (default: 10, rho from .3 to 1; 30: rho from .1 to 3, slower and a little better)",
+        least=1, only=" | ".join(ITERATED),
+    )  # fmt: skip
     damping: float | None = flag(
-        None,
-        "added to the Hessian, a share of its mean diagonal (default: .01 for sparsegpt, .1 for alps and {refit})",
-        above=0,
-        most=1000,  # nothing is left of the inputs' correlations then
-        only=" | ".join((*DAMPED, "refit")),
-    )
+        None, "added to the Hessian: a share of its mean diagonal (default: .01 for sparsegpt, .1 for alps, {refit})",
+        above=0, most=1000, only=" | ".join((*DAMPED, "refit")),
+    )  # fmt: skip
     refit: int | None = flag(
-        None,
-        "conjugate-gradient steps that improve the weights on the fixed mask (default: 10 for alps, else 0)",
-        least=0,
-        only="pruning",
-    )
+        None, "conjugate-gradient steps that improve the weights on the fixed mask (default: 10 for alps, else 0)",
+        least=0, only="pruning",
+    )  # fmt: skip
     statistics: str = flag(
-        "pruned",
-        "what calibration passes on from block to block: {choices} weights' outputs",
-        choices=PROPAGATE,
-        only=CALIBRATED,
+        "pruned", "outputs that calibration passes on: of {choices} weights", choices=PROPAGATE, only=CALIBRATED
     )
     calib_dtype: str | None = flag(
-        None,
-        "{choices}: of the products in calibration's passes through a float32 model (default: the model's own)",
-        choices=CALIB_DTYPES,
-        only=CALIBRATED,
-    )
+        None, "{choices}: of the products in calibration's passes through a float32 model (default: the model's own)",
+        choices=CALIB_DTYPES, only=CALIBRATED,
+    )  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -111,32 +96,20 @@ class AllocationFlags(Flags):
     _title: ClassVar[str] = "allocation"
 
     ww_metric: str = flag(
-        "alpha_peak",
-        "metric of each matrix: {choices}; a larger alpha, stable rank or entropy (less heavy-tailed) is "
-        "pruned more; so is a larger norm, as published",
-        choices=[*METRICS, *WEIGHTWATCHER],
-        only="_ww",
-        tolerated="uniform",
-    )
+        "alpha_peak", "of each matrix: {choices}; the larger (for alpha: the less heavy-tailed), the more is pruned",
+        choices=[*METRICS, *WEIGHTWATCHER], **OF_WW,
+    )  # fmt: skip
     ww_metric_cache: str | None = flag(
-        None,
-        "folder in which the metric is cached (default: data/NAME of the repository, NAME the model's own folder name)",
-        only="_ww",
-        tolerated="uniform",
-        metavar="DIR",
-    )
+        None, "folder in which the metric is cached (default: the repository's data/NAME, NAME the model's own folder)",
+        metavar="DIR", **OF_WW,
+    )  # fmt: skip
     epsilon: float | str = flag(
-        0.3,
-        "half width of the map from metric to sparsity, in [0, 1], or auto: the best on held-out calibration text",
-        least=0,
-        most=1,
-        convert=number_or_auto,
-        only="_ww",
-        tolerated="uniform",
-    )
-    mapping_type: str = flag("block_wise", "{choices}", choices=MAPPINGS, only="_ww", tolerated="uniform")
+        0.3, "half width of the map from metric to sparsity, in [0, 1], or auto: the best on held-out calibration text",
+        least=0, most=1, **OF_WW,
+    )  # fmt: skip
+    mapping_type: str = flag("block_wise", "{choices}", choices=MAPPINGS, **OF_WW)
     esd_driver: str = flag(
-        "exact", "{choices}; exact: float32 SVD, as published; fast: float64 Gram matrix", choices=DRIVERS, only="_ww"
+        "exact", "{choices}: float32 SVD (published), float64 Gram matrix", choices=DRIVERS, only="_ww"
     )
     farms: bool = flag(False, "spectra of windows of one aspect ratio (FARMS) instead of whole matrices", only="_ww")
     farms_rows: int = flag(2000, "rows of a window; at most the matrix's shorter side", least=2, only="farms")
@@ -147,31 +120,20 @@ class AllocationFlags(Flags):
     dlp_alpha: float = flag(0.15, "half width of the map, a sparsity in [0, 1]", least=0, most=1, only="_dlp")
     atp_beta: float = flag(0.005, "step from block to block, a sparsity in [0, 1]", least=0, most=1, only="_atp")
     price_steps: int = flag(16, "steps of the search, each a backward pass over text or images", least=1, only="_price")
-    price_start: str = flag(
-        "uniform",
-        "allocation that the search starts from: {choices}",
-        choices=[name or "uniform" for name in ALLOCATIONS if name != "price"],
-        only="_price",
-    )
-    price_refresh: int = flag(
-        0, "further steps, after ranking the weights again under the plan so far", least=0, only="_price"
-    )
+    price_start: str = flag("uniform", "where the search starts: {choices}", choices=STARTS, only="_price")
+    price_refresh: int = flag(0, "further steps, after the weights are ranked again", least=0, only="_price")
     price_dtype: str = flag(
-        "auto",
-        "{choices}; auto: bfloat16 on a CPU that multiplies it, else the model's own",
-        choices=price_model.SEARCH_DTYPES,
-        only="_price",
-    )
+        "auto", "{choices}; auto: bfloat16 on a CPU that multiplies it, else the model's own",
+        choices=price_model.SEARCH_DTYPES, only="_price",
+    )  # fmt: skip
     price_effort: str = flag(
-        "full", "{choices}: a step reads two windows, or, faster, half of one", choices=price.EFFORTS, only="_price"
+        "full", "{choices}: two windows a step, or half of one", choices=price.EFFORTS, only="_price"
     )
     metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
-    plan: str | None = flag(
-        None, "take the layers' ratios from a file that {save_plan} wrote", only="pruning", metavar="FILE"
-    )
+    plan: str | None = flag(None, "take the layers' ratios from a {save_plan} file", only="pruning", metavar="FILE")
     save_plan: str | None = flag(None, "write the layers' ratios, by name, as JSON", only="pruning", metavar="FILE")
     export_llmcompressor: str | None = flag(
-        None, "write the layers' ratios as an llm-compressor recipe (YAML)", only="pruning", metavar="FILE"
+        None, "write an llm-compressor recipe (YAML) of them", only=" | ".join(plans.LLM_COMPRESSOR), metavar="FILE"
     )
 
 
@@ -189,32 +151,22 @@ class ZeroShotFlags(Flags):
     _title: ClassVar[str] = "evaluation"
 
     eval_zero_shot: bool = flag(False, "answer {tasks} with lm-eval and measure the accuracy")
-    tasks: str = flag(
-        ",".join(ZERO_SHOT_TASKS), "lm-eval's names of tasks or groups", only="eval_zero_shot", metavar="A,B"
-    )
+    tasks: str = flag(",".join(ZERO_SHOT_TASKS), "names of tasks or groups", only="eval_zero_shot", metavar="A,B")
     num_fewshot: int = flag(0, "worked examples before each question, a count", least=0, only="eval_zero_shot")
     limit: int | None = flag(None, "questions per task, a count (default: all)", least=1, only="eval_zero_shot")
-    eval_batch_size: str = flag(
-        "auto", "batch size; auto: the largest that fits on the GPU, 8 on a CPU", only="eval_zero_shot", metavar="N"
+    eval_batch_size: int | str = flag(
+        "auto", "questions at a time; auto: the most that fit on the GPU, 8 on a CPU", least=1, only="eval_zero_shot"
     )
-    include_path: str | None = flag(
-        None, "folder of more lm-eval task files, such as data/tasks", only="eval_zero_shot", metavar="DIR"
-    )
+    include_path: str | None = flag(None, "folder of more tasks, as data/tasks", only="eval_zero_shot", metavar="DIR")
 
     def check(self) -> None:
         super().check()
-        if not any(self.tasks.split(",")):
+        if not self.task_names():
             raise UserError("tasks", repr(self.tasks), "names no task", "give lm-eval's names with commas between them")
-        if self.eval_batch_size != "auto" and not re.fullmatch(r"[1-9]\d*", self.eval_batch_size):
-            raise UserError("eval_batch_size", self.eval_batch_size, "must be auto or at least 1")
 
     def task_names(self) -> tuple[str, ...]:
         """Return the names of the tasks, each once."""
         return tuple(dict.fromkeys(filter(None, self.tasks.split(","))))
-
-    def batch_size(self) -> int | str:
-        """Return the number of questions at a time, or auto."""
-        return "auto" if self.eval_batch_size == "auto" else int(self.eval_batch_size)
 
 
 @dataclass(kw_only=True)
@@ -223,12 +175,9 @@ class OutputFlags(Flags):
 
     save: str = flag("results", "where the run's figures are written", metavar="DIR")
     save_model: str | None = flag(
-        None,
-        "write the pruned model to DIR/METHOD_RATIO; an earlier one there is replaced with all its files, anything "
-        "else there (a file, another folder, an export in it) is refused",
-        only="pruning",
-        metavar="DIR",
-    )
+        None, "write the pruned model to DIR/METHOD_RATIO, in place of an earlier one and all its files; anything else "
+        "there (a file, another folder, an export in it) is refused", only="pruning", metavar="DIR",
+    )  # fmt: skip
     packed: bool = flag(False, "write the model packed, for scripts/generate.py", only="save_model")
 
     def model_folder(self, task: Task) -> Path | None:
@@ -246,14 +195,9 @@ class ScaleFlags(Flags):
         choices=("auto", "always", "never"),
     )
     hidden_states: str = flag(
-        "auto",
-        "place of hidden states: {choices}; auto: the GPU if it has room, else cpu",
-        choices=HIDDEN_STATES,
-        only="calibration",
+        "auto", "their place: {choices}; auto: a GPU with room, else cpu", choices=HIDDEN_STATES, only="calibration"
     )
-    restart: bool = flag(
-        False, "begin again where {save_model} holds an unfinished run, instead of resuming it", only="save_model"
-    )
+    restart: bool = flag(False, "discard an unfinished run in {save_model} and begin again", only="save_model")
 
 
 @dataclass(kw_only=True)
@@ -279,32 +223,18 @@ class MethodFlags(PruningFlags, AllocationFlags):
     def situation(self) -> str:
         if self.metrics_only:
             return f"with {flag_name('metrics_only')}, which prunes and evaluates nothing"
-        if self.prune_method is None:
-            return f"without {flag_name('prune_method')}"
-        return f"with {self.prune_method}"
+        return f"with {self.prune_method}" if self.prune_method else f"without {flag_name('prune_method')}"
 
     def check(self) -> None:
         if self.prune_method is not None:
             check_name("prune_method", self.prune_method, METHODS)
         super().check()
 
-    def dense_task(self) -> Task:
-        """Return the task of a run that prunes nothing.
-
-        Raises:
-            UserError: a sparsity is asked for.
-        """
-        for name, value in (("sparsity_ratio", self.sparsity_ratio), ("sparsity_type", self.sparsity_type)):
-            if value not in (0, "unstructured"):
-                fix = f"add {flag_name('prune_method')}, one of: {', '.join(METHODS)}"
-                raise UserError(name, value, "does nothing without a method", fix)
-        return self.settled(Task("dense", None, "", 0.0))
-
     def settled(self, task: Task) -> Task:
         """Return the ``task`` with its traits and the allocations' hyper-parameters."""
-        names = {name for allocation in ALLOCATIONS.values() for name in allocation.flags} | {"owl_m"}
-        hyper = {name: getattr(self, name) for name in sorted(names)}
+        names = {"owl_m"}.union(*(allocation.flags for allocation in ALLOCATIONS.values()))
         start = self.price_start.replace("uniform", "") if task.allocation == "price" else ""
+        hyper = {name: getattr(self, name) for name in names}
         return task._replace(start=start, hyper=hyper, traits=frozenset(self.traits()))
 
 
@@ -313,37 +243,26 @@ class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFl
     """The flags of main.py."""
 
     def traits(self) -> set[str]:
-        evaluates = self.eval_wikitext and not self.metrics_only
-        return super().traits() | ({"evaluation"} if evaluates else set())
+        return super().traits() | ({"evaluation"} if self.eval_wikitext and not self.metrics_only else set())
 
     def check(self) -> None:
-        for name in ("prune_method", "sparsity_ratio", "eval_wikitext", "eval_zero_shot"):
+        for name in ("prune_method", "eval_wikitext", "eval_zero_shot"):
             if self.metrics_only and name in self.given:
                 raise UserError(name, None, f"does nothing {self.situation()}", "leave one of them out")
         super().check()
         for name in ("calib_data", "eval_data"):
             texts.check_text(name, getattr(self, name))
-        if self.eval_wikitext and self.seqlen < 2:
-            raise UserError("seqlen", self.seqlen, "must be at least 2")
         if self.ww_metric in WEIGHTWATCHER and (self.farms or self.esd_driver != "exact"):
-            name, value = ("farms", None) if self.farms else ("esd_driver", self.esd_driver)
+            name = "farms" if self.farms else "esd_driver"
             problem = f"does nothing with --ww_metric {self.ww_metric}, which goes through weightwatcher's own spectrum"
-            raise UserError(name, value, problem)
+            raise UserError(name, None, problem, "leave one of them out")
         task = self.task()
-        if self.epsilon == "auto":
-            if task.allocation != "ww" or self.metrics_only:
-                raise UserError("epsilon", "auto", f"needs a --prune_method with _ww, not {task.method}")
-            self._check_search("epsilon", "auto")
-        if task.needs == "price":
-            self._check_search("prune_method", task.method)
-            if self.seqlen < 2:
-                raise UserError("seqlen", self.seqlen, f"must be at least 2 with {task.method}")
-
-    def _check_search(self, field: str, value: str) -> None:
-        """Refuse a search that would see the evaluation text."""
-        if self.one_file() and self.eval_wikitext:
+        if self.epsilon == "auto" and not (task.pruner and task.allocation == "ww"):
+            raise UserError("epsilon", "auto", f"needs a --prune_method with _ww, not {task.method}")
+        if "search" in task.traits and self.eval_wikitext and self.one_file():
+            name, value = ("epsilon", "auto") if self.epsilon == "auto" else ("prune_method", task.method)
             problem = "--calib_data and --eval_data are one file, so the choice would see the evaluation text"
-            raise UserError(field, value, problem, "give two")
+            raise UserError(name, value, problem, "give two")
 
     def one_file(self) -> bool:
         """Return whether the texts for calibration and evaluation are one file, which is not split."""
@@ -375,72 +294,45 @@ class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFl
         """
         if self.metrics_only:
             return self.settled(Task("metrics", None, "ww", 0.0))
-        nm = None if self.sparsity_type == "unstructured" else parse_nm(self.sparsity_type)
         if self.prune_method is None:
-            return self.dense_task()
-        method, target = self.prune_method, self.sparsity_ratio
+            return self.settled(Task("dense", None, "", 0.0))
+        method, nm, implied = self.prune_method, parse_nm(self.sparsity_type), None
         name, _, suffix = method.partition("_")
-        if self.export_llmcompressor and name not in plans.LLM_COMPRESSOR:
-            problem = f"with {method}: for {' and '.join(plans.LLM_COMPRESSOR)} only"
-            raise UserError("export_llmcompressor", None, problem)
+        grouped, by = nm is not None, f"--sparsity_type {self.sparsity_type}"
         if self.plan:
-            method, suffix, target = f"{name}_plan", "", self._planned_target(method)
+            if suffix or nm:
+                problem = f"with {f'--prune_method {method}' if suffix else by}: the plan says all of that already"
+                raise UserError("plan", None, problem, f"use --prune_method {name} alone")
+            content = plans.read_plan(Path(self.plan))
+            implied, by, method = content["target"], f"--plan {self.plan}", f"{name}_plan"
+            grouped = any("nm" in row for row in content["layers"].values())
         elif nm:
-            target = self._nm_target(method, suffix, nm)
-        elif not target:
-            fix = "add --sparsity_ratio (or --sparsity_type N:M)"
-            raise UserError("prune_method", None, f"{method} without a sparsity", fix)
+            implied = 1 - nm[0] / nm[1]
+            if suffix and nm[0] == 1:
+                problem = f"with {method}: every layer keeps at least one of {nm[1]}: nothing can be distributed"
+                raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
+        target = implied or self.sparsity_ratio
+        if not target:
+            raise UserError(
+                "prune_method", None, f"{method} without a sparsity", "add --sparsity_ratio or --sparsity_type"
+            )
+        if self.sparsity_ratio and abs(self.sparsity_ratio - target) > 1e-9:
+            raise UserError(
+                "sparsity_ratio", self.sparsity_ratio, f"with {by}, which removes {target:g}", "leave it out"
+            )
+        if self.use_variant and grouped:
+            raise UserError("use_variant", None, f"with {by}: the variant is unstructured only")
         table = VARIANTS if self.use_variant else PRUNERS
         pruner = configured(name, table, self.pruner_iterations, self.damping, self.refit)
-        task = self.settled(Task(method, pruner, suffix, target, nm))
-        return task._replace(plan=self.plan, identity=self.identity())
-
-    def _planned_target(self, method: str) -> float:
-        """Return the target of the plan to be used."""
-        if "_" in method:
-            problem = f"with --prune_method {method}: the plan is the allocation"
-            raise UserError("plan", None, problem, f"use {method.partition('_')[0]}")
-        if self.sparsity_type != "unstructured" or self.save_plan:
-            name = "save_plan" if self.save_plan else f"sparsity_type {self.sparsity_type}"
-            raise UserError("plan", None, f"with --{name}: the plan says all of that already", "leave one of them out")
-        content = plans.read_plan(Path(self.plan))
-        mixed = len({str(row.get("nm")) for row in content["layers"].values()}) > 1
-        if self.export_llmcompressor and mixed:
-            problem = "with a plan of mixed N:M: llm-compressor has one N:M for all layers"
-            raise UserError("export_llmcompressor", None, problem)
-        if self.sparsity_ratio and abs(self.sparsity_ratio - content["target"]) > 1e-9:
-            problem = f"with --plan {self.plan}: that plan is for {content['target']}"
-            raise UserError("sparsity_ratio", self.sparsity_ratio, problem)
-        if self.use_variant and any("nm" in row for row in content["layers"].values()):
-            raise UserError("use_variant", None, "with a plan of N:M: the variant is unstructured only")
-        return content["target"]
-
-    def _nm_target(self, method: str, suffix: str, nm: tuple[int, int]) -> float:
-        """Return the sparsity implied by N:M."""
-        situation = f"with --sparsity_type {self.sparsity_type}"
-        if self.use_variant:
-            raise UserError("use_variant", None, f"{situation}: the variant is unstructured only")
-        if suffix and nm[0] == 1:
-            problem = f"with {method}: every layer keeps at least one of {nm[1]}: nothing can be distributed"
-            raise UserError("sparsity_type", f"1:{nm[1]}", problem, f"use 2:{2 * nm[1]}")
-        if suffix and self.export_llmcompressor:
-            problem = f"{situation} and {method}: llm-compressor has one N:M for all layers"
-            raise UserError("export_llmcompressor", None, problem)
-        implied = 1 - nm[0] / nm[1]
-        if self.sparsity_ratio and abs(self.sparsity_ratio - implied) > 1e-9:
-            problem = f"{situation}: that type removes {implied:g}"
-            fix = f"leave --sparsity_ratio out or give {implied:g}"
-            raise UserError("sparsity_ratio", self.sparsity_ratio, problem, fix)
-        return implied
+        return self.settled(Task(method, pruner, suffix, target, nm, plan=self.plan, identity=self.identity()))
 
 
-def parse_nm(text: str) -> tuple[int, int]:
-    """Return (N, M) of ``N:M``."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match:
-        hint = did_you_mean(text, ["unstructured"])
-        raise UserError("sparsity_type", text, f"must be unstructured or N:M such as 2:4.{hint}")
-    keep, group = int(match[1]), int(match[2])
-    if not 0 < keep < group:
-        raise UserError("sparsity_type", text, "N:M keeps N of M, so N must be at least 1 and below M")
-    return keep, group
+def parse_nm(sparsity_type: str) -> tuple[int, int] | None:
+    """Return (N, M) of ``N:M``, None of ``unstructured``."""
+    match = re.fullmatch(r"([1-9]\d*):(\d+)", sparsity_type)
+    if match and int(match[1]) < int(match[2]):
+        return int(match[1]), int(match[2])
+    if sparsity_type != "unstructured":
+        hint = did_you_mean(sparsity_type, ["unstructured"])
+        raise UserError("sparsity_type", sparsity_type, f"must be unstructured, or N:M with 0 < N < M.{hint}")
+    return None

@@ -17,12 +17,10 @@ class Task(NamedTuple):
     Attributes:
         method: the name in files and tables; "dense" without pruning.
         pruner: what zeroes the weights, None if nothing is pruned.
-        allocation: name of what distributes the sparsity over layers, "" for uniform.
-        target: fraction of the weights to remove.
-        nm: (N, M) to keep N of every M columns.
+        allocation: name of what distributes the sparsity over layers, "" for uniform; not used with a ``plan`` file.
+        target: fraction of the weights to remove; with ``nm``, N of every M columns are kept.
         start: allocation from which the search for prices starts, "" for uniform.
         hyper: hyper-parameters of all allocations by flag.
-        plan: file with the ratios, which then come from no allocation.
         identity: the flags that determine the pruned weights, for resuming.
         traits: what holds of the run, as flags declare what they are for (``MethodFlags.traits``).
     """
@@ -68,16 +66,6 @@ class Task(NamedTuple):
         """Task of the allocation from which the search for prices starts."""
         return self._replace(allocation=self.start, start="", nm=None)
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the pruner or the allocation reads statistics of calibration data."""
-        return "calibration" in self.traits
-
-    @property
-    def is_searched(self) -> bool:
-        """Whether the allocation is found by a search on calibration data."""
-        return "search" in self.traits
-
 
 class Measurement(NamedTuple):
     """The ``metric`` to measure with ``settings``, and the ``folder`` that caches it."""
@@ -85,8 +73,3 @@ class Measurement(NamedTuple):
     metric: str
     folder: Path
     settings: measure.SpectrumSettings = measure.PUBLISHED
-
-    @property
-    def file(self) -> Path:
-        """File in which the metric is cached."""
-        return self.folder / f"{self.settings.stem(self.metric)}.npy"

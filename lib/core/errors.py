@@ -11,18 +11,15 @@ class UserError(Exception):
     (``lib.cli.command``) and exits with status 2. Other flags in the line are written as ``flag_name(field)``.
     """
 
-    def __init__(self, field: str | None, value: object, problem: str | None = None, fix: str | None = None) -> None:
-        if problem is None:  # to be converted: the whole line is in ``value``
-            self.text = str(value)
-        else:
-            self.text = (f"{value}: " if value is not None else "") + problem + (f"; {fix}" if fix else "")
-        super().__init__(field, value, problem, fix)  # which another process makes it of
+    def __init__(self, field: str | None, value: object, problem: str, fix: str | None = None) -> None:
+        super().__init__(field, value, problem, fix)  # from which another process makes it again
         self.field = field
+        self.message = (f"{value}: " if value is not None else "") + problem + (f"; {fix}" if fix else "")
 
     def spelled(self, spelling: Callable[[str], str]) -> str:
         """Return the whole line with every flag as ``--spelling(field)``."""
-        text = re.sub("\0(\\w+)\0", lambda flag: f"--{spelling(flag[1])}", self.text)
-        return text if self.field is None else f"--{spelling(self.field)} {text}"
+        line = re.sub("\0(\\w+)\0", lambda flag: f"--{spelling(flag[1])}", self.message)
+        return line if self.field is None else f"--{spelling(self.field)} {line}"
 
     def __str__(self) -> str:
         return self.spelled(str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,23 +48,18 @@ def load_skeleton(source: Source) -> transformers.PreTrainedModel:
         raise unreadable(source, error) from error
 
     if getattr(config, "quantization_config", None):
-        problem = "is quantised, and pruning needs the float16, bfloat16 or float32 weights"
-        raise UserError("model", source.given, problem)
+        raise UserError("model", source.given, "is quantised", "pruning needs the float16, bfloat16 or float32 weights")
     names = config.architectures or ["ForCausalLM"]
-    kind, skeleton = "a causal language model", None
-    if getattr(config, "is_encoder_decoder", False):
-        kind = "supported, it is an encoder-decoder"
-    elif all("ForCausalLM" in name or "LMHead" in name for name in names):
-        try:
-            with torch.device("meta"):
-                skeleton = transformers.AutoModelForCausalLM.from_config(config)
-        except ValueError:  # The library has no causal model for this config.
-            pass
     # BERT has a language model's head, and is not causal.
     causal = any("ForCausalLM" in name for name in names) or getattr(config, "is_decoder", True)
-    if skeleton is None or not causal:
-        problem = f"{architecture(config)} is not {kind}"
-        raise UserError("model", source.given, problem, f"supported: {SUPPORTED}")
+    reason, skeleton = "is not a causal language model", None
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "is an encoder-decoder"
+    elif causal and all("ForCausalLM" in name or "LMHead" in name for name in names):
+        with suppress(ValueError), torch.device("meta"):  # the library may have no causal model for this config
+            skeleton = transformers.AutoModelForCausalLM.from_config(config)
+    if skeleton is None:
+        raise UserError("model", source.given, f"{architecture(config)} {reason}", f"supported: {SUPPORTED}")
     check_support(source.given, skeleton)
     return skeleton
 
@@ -148,8 +144,7 @@ def load_llm(
         raise unreadable(source, error) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:  # from_pretrained would leave random numbers there
-        problem = f"the checkpoint lacks {len(missing)} weights, first {missing[0]}"
-        raise UserError("model", source.given, problem)
+        raise UserError("model", source.given, f"the checkpoint lacks {len(missing)} weights, first {missing[0]}")
 
     # ``hf_device_map`` exists only for a split model; it is not set here, since the libraries compare it with strings.
     device_map = getattr(model, "hf_device_map", {"": next(model.parameters()).device})

@@ -60,7 +60,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise UserError(None, path, f"cannot be read as safetensors ({first_line(error)})") from error
 
 
-def read_checkpoint(folder: Path) -> dict[str, Entry]:
+def checkpoint_entries(folder: Path) -> dict[str, Entry]:
     """Return the tensors of a checkpoint by name: of one file, or of several with an index.
 
     Raises:

@@ -128,7 +128,7 @@ def _find_tensors(model: torch.nn.Module, folder: Path) -> dict[str, safetensors
         UserError: a parameter has no tensor there, or one of another shape; or tensors differ that the config ties,
             both of which would be used if it were loaded as a whole.
     """
-    stored, base = safetensors_io.read_checkpoint(folder), f"{model.base_model_prefix}."
+    stored, base = safetensors_io.checkpoint_entries(folder), f"{model.base_model_prefix}."
     entries = {}
     for name, parameter in model.named_parameters():  # of tied ones the first
         stored_name = next((n for n in (name, name.removeprefix(base), base + name) if n in stored), None)

@@ -20,20 +20,9 @@ from lib.spectra import measure, spectrum
 
 log = logging.getLogger("main")
 
-# The names of a run's files begin with these.
-FIGURES = ("run", "layers", "perplexity", "zero_shot", "price")
-
-
-# ------------------------------------------------------------------------------------------- places that are written
-
 
 def check_output(
-    save: Path,
-    run: str,
-    target: Path | None,
-    flags: Mapping[str, object],
-    paths: Mapping[str, Path],
-    mark: str = MANIFEST,
+    save: Path, run: str, target: Path | None, flags: Mapping, paths: Mapping[str, Path], mark: str = MANIFEST
 ) -> None:
     """Refuse output that cannot be written or would destroy something; warn of earlier runs that will be replaced.
 
@@ -41,58 +30,38 @@ def check_output(
 
     Args:
         save: folder of the figures of the ``run``.
-        target: folder of the pruned model, None if it is not saved.
-        flags: all flags of the run.
-        paths: files and folders that the flags name, by field.
-        mark: file that every folder of a pruned model holds.
+        target: folder of the pruned model, which is known by the file ``mark`` in it; None if it is not saved.
+        paths: files and folders that the ``flags`` name, by field.
     """
     files.check_writable("save", save)
-    if target is not None:
-        _check_target(target, mark, paths)
     earlier = read_run(save, run)
     if earlier and not has_flags(earlier, flags):
         log.warning("%s/*_%s.* of a run with other flags will be replaced", save, run)
-    if target is not None and target.exists() and not (earlier and not earlier.get("complete")):
-        log.warning("%s already exists and will be replaced, with every file in it", target)
-    for name in ("save_plan", "export_llmcompressor"):
-        if name in paths:
-            _check_written_file(name, save, run, paths)
+    if target is not None:
+        _check_target(target, mark, paths)
+        if target.exists() and not (earlier and not earlier.get("complete")):
+            log.warning("%s already exists and will be replaced, with every file in it", target)
+    for name in sorted(paths.keys() & {"save_plan", "export_llmcompressor"}):
+        files.check_file(name, paths[name])
+        for read in paths.keys() & {"model", "calib_data", "eval_data", "plan"}:
+            if paths[name].resolve().is_relative_to(paths[read].resolve()):
+                raise UserError(name, paths[name], f"would be written over {flag_name(read)}", "give another file")
+        files.check_writable(name, paths[name].parent)
 
 
 def _check_target(target: Path, mark: str, paths: Mapping[str, Path]) -> None:
     """Refuse to replace ``target`` by a pruned model if anything else than an earlier one would be lost."""
     files.check_folder("save_model", target)
     for name, path in paths.items():
-        for place in (target, partial_folder(target)):
-            if path.resolve() == place.resolve():
-                problem = f"{place} is {flag_name(name)} itself, and would be replaced"
-                raise UserError("save_model", target.parent, problem, "give another folder")
-            if path.resolve().is_relative_to(place.resolve()):
-                problem = f"{flag_name(name)} {path} lies in {place}, which would be replaced"
-                raise UserError("save_model", target.parent, problem, "give another folder")
-    fix = "move it away, or give another folder"
-    inside = sorted(target.iterdir()) if target.is_dir() else []
-    if inside and target / mark not in inside:
-        problem = f"{target} would be replaced, and no earlier run wrote it (it holds no {mark})"
-        raise UserError("save_model", target.parent, problem, fix)
-    for path in inside:
-        if path.is_dir():  # an export of the weights, for example; a saved model has no folders
-            problem = f"{target} would be replaced, and with it the folder {path.name}, which no pruning wrote"
-            raise UserError("save_model", target.parent, problem, fix)
-
-
-def _check_written_file(name: str, save: Path, run: str, paths: Mapping[str, Path]) -> None:
-    """Refuse a file to write in the place of an input, of another output, or of what is no ordinary file."""
-    path, model, fix = paths[name], paths.get("model"), "give another file"
-    files.check_file(name, path)
-    for field, place in paths.items():
-        if field != name and path.resolve() == place.resolve():
-            raise UserError(name, path, f"is {flag_name(field)}, too", fix)
-    if model is not None and path.resolve().is_relative_to(model.resolve()):
-        raise UserError(name, path, f"lies in the folder of {flag_name('model')}", fix)
-    if path.stem in {f"{kind}_{run}" for kind in FIGURES} and path.resolve().parent == save.resolve():
-        raise UserError(name, path, "is where the run's figures are written", fix)
-    files.check_writable(name, path.parent)
+        if path.resolve().is_relative_to(target.resolve()):
+            problem = f"{flag_name(name)} {path} lies in {target}, which would be replaced"
+            raise UserError("save_model", target.parent, problem, "give another folder")
+    inside = list(target.iterdir()) if target.is_dir() else []
+    folder = next((path.name for path in inside if path.is_dir()), None)  # a saved model has none
+    if folder or (inside and target / mark not in inside):
+        stranger = f"the folder {folder}" if folder else f"its files (it holds no {mark})"
+        problem = f"{target} would be replaced, and no pruning wrote {stranger}"
+        raise UserError("save_model", target.parent, problem, "move it away, or give another folder")
 
 
 def check_disk(target: Path, size: int, restart: bool, unmeasured: bool) -> None:
@@ -104,17 +73,12 @@ def check_disk(target: Path, size: int, restart: bool, unmeasured: bool) -> None
     files.check_writable("save_model", target.parent, size - written)
 
 
-# ---------------------------------------------------------------------------------------------------------- the model
-
-
 def check_layers(
     task: Task, name: str, layers: Sequence[Layer], measured: Sequence[Layer], measurement: Measurement
 ) -> None:
     """Refuse contradictions between the flags and the shapes of the model ``name``, and a cache that cannot be used.
 
-    Args:
-        layers: those to prune.
-        measured: those that a metric is measured on.
+    The ``layers`` are pruned; a metric is ``measured`` on others, where a classifier's differ.
     """
     for layer in layers if task.nm else ():
         if layer.shape[1] % task.nm[1]:
@@ -141,19 +105,15 @@ def check_layers(
 def check_calibration(hidden_states: str, nsamples: int) -> None:
     """Refuse a place of the hidden states that is missing, and too few windows for all processes."""
     if hidden_states == "gpu" and not cpu.gpus():
-        fix = "leave it out, or use cpu or disk"
-        raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", fix)
+        raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", "use cpu or disk")
     if nsamples < processes.count():
-        problem = f"{processes.count()} processes share them, so give at least as many"
-        raise UserError("nsamples", nsamples, problem)
+        raise UserError(
+            "nsamples", nsamples, "is too few to share", f"give one for each of {processes.count()} processes"
+        )
 
 
 def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | None:
-    """Return the dtype of the products in calibration's passes, None for the model's own.
-
-    Raises:
-        UserError: the model is not computed in float32.
-    """
+    """Return the dtype of the products in a float32 model's calibration passes, None for the model's own."""
     if name is None:
         return None
     if compute != torch.float32:
@@ -162,9 +122,6 @@ def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | N
     if not cpu.gpus() and not cpu.multiplies(torch.bfloat16):
         log.warning("--calib_dtype %s: this CPU has no instructions for it, so that it is slower than float32", name)
     return getattr(torch, name)
-
-
-# ---------------------------------------------------------------------------------------------------------- streaming
 
 
 def must_stream(task: Task, stream: str, fits: bool, zero_shot: bool, packed: bool, saved: bool) -> bool:
@@ -182,18 +139,13 @@ def must_stream(task: Task, stream: str, fits: bool, zero_shot: bool, packed: bo
         raise UserError("stream", "never", problem, "leave it out, or start one process, which uses all GPUs")
     if stream == "never" or (stream == "auto" and fits):
         return False
+    why = "the model " + ("is streamed (--stream always)" if fits else "does not fit into the memory of GPUs and CPU")
     if task.needs == "price":
-        why = "--stream always" if stream == "always" else "the model does not fit beside what a search needs"
-        fix = "use more or larger GPUs, or a --plan"
-        raise UserError("prune_method", task.method, f"{why}, and a streamed model has no prices", fix)
+        raise UserError("prune_method", task.method, f"{why}, and a streamed model has no prices", "use a --plan")
     if zero_shot and not fits:
-        problem = "the model does not fit into the memory of the GPUs and the CPU together, which lm-eval needs"
-        fix = "leave it out, and measure on more GPUs"
-        raise UserError("eval_zero_shot", None, f"with a streamed model: {problem}", fix)
+        raise UserError("eval_zero_shot", None, f"{why}, where lm-eval needs it", "leave it out, or use more GPUs")
     if task.pruner and packed:
-        problem = "with a streamed model, whose blocks go to disk as they are"
-        raise UserError("packed", None, problem, "pack it afterwards: scripts/speedup/pack.py")
+        raise UserError("packed", None, f"{why}, and is streamed unpacked", "use scripts/speedup/pack.py afterwards")
     if task.pruner and not saved:
-        why = "always" if stream == "always" else "auto (the model does not fit into memory)"
-        raise UserError("stream", f"{why} without --save_model", "pruned blocks go to disk", "add --save_model DIR")
+        raise UserError("stream", stream, f"{why}, so that pruned blocks go to disk", "add --save_model DIR")
     return True

@@ -22,7 +22,10 @@ from lib.pruning.walk import LayerReport
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "pruning.jsonl"  # the progress of the run; it stays in the finished folder and says what made the model
+# What made the model, in its finished folder.
+MANIFEST = "pruning.json"
+# What was finished, line by line; it stays there as well, so that a stopped evaluation can be resumed.
+_PROGRESS = "progress.jsonl"
 _RESTART = "add --restart to begin again"
 
 
@@ -75,9 +78,9 @@ class Journal:
                 if can_reopen(self.target, restart, unmeasured):
                     self._reopen()
                 self.folder.mkdir(exist_ok=True)
-                self._progress = Progress(self.folder / MANIFEST)
+                self._progress = Progress(self.folder / _PROGRESS)
             except UserError as error:
-                raise UserError("save_model", None, error.text, _RESTART) from error
+                raise UserError("save_model", None, error.message, _RESTART) from error
             for path in self.folder.glob(".*.tmp"):  # that a killed process was writing
                 path.unlink()
             shutil.rmtree(self.scratch, ignore_errors=True)
@@ -163,6 +166,8 @@ class Journal:
         """Replace the target by the finished folder, ``packed`` or unchanged."""
         with files.writing(self.target, "save_model"):
             shutil.rmtree(self.scratch, ignore_errors=True)
+            made_by = self._progress.get("run", "identity")
+            files.write_atomically(self.folder / MANIFEST, json.dumps(made_by, indent=1) + "\n")
             if packed:
                 with files.new_folder(self.target) as folder:
                     sparse.pack_files(self.folder, folder)

@@ -13,11 +13,10 @@ from lib.cli.settings import Experiment
 from lib.cli.task import Task
 from lib.core import cpu, processes
 from lib.core.digests import digest
-from lib.core.lazy import torch, transformers
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
-from lib.models.layers import Layer, prunable_layers
-from lib.models.safetensors_io import read_checkpoint
+from lib.models.layers import prunable_layers
+from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
 from lib.pruning import walk
@@ -32,11 +31,10 @@ class LanguageModel:
     """Language model with the texts that a run reads.
 
     A sweep passes one subject to all of its runs: each takes over the texts and the loaded model if they are the same,
-    and starts from the dense weights again.
+    and starts from the dense weights again. ``planned`` are the settings of these runs: the model is loaded once, and
+    must leave room on each GPU for the most demanding of them.
 
     Attributes (and those of ``lib.run.pipeline.Subject``):
-        planned: settings of all runs of a sweep. The model is loaded once, so it must leave room on each GPU for the
-            most demanding of them.
         calibration, evaluation: windows of token ids, [windows, seqlen]; None if the run reads none.
         search: windows to search on and held-out ones, for --epsilon auto and _price.
         questions: zero-shot tasks with their data.
@@ -50,27 +48,26 @@ class LanguageModel:
     def __init__(self, planned: Sequence[Experiment] = ()) -> None:
         self.planned = tuple(planned)
 
-    # ----------------------------------------------------------------------------------- before the weights are loaded
-
     def prepare(self, settings: Experiment, task: Task) -> None:
         """Take up what a run needs besides the weights, and refuse what cannot work: 13 GB take a while to load."""
         source = processes.on_main(lambda: locate.locate(settings.model, settings.cache_dir))
+        packed = sparse.is_packed(source.path)
         if task.pruner or settings.metrics_only or settings.stream == "always":
             sparse.refuse_packed(source)
         if source != self.source:
-            self._forget()
+            self.weights = self.dense = self.fits = self._loaded_as = None
+            self._texts, self.scores = {}, {}
             self.skeleton = load.load_skeleton(source)
-            self.layers: tuple[Layer, ...] = prunable_layers(self.skeleton)
+            self.layers = prunable_layers(self.skeleton)
+            self.tokenizer = load.load_tokenizer(source)
             self.source, self.name = source, source.name
-        if sparse.is_packed(source.path):
-            self.dtypes = sparse.packed_dtypes(source, settings.dtype)
-        else:
-            self.dtypes = load.choose_dtypes(settings.dtype, self.skeleton)
+        dtype = settings.dtype
+        self.dtypes = sparse.packed_dtypes(source, dtype) if packed else load.choose_dtypes(dtype, self.skeleton)
 
         checks.check_layers(task, self.name, self.layers, self.layers, settings.measurement(self.name))
         self.calib_dtype = checks.calibration_dtype(settings.calib_dtype, self.dtypes.compute)
         self.hidden_states, self.price_dtype = settings.hidden_states, settings.price_dtype
-        if task.is_calibrated:
+        if "calibration" in task.traits:
             checks.check_calibration(settings.hidden_states, settings.nsamples)
         if settings.save_model:
             size = memory.saved_bytes(self.skeleton, source.path, self.dtypes.save)
@@ -83,71 +80,58 @@ class LanguageModel:
             fits = memory.fits_in_memory(self.skeleton, self.dtypes.compute, self.reserve)
             self.fits = all(processes.gathered(fits))
         outputs = (settings.eval_zero_shot, settings.packed, bool(settings.save_model))
-        self.streamed: Path | None = None
-        if not sparse.is_packed(source.path) and checks.must_stream(task, settings.stream, self.fits, *outputs):
+        self.streamed = None
+        if not packed and checks.must_stream(task, settings.stream, self.fits, *outputs):
             self.streamed = locate.local_copy(source)
-            read_checkpoint(self.streamed)  # refuses what cannot be streamed
-
-    def _forget(self) -> None:
-        """Forget an earlier run's model, and what depends on it."""
-        self.weights: Weights | None = None
-        self.dense: Mapping[str, torch.Tensor] | None = None
-        self.tokenizer: transformers.PreTrainedTokenizerBase | None = None
-        self.fits: bool | None = None
-        self._loaded_as: tuple | None = None
-        self._texts: dict[tuple, object] = {}
-        self.scores: dict[tuple, object] = {}
+            checkpoint_entries(self.streamed)  # refuses what cannot be streamed
 
     def _read_texts(self, settings: Experiment, task: Task) -> None:
         """Read the windows and questions that the run needs."""
         self.calibration = self.evaluation = self.search = self.questions = None
         self.calibration_digest, self.search_digests = "none", []
-        if self.tokenizer is None:
-            self.tokenizer = load.load_tokenizer(self.source)
         context = load.context_length(self.skeleton)
-        self.seqlen = settings.seqlen if context is None else min(settings.seqlen, context)
-        if settings.metrics_only:
-            return
-        if self.seqlen < settings.seqlen and (settings.eval_wikitext or task.is_calibrated):
+        self.seqlen = min(settings.seqlen, context or settings.seqlen)
+        if self.seqlen < settings.seqlen and task.traits & {"calibration", "evaluation"}:
             log.warning("--seqlen %d is more than the model's context; using %d", settings.seqlen, context)
 
-        text, seed = settings.calib_data, settings.seed
-        if task.is_calibrated:
+        calibration = (settings.calib_data, self.tokenizer)
+        if "calibration" in task.traits:
             cut_before = "calibration_windows" in (key[0] for key in self._texts)
-            if settings.eval_wikitext and settings.one_file() and not cut_before:
-                log.warning("%s is both calibrated and evaluated on; give another text: --eval_data FILE", text)
-            self.calibration = self._windows(texts.calibration_windows, text, settings.nsamples, self.seqlen, seed)
+            if "evaluation" in task.traits and settings.one_file() and not cut_before:
+                text = "%s is both calibrated and evaluated on; give another text: --eval_data FILE"
+                log.warning(text, settings.calib_data)
+            how = (settings.nsamples, self.seqlen, settings.seed)
+            self.calibration = self._once(texts.calibration_windows, *calibration, *how)
             self.calibration_digest = digest(self.calibration)
 
-        if task.needs == "price":
-            effort = settings.price_options().effort
-            counts, length = (price.FIT_WINDOWS, effort.held_out_windows), effort.length(self.seqlen)
-            self.search = self._windows(texts.search_windows, text, counts, length, seed, "_price")
-        elif task.is_searched:
-            counts = (epsilon.WINDOWS, epsilon.WINDOWS)
-            self.search = self._windows(texts.search_windows, text, counts, self.seqlen, seed, "--epsilon auto")
-        self.search_digests = [digest(windows) for windows in self.search or ()]
+        if "search" in task.traits:
+            counts, length, flag = (epsilon.WINDOWS, epsilon.WINDOWS), self.seqlen, "--epsilon auto"
+            if task.needs == "price":
+                effort = settings.price_options().effort
+                counts, length, flag = (price.FIT_WINDOWS, effort.held_out_windows), effort.length(length), "_price"
+            self.search = self._once(texts.search_windows, *calibration, counts, length, settings.seed, flag)
+            self.search_digests = [digest(windows) for windows in self.search]
 
-        if settings.eval_wikitext:
-            cut = (self.seqlen, settings.eval_windows)
-            self.evaluation = self._windows(texts.evaluation_windows, settings.eval_data, *cut)
+        if "evaluation" in task.traits:
+            how = (self.seqlen, settings.eval_windows)
+            self.evaluation = self._once(texts.evaluation_windows, settings.eval_data, self.tokenizer, *how)
         load.check_vocabulary(settings.model, self.skeleton, self.calibration, self.evaluation)
         if settings.eval_zero_shot:
-            key = (settings.task_names(), settings.include_path, settings.num_fewshot)
-            self.questions = self._texts[key] = self._texts.get(key) or zero_shot.find_tasks(*key)
+            names = settings.task_names()
+            self.questions = self._once(zero_shot.find_tasks, names, settings.include_path, settings.num_fewshot)
 
-    def _windows(self, cut: Callable, text: str, *how):
-        """Return the windows that ``cut`` makes of a ``text``, or those that an earlier run cut in the same way."""
-        key = (cut.__name__, text, *how)
+    def _once(self, read: Callable, *how: object):
+        """Return what ``read`` returns, or what it returned to an earlier run."""
+        key = (read.__name__, *how)
         if key not in self._texts:
-            self._texts[key] = cut(text, self.tokenizer, *how)
+            self._texts[key] = read(*how)
         return self._texts[key]
 
     def _needed_memory(self, settings: Experiment) -> int:
         """Return the bytes of each GPU that a run needs besides the weights, from shapes alone."""
         task, dtype = settings.task(), self.dtypes.compute
         hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
-        windows = -(-settings.nsamples // processes.count()) if task.is_calibrated else 0
+        windows = -(-settings.nsamples // processes.count()) if "calibration" in task.traits else 0
         copies = task.pruner.copies if task.pruner else 0
         needed = memory.working_set(self.skeleton, dtype, hessians, windows, self.seqlen, copies)
         if task.needs == "lamp_score":
@@ -162,18 +146,13 @@ class LanguageModel:
 
     def describe(self, flags: Mapping[str, object]) -> dict:
         """Return what the run's record says of the model and its texts."""
-
-        def windows(flag: str, tensor: torch.Tensor | None) -> dict | None:
-            return None if tensor is None else {"text": flags[flag], "windows": len(tensor), "seqlen": self.seqlen}
-
-        model = self.source._asdict() | {
-            "dtype": str(self.dtypes.compute).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in self.skeleton.parameters()),
+        model = self.source._asdict() | {"dtype": str(self.dtypes.compute).removeprefix("torch.")}
+        model["parameters"] = sum(p.numel() for p in self.skeleton.parameters())
+        windows = {"calibration": ("calib_data", self.calibration), "evaluation": ("eval_data", self.evaluation)}
+        return {"model": model} | {
+            name: None if cut is None else {"text": flags[flag], "windows": len(cut), "seqlen": self.seqlen}
+            for name, (flag, cut) in windows.items()
         }
-        calibration, evaluation = windows("calib_data", self.calibration), windows("eval_data", self.evaluation)
-        return {"model": model, "calibration": calibration, "evaluation": evaluation}
-
-    # --------------------------------------------------------------------------------------------------- with weights
 
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""
@@ -238,16 +217,11 @@ class LanguageModel:
             return False
         return True
 
-    def zero_shot(
-        self, saved: str | None, num_fewshot: int, limit: int | None, batch: int | str
-    ) -> zero_shot.ZeroShotResult:
-        """Return the accuracy on the questions; a streamed model, which fits into memory, is read from its folder.
-
-        Args:
-            saved: folder of the pruned model, None if nothing was pruned.
-        """
+    def zero_shot(self, settings: Experiment, saved: str | None) -> zero_shot.ZeroShotResult:
+        """Return the accuracy on the questions; a streamed model is read from where it was ``saved``, if it changed."""
         model = self.weights.model
         if self.weights.streamed:
             source = self.source if saved is None else locate.locate(saved, self.source.cache_dir)
             model = load.load_llm(source, self.dtypes.compute, processes.device(), reserve=self.reserve)
-        return zero_shot.zero_shot(model, self.tokenizer, self.questions, num_fewshot, limit, batch)
+        how = (settings.num_fewshot, settings.limit, settings.eval_batch_size)
+        return zero_shot.zero_shot(model, self.tokenizer, self.questions, *how)

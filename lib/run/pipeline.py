@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lib.allocation import block_scores, epsilon, formulas, price
+from lib.allocation.formulas import Values
 from lib.allocation.price_model import PriceModel
 from lib.calibration.hidden import BlockInputs
 from lib.cli.task import Measurement, Task
@@ -27,27 +28,18 @@ from lib.spectra import measure
 
 log = logging.getLogger("main")
 
-# A measured sparsity may miss the target by this much before it is worth a warning.
-MISSED = 0.002
-
 
 class Subject(Protocol):
     """What a run prunes: a model whose blocks are lent by its weights, and the data that it is calibrated on."""
 
-    # The model's name, for caches and plans.
-    name: str
-    # What is pruned, and what a metric is measured on.
-    weights: Weights
-    measured: Weights
-    # A copy of the dense weights, if one is held.
-    dense: Mapping[str, torch.Tensor] | None
-    # The dtype of the products in calibration's passes, None for the model's own.
-    calib_dtype: torch.dtype | None
-    # Hashes of the data of calibration and of a search.
-    calibration_digest: str
-    search_digests: Sequence[str]
-    # What was measured on the dense weights, by what it depends on.
-    scores: dict[tuple, object]
+    name: str  # the model's, for caches and plans
+    weights: Weights  # what is pruned
+    measured: Weights  # what a metric is measured on
+    dense: Mapping[str, torch.Tensor] | None  # a copy of the dense weights, if one is held
+    calib_dtype: torch.dtype | None  # of the products in calibration's passes, None for the model's own
+    calibration_digest: str  # of its data
+    search_digests: Sequence[str]  # of the data of a search
+    scores: dict[tuple, object]  # what was measured on the dense weights, by what it depends on
 
     def inputs(self) -> BlockInputs:
         """Return the inputs of the first block."""
@@ -56,17 +48,12 @@ class Subject(Protocol):
         """Return the model whose prices are searched, with the masks of magnitude or of Wanda."""
 
 
-# -------------------------------------------------------------------------------------------------------------- steps
-
-
 def measure_values(
     subject: Subject, task: Task, measurement: Measurement, options: price.SearchOptions, journal: Journal | None = None
-) -> tuple[Mapping[str, float] | None, price.SearchResult | None]:
+) -> tuple[Values | None, price.SearchResult | None]:
     """Return the values that the allocation needs for each layer, and the search that found them, None without one.
 
-    Args:
-        measurement: the metric, for _ww.
-        options: of the search, for _price.
+    The ``measurement`` is the metric, for _ww; the ``options`` are those of the search, for _price.
     """
     needs = None if task.plan else task.needs
     if needs is None:
@@ -91,36 +78,28 @@ def measure_values(
 
 
 def search_prices(
-    subject: Subject,
-    task: Task,
-    start: Mapping[str, float] | None,
-    options: price.SearchOptions,
-    journal: Journal | None,
+    subject: Subject, task: Task, start: Values | None, options: price.SearchOptions, journal: Journal | None
 ) -> price.SearchResult:
     """Return the result of the search for ratios of equal price, which begins with the ratios ``start``.
 
     That of an unfinished run is taken from its journal, since a GPU may not reproduce the same bits.
     """
-    key = "" if journal is None else _search_key(subject, task)
-    earlier = None if journal is None else journal.get("prices", key)
-    if earlier is not None:
+    key = _search_key(subject, task) if journal else ""
+    if journal and (earlier := journal.get("prices", key)) is not None:
         log.info("the ratios of equal price are those that the interrupted run found")
         return price.SearchResult.of(earlier)
-    if processes.count() > 1:
-        log.info("the first process searches for prices, the others wait for them")
 
     def search_alone() -> price.SearchResult:
         with processes.single_process():
             model = subject.price_model(options.effort, task.by_magnitude)
             return price.search(model, subject.weights.layers, task.target, start, options)
 
-    begin = tuple((start or {}).items())
-    scores_key = ("price", task.target, task.by_magnitude, begin, options, *subject.search_digests)
-    if scores_key not in subject.scores:
-        subject.scores[scores_key] = processes.on_main(search_alone)
-    if journal is not None:
-        journal.put("prices", key, subject.scores[scores_key]._asdict())
-    return subject.scores[scores_key]
+    asked = ("price", task.target, task.by_magnitude, *(start or {}).items(), options, *subject.search_digests)
+    if asked not in subject.scores:
+        subject.scores[asked] = processes.on_main(search_alone)
+    if journal:
+        journal.put("prices", key, subject.scores[asked]._asdict())
+    return subject.scores[asked]
 
 
 def _search_key(subject: Subject, task: Task) -> str:
@@ -128,25 +107,20 @@ def _search_key(subject: Subject, task: Task) -> str:
     return digest([task.identity, subject.search_digests, subject.name, subject.weights.fingerprints()])
 
 
-def make_plan(
-    task: Task, layers: Sequence[Layer], values: Mapping[str, float] | None, trial: float | None = None
-) -> SparsityPlan:
+def make_plan(task: Task, layers: Sequence[Layer], values: Values | None, trial: float | None = None) -> SparsityPlan:
     """Return the allocation's plan for ``values``; ``trial`` is an epsilon to try instead of the flag's."""
     allocation = formulas.ALLOCATIONS[task.allocation]
-    hyper = {name: task.hyper[name] for name in allocation.flags}
-    if trial is not None:
-        hyper["epsilon"] = trial
+    hyper = {name: task.hyper[name] for name in allocation.flags} | ({} if trial is None else {"epsilon": trial})
     ratios = allocation.share(layers, task.target, values, **hyper)
     if task.nm is None:
         return SparsityPlan(task.target, ratios)
-    nm = dict.fromkeys(ratios, task.nm)
-    if task.allocation:
-        nm = formulas.mixed_nm(layers, ratios, task.target, task.nm[1])
+    uniform = dict.fromkeys(ratios, task.nm)
+    nm = formulas.mixed_nm(layers, ratios, task.target, task.nm[1]) if task.allocation else uniform
     return SparsityPlan(task.target, {name: 1 - n / m for name, (n, m) in nm.items()}, nm)
 
 
 def allocate(
-    subject: Subject, task: Task, values: Mapping[str, float] | None, journal: Journal | None = None
+    subject: Subject, task: Task, values: Values | None, journal: Journal | None = None
 ) -> tuple[SparsityPlan, list[epsilon.Trial]]:
     """Return the plan, and the trials made for it with --epsilon auto."""
     layers = subject.weights.layers
@@ -155,50 +129,36 @@ def allocate(
     if task.hyper.get("epsilon") != "auto":
         return make_plan(task, layers, values), []
 
-    tried = {}
-    if journal is not None:
-        tried = _Tried(journal, _search_key(subject, task))
+    tried, remember = {}, None
+    if journal:
+        key = _search_key(subject, task)
+        tried, remember = journal.get("trials", key), partial(journal.put, "trials", key)
         subject.weights.use_scratch(journal.scratch)
-    largest = formulas.largest_epsilon(layers, task.target, values, task.hyper["mapping_type"])
-    plan_of = partial(make_plan, task, layers, values)
-    grid = epsilon.epsilon_grid(largest)
-    trials = epsilon.try_epsilons(subject.weights, plan_of, grid, task.pruner, subject.search, subject.dense, tried)
-    return plan_of(epsilon.best(trials).epsilon), trials
-
-
-class _Tried(dict):
-    """Results of a search by plan, each recorded in the journal as soon as it is known."""
-
-    def __init__(self, journal: Journal, key: str) -> None:
-        super().__init__(journal.get("trials", key) or {})
-        self._journal, self._key = journal, key
-
-    def __setitem__(self, plan: str, perplexity: float) -> None:
-        super().__setitem__(plan, perplexity)
-        self._journal.put("trials", self._key, dict(self))
+    grid = epsilon.epsilon_grid(formulas.largest_epsilon(layers, task.target, values, task.hyper["mapping_type"]))
+    tries = {trial: make_plan(task, layers, values, trial) for trial in grid}
+    trials = epsilon.try_epsilons(subject.weights, tries, task.pruner, subject.search, subject.dense, tried, remember)
+    return tries[epsilon.best(trials).epsilon], trials
 
 
 def prune(
     subject: Subject,
     task: Task,
     plan: SparsityPlan,
-    values: Mapping[str, float] | None,
+    values: Values | None,
     propagate: str,
     journal: Journal | None = None,
 ) -> list[walk.LayerReport]:
     """Prune the subject, whose weights are still dense, by ``plan`` and return the report of each layer.
 
-    Args:
-        values: those behind the plan, for the report.
-        propagate: whether a block's inputs come from ``pruned`` or ``dense`` predecessors.
-        journal: checked to hold blocks of this same run, or none.
+    A block's inputs come from the predecessors that ``propagate`` says, ``pruned`` or ``dense`` ones. The journal is
+    checked to hold blocks of this same run, or none.
     """
-    if journal is not None:
+    if journal:
         versions = {name: provenance()["versions"][name] for name in ("torch", "transformers")}
         device = next(iter(subject.weights.visit())).device.type
         # The number of processes determines the order of float32 additions.
         machine = versions | {"device": device, "processes": str(processes.count())}
-        identity = {"flags": task.identity, "versions": machine, "plan": digest(plan)}
+        identity = {"model": subject.name, "flags": task.identity, "versions": machine, "plan": digest(plan)}
         identity |= {"calibration": subject.calibration_digest, "fingerprints": subject.weights.fingerprints()}
         journal.begin(identity)
     inputs = subject.inputs()._replace(dtype=subject.calib_dtype) if task.pruner.statistic else None
@@ -211,10 +171,9 @@ def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:
     An error that the user can fix is returned instead of raised, since the figures can still be measured.
     """
     try:
-        if write is not None:
+        if write:
             with record.stage("save"):
-                folder = write()
-            record.content["saved_model"] = str(folder)
+                record.content["saved_model"] = str(write())
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)
         return error
@@ -223,23 +182,19 @@ def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------- what is left behind
-
-
 def write_plan(
     subject: Subject, task: Task, plan: SparsityPlan, save_plan: str | None, recipe: str | None, flags: Mapping
 ) -> None:
     """Write the plan to ``save_plan``, with the ``flags`` behind it, and as an llm-compressor ``recipe``, if asked."""
     layers = subject.weights.layers
-    content = plans.llm_compressor_recipe(plan, layers, task.pruner_name) if recipe else None
+    if recipe:
+        files.write_atomically(Path(recipe), plans.llm_compressor_recipe(plan, layers, task.pruner_name))
     if save_plan:
         plans.save_plan(Path(save_plan), plan, subject.name, layers, {"method": task.method, "flags": flags})
-    if content:
-        files.write_atomically(Path(recipe), content)
 
 
 def warn_if_off_target(task: Task, sparsity: float) -> None:
     """Warn if the measured ``sparsity`` of a pruned model misses the target by more than rounding."""
-    if task.pruner and abs(sparsity - task.target) > MISSED:
+    if task.pruner and abs(sparsity - task.target) > 0.002:
         text = "the measured sparsity, %.4f, misses the target of %g: per row, Wanda removes a whole number of weights"
         log.warning(text, sparsity, task.target)

@@ -42,7 +42,7 @@ def show_metric(
         for kind, numbers in kinds.items()
     ]
     show(console, f"{model}: {measurement.metric}", ("matrix", "smallest", "mean", "largest"), rows)
-    line(console, f"cached in: {measurement.file}")
+    line(console, f"cached in: {measurement.folder}/{measurement.settings.stem(measurement.metric)}.npy")
 
 
 def show_trials(console: Console, record: Record, trials: Sequence[Trial]) -> None:

@@ -72,9 +72,7 @@ class MetricCache:
     def check_weights(self, cached: LayerMetrics, weights: Weights) -> None:
         """Refuse ``cached`` values of other weights with the same names and shapes; warn if nothing can be checked."""
         if not cached.fingerprints:  # a published file
-            log.warning(
-                "%s has no %s: whether it belongs to this model cannot be checked", self.path, self.sidecar.name
-            )
+            log.warning("%s has no %s: whether it is this model's cannot be checked", self.path, self.sidecar.name)
             return
 
         changed = digests.first_difference(cached.fingerprints, weights.fingerprints())

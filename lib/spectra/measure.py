@@ -123,7 +123,7 @@ def measure(
         for result in results:
             finished[result.name] = result
             bar.update()
-            if progress is not None and metric in METRICS:
+            if progress is not None and result.seconds:  # it was measured now
                 progress.add("value", result.name, (result.value, result.fingerprint))
             if not announced and result.seconds >= _SAMPLE:
                 announced = True

@@ -106,22 +106,25 @@ def test_shares_below_are_those_of_a_sort(score, dtype):
         assert budget_of(weights.layers, shares) == pytest.approx(target, abs=1e-12)
         threshold = every.sort().values[math.ceil(target * len(every)) - 1]
         for weight, share in zip(matrices, shares.values(), strict=True):
-            own = score(weight).double()
-            low, high = (own < threshold).double().mean().item(), (own <= threshold).double().mean().item()
+            scores = score(weight).double()
+            low, high = (
+                (scores < threshold).double().mean().item(),
+                (scores <= threshold).double().mean().item(),
+            )
             assert low - 1e-12 <= share <= high + 1e-12
 
 
 def test_block_scores_by_pencil():
-    parts = [torch.tensor([[1.0, 1.0], [1.0, 17.0]]), torch.tensor([[0.0, 2.0]])]
-    assert block_scores.outlier_ratio(parts, 2) == pytest.approx(100 / 6)  # the mean is 22 / 6
-    assert block_scores.outlier_ratio(parts, 5) == 0
-    assert block_scores.median_score(parts) == 1.0  # of 0 1 1 1 2 17, the lower one
+    scores = [torch.tensor([[1.0, 1.0], [1.0, 17.0]]), torch.tensor([[0.0, 2.0]])]
+    assert block_scores.outlier_ratio(scores, 2) == pytest.approx(100 / 6)  # the mean is 22 / 6
+    assert block_scores.outlier_ratio(scores, 5) == 0
+    assert block_scores.median_score(scores) == 1.0  # of 0 1 1 1 2 17, the lower one
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (7, 8), (100, 33, 1)])
 def test_median_is_torchs(sizes):
-    parts = [torch.rand(size, generator=torch.Generator().manual_seed(size)) for size in sizes]
-    assert block_scores.median_score(parts) == torch.cat(parts).median().item()
+    scores = [torch.rand(size, generator=torch.Generator().manual_seed(size)) for size in sizes]
+    assert block_scores.median_score(scores) == torch.cat(scores).median().item()
 
 
 def test_dense_statistics_are_those_of_whole_passes(tiny_windows):

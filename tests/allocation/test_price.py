@@ -83,13 +83,13 @@ class Bowl:
 @pytest.mark.parametrize("refresh", [0, 5])
 def test_prices_are_equal_at_the_end(refresh):
     bowl = Bowl([1.0, 1.3, 1.6, 2.0])
-    found = search(bowl, bowl.layers, 0.5, None, SearchOptions(200, refresh))
-    ratios = [found.ratios[layer.name] for layer in bowl.layers]
+    result = search(bowl, bowl.layers, 0.5, None, SearchOptions(200, refresh))
+    ratios = [result.ratios[layer.name] for layer in bowl.layers]
     expected = [1 / cost for cost in bowl.costs.values()]
     scale = 0.5 * 100 / sum(layer.size * x for layer, x in zip(bowl.layers, expected, strict=True))
     assert ratios == pytest.approx([scale * x for x in expected], abs=2e-3)
-    assert found.kept == ("refreshed" if refresh else "end") and len(bowl.renewed) == bool(refresh)
-    assert [step.spread for step in found.steps] == sorted((step.spread for step in found.steps), reverse=True)
+    assert result.kept == ("refreshed" if refresh else "end") and len(bowl.renewed) == bool(refresh)
+    assert [step.spread for step in result.steps] == sorted((step.spread for step in result.steps), reverse=True)
 
 
 @pytest.mark.parametrize("kept", ["end", "uniform", "start"])
@@ -99,8 +99,8 @@ def test_the_best_of_start_end_and_uniform_is_kept(kept, monkeypatch):
     kls = {name: float(name != kept) for name in plans}
     monkeypatch.setattr(bowl, "kl", lambda ratios: next(kls[name] for name in plans if plans[name] == ratios))
     monkeypatch.setattr(price, "_descend", lambda *_: (plans["end"], [price.Step(0.5, 1.0, kls["end"])]))
-    found = search(bowl, bowl.layers, 0.5, plans["start"], SearchOptions(1))
-    assert (found.kept, found.held, found.ratios) == (kept, kls, plans[kept])
+    result = search(bowl, bowl.layers, 0.5, plans["start"], SearchOptions(1))
+    assert (result.kept, result.held, result.ratios) == (kept, kls, plans[kept])
 
 
 @pytest.mark.parametrize("method", ["kl", "prices"])
@@ -129,14 +129,14 @@ def trained() -> tuple:
 
 def test_a_search_improves_on_uniform_and_says_what_it_kept():
     weights, fit, held = trained()
-    found = searched(weights, (fit, held), 0.5, None, SearchOptions(12))
-    uniform, model = dict.fromkeys(found.ratios, 0.5), prices_of(weights, (fit, held))
-    assert found.held == {"uniform": model.kl(uniform), "end": model.kl(found.ratios)}
-    assert found.kept == "end" and found.held["end"] < 0.9 * found.held["uniform"]
-    assert found.steps[-1].held == found.held["end"]
-    assert [step.held is None for step in found.steps] == [i % 4 != 3 for i in range(12)]
-    assert all(0 <= step.spread <= 1 for step in found.steps)
-    assert found.steps[0].fit == pytest.approx(model.prices(uniform, random.Random(0).sample(range(16), 16)[:2])[0])
+    result = searched(weights, (fit, held), 0.5, None, SearchOptions(12))
+    uniform, model = dict.fromkeys(result.ratios, 0.5), prices_of(weights, (fit, held))
+    assert result.held == {"uniform": model.kl(uniform), "end": model.kl(result.ratios)}
+    assert result.kept == "end" and result.held["end"] < 0.9 * result.held["uniform"]
+    assert result.steps[-1].held == result.held["end"]
+    assert [step.held is None for step in result.steps] == [i % 4 != 3 for i in range(12)]
+    assert all(0 <= step.spread <= 1 for step in result.steps)
+    assert result.steps[0].fit == pytest.approx(model.prices(uniform, random.Random(0).sample(range(16), 16)[:2])[0])
 
 
 @pytest.mark.parametrize("refresh", [0, 2])
@@ -146,9 +146,9 @@ def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were(refresh, st
     parameters = dict(weights.model.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}
     first = start and {x.name: (start if x.block else 0.1) for x in weights.layers}
-    found = [searched(weights, (WINDOWS, HELD), 0.6, first, SearchOptions(3, refresh)) for _ in range(2)]
-    assert found[0] == found[1]  # every bit of it
-    assert len(found[0].steps) == 3 + refresh
+    result = [searched(weights, (WINDOWS, HELD), 0.6, first, SearchOptions(3, refresh)) for _ in range(2)]
+    assert result[0] == result[1]  # every bit of it
+    assert len(result[0].steps) == 3 + refresh
     now = dict(weights.model.named_parameters())
     assert all(now[name] is parameters[name] and torch.equal(now[name], before[name]) for name in before)
     assert all(p.grad is None for p in now.values()) and not any(m._forward_hooks for m in weights.model.modules())

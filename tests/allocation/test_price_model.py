@@ -123,10 +123,10 @@ def test_prices_are_derivatives_along_the_band(by_magnitude, effort, monkeypatch
     model = prices_of(weights, effort=effort, by_magnitude=by_magnitude)
     for name, rank in oracle.ranks.items():
         assert torch.equal(model.masks.ranks[name].long(), rank), name
-    loss, found = model.prices(ratios, batch)
+    loss, prices = model.prices(ratios, batch)
     assert loss == pytest.approx(oracle.kl(oracle.masked(ratios), batch), rel=1e-11)
     for name in oracle.dense:
-        assert found[name] == pytest.approx(oracle.price(name, ratios, batch), rel=1e-5, abs=1e-7), name
+        assert prices[name] == pytest.approx(oracle.price(name, ratios, batch), rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.slow
@@ -135,16 +135,16 @@ def test_prices_tell_what_a_change_of_ratio_costs():
     # what differs between the halves of the band; so is the whole model's in the sum, over wider bands of one matrix.
     weights, oracle, batch = exact_weights(), Oracle(WINDOWS), list(range(len(WINDOWS)))
     model = prices_of(weights)
-    wanted, found = [], []
+    wanted, prices = [], []
     for name, dense in oracle.dense.items():
         ratios = dict.fromkeys(oracle.dense, 0.0) | {name: 0.5}
         half = max(1, int(BAND / 2 * dense.shape[1])) / dense.shape[1]
         ends = [oracle.kl(oracle.masked(ratios | {name: 0.5 + sign * half}), batch) for sign in (1, -1)]
         wanted.append((ends[0] - ends[1]) / (2 * half))
-        found.append(model.prices(ratios, batch)[1][name])
+        prices.append(model.prices(ratios, batch)[1][name])
     assert all(x > 0 for x in wanted)
-    assert np.corrcoef(np.log(wanted), np.log(found))[0, 1] > 0.99
-    assert sum(found) == pytest.approx(sum(wanted), rel=0.1)
+    assert np.corrcoef(np.log(wanted), np.log(prices))[0, 1] > 0.99
+    assert sum(prices) == pytest.approx(sum(wanted), rel=0.1)
 
 
 def test_what_costs_nothing_has_no_price():
@@ -167,11 +167,11 @@ def test_half_precision_neither_underflows_nor_overflows():
     exact, half = prices_of(weights_of(models[0].double())), prices_of(weights_of(models[1].half()))
     ratios = some_ratios(exact.weights)
     half.masks.ranks = exact.masks.ranks
-    wanted, found = exact.prices(ratios, [0, 1])[1], half.prices(ratios, [0, 1])[1]
+    wanted, prices = exact.prices(ratios, [0, 1])[1], half.prices(ratios, [0, 1])[1]
     assert max(abs(value) for value in wanted.values()) < 1e-4
     size = math.sqrt(sum(value**2 for value in wanted.values()))
     # float16's 2^-11 at each of some tens of roundings on the way, against the prices' size
-    assert math.dist(list(wanted.values()), [found[name] for name in wanted]) < 0.02 * size
+    assert math.dist(list(wanted.values()), [prices[name] for name in wanted]) < 0.02 * size
 
 
 def test_ranks_by_pencil():
@@ -232,14 +232,14 @@ def test_prices_are_the_same_to_the_bit_whether_activations_are_kept_or_not(dtyp
     ratios, calls, model = some_ratios(weights), [], prices_of(weights, dtype=dtype)
     for block in weights.visit():
         block.module.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    found = []
+    prices = []
     for keeps in (False, True):
         model.walk = model.walk._replace(keeps_activations=keeps)
         calls.clear()
-        found.append(model.prices(ratios, [4, 1]))
+        prices.append(model.prices(ratios, [4, 1]))
         blocks = 1 + weights.layers[-1].block
         assert sorted(calls) == [False] * (0 if keeps else 2 * blocks) + [True] * 2 * blocks
-    assert found[0] == found[1]
+    assert prices[0] == prices[1]
     assert all(p.grad is None for p in weights.model.parameters())
 
 

@@ -1,5 +1,6 @@
 """Texts and windows against a second writing of the published order of draws; the hub is stood in for."""
 
+import copy
 import json
 import random
 import subprocess
@@ -10,7 +11,9 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT, fast, tiny_sentences
+from tokenizers.processors import TemplateProcessing
 
+from lib.calibration import texts
 from lib.calibration.texts import DATASETS, calibration_windows, evaluation_windows, read_text, search_windows
 from lib.core.errors import UserError
 
@@ -109,14 +112,9 @@ def test_a_local_text_is_one_stream(tiny_text, tiny_tokenizer, seed):
         assert windows.tolist() == [ids[i * SEQLEN : (i + 1) * SEQLEN] for i in range(count)]
 
 
-def test_the_tokenizers_defaults_are_used(tiny_text, tiny_folder):
+def test_the_tokenizers_defaults_are_used(tiny_text, with_bos):
     # One that adds a token at the start, as LLaMA's does, adds it here too: once for the whole stream.
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    windows = evaluation_windows(str(tiny_text), tokenizer, SEQLEN)
+    windows = evaluation_windows(str(tiny_text), with_bos, SEQLEN)
     assert windows[0, 0] == 1 and (windows == 1).sum() == 1
 
 
@@ -292,3 +290,43 @@ def test_documents_that_are_all_too_short_end_the_search(hub, tiny_tokenizer):
     with pytest.raises(UserError, match=rf"c4.*\b{longest} tokens.*\b{longest + 1}\b"):
         calibration_windows("c4", tiny_tokenizer, 2, longest, 0)
     assert calibration_windows("c4", tiny_tokenizer, 2, longest - 1, 0).shape == (2, longest - 1)
+
+
+# ------------------------------------------------------------------------------------------------- blocks to train on
+
+
+@pytest.fixture
+def with_bos(tiny_tokenizer):
+    """Return a tokenizer that begins every text with <s>, as LLaMA's does."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def test_blocks_of_documents(monkeypatch, with_bos):
+    documents = [tiny_sentences(count, seed) for seed, count in enumerate([1, 30, 2, 25, 1, 40, 3, 60])]
+    monkeypatch.setitem(texts.DATASETS, "c4", lambda split: texts.Text(documents))
+    monkeypatch.setattr(texts, "_DOCUMENTS_AT_ONCE", 2)
+    joined = [token for text in documents for token in [1, *with_bos(text, add_special_tokens=False).input_ids]]
+    tokenised, tokenise = [], type(with_bos).__call__
+
+    def noted(self, text, **kwargs):
+        tokenised.extend(text)
+        return tokenise(self, text, **kwargs)
+
+    monkeypatch.setattr(type(with_bos), "__call__", noted)
+    blocks = texts.training_blocks("dataset_name", "c4", "train", with_bos, 50)
+    assert blocks.flatten().tolist() == joined[: len(joined) // 50 * 50] and tokenised == documents
+    tokenised.clear()
+    few = texts.training_blocks("dataset_name", "c4", "train", with_bos, 50, most=3)
+    assert torch.equal(few, blocks[:3]) and tokenised == documents[:2]  # the first two hold enough
+
+
+def test_blocks_of_a_stream(monkeypatch, with_bos, tmp_path):
+    text = tiny_sentences(120)
+    (tmp_path / "text.txt").write_text(text)
+    monkeypatch.setattr(texts, "_PIECE", 500)
+    assert "".join(texts._pieces(text)) == text and len(texts._pieces(text)) > 5
+    blocks = texts.training_blocks("train_file", str(tmp_path / "text.txt"), "train", with_bos, 50)
+    whole = with_bos(text, verbose=False).input_ids
+    assert blocks.flatten().tolist() == whole[: len(whole) // 50 * 50]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -11,16 +12,16 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fast, saved_tensors
 from pretend_cuda import CUDA, CudaTensor, pretend_cuda
-from test_streamed import hashes
+from test_journal import hashes
 
 import main
 from lib.calibration import hidden as calibration
@@ -101,83 +102,68 @@ def fork(flags: str, count: int, before: Callable[[int], object] = lambda rank: 
     store in which they find each other; unlike it, it ends none of them.
     """
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    launch = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
-    launch |= {"TORCHELASTIC_USE_AGENT_STORE": True, "OMP_NUM_THREADS": 1}
+    environment = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost"}
+    environment |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
 
-    def run(rank: int) -> None:
+    def work(rank: int) -> None:
         signal.alarm(LIMIT)
-        os.environ |= {name: str(value) for name, value in (launch | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        os.environ |= {name: str(value) for name, value in environment.items()}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         sys.stdout = sys.stderr = Path(f"said.{rank}").open("w", buffering=1)
         logging.getLogger().handlers.clear()  # pytest's: main.py then sets up its own
         accelerate.state.PartialState._reset_state()  # of a Trainer or a launcher in an earlier test
         before(rank)
-        os._exit(main.main(flags.split()))
+        sys.exit(main.main(flags.split()))
 
-    children = [get_context("fork").Process(target=run, args=(rank,)) for rank in range(count)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
+    children = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(count)]
+    for act in ("start", "join"):
+        for child in children:
+            getattr(child, act)()
     return [child.exitcode for child in children], [Path(f"said.{rank}").read_text() for rank in range(count)]
 
 
-def before_calls(room, name: str, act: Callable[..., object]) -> Callable[[int], None]:
-    """Return what makes a process call ``act(rank, number of the call, *args)`` before each call of ``room.name``."""
-
-    def before(rank: int) -> None:
-        real, numbers = getattr(room, name), itertools.count(1)
-
-        def call(*args, **kwargs):
-            act(rank, next(numbers), *args)
-            return real(*args, **kwargs)
-
-        setattr(room, name, call)
-
-    return before
-
-
-def noting(room, name: str, entry: Callable[..., str]) -> Callable[[int], None]:
-    """Return what makes each process note ``entry(*args)`` of its calls of ``room.name``, for ``noted``."""
-
-    def note(rank: int, number: int, *args) -> None:
-        with Path(f"{name}.{rank}").open("w" if number == 1 else "a") as file:
-            file.write(entry(*args) + "\n")
-
-    return before_calls(room, name, note)
-
-
-def noted(name: str, count: int = 2) -> list[list[str]]:
-    return [Path(f"{name}.{rank}").read_text().split() for rank in range(count)]
-
-
-def stopping(rank: int, room, name: str, at: int, error: BaseException | None = None) -> Callable[[int], None]:
-    """Return what makes one process raise ``error``, or die without one, at its ``at``-th call of ``room.name``."""
-
-    def stop(caller: int, number: int, *args) -> None:
-        if (caller, number) == (rank, at):
-            if error is not None:
-                raise error
-            signal.raise_signal(signal.SIGKILL)
-
-    return before_calls(room, name, stop)
-
-
 @pytest.fixture
-def place(tmp_path, monkeypatch, tiny_folder, tiny_text, other_text) -> str:
+def place(tmp_path, monkeypatch, run_inputs) -> str:
     """Return the flags of a run in a folder of its own, of windows that two processes cannot share evenly."""
     monkeypatch.chdir(tmp_path)
-    data = f"--calib_data {tiny_text} --eval_data {other_text} --eval_windows 9 --seqlen 32 --nsamples 7"
-    return f"--model {tiny_folder} {data}"
+    for path in run_inputs.iterdir():
+        Path(path.name).symlink_to(path)
+    return "--model tiny-llama --calib_data text.txt --eval_data other.txt --eval_windows 9 --seqlen 32 --nsamples 7"
 
 
 def outcome(place: str, flags: str, count: int, before=lambda rank: None) -> tuple[dict, dict, list[str]]:
-    """Return a run's record, its saved weights, and what its processes said; its folder is ``by-COUNT``."""
+    """Return a run's record, its saved weights, and what its processes said."""
     folder = Path(f"by-{count}")
     flags = f"{place} {flags} --sparsity_ratio 0.6 --save {folder} --save_model {folder / 'kept'}"
     statuses, said = fork(flags, count, before)
     assert statuses == [0] * count, said
     (record,) = map(json.loads, (path.read_text() for path in folder.glob("run_*.json")))
     return record, saved_tensors(Path(record["saved_model"])), said
+
+
+def before_calls(room, name: str, act: Callable[..., object], only: int | None = None) -> Callable[[int], None]:
+    """Return what makes each process, or the rank ``only``, ``act(number, *arguments)`` before a call of a function."""
+
+    def before(rank: int) -> None:
+        real, numbers = getattr(room, name), itertools.count(1)
+        if only in (None, rank):
+            setattr(room, name, lambda *args, **kwargs: (act(next(numbers), *args), real(*args, **kwargs))[1])
+
+    return before
+
+
+def noting(room, name: str, note: Callable[..., str]) -> Callable[[int], None]:
+    """Return what makes each process note its calls of ``room.name`` in a file of its own."""
+
+    def before(rank: int) -> None:
+        file = Path(f"{name}.{rank}").open("w", buffering=1)
+        before_calls(room, name, lambda _, *args: file.write(note(*args) + "\n"))(rank)
+
+    return before
+
+
+def noted(name: str, count: int = 2) -> list[list[str]]:
+    return [Path(f"{name}.{rank}").read_text().split() for rank in range(count)]
 
 
 def different(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
@@ -188,19 +174,22 @@ def different(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> flo
 
 
 def test_metrics_and_magnitude_are_the_same_to_the_bit(place):
+    spectra = noting(measure, "_value", lambda name, *_: name)
     flags = "--prune_method magnitude_ww --epsilon 0.2 --ww_metric_cache "
-    one, _, _ = outcome(place, flags + "cache-1", 1)
-    two, _, said = outcome(place, flags + "cache-2", 2, noting(measure, "_value", lambda name, *_: name))
-    caches = [{path.name: path.read_bytes() for path in Path(f"cache-{n}").iterdir()} for n in (1, 2)]
-    assert caches[0] == caches[1] and caches[0].keys() == {"alpha_peak.json", "alpha_peak.npy"}
+    one = outcome(place, flags + "cache-1", 1)
+    two = outcome(place, flags + "cache-2", 2, spectra)
+    values = [np.load(f"cache-{n}/alpha_peak.npy") for n in (1, 2)]
+    assert values[0].tobytes() == values[1].tobytes() and len(values[0]) == 21
+    assert Path("cache-1/alpha_peak.json").read_text() == Path("cache-2/alpha_peak.json").read_text()
+    assert sorted(os.listdir("cache-2")) == ["alpha_peak.json", "alpha_peak.npy"]
     measured = noted("_value")
-    assert len(measured[0] + measured[1]) == len(set(measured[0] + measured[1])) == 21 and min(map(len, measured)) >= 9
-    assert hashes(Path(one["saved_model"])) == hashes(Path(two["saved_model"]))
-    assert (one["perplexity"], one["processes"]) == (two["perplexity"], 1) and two["processes"] == 2
+    assert sorted(measured[0] + measured[1]) == sorted(set(measured[0] + measured[1])) and min(map(len, measured)) >= 9
+    assert hashes(Path(one[0]["saved_model"])) == hashes(Path(two[0]["saved_model"]))
+    assert (one[0]["perplexity"], one[0]["processes"]) == (two[0]["perplexity"], 1) and two[0]["processes"] == 2
     assert sorted(os.listdir("by-1")) == sorted(os.listdir("by-2"))
-    table = "layers_magnitude_ww_sparsity_0.6.tsv"
-    assert (Path("by-1") / table).read_text() == (Path("by-2") / table).read_text()
-    assert "perplexity" in said[0] and said[1] == "", "the first speaks"
+    tables = [Path(f"by-{n}/layers_magnitude_ww_sparsity_0.6.tsv").read_text() for n in (1, 2)]
+    assert tables[0] == tables[1]
+    assert "perplexity" in two[2][0] and two[2][1] == "", "the first speaks"
 
 
 WANDA = ["wanda_owl", "wanda_owl --stream always --hidden_states disk", "wanda_lamp --statistics dense",
@@ -252,10 +241,8 @@ def on_pretend_cuda(rank: int) -> None:
 
     def join() -> None:
         torch.distributed.init_process_group("gloo")
-        leave = torch.distributed.destroy_process_group
-        processes._state = SimpleNamespace(
-            num_processes=2, process_index=rank, device=CUDA, destroy_process_group=leave
-        )
+        about = {"device": CUDA, "destroy_process_group": torch.distributed.destroy_process_group}
+        processes._state = SimpleNamespace(num_processes=2, process_index=rank, **about)
 
     processes.join = join
 
@@ -279,10 +266,8 @@ def test_zero_shot_questions_are_shared_by_lm_eval(place):
         statuses, said = fork(f"{flags} --save by-{count}", count)
         assert statuses == [0] * count, said
         records.append(json.loads(Path(f"by-{count}/run_dense_sparsity_0.0.json").read_text()))
-    one, two = records
-    assert one["perplexity"] == two["perplexity"] and two["complete"] is True
-    assert one["zero_shot"]["means"] == two["zero_shot"]["means"] != {}
-    assert one["zero_shot"]["lm_eval"]["results"] == two["zero_shot"]["lm_eval"]["results"]
+    figures = [(r["perplexity"], r["zero_shot"]["means"], r["zero_shot"]["lm_eval"]["results"]) for r in records]
+    assert figures[0] == figures[1] and figures[1][1] != {} and records[1]["complete"] is True
 
 
 def test_where_one_lacks_room_all_stream(place):
@@ -291,47 +276,59 @@ def test_where_one_lacks_room_all_stream(place):
             memory.free_memory = lambda reserve: {"cpu": 0}
 
     flags = "--prune_method wanda"
-    _, weights, said = outcome(place, flags, 2, little_room)
-    assert "block by block" in said[0]
-    assert different(weights, outcome(place, flags, 1)[1]) <= 1e-4
+    two = outcome(place, flags, 2, little_room)
+    assert "block by block" in two[2][0] and different(outcome(place, flags, 1)[1], two[1]) <= 1e-4
     statuses, said = fork(f"{place} {flags} --sparsity_ratio 0.5 --stream never", 2, little_room)
     assert statuses == [2, 2] and set(lines(said)) == {"--stream never: each of the 2 processes holds the whole model"}
 
 
 def lines(said: list[str]) -> list[str]:
     """Return the errors that the processes told of, up to the first comma."""
-    assert not any("Traceback" in output for output in said), said
-    return re.findall(r"^main\.py: error: ([^,\n]*)", "\n".join(said), re.MULTILINE)
+    assert "Traceback" not in "".join(said), said
+    return re.findall("^main.py: error: ([^,\n]*)", "\n".join(said), re.M)
 
 
-REFUSAL = UserError(None, "layer 3", "something is wrong with it")
+def refuse() -> None:
+    raise UserError(None, "layer 3", "something is wrong with it")
+
+
+kill = partial(signal.raise_signal, signal.SIGKILL)
+interrupt = partial(signal.raise_signal, signal.SIGINT)
+
+
+def at(number: int, act: Callable[[], object]) -> Callable[..., object]:
+    """Return what acts before the call of a number only, counted from 1."""
+    return lambda call, *_: act() if call == number else None
+
+
 METHOD = "--prune_method sparsegpt_ww --epsilon 0.2 --sparsity_ratio 0.6"
 
 
 @pytest.fixture
-def unbroken(tmp_path_factory, place) -> dict[str, str]:
+def unbroken(place, tmp_path_factory) -> dict[str, str]:
     """Return the hashes of what an undisturbed run of two processes saves, which the first test that asks makes."""
-    folder = tmp_path_factory.getbasetemp() / "unbroken-by-two"
+    folder = tmp_path_factory.getbasetemp() / "unbroken"
     if not folder.exists():
         assert fork(f"{place} {METHOD} --save_model {folder} --ww_metric_cache other --save other", 2)[0] == [0, 0]
     return hashes(folder / "sparsegpt_ww_0.6")
 
 
-@pytest.mark.parametrize(
-    ("rank", "room", "name", "at"), [(1, measure, "_value", 3), (0, walk, "_prune_layers", 4), (1, walk, "_report", 2)]
-)
-def test_one_that_dies_ends_all_and_the_run_resumes(rank, room, name, at, place, unbroken):
-    flags = f"{place} {METHOD} --save_model broken"
-    statuses, said = fork(flags, 2, stopping(rank, room, name, at))
+POINTS = [(1, measure, "_value", 3), (0, walk, "_prune_layers", 4), (1, walk, "_report", 2)]
+
+
+@pytest.mark.parametrize(("rank", "room", "name", "call"), POINTS)
+def test_one_that_dies_ends_all_and_the_run_resumes(rank, room, name, call, place, unbroken):
+    statuses, said = fork(f"{place} {METHOD} --save_model broken", 2, before_calls(room, name, at(call, kill), rank))
     assert (statuses[rank], statuses[1 - rank]) == (-signal.SIGKILL, 2)
     (line,) = lines(said)
     assert line.startswith("another of the 2 processes has ended (")
     if name == "_report":  # the first block is whole
-        statuses, said = fork(flags, 1)
-        assert statuses == [2] and "processes was 2 and is 1 now; add --restart" in said[0]
-        statuses, said = fork(f"{flags} --damping 0.02", 2)
+        status, said = fork(f"{place} {METHOD} --save_model broken", 1)
+        assert status == [2] and "processes was 2 and is 1 now; add --restart" in said[0]
+        statuses, said = fork(f"{place} {METHOD} --save_model broken --damping 0.02", 2)
         assert statuses == [2, 2] and "--damping was None and is 0.02 now" in said[0]
-    statuses, said = fork(f"{flags} --stream {'always' if room is walk else 'never'}", 2)
+    how = "always" if room is walk else "never"
+    statuses, said = fork(f"{place} {METHOD} --save_model broken --stream {how}", 2)
     assert statuses == [0, 0] and ("resuming after block" in said[0]) == (room is walk)
     assert hashes(Path("broken/sparsegpt_ww_0.6")) == unbroken
     assert [path.name for path in Path("broken").iterdir()] == ["sparsegpt_ww_0.6"]
@@ -343,36 +340,40 @@ def test_an_error_of_all_is_one_line_of_each(place):
 
 
 def test_where_the_first_cannot_write_all_measure_on(place):
-    full = stopping(0, safetensors_io, "write_shard", 2, REFUSAL)
+    full = before_calls(safetensors_io, "write_shard", at(2, refuse), 0)
     statuses, said = fork(f"{place} --prune_method wanda --sparsity_ratio 0.5 --save_model kept", 2, full)
-    assert statuses == [2, 2] and set(lines(said)) == {str(REFUSAL)}
+    assert statuses == [2, 2] and set(lines(said)) == {"layer 3: something is wrong with it"}
     record = json.loads(Path("results/run_wanda_sparsity_0.5.json").read_text())
     assert record["perplexity"] > 1 and record["complete"] is False and record["saved_model"] is None
 
 
-@pytest.mark.parametrize(
-    ("rank", "error", "status", "line"),
-    [
-        (0, REFUSAL, 2, f"main.py: error: {REFUSAL}"),
-        (1, REFUSAL, 2, f"main.py: error: {REFUSAL}"),
-        (0, KeyboardInterrupt(), 130, "main.py: interrupted; the same command starts again"),
-    ],
+INTERRUPTED = (
+    "main.py: interrupted; the same command starts again; with --save_model it resumes after the last finished"
 )
-def test_what_one_finds_ends_all_with_its_line(rank, error, status, line, place):
-    statuses, said = fork(f"{place} {METHOD}", 2, stopping(rank, walk, "_prune_layers", 2, error))
+
+
+@pytest.mark.parametrize(("rank", "act", "status"), [(0, refuse, 2), (1, refuse, 2), (0, interrupt, 130)])
+def test_what_one_finds_ends_all_with_its_line(rank, act, status, place):
+    statuses, said = fork(f"{place} {METHOD}", 2, before_calls(walk, "_prune_layers", at(2, act), rank))
     assert statuses[rank] == status and statuses[1 - rank] == 2
-    assert line in said[rank] and len(lines([said[rank]])) == (status == 2)
+    if act is refuse:
+        assert lines([said[rank]]) == ["layer 3: something is wrong with it"]
+    else:
+        assert not lines([said[0]]) and INTERRUPTED in said[0]
     assert "another of the 2 processes has ended (" in said[1 - rank]
 
 
 @pytest.mark.slow
 def test_under_a_launcher(place):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launcher += [str(ROOT / "main.py"), *place.split(), "--sparsity_ratio", "0.5", "--prune_method"]
-    options = {"capture_output": True, "text": True, "timeout": LIMIT}
-    done = subprocess.run([*launcher, "magnitude", "--save_model", "kept"], **options)
+    done, refused = (
+        subprocess.run([*launcher, ROOT / "main.py", *flags.split()], capture_output=True, text=True, timeout=LIMIT)
+        for flags in (
+            f"{place} --prune_method magnitude --sparsity_ratio 0.5 --save_model kept",
+            f"{place} --prune_method magnitud --sparsity_ratio 0.5",
+        )
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("written: ") == 1 and "rror" not in done.stderr
     assert Path("kept/magnitude_0.5/model.safetensors.index.json").is_file()
-    refused = subprocess.run([*launcher, "magnitud"], **options)
     assert refused.returncode != 0 and "main.py: error: --prune_method magnitud: invalid choice" in refused.stderr

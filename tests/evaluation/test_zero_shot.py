@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def log_likelihood(model, tokenizer, question: str, choice: str) -> float:
 def test_accuracy_is_that_of_log_likelihoods_in_float64(made_up, tiny_model, tiny_tokenizer, batch):
     folder, rows = made_up
     tasks = zero_shot.find_tasks(["made_up"], str(folder), 0)
-    found = zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks, batch_size=batch)
+    result = zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks, batch_size=batch)
     plain = normed = 0
     for row in rows:
         # acc_norm: per byte of the choice itself, without the space before it
@@ -71,13 +70,13 @@ def test_accuracy_is_that_of_log_likelihoods_in_float64(made_up, tiny_model, tin
         per_byte = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
         normed += per_byte.index(max(per_byte)) == row["answer"]
     assert plain != normed, "the two metrics would not be told apart"
-    figures = found.full["results"]["made_up"]
+    figures = result.full["results"]["made_up"]
     assert figures["acc,none"] == plain / 12 and figures["acc_norm,none"] == normed / 12
     # standard error of a mean of twelve zeros and ones
     p = plain / 12
     assert figures["acc_stderr,none"] == pytest.approx(math.sqrt(p * (1 - p) / 11), rel=1e-9)
-    assert found.means == {"acc": plain / 12, "acc_norm": normed / 12}
-    assert found.full["versions"] == {"made_up": 7} and found.full["n-samples"]["made_up"]["effective"] == 12
+    assert result.means == {"acc": plain / 12, "acc_norm": normed / 12}
+    assert result.full["versions"] == {"made_up": 7} and result.full["n-samples"]["made_up"]["effective"] == 12
 
 
 def test_evaluation_repeats_itself_and_leaves_model_and_tokenizer_alone(made_up, tiny_model, tiny_tokenizer):
@@ -96,11 +95,10 @@ def test_evaluation_repeats_itself_and_leaves_model_and_tokenizer_alone(made_up,
 def test_logits_that_are_not_numbers_are_said_to_be(made_up, tiny_model, tiny_tokenizer, caplog):
     tasks = zero_shot.find_tasks(["made_up"], str(made_up[0]), 0)
     zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks)
-    assert not [r for r in caplog.records if r.name == "lib.evaluation"]
+    assert "log-likelihoods" not in caplog.text
     tiny_model.model.norm.weight.data.fill_(math.nan)
-    with caplog.at_level(logging.WARNING):
-        zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks)
-    assert [r.getMessage() for r in caplog.records if "48 of 48" in r.getMessage()]
+    zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks)
+    assert "48 of 48 log-likelihoods" in caplog.text
 
 
 def test_worked_examples_are_asked_for_or_refused(made_up, tiny_model, tiny_tokenizer):
@@ -127,8 +125,8 @@ def test_published_tasks_are_known_to_the_installed_harness():
 
 
 def test_own_tasks_are_four_choices_without_a_favourite_place():
-    tasks = {task.task_name: list(task.test_docs()) for task in zero_shot.find_tasks(
-        ["capital_cities", "lm_eval_worked_questions"], str(TASKS), 0).tasks}  # fmt: skip
+    loaded = zero_shot.find_tasks(["capital_cities", "lm_eval_worked_questions"], str(TASKS), 0).tasks
+    tasks = {task.task_name: list(task.test_docs()) for task in loaded}
     assert len(tasks["capital_cities"]) > 100 and len(tasks["lm_eval_worked_questions"]) >= 273
     for docs in tasks.values():
         assert all(len(doc["choices"]) == len(set(doc["choices"])) == 4 for doc in docs)

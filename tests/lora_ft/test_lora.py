@@ -304,7 +304,7 @@ REFUSED = [
     ("merge", "--lora_weights biased", "biased: trains more than its own matrices"),
     ("evaluate", "--lora_weights lacking", "lacking: lacks 4 matrices, first base_model.model.model.layers.2.self"),
     ("merge", "--model narrow --lora_weights anyones", "anyones: is damaged, or of another model ("),
-    ("evaluate", "--tasks boolq", "--tasks does nothing without --eval_zero_shot; add --eval_zero_shot"),
+    ("evaluate", "--tasks boolq", "--tasks does nothing here; it is for --eval_zero_shot"),
     ("merge", "--save full", "--save full: is not empty"),
 ]
 

@@ -162,7 +162,7 @@ def test_epsilons_that_lead_to_one_plan_are_tried_once(tiny_weights, tiny_window
     monkeypatch.setattr(epsilon, "walk", lambda *args: walks.append(1) or walk(*args))
     plan = SparsityPlan(0.5, uniform(tiny_weights.layers, 0.5))
     windows = (tiny_windows, tiny_windows)
-    trials = epsilon.try_epsilons(tiny_weights, lambda _: plan, [0, 0.05, 0.1], PRUNERS["magnitude"], windows)
+    trials = epsilon.try_epsilons(tiny_weights, dict.fromkeys([0, 0.05, 0.1], plan), PRUNERS["magnitude"], windows)
     assert len(walks) == 1 and [t.epsilon for t in trials] == [0, 0.05, 0.1]
     assert len({t.perplexity for t in trials}) == 1
     assert all(torch.equal(weight, dense[name]) for name, weight in tiny_weights.snapshot().items())

@@ -292,7 +292,7 @@ def test_seeds_of_a_sweep_have_folders():
         (sweep, "--methods wanda_ww --epsilons magnitude_ww=0.1", "holds none for wanda_ww"),
         (sweep, "--methods magnitude --epsilons wandaa_ww=0.3", "Did you mean 'wanda_ww'"),
         (sweep, "--epsilons wanda_ww=x", "--epsilons 'x': is not a number"),
-        (sweep, "--epsilons 2", "must be between 0 and 1"),
+        (sweep, "--epsilons 2", "must be at least 0 and at most 1"),
         (sweep, "--sparsities ,", "holds no number"),
         (sweep, "--methods ,", "names no method"),
         (sweep, "--methods dense,wandaa", "Did you mean 'wanda'"),

@@ -584,7 +584,7 @@ def test_generate_streams_and_compares(pruned, packed_folder):
             ["{}", "Ab", "--tokens", "127"],
             "--tokens 127: the prompt has 2 tokens and {} a context of 128; give fewer, or a shorter",
         ),
-        (["{}", "x", "--threads", "100000"], "--threads 100000: must be between 0 and "),
+        (["{}", "x", "--threads", "100000"], "--threads 100000: must be at least 0 and at most "),
         (["{}", ""], "error: '': is empty"),
         (["{few}", "unstuns"], "few: its tokenizer gives token"),
         (["{}", "unstuns", "--compare", "{few}"], "few: its tokenizer gives token"),

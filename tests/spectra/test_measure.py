@@ -34,11 +34,11 @@ def test_values_are_those_of_the_matrices_by_name(metric, tiny_weights):
 
 
 def test_bits_do_not_depend_on_the_number_of_cores(smollm2_weights):
-    part = first_block(smollm2_weights, layers=2)
+    block = first_block(smollm2_weights, layers=2)
     before, measured = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        measured.append(measure("alpha", part))
+        measured.append(measure("alpha", block))
         assert torch.get_num_threads() == threads, "as it was"
     torch.set_num_threads(before)
     assert measured[0] == measured[1]
@@ -129,9 +129,9 @@ def watcher(monkeypatch):
     ("metric", "switch", "scale"), [("mp_softrank", "mp_fit", 1), ("random_distance", "randomize", 1000)]
 )
 def test_weightwatcher_is_matched_by_name(metric, switch, scale, watcher, tiny_weights):
-    found = measure(metric, tiny_weights, SpectrumSettings(seed=5))
+    measured = measure(metric, tiny_weights, SpectrumSettings(seed=5))
     expected = [layer.shape[0] + i % 7 / 100 for i, layer in enumerate(tiny_weights.layers)]
-    assert [x * scale for x in found.values.values()] == pytest.approx(expected)
+    assert [x * scale for x in measured.values.values()] == pytest.approx(expected)
     assert all(switches == {switch: True} for switches, _ in watcher.calls)
     assert {draw for _, draw in watcher.calls} == {np.random.RandomState(5).random()}  # seeded for each block
 
@@ -152,6 +152,6 @@ def test_the_seed_belongs_to_random_distance(watcher, tmp_path, tiny_weights):
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", WEIGHTWATCHER)
 def test_metrics_that_go_through_weightwatcher_repeat_themselves(metric, smollm2_weights):
-    part = first_block(smollm2_weights, layers=2)
-    first, again = (measure(metric, part) for _ in range(2))
+    block = first_block(smollm2_weights, layers=2)
+    first, again = (measure(metric, block) for _ in range(2))
     assert first == again and all(0 < value < 1 for value in first.values.values())

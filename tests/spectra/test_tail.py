@@ -313,13 +313,13 @@ def test_farms_windows_by_pencil():
 def test_farms_spectrum_is_the_union_of_the_windows(shape, farms, driver, monkeypatch):
     weight = student(*shape)
     height, width = farms.rows, int(farms.rows * farms.ratio)
-    found = []
+    eigenvalues = []
     for i in range(farms.steps):
         for j in range(farms.steps):
             y = i * max(1, (shape[0] - height) // (farms.steps - 1))
             x = j * max(1, (shape[1] - width) // (farms.steps - 1))
-            found += torch.linalg.svdvals(weight[y : y + height, x : x + width].double()).square().tolist()
-    expected = torch.tensor(sorted(found))
+            eigenvalues += torch.linalg.svdvals(weight[y : y + height, x : x + width].double()).square().tolist()
+    expected = torch.tensor(sorted(eigenvalues))
     eigs = spectrum(weight, driver, farms).eigs
     assert torch.allclose(eigs, expected, rtol=1e-3, atol=1e-6 * expected[-1].item())
     monkeypatch.setattr("lib.spectra.spectrum._BATCH_ENTRIES", 1)  # one window at a time
