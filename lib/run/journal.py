@@ -36,7 +36,7 @@ def partial_folder(target: Path) -> Path:
 
 def can_reopen(target: Path, restart: bool, unmeasured: bool) -> bool:
     """Return whether a run resumes from its finished folder ``target``; for the arguments see ``Journal``."""
-    return unmeasured and not restart and not partial_folder(target).exists() and (target / MANIFEST).is_file()
+    return unmeasured and not restart and not partial_folder(target).exists() and (target / _PROGRESS).is_file()
 
 
 class Journal:
