@@ -102,7 +102,9 @@ def test_published_perplexity(key, method, ratio, nm, smollm2_source, windows, g
         exact = 1e-9 if method in ("dense", "magnitude") else 2e-5 if not method.endswith("_ww") else 2e-2
         check_masks(weights, expected, exact)
         found.append(perplexity(weights.model, windows["evaluation"]))
-    within = 0.03 if (name, ratio) == ("wanda", 0.7) else TOLERANCE[name]
+    # Near-ties in a group of four, decided by the rounding of the processor, also change Wanda's figure with 2:4: it is
+    # 1.5 % above the published one with AVX2 and 2.3 % with AVX-512, the same code and seed.
+    within = 0.03 if name == "wanda" and (ratio == 0.7 or nm) else TOLERANCE[name]
     if method == "magnitude_ww":
         within = 0.02  # two of the 210 alphas jump with the SVD's rounding, and their blocks' ratios with them
     got = sum(found) / len(found)
