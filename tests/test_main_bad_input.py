@@ -59,7 +59,8 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     for name, count in {"foreign": 21, "longer": 28}.items():
         Path(name).mkdir()
         np.save(f"{name}/alpha_peak.npy", np.full(count, 2.0))
-    Path("foreign/alpha_peak.json").write_text(json.dumps({"model": "other-model", "fingerprints": {}}))
+    measured = {"model": "other-model", "metric": "alpha_peak", "settings": {}, "layers": [], "fingerprints": {}}
+    Path("foreign/alpha_peak.json").write_text(json.dumps(measured))
     config = json.loads(Path("mismatched/config.json").read_text())  # half the embeddings that there are tokens
     Path("mismatched/config.json").write_text(json.dumps(config | {"vocab_size": 100}))
 
