@@ -136,7 +136,7 @@ def draw_images(images: Images, count: int, seed: int, replacement: bool) -> lis
     return torch.randperm(have, generator=generator)[:count].tolist()
 
 
-class Prepared:
+class PreparedImages:
     """Images at ``indices`` as tensors, with their labels; an unreadable image is replaced by its error.
 
     With a ``seed``, each image is transformed with its own random state, so that neither the batch size nor the
@@ -163,7 +163,7 @@ class Prepared:
             return f"{path}: cannot be read as an image ({first_line(error)}); replace or remove it"
 
 
-def batches(prepared: Prepared, batch_size: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(prepared: PreparedImages, batch_size: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield tensors [batch, 3, height, width] and labels [batch], in order; a UserError names an unreadable image."""
     generator = torch.Generator().manual_seed(0)  # workers get their seeds from it, not from the global one
     options = {"num_workers": workers, "collate_fn": _collate, "generator": generator}

@@ -112,7 +112,7 @@ class Classifier:
             problem = f"{count} classes of images, and the model has {classes}"
             fix = f"for a model that has {count}, add --nb_classes {count}"
             raise UserError("data_set", settings.data_set, problem, fix)
-        self.test, self.calibration = data.Prepared(test, range(len(test.items)), plain), None
+        self.test, self.calibration = data.PreparedImages(test, range(len(test.items)), plain), None
         if not task.traits & {"calibration", "search"}:
             return
 
@@ -126,7 +126,7 @@ class Classifier:
         if "search" in task.traits:
             split(indices)  # refuses too few
         transform = data.augmenting_transform(self.size, self.mean_std) if random else plain
-        self.calibration = data.Prepared(training, indices, transform, settings.seed if random else None)
+        self.calibration = data.PreparedImages(training, indices, transform, settings.seed if random else None)
 
     def describe(self) -> dict:
         """Return what the run's record says of the model and its images."""
@@ -154,7 +154,7 @@ class Classifier:
         """Return the model whose prices are searched, measured on calibration images."""
         images, groups = self.calibration, []
         for indices, count in zip(split(images.indices), (FIT, HELD), strict=True):
-            chosen = data.Prepared(images.images, indices, images.transform, images.seed)
+            chosen = data.PreparedImages(images.images, indices, images.transform, images.seed)
             groups.append([batch for batch, _ in data.batches(chosen, len(indices) // count, self.workers)])
         dtype = price_model.search_dtype(self.settings.price_dtype, torch.device(self.device), torch.float32)
         chunk = min(CHUNK, self.settings.batch_size)

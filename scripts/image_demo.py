@@ -63,7 +63,7 @@ def train(name: str, folder: Path, seed: int = 0) -> float:
     model = timm.create_model(architecture, num_classes=10, **changes)
     transform = data.evaluation_transform(SIZE, None, data.MEAN_STD[True])
     training, test = (
-        data.Prepared(images, range(len(images.items)), transform)
+        data.PreparedImages(images, range(len(images.items)), transform)
         for images in (data.digits(None, None, train=True), data.digits(None, None, train=False))
     )
     ((pixels, labels),) = data.batches(training, len(training), workers=0)  # 1,347 small images: one tensor

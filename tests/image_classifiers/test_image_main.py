@@ -314,7 +314,7 @@ def test_draws():
 def test_images_come_with_their_own_labels_in_the_order_that_is_asked_for():
     images = data.digits(None, None, train=True)
     transform = data.evaluation_transform(8, None, data.MEAN_STD[True])
-    pixels, labels = next(data.batches(data.Prepared(images, [900, 3, 77], transform), 3, 0))
+    pixels, labels = next(data.batches(data.PreparedImages(images, [900, 3, 77], transform), 3, 0))
     assert labels.tolist() == [images.items[i][1] for i in (900, 3, 77)]
     assert torch.equal(pixels, torch.stack([transform(images.items[i][0]) for i in (900, 3, 77)]))
 
@@ -331,7 +331,7 @@ def test_digits_are_split_by_class_and_nothing_is_in_both():
 def test_published_calibration_is_seeded_per_image_and_augmented():
     images = data.digits(None, None, train=True)
     transform = data.augmenting_transform(16, data.MEAN_STD[True])
-    prepared, other_seed = (data.Prepared(images, [5, 5, 9], transform, seed) for seed in (0, 1))
+    prepared, other_seed = (data.PreparedImages(images, [5, 5, 9], transform, seed) for seed in (0, 1))
     first, second, third = (prepared[i][0] for i in range(3))
     assert not torch.equal(first, second)  # the same image, drawn twice, looks different
     assert not torch.equal(second, other_seed[1][0])
@@ -420,7 +420,7 @@ def test_an_image_that_cannot_be_read_is_named(imagenet, tmp_path):
     for name, content in (("1.png", good), ("2.png", good[: len(good) // 2]), ("3.png", good)):
         (root / "a" / name).write_bytes(content)
     images = data.image_folder(None, str(root), train=False)
-    prepared = data.Prepared(images, range(3), data.evaluation_transform(8, None, data.MEAN_STD[True]))
+    prepared = data.PreparedImages(images, range(3), data.evaluation_transform(8, None, data.MEAN_STD[True]))
     with pytest.raises(UserError, match=rf"^{root}/a/2\.png: cannot be read as an image \(.*\); replace or remove it$"):
         list(data.batches(prepared, 2, workers=1))
 

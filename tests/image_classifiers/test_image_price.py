@@ -27,7 +27,7 @@ GROUPS = list(IMAGES.split(3))
 def digits():
     """Return a ViT that has learnt some digits, and the digits."""
     images = data.digits(None, None, train=True)
-    prepared = data.Prepared(images, range(600), data.evaluation_transform(8, None, data.MEAN_STD[True]))
+    prepared = data.PreparedImages(images, range(600), data.evaluation_transform(8, None, data.MEAN_STD[True]))
     ((pixels, labels),) = data.batches(prepared, 600, 0)
     model = tiny_vit().train()
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
