@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from lib.allocation import price, price_model
+from lib.allocation import price
 from lib.allocation.block_scores import BLOCK_SCORES
 from lib.allocation.formulas import ALLOCATIONS, MAPPINGS
 from lib.calibration import texts
@@ -23,6 +23,7 @@ from lib.models.load import DTYPES
 from lib.models.locate import SMOLLM2
 from lib.pruning import plan as plans
 from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, configured
+from lib.recovery.block_walk import SEARCH_DTYPES
 from lib.spectra import measure, spectrum
 from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
@@ -124,7 +125,7 @@ class AllocationFlags(Flags):
     price_refresh: int = flag(0, "further steps, after the weights are ranked again", least=0, only="_price")
     price_dtype: str = flag(
         "auto", "{choices}; auto: bfloat16 on a CPU that multiplies it, else the model's own",
-        choices=price_model.SEARCH_DTYPES, only="_price",
+        choices=SEARCH_DTYPES, only="_price",
     )  # fmt: skip
     price_effort: str = flag(
         "full", "{choices}: two windows a step, or half of one", choices=price.EFFORTS, only="_price"

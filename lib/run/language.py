@@ -20,6 +20,7 @@ from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
 from lib.pruning import walk
+from lib.recovery.block_walk import search_dtype
 from lib.run import checks
 from lib.run.journal import Journal
 from lib.run.record import is_unmeasured
@@ -184,7 +185,7 @@ class LanguageModel:
     def price_model(self, effort: price.Effort, by_magnitude: bool) -> price_model.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""
         device = next(iter(self.weights.visit())).device
-        dtype = price_model.search_dtype(self.price_dtype, device, self.dtypes.compute)
+        dtype = search_dtype(self.price_dtype, device, self.dtypes.compute)
         step = (effort.windows_per_step, effort.token_stride)
         return price_model.LanguagePriceModel(self.weights, self.search, *step, dtype, by_magnitude)
 
