@@ -213,7 +213,8 @@ def head_loss(
                     by = torch.autograd.grad(loss, by, torch.full_like(loss, LOSS_SCALE), allow_unused=True)
                     pieces.append(by[0])
                     for name, gradient in zip(trained, by[1:], strict=True):
-                        by_gain[name] = by_gain.get(name, 0) + gradient.float()
+                        if gradient is not None:  # a norm before the blocks has none
+                            by_gain[name] = by_gain.get(name, 0) + gradient.float()
             if differentiate:
                 gradients[i][0, counted] = torch.cat(pieces)
     return HeadLoss(total, count, gradients, by_gain, torch.tensor(float(LOSS_SCALE * count)))
