@@ -10,7 +10,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from lib.allocation.block_scores import wanda_scores
-from lib.calibration.hidden import BlockInputs, advance, enter_blocks
+from lib.calibration.hidden import BlockInputs, enter_blocks
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import memory
@@ -39,9 +39,6 @@ class PriceModel(Protocol):
 
     def prices(self, ratios: Mapping[str, float], batch: Sequence[int]) -> tuple[float, dict[str, float]]:
         """Return the mean KL over a batch (indices of samples), and its derivative by each layer's ratio, by name."""
-
-    def renew(self, ratios: Mapping[str, float]) -> None:
-        """Rank the weights again, with the statistics that the model has when it is pruned by ``ratios``."""
 
 
 def row_ranks(score: torch.Tensor) -> torch.Tensor:
@@ -101,17 +98,14 @@ class Masks:
         self.whole = whole or by_magnitude
         self.ranks: dict[str, torch.Tensor] = {}
 
-    def rank(self, inputs: BlockInputs, ratios: Mapping[str, float] | None = None) -> None:
-        """Pass ``inputs`` on through the blocks, dense or pruned by ``ratios``, and rank the weights of each."""
+    def rank(self, inputs: BlockInputs) -> None:
+        """Pass ``inputs`` on through the dense blocks, and rank the weights of each."""
         inputs = inputs._replace(dtype=self.dtype)
         for block in tqdm(self.weights.visit(), "ranks", len(self.weights.modules), unit="block", disable=None):
-            for name, score in wanda_scores(block, inputs, keep=ratios is None):
+            for name, score in wanda_scores(block, inputs, keep=True):
                 if self.by_magnitude:
                     score = block.linears[name].weight.detach().flatten(1).abs()
                 self.ranks[name] = row_ranks(score.reshape(1, -1) if self.whole else score)
-            if ratios is not None:
-                with swapped_weights(block, self.copies(block, ratios)):
-                    advance(block, inputs)
 
     def copies(self, block: Block, ratios: Mapping[str, float]) -> dict[str, torch.Tensor]:
         """Return pruned copies of a block's weights by layer name."""
@@ -191,9 +185,6 @@ class LanguagePriceModel:
         self.walk.backward(loss.gradients, loss.scale, activations, pruned, take)
         by_layer = {layer.name: prices[layer.name].item() for layer in self.weights.layers}
         return (loss.total / loss.count).item(), by_layer
-
-    def renew(self, ratios: Mapping[str, float]) -> None:
-        self.masks.rank(enter_blocks(self.weights, self._fit.windows), ratios)
 
     def _pruned(self, ratios: Mapping[str, float], block: Block) -> AbstractContextManager:
         return swapped_weights(block, self.masks.copies(block, ratios))
