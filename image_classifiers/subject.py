@@ -84,7 +84,8 @@ class Classifier:
                 raise UserError(field, device, f"cannot be used ({first_line(error)})", "use cpu") from error
 
         self.source = source = models.locate_classifier(settings.model)
-        self.name, shape = source.label, (settings.input_size, settings.nb_classes)
+        self.name, self.given = source.label, settings.model
+        shape = (settings.input_size, settings.nb_classes)
         skeleton, self.size, self.options = models.skeleton(source, settings.resume, *shape)
         pruned, measured = models.find_parts(skeleton)
         self.parameters = sum(p.numel() for p in skeleton.parameters())

@@ -73,12 +73,6 @@ class Base(NamedTuple):
     config: transformers.PreTrainedConfig | None = None
     lender: str | None = None
 
-    @property
-    def identity(self) -> str:
-        """A name of the model that is valid anywhere: an absolute path, or the name as given."""
-        path = Path(self.source.given)
-        return str(path.resolve()) if path.exists() else self.source.given
-
 
 @contextmanager
 def blame(field: str) -> Iterator[None]:

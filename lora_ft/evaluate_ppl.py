@@ -62,7 +62,7 @@ def run(settings: Evaluate) -> None:
         "complete": tasks is None,
         "perplexity": perplexity(model, windows),
         "zero_shot": None,
-        "model": base.identity,
+        "model": base.source.anywhere,
         "sparsity": sparsity,
         "lora_weights": settings.lora_weights,
         "evaluation": {"text": settings.dataset, "windows": len(windows), "seqlen": settings.ctx_length},

@@ -168,7 +168,7 @@ def run(settings: Finetune, trainer_words: list[str]) -> None:
     weights = common.load_base(base, dtype, settings.block_size, None if spread else arguments.device)
     if checkpoint:
         common.check_base(resumption.FIELD, checkpoint.parent, base, weights)
-    record = {"model": base.identity, "sparsity": weights.sparsity()}
+    record = {"model": base.source.anywhere, "sparsity": weights.sparsity()}
     started = record | {"fingerprints": weights.fingerprints(), "training": flags}
     record["flags"] = arguments.to_dict() | settings.flags()
     with training.refusals():
@@ -236,7 +236,7 @@ def with_adapter(
         target_modules=targets,
     )
     adapted = get_peft_model(model, config)
-    config.base_model_name_or_path = base.identity
+    config.base_model_name_or_path = base.source.anywhere
     return adapted
 
 

@@ -71,7 +71,7 @@ def run(settings: Merge) -> None:
 
     rows: dict[str, dict] = {}
     record = {
-        "model": base.identity,
+        "model": base.source.anywhere,
         "lora_weights": settings.lora_weights,
         "written": state,
         "evaluation": {"text": settings.dataset, "windows": len(windows), "seqlen": settings.ctx_length},

@@ -23,7 +23,9 @@ from lib.models.load import DTYPES
 from lib.models.locate import SMOLLM2
 from lib.pruning import plan as plans
 from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, configured
+from lib.recovery.adam import STATES, TRAINED
 from lib.recovery.block_walk import SEARCH_DTYPES
+from lib.recovery.distill import BY, RecoveryOptions
 from lib.spectra import measure, spectrum
 from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
@@ -54,9 +56,9 @@ class ModelFlags(Flags):
 class TextFlags(Flags):
     _title: ClassVar[str] = "data"
 
-    calib_data: str = flag("c4", f"text: {TEXTS}", only="calibration | search", warns=True, metavar="TEXT")
+    calib_data: str = flag("c4", f"text: {TEXTS}", only="calibration | search | recover", warns=True, metavar="TEXT")
     nsamples: int = flag(128, "windows, a count", least=1, only="calibration", warns=True)
-    seqlen: int = flag(2048, "length of a window, tokens", least=2, only="pruning | evaluation", warns=True)
+    seqlen: int = flag(2048, "length of a window, tokens", least=2, only="pruning | evaluation | recover", warns=True)
 
 
 @dataclass(kw_only=True)
@@ -136,6 +138,42 @@ class AllocationFlags(Flags):
 
 
 @dataclass(kw_only=True)
+class RecoveryFlags(Flags):
+    _title: ClassVar[str] = "recovery"
+
+    recover: int | None = flag(
+        None, "distil the dense model into the weights that are left, on so many tokens of {calib_data}; zeros stay",
+        least=1, only="pruning", metavar="TOKENS",
+    )  # fmt: skip
+    train: str = flag(
+        "surviving", "{choices}: what is trained; norms and biases always are", choices=TRAINED, only="recover"
+    )
+    rank: int = flag(32, "of the update of each matrix", least=1, only="low_rank")
+    learning_rate: float | None = flag(
+        None, "at its highest (default: .0033 of the remaining weights' root mean square; low_rank: .01; norms: 0.01)",
+        above=0, only="recover",
+    )  # fmt: skip
+    batch: int = flag(2, "windows a step, a count", least=1, only="recover")
+    states: str = flag("float32", "of Adam's moments: {choices}", choices=STATES, only="recover")
+    by: str = flag(
+        "model", "{choices}: end to end, or block by block, for what is streamed", choices=BY, only="recover"
+    )
+
+    def traits(self) -> set[str]:
+        return super().traits() | ({self.train} if self.recover else set())
+
+    def recovery_options(self) -> RecoveryOptions:
+        """Return how the model is recovered."""
+        how = (self.learning_rate, self.batch, self.states, self.by)
+        return RecoveryOptions(self.recover or 0, self.train, self.rank, *how)
+
+    def recovery_identity(self) -> dict[str, object]:
+        """Return the flags that determine the recovered weights, in their spelling."""
+        names = {"seed", "dtype", "calib_data", "seqlen", "recover"}.union(RecoveryOptions._fields[1:])
+        return {self.spelling(name): getattr(self, name) for name in sorted(names)}
+
+
+@dataclass(kw_only=True)
 class EvaluationFlags(Flags):
     _title: ClassVar[str] = "evaluation"
 
@@ -182,6 +220,11 @@ class OutputFlags(Flags):
         """Return where the pruned model is saved, None if it is not."""
         return Path(self.save_model) / task.folder if self.save_model else None
 
+    def recovered_folder(self, task: Task) -> Path | None:
+        """Return where the recovered model is saved, None if it is not."""
+        folder = self.model_folder(task)
+        return folder and folder.with_name(f"{folder.name}_recovered")
+
 
 @dataclass(kw_only=True)
 class ScaleFlags(Flags):
@@ -193,8 +236,9 @@ class ScaleFlags(Flags):
         choices=("auto", "always", "never"),
     )
     hidden_states: str = flag(
-        "auto", "their place: {choices}; auto: a GPU with room, else cpu", choices=HIDDEN_STATES, only="calibration"
-    )
+        "auto", "their place: {choices}; auto: a GPU with room, else cpu", choices=HIDDEN_STATES,
+        only="calibration | recover",
+    )  # fmt: skip
     restart: bool = flag(False, "discard an unfinished run in {save_model} and begin again", only="save_model")
 
 
@@ -235,7 +279,9 @@ class MethodFlags(PruningFlags, AllocationFlags):
 
 
 @dataclass(kw_only=True)
-class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFlags, OutputFlags, ScaleFlags):
+class Experiment(
+    ModelFlags, TextFlags, MethodFlags, RecoveryFlags, EvaluationFlags, ZeroShotFlags, OutputFlags, ScaleFlags
+):
     """The flags of main.py."""
 
     def traits(self) -> set[str]:
@@ -255,9 +301,10 @@ class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFl
         task = self.task()
         if self.epsilon == "auto" and not (task.pruner and task.allocation == "ww"):
             raise UserError("epsilon", "auto", f"needs a --prune_method with _ww, not {task.method}")
-        if "search" in task.traits and self.eval_wikitext and self.one_file():
+        if (self.recover or "search" in task.traits) and self.eval_wikitext and self.one_file():
             name, value = ("epsilon", "auto") if self.epsilon == "auto" else ("prune_method", task.method)
-            problem = "--calib_data and --eval_data are one file, so the choice would see the evaluation text"
+            name, value = ("recover", self.recover) if self.recover else (name, value)
+            problem = "--calib_data and --eval_data are one file, so the model would see the evaluation text"
             raise UserError(name, value, problem, "give two")
 
     def one_file(self) -> bool:

@@ -56,13 +56,13 @@ class RecoveryOptions(NamedTuple):
     states: str = "float32"
     by: str = "model"
 
-    def steps(self, seqlen: int) -> int:
-        """Return the number of steps on the whole model, or on each block."""
-        return self.tokens // (self.batch * seqlen)
+    def least_tokens(self, seqlen: int) -> int:
+        """Return the smallest number of tokens: a step, or one of each pass over the windows of a block."""
+        return self.batch * seqlen * (EPOCHS if self.by == "block" else 1)
 
     def windows(self, seqlen: int) -> int:
         """Return how many different windows are read."""
-        return self.batch * (self.steps(seqlen) // (EPOCHS if self.by == "block" else 1))
+        return self.tokens // self.least_tokens(seqlen) * self.batch
 
 
 class RecoveryReport(NamedTuple):
@@ -215,13 +215,20 @@ class Distillation:
         sums = processes.sum_(torch.stack([loss.total.cpu().float(), torch.tensor(float(loss.count))]))
         return (sums[0] / sums[1]).item()
 
-    def run(self, state: Path | None, keep: Callable[[Block], None], finished: Mapping[int, Path]) -> RecoveryReport:
+    @property
+    def behind(self) -> list[str]:
+        """Names of the parameters behind the blocks that are trained."""
+        return list(self._gains) if self.options.by == "model" else []
+
+    def run(
+        self, state: Path | None, keep: Callable[[Block, list], None], finished: Mapping[int, tuple[Path, list]]
+    ) -> RecoveryReport:
         """Train, and return the losses; the weights are changed in place.
 
         Args:
             state: file in which the state of unfinished training is stored, None for no such file.
-            keep: called with each block when it is trained.
-            finished: files of blocks that an earlier run has trained already, where blocks are trained one by one.
+            keep: called with each block when it is trained, and its losses where blocks are trained one by one.
+            finished: such blocks that an earlier run has trained already: files and losses.
 
         Raises:
             UserError: what is needed does not fit, or a loss is not finite.
@@ -243,7 +250,7 @@ class Distillation:
         seconds = time.perf_counter() - start
         return RecoveryReport(losses, before, self._held_loss(held), self.rate, tokens, seconds)
 
-    def _by_model(self, fit: DenseStates, state: Path | None, keep: Callable[[Block], None]) -> list[float]:
+    def _by_model(self, fit: DenseStates, state: Path | None, keep: Callable[[Block, list], None]) -> list[float]:
         """Train the whole model end to end; return the losses, of an earlier run's steps as well."""
         weights, options, steps = self.weights, self.options, len(self.windows)
         inputs = enter_blocks(weights, self.windows[0][:1])
@@ -278,7 +285,7 @@ class Distillation:
                     _store(state, training, losses)
                     stored = time.monotonic()
         for block in weights.visit():
-            keep(block)
+            keep(block, [])
         return losses
 
     def _tokens_a_second(self, bar: tqdm) -> float:
@@ -301,7 +308,7 @@ class Distillation:
             walk.backward(loss.gradients, scale, activations, training.lend, training.take)
         return mean
 
-    def _by_block(self, keep: Callable[[Block], None], finished: Mapping[int, Path]) -> list[float]:
+    def _by_block(self, keep: Callable[[Block, list], None], finished: Mapping[int, tuple[Path, list]]) -> list[float]:
         """Train block after block towards the dense block's output on the pruned model's own hidden states."""
         groups, count = self.windows.shape[:2]
         training, losses = Training(self.weights, self.options, self.dtype), []
@@ -312,7 +319,9 @@ class Distillation:
         with tqdm(blocks, "recovery", len(self.weights.modules), unit="block", disable=None) as bar:
             for dense, block in bar:
                 if block.index in finished:
-                    self.weights.load_block(block.index, finished[block.index])
+                    path, earlier = finished[block.index]
+                    self.weights.load_block(block.index, path)
+                    losses += earlier
                 else:
                     training.add(block)
                     for step in range(EPOCHS * groups):
@@ -320,7 +329,7 @@ class Distillation:
                         at = step % groups * count
                         losses.append(self._block_step(walk, training, dense, block, inputs.hidden[at : at + count]))
                         bar.set_postfix(error=f"{losses[-1]:.4f}")
-                    keep(block)
+                    keep(block, losses[-EPOCHS * groups :])
                 advance(block, inputs)
         return losses
 

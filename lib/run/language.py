@@ -40,6 +40,8 @@ class LanguageModel:
         search: windows to search on and held-out ones, for --epsilon auto and _price.
         questions: zero-shot tasks with their data.
         reserve: bytes of each GPU that are left for the work.
+        loaded_as: how the dense weights in memory were loaded, None if they are others.
+        recovery: windows to recover on and held-out ones; dense_source: the model that is distilled.
         streamed: folder from which the weights are streamed, None if they are loaded.
     """
 
@@ -56,12 +58,12 @@ class LanguageModel:
         if task.pruner or settings.metrics_only or settings.stream == "always":
             sparse.refuse_packed(source)
         if source != self.source:
-            self.weights = self.dense = self.fits = self._loaded_as = None
+            self.weights = self.dense = self.fits = self.loaded_as = None
             self._texts, self.scores = {}, {}
             self.skeleton = load.load_skeleton(source)
             self.layers = prunable_layers(self.skeleton)
             self.tokenizer = load.load_tokenizer(source)
-            self.source, self.name = source, source.name
+            self.source, self.name, self.given = source, source.name, source.anywhere
         dtype = settings.dtype
         self.dtypes = sparse.packed_dtypes(source, dtype) if packed else load.choose_dtypes(dtype, self.skeleton)
 
@@ -135,11 +137,17 @@ class LanguageModel:
         windows = -(-settings.nsamples // processes.count()) if "calibration" in task.traits else 0
         copies = task.pruner.copies if task.pruner else 0
         needed = memory.working_set(self.skeleton, dtype, hessians, windows, self.seqlen, copies)
+        gpus = 1 if processes.device() else max(1, cpu.gpus())
+        if settings.recover:
+            left = [(layer, round(layer.size * (1 - task.target))) for layer in self.layers]
+            how = (settings.train, settings.rank, settings.states)
+            stored = sum(memory.trained_bytes(*pair, *how) for pair in left if settings.by == "model") // gpus
+            step = (self.seqlen, settings.batch, settings.batch)
+            needed = max(needed, stored + memory.price_working_set(self.skeleton, self.layers, dtype, *step))
         if task.needs == "lamp_score":
             return needed + block_scores.LAMP_BYTES * max(layer.size for layer in self.layers)
         if task.needs != "price":
             return needed
-        gpus = 1 if processes.device() else max(1, cpu.gpus())
         effort = settings.price_options().effort
         ranks = memory.rank_bytes(self.layers, task.by_magnitude) // gpus  # each layer's are on its own device
         windows = (effort.length(self.seqlen), effort.windows_per_step, price.FIT_WINDOWS + effort.held_out_windows)
@@ -158,10 +166,10 @@ class LanguageModel:
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""
         key = (self.dtypes, self.streamed)
-        if self._loaded_as == key:
+        if self.loaded_as == key:
             self.weights.restore(self.dense)
             return
-        self.weights = self.dense = self._loaded_as = None
+        self.weights = self.dense = self.loaded_as = None
         self.scores.clear()
         source, dtypes = self.source, self.dtypes
         if sparse.is_packed(source.path):
@@ -176,7 +184,7 @@ class LanguageModel:
             self.weights = weights_of(model, None if dtypes.save == dtypes.compute else dtypes.save)
         self.measured = self.weights
         if self.planned:
-            self.dense, self._loaded_as = self.weights.snapshot(), key
+            self.dense, self.loaded_as = self.weights.snapshot(), key
 
     def inputs(self) -> hidden.BlockInputs:
         """Return the inputs of the first block for the calibration windows."""
