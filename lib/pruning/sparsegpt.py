@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from lib import sparse
+from lib.core.errors import first_line
 from lib.core.lazy import torch
 from lib.pruning.thresholds import group_ranks, nth_smallest
 
@@ -119,12 +121,11 @@ def repair_group(
     w = torch.empty_like(stacked.T, memory_format=torch.contiguous_format).copy_(stacked.T)
     del stacked
     w.masked_fill_(factor.dead[:, None], 0)
-    width, removed = BLOCK, None
-    if group:  # of each group, for each output; a group never straddles two blocks
-        width = max(group, BLOCK - BLOCK % group)
+    width, removed = _width(group), None
+    if group:  # of each group, for each output
         counts = [torch.full((len(x),), group - nm[name][0], dtype=torch.int32) for name, x in weights.items()]
         removed = torch.cat(counts).to(w.device)
-    solve = block_solver(w.device)
+    solve = block_solver(w.device, group)
     for left in range(0, len(w), width):
         right = left + width
         block = w[left:right]  # [block, out]
@@ -136,15 +137,45 @@ def repair_group(
     return {name: rows.to(weight.dtype) for (name, weight), rows in zip(weights.items(), repaired, strict=True)}
 
 
+def _width(group: int | None) -> int:
+    """Return the columns of a block: a group never straddles two of them."""
+    return max(group, BLOCK - BLOCK % group) if group else BLOCK
+
+
 @cache
-def block_solver(device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return the solver of a block on ``device``: on a CPU with a compiler the kernel's, else ``solve_block``."""
-    if device.type == "cpu":
-        try:
-            return sparse.load_kernel().solve_block
-        except sparse.Unavailable as error:
-            log.debug("SparseGPT's blocks are solved by a slower loop: %s", error)
+def block_solver(device: torch.device, group: int | None) -> Callable[..., torch.Tensor]:
+    """Return the solver of a block on ``device``: a compiled kernel where one works, else the loop ``solve_block``.
+
+    On a GPU the kernel is Triton's, and on the CPU one in C++, which needs a compiler.
+    """
+    try:
+        if device.type == "cpu":
+            kernel = sparse.load_kernel().solve_block
+        elif device.type == "cuda" and find_spec("triton"):
+            from lib.pruning.sparsegpt_triton import solve_block_on_gpu as kernel
+        else:
+            return solve_block
+        _check_kernel(kernel, device, group)
+        return kernel
+    except sparse.Unavailable as error:
+        log.debug("SparseGPT's blocks are solved by a slower loop: %s", error)
+    except Exception as error:  # a compiler fails in many ways; after each the loop is as good as before
+        message = "SparseGPT's %s kernel does not work here (%s); a slower loop takes its place"
+        log.warning(message, device.type, first_line(error))
     return solve_block
+
+
+def _check_kernel(kernel: Callable[..., torch.Tensor], device: torch.device, group: int | None) -> None:
+    """Raise AssertionError unless ``kernel`` agrees with ``solve_block`` on a block of few rows."""
+    columns, outputs, draw = _width(group), 70, torch.Generator().manual_seed(0)
+    block = torch.randn(columns, outputs, generator=draw).to(device)
+    upper = (torch.eye(columns) + 0.1 * torch.rand(columns, columns, generator=draw).triu(1)).to(device)
+    gone = None if group else (torch.rand(columns, outputs, generator=draw) < 0.5).float().to(device)
+    removed = torch.full((outputs,), group // 2, dtype=torch.int32, device=device) if group else None
+    solved = block.clone()
+    errors = kernel(solved, upper, gone, removed, group)
+    torch.testing.assert_close(errors, solve_block(block, upper, gone, removed, group), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(solved, block, rtol=1e-4, atol=1e-5)
 
 
 def solve_block(

@@ -7,6 +7,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import tiny_llama
 from test_layers import linear, matrix, needs_kernel
+from test_sparsegpt_triton import plain_loop, random_block, ties
 from torch import nn
 
 from lib.calibration.hidden import advance, enter_blocks
@@ -184,36 +185,6 @@ def rounded_once(column: torch.Tensor, factor: torch.Tensor, error: torch.Tensor
     return (column.double() - factor.double() * error.double()).float()  # as in ``in_order``
 
 
-def plain_loop(block, upper, gone, removed, group):
-    """Do what ``solve_block`` does, from its definition; each product and subtraction is rounded once."""
-    errors, diagonal = torch.zeros_like(block), upper.diagonal()
-    mask = torch.zeros_like(block, dtype=torch.bool) if gone is None else gone == 1
-    for i in range(len(block)):
-        if group and i % group == 0:
-            score = (block[i : i + group].square() / diagonal[i : i + group, None].square()).T.tolist()
-            for output, column in enumerate(score):
-                order = sorted(range(group), key=column.__getitem__)  # stable: ties to the lower column
-                mask[[i + c for c in order[: removed[output]]], output] = True
-        errors[i] = torch.where(mask[i], block[i], 0) / diagonal[i]
-        block[i] = torch.where(mask[i], 0, block[i])
-        block[i + 1 :] = rounded_once(block[i + 1 :], upper[i, i + 1 :, None], errors[i])
-    return errors
-
-
-def random_block(columns, outputs, group, ratio=0.5):
-    draw = torch.Generator().manual_seed(columns + outputs)
-    upper = (0.1 * torch.randn(columns, columns, generator=draw)).triu(1)
-    upper += torch.diag(0.5 + torch.rand(columns, generator=draw))
-    block = torch.randn(columns, outputs, generator=draw)
-    gone = None if group else (torch.rand(columns, outputs, generator=draw) < ratio).float()
-    removed = torch.randint(0, group + 1, (outputs,), generator=draw, dtype=torch.int32) if group else None
-    return block, upper, gone, removed, group
-
-
-def ties():
-    return torch.ones(8, 6), torch.eye(8), None, torch.arange(6, dtype=torch.int32).clamp(max=4), 4
-
-
 @pytest.mark.parametrize("group", [None, 2, 4, 8, 5])
 def test_solver_has_the_bits_of_a_plain_loop(level, group, threads):
     for columns, outputs in ((128, 40), (127, 3), (20, 70), (1, 1), (40, 96)):
@@ -222,7 +193,7 @@ def test_solver_has_the_bits_of_a_plain_loop(level, group, threads):
             continue
         block, *rest = random_block(columns, outputs, group)
         expected = block.clone()
-        expected_errors = plain_loop(expected, *rest)
+        expected_errors = plain_loop(expected, *rest, rounded_once)
         errors = kernel.load_kernel(level).solve_block(block, *rest)
         assert torch.equal(block, expected) and torch.equal(errors, expected_errors)
 
@@ -242,8 +213,8 @@ def test_sparsegpt_on_the_cpu_uses_the_compiled_solver(nm, monkeypatch):
     x, weight = torch.randn(900, 300, generator=draw), torch.randn(32, 300, generator=draw)
     factor = sparsegpt.inverse_factor(2 * (x.T @ x))
     sparsegpt.block_solver.cache_clear()
-    assert sparsegpt.block_solver(torch.device("cpu")).__name__ == "solve_block"
-    assert sparsegpt.block_solver(torch.device("cpu")) is not sparsegpt.solve_block
+    assert sparsegpt.block_solver(torch.device("cpu"), nm and nm[1]).__name__ == "solve_block"
+    assert sparsegpt.block_solver(torch.device("cpu"), nm and nm[1]) is not sparsegpt.solve_block
     solved = sparsegpt.repair(weight, factor, 0.6, nm)
     monkeypatch.setattr(sparsegpt, "block_solver", lambda *_: sparsegpt.solve_block)
     expected = sparsegpt.repair(weight, factor, 0.6, nm)
@@ -255,5 +226,5 @@ def test_sparsegpt_on_the_cpu_uses_the_compiled_solver(nm, monkeypatch):
 def test_without_a_kernel_sparsegpt_is_a_loop(monkeypatch):
     monkeypatch.setattr(kernel, "load_kernel", Mock(side_effect=kernel.Unavailable("no compiler")))
     sparsegpt.block_solver.cache_clear()
-    assert sparsegpt.block_solver(torch.device("cpu")) is sparsegpt.solve_block
+    assert sparsegpt.block_solver(torch.device("cpu"), None) is sparsegpt.solve_block
     sparsegpt.block_solver.cache_clear()
