@@ -191,7 +191,13 @@ def head_loss(
     model, gains, by_gain = walk.weights.model, dense_gains or {}, {}
     total, gradients = 0.0, [torch.zeros_like(states) for states in hidden] if differentiate else []
     count = len(batch) * len(range(hidden[0].shape[1])[counted])
-    with after_blocks(walk.weights, walk.inputs.tuples) as logits, torch.set_grad_enabled(differentiate):
+    device = hidden[0].device
+    # One context for all of them: a copy of the head in the products' dtype is made once.
+    with (
+        after_blocks(walk.weights, walk.inputs.tuples) as logits,
+        torch.set_grad_enabled(differentiate),
+        autocast(device, walk.dtype),
+    ):
         trained = {name: model.get_parameter(name) for name in gains}
         for i, index in enumerate(batch):
             window, pieces = dense.windows[index], []
@@ -201,11 +207,10 @@ def head_loss(
             chunks = (x.split(memory.LOGIT_TOKENS) for x in (hidden[i][0, counted], goals))
             for states, goal in zip(*chunks, strict=True):
                 states, goal = states.detach().requires_grad_(differentiate), goal.to(states.device)
-                with autocast(states.device, walk.dtype):
-                    pruned_logits = logits(window, states)
-                    if dense.leaving is not None:
-                        with torch.no_grad(), swapped_parameters(model, gains):
-                            goal = logits(window, goal)
+                pruned_logits = logits(window, states)
+                if dense.leaving is not None:
+                    with torch.no_grad(), swapped_parameters(model, gains):
+                        goal = logits(window, goal)
                 loss = _token_loss(pruned_logits, goal.to(pruned_logits.device))
                 total = total + loss.detach()
                 if differentiate:

@@ -212,8 +212,8 @@ class Distillation:
         walk = BlockWalk(self.weights, inputs._replace(hidden=[]), self.dtype, False)
         hidden = list(inputs.hidden.split(1))
         loss = head_loss(walk, dense, hidden, range(len(hidden)), dense_gains=self._gains)
-        sums = processes.sum_(torch.stack([loss.total.cpu().float(), torch.tensor(float(loss.count))]))
-        return (sums[0] / sums[1]).item()
+        totals, counts = zip(*processes.gathered((float(loss.total), loss.count)), strict=True)
+        return sum(totals) / sum(counts)
 
     @property
     def behind(self) -> list[str]:
@@ -236,6 +236,7 @@ class Distillation:
         start = time.perf_counter()
         held, windows = self.held, self.windows.flatten(0, 1)
         by_model = self.options.by == "model"
+        keeps = by_model and self._has_room()
         learned = self._learn_from_dense(torch.cat([held, windows]) if by_model else held)
         leaving = learned.leaving
         held, fit = (
@@ -243,22 +244,31 @@ class Distillation:
             for ids, at in ((held, slice(len(held))), (windows, slice(len(held), None)))
         )
         before = self._held_loss(held)
-        losses = self._by_model(fit, state, keep) if by_model else self._by_block(keep, finished)
+        losses = self._by_model(fit, keeps, state, keep) if by_model else self._by_block(keep, finished)
         if name := next((n for n, z in self.weights.map(_zeros_and_squares).items() if z[:-1] != self._zeros[n]), None):
             raise RuntimeError(f"{name}: zeros are at other places than before recovery")
-        tokens = len(losses) * self.options.batch * self.seqlen
+        steps = len(losses) // (1 if by_model else len(self.weights.modules))
+        tokens = steps * self.options.batch * self.seqlen
         seconds = time.perf_counter() - start
         return RecoveryReport(losses, before, self._held_loss(held), self.rate, tokens, seconds)
 
-    def _by_model(self, fit: DenseStates, state: Path | None, keep: Callable[[Block, list], None]) -> list[float]:
+    def _has_room(self) -> bool:
+        """Refuse what does not fit, and return whether all activations of a step do."""
+        weights, options, step = self.weights, self.options, self.windows.shape[1]
+        if not weights.in_memory:
+            problem = "needs all weights in memory, and these are streamed or offloaded"
+            raise UserError("by", "model", problem, "use --by block, or GPUs with more memory")
+        how = (options.train, options.rank, options.states)
+        stored = {layer.name: memory.trained_bytes(layer, self.left[layer.name], *how) for layer in weights.layers}
+        needs = memory.gradient_bytes(weights, stored, self.seqlen, step, step, self.dtype)
+        return has_room_for_activations(needs, "recovery", "recover", str(options.tokens))
+
+    def _by_model(
+        self, fit: DenseStates, keeps: bool, state: Path | None, keep: Callable[[Block, list], None]
+    ) -> list[float]:
         """Train the whole model end to end; return the losses, of an earlier run's steps as well."""
         weights, options, steps = self.weights, self.options, len(self.windows)
         inputs = enter_blocks(weights, self.windows[0][:1])
-        how = (options.train, options.rank, options.states)
-        stored = {layer.name: memory.trained_bytes(layer, self.left[layer.name], *how) for layer in weights.layers}
-        step = self.windows.shape[1]
-        needs = memory.gradient_bytes(weights, stored, self.seqlen, step, step, self.dtype)
-        keeps = has_room_for_activations(needs, "recovery", "recover", str(options.tokens))
         walk = BlockWalk(weights, inputs._replace(hidden=[]), self.dtype, keeps)
         training = Training(weights, options, self.dtype)
         for block in weights.visit():

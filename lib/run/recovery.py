@@ -90,6 +90,7 @@ def add_to(record: Record, subject: LanguageModel, settings: Experiment, task: T
         before = subject.perplexity() if subject.evaluation is not None else None
         report, folder = _recover(subject, settings, settings.recovered_folder(task), unmeasured, manifest(saved))
     content["recovery"] = report._asdict() | {"perplexity_before": before, "sparsity_before": content["sparsity"]}
+    content["method"] += "_recovered" if task.pruner else ""
     content |= {
         "sparsity": subject.weights.sparsity(),
         "saved_model": str(folder) if folder else content["saved_model"],
