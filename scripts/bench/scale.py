@@ -129,7 +129,7 @@ def needs(size: str, nsamples: int, seqlen: int) -> Iterator[dict]:
 
 
 def recovery_needs(size: str, sparsity: float, states: str, batch: int, seqlen: int) -> tuple[int, int]:
-    """Return the bytes that recovery needs for a model of SIZES beside 16-bit weights: all of it, and block by block."""
+    """Return the bytes that recovery of a model of SIZES needs, end to end and block by block, with 16-bit weights."""
     model, half = skeleton(SIZES[size]), torch.float16
     layers = prunable_layers(model)
     each = [memory.trained_bytes(x, round(x.size * (1 - sparsity)), "surviving", 0, states) for x in layers]
