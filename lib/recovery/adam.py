@@ -27,8 +27,8 @@ def put_survivors(weight: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
     if weight.ndim == 1:
         weight.copy_(rounded)
         return
-    smallest = torch.full_like(rounded, torch.finfo(dtype).tiny).copysign(values)
-    weight.masked_scatter_(weight != 0, torch.where(rounded == 0, smallest, rounded).to(weight.dtype))
+    rounded = torch.where(rounded == 0, torch.finfo(dtype).tiny, rounded)
+    weight.masked_scatter_(weight != 0, rounded.to(weight.dtype))
 
 
 class Moments:

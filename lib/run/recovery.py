@@ -143,7 +143,8 @@ def _train(subject: LanguageModel, journal: Journal, distillation: Distillation)
     finished = {index: (journal.path(index), journal.get("losses", str(index))) for index in journal.finished}
 
     def keep(block: Block, losses: list[float]) -> None:
-        journal.put("losses", str(block.index), losses)
+        if losses:
+            journal.put("losses", str(block.index), losses)
         journal.add(block.index, weights.tensors(block.index), subject.dtypes.save, [])
         weights.set_block_file(block.index, journal.path(block.index))
 
