@@ -39,6 +39,8 @@ def made(tmp_path_factory, tiny_folder, tiny_tokenizer) -> Path:
         assert main.main([*PRUNE.split(), "--save_model", "pruned", "--save", "first"]) == 0
     shutil.copytree(folder / "pruned/wanda_0.5", folder / "unnamed")
     (folder / "unnamed/pruning.json").unlink()
+    (folder / "full").mkdir()
+    (folder / "full/notes.txt").write_text("mine")
     return folder
 
 
@@ -131,7 +133,7 @@ def test_a_stopped_run_resumes_with_the_same_bits(by, stopped, place, monkeypatc
         ("--rank 8", "--rank does nothing"),
         ("--train norm", "Did you mean 'norms'"),
         ("--eval_data train.txt", "--tokens 512: --calib_data and --eval_data are one file"),
-        ("--save_model pruned", "no pruning wrote"),
+        ("--save_model full", "no pruning wrote"),
         ("--states 8bits", "Did you mean '8bit'"),
     ],
 )
