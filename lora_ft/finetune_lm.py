@@ -15,7 +15,7 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.calibration import texts
-from lib.cli.command import answer, make_parser, parse
+from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
 from lib.core import files, processes
@@ -96,6 +96,7 @@ class Finetune(Lora, TrainingTexts, TrainingFlags):
     """The flags of finetune_lm.py, except those known only to the Trainer."""
 
     _spelled: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
+    _passes_on: ClassVar[bool] = True
 
     def check(self) -> None:
         super().check()
@@ -135,14 +136,10 @@ PARSER = make_parser(
 # ------------------------------------------------------------------------------------------------------- the run
 
 
-def run(settings: Finetune, trainer_words: list[str]) -> None:
-    """Train the adapters and evaluate them; whatever needs no weights is checked before they are loaded.
-
-    Args:
-        trainer_words: the part of the command line that is for the Trainer.
-    """
+def run(settings: Finetune) -> None:
+    """Train the adapters and evaluate them; whatever needs no weights is checked before they are loaded."""
     steered = {name: getattr(settings, name) for name in ("do_train", "do_eval", "output_dir", "batch_size")}
-    arguments = training.parse_arguments(trainer_words, PARSER, **steered)
+    arguments = training.parse_arguments(settings.rest, PARSER, **steered)
     checkpoint = check_output_dir(settings, sharded=bool(arguments.deepspeed or arguments.fsdp))
     base = common.find_base(settings)
     common.check_length("block_size", settings.block_size, base.skeleton)
@@ -315,12 +312,11 @@ def plot_losses(history: list[dict], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # A training text is long.
-    rest: list[str] = []
     fix = (
         "lower --per_device_train_batch_size or --block_size, add --gradient_checkpointing, or start one process, "
         "which spreads the model over all GPUs"
     )
-    return answer(PARSER.prog, Finetune, lambda: run(parse(Finetune, argv, PARSER, rest), rest), RESUME, True, fix)
+    return command(Finetune, run, argv, PARSER, RESUME, processes=True, out_of_memory=fix)
 
 
 if __name__ == "__main__":
