@@ -11,6 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lib.allocation.price_model import PriceModel
+from lib.core import files
 from lib.core.errors import UserError
 from lib.models.layers import Layer
 
@@ -194,10 +195,7 @@ def _logit(ratio: float) -> float:
 
 def draw_search(result: SearchResult):
     """Return a matplotlib Figure of a search: the spread of prices and the KL by step."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = files.new_figure(7, 4, columns=2)
     steps = range(1, len(result.steps) + 1)
     left.plot(steps, [step.spread for step in result.steps], marker=".")
     left.set(xlabel="step", ylabel="spread of prices (mean |log|, cut at 1)", ylim=(0, None))
