@@ -69,7 +69,7 @@ class Base(NamedTuple):
 
     source: load.Source
     skeleton: transformers.PreTrainedModel
-    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer: load.Tokenizer
     config: transformers.PreTrainedConfig | None = None
     lender: str | None = None
 

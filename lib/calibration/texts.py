@@ -13,9 +13,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lib.core.errors import UserError, first_line
-from lib.core.lazy import torch, transformers
+from lib.core.lazy import torch
 from lib.core.names import did_you_mean
 from lib.models.hub import check_hub
+from lib.models.load import Tokenizer
 
 LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
 # Documents to tokenise at once: enough for a fast tokenizer's threads.
@@ -79,8 +80,6 @@ def check_text(field: str, name: str) -> None:
         raise UserError(field, name, f"unknown data set.{did_you_mean(name, DATASETS)} {choices}")
     if not path.is_file():
         raise UserError(field, name, "file not found")
-    if path.stat().st_size == 0:
-        raise UserError(field, name, "the file is empty")
 
 
 def read_text(field: str, name: str, split: str) -> Text:
@@ -119,12 +118,7 @@ def _hub(path: str, config: str | None, split: str, **kwargs):
 
 
 def calibration_windows(
-    name: str,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    nsamples: int,
-    seqlen: int,
-    seed: int,
-    source: Text | None = None,
+    name: str, tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int, source: Text | None = None
 ) -> torch.Tensor:
     """Return ``nsamples`` random windows of the training text, or of its part ``source``, [nsamples, seqlen] int64.
 
@@ -156,12 +150,7 @@ def calibration_windows(
 
 
 def search_windows(
-    name: str,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    counts: tuple[int, int],
-    seqlen: int,
-    seed: int,
-    purpose: str,
+    name: str, tokenizer: Tokenizer, counts: tuple[int, int], seqlen: int, seed: int, purpose: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``counts`` random windows of the training text, for calibration and held out, without overlap.
 
@@ -179,11 +168,7 @@ def search_windows(
 
 
 def evaluation_windows(
-    name: str,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    seqlen: int,
-    most: int | None = None,
-    field: str = "eval_data",
+    name: str, tokenizer: Tokenizer, seqlen: int, most: int | None = None, field: str = "eval_data"
 ) -> torch.Tensor:
     """Return the non-overlapping windows of the test text, [windows, seqlen] int64; the remainder is dropped.
 
@@ -197,12 +182,7 @@ def evaluation_windows(
 
 
 def training_blocks(
-    field: str,
-    name: str,
-    split: str,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    size: int,
-    most: int | None = None,
+    field: str, name: str, split: str, tokenizer: Tokenizer, size: int, most: int | None = None
 ) -> torch.Tensor:
     """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
 
@@ -235,7 +215,7 @@ def _pieces(stream: str) -> list[str]:
     return [stream[left:right] for left, right in zip(cuts, [*cuts[1:], len(stream)], strict=True)]
 
 
-def _tokenise(tokenizer: transformers.PreTrainedTokenizerBase, stream: str) -> torch.Tensor:
+def _tokenise(tokenizer: Tokenizer, stream: str) -> torch.Tensor:
     # No warning (verbose): a stream is longer than the model's context on purpose.
     return torch.tensor(tokenizer(stream, verbose=False).input_ids, dtype=torch.long)
 

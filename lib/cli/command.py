@@ -45,7 +45,6 @@ def make_parser(settings: type[Flags], prog: str, description: str, epilog: str 
 
 
 def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
-    """Add one flag to its group of the parser."""
     declared, default, choices = item.metadata, item.default, item.metadata["choices"]
     # Another flag in braces is shown in its spelling.
     help = re.sub(r"\{(?!choices)(\w+)\}", lambda name: f"--{settings.spelling(name[1])}", declared["help"])
@@ -89,8 +88,7 @@ def auto_or_float(word: str) -> float | str:
 def parse(settings: type[SettingsT], argv: Sequence[str] | None, parser: Parser) -> SettingsT:
     """Return the settings of the command line ``argv``, checked as far as possible without a model.
 
-    Raises:
-        UserError: an unknown flag, a value out of its range, a contradiction.
+    An unknown flag, a value out of its range, or a contradiction is a UserError.
     """
     namespace, rest = parser.parse_known_args(argv)
     if rest and not settings._passes_on:

@@ -114,10 +114,9 @@ def make_plan(task: Task, layers: Sequence[Layer], values: Values | None, trial:
     allocation = formulas.ALLOCATIONS[task.allocation]
     hyper = {name: task.hyper[name] for name in allocation.flags} | ({} if trial is None else {"epsilon": trial})
     ratios = allocation.share(layers, task.target, values, **hyper)
-    if task.nm is None:
-        return SparsityPlan(task.target, ratios)
-    uniform = dict.fromkeys(ratios, task.nm)
-    nm = formulas.mixed_nm(layers, ratios, task.target, task.nm[1]) if task.allocation else uniform
+    if task.nm is None or not task.allocation:
+        return SparsityPlan(task.target, ratios, task.nm)
+    nm = formulas.mixed_nm(layers, ratios, task.target, task.nm[1])
     return SparsityPlan(task.target, {name: 1 - n / m for name, (n, m) in nm.items()}, nm)
 
 
