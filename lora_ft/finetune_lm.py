@@ -61,7 +61,7 @@ class Finetune(common.PrunedModel, TrainingTexts):
     model: str = flag(MISSING, "the pruned model: folder or hub id", aliases=["model"], title="model")
     lora_r: int = flag(8, "rank of the adapters", least=1, metavar="R", title="adapter")
     lora_alpha: int = flag(16, "scale of the adapters, divided by their rank", least=1, metavar="A", title="adapter")
-    lora_dropout: float = flag(0.05, "dropped share of their input, in [0, 1)", least=0, below=1, metavar="P", title="adapter")
+    lora_dropout: float = flag(0.05, "dropped share of their input", least=0, below=1, metavar="P", title="adapter")
     lora_target_modules: str = flag(
         "q_proj,v_proj", "layers that get an adapter, by commas; or all-linear", metavar="L,L", title="adapter"
     )
