@@ -27,7 +27,7 @@ from lib.models.locate import SMOLLM2
 from lib.run.record import provenance
 from scripts.speedup.checkpoints import LEAST_SPARSE, ROOT, Checkpoint, check_free, locate_folder, open_checkpoint
 from scripts.speedup.engines import ENGINES, FILES, ONE_SEQUENCE, SPARSE
-from scripts.speedup.export_onnx import TEXT_HELP, describe, export
+from scripts.speedup.export_onnx import TEXT_HELP, export
 
 # Largest difference of logits over the largest logit. Float32 engines sum in another order; DeepSparse approximates
 # exponentials as well; bfloat16 keeps 8 bits of every activation through all blocks. Int8, with 8 bits for a whole
@@ -57,12 +57,7 @@ class SpeedUp(Flags):
     )  # fmt: skip
     dense: str | None = flag(None, "the model that MODEL was pruned from", metavar="MODEL")
     sparsity: Sequence[float] = flag(
-        (),
-        "prune the dense MODEL by magnitude to each of these first",
-        nargs="+",
-        least=LEAST_SPARSE,
-        below=1,
-        metavar="S",
+        (), "prune the dense MODEL by magnitude to these first", nargs="+", least=LEAST_SPARSE, below=1, metavar="S"
     )
     work: str = flag("out/speedup", "where models that are made here go", metavar="DIR")
     sequence_length: Sequence[int] = flag((128, 512), "window lengths, tokens", nargs="+", least=2, metavar="N")
@@ -86,10 +81,9 @@ class SpeedUp(Flags):
         if not self.sparsity and not self.dense:
             fix = f"give the model that MODEL was pruned from, or {flag_name('sparsity')} 0.5 0.7"
             raise UserError("dense", None, "is missing", fix)
-        if self.cores > cpu.physical_cores():
-            raise UserError(
-                "cores", self.cores, f"this machine has {cpu.physical_cores()} physical cores", "give fewer"
-            )
+        cores = cpu.physical_cores()
+        if self.cores > cores:
+            raise UserError("cores", self.cores, f"this machine has {cores} physical cores", "give fewer")
         if self.deepsparse and not shutil.which(os.environ.get("DEEPSPARSE_PYTHON", "")):
             fix = "set DEEPSPARSE_PYTHON=DIR/bin/python of its environment (docs/speedup.md says how to make it)"
             raise UserError("deepsparse", None, "has no interpreter", fix)
@@ -115,7 +109,7 @@ def find_models(settings: SpeedUp) -> list[Checkpoint]:
     pruned = sorted((open_checkpoint(name) for name in names), key=lambda checkpoint: checkpoint.sparsity)
     for checkpoint in pruned:
         checkpoint.check_sparse()
-        if (checkpoint.block_weights, checkpoint.head_weights) != (dense.block_weights, dense.head_weights):
+        if checkpoint.block_weights != dense.block_weights:
             fix = "give the model that it was pruned from"
             raise UserError(None, checkpoint.source.given, f"has other shapes than {dense.source.given}", fix)
         if checkpoint.sparsity <= dense.sparsity:
@@ -152,7 +146,7 @@ def exported(checkpoint: Checkpoint, length: int, onnx: bool, settings: SpeedUp)
         print(f"exported before: {folder}", flush=True)
     else:
         check_free(None, folder, "export.json")
-        print(describe(export(checkpoint, length, folder, settings.graphs, settings.text, onnx), folder), flush=True)
+        export(checkpoint, length, folder, settings.graphs, settings.text, onnx)
     return folder
 
 
