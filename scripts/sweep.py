@@ -49,26 +49,18 @@ class Sweep(Experiment):
     }  # fmt: skip
 
     prune_method: str = flag(
-        "dense,magnitude,wanda,sparsegpt,magnitude_ww,wanda_ww,sparsegpt_ww",
-        "main.py's methods, and dense",
-        aliases=["prune_method"],
-        metavar="M,M",
-    )
+        "dense,magnitude,wanda,sparsegpt,magnitude_ww,wanda_ww,sparsegpt_ww", "main.py's methods, and dense",
+        aliases=["prune_method"], metavar="M,M",
+    )  # fmt: skip
     sparsity_ratio: str = flag("0.5,0.6,0.7", "sparsities", aliases=["sparsity_ratio"], metavar="S,S")
     epsilon: str = flag(
-        "0.2",
-        "for the methods with _ww: E (or auto), several, or one for a method: wanda_ww=E; where a method has several, "
-        "each has a separate folder",
-        aliases=["epsilon"],
-        metavar="E,E",
-    )
+        "0.2", "for the methods with _ww: E (or auto), several, or one for a method: wanda_ww=E; where a method has "
+        "several, each has a separate folder", aliases=["epsilon"], metavar="E,E",
+    )  # fmt: skip
     save: str = flag("results/sweep", "where run files and sweep.png are written", metavar="DIR")
     seeds: int = flag(
-        1,
-        "calibration seeds, a count: {seed} and those after it; of several, each but 0 has a folder",
-        least=1,
-        metavar="N",
-    )
+        1, "calibration seeds, a count: {seed} and those after it; of several, each but 0 has a folder", least=1,
+    )  # fmt: skip
     force: bool = flag(False, "run what is complete, too")
 
     def methods(self) -> list[str | None]:
@@ -81,8 +73,6 @@ class Sweep(Experiment):
     def check(self) -> None:
         if self.metrics_only:
             raise UserError("metrics_only", None, "prunes nothing, so there is nothing to sweep", "use main.py")
-        if self.methods() == [None] and self.seeds > 1:
-            raise UserError("seeds", f"{self.seeds} with --methods dense", "nothing is drawn for it", "leave it out")
         pruned = [settings for settings in self.settings() if settings.prune_method]
         for name in ("save_plan", "export_llmcompressor"):
             if getattr(self, name) and len(pruned) > 1:
@@ -177,19 +167,17 @@ PARSER = make_parser(Sweep, "sweep.py", __doc__, REST)
 def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
     """Run the settings that are not complete; return the run file of each, None for one that failed."""
     subject = LanguageModel(planned=todo)
-    first_seen: dict[str, str] = {}  # digests of local files and folders, by flag
     run_files: list[Path | None] = []
     for i, settings in enumerate(todo, 1):
         folder, task = Path(settings.save), settings.task()
         name = f"{task.method} at {task.target:g}" if task.pruner else task.method
         name += f", epsilon {settings.epsilon}" if task.allocation == "ww" else ""
         name += f", seed {settings.seed}" if settings.seed else ""
-        inputs = inputs_of(settings.flags())
-        first_seen = inputs | first_seen
         record = read_run(folder, task.run)
         run_files.append(folder / f"run_{task.run}.json")
 
         if not force and has_flags(record, settings.flags()) and record["complete"]:
+            inputs = inputs_of(settings.flags())
             changed = [name for name in INPUTS if record.get("inputs", {}).get(name) != inputs.get(name)]
             if not changed:
                 print(f"[{i}/{len(todo)}] {name}: complete already, skipped (--force runs it again)", flush=True)
@@ -199,10 +187,6 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
 
         print(f"[{i}/{len(todo)}] {name}", flush=True)
         try:
-            for flag_name, digest in inputs.items():
-                if digest != first_seen[flag_name]:  # what was read of it before must not be mixed with it
-                    problem = "was changed since this command started"
-                    raise UserError(flag_name, getattr(settings, flag_name), problem, "start it again")
             program.run(settings, Console(quiet=True), subject)
         except Exception as error:  # one setting does not stop the others, hours into a sweep
             run_files[-1] = None

@@ -95,12 +95,8 @@ def random_llama(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tran
         return transformers.LlamaForCausalLM(config).to(dtype).eval()
 
 
-# ------------------------------------------------------------------------------------------------------------ the parts
-
-
 def metrics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for each driver and shape, and one for the fit over all candidates."""
-
     for shape in sizes.shapes[:2]:
         weight = random_weight(shape, device)
         for driver in DRIVERS:

@@ -16,8 +16,6 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tabulate import tabulate
-
 from lib.calibration.texts import check_text
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
@@ -28,6 +26,7 @@ from lib.run.record import provenance
 from scripts.speedup.checkpoints import LEAST_SPARSE, ROOT, Checkpoint, check_free, locate_folder, open_checkpoint
 from scripts.speedup.engines import ENGINES, FILES, ONE_SEQUENCE, SPARSE
 from scripts.speedup.export_onnx import TEXT_HELP, export
+from scripts.table import formatted
 
 # Largest difference of logits over the largest logit. Float32 engines sum in another order; DeepSparse approximates
 # exponentials as well; bfloat16 keeps 8 bits of every activation through all blocks. Int8, with 8 bits for a whole
@@ -96,9 +95,6 @@ class SpeedUp(Flags):
 PARSER = make_parser(SpeedUp, "run.sh", __doc__)
 
 
-# ----------------------------------------------------------------------------------------------------- models and files
-
-
 def find_models(settings: SpeedUp) -> list[Checkpoint]:
     """Return the dense model and the pruned ones, pruned by main.py first if ``settings`` ask for it."""
     dense = open_checkpoint(settings.dense or settings.model[0])
@@ -148,9 +144,6 @@ def exported(checkpoint: Checkpoint, length: int, onnx: bool, settings: SpeedUp)
         check_free(None, folder, "export.json")
         export(checkpoint, length, folder, settings.graphs, settings.text, onnx)
     return folder
-
-
-# ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def cells_of(engine: str, settings: SpeedUp) -> list[dict]:
@@ -233,9 +226,6 @@ def measure(checkpoints: Sequence[Checkpoint], length: int, settings: SpeedUp) -
     return record | {"models": [model["folder"] for model in models]} | provenance()
 
 
-# -------------------------------------------------------------------------------------------------------------- results
-
-
 def table(record: dict, graph: str, batch: int) -> str:
     """Return the title and the Markdown table of one graph and batch."""
     length, rows = record["sequence_length"], rows_of(record, graph, batch)
@@ -250,8 +240,7 @@ def table(record: dict, graph: str, batch: int) -> str:
             f"{low:.2f}-{high:.2f}", f"{bfloat16 / row['median_seconds']:.2f}" if bfloat16 else "-",
             f"{row['logits']['relative']:.0e}",
         ])  # fmt: skip
-    align = ("left", *["right"] * (len(HEADINGS) - 1))
-    return f"{title}\n\n{tabulate(lines, HEADINGS, tablefmt='pipe', colalign=align, disable_numparse=True)}\n"
+    return f"{title}\n\n{formatted([HEADINGS, *lines], 'markdown')}\n"
 
 
 def rows_of(record: dict, graph: str, batch: int) -> list[dict]:

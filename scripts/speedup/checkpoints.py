@@ -19,19 +19,15 @@ LEAST_SPARSE = 0.05  # share of zeros below which a checkpoint was not pruned
 
 
 class Checkpoint(NamedTuple):
-    """A model's folder on disk, the number of weights in its block matrices, and the zeros among them."""
+    """A model's folder on disk, the number of weights in its block matrices, and the share of zeros among them."""
 
     source: Source
     block_weights: int
-    zeros: int
+    sparsity: float
 
     @property
     def folder(self) -> Path:
         return Path(self.source.path)
-
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / self.block_weights
 
     def fingerprint(self) -> str:
         """Return a hash of names, sizes and times of the weight files: it reveals an export older than its weights."""
@@ -68,12 +64,11 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     source = locate_folder(model)
     layers = prunable_layers(load_skeleton(source))
-    total = sum(layer.size for layer in layers)
     try:
-        zeros = round(checkpoint_sparsity(Path(source.path), [layer.name for layer in layers]) * total)
+        sparsity = checkpoint_sparsity(Path(source.path), [layer.name for layer in layers])
     except Exception as error:  # safetensors has its own error class for a truncated file
         raise UserError(None, model, f"its weights cannot be read ({first_line(error)})") from error
-    return Checkpoint(source, total, zeros)
+    return Checkpoint(source, sum(layer.size for layer in layers), sparsity)
 
 
 def check_free(field: str | None, out: Path, marker: str | None = None) -> None:

@@ -53,9 +53,6 @@ class Export(Flags):
 PARSER = make_parser(Export, "export_onnx.py", __doc__)
 
 
-# ----------------------------------------------------------------------------------------------------------- the graphs
-
-
 class Prefill(torch.nn.Module):
     """Token ids [1, N] to logits [1, N, vocabulary]; mask and positions are constants, so no shape logic is left."""
 
@@ -162,9 +159,6 @@ def check_export(path: Path, example: Example) -> dict:
         problem = f"ONNX Runtime's logits disagree with PyTorch's, by {agrees['relative']:.1e} of the largest"
         raise UserError(None, path.name, problem, "this model cannot be exported at this length")
     return {"ir": proto.ir_version, "opset": proto.opset_import[0].version, "onnxruntime": agrees}
-
-
-# ----------------------------------------------------------------------------------------------------------- the export
 
 
 def export(checkpoint: Checkpoint, length: int, out: Path, graphs: Sequence[str], text: str, onnx: bool = True) -> None:

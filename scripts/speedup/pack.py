@@ -21,9 +21,7 @@ from scripts.speedup.checkpoints import check_free, open_checkpoint
 class Pack(Flags):
     _title: ClassVar[str] = "packing"
 
-    model: str = flag(
-        MISSING, "folder of a pruned model; with {unpack} a folder that pack.py wrote", positional=True, metavar="MODEL"
-    )
+    model: str = flag(MISSING, "folder of a pruned model; with {unpack} a packed one", positional=True, metavar="MODEL")
     save: str = flag(MISSING, "output folder; must not exist yet", metavar="DIR")
     unpack: bool = flag(False, "the other way: write the model again, every tensor bit for bit")
 
