@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,10 +77,6 @@ def run(demo: Demo) -> int:
         table.plot(folder / "demo.png", table.cells_of(runs))
         print(f"written: {folder}/demo.png")
         show_answer(todo[-1])
-    flags = "--seqlen 512 --nsamples 16 --eval_windows 10 --prune_method sparsegpt_ww --sparsity_ratio 0.5"
-    flags = f"{' '.join(TEXTS)} {flags} --epsilon {demo.epsilon} --save_model out"
-    print("\nNext, on more text and with the model kept (less than five minutes on two cores):")
-    print(f"{shlex.quote(sys.executable)} main.py {flags}")
     return 1 if None in run_files else 0
 
 

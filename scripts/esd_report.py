@@ -101,7 +101,6 @@ def report(settings: Settings) -> Path:
             whole = spectrum(block.linears[name].weight, how.driver, how.farms)
             spectra[name] = whole._replace(eigs=whole.eigs.cpu())
 
-    folder.mkdir(parents=True, exist_ok=True)
     title = f"{subject.name}: {run.ww_metric}"
     plan = f"sparsity {run.sparsity_ratio:g}, epsilon {run.epsilon:g}, {run.mapping_type}"
     sizes = pandas.Series([layer.size for layer in subject.layers])

@@ -167,17 +167,19 @@ PARSER = make_parser(Sweep, "sweep.py", __doc__, REST)
 def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
     """Run the settings that are not complete; return the run file of each, None for one that failed."""
     subject = LanguageModel(planned=todo)
+    first_seen: dict[str, str] = {}  # digests of local files and folders, by flag
     run_files: list[Path | None] = []
     for i, settings in enumerate(todo, 1):
         folder, task = Path(settings.save), settings.task()
         name = f"{task.method} at {task.target:g}" if task.pruner else task.method
         name += f", epsilon {settings.epsilon}" if task.allocation == "ww" else ""
         name += f", seed {settings.seed}" if settings.seed else ""
+        inputs = inputs_of(settings.flags())
+        first_seen = inputs | first_seen
         record = read_run(folder, task.run)
         run_files.append(folder / f"run_{task.run}.json")
 
         if not force and has_flags(record, settings.flags()) and record["complete"]:
-            inputs = inputs_of(settings.flags())
             changed = [name for name in INPUTS if record.get("inputs", {}).get(name) != inputs.get(name)]
             if not changed:
                 print(f"[{i}/{len(todo)}] {name}: complete already, skipped (--force runs it again)", flush=True)
@@ -187,6 +189,10 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
 
         print(f"[{i}/{len(todo)}] {name}", flush=True)
         try:
+            for flag_name, digest in inputs.items():
+                if digest != first_seen[flag_name]:  # what was read of it before must not be mixed with it
+                    problem = "was changed since this command started"
+                    raise UserError(flag_name, getattr(settings, flag_name), problem, "start it again")
             program.run(settings, Console(quiet=True), subject)
         except Exception as error:  # one setting does not stop the others, hours into a sweep
             run_files[-1] = None

@@ -53,11 +53,9 @@ class Benchmark(Flags):
 
 
 PARSER = make_parser(
-    Benchmark,
-    "bench.py",
-    __doc__,
+    Benchmark, "bench.py", __doc__,
     "Seconds are CPU seconds of all threads, on a GPU seconds until it is done; GiB: the most beyond what was there.",
-)
+)  # fmt: skip
 
 
 class Cost(NamedTuple):

@@ -51,8 +51,6 @@ def locate_folder(model: str) -> Source:
     if sparse.is_packed(folder):
         fix = f"first: python scripts/speedup/pack.py {model} --unpack --save DIR"
         raise UserError(None, model, "is packed", fix)
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(None, model, "the folder holds no *.safetensors", "load it and save it again with transformers")
     return source
 
 

@@ -170,8 +170,7 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: Sequence[str]
     Raises:
         UserError: too long a window, too full a disk, or a graph that is not the model.
     """
-    skeleton = load_skeleton(checkpoint.source)
-    context = context_length(skeleton)
+    context = context_length(load_skeleton(checkpoint.source))
     if context is not None and length > context:
         raise UserError("sequence_length", length, "is more than the model's context", f"give at most {context}")
     window = evaluation_windows(text, load_tokenizer(checkpoint.source), length, 1)
@@ -201,9 +200,6 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: Sequence[str]
                 record["graphs"][graph] = check_export(tmp / f"{name}.onnx", example)
         (tmp / "export.json").write_text(json.dumps(record | provenance(), indent=1) + "\n")
     print(f"exported: {out}, {length} tokens, {checkpoint.sparsity:.4f} of the block weights are zero", flush=True)
-    for graph, checks in record["graphs"].items():
-        if checks:
-            print(f"  {graph}: ONNX Runtime's logits are {checks['onnxruntime']['relative']:.1e} of the largest off")
 
 
 def run(settings: Export) -> None:

@@ -48,9 +48,7 @@ def run(settings: Pack) -> None:
         size = sparse.pack_files(folder, tmp)
     print(
         f"{out}: {size['all_after'] / 1e6:.1f} MB, {size['all_after'] / size['all']:.4f} of {folder}'s "
-        f"{size['all'] / 1e6:.1f} MB; every tensor comes back bit for bit (compared)\n"
-        f"  the tensors with zeros alone: {size['masked_after'] / size['masked']:.4f} of "
-        f"{size['masked'] / 1e6:.1f} MB, at a sparsity of {checkpoint.sparsity:.4f} in the blocks"
+        f"{size['all'] / 1e6:.1f} MB; every tensor comes back bit for bit (compared)"
     )
 
 
