@@ -29,17 +29,11 @@ PAGE = """# {title}
 {count} matrices; {metric} from {lowest:.3f} ({first}) to {highest:.3f} ({last}), mean {mean:.3f}.
 Plan: {plan}. Every matrix is in [layers.tsv](layers.tsv).
 
-## Blocks
-
 ![mean metric and planned sparsity of each block](blocks.png)
-
-## Types of matrix
 
 ![metric of each type of matrix in each block](heat_map.png)
 
-## Spectra and fitted tails
-
-![density of the eigenvalues](spectra.png)
+![spectra and fitted tails](spectra.png)
 """
 
 
@@ -156,6 +150,8 @@ def label_blocks(axes, count: int) -> None:
 
 def draw_spectra(spectra: Mapping[str, Spectrum], metric: str):
     """Draw the density of each layer's positive eigenvalues over log axes, and the power law of their tail."""
+    from matplotlib.ticker import LogLocator
+
     figure, grid = files.new_figure(4.2 * len(spectra), 3.6, columns=len(spectra))
     for (name, spec), axes in zip(spectra.items(), grid, strict=True):
         eigs = spec.eigs[spec.eigs > 0]
@@ -173,6 +169,11 @@ def draw_spectra(spectra: Mapping[str, Spectrum], metric: str):
             axes.legend(fontsize=8, loc="lower left")
         axes.set(xscale="log", yscale="log", xlabel="eigenvalue of W'W", ylabel="density")
         axes.set_title(name, fontsize=8)
+        # Powers of ten are labelled, or 1 2 5 if the axis spans few of them; labels in between would overlap.
+        axes.xaxis.set_minor_formatter("")
+        if largest / eigs[0].item() < 50:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
     return figure
 
 
