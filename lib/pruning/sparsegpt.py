@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lib import sparse
 from lib.core.errors import first_line
 from lib.core.lazy import torch
-from lib.pruning.thresholds import group_ranks, nth_smallest
+from lib.pruning.thresholds import group_ranks, smallest
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,12 @@ def repair_group(
         right = left + width
         block = w[left:right]  # [block, out]
         upper = factor.upper[left:right, left:right].contiguous()
-        gone = None if group else _smallest(block, upper, sizes, [ratios[name] for name in weights])
+        gone = None
+        if not group:
+            scores = (block.square() / upper.diagonal()[:, None].square()).split(sizes, dim=1)
+            masks = [smallest(score, ratios[name], None) for name, score in zip(weights, scores, strict=True)]
+            gone = torch.cat(masks, dim=1).float()
+            del scores, masks  # or they would be held beside the errors
         errors = solve(block, upper, gone, removed, group)
         w[right:].addmm_(factor.upper[left:right, right:].T, errors, alpha=-1)
     repaired = w.to(dtype).T.contiguous().split(sizes)
@@ -200,14 +205,3 @@ def solve_block(
         error.div_(pivot)
         block[i + 1 :].addr_(row[i + 1 :], error, alpha=-1)
     return errors
-
-
-def _smallest(block: torch.Tensor, upper: torch.Tensor, sizes: list[int], ratios: Iterable[float]) -> torch.Tensor:
-    """Return 1 for each layer's scores up to the int(n * ratio)-th (from 0), inclusive (published), else 0."""
-    score = block.square() / upper.diagonal()[:, None].square()
-    gone = torch.ones_like(block)
-    for scores, mask, ratio in zip(score.split(sizes, dim=1), gone.split(sizes, dim=1), ratios, strict=True):
-        index = int(scores.numel() * ratio)
-        if index < scores.numel():
-            torch.le(scores, nth_smallest(scores, index), out=mask)
-    return gone

@@ -111,21 +111,21 @@ def _prune_block(
     block: Block, plan: SparsityPlan, pruner: Pruner, inputs: BlockInputs | None, keep: bool, dtype: torch.dtype | None
 ) -> None:
     """Prune the layers of a block; those that share an input, and so a statistic, are pruned by one process."""
-    groups, owners = [(list(block.linears), None)], [processes.rank()]  # without a statistic, by every process
-    if inputs is not None:
-        groups = input_statistics(block, inputs, pruner.statistic, keep)
-        owners = processes.owners([_cost(block, *group) for group in groups])
+    if inputs is None:  # no statistic: every process prunes all layers
+        _prune_layers(block, list(block.linears), plan, pruner, None, dtype)
+        return
+    groups = input_statistics(block, inputs, pruner.statistic, keep)
+    owners = processes.owners([_cost(block, *group) for group in groups])
     owner_of = {name: owner for (names, _), owner in zip(groups, owners, strict=True) for name in names}
     for owner in owners:
         names, statistic = groups.pop(0)  # frees the statistic of the group before: Hessians are large
-        if owner != processes.rank():
-            continue
         try:
-            _prune_layers(block, names, plan, pruner, statistic, dtype)
+            if owner == processes.rank():
+                _prune_layers(block, names, plan, pruner, statistic, dtype)
         except NotPositiveDefinite as error:
             fix = f"give more calibration data ({flag_name('nsamples')})"
             raise UserError(None, names[0], str(error), fix) from error
-    for name, owner in owner_of.items() if inputs is not None else ():
+    for name, owner in owner_of.items():
         processes.broadcast(block.linears[name].weight.data, owner)
 
 
