@@ -38,7 +38,6 @@ FUNCTIONS = {
     "_multiply": "pipipii",
     "_unpack": "pnnpi",
     "_multiply_many": "ppnpi",
-    "_multiply_float": "pnnpnpi",
     "_solve_block": "ppppnnnpi",
     "enter_block": "ppppnipppni",  # these are in step.cpp
     "attend_block": "ppppnndipi",
@@ -99,13 +98,10 @@ class Kernel:
         float32 (but a packed weight's values) and contiguous. Each number is the sum of its products in the order of
         the columns, rounded at each step (FMA): the same for any number of tokens and threads.
         """
-        tokens, threads = len(x), torch.get_num_threads()
-        if isinstance(weight, MatrixStruct):
-            y = x.new_empty(tokens, weight.rows)
-            self._multiply_many(ctypes.addressof(weight), x.data_ptr(), tokens, y.data_ptr(), threads)
-        else:
-            y = x.new_empty(tokens, len(weight))
-            self._multiply_float(weight.data_ptr(), *weight.shape, x.data_ptr(), tokens, y.data_ptr(), threads)
+        if isinstance(weight, torch.Tensor):
+            weight = MatrixStruct(None, weight.data_ptr(), None, None, *weight.shape)
+        y, threads = x.new_empty(len(x), weight.rows), torch.get_num_threads()
+        self._multiply_many(ctypes.addressof(weight), x.data_ptr(), len(x), y.data_ptr(), threads)
         return y if bias is None else y.add_(bias)
 
     def solve_block(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing
 from functools import partial
@@ -18,10 +18,9 @@ from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import numpy, torch
 from lib.core.progress import Progress
 from lib.models import memory
-from lib.models.layers import Layer
 from lib.models.weights import Block, Weights
-from lib.spectra.cache import LayerMetrics, MetricCache
-from lib.spectra.spectrum import Farms, NoFit, spectrum
+from lib.spectra.cache import PUBLISHED, LayerMetrics, MetricCache, SpectrumSettings
+from lib.spectra.spectrum import NoFit, spectrum
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
 log = logging.getLogger(__name__)
@@ -34,47 +33,12 @@ _SAMPLE = 1.0
 _LONG = 2.0
 
 
-class SpectrumSettings(NamedTuple):
-    """How a metric is measured: the ``driver`` of the spectrum, its FARMS windows, and weightwatcher's ``seed``."""
-
-    driver: str = "exact"
-    farms: Farms | None = None
-    seed: int = 0
-
-    def stem(self, metric: str) -> str:
-        """Return the name of the cache's files without their suffix; the published one for the published settings."""
-        windows = "" if self.farms is None else "_farms_{}x{:g}_{}".format(*self.farms)
-        return metric + windows + ("" if self.driver == "exact" else f"_{self.driver}")
-
-    def described(self, metric: str) -> dict:
-        """Return the sidecar's entry for these settings, as far as they affect ``metric``."""
-        if metric in WEIGHTWATCHER:
-            return {"seed": self.seed} if metric == "random_distance" else {}
-        return {"driver": self.driver, "farms": None if self.farms is None else self.farms._asdict()}
-
-
-PUBLISHED = SpectrumSettings()
-
-
 class _Result(NamedTuple):
     name: str
     value: float
     fingerprint: str
     fell_back: bool = False
     seconds: float = 0.0
-
-
-def metric_cache(
-    folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: SpectrumSettings = PUBLISHED
-) -> MetricCache:
-    """Return the cache in ``folder`` of a metric of the ``model`` with these ``layers``."""
-    identity = {
-        "model": model,
-        "metric": metric,
-        "settings": settings.described(metric),
-        "layers": [[layer.name, list(layer.shape)] for layer in layers],
-    }
-    return MetricCache(folder, settings.stem(metric), identity)
 
 
 def load_or_measure(
@@ -85,7 +49,7 @@ def load_or_measure(
     Raises:
         UserError: the cache is damaged or of something else, or a layer's spectrum admits no fit.
     """
-    cache = metric_cache(folder, metric, model, weights.layers, settings)
+    cache = MetricCache(folder, metric, model, weights.layers, settings)
     cached = processes.on_main(cache.read)
     if cached is not None:
         cache.check_weights(cached, weights)

@@ -29,19 +29,19 @@ class PowerLaw(NamedTuple):
 
 def alpha_mid(spec: Spectrum) -> float:
     """Return the tail exponent of the upper half of the spectrum: the maximum-likelihood fit from index N // 2 on."""
-    eigs = _fittable(spec)
+    eigs = _finite(spec, 3)
     return _alpha_at(eigs, len(eigs) // 2)
 
 
 def alpha_peak(spec: Spectrum) -> float:
     """Return the tail exponent, the tail's start searched around the log-spectrum's peak (paper, section 3.1)."""
-    eigs = _fittable(spec)
+    eigs = _finite(spec, 3)
     return fit_tail(eigs, peak_candidates(eigs)).alpha
 
 
 def alpha(spec: Spectrum) -> float:
     """Return the tail exponent, the tail's start searched among all eigenvalues but the last (weightwatcher)."""
-    eigs = _fittable(spec)
+    eigs = _finite(spec, 3)
     return fit_tail(eigs, torch.arange(len(eigs) - 1)).alpha
 
 
@@ -74,10 +74,8 @@ def log_alpha_norm(spec: Spectrum) -> float:
 
 def _positive(spec: Spectrum) -> torch.Tensor:
     """Return the eigenvalues in float64; at least one must be above zero."""
-    eigs = spec.eigs.double()
-    if not torch.isfinite(eigs).all():
-        raise NoFit("the spectrum holds values that are not finite")
-    if not len(eigs) or eigs[-1] <= 0:
+    eigs = _finite(spec, 1).double()
+    if eigs[-1] <= 0:
         raise NoFit("the matrix is zero")
     return eigs
 
@@ -174,8 +172,8 @@ def _alpha_at(eigs: torch.Tensor, start: int) -> float:
     return alpha
 
 
-def _fittable(spec: Spectrum) -> torch.Tensor:
-    if len(spec.eigs) < 3:
+def _finite(spec: Spectrum, least: int) -> torch.Tensor:
+    if len(spec.eigs) < least:
         raise NoFit(f"{len(spec.eigs)} eigenvalues are too few")
     if not torch.isfinite(spec.eigs).all():
         raise NoFit("the spectrum holds values that are not finite")

@@ -36,7 +36,6 @@ struct Block {  // as in step.cpp
   F(multiply, (const Matrix*, int, const uint16_t*, int, void* const*, int, int))                                     \
   F(unpack, (const Matrix*, int64_t, int64_t, uint16_t*, int))                                                        \
   F(multiply_many, (const Matrix*, const float*, int64_t, float*, int))                                               \
-  F(multiply_float, (const float*, int64_t, int64_t, const float*, int64_t, float*, int))                             \
   F(solve_block, (float*, const float*, const float*, const int32_t*, int64_t, int64_t, int64_t, float*, int))        \
   F(enter_block, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int, uint16_t*,           \
                   uint16_t*, uint16_t*, int64_t, int))                                                                \
@@ -172,7 +171,8 @@ void check_many(const Level& level, const Weight& w, bool half) {
     Floats x(tokens * columns), packed(tokens * rows), dense(tokens * rows);
     for (float& v : x) v = normal();
     level.multiply_many(&w.packed, x.data(), tokens, packed.data(), 1);
-    level.multiply_float(weight.data(), rows, columns, x.data(), tokens, dense.data(), 1);
+    const Matrix plain{nullptr, (const uint16_t*)weight.data(), nullptr, nullptr, rows, columns, 0, 0};
+    level.multiply_many(&plain, x.data(), tokens, dense.data(), 1);
     for (int64_t i = 0; i < tokens * rows; i++) {
       float sum = 0;
       for (int64_t c = 0; c < columns; c++)

@@ -10,11 +10,6 @@ namespace {
 constexpr int TILE = LANES == 4 ? 16 : 32, VECTORS = TILE / LANES;  // outputs
 typedef float Tile[TILE];
 
-void copy(const float* from, int count, float* to) {  // the rest of the tile is zero
-  if (count < TILE) memset(to, 0, sizeof(Tile));
-  memcpy(to, from, count * 4);
-}
-
 // 1 for each output's `removed` lowest scores among `group` columns of w, else 0; of equal ones the upper are lower.
 void lowest(const Tile* w, const float* upper, int64_t stride, int64_t group, const int32_t* removed, int count,
             Tile* score, Tile* gone) {
@@ -76,9 +71,10 @@ extern "C" void solve_block(float* block, const float* upper, const float* gone,
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < outputs; first += TILE) {
       const int count = int(std::min<int64_t>(TILE, outputs - first));
+      if (count < TILE) memset(w, 0, sizeof(Tile) * 3 * columns);
       for (int64_t i = 0; i < columns; i++) {
-        copy(block + i * outputs + first, count, w[i]);
-        if (!group) copy(gone + i * outputs + first, count, mask[i]);
+        memcpy(w[i], block + i * outputs + first, count * 4);
+        if (!group) memcpy(mask[i], gone + i * outputs + first, count * 4);
       }
       for (int64_t i = 0; i < columns;) {
         if (group && i % group == 0) {
