@@ -65,7 +65,7 @@ def row_smallest(score: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def smallest(score: torch.Tensor, ratio: float, nm: tuple[int, int] | None) -> torch.Tensor:
-    """Return a mask of all of ``score``, >= 0, up to its int(n * ratio)-th (from 0), inclusive (published), or of N:M."""
+    """Return a mask of the ``score``, >= 0, up to the int(n * ratio)-th (from 0), inclusive (published), or by N:M."""
     if nm is not None:
         return group_smallest(score, nm)
     return score <= nth_smallest(score, min(int(score.numel() * ratio), score.numel() - 1))

@@ -73,12 +73,11 @@ def measure(
     """
     # An SVD's time grows with the number of weights times the shorter side.
     work = {layer.name: layer.size * min(layer.shape[:2]) for layer in weights.layers}
+    owners = processes.owners(list(work.values()))
+    names = {name for name, owner in zip(work, owners, strict=True) if owner == processes.rank()}
     if metric in WEIGHTWATCHER:
-        names = {layer.name for layer in weights.layers if layer.block % processes.count() == processes.rank()}
         results = _by_weightwatcher(metric, weights, names, settings.seed)
     else:
-        owners = processes.owners(list(work.values()))
-        names = {name for name, owner in zip(work, owners, strict=True) if owner == processes.rank()}
         results = _by_spectrum(metric, weights, names, settings, progress)
 
     finished: dict[str, _Result] = {}
@@ -176,30 +175,21 @@ def _blocks(metric: str, weights: Weights) -> Iterator[Block]:
 
 
 def _by_weightwatcher(metric: str, weights: Weights, names: set[str], seed: int) -> Iterator[_Result]:
-    """Yield weightwatcher's values for the layers ``names``, block by block; it reads float32 on the CPU."""
+    """Yield weightwatcher's values for the layers ``names``, one after another; it reads float32 on the CPU."""
     from weightwatcher import WeightWatcher
 
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
     column, switches = WEIGHTWATCHER[metric]
     for block in _blocks(metric, weights):
-        linears = {name: linear for name, linear in block.linears.items() if name in names}
-        if not linears:
-            continue
-
-        watched = torch.nn.ModuleDict()
-        for name, linear in linears.items():
-            weight = linear.weight.detach().float().cpu()
-            copy = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-            copy.weight = torch.nn.Parameter(weight, requires_grad=False)
-            watched[name.replace(".", "/")] = copy  # a module's name has no dots
-
-        numpy.random.seed(seed % 2**32)  # weightwatcher shuffles the weights with numpy's global generator
-        table = WeightWatcher(model=watched).analyze(**switches)
-        numbers = dict(zip(table["longname"], table.get(column, []), strict=False))
-        for name, linear in linears.items():
-            number = numbers.get(name.replace(".", "/"))
+        for name in (name for name in block.linears if name in names):
+            weight = block.linears[name].weight.detach()
+            linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+            linear.weight = torch.nn.Parameter(weight.float().cpu(), requires_grad=False)
+            numpy.random.seed(seed % 2**32)  # weightwatcher shuffles the weights with numpy's global generator
+            table = WeightWatcher(model=torch.nn.Sequential(linear)).analyze(**switches)
+            number = next(iter(table.get(column, [])), None)
             if number is None or not numpy.isfinite(number) or number < 0:  # -1: its fit failed
                 reason = "weightwatcher skipped it" if number is None else f"weightwatcher gives {number}"
                 fix = f"choose another {flag_name('ww_metric')}"
                 raise UserError(None, name, f"{metric} cannot be computed, {reason}", fix)
-            yield _Result(name, float(number), digests.fingerprint(linear.weight))
+            yield _Result(name, float(number), digests.fingerprint(weight))

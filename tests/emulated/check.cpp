@@ -36,7 +36,7 @@ struct Block {  // as in step.cpp
   F(multiply, (const Matrix*, int, const uint16_t*, int, void* const*, int, int))                                     \
   F(unpack, (const Matrix*, int64_t, int64_t, uint16_t*, int))                                                        \
   F(multiply_many, (const Matrix*, const float*, int64_t, float*, int))                                               \
-  F(solve_block, (float*, const float*, const float*, const int32_t*, int64_t, int64_t, int64_t, float*, int))        \
+  F(solve_block, (float*, const float*, const void*, int64_t, int64_t, int64_t, float*, int))                         \
   F(enter_block, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int, uint16_t*,           \
                   uint16_t*, uint16_t*, int64_t, int))                                                                \
   F(attend_block, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int64_t, double, int,    \
@@ -237,8 +237,8 @@ void check_solver(const Level& level) {
         for (int j = i; j < columns; j++)
           upper[i * columns + j] = i == j ? 0.5f + std::fabs(normal()) : 0.1f * normal();
       Floats expected = block, wanted(block.size());
-      level.solve_block(block.data(), upper.data(), group ? nullptr : gone.data(), group ? removed.data() : nullptr,
-                        columns, outputs, group, errors.data(), 1);
+      const void* drop = group ? (const void*)removed.data() : gone.data();
+      level.solve_block(block.data(), upper.data(), drop, columns, outputs, group, errors.data(), 1);
       solve_plainly(expected, upper, gone, removed, columns, outputs, group, wanted);
       expect(block == expected && errors == wanted, level.name, "solver", columns, outputs, group);
     }

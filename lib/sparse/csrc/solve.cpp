@@ -60,9 +60,9 @@ void step(Tile* w, const float* upper, int64_t columns, int64_t i, const Tile* m
 }  // namespace
 
 // block: [columns, outputs], zeroed and repaired in place; errors: the same shape; upper: [columns, columns].
-// gone: 1 to zero and 0 to keep, [columns, outputs]; or null, then the `removed` [outputs] lowest of each `group` go.
-extern "C" void solve_block(float* block, const float* upper, const float* gone, const int32_t* removed,
-                            int64_t columns, int64_t outputs, int64_t group, float* errors, int threads) {
+// drop: float32, 1 to zero and 0 to keep, [columns, outputs]; with a `group`: int32 [outputs], how many lowest of each go.
+extern "C" void solve_block(float* block, const float* upper, const void* drop, int64_t columns, int64_t outputs,
+                            int64_t group, float* errors, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const std::unique_ptr<char[]> buffer(new char[sizeof(Tile) * (3 * columns + group) + 64]);
@@ -74,12 +74,13 @@ extern "C" void solve_block(float* block, const float* upper, const float* gone,
       if (count < TILE) memset(w, 0, sizeof(Tile) * 3 * columns);
       for (int64_t i = 0; i < columns; i++) {
         memcpy(w[i], block + i * outputs + first, count * 4);
-        if (!group) memcpy(mask[i], gone + i * outputs + first, count * 4);
+        if (!group) memcpy(mask[i], (const float*)drop + i * outputs + first, count * 4);
       }
       for (int64_t i = 0; i < columns;) {
         if (group && i % group == 0) {
           const int64_t some = std::min(group, columns - i);
-          lowest(w + i, upper + i * (columns + 1), columns, some, removed + first, count, score, mask + i);
+          const int32_t* removed = (const int32_t*)drop + first;
+          lowest(w + i, upper + i * (columns + 1), columns, some, removed, count, score, mask + i);
         }
         // Four at a time, unless another group begins among them.
         const bool four = i + 4 <= columns && group % 4 == 0;
