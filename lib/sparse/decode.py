@@ -99,7 +99,6 @@ class CompiledBlock:
         return self.plain_forward(hidden_states, *args, **kwargs)
 
     def plain_forward(self, *args, **kwargs) -> torch.Tensor:
-        """Return what the model's own forward pass gives."""
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
     def _block(self, x: torch.Tensor) -> BlockStruct | None:

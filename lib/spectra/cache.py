@@ -52,10 +52,7 @@ class LayerMetrics(NamedTuple):
 
 
 class MetricCache:
-    """The values of one metric in ``folder``: ``<stem>.npy``, as published, and our sidecar ``<stem>.json``.
-
-    The sidecar must agree with model, metric, settings, and layers.
-    """
+    """The values of one metric in ``folder``: ``<stem>.npy``, as published, and a sidecar of all that must agree."""
 
     def __init__(
         self, folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: SpectrumSettings = PUBLISHED

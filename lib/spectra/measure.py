@@ -25,12 +25,8 @@ from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
 log = logging.getLogger(__name__)
 
-# A checkpoint with a larger share of zeros in its first block is taken for pruned: no dense one has that many.
-_PRUNED = 0.1
 # Seconds of a matrix from which the time of the others is estimated; fewer may be those of LAPACK's start.
 _SAMPLE = 1.0
-# Minutes from which the estimate is worth a line.
-_LONG = 2.0
 
 
 class _Result(NamedTuple):
@@ -92,7 +88,7 @@ def measure(
                 announced = True
                 left = sum(work[name] for name in names - finished.keys()) / work[result.name]
                 minutes = result.seconds * left / cores / 60
-                if minutes > _LONG:
+                if minutes > 2:  # else it is not worth a line
                     message = "exact spectra take about %.0f more minutes on %d of the CPU's cores; %s takes less"
                     log.info(message, minutes, cores, "--esd_driver fast")
 
@@ -100,8 +96,7 @@ def measure(
     ordered = [shares[layer.name] for layer in weights.layers]
     fell_back = [result.name for result in ordered if result.fell_back]
     if fell_back:
-        names = ", ".join(fell_back)
-        log.warning("too ill-conditioned for the fast driver, used a float64 SVD instead: %s", names)
+        log.warning("too ill-conditioned for the fast driver, used a float64 SVD instead: %s", ", ".join(fell_back))
     values = {result.name: result.value for result in ordered}
     return LayerMetrics(values, {result.name: result.fingerprint for result in ordered})
 
@@ -168,7 +163,7 @@ def _blocks(metric: str, weights: Weights) -> Iterator[Block]:
         if block.index == 0:
             zeros = sum((linear.weight == 0).sum().item() for linear in block.linears.values())
             share = zeros / max(1, sum(linear.weight.numel() for linear in block.linears.values()))
-            if share > _PRUNED:
+            if share > 0.1:  # no dense checkpoint has that many
                 message = "%.0f %% of the first block's weights are zero: %s describes the pruning, not the training"
                 log.warning(message, 100 * share, metric)
         yield block

@@ -45,16 +45,6 @@ def alpha(spec: Spectrum) -> float:
     return fit_tail(eigs, torch.arange(len(eigs) - 1)).alpha
 
 
-def spectral_norm(spec: Spectrum) -> float:
-    """Return the largest eigenvalue: the squared spectral norm of W (weightwatcher's definition)."""
-    return _positive(spec)[-1].item()
-
-
-def norm(spec: Spectrum) -> float:
-    """Return the sum of the eigenvalues: the squared Frobenius norm of W (weightwatcher's definition)."""
-    return _positive(spec).sum().item()
-
-
 def entropy(spec: Spectrum) -> float:
     """Return the Shannon entropy of the eigenvalues' shares of their sum, divided by the log of the matrix's rank."""
     eigs = _positive(spec)
@@ -182,18 +172,19 @@ def _finite(spec: Spectrum, least: int) -> torch.Tensor:
 
 # A layer's number from its spectrum; a new metric is one function and one line. All are mapped the same way, a larger
 # number to a higher sparsity, as published. For alpha, the stable rank and the entropy that is the theory's direction
-# (larger: less heavy-tailed, less well trained); for the norms it is the published choice.
+# (larger: less heavy-tailed, less well trained); for the norms it is the published choice. The norms are squared, as
+# weightwatcher defines them: the largest eigenvalue is the spectral norm, and the sum of all is the Frobenius norm.
 METRICS: dict[str, Callable[[Spectrum], float]] = {
     "alpha_peak": alpha_peak,
     "alpha_mid": alpha_mid,
     "alpha": alpha,
-    "alpha_weighted": lambda spec: alpha(spec) * math.log10(spectral_norm(spec)),
+    "alpha_weighted": lambda spec: alpha(spec) * math.log10(_positive(spec)[-1]),
     "log_alpha_norm": log_alpha_norm,
-    "spectral_norm": spectral_norm,
-    "log_spectral_norm": lambda spec: math.log10(spectral_norm(spec)),
-    "norm": norm,
-    "log_norm": lambda spec: math.log10(norm(spec)),
-    "stable_rank": lambda spec: norm(spec) / spectral_norm(spec),
+    "spectral_norm": lambda spec: _positive(spec)[-1].item(),
+    "log_spectral_norm": lambda spec: math.log10(_positive(spec)[-1]),
+    "norm": lambda spec: _positive(spec).sum().item(),
+    "log_norm": lambda spec: math.log10(_positive(spec).sum()),
+    "stable_rank": lambda spec: (_positive(spec).sum() / _positive(spec)[-1]).item(),
     "entropy": entropy,
 }
 # Metrics that weightwatcher measures: the column of its table, and what makes it fill that column.
