@@ -121,12 +121,6 @@ def test_block_scores_by_pencil():
     assert block_scores.median_score(scores) == 1.0  # of 0 1 1 1 2 17, the lower one
 
 
-@pytest.mark.parametrize("sizes", [(1,), (2,), (7, 8), (100, 33, 1)])
-def test_median_is_torchs(sizes):
-    scores = [torch.rand(size, generator=torch.Generator().manual_seed(size)) for size in sizes]
-    assert block_scores.median_score(scores) == torch.cat(scores).median().item()
-
-
 def test_dense_statistics_are_those_of_whole_passes(tiny_windows):
     model = tiny_llama()
     weights = weights_of(model)

@@ -229,16 +229,6 @@ def test_prices_are_the_same_to_the_bit_whether_activations_are_kept_or_not(dtyp
     assert all(p.grad is None for p in weights.model.parameters())
 
 
-def test_an_error_leaves_the_weights_as_they_were(monkeypatch):
-    weights = weights_of(tiny_llama())
-    parameters = dict(weights.model.named_parameters())
-    model = prices_of(weights)
-    monkeypatch.setattr(price_model, "band_price", None)
-    with pytest.raises(TypeError):
-        model.prices(some_ratios(weights), [0])
-    assert all(p is parameters[name] for name, p in weights.model.named_parameters())
-
-
 def test_one_gradient_of_a_matrix_is_alive_at_a_time(monkeypatch):
     weights, alive, leaves = weights_of(tiny_llama()), [], []
     parameter = torch.nn.Parameter
