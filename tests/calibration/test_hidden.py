@@ -73,9 +73,6 @@ def prune(model, plan, pruner, windows, metric=None) -> list:
     return walk(weights, plan, pruner, enter_blocks(weights, windows) if pruner.statistic else None, metric)
 
 
-# --------------------------------------------------------------------------------------------------- the statistics
-
-
 @pytest.mark.parametrize("nsamples", [1, 3, 7])
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_statistics_are_the_direct_ones(statistic, nsamples, tiny_model, tiny_windows):
@@ -199,9 +196,6 @@ def test_statistics_refuse_a_layer_that_is_not_reached():
     assert not a._forward_pre_hooks and not b._forward_pre_hooks
 
 
-# --------------------------------------------------------------------------------------------------------- the walk
-
-
 def test_blocks_get_all_other_arguments_and_no_live_cache(tiny_model, tiny_windows):
     tiny_model.config.use_cache = True
     inputs = enter_blocks(weights_of(tiny_model), tiny_windows)
@@ -286,9 +280,6 @@ def test_arguments_that_depend_on_the_text_are_refused(tiny_model, tiny_windows,
     monkeypatch.setattr(tiny_model, "forward", forward)
     with pytest.raises(UserError, match="LlamaForCausalLM: what its blocks are given depends on the text"):
         enter_blocks(weights_of(tiny_model), tiny_windows)
-
-
-# ------------------------------------------------------------------------------------------------ more than one place
 
 
 @pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)

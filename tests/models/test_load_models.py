@@ -240,6 +240,16 @@ def test_missing_weights_are_refused(tmp_path, tiny_model, tiny_tokenizer):
         load_llm(locate(str(tmp_path / "m"), str(tmp_path)), torch.float32)
 
 
+def test_hub_id_that_cannot_be_reached_says_how_to_use_a_copy(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files\nand more lines")
+
+    monkeypatch.setattr(load, "check_hub", lambda: None)
+    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(UserError, match=r"^[^\n]*some/model[^\n]*--model DIR[^\n]*$"):
+        load_skeleton(locate("some/model", str(tmp_path)))
+
+
 # ------------------------------------------------------------------------------------------------------------ loading
 
 

@@ -24,8 +24,6 @@ from lib.models.weights import weights_of
 
 CPU = torch.device("cpu")
 
-# --------------------------------------------------------------------------------------------------- files
-
 
 def some_tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
@@ -56,14 +54,6 @@ def test_shards_are_what_the_library_reads_and_writes(dtype, tmp_path, monkeypat
             assert read.dtype == wanted.dtype and read.shape == wanted.shape and torch.equal(read, wanted)
 
 
-def test_a_shard_is_written_in_another_dtype(tmp_path):
-    tensors = some_tensors(torch.float32) | {"count": torch.tensor([3])}
-    safetensors_io.write_shard(tmp_path / "x.safetensors", tensors, torch.bfloat16)
-    read = load_file(tmp_path / "x.safetensors")
-    assert read["count"].dtype == torch.int64
-    assert all(torch.equal(read[name], tensors[name].bfloat16()) for name in tensors if name != "count")
-
-
 @pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 16, None])
 def test_a_damaged_file_is_one_line(content, tmp_path):
     path = tmp_path / "x.safetensors"
@@ -81,9 +71,6 @@ def test_pickled_weights_are_refused_with_the_line_that_converts_them(tmp_path, 
     err = capsys.readouterr().err.splitlines()[-1]
     assert f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('DIR')" in err
     assert not (tmp_path / "save").exists()
-
-
-# --------------------------------------------------------------------------------------------------- the home
 
 
 def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> Streamed:
@@ -135,9 +122,6 @@ def test_a_block_that_fails_is_given_back(tiny_folder):
         for _ in weights.visit(write=True):
             raise ZeroDivisionError
     assert all(p.is_meta for p in weights.model.parameters()) and not weights.changed
-
-
-# --------------------------------------------------------------------------------------------------- whole runs
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -346,16 +346,8 @@ def block_16(smollm2_source, golden):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("key", "column"),
-    [
-        ("0.7", "alps_10"),
-        ("2:4", "alps_10"),
-        ("0.7", "alps_30"),
-        ("0.7", "sparsegpt_refit10"),
-        ("2:4", "sparsegpt_refit10"),
-    ],
-)
+@pytest.mark.parametrize("key", ["0.7", "2:4"])
+@pytest.mark.parametrize("column", ["alps_10", "alps_30", "sparsegpt_refit10"])
 def test_published_layer_errors(key, column, block_16, golden, caplog):
     expected = golden("reconstruction.json")["layer_error"][key]
     for weights, hessian in block_16:
