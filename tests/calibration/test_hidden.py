@@ -106,13 +106,6 @@ def test_windows_add_up_to_the_same_bits_in_any_order(statistic):
     assert torch.equal(forwards, backwards) and torch.equal(forwards, shared([8, 0, 7, 1, 6, 2, 5, 3, 4]))
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
-def test_layers_with_the_same_input_share_one_statistic(statistic, tiny_model, tiny_windows):
-    statistics = dense_statistics(tiny_model, tiny_windows[:2], statistic)
-    found = [[name.rsplit(".", 1)[1] for name in one.layers] for one in statistics]
-    assert found == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 3
-
-
 def test_a_shared_hessian_is_factorised_once(tiny_model, tiny_windows):
     sizes, pruner = [], PRUNERS["sparsegpt"]
     spy = pruner._replace(prepare=lambda hessian: sizes.append(len(hessian)) or pruner.prepare(hessian))

@@ -48,9 +48,6 @@ def assert_alike(got, expected, rtol=1e-4):
     torch.testing.assert_close(got.double(), expected.double(), rtol=rtol, atol=rtol * expected.abs().max().item())
 
 
-# ------------------------------------------------------------------------------------------- the definitions, slowly
-
-
 def oracle_top(score, ratio, nm):
     """Return the mask of what stays, by sorting lists."""
     if nm is None:
@@ -136,9 +133,6 @@ def test_refit_pencil():
     assert got.tolist() == [[0, 6]]
 
 
-# ------------------------------------------------------------------------------------------------ selection
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_selection_is_a_sorts(seed):
     draw = torch.Generator().manual_seed(seed)
@@ -160,9 +154,6 @@ def test_everything_that_ties_with_the_threshold_goes():
     got = solve(weight, 7 * torch.eye(4), 0.25)
     assert_alike(got, torch.tensor([[0.0, 0, 0, 3], [0, 4, -5, 6]]), rtol=1e-6)
     assert not solve(torch.ones(4, 8), torch.eye(8), 0.1).any()
-
-
-# --------------------------------------------------------------------------------------- what must always hold
 
 
 @pytest.mark.parametrize(("ratio", "nm"), CASES, ids=str)
@@ -269,9 +260,6 @@ def test_minus_zero_is_not_written(ratio, nm):
         assert (result == 0).any() and not (torch.signbit(result) & (result == 0)).any()
 
 
-# ------------------------------------------------------------------------------------- layers that share an input
-
-
 @pytest.mark.parametrize("nm", [None, pytest.param((2, 4), marks=pytest.mark.slow)], ids=str)
 def test_at_most_three_matrices_of_the_hessians_size(nm):
     size, rows = 2048, 8
@@ -285,9 +273,6 @@ def test_at_most_three_matrices_of_the_hessians_size(nm):
     work = partial(alps_group, weights, held[0], dict.fromkeys(weights, 0.5), dict.fromkeys(weights, nm))
     assert peak_bytes(work) <= 2 * matrix + 2 * 4 * size * 128 + 40 * copy
     assert peak_bytes(lambda: refit(weights["up"], weights["up"], held[0])) <= 20 * copy
-
-
-# -------------------------------------------------------------------------------------------------------- failures
 
 
 def test_hessian_that_is_not_positive_definite():
@@ -314,9 +299,6 @@ def test_cuda_does_as_the_cpu(nm):
     assert torch.get_float32_matmul_precision() == precision
     errors = [layer_error(weight, pruned, hessian) for pruned in (here, there)]
     assert errors[1] == pytest.approx(errors[0], rel=5e-3)  # iterations in TF32, of 10 bits, choose another mask
-
-
-# ------------------------------------------------------------------------------------------------------ SmolLM2
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import math
 import oracles
 import pytest
 import torch
+from test_alps import layer_error
 
 from lib.allocation.formulas import uniform
 from lib.calibration.hidden import enter_blocks
@@ -34,12 +35,6 @@ def random_case(rows=24, columns=40, seed=0, dead=()):
 def statistic_of(pruner, norms, hessian):
     """Return what ``pruner`` gets to see, prepared; its own copy."""
     return pruner.prepare({None: None, "squared_norms": norms.clone(), "hessian": hessian.clone()}[pruner.statistic])
-
-
-def error_of(weight, pruned, hessian):
-    """Return the error of the layer's output, up to a factor."""
-    change = (pruned - weight).double()
-    return ((change @ hessian.double()) * change).sum().item()
 
 
 def assert_repaired_alike(got, expected, hessian):
@@ -241,13 +236,13 @@ def test_inputs_that_are_not_finite_name_the_layer(name, tiny_model, tiny_window
 def test_refit_keeps_the_mask_and_lowers_the_error(name, nm):
     weight, norms, hessian = random_case(12, 40)
     plain = PRUNERS[name].prune(weight, statistic_of(PRUNERS[name], norms / 2, hessian), 0.5, nm)
-    errors = [error_of(weight, plain, hessian)]
+    errors = [layer_error(weight, plain, hessian)]
     for steps in (1, 3, 10):
         pruner = configured(name, PRUNERS, None, None, steps)
         assert pruner.statistic == "hessian"
         refitted = pruner.prune(weight, pruner.prepare(hessian.clone()), 0.5, nm)
         assert torch.equal(refitted == 0, plain == 0)
-        errors.append(error_of(weight, refitted, hessian))
+        errors.append(layer_error(weight, refitted, hessian))
     assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0]
 
 
