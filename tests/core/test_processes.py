@@ -249,7 +249,7 @@ def on_pretend_cuda(rank: int) -> None:
 
 @pytest.mark.parametrize("more", fast(["sparsegpt_owl --stream always", "wanda_ww"], 1))
 def test_on_pretend_gpus(more, place):
-    flags = f"--prune_method {more} --dtype float32"
+    flags = f"--prune_method {more} --dtype float32 --nsamples 3 --eval_windows 3"
     one, two = outcome(place, flags, 1), outcome(place, flags, 2, on_pretend_cuda)
     assert two[0]["stages"]["prune"]["peak_cuda_mb"] is not None
     assert different(one[1], two[1]) <= 1e-3
