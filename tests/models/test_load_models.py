@@ -189,15 +189,7 @@ _TINY_MOE = _COMMON | _MLP | _GQA
 REFUSED = {
     "MixtralForCausalLM": (tf.MixtralConfig(**_TINY_MOE, num_local_experts=4), "experts"),
     "Qwen2MoeForCausalLM": (tf.Qwen2MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16), "experts"),
-<<<<<<< HEAD
-    "Qwen3MoeForCausalLM": (
-        tf.Qwen3MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16, head_dim=8),
-        "experts",
-    ),
     "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "cannot be found"),
-=======
-    "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "Conv1D"),
->>>>>>> testsA
     "T5ForConditionalGeneration": (tf.T5Config(vocab_size=300, d_model=32, num_layers=2), "encoder-decoder"),
     "BertForMaskedLM": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),
     "BertLMHeadModel": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),  # is_decoder is False
