@@ -154,6 +154,14 @@ def few_tasks(monkeypatch, tmp_path_factory):
     zero_shot._task_manager.cache_clear()
 
 
+def error_line(capsys, status: int) -> str:
+    """Return the one line in which a command that ended with ``status`` said what is wrong."""
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if "error: " in line]
+    assert status == 2 and "Traceback" not in out + err
+    return line
+
+
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a saved folder, whatever the number of its files."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

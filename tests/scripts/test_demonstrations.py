@@ -3,22 +3,17 @@
 import json
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
+import demo
+import image_demo
 import pytest
-from conftest import ROOT
+import sweep
+from test_table import record
 
 import main
 from lib.cli.command import parse
 from lib.cli.settings import Experiment
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import demo
-import image_demo
-import sweep
-from test_table import record
 
 
 @pytest.fixture

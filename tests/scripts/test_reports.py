@@ -1,13 +1,8 @@
 """The report of spectra."""
 
-import sys
-
-import pytest
-from conftest import ROOT, fast
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 import esd_report
+import pytest
+from conftest import fast
 
 import main
 
@@ -16,10 +11,10 @@ def is_png(path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG\r\n") and path.stat().st_size > 5000
 
 
-SHOWN = ["alpha_peak", "alpha_peak --farms --farms_rows 16 --farms_steps 3", "alpha", "alpha_mid", "stable_rank"]
+SHOWN = ["alpha_peak --farms --farms_rows 16 --farms_steps 3", "alpha_peak", "stable_rank"]
 
 
-@pytest.mark.parametrize("metric", fast(SHOWN, 2))
+@pytest.mark.parametrize("metric", fast(SHOWN, 1))
 def test_report_shows_what_a_run_plans(metric, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = f"--model {tiny_folder} --ww_metric {metric} --sparsity_ratio 0.6 --epsilon 0.2".split()

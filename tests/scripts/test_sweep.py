@@ -9,20 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_allocations
 import numpy as np
 import pytest
+import sweep
+import table
 from conftest import ROOT
 
 import main
 from lib.cli.command import parse
 from lib.cli.settings import Experiment
 from lib.models import load as loading
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import compare_allocations
-import sweep
-import table
 
 # The paper's settings, script -> hub id, metric cache, epsilon of magnitude / wanda / sparsegpt.
 PUBLISHED = {
@@ -106,6 +103,12 @@ def small(tiny_folder, tiny_text, tmp_path_factory) -> tuple[dict, list[str], Pa
             "METHODS": "magnitude_ww wanda_ww"}, flags, save / "runs"  # fmt: skip
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Draw no plot, which takes longer than a run of the tiny model."""
+    monkeypatch.setattr(table, "plot", lambda *_: None)
+
+
 @pytest.mark.slow
 def test_a_script_that_is_interrupted_completes_what_is_left(small, tmp_path):
     variables, flags, _ = small
@@ -133,11 +136,14 @@ def test_a_script_that_is_interrupted_completes_what_is_left(small, tmp_path):
         assert record["sparsity"] == pytest.approx(0.7, abs=1 / 32)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_only_the_same_run_of_the_same_files_is_complete(tiny_folder, tiny_text, tmp_path, capsys, caplog):
     shutil.copytree(tiny_folder, tmp_path / "tiny")
     (tmp_path / "cal.txt").write_bytes(tiny_text.read_bytes())
-    flags = f"--model {tmp_path}/tiny --calib_data {tmp_path}/cal.txt --eval_data {tiny_text} --seqlen 32".split()
-    flags += f"--nsamples 2 --eval_windows 2 --save {tmp_path}/s --methods wanda --sparsities 0.5".split()
+    flags = (
+        f"--model {tmp_path}/tiny --calib_data {tmp_path}/cal.txt --eval_data {tmp_path}/cal.txt --seqlen 32".split()
+    )
+    flags += f"--nsamples 2 --eval_windows 2 --save {tmp_path}/s --methods magnitude --sparsities 0.5".split()
 
     def again(*more: str) -> bool:
         """Return whether the setting was run."""
@@ -146,13 +152,14 @@ def test_only_the_same_run_of_the_same_files_is_complete(tiny_folder, tiny_text,
         return "complete already" not in capsys.readouterr().out
 
     assert again() and not again() and again("--force")
-    assert again("--seed", "1") and again() and not again()
-    path = tmp_path / "s" / "run_wanda_sparsity_0.5.json"
-    for damaged in (path.read_text().replace('"complete": true', '"complete": false'), path.read_text()[:99]):
-        path.write_text(damaged)
-        assert again() and not again()
+    assert again("--seed", "1") and again()
+    path = tmp_path / "s" / "run_magnitude_sparsity_0.5.json"
+    path.write_text(path.read_text().replace('"complete": true', '"complete": false'))
+    assert again() and not again()
     (tmp_path / "cal.txt").write_text(tiny_text.read_text()[::-1])
-    assert again() and "--calib_data: changed since the complete run on disk" in caplog.text and not again()
+    assert (
+        again() and "--calib_data, --eval_data: changed since the complete run on disk" in caplog.text and not again()
+    )
     weights = tmp_path / "tiny" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
     assert again() and "--model: changed since the complete run on disk" in caplog.text and not again()
@@ -209,16 +216,16 @@ def test_record_runs_them_and_prints_one_table(small, tmp_path):
 def test_sweep_is_what_separate_runs_are(small, tmp_path, capsys, monkeypatch):
     variables, flags, _ = small
     flags = ["--model", variables["MODEL"], "--ww_metric_cache", variables["CACHE"], *flags]
-    command = [*flags, "--save", str(tmp_path), "--sparsities", "0.6,0.5", "--epsilons", "0.2,0.1"]
-    command += ["--methods", "magnitude,wanda_ww,sparsegpt,dense"]
+    command = [*flags, "--save", str(tmp_path), "--sparsities", "0.5", "--epsilons", "0.2,0.1"]
+    command += ["--methods", "wanda_ww,sparsegpt,dense"]
     loads = []
     load_llm = loading.load_llm
     monkeypatch.setattr(loading, "load_llm", lambda *args, **more: loads.append(args) or load_llm(*args, **more))
     assert sweep.main(command) == 0
     out = capsys.readouterr().out
-    assert len(loads) == 1 and out.count("/9]") == 9
+    assert len(loads) == 1 and out.count("/4]") == 4
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("run_*.json"))
-    assert len(names) == 9 and "epsilon_0.1/run_wanda_ww_sparsity_0.5.json" in names
+    assert len(names) == 4 and "epsilon_0.1/run_wanda_ww_sparsity_0.5.json" in names
     png = (tmp_path / "sweep.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 5000
     # The last of each method, after everything else had pruned the same model, against a process of its own in spirit.
@@ -232,10 +239,7 @@ def test_sweep_is_what_separate_runs_are(small, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     (tmp_path / "run_sparsegpt_sparsity_0.5.json").unlink()
     assert sweep.main(command) == 0
-    out = capsys.readouterr().out
-    assert out.count("complete already") == 8
-    assert table.main([str(tmp_path), "--format", "csv"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 10
+    assert capsys.readouterr().out.count("complete already") == 3
 
 
 def test_a_sweeps_lists_become_settings():
@@ -292,18 +296,14 @@ def test_seeds_of_a_sweep_have_folders():
         (sweep, "--methods wanda_ww --epsilons magnitude_ww=0.1", "holds none for wanda_ww"),
         (sweep, "--methods magnitude --epsilons wandaa_ww=0.3", "Did you mean 'wanda_ww'"),
         (sweep, "--epsilons wanda_ww=x", "--epsilons 'x': is not a number"),
-        (sweep, "--epsilons 2", "must be at least 0 and at most 1"),
         (sweep, "--sparsities ,", "holds no number"),
-        (sweep, "--methods ,", "names no method"),
         (sweep, "--methods dense,wandaa", "Did you mean 'wanda'"),
         (sweep, "--save_plan p.json", "18 settings would write the same file"),
         (sweep, "--metrics_only", "nothing to sweep"),
         (sweep, "--methods dense --seeds 3", "--seeds 3 with --methods dense: nothing is drawn for it"),
         (sweep, "--methods magnitude --model /nope", "--model /nope: folder not found"),
-        (compare_allocations, "--pruners wanda,alp", "Did you mean 'alps'"),
         (compare_allocations, "--pruners ,", "--pruners ',': names no pruner"),
         (compare_allocations, "--allocations owll", "Did you mean 'owl'"),
-        (compare_allocations, "--allocations atp --atp_betas ,", "--atp_betas ',': holds no number"),
         (compare_allocations, "--allocations atp --atp_betas auto", "--atp_betas 'auto': is not a number"),
     ],
 )
@@ -323,6 +323,7 @@ def test_epsilons_for_no_method_are_warned_about(methods, warned, caplog):
     assert ("--epsilons does nothing without a method with _ww" in caplog.text) is warned
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_setting_that_fails_does_not_stop_the_others(small, tmp_path, capsys, caplog):
     variables, flags, _ = small
     np.save(tmp_path / "alpha_peak.npy", np.ones(3))  # of another model
@@ -336,6 +337,7 @@ def test_a_setting_that_fails_does_not_stop_the_others(small, tmp_path, capsys, 
     assert capsys.readouterr().out.count("complete already") == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_model_is_loaded_with_room_for_the_neediest_setting(small, tmp_path, monkeypatch):
     # On a GPU the first run's needs would otherwise decide how much of the model goes there.
     variables, flags, _ = small

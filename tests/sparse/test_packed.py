@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import error_line, fast
 from test_journal import POINTS, killed_run
 from test_streamed import hashes
 
@@ -41,13 +42,6 @@ def both(tmp_path_factory, tiny_folder, tiny_text) -> tuple[Path, Path]:
 @pytest.fixture
 def copied(both, tmp_path) -> Path:
     return Path(shutil.copytree(both[1], tmp_path / "copied"))
-
-
-def one_line(capsys, status: int) -> str:
-    """Return the error that a command printed: one line, with exit status 2."""
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert status == 2
-    return line
 
 
 def measured(model: Path, save: Path, text: Path, *more: str) -> dict:
@@ -89,7 +83,7 @@ def test_generate_runs_on_what_main_wrote(both, capsys):
     assert out.startswith("Ab de") and "tokens/s" in out and "MB resident" in out
 
 
-@pytest.mark.parametrize("point", ["before the folder is renamed", "in evaluation", "before the last record"])
+@pytest.mark.parametrize("point", fast(["before the folder is renamed", "in evaluation"], 1))
 def test_a_killed_run_resumes_to_the_same_packed_folder(point, both, tmp_path, tiny_folder, tiny_text):
     flags = [*flags_of(tmp_path, tiny_folder, tiny_text), "--packed"]
     killed_run(" ".join(flags), *POINTS[point])
@@ -104,7 +98,7 @@ def test_a_packed_folder_that_was_altered_is_not_resumed(tmp_path, tiny_folder, 
     path = sorted((tmp_path / "out" / f"{METHOD}_0.7").glob("*.packed.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-8])
     capsys.readouterr()
-    says = one_line(capsys, main.main(flags))
+    says = error_line(capsys, main.main(flags))
     assert "cannot be read as a packed model" in says and "add --restart to begin again" in says
     assert main.main([*flags, "--restart"]) == 0
 
@@ -123,26 +117,21 @@ def test_what_cannot_be_done_with_a_packed_model(case, both, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     more, says = REFUSED[case]
     flags = f"--model {both[1]} --eval_data {tiny_text} --calib_data {tiny_text} --seqlen 32 {more}"
-    assert says.format(both[1]) in one_line(capsys, main.main(flags.split()))
+    assert says.format(both[1]) in error_line(capsys, main.main(flags.split()))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_packed_is_refused_without_a_folder_and_for_a_streamed_model(tmp_path, tiny_folder, tiny_text, capsys):
     flags = [*flags_of(tmp_path, tiny_folder, tiny_text), "--packed"]
-    assert "--packed" in one_line(capsys, main.main([*flags, "--stream", "always"]))
+    assert "--packed" in error_line(capsys, main.main([*flags, "--stream", "always"]))
     at = flags.index("--save_model")
-    assert "--save_model" in one_line(capsys, main.main(flags[:at] + flags[at + 2 :]))
+    assert "--save_model" in error_line(capsys, main.main(flags[:at] + flags[at + 2 :]))
     assert not (tmp_path / "out").exists()
 
 
 def cut(folder: Path) -> None:
     path = sorted(folder.glob("*.packed.safetensors"))[0]
     path.write_bytes(path.read_bytes()[:-100])
-
-
-def wider(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
 
 
 def half_generation(folder: Path) -> None:
@@ -152,7 +141,6 @@ def half_generation(folder: Path) -> None:
 SPOILED = {
     "cut off": (cut, "cannot be read as a packed model"),
     "another generation config": (half_generation, "generation_config.json: cannot be used ("),
-    "another model's config": (wider, "the model of its config.json has [32, 64]"),
 }
 
 
@@ -163,9 +151,9 @@ def test_spoiled_folder_ends_every_command_in_one_line(case, copied, tmp_path, m
     spoil, says = SPOILED[case]
     spoil(copied)
     flags = f"--model copied --eval_data {tiny_text} --seqlen 32 --save save".split()
-    assert says in one_line(capsys, main.main(flags))
-    assert says in one_line(capsys, generate.main(["copied", "Ab de"]))
-    if spoil not in (wider, half_generation):  # unpacking reads which files are there, and not what they are for
-        assert says in one_line(capsys, pack.main(["copied", "--unpack", "--save", "back"]))
+    assert says in error_line(capsys, main.main(flags))
+    assert says in error_line(capsys, generate.main(["copied", "Ab de"]))
+    if spoil is cut:  # unpacking reads which files are there, and not what they are for
+        assert says in error_line(capsys, pack.main(["copied", "--unpack", "--save", "back"]))
         assert not list(Path().glob("*back*"))
     assert not list(tmp_path.rglob("*.json.tmp")) and torch.get_default_dtype() == torch.float32
