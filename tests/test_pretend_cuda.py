@@ -179,7 +179,6 @@ OTHER_RUNS = {
     "hidden states on the CPU": "--prune_method sparsegpt --sparsity_ratio 0.5 --hidden_states cpu",
     "streamed": "--prune_method sparsegpt_ww --sparsity_ratio 0.5 --stream always --save_model kept",
     "streamed, dense": "--stream always",
-    "refreshed prices": "--prune_method wanda_price --sparsity_ratio 0.5 --price_refresh 1 --price_steps 2",
     "epsilon auto": "--prune_method magnitude_ww --sparsity_ratio 0.9 --epsilon auto --eval_wikitext false",
 }
 
