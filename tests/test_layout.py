@@ -183,16 +183,3 @@ def test_a_requirements_file_is_installed_once_whatever_its_folder(tmp_path):
     (tmp_path / "requirements.txt").write_text("# changed\n")
     subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert len((tmp_path / "pip.log").read_text().splitlines()) == 3
-
-
-def test_test_files_import_no_more_than_install_md_asks_for():
-    # What else is needed (onnx, scikit-learn ...) is imported inside a test, or by pytest.importorskip.
-    known = set(sys.stdlib_module_names) | {"pytest", "lib", "main", "lora_ft", "image_classifiers", "scripts"}
-    known |= {"tokenizers", "torchvision", "PIL", "psutil", "yaml"}  # which transformers, timm and accelerate bring
-    known |= {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in (ROOT / "requirements.txt").open()}
-    known |= {path.stem for folder in ("tests", "scripts") for path in (ROOT / folder).rglob("*.py")}
-    for path in (ROOT / "tests").glob("*.py"):
-        nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-        assert {name.split(".")[0] for name in names} <= known, path.name
