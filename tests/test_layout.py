@@ -1,7 +1,6 @@
 """The shape of the repository: what lies at the top, how fast commands answer, and that every command parses."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -164,22 +163,3 @@ def test_published_command_is_understood():
     )
     task = settings(command).task()
     assert (task.method, task.target, task.nm) == ("wanda_ww", 0.7, None)
-
-
-def test_a_requirements_file_is_installed_once_whatever_its_folder(tmp_path):
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "env.sh").write_text((ROOT / "scripts" / "env.sh").read_text())
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\necho "$@" >> pip.log\n')
-    python.chmod(0o755)
-    for name in ("requirements.txt", "scripts/requirements.txt"):
-        (tmp_path / name).write_text(f"# {name}\n")
-    lines = "source scripts/env.sh; need requirements.txt; need scripts/requirements.txt --no-deps"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHON_BIN"}
-    for _ in range(2):
-        subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert len((tmp_path / "pip.log").read_text().splitlines()) == 2
-    (tmp_path / "requirements.txt").write_text("# changed\n")
-    subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert len((tmp_path / "pip.log").read_text().splitlines()) == 3

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -406,14 +404,3 @@ def test_zero_matrix_names_the_layer(place, capsys):
     damage("model.layers.1.self_attn.v_proj", 0)
     check_one_line(capsys, main.main(arguments(WW)), "model.layers.1.self_attn.v_proj")
     assert not Path("save").exists() and not list(Path("data").rglob("*.npy"))  # the other values are kept: resumable
-
-
-@pytest.mark.slow
-def test_program_itself_ends_with_one_line_and_status_two(place):
-    # Once as it is run: a process of its own, whatever Python and the libraries write on stderr included.
-    command = [sys.executable, str(ROOT / "main.py"), *arguments(f"{WANDA} --eval_data short.txt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 2 and done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if not line.startswith(("INFO: ", "WARNING: "))]
-    assert len(lines) == 1 and lines[0].startswith("main.py: error: --eval_data short.txt: too short"), done.stderr
-    assert not Path("save").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fast, saved_tensors, tiny_llama, tiny_sentences
+from conftest import ROOT, fast, tiny_llama, tiny_sentences
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pretend_cuda import FREE, DeviceMix, pretend_cuda
@@ -217,21 +217,6 @@ def test_fast_spectra_are_computed_on_the_device(flags, runs, monkeypatch):
     np.testing.assert_allclose(np.load(there), np.load(here), rtol=1e-5)
 
 
-def test_a_saved_model_and_plan_can_be_used_again(runs, tmp_path):
-    plan, kept = tmp_path / "plan.json", tmp_path / "kept"
-    with pretend_cuda():
-        flags = f"--prune_method wanda_ww --sparsity_ratio 0.5 --save_plan {plan} --save_model {kept}"
-        first, layers = runs(flags, "first")
-        again, _ = runs(f"--prune_method wanda --plan {plan}", "planned")
-        saved, _ = runs("", "saved", model=kept / "wanda_ww_0.5")
-    assert again["perplexity"] == first["perplexity"] == saved["perplexity"]
-    weights = saved_tensors(kept / "wanda_ww_0.5")
-    assert all(type(weight) is torch.Tensor and weight.dtype == torch.float16 for weight in weights.values())
-    for row in layers:
-        zeros = (weights[f"{row['name']}.weight"] == 0).double().mean().item()
-        assert float(row["sparsity"]) == pytest.approx(zeros, abs=1e-6)
-
-
 TIGHT = 80_000  # bytes: room for two blocks of three
 
 
@@ -265,6 +250,7 @@ def test_runs_whose_hidden_states_are_kept_on_the_cpu(rehearse, caplog, no_room_
     assert "are kept in the CPU's memory: the GPU has little room" in caplog.text
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_zero_shot(rehearse):
     tasks = f"--eval_zero_shot --include_path {ROOT}/data/tasks --tasks capital_cities --limit 2 --eval_batch_size 4"
     record = rehearse(f"--eval_wikitext false {tasks}")
@@ -304,17 +290,15 @@ def test_lora_is_evaluated_and_merged(tmp_path, monkeypatch, tiny_tokenizer):
 
 
 IMAGE_RUNS = {
-    "vit": "--prune_metric wanda_ww --sparsity 0.5",
     "vit, propagated": "--prune_metric sparsegpt_owl --sparsity 0.5 --propagate pruned",
     "vit, by price": "--prune_metric wanda_price --sparsity 0.5 --price_steps 2 --nsamples 24 --published_calibration",
     "convnext_1x1": "--prune_metric sparsegpt_dlp --sparsity 0.5",
-    "convnext": "--prune_metric wanda_ww --sparsity 0.5",
-    "vit, hidden states on the CPU": "--prune_metric wanda --sparsity 0.5 --hidden_device cpu",
+    "convnext": "--prune_metric wanda_ww --sparsity 0.5 --hidden_device cpu",
     "vit, in half precision": "--prune_metric magnitude --sparsity 0.5 --use_amp",
 }
 
 
-@pytest.mark.parametrize("case", fast(IMAGE_RUNS, 4))
+@pytest.mark.parametrize("case", fast(IMAGE_RUNS, 3))
 def test_image_classifiers(case, tmp_path, monkeypatch):
     draw = np.random.default_rng(0)
     for name in ("one", "two"):  # noise in two classes

@@ -488,6 +488,7 @@ def test_checkpoint_of_another_folder_replaces_a_run_only_if_told(place, capsys)
 # ---------------------------------------------------------------------------------------------------------- evaluating
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_evaluate_ppl_answers_tasks_with_the_adapter_on(place, monkeypatch):
     models, real = [], zero_shot.zero_shot
     monkeypatch.setattr(zero_shot, "zero_shot", lambda model, *rest: models.append(model) or real(model, *rest))

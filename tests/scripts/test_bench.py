@@ -1,13 +1,9 @@
 """The benchmark and the table of large models: all is timed and compared, figures by pencil, wrong flags."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from pretend_cuda import pretend_cuda
 
 from lib.calibration.statistics import STATISTICS
@@ -111,14 +107,6 @@ def test_wrong_flags(flags, says, tmp_path, monkeypatch, capsys):
     assert bench.main(flags.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"bench.py: error: {says}") and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU here")
-def test_gpu_check_says_in_one_line_that_there_is_no_gpu():
-    environment = os.environ | {"PYTHON_BIN": sys.executable}
-    done = subprocess.run(["bash", "scripts/gpu_check.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "no CUDA device here" in done.stderr
 
 
 @pytest.mark.gpu

@@ -37,7 +37,6 @@ def test_report_shows_what_a_run_plans(metric, tiny_folder, tmp_path, monkeypatc
     [
         ("--ww_metric alpha_peek", "Did you mean 'alpha_peak'"),
         ("--sparsity_ratio 0", "--sparsity_ratio 0.0: must be above 0 and below 1"),
-        ("--save file/below", "--save"),
         ("--epsilon auto", "--epsilon auto"),
         ("--ww_metric mp_softrank --esd_driver fast", "--esd_driver does nothing with --ww_metric mp_softrank"),
     ],

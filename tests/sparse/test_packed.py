@@ -106,7 +106,6 @@ def test_a_packed_folder_that_was_altered_is_not_resumed(tmp_path, tiny_folder, 
 # What main.py is asked for beside the packed model, and what it says.
 REFUSED = {
     "pruned again": ("--prune_method magnitude --sparsity_ratio 0.5", "is packed, which is for running it; unpack it"),
-    "metric": ("--metrics_only", "is packed, which is for running it; unpack it first"),
     "streamed": ("--stream always", "is packed, which is for running it; unpack it first: python scripts/speedup/pack"),
     "dtype": ("--dtype float32", "float32: {} is packed and runs in bfloat16; leave --dtype out"),
 }
