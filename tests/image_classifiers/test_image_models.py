@@ -96,12 +96,10 @@ def test_the_papers_models_are_found(name):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
         ("resnet18", "ResNet"),
         ("edgenext_small", "EdgeNeXt"),  # some of its stages hold ConvNeXt's blocks, the others would stay dense
         ("cait_xxs24_224", "Cait"),  # two lists of blocks
         ("vit_small_r26_s32_224", "VisionTransformer"),  # a ResNet before the blocks
-        ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),  # its blocks are given position biases too
         ("beit_base_patch16_224", "Beit"),  # its blocks hold position biases
     ],
 )
@@ -189,7 +187,6 @@ def metas_convnext(state: dict) -> dict:
 
 
 LAYOUTS = {  # what a file holds, from the model's own state
-    "meta convnext": (tiny_convnext, lambda state: {"model": metas_convnext(state)}),
     "meta convnext, training": (
         tiny_convnext,
         lambda state: {"model": metas_convnext(state), "epoch": 3, "args": argparse.Namespace(lr=0.1), "optimizer": {}},

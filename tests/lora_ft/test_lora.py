@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, error_line, fast, tiny_llama, tiny_sentences
+from conftest import ROOT, error_line, everything, fast, tiny_llama, tiny_sentences
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
@@ -70,10 +70,6 @@ def worst(a: dict, b: dict) -> float:
 
 def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def everything(folder: Path) -> set[tuple]:
-    return {(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
 def interrupt(patch: pytest.MonkeyPatch, call: int) -> list:

@@ -6,11 +6,6 @@ from conftest import fast
 
 import main
 
-
-def is_png(path) -> bool:
-    return path.read_bytes().startswith(b"\x89PNG\r\n") and path.stat().st_size > 5000
-
-
 SHOWN = ["alpha_peak --farms --farms_rows 16 --farms_steps 3", "alpha_peak", "stable_rank"]
 
 
@@ -19,7 +14,8 @@ def test_report_shows_what_a_run_plans(metric, tiny_folder, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     flags = f"--model {tiny_folder} --ww_metric {metric} --sparsity_ratio 0.6 --epsilon 0.2".split()
     assert esd_report.main([*flags, "--save", "report"]) == 0
-    assert all(is_png(tmp_path / "report" / f"{name}.png") for name in ("blocks", "heat_map", "spectra"))
+    pictures = [tmp_path / "report" / f"{name}.png" for name in ("blocks", "heat_map", "spectra")]
+    assert all(path.read_bytes().startswith(b"\x89PNG\r\n") and path.stat().st_size > 5000 for path in pictures)
     page = (tmp_path / "report/report.md").read_text()
     assert all(f"({name})" in page for name in ("blocks.png", "heat_map.png", "spectra.png", "layers.tsv"))
     assert main.main([*flags, "--prune_method", "magnitude_ww", "--eval_wikitext", "false", "--save", "run"]) == 0

@@ -49,15 +49,6 @@ def folders(tmp_path_factory, tiny_folder, tiny_text) -> SimpleNamespace:
     return SimpleNamespace(**made)
 
 
-@pytest.fixture
-def copied(folders, tmp_path) -> SimpleNamespace:
-    """Return copies of the folders that a test may spoil; an export made before stays valid."""
-    names = {name: tmp_path / name for name in vars(folders)}
-    for name, path in names.items():
-        shutil.copytree(getattr(folders, name), path)  # keeps times, by which a stale export is told
-    return SimpleNamespace(**names)
-
-
 def load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -252,17 +243,14 @@ def test_agreement_by_pencil():
     assert agrees == {"relative": 2 / 5, "top1": 0.5}
 
 
-def spec(engine: str, folders: list[Path], cells: list[tuple[str, int, int]], warmup: int = 0) -> dict:
-    models = [{"folder": str(folder), "deployment": str(folder / GRAPHS)} for folder in folders]
-    cells = [{"graph": graph, "batch": batch, "rounds": rounds} for graph, batch, rounds in cells]
-    return {"engine": engine, "models": models, "cells": cells, "cores": 1, "warmup": warmup}
-
-
 @pytest.mark.parametrize("engine", [name for name in engines.ENGINES if name != "deepsparse"])
 def test_engine_computes_what_the_model_computes(folders, engine):
     batches = [1] if engine in engines.ONE_SEQUENCE else [1, 3]
     cells = [("prefill", 1, 2), *[("decode", batch, 3) for batch in batches]]
-    results = engines.measure(spec(engine, [folders.dense, folders.most], cells, warmup=1))
+    spec = {"engine": engine, "cores": 1, "warmup": 1}
+    spec["models"] = [{"folder": str(path), "deployment": str(path / GRAPHS)} for path in (folders.dense, folders.most)]
+    spec["cells"] = [{"graph": graph, "batch": batch, "rounds": rounds} for graph, batch, rounds in cells]
+    results = engines.measure(spec)
     # 8 bits of every activation, three blocks deep; of int8, one scale for a whole matrix or window.
     limit = 0.05 if engine in ("torch_bfloat16", "packed") else 0.1 if "int8" in engine else CLOSE
     for (graph, batch, rounds), result in zip(cells, results, strict=True):
@@ -300,17 +288,14 @@ def speedup(tmp_path, tiny_text):
     return run
 
 
-def record_of(tmp_path: Path, length: int = LENGTH) -> dict:
-    return json.loads((tmp_path / "save" / f"speedup_{length}.json").read_text())
-
-
 @pytest.mark.slow
 def test_benchmark_prunes_exports_and_measures(speedup, tmp_path, tiny_folder, capsys, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "model")
     flags = ["--sparsity", 0.75, 0.5, "--sequence_length", 16, "--graphs", "decode", "--rounds", 2]
     flags += ["--engines", "onnxruntime", "packed", "--batch", 1, 2]
     assert speedup(tmp_path / "model", *flags) == 0
-    rows = [(row["engine"], round(row["sparsity"], 2), row["batch"]) for row in record_of(tmp_path, 16)["rows"]]
+    record = json.loads((tmp_path / "save/speedup_16.json").read_text())
+    rows = [(row["engine"], round(row["sparsity"], 2), row["batch"]) for row in record["rows"]]
     packed = [("packed", sparsity, batch) for batch in (1, 2) for sparsity in (0, 0.5, 0.75)]
     assert rows == [("onnxruntime", 0, 1), *packed], "zeros are nothing to the first"
     assert capsys.readouterr().out.count("\n| packed ") == 6
@@ -359,7 +344,9 @@ def test_engine_that_dies_says_why(monkeypatch):
     assert result == {"engine": "deepsparse", "graph": "prefill", "batch": 1, "error": "no message"}
 
 
-def test_export_is_made_anew_for_other_weights_and_a_missing_graph(copied, speedup, monkeypatch, capsys):
+def test_export_is_made_anew_for_other_weights_and_a_missing_graph(folders, tmp_path, speedup, monkeypatch, capsys):
+    # Copies keep the times by which a stale export is told.
+    dense, most = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in (folders.dense, folders.most))
     monkeypatch.setattr(benchmark, "run_engine", measured)
     monkeypatch.setattr(benchmark, "describe", lambda record, folder: f"exported: {folder.parent.name}")
 
@@ -367,12 +354,12 @@ def test_export_is_made_anew_for_other_weights_and_a_missing_graph(copied, speed
         (folder / "export.json").write_text(json.dumps({"fingerprint": "", "graphs": {}}))
 
     monkeypatch.setattr(benchmark, "export", export)
-    flags = [copied.most, "--dense", copied.dense, "--sequence_length", LENGTH, "--engines", "packed"]
-    prune(copied.most, 0.6)
+    flags = [most, "--dense", dense, "--sequence_length", LENGTH, "--engines", "packed"]
+    prune(most, 0.6)
     assert speedup(*flags) == 0
     out = capsys.readouterr().out
-    assert "exported: most" in out and f"exported before: {copied.dense}" in out
-    (copied.dense / GRAPHS / "export.json").write_text(json.dumps({"graphs": {}}))
+    assert "exported: most" in out and f"exported before: {dense}" in out
+    (dense / GRAPHS / "export.json").write_text(json.dumps({"graphs": {}}))
     assert speedup(*flags) == 0 and "exported: dense" in capsys.readouterr().out
 
 

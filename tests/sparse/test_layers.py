@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -532,18 +531,6 @@ def test_library_is_compiled_once_and_again_for_other_flags(fresh, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------- generate.py
-
-
-@pytest.mark.slow
-def test_generate_streams_and_compares(pruned, packed_folder):
-    command = [sys.executable, "scripts/generate.py", packed_folder, "Ab de", "--tokens", "6", "--threads", "1"]
-    done = subprocess.run([*command, "--compare", pruned], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.strip().splitlines()
-    assert lines[0].startswith("Ab de")
-    figures = r"\d+\.\d tokens/s, prompt \d+\.\d tokens/s, -?\d+ MB resident"
-    assert sum(bool(re.search(figures, line)) for line in lines) == 3
-    assert lines[-1].startswith("ratio: ") and lines[-1].endswith("medians of 5 turns, 1 threads")
 
 
 @pytest.mark.machine
