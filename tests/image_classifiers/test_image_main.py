@@ -99,7 +99,7 @@ def test_allocations_add_up_to_the_target(method, tmp_path, capsys):
     assert [row[0] for row in rows] == list(layers) and len({row[3] for row in rows}) > 1
     if method == "magnitude_ww":  # under the model's name, three a block
         assert len(np.load(tmp_path / "cache" / "tiny" / "alpha_mid.npy")) == 18
-        status, said = call(capsys, flags, f"--model {tmp_path}/tiny --WW_metric mp_softrank")
+        status, said = call(capsys, flags, f"--model {tmp_path}/tiny --save_dir {tmp_path} --WW_metric mp_softrank")
         assert status == 2 and "--WW_metric mp_softrank: is for matrices" in said
 
 

@@ -141,6 +141,7 @@ def place(made, tmp_path, monkeypatch) -> Path:
     """Return a copy of the folder with everything, and work in it."""
     shutil.copytree(made, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(finetune_lm, "plot_losses", lambda *_: None)  # which takes as long as six steps
     return tmp_path / "here"
 
 

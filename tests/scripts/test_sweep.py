@@ -88,7 +88,7 @@ def test_zero_shot_of_the_largest_models_is_cut_openly(script, limit):
     assert {run.limit for run in dry(script, "--eval_zero_shot", "--limit", "7")} == {7}
 
 
-# ------------------------------------------------------------------------------- a script is run
+# -------------------------------------------------------------------------------------- completed settings, records
 
 
 @pytest.fixture
@@ -108,10 +108,8 @@ def undrawn(monkeypatch):
 def test_only_the_same_run_of_the_same_files_is_complete(tiny_folder, tiny_text, tmp_path, capsys, caplog):
     shutil.copytree(tiny_folder, tmp_path / "tiny")
     (tmp_path / "cal.txt").write_bytes(tiny_text.read_bytes())
-    flags = (
-        f"--model {tmp_path}/tiny --calib_data {tmp_path}/cal.txt --eval_data {tmp_path}/cal.txt --seqlen 32".split()
-    )
-    flags += f"--nsamples 2 --eval_windows 2 --save {tmp_path}/s --methods magnitude --sparsities 0.5".split()
+    flags = f"--model {tmp_path}/tiny --calib_data {tmp_path}/cal.txt --eval_data {tmp_path}/cal.txt".split()
+    flags += f"--seqlen 32 --eval_windows 2 --save {tmp_path}/s --methods magnitude --sparsities 0.5".split()
 
     def again(*more: str) -> bool:
         """Return whether the setting was run."""
@@ -125,9 +123,7 @@ def test_only_the_same_run_of_the_same_files_is_complete(tiny_folder, tiny_text,
     path.write_text(path.read_text().replace('"complete": true', '"complete": false'))
     assert again() and not again()
     (tmp_path / "cal.txt").write_text(tiny_text.read_text()[::-1])
-    assert (
-        again() and "--calib_data, --eval_data: changed since the complete run on disk" in caplog.text and not again()
-    )
+    assert again() and "_data: changed since the complete run on disk" in caplog.text and not again()
     weights = tmp_path / "tiny" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
     assert again() and "--model: changed since the complete run on disk" in caplog.text and not again()

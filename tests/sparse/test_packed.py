@@ -79,13 +79,15 @@ def test_main_measures_a_packed_model(both, tmp_path, tiny_text):
 
 
 @pytest.mark.machine
-def test_generate_runs_on_what_main_wrote(both, capsys):
+@pytest.mark.parametrize("compares", fast([False, True], 1))  # in processes that it starts
+def test_generate_runs_on_what_main_wrote(compares, both, capsys):
     plain, packed = map(str, both)
-    assert generate.main([packed, "Ab de", "--tokens", "4", "--threads", "1", "--compare", plain]) == 0
-    lines = capsys.readouterr().out.strip().splitlines()
+    compare = ["--threads", "1", "--compare", plain] if compares else []
+    assert generate.main([packed, "Ab de", "--tokens", "4", *compare]) == 0
+    out = capsys.readouterr().out.strip()
     figures = r"\d+\.\d tokens/s, prompt \d+\.\d tokens/s, -?\d+ MB resident"
-    assert lines[0].startswith("Ab de") and sum(bool(re.search(figures, line)) for line in lines) == 3
-    assert lines[-1].startswith("ratio: ") and lines[-1].endswith("medians of 5 turns, 1 threads")
+    assert out.startswith("Ab de") and len(re.findall(figures, out)) == (3 if compares else 1)
+    assert out.endswith("medians of 5 turns, 1 threads") == compares
 
 
 @pytest.mark.parametrize("point", fast(["before the folder is renamed", "in evaluation"], 1))
