@@ -66,7 +66,7 @@ class Base(NamedTuple):
 
     source: load.Source
     skeleton: transformers.PreTrainedModel
-    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer: load.Tokenizer
     config: transformers.PreTrainedConfig | None = None
 
     @property

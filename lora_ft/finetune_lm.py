@@ -15,7 +15,7 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.calibration import texts
-from lib.cli.command import answer, make_parser, parse
+from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
 from lib.core import files, processes
@@ -56,6 +56,7 @@ class Finetune(common.PrunedModel, TrainingTexts):
 
     _title: ClassVar[str] = "training"
     _spelled: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
+    _passes_on: ClassVar[bool] = True
     _without: ClassVar[Sequence[str]] = ("seed", "dtype")
 
     model: str = flag(MISSING, "the pruned model: folder or hub id", aliases=["model"], title="model")
@@ -112,14 +113,10 @@ PARSER = make_parser(
 )
 
 
-def run(settings: Finetune, trainer_words: list[str]) -> None:
-    """Train the adapters and evaluate them; whatever needs no weights is checked before they are loaded.
-
-    Args:
-        trainer_words: the part of the command line that is for the Trainer.
-    """
+def run(settings: Finetune) -> None:
+    """Train the adapters and evaluate them; whatever needs no weights is checked before they are loaded."""
     steered = {name: getattr(settings, name) for name in ("do_train", "do_eval", "output_dir", "batch_size")}
-    arguments = training.parse_arguments(trainer_words, PARSER, **steered)
+    arguments = training.parse_arguments(settings.rest, PARSER, **steered)
     checkpoint = check_output_dir(settings, sharded=bool(arguments.deepspeed or arguments.fsdp))
     base = common.find_base(settings)
     common.check_length("block_size", settings.block_size, base.skeleton)
@@ -277,9 +274,8 @@ def plot_losses(history: list[dict], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # A training text is long.
-    rest: list[str] = []
     fix = "lower --per_device_train_batch_size or --block_size, or add --gradient_checkpointing"
-    return answer(PARSER.prog, Finetune, lambda: run(parse(Finetune, argv, PARSER, rest), rest), RESUME, True, fix)
+    return command(Finetune, run, argv, PARSER, RESUME, processes=True, out_of_memory=fix)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ BEFORE_LOADING = {
     f"{WANDA} --model ./missing": "--model ./missing",
     f"{WANDA} --model smollm": "Did you mean 'smollm2-135m'",
     f"{WANDA} --model missing.gguf": "--model missing.gguf",
-    f"{WANDA} --model nothing": "empty",
+    f"{WANDA} --model nothing": "it holds nothing",
     f"{WANDA} --model other": "config.json",
     f"{WANDA} --model noweights": "no weights",
     f"{WANDA} --model gpt2": "GPT2LMHeadModel",
@@ -213,7 +213,7 @@ BEFORE_LOADING = {
     f"{WANDA} --model mismatched": "do not belong together",
     # texts
     f"{WANDA} --calib_data missing.txt": "missing.txt",
-    f"{WANDA} --calib_data empty.txt": "empty",
+    f"{WANDA} --calib_data empty.txt": "too short",
     f"{WANDA} --calib_data short.txt": "tokens",
     f"{WANDA} --eval_windows 100000": "tokens",
     f"{WANDA} --calib_data words.json": "`text`",

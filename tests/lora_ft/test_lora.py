@@ -248,9 +248,8 @@ def test_published_command(here, tiny_tokenizer, tmp_path, monkeypatch):
         "--block_size 2048 --per_device_train_batch_size 1 --per_device_eval_batch_size 8 --do_train --do_eval "
         "--max_train_samples 100000 --max_eval_samples 128 --learning_rate 1e-4 --overwrite_output_dir --output_dir OUT"
     )
-    trainers: list[str] = []
-    lora = parse(finetune_lm.Finetune, command.split(), finetune_lm.PARSER, trainers)
-    arguments = parse_arguments(trainers, finetune_lm.PARSER, do_train=True, do_eval=True, output_dir="OUT")
+    lora = parse(finetune_lm.Finetune, command.split(), finetune_lm.PARSER)
+    arguments = parse_arguments(lora.rest, finetune_lm.PARSER, do_train=True, do_eval=True, output_dir="OUT")
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules) == (8, 16, 0.05, "q_proj,v_proj")
     assert (arguments.gradient_accumulation_steps, arguments.batch_size, arguments.eval_strategy) == (128, 128, "steps")
     published = re.findall(r"--(\w+) ([\w.]+)", finetune_lm.PARSER.epilog.partition("Published")[2])
