@@ -155,3 +155,9 @@ def test_defaults_in_the_repository_are_there_wherever_a_command_is_started(else
     assert made.measurement("m").folder == place / "data" / "m"
     assert made.save == "results"  # the current folder's
     assert settings("--model m --cache_dir llm_weights").cache_dir == "llm_weights"  # typed: the current folder's too
+
+
+def test_flags_of_a_published_script_are_ignored_with_a_warning(caplog):
+    made = order("--lr", "3", "--epochs")
+    assert made == order() and made.given == {"name"}
+    assert "which do nothing here: --" in caplog.text and "lr" in caplog.text and "epochs" in caplog.text
