@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import statistics
 import sys
@@ -10,12 +9,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import MISSING, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import ClassVar
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,9 +36,7 @@ ROUNDS = 5  # of --compare: each model as many times, in turns
 class Generation(Flags):
     _title: ClassVar[str] = "generation"
 
-    model: str = flag(
-        MISSING, "a packed folder, a model's folder, a .gguf file or smollm2-135m", positional=True, metavar="MODEL"
-    )
+    model: str = flag(MISSING, "a folder, packed or not, a .gguf file, smollm2-135m", positional=True, metavar="MODEL")
     prompt: str = flag(MISSING, "the text to continue", positional=True, metavar="PROMPT")
     tokens: int = flag(64, "new tokens at most", least=2, metavar="N")
     compare: str | None = flag(None, "run this model, too, in turns, and print the ratio", metavar="DENSE")
@@ -49,10 +48,8 @@ PARSER = make_parser(Generation, "generate.py", __doc__)
 
 
 def resident_mb() -> int:
-    """Return the resident memory of this process, including mapped files, in MB; -1 if not on Linux."""
-    with suppress(OSError):
-        return int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 // 10**6
-    return -1
+    """Return the resident memory of this process, including mapped files, in MB."""
+    return psutil.Process().memory_info().rss // 10**6
 
 
 class Timing:
@@ -106,10 +103,6 @@ DESCRIPTION = (
     "{tokens_per_second:.1f} tokens/s, prompt {prompt_tokens_per_second:.1f} tokens/s, {resident_mb:.0f} MB resident "
     "({model_mb:.0f} MB more than before the model was loaded)"
 )
-
-
-# ---------------------------------------------------------------------------------------------------------- comparison
-
 _runner: Runner  # of a process that compare() started
 
 
@@ -142,9 +135,6 @@ def compare(settings: Generation) -> None:
     ratios = [ours[key] / dense[key] for key in ("tokens_per_second", "prompt_tokens_per_second", "model_mb")]
     print("ratio: {:.2f} times the tokens/s, {:.2f} of a prompt's, {:.2f} of the memory".format(*ratios), end="; ")
     print(f"medians of {ROUNDS} turns, {torch.get_num_threads()} threads")
-
-
-# -------------------------------------------------------------------------------------------------------------- command
 
 
 def check_model(model: str, settings: Generation) -> None:
