@@ -208,7 +208,7 @@ def training_blocks(
 
 
 def recovery_windows(
-    name: str, tokenizer: transformers.PreTrainedTokenizerBase, counts: tuple[int, int], seqlen: int, seed: int
+    name: str, tokenizer: Tokenizer, counts: tuple[int, int], seqlen: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``counts`` windows of the training text without overlap, to train on and held out, in a random order.
 

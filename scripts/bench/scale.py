@@ -143,9 +143,9 @@ def show_recovery(settings: Scale) -> None:
         for sparsity in (0.5, 0.7):
             needed = {states: recovery_needs(size, sparsity, states, 1, settings.seqlen) for states in STATES}
             whole = [f"{needed[states][0] / 1e9:.0f} GB" for states in STATES]
-            rows.append((size, sparsity, *whole, f"{needed['float32'][1] / 1e9:.0f} GB"))
+            rows.append((size, str(sparsity), *whole, f"{needed['float32'][1] / 1e9:.0f} GB"))
     headings = ("model", "sparsity", *(f"recovery, {states}" for states in STATES), "recovery by block")
-    print(tabulate(rows, headings, tablefmt="pipe", colalign=("left",) + ("right",) * 4, disable_numparse=True))
+    print(formatted([headings, *rows], "markdown"))
 
 
 def measured_rate() -> float:
