@@ -199,6 +199,7 @@ def head_loss(
         autocast(device, walk.dtype),
     ):
         trained = {name: model.get_parameter(name) for name in gains}
+        gains = {name: gain.to(trained[name].device) for name, gain in gains.items()}
         for i, index in enumerate(batch):
             window, pieces = dense.windows[index], []
             # Nothing follows a window's last token.

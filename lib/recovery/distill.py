@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lib.calibration.hidden import BlockInputs, advance, enter_blocks
 from lib.core import files, processes
+from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import memory, safetensors_io
@@ -175,8 +176,8 @@ class Distillation:
         mine = windows[0].view(-1, options.batch, self.seqlen)[:, processes.share(options.batch)]
         self.windows, self.held = mine, windows[1][processes.share(len(windows[1]))]
         seen = weights.map(_zeros_and_squares)
-        self._zeros = {name: zeros for name, (*zeros, _) in seen.items()}
-        self.left = {layer.name: layer.size - int(sum(self._zeros[layer.name])) // 2 for layer in weights.layers}
+        self._zeros = {name: places for name, (places, *_) in seen.items()}
+        self.left = {name: left for name, (_, left, _) in seen.items()}
         count, squares = sum(self.left.values()), sum(square for *_, square in seen.values())
         if not 0 < count < sum(layer.size for layer in weights.layers):
             problem = "is not pruned, no weight of it is zero" if count else "has no weight that is not zero"
@@ -203,7 +204,7 @@ class Distillation:
         leaving = self._last_states(dense, windows).hidden
         for name, tensor in dense.outer_tensors():
             if tensor.shape == leaving.shape[-1:]:
-                self._gains[name] = tensor.to(model.get_parameter(name).device, model.dtype, copy=True)
+                self._gains[name] = tensor.to("cpu", model.dtype, copy=True)
         return DenseStates(windows, None, leaving if self.dense else None)
 
     def _held_loss(self, dense: DenseStates) -> float:
@@ -245,7 +246,7 @@ class Distillation:
         )
         before = self._held_loss(held)
         losses = self._by_model(fit, keeps, state, keep) if by_model else self._by_block(keep, finished)
-        if name := next((n for n, z in self.weights.map(_zeros_and_squares).items() if z[:-1] != self._zeros[n]), None):
+        if name := next((n for n, z in self.weights.map(_zeros_and_squares).items() if z[0] != self._zeros[n]), None):
             raise RuntimeError(f"{name}: zeros are at other places than before recovery")
         steps = len(losses) // (1 if by_model else len(self.weights.modules))
         tokens = steps * self.options.batch * self.seqlen
@@ -362,10 +363,11 @@ class Distillation:
         return error / whole
 
 
-def _zeros_and_squares(_: str, weight: torch.Tensor) -> list[float]:
-    """Return the number of zeros in each row and in each column, which another mask would change, and sum w^2."""
+def _zeros_and_squares(_: str, weight: torch.Tensor) -> tuple[str, int, float]:
+    """Return a hash of the number of zeros in each row and column, how many weights are left, and sum w^2."""
     zeros = weight.flatten(1) == 0
-    return torch.cat([zeros.sum(1), zeros.sum(0), weight.double().square().sum()[None]]).tolist()
+    *places, squares = torch.cat([zeros.sum(1), zeros.sum(0), weight.double().square().sum()[None]]).tolist()
+    return digest(places), weight.numel() - round(sum(places) / 2), squares
 
 
 def _store(path: Path, training: Training, losses: Sequence[float]) -> None:

@@ -116,7 +116,8 @@ def test_zeros_keep_their_places_and_all_else_is_trained(kind, by):
 def test_loss_falls(train, by, states):
     work = distillation(prune(tiny_llama()), tiny_llama(), 24 * 2 * LENGTH, train=train, by=by, states=states, rank=8)
     report = finish(work)
-    assert report.held_after < 0.97 * report.held_before
+    first, last = report.losses[:6], report.losses[18:24]  # the same windows, where there are several epochs
+    assert sum(last) < 0.97 * sum(first) if by == "block" else report.held_after < 0.97 * report.held_before
     steps = 24 if by == "model" else 3 * 6 * distill.EPOCHS
     assert len(report.losses) == steps and report.tokens == 24 * 2 * LENGTH
 
@@ -198,15 +199,10 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         finish(distillation(prune(tiny_llama()), None))
 
 
-def test_no_gradient_or_state_is_kept_for_what_is_zero():
-    work = distillation(prune(tiny_llama(), 0.75), tiny_llama())
-    kept = {}
-    real = distill._store
-    distill._store = lambda path, training, losses: kept.update(training.parameters)
-    try:
-        finish(work, state=True)
-    finally:
-        distill._store = real
+def test_no_gradient_or_state_is_kept_for_what_is_zero(monkeypatch, tmp_path):
+    work, kept = distillation(prune(tiny_llama(), 0.75), tiny_llama()), {}
+    monkeypatch.setattr(distill, "_store", lambda path, training, losses: kept.update(training.parameters))
+    finish(work, tmp_path / "none")
     layers = {layer.name: layer for layer in work.weights.layers}
     assert {type(kept[name]) for name in layers} == {Survivors} and LowRank not in map(type, kept.values())
     for name, layer in layers.items():
