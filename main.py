@@ -39,7 +39,7 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
         target = settings.model_folder(task)
         checks.check_output(record.folder, task.run, target, flags, settings.paths())
         subject.prepare(settings, task)
-        recovery.prepare(subject, settings, task, settings.model)
+        recovery.prepare_recovery(subject, settings, task, settings.model)
         measurement = settings.measurement(subject.name)
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
         # The journal's folder comes last, so that what is refused above leaves no trace.

@@ -78,7 +78,7 @@ def run(settings: Recover) -> None:
     with record.stage("prepare"):
         checks.check_output(record.folder, task.run, None, flags, settings.paths())
         subject.prepare(settings, task)
-        recovery.prepare(subject, settings, task, settings.dense_model())
+        recovery.prepare_recovery(subject, settings, task, settings.dense_model())
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
         unmeasured = is_unmeasured(record.folder, task.run, flags)
     with record.stage("load"):

@@ -42,7 +42,7 @@ def manifest(folder: Path) -> dict:
         raise UserError("model", path, f"is damaged ({first_line(error)})") from error
 
 
-def prepare(subject: LanguageModel, settings: Experiment, task: Task, dense: str | None) -> None:
+def prepare_recovery(subject: LanguageModel, settings: Experiment, task: Task, dense: str | None) -> None:
     """Read the text to train on, and refuse what cannot work, before the weights are loaded, if a run recovers.
 
     Args:
