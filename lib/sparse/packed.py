@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib.core.errors import UserError, first_line
+from lib.models.safetensors_io import weight_files
 from lib.sparse.kernel import PADDING
 
 # transformers does not look for files of this ending: it would fill weights that it does not find with random numbers.
@@ -107,7 +108,7 @@ def pack_files(source: Path, target: Path) -> Counter:
     mask. The output is read back and compared, bit for bit.
     """
     size = Counter()
-    for path in sorted(source.glob("*.safetensors")):
+    for path in weight_files(source):
         size += _pack_file(path, target / path.name.replace(".safetensors", SUFFIX))
     _copy_others(source, target)
     return size

@@ -12,6 +12,7 @@ from lib.core.errors import UserError, first_line
 from lib.models.layers import prunable_layers
 from lib.models.load import Source, load_skeleton
 from lib.models.locate import locate
+from lib.models.safetensors_io import weight_files
 from lib.pruning.walk import checkpoint_sparsity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +37,7 @@ class Checkpoint(NamedTuple):
 
     def fingerprint(self) -> str:
         """Return a hash of names, sizes and times of the weight files: it reveals an export older than its weights."""
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(self.folder.glob("*.safetensors"))]
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weight_files(self.folder)]
         return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
     def check_sparse(self) -> None:
@@ -56,8 +57,8 @@ def locate_folder(model: str) -> Source:
     if sparse.is_packed(folder):
         fix = f"first: python scripts/speedup/pack.py {model} --unpack --save DIR"
         raise UserError(None, model, "is packed", fix)
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(None, model, "the folder holds no *.safetensors", "load it and save it again with transformers")
+    if not weight_files(folder):
+        raise UserError(None, model, "the folder holds no model.safetensors nor its index", "load it and save it again with transformers")
     return source
 
 

@@ -21,6 +21,7 @@ from lib.core import cpu, files
 from lib.core.errors import UserError, first_line
 from lib.models.layers import prunable_modules
 from lib.models.load import Source, context_length, load_llm
+from lib.models.safetensors_io import weight_files
 from scripts.bench import bench
 from scripts.bench.cases import Case
 from scripts.speedup.checkpoints import check_free, open_checkpoint
@@ -110,7 +111,7 @@ def run(settings: Pack) -> None:
 
     # Two of four and the mask's bit for each are as small as two numbers with their places: one container for both.
     folder = checkpoint.folder
-    files.check_writable("save", out.parent, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    files.check_writable("save", out.parent, sum(path.stat().st_size for path in weight_files(folder)))
     with files.new_folder(out) as tmp:
         size = sparse.pack_files(folder, tmp)
         if report:

@@ -10,8 +10,10 @@ import torch
 from conftest import ROOT, fast, saved_tensors, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_load_models import KINDS, build
+from transformers import LlamaForCausalLM
 
 import main
+from lib import sparse
 from lib.calibration import hidden
 from lib.calibration.hidden import HIDDEN_STATES, enter_blocks
 from lib.cli.settings import METHODS
@@ -23,6 +25,7 @@ from lib.models.load import Dtypes
 from lib.models.locate import locate
 from lib.models.streamed import Streamed
 from lib.models.weights import weights_of
+from lib.pruning.walk import checkpoint_sparsity
 
 CPU = torch.device("cpu")
 
@@ -94,6 +97,61 @@ def test_pickled_weights_are_refused_with_the_line_that_converts_them(tmp_path, 
     err = capsys.readouterr().err.splitlines()[-1]
     assert f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('DIR')" in err
     assert not (tmp_path / "save").exists()
+
+
+def with_a_backup(folder: Path, of: Path | None = None) -> None:
+    scaled(load_file(of or folder / "model.safetensors"), folder / "model_old.safetensors")
+
+
+def with_shards(folder: Path) -> None:
+    shards = tiny_llama()
+    shards.model.layers[0].mlp.up_proj.weight.data[:] = 0.5
+    shards.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    with_a_backup(folder, next(folder.glob("model-00001-*")))
+
+
+def with_shards_and_a_whole_file(folder: Path) -> None:
+    with_shards(folder)
+    scaled(tiny_llama().state_dict(), folder / "model.safetensors")
+
+
+def with_a_named_file(folder: Path) -> None:
+    scaled(tiny_llama().state_dict(), folder / "chosen.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "chosen.safetensors"}))
+
+
+def scaled(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: (2 * tensor).contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("add", [with_a_backup, with_shards, with_shards_and_a_whole_file, with_a_named_file])
+def test_the_weights_are_those_that_transformers_loads(add, tmp_path, tiny_folder):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    add(folder)
+    loaded = weights_of(LlamaForCausalLM.from_pretrained(folder))
+    assert streamed(folder).fingerprints() == loaded.fingerprints()
+    names = [layer.name for layer in loaded.layers]
+    assert checkpoint_sparsity(folder, names) == loaded.sparsity()
+    for name in ("packed", "back"):
+        (tmp_path / name).mkdir()
+    sparse.pack_files(folder, tmp_path / "packed")
+    sparse.unpack_files(tmp_path / "packed", tmp_path / "back")
+    back, state = saved_tensors(tmp_path / "back"), loaded.model.state_dict()
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_a_tensor_that_two_files_hold_is_refused(tmp_path, tiny_folder):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for number in (1, 2):
+        save_file(tensors, folder / f"{number}.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "1.safetensors", "model.norm.weight": "2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"is both in 1\.safetensors and in 2\.safetensors"):
+        streamed(folder)
 
 
 # --------------------------------------------------------------------------------------------------- the home

@@ -145,12 +145,17 @@ def wider(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
 
 
+def twice(folder: Path) -> None:
+    shutil.copy(sorted(folder.glob("*.packed.safetensors"))[0], folder / "older.packed.safetensors")
+
+
 def half_generation(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
 
 
 SPOILED = {
     "cut off": (cut, "cannot be read as a packed model"),
+    "a tensor twice": (twice, "is in another file of the folder, too"),
     "another generation config": (half_generation, "generation_config.json: cannot be used ("),
     "another model's config": (wider, "the model of its config.json has [32, 64]"),
 }
@@ -165,7 +170,7 @@ def test_spoiled_folder_ends_every_command_in_one_line(case, copied, tmp_path, m
     flags = f"--model copied --eval_data {tiny_text} --seqlen 32 --save save".split()
     assert says in one_line(capsys, main.main(flags))
     assert says in one_line(capsys, generate.main(["copied", "Ab de"]))
-    if spoil not in (wider, half_generation):  # unpacking reads which files are there, and not what they are for
+    if spoil not in (wider, half_generation, twice):  # unpacking reads which files are there, and not what they are for
         assert says in one_line(capsys, pack.main(["copied", "--unpack", "--save", "back"]))
         assert not list(Path().glob("*back*"))
     assert not list(tmp_path.rglob("*.json.tmp")) and torch.get_default_dtype() == torch.float32
