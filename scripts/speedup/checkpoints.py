@@ -58,7 +58,8 @@ def locate_folder(model: str) -> Source:
         fix = f"first: python scripts/speedup/pack.py {model} --unpack --save DIR"
         raise UserError(None, model, "is packed", fix)
     if not weight_files(folder):
-        raise UserError(None, model, "the folder holds no model.safetensors nor its index", "load it and save it again with transformers")
+        problem = "the folder holds neither model.safetensors nor its index"
+        raise UserError(None, model, problem, "load it and save it again with transformers")
     return source
 
 

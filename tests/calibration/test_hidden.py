@@ -311,22 +311,52 @@ def test_model_without_calibration_is_not_run(tiny_model, monkeypatch):
     prune(tiny_model, plan_for(prunable_layers(tiny_model)), PRUNERS["magnitude"], None)
 
 
-def test_arguments_that_depend_on_the_text_are_refused(tiny_model, tiny_windows):
-    class Odd(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model, self.config = model, model.config
+class Odd(nn.Module):
+    """A model whose ``run`` passes hidden states [1, tokens, width] of its ids through its blocks."""
 
-        def get_input_embeddings(self):
-            return self.model.get_input_embeddings()
+    def __init__(self, model, run):
+        super().__init__()
+        self.model, self.config, self.run = model, model.config, run
 
-        def forward(self, ids, **_):
-            hidden = self.model.model.embed_tokens(ids)
-            for block in self.model.model.layers:
-                hidden = block(hidden, bias=ids.float().mean())
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
 
-    with pytest.raises(UserError, match="Odd"):
-        enter_blocks(weights_of(Odd(tiny_model)), tiny_windows)
+    def forward(self, ids, **_):
+        self.run(self.model.model.layers, self.model.model.embed_tokens(ids), ids)
+
+
+def one_by_one(blocks, hidden, between=lambda hidden: hidden, **kwargs) -> None:
+    for block in blocks:
+        hidden = between(block(hidden, **kwargs))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_arguments_that_depend_on_the_text_are_refused(count, tiny_model, tiny_windows):
+    def run(blocks, hidden, ids):
+        one_by_one(blocks[:1], hidden)
+        one_by_one(blocks[1:], hidden, bias=ids.float().mean())
+
+    with pytest.raises(UserError, match="Odd: what its blocks are given depends on the text"):
+        enter_blocks(weights_of(Odd(tiny_model, run)), tiny_windows[:count])
+
+
+ODD = {
+    "twice": lambda blocks, hidden, _: one_by_one([*blocks[:2], *blocks[1:]], hidden),
+    "again at the end": lambda blocks, hidden, _: one_by_one([*blocks, blocks[0]], hidden),
+    "the last one twice": lambda blocks, hidden, _: one_by_one([*blocks, blocks[-1]], hidden),
+    "backwards": lambda blocks, hidden, _: one_by_one(list(blocks)[::-1], hidden),
+    "not all": lambda blocks, hidden, _: one_by_one(blocks[:2], hidden),
+    "a sum in between": lambda blocks, hidden, _: one_by_one(blocks, hidden, lambda hidden: hidden + 1),
+    "a sum in place": lambda blocks, hidden, _: one_by_one(blocks, hidden, lambda hidden: hidden.add_(1)),
+    "all on the same": lambda blocks, hidden, _: [block(hidden.clone()) for block in blocks],
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("way", ODD)
+def test_a_model_that_does_not_run_its_blocks_in_a_row_is_refused(way, count, tiny_model, tiny_windows):
+    with pytest.raises(UserError, match="Odd: it (does not run|runs 2 of) its.* blocks"):
+        enter_blocks(weights_of(Odd(tiny_model, ODD[way])), tiny_windows[:count])
 
 
 # ------------------------------------------------------------------------------------------------ more than one place

@@ -16,12 +16,12 @@ from lib.allocation.formulas import uniform
 from lib.calibration.hidden import enter_blocks, pass_samples
 from lib.core import cpu
 from lib.core.errors import UserError
-from lib.evaluation.perplexity import perplexity
+from lib.evaluation.perplexity import perplexity, perplexity_by_blocks
 from lib.models import load, memory
 from lib.models.layers import find_blocks, prunable_layers
 from lib.models.load import choose_dtypes, load_llm, load_skeleton, load_tokenizer, save_llm
 from lib.models.locate import locate
-from lib.models.weights import weights_of
+from lib.models.weights import Weights, weights_of
 from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import PRUNERS
 from lib.pruning.walk import checkpoint_sparsity, walk
@@ -81,6 +81,23 @@ def build(kind: str):
     config = copy.deepcopy(KINDS[kind][0])  # a model that is saved in another dtype writes that into its config
     config.initializer_range = config.init_std = 0.1
     return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.skipif(not hasattr(tf, "DoryConfig"), reason="this transformers is older")
+def test_a_model_that_repeats_its_blocks_is_refused(tiny_windows):
+    loops = {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_loops": 2, "num_hidden_layers": 4, "head_dim": 8}
+    model = tf.AutoModelForCausalLM.from_config(tf.DoryConfig(**_COMMON | _MLP | _GQA | loops))
+    with pytest.raises(UserError, match="DoryForCausalLM: it does not run its blocks once"):
+        enter_blocks(weights_of(model), tiny_windows)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "falcon"])
+def test_blocks_that_return_tuples_are_entered_at_any_depth(kind, tiny_windows, monkeypatch):
+    config = copy.deepcopy(KINDS[kind][0])
+    config.num_hidden_layers = 6
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    monkeypatch.setattr(Weights, "in_memory", False)  # so that windows pass block by block
+    assert perplexity_by_blocks(weights_of(model), tiny_windows) == perplexity(model, tiny_windows)
 
 
 @pytest.fixture(params=KINDS)
