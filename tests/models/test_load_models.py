@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -250,6 +251,27 @@ def test_damaged_config_is_one_line(tmp_path, content):
     with pytest.raises(UserError) as caught:
         load_skeleton(locate(str(tmp_path / "m"), str(tmp_path)))
     assert "\n" not in str(caught.value) and str(tmp_path / "m") in str(caught.value)
+
+
+# What the files of a folder say that brings code of its own.
+CODE = {
+    "config": {"model_type": "odd", "auto_map": {"AutoConfig": "code.Odd"}},
+    "model": {"model_type": "vit", "architectures": None, "auto_map": {"AutoModelForCausalLM": "code.Odd"}},
+    "tokenizer": {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["code.Odd", None]}},
+}
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_code_of_a_models_folder_is_never_run(case, tmp_path, tiny_folder, monkeypatch):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "m"))
+    path = folder / ("tokenizer_config.json" if case == "tokenizer" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | CODE[case]))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    source = locate(str(folder), str(tmp_path))
+    with suppress(UserError):  # of some kinds transformers has a class, and takes that
+        (load_tokenizer if case == "tokenizer" else load_skeleton)(source)
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_damaged_weights_are_one_line(tmp_path, tiny_folder):
