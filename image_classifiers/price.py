@@ -65,14 +65,14 @@ class ImagePriceModel:
             chunk: images that are differentiated at a time.
         """
         first = next(weights.model.parameters())
-        self.weights, self.kept_on, self.chunk, self.samples = weights, kept_on, chunk, len(groups[0])
+        self.weights, self.samples = weights, len(groups[0])
         self.device, self.dtype = first.device, dtype or first.dtype
         self.masks = Masks(weights, dtype, by_magnitude, whole=True)
         with torch.no_grad():  # a list of chunks for each group: images, and the dense logits [images, classes]
             self._fit, self._held_out = (
                 [[(images, self._logits(images)) for images in group.split(chunk)] for group in half] for half in groups
             )
-        self.renew()
+        self.masks.rank(models.block_inputs(weights, sum(self._fit, []), kept_on))
 
     def kl(self, ratios: Mapping[str, float]) -> float:
         chunks = sum(self._held_out, [])
@@ -98,9 +98,6 @@ class ImagePriceModel:
                 torch.autograd.backward(loss / count, inputs=list(leaves.values()))
                 losses.append(loss.detach())
         return torch.stack(losses).sum().item() / count, {name: price.item() for name, price in prices.items()}
-
-    def renew(self, ratios: Mapping[str, float] | None = None) -> None:
-        self.masks.rank(models.block_inputs(self.weights, sum(self._fit, []), self.kept_on), ratios)
 
     @contextmanager
     def _pruned(self, ratios: Mapping[str, float]) -> Iterator[dict[str, torch.nn.Parameter]]:

@@ -125,4 +125,4 @@ class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, OutputFlags
 
     def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""
-        return price.SearchOptions(self.price_steps, self.price_refresh, EFFORT)
+        return price.SearchOptions(self.price_steps, EFFORT)

@@ -90,7 +90,7 @@ class Classifier:
         self.prunable = sum(layer.size for layer in pruned.layers)
 
         measurement = settings.measurement(self.name)
-        if "ww" in (task.allocation, task.start) and measurement.metric in WEIGHTWATCHER:
+        if task.allocation == "ww" and measurement.metric in WEIGHTWATCHER:
             if any(len(layer.shape) > 2 for layer in measured.layers):
                 problem = f"is for matrices, and {settings.model} holds convolutions"
                 raise UserError("ww_metric", measurement.metric, problem)

@@ -51,7 +51,7 @@ class Settings(ModelFlags, AllocationFlags):
 
     _title: ClassVar[str] = "report"
     _without: ClassVar[list[str]] = (
-        "owl_m owl_lambda dlp_alpha atp_beta price_steps price_start price_refresh price_dtype price_effort "
+        "owl_m owl_lambda dlp_alpha atp_beta price_steps price_dtype price_effort "
         "metrics_only plan save_plan export_llmcompressor"
     ).split()
 

@@ -279,11 +279,10 @@ def passes_of(settings: Experiment) -> int:
     The passes of pruning itself are not counted: they are the same for all allocations.
     """
     task = settings.task()
-    scored = sum(settings.nsamples for step in (task, task.starting_task) if step.needs in BLOCK_SCORES)
     if task.needs != "price":
-        return scored
+        return settings.nsamples if task.needs in BLOCK_SCORES else 0
     options = settings.price_options()
-    return scored + -(-price.forward_passes(options, bool(task.start)) // options.effort.window_divisor)
+    return -(-price.forward_passes(options) // options.effort.window_divisor)
 
 
 def caption(runs: pandas.DataFrame, value: str = "perplexity", sources: Iterable[str] = ()) -> str:

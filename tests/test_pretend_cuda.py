@@ -226,7 +226,6 @@ OTHER_RUNS = {
     "hidden states on the CPU": "--prune_method sparsegpt --sparsity_ratio 0.5 --hidden_states cpu",
     "streamed": "--prune_method sparsegpt_ww --sparsity_ratio 0.5 --stream always --save_model kept",
     "streamed, dense": "--stream always",
-    "refreshed prices": "--prune_method wanda_price --sparsity_ratio 0.5 --price_start er --price_refresh 1",
     "epsilon auto": "--prune_method wanda_ww --sparsity_ratio 0.9 --epsilon auto --eval_wikitext false",
     "hidden states on disk": "--prune_method wanda_owl --sparsity_ratio 0.5 --hidden_states disk",
     "refit of Wanda": "--prune_method wanda --sparsity_type 2:4 --refit 3",

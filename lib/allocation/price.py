@@ -21,12 +21,8 @@ FIT_WINDOWS = 16
 # The smallest and the largest ratio that a step may lead to.
 MIN_RATIO = 0.001
 MAX_RATIO = 0.97
-# The smallest ratio that a search starts from; below it the logit is too flat for a step.
-MIN_START_RATIO = 0.03
 # Change of a ratio's logit where the price is e times the mean price; it falls linearly to 0 over the steps.
 STEP = 0.25
-# The same in the steps after the ranks were renewed.
-REFRESH_STEP = 0.15
 # Weight of the earlier steps in the running mean of a price.
 MOMENTUM = 0.6
 
@@ -56,24 +52,20 @@ EFFORTS = {
 
 
 class SearchOptions(NamedTuple):
-    """Number of ``steps`` of a search, and of those to ``refresh`` the plan with after the ranks were renewed."""
+    """Number of ``steps`` of a search, and how much data it looks at."""
 
     steps: int = 16
-    refresh: int = 0
     effort: Effort = EFFORTS["full"]
 
 
-def forward_passes(options: SearchOptions, started: bool) -> int:
+def forward_passes(options: SearchOptions) -> int:
     """Return how many windows a search passes through the blocks, a backward pass counted as two.
 
-    Where there is no room for all activations of a step, its windows pass once more (checkpointing). A search that is
-    ``started`` from another allocation than uniform evaluates that one, too.
+    Where there is no room for all activations of a step, its windows pass once more (checkpointing).
     """
     effort = options.effort
-    rankings, evaluations = (3 if options.refresh else 1), 2 + started + bool(options.refresh)  # dense and uniform: 2
-    evaluations += sum(math.ceil(steps / effort.evaluate_every) for steps in (options.steps, options.refresh))
-    steps = (options.steps + options.refresh) * effort.windows_per_step
-    return rankings * FIT_WINDOWS + evaluations * effort.held_out_windows + 3 * steps
+    evaluations = 2 + math.ceil(options.steps / effort.evaluate_every)  # the dense model's, and of uniform ratios: 2
+    return FIT_WINDOWS + evaluations * effort.held_out_windows + 3 * options.steps * effort.windows_per_step
 
 
 class Step(NamedTuple):
@@ -106,61 +98,36 @@ def search(
     model: PriceModel,
     layers: Sequence[Layer],
     target: float,
-    start: Mapping[str, float] | None = None,
     options: SearchOptions = SearchOptions(),  # noqa: B008  a tuple of numbers
 ) -> SearchResult:
     """Return the ratios at which pruning one more weight costs the same KL(dense || pruned) in every layer.
 
-    Among ``start`` (ratios by layer name, None for uniform ones), the end and uniform ratios, the plan with the lowest
-    KL on held-out data is kept. Masks come from statistics of the dense model; ``options.refresh`` more steps follow
-    with those of the pruned one.
+    The search starts from uniform ratios. Of these and its end, the plan with the lower KL on held-out data is kept.
+    Masks come from statistics of the dense model.
 
     Raises:
         UserError: a price, or the KL of every plan, is not finite.
     """
     plans = {"uniform": {layer.name: target for layer in layers}}
-    if start is not None:
-        plans["start"] = dict(start)
-    kls = {name: model.kl(plan) for name, plan in plans.items()}
-    first = plans.get("start", plans["uniform"])
-    plans["end"], steps = _descend(model, layers, first, target, options.steps, STEP, options.effort)
+    kls = {"uniform": model.kl(plans["uniform"])}
+    plans["end"], steps = _descend(model, layers, target, options)
     kls["end"] = steps[-1].held
-    kept = _best(kls, model.advice)
-    if options.refresh:
-        plans["before refresh"] = plans[kept]
-        model.renew(plans[kept])
-        kls["before refresh"] = model.kl(plans[kept])
-        refreshed = _descend(model, layers, plans[kept], target, options.refresh, REFRESH_STEP, options.effort)
-        plans["refreshed"], steps = refreshed[0], steps + refreshed[1]
-        kls["refreshed"] = steps[-1].held
-        # Only these two were evaluated with the same ranks.
-        kept = _best({name: kls[name] for name in ("before refresh", "refreshed")}, model.advice)
+    finite = {name: value for name, value in kls.items() if math.isfinite(value)}
+    if not finite:
+        raise UserError("sparsity_ratio", None, "the KL of every plan is not finite", f"lower it, or {model.advice}")
+    kept = min(finite, key=finite.get)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in kls.items())
     log.info("price search: KL on held-out calibration data: %s; kept: %s", shown, kept)
     return SearchResult(plans[kept], kept, kls, steps, str(model.dtype).removeprefix("torch."))
 
 
-def _best(kls: Mapping[str, float], advice: str) -> str:
-    """Return the name of the plan with the lowest finite KL; of equals the first."""
-    finite = {name: value for name, value in kls.items() if math.isfinite(value)}
-    if not finite:
-        raise UserError("sparsity_ratio", None, "the KL of every plan is not finite", f"lower it, or {advice}")
-    return min(finite, key=finite.get)
-
-
 def _descend(
-    model: PriceModel,
-    layers: Sequence[Layer],
-    start: Mapping[str, float],
-    target: float,
-    count: int,
-    step_size: float,
-    effort: Effort,
+    model: PriceModel, layers: Sequence[Layer], target: float, options: SearchOptions
 ) -> tuple[dict[str, float], list[Step]]:
-    """Return what ``count`` steps make of the ratios ``start``, and the steps."""
+    """Return the ratios to which the steps lead from uniform ones, and the steps."""
     names, sizes = [layer.name for layer in layers], [layer.size for layer in layers]
-    logits = [_logit(min(max(start[name], MIN_START_RATIO), MAX_RATIO)) for name in names]
-    ratios = within_budget(logits, sizes, target)
+    count, effort = options.steps, options.effort
+    ratios = [target] * len(layers)
     draw, order, steps, prices = random.Random(0), [], [], None
     bar = tqdm(range(count), desc="prices", unit="step", disable=None)
     for t in bar:
@@ -175,7 +142,7 @@ def _descend(
         if prices is not None:
             latest = [MOMENTUM * p + (1 - MOMENTUM) * q for p, q in zip(prices, latest, strict=True)]
         prices = latest
-        logits, spread = next_logits(ratios, prices, sizes, target, step_size * (1 - t / count))
+        logits, spread = next_logits(ratios, prices, sizes, target, STEP * (1 - t / count))
         ratios = within_budget(logits, sizes, target)
         evaluates = (t + 1) % effort.evaluate_every == 0 or t + 1 == count
         steps.append(Step(spread, loss, model.kl(dict(zip(names, ratios, strict=True))) if evaluates else None))

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from tqdm import tqdm
 
 from lib.allocation.block_scores import wanda_scores
-from lib.calibration.hidden import BlockInputs, advance, after_blocks, enter_blocks, run_block
+from lib.calibration.hidden import BlockInputs, after_blocks, enter_blocks, run_block
 from lib.core import cpu
 from lib.core.errors import UserError
 from lib.core.files import readable
@@ -49,9 +49,6 @@ class PriceModel(Protocol):
 
     def prices(self, ratios: Mapping[str, float], batch: Sequence[int]) -> tuple[float, dict[str, float]]:
         """Return the mean KL over a batch (indices of samples), and its derivative by each layer's ratio, by name."""
-
-    def renew(self, ratios: Mapping[str, float]) -> None:
-        """Rank the weights again, with the statistics that the model has when it is pruned by ``ratios``."""
 
 
 def search_dtype(name: str, device: torch.device, model_dtype: torch.dtype) -> torch.dtype | None:
@@ -132,17 +129,14 @@ class Masks:
         self.whole = whole or by_magnitude
         self.ranks: dict[str, torch.Tensor] = {}
 
-    def rank(self, inputs: BlockInputs, ratios: Mapping[str, float] | None = None) -> None:
-        """Pass ``inputs`` on through the blocks, dense or pruned by ``ratios``, and rank the weights of each."""
+    def rank(self, inputs: BlockInputs) -> None:
+        """Pass ``inputs`` on through the dense blocks, and rank the weights of each."""
         inputs = inputs._replace(dtype=self.dtype)
         for block in tqdm(self.weights.visit(), "ranks", len(self.weights.modules), unit="block", disable=None):
-            for name, score in wanda_scores(block, inputs, keep=ratios is None):
+            for name, score in wanda_scores(block, inputs, keep=True):
                 if self.by_magnitude:
                     score = block.linears[name].weight.detach().flatten(1).abs()
                 self.ranks[name] = row_ranks(score.reshape(1, -1) if self.whole else score)
-            if ratios is not None:
-                with swapped_weights(block, self.copies(block, ratios)):
-                    advance(block, inputs)
 
     def copies(self, block: Block, ratios: Mapping[str, float]) -> dict[str, torch.Tensor]:
         """Return pruned copies of a block's weights by layer name."""
@@ -326,9 +320,6 @@ class LanguagePriceModel:
 
         self.walk.backward(gradients, scale, activations, copies, take)
         return loss, {layer.name: prices[layer.name].item() for layer in self.weights.layers}
-
-    def renew(self, ratios: Mapping[str, float]) -> None:
-        self.masks.rank(enter_blocks(self.weights, self._fit.windows), ratios)
 
     def _loss(
         self, dense: DenseStates, hidden: Sequence[torch.Tensor], batch: Sequence[int], differentiate: bool = False

@@ -29,7 +29,6 @@ from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
 METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS]
 TEXTS = f"{{{', '.join(texts.DATASETS)}}} or a .txt, .json or .jsonl file (field `text`)"
-STARTS = [name or "uniform" for name in ALLOCATIONS if name != "price"]
 CALIBRATED = " | ".join([name for name, pruner in PRUNERS.items() if pruner.statistic] + ["refit"])
 # Published command lines give these flags to uniform methods as well, where they do nothing.
 OF_WW = {"only": "_ww", "tolerated": "uniform"}
@@ -120,8 +119,6 @@ class AllocationFlags(Flags):
     dlp_alpha: float = flag(0.15, "half width of the map, a sparsity in [0, 1]", least=0, most=1, only="_dlp")
     atp_beta: float = flag(0.005, "step from block to block, a sparsity in [0, 1]", least=0, most=1, only="_atp")
     price_steps: int = flag(16, "steps of the search, each a backward pass over text or images", least=1, only="_price")
-    price_start: str = flag("uniform", "where the search starts: {choices}", choices=STARTS, only="_price")
-    price_refresh: int = flag(0, "further steps, after the weights are ranked again", least=0, only="_price")
     price_dtype: str = flag(
         "auto", "{choices}; auto: bfloat16 on a CPU that multiplies it, else the model's own",
         choices=price_model.SEARCH_DTYPES, only="_price",
@@ -210,12 +207,11 @@ class MethodFlags(PruningFlags, AllocationFlags):
         if self.metrics_only:
             return traits | {"_ww"}
         pruner, _, suffix = (self.prune_method or "").partition("_")
-        allocations = [suffix, self.price_start.replace("uniform", "")] if suffix == "price" else [suffix]
-        traits |= {f"_{name}" for name in allocations if name}
+        traits |= {f"_{suffix}"} if suffix else set()
         traits |= {"pruning", pruner} if self.prune_method else set()
         traits |= {"search"} if suffix == "price" or self.epsilon == "auto" else set()
         traits |= {"uniform"} if not (suffix or self.plan) else set()
-        scored = {ALLOCATIONS[name].wants for name in allocations} & BLOCK_SCORES.keys()
+        scored = ALLOCATIONS[suffix].wants in BLOCK_SCORES
         if self.prune_method and (PRUNERS[pruner].statistic or self.refit or scored):
             traits.add("calibration")
         return traits
@@ -233,9 +229,8 @@ class MethodFlags(PruningFlags, AllocationFlags):
     def settled(self, task: Task) -> Task:
         """Return the ``task`` with its traits and the allocations' hyper-parameters."""
         names = {"owl_m"}.union(*(allocation.flags for allocation in ALLOCATIONS.values()))
-        start = self.price_start.replace("uniform", "") if task.allocation == "price" else ""
         hyper = {name: getattr(self, name) for name in names}
-        return task._replace(start=start, hyper=hyper, traits=frozenset(self.traits()))
+        return task._replace(hyper=hyper, traits=frozenset(self.traits()))
 
 
 @dataclass(kw_only=True)
@@ -284,7 +279,7 @@ class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFl
 
     def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""
-        return price.SearchOptions(self.price_steps, self.price_refresh, price.EFFORTS[self.price_effort])
+        return price.SearchOptions(self.price_steps, price.EFFORTS[self.price_effort])
 
     def task(self) -> Task:
         """Return the task that the flags describe.

@@ -19,7 +19,6 @@ class Task(NamedTuple):
         pruner: what zeroes the weights, None if nothing is pruned.
         allocation: name of what distributes the sparsity over layers, "" for uniform; not used with a ``plan`` file.
         target: fraction of the weights to remove; with ``nm``, N of every M columns are kept.
-        start: allocation from which the search for prices starts, "" for uniform.
         hyper: hyper-parameters of all allocations by flag.
         identity: the flags that determine the pruned weights, for resuming.
         traits: what holds of the run, as flags declare what they are for (``MethodFlags.traits``).
@@ -30,7 +29,6 @@ class Task(NamedTuple):
     allocation: str
     target: float
     nm: tuple[int, int] | None = None
-    start: str = ""
     hyper: Mapping[str, object] = {}
     plan: str | None = None
     identity: Mapping[str, object] = {}
@@ -60,11 +58,6 @@ class Task(NamedTuple):
     def needs(self) -> str | None:
         """Name of the values that the allocation needs for each layer."""
         return ALLOCATIONS[self.allocation].wants
-
-    @property
-    def starting_task(self) -> Task:
-        """Task of the allocation from which the search for prices starts."""
-        return self._replace(allocation=self.start, start="", nm=None)
 
 
 class Measurement(NamedTuple):

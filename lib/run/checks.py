@@ -84,7 +84,7 @@ def check_layers(
         if layer.shape[1] % task.nm[1]:
             problem = f"{layer.name} has {layer.shape[1]} columns, which {task.nm[1]} does not divide"
             raise UserError("sparsity_type", "{}:{}".format(*task.nm), problem)
-    if "ww" in (task.allocation, task.start):
+    if task.allocation == "ww":
         metric, folder, how = measurement
         if measure.metric_cache(folder, metric, name, measured, how).read() is None:
             files.check_writable("ww_metric_cache", folder)
@@ -96,10 +96,8 @@ def check_layers(
                 raise UserError("farms", None, f"with {layer.name}: {error}", fix) from error
     if task.plan:
         plans.load_plan(Path(task.plan), name, layers)
-    elif task.pruner:
-        for stage in (task, task.starting_task):
-            if stage.needs is None:  # from shapes alone: it is met, or refused here
-                make_plan(stage, layers, None)
+    elif task.pruner and task.needs is None:  # from shapes alone: it is met, or refused here
+        make_plan(task, layers, None)
 
 
 def check_calibration(hidden_states: str, nsamples: int) -> None:

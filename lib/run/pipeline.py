@@ -62,9 +62,7 @@ def measure_values(
         metric, folder, how = measurement
         return measure.load_or_measure(folder, metric, subject.name, subject.measured, how).values, None
     if needs == "price":
-        values, _ = measure_values(subject, task.starting_task, measurement, options)
-        start = make_plan(task.starting_task, subject.weights.layers, values).ratios if task.start else None
-        search = search_prices(subject, task, start, options, journal)
+        search = search_prices(subject, task, options, journal)
         return search.ratios, search
 
     target = task.target if needs in block_scores.WEIGHT_SCORES else 0.0  # the other scores depend on no target
@@ -78,9 +76,9 @@ def measure_values(
 
 
 def search_prices(
-    subject: Subject, task: Task, start: Values | None, options: price.SearchOptions, journal: Journal | None
+    subject: Subject, task: Task, options: price.SearchOptions, journal: Journal | None
 ) -> price.SearchResult:
-    """Return the result of the search for ratios of equal price, which begins with the ratios ``start``.
+    """Return the result of the search for ratios of equal price.
 
     That of an unfinished run is taken from its journal, since a GPU may not reproduce the same bits.
     """
@@ -92,9 +90,9 @@ def search_prices(
     def search_alone() -> price.SearchResult:
         with processes.single_process():
             model = subject.price_model(options.effort, task.by_magnitude)
-            return price.search(model, subject.weights.layers, task.target, start, options)
+            return price.search(model, subject.weights.layers, task.target, options)
 
-    asked = ("price", task.target, task.by_magnitude, *(start or {}).items(), options, *subject.search_digests)
+    asked = ("price", task.target, task.by_magnitude, options, *subject.search_digests)
     if asked not in subject.scores:
         subject.scores[asked] = processes.on_main(search_alone)
     if journal:

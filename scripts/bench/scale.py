@@ -94,7 +94,7 @@ def work(shapes: dict[str, tuple[int, int]], blocks: int, method: str, tokens: i
             inverses = -(-alps.ITERATIONS // alps.PER_RHO)
             total += inverses * inside**3 + 2 * (alps.ITERATIONS + alps.REFIT_STEPS + 2) * out * inside**2
     if allocation == "price":  # and once more where blocks are run twice
-        windows = price.forward_passes(SEARCH, started=False) + SEARCH.effort.windows_per_step * SEARCH.steps
+        windows = price.forward_passes(SEARCH) + SEARCH.effort.windows_per_step * SEARCH.steps
         total += windows * tokens * forward
     return total * blocks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fast, settings, tiny_llama
+from conftest import settings, tiny_llama
 from test_price_model import HELD, WINDOWS, prices_of
 
 import main
@@ -18,9 +18,9 @@ from lib.models.layers import Layer
 from lib.models.weights import weights_of
 
 
-def searched(weights, windows, target: float, start=None, options: SearchOptions = SearchOptions(), **how):  # noqa: B008
+def searched(weights, windows, target: float, options: SearchOptions = SearchOptions(), **how):  # noqa: B008
     model = prices_of(weights, windows, options.effort, **how)
-    return search(model, weights.layers, target, start, options)
+    return search(model, weights.layers, target, options)
 
 
 def test_only_magnitude_is_searched_with_masks_by_magnitude():
@@ -68,7 +68,7 @@ class Bowl:
 
     def __init__(self, costs: list[float]) -> None:
         self.layers = [Layer(f"m{i}", i, (i + 1, 10)) for i in range(len(costs))]
-        self.costs, self.renewed = dict(zip((layer.name for layer in self.layers), costs, strict=True)), []
+        self.costs = dict(zip((layer.name for layer in self.layers), costs, strict=True))
 
     def kl(self, ratios):
         return sum(self.costs[layer.name] * layer.size * ratios[layer.name] ** 2 for layer in self.layers)
@@ -76,30 +76,26 @@ class Bowl:
     def prices(self, ratios, batch):
         return self.kl(ratios), {x.name: 2 * self.costs[x.name] * x.size * ratios[x.name] for x in self.layers}
 
-    def renew(self, ratios):
-        self.renewed.append(ratios)
 
-
-@pytest.mark.parametrize("refresh", [0, 5])
-def test_prices_are_equal_at_the_end(refresh):
+def test_prices_are_equal_at_the_end():
     bowl = Bowl([1.0, 1.3, 1.6, 2.0])
-    result = search(bowl, bowl.layers, 0.5, None, SearchOptions(200, refresh))
+    result = search(bowl, bowl.layers, 0.5, SearchOptions(200))
     ratios = [result.ratios[layer.name] for layer in bowl.layers]
     expected = [1 / cost for cost in bowl.costs.values()]
     scale = 0.5 * 100 / sum(layer.size * x for layer, x in zip(bowl.layers, expected, strict=True))
     assert ratios == pytest.approx([scale * x for x in expected], abs=2e-3)
-    assert result.kept == ("refreshed" if refresh else "end") and len(bowl.renewed) == bool(refresh)
+    assert result.kept == "end"
     assert [step.spread for step in result.steps] == sorted((step.spread for step in result.steps), reverse=True)
 
 
-@pytest.mark.parametrize("kept", ["end", "uniform", "start"])
-def test_the_best_of_start_end_and_uniform_is_kept(kept, monkeypatch):
+@pytest.mark.parametrize("kept", ["end", "uniform"])
+def test_the_better_of_end_and_uniform_is_kept(kept, monkeypatch):
     bowl = Bowl([1.0, 2.0])
-    plans = {name: {"m0": ratio, "m1": ratio} for name, ratio in (("uniform", 0.5), ("start", 0.1), ("end", 0.9))}
+    plans = {name: {"m0": ratio, "m1": ratio} for name, ratio in (("uniform", 0.5), ("end", 0.9))}
     kls = {name: float(name != kept) for name in plans}
     monkeypatch.setattr(bowl, "kl", lambda ratios: next(kls[name] for name in plans if plans[name] == ratios))
     monkeypatch.setattr(price, "_descend", lambda *_: (plans["end"], [price.Step(0.5, 1.0, kls["end"])]))
-    result = search(bowl, bowl.layers, 0.5, plans["start"], SearchOptions(1))
+    result = search(bowl, bowl.layers, 0.5, SearchOptions(1))
     assert (result.kept, result.held, result.ratios) == (kept, kls, plans[kept])
 
 
@@ -129,7 +125,7 @@ def trained() -> tuple:
 
 def test_a_search_improves_on_uniform_and_says_what_it_kept():
     weights, fit, held = trained()
-    result = searched(weights, (fit, held), 0.5, None, SearchOptions(12))
+    result = searched(weights, (fit, held), 0.5, SearchOptions(12))
     uniform, model = dict.fromkeys(result.ratios, 0.5), prices_of(weights, (fit, held))
     assert result.held == {"uniform": model.kl(uniform), "end": model.kl(result.ratios)}
     assert result.kept == "end" and result.held["end"] < 0.9 * result.held["uniform"]
@@ -139,33 +135,28 @@ def test_a_search_improves_on_uniform_and_says_what_it_kept():
     assert result.steps[0].fit == pytest.approx(model.prices(uniform, random.Random(0).sample(range(16), 16)[:2])[0])
 
 
-@pytest.mark.parametrize("refresh", [0, 2])
-@pytest.mark.parametrize("start", [None, 0.9])
-def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were(refresh, start):
+def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were():
     weights = weights_of(tiny_llama())
     parameters = dict(weights.model.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    first = start and {x.name: (start if x.block else 0.1) for x in weights.layers}
-    result = [searched(weights, (WINDOWS, HELD), 0.6, first, SearchOptions(3, refresh)) for _ in range(2)]
+    result = [searched(weights, (WINDOWS, HELD), 0.6, SearchOptions(3)) for _ in range(2)]
     assert result[0] == result[1]  # every bit of it
-    assert len(result[0].steps) == 3 + refresh
+    assert len(result[0].steps) == 3
     now = dict(weights.model.named_parameters())
     assert all(now[name] is parameters[name] and torch.equal(now[name], before[name]) for name in before)
     assert all(p.grad is None for p in now.values()) and not any(m._forward_hooks for m in weights.model.modules())
 
 
-@pytest.mark.parametrize("started", [False, True])
-@pytest.mark.parametrize("options", [SearchOptions(5, 3), SearchOptions(9, effort=EFFORTS["quick"])])
-def test_passes_are_those_that_a_search_makes(options, started):
+@pytest.mark.parametrize("options", [SearchOptions(5), SearchOptions(9, EFFORTS["quick"])])
+def test_passes_are_those_that_a_search_makes(options):
     weights, calls = weights_of(tiny_llama()), []
     draw = torch.Generator().manual_seed(0)
     counts = price.FIT_WINDOWS, options.effort.held_out_windows
     fit, held = (torch.randint(3, 300, (count, 8), generator=draw) for count in counts)
     for block in weights.visit():
         block.module.mlp.register_forward_pre_hook(lambda *_: calls.append(3 if torch.is_grad_enabled() else 1))
-    start = {layer.name: 0.4 for layer in weights.layers} if started else None
-    searched(weights, (fit, held), 0.5, start, options)
-    assert sum(calls) == len(weights.modules) * price.forward_passes(options, started)
+    searched(weights, (fit, held), 0.5, options)
+    assert sum(calls) == len(weights.modules) * price.forward_passes(options)
 
 
 @pytest.fixture
@@ -191,20 +182,11 @@ def test_a_run_records_the_search_and_its_plan_can_be_used_again(run):
     assert "price_search" not in again
 
 
-STARTS = [
-    "--prune_method magnitude_price --sparsity_ratio 0.5 --price_start atp --price_refresh 1",
-    "--prune_method wanda_price --sparsity_type 4:8",
-    "--prune_method wanda_price --sparsity_ratio 0.5 --price_start ww --epsilon 0.2 --ww_metric entropy",
-    "--prune_method magnitude_price --sparsity_ratio 0.5 --price_start owl --owl_m 3",
-]
-
-
-@pytest.mark.parametrize("flags", fast(STARTS, 2))
-def test_other_starts_and_forms(flags, run):
-    record = run(f"{flags} --price_steps 2 --price_dtype float32")
-    names = ["uniform", "start", "end"] if "start" in flags else ["uniform", "end"]
-    names += ["before refresh", "refreshed"] if "refresh" in flags else []
-    assert list(record["price_search"]["held_out_kl"]) == names and record["price_search"]["dtype"] == "float32"
+@pytest.mark.parametrize("flags", ["magnitude_price --sparsity_ratio 0.5", "wanda_price --sparsity_type 4:8"])
+def test_other_forms(flags, run):
+    record = run(f"--prune_method {flags} --price_steps 2 --price_dtype float32")
+    search = record["price_search"]
+    assert list(search["held_out_kl"]) == ["uniform", "end"] and search["dtype"] == "float32"
     assert record["sparsity"] == pytest.approx(0.5, abs=1 / 32)
 
 
@@ -212,8 +194,6 @@ def test_other_starts_and_forms(flags, run):
     ("flags", "words"),
     [
         ("--prune_method wanda --price_steps 3", "does nothing with wanda"),
-        ("--prune_method wanda_price --price_start price", "price: invalid choice"),
-        ("--prune_method wanda_price --price_start ww --epsilon auto", "--epsilon auto: needs"),
         ("--prune_method wanda_price --price_steps 0", "--price_steps 0: must be at least 1"),
     ],
 )

@@ -13,14 +13,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from lib.allocation import price_model
 from lib.allocation.price import EFFORTS
 from lib.allocation.price_model import BAND, LanguagePriceModel, band_price, pruned_copy, row_ranks
-from lib.calibration.hidden import enter_blocks
 from lib.core.errors import UserError
 from lib.models import memory
 from lib.models.layers import Layer
 from lib.models.weights import weights_of
-from lib.pruning.plan import SparsityPlan
-from lib.pruning.pruners import PRUNERS, magnitude, wanda
-from lib.pruning.walk import walk
+from lib.pruning.pruners import magnitude, wanda
 
 WINDOWS = torch.randint(3, 300, (6, 24), generator=torch.Generator().manual_seed(1))
 HELD = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(2))
@@ -213,17 +210,6 @@ def test_ranks_by_magnitude_prune_what_magnitude_prunes():
             ours = pruned_copy(linear.weight.detach(), ranks[name], ratios[name]) == 0
             theirs = magnitude(linear.weight.detach(), None, ratios[name], None) == 0
             assert (ours <= theirs).all() and theirs.sum() == ours.sum() + 1, name  # its threshold is inclusive
-
-
-def test_ranks_on_the_pruned_path_are_those_of_the_pruning_walk():
-    weights = weights_of(tiny_llama())
-    ratios = some_ratios(weights)
-    model = prices_of(weights)
-    model.renew(ratios)
-    expected = weights.map(lambda name, weight: pruned_copy(weight, model.masks.ranks[name], ratios[name]))
-    target = sum(x.size * ratios[x.name] for x in weights.layers) / sum(x.size for x in weights.layers)
-    walk(weights, SparsityPlan(target, ratios), PRUNERS["wanda"], enter_blocks(weights, WINDOWS))
-    assert all(weights.map(lambda name, weight: torch.equal(weight, expected[name])).values())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -17,7 +17,7 @@ RUN = "--model m --prune_method"
         (f"{RUN} magnitude --sparsity_ratio 0.5 --refit 2", {"uniform", "pruning", "calibration", "refit"}),
         (f"{RUN} wanda_ww --sparsity_ratio 0.5 --epsilon auto", {"_ww", "pruning", "wanda", "calibration", "search"}),
         (f"{RUN} magnitude_owl --sparsity_ratio 0.5", {"_owl", "pruning", "magnitude", "calibration"}),
-        (f"{RUN} magnitude_price --sparsity_ratio 0.5 --price_start ww", {"_price", "_ww", "pruning", "search"}),
+        (f"{RUN} magnitude_price --sparsity_ratio 0.5", {"_price", "pruning", "search"}),
     ],
 )
 def test_traits_of_a_run(flags, traits):

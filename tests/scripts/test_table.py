@@ -222,7 +222,6 @@ def test_seconds_are_those_of_the_processor_where_it_worked():
         ("wanda_owl", "", 3),
         # ranks, held-out windows of both ends, steps forward and backward, evaluations
         ("wanda_price", "--price_steps 5", 16 + 8 + 8 + 5 * 2 * 3 + 2 * 8),
-        ("wanda_price", "--price_steps 5 --price_start owl", 3 + 16 + 8 + 8 + 5 * 2 * 3 + 2 * 8 + 8),
     ],
 )
 def test_passes_of_an_allocation(method, more, passes):
