@@ -3,11 +3,13 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, fast, saved_tensors, tiny_llama
+from conftest import ROOT, fast, saved_tensors, settings, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_load_models import KINDS, build
 from transformers import LlamaForCausalLM
@@ -26,6 +28,7 @@ from lib.models.locate import locate
 from lib.models.streamed import Streamed
 from lib.models.weights import weights_of
 from lib.pruning.walk import checkpoint_sparsity
+from lib.run.language import LanguageModel
 
 CPU = torch.device("cpu")
 
@@ -359,6 +362,46 @@ def test_auto_streams_what_does_not_fit(free, expected, tiny_folder, tiny_text, 
     assert ("block by block" in caplog.text) == expected
     zero_shot = f"{flags} --eval_zero_shot --tasks capital_cities --include_path {ROOT / 'data/tasks'} --limit 2"
     assert main.main(zero_shot.split()) == (2 if expected else 0)
+
+
+LIMITED = """
+import psutil, resource, sys
+import torch, transformers.models.llama.modeling_llama
+import main
+
+limit = psutil.Process().memory_info().vms + 2**29
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow  # a program of its own, which can be limited
+def test_auto_streams_where_the_address_space_is_limited(tiny_folder, tiny_text, tmp_path):
+    # Half a GiB is less than any run in memory is left, whatever the machine has.
+    flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {tiny_text} --seqlen 32 --nsamples 4"
+    flags += f" --prune_method sparsegpt --sparsity_ratio 0.5 --save {tmp_path} --save_model {tmp_path}"
+    done = subprocess.run([sys.executable, "-c", LIMITED, *flags.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "block by block" in done.stderr + done.stdout
+
+
+def test_a_second_copy_of_the_weights_is_counted(tiny_folder, tiny_text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "free_ram", lambda: 2**40)
+    asked = []
+    monkeypatch.setattr(memory, "fits_in_memory", lambda *how: bool(asked.append(how)) or True)
+    flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_wikitext false --seqlen 32 --nsamples 4 "
+    flags += "--sparsity_ratio 0.5 --prune_method wanda"
+    runs = settings(flags), settings(f"{flags}_ww --epsilon auto"), settings(f"{flags}_ww")
+    for first, *planned in [runs[:1], runs[1:2], runs[2:], [runs[0], *runs], [runs[2], runs[1]]]:
+        LanguageModel(planned).prepare(first, first.task())
+    assert [len(copied) for *_, copied in asked] == [0, 21, 0, 21, 21]
+    more = settings(f"{flags} --nsamples 8")
+    LanguageModel().prepare(more, more.task())
+    disk = settings(f"{flags} --hidden_states disk")
+    LanguageModel().prepare(disk, disk.task())
+    reserves = [reserve for *_, reserve, _ in asked]
+    assert reserves[-2] - reserves[0] == 4 * 32 * 32 * 4 == reserves[0] - reserves[-1]  # four windows' hidden states
 
 
 def test_zero_shot_runs_on_the_saved_folder(tiny_folder, tiny_text, tmp_path, monkeypatch):
