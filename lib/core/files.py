@@ -70,15 +70,16 @@ def writing(path: Path, field: str | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path, kind: str = "", field: str | None = None, fix: str | None = None) -> Iterator[None]:
-    """Turn whatever readers raise on a missing or damaged ``path`` into a UserError: it cannot be read ``kind``."""
+def reading(
+    path: Path, problem: str = "is damaged", field: str | None = None, fix: str | None = None
+) -> Iterator[None]:
+    """Turn whatever readers raise on a missing or damaged ``path`` into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # json, numpy and safetensors each have several, and what they return may be anything
-        problem = f"cannot be read{kind and ' '}{kind} ({first_line(error)})"
-        raise UserError(field, path, problem, fix) from error
+        raise UserError(field, path, f"{problem} ({first_line(error)})", fix) from error
 
 
 @contextmanager

@@ -45,24 +45,26 @@ def load_skeleton(source: Source) -> transformers.PreTrainedModel:
     if not Path(source.path).exists():
         check_hub()
         log.info("looking up %s in %s and on the Hugging Face hub", source.path, source.cache_dir)
+    reason, skeleton = "is not a causal language model", None
     try:
         config = transformers.AutoConfig.from_pretrained(source.path, cache_dir=source.cache_dir, **_NO_CODE)
+        if getattr(config, "quantization_config", None):
+            fix = "pruning needs the float16, bfloat16 or float32 weights"
+            raise UserError("model", source.given, "is quantised", fix)
+        names = config.architectures or ["ForCausalLM"]
+        # BERT has a language model's head, and is not causal.
+        causal = any("ForCausalLM" in name for name in names) or getattr(config, "is_decoder", True)
+        if getattr(config, "is_encoder_decoder", False):
+            reason = "is an encoder-decoder"
+        elif causal and all("ForCausalLM" in name or "LMHead" in name for name in names):
+            with suppress(ValueError), torch.device("meta"):  # the library may have no causal model for this config
+                skeleton = transformers.AutoModelForCausalLM.from_config(config, **_NO_CODE)
+        if skeleton is None:
+            raise UserError("model", source.given, f"{architecture(config)} {reason}", f"supported: {SUPPORTED}")
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, KeyError ...: whatever a wrong config.json leads to
         raise unreadable(source, error) from error
-
-    if getattr(config, "quantization_config", None):
-        raise UserError("model", source.given, "is quantised", "pruning needs the float16, bfloat16 or float32 weights")
-    names = config.architectures or ["ForCausalLM"]
-    # BERT has a language model's head, and is not causal.
-    causal = any("ForCausalLM" in name for name in names) or getattr(config, "is_decoder", True)
-    reason, skeleton = "is not a causal language model", None
-    if getattr(config, "is_encoder_decoder", False):
-        reason = "is an encoder-decoder"
-    elif causal and all("ForCausalLM" in name or "LMHead" in name for name in names):
-        with suppress(ValueError), torch.device("meta"):  # the library may have no causal model for this config
-            skeleton = transformers.AutoModelForCausalLM.from_config(config, **_NO_CODE)
-    if skeleton is None:
-        raise UserError("model", source.given, f"{architecture(config)} {reason}", f"supported: {SUPPORTED}")
     check_support(source.given, skeleton)
     return skeleton
 

@@ -43,7 +43,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         UserError: the file is truncated or is not a safetensors file.
     """
-    with reading(path, "as safetensors"):
+    with reading(path, "cannot be read as safetensors"):
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -54,10 +54,11 @@ def read_header(path: Path) -> dict[str, Entry]:
         entries = {}
         for name, fields in header.items():
             begin, end = fields["data_offsets"]
-            if fields["dtype"] not in _CODES or 8 + length + end > size:
-                raise ValueError(f"{name} is cut off, or of an unknown dtype")
             dtype = getattr(torch, _CODES[fields["dtype"]])
-            entries[name] = Entry(path, 8 + length + begin, end - begin, dtype, tuple(fields["shape"]))
+            tensor = torch.empty(fields["shape"], dtype=dtype, device="meta")
+            if not 0 <= begin <= size - 8 - length - tensor.nbytes or len(range(begin, end)) != tensor.nbytes:
+                raise ValueError(f"{name} is cut off, or of another shape")
+            entries[name] = Entry(path, 8 + length + begin, end - begin, dtype, tuple(tensor.shape))
         return entries
 
 
@@ -78,7 +79,10 @@ def weight_files(folder: Path) -> list[Path]:
     if path is None or path.suffix != ".json":
         return [path] if path else []
     with reading(path):
-        return [folder / name for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        if outside := [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]:
+            raise ValueError(f"{outside[0]} is no safetensors file of this folder")
+        return [folder / name for name in names]
 
 
 def checkpoint_entries(folder: Path) -> dict[str, Entry]:

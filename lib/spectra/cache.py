@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -47,7 +46,7 @@ class MetricCache:
         if not self.path.exists():
             return None
 
-        with _damage_reported(self.path, self._fix):
+        with files.reading(self.path, fix=self._fix):
             values = numpy.load(self.path, allow_pickle=False).astype(numpy.float64)
         names = [name for name, _ in self.identity["layers"]]
         if values.shape != (len(names),):
@@ -58,7 +57,7 @@ class MetricCache:
 
         fingerprints = {}
         if self.sidecar.exists():
-            with _damage_reported(self.sidecar, self._fix):
+            with files.reading(self.sidecar, fix=self._fix):
                 stored = json.loads(self.sidecar.read_text())
                 fingerprints = dict(stored["fingerprints"])
                 identities = {key: (stored[key], wanted) for key, wanted in self.identity.items()}
@@ -98,12 +97,3 @@ class MetricCache:
             numpy.save(file, numpy.array([*measured.values.values()], dtype=numpy.float64))
         for path in self.folder.glob(f".{self.stem}.*.jsonl"):
             path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _damage_reported(path: Path, fix: str) -> Iterator[None]:
-    """Turn whatever numpy and json raise on a damaged file into one line."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(None, path, f"is damaged ({error!r})", fix) from error

@@ -247,7 +247,28 @@ def test_config_without_architectures_is_read_by_its_type(tmp_path):
     assert len(prunable_layers(load_skeleton(source))) == 14
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no-such-type"}'])
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+CHANGES = [
+    {"architectures": -1}, {"architectures": [5]}, {"architectures": {"a": 1}}, {"dtype": -(2**63)},
+    {"dtype": "float9"}, {"vocab_size": 2**63}, {"vocab_size": -5}, {"vocab_size": "many"}, {"hidden_size": [1]},
+    {"num_hidden_layers": None}, {"num_attention_heads": 0}, {"rope_parameters": 5}, {"hidden_act": 7},
+    {"rope_parameters": {"rope_type": 3}}, {"quantization_config": 5}, {"max_position_embeddings": "x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        "5",
+        '{"model_type": "no-such-type"}',
+        '{"a": ' * 10**5,
+        *(json.dumps(LLAMA | c) for c in CHANGES),
+    ],
+    ids=lambda content: content[-40:],
+)
 def test_damaged_config_is_one_line(tmp_path, content):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text(content)

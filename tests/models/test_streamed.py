@@ -92,6 +92,45 @@ def test_a_damaged_file_is_one_line(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+HEADERS = [
+    "12", "true", '"abc"', "[1]", "null", "[" * 100_000, '{"a": 5}', '{"a": {}}', '{"a": {"data_offsets": 7}}',
+    *(
+        json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": at}})
+        for dtype, shape, at in [
+            ("F32", [2], [0, 4]), ("F32", [-1, -2], [0, 8]), ("F32", [2.0], [0, 8]), ("F32", "2", [0, 8]),
+            ("F32", [2], [-8, 0]), ("F32", [2], [8, 0]), ("F32", [2], [0.0, 8.0]), ("F32", [10**30], [0, 8]),
+            ("F32", [2], [4, 12]), ("F4", [2], [0, 8]), ([], [2], [0, 8]),
+        ]
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: header[:60])
+def test_a_header_that_says_something_else_is_one_line(header, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read as safetensors \(") as caught:
+        safetensors_io.checkpoint_entries(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+INDEXES = [
+    "12", "[]", "{", "[" * 100_000, "\0", '{"weight_map": 5}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 5}}',
+    '{"weight_map": {"a": null, "b": "model.safetensors"}}', '{"weight_map": {"a": "../m/x.safetensors"}}',
+    '{"weight_map": {"a": "/x.safetensors"}}', '{"weight_map": {"a": ""}}', '{"weight_map": {"a": ".."}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", INDEXES, ids=lambda index: index[:60])
+def test_an_index_that_says_something_else_is_one_line(index, tmp_path):
+    (tmp_path / "m").mkdir()
+    save_file(some_tensors(torch.float32), tmp_path / "m" / "x.safetensors")
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"index\.json: is damaged \(") as caught:
+        safetensors_io.checkpoint_entries(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+
+
 def test_pickled_weights_are_refused_with_the_line_that_converts_them(tmp_path, tiny_folder, tiny_text, capsys):
     folder = shutil.copytree(tiny_folder, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file(tiny_folder / "model.safetensors"), folder / "pytorch_model.bin")

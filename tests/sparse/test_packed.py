@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_journal import POINTS, killed_run
 from test_streamed import hashes
 
 import main
 from lib import sparse
+from lib.sparse import packed
 from scripts import generate
 from scripts.speedup import pack
 
@@ -149,12 +151,25 @@ def twice(folder: Path) -> None:
     shutil.copy(sorted(folder.glob("*.packed.safetensors"))[0], folder / "older.packed.safetensors")
 
 
+def other_header(folder: Path, content: str = "5") -> None:
+    for path in folder.glob("*.packed.safetensors"):
+        tensors = load_file(path)
+        header = f'{{"version": {packed.VERSION}, "metadata": {{}}, "tensors": {content}}}'
+        save_file(tensors, path, {packed.KEY: header})
+
+
+def deep_header(folder: Path) -> None:
+    other_header(folder, "[" * 100_000)
+
+
 def half_generation(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
 
 
 SPOILED = {
     "cut off": (cut, "cannot be read as a packed model"),
+    "a header of no tensors": (other_header, "cannot be read as a packed model"),
+    "a deep header": (deep_header, "cannot be read as a packed model"),
     "a tensor twice": (twice, "is in another file of the folder, too"),
     "another generation config": (half_generation, "generation_config.json: cannot be used ("),
     "another model's config": (wider, "the model of its config.json has [32, 64]"),
