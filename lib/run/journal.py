@@ -120,7 +120,7 @@ class Journal:
 
         Args:
             identity: ``flags`` and ``versions`` by name, digests of the ``plan`` and the ``calibration`` windows, and
-                the ``fingerprints`` of the dense weights by layer.
+                the ``fingerprints`` of the dense weights by layer. ``bits``, by name, may differ, with a warning.
         """
         self.finished = processes.on_main(lambda: self._begin(json.loads(json.dumps(identity))))
         if self.finished:
@@ -135,6 +135,10 @@ class Journal:
             problem = f"an unfinished run there is another one, {difference}"
             raise UserError("save_model", self.target, problem, _RESTART)
         self._reopened = False  # accepted
+        for name, value in now.get("bits", {}).items():
+            if before and before.get("bits", {}).get(name) != value:
+                text = "%s was %s and is %s now: later blocks are rounded otherwise than the finished ones"
+                log.warning(text, name, before.get("bits", {}).get(name), value)
 
         for index in count():
             entry, path = self._progress.get("block", str(index)), self.path(index)
