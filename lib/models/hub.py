@@ -28,13 +28,8 @@ def check_hub() -> None:
         socket.create_connection(address[:2], _PATIENCE).close()
     except (OSError, TooLong):
         log.warning("%s cannot be reached: only what is in the local cache can be used", host.hostname)
-        _go_offline()
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries when they are imported
+        for name in {"huggingface_hub.constants", "datasets.config"} & sys.modules.keys():
+            sys.modules[name].HF_HUB_OFFLINE = True
     finally:
         pool.shutdown(wait=False)  # a name server that does not answer is not waited for
-
-
-def _go_offline() -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries when they are imported
-    for name in ("huggingface_hub.constants", "datasets.config"):
-        if name in sys.modules:
-            sys.modules[name].HF_HUB_OFFLINE = True

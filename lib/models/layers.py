@@ -30,10 +30,8 @@ class Layer(NamedTuple):
 def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     """Return the dotted name of the list of a causal language model's transformer blocks, and the list.
 
-    It is the outermost ModuleList whose entries all contain linear layers and whose length matches the config.
-
-    Raises:
-        UserError: there is no such list.
+    It is the outermost ModuleList whose entries all contain linear layers and whose length matches the config. If there
+    is no such list, the model is not supported: a UserError.
     """
     lists: dict[str, torch.nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -70,10 +68,7 @@ def prunable_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 def check_support(given: str, model: torch.nn.Module) -> None:
     """Refuse the model ``given`` if its blocks contain matrices that would silently be left dense."""
-    reason = None
-    if any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in model.modules()):
-        reason = "its layers are transformers' Conv1D, not nn.Linear"
-    for block in () if reason else find_blocks(model)[1]:
+    for block in find_blocks(model)[1]:
         linear = {id(p) for module in linear_modules(block).values() for p in module.parameters()}
         left_dense = [name for name, p in block.named_parameters() if p.ndim > 1 and id(p) not in linear]
         lists = [m for m in block.modules() if isinstance(m, torch.nn.ModuleList) and any(map(linear_modules, m))]
@@ -81,7 +76,8 @@ def check_support(given: str, model: torch.nn.Module) -> None:
             reason = "it is a mixture of experts"
         elif left_dense:
             reason = f"its blocks hold matrices that are not linear layers ({left_dense[0]})"
-    if reason:
+        else:
+            continue
         problem = f"{architecture(model.config)} is not supported, {reason}"
         raise UserError("model", given, problem, f"supported: {SUPPORTED}")
 

@@ -70,7 +70,6 @@ class Weights:
             yield next(self.modules[index].parameters()).device
 
     def _names(self, index: int) -> list[str]:
-        """Return the full names of a block's parameters."""
         return [f"{self._prefixes[index]}.{name}" for name, _ in self.modules[index].named_parameters()]
 
     def tensors(self, index: int) -> dict[str, torch.Tensor]:

@@ -70,13 +70,13 @@ def walk(
     """
     torch.set_float32_matmul_precision("highest")  # where an environment variable asks for TF32: masks would change
     report, last = [], max(layer.block for layer in weights.layers)
-    dense = propagate == "dense" and inputs is not None
     with torch.no_grad(), tqdm(total=last + 1, desc="pruning", unit="block", disable=None) as bar:
         for block in weights.visit(write=True):
             if block.index > last:
                 break
             stored = journal is not None and block.index in journal.finished
-            keep = dense and bool(block.linears)  # its dense outputs replace its inputs
+            # Its dense outputs replace its inputs.
+            keep = propagate == "dense" and inputs is not None and bool(block.linears)
             if stored:
                 if keep:
                     pass_samples(block, inputs, keep=True)  # while it is dense, as in a run without a stop
@@ -111,21 +111,21 @@ def _prune_block(
     block: Block, plan: SparsityPlan, pruner: Pruner, inputs: BlockInputs | None, keep: bool, dtype: torch.dtype | None
 ) -> None:
     """Prune the layers of a block; those that share an input, and so a statistic, are pruned by one process."""
-    groups, owners = [(list(block.linears), None)], [processes.rank()]  # without a statistic, by every process
-    if inputs is not None:
-        groups = input_statistics(block, inputs, pruner.statistic, keep)
-        owners = processes.owners([_cost(block, *group) for group in groups])
+    if inputs is None:  # no statistic: every process prunes all layers
+        _prune_layers(block, list(block.linears), plan, pruner, None, dtype)
+        return
+    groups = input_statistics(block, inputs, pruner.statistic, keep)
+    owners = processes.owners([_cost(block, *group) for group in groups])
     owner_of = {name: owner for (names, _), owner in zip(groups, owners, strict=True) for name in names}
     for owner in owners:
         names, statistic = groups.pop(0)  # frees the statistic of the group before: Hessians are large
-        if owner != processes.rank():
-            continue
         try:
-            _prune_layers(block, names, plan, pruner, statistic, dtype)
+            if owner == processes.rank():
+                _prune_layers(block, names, plan, pruner, statistic, dtype)
         except NotPositiveDefinite as error:
             fix = f"give more calibration data ({flag_name('nsamples')})"
             raise UserError(None, names[0], str(error), fix) from error
-    for name, owner in owner_of.items() if inputs is not None else ():
+    for name, owner in owner_of.items():
         processes.broadcast(block.linears[name].weight.data, owner)
 
 
@@ -182,6 +182,4 @@ def checkpoint_sparsity(folder: Path, names: list[str]) -> float:
         if name in weights:
             tensor = safetensors_io.read_tensor(entry)
             zeros, total = zeros + (tensor == 0).sum().item(), total + tensor.numel()
-    if not total:
-        raise RuntimeError(f"{folder}: holds none of the layers that were pruned ({names[0]} ...)")
     return zeros / total

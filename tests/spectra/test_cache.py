@@ -19,7 +19,8 @@ from lib.models.load import load_skeleton
 from lib.models.locate import locate
 from lib.models.weights import weights_of
 from lib.spectra import measure
-from lib.spectra.measure import SpectrumSettings, load_or_measure, metric_cache
+from lib.spectra.cache import MetricCache
+from lib.spectra.measure import SpectrumSettings, load_or_measure
 from lib.spectra.spectrum import Farms
 from lib.spectra.tail import METRICS
 
@@ -69,7 +70,7 @@ def test_cache_is_read_without_weights_and_each_metric_has_its_own(filled, tiny_
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     layers = prunable_layers(skeleton)
     cached = [
-        metric_cache(folder, metric, MODEL, layers).read() is not None
+        MetricCache(folder, metric, MODEL, layers).read() is not None
         for folder, metric in ((filled, "alpha_mid"), (filled, "alpha_peak"), (tmp_path / "none", "alpha_mid"))
     ]
     assert cached == [True, False, False] and not (tmp_path / "none").exists()
@@ -155,7 +156,7 @@ def test_a_sidecar_of_other_layers_or_settings_is_refused(filled, tiny_weights):
 def test_damaged_sidecar_is_refused_before_the_weights_are_loaded(filled, tiny_weights, content):
     (filled / "alpha_mid.json").write_text(content)
     with pytest.raises(UserError, match=r"alpha_mid\.json: is damaged \(.*\); .*delete"):
-        metric_cache(filled, "alpha_mid", MODEL, tiny_weights.layers).read()
+        MetricCache(filled, "alpha_mid", MODEL, tiny_weights.layers).read()
 
 
 def test_damaged_file_is_refused(filled, tiny_weights):
