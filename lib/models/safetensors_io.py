@@ -54,6 +54,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         entries = {}
         for name, fields in header.items():
             begin, end = fields["data_offsets"]
+            if fields["dtype"] not in _CODES:
+                raise ValueError(f"{name} is of the dtype {fields['dtype']}")
             dtype = getattr(torch, _CODES[fields["dtype"]])
             tensor = torch.empty(fields["shape"], dtype=dtype, device="meta")
             if not 0 <= begin <= size - 8 - length - tensor.nbytes or len(range(begin, end)) != tensor.nbytes:
@@ -94,7 +96,7 @@ def checkpoint_entries(folder: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for path in weight_files(folder):
         header = read_header(path)
-        for name in header.keys() & entries.keys():
+        for name in sorted(header.keys() & entries.keys()):
             problem = f"{name} is both in {entries[name].file.name} and in {path.name}"
             raise UserError("model", folder, problem, "fetch or save the model again")
         entries |= header

@@ -44,8 +44,6 @@ FUNCTIONS = {
     "attend_block": "ppppnndipi",
     "leave_block": "pppipi",
 }
-
-
 _SCRATCH: list[tempfile.TemporaryDirectory] = []  # folders of libraries that are not kept
 
 
@@ -168,8 +166,8 @@ def _built(level: str, keep: bool = True) -> Path:
     if compiler is None:
         raise Unavailable(f"no C++ compiler found ({', '.join(names)})")
     try:
-        cache = os.environ.get("XDG_CACHE_HOME", "")
-        folder = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "alphapruning"
+        base = os.environ.get("XDG_CACHE_HOME", "")  # a relative one is to be ignored, says its specification
+        folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "alphapruning"
     except RuntimeError as error:  # no home folder
         raise Unavailable(f"there is no place for the kernel ({error}); set XDG_CACHE_HOME") from error
     flags = [*FLAGS, *(f"-m{flag}" for flag in LEVELS[level])]
