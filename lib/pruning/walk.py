@@ -178,9 +178,8 @@ def checkpoint_sparsity(folder: Path, names: list[str]) -> float:
     """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files."""
     weights = {f"{name}.weight" for name in names}
     zeros = total = 0
-    for path in folder.glob("*.safetensors"):
-        for name, entry in safetensors_io.read_header(path).items():
-            if name in weights:
-                tensor = safetensors_io.read_tensor(entry)
-                zeros, total = zeros + (tensor == 0).sum().item(), total + tensor.numel()
+    for name, entry in safetensors_io.checkpoint_entries(folder).items():
+        if name in weights:
+            tensor = safetensors_io.read_tensor(entry)
+            zeros, total = zeros + (tensor == 0).sum().item(), total + tensor.numel()
     return zeros / total

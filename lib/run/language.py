@@ -39,7 +39,7 @@ class LanguageModel:
         calibration, evaluation: windows of token ids, [windows, seqlen]; None if the run reads none.
         search: windows to search on and held-out ones, for --epsilon auto and _price.
         questions: zero-shot tasks with their data.
-        reserve: bytes of each GPU that are left for the work.
+        reserve: bytes of each GPU, or of the CPU, that are left for the work.
         loaded_as: how the dense weights in memory were loaded, None if they are others.
         recovery: windows to recover on and held-out ones; dense_source: the model that is distilled.
         streamed: folder from which the weights are streamed, None if they are loaded.
@@ -80,7 +80,9 @@ class LanguageModel:
         self._read_texts(settings, task)
         self.reserve = max(self._needed_memory(run) for run in (settings, *self.planned))
         if self.fits is None:  # asked once, before the model itself takes the memory
-            fits = memory.fits_in_memory(self.skeleton, self.dtypes.compute, self.reserve)
+            searched = any(run.task().hyper.get("epsilon") == "auto" for run in (settings, *self.planned))
+            copied = self.layers if searched or self.planned else ()  # the dense weights, which are restored
+            fits = memory.fits_in_memory(self.skeleton, self.dtypes.compute, self.reserve, copied)
             self.fits = all(processes.gathered(fits))
         outputs = (settings.eval_zero_shot, settings.packed, bool(settings.save_model))
         self.streamed = None
@@ -130,10 +132,11 @@ class LanguageModel:
         return self._texts[key]
 
     def _needed_memory(self, settings: Experiment) -> int:
-        """Return the bytes of each GPU that a run needs besides the weights, from shapes alone."""
+        """Return the bytes of each GPU, or of the CPU, that a run needs besides the weights, from shapes alone."""
         task, dtype = settings.task(), self.dtypes.compute
         hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
-        windows = -(-settings.nsamples // processes.count()) if "calibration" in task.traits else 0
+        held = "calibration" in task.traits and settings.hidden_states != "disk"
+        windows = -(-settings.nsamples // processes.count()) if held else 0
         copies = task.pruner.copies if task.pruner else 0
         needed = memory.working_set(self.skeleton, dtype, hessians, windows, self.seqlen, copies)
         gpus = 1 if processes.device() else max(1, cpu.gpus())

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from lib import sparse
 from lib.allocation import block_scores, epsilon, formulas, price
 from lib.allocation.formulas import Values
 from lib.allocation.price_model import PriceModel
@@ -159,6 +160,8 @@ def prune(
         identity = {"model": subject.name, "source": subject.given, "flags": task.identity, "plan": digest(plan)}
         identity["versions"] = machine(subject.weights)
         identity |= {"calibration": subject.calibration_digest, "fingerprints": subject.weights.fingerprints()}
+        if task.pruner.statistic and identity["versions"]["device"] == "cpu":
+            identity["bits"] = {"the number of threads": torch.get_num_threads(), "the compiled kernel": _kernel()}
         journal.begin(identity)
     inputs = subject.inputs()._replace(dtype=subject.calib_dtype) if task.pruner.statistic else None
     return walk.walk(subject.weights, plan, task.pruner, inputs, values, propagate, journal)
@@ -168,6 +171,15 @@ def machine(weights: Weights) -> dict[str, str]:
     """Return what the bits of a result depend on besides flags and data; processes: the order of float32 additions."""
     versions = {name: provenance()["versions"][name] for name in ("torch", "transformers")}
     return versions | {"device": next(iter(weights.visit())).device.type, "processes": str(processes.count())}
+
+
+def _kernel() -> str:
+    """Return whether the CPU's compiled kernel is there."""
+    try:
+        sparse.load_kernel()
+    except sparse.Unavailable:
+        return "missing"
+    return "there"
 
 
 def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:
