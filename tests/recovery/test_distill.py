@@ -89,10 +89,11 @@ def test_gradients_are_autograds(kind, teacher, monkeypatch):
     assert all("norm" in name or "ln_f" in name for name in behind) and behind, "the last norm"
     expected |= {name: plain.get_parameter(name).grad for name in behind}
     assert taken.keys() == expected.keys()
+    expected = {name: torch.zeros_like(taken[name]) if x is None else x for name, x in expected.items()}
+    largest = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in expected.items():
-        gradient = torch.zeros_like(taken[name]) if gradient is None else gradient
-        # Sums in float32 in another order, relative to the largest entry.
-        assert (taken[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-9, name
+        # Sums in float32 in another order; the bias of keys changes nothing, and its gradient is such a rounding.
+        assert (taken[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7 * largest, name
 
 
 @pytest.mark.parametrize("kind", fast([*KINDS], 4))
