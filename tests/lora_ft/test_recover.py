@@ -119,6 +119,31 @@ def test_a_stopped_run_resumes_with_the_same_bits(by, stopped, place, monkeypatc
     assert not Path(".recovered.partial").exists()
 
 
+def test_one_command_resumes_in_its_recovery(place, monkeypatch):
+    flags = [*PRUNE.split(), "--recover", str(TOKENS)]
+    assert main.main([*flags, "--save_model", "unbroken", "--save", "1"]) == 0
+    monkeypatch.setattr(distill, "STORE_EVERY", -1)
+    step, prune, calls = Distillation._step, main.pipeline.walk._prune_block, []
+    monkeypatch.setattr(
+        Distillation, "_step", lambda *args: step(*args) if args[-1] < 7 else exec("raise KeyboardInterrupt")
+    )
+    assert main.main([*flags, "--save_model", "stopped", "--save", "2"]) == 130
+    monkeypatch.setattr(Distillation, "_step", lambda *args: calls.append(1) or step(*args))
+    monkeypatch.setattr(main.pipeline.walk, "_prune_block", lambda *args: calls.append("again") or prune(*args))
+    assert main.main([*flags, "--save_model", "stopped", "--save", "2"]) == 0
+    assert calls == [1] * 9, "nothing is pruned again, and seven steps of sixteen were stored"
+    assert same("unbroken/wanda_0.5_recovered", "stopped/wanda_0.5_recovered")
+
+
+def test_packed_folders_hold_the_same_weights(place):
+    flags = [*RECOVER.split(), "--save", "1"]
+    assert recover.main(flags) == 0 and recover.main([*flags, "--save_model", "packed", "--packed"]) == 0
+    assert main.main(["--model", "packed", *TEXTS.split()[2:], "--save", "2"]) == 0
+    # A packed model is computed in bfloat16 here.
+    assert run_record("2")["perplexity"] == pytest.approx(run_record("1")["perplexity"], rel=0.02)
+    assert run_record("2")["sparsity"] == run_record("1")["sparsity"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
