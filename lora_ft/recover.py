@@ -48,7 +48,7 @@ class Recover(Experiment):
         target = 1 - nm[0] / nm[1] if nm else flags.get("sparsity_ratio", 0.0)
         return self.settled(Task("recovered", None, "", target))
 
-    def recovered_folder(self, task: Task) -> Path:
+    def model_folder(self, task: Task) -> Path:
         return Path(self.save_model)
 
     def dense_model(self) -> str | None:
@@ -87,7 +87,7 @@ def run(settings: Recover) -> None:
 
     again = f"the same command resumes; what is stored lies beside {settings.save_model}"
     with record.explain_failure(partial(str, again)):
-        recovery.add_to(record, subject, settings, task, unmeasured)
+        recovery.recover(record, subject, settings, task, unmeasured)
         record.write()
         if subject.evaluation is not None:
             with record.stage("evaluate"):

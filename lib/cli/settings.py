@@ -160,13 +160,13 @@ class RecoveryFlags(Flags):
 
     def recovery_options(self) -> RecoveryOptions:
         """Return how the model is recovered."""
-        how = (self.learning_rate, self.batch, self.states, self.by)
-        return RecoveryOptions(self.recover or 0, self.train, self.rank, *how)
+        names = RecoveryOptions._fields[1:]
+        return RecoveryOptions(self.recover or 0, *(getattr(self, name) for name in names))
 
     def recovery_identity(self) -> dict[str, object]:
         """Return the flags that determine the recovered weights, in their spelling."""
-        names = {"seed", "dtype", "calib_data", "seqlen", "recover"}.union(RecoveryOptions._fields[1:])
-        return {self.spelling(name): getattr(self, name) for name in sorted(names)}
+        names = ("seed", "dtype", "calib_data", "seqlen", "recover", *RecoveryOptions._fields[1:])
+        return {self.spelling(name): getattr(self, name) for name in names}
 
 
 @dataclass(kw_only=True)
@@ -219,7 +219,7 @@ class OutputFlags(Flags):
     def recovered_folder(self, task: Task) -> Path | None:
         """Return where the recovered model is saved, None if it is not."""
         folder = self.model_folder(task)
-        return folder and folder.with_name(f"{folder.name}_recovered")
+        return folder.with_name(f"{folder.name}_recovered") if folder and task.pruner else folder
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,36 +176,34 @@ def check_finite(name: str, weight: torch.Tensor) -> None:
         raise UserError(None, name, "its weights are not finite", "the checkpoint is damaged")
 
 
-@contextmanager
-def swapped_weights(block: Block, copies: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.nn.Parameter]]:
+def swapped_weights(
+    block: Block, copies: Mapping[str, torch.Tensor]
+) -> AbstractContextManager[dict[str, torch.nn.Parameter]]:
     """Replace a block's weights by ``copies`` meanwhile, as parameters, which are yielded by layer name."""
-    with _swapped({name: (block.linears[name], "weight") for name in copies}, copies) as leaves:
-        yield leaves
+    return _swapped({name: (block.linears[name], "weight") for name in copies}, copies)
 
 
-@contextmanager
 def swapped_parameters(
-    module: torch.nn.Module, copies: Mapping[str, torch.Tensor]
-) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """Do the same with parameters of any kind, by their names within ``module``."""
+    model: torch.nn.Module, copies: Mapping[str, torch.Tensor]
+) -> AbstractContextManager[dict[str, torch.nn.Parameter]]:
+    """Do the same with parameters of any kind, by their names within ``model``."""
     places = {name: name.rpartition(".") for name in copies}
-    with _swapped({name: (module.get_submodule(x), leaf) for name, (x, _, leaf) in places.items()}, copies) as leaves:
-        yield leaves
+    return _swapped({name: (model.get_submodule(x), leaf) for name, (x, _, leaf) in places.items()}, copies)
 
 
 @contextmanager
 def _swapped(
     places: Mapping[str, tuple[torch.nn.Module, str]], copies: Mapping[str, torch.Tensor]
 ) -> Iterator[dict[str, torch.nn.Parameter]]:
-    originals = {name: getattr(module, leaf) for name, (module, leaf) in places.items()}
+    originals = {name: getattr(*place) for name, place in places.items()}
     leaves = {name: torch.nn.Parameter(copy) for name, copy in copies.items()}
     try:
-        for name, (module, leaf) in places.items():
-            setattr(module, leaf, leaves[name])
+        for name, place in places.items():
+            setattr(*place, leaves[name])
         yield leaves
     finally:
-        for name, (module, leaf) in places.items():
-            setattr(module, leaf, originals[name])
+        for name, place in places.items():
+            setattr(*place, originals[name])
 
 
 def _offloaded(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:

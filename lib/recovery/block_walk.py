@@ -156,12 +156,13 @@ class DenseStates(NamedTuple):
     windows: torch.Tensor  # [windows, tokens]
     entering: torch.Tensor | None  # [windows, tokens, width]; None where they are computed when needed
     leaving: torch.Tensor | None  # [windows, counted tokens, width]; None: the loss is that of the next token
+    gains: Mapping[str, torch.Tensor] = {}  # its values of the parameters behind the blocks that are trained
 
 
 class HeadLoss(NamedTuple):
     """Loss behind the last block: its sum over ``count`` tokens in nats, and ``scale`` times the mean's gradients.
 
-    They are those by the blocks' outputs, [1, tokens, width] each, and ``by_gain`` those by the last norm's parameters.
+    They are those by the blocks' outputs, [1, tokens, width] each, and ``by_gain`` those by the parameters behind them.
     """
 
     total: torch.Tensor
@@ -178,7 +179,6 @@ def head_loss(
     batch: Sequence[int],
     counted: slice = slice(None),
     differentiate: bool = False,
-    dense_gains: Mapping[str, torch.Tensor] | None = None,
 ) -> HeadLoss:
     """Return the loss of the windows in ``batch`` and its gradients, with the logits of few tokens in memory at a time.
 
@@ -186,20 +186,18 @@ def head_loss(
         dense: its ``leaving`` decide the loss: KL(dense || pruned) of the logits, or the next token's.
         hidden: the pruned blocks' output for each of the windows, [1, tokens, width].
         counted: the tokens of a window that count.
-        dense_gains: the dense model's values of those parameters behind the blocks that are trained, by their names.
     """
-    model, gains, by_gain = walk.weights.model, dense_gains or {}, {}
+    model, by_gain = walk.weights.model, {}
     total, gradients = 0.0, [torch.zeros_like(states) for states in hidden] if differentiate else []
     count = len(batch) * len(range(hidden[0].shape[1])[counted])
-    device = hidden[0].device
     # One context for all of them: a copy of the head in the products' dtype is made once.
     with (
         after_blocks(walk.weights, walk.inputs.tuples) as logits,
         torch.set_grad_enabled(differentiate),
-        autocast(device, walk.dtype),
+        autocast(hidden[0].device, walk.dtype),
     ):
-        trained = {name: model.get_parameter(name) for name in gains}
-        gains = {name: gain.to(trained[name].device) for name, gain in gains.items()}
+        trained = {name: model.get_parameter(name) for name in dense.gains}
+        gains = {name: gain.to(trained[name].device) for name, gain in dense.gains.items()}
         for i, index in enumerate(batch):
             window, pieces = dense.windows[index], []
             # Nothing follows a window's last token.
@@ -208,11 +206,13 @@ def head_loss(
             chunks = (x.split(memory.LOGIT_TOKENS) for x in (hidden[i][0, counted], goals))
             for states, goal in zip(*chunks, strict=True):
                 states, goal = states.detach().requires_grad_(differentiate), goal.to(states.device)
-                pruned_logits = logits(window, states)
-                if dense.leaving is not None:
+                pruned = logits(window, states)
+                if dense.leaving is None:
+                    loss = torch.nn.functional.cross_entropy(pruned.float(), goal.to(pruned.device), reduction="sum")
+                else:
                     with torch.no_grad(), swapped_parameters(model, gains):
                         goal = logits(window, goal)
-                loss = _token_loss(pruned_logits, goal.to(pruned_logits.device))
+                    loss = kl_divergence(goal, pruned)
                 total = total + loss.detach()
                 if differentiate:
                     by = [states, *trained.values()]
@@ -226,19 +226,17 @@ def head_loss(
     return HeadLoss(total, count, gradients, by_gain, torch.tensor(float(LOSS_SCALE * count)))
 
 
-def _token_loss(logits: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the KL to the dense logits [tokens, vocabulary], or of the loss of the next tokens [tokens]."""
-    if goal.ndim == 2:
-        return kl_divergence(goal, logits)
-    return torch.nn.functional.cross_entropy(logits.float(), goal, reduction="sum")
-
-
-def has_room_for_activations(needs: Mapping[int | str, memory.PriceBytes], work: str, field: str, value: str) -> bool:
+def has_room_for_activations(weights: Weights, sizes: tuple, work: str, field: str, value: str, instead: str) -> bool:
     """Log how much memory the ``work`` needs, refuse what does not fit, and return whether all activations do.
 
-    ``field`` and its ``value`` are the flag that asks for the work.
+    Args:
+        sizes: the arguments of ``memory.gradient_bytes`` after the weights.
+        field, value: the flag that asks for the work; ``instead`` is what to use otherwise.
     """
-    free = memory.free_memory(0)
+    fix = f"use GPUs with more memory, or {instead}"
+    if not weights.in_memory:
+        raise UserError(field, value, "needs all weights in memory, and these are streamed or offloaded", fix)
+    needs, free = memory.gradient_bytes(weights, *sizes), memory.free_memory(0)
     keeps = all(need.least + need.activations <= KEEP_WITHIN * free[place] for place, need in needs.items())
     least, more = (readable(sum(sizes)) for sizes in zip(*needs.values(), strict=True))
     are = "are used for activations" if keeps else "would make it faster"
@@ -247,5 +245,5 @@ def has_room_for_activations(needs: Mapping[int | str, memory.PriceBytes], work:
         if need.least > free[place]:
             where = "in the CPU's memory" if place == "cpu" else f"on GPU {place}"
             sizes = f"{readable(need.least)} are needed {where} beside the weights and {readable(free[place])} are free"
-            raise UserError(field, value, sizes, "lower --seqlen, or use more or larger GPUs")
+            raise UserError(field, value, sizes, f"lower --seqlen, {fix}")
     return keeps

@@ -11,9 +11,9 @@ from lib.calibration.hidden import enter_blocks
 from lib.core.errors import UserError
 from lib.models.weights import weights_of
 from lib.recovery import distill
-from lib.recovery.adam import STATES, TRAINED, LowRank, Survivors
+from lib.recovery.adam import STATES, TRAINED
 from lib.recovery.block_walk import BlockWalk, DenseStates, head_loss
-from lib.recovery.distill import BY, Distillation, RecoveryOptions, Training
+from lib.recovery.distill import BY, Distillation, RecoveryOptions, rate_at
 
 LENGTH = 16
 WINDOWS = torch.randint(3, 300, (48, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -35,7 +35,7 @@ def zeros(model) -> dict[str, torch.Tensor]:
 
 def distillation(model, dense, tokens: int = 8 * 2 * LENGTH, **options) -> Distillation:
     options = RecoveryOptions(tokens, **options)
-    windows = WINDOWS[: options.windows(LENGTH)], HELD
+    windows = WINDOWS[: tokens // options.least_tokens(LENGTH) * options.batch], HELD
     return Distillation(weights_of(model), weights_of(dense) if dense else None, options, windows)
 
 
@@ -72,19 +72,22 @@ def test_gradients_are_autograds(kind, teacher, monkeypatch):
             if dense and "norm" in name and "layers" not in name and tensor.ndim == 1:
                 dense.get_parameter(name).mul_(1.1)
 
-    def note(self, name, weight, gradient, scale):
+    def note(self, name, gradient, scale):
         taken[name] = gradient.float() / scale
 
-    monkeypatch.setattr(Training, "step", note)
+    monkeypatch.setattr(Distillation, "_step", note)
     report = finish(distillation(model, dense, 2 * LENGTH))
     loss = whole_loss(plain, dense, WINDOWS[:2])
     loss.backward()
     assert report.losses == [pytest.approx(loss.item(), rel=1e-5)]
     expected = {}
     for block in weights_of(plain).visit():
-        expected |= {name: linear.weight.grad for name, linear in block.linears.items()}
-        vectors = {name: x for name, x in block.module.named_parameters() if x.ndim == 1}
-        expected |= {f"{block.index}.{name}": tensor.grad for name, tensor in vectors.items()}
+        expected |= {f"{name}.weight": linear.weight.grad for name, linear in block.linears.items()}
+        vectors = {name for name, x in block.module.named_parameters() if x.ndim == 1}
+        names = [
+            name for name, _ in plain.named_parameters() if any(name.endswith(f".{block.index}.{v}") for v in vectors)
+        ]
+        expected |= {name: plain.get_parameter(name).grad for name in names}
     behind = taken.keys() - expected.keys()
     assert all("norm" in name or "ln_f" in name for name in behind) and behind, "the last norm"
     expected |= {name: plain.get_parameter(name).grad for name in behind}
@@ -151,11 +154,13 @@ def test_resumed_training_gives_the_same_bits(train, states, tmp_path, monkeypat
     unbroken = work()
     losses = finish(unbroken).losses
     monkeypatch.setattr(distill, "STORE_EVERY", -1)  # after each step
-    stopped, step = work(), Distillation._step
-    monkeypatch.setattr(Distillation, "_step", lambda *args: step(*args) if args[-1] < 5 else exec("raise Stopped"))
+    stopped, step = work(), Distillation._model_step
+    monkeypatch.setattr(
+        Distillation, "_model_step", lambda *args: step(*args) if args[-1] < 5 else exec("raise Stopped")
+    )
     with pytest.raises(Stopped):
         finish(stopped, tmp_path / "state")
-    monkeypatch.setattr(Distillation, "_step", step)
+    monkeypatch.setattr(Distillation, "_model_step", step)
     resumed = work()
     assert finish(resumed, tmp_path / "state").losses == losses
     for name, tensor in parameters(unbroken.weights.model).items():
@@ -163,11 +168,7 @@ def test_resumed_training_gives_the_same_bits(train, states, tmp_path, monkeypat
 
 
 def test_weights_and_rate_by_pencil():
-    training = Training(weights_of(prune(tiny_llama())), RecoveryOptions(1), None)
-    rates = []
-    for step in range(20):  # two steps up, then half a cosine
-        training.set_step(step, 20, 1.0)
-        rates.append(training.rate)
+    rates = [rate_at(step, 20) for step in range(20)]  # two steps up, then half a cosine
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[11] == pytest.approx(0.5) and 0 < rates[-1] < 0.01
     model = prune(tiny_llama())
     for block in weights_of(model).visit(write=True):
@@ -178,9 +179,15 @@ def test_weights_and_rate_by_pencil():
 
 def test_a_loss_that_is_not_finite_ends_with_its_step(monkeypatch):
     work = distillation(prune(tiny_llama()), tiny_llama())
-    step = Distillation._step
-    monkeypatch.setattr(Distillation, "_step", lambda *args: step(*args) if args[-1] < 2 else float("nan"))
-    with pytest.raises(UserError, match=r"the loss is nan at step 3 of 8, it was 0\.\d+ in the step before; lower"):
+    real, calls = distill.head_loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        loss = real(*args, **kwargs)
+        return loss._replace(total=loss.total * float("nan")) if len(calls) == 4 else loss  # the first is held out
+
+    monkeypatch.setattr(distill, "head_loss", broken)
+    with pytest.raises(UserError, match="the loss is nan at step 3 of 8; lower"):
         finish(work)
 
 
@@ -200,12 +207,10 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         finish(distillation(prune(tiny_llama()), None))
 
 
-def test_no_gradient_or_state_is_kept_for_what_is_zero(monkeypatch, tmp_path):
-    work, kept = distillation(prune(tiny_llama(), 0.75), tiny_llama()), {}
-    monkeypatch.setattr(distill, "_store", lambda path, training, losses: kept.update(training.parameters))
-    finish(work, tmp_path / "none")
-    layers = {layer.name: layer for layer in work.weights.layers}
-    assert {type(kept[name]) for name in layers} == {Survivors} and LowRank not in map(type, kept.values())
-    for name, layer in layers.items():
-        assert all(len(tensor) == work.left[name] < 0.26 * layer.size for tensor in kept[name].tensors.values())
+def test_no_gradient_or_state_is_kept_for_what_is_zero():
+    work = distillation(prune(tiny_llama(), 0.75), tiny_llama())
+    finish(work)
+    for layer in work.weights.layers:
+        kept = work.trained[f"{layer.name}.weight"].tensors
+        assert [len(tensor) for tensor in kept] == [work.left[layer.name]] * 3 and len(kept[0]) < 0.26 * layer.size
     assert all(parameter.grad is None for parameter in work.weights.model.parameters())
