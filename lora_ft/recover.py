@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -78,21 +77,20 @@ def run(settings: Recover) -> None:
     with record.stage("prepare"):
         checks.check_output(record.folder, task.run, None, flags, settings.paths())
         subject.prepare(settings, task)
-        recovery.prepare_recovery(subject, settings, task, settings.dense_model())
+        pruned = recovery.manifest(Path(settings.model))
+        recovery.prepare_recovery(subject, settings, task, settings.dense_model(), pruned.get("fingerprints"))
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
         unmeasured = is_unmeasured(record.folder, task.run, flags)
     with record.stage("load"):
         subject.load()
         record.content["dense_zeros"] = record.content["sparsity"] = subject.weights.sparsity()
 
-    again = f"the same command resumes; what is stored lies beside {settings.save_model}"
-    with record.explain_failure(partial(str, again)):
-        recovery.recover(record, subject, settings, task, unmeasured)
-        record.write()
-        if subject.evaluation is not None:
-            with record.stage("evaluate"):
-                record.content["perplexity"] = subject.perplexity()
-        record.write(complete=True)
+    recovery.recover(record, subject, settings, task, unmeasured)
+    record.write()
+    if subject.evaluation is not None:
+        with record.stage("evaluate"):
+            record.content["perplexity"] = subject.perplexity()
+    record.write(complete=True)
     report.show_run(console, record)
     processes.leave()
 

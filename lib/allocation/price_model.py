@@ -176,11 +176,11 @@ class LanguagePriceModel:
         loss = head_loss(self.walk, self._fit, hidden, batch, self._counted, differentiate=True)
         prices: dict[str, torch.Tensor] = {}
 
-        def take(block: Block, scale: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
+        def take(block: Block, name: str, gradient: torch.Tensor, scale: torch.Tensor) -> None:
             weight = block.linears[name].weight.detach()
             prices[name] = band_price(gradient, weight, self.masks.ranks[name], ratios[name]) / scale
 
-        self.walk.backward(loss.gradients, loss.scale, activations, pruned, take)
+        self.walk.backward(loss, activations, pruned, take)
         by_layer = {layer.name: prices[layer.name].item() for layer in self.weights.layers}
         return (loss.total / loss.count).item(), by_layer
 

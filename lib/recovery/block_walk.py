@@ -49,6 +49,8 @@ def kl_divergence(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
 
 # Replaces parameters of a block while it is run, and yields those that are differentiated, by name.
 Lend = Callable[[Block], AbstractContextManager[dict[str, "torch.nn.Parameter"]]]
+# Takes the gradient of a parameter of a block by its name, and the factor by which it is larger than the loss's.
+Take = Callable[[Block, str, "torch.Tensor", "torch.Tensor"], None]
 
 
 class BlockActivations(NamedTuple):
@@ -65,7 +67,7 @@ class BlockWalk(NamedTuple):
     The model's own are back in place after each block. Gradients are handed over matrix by matrix and freed at once.
 
     Attributes:
-        weights: of the model, all of them in memory.
+        weights: of the model, all of them in memory if it is walked as a whole.
         inputs: other arguments of the blocks' calls; the hidden states in it are not read.
         dtype: of the products, None for the model's.
         keeps_activations: whether activations and copies are kept from the forward for the backward pass. If not, each
@@ -91,25 +93,14 @@ class BlockWalk(NamedTuple):
             del ran  # its copies of the weights, before the next block's are made
         return hidden, activations
 
-    def backward(
-        self,
-        gradients: list[torch.Tensor],
-        scale: torch.Tensor,
-        activations: list[BlockActivations],
-        lend: Lend,
-        take_gradient: Callable[[Block, torch.Tensor, str, torch.Tensor], None],
-    ) -> None:
-        """Call ``take_gradient(block, scale, name, gradient)`` for each lent parameter, last block first.
-
-        Args:
-            gradients: ``scale`` times the loss's gradients by the last block's outputs; the scale changes on the way.
-            activations: of ``forward``, used up.
-        """
+    def backward(self, loss: HeadLoss, activations: list[BlockActivations], lend: Lend, take: Take) -> None:
+        """Hand over the gradient of each lent parameter, last block first; the ``activations`` are used up."""
+        gradients, scale = loss.gradients, loss.scale
         for block in self.weights.visit(backwards=True):
             ran = activations.pop()
             if not ran.outputs:
                 ran = self.run(block, ran.inputs, lend, True)
-            gradients, scale = block_backward(block, ran, gradients, scale, take_gradient)
+            gradients, scale = block_backward(block, ran, gradients, scale, take)
 
     def run(self, block: Block, hidden: list[torch.Tensor], lend: Lend, differentiable: bool) -> BlockActivations:
         """Run a block on each of ``hidden``, and keep the graph if the outputs are to be differentiated."""
@@ -117,20 +108,15 @@ class BlockWalk(NamedTuple):
 
         inputs = [states.to(block.device).detach().requires_grad_(differentiable) for states in hidden]
         arguments = send_to_device(self.inputs.arguments[block.index], block.device)
-        with torch.set_grad_enabled(differentiable), lend(block) as leaves:
-            with autocast(block.device, self.dtype):
-                outputs = [run_block(block, states, arguments, self.inputs.tuples) for states in inputs]
+        with torch.set_grad_enabled(differentiable), lend(block) as leaves, autocast(block.device, self.dtype):
+            outputs = [run_block(block, states, arguments, self.inputs.tuples) for states in inputs]
         return BlockActivations(inputs, outputs, leaves)
 
 
 def block_backward(
-    block: Block,
-    ran: BlockActivations,
-    gradients: list[torch.Tensor],
-    scale: torch.Tensor,
-    take_gradient: Callable[[Block, torch.Tensor, str, torch.Tensor], None],
+    block: Block, ran: BlockActivations, gradients: list[torch.Tensor], scale: torch.Tensor, take: Take
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return the gradients by a block's inputs and their scale, given those by its outputs; see ``backward``."""
+    """Return ``scale`` times a loss's gradients by a block's inputs, given those by its outputs, and the new scale."""
     # Scaled to 1 at each block, gradients of half precision neither underflow nor overflow.
     gradients = [gradient.to(block.device) for gradient in gradients]
     largest = torch.stack([gradient.abs().amax().float() for gradient in gradients]).amax()
@@ -138,7 +124,7 @@ def block_backward(
     gradients, scale = [gradient / largest for gradient in gradients], scale.to(block.device) / largest
 
     def hand_over(name: str, leaf: torch.nn.Parameter) -> None:
-        take_gradient(block, scale, name, leaf.grad)
+        take(block, name, leaf.grad, scale)
         leaf.grad = None
 
     for name, leaf in ran.leaves.items():

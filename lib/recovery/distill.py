@@ -26,10 +26,9 @@ from lib.recovery.block_walk import BlockWalk, DenseStates, block_backward, has_
 log = logging.getLogger(__name__)
 
 BY = ("model", "block")
-# Learning rates: as a fraction of the root mean square of the weights that are left, and of norms alone, which are
-# about 1. Chosen on held-out windows of SmolLM2 at 0.7.
-RATES = {"surviving": 0.0033, "low_rank": 0.01}
-NORMS_RATE = 0.01
+# Learning rates as a fraction of the root mean square of the weights that are left, or of norms, about 1. Chosen on
+# held-out windows of SmolLM2 at 0.7.
+RATES = {"surviving": 0.0033, "low_rank": 0.01, "norms": 0.01}
 # Fraction of the steps over which the learning rate rises; then it falls to 0 as a cosine does.
 WARMUP = 0.1
 # Windows that are not trained on, on which the loss is measured before and after.
@@ -87,7 +86,8 @@ class Distillation:
     Attributes:
         rate: the learning rate at its highest.
         left: how many weights of each layer are not zero.
-        trained: the parameters that are trained at the moment, by name; those ``behind`` the blocks among them.
+        trained: the parameters that are trained at the moment, by name.
+        gains: the dense model's norms of the hidden states around the blocks; the pruned one's are trained end to end.
     """
 
     def __init__(
@@ -114,8 +114,10 @@ class Distillation:
         mine = windows[0].view(-1, options.batch, self.seqlen)[:, processes.share(options.batch)]
         self.windows, self.held = mine, windows[1][processes.share(len(windows[1]))]
         self.trained: dict[str, Trained] = {}
-        self.behind: list[str] = []
-        self._rate_and_count = 0.0, 0
+
+        model = weights.model
+        width, outer = model.get_input_embeddings().weight.shape[1:], (dense or weights).outer_tensors()
+        self.gains = {name: x.to("cpu", model.dtype, copy=True) for name, x in outer if x.shape == width}
 
         seen = weights.map(_survey)
         self._masks = {name: mask for name, (mask, *_) in seen.items()}
@@ -125,8 +127,7 @@ class Distillation:
             problem = "is not pruned, no weight of it is zero" if count else "has no weight that is not zero"
             raise UserError("model", None, problem, "prune it first")
         scale = (squares / count) ** 0.5
-        default = RATES[options.train] * scale if options.train in RATES else NORMS_RATE
-        self.rate = options.learning_rate or default
+        self.rate = options.learning_rate or RATES[options.train] * (1 if options.train == "norms" else scale)
         text = "recovery: the weights that are left have a root mean square of %.3g; learning rate %.3g"
         log.info(text, scale, self.rate)
 
@@ -147,12 +148,13 @@ class Distillation:
             UserError: a loss is not finite.
         """
         start = time.perf_counter()
-        held = self._learn_from_dense(self.held)
+        held = self._dense_states(self.held)
         before = self._held_loss(held)
         losses = self._by_model(state, keep) if self.options.by == "model" else self._by_block(keep, finished)
         if moved := [name for name, (mask, *_) in self.weights.map(_survey).items() if mask != self._masks[name]]:
             raise RuntimeError(f"{moved[0]}: zeros are at other places than before recovery")
-        after = _finite(self._held_loss(held), "the end, on held-out windows")
+        after = self._held_loss(held)
+        _check_finite(after, "the end, on held-out windows")
         tokens = len(self.windows) * self.options.least_tokens(self.seqlen)
         return RecoveryReport(losses, before, after, self.rate, tokens, time.perf_counter() - start)
 
@@ -164,20 +166,15 @@ class Distillation:
                 advance(block, inputs)
         return inputs
 
-    def _learn_from_dense(self, windows: torch.Tensor) -> DenseStates:
-        """Return the dense model's last states for ``windows`` [n, tokens], and the norms around its blocks."""
-        model = self.weights.model
-        width = model.get_input_embeddings().weight.shape[1]
-        outer = (self.dense or self.weights).outer_tensors()
-        gains = {name: x.to("cpu", model.dtype, copy=True) for name, x in outer if x.shape == (width,)}
+    def _dense_states(self, windows: torch.Tensor) -> DenseStates:
+        """Return what the dense model, if there is one, says of ``windows`` [n, tokens]."""
         leaving = self._last_states(self.dense, windows).hidden if self.dense else None
-        return DenseStates(windows, None, leaving, gains)
+        return DenseStates(windows, None, leaving, self.gains)
 
     def _held_loss(self, dense: DenseStates) -> float:
         """Return the loss on the held-out windows, over all processes."""
         inputs = self._last_states(self.weights, dense.windows)
-        walk = BlockWalk(self.weights, inputs._replace(hidden=[]), self.dtype, False)
-        hidden = list(inputs.hidden.split(1))
+        walk, hidden = BlockWalk(self.weights, inputs, self.dtype, False), list(inputs.hidden.split(1))
         loss = head_loss(walk, dense, hidden, range(len(hidden)))
         totals, counts = zip(*processes.gathered((float(loss.total), loss.count)), strict=True)
         return sum(totals) / sum(counts)
@@ -199,28 +196,21 @@ class Distillation:
         copies = {name: x.to(self.dtype or x.dtype) if x.ndim > 1 else x for name, x in tensors}
         return swapped_parameters(self.weights.model, copies)
 
-    def _step(self, name: str, gradient: torch.Tensor, scale: torch.Tensor) -> None:
+    def _step(self, _: Block | None, name: str, gradient: torch.Tensor, scale: torch.Tensor) -> None:
         """Step by the gradient of a parameter, ``scale`` times the loss's, and round the result for saving."""
         weight = self.weights.model.get_parameter(name).data
         self.trained[name].step(weight, gradient, scale, *self._rate_and_count)
         self.trained[name].write(weight, self.weights.save_dtype or weight.dtype)
 
-    def _take(self, _: Block, scale: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
-        self._step(name, gradient, scale)
-
     def _by_model(self, state: Path | None, keep: Keep) -> list[float]:
         """Train the whole model end to end; return the losses, of an earlier run's steps as well."""
         weights, steps, tokens = self.weights, len(self.windows), self.options.batch * self.seqlen
-        fit = self._learn_from_dense(self.windows.flatten(0, 1))
-        inputs = enter_blocks(weights, self.windows[0][:1])
-        walk = BlockWalk(weights, inputs._replace(hidden=[]), self.dtype, self._keeps)
+        fit = self._dense_states(self.windows.flatten(0, 1))
+        walk = BlockWalk(weights, enter_blocks(weights, self.windows[0][:1]), self.dtype, self._keeps)
         for block in weights.visit():
             self._add(self._parameters(block))
-        self.behind = list(fit.gains)
-        self._add({name: weights.model.get_parameter(name).data for name in self.behind})
-        losses = self._restored(state)
-
-        stored = time.monotonic()
+        self._add({name: weights.model.get_parameter(name).data for name in self.gains})
+        losses, stored = self._restored(state), time.monotonic()
         counts = {"total": steps * tokens, "initial": len(losses) * tokens, "unit": "token", "unit_scale": True}
         with tqdm(desc="recovery", disable=None, **counts) as bar:
             for step in range(len(losses), steps):
@@ -243,12 +233,12 @@ class Distillation:
         loss = head_loss(walk, fit, hidden, range(step * mine, (step + 1) * mine), differentiate=True)
         total = self.options.batch * self.seqlen  # tokens of all processes
         mean = processes.sum_(loss.total.reshape(1).clone()).item() / total
-        mean = _finite(mean, f"step {step + 1} of {steps}")
+        _check_finite(mean, f"step {step + 1} of {steps}")
         self._rate_and_count = self.rate * rate_at(step, steps), step + 1
-        scale = loss.scale * (total / loss.count)
+        loss = loss._replace(scale=loss.scale * (total / loss.count))
         for name, gradient in loss.by_gain.items():
-            self._step(name, gradient, scale)
-        walk.backward(loss.gradients, scale, activations, self._lend, self._take)
+            self._step(None, name, gradient, loss.scale)
+        walk.backward(loss, activations, self._lend, self._step)
         return mean
 
     def _by_block(self, keep: Keep, finished: Mapping[int, tuple[Path, list[float]]]) -> list[float]:
@@ -257,7 +247,7 @@ class Distillation:
         losses: list[float] = []
         with processes.single_process():
             inputs = enter_blocks(self.weights, self.windows.flatten(0, 1), self.place)._replace(dtype=self.dtype)
-        walk = BlockWalk(self.weights, inputs._replace(hidden=[]), self.dtype, True)
+        walk = BlockWalk(self.weights, inputs, self.dtype, True)
         blocks = zip(self.dense.visit(), self.weights.visit(write=True), strict=True)
         with tqdm(blocks, "recovery", len(self.weights.modules), unit="block", disable=None) as bar:
             for dense, block in bar:
@@ -287,9 +277,9 @@ class Distillation:
         error, whole = processes.sum_(squares).tolist()
         largest = torch.stack([x.abs().amax() for x in errors]).amax().clamp_(min=torch.finfo(torch.float32).tiny)
         gradients = [(x / largest).to(ran.outputs[0].dtype) for x in errors]
-        error = _finite(error / whole, f"block {block.index}")
-        block_backward(block, ran, gradients, whole / 2 / largest, self._take)
-        return error
+        _check_finite(error / whole, f"block {block.index}")
+        block_backward(block, ran, gradients, whole / 2 / largest, self._step)
+        return error / whole
 
     def _store(self, path: Path, losses: Sequence[float]) -> None:
         """Store the state of unfinished training durably; one that is not finite does not replace the last one."""
@@ -320,12 +310,10 @@ def _survey(_: str, weight: torch.Tensor) -> tuple[str, int, float]:
     return digest(left), int(left.sum()), weight.double().square().sum().item()
 
 
-def _finite(loss: float, where: str) -> float:
-    """Return the ``loss``, which was measured at ``where``, if it is finite."""
+def _check_finite(loss: float, where: str) -> None:
     if not math.isfinite(loss):
         fix = "lower --learning_rate, or use --dtype bfloat16 instead of float16"
         raise UserError(None, None, f"the loss is {loss} at {where}", fix)
-    return loss
 
 
 def draw_losses(report: RecoveryReport):

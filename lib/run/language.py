@@ -41,7 +41,7 @@ class LanguageModel:
         questions: zero-shot tasks with their data.
         reserve: bytes of each GPU, or of the CPU, that are left for the work.
         loaded_as: how the dense weights in memory were loaded, None if they are others.
-        recovery: windows to recover on and held-out ones; dense_source: the model that is distilled.
+        recovery: windows to recover on and held-out ones; teacher, teacher_name: the model that is distilled.
         streamed: folder from which the weights are streamed, None if they are loaded.
     """
 

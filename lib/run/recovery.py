@@ -1,21 +1,20 @@
-"""Recovery stage of a run: the dense model is opened again and distilled into the pruned weights, which are saved."""
+"""Recovery stage of a run: the dense model is read again and distilled into the pruned weights, which are saved."""
 
 from __future__ import annotations
 
 import json
-from contextlib import closing, nullcontext
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 from lib.calibration import texts
 from lib.cli.settings import Experiment
 from lib.cli.task import Task
-from lib.core import cpu, files, processes
+from lib.core import files, processes
 from lib.core.digests import digest, first_difference
 from lib.core.errors import UserError
 from lib.core.lazy import torch
-from lib.models import load, locate, memory
-from lib.models.layers import prunable_layers
-from lib.models.safetensors_io import checkpoint_entries
+from lib.models import locate, memory
 from lib.models.streamed import Streamed
 from lib.models.weights import Block
 from lib.recovery.block_walk import search_dtype
@@ -34,11 +33,14 @@ def manifest(folder: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def prepare_recovery(subject: LanguageModel, settings: Experiment, task: Task, dense: str | None) -> None:
-    """Read the text to train on, and refuse what cannot work, before the weights are loaded, if a run recovers.
+def prepare_recovery(
+    subject: LanguageModel, settings: Experiment, task: Task, dense: str | None, fingerprints: Mapping | None = None
+) -> None:
+    """Take up text and teacher, and refuse what cannot work, before the weights are loaded, if a run recovers.
 
     Args:
-        dense: the dense model: hub id or folder; None trains on the text alone.
+        dense: the teacher, the dense model: hub id or folder; None trains on the text alone.
+        fingerprints: of the model that was pruned, if they are known.
     """
     if not settings.recover:
         return
@@ -61,15 +63,19 @@ def prepare_recovery(subject: LanguageModel, settings: Experiment, task: Task, d
 
     counts = (options.tokens // least * options.batch, max(HELD_OUT, processes.count()))
     subject.recovery = texts.recovery_windows(settings.calib_data, subject.tokenizer, counts, seqlen, settings.seed)
-    subject.dense_source = None
-    if dense is not None:
-        subject.dense_source = source = processes.on_main(lambda: locate.locate(dense, settings.cache_dir))
-        checkpoint_entries(locate.local_copy(source))  # refuses what cannot be read block by block
-        theirs = load.load_skeleton(source)
-        sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (theirs, subject.skeleton)]
-        if sizes[0] != sizes[1] or prunable_layers(theirs) != subject.layers:
-            problem = f"is another model than the pruned one: its embedding is {sizes[0]}, the other's {sizes[1]}"
-            raise UserError("dense", dense, problem, "give the model that was pruned")
+    subject.teacher = subject.teacher_name = None
+    if dense is None:
+        return
+    source = processes.on_main(lambda: locate.locate(dense, settings.cache_dir))
+    device = processes.device() or memory.freest()
+    subject.teacher = teacher = Streamed(locate.local_copy(source), subject.dtypes, device)
+    subject.teacher_name = source.anywhere
+    sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, subject.skeleton)]
+    if sizes[0] != sizes[1] or [*teacher.layers] != [*subject.layers]:
+        problem = f"is another model than the pruned one: its embedding is {sizes[0]}, the other's {sizes[1]}"
+        raise UserError("dense", dense, problem, "give the model that was pruned")
+    if fingerprints and (layer := first_difference(fingerprints, teacher.fingerprints())):
+        raise UserError("dense", dense, f"is not the model that was pruned (see {layer})", "give that one, or none")
 
 
 def recover(record: Record, subject: LanguageModel, settings: Experiment, task: Task, unmeasured: bool) -> None:
@@ -77,42 +83,27 @@ def recover(record: Record, subject: LanguageModel, settings: Experiment, task: 
 
     ``unmeasured`` is the argument of the ``Journal`` in which unfinished training is stored.
     """
-    content, target = record.content, settings.recovered_folder(task)
-    pruned = manifest(Path(content["saved_model"] or settings.model))
+    content, target, weights = record.content, settings.recovered_folder(task), subject.weights
     with record.stage("recover"):
-        perplexity = subject.perplexity() if subject.evaluation is not None else None
-        distillation = _prepared(subject, settings, pruned)
-        journal = Journal(target, settings.restart, unmeasured) if target else None
-        with closing(journal) if journal else nullcontext():
-            if journal:
-                identity = {"model": pruned.get("model", subject.name), "flags": settings.recovery_identity()}
-                identity["source"] = subject.dense_source and subject.dense_source.anywhere
-                identity |= {"versions": machine(subject.weights), "calibration": digest(subject.recovery[0])}
-                identity["fingerprints"] = (distillation.dense or subject.weights).fingerprints()
-                journal.begin(identity | {"plan": digest(subject.weights.fingerprints())})
+        before = subject.perplexity() if subject.evaluation is not None else None
+        subject.loaded_as = None  # norms and biases are trained as well, and ``restore`` knows the matrices alone
+        dtype = search_dtype("auto", next(iter(weights.visit())).device, subject.dtypes.compute)
+        how = (settings.recovery_options(), subject.recovery, subject.hidden_states, dtype)
+        distillation = Distillation(weights, subject.teacher, *how)
+        if target is None:
+            report = distillation.run(None, lambda *_: None, {})
+        else:
+            with closing(Journal(target, settings.restart, unmeasured)) as journal:
+                identity = {"model": subject.name, "source": subject.teacher_name, "versions": machine(weights)}
+                identity |= {"flags": settings.recovery_identity(), "calibration": digest(subject.recovery[0])}
+                identity["fingerprints"] = (subject.teacher or weights).fingerprints()
+                journal.begin(identity | {"plan": digest(weights.fingerprints())})
                 report = _train(subject, journal, distillation)
                 content["saved_model"] = str(subject.save(journal, settings.packed, content["sparsity"]))
-            else:
-                report = distillation.run(None, lambda *_: None, {})
-    before = {"perplexity_before": perplexity, "sparsity_before": content["sparsity"]}
-    content |= {"recovery": report._asdict() | before, "sparsity": subject.weights.sparsity()}
+    content["recovery"] = report._asdict() | {"perplexity_before": before, "sparsity_before": content["sparsity"]}
+    content["sparsity"] = weights.sparsity()
     content["method"] += "_recovered" if task.pruner else ""
     files.save_figure(draw_losses(report), record.folder / f"recovery_{record.run}.png", dpi=130)
-
-
-def _prepared(subject: LanguageModel, settings: Experiment, pruned: dict) -> Distillation:
-    """Return the distillation of the dense model, whose weights are opened, into the ``pruned`` one's."""
-    source, dense = subject.dense_source, None
-    device = next(iter(subject.weights.visit())).device
-    if source is not None:
-        place = processes.device() or (device if cpu.gpus() else torch.device("cpu"))
-        dense = Streamed(locate.local_copy(source), subject.dtypes, place)
-        if "fingerprints" in pruned and (layer := first_difference(pruned["fingerprints"], dense.fingerprints())):
-            problem = f"is not the model that was pruned (see {layer})"
-            raise UserError("dense", source.given, problem, "give that one, or none")
-    subject.loaded_as = None  # norms and biases are trained as well, and ``restore`` knows the matrices alone
-    how = (subject.hidden_states, search_dtype("auto", device, subject.dtypes.compute))
-    return Distillation(subject.weights, dense, settings.recovery_options(), subject.recovery, *how)
 
 
 def _train(subject: LanguageModel, journal: Journal, distillation: Distillation) -> RecoveryReport:
@@ -133,7 +124,7 @@ def _train(subject: LanguageModel, journal: Journal, distillation: Distillation)
 
     finished = {index: (journal.path(index), journal.get("losses", str(index))) for index in journal.finished}
     report = distillation.run(state, keep, finished)
-    behind = {name: weights.model.get_parameter(name).tolist() for name in distillation.behind}
+    behind = {name: weights.model.get_parameter(name).tolist() for name in distillation.gains if weights.in_memory}
     journal.put("recovery", "report", {"report": report._asdict(), "behind": behind})
     processes.on_main(lambda: state.unlink(missing_ok=True))
     return report

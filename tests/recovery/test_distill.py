@@ -72,7 +72,7 @@ def test_gradients_are_autograds(kind, teacher, monkeypatch):
             if dense and "norm" in name and "layers" not in name and tensor.ndim == 1:
                 dense.get_parameter(name).mul_(1.1)
 
-    def note(self, name, gradient, scale):
+    def note(self, block, name, gradient, scale):
         taken[name] = gradient.float() / scale
 
     monkeypatch.setattr(Distillation, "_step", note)
