@@ -176,7 +176,7 @@ class LanguagePriceModel:
         loss = head_loss(self.walk, self._fit, hidden, batch, self._counted, differentiate=True)
         prices: dict[str, torch.Tensor] = {}
 
-        def take(block: Block, name: str, gradient: torch.Tensor, scale: torch.Tensor) -> None:
+        def take(block: Block, scale: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
             weight = block.linears[name].weight.detach()
             prices[name] = band_price(gradient, weight, self.masks.ranks[name], ratios[name]) / scale
 

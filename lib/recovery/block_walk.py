@@ -49,8 +49,8 @@ def kl_divergence(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
 
 # Replaces parameters of a block while it is run, and yields those that are differentiated, by name.
 Lend = Callable[[Block], AbstractContextManager[dict[str, "torch.nn.Parameter"]]]
-# Takes the gradient of a parameter of a block by its name, and the factor by which it is larger than the loss's.
-Take = Callable[[Block, str, "torch.Tensor", "torch.Tensor"], None]
+# Takes the gradient of a parameter of a block, by its name, after the factor by which it is larger than the loss's.
+Take = Callable[[Block, "torch.Tensor", str, "torch.Tensor"], None]
 
 
 class BlockActivations(NamedTuple):
@@ -80,30 +80,39 @@ class BlockWalk(NamedTuple):
     keeps_activations: bool
 
     def forward(
-        self, hidden: list[torch.Tensor], lend: Lend, differentiable: bool = False
+        self, hidden: list[torch.Tensor], lend: Lend, differentiable: bool = False, only: Block | None = None
     ) -> tuple[list[torch.Tensor], list[BlockActivations]]:
-        """Return the last block's outputs for ``hidden``, [1, tokens, width] each, and what ``backward`` needs."""
+        """Return the last block's outputs for ``hidden``, [1, tokens, width] each, and what ``backward`` needs.
+
+        ``only`` is a lent block that is run alone.
+        """
         activations = []
         keeps = differentiable and self.keeps_activations
-        for block in self.weights.visit():
-            ran = self.run(block, hidden, lend, keeps)
+        for block in [only] if only else self.weights.visit():
+            ran = self._run(block, hidden, lend, keeps)
             hidden = [states.detach() for states in ran.outputs]
             if differentiable:
                 activations.append(ran if keeps else BlockActivations(ran.inputs, [], {}))
             del ran  # its copies of the weights, before the next block's are made
         return hidden, activations
 
-    def backward(self, loss: HeadLoss, activations: list[BlockActivations], lend: Lend, take: Take) -> None:
+    def backward(
+        self, loss: WalkLoss, activations: list[BlockActivations], lend: Lend, take: Take, only: Block | None = None
+    ) -> None:
         """Hand over the gradient of each lent parameter, last block first; the ``activations`` are used up."""
         gradients, scale = loss.gradients, loss.scale
-        for block in self.weights.visit(backwards=True):
+        for block in [only] if only else self.weights.visit(backwards=True):
+            # Scaled to 1 at each block, gradients of half precision neither underflow nor overflow.
+            gradients = [gradient.to(block.device) for gradient in gradients]
+            largest = torch.stack([gradient.abs().amax().float() for gradient in gradients]).amax()
+            largest = torch.where(largest > 0, largest, 1)
+            gradients, scale = [gradient / largest for gradient in gradients], scale.to(block.device) / largest
             ran = activations.pop()
             if not ran.outputs:
-                ran = self.run(block, ran.inputs, lend, True)
-            gradients, scale = block_backward(block, ran, gradients, scale, take)
+                ran = self._run(block, ran.inputs, lend, True)
+            gradients = _block_backward(ran, gradients, partial(take, block, scale))
 
-    def run(self, block: Block, hidden: list[torch.Tensor], lend: Lend, differentiable: bool) -> BlockActivations:
-        """Run a block on each of ``hidden``, and keep the graph if the outputs are to be differentiated."""
+    def _run(self, block: Block, hidden: list[torch.Tensor], lend: Lend, differentiable: bool) -> BlockActivations:
         from accelerate.utils import send_to_device
 
         inputs = [states.to(block.device).detach().requires_grad_(differentiable) for states in hidden]
@@ -113,24 +122,19 @@ class BlockWalk(NamedTuple):
         return BlockActivations(inputs, outputs, leaves)
 
 
-def block_backward(
-    block: Block, ran: BlockActivations, gradients: list[torch.Tensor], scale: torch.Tensor, take: Take
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return ``scale`` times a loss's gradients by a block's inputs, given those by its outputs, and the new scale."""
-    # Scaled to 1 at each block, gradients of half precision neither underflow nor overflow.
-    gradients = [gradient.to(block.device) for gradient in gradients]
-    largest = torch.stack([gradient.abs().amax().float() for gradient in gradients]).amax()
-    largest = torch.where(largest > 0, largest, 1)
-    gradients, scale = [gradient / largest for gradient in gradients], scale.to(block.device) / largest
+def _block_backward(
+    ran: BlockActivations, gradients: list[torch.Tensor], take: Callable[[str, torch.Tensor], None]
+) -> list[torch.Tensor]:
+    """Return the gradients by a block's inputs, given those by its outputs; ``take`` those by what it was lent."""
 
     def hand_over(name: str, leaf: torch.nn.Parameter) -> None:
-        take(block, name, leaf.grad, scale)
+        take(name, leaf.grad)
         leaf.grad = None
 
     for name, leaf in ran.leaves.items():
         leaf.register_post_accumulate_grad_hook(partial(hand_over, name))
     torch.autograd.backward(ran.outputs, gradients, inputs=[*ran.inputs, *ran.leaves.values()])
-    return [states.grad for states in ran.inputs], scale
+    return [states.grad for states in ran.inputs]
 
 
 class DenseStates(NamedTuple):
@@ -145,14 +149,14 @@ class DenseStates(NamedTuple):
     gains: Mapping[str, torch.Tensor] = {}  # its values of the parameters behind the blocks that are trained
 
 
-class HeadLoss(NamedTuple):
-    """Loss behind the last block: its sum over ``count`` tokens in nats, and ``scale`` times the mean's gradients.
+class WalkLoss(NamedTuple):
+    """Loss behind the last block: a sum, the ``count`` by which it becomes a mean, and ``scale`` times its gradients.
 
     They are those by the blocks' outputs, [1, tokens, width] each, and ``by_gain`` those by the parameters behind them.
     """
 
     total: torch.Tensor
-    count: int
+    count: int | torch.Tensor
     gradients: list[torch.Tensor]
     by_gain: dict[str, torch.Tensor]
     scale: torch.Tensor
@@ -165,8 +169,8 @@ def head_loss(
     batch: Sequence[int],
     counted: slice = slice(None),
     differentiate: bool = False,
-) -> HeadLoss:
-    """Return the loss of the windows in ``batch`` and its gradients, with the logits of few tokens in memory at a time.
+) -> WalkLoss:
+    """Return the loss of the windows in ``batch`` in nats, with the logits of few tokens in memory at a time.
 
     Args:
         dense: its ``leaving`` decide the loss: KL(dense || pruned) of the logits, or the next token's.
@@ -209,7 +213,7 @@ def head_loss(
                             by_gain[name] = by_gain.get(name, 0) + gradient.float()
             if differentiate:
                 gradients[i][0, counted] = torch.cat(pieces)
-    return HeadLoss(total, count, gradients, by_gain, torch.tensor(float(LOSS_SCALE * count)))
+    return WalkLoss(total, count, gradients, by_gain, torch.tensor(float(LOSS_SCALE * count)))
 
 
 def has_room_for_activations(weights: Weights, sizes: tuple, work: str, field: str, value: str, instead: str) -> bool:

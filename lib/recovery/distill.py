@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from lib.core.lazy import torch
 from lib.models import memory, safetensors_io
 from lib.models.weights import Block, Weights, is_finite, swapped_parameters
 from lib.recovery.adam import Trained
-from lib.recovery.block_walk import BlockWalk, DenseStates, block_backward, has_room_for_activations, head_loss
+from lib.recovery.block_walk import BlockWalk, DenseStates, WalkLoss, has_room_for_activations, head_loss
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +54,6 @@ class RecoveryOptions(NamedTuple):
     def least_tokens(self, seqlen: int) -> int:
         """Return the smallest number of tokens: a step, or one of each pass over the windows of a block."""
         return self.batch * seqlen * (EPOCHS if self.by == "block" else 1)
-
-
-class RecoveryReport(NamedTuple):
-    """What a recovery did: the loss of each step, and on held-out windows before and after, in nats a token.
-
-    Blocks that are trained one by one have another loss: their squared error over the square of the dense output.
-    """
-
-    losses: list[float]
-    held_before: float
-    held_after: float
-    learning_rate: float
-    tokens: int
-    seconds: float
 
 
 # Stores a block that is trained, and its losses where blocks are trained one by one.
@@ -137,8 +124,10 @@ class Distillation:
             sizes = (stored, self.seqlen, step, step, dtype)
             self._keeps = has_room_for_activations(weights, sizes, "recovery", "by", "model", "--by block")
 
-    def run(self, state: Path | None, keep: Keep, finished: Mapping[int, tuple[Path, list[float]]]) -> RecoveryReport:
-        """Train, and return the losses; the weights are changed in place.
+    def run(self, state: Path | None, keep: Keep, finished: Mapping[int, tuple[Path, list[float]]]) -> dict:
+        """Train, in place, and return the loss of each step, in nats a token, on held-out windows before and after, ...
+
+        Blocks that are trained one by one have another loss: their squared error over the square of the dense output.
 
         Args:
             state: file in which the state of unfinished training is stored, None for no such file.
@@ -151,12 +140,16 @@ class Distillation:
         held = self._dense_states(self.held)
         before = self._held_loss(held)
         losses = self._by_model(state, keep) if self.options.by == "model" else self._by_block(keep, finished)
-        if moved := [name for name, (mask, *_) in self.weights.map(_survey).items() if mask != self._masks[name]]:
-            raise RuntimeError(f"{moved[0]}: zeros are at other places than before recovery")
-        after = self._held_loss(held)
-        _check_finite(after, "the end, on held-out windows")
-        tokens = len(self.windows) * self.options.least_tokens(self.seqlen)
-        return RecoveryReport(losses, before, after, self.rate, tokens, time.perf_counter() - start)
+        for name, (mask, _, squares) in self.weights.map(_survey).items():
+            if not math.isfinite(squares):
+                raise UserError(None, name, "is not finite after the last step", "lower --learning_rate")
+            if mask != self._masks[name]:
+                raise RuntimeError(f"{name}: zeros are at other places than before recovery")
+        return {
+            "losses": losses, "held_before": before, "held_after": self._held_loss(held), "learning_rate": self.rate,
+            "tokens": len(self.windows) * self.options.least_tokens(self.seqlen),
+            "seconds": time.perf_counter() - start,
+        }  # fmt: skip
 
     def _last_states(self, weights: Weights, windows: torch.Tensor) -> BlockInputs:
         """Return the hidden states of ``windows`` behind the last block, block by block."""
@@ -196,15 +189,14 @@ class Distillation:
         copies = {name: x.to(self.dtype or x.dtype) if x.ndim > 1 else x for name, x in tensors}
         return swapped_parameters(self.weights.model, copies)
 
-    def _step(self, _: Block | None, name: str, gradient: torch.Tensor, scale: torch.Tensor) -> None:
-        """Step by the gradient of a parameter, ``scale`` times the loss's, and round the result for saving."""
+    def _write(self, name: str) -> None:
+        """Write what is trained into the model, rounded for saving."""
         weight = self.weights.model.get_parameter(name).data
-        self.trained[name].step(weight, gradient, scale, *self._rate_and_count)
         self.trained[name].write(weight, self.weights.save_dtype or weight.dtype)
 
     def _by_model(self, state: Path | None, keep: Keep) -> list[float]:
         """Train the whole model end to end; return the losses, of an earlier run's steps as well."""
-        weights, steps, tokens = self.weights, len(self.windows), self.options.batch * self.seqlen
+        weights, (steps, mine), tokens = self.weights, self.windows.shape[:2], self.options.batch * self.seqlen
         fit = self._dense_states(self.windows.flatten(0, 1))
         walk = BlockWalk(weights, enter_blocks(weights, self.windows[0][:1]), self.dtype, self._keeps)
         for block in weights.visit():
@@ -214,7 +206,11 @@ class Distillation:
         counts = {"total": steps * tokens, "initial": len(losses) * tokens, "unit": "token", "unit_scale": True}
         with tqdm(desc="recovery", disable=None, **counts) as bar:
             for step in range(len(losses), steps):
-                losses.append(self._model_step(walk, fit, step))
+                with processes.single_process():
+                    hidden = enter_blocks(weights, self.windows[step]).hidden
+                batch = range(step * mine, (step + 1) * mine)
+                loss_of = partial(head_loss, walk, fit, batch=batch, differentiate=True)
+                losses.append(self._step(walk, hidden, loss_of, step, steps))
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
                 bar.update(tokens)
                 if state and processes.is_main() and (time.monotonic() - stored > STORE_EVERY or step + 1 == steps):
@@ -223,23 +219,6 @@ class Distillation:
         for block in weights.visit():
             keep(block, [])
         return losses
-
-    def _model_step(self, walk: BlockWalk, fit: DenseStates, step: int) -> float:
-        """Pass a step's windows forward and backward, and return the mean loss over all processes."""
-        steps, mine = self.windows.shape[:2]
-        with processes.single_process():
-            hidden = enter_blocks(self.weights, self.windows[step]).hidden
-        hidden, activations = walk.forward(list(hidden.split(1)), self._lend, True)
-        loss = head_loss(walk, fit, hidden, range(step * mine, (step + 1) * mine), differentiate=True)
-        total = self.options.batch * self.seqlen  # tokens of all processes
-        mean = processes.sum_(loss.total.reshape(1).clone()).item() / total
-        _check_finite(mean, f"step {step + 1} of {steps}")
-        self._rate_and_count = self.rate * rate_at(step, steps), step + 1
-        loss = loss._replace(scale=loss.scale * (total / loss.count))
-        for name, gradient in loss.by_gain.items():
-            self._step(None, name, gradient, loss.scale)
-        walk.backward(loss, activations, self._lend, self._step)
-        return mean
 
     def _by_block(self, keep: Keep, finished: Mapping[int, tuple[Path, list[float]]]) -> list[float]:
         """Train block after block towards the dense block's output on the pruned model's own hidden states."""
@@ -259,27 +238,42 @@ class Distillation:
                     self.trained.clear()
                     self._add(self._parameters(block))
                     for step in range(EPOCHS * groups):
-                        self._rate_and_count = self.rate * rate_at(step, EPOCHS * groups), step + 1
-                        at = step % groups * count
-                        losses.append(self._block_step(walk, dense, block, inputs.hidden[at : at + count]))
+                        hidden = inputs.hidden[step % groups * count :][:count]
+                        goals, _ = walk.forward(list(hidden.split(1)), lambda _: nullcontext({}), only=dense)
+                        loss_of = partial(block_loss, goals)
+                        losses.append(self._step(walk, hidden, loss_of, step, EPOCHS * groups, block))
                         bar.set_postfix(error=f"{losses[-1]:.4f}")
                     keep(block, losses[-EPOCHS * groups :])
                 advance(block, inputs)
         return losses
 
-    def _block_step(self, walk: BlockWalk, dense: Block, block: Block, hidden: torch.Tensor) -> float:
-        """Step towards the outputs of the ``dense`` block for ``hidden`` [windows, tokens, width]; return the error."""
-        hidden = list(hidden.split(1))
-        goals = walk.run(dense, hidden, lambda _: nullcontext({}), False).outputs
-        ran = walk.run(block, hidden, self._lend, True)
-        errors = [(y.detach() - goal.to(y.device)).float() for y, goal in zip(ran.outputs, goals, strict=True)]
-        squares = torch.stack([sum(x.float().square().sum() for x in xs) for xs in (errors, goals)])
-        error, whole = processes.sum_(squares).tolist()
-        largest = torch.stack([x.abs().amax() for x in errors]).amax().clamp_(min=torch.finfo(torch.float32).tiny)
-        gradients = [(x / largest).to(ran.outputs[0].dtype) for x in errors]
-        _check_finite(error / whole, f"block {block.index}")
-        block_backward(block, ran, gradients, whole / 2 / largest, self._step)
-        return error / whole
+    def _step(
+        self, walk: BlockWalk, hidden: torch.Tensor, loss_of: Callable[[list], WalkLoss], step: int, steps: int,
+        only: Block | None = None,
+    ) -> float:  # fmt: skip
+        """Pass a step's ``hidden`` states forward and backward; return the mean loss over all processes.
+
+        ``loss_of`` returns the loss of the last block's outputs; ``only`` is a block that is trained alone.
+        """
+        outputs, activations = walk.forward(list(hidden.split(1)), self._lend, True, only)
+        loss = loss_of(outputs)
+        total, count = processes.sum_(torch.stack([loss.total, torch.as_tensor(loss.count).to(loss.total)])).tolist()
+        if not math.isfinite(total / count):
+            place = f"step {step + 1} of {steps}" + (f" of block {only.index}" if only else "")
+            fix = "lower --learning_rate, or use --dtype bfloat16 instead of float16"
+            raise UserError(None, None, f"the loss is {total / count} at {place}", fix)
+
+        rate, loss = self.rate * rate_at(step, steps), loss._replace(scale=loss.scale * (count / float(loss.count)))
+
+        def take(_: Block | None, scale: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
+            weight = self.weights.model.get_parameter(name).data
+            self.trained[name].step(weight, gradient, scale, rate, step + 1)
+            self._write(name)
+
+        for name, gradient in loss.by_gain.items():
+            take(None, loss.scale, name, gradient)
+        walk.backward(loss, activations, self._lend, take, only)
+        return total / count
 
     def _store(self, path: Path, losses: Sequence[float]) -> None:
         """Store the state of unfinished training durably; one that is not finite does not replace the last one."""
@@ -297,8 +291,7 @@ class Distillation:
         for name, trained in self.trained.items():
             for i, tensor in enumerate(trained.tensors):
                 tensor.copy_(safetensors_io.read_tensor(entries[f"{name} {i}"]))
-            weight = self.weights.model.get_parameter(name).data
-            trained.write(weight, self.weights.save_dtype or weight.dtype)
+            self._write(name)
         losses = safetensors_io.read_tensor(entries["losses"]).tolist()
         log.info("recovery goes on after step %d", len(losses))
         return losses
@@ -310,15 +303,19 @@ def _survey(_: str, weight: torch.Tensor) -> tuple[str, int, float]:
     return digest(left), int(left.sum()), weight.double().square().sum().item()
 
 
-def _check_finite(loss: float, where: str) -> None:
-    if not math.isfinite(loss):
-        fix = "lower --learning_rate, or use --dtype bfloat16 instead of float16"
-        raise UserError(None, None, f"the loss is {loss} at {where}", fix)
+def block_loss(goals: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> WalkLoss:
+    """Return the squared error of a block's ``outputs``, as a fraction of the square of its ``goals``."""
+    errors = [(states - goal.to(states.device)).float() for states, goal in zip(outputs, goals, strict=True)]
+    error, whole = (sum(x.float().square().sum() for x in xs) for xs in (errors, goals))
+    largest = torch.stack([x.abs().amax() for x in errors]).amax().clamp_(min=torch.finfo(torch.float32).tiny)
+    gradients = [(x / largest).to(outputs[0].dtype) for x in errors]
+    return WalkLoss(error, whole, gradients, {}, whole / 2 / largest)
 
 
-def draw_losses(report: RecoveryReport):
+def draw_losses(report: Mapping):
     """Return a matplotlib Figure of the loss by step, and on the held-out windows before and after."""
     figure, (axes,) = files.new_figure(6, 4)
-    axes.plot(range(1, len(report.losses) + 1), report.losses, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss", title=f"held out: {report.held_before:.3f} -> {report.held_after:.3f}")
+    axes.plot(range(1, len(report["losses"]) + 1), report["losses"], linewidth=1)
+    title = f"held out: {report['held_before']:.3f} -> {report['held_after']:.3f}"
+    axes.set(xlabel="step", ylabel="loss", title=title)
     return figure

@@ -18,7 +18,7 @@ from lib.models import locate, memory
 from lib.models.streamed import Streamed
 from lib.models.weights import Block
 from lib.recovery.block_walk import search_dtype
-from lib.recovery.distill import HELD_OUT, Distillation, RecoveryReport, draw_losses
+from lib.recovery.distill import HELD_OUT, Distillation, draw_losses
 from lib.run import checks
 from lib.run.journal import MANIFEST, Journal
 from lib.run.language import LanguageModel
@@ -100,13 +100,13 @@ def recover(record: Record, subject: LanguageModel, settings: Experiment, task: 
                 journal.begin(identity | {"plan": digest(weights.fingerprints())})
                 report = _train(subject, journal, distillation)
                 content["saved_model"] = str(subject.save(journal, settings.packed, content["sparsity"]))
-    content["recovery"] = report._asdict() | {"perplexity_before": before, "sparsity_before": content["sparsity"]}
+    content["recovery"] = report | {"perplexity_before": before, "sparsity_before": content["sparsity"]}
     content["sparsity"] = weights.sparsity()
     content["method"] += "_recovered" if task.pruner else ""
     files.save_figure(draw_losses(report), record.folder / f"recovery_{record.run}.png", dpi=130)
 
 
-def _train(subject: LanguageModel, journal: Journal, distillation: Distillation) -> RecoveryReport:
+def _train(subject: LanguageModel, journal: Journal, distillation: Distillation) -> dict:
     """Train, or go on with what an earlier run has stored in the journal, and store the result there."""
     weights, state = subject.weights, journal.folder / "recovery.state"
     stored = journal.get("recovery", "report")
@@ -115,7 +115,7 @@ def _train(subject: LanguageModel, journal: Journal, distillation: Distillation)
             weights.load_block(block.index, journal.path(block.index))
         for name, values in stored["behind"].items():
             weights.model.get_parameter(name).data.copy_(torch.tensor(values))
-        return RecoveryReport(**stored["report"])
+        return stored["report"]
 
     def keep(block: Block, losses: list[float]) -> None:
         journal.put("losses", str(block.index), losses)
@@ -125,6 +125,6 @@ def _train(subject: LanguageModel, journal: Journal, distillation: Distillation)
     finished = {index: (journal.path(index), journal.get("losses", str(index))) for index in journal.finished}
     report = distillation.run(state, keep, finished)
     behind = {name: weights.model.get_parameter(name).tolist() for name in distillation.gains if weights.in_memory}
-    journal.put("recovery", "report", {"report": report._asdict(), "behind": behind})
+    journal.put("recovery", "report", {"report": report, "behind": behind})
     processes.on_main(lambda: state.unlink(missing_ok=True))
     return report

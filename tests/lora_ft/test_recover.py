@@ -103,7 +103,7 @@ def test_a_stopped_run_resumes_with_the_same_bits(by, stopped, place, monkeypatc
         return interrupted
 
     owner, name, at = {
-        "at work": (Distillation, "_model_step" if by == "model" else "_block_step", 7 if by == "model" else 21),
+        "at work": (Distillation, "_step", 7 if by == "model" else 21),
         "when saving": (recover.recovery.Journal, "add", 2),
         "when measured": (recover.LanguageModel, "perplexity", 2),
     }[stopped]
@@ -123,12 +123,12 @@ def test_one_command_resumes_in_its_recovery(place, monkeypatch):
     flags = [*PRUNE.split(), "--recover", str(TOKENS)]
     assert main.main([*flags, "--save_model", "unbroken", "--save", "1"]) == 0
     monkeypatch.setattr(distill, "STORE_EVERY", -1)
-    step, prune, calls = Distillation._model_step, main.pipeline.walk._prune_block, []
+    step, prune, calls = Distillation._step, main.pipeline.walk._prune_block, []
     monkeypatch.setattr(
-        Distillation, "_model_step", lambda *args: step(*args) if args[-1] < 7 else exec("raise KeyboardInterrupt")
+        Distillation, "_step", lambda *args: step(*args) if args[4] < 7 else exec("raise KeyboardInterrupt")
     )
     assert main.main([*flags, "--save_model", "stopped", "--save", "2"]) == 130
-    monkeypatch.setattr(Distillation, "_model_step", lambda *args: calls.append(1) or step(*args))
+    monkeypatch.setattr(Distillation, "_step", lambda *args: calls.append(1) or step(*args))
     monkeypatch.setattr(main.pipeline.walk, "_prune_block", lambda *args: calls.append("again") or prune(*args))
     assert main.main([*flags, "--save_model", "stopped", "--save", "2"]) == 0
     assert calls == [1] * 9, "nothing is pruned again, and seven steps of sixteen were stored"

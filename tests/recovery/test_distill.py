@@ -11,7 +11,7 @@ from lib.calibration.hidden import enter_blocks
 from lib.core.errors import UserError
 from lib.models.weights import weights_of
 from lib.recovery import distill
-from lib.recovery.adam import STATES, TRAINED
+from lib.recovery.adam import STATES, TRAINED, Trained
 from lib.recovery.block_walk import BlockWalk, DenseStates, head_loss
 from lib.recovery.distill import BY, Distillation, RecoveryOptions, rate_at
 
@@ -72,14 +72,15 @@ def test_gradients_are_autograds(kind, teacher, monkeypatch):
             if dense and "norm" in name and "layers" not in name and tensor.ndim == 1:
                 dense.get_parameter(name).mul_(1.1)
 
-    def note(self, block, name, gradient, scale):
+    def note(trained, weight, gradient, scale, *_):
+        (name,) = (name for name, x in model.named_parameters() if x.data_ptr() == weight.data_ptr())
         taken[name] = gradient.float() / scale
 
-    monkeypatch.setattr(Distillation, "_step", note)
+    monkeypatch.setattr(Trained, "step", note)
     report = finish(distillation(model, dense, 2 * LENGTH))
     loss = whole_loss(plain, dense, WINDOWS[:2])
     loss.backward()
-    assert report.losses == [pytest.approx(loss.item(), rel=1e-5)]
+    assert report["losses"] == [pytest.approx(loss.item(), rel=1e-5)]
     expected = {}
     for block in weights_of(plain).visit():
         expected |= {f"{name}.weight": linear.weight.grad for name, linear in block.linears.items()}
@@ -120,10 +121,10 @@ def test_zeros_keep_their_places_and_all_else_is_trained(kind, by):
 def test_loss_falls(train, by, states):
     work = distillation(prune(tiny_llama()), tiny_llama(), 24 * 2 * LENGTH, train=train, by=by, states=states, rank=8)
     report = finish(work)
-    first, last = report.losses[:6], report.losses[18:24]  # the same windows, where there are several epochs
-    assert sum(last) < 0.97 * sum(first) if by == "block" else report.held_after < 0.97 * report.held_before
+    first, last = report["losses"][:6], report["losses"][18:24]  # the same windows, where there are several epochs
+    assert sum(last) < 0.97 * sum(first) if by == "block" else report["held_after"] < 0.97 * report["held_before"]
     steps = 24 if by == "model" else 3 * 6 * distill.EPOCHS
-    assert len(report.losses) == steps and report.tokens == 24 * 2 * LENGTH
+    assert len(report["losses"]) == steps and report["tokens"] == 24 * 2 * LENGTH
 
 
 def test_gradient_of_the_last_states_is_that_of_kl_div(tiny_weights):
@@ -152,17 +153,17 @@ def test_resumed_training_gives_the_same_bits(train, states, tmp_path, monkeypat
         return distillation(prune(tiny_llama()), tiny_llama(), train=train, states=states, rank=4)
 
     unbroken = work()
-    losses = finish(unbroken).losses
+    losses = finish(unbroken)["losses"]
     monkeypatch.setattr(distill, "STORE_EVERY", -1)  # after each step
-    stopped, step = work(), Distillation._model_step
+    stopped, step = work(), Distillation._step
     monkeypatch.setattr(
-        Distillation, "_model_step", lambda *args: step(*args) if args[-1] < 5 else exec("raise Stopped")
+        Distillation, "_step", lambda *args: step(*args) if args[4] < 5 else exec("raise Stopped")
     )
     with pytest.raises(Stopped):
         finish(stopped, tmp_path / "state")
-    monkeypatch.setattr(Distillation, "_model_step", step)
+    monkeypatch.setattr(Distillation, "_step", step)
     resumed = work()
-    assert finish(resumed, tmp_path / "state").losses == losses
+    assert finish(resumed, tmp_path / "state")["losses"] == losses
     for name, tensor in parameters(unbroken.weights.model).items():
         assert torch.equal(tensor, resumed.weights.model.get_parameter(name)), name
 
