@@ -22,9 +22,12 @@ class Trained:
         moments: of each of the values Adam's running means of gradient and squared gradient, as ``_packed`` keeps them.
     """
 
-    def __init__(self, weight: torch.Tensor, states: str, rank: int | None = None, seed: int = 0) -> None:
-        left = weight.detach().masked_select(_mask(weight))
-        self.states, self.values, self.base = states, [left.float()], None
+    def __init__(
+        self, weight: torch.Tensor, dtype: torch.dtype, states: str, rank: int | None = None, seed: int = 0
+    ) -> None:
+        """Take up a ``weight``, which is saved in ``dtype``; ``states`` is a name of STATES."""
+        left = weight.detach().take(_places(weight))
+        self.dtype, self.states, self.values, self.base = dtype, states, [left.float()], None
         if rank is not None:
             rows, columns = weight.shape
             draw = torch.randn(rank, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
@@ -42,9 +45,9 @@ class Trained:
 
         The ``gradient`` by ``weight``, of its shape, is ``scale`` times the loss's; each process has one summand of it.
         """
-        scale = scale.to(gradient.device)
+        places, scale = _places(weight), scale.to(gradient.device)
         if self.base is None:
-            slopes = [gradient.masked_select(_mask(weight)).float() / scale]
+            slopes = [gradient.take(places).float() / scale]
         else:
             gradient = torch.where(weight != 0, gradient, 0).float() / scale
             left, right = self.values
@@ -57,23 +60,26 @@ class Trained:
             root = (second / (1 - BETAS[1] ** count)).sqrt_().add_(EPSILON)
             value.addcdiv_(first, root, value=-rate / (1 - BETAS[0] ** count))
             self.moments[i] = [_packed(first, self.states, False), _packed(second, self.states, True)]
+        self.write(weight, places)
 
-    def write(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
-        """Replace what is left of ``weight`` by the values, rounded to ``dtype``.
+    def write(self, weight: torch.Tensor, places: torch.Tensor | None = None) -> None:
+        """Replace what is left of ``weight``, which is at ``places``, by the values, rounded for saving.
 
         What rounds to zero becomes the smallest normal number instead: the mask is read off the weight itself.
         """
-        mask, values = _mask(weight), self.values[0]
+        places, values = _places(weight) if places is None else places, self.values[0]
         if self.base is not None:
-            values = self.base + (values @ self.values[1]).masked_select(mask)
-        rounded = values.to(dtype)
+            values = self.base + (values @ self.values[1]).take(places)
+        rounded = values.to(self.dtype)
         if weight.ndim > 1:
-            rounded = torch.where(rounded == 0, torch.finfo(dtype).tiny, rounded)
-        weight.masked_scatter_(mask, rounded.to(weight.dtype))
+            rounded = torch.where(rounded == 0, torch.finfo(self.dtype).tiny, rounded)
+        weight.put_(places, rounded.to(weight.dtype))
 
 
-def _mask(weight: torch.Tensor) -> torch.Tensor:
-    return weight != 0 if weight.ndim > 1 else torch.ones_like(weight, dtype=torch.bool)
+def _places(weight: torch.Tensor) -> torch.Tensor:
+    """Return the indices [n] of what is trained of a flattened weight."""
+    is_trained = weight.flatten() != 0 if weight.ndim > 1 else torch.ones_like(weight)
+    return is_trained.nonzero().squeeze(1)
 
 
 def _packed(numbers: torch.Tensor, states: str, root: bool) -> tuple[torch.Tensor, ...]:

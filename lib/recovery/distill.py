@@ -181,18 +181,14 @@ class Distillation:
     def _add(self, parameters: Mapping[str, torch.Tensor]) -> None:
         for name, weight in parameters.items():
             rank = self.options.rank if weight.ndim > 1 and self.options.train == "low_rank" else None
-            self.trained[name] = Trained(weight, self.options.states, rank, zlib.crc32(name.encode()))
+            dtype, seed = self.weights.save_dtype or weight.dtype, zlib.crc32(name.encode())
+            self.trained[name] = Trained(weight, dtype, self.options.states, rank, seed)
 
     def _lend(self, block: Block) -> AbstractContextManager[dict[str, torch.nn.Parameter]]:
         """Let a block compute with copies of its matrices in the products' dtype."""
         tensors = self._parameters(block).items()
         copies = {name: x.to(self.dtype or x.dtype) if x.ndim > 1 else x for name, x in tensors}
         return swapped_parameters(self.weights.model, copies)
-
-    def _write(self, name: str) -> None:
-        """Write what is trained into the model, rounded for saving."""
-        weight = self.weights.model.get_parameter(name).data
-        self.trained[name].write(weight, self.weights.save_dtype or weight.dtype)
 
     def _by_model(self, state: Path | None, keep: Keep) -> list[float]:
         """Train the whole model end to end; return the losses, of an earlier run's steps as well."""
@@ -266,9 +262,7 @@ class Distillation:
         rate, loss = self.rate * rate_at(step, steps), loss._replace(scale=loss.scale * (count / float(loss.count)))
 
         def take(_: Block | None, scale: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
-            weight = self.weights.model.get_parameter(name).data
-            self.trained[name].step(weight, gradient, scale, rate, step + 1)
-            self._write(name)
+            self.trained[name].step(self.weights.model.get_parameter(name).data, gradient, scale, rate, step + 1)
 
         for name, gradient in loss.by_gain.items():
             take(None, loss.scale, name, gradient)
@@ -291,7 +285,7 @@ class Distillation:
         for name, trained in self.trained.items():
             for i, tensor in enumerate(trained.tensors):
                 tensor.copy_(safetensors_io.read_tensor(entries[f"{name} {i}"]))
-            self._write(name)
+            trained.write(self.weights.model.get_parameter(name).data)
         losses = safetensors_io.read_tensor(entries["losses"]).tolist()
         log.info("recovery goes on after step %d", len(losses))
         return losses
