@@ -141,19 +141,14 @@ class RecoveryFlags(Flags):
         None, "distil the dense model into the weights that are left, on so many tokens of {calib_data}; zeros stay",
         least=1, only="pruning", metavar="TOKENS",
     )  # fmt: skip
-    train: str = flag(
-        "surviving", "{choices}: what is trained; norms and biases always are", choices=TRAINED, only="recover"
-    )
+    train: str = flag("surviving", "{choices}; norms and biases always are", choices=TRAINED, only="recover")
     rank: int = flag(32, "of the update of each matrix", least=1, only="low_rank")
     learning_rate: float | None = flag(
-        None, "at its highest (default: .0033 of the remaining weights' root mean square; low_rank: .01; norms: 0.01)",
-        above=0, only="recover",
-    )  # fmt: skip
+        None, "the highest (default: .0033 of the remaining weights' rms; low_rank: .01)", above=0, only="recover"
+    )
     batch: int = flag(2, "windows a step, a count", least=1, only="recover")
     states: str = flag("float32", "of Adam's moments: {choices}", choices=STATES, only="recover")
-    by: str = flag(
-        "model", "{choices}: end to end, or block by block, for what is streamed", choices=BY, only="recover"
-    )
+    by: str = flag("model", "{choices}: end to end, or one by one, for what is streamed", choices=BY, only="recover")
 
     def traits(self) -> set[str]:
         return super().traits() | ({self.train} if self.recover else set())

@@ -156,9 +156,7 @@ def test_resumed_training_gives_the_same_bits(train, states, tmp_path, monkeypat
     losses = finish(unbroken)["losses"]
     monkeypatch.setattr(distill, "STORE_EVERY", -1)  # after each step
     stopped, step = work(), Distillation._step
-    monkeypatch.setattr(
-        Distillation, "_step", lambda *args: step(*args) if args[4] < 5 else exec("raise Stopped")
-    )
+    monkeypatch.setattr(Distillation, "_step", lambda *args: step(*args) if args[4] < 5 else exec("raise Stopped"))
     with pytest.raises(Stopped):
         finish(stopped, tmp_path / "state")
     monkeypatch.setattr(Distillation, "_step", step)
