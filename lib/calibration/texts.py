@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lib.core.errors import UserError, first_line
 from lib.core.lazy import torch, transformers
 from lib.core.names import did_you_mean
-from lib.models.hub import check_hub
+from lib.models.load import check_hub
 
 LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
 # Documents to tokenise at once: enough for a fast tokenizer's threads.

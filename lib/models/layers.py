@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from lib.core.errors import UserError
 from lib.core.lazy import torch, transformers
+from lib.models.experts import is_experts, matrices, router_types
 
 SUPPORTED = (
     "LLaMA 1/2/3, Vicuna, Mistral, Qwen 2/3, SmolLM 2/3, Gemma 1/2/3, Phi 1/2/3, OPT, GPT-NeoX, GPT-J, Falcon, "
-    "StableLM, OLMo 2, Granite, Cohere 1/2, GLM-4, StarCoder 2, BLOOM, LFM2 (its attention blocks)"
+    "StableLM, OLMo 2, Granite, Cohere 1/2, GLM-4, StarCoder 2, BLOOM, LFM2; mixtures: Mixtral, Qwen 2/3/3.5-MoE and "
+    "Qwen3-Next, OLMoE, DeepSeek V2/V3, GLM-4-MoE, gpt-oss, Granite-MoE, Phi-MoE, Ernie 4.5 and others"
 )
 
 
@@ -48,37 +51,64 @@ def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     return matching[0]
 
 
-def linear_modules(block: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """Return the linear layers inside a block by their names within it."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
+def linear_modules(block: torch.nn.Module, routers: tuple[type, ...] = ()) -> dict[str, torch.nn.Linear]:
+    """Return the linear layers inside a block by their names within it, the matrices of its experts among them.
+
+    What steers a mixture is left out: linear layers that are, or lie in, modules of the classes ``routers``, and gates
+    of one row.
+    """
+    found: dict[str, torch.nn.Linear] = {}
+    steering: list[str] = []
+    for name, module in block.named_modules():
+        if isinstance(module, routers):
+            steering.append(name)
+        if is_experts(module):
+            found |= {f"{name}.{key}": linear for key, linear in matrices(module).items()}
+        elif isinstance(module, torch.nn.Linear) and module.out_features > 1:
+            found[name] = module
+    inside = tuple(f"{name}." for name in steering)
+    return {name: module for name, module in found.items() if not f"{name}.".startswith(inside)}
+
+
+def _named_modules(model: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Linear]]:
+    """Yield the full name, the block and the module of each prunable layer, in the model's order."""
+    (prefix, blocks), routers = find_blocks(model), router_types(model)
+    for i, block in enumerate(blocks):
+        for name, module in linear_modules(block, routers).items():
+            yield f"{prefix}.{i}.{name}", i, module
 
 
 def prunable_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
     """Return every linear layer inside the blocks, in the model's order (LLaMA: q k v o gate up down)."""
-    prefix, blocks = find_blocks(model)
-    return tuple(
-        Layer(f"{prefix}.{i}.{name}", i, tuple(module.weight.shape))
-        for i, block in enumerate(blocks)
-        for name, module in linear_modules(block).items()
-    )
+    return tuple(Layer(name, i, tuple(module.weight.shape)) for name, i, module in _named_modules(model))
 
 
 def prunable_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """Return the modules of the prunable layers of a model in memory, by their full names."""
-    return {layer.name: model.get_submodule(layer.name) for layer in prunable_layers(model)}
+    return {name: module for name, _, module in _named_modules(model)}
 
 
 def check_support(given: str, model: torch.nn.Module) -> None:
     """Refuse the model ``given`` if its blocks contain matrices that would silently be left dense."""
-    reason = None
+    reason, routers = None, router_types(model)
     if any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in model.modules()):
         reason = "its layers are transformers' Conv1D, not nn.Linear"
     for block in () if reason else find_blocks(model)[1]:
-        linear = {id(p) for module in linear_modules(block).values() for p in module.parameters()}
-        left_dense = [name for name, p in block.named_parameters() if p.ndim > 1 and id(p) not in linear]
+        experts = [module for module in block.modules() if is_experts(module)]
+        steering = [m for m in block.modules() if isinstance(m, routers)]
+        vectors = [m for m in block.modules() if getattr(m, "out_features", 0) == 1]
+        # A depthwise convolution has a few weights for each channel, as a norm has one.
+        vectors += [m for m in block.modules() if isinstance(m, torch.nn.Conv1d) and m.groups == m.in_channels]
+        linear = linear_modules(block, routers).values()
+        covered = {id(p) for module in (*linear, *experts, *steering, *vectors) for p in module.parameters()}
+        left_dense = [name for name, p in block.named_parameters() if p.ndim > 1 and id(p) not in covered]
         lists = [m for m in block.modules() if isinstance(m, torch.nn.ModuleList) and any(map(linear_modules, m))]
-        if lists or any("expert" in name for name in left_dense):
-            reason = "it is a mixture of experts"
+        if experts and not hasattr(experts[0], "is_concatenated"):
+            reason = "a mixture of experts needs transformers 5.8"
+        elif experts and not routers:
+            reason = "it is a mixture of experts that does not name its routers"
+        elif lists or any("expert" in name for name in left_dense):
+            reason = "it is a mixture whose experts are not held as transformers marks them"
         elif left_dense:
             reason = f"its blocks hold matrices that are not linear layers ({left_dense[0]})"
     if reason:

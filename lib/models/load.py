@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TooLong
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.files import new_folder, writing
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
-from lib.models.hub import check_hub
 from lib.models.layers import SUPPORTED, architecture, check_support
 from lib.models.memory import free_memory
 from lib.models.weights import Weights
@@ -22,6 +28,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+_HUB_PATIENCE = 5.0  # seconds
 
 
 class Source(NamedTuple):
@@ -62,6 +69,32 @@ def load_skeleton(source: Source) -> transformers.PreTrainedModel:
         raise UserError("model", source.given, f"{architecture(config)} {reason}", f"supported: {SUPPORTED}")
     check_support(source.given, skeleton)
     return skeleton
+
+
+def check_hub() -> None:
+    """Work from the local cache if the hub cannot be reached; called before the first request to it.
+
+    The hub's own client would retry for up to a minute. If a proxy is set, only the proxy can decide.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") or getproxies():
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    pool = ThreadPoolExecutor(1)
+    try:
+        address = pool.submit(socket.getaddrinfo, host.hostname, host.port or 443).result(_HUB_PATIENCE)[0][4]
+        socket.create_connection(address[:2], _HUB_PATIENCE).close()
+    except (OSError, TooLong):
+        log.warning("%s cannot be reached: only what is in the local cache can be used", host.hostname)
+        _go_offline()
+    finally:
+        pool.shutdown(wait=False)  # a name server that does not answer is not waited for
+
+
+def _go_offline() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries when they are imported
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            sys.modules[name].HF_HUB_OFFLINE = True
 
 
 def load_tokenizer(source: Source) -> transformers.PreTrainedTokenizerBase:

@@ -12,6 +12,7 @@ from lib.core import digests
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import safetensors_io
+from lib.models.experts import bound_experts, is_experts, matrices
 from lib.models.layers import Layer, find_blocks, prunable_layers
 
 
@@ -19,12 +20,14 @@ class Block(NamedTuple):
     """A block on its compute ``device``, lent by ``Weights.visit``; valid only inside the loop's body.
 
     ``linears`` holds the modules of its prunable layers by their full names; a 1x1 convolution is one of them.
+    ``experts`` holds its experts modules, of whose matrices, ``NAME.NUMBER.ROLE``, each is one of ``linears``.
     """
 
     index: int
     module: torch.nn.Module
     linears: dict[str, torch.nn.Module]
     device: torch.device
+    experts: dict[str, torch.nn.Module] = {}
 
 
 class Weights:
@@ -48,8 +51,15 @@ class Weights:
         names = {module: name for name, module in model.named_modules()}
         self._prefixes = [names[module] for module in modules]
         self._linears: dict[int, dict[str, torch.nn.Module]] = defaultdict(dict)
+        self._experts: dict[int, dict[str, torch.nn.Module]] = defaultdict(dict)
         for layer in self.layers:
-            self._linears[layer.block][layer.name] = model.get_submodule(layer.name)
+            owner, *matrix = layer.name.rsplit(".", 2)
+            module = model.get_submodule(owner)
+            if is_experts(module):  # whose matrices are not in the model's tree
+                self._experts[layer.block][owner] = module
+                self._linears[layer.block][layer.name] = matrices(module)[".".join(matrix)]
+            else:
+                self._linears[layer.block][layer.name] = model.get_submodule(layer.name)
 
     @property
     def in_memory(self) -> bool:
@@ -60,8 +70,8 @@ class Weights:
         """Lend the blocks one by one, in order; with ``write``, changes to their weights are kept."""
         indices = range(len(self.modules))
         for index in reversed(indices) if backwards else indices:
-            with self._lent(index, write) as device:
-                yield Block(index, self.modules[index], self._linears[index], device)
+            with self._lent(index, write) as device, bound_experts(self.modules[index]):
+                yield Block(index, self.modules[index], self._linears[index], device, self._experts[index])
 
     @contextmanager
     def _lent(self, index: int, write: bool) -> Iterator[torch.device]:

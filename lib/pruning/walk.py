@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
 from lib.calibration.hidden import BlockInputs, advance, pass_samples
-from lib.calibration.statistics import input_statistics
+from lib.calibration.statistics import InputStatistic, input_statistics
 from lib.core import processes
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
@@ -24,7 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
-    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None."""
+    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None.
+
+    ``tokens`` is how many calibration tokens reached the matrix of an expert, None for others and without calibration.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -32,6 +36,7 @@ class LayerReport(NamedTuple):
     ratio: float
     sparsity: float
     nm: tuple[int, int] | None = None
+    tokens: int | None = None
 
 
 class FinishedBlocks(Protocol):
@@ -83,8 +88,10 @@ def walk(
                 weights.load_block(block.index, journal.path(block.index))
                 rows = journal.finished[block.index]
             else:
-                _prune_block(block, plan, pruner, inputs, keep, weights.save_dtype)
-                rows = _report(block, plan, metric)
+                tokens = _prune_block(block, plan, pruner, inputs, keep, weights.save_dtype)
+                rows = _report(block, plan, metric, tokens)
+                if tokens and not any(row.tokens for row in report):
+                    _show_tokens(rows)
             if inputs is not None and block.index != last and not keep:
                 advance(block, inputs)
             if journal is not None and not stored and not journal.failure:
@@ -109,15 +116,20 @@ def _store(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[L
 
 def _prune_block(
     block: Block, plan: SparsityPlan, pruner: Pruner, inputs: BlockInputs | None, keep: bool, dtype: torch.dtype | None
-) -> None:
-    """Prune the layers of a block; those that share an input, and so a statistic, are pruned by one process."""
-    groups, owners = [(list(block.linears), None)], [processes.rank()]  # without a statistic, by every process
+) -> dict[str, int]:
+    """Prune the layers of a block; those that share an input, and so a statistic, are pruned by one process.
+
+    Return how many tokens reached each matrix of an expert, by layer name.
+    """
+    # Without a statistic, by every process.
+    groups, owners = [InputStatistic(list(block.linears), None)], [processes.rank()]
     if inputs is not None:
         groups = input_statistics(block, inputs, pruner.statistic, keep)
-        owners = processes.owners([_cost(block, *group) for group in groups])
-    owner_of = {name: owner for (names, _), owner in zip(groups, owners, strict=True) for name in names}
+        owners = processes.owners([_cost(block, group.layers, group.value) for group in groups])
+    owner_of = {name: owner for group, owner in zip(groups, owners, strict=True) for name in group.layers}
+    tokens = {name: group.tokens for group in groups if group.tokens is not None for name in group.layers}
     for owner in owners:
-        names, statistic = groups.pop(0)  # frees the statistic of the group before: Hessians are large
+        names, statistic, _ = groups.pop(0)  # frees the statistic of the group before: Hessians are large
         if owner != processes.rank():
             continue
         try:
@@ -127,6 +139,7 @@ def _prune_block(
             raise UserError(None, names[0], str(error), fix) from error
     for name, owner in owner_of.items() if inputs is not None else ():
         processes.broadcast(block.linears[name].weight.data, owner)
+    return tokens
 
 
 def _cost(block: Block, names: list[str], statistic: torch.Tensor) -> float:
@@ -155,15 +168,28 @@ def _prune_layers(
         target.copy_(weight.view_as(target))
 
 
-def _report(block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None) -> list[LayerReport]:
+def _report(
+    block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None, tokens: Mapping[str, int]
+) -> list[LayerReport]:
     zeros = [(linear.weight == 0).sum() for linear in block.linears.values()]
     counts = torch.stack(zeros).tolist() if zeros else []  # one synchronisation
     rows = []
     for (name, linear), count in zip(block.linears.items(), counts, strict=True):
         value, nm = metric and metric[name], plan.nm and plan.nm[name]
         shape, sparsity = tuple(linear.weight.shape), count / linear.weight.numel()
-        rows.append(LayerReport(name, shape, value, plan.ratios[name], sparsity, nm))
+        rows.append(LayerReport(name, shape, value, plan.ratios[name], sparsity, nm, tokens.get(name)))
     return rows
+
+
+def _show_tokens(rows: list[LayerReport]) -> None:
+    """Log how many tokens reach the experts of a block, and warn if those of some are fewer than its columns."""
+    counts = {row.name.rpartition(".")[0]: row.tokens for row in rows if row.tokens is not None}
+    few = {row.name.rpartition(".")[0] for row in rows if row.tokens is not None and row.tokens < row.shape[1]}
+    line = "calibration tokens of an expert of the first block with experts: %d at least, median %d"
+    log.info(line, min(counts.values()), median(counts.values()))
+    if few:
+        line = "%d of %d experts see fewer tokens than they have columns; more --nsamples would prune them better"
+        log.warning(line, len(few), len(counts))
 
 
 def check_saved(folder: Path, weights: Weights, measured: float) -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lib.models import hub
+from lib.models import load as hub
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def online(monkeypatch):
     for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hub, "getproxies", dict)
-    monkeypatch.setattr(hub, "_PATIENCE", 0.2)
+    monkeypatch.setattr(hub, "_HUB_PATIENCE", 0.2)
     gone = []
     monkeypatch.setattr(hub, "_go_offline", lambda: gone.append(True))
     return gone

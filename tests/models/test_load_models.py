@@ -192,13 +192,14 @@ def write_config(folder, config, architectures):
     return locate(str(folder), str(folder.parent))
 
 
-_TINY_MOE = _COMMON | _MLP | _GQA
 REFUSED = {
-    "MixtralForCausalLM": (tf.MixtralConfig(**_TINY_MOE, num_local_experts=4), "experts"),
-    "Qwen2MoeForCausalLM": (tf.Qwen2MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16), "experts"),
-    "Qwen3MoeForCausalLM": (
-        tf.Qwen3MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16, head_dim=8),
-        "experts",
+    "Llama4ForCausalLM": (
+        tf.Llama4TextConfig(**_COMMON, **_MLP, **_GQA, head_dim=8, num_local_experts=4, intermediate_size_mlp=48),
+        "mixture whose experts are not held",
+    ),
+    "JetMoeForCausalLM": (
+        tf.JetMoeConfig(**_COMMON, **_MLP, num_key_value_heads=2, num_local_experts=4, kv_channels=8),
+        "mixture whose experts are not held",
     ),
     "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "Conv1D"),
     "T5ForConditionalGeneration": (tf.T5Config(vocab_size=300, d_model=32, num_layers=2), "encoder-decoder"),
