@@ -1,4 +1,4 @@
-"""Layers of a model: where its blocks are, and the name and shape of every matrix to prune."""
+"""Layers of a model: its blocks, the name and shape of every matrix to prune, and what checkpoints call each tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lib.core.errors import UserError
 from lib.core.lazy import torch, transformers
-from lib.models.experts import is_experts, matrices, router_types
+from lib.models.experts import ROLES, Place, is_experts, matrices, places, router_types
 
 SUPPORTED = (
     "LLaMA 1/2/3, Vicuna, Mistral, Qwen 2/3, SmolLM 2/3, Gemma 1/2/3, Phi 1/2/3, OPT, GPT-NeoX, GPT-J, Falcon, "
@@ -114,6 +114,82 @@ def check_support(given: str, model: torch.nn.Module) -> None:
     if reason:
         problem = f"{architecture(model.config)} is not supported, {reason}"
         raise UserError("model", given, problem, f"supported: {SUPPORTED}")
+
+
+class Stored(NamedTuple):
+    """What a tensor of a checkpoint is in the model: the parameter or buffer ``name``, or a matrix of an expert in it.
+
+    ``owner`` is the name of the experts module, and ``place`` that of the matrix in it, None for the whole parameter.
+    """
+
+    name: str
+    owner: str = ""
+    place: Place | None = None
+
+    def view(self, model: torch.nn.Module) -> torch.Tensor:
+        """Return the tensor in the ``model``, of which it is a view."""
+        owner, _, leaf = self.name.rpartition(".")
+        tensor = getattr(model.get_submodule(owner), leaf).detach()
+        return tensor if self.place is None else self.place.view(model.get_submodule(self.owner), tensor)
+
+
+# What is in a model for each tensor of a checkpoint, by its name there.
+Layout = dict[str, Stored]
+
+
+def stored_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters and buffers that a checkpoint holds; of tied ones the first."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+
+
+def own_layout(model: torch.nn.Module) -> Layout:
+    """Return the layout of a checkpoint with the model's own names and experts fused."""
+    return {name: Stored(name) for name, _ in stored_tensors(model)}
+
+
+def published_layout(model: torch.nn.Module) -> Layout:
+    """Return the layout of the checkpoint that ``save_pretrained`` writes, with the names of the published one.
+
+    transformers' own conversion is asked, with numbers in place of weights: which come together under a name says what
+    is stored there.
+
+    Raises:
+        UserError: a tensor is made of several parameters, which is not supported.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        return own_layout(model)
+    meanings: list[Stored] = []
+    stand_ins: dict[str, torch.Tensor] = {}
+    owners = {name: module for name, module in model.named_modules() if is_experts(module)}
+    for name, tensor in stored_tensors(model):
+        owner, _, leaf = name.rpartition(".")
+        if owner in owners and leaf in ROLES:  # [experts, parts, 1], as its matrices lie in there
+            own = [Stored(name, owner, place) for place in places(owners[owner]).values() if place.fused == leaf]
+            numbers = torch.arange(len(own)).view(len(tensor), -1, 1) + len(meanings)
+            stand_ins[name] = numbers.mT if owners[owner].is_transposed else numbers
+        else:
+            own = [Stored(name)]
+            stand_ins[name] = torch.full([1] * tensor.ndim, len(meanings))
+        meanings += own
+
+    # How it was loaded does not matter: the same model is written under the same names.
+    loaded_by = vars(model).pop("_weight_conversions", None)
+    try:
+        state = transformers.core_model_loading.revert_weight_conversion(model, dict(stand_ins))
+    finally:
+        if loaded_by is not None:
+            model._weight_conversions = loaded_by
+    layout = {}
+    for stored, numbers in state.items():
+        first = meanings[int(numbers.flatten()[0])]
+        whole = stand_ins[first.name]
+        if numbers.numel() > 1 and not torch.equal(numbers.flatten(), whole.flatten()):
+            problem = f"its checkpoints hold {stored} in a way that is not supported"
+            raise UserError("model", architecture(model.config), problem, f"supported: {SUPPORTED}")
+        layout[stored] = Stored(first.name) if numbers.numel() == whole.numel() else first
+    return layout
 
 
 def architecture(config: transformers.PreTrainedConfig) -> str:

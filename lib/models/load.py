@@ -20,9 +20,9 @@ from lib.core.errors import UserError, first_line, flag_name
 from lib.core.files import new_folder, writing
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
-from lib.models.layers import SUPPORTED, architecture, check_support
+from lib.models.layers import SUPPORTED, architecture, check_support, stored_tensors
 from lib.models.memory import free_memory
-from lib.models.weights import Weights
+from lib.models.weights import Weights, held_dtypes
 
 log = logging.getLogger(__name__)
 
@@ -212,8 +212,8 @@ def unreadable(source: Source, error: Exception, subject: str = "") -> UserError
 def empty_llm(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """Return a folder's model in evaluation mode, its parameters in ``dtype`` on the meta device.
 
-    Its buffers, which checkpoints do not contain, are computed in float32 as ``from_pretrained`` computes them: in
-    16 bits GPT-J's table of angles would be of other angles.
+    Its buffers are computed in float32 as ``from_pretrained`` computes them: in 16 bits GPT-J's table of angles would
+    be of other angles. Those that checkpoints contain are then in the dtype in which it holds them.
 
     Raises:
         UserError: its config or its settings of generation are damaged.
@@ -230,8 +230,9 @@ def empty_llm(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
         raise UserError(None, path, f"cannot be used ({first_line(error)})", fix) from error
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    tensors = dict(stored_tensors(model))
+    for name, held in held_dtypes(model, dtype).items():
+        tensors[name].data = tensors[name].data.to(held)
     model.config.dtype = dtype
     model.tie_weights()
     return model.eval()
@@ -275,7 +276,8 @@ def complete_folder(
     with writing(folder):
         # Each parameter around the blocks gets a file, so that only one at a time is in memory.
         for index, (name, tensor) in enumerate(weights.outer_tensors()):
-            safetensors_io.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
+            path = folder / f"model-edges-{index:05d}.safetensors"
+            safetensors_io.write_shard(path, {name: tensor}, weights.save_dtypes(-1))
         safetensors_io.write_index(folder)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from lib.core import digests
 from lib.core.errors import UserError
-from lib.core.lazy import torch
+from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
-from lib.models.experts import bound_experts, is_experts, matrices
-from lib.models.layers import Layer, find_blocks, prunable_layers
+from lib.models.experts import ROLES, bound_experts, is_experts, matrices
+from lib.models.layers import Layer, Layout, find_blocks, prunable_layers, published_layout, stored_tensors
 
 
 class Block(NamedTuple):
@@ -79,13 +82,40 @@ class Weights:
         with _lent_by_accelerate(self.modules[index].modules(), write):
             yield next(self.modules[index].parameters()).device
 
-    def _names(self, index: int) -> list[str]:
-        """Return the full names of a block's parameters."""
-        return [f"{self._prefixes[index]}.{name}" for name, _ in self.modules[index].named_parameters()]
+    @cached_property
+    def layout(self) -> list[Layout]:
+        """What a saved checkpoint holds of each block, and last of what is around them, by its names there."""
+        return self.by_block(published_layout(self.model))
+
+    def by_block(self, layout: Layout) -> list[Layout]:
+        """Return the part of a ``layout`` for each block, and last for what is around them."""
+        prefixes = {f"{prefix}.": index for index, prefix in enumerate(self._prefixes)}
+        depths = {prefix.count(".") for prefix in prefixes}
+        parts: list[Layout] = [{} for _ in (*self.modules, None)]
+        for name, stored in layout.items():
+            words = stored.name.split(".")
+            heads = (".".join(words[:depth]) + "." for depth in depths)
+            parts[next((prefixes[head] for head in heads if head in prefixes), -1)][name] = stored
+        return parts
+
+    @cached_property
+    def kept(self) -> set[str]:
+        """The tensors that keep their dtype, whatever is saved: buffers, and what the library holds in float32.
+
+        They decide the routing in a mixture.
+        """
+        dtype = self.save_dtype or next(self.model.parameters()).dtype
+        exact = {name for name, held in held_dtypes(self.model, dtype).items() if held != dtype}
+        return exact | {name for name, _ in self.model.named_buffers()}
+
+    def save_dtypes(self, index: int) -> dict[str, torch.dtype]:
+        """Return the dtype in which the tensors of a block, or around the blocks (-1), are saved, but for the kept."""
+        dtype = self.save_dtype or self.model.dtype
+        return {name: dtype for name, stored in self.layout[index].items() if stored.name not in self.kept}
 
     def tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the parameters of a lent block by their full names."""
-        return {name: self.model.get_parameter(name).data for name in self._names(index)}
+        """Return the parameters and buffers of a lent block by their names in a checkpoint."""
+        return {name: stored.view(self.model) for name, stored in self.layout[index].items()}
 
     def load_block(self, index: int, path: Path) -> None:
         """Replace the parameters of a lent block by those in the safetensors file ``path``."""
@@ -103,11 +133,6 @@ class Weights:
     def use_scratch(self, folder: Path) -> None:
         """Store changed blocks that no journal records (those of a search's trials) inside ``folder``, if on disk."""
 
-    def _outer_names(self) -> list[str]:
-        """Return the names of the parameters around the blocks: embedding, final norm and head."""
-        inside = {name for index in range(len(self.modules)) for name in self._names(index)}
-        return [name for name, _ in self.model.named_parameters() if name not in inside]
-
     @contextmanager
     def outer_parameters(self) -> Iterator[None]:
         """Hold the parameters around the blocks on their compute devices."""
@@ -116,10 +141,16 @@ class Weights:
             yield
 
     def outer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the parameters around the blocks by name, one at a time."""
+        """Yield the parameters and buffers around the blocks by their names in a checkpoint, one at a time."""
         with self.outer_parameters():
-            for name in self._outer_names():
-                yield name, self.model.get_parameter(name).data
+            yield from ((name, stored.view(self.model)) for name, stored in self.layout[-1].items())
+
+    def pruned_tensors(self) -> set[str]:
+        """Return the names in a checkpoint of all tensors that hold prunable layers."""
+        names = {f"{layer.name}.weight" for layer in self.layers}
+        for owner in (owner for experts in self._experts.values() for owner in experts):
+            names |= {f"{owner}.{role}" for role in ROLES}
+        return {name for block in self.layout for name, stored in block.items() if stored.name in names}
 
     def map(self, function: Callable[[str, torch.Tensor], object]) -> dict:
         """Return ``function(name, weight)`` of every layer by name."""
@@ -168,12 +199,32 @@ class Packed(Weights):
 def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) -> Weights:
     """Return the weights of a causal language model.
 
-    All of its parameters are rounded to ``save_dtype``: a checkpoint may be of more bits than its config says.
+    All of its parameters are rounded to ``save_dtype``, but for the kept ones: a checkpoint may be of more bits than
+    its config says.
     """
-    for parameter in model.parameters() if save_dtype is not None else ():
-        if not parameter.is_meta and parameter.is_floating_point():
+    weights = Weights(model, find_blocks(model)[1], prunable_layers(model), save_dtype)
+    for name, parameter in model.named_parameters() if save_dtype is not None else ():
+        if not parameter.is_meta and parameter.is_floating_point() and name not in weights.kept:
             parameter.data.copy_(parameter.data.to(save_dtype))
-    return Weights(model, find_blocks(model)[1], prunable_layers(model), save_dtype)
+    return weights
+
+
+def held_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the dtype in which ``from_pretrained`` holds each floating-point tensor of a ``model`` asked for ``dtype``.
+
+    Some stay in float32, routers above all.
+    """
+    if not isinstance(model, transformers.PreTrainedModel) or dtype == torch.float32:
+        return {name: dtype for name, tensor in stored_tensors(model) if tensor.is_floating_point()}
+    with torch.device("meta"):
+        empty = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    planned = getattr(empty, "_get_dtype_plan", lambda _: {})(dtype)
+    exact = re.compile("|".join(planned).replace("*", ".*") or "$^")
+    return {
+        name: torch.float32 if exact.search(name) else tensor.dtype
+        for name, tensor in stored_tensors(empty)
+        if tensor.is_floating_point()
+    }
 
 
 def is_finite(values: torch.Tensor) -> bool:

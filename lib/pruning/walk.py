@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple, Protocol
@@ -46,7 +46,7 @@ class FinishedBlocks(Protocol):
     failure: UserError | None  # of a block that could not be stored; no later one is stored
 
     def path(self, index: int) -> Path: ...
-    def add(self, index: int, tensors: Mapping, dtype: torch.dtype, rows: list[LayerReport]) -> None: ...
+    def add(self, index: int, tensors: Mapping, dtypes: Mapping, rows: list[LayerReport]) -> None: ...
 
 
 def walk(
@@ -104,7 +104,7 @@ def walk(
 def _store(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[LayerReport]) -> None:
     """Store a finished block durably; if the disk is full, pruning continues in memory without it."""
     try:
-        journal.add(block.index, weights.tensors(block.index), weights.save_dtype or weights.model.dtype, rows)
+        journal.add(block.index, weights.tensors(block.index), weights.save_dtypes(block.index), rows)
     except UserError as error:
         if weights.streamed:
             raise
@@ -194,21 +194,20 @@ def _show_tokens(rows: list[LayerReport]) -> None:
 
 def check_saved(folder: Path, weights: Weights, measured: float) -> None:
     """Read a saved folder back, and raise a UserError unless its sparsity is the one ``measured`` in memory."""
-    written = checkpoint_sparsity(folder, [layer.name for layer in weights.layers])
+    written = checkpoint_sparsity(folder, weights.pruned_tensors())
     if written != measured:
         problem = f"holds a sparsity of {written:.6f} as read back, and the pruned model has {measured:.6f}"
         raise UserError(None, folder, problem, "delete the folder, and the same command makes it anew")
 
 
-def checkpoint_sparsity(folder: Path, names: list[str]) -> float:
-    """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files."""
-    weights = {f"{name}.weight" for name in names}
+def checkpoint_sparsity(folder: Path, names: Collection[str]) -> float:
+    """Return the fraction of zeros in the named tensors of a saved folder, read back from its safetensors files."""
     zeros = total = 0
     for path in folder.glob("*.safetensors"):
         for name, entry in safetensors_io.read_header(path).items():
-            if name in weights:
+            if name in names:
                 tensor = safetensors_io.read_tensor(entry)
                 zeros, total = zeros + (tensor == 0).sum().item(), total + tensor.numel()
     if not total:
-        raise RuntimeError(f"{folder}: holds none of the layers that were pruned ({names[0]} ...)")
+        raise RuntimeError(f"{folder}: holds none of the layers that were pruned ({next(iter(names))} ...)")
     return zeros / total

@@ -15,7 +15,7 @@ from lib.core import cpu, processes
 from lib.core.digests import digest
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
-from lib.models.layers import prunable_layers
+from lib.models.layers import prunable_layers, published_layout
 from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
@@ -70,6 +70,7 @@ class LanguageModel:
         if "calibration" in task.traits:
             checks.check_calibration(settings.hidden_states, settings.nsamples)
         if settings.save_model:
+            published_layout(self.skeleton)  # refuses what could not be saved
             size = memory.saved_bytes(self.skeleton, source.path, self.dtypes.save)
             unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
             checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)

@@ -182,7 +182,7 @@ def make_checkpoint(settings: Scale, folder: Path) -> None:
                 name: torch.ones(size) if len(size) == 1 else torch.randn(size, generator=draw).mul_(size[1] ** -0.5)
                 for name, size in sizes.items()
             }
-            write_shard(tmp / f"model-{block}.safetensors", tensors, torch.float16)
+            write_shard(tmp / f"model-{block}.safetensors", tensors, dict.fromkeys(tensors, torch.float16))
         model.config.architectures = ["LlamaForCausalLM"]
         model.config.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)

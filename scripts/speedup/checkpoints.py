@@ -12,6 +12,7 @@ from lib.core.errors import UserError, first_line
 from lib.models.layers import prunable_layers
 from lib.models.load import Source, load_skeleton
 from lib.models.locate import locate
+from lib.models.weights import weights_of
 from lib.pruning.walk import checkpoint_sparsity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +73,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     layers = prunable_layers(skeleton)
     total = sum(layer.size for layer in layers)
     try:
-        zeros = round(checkpoint_sparsity(Path(source.path), [layer.name for layer in layers]) * total)
+        zeros = round(checkpoint_sparsity(Path(source.path), weights_of(skeleton).pruned_tensors()) * total)
     except Exception as error:  # safetensors has its own error class for a truncated file
         raise UserError(None, model, f"its weights cannot be read ({first_line(error)})") from error
     return Checkpoint(source, total, skeleton.get_output_embeddings().weight.numel(), zeros)

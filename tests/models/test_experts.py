@@ -1,23 +1,30 @@
 """Mixtures of experts: each family against experts written separately, cases worked out by hand, invariances."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
-from conftest import fast
+from conftest import fast, saved_tensors
 from mixtures import FAMILIES, tiny_mixture
 from torch import nn
 
 from lib.allocation.formulas import uniform
 from lib.calibration.hidden import enter_blocks, pass_samples
 from lib.calibration.statistics import input_statistics
+from lib.evaluation.perplexity import perplexity_by_blocks
+from lib.models import load
 from lib.models.experts import is_experts, matrices
 from lib.models.layers import check_support, find_blocks, prunable_layers
+from lib.models.load import Dtypes
+from lib.models.safetensors_io import write_shard
+from lib.models.streamed import Streamed
 from lib.models.weights import weights_of
 from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import PRUNERS
-from lib.pruning.walk import walk
+from lib.pruning.walk import check_saved, walk
 
 
 @pytest.fixture(params=fast(FAMILIES, 9))
@@ -370,3 +377,109 @@ def test_the_order_of_an_experts_neurons_does_not_matter(tiny_windows):
         pruned.append(weights.snapshot())
     name = "model.layers.0.mlp.experts.1.down_proj"
     assert torch.equal(pruned[0][name][:, order] == 0, pruned[1][name] == 0)
+
+
+# ------------------------------------------------------------------------------------------------ on disk, every family
+
+
+class Shards:
+    """A journal of a walk without a run: it stores each block in a file."""
+
+    failure = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.finished = folder, {}
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"model-{index}.safetensors"
+
+    def add(self, index, tensors, dtypes, rows) -> None:
+        write_shard(self.path(index), tensors, dtypes)
+        self.finished[index] = rows
+
+
+def saved_model(family: str, folder: Path, dtype: torch.dtype) -> Path:
+    """Return a folder with a tiny model whose weights are of ``dtype``, as transformers saves them."""
+    tiny_mixture(family).to(dtype).save_pretrained(folder / "dense")
+    return folder / "dense"
+
+
+def homes(folder: Path, compute: torch.dtype, save: torch.dtype) -> dict[str, Callable]:
+    """Return functions that open a model in memory and streamed."""
+
+    def in_memory():
+        model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=compute).eval()
+        return weights_of(model, None if compute == save else save)
+
+    return {"memory": in_memory, "streamed": lambda: Streamed(folder, Dtypes(compute, save), torch.device("cpu"))}
+
+
+BF16, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(("compute", "save"), [(FULL, FULL), (FULL, BF16), (BF16, BF16)], ids=str)
+def test_streamed_is_in_memory_is_what_transformers_saves(
+    compute, save, family, tmp_path, tiny_tokenizer, tiny_windows
+):
+    dense = saved_model(family, tmp_path, save)
+    written = {}
+    for name, opened in homes(dense, compute, save).items():
+        journal = Shards(tmp_path / name)
+        journal.folder.mkdir()
+        for _ in range(2):  # a walk that is stopped after the first block, and one that resumes
+            weights = opened()
+            plan = SparsityPlan(0.5, {layer.name: 0.3 + 0.4 * layer.block for layer in weights.layers})
+            journal.finished = {0: rows} if (rows := journal.finished.get(0)) else {}
+            walk(weights, plan, PRUNERS["wanda"], enter_blocks(weights, tiny_windows), journal=journal)
+        assert journal.finished[0] is rows
+        load.complete_folder(journal.folder, weights, tiny_tokenizer, save)
+        check_saved(journal.folder, weights, weights.sparsity())
+        written[name] = saved_tensors(journal.folder)
+        if name == "memory":
+            model = weights.model
+    for name, tensor in written["memory"].items():
+        assert torch.equal(tensor, written["streamed"][name]), name
+        assert tensor.dtype == written["streamed"][name].dtype, name
+    assert written["memory"].keys() == written["streamed"].keys()
+
+    # What is no prunable matrix is as it was, bit for bit, and the names are the published ones.
+    before, pruned = saved_tensors(dense), weights.pruned_tensors()
+    assert before.keys() == written["memory"].keys()
+    for name in before.keys() - pruned:
+        assert torch.equal(before[name].float(), written["memory"][name].float()), name
+    assert all((written["memory"][name] == 0).any() for name in pruned)
+
+    # Plain transformers reads the folder, and saves the same.
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype=compute).eval()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    with torch.no_grad():
+        assert torch.equal(*(m(tiny_windows[:1], use_cache=False).logits for m in (model, again)))
+
+
+def test_streamed_experts_that_are_stored_fused(tmp_path, tiny_windows):
+    model = tiny_mixture("mixtral")
+    model.save_pretrained(tmp_path, save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in saved_tensors(tmp_path)
+    weights = Streamed(tmp_path, Dtypes(FULL, FULL), torch.device("cpu"))
+    assert weights.fingerprints() == weights_of(model).fingerprints()
+    for block in weights.visit(write=True):  # changed blocks are written under the published names, and read again
+        for linear in block.linears.values():
+            linear.weight.data.zero_()
+    assert weights.sparsity() == 1
+
+
+@pytest.mark.parametrize("family", ["deepseek-v3", "minimax-m2", "lfm2-moe"])
+def test_a_routers_correction_bias_is_read_from_disk(family, tmp_path, tiny_windows):
+    perplexities = []
+    for change in (0.0, 1.0):
+        model = tiny_mixture(family)
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name or "expert_bias" in name:
+                buffer[0] += change
+        model.save_pretrained(tmp_path / str(change))
+        weights = Streamed(tmp_path / str(change), Dtypes(FULL, FULL), torch.device("cpu"))
+        perplexities.append(perplexity_by_blocks(weights, tiny_windows))
+        assert perplexities[-1] == perplexity_by_blocks(weights_of(model), tiny_windows)
+        assert all(p.is_meta for p in weights.model.parameters())
+    assert perplexities[0] != perplexities[1]
