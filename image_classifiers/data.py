@@ -10,16 +10,11 @@ from typing import NamedTuple
 from lib.core.errors import UserError, first_line
 from lib.core.lazy import numpy, torch
 
-MEAN_STD = {  # by --imagenet_default_mean_and_std
-    True: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    False: ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-# Images of sides outside these are not cropped, but squashed (published).
-CROPPED = range(33, 384)
-# Share of an image that is kept where it is cropped.
-CROP = 224 / 256
-# Of the 1,797 digits, these many are for testing.
-DIGITS_TEST = 450
+# Of the channels, by --imagenet_default_mean_and_std.
+MEAN_STD = {True: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), False: ((0.5,) * 3, (0.5,) * 3)}
+CROPPED = range(33, 384)  # Images of other sides are not cropped, but squashed (published).
+CROP = 224 / 256  # Share of an image that is kept where it is cropped.
+DIGITS_TEST = 450  # of the 1,797 digits
 
 
 class Images(NamedTuple):
@@ -71,8 +66,7 @@ def digits(data_path: str | None, eval_data_path: str | None, train: bool) -> Im
 
 # Images by name: a function of --data_path, --eval_data_path, and of the split, so that only one is read.
 IMAGE_SETS = {"IMNET": imnet, "CIFAR": cifar, "image_folder": image_folder, "digits": digits}
-# Those that read each flag.
-READERS = {"data_path": ("IMNET", "CIFAR", "image_folder"), "eval_data_path": ("image_folder",)}
+READERS = {"data_path": ("IMNET", "CIFAR", "image_folder"), "eval_data_path": ("image_folder",)}  # of each flag
 
 
 def _folder(field: str, folder: str | None, split: str = "") -> Images:
@@ -89,22 +83,15 @@ def _folder(field: str, folder: str | None, split: str = "") -> Images:
     return Images(images, images.classes, [sample[0] for sample in images.samples])
 
 
-# ----------------------------------------------------------------------------------------------------- batches
-
-
 def evaluation_transform(size: int, crop_pct: float | None, mean_std: tuple) -> Callable:
     """Return the transform from image to tensor [3, size, size]: resized (bicubic), cropped, normalised (published)."""
     from timm.data.transforms_factory import transforms_imagenet_eval
 
     crops = size in CROPPED
     return transforms_imagenet_eval(
-        img_size=size,
-        crop_pct=crop_pct or (CROP if crops else 1.0),
-        crop_mode="center" if crops or crop_pct else "squash",
-        interpolation="bicubic",
-        mean=mean_std[0],
-        std=mean_std[1],
-    )
+        img_size=size, crop_pct=crop_pct or (CROP if crops else 1.0), interpolation="bicubic",
+        crop_mode="center" if crops or crop_pct else "squash", mean=mean_std[0], std=mean_std[1],
+    )  # fmt: skip
 
 
 def augmenting_transform(size: int, mean_std: tuple) -> Callable:
@@ -112,17 +99,9 @@ def augmenting_transform(size: int, mean_std: tuple) -> Callable:
     from timm.data import create_transform
 
     return create_transform(
-        input_size=size,
-        is_training=True,
-        color_jitter=0.4,
-        auto_augment="rand-m9-mstd0.5-inc1",
-        interpolation="bicubic",
-        re_prob=0.25,
-        re_mode="pixel",
-        re_count=1,
-        mean=mean_std[0],
-        std=mean_std[1],
-    )
+        input_size=size, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1, mean=mean_std[0], std=mean_std[1],
+    )  # fmt: skip
 
 
 def draw_images(images: Images, count: int, seed: int, replacement: bool) -> list[int]:

@@ -110,7 +110,6 @@ def show_accuracy(settings: ImageExperiment, task: Task, record: Record, console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
     advice = "lower --batch_size, or add --hidden_device cpu"
     return command(ImageExperiment, lambda settings: run(settings, Console()), argv, PARSER, out_of_memory=advice)
 

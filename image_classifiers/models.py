@@ -22,12 +22,8 @@ from lib.pruning.pruners import PRUNERS, Pruner, magnitude
 
 log = logging.getLogger(__name__)
 
-# Which models are supported, for --help and errors.
 CLASSIFIERS = "timm's ViT, DeiT and ConvNeXt models (deit_small_patch16_224, vit_base_patch16_224, convnext_base ...)"
-# Matrices before and after the blocks are few: patch embedding or stem, and head.
-MOST_OUTSIDE = 4
-# An error shows this many characters of torch's list of keys that do not fit.
-_SHOWN = 400
+MOST_OUTSIDE = 4  # Matrices before and after the blocks are few: patch embedding or stem, and head.
 
 
 class ClassifierSource(NamedTuple):
@@ -36,11 +32,6 @@ class ClassifierSource(NamedTuple):
     given: str
     name: str
     folder: Path | None
-
-    @property
-    def label(self) -> str:
-        """Return the name under which its metrics are cached."""
-        return self.folder.resolve().name if self.folder else self.given
 
 
 class Parts(NamedTuple):
@@ -51,9 +42,6 @@ class Parts(NamedTuple):
 
     pruned: Weights
     measured: Weights
-
-
-# ---------------------------------------------------------------------------------------------- finding and loading
 
 
 def locate_classifier(model: str) -> ClassifierSource:
@@ -116,9 +104,6 @@ def _create(source: ClassifierSource, options: dict, device: str, pretrained: bo
             problem = f"timm's weights cannot be loaded ({first_line(error)})"
             fix = "give a file: --resume FILE (image_classifiers/download_weights.sh fetches the published ones)"
         raise UserError("model", source.given, problem, fix) from error
-
-
-# --------------------------------------------------------------------------------------- blocks and their layers
 
 
 def find_parts(model: torch.nn.Module, given: str | None = None) -> Parts:
@@ -211,9 +196,6 @@ def _refusal(model: torch.nn.Module, given: str | None, reason: str) -> UserErro
     return UserError("model", given or kind, f"{kind} is not supported, {reason}", f"supported: {CLASSIFIERS}")
 
 
-# ----------------------------------------------------------------------------------------------------- pruning
-
-
 def wanda_of_matrix(weight: torch.Tensor, mean_squares: torch.Tensor, ratio: float, nm: None = None) -> torch.Tensor:
     """Zero everything <= the int(n * ratio)-th (from 0) of the sorted |W| * sqrt(s), one threshold for the matrix.
 
@@ -229,9 +211,7 @@ def wanda_of_matrix(weight: torch.Tensor, mean_squares: torch.Tensor, ratio: flo
 IMAGE_PRUNERS: dict[str, Pruner] = PRUNERS | {"wanda": Pruner(wanda_of_matrix, "squared_norms")}
 
 
-def block_inputs(
-    weights: Weights, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], kept_on: str | None
-) -> BlockInputs:
+def block_inputs(weights: Weights, batches: Iterable[tuple], kept_on: str | None) -> BlockInputs:
     """Return the inputs of the first block for ``batches`` of images and labels, as ``data.batches`` yields them.
 
     Statistics will be means over tokens. The hidden states are ``kept_on`` that device, None for the model's.
@@ -248,9 +228,6 @@ def block_inputs(
             with torch.no_grad(), suppress(PassEnded):
                 weights.model(images.to(device))
     return BlockInputs(hidden, [((), {})] * len(weights.modules), None, set())
-
-
-# ------------------------------------------------------------------------------------------------- weight files
 
 
 def fill_weights(model: torch.nn.Module, path: Path) -> None:
@@ -274,7 +251,7 @@ def fill_weights(model: torch.nn.Module, path: Path) -> None:
     except (KeyError, RuntimeError, ValueError, AttributeError) as error:  # of timm where keys are another model's
         keys = " ".join(str(error).split())
         fix = "set the model's number of classes with --nb_classes" if "mismatch for head" in keys else None
-        raise UserError(None, path, f"its weights do not fit ({keys[:_SHOWN]})", fix) from error
+        raise UserError(None, path, f"its weights do not fit ({keys[:400]})", fix) from error
 
 
 def read_weight_file(path: Path) -> dict[str, torch.Tensor]:

@@ -13,14 +13,11 @@ from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models.weights import Weights, swapped_weights
 
-# Groups of images on which prices are measured. A group is to a classifier what a window is to a language model.
-FIT = 8
-# Groups of images that are held out.
-HELD = 4
-# The most images of a group.
-GROUP = 256
-# The most images that are differentiated at a time.
-CHUNK = 32
+# A group of images is to a classifier what a window is to a language model.
+FIT = 8  # groups on which prices are measured
+HELD = 4  # groups that are held out
+GROUP = 256  # the most images of a group
+CHUNK = 32  # the most images that are differentiated at a time
 EFFORT = Effort(windows_per_step=1, window_divisor=1, token_stride=1, held_out_windows=HELD, evaluate_every=8)
 
 

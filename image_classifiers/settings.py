@@ -23,15 +23,13 @@ TRAINING_FLAGS = (
     "warmup_epochs warmup_steps weight_decay weight_decay_end world_size"
 ).split()
 
-# Traits of a run that reads calibration images.
-CALIBRATES = "calibration | search"
+CALIBRATES = "calibration | search"  # Traits of a run that reads calibration images.
 
 
 def redeclared(group: type[Flags], name: str, default: Any, **changes: Any) -> Any:
     """Declare the flag ``name`` of ``group`` with another default, and other ``changes`` to its declaration."""
-    return field(
-        default=default, metadata=group.__dataclass_fields__[name].metadata | {"title": group._title} | changes
-    )
+    metadata = group.__dataclass_fields__[name].metadata | {"title": group._title} | changes
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -50,9 +48,7 @@ class ClassifierFlags(Flags):
 class ImageFlags(Flags):
     _title: ClassVar[str] = "data"
 
-    data_set: str = flag(
-        "IMNET", "{choices}; the folders of IMNET and image_folder hold one per class", choices=data.IMAGE_SETS
-    )
+    data_set: str = flag("IMNET", "{choices}; IMNET and image_folder: a folder per class", choices=data.IMAGE_SETS)
     data_path: str | None = flag(None, "IMNET: train/ and val/; image_folder: to calibrate on", metavar="DIR")
     eval_data_path: str | None = flag(None, "image_folder only: images to test on", metavar="DIR")
     nsamples: int = flag(4096, "calibration images, a count", least=1)
@@ -78,9 +74,7 @@ class ImageMethodFlags(MethodFlags):
     ww_metric_cache: str = redeclared(
         AllocationFlags, "ww_metric_cache", "./metric_cache", help="cached in DIR/<model>", aliases=["ww_metric_cache"]
     )
-    epsilon: float = redeclared(
-        AllocationFlags, "epsilon", 0.2, help="half width of the map from metric to sparsity, in [0, 1]"
-    )
+    epsilon: float = redeclared(AllocationFlags, "epsilon", 0.2, help="half width of the map to sparsity, in [0, 1]")
     mapping_type: str = "layer_wise"  # a ratio for each matrix, as published
 
 

@@ -35,9 +35,7 @@ class Accuracy(NamedTuple):
     images: int
 
 
-def accuracy(
-    model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], use_amp: bool = False
-) -> Accuracy:
+def accuracy(model: torch.nn.Module, batches: Iterable[tuple], use_amp: bool = False) -> Accuracy:
     """Return the accuracy of ``model`` over all ``batches`` of images and labels; ``use_amp``: in half precision."""
     device = next(model.parameters()).device
     first = five = count = 0
@@ -69,8 +67,6 @@ class Classifier:
     def __init__(self) -> None:
         self.scores: dict[tuple, object] = {}
 
-    # ----------------------------------------------------------------------------------- before the weights are loaded
-
     def prepare(self, settings: ImageExperiment, task: Task) -> None:
         """Take up what a run needs besides the weights, and refuse what cannot work."""
         self.settings, self.device = settings, settings.device
@@ -83,7 +79,8 @@ class Classifier:
                 raise UserError(field, device, f"cannot be used ({first_line(error)})", "use cpu") from error
 
         self.source = source = models.locate_classifier(settings.model)
-        self.name, shape = source.label, (settings.input_size, settings.nb_classes)
+        self.name = source.folder.resolve().name if source.folder else source.given  # of the metric's cache
+        shape = (settings.input_size, settings.nb_classes)
         skeleton, self.size, self.options = models.skeleton(source, settings.resume, *shape)
         pruned, measured = models.find_parts(skeleton)
         self.parameters = sum(p.numel() for p in skeleton.parameters())
@@ -133,8 +130,6 @@ class Classifier:
         numbers = {name: getattr(self, name) for name in ("parameters", "prunable", "device")}
         model = self.source._asdict() | numbers | {"input_size": self.size}
         return {"model": model, "calibration": None if self.calibration is None else len(self.calibration)}
-
-    # --------------------------------------------------------------------------------------------------- with weights
 
     def load(self) -> None:
         """Load the dense weights; warn if they were trained on images with another normalisation."""

@@ -6,15 +6,14 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from lib import sparse
 from lib.calibration import texts
-from lib.cli.flags import Flags, flag
+from lib.cli.flags import flag
 from lib.cli.settings import TEXTS, ModelFlags
 from lib.core import digests
 from lib.core.errors import UserError, first_line, flag_name
@@ -23,15 +22,16 @@ from lib.models import load, locate, memory
 from lib.models.weights import Weights, weights_of
 
 log = logging.getLogger("lora_ft")
+# Peft looks for a vocabulary that grew, and remarks that a model without weights takes none.
+warnings.filterwarnings("ignore", message="Could not find a config file in|Unable to fetch remote file")
+warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
 
 # Lies beside an adapter: the fingerprints of the weights it was trained on, and the flags of its training.
 BASE = "base_model.json"
 
 DENSE_BELOW = 0.01  # A model with a smaller sparsity has not been pruned.
 TRAINED_ON = "give the model it was trained on"
-
-
-# ---------------------------------------------------------------------------------------------------------- flags
+OUT_OF_MEMORY = "lower --ctx_length, or use more GPUs"
 
 
 @dataclass(kw_only=True)
@@ -40,15 +40,18 @@ class PrunedModel(ModelFlags):
     _without: ClassVar[Sequence[str]] = ("seed",)
 
     model: str = flag(MISSING, "the pruned model: folder or hub id")
-    config_name: str | None = flag(
-        None, "folder or hub id that lends the tokenizer or config the model lacks", metavar="NAME"
-    )
+    config_name: str | None = flag(None, "folder or hub id that lends a missing tokenizer or config", metavar="NAME")
 
 
 @dataclass(kw_only=True)
-class Dataset(Flags):
+class Evaluated(PrunedModel):
+    """The flags of a command that measures a model's perplexity."""
+
     _title: ClassVar[str] = "data"
 
+    lora_weights: str | None = flag(
+        None, "the adapter: finetune_lm.py's --output_dir (default: the model alone)", metavar="DIR", title="adapter"
+    )
     dataset: str = flag("wikitext2", f"evaluation text: {TEXTS}", metavar="TEXT")
     ctx_length: int = flag(2048, "window length, tokens; at most the model's context", least=2, metavar="N")
     eval_windows: int | None = flag(None, "windows to evaluate, a count (default: all)", least=1, metavar="N")
@@ -58,36 +61,19 @@ class Dataset(Flags):
         texts.check_text("dataset", self.dataset)
 
 
-# ------------------------------------------------------------------------------------------------- before loading
-
-
 class Base(NamedTuple):
-    """A pruned model without its weights, and its tokenizer.
-
-    ``config`` is the model's if the pruned folder has none, and ``lender`` names the model whose tokenizer it borrows.
-    """
+    """A pruned model without its weights, and its tokenizer; ``config`` only if its own folder has none."""
 
     source: load.Source
     skeleton: transformers.PreTrainedModel
-    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer: load.Tokenizer
     config: transformers.PreTrainedConfig | None = None
-    lender: str | None = None
 
     @property
     def identity(self) -> str:
         """A name of the model that is valid anywhere: an absolute path, or the name as given."""
         path = Path(self.source.given)
         return str(path.resolve()) if path.exists() else self.source.given
-
-
-@contextmanager
-def blame(field: str) -> Iterator[None]:
-    """Let a UserError about a model name the flag ``field``, from which the model's name came."""
-    try:
-        yield
-    except UserError as error:
-        error.field = field
-        raise
 
 
 def find_base(settings: PrunedModel) -> Base:
@@ -98,8 +84,7 @@ def find_base(settings: PrunedModel) -> Base:
     """
     folder = Path(settings.model)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    has_weights = any(name.endswith((".safetensors", ".bin")) for name in names)
-    borrows_config = bool(settings.config_name) and has_weights and "config.json" not in names
+    borrows_config = bool(settings.config_name and names) and "config.json" not in names
     borrows_tokenizer = bool(names) and not names & set(load.TOKENIZER_FILES)
     if borrows_config:
         source = load.Source(settings.model, str(folder), folder.resolve().name, settings.cache_dir)
@@ -113,27 +98,36 @@ def find_base(settings: PrunedModel) -> Base:
     skeleton = None if borrows_config else load.load_skeleton(source)
     tokenizer = None if borrows_tokenizer else load.load_tokenizer(source)
     if borrows_config or borrows_tokenizer:
-        with blame("config_name"):
+        try:
             lender = locate.locate(settings.config_name, settings.cache_dir)
             skeleton = skeleton or load.load_skeleton(lender)
             tokenizer = tokenizer or load.load_tokenizer(lender)
-    config = skeleton.config if borrows_config else None
-    return Base(source, skeleton, tokenizer, config, settings.config_name if borrows_tokenizer else None)
+        except UserError as error:
+            error.field = "config_name"
+            raise
+    return Base(source, skeleton, tokenizer, skeleton.config if borrows_config else None)
 
 
-def perplexity_windows(settings: Dataset, base: Base) -> torch.Tensor:
-    """Return the windows to evaluate, [windows, tokens]."""
+def prepare_evaluation(settings: Evaluated) -> tuple[Base, torch.Tensor]:
+    """Return the model, whose adapter fits, and the windows to evaluate, [windows, tokens]."""
+    base = find_base(settings)
+    if settings.lora_weights is not None:
+        attach(settings.lora_weights, copy.deepcopy(base.skeleton))
     length = settings.ctx_length
     check_length("ctx_length", length, base.skeleton)
     windows = texts.evaluation_windows(settings.dataset, base.tokenizer, length, settings.eval_windows, field="dataset")
-    check_token_ids(base, windows)
-    return windows
+    load.check_vocabulary(base.source.given, base.skeleton, windows)
+    return base, windows
 
 
-def check_token_ids(base: Base, *windows: torch.Tensor | None) -> None:
-    """Refuse tokens that the model does not have: its tokenizer is another model's."""
-    with blame("config_name" if base.lender else "model"):
-        load.check_vocabulary(base.lender or base.source.given, base.skeleton, *windows)
+def evaluation_record(settings: Evaluated, base: Base, windows: torch.Tensor) -> dict:
+    """Return what a record of figures says of the model, the text and the flags."""
+    return {
+        "model": base.identity,
+        "lora_weights": settings.lora_weights,
+        "evaluation": {"text": settings.dataset, "windows": len(windows), "seqlen": settings.ctx_length},
+        "flags": settings.flags(),
+    }
 
 
 def check_length(field: str, length: int, skeleton: torch.nn.Module) -> None:
@@ -141,15 +135,6 @@ def check_length(field: str, length: int, skeleton: torch.nn.Module) -> None:
     context = load.context_length(skeleton)
     if context is not None and length > context:
         raise UserError(field, length, "is more than the model's context", f"give at most {context}")
-
-
-def check_adapter(folder: str, base: Base) -> None:
-    """Refuse a folder that holds no LoRA adapter, or one whose matrices do not fit the model ``base``."""
-    path = Path(folder)
-    if not (path / "adapter_config.json").is_file():
-        hint = ", but a model" if (path / "config.json").is_file() else ""
-        raise UserError("lora_weights", folder, f"holds no adapter{hint}", "give finetune_lm.py's --output_dir")
-    attach(folder, copy.deepcopy(base.skeleton))
 
 
 def training_record(field: str, folder: Path) -> dict:
@@ -163,42 +148,39 @@ def training_record(field: str, folder: Path) -> dict:
         raise UserError(field, path, f"is damaged ({first_line(error)})", fix) from error
 
 
-# -------------------------------------------------------------------------------------------------------- loading
-
-
 def load_base(
-    base: Base,
-    dtype: torch.dtype,
-    seqlen: int,
-    device: torch.device | None = None,
-    save_dtype: torch.dtype | None = None,
-) -> Weights:
-    """Return the model with its weights, all on GPUs or all on the CPU.
+    base: Base, dtypes: load.Dtypes, seqlen: int, device: torch.device | None = None
+) -> tuple[Weights, float]:
+    """Return the model with its weights, all on GPUs or all on the CPU, and its sparsity.
 
     Args:
         seqlen: tokens per window; each GPU keeps room for the work on one.
         device: where to put the whole model instead.
-        save_dtype: see ``Weights``.
     """
-    reserve = memory.working_set(base.skeleton, dtype, hessians=False, windows=1, seqlen=seqlen)
-    model = load.load_llm(base.source, dtype, device, reserve, base.config)
+    reserve = memory.working_set(base.skeleton, dtypes.compute, hessians=False, windows=1, seqlen=seqlen)
+    model = load.load_llm(base.source, dtypes.compute, device, reserve, base.config)
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if "cpu" in places and len(places) > 1:
         fix = "use more GPUs, or none (CUDA_VISIBLE_DEVICES=)"
         raise UserError("model", base.source.given, "does not fit in the GPUs' memory, as LoRA needs", fix)
-    weights = weights_of(model, save_dtype)
+    weights = weights_of(model, dtypes.save)
     sparsity = weights.sparsity()
     if sparsity < DENSE_BELOW:
         log.warning("the model %s is dense, not pruned: its sparsity is %.4f", base.source.given, sparsity)
-    return weights
+    return weights, sparsity
+
+
+def load_with_adapter(settings: Evaluated, base: Base) -> tuple[Weights, float, torch.nn.Module]:
+    """Return ``load_base`` of the model to evaluate, and the model with the adapter that the flags name, if any."""
+    weights, sparsity = load_base(base, load.choose_dtypes(settings.dtype, base.skeleton), settings.ctx_length)
+    if settings.lora_weights is None:
+        return weights, sparsity, weights.model
+    check_base("lora_weights", Path(settings.lora_weights), base, weights)
+    return weights, sparsity, attach(settings.lora_weights, weights.model)
 
 
 def check_base(field: str, folder: Path, base: Base, weights: Weights) -> None:
-    """Refuse the adapter in ``folder`` if it was trained on other weights than the model's.
-
-    Raises:
-        UserError: names the first layer that differs.
-    """
+    """Refuse the adapter in ``folder`` if it was trained on other weights than the model's, naming a layer."""
     if not (folder / BASE).is_file():
         message = "%s: has no %s: whether it was trained on %s cannot be checked"
         log.warning(message, folder, BASE, base.source.given)
@@ -216,19 +198,19 @@ def attach(folder: str, model: torch.nn.Module) -> torch.nn.Module:
     On a model without weights this only shows whether the adapter fits.
 
     Raises:
-        UserError: it is no adapter of LoRA alone, is damaged, or has other matrices than the model and its config need.
+        UserError: there is none, or not one of LoRA alone, or it is damaged or has other matrices than the model needs.
     """
     from peft import PeftConfig, PeftModelForCausalLM
 
-    quiet_peft()
     path = Path(folder)
+    if not (path / "adapter_config.json").is_file():
+        hint = ", but a model" if (path / "config.json").is_file() else ""
+        raise UserError("lora_weights", folder, f"holds no adapter{hint}", "give finetune_lm.py's --output_dir")
     try:
         config = PeftConfig.from_pretrained(path)
-        if config.peft_type != "LORA":
-            raise UserError("lora_weights", folder, f"is a {config.peft_type.value} adapter", "only LoRA is supported")
-        if config.modules_to_save or config.bias != "none":
-            problem = "trains more than its own matrices (modules_to_save or bias)"
-            raise UserError("lora_weights", folder, problem, "give an adapter of finetune_lm.py")
+        if config.peft_type != "LORA" or config.modules_to_save or config.bias != "none":
+            problem = "is not an adapter of LoRA's matrices alone (without modules_to_save and bias)"
+            raise UserError("lora_weights", folder, problem, "give one of finetune_lm.py")
         adapted = PeftModelForCausalLM(model, config)
         keys = adapted.load_adapter(path, "default")
     except (UserError, torch.OutOfMemoryError):
@@ -240,17 +222,3 @@ def attach(folder: str, model: torch.nn.Module) -> torch.nn.Module:
         if names:
             raise UserError("lora_weights", folder, f"{verb} {len(names)} matrices, first {names[0]}", TRAINED_ON)
     return adapted.eval()
-
-
-def lora_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Return peft's modules, each of which holds a layer and its adapter, by the layers' names without adapters."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    modules = model.base_model.model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
-
-
-def quiet_peft() -> None:
-    """Silence peft's search for a vocabulary that grew, and its remark that a model without weights takes none."""
-    warnings.filterwarnings("ignore", message="Could not find a config file in|Unable to fetch remote file")
-    warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")

@@ -15,7 +15,7 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.calibration import texts
-from lib.cli.command import answer, make_parser, parse
+from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
 from lib.core import files, processes
@@ -26,34 +26,16 @@ from lib.core.names import check_name
 from lib.models import load
 from lib.models.layers import prunable_layers
 from lib.run.record import explain_failure, run_text
-from lora_ft import common, resumption
+from lora_ft import common
 
 training = Lazy("lora_ft.training")
 
 # What an earlier run has left in --output_dir, beside its checkpoints.
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
-WRITTEN = (*ADAPTER, common.BASE, "train_results.json", "eval_results.json", "loss_curve.png")
+WRITTEN = """
+    adapter_config.json adapter_model.safetensors base_model.json train_results.json eval_results.json loss_curve.png
+""".split()
 
 RESUME = "with --resume_from_checkpoint the same command resumes from the last checkpoint, else it starts again"
-
-
-@dataclass(kw_only=True)
-class Lora(common.PrunedModel):
-    _title: ClassVar[str] = "adapter"
-
-    model: str = flag(MISSING, "the pruned model: folder or hub id", aliases=["model"], title="model")
-    dtype: str = flag(
-        "auto",
-        "{choices} of the frozen weights; auto: that of --bf16 or --fp16, else float32",
-        choices=load.DTYPES,
-        title="model",
-    )
-    lora_r: int = flag(8, "rank of the adapters", least=1, metavar="R")
-    lora_alpha: int = flag(16, "scale of the adapters, divided by their rank", least=1, metavar="A")
-    lora_dropout: float = flag(0.05, "of the adapters' input, a share in [0, 1)", least=0, below=1, metavar="P")
-    lora_target_modules: str = flag(
-        "q_proj,v_proj", "layers that get an adapter, by commas; or all-linear", metavar="L,L"
-    )
 
 
 @dataclass(kw_only=True)
@@ -69,11 +51,21 @@ class TrainingTexts(Flags):
 
 
 @dataclass(kw_only=True)
-class TrainingFlags(Flags):
-    """The Trainer's flags without which there is no run; ``training.LoraArguments`` declares all others."""
+class Finetune(common.PrunedModel, TrainingTexts):
+    """The flags of finetune_lm.py, except those known only to the Trainer (``training.LoraArguments``)."""
 
     _title: ClassVar[str] = "training"
+    _spelled: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
+    _passes_on: ClassVar[bool] = True
+    _without: ClassVar[Sequence[str]] = ("seed", "dtype")
 
+    model: str = flag(MISSING, "the pruned model: folder or hub id", aliases=["model"], title="model")
+    lora_r: int = flag(8, "rank of the adapters", least=1, metavar="R", title="adapter")
+    lora_alpha: int = flag(16, "scale of the adapters, divided by their rank", least=1, metavar="A", title="adapter")
+    lora_dropout: float = flag(0.05, "dropped share of their input", least=0, below=1, metavar="P", title="adapter")
+    lora_target_modules: str = flag(
+        "q_proj,v_proj", "layers that get an adapter, by commas; or all-linear", metavar="L,L", title="adapter"
+    )
     do_train: bool = flag(False, "train", nargs="?")
     do_eval: bool = flag(False, "evaluate, at the end and while training", nargs="?")
     batch_size: int | None = flag(
@@ -82,20 +74,9 @@ class TrainingFlags(Flags):
     output_dir: str = flag(MISSING, "where the adapter, checkpoints and figures are written", metavar="DIR")
     overwrite_output_dir: bool = flag(False, "replace the adapter and the checkpoints in --output_dir", nargs="?")
     resume_from_checkpoint: str | None = flag(
-        None,
-        "resume from a checkpoint's folder; without one, from the last checkpoint in --output_dir",
-        nargs="?",
-        const=resumption.LAST,
-        only="do_train",
-        metavar="DIR",
-    )
-
-
-@dataclass(kw_only=True)
-class Finetune(Lora, TrainingTexts, TrainingFlags):
-    """The flags of finetune_lm.py, except those known only to the Trainer."""
-
-    _spelled: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
+        None, "resume from a checkpoint's folder; without one, from the last checkpoint in --output_dir", nargs="?",
+        const="last", only="do_train", metavar="DIR",
+    )  # fmt: skip
 
     def check(self) -> None:
         super().check()
@@ -132,43 +113,35 @@ PARSER = make_parser(
 )
 
 
-# ------------------------------------------------------------------------------------------------------- the run
-
-
-def run(settings: Finetune, trainer_words: list[str]) -> None:
-    """Train the adapters and evaluate them; whatever needs no weights is checked before they are loaded.
-
-    Args:
-        trainer_words: the part of the command line that is for the Trainer.
-    """
+def run(settings: Finetune) -> None:
+    """Train the adapters and evaluate them; whatever needs no weights is checked before they are loaded."""
     steered = {name: getattr(settings, name) for name in ("do_train", "do_eval", "output_dir", "batch_size")}
-    arguments = training.parse_arguments(trainer_words, PARSER, **steered)
+    arguments = training.parse_arguments(settings.rest, PARSER, **steered)
     checkpoint = check_output_dir(settings, sharded=bool(arguments.deepspeed or arguments.fsdp))
     base = common.find_base(settings)
     common.check_length("block_size", settings.block_size, base.skeleton)
     targets = check_targets(settings.lora_target_modules, base.skeleton)
     blocks = {split: read_blocks(settings, split, base) for split in settings.named_texts()}
-    common.check_token_ids(base, *blocks.values())
+    load.check_vocabulary(base.source.given, base.skeleton, *blocks.values())
 
     # What determines the training; another text of the same name has other tokens.
-    flags = {name: getattr(settings, name) for name in resumption.ADAPTER_FLAGS}
-    flags |= {name: value for name, value in arguments.to_dict().items() if name in resumption.TRAINER_FLAGS}
+    flags = {name: getattr(settings, name) for name in training.ADAPTER_FLAGS}
+    flags |= {name: value for name, value in arguments.to_dict().items() if name in training.TRAINER_FLAGS}
     if settings.do_train:
         field, name = settings.named_texts()["train"]
         flags[field] = f"{Path(name).name} (tokens {digest(blocks['train'])[:16]})"
     if checkpoint:
-        resumption.check_same_training(checkpoint, flags)
+        training.check_same_training(checkpoint, flags)
     if settings.do_eval:
         arguments.evaluate_each_once(len(blocks["validation"]))
 
     # One process spreads the model over all GPUs, of several each has the whole.
-    dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
-    dtype = getattr(torch, dtype if settings.dtype == "auto" else settings.dtype)
-    spread = arguments.world_size == 1 and not arguments.use_cpu
-    weights = common.load_base(base, dtype, settings.block_size, None if spread else arguments.device)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+    device = None if arguments.world_size == 1 and not arguments.use_cpu else arguments.device
+    weights, sparsity = common.load_base(base, load.Dtypes(dtype, dtype), settings.block_size, device)
     if checkpoint:
-        common.check_base(resumption.FIELD, checkpoint.parent, base, weights)
-    record = {"model": base.identity, "sparsity": weights.sparsity()}
+        common.check_base(training.FIELD, checkpoint.parent, base, weights)
+    record = {"model": base.identity, "sparsity": sparsity}
     started = record | {"fingerprints": weights.fingerprints(), "training": flags}
     record["flags"] = arguments.to_dict() | settings.flags()
     with training.refusals():
@@ -191,7 +164,7 @@ def check_output_dir(settings: Finetune, sharded: bool) -> Path | None:
     """Refuse an --output_dir that cannot take this run, and return the checkpoint to resume from, if any."""
     folder, checkpoint = Path(settings.output_dir), None
     if settings.resume_from_checkpoint:
-        checkpoint = resumption.find_checkpoint(folder, settings.resume_from_checkpoint, sharded)
+        checkpoint = training.find_checkpoint(folder, settings.resume_from_checkpoint, sharded)
     if not processes.is_main():
         return checkpoint  # What the first process of several does here, the others would find half done.
     files.check_writable("output_dir", folder)
@@ -221,13 +194,10 @@ def read_blocks(settings: Finetune, split: str, base: common.Base) -> torch.Tens
     return blocks
 
 
-def with_adapter(
-    model: torch.nn.Module, base: common.Base, settings: Lora, targets: str | list[str]
-) -> torch.nn.Module:
+def with_adapter(model: torch.nn.Module, base: common.Base, settings: Finetune, targets: str | list[str]):
     """Return the model with fresh adapters, which change nothing yet, around the target layers."""
     from peft import LoraConfig, get_peft_model
 
-    common.quiet_peft()
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
@@ -246,12 +216,7 @@ def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def train_adapter(trainer, checkpoint: Path | None, started: dict, record: dict) -> None:
-    """Train, and write the adapter, the figures and the loss curve.
-
-    Args:
-        started: the weights and flags of this training, to be written beside its checkpoints.
-        record: what the figures are stored with.
-    """
+    """Train, and write the adapter, the figures with ``record``, the loss curve, and ``started`` with the first."""
     arguments, blocks = trainer.args, len(trainer.train_dataset)
     out = Path(arguments.output_dir)
     trainer.before_first_save = partial(claim_output_dir, arguments, checkpoint, started)
@@ -261,15 +226,9 @@ def train_adapter(trainer, checkpoint: Path | None, started: dict, record: dict)
     with training.refusals(trainer):
         results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     trainer.check_adapter()
-
-    # The config comes last into the folder, so that a folder with a config is complete.
-    unfinished = out / ".adapter"
-    trainer.save_model(str(unfinished))  # All processes call it: weights that they share are gathered.
+    trainer.save_model()  # All processes call it: weights that they share are gathered. The config is written last.
     if not arguments.should_save:
         return
-    for name in ADAPTER:
-        (unfinished / name).replace(out / name)
-    shutil.rmtree(unfinished)
     files.write_atomically(out / "train_results.json", run_text(results | {"train_samples": blocks} | record))
     plot_losses(trainer.state.log_history, out / "loss_curve.png")
 
@@ -315,12 +274,8 @@ def plot_losses(history: list[dict], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # A training text is long.
-    rest: list[str] = []
-    fix = (
-        "lower --per_device_train_batch_size or --block_size, add --gradient_checkpointing, or start one process, "
-        "which spreads the model over all GPUs"
-    )
-    return answer(PARSER.prog, Finetune, lambda: run(parse(Finetune, argv, PARSER, rest), rest), RESUME, True, fix)
+    fix = "lower --per_device_train_batch_size or --block_size, or add --gradient_checkpointing"
+    return command(Finetune, run, argv, PARSER, RESUME, processes=True, out_of_memory=fix)
 
 
 if __name__ == "__main__":

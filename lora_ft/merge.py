@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -25,13 +25,11 @@ from lib.run import report
 from lib.run.record import explain_failure, run_text
 from lora_ft import common
 
-PRUNED, BESIDE, PLAINLY, KEPT = STATES = ("pruned", "adapter beside it", "merged without masking", "merged, zeros kept")
+PLAINLY, KEPT = "merged without masking", "merged, zeros kept"
 
 
 @dataclass(kw_only=True)
-class Merge(common.PrunedModel, common.Dataset):
-    """The flags of merge.py."""
-
+class Merge(common.Evaluated):
     _title: ClassVar[str] = "adapter"
 
     lora_weights: str = flag(MISSING, "the adapter: finetune_lm.py's --output_dir", metavar="DIR")
@@ -51,84 +49,74 @@ PARSER = make_parser(Merge, "merge.py", "Merge a LoRA adapter into the pruned we
 def run(settings: Merge) -> None:
     """Merge, write the merged model, then report the effect of each step on sparsity and perplexity."""
     out = Path(settings.save)
-    base = common.find_base(settings)
-    common.check_adapter(settings.lora_weights, base)
-    windows = common.perplexity_windows(settings, base)
+    base, windows = common.prepare_evaluation(settings)
     dtypes = load.choose_dtypes(settings.dtype, base.skeleton)
     files.check_writable("save", out, memory.saved_bytes(base.skeleton, base.source.path, dtypes.save))
 
-    weights = common.load_base(base, dtypes.compute, settings.ctx_length, save_dtype=dtypes.save)
-    pruned = weights.sparsity()
-    common.check_base("lora_weights", Path(settings.lora_weights), base, weights)
-    model = common.attach(settings.lora_weights, weights.model)
-    layers = common.lora_layers(model)
+    weights, pruned, model = common.load_with_adapter(settings, base)
+    layers = {name: weights.model.get_submodule(name) for name in model.base_model.targeted_module_names}
     before = {name: layer.get_base_layer().weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
-    state = PLAINLY if settings.keep_dense else KEPT
-    merge(model, weights, before, keep_zeros=not settings.keep_dense)
-    merged = weights.sparsity()
+    merge(model, weights, before)
+    if not settings.keep_dense:
+        restore_zeros(weights, before)
+    merged, state = weights.sparsity(), PLAINLY if settings.keep_dense else KEPT
     load.save_llm(weights.model, base.tokenizer, out, dtypes.save)  # before whatever may still fail
     walk.check_saved(out, weights, merged)
-
-    rows: dict[str, dict] = {}
-    record = {
-        "model": base.identity,
-        "lora_weights": settings.lora_weights,
-        "written": state,
-        "evaluation": {"text": settings.dataset, "windows": len(windows), "seqlen": settings.ctx_length},
-        "flags": settings.flags(),
-    }
+    rows: list[dict] = []
+    record = common.evaluation_record(settings, base, windows) | {"written": state, "rows": rows}
 
     def measure(name: str, sparsity: float, measured: torch.nn.Module) -> None:
-        rows[name] = {"state": name, "sparsity": sparsity, "perplexity": perplexity(measured, windows)}
-        record["rows"] = [rows[name] for name in STATES if name in rows]
-        record["complete"] = len(rows) == len(STATES) - settings.keep_dense
+        rows.append({"state": name, "sparsity": sparsity, "perplexity": perplexity(measured, windows)})
+        record["complete"] = name == state
         files.write_atomically(out / "merge.json", run_text(record))
 
     again = f"python lora_ft/evaluate_ppl.py --model {out} --dataset {settings.dataset}"
     saved = f"the merged model is saved in {out}, the figures so far in {out}/merge.json"
     with explain_failure(lambda: f"{saved}; measure it with: {again} --ctx_length {settings.ctx_length}"):
-        measure(state, merged, weights.model)
         for name, weight in before.items():
             weights.model.get_submodule(name).weight.data.copy_(weight)
-        measure(PRUNED, pruned, weights.model)
+        measure("pruned", pruned, weights.model)
         model = common.attach(settings.lora_weights, weights.model)
-        measure(BESIDE, pruned, model)
+        measure("adapter beside it", pruned, model)
+        merge(model, weights, before)
+        measure(PLAINLY, weights.sparsity(), weights.model)
         if not settings.keep_dense:
-            merge(model, weights, before, keep_zeros=False)
-            measure(PLAINLY, weights.sparsity(), weights.model)
+            restore_zeros(weights, before)
+            measure(KEPT, merged, weights.model)
     console = Console()
     title = f"{settings.lora_weights} in {settings.model}, perplexity on {settings.dataset}"
-    cells = [(row["state"], f"{row['sparsity']:.4f}", f"{row['perplexity']:.4f}") for row in record["rows"]]
+    cells = [(row["state"], f"{row['sparsity']:.4f}", f"{row['perplexity']:.4f}") for row in rows]
     report.show(console, title, ("model", "sparsity", "perplexity"), cells)
     report.line(console, f"written: {out}, {state}, with a sparsity of {merged:.4f}")
 
 
-def merge(model: torch.nn.Module, weights: Weights, before: Mapping[str, torch.Tensor], keep_zeros: bool) -> None:
-    """Add each adapter's product to its layer's weight, in place, and remove the adapters.
+def merge(model: torch.nn.Module, weights: Weights, names: Iterable[str]) -> None:
+    """Add each adapter's product to the weight of its layer, one of ``names``, in place, and remove the adapters.
 
     The sums are rounded to the dtype in which they are saved, so that the weights measured are the weights saved.
-
-    Args:
-        before: the layers' weights without the adapter, by name.
 
     Raises:
         UserError: a merged weight is not finite.
     """
     model.merge_and_unload()
-    for name, pruned in before.items():
+    for name in names:
         weight = weights.model.get_submodule(name).weight.data
-        if keep_zeros:
-            weight.masked_fill_(pruned.to(weight.device) == 0, 0)
-        if weights.save_dtype is not None:
-            weight.copy_(weight.to(weights.save_dtype))
+        weight.copy_(weight.to(weights.save_dtype))
         if not is_finite(weight):
             fix = f"train it again, or try {flag_name('dtype')} bfloat16"
             raise UserError("lora_weights", None, f"makes weights of {name} infinite or not a number", fix)
 
 
+def restore_zeros(weights: Weights, before: Mapping[str, torch.Tensor]) -> None:
+    """Set to zero what was zero ``before``, in the layers that it holds by name."""
+    for name, pruned in before.items():
+        weight = weights.model.get_submodule(name).weight.data
+        weight.masked_fill_(pruned.to(weight.device) == 0, 0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     resume = "the same command starts again, if nothing was written to --save yet"
-    return command(Merge, run, argv, PARSER, resume, out_of_memory="lower --ctx_length, or use more GPUs")
+    return command(Merge, run, argv, PARSER, resume, out_of_memory=common.OUT_OF_MEMORY)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trainer of LoRA adapters: its arguments with the published defaults, and its checks of loss and adapter.
+"""Trainer of LoRA adapters: its arguments with the published defaults, its check of the loss, its checkpoints.
 
 Imports transformers, which takes seconds: finetune_lm.py imports this module after it has read its own flags.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -22,6 +24,17 @@ from lib.models.weights import is_finite
 from lora_ft import common
 
 BATCH = 128  # Blocks to an optimizer step, as published.
+FIELD = "resume_from_checkpoint"
+STATE = "trainer_state.json"  # the Trainer writes it last
+
+# What changes the training. What is logged, evaluated and saved, how often and on how many devices, may change when a
+# run is resumed.
+ADAPTER_FLAGS = "lora_r lora_alpha lora_dropout lora_target_modules block_size max_train_samples".split()
+TRAINER_FLAGS = """
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps max_steps num_train_epochs batch_size
+    optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    label_smoothing_factor neftune_noise_alpha bf16 fp16 seed data_seed train_sampling_strategy dataloader_drop_last
+""".split()
 
 LOWER = "lower --learning_rate, or try --bf16"
 
@@ -180,10 +193,48 @@ class LoraTrainer(transformers.Trainer):
 
     def check_adapter(self) -> None:
         """Refuse an adapter whose update of a weight is not finite, of which the last step's loss cannot tell."""
-        for name, layer in common.lora_layers(self.model).items():
-            (adapter,) = layer.active_adapters
-            if not is_finite(layer.get_delta_weight(adapter)):
-                problem = (
-                    f"the adapter is ruined after step {self.state.global_step}: its update of {name} is not finite"
-                )
+        step = self.state.global_step
+        for name in self.model.base_model.targeted_module_names:
+            update = self.model.base_model.model.get_submodule(name).get_delta_weight("default")
+            if not is_finite(update):
+                problem = f"the adapter is ruined after step {step}: its update of {name} is not finite"
                 raise UserError(None, None, problem, LOWER)
+
+
+def find_checkpoint(folder: Path, name: str, sharded: bool) -> Path:
+    """Return the checkpoint to resume from: the folder ``name``, or the last complete one in ``folder``.
+
+    Args:
+        sharded: whether DeepSpeed or FSDP saves the optimizer, in shards of its own format.
+
+    Raises:
+        UserError: there is none, or a file of it is missing.
+    """
+    checkpoint = Path(name)
+    if name == "last":
+        complete = {path.parent for path in folder.glob(f"checkpoint-*[0-9]/{STATE}")}
+        if not complete:
+            raise UserError(FIELD, None, f"finds no checkpoint in {folder}", "leave the flag out to start again")
+        checkpoint = max(complete, key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in (checkpoint / STATE, checkpoint / "adapter_model.safetensors", checkpoint.parent / common.BASE):
+        if not path.is_file():
+            fix = "give a folder checkpoint-N in finetune_lm.py's --output_dir"
+            raise UserError(FIELD, checkpoint, f"is no checkpoint of a LoRA run, there is no {path}", fix)
+
+    # Without these, the Trainer would begin a new optimizer and schedule and say nothing.
+    for path in () if sharded else (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"):
+        if not zipfile.is_zipfile(path):
+            problem = "is missing (--save_only_model?) or damaged, so that training cannot go on as it was"
+            raise UserError(FIELD, path, problem, "give an earlier checkpoint, or leave the flag out to start again")
+    return checkpoint
+
+
+def check_same_training(checkpoint: Path, flags: Mapping[str, object]) -> None:
+    """Refuse to resume from ``checkpoint`` with other ``flags`` than its run was started with, naming the first."""
+    before = common.training_record(FIELD, checkpoint.parent)["training"]
+    for name, value in flags.items():
+        old = before.get(name)
+        if old != value:
+            problem = f"the run of {checkpoint} was started {'without it' if old is None else f'with {old}'}"
+            fix = f"{'leave it out' if old is None else 'give that'}, or start again in another folder"
+            raise UserError(name, "left out" if value is None else value, problem, fix)

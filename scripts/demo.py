@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from lib.cli.command import command, make_parser, parse
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import Experiment
 from lib.core import files
-from lib.core.lazy import pandas, torch
+from lib.core.lazy import torch
 from lib.models import load, locate
 
 TEXTS = "--model smollm2-135m --calib_data wiki_leads --eval_data wiki_leads".split()
@@ -57,26 +56,6 @@ class Demo(Flags):
 PARSER = make_parser(Demo, "demo.sh", __doc__)
 
 
-def show_gains(runs: pandas.DataFrame) -> None:
-    """Print what alpha gains over uniform ratios, and the best method at each sparsity."""
-    cells = table.cells_of(runs[runs["pruner"] != "dense"])
-    print("\nWhat was gained (figures by alpha, sparsegpt and alps differ a little between processors):")
-    for target, at_target in cells.groupby("target"):
-        perplexities = at_target.set_index(["pruner", "suffix"])["mean"]
-        for (pruner, suffix), perplexity in perplexities.items():
-            if suffix == "ww":
-                uniform = perplexities[pruner, ""]
-                print(f"{pruner} at {target:g}: {_change(uniform, perplexity)} by alpha instead of uniform")
-        best = perplexities.idxmin()
-        if best != ("wanda", ""):
-            change = _change(perplexities["wanda", ""], perplexities[best])
-            print(f"best at {target:g}: {change} with {'_'.join(filter(None, best))} instead of wanda")
-
-
-def _change(before: float, after: float) -> str:
-    return f"perplexity {before:.1f} -> {after:.1f} ({after / before - 1:+.0%})"
-
-
 def show_answer(settings: Experiment) -> None:
     """Let the saved model continue the prompt."""
     folder = Path(settings.save_model, settings.task().folder)
@@ -95,14 +74,9 @@ def run(demo: Demo) -> int:
     if None not in run_files:
         runs = table.read_runs(run_files)
         print(f"\nSmolLM2-135M: {table.caption(runs)}\n{table.formatted(table.by_sparsity(runs), 'text')}")
-        show_gains(runs)
         table.plot(folder / "demo.png", table.cells_of(runs))
         print(f"written: {folder}/demo.png")
         show_answer(todo[-1])
-    flags = "--seqlen 512 --nsamples 16 --eval_windows 10 --prune_method sparsegpt_ww --sparsity_ratio 0.5"
-    flags = f"{' '.join(TEXTS)} {flags} --epsilon {demo.epsilon} --save_model out"
-    print("\nNext, on more text and with the model kept (less than five minutes on two cores):")
-    print(f"{shlex.quote(sys.executable)} main.py {flags}")
     return 1 if None in run_files else 0
 
 

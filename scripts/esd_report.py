@@ -14,11 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
 from lib.cli.settings import AllocationFlags, Experiment, ModelFlags
-from lib.cli.task import Measurement
 from lib.core import files
 from lib.core.errors import UserError
 from lib.core.lazy import numpy, pandas, torch
-from lib.models.weights import Weights
 from lib.run import pipeline
 from lib.run.language import LanguageModel
 from lib.spectra.spectrum import NoFit, Spectrum, spectrum
@@ -31,17 +29,11 @@ PAGE = """# {title}
 {count} matrices; {metric} from {lowest:.3f} ({first}) to {highest:.3f} ({last}), mean {mean:.3f}.
 Plan: {plan}. Every matrix is in [layers.tsv](layers.tsv).
 
-## Blocks
-
 ![mean metric and planned sparsity of each block](blocks.png)
-
-## Types of matrix
 
 ![metric of each type of matrix in each block](heat_map.png)
 
-## Spectra and fitted tails
-
-![density of the eigenvalues](spectra.png)
+![spectra and fitted tails](spectra.png)
 """
 
 
@@ -97,9 +89,12 @@ def report(settings: Settings) -> Path:
         "planned_ratio": [ratios[layer.name] for layer in subject.layers],
     })  # fmt: skip
     ordered = layers.sort_values(run.ww_metric)["name"].tolist()
-    spectra = _spectra(subject.weights, [ordered[0], ordered[len(ordered) // 2], ordered[-1]], measurement)
+    how, spectra = measurement.settings, dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]])
+    for block in subject.weights.visit():
+        for name in block.linears.keys() & spectra.keys():
+            whole = spectrum(block.linears[name].weight, how.driver, how.farms)
+            spectra[name] = whole._replace(eigs=whole.eigs.cpu())
 
-    folder.mkdir(parents=True, exist_ok=True)
     title = f"{subject.name}: {run.ww_metric}"
     plan = f"sparsity {run.sparsity_ratio:g}, epsilon {run.epsilon:g}, {run.mapping_type}"
     sizes = pandas.Series([layer.size for layer in subject.layers])
@@ -114,16 +109,6 @@ def report(settings: Settings) -> Path:
     )  # fmt: skip
     files.write_atomically(folder / "report.md", page)
     return folder / "report.md"
-
-
-def _spectra(weights: Weights, names: Sequence[str], measurement: Measurement) -> dict[str, Spectrum]:
-    """Return the spectra of the layers ``names``, in that order, on the CPU."""
-    spectra, how = {}, measurement.settings
-    for block in weights.visit():
-        for name in block.linears.keys() & set(names):
-            whole = spectrum(block.linears[name].weight, how.driver, how.farms)
-            spectra[name] = whole._replace(eigs=whole.eigs.cpu())
-    return {name: spectra[name] for name in names}
 
 
 def draw_blocks(layers: pandas.DataFrame, sizes: pandas.Series, title: str):
@@ -164,36 +149,32 @@ def label_blocks(axes, count: int) -> None:
 
 
 def draw_spectra(spectra: Mapping[str, Spectrum], metric: str):
-    """Draw the density of each layer's eigenvalues over log axes, and its fitted tail."""
+    """Draw the density of each layer's positive eigenvalues over log axes, and the power law of their tail."""
+    from matplotlib.ticker import LogLocator
+
     figure, grid = files.new_figure(4.2 * len(spectra), 3.6, columns=len(spectra))
     for (name, spec), axes in zip(spectra.items(), grid, strict=True):
+        eigs = spec.eigs[spec.eigs > 0]
+        largest = eigs[-1].item()
+        bins = numpy.geomspace(eigs[0].item(), largest, 60)
+        bins[[0, -1]] *= 1 - 1e-6, 1 + 1e-6  # rounding would leave the largest outside
+        axes.hist(eigs.numpy(), bins=bins, density=True, color="tab:blue", alpha=0.6)
+        fit = _fit(eigs, metric)
+        if fit is not None:
+            start, share = eigs[fit.index].item(), 1 - fit.index / len(eigs)
+            x = numpy.geomspace(start, largest, 50)
+            law = share * (fit.alpha - 1) / start * (x / start) ** -fit.alpha
+            axes.plot(x, law, color="tab:red", label=f"alpha {fit.alpha:.2f}")
+            axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="start of the tail")
+            axes.legend(fontsize=8, loc="lower left")
+        axes.set(xscale="log", yscale="log", xlabel="eigenvalue of W'W", ylabel="density")
         axes.set_title(name, fontsize=8)
-        _draw_spectrum(axes, spec.eigs[spec.eigs > 0], metric)
+        # Powers of ten are labelled, or 1 2 5 if the axis spans few of them; labels in between would overlap.
+        axes.xaxis.set_minor_formatter("")
+        if largest / eigs[0].item() < 50:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
     return figure
-
-
-def _draw_spectrum(axes, eigs: torch.Tensor, metric: str) -> None:
-    """Draw the density of the eigenvalues, which are positive and ascending, and the power law of their tail."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    smallest, largest = eigs[0].item(), eigs[-1].item()
-    bins = numpy.geomspace(smallest, largest, 60)
-    bins[[0, -1]] *= 1 - 1e-6, 1 + 1e-6  # rounding would leave the largest outside
-    axes.hist(eigs.numpy(), bins=bins, density=True, color="tab:blue", alpha=0.6)
-    fit = _fit(eigs, metric)
-    if fit is not None:
-        start, share = eigs[fit.index].item(), 1 - fit.index / len(eigs)
-        x = numpy.geomspace(start, largest, 50)
-        law = share * (fit.alpha - 1) / start * (x / start) ** -fit.alpha
-        axes.plot(x, law, color="tab:red", label=f"alpha {fit.alpha:.2f}")
-        axes.axvline(start, color="black", linewidth=0.8, linestyle="--", label="start of the tail")
-        axes.legend(fontsize=8, loc="lower left")
-    axes.set(xscale="log", yscale="log", xlabel="eigenvalue of W'W", ylabel="density")
-    # Powers of ten are labelled, or 1 2 5 if the axis spans few of them; labels in between would overlap.
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    if largest / smallest < 50:
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def _fit(eigs: torch.Tensor, metric: str) -> PowerLaw | None:

@@ -35,9 +35,7 @@ ROUNDS = 5  # of --compare: each model as many times, in turns
 class Generation(Flags):
     _title: ClassVar[str] = "generation"
 
-    model: str = flag(
-        MISSING, "a packed folder, a model's folder, a .gguf file or smollm2-135m", positional=True, metavar="MODEL"
-    )
+    model: str = flag(MISSING, "a folder, packed or not, a .gguf file, smollm2-135m", positional=True, metavar="MODEL")
     prompt: str = flag(MISSING, "the text to continue", positional=True, metavar="PROMPT")
     tokens: int = flag(64, "new tokens at most", least=2, metavar="N")
     compare: str | None = flag(None, "run this model, too, in turns, and print the ratio", metavar="DENSE")
@@ -108,8 +106,6 @@ DESCRIPTION = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------- comparison
-
 _runner: Runner  # of a process that compare() started
 
 
@@ -142,9 +138,6 @@ def compare(settings: Generation) -> None:
     ratios = [ours[key] / dense[key] for key in ("tokens_per_second", "prompt_tokens_per_second", "model_mb")]
     print("ratio: {:.2f} times the tokens/s, {:.2f} of a prompt's, {:.2f} of the memory".format(*ratios), end="; ")
     print(f"medians of {ROUNDS} turns, {torch.get_num_threads()} threads")
-
-
-# -------------------------------------------------------------------------------------------------------------- command
 
 
 def check_model(model: str, settings: Generation) -> None:

@@ -31,10 +31,7 @@ SIZE = 8
 # timm's own architectures, made small: what differs from the named one.
 SMALL = {
     "vit": ("deit_tiny_patch16_224", {"img_size": SIZE, "patch_size": 2, "embed_dim": 64, "depth": 6, "num_heads": 4}),
-    "convnext": (
-        "convnext_atto",
-        {"patch_size": 1, "dims": (32, 64, 96, 128), "depths": (2, 2, 2, 2), "kernel_sizes": 3},
-    ),
+    "convnext": ("convnext_atto", {"patch_size": 1, "dims": (32, 64, 96, 128), "depths": (2,) * 4, "kernel_sizes": 3}),
 }
 EPOCHS = 40
 BATCH = 32
@@ -123,7 +120,6 @@ def demo(settings: Demo) -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit status: 0, or 2 for an error that the user can fix."""
     return command(Demo, demo, argv, PARSER)
 
 

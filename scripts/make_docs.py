@@ -128,9 +128,6 @@ def flags_text() -> str:
     return "\n".join([BEGINNING, *contents, "", *(section(program, shared) for program in every)])
 
 
-# ------------------------------------------------------------------------------------------------- measured results
-
-
 def measured_runs(content: dict) -> pandas.DataFrame:
     """Return ``table.runs_of`` the runs in RESULTS, the dense model among them; ``content`` is that file's."""
     command = content["runs"][0]["command"].partition(" --prune_method")[0]

@@ -49,26 +49,18 @@ class Sweep(Experiment):
     }  # fmt: skip
 
     prune_method: str = flag(
-        "dense,magnitude,wanda,sparsegpt,magnitude_ww,wanda_ww,sparsegpt_ww",
-        "main.py's methods, and dense",
-        aliases=["prune_method"],
-        metavar="M,M",
-    )
+        "dense,magnitude,wanda,sparsegpt,magnitude_ww,wanda_ww,sparsegpt_ww", "main.py's methods, and dense",
+        aliases=["prune_method"], metavar="M,M",
+    )  # fmt: skip
     sparsity_ratio: str = flag("0.5,0.6,0.7", "sparsities", aliases=["sparsity_ratio"], metavar="S,S")
     epsilon: str = flag(
-        "0.2",
-        "for the methods with _ww: E (or auto), several, or one for a method: wanda_ww=E; where a method has several, "
-        "each has a separate folder",
-        aliases=["epsilon"],
-        metavar="E,E",
-    )
+        "0.2", "for the methods with _ww: E (or auto), several, or one for a method: wanda_ww=E; where a method has "
+        "several, each has a separate folder", aliases=["epsilon"], metavar="E,E",
+    )  # fmt: skip
     save: str = flag("results/sweep", "where run files and sweep.png are written", metavar="DIR")
     seeds: int = flag(
-        1,
-        "calibration seeds, a count: {seed} and those after it; of several, each but 0 has a folder",
-        least=1,
-        metavar="N",
-    )
+        1, "calibration seeds, a count: {seed} and those after it; of several, each but 0 has a folder", least=1,
+    )  # fmt: skip
     force: bool = flag(False, "run what is complete, too")
 
     def methods(self) -> list[str | None]:
@@ -81,8 +73,6 @@ class Sweep(Experiment):
     def check(self) -> None:
         if self.metrics_only:
             raise UserError("metrics_only", None, "prunes nothing, so there is nothing to sweep", "use main.py")
-        if self.methods() == [None] and self.seeds > 1:
-            raise UserError("seeds", f"{self.seeds} with --methods dense", "nothing is drawn for it", "leave it out")
         pruned = [settings for settings in self.settings() if settings.prune_method]
         for name in ("save_plan", "export_llmcompressor"):
             if getattr(self, name) and len(pruned) > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import sys
@@ -30,6 +29,7 @@ from lib.run.record import parsed
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published_results.json"
 LABELS = {"": "uniform", "ww": "AlphaPruning", "owl": "OWL"}  # of allocations; the others are called by their suffix
+LEFT = ("method", "pruner", "allocation", "model", "engine", "case")  # headings of columns of words
 FORMATS = {"text": "rounded_outline", "markdown": "pipe", "csv": "", "latex": "latex"}  # tabulate's names
 
 # Flags in which runs of one cell may differ without being two settings; a cell is about all of its seeds.
@@ -67,9 +67,6 @@ class Settings(Flags):
 
 
 PARSER = make_parser(Settings, "table.py", __doc__)
-
-
-# ---------------------------------------------------------------------------------------------------------- the runs
 
 
 @cache
@@ -110,6 +107,9 @@ def row_of(record: Mapping, value: str = "perplexity") -> dict:
         evaluation = f"{flags['tasks']}, {flags['num_fewshot']}-shot{limit}"
         on_published_text = False
         figure = 100 * float(record["zero_shot"]["means"]["acc"])
+    # A CPU may have been used by others, too: the run's own seconds count.
+    clock = "cpu_seconds" if str(record["device"][0]).startswith("cpu") else "seconds"
+    seconds = {stage: cost[clock] for stage, cost in record["stages"].items()}
     usual = OF_PRUNER | (OF_METRIC if suffix == "ww" else {})
     return {
         "target": float(record["target_sparsity"]),
@@ -127,15 +127,9 @@ def row_of(record: Mapping, value: str = "perplexity") -> dict:
         "as_published": all(flags[name] == value for name, value in (usual | SETTING).items()),
         "finished": str(record["finished"]),
         "commit": record["git_commit"] or "unknown",
-        "allocating": _seconds(record, "measure", "allocate"),
-        "pruning": _seconds(record, "prune"),
+        "allocating": seconds.get("measure", 0.0) + seconds.get("allocate", 0.0),
+        "pruning": seconds.get("prune", 0.0),
     }
-
-
-def _seconds(record: Mapping, *stages: str) -> float:
-    """Return the seconds of stages of a run: on a CPU, which others may have used too, its own CPU seconds."""
-    clock = "cpu_seconds" if str(record["device"][0]).startswith("cpu") else "seconds"
-    return sum(record["stages"][stage][clock] for stage in stages if stage in record["stages"])
 
 
 def runs_of(rows: Sequence[dict]) -> pandas.DataFrame:
@@ -171,18 +165,16 @@ def cells_of(runs: pandas.DataFrame) -> pandas.DataFrame:
         seeds=("figure", "size"),
         as_published=("as_published", "all"),
     )
-    most = cells["seeds"].max()
-    cells["text"] = [
-        figure_text(cell["mean"], cell["deviation"], cell["seeds"], 1 if cell["pruner"] == "dense" else most)
-        for cell in cells.to_dict("records")  # nothing is drawn for the dense model, which has one seed
-    ]
+    cells["text"] = [figure_text(*figures) for figures in zip(cells["mean"], cells["deviation"], strict=True)]
+    # How many seeds there are is said where they are fewer; nothing is drawn for the dense model, which has one.
+    fewer = (cells["seeds"] < cells["seeds"].max()) & (cells["pruner"] != "dense")
+    cells.loc[fewer, "text"] += cells["seeds"].map(" ({})".format)
     return cells
 
 
-def figure_text(mean: float, deviation: float = math.nan, seeds: int = 1, most: int = 1) -> str:
-    """Return a figure with two decimals and its deviation, followed by the number of seeds if below ``most``."""
-    spread = "" if math.isnan(deviation) else f" ± {deviation:.2f}"
-    return f"{mean:.2f}{spread}" + (f" ({seeds})" if seeds < most else "")
+def figure_text(mean: float, deviation: float = math.nan) -> str:
+    """Return a figure with two decimals, and its deviation if there is one."""
+    return f"{mean:.2f}" + ("" if math.isnan(deviation) else f" ± {deviation:.2f}")
 
 
 def label_of(suffix: str, extra: str) -> str:
@@ -195,9 +187,6 @@ def _place(row: tuple) -> tuple:
     *before, pruner, suffix, extra = row
     places = {name: place for place, name in enumerate(["dense", *PRUNERS, *ALLOCATIONS])}
     return *before, places.get(pruner, 99), pruner, places.get(suffix, 99), suffix, extra
-
-
-# -------------------------------------------------------------------------------------------------------- the tables
 
 
 def with_published(cells: pandas.DataFrame, every: bool = False) -> pandas.DataFrame:
@@ -213,7 +202,7 @@ def with_published(cells: pandas.DataFrame, every: bool = False) -> pandas.DataF
             pruner, _, suffix = method.partition("_")
             method_row = (0.0 if method == "dense" else setting["sparsity"], "", pruner, suffix)
             for model, figure in of_models.items():
-                cell = figure_text(*figure) if isinstance(figure, list) else figure_text(figure)
+                cell = figure_text(*figure[:2]) if isinstance(figure, list) else figure_text(figure)
                 figures.append((*method_row, model, cell, published()["sources"][source]))
     figures = pandas.DataFrame(figures, columns=[*row, "model", "published", "source"])
 
@@ -299,12 +288,9 @@ def caption(runs: pandas.DataFrame, value: str = "perplexity", sources: Iterable
 
 def formatted(lines: Sequence[Sequence[str]], form: str) -> str:
     """Return a table as text, its ``lines`` headings first."""
-    align = ["left" if heading in ("method", "pruner", "allocation") else "right" for heading in lines[0]]
+    align = ["left" if heading in LEFT else "right" for heading in lines[0]]
     table = tabulate(lines[1:], lines[0], tablefmt=FORMATS[form], disable_numparse=True, colalign=align)
     return table.replace("±", r"$\pm$") if form == "latex" else table
-
-
-# ---------------------------------------------------------------------------------------------------------- the plot
 
 
 def plot(path: Path, *panels: pandas.DataFrame, xlabel: str = "perplexity", xscale: str = "log") -> None:
@@ -336,22 +322,17 @@ def plot(path: Path, *panels: pandas.DataFrame, xlabel: str = "perplexity", xsca
     files.save_figure(figure, path, dpi=130)
 
 
-# ---------------------------------------------------------------------------------------------------------------- all
-
-
 def run(settings: Settings) -> None:
     """Read the run files and print the table."""
     folder = Path(settings.folder)
     runs = read_runs(sorted(folder.rglob("run_*.json")), settings.value)
     if runs.empty:
-        problem = (
-            f"holds no complete run with a {settings.value} (run_*.json)" if folder.is_dir() else "folder not found"
-        )
+        problem = f"holds no complete run with a {settings.value}" if folder.is_dir() else "folder not found"
         raise UserError(None, folder, problem, "give the --save folder of main.py")
     cells = with_published(cells_of(runs), settings.published)
     lines = by_model(cells)
     if settings.format == "csv":
-        csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
+        pandas.DataFrame(lines).to_csv(sys.stdout, header=False, index=False)
         return
     title = caption(runs, settings.value, filter(None, cells["source"].unique()))
     print(f"{'% ' if settings.format == 'latex' else ''}{title}\n\n{formatted(lines, settings.format)}")

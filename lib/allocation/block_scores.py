@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 from tqdm import tqdm
 
@@ -48,19 +47,6 @@ def lamp_score(weight: torch.Tensor) -> torch.Tensor:
 BLOCK_SCORES: dict[str, Callable[..., float]] = {"outlier_ratio": outlier_ratio, "median_score": median_score}
 # or a score of each weight, for one threshold over the whole model.
 WEIGHT_SCORES = {"lamp_score": lamp_score, "magnitude_score": magnitude_score}
-
-
-def measure_scores(
-    wants: str, weights: Weights, target: float, enter: Callable[[], BlockInputs], outlier_multiple: float
-) -> dict[str, float]:
-    """Return the values that an allocation ``wants``, by layer name; ``outlier_multiple`` is OWL's.
-
-    The inputs of the blocks are made by ``enter`` if a calibration pass is needed.
-    """
-    if wants in WEIGHT_SCORES:
-        return shares_below(weights, target, WEIGHT_SCORES[wants])
-    number = partial(outlier_ratio, multiple=outlier_multiple) if wants == "outlier_ratio" else BLOCK_SCORES[wants]
-    return score_blocks(weights, enter(), number)
 
 
 def shares_below(weights: Weights, target: float, score: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:

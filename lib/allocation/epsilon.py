@@ -76,11 +76,7 @@ def try_epsilons(
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """Return the trial with the lowest perplexity; of equals, the one with the smallest epsilon.
-
-    Raises:
-        UserError: no perplexity is finite.
-    """
+    """Return the trial of the lowest perplexity, of equals the smallest epsilon's; a UserError if none is finite."""
     finite = [trial for trial in trials if math.isfinite(trial.perplexity)]
     if not finite:
         raise UserError("epsilon", "auto", "the perplexity is not finite after any of them", "lower --sparsity_ratio")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lib.allocation.price_model import PriceModel
+from lib.core import files
 from lib.core.errors import UserError
 from lib.models.layers import Layer
-
-log = logging.getLogger(__name__)
 
 # Windows of calibration on which a language model's prices are measured.
 FIT_WINDOWS = 16
@@ -103,10 +101,7 @@ def search(
     """Return the ratios at which pruning one more weight costs the same KL(dense || pruned) in every layer.
 
     The search starts from uniform ratios. Of these and its end, the plan with the lower KL on held-out data is kept.
-    Masks come from statistics of the dense model.
-
-    Raises:
-        UserError: a price, or the KL of every plan, is not finite.
+    Masks come from statistics of the dense model. A price, or every plan's KL, that is not finite is a UserError.
     """
     plans = {"uniform": {layer.name: target for layer in layers}}
     kls = {"uniform": model.kl(plans["uniform"])}
@@ -116,8 +111,6 @@ def search(
     if not finite:
         raise UserError("sparsity_ratio", None, "the KL of every plan is not finite", f"lower it, or {model.advice}")
     kept = min(finite, key=finite.get)
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in kls.items())
-    log.info("price search: KL on held-out calibration data: %s; kept: %s", shown, kept)
     return SearchResult(plans[kept], kept, kls, steps, str(model.dtype).removeprefix("torch."))
 
 
@@ -194,10 +187,7 @@ def _logit(ratio: float) -> float:
 
 def draw_search(result: SearchResult):
     """Return a matplotlib Figure of a search: the spread of prices and the KL by step."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = files.new_figure(7, 4, columns=2)
     steps = range(1, len(result.steps) + 1)
     left.plot(steps, [step.spread for step in result.steps], marker=".")
     left.set(xlabel="step", ylabel="spread of prices (mean |log|, cut at 1)", ylim=(0, None))

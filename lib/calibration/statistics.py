@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -86,10 +85,7 @@ def as_float32(total: torch.Tensor) -> torch.Tensor:
 
 
 # Statistics of a layer's input that a pruner may need: summed over the samples, then divided by their number.
-STATISTICS: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
-    "squared_norms": squared_norms,
-    "hessian": hessian,
-}
+STATISTICS = {"squared_norms": squared_norms, "hessian": hessian}
 
 
 class _Totals:
@@ -141,13 +137,9 @@ def input_statistics(block: Block, inputs: BlockInputs, statistic: str, keep: bo
 
     That of an expert's matrix is over the tokens that are routed to the expert, and ``with_pseudo_tokens``.
 
-    Args:
-        statistic: a name of STATISTICS.
-        keep: whether the block's output replaces its inputs. If not, each pass ends before the product of the last
-            layer: in a LLaMA this saves an eighth of a block's products.
-
-    Raises:
-        UserError: a statistic is not finite, or a layer was not reached.
+    With ``keep``, the block's output replaces its inputs. Without it, each pass ends before the product of the last
+    layer: in a LLaMA this saves an eighth of a block's products. A statistic that is not finite, or a layer that was
+    not reached, is a UserError.
     """
     published = inputs.expert_weighting == "auto" and statistic == "squared_norms"
     totals = _Totals(statistic, not keep, published or inputs.expert_weighting == "router")

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lib.core.errors import UserError, first_line
-from lib.core.lazy import torch, transformers
+from lib.core.lazy import torch
 from lib.core.names import did_you_mean
-from lib.models.load import check_hub
+from lib.models.load import Tokenizer, check_hub
 
 LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
 # Documents to tokenise at once: enough for a fast tokenizer's threads.
@@ -79,8 +79,6 @@ def check_text(field: str, name: str) -> None:
         raise UserError(field, name, f"unknown data set.{did_you_mean(name, DATASETS)} {choices}")
     if not path.is_file():
         raise UserError(field, name, "file not found")
-    if path.stat().st_size == 0:
-        raise UserError(field, name, "the file is empty")
 
 
 def read_text(field: str, name: str, split: str) -> Text:
@@ -119,21 +117,14 @@ def _hub(path: str, config: str | None, split: str, **kwargs):
 
 
 def calibration_windows(
-    name: str, tokenizer: transformers.PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
+    name: str, tokenizer: Tokenizer, nsamples: int, seqlen: int, seed: int, source: Text | None = None
 ) -> torch.Tensor:
-    """Return ``nsamples`` random windows of the training text, [nsamples, seqlen] int64.
+    """Return ``nsamples`` random windows of the training text, or of its part ``source``, [nsamples, seqlen] int64.
 
-    Drawn with ``random`` after ``random.seed(seed)``, in the published order of draws.
-
-    Raises:
-        UserError: the text is too short for a window.
+    Drawn with ``random`` after ``random.seed(seed)``, in the published order of draws. A text that is too short for a
+    window is a UserError.
     """
-    return _draw(name, read_text("calib_data", name, "train"), tokenizer, nsamples, seqlen, seed)
-
-
-def _draw(
-    name: str, source: Text, tokenizer: transformers.PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int
-) -> torch.Tensor:
+    source = read_text("calib_data", name, "train") if source is None else source
     random.seed(seed)
     if source.documents is None:
         tokens = _tokenise(tokenizer, source.stream)
@@ -158,19 +149,12 @@ def _draw(
 
 
 def search_windows(
-    name: str,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    counts: tuple[int, int],
-    seqlen: int,
-    seed: int,
-    purpose: str,
+    name: str, tokenizer: Tokenizer, counts: tuple[int, int], seqlen: int, seed: int, purpose: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``counts`` random windows of the training text, for calibration and held out, without overlap.
 
-    Every second document is held out, or the last fifth of a stream.
-
-    Raises:
-        UserError: either part is too short for a window; names the ``purpose`` of the windows.
+    Every second document is held out, or the last fifth of a stream. If either is too short for a window, a UserError
+    names the ``purpose`` of the windows.
     """
     documents, stream, _ = read_text("calib_data", name, "train")
     if stream is None:
@@ -178,21 +162,16 @@ def search_windows(
     else:
         cut = len(stream) * 4 // 5
         halves = [Text(stream=stream[:cut]), Text(stream=stream[cut:])]
-    name = f"{name} (for {purpose})"
-    return tuple(_draw(name, half, tokenizer, count, seqlen, seed) for half, count in zip(halves, counts, strict=True))
+    pairs, name = zip(halves, counts, strict=True), f"{name} (for {purpose})"
+    return tuple(calibration_windows(name, tokenizer, count, seqlen, seed, half) for half, count in pairs)
 
 
 def evaluation_windows(
-    name: str,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    seqlen: int,
-    most: int | None = None,
-    field: str = "eval_data",
+    name: str, tokenizer: Tokenizer, seqlen: int, most: int | None = None, field: str = "eval_data"
 ) -> torch.Tensor:
     """Return the non-overlapping windows of the test text, [windows, seqlen] int64; the remainder is dropped.
 
-    Raises:
-        UserError: the text is too short for one window, or for the requested ``most``.
+    A text that is too short for one window, or for the requested ``most``, is a UserError.
     """
     documents, stream, most_windows = read_text(field, name, "test")
     tokens = _tokenise(tokenizer, "\n\n".join(documents) if stream is None else stream)
@@ -202,20 +181,13 @@ def evaluation_windows(
 
 
 def training_blocks(
-    field: str,
-    name: str,
-    split: str,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    size: int,
-    most: int | None = None,
+    field: str, name: str, split: str, tokenizer: Tokenizer, size: int, most: int | None = None
 ) -> torch.Tensor:
     """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
 
     Documents are tokenised one by one, each with the tokenizer's special tokens, as is usual in fine-tuning; a stream
-    gets them once, at its start. Only as much text is tokenised as ``most`` blocks need.
-
-    Raises:
-        UserError: the text is too short for one block.
+    gets them once, at its start. Only as much text is tokenised as ``most`` blocks need. A text that is too short for
+    one block is a UserError.
     """
     documents, stream, _ = read_text(field, name, split)
     pieces, step = (documents, _DOCUMENTS_AT_ONCE) if stream is None else (_pieces(stream), 1)
@@ -242,7 +214,7 @@ def _pieces(stream: str) -> list[str]:
     return [stream[left:right] for left, right in zip(cuts, [*cuts[1:], len(stream)], strict=True)]
 
 
-def _tokenise(tokenizer: transformers.PreTrainedTokenizerBase, stream: str) -> torch.Tensor:
+def _tokenise(tokenizer: Tokenizer, stream: str) -> torch.Tensor:
     # No warning (verbose): a stream is longer than the model's context on purpose.
     return torch.tensor(tokenizer(stream, verbose=False).input_ids, dtype=torch.long)
 

@@ -45,7 +45,6 @@ def make_parser(settings: type[Flags], prog: str, description: str, epilog: str 
 
 
 def _add(group, settings: type[Flags], item: Field, kind: Any) -> None:
-    """Add one flag to its group of the parser."""
     declared, default, choices = item.metadata, item.default, item.metadata["choices"]
     # Another flag in braces is shown in its spelling.
     help = re.sub(r"\{(?!choices)(\w+)\}", lambda name: f"--{settings.spelling(name[1])}", declared["help"])
@@ -86,30 +85,22 @@ def auto_or_float(word: str) -> float | str:
     return word if word == "auto" else float(word)
 
 
-def parse(
-    settings: type[SettingsT], argv: Sequence[str] | None, parser: Parser, rest: list[str] | None = None
-) -> SettingsT:
+def parse(settings: type[SettingsT], argv: Sequence[str] | None, parser: Parser) -> SettingsT:
     """Return the settings of the command line ``argv``, checked as far as possible without a model.
 
-    Args:
-        rest: receives unknown arguments, for a command that passes them on; without it, they are an error.
-
-    Raises:
-        UserError: an unknown flag, a value out of its range, a contradiction.
+    An unknown flag, a value out of its range, or a contradiction is a UserError.
     """
-    if rest is None:
-        values = vars(parser.parse_args(argv))
-    else:
-        namespace, unknown = parser.parse_known_args(argv)
-        values = vars(namespace)
-        rest += unknown
+    namespace, rest = parser.parse_known_args(argv)
+    if rest and not settings._passes_on:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    values = vars(namespace)
     ignored = [name for name in settings._ignored if values.pop(name, None) is not None]
     if ignored:
         log.warning("flags of the published training script, which do nothing here: --%s", ", --".join(ignored))
     # A shell leaves the ~ of --save=~/results to the command.
     values = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
     command_settings = settings(**values)
-    command_settings.given = frozenset(values)
+    command_settings.given, command_settings.rest = frozenset(values), tuple(rest)
     check_values(command_settings)
     command_settings.check()
     return command_settings
@@ -132,19 +123,13 @@ def command(
         processes: whether several processes may run it together (torchrun, accelerate launch).
         out_of_memory: what to do when a GPU runs out of memory.
     """
-    return answer(parser.prog, settings, lambda: run(parse(settings, argv, parser)), resume, processes, out_of_memory)
-
-
-def answer(
-    prog: str, settings: type[Flags], work: Callable[[], Any], resume: str, processes: bool, out_of_memory: str
-) -> int:
-    """Do ``work``, including parsing the command line, and return the exit status; see ``command``."""
     quiet()
+    prog = parser.prog
     try:
         if not processes and started() > 1:
             problem = f"{started()} processes were started (WORLD_SIZE), and {prog} runs as one, on all GPUs"
             raise UserError(None, None, problem, "start it with python")
-        status = work()
+        status = run(parse(settings, argv, parser))
     except UserError as error:
         if any(item.name == error.field and item.metadata["positional"] for _, item, _ in settings.declared()):
             error.field = None  # a value without a flag

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ BOUNDS = {
     "most": ("at most", operator.le),
     "below": ("below", operator.lt),
 }
+# Placeholders in --help of the flags that may name a file or folder.
+_NAMES_A_PATH = (None, "TEXT", "DIR", "FILE")
 
 
 def flag(  # noqa: PLR0913  each is a word of a declaration
@@ -71,14 +73,16 @@ class Flags:
 
     ``_without`` names inherited flags that the command leaves out, ``_ignored`` those of a published script that have
     no effect. ``_spelled`` maps fields to the published spelling of their flags where that differs. ``given`` names the
-    fields set on the command line.
+    fields set on the command line, and ``rest`` are its unknown arguments, an error unless the command ``_passes_on``.
     """
 
     _title: ClassVar[str] = ""
     _without: ClassVar[Sequence[str]] = ()
     _spelled: ClassVar[dict[str, str]] = {}
     _ignored: ClassVar[Sequence[str]] = ()
+    _passes_on: ClassVar[bool] = False
     given: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
+    rest: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
 
     @classmethod
     def spelling(cls, name: str) -> str:
@@ -88,7 +92,7 @@ class Flags:
     @classmethod
     def declared(cls) -> Iterator[tuple[str, Field, Any]]:
         """Yield (title of the group, field, type) of every flag, in the order of the groups."""
-        by_name = {item.name: item for item in fields(cls) if item.name not in ("given", *cls._without)}
+        by_name = {item.name: item for item in fields(cls) if item.name not in ("given", "rest", *cls._without)}
         hints = get_type_hints(cls)
         for group in filter(is_dataclass, cls.__mro__):
             for name in group.__dict__.get("__annotations__", {}):
@@ -102,10 +106,8 @@ class Flags:
 
     def paths(self) -> dict[str, Path]:
         """Return the values of the flags that may name a file or folder, by field."""
-        names = [
-            item.name for _, item, _ in self.declared() if item.metadata["metavar"] in (None, "TEXT", "DIR", "FILE")
-        ]
-        values = {name: getattr(self, name) for name in names}
+        named = [item.name for _, item, _ in self.declared() if item.metadata["metavar"] in _NAMES_A_PATH]
+        values = {name: getattr(self, name) for name in named}
         return {name: Path(value) for name, value in values.items() if value and isinstance(value, str)}
 
     def traits(self) -> set[str]:
@@ -132,11 +134,7 @@ class Flags:
                 yield item
 
     def check(self) -> None:
-        """Refuse flags that do nothing; extended by the commands by contradictions between the flags.
-
-        Raises:
-            UserError: naming the flag.
-        """
+        """Refuse flags that do nothing; extended by the commands by contradictions between the flags."""
         for item in self.idle():
             if not item.metadata["warns"]:
                 raise UserError(item.name, None, f"does nothing {self.situation()}", f"it is for {self.purpose(item)}")
@@ -149,22 +147,16 @@ class Flags:
 
 
 def check_values(settings: Flags) -> None:
-    """Refuse a value that its flag's declaration does not allow."""
+    """Refuse a value, or one of a list, that its flag's declaration does not allow."""
     for _, item, _ in settings.declared():
-        value, metavar = getattr(settings, item.name), item.metadata["metavar"] or ""
+        given, declared = getattr(settings, item.name), item.metadata
         # Such as an unset variable of the shell; a list may be empty, and says what that means.
-        if value == "" and item.name in settings.given and "," not in metavar:
+        if given == "" and item.name in settings.given and "," not in (declared["metavar"] or ""):
             raise UserError(item.name, "''", "is empty", "give a value")
-        if item.metadata["choices"] and value is not None:
-            for name in value if isinstance(value, (list, tuple)) else [value]:
-                check_name(item.name, name, item.metadata["choices"])
-        check_range(item.name, value, item.metadata)
-
-
-def check_range(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    """Refuse a number, or one of a list, outside the ``bounds`` of the flag ``name``; see ``flag``."""
-    limits = [(*BOUNDS[key], bounds[key]) for key in BOUNDS if bounds.get(key) is not None]
-    for number in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(number, (int, float)) and not all(fits(number, bound) for _, fits, bound in limits):
-            words = " and ".join(f"{word} {bound}" for word, _, bound in limits)
-            raise UserError(name, number, f"must be {words}")
+        limits = [(*BOUNDS[key], declared[key]) for key in BOUNDS if declared[key] is not None]
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            if declared["choices"] and value is not None:
+                check_name(item.name, value, declared["choices"])
+            if isinstance(value, (int, float)) and not all(fits(value, bound) for _, fits, bound in limits):
+                words = " and ".join(f"{word} {bound}" for word, _, bound in limits)
+                raise UserError(item.name, value, f"must be {words}")

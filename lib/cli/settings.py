@@ -39,9 +39,7 @@ class ModelFlags(Flags):
     _title: ClassVar[str] = "model"
 
     model: str = flag(MISSING, f"hub id, local folder, .gguf file, or {SMOLLM2}; families that were tried: {SUPPORTED}")
-    cache_dir: str = flag(
-        "llm_weights", "folder of downloaded and converted weights", in_repository=True, metavar="DIR"
-    )
+    cache_dir: str = flag("llm_weights", "folder of downloaded or converted weights", in_repository=True, metavar="DIR")
     dtype: str = flag(
         "auto", "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU, "
         "which saves in the checkpoint's own", choices=DTYPES,
@@ -123,9 +121,7 @@ class AllocationFlags(Flags):
         "auto", "{choices}; auto: bfloat16 on a CPU that multiplies it, else the model's own",
         choices=price_model.SEARCH_DTYPES, only="_price",
     )  # fmt: skip
-    price_effort: str = flag(
-        "full", "{choices}: two windows a step, or half of one", choices=price.EFFORTS, only="_price"
-    )
+    price_effort: str = flag("full", "{choices}: 2 windows a step or half of one", choices=price.EFFORTS, only="_price")
     metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
     plan: str | None = flag(None, "take the layers' ratios from a {save_plan} file", only="pruning", metavar="FILE")
     save_plan: str | None = flag(None, "write the layers' ratios, by name, as JSON", only="pruning", metavar="FILE")
@@ -282,11 +278,7 @@ class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFl
         return price.SearchOptions(self.price_steps, price.EFFORTS[self.price_effort])
 
     def task(self) -> Task:
-        """Return the task that the flags describe.
-
-        Raises:
-            UserError: flags that contradict each other.
-        """
+        """Return the task that the flags describe; flags that contradict each other are a UserError."""
         if self.metrics_only:
             return self.settled(Task("metrics", None, "ww", 0.0))
         if self.prune_method is None:
@@ -308,13 +300,11 @@ class Experiment(ModelFlags, TextFlags, MethodFlags, EvaluationFlags, ZeroShotFl
                 raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
         target = implied or self.sparsity_ratio
         if not target:
-            raise UserError(
-                "prune_method", None, f"{method} without a sparsity", "add --sparsity_ratio or --sparsity_type"
-            )
+            fix = "add --sparsity_ratio or --sparsity_type"
+            raise UserError("prune_method", None, f"{method} without a sparsity", fix)
         if self.sparsity_ratio and abs(self.sparsity_ratio - target) > 1e-9:
-            raise UserError(
-                "sparsity_ratio", self.sparsity_ratio, f"with {by}, which removes {target:g}", "leave it out"
-            )
+            problem = f"with {by}, which removes {target:g}"
+            raise UserError("sparsity_ratio", self.sparsity_ratio, problem, "leave it out")
         if self.use_variant and grouped:
             raise UserError("use_variant", None, f"with {by}: the variant is unstructured only")
         table = VARIANTS if self.use_variant else PRUNERS

@@ -43,13 +43,6 @@ def check_writable(field: str, folder: Path, need_bytes: int = 0) -> None:
         raise UserError(field, folder, problem, "give a folder on another disk")
 
 
-def check_file(field: str, path: Path) -> None:
-    """Refuse a ``path`` to write where something else than an ordinary file stands, such as a folder or a device."""
-    if os.path.lexists(path) and not path.is_file():
-        problem = "is a folder" if path.is_dir() else "is not an ordinary file, and would be replaced by one"
-        raise UserError(field, path, problem, "give another file")
-
-
 def check_folder(field: str | None, folder: Path) -> None:
     """Refuse a ``folder`` to write where a file or a link stands, which would be moved out of the way and be lost."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):

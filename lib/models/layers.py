@@ -33,10 +33,8 @@ class Layer(NamedTuple):
 def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     """Return the dotted name of the list of a causal language model's transformer blocks, and the list.
 
-    It is the outermost ModuleList whose entries all contain linear layers and whose length matches the config.
-
-    Raises:
-        UserError: there is no such list.
+    It is the outermost ModuleList whose entries all contain linear layers and whose length matches the config. If there
+    is no such list, the model is not supported: a UserError.
     """
     lists: dict[str, torch.nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -90,10 +88,8 @@ def prunable_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 def check_support(given: str, model: torch.nn.Module) -> None:
     """Refuse the model ``given`` if its blocks contain matrices that would silently be left dense."""
-    reason, routers = None, router_types(model)
-    if any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in model.modules()):
-        reason = "its layers are transformers' Conv1D, not nn.Linear"
-    for block in () if reason else find_blocks(model)[1]:
+    routers = router_types(model)
+    for block in find_blocks(model)[1]:
         experts = [module for module in block.modules() if is_experts(module)]
         steering = [m for m in block.modules() if isinstance(m, routers)]
         vectors = [m for m in block.modules() if getattr(m, "out_features", 0) == 1]
@@ -111,7 +107,8 @@ def check_support(given: str, model: torch.nn.Module) -> None:
             reason = "it is a mixture whose experts are not held as transformers marks them"
         elif left_dense:
             reason = f"its blocks hold matrices that are not linear layers ({left_dense[0]})"
-    if reason:
+        else:
+            continue
         problem = f"{architecture(model.config)} is not supported, {reason}"
         raise UserError("model", given, problem, f"supported: {SUPPORTED}")
 

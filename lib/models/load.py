@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -27,6 +27,7 @@ from lib.models.weights import Weights, held_dtypes
 log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
+Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _HUB_PATIENCE = 5.0  # seconds
 
@@ -43,8 +44,7 @@ class Source(NamedTuple):
 def load_skeleton(source: Source) -> transformers.PreTrainedModel:
     """Return the model without weights (on the meta device): its config, blocks and shapes, within a second.
 
-    Raises:
-        UserError: the hub id cannot be reached, or the kind of model is not supported.
+    A hub id that cannot be reached, or a kind of model that is not supported, is a UserError.
     """
     if not Path(source.path).exists():
         check_hub()
@@ -85,24 +85,15 @@ def check_hub() -> None:
         socket.create_connection(address[:2], _HUB_PATIENCE).close()
     except (OSError, TooLong):
         log.warning("%s cannot be reached: only what is in the local cache can be used", host.hostname)
-        _go_offline()
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries when they are imported
+        for name in {"huggingface_hub.constants", "datasets.config"} & sys.modules.keys():
+            sys.modules[name].HF_HUB_OFFLINE = True
     finally:
         pool.shutdown(wait=False)  # a name server that does not answer is not waited for
 
 
-def _go_offline() -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries when they are imported
-    for name in ("huggingface_hub.constants", "datasets.config"):
-        if name in sys.modules:
-            sys.modules[name].HF_HUB_OFFLINE = True
-
-
-def load_tokenizer(source: Source) -> transformers.PreTrainedTokenizerBase:
-    """Return the model's own tokenizer, with its defaults.
-
-    Raises:
-        UserError: the tokenizer is missing or cannot be read.
-    """
+def load_tokenizer(source: Source) -> Tokenizer:
+    """Return the model's own tokenizer, with its defaults; a UserError if it is missing or cannot be read."""
     folder = Path(source.path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         fix = "copy the original model's there (tokenizer.json, tokenizer_config.json ...)"
@@ -155,13 +146,12 @@ def load_llm(
 ) -> transformers.PreTrainedModel:
     """Return the model in evaluation mode: over all GPUs (and the CPU, if they are too small), or on the CPU.
 
+    Weights that are missing, damaged or of another model, or too large for GPU and CPU memory, are a UserError.
+
     Args:
         device: where to put the whole model instead.
         reserve: bytes of each GPU that are left for the work (see ``working_set``).
         config: of another model, for a folder that contains only weights.
-
-    Raises:
-        UserError: weights that are missing, damaged or of another model, or too large for GPU and CPU memory.
     """
     options = {"device_map": None if device is None else {"": device}}
     spread = device is None and cpu.gpus() > 0
@@ -213,10 +203,8 @@ def empty_llm(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """Return a folder's model in evaluation mode, its parameters in ``dtype`` on the meta device.
 
     Its buffers are computed in float32 as ``from_pretrained`` computes them: in 16 bits GPT-J's table of angles would
-    be of other angles. Those that checkpoints contain are then in the dtype in which it holds them.
-
-    Raises:
-        UserError: its config or its settings of generation are damaged.
+    be of other angles. Those that checkpoints contain are then in the dtype in which it holds them. A damaged config,
+    or damaged settings of generation, is a UserError.
     """
     from accelerate import init_empty_weights
 
@@ -253,11 +241,10 @@ def untie(model: transformers.PreTrainedModel) -> None:
             config.tie_word_embeddings = False
 
 
-def save_llm(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, target: Path, dtype=None) -> None:
+def save_llm(model: torch.nn.Module, tokenizer: Tokenizer, target: Path, dtype=None) -> None:
     """Write a Hugging Face folder (safetensors, tokenizer), with weights in ``dtype``, None for the model's own.
 
-    Raises:
-        UserError: the disk is full or the path is not writable.
+    A full disk, or a path that is not writable, is a UserError.
     """
     with new_folder(target) as folder:
         state = None
@@ -268,9 +255,7 @@ def save_llm(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizer
         tokenizer.save_pretrained(folder)
 
 
-def complete_folder(
-    folder: Path, weights: Weights, tokenizer: transformers.PreTrainedTokenizerBase, dtype: torch.dtype
-) -> None:
+def complete_folder(folder: Path, weights: Weights, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
     """Complete a folder with one shard per block, in ``dtype``, as a Hugging Face folder."""
     model = weights.model
     with writing(folder):

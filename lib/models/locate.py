@@ -21,10 +21,8 @@ SMOLLM2 = "smollm2-135m"
 def locate(model: str, cache_dir: str) -> Source:
     """Return where ``model`` comes from: a local folder, a ``.gguf`` file, ``smollm2-135m``, or else a hub id.
 
-    A GGUF file is converted to a folder in ``cache_dir``, once.
-
-    Raises:
-        UserError: a local folder or file that is missing, empty or not a causal language model.
+    A GGUF file is converted to a folder in ``cache_dir``, once. A local folder or file that is missing, or is not a
+    causal language model, is a UserError.
     """
     if model == SMOLLM2:
         return Source(model, str(_converted(_smollm2_gguf(), SMOLLM2, cache_dir)), SMOLLM2, cache_dir)
@@ -49,13 +47,12 @@ def locate(model: str, cache_dir: str) -> Source:
 def _check_model_folder(model: str, path: Path) -> None:
     names = sorted(p.name for p in path.iterdir())
     ggufs = [name for name in names if name.endswith(".gguf")]
-    if not names:
-        raise UserError("model", model, "the folder is empty", "it should hold config.json and the weights")
     if "config.json" not in names:
         fix = f"give the file: --model {path / ggufs[0]}" if ggufs else "it should hold a Hugging Face model"
         if "adapter_config.json" in names:
             fix = "it holds a LoRA adapter; give the folder of the model it belongs to"
-        raise UserError("model", model, f"the folder holds no config.json (it holds {', '.join(names[:4])})", fix)
+        inside = ", ".join(names[:4]) or "nothing"
+        raise UserError("model", model, f"the folder holds no config.json (it holds {inside})", fix)
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise UserError("model", model, "the folder holds config.json but no weights (*.safetensors or *.bin)")
 

@@ -210,7 +210,7 @@ def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) ->
 
 
 def held_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return the dtype in which ``from_pretrained`` holds each floating-point tensor of a ``model`` asked for ``dtype``.
+    """Return the dtype in which ``from_pretrained`` holds each float tensor of a ``model`` asked for ``dtype``.
 
     Some stay in float32, routers above all.
     """

@@ -26,12 +26,9 @@ def check_output(
 ) -> None:
     """Refuse output that cannot be written or would destroy something; warn of earlier runs that will be replaced.
 
-    Published file names contain neither seed nor N:M nor epsilon, so that two runs may have the same ones.
-
-    Args:
-        save: folder of the figures of the ``run``.
-        target: folder of the pruned model, which is known by the file ``mark`` in it; None if it is not saved.
-        paths: files and folders that the ``flags`` name, by field.
+    Published file names contain neither seed nor N:M nor epsilon, so that two runs may have the same ones. The figures
+    of the ``run`` go to ``save``, the pruned model to ``target`` (None: it is not saved), where an earlier one is known
+    by the file ``mark``. ``paths`` are the files and folders that the ``flags`` name, by field.
     """
     files.check_writable("save", save)
     earlier = read_run(save, run)
@@ -42,7 +39,9 @@ def check_output(
         if target.exists() and not (earlier and not earlier.get("complete")):
             log.warning("%s already exists and will be replaced, with every file in it", target)
     for name in sorted(paths.keys() & {"save_plan", "export_llmcompressor"}):
-        files.check_file(name, paths[name])
+        if paths[name].exists() and not paths[name].is_file():
+            problem = "is a folder" if paths[name].is_dir() else "is not an ordinary file, and would be replaced by one"
+            raise UserError(name, paths[name], problem, "give another file")
         for read in paths.keys() & {"model", "calib_data", "eval_data", "plan"}:
             if paths[name].resolve().is_relative_to(paths[read].resolve()):
                 raise UserError(name, paths[name], f"would be written over {flag_name(read)}", "give another file")
@@ -105,9 +104,8 @@ def check_calibration(hidden_states: str, nsamples: int) -> None:
     if hidden_states == "gpu" and not cpu.gpus():
         raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", "use cpu or disk")
     if nsamples < processes.count():
-        raise UserError(
-            "nsamples", nsamples, "is too few to share", f"give one for each of {processes.count()} processes"
-        )
+        fix = f"give one for each of {processes.count()} processes"
+        raise UserError("nsamples", nsamples, "is too few to share", fix)
 
 
 def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | None:
@@ -125,12 +123,9 @@ def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | N
 def must_stream(task: Task, stream: str, fits: bool, zero_shot: bool, packed: bool, saved: bool) -> bool:
     """Return whether the weights are read block by block from disk, for ``stream``: auto, always or never.
 
-    Args:
-        fits: whether the model fits into memory beside what the run needs.
-        zero_shot, packed, saved: whether lm-eval is to run, and how the pruned model is written.
-
-    Raises:
-        UserError: a streamed model cannot do what is asked for, or several processes have no room for a model each.
+    ``fits``: the model has room in memory beside what the run needs. ``zero_shot``: lm-eval is to run. ``packed``,
+    ``saved``: how the pruned model is written. If a streamed model cannot do what is asked for, or several processes
+    have no room for a model each, it is a UserError.
     """
     if stream == "never" and processes.count() > 1 and not fits:
         problem = f"each of the {processes.count()} processes holds the whole model, for which there is no room"

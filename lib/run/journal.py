@@ -118,9 +118,8 @@ class Journal:
     def begin(self, identity: dict[str, Any]) -> None:
         """Resume where an earlier run with the same ``identity`` stopped, or start; another run is a UserError.
 
-        Args:
-            identity: ``flags`` and ``versions`` by name, digests of the ``plan`` and the ``calibration`` windows, and
-                the ``fingerprints`` of the dense weights by layer.
+        The identity holds ``flags`` and ``versions`` by name, digests of the ``plan`` and the ``calibration`` windows,
+        and the ``fingerprints`` of the dense weights by layer.
         """
         self.finished = processes.on_main(lambda: self._begin(json.loads(json.dumps(identity))))
         if self.finished:

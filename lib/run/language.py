@@ -87,7 +87,6 @@ class LanguageModel:
             checkpoint_entries(self.streamed)  # refuses what cannot be streamed
 
     def _read_texts(self, settings: Experiment, task: Task) -> None:
-        """Read the windows and questions that the run needs."""
         self.calibration = self.evaluation = self.search = self.questions = None
         self.calibration_digest, self.search_digests = "none", []
         context = load.context_length(self.skeleton)
@@ -192,8 +191,7 @@ class LanguageModel:
     def save(self, journal: Journal, packed: bool, sparsity: float) -> Path:
         """Complete the folder of the pruned blocks and move it into its place, which is returned.
 
-        Raises:
-            UserError: it cannot be written, or its measured ``sparsity`` is another when read back.
+        If it cannot be written, or its measured ``sparsity`` is another when read back, it is a UserError.
         """
         if journal.failure:
             raise journal.failure

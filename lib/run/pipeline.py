@@ -65,11 +65,15 @@ def measure_values(
         search = search_prices(subject, task, options, journal)
         return search.ratios, search
 
-    target = task.target if needs in block_scores.WEIGHT_SCORES else 0.0  # the other scores depend on no target
-    multiple = task.hyper["owl_m"] if needs == "outlier_ratio" else 0.0
-    key = (needs, target, multiple, subject.calibration_digest)
+    of_weights = block_scores.WEIGHT_SCORES.get(needs)
+    multiple = {"multiple": task.hyper["owl_m"]} if needs == "outlier_ratio" else {}
+    key = (needs, task.target) if of_weights else (needs, subject.calibration_digest, *multiple.values())
     if key not in subject.scores:
-        values = block_scores.measure_scores(needs, subject.weights, target, subject.inputs, multiple)
+        if of_weights:
+            values = block_scores.shares_below(subject.weights, task.target, of_weights)
+        else:
+            number = partial(block_scores.BLOCK_SCORES[needs], **multiple)
+            values = block_scores.score_blocks(subject.weights, subject.inputs(), number)
         # All processes take the first one's, which are the same but for the last bit, so that all make the same plan.
         subject.scores[key] = processes.on_main(lambda: values)
     return subject.scores[key], None
@@ -110,10 +114,9 @@ def make_plan(task: Task, layers: Sequence[Layer], values: Values | None, trial:
     allocation = formulas.ALLOCATIONS[task.allocation]
     hyper = {name: task.hyper[name] for name in allocation.flags} | ({} if trial is None else {"epsilon": trial})
     ratios = allocation.share(layers, task.target, values, **hyper)
-    if task.nm is None:
-        return SparsityPlan(task.target, ratios)
-    uniform = dict.fromkeys(ratios, task.nm)
-    nm = formulas.mixed_nm(layers, ratios, task.target, task.nm[1]) if task.allocation else uniform
+    if task.nm is None or not task.allocation:
+        return SparsityPlan(task.target, ratios, task.nm)
+    nm = formulas.mixed_nm(layers, ratios, task.target, task.nm[1])
     return SparsityPlan(task.target, {name: 1 - n / m for name, (n, m) in nm.items()}, nm)
 
 

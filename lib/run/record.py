@@ -187,16 +187,13 @@ def provenance() -> dict:
     versions = {"alphapruning": __version__, "python": sys.version.split()[0]}
     versions |= {name: version(name) for name in _PACKAGES if find_spec(name)}
     cuda = [torch.cuda.get_device_name(device) for device in cuda_in_use()]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = None  # of a copy without git
+    with suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "versions": versions,
-        "git_commit": _git_commit(),
+        "git_commit": commit,
         "device": cuda or [f"cpu ({torch.get_num_threads()} threads)"],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return None

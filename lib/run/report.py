@@ -60,9 +60,7 @@ def show_prices(
 ) -> None:
     """Print, record and plot the search for prices, if there was one; printed are the steps evaluated on held-out data.
 
-    Args:
-        data: what the search evaluates on.
-        of: what the KL is a mean over.
+    ``data`` is what the search evaluates on, ``of`` what the KL is a mean over.
     """
     if search is None:
         return

@@ -12,8 +12,6 @@ from typing import Any, ClassVar, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tabulate import tabulate
-
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
 from lib.core import cpu, files
@@ -22,6 +20,7 @@ from lib.core.lazy import torch
 from lib.core.names import check_name
 from lib.run.record import provenance
 from scripts.bench.cases import PARTS, SIZES, Case, Sizes
+from scripts.table import formatted
 
 # TFLOP/s of dense products of halves with float32 sums, as the manufacturer gives them, by a part of the card's name.
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
@@ -36,10 +35,7 @@ class Benchmark(Flags):
 
     parts: str = flag(",".join(PARTS), "what is compared, with commas between the parts", metavar="P,P")
     device: str = flag("cpu", "where it is computed: {choices}", choices=("cpu", "cuda"))
-    shapes: str | None = flag(
-        None, "whose shapes the random weights have: {choices} (default: the first on a CPU, the second on a GPU)",
-        choices=tuple(SIZES),
-    )  # fmt: skip
+    shapes: str | None = flag(None, "whose shapes the weights have (default: by the device)", choices=tuple(SIZES))
     blocks: int = flag(2, "blocks that are walked, a count", least=1, metavar="N")
     samples: int = flag(8, "calibration windows, a count", least=1, metavar="N")
     rounds: int = flag(3, "turns of each, of which the fastest counts, a count", least=1, metavar="N")
@@ -57,11 +53,9 @@ class Benchmark(Flags):
 
 
 PARSER = make_parser(
-    Benchmark,
-    "bench.py",
-    __doc__,
+    Benchmark, "bench.py", __doc__,
     "Seconds are CPU seconds of all threads, on a GPU seconds until it is done; GiB: the most beyond what was there.",
-)
+)  # fmt: skip
 
 
 class Cost(NamedTuple):
@@ -139,8 +133,7 @@ def table(rows: Sequence[Row], peak: float | None = None) -> str:
             shown(rate / peak if rate and peak else None, ".1%"), shown(plain.seconds, ".4f"),
             shown(plain.gib, ".2f"), shown(ratio, ".1f"), shown(row.alike, ".4f"),
         ])  # fmt: skip
-    align = ("left", *["right"] * (len(HEADINGS) - 1))
-    return tabulate(lines, HEADINGS, tablefmt="github", colalign=align, disable_numparse=True)
+    return formatted([HEADINGS, *lines], "markdown")
 
 
 def bench(parts: Sequence[str], sizes: Sizes, device: torch.device, rounds: int) -> list[Row]:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lib.allocation import price_model
-from lib.allocation.block_scores import lamp_score, median_score, outlier_ratio
 from lib.allocation.price import EFFORTS
 from lib.calibration.hidden import enter_blocks
 from lib.calibration.statistics import STATISTICS, as_float32
@@ -96,12 +95,8 @@ def random_llama(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tran
         return transformers.LlamaForCausalLM(config).to(dtype).eval()
 
 
-# ------------------------------------------------------------------------------------------------------------ the parts
-
-
 def metrics(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for each driver and shape, and one for the fit over all candidates."""
-
     for shape in sizes.shapes[:2]:
         weight = random_weight(shape, device)
         for driver in DRIVERS:
@@ -162,25 +157,6 @@ def pruners(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         yield Case(f"{name}, variant, {shape}", partial(ours, pruner, None))
 
 
-def block_scores(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """Yield a case for each value that an allocation needs of a block's scores or of a matrix."""
-    block = [random_weight(shape, device).float().abs() for shape in sizes.shapes]
-
-    def plain_median() -> float:
-        flat = torch.cat([score.flatten() for score in block]).sort().values
-        return flat[(len(flat) - 1) // 2].item()
-
-    def plain_outliers() -> float:
-        flat = torch.cat([score.flatten() for score in block])
-        return 100 * (flat > 5 * flat.mean(dtype=torch.float64)).double().mean().item()
-
-    of_scores = f"of {sum(score.numel() for score in block) / 1e6:.1f} million scores"
-    yield Case(f"median {of_scores}", partial(median_score, block), plain_median, same_numbers)
-    outliers = partial(outlier_ratio, block, multiple=5.0)
-    yield Case(f"outliers {of_scores}", outliers, plain_outliers, same_numbers)
-    yield Case(f"LAMP scores, {block[0].shape[0]}x{block[0].shape[1]}", partial(lamp_score, block[0]))
-
-
 def prices(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for the ranks of the widest matrix, and one for the prices of a search's step, in float32."""
     score = random_weight(sizes.shapes[2], device).float().abs()
@@ -235,7 +211,6 @@ PARTS: dict[str, Callable[[Sizes, torch.device], Iterator[Case]]] = {
     "metrics": metrics,
     "statistics": statistics,
     "pruners": pruners,
-    "scores": block_scores,
     "price": prices,
     "walk": walks,
 }

@@ -14,9 +14,6 @@ DAMPING = 0.01  # share of the Hessian's mean diagonal that SparseGPT adds to it
 Groups = tuple[int, int] | None  # (N, M): keep N of every M columns
 
 
-# ----------------------------------------------------------------------------------------------- spectra and their fits
-
-
 def spectrum(weight: torch.Tensor) -> torch.Tensor:
     """Return the squared float32 singular values of ``weight``, ascending."""
     return torch.linalg.svdvals(weight.float()).square().flip(0)
@@ -38,9 +35,6 @@ def best_fit(eigs: torch.Tensor, starts: Sequence[int]) -> tuple[int, float]:
     fits = {start: fit for start, fit in fits.items() if 1 < fit[0] < math.inf}
     best = min(fits, key=lambda start: fits[start][1])
     return best, fits[best][0]
-
-
-# -------------------------------------------------------------------------------------------------------------- pruners
 
 
 def magnitude(weight: torch.Tensor, _: None, ratio: float, nm: Groups) -> torch.Tensor:
@@ -115,9 +109,6 @@ def _without(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return pruned
 
 
-# ----------------------------------------------------------------------------------------------------------- statistics
-
-
 def squared_norms(x: torch.Tensor, mean: torch.Tensor | None, seen: int) -> torch.Tensor:
     """Return the mean [in] of the squared norms of the columns of ``seen`` samples and of x [tokens, in]."""
     norms = x.float().T.norm(p=2, dim=1) ** 2
@@ -148,9 +139,6 @@ METHODS = {
     "wanda": Method(wanda, squared_norms),
     "sparsegpt": Method(sparsegpt, hessian),
 }
-
-
-# ------------------------------------------------------------------------------------------------------------- the walk
 
 
 class _Caught(Exception):
@@ -195,9 +183,6 @@ def _enter(model: torch.nn.Module, first: torch.nn.Module, windows: torch.Tensor
             model(window[None], use_cache=False)
     hook.remove()
     return hidden, arguments
-
-
-# --------------------------------------------------------------------------------------------------------------- prices
 
 
 def row_ranks(score: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,6 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tabulate import tabulate
-
 from lib.allocation import price
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
@@ -26,6 +24,7 @@ from lib.models.locate import SMOLLM2, locate
 from lib.models.safetensors_io import write_index, write_shard
 from lib.pruning import alps
 from lib.pruning.pruners import PRUNERS
+from scripts.table import formatted
 
 ROOT = Path(__file__).resolve().parents[2]
 # Hidden and inner width, blocks, heads, heads of keys and values, vocabulary: LLaMA 1 and 2, LLaMA 3.1's 405B.
@@ -49,9 +48,7 @@ class Scale(Flags):
 
     nsamples: int = flag(128, "calibration windows, a count", least=1, metavar="N")
     seqlen: int = flag(2048, "window length, tokens", least=2, metavar="N")
-    tflops: float | None = flag(
-        None, "what the machine reaches, TFLOP/s (default: measured here by a product)", above=0, metavar="X"
-    )
+    tflops: float | None = flag(None, "TFLOP/s of the machine (default: those of a product)", above=0, metavar="X")
     make: str | None = flag(None, "write a LLaMA with random float16 weights to this folder instead", metavar="DIR")
     blocks: int = flag(14, "of that model, a count", only="make", least=1, metavar="N")
     hidden: int = flag(4096, "width of that model", only="make", least=64, metavar="N")
@@ -152,8 +149,7 @@ def show_needs(settings: Scale) -> None:
         hours = need["work"] / rate / 3600
         hours = f"{hours:{'.0f' if hours >= 10 else '.2g'}}" if need["work"] else "disk"
         rows.append((need["size"], need["method"], gpu, streamed, hidden, disk, f"{need['work'] / 1e15:.1f}", hours))
-    align = ("left",) * 2 + ("right",) * 6
-    print(tabulate(rows, HEADINGS, tablefmt="pipe", colalign=align, disable_numparse=True))
+    print(formatted([HEADINGS, *rows], "markdown"))
     source = "as given" if settings.tflops else "a product at LLaMA-7B's shapes, measured on this machine"
     print(
         f"\n{nsamples} windows of {seqlen}. Memory and disk (checkpoint and pruned copy, 16 bits a weight) are "

@@ -16,8 +16,6 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tabulate import tabulate
-
 from lib.calibration.texts import check_text
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
@@ -27,7 +25,8 @@ from lib.models.locate import SMOLLM2
 from lib.run.record import provenance
 from scripts.speedup.checkpoints import LEAST_SPARSE, ROOT, Checkpoint, check_free, locate_folder, open_checkpoint
 from scripts.speedup.engines import ENGINES, FILES, ONE_SEQUENCE, SPARSE
-from scripts.speedup.export_onnx import TEXT_HELP, describe, export
+from scripts.speedup.export_onnx import TEXT_HELP, export
+from scripts.table import formatted
 
 # Largest difference of logits over the largest logit. Float32 engines sum in another order; DeepSparse approximates
 # exponentials as well; bfloat16 keeps 8 bits of every activation through all blocks. Int8, with 8 bits for a whole
@@ -57,12 +56,7 @@ class SpeedUp(Flags):
     )  # fmt: skip
     dense: str | None = flag(None, "the model that MODEL was pruned from", metavar="MODEL")
     sparsity: Sequence[float] = flag(
-        (),
-        "prune the dense MODEL by magnitude to each of these first",
-        nargs="+",
-        least=LEAST_SPARSE,
-        below=1,
-        metavar="S",
+        (), "prune the dense MODEL by magnitude to these first", nargs="+", least=LEAST_SPARSE, below=1, metavar="S"
     )
     work: str = flag("out/speedup", "where models that are made here go", metavar="DIR")
     sequence_length: Sequence[int] = flag((128, 512), "window lengths, tokens", nargs="+", least=2, metavar="N")
@@ -86,10 +80,9 @@ class SpeedUp(Flags):
         if not self.sparsity and not self.dense:
             fix = f"give the model that MODEL was pruned from, or {flag_name('sparsity')} 0.5 0.7"
             raise UserError("dense", None, "is missing", fix)
-        if self.cores > cpu.physical_cores():
-            raise UserError(
-                "cores", self.cores, f"this machine has {cpu.physical_cores()} physical cores", "give fewer"
-            )
+        cores = cpu.physical_cores()
+        if self.cores > cores:
+            raise UserError("cores", self.cores, f"this machine has {cores} physical cores", "give fewer")
         if self.deepsparse and not shutil.which(os.environ.get("DEEPSPARSE_PYTHON", "")):
             fix = "set DEEPSPARSE_PYTHON=DIR/bin/python of its environment (docs/speedup.md says how to make it)"
             raise UserError("deepsparse", None, "has no interpreter", fix)
@@ -102,9 +95,6 @@ class SpeedUp(Flags):
 PARSER = make_parser(SpeedUp, "run.sh", __doc__)
 
 
-# ----------------------------------------------------------------------------------------------------- models and files
-
-
 def find_models(settings: SpeedUp) -> list[Checkpoint]:
     """Return the dense model and the pruned ones, pruned by main.py first if ``settings`` ask for it."""
     dense = open_checkpoint(settings.dense or settings.model[0])
@@ -115,7 +105,7 @@ def find_models(settings: SpeedUp) -> list[Checkpoint]:
     pruned = sorted((open_checkpoint(name) for name in names), key=lambda checkpoint: checkpoint.sparsity)
     for checkpoint in pruned:
         checkpoint.check_sparse()
-        if (checkpoint.block_weights, checkpoint.head_weights) != (dense.block_weights, dense.head_weights):
+        if checkpoint.block_weights != dense.block_weights:
             fix = "give the model that it was pruned from"
             raise UserError(None, checkpoint.source.given, f"has other shapes than {dense.source.given}", fix)
         if checkpoint.sparsity <= dense.sparsity:
@@ -152,11 +142,8 @@ def exported(checkpoint: Checkpoint, length: int, onnx: bool, settings: SpeedUp)
         print(f"exported before: {folder}", flush=True)
     else:
         check_free(None, folder, "export.json")
-        print(describe(export(checkpoint, length, folder, settings.graphs, settings.text, onnx), folder), flush=True)
+        export(checkpoint, length, folder, settings.graphs, settings.text, onnx)
     return folder
-
-
-# ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def cells_of(engine: str, settings: SpeedUp) -> list[dict]:
@@ -239,9 +226,6 @@ def measure(checkpoints: Sequence[Checkpoint], length: int, settings: SpeedUp) -
     return record | {"models": [model["folder"] for model in models]} | provenance()
 
 
-# -------------------------------------------------------------------------------------------------------------- results
-
-
 def table(record: dict, graph: str, batch: int) -> str:
     """Return the title and the Markdown table of one graph and batch."""
     length, rows = record["sequence_length"], rows_of(record, graph, batch)
@@ -256,8 +240,7 @@ def table(record: dict, graph: str, batch: int) -> str:
             f"{low:.2f}-{high:.2f}", f"{bfloat16 / row['median_seconds']:.2f}" if bfloat16 else "-",
             f"{row['logits']['relative']:.0e}",
         ])  # fmt: skip
-    align = ("left", *["right"] * (len(HEADINGS) - 1))
-    return f"{title}\n\n{tabulate(lines, HEADINGS, tablefmt='pipe', colalign=align, disable_numparse=True)}\n"
+    return f"{title}\n\n{formatted([HEADINGS, *lines], 'markdown')}\n"
 
 
 def rows_of(record: dict, graph: str, batch: int) -> list[dict]:

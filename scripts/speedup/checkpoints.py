@@ -1,6 +1,5 @@
 """Checkpoints for the speed-up commands: a model's folder on disk, its zeros, and whether it changed."""
 
-import hashlib
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lib import sparse
+from lib.core.digests import digest
 from lib.core.errors import UserError, first_line
 from lib.models.layers import prunable_layers
 from lib.models.load import Source, load_skeleton
@@ -20,25 +20,20 @@ LEAST_SPARSE = 0.05  # share of zeros below which a checkpoint was not pruned
 
 
 class Checkpoint(NamedTuple):
-    """A model's folder on disk, the number of weights in its block matrices and its head, and the zeros."""
+    """A model's folder on disk, the number of weights in its block matrices, and the share of zeros among them."""
 
     source: Source
     block_weights: int
-    head_weights: int
-    zeros: int  # of the block matrices
+    sparsity: float
 
     @property
     def folder(self) -> Path:
         return Path(self.source.path)
 
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / self.block_weights
-
     def fingerprint(self) -> str:
         """Return a hash of names, sizes and times of the weight files: it reveals an export older than its weights."""
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(self.folder.glob("*.safetensors"))]
-        return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+        paths = sorted(self.folder.glob("*.safetensors"))
+        return digest([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
 
     def check_sparse(self) -> None:
         """Refuse a checkpoint that was not pruned."""
@@ -57,8 +52,6 @@ def locate_folder(model: str) -> Source:
     if sparse.is_packed(folder):
         fix = f"first: python scripts/speedup/pack.py {model} --unpack --save DIR"
         raise UserError(None, model, "is packed", fix)
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(None, model, "the folder holds no *.safetensors", "load it and save it again with transformers")
     return source
 
 
@@ -71,12 +64,11 @@ def open_checkpoint(model: str) -> Checkpoint:
     source = locate_folder(model)
     skeleton = load_skeleton(source)
     layers = prunable_layers(skeleton)
-    total = sum(layer.size for layer in layers)
     try:
-        zeros = round(checkpoint_sparsity(Path(source.path), weights_of(skeleton).pruned_tensors()) * total)
+        sparsity = checkpoint_sparsity(Path(source.path), weights_of(skeleton).pruned_tensors())
     except Exception as error:  # safetensors has its own error class for a truncated file
         raise UserError(None, model, f"its weights cannot be read ({first_line(error)})") from error
-    return Checkpoint(source, total, skeleton.get_output_embeddings().weight.numel(), zeros)
+    return Checkpoint(source, sum(layer.size for layer in layers), sparsity)
 
 
 def check_free(field: str | None, out: Path, marker: str | None = None) -> None:

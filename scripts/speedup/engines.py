@@ -115,9 +115,6 @@ ONE_SEQUENCE = ("onnxruntime", "onnxruntime_int8", "deepsparse")  # their graphs
 SPARSE = ("packed", "deepsparse")  # the others multiply by zeros, too: the dense model's time suffices
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
-
-
 def take_turns(runs: Sequence[Callable], warmup: int, rounds: int) -> list[list[float]]:
     """Return the seconds of every run in every round, [runs][rounds]; each round starts with a different run."""
     for _ in range(warmup):

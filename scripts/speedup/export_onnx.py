@@ -53,9 +53,6 @@ class Export(Flags):
 PARSER = make_parser(Export, "export_onnx.py", __doc__)
 
 
-# ----------------------------------------------------------------------------------------------------------- the graphs
-
-
 class Prefill(torch.nn.Module):
     """Token ids [1, N] to logits [1, N, vocabulary]; mask and positions are constants, so no shape logic is left."""
 
@@ -164,11 +161,8 @@ def check_export(path: Path, example: Example) -> dict:
     return {"ir": proto.ir_version, "opset": proto.opset_import[0].version, "onnxruntime": agrees}
 
 
-# ----------------------------------------------------------------------------------------------------------- the export
-
-
-def export(checkpoint: Checkpoint, length: int, out: Path, graphs: Sequence[str], text: str, onnx: bool = True) -> dict:
-    """Write the ``graphs`` of a checkpoint for windows of ``length`` tokens to ``out`` and return the record.
+def export(checkpoint: Checkpoint, length: int, out: Path, graphs: Sequence[str], text: str, onnx: bool = True) -> None:
+    """Write the ``graphs`` of a checkpoint for windows of ``length`` tokens to ``out``.
 
     Each is NAME.onnx and NAME.npz (input and logits of a real text), without ``onnx`` only the latter; ``export.json``
     lists the checks.
@@ -176,25 +170,20 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: Sequence[str]
     Raises:
         UserError: too long a window, too full a disk, or a graph that is not the model.
     """
-    skeleton = load_skeleton(checkpoint.source)
-    context = context_length(skeleton)
+    context = context_length(load_skeleton(checkpoint.source))
     if context is not None and length > context:
         raise UserError("sequence_length", length, "is more than the model's context", f"give at most {context}")
     window = evaluation_windows(text, load_tokenizer(checkpoint.source), length, 1)
     model = load_llm(checkpoint.source, torch.float32, torch.device("cpu"))
-    size = 4 * (sum(p.numel() for p in model.parameters()) + checkpoint.head_weights)  # tied: the graph has a copy
+    head = model.get_output_embeddings().weight.numel()  # tied, but the graph has a copy
+    size = 4 * (sum(p.numel() for p in model.parameters()) + head)
     # One more where weights are gathered into one file from a file per tensor.
     files.check_writable("save", out.parent, (len(graphs) + (size > ONE_FILE)) * size if onnx else 0)
 
     by_graph = examples(model, window)
     model.set_attn_implementation("eager")  # scaled dot product attention has no operator in this opset
-    record = {"complete": True, "model": checkpoint.source.given, "fingerprint": checkpoint.fingerprint()}
-    record |= {
-        "sparsity": checkpoint.sparsity,
-        "sequence_length": length,
-        "text": text,
-        "graphs": dict.fromkeys(graphs),
-    }
+    record = {"complete": True, "model": checkpoint.source.given, "fingerprint": checkpoint.fingerprint(), "text": text}
+    record |= {"sparsity": checkpoint.sparsity, "sequence_length": length, "graphs": dict.fromkeys(graphs)}
     with files.new_folder(out) as tmp:
         for graph in graphs:
             example, name = by_graph[graph], FILES[graph]
@@ -210,28 +199,15 @@ def export(checkpoint: Checkpoint, length: int, out: Path, graphs: Sequence[str]
                 inside.rmdir()
                 record["graphs"][graph] = check_export(tmp / f"{name}.onnx", example)
         (tmp / "export.json").write_text(json.dumps(record | provenance(), indent=1) + "\n")
-    return record
-
-
-def describe(record: dict, out: Path) -> str:
-    """Return the lines for the terminal."""
-    lines = [f"{out}: {record['sequence_length']} tokens, {record['sparsity']:.4f} of the block weights are zero"]
-    for graph, checks in record["graphs"].items():
-        if checks is None:
-            lines.append(f"  {graph}: an input and its logits")
-            continue
-        line = "ONNX Runtime's logits are {relative:.1e} of the largest off; at {top1:.0%} the same top token"
-        lines.append(f"  {graph}: {line.format(**checks['onnxruntime'])}")
-    return "\n".join(lines)
+    print(f"exported: {out}, {length} tokens, {checkpoint.sparsity:.4f} of the block weights are zero", flush=True)
 
 
 def run(settings: Export) -> None:
-    """Export the model and print what was checked."""
+    """Export the model."""
     checkpoint = open_checkpoint(settings.model)
     out = Path(settings.save) if settings.save else checkpoint.folder / "deployment"
     check_free("save", out, "export.json")
-    record = export(checkpoint, settings.sequence_length, out, settings.graphs, settings.text)
-    print(describe(record, out))
+    export(checkpoint, settings.sequence_length, out, settings.graphs, settings.text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -221,7 +221,7 @@ def test_local_files_are_read(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("a.txt", b"", "empty"),
+        ("a.txt", b"", "short"),
         ("a.txt", b"\xff\xfe\xfa", "cannot be read"),
         ("a.json", b'{"text": "a"', "cannot be read"),
         ("a.json", b'[{"words": "a"}]', "`text`"),

@@ -4,20 +4,29 @@ import os
 import socket
 import time
 
+import datasets.config
+import huggingface_hub.constants
 import pytest
 
 from lib.models import load as hub
 
+LIBRARIES = (huggingface_hub.constants, datasets.config)
+
 
 @pytest.fixture
 def online(monkeypatch):
-    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    for library in LIBRARIES:  # which are imported already
+        monkeypatch.setattr(library, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "getproxies", dict)
     monkeypatch.setattr(hub, "_HUB_PATIENCE", 0.2)
-    gone = []
-    monkeypatch.setattr(hub, "_go_offline", lambda: gone.append(True))
-    return gone
+
+
+def went_offline() -> bool:
+    places = {os.environ["HF_HUB_OFFLINE"] == "1", *(library.HF_HUB_OFFLINE for library in LIBRARIES)}
+    assert len(places) == 1, "everywhere or nowhere"
+    return places.pop()
 
 
 def no_name(*_):
@@ -28,7 +37,7 @@ def no_name(*_):
 def test_a_hub_out_of_reach_is_said_to_be(lookup, online, monkeypatch, caplog):
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
     hub.check_hub()
-    assert online == [True] and "huggingface.co cannot be reached" in caplog.text
+    assert went_offline() and "huggingface.co cannot be reached" in caplog.text
 
 
 def test_a_mirror_is_asked_in_its_place(online, monkeypatch):
@@ -43,7 +52,7 @@ def test_a_hub_within_reach_is_left_alone(online, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         hub.check_hub()
-    assert online == []
+    assert not went_offline()
 
 
 @pytest.mark.parametrize("how", ["offline", "proxy"])
@@ -54,16 +63,3 @@ def test_nothing_is_tried_offline_or_behind_a_proxy(how, online, monkeypatch):
     else:
         monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy:3128"})
     hub.check_hub()
-    assert online == []
-
-
-def test_offline_reaches_libraries_that_are_imported_already(monkeypatch):
-    import datasets.config
-    import huggingface_hub.constants
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # given back after the test
-    for module in (huggingface_hub.constants, datasets.config):
-        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-    hub._go_offline()
-    assert huggingface_hub.constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
-    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -201,7 +201,7 @@ REFUSED = {
         tf.JetMoeConfig(**_COMMON, **_MLP, num_key_value_heads=2, num_local_experts=4, kv_channels=8),
         "mixture whose experts are not held",
     ),
-    "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "Conv1D"),
+    "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "cannot be found"),
     "T5ForConditionalGeneration": (tf.T5Config(vocab_size=300, d_model=32, num_layers=2), "encoder-decoder"),
     "BartForConditionalGeneration": (tf.BartConfig(vocab_size=300, d_model=32), "encoder-decoder"),
     "BertForMaskedLM": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),

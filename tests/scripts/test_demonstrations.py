@@ -1,17 +1,12 @@
 """The demonstrations: what they show, and what ends them before their long work."""
 
 import json
-import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-
-import main
-from lib.cli.command import parse
-from lib.cli.settings import Experiment
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -36,7 +31,7 @@ def test_image_demo_refuses_its_folder_before_it_trains(no_work, capsys):
     assert line.startswith("image_demo.sh: error: --save a.txt: cannot be written")
 
 
-def test_demo_shows_what_was_gained_and_what_moves(monkeypatch, tmp_path, tiny_folder, capsys):
+def test_demo_shows_its_runs_and_what_the_saved_model_says(monkeypatch, tmp_path, tiny_folder, capsys):
     figures = {("dense", 0.0): 14.0, ("wanda", 0.7): 600.0, ("wanda_ww", 0.7): 450.0, ("sparsegpt", 0.7): 180.0}
     figures |= {("alps", 0.7): 90.0}
     paths = []
@@ -50,12 +45,8 @@ def test_demo_shows_what_was_gained_and_what_moves(monkeypatch, tmp_path, tiny_f
     assert [run.prune_method for run in asked[0]] == [None, "wanda", "sparsegpt", "wanda_ww", "sparsegpt_ww", "alps"]
     assert [run.save_model for run in asked[0]] == [None] * 5 + [str(tmp_path / "model")]
     out = capsys.readouterr().out
-    assert "wanda at 0.7: perplexity 600.0 -> 450.0 (-25%) by alpha instead of uniform" in out
-    assert "best at 0.7: perplexity 600.0 -> 90.0 (-85%) with alps instead of wanda" in out
     assert f"{tmp_path}/model/alps_0.7, continues:\n" in out
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    program, *rest = shlex.split(out.splitlines()[-1])[1:]
-    assert program == "main.py" and parse(Experiment, rest, main.PARSER).eval_windows == 10
 
 
 @pytest.mark.parametrize(("flags", "says"), [(["--epsilon", "2"], "--epsilon 2.0"), (["--save", "f/x"], "--save f/x"),

@@ -201,38 +201,12 @@ def test_packed_folder_comes_back_file_by_file(folders, tmp_path, capsys):
     [
         ("{dense} --save new", "is not sparse, 0.0000% of its block weights are zero"),
         ("{most} --unpack --save new", "holds no *.packed.safetensors"),
-        ("{most} --unpack --format 2of4 --save new", "--unpack the packed folder says how it was packed"),
-        ("{most} --format 2of4 --save new", "--format 2of4: needs a CUDA device and there is none"),
     ],
 )
 def test_pack_bad_input(folders, tmp_path, monkeypatch, capsys, flags, says):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert says in one_line(capsys, pack.main(flags.format(**vars(folders)).split()))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("rows", [[1, 0, 2, 0, 0, 5, 6, 7], [1, 0, 0, 0, 2, 3]])
-def test_two_of_four_refuses_a_matrix_that_is_not(rows):
-    with pytest.raises(UserError, match="gate: is not 2:4; prune it with --sparsity_type 2:4"):
-        pack.check_two_of_four("gate", torch.tensor([rows]))
-
-
-@pytest.mark.gpu
-def test_two_of_four_on_the_device(tmp_path, tiny_tokenizer):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=4, vocab_size=300, max_position_embeddings=128)  # fmt: skip
-    model = LlamaForCausalLM(config)
-    for linear in prunable_modules(model).values():
-        linear.weight.data = magnitude(linear.weight.data, None, 0.5, (2, 4))
-    model.half().save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    assert pack.main([str(tmp_path / "model"), "--format", "2of4", "--save", str(tmp_path / "out")]) == 0
-    report = (tmp_path / "out" / "2of4.md").read_text()
-    assert "| 2:4, 128 tokens" in report and "2048" not in report
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
@@ -389,9 +363,9 @@ def test_engine_that_dies_says_why(monkeypatch):
 
 def test_export_is_made_anew_for_other_weights_and_a_missing_graph(copied, speedup, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "run_engine", measured)
-    monkeypatch.setattr(benchmark, "describe", lambda record, folder: f"exported: {folder.parent.name}")
 
     def export(checkpoint, length, folder, *_):
+        print(f"exported: {folder.parent.name}")
         (folder / "export.json").write_text(json.dumps({"fingerprint": "", "graphs": {}}))
 
     monkeypatch.setattr(benchmark, "export", export)
@@ -466,7 +440,8 @@ def test_deepsparse_runs_both_graphs_and_agrees(folders, speedup, tmp_path):
 @pytest.mark.slow
 def test_smollm2_export_agrees(smollm2_source, tmp_path):
     checkpoint = checkpoints.open_checkpoint(smollm2_source.path)
-    record = export_onnx.export(checkpoint, 32, tmp_path / "out", ["decode"], "wiki_leads")
+    export_onnx.export(checkpoint, 32, tmp_path / "out", ["decode"], "wiki_leads")
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
     # 30 blocks of sums of 576 and 1,536 terms in another order; 1e-6 was seen
     assert record["graphs"]["decode"]["onnxruntime"]["relative"] <= 1e-5
     assert record["graphs"]["decode"]["onnxruntime"]["top1"] == 1

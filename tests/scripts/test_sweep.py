@@ -298,7 +298,6 @@ def test_seeds_of_a_sweep_have_folders():
         (sweep, "--methods dense,wandaa", "Did you mean 'wanda'"),
         (sweep, "--save_plan p.json", "18 settings would write the same file"),
         (sweep, "--metrics_only", "nothing to sweep"),
-        (sweep, "--methods dense --seeds 3", "--seeds 3 with --methods dense: nothing is drawn for it"),
         (sweep, "--methods magnitude --model /nope", "--model /nope: folder not found"),
         (compare_allocations, "--pruners wanda,alp", "Did you mean 'alps'"),
         (compare_allocations, "--pruners ,", "--pruners ',': names no pruner"),
