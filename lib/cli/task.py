@@ -21,6 +21,7 @@ class Task(NamedTuple):
         target: fraction of the weights to remove; with ``nm``, N of every M columns are kept.
         hyper: hyper-parameters of all allocations by flag.
         identity: the flags that determine the pruned weights, for resuming.
+        mixture: the flags for mixtures of experts that differ from their defaults, by name.
         traits: what holds of the run, as flags declare what they are for (``MethodFlags.traits``).
     """
 
@@ -32,6 +33,7 @@ class Task(NamedTuple):
     hyper: Mapping[str, object] = {}
     plan: str | None = None
     identity: Mapping[str, object] = {}
+    mixture: Mapping[str, object] = {}
     traits: frozenset[str] = frozenset()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lib.core.errors import UserError
@@ -18,11 +18,15 @@ SUPPORTED = (
 
 
 class Layer(NamedTuple):
-    """A matrix to prune: its full dotted ``name``, the index of its ``block``, and its ``shape`` [out, in]."""
+    """A matrix to prune: its full dotted ``name``, the index of its ``block``, and its ``shape`` [out, in].
+
+    ``expert`` is the full name of the expert that it belongs to, "" where it is none's.
+    """
 
     name: str
     block: int
     shape: tuple[int, ...]
+    expert: str = ""
 
     @property
     def size(self) -> int:
@@ -78,7 +82,11 @@ def _named_modules(model: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.
 
 def prunable_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
     """Return every linear layer inside the blocks, in the model's order (LLaMA: q k v o gate up down)."""
-    return tuple(Layer(name, i, tuple(module.weight.shape)) for name, i, module in _named_modules(model))
+    inside = tuple(f"{name}." for name, module in model.named_modules() if is_experts(module))
+    return tuple(
+        Layer(name, i, tuple(module.weight.shape), name.rpartition(".")[0] if name.startswith(inside) else "")
+        for name, i, module in _named_modules(model)
+    )
 
 
 def prunable_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
@@ -111,6 +119,12 @@ def check_support(given: str, model: torch.nn.Module) -> None:
             continue
         problem = f"{architecture(model.config)} is not supported, {reason}"
         raise UserError("model", given, problem, f"supported: {SUPPORTED}")
+
+
+def refuse_experts(field: str, value: object, layers: Sequence[Layer]) -> None:
+    """Refuse a mixture of experts where only dense models are supported."""
+    if any(layer.expert for layer in layers):
+        raise UserError(field, value, "is not supported for mixtures of experts")
 
 
 class Stored(NamedTuple):

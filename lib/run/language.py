@@ -15,7 +15,7 @@ from lib.core import cpu, processes
 from lib.core.digests import digest
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
-from lib.models.layers import prunable_layers, published_layout
+from lib.models.layers import prunable_layers, published_layout, refuse_experts
 from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
@@ -67,8 +67,11 @@ class LanguageModel:
         checks.check_layers(task, self.name, self.layers, self.layers, settings.measurement(self.name))
         self.calib_dtype = checks.calibration_dtype(settings.calib_dtype, self.dtypes.compute)
         self.hidden_states, self.price_dtype = settings.hidden_states, settings.price_dtype
+        self.expert_weighting = settings.expert_weighting
         if "calibration" in task.traits:
             checks.check_calibration(settings.hidden_states, settings.nsamples)
+        if settings.packed:
+            refuse_experts("packed", None, self.layers)
         if settings.save_model:
             published_layout(self.skeleton)  # refuses what could not be saved
             size = memory.saved_bytes(self.skeleton, source.path, self.dtypes.save)
@@ -179,7 +182,8 @@ class LanguageModel:
 
     def inputs(self) -> hidden.BlockInputs:
         """Return the inputs of the first block for the calibration windows."""
-        return hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
+        inputs = hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
+        return inputs._replace(expert_weighting=self.expert_weighting)
 
     def price_model(self, effort: price.Effort, by_magnitude: bool) -> price_model.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lib import sparse
 from lib.core.digests import digest
 from lib.core.errors import UserError, first_line
-from lib.models.layers import prunable_layers
+from lib.models.layers import prunable_layers, refuse_experts
 from lib.models.load import Source, load_skeleton
 from lib.models.locate import locate
 from lib.models.weights import weights_of
@@ -64,6 +64,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     source = locate_folder(model)
     skeleton = load_skeleton(source)
     layers = prunable_layers(skeleton)
+    refuse_experts("model", model, layers)
     try:
         sparsity = checkpoint_sparsity(Path(source.path), weights_of(skeleton).pruned_tensors())
     except Exception as error:  # safetensors has its own error class for a truncated file

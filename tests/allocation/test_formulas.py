@@ -124,7 +124,7 @@ def test_published_ratios(golden, smollm2_weights):
 
 # Every allocation, with every mapping if it reads one.
 CASES = [
-    (name, mapping) for name, how in ALLOCATIONS.items() for mapping in MAPPINGS[: 1 + ("mapping_type" in how.flags)]
+    (name, mapping) for name, how in ALLOCATIONS.items() for mapping in list(MAPPINGS)[: 1 + ("mapping_type" in how.flags)]
 ]
 
 
