@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import statistics
 import sys
@@ -10,12 +9,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import MISSING, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import ClassVar
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -47,10 +48,8 @@ PARSER = make_parser(Generation, "generate.py", __doc__)
 
 
 def resident_mb() -> int:
-    """Return the resident memory of this process, including mapped files, in MB; -1 if not on Linux."""
-    with suppress(OSError):
-        return int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 // 10**6
-    return -1
+    """Return the resident memory of this process, including mapped files, in MB."""
+    return psutil.Process().memory_info().rss // 10**6
 
 
 class Timing:
@@ -104,8 +103,6 @@ DESCRIPTION = (
     "{tokens_per_second:.1f} tokens/s, prompt {prompt_tokens_per_second:.1f} tokens/s, {resident_mb:.0f} MB resident "
     "({model_mb:.0f} MB more than before the model was loaded)"
 )
-
-
 _runner: Runner  # of a process that compare() started
 
 

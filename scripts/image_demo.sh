@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Train a small ViT and a small ConvNeXt on scikit-learn's digits, prune them in six ways, print and plot accuracies.
-# Makes its own environment; needs no model and no images from elsewhere.
 source "$(dirname "$0")/env.sh"
 need requirements.txt
 exec "$PYTHON_BIN" scripts/image_demo.py "$@"

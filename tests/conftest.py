@@ -18,6 +18,7 @@ import machines
 import numpy as np
 import pytest
 import torch
+import torch.utils.collect_env
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -38,6 +39,9 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 
 # The order of float32 sums, and so the last digit, depends on the number of threads; the suite passes with any.
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
+
+# lm-eval describes the environment after each evaluation, for which pip would list its packages for a second or two.
+torch.utils.collect_env.get_pip_packages = lambda *_: ("pip", "")
 
 # What the program finds out about the machine is the same everywhere, also while tests are collected.
 machines.pretend(os.environ.get("TEST_MACHINE", "plain"))
@@ -154,6 +158,19 @@ def few_tasks(monkeypatch, tmp_path_factory):
     zero_shot._task_manager.cache_clear()
 
 
+def error_line(capsys, status: int) -> str:
+    """Return the one line in which a command that ended with ``status`` said what is wrong."""
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if "error: " in line]
+    assert status == 2 and "Traceback" not in out + err
+    return line
+
+
+def everything(folder: Path) -> dict[str, tuple[int, bytes] | None]:
+    """Return each path in ``folder``, and of files when they were changed and what they hold."""
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) if p.is_file() else None for p in folder.rglob("*")}
+
+
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a saved folder, whatever the number of its files."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
@@ -183,18 +200,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory) -> Path:
-    """Return a text file of a few thousand tokens."""
-    path = tmp_path_factory.mktemp("text") / "tiny.txt"
-    path.write_text(tiny_sentences(70, seed=1), encoding="utf-8")
-    return path
+    """Return a text file of a few thousand tokens, beside another, other.txt."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "other.txt").write_text(tiny_sentences(60, seed=4), encoding="utf-8")
+    (folder / "tiny.txt").write_text(tiny_sentences(70, seed=1), encoding="utf-8")
+    return folder / "tiny.txt"
 
 
 @pytest.fixture(scope="session")
-def other_text(tmp_path_factory) -> Path:
-    """Return another text file of a few thousand tokens."""
-    path = tmp_path_factory.mktemp("text") / "other.txt"
-    path.write_text(tiny_sentences(60, seed=4), encoding="utf-8")
-    return path
+def other_text(tiny_text) -> Path:
+    return tiny_text.parent / "other.txt"
 
 
 def tiny_llama() -> LlamaForCausalLM:

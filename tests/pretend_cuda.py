@@ -73,9 +73,6 @@ class CudaTensor(torch.Tensor):
     def tolist(self) -> object:
         return self.cpu().tolist()
 
-    def new_tensor(self, values: object, **kwargs) -> torch.Tensor:
-        return torch.tensor(values, **{"dtype": self.dtype, "device": CUDA} | kwargs)
-
     def numpy(self, **_) -> None:
         where = "Use Tensor.cpu() to copy the tensor to host memory first."
         raise TypeError(f"can't convert cuda:0 device type tensor to numpy. {where}")
@@ -83,17 +80,11 @@ class CudaTensor(torch.Tensor):
     def __array__(self, *_, **__) -> None:
         self.numpy()
 
-    def type(self, dtype: object = None, **kwargs) -> object:
-        return self.held.type().replace("torch.", "torch.cuda.") if dtype is None else super().type(dtype, **kwargs)
-
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.held.untyped_storage()  # by which tied weights are recognised when a model is saved
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         return CudaTensor, (self.held,)  # loads to the device that it came from
-
-    def __format__(self, spec: str) -> str:
-        return format(self.cpu(), spec)
 
     def __repr__(self, **_) -> str:
         return f"{self.held!r} on {CUDA}"
@@ -176,7 +167,7 @@ class _AllCalls(TorchFunctionMode):
             return CUDA
         if func is torch.Tensor.pin_memory:
             if isinstance(args[0], CudaTensor):
-                raise RuntimeError(f"cannot pin '{args[0].type()}' only dense CPU tensors can be pinned")
+                raise RuntimeError("only dense CPU tensors can be pinned")
             return args[0].clone()  # whose pages are not locked: a promise of speed, and of nothing else
         if func is torch.Tensor.cuda:
             func, args = torch.Tensor.to, (args[0], CUDA)

@@ -1,7 +1,6 @@
 """The shape of the repository: what lies at the top, how fast commands answer, and that every command parses."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -164,35 +163,3 @@ def test_published_command_is_understood():
     )
     task = settings(command).task()
     assert (task.method, task.target, task.nm) == ("wanda_ww", 0.7, None)
-
-
-def test_a_requirements_file_is_installed_once_whatever_its_folder(tmp_path):
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "env.sh").write_text((ROOT / "scripts" / "env.sh").read_text())
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\necho "$@" >> pip.log\n')
-    python.chmod(0o755)
-    for name in ("requirements.txt", "scripts/requirements.txt"):
-        (tmp_path / name).write_text(f"# {name}\n")
-    lines = "source scripts/env.sh; need requirements.txt; need scripts/requirements.txt --no-deps"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHON_BIN"}
-    for _ in range(2):
-        subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert len((tmp_path / "pip.log").read_text().splitlines()) == 2
-    (tmp_path / "requirements.txt").write_text("# changed\n")
-    subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=environment, check=True, capture_output=True)
-    assert len((tmp_path / "pip.log").read_text().splitlines()) == 3
-
-
-def test_test_files_import_no_more_than_install_md_asks_for():
-    # What else is needed (onnx, scikit-learn ...) is imported inside a test, or by pytest.importorskip.
-    known = set(sys.stdlib_module_names) | {"pytest", "lib", "main", "lora_ft", "image_classifiers", "scripts"}
-    known |= {"tokenizers", "torchvision", "PIL", "psutil", "yaml"}  # which transformers, timm and accelerate bring
-    known |= {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in (ROOT / "requirements.txt").open()}
-    known |= {path.stem for folder in ("tests", "scripts") for path in (ROOT / folder).rglob("*.py")}
-    for path in (ROOT / "tests").glob("*.py"):
-        nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-        assert {name.split(".")[0] for name in names} <= known, path.name

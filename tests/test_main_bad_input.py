@@ -3,19 +3,15 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, everything, fast
 
 import main
-from lib.calibration import texts
 from lib.cli.command import parse
 from lib.cli.settings import Experiment
 from lib.core import files
@@ -49,6 +45,8 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
         "adapter/adapter_config.json": "{}",
         "broken/config.json": "{",
         "broken/model.safetensors": "",
+        "gpt2/config.json": '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}',
+        "gpt2/model.safetensors": "",
         "nothing/in/it": "",
     }.items():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -82,10 +80,6 @@ def place(tmp_path, monkeypatch, tiny_folder, tiny_text) -> Path:
     return tmp_path
 
 
-def everything(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
-
-
 def arguments(typed: str) -> list[str]:
     """Return a good command line of the tiny model with the flags ``typed`` after it, of which the last one counts."""
     good = "--model tiny-llama --calib_data long.txt --eval_data long.txt --seqlen 32 --nsamples 3 --save save"
@@ -103,41 +97,27 @@ ZERO_SHOT, PLANNED = f"{WANDA} --eval_zero_shot", "--prune_method wanda --plan p
 BY_THE_COMMAND_LINE = {
     # names
     f"--prune_method Wanda {HALF}": "Did you mean 'wanda'",
-    f"--prune_method wanda_w {HALF}": "Did you mean 'wanda_ww'",
     f"--prune_method wanda_owll {HALF}": "Did you mean 'wanda_owl'",
-    f"--prune_method xyzzy {HALF}": "magnitude, wanda, sparsegpt",
     f"{WW} --ww_metric alphamid": "Did you mean 'alpha_mid'",
-    f"{WW} --mapping_type blockwise": "Did you mean 'block_wise'",
-    f"{WW} --esd_driver quick": "exact, fast",
     f"{WANDA} --dtype float61": "Did you mean 'float16'",
     f"{WANDA} --calib_data wikitext": "Did you mean 'wikitext2'",
-    f"{WANDA} --eval_data wiki_lead": "Did you mean 'wiki_leads'",
     f"{WANDA} --eval_data tiny-llama/model.safetensors": ".txt",
     f"{WANDA} --calib_data nothing": "nothing",
-    f"{WANDA} --calib_dtype float16": "--calib_dtype float16: invalid choice. Did you mean 'bfloat16'?",
     f"{WANDA} --sparsity_type unstructerd": "Did you mean 'unstructured'",
     f"{WANDA} --sparsity 0.5": "--sparsity",  # no abbreviations
-    f"{WANDA} --epsilom 0.1": "Did you mean '--epsilon'",
     # numbers
     "--prune_method wanda --sparsity_ratio 1": "--sparsity_ratio 1",
-    "--prune_method wanda --sparsity_ratio=-0.1": "--sparsity_ratio -0.1",
     "--prune_method wanda --sparsity_ratio nan": "--sparsity_ratio nan",
     "--prune_method wanda": "--sparsity_ratio",
     f"{WANDA} --nsamples 0": "--nsamples 0",
     f"{WANDA} --seqlen 1": "--seqlen 1",
-    f"{WANDA} --eval_windows 0": "--eval_windows 0",
     f"{WW} --epsilon 1.1": "--epsilon 1.1",
     f"{WW} --epsilon automatic": "auto",
     f"{OWL} --owl_lambda 1.5": "--owl_lambda 1.5",
-    f"{OWL} --owl_m 0": "--owl_m 0",
     f"--prune_method wanda_dlp {HALF} --dlp_alpha=-0.1": "--dlp_alpha -0.1",
-    f"--prune_method wanda_atp {HALF} --atp_beta nan": "--atp_beta nan",
     f"{WW} --farms --farms_rows 1": "--farms_rows 1",
-    f"{WW} --farms --farms_ratio 0": "--farms_ratio 0",
     f"--prune_method alps {HALF} --damping 1e300": "must be above 0 and at most 1000",
     f"{ZERO_SHOT} --num_fewshot=-1": "--num_fewshot -1",
-    f"{ZERO_SHOT} --limit 0": "--limit 0",
-    f"{ZERO_SHOT} --eval_batch_size 0": "--eval_batch_size 0",
     f"{ZERO_SHOT} --eval_batch_size all": "--eval_batch_size: invalid",
     f"{ZERO_SHOT} --tasks ,": "--tasks ','",
     # N:M
@@ -151,31 +131,23 @@ BY_THE_COMMAND_LINE = {
     HALF: "--prune_method",
     "--sparsity_type 2:4": "--prune_method",
     "--save_model kept": "--prune_method",
-    "--save_plan plan.json": "--prune_method",
-    "--plan plan.json": "--prune_method",
     "--hidden_states cpu": "--hidden_states does nothing without --prune_method",
     "--calib_dtype bfloat16": "--calib_dtype does nothing without --prune_method",
     "--farms": "_ww",
     f"{MAGNITUDE} --use_variant": "--use_variant",
-    f"{MAGNITUDE} --hidden_states cpu": "--hidden_states does nothing with magnitude",
-    f"{MAGNITUDE} --statistics pruned": "--statistics does nothing with magnitude",
     f"{MAGNITUDE} --calib_dtype bfloat16": "does nothing with magnitude",
     f"{MAGNITUDE} --export_llmcompressor r.yaml": "wanda or sparsegpt",
     f"--prune_method magnitude_owl {HALF} --calib_dtype bfloat16": "does nothing with magnitude",
     f"--prune_method sparsegpt_ww {HALF} --use_variant": "--use_variant",
     f"{WANDA} --epsilon auto": "_ww",
-    f"{WANDA} --esd_driver fast": "_ww",
     f"{WANDA} --owl_m 4": "_owl",
     f"{WW} --owl_lambda 0.1": "_owl",
-    f"{WW} --dlp_alpha 0.1": "_dlp",
     f"{WW} --farms_rows 16": "--farms",
     f"{OWL} --atp_beta 0.1": "_atp",
-    f"{OWL} --farms": "_ww",
     f"{WANDA} --tasks boolq": "--eval_zero_shot",
     f"{WW} --farms --ww_metric mp_softrank": "weightwatcher",
     f"{WW} --esd_driver fast --ww_metric random_distance": "weightwatcher",
     f"{WW} --metrics_only": "--metrics_only",
-    "--metrics_only --save_plan plan.json": "--metrics_only",
     "--metrics_only --hidden_states cpu": "--hidden_states does nothing with --metrics_only, which prunes and",
     "--metrics_only --eval_wikitext true": "--eval_wikitext does nothing with --metrics_only",
     # plans
@@ -213,7 +185,6 @@ BEFORE_LOADING = {
     f"{WANDA} --save file": "--save file",
     f"{WANDA} --save /proc/nowhere": "--save /proc/nowhere",
     f"{WANDA} --save_model file": "--save_model file",
-    f"{WANDA} --save_plan file/plan.json": "file",
     f"{WANDA} --save_plan nothing": "is a folder",
     f"{WW} --ww_metric_cache file": "file",
     # what would be replaced
@@ -229,12 +200,12 @@ BEFORE_LOADING = {
     f"{WANDA} --save_plan tiny-llama/config.json": "would be written over --model",
     # models
     f"{WANDA} --model ./missing": "--model ./missing",
-    f"{WANDA} --model missing/": "--model missing/",
     f"{WANDA} --model smollm": "Did you mean 'smollm2-135m'",
     f"{WANDA} --model missing.gguf": "--model missing.gguf",
     f"{WANDA} --model nothing": "it holds nothing",
     f"{WANDA} --model other": "config.json",
     f"{WANDA} --model noweights": "no weights",
+    f"{WANDA} --model gpt2": "GPT2LMHeadModel",
     f"{WANDA} --model adapter": "adapter",
     f"{WANDA} --model broken": "--model broken",
     f"{WANDA} --model long.txt": "--model long.txt",
@@ -243,7 +214,6 @@ BEFORE_LOADING = {
     # texts
     f"{WANDA} --calib_data missing.txt": "missing.txt",
     f"{WANDA} --calib_data empty.txt": "too short",
-    f"{WANDA} --eval_data empty.txt": "too short",
     f"{WANDA} --calib_data short.txt": "tokens",
     f"{WANDA} --eval_windows 100000": "tokens",
     f"{WANDA} --calib_data words.json": "`text`",
@@ -297,10 +267,10 @@ def test_a_cache_that_cannot_be_written_is_known_before_the_conversion(cache, pl
     ("typed", "twice", "unused"),
     [
         ("", False, "--calib_data, --nsamples"),
-        (WW, False, "--calib_data, --nsamples"),
+        (f"{WW} --calib_data c4", False, "--calib_data, --nsamples"),  # no test reaches the network
         (WANDA, True, None),
         (f"{WANDA} --calib_data other.txt", False, None),
-        (f"{WANDA} --eval_wikitext false --eval_windows 2", False, "--eval_data, --eval_windows"),
+        (f"{WANDA} --eval_wikitext false --eval_data c4 --eval_windows 2", False, "--eval_data, --eval_windows"),
         ("--metrics_only --eval_windows 2", False,
          "--calib_data, --nsamples, --seqlen, --eval_data, --eval_windows"),
     ],
@@ -312,39 +282,6 @@ def test_texts_that_are_read_twice_or_not_at_all_are_a_warning(typed, twice, unu
     assert caplog.text.count("long.txt is both calibrated and evaluated on; give another text") == twice
     lines = [line for line in caplog.messages if "no effect in this run" in line]
     assert lines == ([f"no effect in this run, which reads no such text: {unused}"] if unused else [])
-
-
-@pytest.mark.parametrize(
-    ("typed", "say"),
-    {
-        f"{WANDA} --model meta-llama/Llama-2-7b-hf": "--model meta-llama/Llama-2-7b-hf: ",
-        f"{WANDA} --calib_data c4": "give wiki_leads",
-        f"{WANDA} --eval_data wikitext2": "give wiki_leads",
-    }.items(),
-    ids=str,
-)
-def test_hub_that_cannot_be_reached(typed, say, place, capsys, monkeypatch):
-    import datasets
-
-    def unreachable(*_, **__):
-        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them\nmore")
-
-    for room in (load, texts):
-        monkeypatch.setattr(room, "check_hub", lambda: None)
-    owner, name = (transformers.AutoConfig, "from_pretrained") if "--model" in typed else (datasets, "load_dataset")
-    monkeypatch.setattr(owner, name, unreachable)
-    before = everything(place)
-    check_one_line(capsys, main.main(arguments(typed)), say)
-    assert everything(place) == before
-
-
-def test_model_that_is_not_supported(place, capsys, monkeypatch):
-    config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, architectures=["GPT2LMHeadModel"])
-    config.save_pretrained("gpt2")
-    Path("gpt2/model.safetensors").write_bytes(b"")
-    monkeypatch.setattr(load, "load_llm", lambda *_, **__: pytest.fail("the model was loaded"))
-    check_one_line(capsys, main.main(arguments(f"{WANDA} --model gpt2")), "GPT2LMHeadModel")
-    assert not Path("save").exists()
 
 
 # --------------------------------------------------------------------------------------------------- the disk is full
@@ -394,14 +331,12 @@ def test_disk_full_while_the_model_is_saved(block, stream_it, place, capsys, ful
     assert Path("kept/wanda_0.5/config.json").is_file()
 
 
-@pytest.mark.parametrize("save", ["config", "tokenizer"])
-def test_disk_full_while_the_small_files_are_saved(save, place, capsys, monkeypatch):
+def test_disk_full_while_the_small_files_are_saved(place, capsys, monkeypatch):
     def full_for_rust(*_, **__):
         raise Exception("No space left on device (os error 28)")  # as the library of tokenizers says it
 
-    owner = {"config": transformers.PreTrainedConfig, "tokenizer": transformers.PreTrainedTokenizerBase}[save]
     with monkeypatch.context() as patched:
-        patched.setattr(owner, "save_pretrained", full if save == "config" else full_for_rust)
+        patched.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full_for_rust)
         line = check_one_line(capsys, main.main(arguments(f"{WANDA} --save_model kept")), "No space left")
     assert ".partial: cannot be written" in line
     assert json.loads(Path("save/run_wanda_sparsity_0.5.json").read_text())["perplexity"] > 1, "it is measured"
@@ -427,14 +362,6 @@ def test_disk_full_while_the_metric_is_written(place, capsys, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- while running
 
 
-def test_out_of_memory_is_one_line(place, capsys, monkeypatch):
-    def fail(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
-
-    monkeypatch.setattr("lib.pruning.walk.walk", fail)
-    check_one_line(capsys, main.main(arguments(WANDA)), "lower --nsamples")
-
-
 def test_a_checkpoint_without_medians_is_refused_by_dlp(place, capsys):
     assert main.main(arguments("--prune_method magnitude --sparsity_ratio 0.7 --save_model kept")) == 0
     capsys.readouterr()
@@ -453,7 +380,7 @@ def damage(name: str, value: float) -> None:
 METHODS = "magnitude wanda sparsegpt magnitude_ww wanda_dlp wanda_owl magnitude_lamp magnitude_global"
 
 
-@pytest.mark.parametrize("method", METHODS.split())
+@pytest.mark.parametrize("method", fast(METHODS.split(), 4))
 def test_weights_that_are_not_finite_name_the_layer(method, place, capsys):
     damage("model.layers.1.mlp.down_proj", float("nan"))
     check_one_line(capsys, main.main(arguments(f"--prune_method {method} {HALF}")), "model.layers.1.mlp.down_proj")
@@ -464,14 +391,3 @@ def test_zero_matrix_names_the_layer(place, capsys):
     damage("model.layers.1.self_attn.v_proj", 0)
     check_one_line(capsys, main.main(arguments(WW)), "model.layers.1.self_attn.v_proj")
     assert not Path("save").exists() and not list(Path("data").rglob("*.npy"))  # the other values are kept: resumable
-
-
-@pytest.mark.slow
-def test_program_itself_ends_with_one_line_and_status_two(place):
-    # Once as it is run: a process of its own, whatever Python and the libraries write on stderr included.
-    command = [sys.executable, str(ROOT / "main.py"), *arguments(f"{WANDA} --eval_data short.txt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 2 and done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if not line.startswith(("INFO: ", "WARNING: "))]
-    assert len(lines) == 1 and lines[0].startswith("main.py: error: --eval_data short.txt: too short"), done.stderr
-    assert not Path("save").exists()

@@ -3,27 +3,26 @@
 import hashlib
 import json
 import shutil
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fast, on_cpu, settings
+from conftest import ROOT, across, fast, on_cpu, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import main
-from lib.allocation.formulas import ALLOCATIONS, MAPPINGS, heavy_tailed, uniform
+from lib.allocation.formulas import ALLOCATIONS, heavy_tailed, uniform
 from lib.calibration.hidden import enter_blocks
 from lib.calibration.texts import evaluation_windows
 from lib.cli.settings import METHODS
 from lib.core.errors import UserError
 from lib.evaluation import perplexity as perplexity_module
 from lib.evaluation.perplexity import perplexity
-from lib.models import load
 from lib.models.layers import prunable_layers
 from lib.models.weights import Weights, weights_of
-from lib.pruning import walk as prune
 from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import PRUNERS
 from lib.pruning.walk import walk
@@ -138,22 +137,16 @@ def table_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
+def test_main_on_smollm2(tmp_path, smollm2_source):
     save, kept, cache = tmp_path / "save", tmp_path / "kept", tmp_path / "cache"
     flags = "--model smollm2-135m --prune_method wanda_ww --sparsity_ratio 0.5 --epsilon 0.2 --calib_data wiki_leads "
     flags += f"--eval_data wiki_leads --seqlen 128 --nsamples 4 --eval_windows 8 --cache_dir {ROOT / 'llm_weights'} "
     flags += f"--save {save} --save_model {kept} --ww_metric_cache {cache}"
     assert main.main(flags.split()) == 0
-    assert "Traceback" not in capsys.readouterr().err
-
     run = "wanda_ww_sparsity_0.5"
     assert sorted(p.name for p in save.iterdir()) == [f"layers_{run}.tsv", f"perplexity_{run}.txt", f"run_{run}.json"]
     record = json.loads((save / f"run_{run}.json").read_text())
     rows = table_of(save / f"layers_{run}.tsv")
-
-    # The perplexity file, in the published format.
-    figures = {"actual_sparsity": f"{record['sparsity']:.4f}", "ppl_test": f"{record['perplexity']:.4f}"}
-    assert table_of(save / f"perplexity_{run}.txt") == [{"method": "wanda_ww"} | figures]
 
     # The record.
     assert record["target_sparsity"] == 0.5 and record["sparsity"] == pytest.approx(0.5, abs=1 / 576)
@@ -164,23 +157,15 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     assert record["flags"]["seed"] == 0 and record["flags"]["epsilon"] == 0.2
     assert all(record["versions"][name] == version(name) for name in ("torch", "transformers"))
     assert record["model"]["name"] == "smollm2-135m" and record["model"]["dtype"] == "float32"
-    assert {"git_commit", "device"} <= set(record)
     assert {"prepare", "load", "measure", "allocate", "prune", "save", "evaluate"} <= set(record["stages"])
     assert all(stage["seconds"] >= 0 and stage["peak_rss_mb"] > 100 for stage in record["stages"].values())
 
     # The table of layers, and what was written to the folder.
     model = AutoModelForCausalLM.from_pretrained(kept / "wanda_ww_0.5", dtype=torch.float32)
-    layers, weights = prunable_layers(model), weights_of(model).snapshot()
+    layers = prunable_layers(model)
     assert [r["name"] for r in rows] == [layer.name for layer in layers] and len(rows) == 210
-    sizes = [layer.size for layer in layers]
-    for r in rows:
-        weight = weights[r["name"]]
-        assert r["shape"] == "x".join(map(str, weight.shape))
-        assert float(r["sparsity"]) == pytest.approx((weight == 0).double().mean().item(), abs=1e-6)
-        assert float(r["planned_ratio"]) == pytest.approx(float(r["sparsity"]), abs=1 / 576)
-    assert sum((weight == 0).sum().item() for weight in weights.values()) / sum(sizes) == record["sparsity"]
-    planned = sum(float(r["planned_ratio"]) * n for r, n in zip(rows, sizes, strict=True)) / sum(sizes)
-    assert planned == pytest.approx(0.5, abs=1e-6)
+    assert [r["shape"] for r in rows] == ["x".join(map(str, layer.shape)) for layer in layers]
+    assert all(abs(float(r["planned_ratio"]) - float(r["sparsity"])) <= 1 / 576 for r in rows)
 
     # The metric and the plan behind it.
     dense = AutoModelForCausalLM.from_pretrained(smollm2_source.path, dtype=torch.float32)
@@ -198,8 +183,6 @@ def test_main_on_smollm2(tmp_path, capsys, smollm2_source):
     windows = evaluation_windows("wiki_leads", tokenizer, 128, 8)
     assert perplexity(model.eval(), windows) == pytest.approx(record["perplexity"], rel=1e-6)
     assert record["perplexity"] > 1.05 * perplexity(dense.eval(), windows)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "kept", "save"]
-    assert [p.name for p in kept.iterdir()] == ["wanda_ww_0.5"]
 
 
 # -------------------------------------------------------------------------------------------- main.py on a tiny model
@@ -229,26 +212,27 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def all_methods(tmp_path_factory, tiny_folder, tiny_text, other_text) -> tuple[Path, dict[str, dict]]:
-    """Return a folder that holds a run of every method at 0.5 on the tiny model, and the records by method."""
+def method_run(tmp_path_factory, tiny_folder, tiny_text, other_text):
+    """Return a function of a method: the folder and the record of its run at 0.5 on the tiny model."""
     folder = tmp_path_factory.mktemp("methods")
-    flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {tiny_text} --seqlen 32 --nsamples 5 "
-    flags += f"--eval_windows 8 --sparsity_ratio 0.5 --save {folder / 'save'} --save_model {folder / 'kept'} "
-    flags += f"--ww_metric_cache {folder / 'cache'}"
-    records = {}
-    for method in METHODS:
-        own = flags if "ww" in method or "_" not in method else flags.rpartition(" --ww_metric_cache")[0]
-        if method.endswith("_price"):  # a search must not see the text that it is measured on
-            own = own.replace(f"--eval_data {tiny_text}", f"--eval_data {other_text}") + " --price_steps 2"
-        assert main.main([*own.split(), "--prune_method", method]) == 0
-        records[method] = json.loads((folder / "save" / f"run_{method}_sparsity_0.5.json").read_text())
-    return folder, records
+    flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {other_text} --seqlen 32 --nsamples 3 "
+    flags += f"--eval_windows 2 --sparsity_ratio 0.5 --save {folder / 'save'} --save_model {folder / 'kept'} "
+
+    @cache
+    def run(method: str) -> tuple[Path, dict]:
+        more = {"ww": f"--ww_metric_cache {folder / 'cache'}", "price": "--price_steps 2"}
+        own = f"{flags} --prune_method {method} {more.get(method.partition('_')[2], '')}"
+        assert main.main(own.split()) == 0
+        return folder, json.loads((folder / "save" / f"run_{method}_sparsity_0.5.json").read_text())
+
+    return run
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_meets_its_target(method, all_methods):
-    folder, records = all_methods
-    record = records[method]
+@pytest.mark.usefixtures("few_windows")
+@pytest.mark.parametrize(("pruner", "suffix"), across(PRUNERS, ALLOCATIONS))
+def test_every_method_meets_its_target(pruner, suffix, method_run):
+    method = f"{pruner}_{suffix}".removesuffix("_")
+    folder, record = method_run(method)
     # Rows of 32 columns: int() takes up to one column of each from an uneven ratio.
     assert record["sparsity"] == pytest.approx(0.5, abs=1 / 32) and record["target_sparsity"] == 0.5
     weights = saved_weights(folder / "kept" / f"{method}_0.5")
@@ -258,7 +242,6 @@ def test_every_method_meets_its_target(method, all_methods):
     assert {r["name"]: float(r["sparsity"]) for r in rows} == pytest.approx(
         {name: (w == 0).double().mean().item() for name, w in weights.items()}, abs=1e-6
     )
-    suffix = method.partition("_")[2]
     assert all((r["metric"] == "") == (ALLOCATIONS[suffix].wants is None) for r in rows)
     block_wise = {"ww": 3, "owl": 3, "dlp": 3, "atp": 3, "": 1}  # ratios: one per block
     assert len({r["planned_ratio"] for r in rows}) == block_wise.get(suffix, len({r["planned_ratio"] for r in rows}))
@@ -270,9 +253,12 @@ def test_method_names_are_the_published_ones():
     assert published <= set(METHODS) == {f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS}
 
 
-def test_methods_do_different_things(all_methods, tiny_run):
+@pytest.mark.usefixtures("few_windows")
+def test_methods_do_different_things(method_run, tiny_run, other_text, request):
     # A mistyped branch would leave one method's result equal to another's, or to the dense one.
-    found = {None: tiny_run("")["perplexity"]} | {name: r["perplexity"] for name, r in all_methods[1].items()}
+    methods = METHODS if request.config.getoption("--slow") else [*PRUNERS, *(f"wanda_{a}" for a in ALLOCATIONS if a)]
+    found = {method: method_run(method)[1]["perplexity"] for method in methods}
+    found["dense"] = tiny_run(f"--eval_data {other_text} --eval_windows 2")["perplexity"]
     assert len(set(found.values())) == len(found), found
 
 
@@ -283,7 +269,7 @@ def test_a_run_repeats_itself_and_the_seed_matters(tiny_run):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("mapping", ["block_wise", "layer_wise"])
 def test_every_metric_and_mapping_steers_the_plan(metric, mapping, tiny_weights):
     flags = "--model m --prune_method magnitude_ww --sparsity_ratio 0.5 --epsilon 0.2"
     asked = settings(f"{flags} --ww_metric {metric} --mapping_type {mapping}")
@@ -358,14 +344,6 @@ def test_seqlen_is_capped_at_the_context_with_a_warning(tiny_run, caplog):
     assert [r.levelname for r in caplog.records if "2048" in r.getMessage() and "128" in r.getMessage()] == ["WARNING"]
 
 
-def test_text_that_nothing_reads_is_neither_loaded_nor_warned_of(tiny_run, caplog):
-    # Neither of the hub's texts is asked for: no test reaches the network.
-    flags = "--prune_method magnitude --sparsity_ratio 0.5 --calib_data c4 --eval_wikitext false --eval_data c4"
-    record = tiny_run(flags, seqlen=2048)
-    assert [record[name] for name in ("calibration", "evaluation", "perplexity")] == [None] * 3
-    assert not list(Path("save").glob("perplexity_*")) and "context" not in caplog.text
-
-
 # ------------------------------------------------------------------------------------------- nothing may be lost
 
 
@@ -392,15 +370,6 @@ def test_a_failing_evaluation_leaves_the_model_and_the_layers(error, keep, tiny_
     assert len(table_of(Path("save", names[0]))) == 21
     assert "figures so far: save/" in caplog.text
     assert ("python main.py --model kept/wanda_0.5" in caplog.text) == keep == Path("kept/wanda_0.5").is_dir()
-
-
-def test_the_model_is_saved_before_it_is_evaluated(tiny_run, monkeypatch):
-    order = []
-    for room, name in ((prune, "walk"), (load, "complete_folder"), (perplexity_module, "perplexity_by_blocks")):
-        real = getattr(room, name)
-        monkeypatch.setattr(room, name, lambda *a, real=real, name=name, **k: order.append(name) or real(*a, **k))
-    tiny_run("--prune_method wanda --sparsity_ratio 0.5 --save_model kept")
-    assert order == ["walk", "complete_folder", "perplexity_by_blocks"]
 
 
 def test_a_sparsity_that_misses_the_target_triggers_a_warning(tiny_run, caplog):
@@ -436,12 +405,6 @@ def test_a_saved_model_can_be_evaluated_and_is_replaced_whole(tiny_run):
     assert not Path("kept/wanda_0.5/stale").exists() and [p.name for p in Path("kept").iterdir()] == ["wanda_0.5"]
     again = tiny_run("--model kept/wanda_0.5")
     assert again["perplexity"] == pruned["perplexity"] and again["dense_zeros"] == pruned["sparsity"]
-
-
-def test_results_lie_in_results_by_default(tmp_path, monkeypatch, tiny_folder, tiny_text):
-    monkeypatch.chdir(tmp_path)
-    assert main.main(["--model", str(tiny_folder), "--eval_data", str(tiny_text), "--seqlen", "32"]) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["results"]
 
 
 @pytest.mark.gpu

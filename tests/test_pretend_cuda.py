@@ -1,6 +1,5 @@
 """Rehearsal for CUDA: what the pretend device refuses, and whole runs on it, compared with the same runs on the CPU."""
 
-import copy
 import csv
 import json
 from pathlib import Path
@@ -8,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fast, saved_tensors, tiny_llama, tiny_sentences
+from conftest import ROOT, fast, tiny_llama, tiny_sentences
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from pretend_cuda import FREE, CudaTensor, DeviceMix, pretend_cuda
+from pretend_cuda import FREE, DeviceMix, pretend_cuda
 from safetensors.torch import load_file
 from test_image_models import TINY
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 import main
@@ -61,21 +59,6 @@ def test_devices_do_not_mix(operation, cuda):
     operation(numbers(3, 4), numbers(3, 4))  # nothing else is wrong with it
 
 
-def test_numbers_and_indices_may_come_from_the_cpu(cuda):
-    here, there = numbers(3, 4), numbers(3, 4).to("cuda")
-    index, mask = torch.tensor([2, 0]), here > 0
-    for got, expected in [
-        (there * torch.tensor(2.0), here * 2),
-        (there + np.float32(1), here + 1),
-        (there[:, index], here[:, index]),
-        (there[mask], here[mask]),
-    ]:
-        assert got.device == there.device and torch.equal(got.cpu(), expected)
-    there[index] = 7.0
-    there[1] = here[0]  # a copy
-    assert torch.equal(there.cpu(), torch.stack([torch.full((4,), 7.0), here[0], torch.full((4,), 7.0)]))
-
-
 def test_what_only_the_cpu_does_is_refused(cuda):
     there = numbers(3, 4).to("cuda")
     for read in (there.numpy, lambda: np.asarray(there), lambda: np.sqrt(there), lambda: np.array([there, there])):
@@ -107,51 +90,20 @@ def test_moves_are_copies_and_staying_is_not(cuda):
     here = numbers(3, 4)
     there = here.to("cuda", non_blocking=True)
     assert there.device == torch.device("cuda:0") and there.is_cuda and not there.is_cpu and not here.is_cuda
-    assert there.type() == "torch.cuda.FloatTensor" and there.dtype == torch.float32
     back = there.cpu()
     here[0] = there[1] = 0  # neither is seen by the others
     assert torch.equal(back, numbers(3, 4))
     assert there.to("cuda") is there.cuda() is there.float() is there.to(there) is there
     assert there.to("cuda", copy=True) is not there
-    assert back.to(there.half()).dtype == torch.float16 and back.to(there.half()).is_cuda
-    assert type(there.to("cpu", torch.bfloat16)) is torch.Tensor and there.to(back).device.type == "cpu"
-    assert back.pin_memory().to("cuda", non_blocking=True).is_cuda
     assert here.copy_(there) is here and torch.equal(here, there.cpu()) and type(here) is torch.Tensor
     assert there.copy_(back) is there and torch.equal(there.cpu(), back)
 
 
-@pytest.mark.parametrize("make", [torch.randn, torch.as_tensor, lambda _, **where: torch.linspace(0, 1, 2, **where)])
-def test_new_tensors_are_where_they_were_asked_for(make, cuda):
-    for device in ("cuda", "cuda:0", 0, torch.device("cuda"), torch.device("cuda", 0)):
-        assert type(made := make([2, 3], device=device)) is CudaTensor and made.device == torch.device("cuda:0")
-    # transformers stands in for torch.linspace while it loads: what torch has by then listed as factories may lack it.
-    torch.utils._device._device_constructors.cache_clear()
-    with torch.device("cuda"):
-        assert make([2, 3]).is_cuda
-    assert type(make([2, 3])) is torch.Tensor and make([2, 3], device="meta").is_meta
-    assert made.new_zeros(3).is_cuda and torch.ones_like(made).is_cuda and made.new_tensor([1]).is_cuda
-    assert type(torch.zeros_like(made, device="cpu")) is torch.Tensor
-
-
-def test_modules_move_with_their_tied_weights(cuda):
-    model = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
-    model["two"].weight = model["one"].weight
-    names = list(model.state_dict())
-    weight, before = model["one"].weight, model["one"].weight.detach().clone()
-    assert model.to("cuda").half() is model
-    assert model["two"].weight is model["one"].weight is weight and isinstance(weight, nn.Parameter)
-    assert all(tensor.is_cuda for tensor in model.state_dict().values()) and list(model.state_dict()) == names
-    assert weight.dtype == torch.float16 and torch.equal(weight.cpu(), before.half())
-    with pytest.raises(DeviceMix):
-        model["one"](torch.ones(1, 4).half())
-    twin = copy.deepcopy(model)
-    twin["one"].weight.data.zero_()
-    assert torch.equal(weight.cpu(), before.half()) and not twin["two"].weight.cpu().any()
-    weight.data = torch.ones(4, 4, device="cuda", dtype=torch.float16)
-    weight.data += 1
-    model["two"](torch.ones(1, 4, device="cuda").half()).sum().backward()
-    assert weight.cpu().unique().tolist() == [2] and weight.grad.is_cuda and weight.grad.cpu().unique().tolist() == [1]
-    assert type(model.cpu()["one"].weight) is nn.Parameter
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, torch.device("cuda"), torch.device("cuda", 0)])
+def test_new_tensors_are_where_they_were_asked_for(device, cuda):
+    made = torch.randn([2, 3], device=device)
+    assert made.is_cuda and made.new_zeros(3).is_cuda and torch.ones_like(made).is_cuda
+    assert type(torch.randn([2, 3])) is type(torch.zeros_like(made, device="cpu")) is torch.Tensor
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
@@ -216,7 +168,7 @@ def test_every_method(pruner, suffix, rehearse):
     rehearse(f"--prune_method {pruner}{suffix and '_'}{suffix} --sparsity_ratio 0.5 {few}")
 
 
-# The first ten make tensors in ways of their own; the others combine them.
+# Runs that make tensors in ways of their own.
 OTHER_RUNS = {
     "mixed N:M": "--prune_method sparsegpt_ww --sparsity_type 4:8",
     "variant": "--prune_method wanda --sparsity_ratio 0.5 --use_variant",
@@ -226,15 +178,12 @@ OTHER_RUNS = {
     "hidden states on the CPU": "--prune_method sparsegpt --sparsity_ratio 0.5 --hidden_states cpu",
     "streamed": "--prune_method sparsegpt_ww --sparsity_ratio 0.5 --stream always --save_model kept",
     "streamed, dense": "--stream always",
-    "epsilon auto": "--prune_method wanda_ww --sparsity_ratio 0.9 --epsilon auto --eval_wikitext false",
-    "hidden states on disk": "--prune_method wanda_owl --sparsity_ratio 0.5 --hidden_states disk",
-    "refit of Wanda": "--prune_method wanda --sparsity_type 2:4 --refit 3",
-    "streamed 2:4": "--prune_method alps --sparsity_type 2:4 --stream always --save_model kept",
+    "epsilon auto": "--prune_method magnitude_ww --sparsity_ratio 0.9 --epsilon auto --eval_wikitext false",
 }
 
 
 @pytest.mark.usefixtures("few_windows")
-@pytest.mark.parametrize("flags", fast(OTHER_RUNS.values(), 10), ids=OTHER_RUNS)
+@pytest.mark.parametrize("flags", OTHER_RUNS.values(), ids=OTHER_RUNS)
 def test_other_runs(flags, rehearse):
     rehearse(flags)
 
@@ -267,21 +216,6 @@ def test_fast_spectra_are_computed_on_the_device(flags, runs, monkeypatch):
     np.testing.assert_allclose(np.load(there), np.load(here), rtol=1e-5)
 
 
-def test_a_saved_model_and_plan_can_be_used_again(runs, tmp_path):
-    plan, kept = tmp_path / "plan.json", tmp_path / "kept"
-    with pretend_cuda():
-        flags = f"--prune_method wanda_ww --sparsity_ratio 0.5 --save_plan {plan} --save_model {kept}"
-        first, layers = runs(flags, "first")
-        again, _ = runs(f"--prune_method wanda --plan {plan}", "planned")
-        saved, _ = runs("", "saved", model=kept / "wanda_ww_0.5")
-    assert again["perplexity"] == first["perplexity"] == saved["perplexity"]
-    weights = saved_tensors(kept / "wanda_ww_0.5")
-    assert all(type(weight) is torch.Tensor and weight.dtype == torch.float16 for weight in weights.values())
-    for row in layers:
-        zeros = (weights[f"{row['name']}.weight"] == 0).double().mean().item()
-        assert float(row["sparsity"]) == pytest.approx(zeros, abs=1e-6)
-
-
 TIGHT = 80_000  # bytes: room for two blocks of three
 
 
@@ -311,10 +245,11 @@ def test_runs_whose_hidden_states_are_kept_on_the_cpu(rehearse, caplog, no_room_
     # All of the model fits (85 kB), so that no hook of accelerate moves what enters a block; a quarter of what is free
     # is less than 30 * 24 * 32 float16 numbers.
     with caplog.at_level("INFO", logger="lib"):
-        rehearse("--prune_method sparsegpt_owl --sparsity_ratio 0.5 --nsamples 30", free=150_000)
+        rehearse("--prune_method wanda --sparsity_ratio 0.5 --nsamples 30", free=150_000)
     assert "are kept in the CPU's memory: the GPU has little room" in caplog.text
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_zero_shot(rehearse):
     tasks = f"--eval_zero_shot --include_path {ROOT}/data/tasks --tasks capital_cities --limit 2 --eval_batch_size 4"
     record = rehearse(f"--eval_wikitext false {tasks}")
@@ -354,17 +289,15 @@ def test_lora_is_evaluated_and_merged(tmp_path, monkeypatch, tiny_tokenizer):
 
 
 IMAGE_RUNS = {
-    "vit": "--prune_metric wanda_ww --sparsity 0.5",
     "vit, propagated": "--prune_metric sparsegpt_owl --sparsity 0.5 --propagate pruned",
     "vit, by price": "--prune_metric wanda_price --sparsity 0.5 --price_steps 2 --nsamples 24 --published_calibration",
     "convnext_1x1": "--prune_metric sparsegpt_dlp --sparsity 0.5",
-    "convnext": "--prune_metric wanda_ww --sparsity 0.5",
-    "vit, hidden states on the CPU": "--prune_metric wanda --sparsity 0.5 --hidden_device cpu",
+    "convnext": "--prune_metric wanda_ww --sparsity 0.5 --hidden_device cpu",
     "vit, in half precision": "--prune_metric magnitude --sparsity 0.5 --use_amp",
 }
 
 
-@pytest.mark.parametrize("case", fast(IMAGE_RUNS, 4))
+@pytest.mark.parametrize("case", fast(IMAGE_RUNS, 3))
 def test_image_classifiers(case, tmp_path, monkeypatch):
     draw = np.random.default_rng(0)
     for name in ("one", "two"):  # noise in two classes

@@ -6,7 +6,7 @@ import logging
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -90,15 +90,17 @@ class Flags:
         return cls._spelled.get(name, name)
 
     @classmethod
-    def declared(cls) -> Iterator[tuple[str, Field, Any]]:
-        """Yield (title of the group, field, type) of every flag, in the order of the groups."""
+    @cache  # a sweep asks for them thousands of times
+    def declared(cls) -> list[tuple[str, Field, Any]]:
+        """Return (title of the group, field, type) of every flag, in the order of the groups."""
         by_name = {item.name: item for item in fields(cls) if item.name not in ("given", "rest", *cls._without)}
-        hints = get_type_hints(cls)
+        hints, declared = get_type_hints(cls), []
         for group in filter(is_dataclass, cls.__mro__):
             for name in group.__dict__.get("__annotations__", {}):
                 if name in by_name:
                     item = by_name.pop(name)
-                    yield item.metadata["title"] or group._title, item, hints[name]
+                    declared.append((item.metadata["title"] or group._title, item, hints[name]))
+        return declared
 
     def flags(self) -> dict[str, Any]:
         """Return every flag's spelling and value, as stored in a run's record."""

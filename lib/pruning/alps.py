@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lib.core.lazy import torch
 from lib.pruning.sparsegpt import NM, NotPositiveDefinite, inverse_factor, repair
-from lib.pruning.thresholds import group_smallest, nth_smallest
+from lib.pruning.thresholds import smallest
 
 log = logging.getLogger(__name__)
 
@@ -155,11 +155,5 @@ def _row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _largest(state: torch.Tensor, rows: list[int], goals: Sequence[tuple[float, NM | None]]) -> torch.Tensor:
     """Return a mask of the largest |state| of each layer, given its ratio and (N, M)."""
-    masks = []
-    for layer, (ratio, nm) in zip(state.split(rows), goals, strict=True):
-        score = layer.abs()
-        if nm is None:
-            masks.append(score > nth_smallest(score, min(int(score.numel() * ratio), score.numel() - 1)))
-        else:
-            masks.append(~group_smallest(score, nm))
-    return torch.cat(masks)
+    layers = zip(state.split(rows), goals, strict=True)
+    return torch.cat([smallest(layer.abs(), *goal) for layer, goal in layers]).logical_not_()

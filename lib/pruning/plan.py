@@ -11,9 +11,6 @@ from lib.core.errors import UserError
 from lib.core.files import write_atomically
 from lib.models.layers import Layer
 
-# By how much the mean of a plan's ratios may miss its target: mixed N:M does.
-_BUDGET = 1e-3
-
 # llm-compressor's modifier for each of our pruners; its magnitude modifier takes one sparsity for all layers.
 LLM_COMPRESSOR = {"wanda": "WandaPruningModifier", "sparsegpt": "SparseGPTModifier"}
 
@@ -66,7 +63,7 @@ def load_plan(path: Path, model: str, layers: Sequence[Layer]) -> SparsityPlan:
     except (TypeError, ValueError, KeyError) as error:
         raise UserError("plan", path, f"is not a sparsity plan ({error})") from error
     mean = sum(ratios[layer.name] * layer.size for layer in layers) / sum(layer.size for layer in layers)
-    if abs(mean - target) > _BUDGET:
+    if abs(mean - target) > 1e-3:  # mixed N:M misses it by less
         raise UserError("plan", path, f"its ratios add up to {mean:.4f} and its target is {target}", "fix one of them")
     return plan
 

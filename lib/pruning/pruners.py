@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lib.core.lazy import torch
 from lib.pruning import alps, sparsegpt
 from lib.pruning.sparsegpt import NM
-from lib.pruning.thresholds import group_smallest, nth_smallest, row_smallest
+from lib.pruning.thresholds import group_smallest, row_smallest, smallest
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,7 @@ class Pruner(NamedTuple):
     copies: float = 4
 
     def prune_all(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        prepared: object,
-        ratios: Mapping[str, float],
-        nm: Mapping[str, NM | None],
+        self, weights: Mapping[str, torch.Tensor], prepared: object, ratios: Mapping[str, float], nm: Mapping
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the name and the new weight of each of ``weights``, layers that share an input."""
         if self.group is not None:
@@ -52,13 +48,7 @@ class Pruner(NamedTuple):
 
 def magnitude(weight: torch.Tensor, _: None, ratio: float, nm: NM | None) -> torch.Tensor:
     """Zero everything <= the int(n * ratio)-th (from 0) of the sorted |W|, one threshold for the matrix."""
-    score = weight.abs()
-    if nm is not None:
-        return weight.masked_fill(group_smallest(score, nm), 0)
-    index = int(weight.numel() * ratio)
-    if index >= weight.numel():
-        return torch.zeros_like(weight)
-    return weight.masked_fill(score <= nth_smallest(score, index), 0)
+    return weight.masked_fill(smallest(weight.abs(), ratio, nm), 0)
 
 
 def wanda(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: float, nm: NM | None) -> torch.Tensor:
@@ -68,8 +58,8 @@ def wanda(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: float, nm: N
         squared_norms: s [in] float32, the mean over samples of the sum over tokens of x^2.
     """
     score = weight.abs() * squared_norms.sqrt()
-    smallest = group_smallest(score, nm) if nm else row_smallest(score, int(weight.shape[1] * ratio))
-    return weight.masked_fill(smallest, 0)
+    drop = group_smallest(score, nm) if nm else row_smallest(score, int(weight.shape[1] * ratio))
+    return weight.masked_fill(drop, 0)
 
 
 def wanda_variant(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: float, nm: NM | None) -> torch.Tensor:
@@ -83,17 +73,14 @@ def wanda_variant(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: floa
     score = weight.abs() * squared_norms.sqrt()
     ordered, order = score.sort(dim=1, stable=True)
     cumulative, total = ordered.cumsum(dim=1), score.sum(dim=1, keepdim=True)
-    low, high, share = 0.0, 0.8, 0.4
-    miss, best = math.inf, None
-    while True:
+    low, high, miss = 0.0, 0.8, math.inf
+    while miss > VARIANT_TOLERANCE and high - low > VARIANT_TOLERANCE / 2:
+        share = (low + high) / 2
         within = cumulative <= share * total
         sparsity = within.sum().item() / within.numel()
         if abs(sparsity - ratio) < miss:
             miss, best = abs(sparsity - ratio), within
-        if miss <= VARIANT_TOLERANCE or high - low < VARIANT_TOLERANCE:
-            break
         low, high = (low, share) if sparsity > ratio else (share, high)
-        share = (low + high) / 2
     if miss > VARIANT_TOLERANCE:
         log.warning("Wanda's variant misses %.4f by %.4f in a matrix of %dx%d", ratio, miss, *weight.shape)
     return weight.masked_fill(torch.zeros_like(best).scatter_(1, order, best), 0)

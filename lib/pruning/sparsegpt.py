@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lib import sparse
 from lib.core.errors import first_line
 from lib.core.lazy import torch
-from lib.pruning.thresholds import group_ranks, nth_smallest
+from lib.pruning.thresholds import group_ranks, smallest
 
 log = logging.getLogger(__name__)
 
@@ -121,17 +121,20 @@ def repair_group(
     w = torch.empty_like(stacked.T, memory_format=torch.contiguous_format).copy_(stacked.T)
     del stacked
     w.masked_fill_(factor.dead[:, None], 0)
-    width, removed = _width(group), None
-    if group:  # of each group, for each output
+    width, solve = _width(group), block_solver(w.device, group)
+    if group:
         counts = [torch.full((len(x),), group - nm[name][0], dtype=torch.int32) for name, x in weights.items()]
-        removed = torch.cat(counts).to(w.device)
-    solve = block_solver(w.device, group)
+        drop = torch.cat(counts).to(w.device)
     for left in range(0, len(w), width):
         right = left + width
         block = w[left:right]  # [block, out]
         upper = factor.upper[left:right, left:right].contiguous()
-        gone = None if group else _smallest(block, upper, sizes, [ratios[name] for name in weights])
-        errors = solve(block, upper, gone, removed, group)
+        if not group:
+            scores = (block.square() / upper.diagonal()[:, None].square()).split(sizes, dim=1)
+            masks = [smallest(score, ratios[name], None) for name, score in zip(weights, scores, strict=True)]
+            drop = torch.cat(masks, dim=1).float()
+            del scores, masks  # or they would be held beside the result
+        errors = solve(block, upper, drop, group)
         w[right:].addmm_(factor.upper[left:right, right:].T, errors, alpha=-1)
     repaired = w.to(dtype).T.contiguous().split(sizes)
     return {name: rows.to(weight.dtype) for (name, weight), rows in zip(weights.items(), repaired, strict=True)}
@@ -170,44 +173,31 @@ def _check_kernel(kernel: Callable[..., torch.Tensor], device: torch.device, gro
     columns, outputs, draw = _width(group), 70, torch.Generator().manual_seed(0)
     block = torch.randn(columns, outputs, generator=draw).to(device)
     upper = (torch.eye(columns) + 0.1 * torch.rand(columns, columns, generator=draw).triu(1)).to(device)
-    gone = None if group else (torch.rand(columns, outputs, generator=draw) < 0.5).float().to(device)
-    removed = torch.full((outputs,), group // 2, dtype=torch.int32, device=device) if group else None
+    mask = (torch.rand(columns, outputs, generator=draw) < 0.5).float()
+    drop = (torch.full((outputs,), group // 2, dtype=torch.int32) if group else mask).to(device)
     solved = block.clone()
-    errors = kernel(solved, upper, gone, removed, group)
-    torch.testing.assert_close(errors, solve_block(block, upper, gone, removed, group), rtol=1e-4, atol=1e-5)
+    errors = kernel(solved, upper, drop, group)
+    torch.testing.assert_close(errors, solve_block(block, upper, drop, group), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(solved, block, rtol=1e-4, atol=1e-5)
 
 
-def solve_block(
-    block: torch.Tensor, upper: torch.Tensor, gone: torch.Tensor | None, removed: torch.Tensor | None, group: int | None
-) -> torch.Tensor:
+def solve_block(block: torch.Tensor, upper: torch.Tensor, drop: torch.Tensor, group: int | None) -> torch.Tensor:
     """Zero entries of ``block`` [columns, out] in place, repair the columns after each, return the errors, same shape.
 
     Args:
         upper: the factor's diagonal square for these columns.
-        gone: 1 to zero and 0 to keep, shaped like ``block``; or None, and then ``removed`` [out] of each ``group``.
+        drop: 1 to zero and 0 to keep, shaped like ``block``; with ``group``, how many of each to zero, int32 [out].
     """
     errors, diagonal = torch.empty_like(block), upper.diagonal()
-    gone = torch.empty_like(block) if gone is None else gone
+    gone = torch.empty_like(block) if group else drop
     # All views at once: made one by one, they would take as long as some of the sums.
     rows = zip(block.unbind(), gone.unbind(), errors.unbind(), diagonal.unbind(), upper.unbind(), strict=True)
     for i, (column, mask, error, pivot, row) in enumerate(rows):
         if group and i % group == 0:
             members = slice(i, i + group)
-            gone[members] = group_ranks(block[members].square() / diagonal[members, None].square()) < removed
+            gone[members] = group_ranks(block[members].square() / diagonal[members, None].square()) < drop
         torch.mul(column, mask, out=error)
         column.sub_(error)  # w - w is 0, w - 0 is w
         error.div_(pivot)
         block[i + 1 :].addr_(row[i + 1 :], error, alpha=-1)
     return errors
-
-
-def _smallest(block: torch.Tensor, upper: torch.Tensor, sizes: list[int], ratios: Iterable[float]) -> torch.Tensor:
-    """Return 1 for each layer's scores up to the int(n * ratio)-th (from 0), inclusive (published), else 0."""
-    score = block.square() / upper.diagonal()[:, None].square()
-    gone = torch.ones_like(block)
-    for scores, mask, ratio in zip(score.split(sizes, dim=1), gone.split(sizes, dim=1), ratios, strict=True):
-        index = int(scores.numel() * ratio)
-        if index < scores.numel():
-            torch.le(scores, nth_smallest(scores, index), out=mask)
-    return gone

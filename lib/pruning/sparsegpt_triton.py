@@ -18,8 +18,7 @@ def _solve(
     block,
     errors,
     upper,
-    gone,
-    removed,
+    drop,
     outputs,
     columns,
     GROUP: tl.constexpr,
@@ -34,10 +33,10 @@ def _solve(
     w = tl.load(block + places, mask=inside, other=0.0)
     diagonal = tl.load(upper + column * (columns + 1), mask=column < columns, other=1.0)
     if GROUP == 0:
-        chosen = tl.load(gone + places, mask=inside, other=0.0)
+        chosen = tl.load(drop + places, mask=inside, other=0.0)
     else:
         chosen = tl.zeros([COLUMNS, OUTPUTS], dtype=tl.float32)
-        limit = tl.load(removed + output, mask=output < outputs, other=0)
+        limit = tl.load(drop + output, mask=output < outputs, other=0)
     for left in range(0, columns, STEP):
         if GROUP > 0:
             score = tl.div_rn(w * w, (diagonal * diagonal)[:, None])
@@ -59,16 +58,13 @@ def _solve(
     tl.store(block + places, w, mask=inside)
 
 
-def solve_block_on_gpu(
-    block: torch.Tensor, upper: torch.Tensor, gone: torch.Tensor | None, removed: torch.Tensor | None, group: int | None
-) -> torch.Tensor:
-    """Do what ``sparsegpt.solve_block`` does, on contiguous float32 tensors of one GPU."""
+def solve_block_on_gpu(block: torch.Tensor, upper: torch.Tensor, drop: torch.Tensor, group: int | None) -> torch.Tensor:
+    """Do what ``sparsegpt.solve_block`` does, on contiguous tensors of one GPU."""
     columns, outputs = block.shape
     errors = torch.empty_like(block)
-    masks = [errors if mask is None else mask for mask in (gone, removed)]  # of the two, the kernel reads one
     padded = max(16, triton.next_power_of_2(columns))
     sizes = {"GROUP": group or 0, "STEP": group or padded, "COLUMNS": padded, "OUTPUTS": TILE}
     with torch.cuda.device_of(block):  # a kernel starts on the current GPU, which need not be the tensors'
         launch = _solve[(triton.cdiv(outputs, TILE),)]
-        launch(block, errors, upper, *masks, outputs, columns, **sizes, num_warps=4, enable_fp_fusion=True)
+        launch(block, errors, upper, drop, outputs, columns, **sizes, num_warps=4, enable_fp_fusion=True)
     return errors

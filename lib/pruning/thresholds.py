@@ -64,6 +64,13 @@ def row_smallest(score: torch.Tensor, count: int) -> torch.Tensor:
     return mask
 
 
+def smallest(score: torch.Tensor, ratio: float, nm: tuple[int, int] | None) -> torch.Tensor:
+    """Return a mask of the ``score``, >= 0, up to the int(n * ratio)-th (from 0), inclusive (published), or by N:M."""
+    if nm is not None:
+        return group_smallest(score, nm)
+    return score <= nth_smallest(score, min(int(score.numel() * ratio), score.numel() - 1))
+
+
 def group_smallest(score: torch.Tensor, nm: tuple[int, int]) -> torch.Tensor:
     """Return a mask of the M - N smallest of every M columns of ``score`` [out, in]; of equals, the lower columns."""
     ranks = group_ranks(score.reshape(-1, nm[1]).T.contiguous())
@@ -144,6 +151,5 @@ def _lower_counts(values: torch.Tensor, high: int) -> torch.Tensor:
 def _bucket(counts: torch.Tensor, rank: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the bucket that contains the ``rank``-th smallest (from 1), and its rank within the bucket."""
     ends = counts.cumsum(0)
-    rank = torch.full((1,), rank, dtype=ends.dtype, device=ends.device) if isinstance(rank, int) else rank.view(1)
     index = torch.searchsorted(ends, rank)
-    return index[0], (rank - ends.gather(0, index) + counts.gather(0, index))[0]
+    return index, rank - ends.take(index) + counts.take(index)

@@ -16,7 +16,8 @@ from lib.pruning import plan as plans
 from lib.run.journal import MANIFEST, can_reopen, partial_folder
 from lib.run.pipeline import make_plan
 from lib.run.record import has_flags, read_run
-from lib.spectra import measure, spectrum
+from lib.spectra import spectrum
+from lib.spectra.cache import MetricCache
 
 log = logging.getLogger("main")
 
@@ -91,7 +92,7 @@ def check_layers(
             raise UserError("sparsity_type", "{}:{}".format(*task.nm), problem)
     if task.allocation == "ww":
         metric, folder, how = measurement
-        if measure.metric_cache(folder, metric, name, measured, how).read() is None:
+        if MetricCache(folder, metric, name, measured, how).read() is None:
             files.check_writable("ww_metric_cache", folder)
         for layer in measured if how.farms else ():
             try:

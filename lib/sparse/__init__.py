@@ -17,7 +17,6 @@ _HOMES = {
     "unpack_files": "packed",
     "zeros_skipped": "skipping",
 }
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> object:

@@ -65,14 +65,12 @@ def compile_steps(model: PreTrainedModel, kernel: Kernel) -> None:
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED_SDPA)
     for layer in model.modules() if model.config._attn_implementation == GROUPED_SDPA else ():
-        if _is_llama(layer):
-            step = CompiledBlock(layer, kernel)
-            try:
-                agrees = _shapes_fit(step) and _agrees(step)
-            except Exception:  # any failure means that this is not a plain LLaMA block
-                agrees = False
-            if agrees:
+        try:
+            step = CompiledBlock(layer, kernel) if _is_llama(layer) else None
+            if step and _agrees(step):
                 layer.forward = step
+        except Exception:  # any failure means that this is not a plain LLaMA block
+            continue
 
 
 class CompiledBlock:
@@ -101,7 +99,6 @@ class CompiledBlock:
         return self.plain_forward(hidden_states, *args, **kwargs)
 
     def plain_forward(self, *args, **kwargs) -> torch.Tensor:
-        """Return what the model's own forward pass gives."""
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
     def _block(self, x: torch.Tensor) -> BlockStruct | None:
@@ -186,18 +183,17 @@ def with_room(layer: DynamicLayer | None, x: torch.Tensor, block: BlockStruct) -
 
 
 def _is_llama(layer: nn.Module) -> bool:
+    """Return whether ``layer`` has a LLaMA's modules, and matrices of the shapes that step.cpp takes for granted."""
     if {name for name, _ in layer.named_modules()} - {""} != {*LINEARS, *OTHER_MODULES}:
         return False
-    packable = all(isinstance(layer.get_submodule(name), SparseLinear | DenseLinear) for name in LINEARS)
+    linears = [layer.get_submodule(name) for name in LINEARS]
+    packable = all(isinstance(linear, SparseLinear | DenseLinear) for linear in linears)
     # As ``fuse`` leaves those that compute the same.
     norms = type(layer.input_layernorm) is type(layer.post_attention_layernorm) is nn.RMSNorm
-    return packable and norms and isinstance(layer.mlp.act_fn, nn.SiLU | type(ACT2FN["silu"]))
-
-
-def _shapes_fit(step: CompiledBlock) -> bool:
-    """Return whether the matrices have the shapes that step.cpp takes for granted."""
-    q, k, v, o, gate, up, down = ((linear.out_features, linear.in_features) for linear in step._linears)
-    size, width, inner = step.attention.head_dim, q[1], gate[0]
+    if not (packable and norms and isinstance(layer.mlp.act_fn, nn.SiLU | type(ACT2FN["silu"]))):
+        return False
+    q, k, v, o, gate, up, down = ((linear.out_features, linear.in_features) for linear in linears)
+    size, width, inner = layer.self_attn.head_dim, q[1], gate[0]
     heads = size > 0 and size % 2 == 0 and k[0] % size == 0 and k[0] > 0 and q[0] % k[0] == 0
     attention = k == v == (k[0], width) and o == (width, q[0])
     return heads and attention and gate == up == (inner, width) and down == (width, inner)

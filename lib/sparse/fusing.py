@@ -19,11 +19,7 @@ LEAST_ZEROS = 0.3
 
 
 def fuse(model: nn.Module, kernel: Kernel) -> None:
-    """Fuse calls, in place, where the result is the same up to rounding.
-
-    RMS norms are torch's (one call instead of six), query heads that share keys attend together, and a LLaMA's block
-    takes one token in compiled code.
-    """
+    """Fuse calls, in place, where the result is the same up to rounding: those of RMS norms, and ``compile_steps``."""
     for name, module in list(model.named_modules()):
         norm = _torch_norm(module)
         if norm is not None:

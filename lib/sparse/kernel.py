@@ -38,8 +38,7 @@ FUNCTIONS = {
     "_multiply": "pipipii",
     "_unpack": "pnnpi",
     "_multiply_many": "ppnpi",
-    "_multiply_float": "pnnpnpi",
-    "_solve_block": "ppppnnnpi",
+    "_solve_block": "pppnnnpi",
     "enter_block": "ppppnipppni",  # these are in step.cpp
     "attend_block": "ppppnndipi",
     "leave_block": "pppipi",
@@ -99,28 +98,19 @@ class Kernel:
         float32 (but a packed weight's values) and contiguous. Each number is the sum of its products in the order of
         the columns, rounded at each step (FMA): the same for any number of tokens and threads.
         """
-        tokens, threads = len(x), torch.get_num_threads()
-        if isinstance(weight, MatrixStruct):
-            y = x.new_empty(tokens, weight.rows)
-            self._multiply_many(ctypes.addressof(weight), x.data_ptr(), tokens, y.data_ptr(), threads)
-        else:
-            y = x.new_empty(tokens, len(weight))
-            self._multiply_float(weight.data_ptr(), *weight.shape, x.data_ptr(), tokens, y.data_ptr(), threads)
+        if isinstance(weight, torch.Tensor):
+            weight = MatrixStruct(None, weight.data_ptr(), None, None, *weight.shape)
+        y, threads = x.new_empty(len(x), weight.rows), torch.get_num_threads()
+        self._multiply_many(ctypes.addressof(weight), x.data_ptr(), len(x), y.data_ptr(), threads)
         return y if bias is None else y.add_(bias)
 
     def solve_block(
-        self,
-        block: torch.Tensor,
-        upper: torch.Tensor,
-        gone: torch.Tensor | None,
-        removed: torch.Tensor | None,
-        group: int | None,
+        self, block: torch.Tensor, upper: torch.Tensor, drop: torch.Tensor, group: int | None
     ) -> torch.Tensor:
-        """Zero and repair ``block`` as ``sparsegpt.solve_block`` does; all float32 (``removed``: int32), contiguous."""
-        errors, threads = torch.empty_like(block), torch.get_num_threads()
-        masks = (None if mask is None else mask.data_ptr() for mask in (gone, removed))
-        sizes = *block.shape, group or 0
-        self._solve_block(block.data_ptr(), upper.data_ptr(), *masks, *sizes, errors.data_ptr(), threads)
+        """Zero and repair ``block`` as ``sparsegpt.solve_block`` does; all are contiguous."""
+        errors, sizes = torch.empty_like(block), (*block.shape, group or 0)
+        places = block.data_ptr(), upper.data_ptr(), drop.data_ptr()
+        self._solve_block(*places, *sizes, errors.data_ptr(), torch.get_num_threads())
         return errors
 
     def unpack(self, matrix: MatrixStruct, first: int, last: int, out: torch.Tensor) -> None:

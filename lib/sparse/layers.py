@@ -80,18 +80,17 @@ class SparseLinear(nn.Module):
             raise RuntimeError("SparseLinear has no gradients: use torch.no_grad(), or unpack the model to train it")
         if 1 <= x.numel() // columns <= MAX_TOKENS:
             return self.kernel.multiply(self._matrix, x)
-        return self._many(x.reshape(-1, columns)).view(*lead, self.out_features)
-
-    def _many(self, flat: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, columns)
         if len(flat) and not cpu.multiplies(self.dtype) and self.sparsity >= SKIP_FROM:
-            return self.kernel.multiply_many(self._matrix, flat.float().contiguous(), self.bias).to(self.dtype)
+            y = self.kernel.multiply_many(self._matrix, flat.float().contiguous(), self.bias).to(self.dtype)
+            return y.view(*lead, self.out_features)
         tile = flat.new_empty(min(ROWS_AT_ONCE, self.out_features), self.mask.shape[1] * 32)
 
         def rows(first: int, last: int) -> torch.Tensor:
             self.kernel.unpack(self._matrix, first, last, tile)
             return tile[: last - first, : self.in_features]
 
-        return by_tiles(flat, rows, self.out_features, self.bias)
+        return by_tiles(flat, rows, self.out_features, self.bias).view(*lead, self.out_features)
 
     def _save_to_state_dict(self, *_) -> None:
         raise RuntimeError("a packed model is not saved again: copy its folder, or unpack it with pack.py --unpack")

@@ -81,12 +81,8 @@ def _fill(
             raise UserError(None, name, "is packed there, and the model of its config.json has none") from None
         if expected != shape:
             raise UserError(None, name, f"is packed with shape {shape}, the model of its config.json has {expected}")
-        linear = type(module) is nn.Linear and module is not tied and attribute == "weight"
-        if (
-            isinstance(content, PackedTensor)
-            and linear
-            and 1 - (len(content.values) - PADDING) / math.prod(shape) >= least
-        ):
+        linear = isinstance(content, PackedTensor) and type(module) is nn.Linear and attribute == "weight"
+        if linear and module is not tied and 1 - (len(content.values) - PADDING) / math.prod(shape) >= least:
             values = content.values.to(dtype)
             # If they were rounded, a mask that stays mapped would keep all the file's pages.
             mask = content.mask if values is content.values else content.mask.clone()

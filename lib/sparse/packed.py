@@ -44,14 +44,6 @@ class PackedTensor(NamedTuple):
     def dtype(self) -> torch.dtype:
         return self.values.dtype
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.parts().values())
-
-    def parts(self) -> dict[str, torch.Tensor]:
-        """Return the tensors by name, without ``negative`` if that is None."""
-        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
-
 
 def pack(tensor: torch.Tensor) -> PackedTensor:
     """Return the packed form of ``tensor``, at least one-dimensional, with entries of 1 to 8 bytes."""
@@ -92,12 +84,9 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(BITS[tensor.element_size()])
 
 
-# --------------------------------------------------------------------------------------------------------- files
-
-
 def is_packed(folder: Path | str) -> bool:
     """Return whether ``folder`` holds a packed model."""
-    return Path(folder).is_dir() and any(Path(folder).glob(f"*{SUFFIX}"))
+    return any(Path(folder).glob(f"*{SUFFIX}"))
 
 
 def pack_files(source: Path, target: Path) -> Counter:
@@ -132,7 +121,7 @@ def unpack_files(source: Path, target: Path) -> int:
 
 def packed_files(folder: Path) -> list[Path]:
     """Return the packed files of ``folder``."""
-    files = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
+    files = sorted(folder.glob(f"*{SUFFIX}"))
     if not files:
         raise UserError(None, folder, f"holds no *{SUFFIX}", "give a folder that pack.py or main.py --packed wrote")
     return files
@@ -183,17 +172,15 @@ def _pack_file(source: Path, target: Path) -> Counter:
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata() or {}
         for name in file.keys():
-            content = tensor = file.get_tensor(name)
-            if tensor.numel() and tensor.ndim:
-                packed = pack(tensor)
-                if packed.nbytes < tensor.nbytes:
-                    content = packed
-                    size.update(masked=tensor.nbytes, masked_after=packed.nbytes)
-            entries[name] = {"shape": list(tensor.shape), "sha256": _digest(content, tensor.shape)}
-            if isinstance(content, PackedTensor):
-                stored |= {f"{name}.{field}": value for field, value in content.parts().items()}
+            tensor = file.get_tensor(name)
+            content = pack(tensor) if tensor.numel() and tensor.ndim else tensor
+            nbytes = sum(part.nbytes for part in _parts(content).values())
+            if nbytes < tensor.nbytes:
+                size.update(masked=tensor.nbytes, masked_after=nbytes)
             else:
-                stored[name] = tensor
+                content = tensor
+            entries[name] = {"shape": list(tensor.shape), "sha256": _digest(content, tensor.shape)}
+            stored |= {name + ending: part for ending, part in _parts(content).items()}
         # One key: safetensors writes several in an order that changes from run to run.
         save_file(stored, target, {KEY: json.dumps({"version": VERSION, "metadata": metadata, "tensors": entries})})
         for name, content, shape in read_file(target):
@@ -203,9 +190,15 @@ def _pack_file(source: Path, target: Path) -> Counter:
     return size
 
 
+def _parts(content: torch.Tensor | PackedTensor) -> dict[str, torch.Tensor]:
+    """Return the stored tensors by what a file adds to the name."""
+    parts = content._asdict() if isinstance(content, PackedTensor) else {}
+    return {f".{field}": part for field, part in parts.items() if part is not None} or {"": content}
+
+
 def _digest(content: torch.Tensor | PackedTensor, shape: list[int]) -> str:
     """Return the SHA-256 of the dtypes, shapes and bits of a stored tensor."""
-    tensors = [*content.parts().values()] if isinstance(content, PackedTensor) else [content]
+    tensors = _parts(content).values()
     digest = hashlib.sha256(f"{list(shape)} {[(str(each.dtype), list(each.shape)) for each in tensors]}".encode())
     for tensor in tensors:
         digest.update(_bits(tensor).flatten().numpy())

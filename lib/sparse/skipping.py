@@ -1,8 +1,9 @@
 """Float32 passes through pruned layers on the CPU that skip the zeros of the weights."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def zeros_skipped(modules: Iterable[nn.Module]) -> Iterator[int]:
         log.debug("zeros are multiplied like other weights: %s", error)
         suitable = []
     for linear in suitable:
-        linear.forward = _product(linear, kernel)
+        linear.forward = partial(_product, linear, kernel)
     try:
         yield len(suitable)
     finally:
@@ -54,15 +55,12 @@ def _plain(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
-def _product(linear: nn.Linear, kernel: Kernel) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        weight, bias = linear.weight, linear.bias
-        rows, columns = weight.shape
-        x = x.contiguous()
-        enough = x.shape[-1] == columns and x.numel() >= MIN_TOKENS * columns
-        watched = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if not (enough and _plain(x) and _plain(weight)) or watched or torch.is_autocast_enabled("cpu"):
-            return F.linear(x, weight, bias)
-        return kernel.multiply_many(weight.detach(), x.view(-1, columns), bias).view(*x.shape[:-1], rows)
-
-    return forward
+def _product(linear: nn.Linear, kernel: Kernel, x: torch.Tensor) -> torch.Tensor:
+    weight, bias = linear.weight, linear.bias
+    rows, columns = weight.shape
+    x = x.contiguous()
+    enough = x.shape[-1] == columns and x.numel() >= MIN_TOKENS * columns
+    watched = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not (enough and _plain(x) and _plain(weight)) or watched or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    return kernel.multiply_many(weight.detach(), x.view(-1, columns), bias).view(*x.shape[:-1], rows)

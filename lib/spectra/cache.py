@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lib.core import digests, files, processes
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import numpy
 from lib.core.progress import Progress
+from lib.models.layers import Layer
 from lib.models.weights import Weights
+from lib.spectra.spectrum import Farms
+from lib.spectra.tail import WEIGHTWATCHER
 
 log = logging.getLogger(__name__)
+
+
+class SpectrumSettings(NamedTuple):
+    """How a metric is measured: the ``driver`` of the spectrum, its FARMS windows, and weightwatcher's ``seed``."""
+
+    driver: str = "exact"
+    farms: Farms | None = None
+    seed: int = 0
+
+    def stem(self, metric: str) -> str:
+        """Return the name of the cache's files without their suffix; the published one for the published settings."""
+        windows = "" if self.farms is None else "_farms_{}x{:g}_{}".format(*self.farms)
+        return metric + windows + ("" if self.driver == "exact" else f"_{self.driver}")
+
+    def described(self, metric: str) -> dict:
+        """Return the sidecar's entry for these settings, as far as they affect ``metric``."""
+        if metric in WEIGHTWATCHER:
+            return {"seed": self.seed} if metric == "random_distance" else {}
+        return {"driver": self.driver, "farms": None if self.farms is None else self.farms._asdict()}
+
+
+PUBLISHED = SpectrumSettings()
 
 
 class LayerMetrics(NamedTuple):
@@ -28,14 +52,15 @@ class LayerMetrics(NamedTuple):
 
 
 class MetricCache:
-    """The values of one metric in ``folder``: ``<stem>.npy``, as published, and our sidecar ``<stem>.json``.
+    """The values of one metric in ``folder``: ``<stem>.npy``, as published, and a sidecar of all that must agree."""
 
-    The sidecar must agree with ``identity``: model, metric, settings, and layers as a list of [name, shape].
-    """
-
-    def __init__(self, folder: Path, stem: str, identity: Mapping[str, Any]) -> None:
-        self.folder, self.stem, self.identity = folder, stem, identity
-        self.path, self.sidecar = folder / f"{stem}.npy", folder / f"{stem}.json"
+    def __init__(
+        self, folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: SpectrumSettings = PUBLISHED
+    ) -> None:
+        self.folder, self.stem = folder, settings.stem(metric)
+        shapes = [[layer.name, list(layer.shape)] for layer in layers]
+        self.identity = {"model": model, "metric": metric, "settings": settings.described(metric), "layers": shapes}
+        self.path, self.sidecar = folder / f"{self.stem}.npy", folder / f"{self.stem}.json"
         self._fix = f"give another {flag_name('ww_metric_cache')}, or delete {self.path} to have it computed"
 
     def read(self) -> LayerMetrics | None:
@@ -47,26 +72,27 @@ class MetricCache:
         if not self.path.exists():
             return None
 
-        with _damage_reported(self.path, self._fix):
-            values = numpy.load(self.path, allow_pickle=False).astype(numpy.float64)
+        path, fingerprints, identity = self.path, {}, self.identity
+        try:
+            values = numpy.load(path, allow_pickle=False).astype(numpy.float64)
+            if self.sidecar.exists():
+                path = self.sidecar
+                stored = json.loads(path.read_text())
+                fingerprints, identity = dict(stored["fingerprints"]), {key: stored[key] for key in identity}
+        except Exception as error:  # numpy and json raise many kinds
+            raise UserError(None, path, f"is damaged ({error!r})", self._fix) from error
+        for key, wanted in self.identity.items():
+            if identity[key] != wanted:
+                pairs = zip_longest(identity[key], wanted) if key == "layers" else [(identity[key], wanted)]
+                before, now = next(pair for pair in pairs if pair[0] != pair[1])
+                raise UserError(None, self.path, f"was measured with {key} {before}, not {now}", self._fix)
+
         names = [name for name, _ in self.identity["layers"]]
         if values.shape != (len(names),):
             problem = f"holds values of shape {[*values.shape]} and {self.identity['model']} has {len(names)} matrices"
             raise UserError(None, self.path, problem, self._fix)
         if not numpy.isfinite(values).all():
             raise UserError(None, self.path, "holds values that are not finite", self._fix)
-
-        fingerprints = {}
-        if self.sidecar.exists():
-            with _damage_reported(self.sidecar, self._fix):
-                stored = json.loads(self.sidecar.read_text())
-                fingerprints = dict(stored["fingerprints"])
-                identities = {key: (stored[key], wanted) for key, wanted in self.identity.items()}
-            for key, pair in identities.items():
-                if pair[0] != pair[1]:
-                    pairs = zip_longest(*pair) if key == "layers" else [pair]
-                    measured, wanted = next(pair for pair in pairs if pair[0] != pair[1])
-                    raise UserError(None, self.path, f"was measured with {key} {measured}, not {wanted}", self._fix)
         return LayerMetrics(dict(zip(names, values.tolist(), strict=True)), fingerprints)
 
     def check_weights(self, cached: LayerMetrics, weights: Weights) -> None:
@@ -98,12 +124,3 @@ class MetricCache:
             numpy.save(file, numpy.array([*measured.values.values()], dtype=numpy.float64))
         for path in self.folder.glob(f".{self.stem}.*.jsonl"):
             path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _damage_reported(path: Path, fix: str) -> Iterator[None]:
-    """Turn whatever numpy and json raise on a damaged file into one line."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(None, path, f"is damaged ({error!r})", fix) from error

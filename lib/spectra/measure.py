@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing
 from functools import partial
@@ -18,42 +18,15 @@ from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import numpy, torch
 from lib.core.progress import Progress
 from lib.models import memory
-from lib.models.layers import Layer
 from lib.models.weights import Block, Weights
-from lib.spectra.cache import LayerMetrics, MetricCache
-from lib.spectra.spectrum import Farms, NoFit, spectrum
+from lib.spectra.cache import PUBLISHED, LayerMetrics, MetricCache, SpectrumSettings
+from lib.spectra.spectrum import NoFit, spectrum
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
 log = logging.getLogger(__name__)
 
-# A checkpoint with a larger share of zeros in its first block is taken for pruned: no dense one has that many.
-_PRUNED = 0.1
 # Seconds of a matrix from which the time of the others is estimated; fewer may be those of LAPACK's start.
 _SAMPLE = 1.0
-# Minutes from which the estimate is worth a line.
-_LONG = 2.0
-
-
-class SpectrumSettings(NamedTuple):
-    """How a metric is measured: the ``driver`` of the spectrum, its FARMS windows, and weightwatcher's ``seed``."""
-
-    driver: str = "exact"
-    farms: Farms | None = None
-    seed: int = 0
-
-    def stem(self, metric: str) -> str:
-        """Return the name of the cache's files without their suffix; the published one for the published settings."""
-        windows = "" if self.farms is None else "_farms_{}x{:g}_{}".format(*self.farms)
-        return metric + windows + ("" if self.driver == "exact" else f"_{self.driver}")
-
-    def described(self, metric: str) -> dict:
-        """Return the sidecar's entry for these settings, as far as they affect ``metric``."""
-        if metric in WEIGHTWATCHER:
-            return {"seed": self.seed} if metric == "random_distance" else {}
-        return {"driver": self.driver, "farms": None if self.farms is None else self.farms._asdict()}
-
-
-PUBLISHED = SpectrumSettings()
 
 
 class _Result(NamedTuple):
@@ -64,19 +37,6 @@ class _Result(NamedTuple):
     seconds: float = 0.0
 
 
-def metric_cache(
-    folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: SpectrumSettings = PUBLISHED
-) -> MetricCache:
-    """Return the cache in ``folder`` of a metric of the ``model`` with these ``layers``."""
-    identity = {
-        "model": model,
-        "metric": metric,
-        "settings": settings.described(metric),
-        "layers": [[layer.name, list(layer.shape)] for layer in layers],
-    }
-    return MetricCache(folder, settings.stem(metric), identity)
-
-
 def load_or_measure(
     folder: Path, metric: str, model: str, weights: Weights, settings: SpectrumSettings = PUBLISHED
 ) -> LayerMetrics:
@@ -85,7 +45,7 @@ def load_or_measure(
     Raises:
         UserError: the cache is damaged or of something else, or a layer's spectrum admits no fit.
     """
-    cache = metric_cache(folder, metric, model, weights.layers, settings)
+    cache = MetricCache(folder, metric, model, weights.layers, settings)
     cached = processes.on_main(cache.read)
     if cached is not None:
         cache.check_weights(cached, weights)
@@ -109,12 +69,11 @@ def measure(
     """
     # An SVD's time grows with the number of weights times the shorter side.
     work = {layer.name: layer.size * min(layer.shape[:2]) for layer in weights.layers}
+    owners = processes.owners(list(work.values()))
+    names = {name for name, owner in zip(work, owners, strict=True) if owner == processes.rank()}
     if metric in WEIGHTWATCHER:
-        names = {layer.name for layer in weights.layers if layer.block % processes.count() == processes.rank()}
         results = _by_weightwatcher(metric, weights, names, settings.seed)
     else:
-        owners = processes.owners(list(work.values()))
-        names = {name for name, owner in zip(work, owners, strict=True) if owner == processes.rank()}
         results = _by_spectrum(metric, weights, names, settings, progress)
 
     finished: dict[str, _Result] = {}
@@ -129,7 +88,7 @@ def measure(
                 announced = True
                 left = sum(work[name] for name in names - finished.keys()) / work[result.name]
                 minutes = result.seconds * left / cores / 60
-                if minutes > _LONG:
+                if minutes > 2:  # else it is not worth a line
                     message = "exact spectra take about %.0f more minutes on %d of the CPU's cores; %s takes less"
                     log.info(message, minutes, cores, "--esd_driver fast")
 
@@ -137,8 +96,7 @@ def measure(
     ordered = [shares[layer.name] for layer in weights.layers]
     fell_back = [result.name for result in ordered if result.fell_back]
     if fell_back:
-        names = ", ".join(fell_back)
-        log.warning("too ill-conditioned for the fast driver, used a float64 SVD instead: %s", names)
+        log.warning("too ill-conditioned for the fast driver, used a float64 SVD instead: %s", ", ".join(fell_back))
     values = {result.name: result.value for result in ordered}
     return LayerMetrics(values, {result.name: result.fingerprint for result in ordered})
 
@@ -205,37 +163,28 @@ def _blocks(metric: str, weights: Weights) -> Iterator[Block]:
         if block.index == 0:
             zeros = sum((linear.weight == 0).sum().item() for linear in block.linears.values())
             share = zeros / max(1, sum(linear.weight.numel() for linear in block.linears.values()))
-            if share > _PRUNED:
+            if share > 0.1:  # no dense checkpoint has that many
                 message = "%.0f %% of the first block's weights are zero: %s describes the pruning, not the training"
                 log.warning(message, 100 * share, metric)
         yield block
 
 
 def _by_weightwatcher(metric: str, weights: Weights, names: set[str], seed: int) -> Iterator[_Result]:
-    """Yield weightwatcher's values for the layers ``names``, block by block; it reads float32 on the CPU."""
+    """Yield weightwatcher's values for the layers ``names``, one after another; it reads float32 on the CPU."""
     from weightwatcher import WeightWatcher
 
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
     column, switches = WEIGHTWATCHER[metric]
     for block in _blocks(metric, weights):
-        linears = {name: linear for name, linear in block.linears.items() if name in names}
-        if not linears:
-            continue
-
-        watched = torch.nn.ModuleDict()
-        for name, linear in linears.items():
-            weight = linear.weight.detach().float().cpu()
-            copy = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-            copy.weight = torch.nn.Parameter(weight, requires_grad=False)
-            watched[name.replace(".", "/")] = copy  # a module's name has no dots
-
-        numpy.random.seed(seed % 2**32)  # weightwatcher shuffles the weights with numpy's global generator
-        table = WeightWatcher(model=watched).analyze(**switches)
-        numbers = dict(zip(table["longname"], table.get(column, []), strict=False))
-        for name, linear in linears.items():
-            number = numbers.get(name.replace(".", "/"))
+        for name in (name for name in block.linears if name in names):
+            weight = block.linears[name].weight.detach()
+            linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+            linear.weight = torch.nn.Parameter(weight.float().cpu(), requires_grad=False)
+            numpy.random.seed(seed % 2**32)  # weightwatcher shuffles the weights with numpy's global generator
+            table = WeightWatcher(model=torch.nn.Sequential(linear)).analyze(**switches)
+            number = next(iter(table.get(column, [])), None)
             if number is None or not numpy.isfinite(number) or number < 0:  # -1: its fit failed
                 reason = "weightwatcher skipped it" if number is None else f"weightwatcher gives {number}"
                 fix = f"choose another {flag_name('ww_metric')}"
                 raise UserError(None, name, f"{metric} cannot be computed, {reason}", fix)
-            yield _Result(name, float(number), digests.fingerprint(linear.weight))
+            yield _Result(name, float(number), digests.fingerprint(weight))

@@ -29,30 +29,20 @@ class PowerLaw(NamedTuple):
 
 def alpha_mid(spec: Spectrum) -> float:
     """Return the tail exponent of the upper half of the spectrum: the maximum-likelihood fit from index N // 2 on."""
-    eigs = _fittable(spec)
+    eigs = _finite(spec, 3)
     return _alpha_at(eigs, len(eigs) // 2)
 
 
 def alpha_peak(spec: Spectrum) -> float:
     """Return the tail exponent, the tail's start searched around the log-spectrum's peak (paper, section 3.1)."""
-    eigs = _fittable(spec)
+    eigs = _finite(spec, 3)
     return fit_tail(eigs, peak_candidates(eigs)).alpha
 
 
 def alpha(spec: Spectrum) -> float:
     """Return the tail exponent, the tail's start searched among all eigenvalues but the last (weightwatcher)."""
-    eigs = _fittable(spec)
+    eigs = _finite(spec, 3)
     return fit_tail(eigs, torch.arange(len(eigs) - 1)).alpha
-
-
-def spectral_norm(spec: Spectrum) -> float:
-    """Return the largest eigenvalue: the squared spectral norm of W (weightwatcher's definition)."""
-    return _positive(spec)[-1].item()
-
-
-def norm(spec: Spectrum) -> float:
-    """Return the sum of the eigenvalues: the squared Frobenius norm of W (weightwatcher's definition)."""
-    return _positive(spec).sum().item()
 
 
 def entropy(spec: Spectrum) -> float:
@@ -74,10 +64,8 @@ def log_alpha_norm(spec: Spectrum) -> float:
 
 def _positive(spec: Spectrum) -> torch.Tensor:
     """Return the eigenvalues in float64; at least one must be above zero."""
-    eigs = spec.eigs.double()
-    if not torch.isfinite(eigs).all():
-        raise NoFit("the spectrum holds values that are not finite")
-    if not len(eigs) or eigs[-1] <= 0:
+    eigs = _finite(spec, 1).double()
+    if eigs[-1] <= 0:
         raise NoFit("the matrix is zero")
     return eigs
 
@@ -174,8 +162,8 @@ def _alpha_at(eigs: torch.Tensor, start: int) -> float:
     return alpha
 
 
-def _fittable(spec: Spectrum) -> torch.Tensor:
-    if len(spec.eigs) < 3:
+def _finite(spec: Spectrum, least: int) -> torch.Tensor:
+    if len(spec.eigs) < least:
         raise NoFit(f"{len(spec.eigs)} eigenvalues are too few")
     if not torch.isfinite(spec.eigs).all():
         raise NoFit("the spectrum holds values that are not finite")
@@ -184,18 +172,19 @@ def _fittable(spec: Spectrum) -> torch.Tensor:
 
 # A layer's number from its spectrum; a new metric is one function and one line. All are mapped the same way, a larger
 # number to a higher sparsity, as published. For alpha, the stable rank and the entropy that is the theory's direction
-# (larger: less heavy-tailed, less well trained); for the norms it is the published choice.
+# (larger: less heavy-tailed, less well trained); for the norms it is the published choice. The norms are squared, as
+# weightwatcher defines them: the largest eigenvalue is the spectral norm, and the sum of all is the Frobenius norm.
 METRICS: dict[str, Callable[[Spectrum], float]] = {
     "alpha_peak": alpha_peak,
     "alpha_mid": alpha_mid,
     "alpha": alpha,
-    "alpha_weighted": lambda spec: alpha(spec) * math.log10(spectral_norm(spec)),
+    "alpha_weighted": lambda spec: alpha(spec) * math.log10(_positive(spec)[-1]),
     "log_alpha_norm": log_alpha_norm,
-    "spectral_norm": spectral_norm,
-    "log_spectral_norm": lambda spec: math.log10(spectral_norm(spec)),
-    "norm": norm,
-    "log_norm": lambda spec: math.log10(norm(spec)),
-    "stable_rank": lambda spec: norm(spec) / spectral_norm(spec),
+    "spectral_norm": lambda spec: _positive(spec)[-1].item(),
+    "log_spectral_norm": lambda spec: math.log10(_positive(spec)[-1]),
+    "norm": lambda spec: _positive(spec).sum().item(),
+    "log_norm": lambda spec: math.log10(_positive(spec).sum()),
+    "stable_rank": lambda spec: (_positive(spec).sum() / _positive(spec)[-1]).item(),
     "entropy": entropy,
 }
 # Metrics that weightwatcher measures: the column of its table, and what makes it fill that column.

@@ -2,12 +2,12 @@
 
 import math
 import random
-from functools import partial
 
 import pytest
 import torch
 from conftest import tiny_llama
 from test_formulas import budget_of, layers_of, llama_like
+from test_price_model import Oracle
 from torch import nn
 
 from lib.allocation import block_scores
@@ -107,11 +107,8 @@ def test_shares_below_are_those_of_a_sort(score, dtype):
         threshold = every.sort().values[math.ceil(target * len(every)) - 1]
         for weight, share in zip(matrices, shares.values(), strict=True):
             scores = score(weight).double()
-            low, high = (
-                (scores < threshold).double().mean().item(),
-                (scores <= threshold).double().mean().item(),
-            )
-            assert low - 1e-12 <= share <= high + 1e-12
+            below, upto = (mask.double().mean().item() for mask in (scores < threshold, scores <= threshold))
+            assert below - 1e-12 <= share <= upto + 1e-12
 
 
 def test_block_scores_by_pencil():
@@ -121,34 +118,16 @@ def test_block_scores_by_pencil():
     assert block_scores.median_score(scores) == 1.0  # of 0 1 1 1 2 17, the lower one
 
 
-@pytest.mark.parametrize("sizes", [(1,), (2,), (7, 8), (100, 33, 1)])
-def test_median_is_torchs(sizes):
-    scores = [torch.rand(size, generator=torch.Generator().manual_seed(size)) for size in sizes]
-    assert block_scores.median_score(scores) == torch.cat(scores).median().item()
-
-
 def test_dense_statistics_are_those_of_whole_passes(tiny_windows):
-    model = tiny_llama()
-    weights = weights_of(model)
+    weights, scores = weights_of(tiny_llama()), Oracle(tiny_windows).scores
     before, layers = weights.snapshot(), weights.layers
     medians = block_scores.score_blocks(weights, enter_blocks(weights, tiny_windows), block_scores.median_score)
     assert all(torch.equal(weight, before[name]) for name, weight in weights.snapshot().items())
-
-    sums = dict.fromkeys(before, 0)
-
-    def add(_, args, name: str) -> None:
-        sums[name] = sums[name] + args[0].double().square().sum((0, 1))
-
     for layer in layers:
-        model.get_submodule(layer.name).register_forward_pre_hook(partial(add, name=layer.name))
-    with torch.no_grad():
-        for window in tiny_windows:
-            model(window[None])
-    scores = {name: (weight.abs() * (sums[name] / 7).sqrt()).flatten() for name, weight in before.items()}
-    for layer in layers:
-        block = torch.cat([scores[x.name] for x in layers if x.block == layer.block]).sort().values
-        # the sums are float32 in lib
-        assert medians[layer.name] == pytest.approx(block[(len(block) - 1) // 2].item(), rel=1e-5)
+        block = sorted(sum((row for x in layers if x.block == layer.block for row in scores[x.name]), []))
+        # The oracle's sums are of all windows, in float64; lib's are means over them, in float32.
+        wanted = block[(len(block) - 1) // 2] / math.sqrt(len(tiny_windows))
+        assert medians[layer.name] == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(("keep", "group"), [(4, 8), (2, 8), (5, 8), (2, 4), (8, 16)])

@@ -96,18 +96,6 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(typed, monkeypatch, tmp_
     assert order("--basket", "a/~b").basket == "a/~b" and order("--name", "owner/plum~1").name == "owner/plum~1"
 
 
-def test_what_the_parser_does_not_know_may_be_passed_on(monkeypatch):
-    monkeypatch.setattr(Order, "_passes_on", True)
-    made = order("--other", "3")
-    assert made.name == "plum" and made.rest == ("--other", "3")
-
-
-def test_flags_of_a_published_script_are_ignored_with_a_warning(caplog):
-    made = order("--lr", "3", "--epochs")
-    assert made == order() and made.given == {"name"}
-    assert "which do nothing here: --" in caplog.text and "lr" in caplog.text and "epochs" in caplog.text
-
-
 def test_help_shows_groups_choices_and_defaults():
     text = " ".join(PARSER.format_help().split())
     assert "fruit:" in text and "juice:" in text and "one of {red, green} (default: red)" in text
@@ -167,3 +155,9 @@ def test_defaults_in_the_repository_are_there_wherever_a_command_is_started(else
     assert made.measurement("m").folder == place / "data" / "m"
     assert made.save == "results"  # the current folder's
     assert settings("--model m --cache_dir llm_weights").cache_dir == "llm_weights"  # typed: the current folder's too
+
+
+def test_flags_of_a_published_script_are_ignored_with_a_warning(caplog):
+    made = order("--lr", "3", "--epochs")
+    assert made == order() and made.given == {"name"}
+    assert "which do nothing here: --" in caplog.text and "lr" in caplog.text and "epochs" in caplog.text

@@ -33,8 +33,3 @@ def test_published_flags_of_ww_do_nothing_with_a_uniform_method_and_are_accepted
     for flag in ("--ww_metric alpha_mid", "--epsilon 0.2", "--mapping_type layer_wise"):
         with pytest.raises(UserError, match="does nothing with wanda_owl; it is for the methods with _ww"):
             settings(f"{RUN} wanda_owl --sparsity_ratio 0.5 {flag}")
-
-
-def test_flags_of_texts_that_nothing_reads_are_idle_and_not_refused():
-    made = settings(f"{RUN} magnitude --sparsity_ratio 0.5 --nsamples 8 --calib_data c4 --seqlen 64")
-    assert [item.name for item in made.idle()] == ["calib_data", "nsamples"]

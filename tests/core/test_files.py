@@ -30,11 +30,6 @@ def test_a_folder_is_checked_without_a_trace(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_sizes_are_readable():
-    sizes = {0: "0 bytes", 900: "900 bytes", 1536: "1.5 KiB", 300 * 2**20: "300 MiB", 2**31: "2.0 GiB"}
-    assert [files.readable(size) for size in sizes] == [*sizes.values()]
-
-
 def full(*_) -> None:
     raise OSError(28, "No space left on device")
 

@@ -36,8 +36,7 @@ struct Block {  // as in step.cpp
   F(multiply, (const Matrix*, int, const uint16_t*, int, void* const*, int, int))                                     \
   F(unpack, (const Matrix*, int64_t, int64_t, uint16_t*, int))                                                        \
   F(multiply_many, (const Matrix*, const float*, int64_t, float*, int))                                               \
-  F(multiply_float, (const float*, int64_t, int64_t, const float*, int64_t, float*, int))                             \
-  F(solve_block, (float*, const float*, const float*, const int32_t*, int64_t, int64_t, int64_t, float*, int))        \
+  F(solve_block, (float*, const float*, const void*, int64_t, int64_t, int64_t, float*, int))                         \
   F(enter_block, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int, uint16_t*,           \
                   uint16_t*, uint16_t*, int64_t, int))                                                                \
   F(attend_block, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int64_t, double, int,    \
@@ -172,7 +171,8 @@ void check_many(const Level& level, const Weight& w, bool half) {
     Floats x(tokens * columns), packed(tokens * rows), dense(tokens * rows);
     for (float& v : x) v = normal();
     level.multiply_many(&w.packed, x.data(), tokens, packed.data(), 1);
-    level.multiply_float(weight.data(), rows, columns, x.data(), tokens, dense.data(), 1);
+    const Matrix plain{nullptr, (const uint16_t*)weight.data(), nullptr, nullptr, rows, columns, 0, 0};
+    level.multiply_many(&plain, x.data(), tokens, dense.data(), 1);
     for (int64_t i = 0; i < tokens * rows; i++) {
       float sum = 0;
       for (int64_t c = 0; c < columns; c++)
@@ -237,8 +237,8 @@ void check_solver(const Level& level) {
         for (int j = i; j < columns; j++)
           upper[i * columns + j] = i == j ? 0.5f + std::fabs(normal()) : 0.1f * normal();
       Floats expected = block, wanted(block.size());
-      level.solve_block(block.data(), upper.data(), group ? nullptr : gone.data(), group ? removed.data() : nullptr,
-                        columns, outputs, group, errors.data(), 1);
+      const void* drop = group ? (const void*)removed.data() : gone.data();
+      level.solve_block(block.data(), upper.data(), drop, columns, outputs, group, errors.data(), 1);
       solve_plainly(expected, upper, gone, removed, columns, outputs, group, wanted);
       expect(block == expected && errors == wanted, level.name, "solver", columns, outputs, group);
     }

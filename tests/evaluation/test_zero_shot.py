@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, tiny_sentences
-from tqdm import tqdm
 
 import main
 from lib.allocation.formulas import uniform
@@ -34,16 +33,15 @@ def write_task(folder: Path, rows: list[dict], more: str = "") -> None:
     )
 
 
-@pytest.fixture
-def made_up(tmp_path) -> tuple[Path, list[dict]]:
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory) -> tuple[Path, list[dict]]:
     """Return a folder with a task of 12 questions, choices of unequal lengths, and its rows."""
     lines = tiny_sentences(60, seed=4).splitlines()
     rows = [
         {"question": lines[5 * i], "choices": [lines[5 * i + k][: 6 * k] for k in range(1, 5)], "answer": i % 4}
         for i in range(12)
     ]
-    folder = tmp_path / "tasks"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("tasks")
     write_task(folder, rows)
     return folder, rows
 
@@ -79,37 +77,31 @@ def test_accuracy_is_that_of_log_likelihoods_in_float64(made_up, tiny_model, tin
     assert result.full["versions"] == {"made_up": 7} and result.full["n-samples"]["made_up"]["effective"] == 12
 
 
-def test_evaluation_repeats_itself_and_leaves_model_and_tokenizer_alone(made_up, tiny_model, tiny_tokenizer):
+def test_evaluation_repeats_itself_and_leaves_model_and_tokenizer_alone(made_up, tiny_model, tiny_tokenizer, caplog):
     tiny_tokenizer = copy.deepcopy(tiny_tokenizer)
     tiny_tokenizer.pad_token = None
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     tasks = zero_shot.find_tasks(["made_up"], str(made_up[0]), 0)
-    first, again = (zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks) for _ in range(2))
+    first, again = (zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks, limit=5) for _ in range(2))
     assert first.full["results"] == again.full["results"]
+    assert first.full["n-samples"]["made_up"]["effective"] == 5
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
-    assert tiny_tokenizer.pad_token is None
-    limited = zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks, limit=5)
-    assert limited.full["n-samples"]["made_up"]["effective"] == 5
+    assert tiny_tokenizer.pad_token is None and "log-likelihoods" not in caplog.text
 
-
-def test_logits_that_are_not_numbers_are_said_to_be(made_up, tiny_model, tiny_tokenizer, caplog):
-    tasks = zero_shot.find_tasks(["made_up"], str(made_up[0]), 0)
-    zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks)
-    assert "log-likelihoods" not in caplog.text
     tiny_model.model.norm.weight.data.fill_(math.nan)
     zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks)
     assert "48 of 48 log-likelihoods" in caplog.text
 
 
-def test_worked_examples_are_asked_for_or_refused(made_up, tiny_model, tiny_tokenizer):
+def test_worked_examples_are_asked_for_or_refused(made_up, tmp_path, tiny_model, tiny_tokenizer):
     folder, rows = made_up
     tasks = zero_shot.find_tasks(["made_up"], str(folder), 2)
-    zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks, num_fewshot=2)
+    zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks, num_fewshot=2, limit=2)
     prompt = tasks.tasks[0].instances[0].args[0]
     assert prompt.count("\n\n") == 2 and prompt.endswith(rows[0]["question"])
-    write_task(folder, rows, "num_fewshot: 0\n")
+    write_task(tmp_path, rows, "num_fewshot: 0\n")
     with pytest.raises(UserError, match="--num_fewshot 2: made_up is zero-shot"):
-        zero_shot.find_tasks(["made_up"], str(folder), 2)
+        zero_shot.find_tasks(["made_up"], str(tmp_path), 2)
 
 
 @pytest.mark.slow
@@ -119,9 +111,6 @@ def test_published_tasks_are_known_to_the_installed_harness():
     published = "boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa".split()
     assert sorted(zero_shot.ZERO_SHOT_TASKS) == sorted(published)
     assert set(published) <= set(TaskManager().all_subtasks)
-
-
-# -------------------------------------------------------------------------------------------------- our own tasks
 
 
 def test_own_tasks_are_four_choices_without_a_favourite_place():
@@ -149,9 +138,6 @@ def test_heavily_pruned_smollm2_falls_to_chance(smollm2, smollm2_source):
     assert abs(pruned.means["acc"] - 0.25) < 3 * error, "four choices: chance is a quarter"
 
 
-# ------------------------------------------------------------------------------------------------------ whole runs
-
-
 @pytest.mark.usefixtures("few_tasks")
 def test_a_run_leaves_the_table_and_the_full_result(made_up, tmp_path, tiny_folder, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -161,7 +147,8 @@ def test_a_run_leaves_the_table_and_the_full_result(made_up, tmp_path, tiny_fold
     assert status == 2 and "--tasks capital_cities" in capsys.readouterr().err, "that one lies in another folder"
     assert not Path("save").exists()
     assert main.main(flags.replace("made_up,capital_cities", "made_up").split()) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "%|" not in err, "bars of lm-eval do not fill a log file"
     written = Path("save/zero_shot_magnitude_sparsity_0.5.txt").read_text()
     first, table = written.split("\n", 1)
     assert first == "magnitude:" and table in out
@@ -176,15 +163,3 @@ def test_a_run_leaves_the_table_and_the_full_result(made_up, tmp_path, tiny_fold
     assert f"\nmean acc: {run['zero_shot']['means']['acc']:.4f}\n" in table
     assert {"prepare", "zero_shot"} <= set(run["stages"]) and run["versions"]["lm_eval"]
     assert not Path("save/perplexity_magnitude_sparsity_0.5.txt").exists()
-
-
-def test_bars_of_lm_eval_do_not_fill_a_log_file(capsys, monkeypatch):
-    def bar(terminal: bool) -> str:
-        monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
-        with zero_shot._bars_for_terminals():
-            list(tqdm(range(3), disable=False))  # as lm-eval asks for it
-        return capsys.readouterr().err
-
-    assert bar(terminal=False) == "" and "3/3" in bar(terminal=True)
-    list(tqdm(range(3), disable=False))  # and afterwards bars are what they were
-    assert "3/3" in capsys.readouterr().err

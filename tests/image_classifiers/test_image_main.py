@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -24,8 +23,6 @@ from lib.allocation.block_scores import outlier_ratio, score_blocks
 from lib.cli.command import parse
 from lib.core.errors import UserError
 from lib.spectra import measure
-
-PROGRAM = ROOT / "image_classifiers" / "main.py"
 
 
 @pytest.fixture(scope="module")
@@ -65,51 +62,7 @@ def call(capsys, *flags) -> tuple[int, str]:
     return status, capsys.readouterr().err
 
 
-def zeros_of(folder) -> list[torch.Tensor]:
-    """Return where the pruned layers of a saved model are zero, as timm loads it."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    return [layer.weight == 0 for layer in matrices(find_parts(model).pruned).values()]
-
-
 # ----------------------------------------------------------------------------------------------------- whole runs
-
-
-@pytest.mark.slow
-def test_a_run_as_published_from_inside_the_folder(vit_folder, tmp_path):
-    flags = f"--model {vit_folder} --data_set digits --prune_metric wanda_ww --sparsity 0.6 --nsamples 200"
-    flags += f" --batch_size 64 --WW_metric alpha_mid --epsilon 0.2 --save_dir {tmp_path}/out --num_workers 0"
-    flags += f" --metric_cache {tmp_path}/cache --save_model {tmp_path}/models"
-    command = [sys.executable, "main.py", *flags.split()]
-    done = subprocess.run(command, cwd=PROGRAM.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    out, run = tmp_path / "out", "wanda_ww_sparsity_0.6"
-    assert {path.name for path in out.iterdir()} == {"0.6.txt", f"run_{run}.json", f"layers_{run}.tsv"}
-    record = json.loads((out / f"run_{run}.json").read_text())
-    sentence = (out / "0.6.txt").read_text()
-    assert re.fullmatch(r"Accuracy of the network on 450 test images: \d+\.\d{5}%\n", sentence)
-
-    # The saved model, loaded by timm and evaluated by a plain loop, has the accuracy and sparsity that were written.
-    model = timm.create_model(f"local-dir:{tmp_path}/models/wanda_ww_0.6", pretrained=True).eval()
-    logits, labels = logits_of(model)
-    top1 = 100 * (logits.argmax(1) == labels).double().mean().item()
-    top5 = 100 * (logits.argsort(descending=True)[:, :5] == labels[:, None]).any(1).double().mean().item()
-    assert float(sentence.split()[-1].rstrip("%")) == pytest.approx(top1, abs=1e-5)
-    assert record["accuracy"] == pytest.approx({"top1": top1, "top5": top5, "images": 450})
-    layers = matrices(find_parts(model).pruned)
-    zeros = [(layer.weight == 0).double().mean().item() for layer in layers.values()]
-    sizes = [layer.weight.numel() for layer in layers.values()]
-    assert record["sparsity"] == pytest.approx(np.average(zeros, weights=sizes), rel=1e-12)
-    assert abs(record["sparsity"] - 0.6) <= len(layers) / sum(sizes)
-
-    # What stands in the table of layers, and the dense accuracy.
-    rows = [line.split("\t") for line in (out / f"layers_{run}.tsv").read_text().splitlines()[1:]]
-    assert [row[0] for row in rows] == list(layers)
-    assert [float(row[4]) for row in rows] == pytest.approx(zeros, abs=1e-6)
-    assert sorted(rows, key=lambda row: float(row[2])) == sorted(rows, key=lambda row: float(row[3]))
-    logits, labels = logits_of(tiny_vit())
-    assert record["dense"]["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
-    assert "dense" in done.stdout and "wanda_ww" in done.stdout and f"{top1:.2f}" in done.stdout
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tiny-vit"]
 
 
 @torch.no_grad()
@@ -146,6 +99,8 @@ def test_allocations_add_up_to_the_target(method, tmp_path, capsys):
     assert [row[0] for row in rows] == list(layers) and len({row[3] for row in rows}) > 1
     if method == "magnitude_ww":  # under the model's name, three a block
         assert len(np.load(tmp_path / "cache" / "tiny" / "alpha_mid.npy")) == 18
+        status, said = call(capsys, flags, f"--model {tmp_path}/tiny --save_dir {tmp_path} --WW_metric mp_softrank")
+        assert status == 2 and "--WW_metric mp_softrank: is for matrices" in said
 
 
 def test_scores_of_blocks_are_those_of_the_dense_model():
@@ -171,13 +126,6 @@ def test_every_metric_is_measured(metric):
     values = measure.measure(metric, parts.measured).values
     assert list(values) == list(matrices(parts.measured))
     assert np.isfinite(list(values.values())).all() and len(set(values.values())) > 1
-
-
-def test_metrics_of_weightwatcher_are_refused_for_convolutions(tmp_path, capsys):
-    save_classifier(tiny_convnext(), 8, tmp_path / "tiny")
-    flags = "--data_set digits --prune_metric magnitude_ww --sparsity 0.5 --WW_metric mp_softrank"
-    status, said = call(capsys, flags, f"--model {tmp_path}/tiny --save_dir {tmp_path}/out")
-    assert status == 2 and "--WW_metric mp_softrank: is for matrices" in said and not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -218,44 +166,40 @@ def test_a_failed_evaluation_leaves_the_model_and_the_figures(pruning_run, tmp_p
     assert again["dense_zeros"] == record["sparsity"] and abs(again["dense_zeros"] - 0.5) < 0.01
 
 
-@pytest.mark.parametrize(("error", "status"), [(UserError(None, None, "disk full"), 2), (KeyboardInterrupt(), 130)])
-def test_a_failed_save_leaves_the_figures(error, status, pruning_run, capsys, caplog, monkeypatch):
+def test_a_run_as_published(pruning_run, tmp_path, capsys, caplog):
     flags, (table, run, line), folder = pruning_run
-
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(models, "save_classifier", fail)
-    exit_status, said = call(capsys, flags)
-    assert exit_status == status and "Traceback" not in said
-    record = json.loads(run.read_text())
-    assert record["complete"] is False and record["saved_model"] is None and not folder.exists()
-    assert len(table.read_text().splitlines()) == 13 and abs(record["sparsity"] - 0.5) < 0.01
-    if status == 2:  # for the user to fix: the accuracy is measured all the same, and the error comes last
-        assert said.rstrip().endswith("error: disk full")
-        assert record["accuracy"]["images"] == 450 and line.exists()
-    else:
-        assert "figures so far" in caplog.text and "the same command starts again" in caplog.text
-        assert record["accuracy"] is None and not line.exists()
-
-
-def test_a_record_holds_the_flags_of_the_command_line_and_the_stages(pruning_run, capsys, caplog):
-    flags, (_, run, _), _ = pruning_run
     assert call(capsys, flags, "--epochs 300 --opt_betas 0.9 0.999 --model_ema true --eval")[0] == 0
-    record = json.loads(run.read_text())
+    assert {path.name for path in table.parent.iterdir()} == {table.name, run.name, line.name}
+    record, sentence = json.loads(run.read_text()), line.read_text()
+    assert re.fullmatch(r"Accuracy of the network on 450 test images: \d+\.\d{5}%\n", sentence)
+
+    # The saved model, loaded by timm and evaluated by a plain loop, has the accuracy and sparsity that were written.
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    logits, labels = logits_of(model)
+    top1 = 100 * (logits.argmax(1) == labels).double().mean().item()
+    top5 = 100 * (logits.argsort(descending=True)[:, :5] == labels[:, None]).any(1).double().mean().item()
+    assert float(sentence.split()[-1].rstrip("%")) == pytest.approx(top1, abs=1e-5)
+    assert record["accuracy"] == pytest.approx({"top1": top1, "top5": top5, "images": 450})
+    layers = matrices(find_parts(model).pruned)
+    zeros = [(layer.weight == 0).double().mean().item() for layer in layers.values()]
+    sizes = [layer.weight.numel() for layer in layers.values()]
+    assert record["sparsity"] == pytest.approx(np.average(zeros, weights=sizes), rel=1e-12)
+    assert abs(record["sparsity"] - 0.5) <= len(layers) / sum(sizes)
+    logits, labels = logits_of(tiny_vit())
+    assert record["dense"]["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+
+    # The table of layers, the flags and the stages.
+    rows = [line.split("\t") for line in table.read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == list(layers)
+    assert [float(row[4]) for row in rows] == pytest.approx(zeros, abs=1e-6)
     recorded, offered = record["flags"], {action.option_strings[0][2:] for action in main.PARSER._actions[1:]}
     assert set(recorded) == offered - set(TRAINING_FLAGS)  # nothing internal, and no flag without effect
     assert (recorded["sparsity"], recorded["prune_metric"], recorded["batch_size"]) == (0.5, "wanda_ww", 99)
     stages = ["prepare", "load", "evaluate dense", "measure", "allocate", "prune", "save", "evaluate"]
     assert record["complete"] is True and list(record["stages"]) == stages
-    warnings = [entry.getMessage() for entry in caplog.records if "do nothing" in entry.getMessage()]
     ignored = "--epochs, --eval, --model_ema, --opt_betas"
-    assert warnings == [f"flags of the published training script, which do nothing here: {ignored}"]
-
-
-def test_published_switches_take_true_and_false():
-    for words, wanted in (("", False), ("--use_amp", True), ("--use_amp true", True), ("--use_amp false", False)):
-        assert parse(ImageExperiment, ["--model", "m", *words.split()], main.PARSER).use_amp is wanted
+    assert f"flags of the published training script, which do nothing here: {ignored}" in caplog.messages
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tiny-vit"]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "magnitude_ww", "wanda", "wanda_ww"])
@@ -275,7 +219,8 @@ def test_propagate_reaches_the_walk(vit_folder, tmp_path, capsys):
         flags = f"--data_set digits --prune_metric wanda --sparsity 0.7 --nsamples 50 --num_workers 0 --propagate {how}"
         places = f"--model {vit_folder} --save_dir {tmp_path / how} --save_model {tmp_path / how}"
         assert call(capsys, flags, places)[0] == 0
-        zeros[how] = zeros_of(tmp_path / how / "wanda_0.7")
+        model = timm.create_model(f"local-dir:{tmp_path / how}/wanda_0.7", pretrained=True)
+        zeros[how] = [layer.weight == 0 for layer in matrices(find_parts(model).pruned).values()]
     same = [torch.equal(a, b) for a, b in zip(zeros["dense"], zeros["pruned"], strict=True)]
     assert all(same[:4]) and not any(same[4:])  # four layers a block
 
@@ -359,13 +304,10 @@ MAGNITUDE = "--sparsity 0.5 --prune_metric magnitude"
 # Flags (M: a good model, I: images in folders), and what is said: known from the command line alone ...
 BY_THE_COMMAND_LINE = {
     "--data_set digits --eval_data_path I": "--eval_data_path does nothing with --data_set digits",
-    "--data_set digits --data_path I": "--data_path does nothing with --data_set digits; it is for --data_set IMNET or",
     "--data_set digits --prune_metric wanda": "--prune_metric wanda without a sparsity; add --sparsity",
     "--data_set digits --sparsity 0.5": "--sparsity does nothing without --prune_metric",
     f"--data_set digits {WANDA} --seed 99999999999999999999": "--seed 99999999999999999999: must be at least -",
     f"--data_set digits {OWL} --epsilon 0.1": "--epsilon does nothing with wanda_owl; it is for the methods",
-    f"--data_set digits {OWL} --metric_cache c": "--metric_cache does nothing with wanda_owl; it is for the",
-    "--data_set digits --published_calibration": "--published_calibration does nothing without --prune_metric",
     f"--data_set digits {MAGNITUDE} --published_calibration": "--published_calibration does nothing with magnitude;",
     f"--data_set digits {MAGNITUDE}_owl --propagate pruned": "--statistics does nothing with magnitude_owl;",
 }
@@ -375,16 +317,13 @@ BEFORE_LOADING = {
     "--model deit_tinny_patch16_224": "unknown to timm. Did you mean 'deit_tiny_patch16_224'?",
     "--model resnet18 --data_path I": "ResNet is not supported",
     "--model I": "the folder holds no config.json",
-    "--model I/train/n01/0.png": "is a file; give the model's name",
     "--model deit_tiny_patch16_224.nosuch --data_path I": "timm cannot create it",
     "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I": "deit_tiny_patch16_224 are for 1000 classes",
     "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume I/val/n01/0.png": "cannot be read as weights",
     "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume M/model.safetensors": "its weights do not fit",
-    "--model deit_tiny_patch16_224 --nb_classes 2 --data_path I --resume nosuch.pth": "nosuch.pth: file not found",
     "--model convnext_atto --input_size 8 --data_path I": "convnext_atto cannot take images of",
     "--model M": "--data_path is missing",
     "--model M --data_path nosuch": "--data_path nosuch: nosuch/val should hold a folder of",
-    "--model M --data_set image_folder --eval_data_path I/train/n01": "should hold a folder of images per class",
     "--model M --data_path I": "2 classes of images, and the model has 10; for a model that has 2, add --nb_classes 2",
     "--model M --data_set digits --nb_classes 7": "--nb_classes 7: the weights of",
     f"--model M --data_set digits {WANDA} --nsamples 1348": "1348: there are only 1347 training images; lower it",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, fast, tiny_llama, tiny_sentences
+from conftest import ROOT, error_line, everything, fast, tiny_llama, tiny_sentences
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
@@ -72,10 +72,6 @@ def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def everything(folder: Path) -> set[tuple]:
-    return {(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
-
-
 def interrupt(patch: pytest.MonkeyPatch, call: int) -> list:
     """Press Ctrl-C in the ``call``-th training step, once; return a list that grows with each."""
     step, calls = Trainer.training_step, []
@@ -104,8 +100,8 @@ def made(tmp_path_factory, tiny_tokenizer) -> Path:
     narrow = LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=128, **sizes))
     for name, model in {"pruned": pruned, "dense": tiny_llama(), "narrow": narrow, "few": few}.items():
         model.save_pretrained(folder / name)
-        model.save_pretrained(folder / f"{name}_bare")
         tiny_tokenizer.save_pretrained(folder / name)
+    pruned.save_pretrained(folder / "pruned_bare")
     shutil.copytree(folder / "pruned", folder / "packed")
     (folder / "packed/model.safetensors").rename(folder / "packed/model-block-00000.packed.safetensors")
     for name, sentences, seed in (("train", 30, 1), ("val", 20, 2), ("longer", 40, 7)):
@@ -145,6 +141,7 @@ def place(made, tmp_path, monkeypatch) -> Path:
     """Return a copy of the folder with everything, and work in it."""
     shutil.copytree(made, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(finetune_lm, "plot_losses", lambda *_: None)  # which takes as long as six steps
     return tmp_path / "here"
 
 
@@ -200,7 +197,7 @@ def test_only_the_adapter_is_trained(targets, place):
 def test_other_ways_to_the_same_adapter(how, place):
     # Without dropout, four blocks at once or one after the other, activations kept or computed again, are the same
     # sum: the difference is float32 rounding, which Adam enlarges where a gradient is close to zero.
-    same = f"{SIX_STEPS} --lora_dropout 0 --max_train_samples 12"
+    same = f"{SIX_STEPS} --lora_dropout 0 --max_train_samples 8 --do_eval -"
     for out, changed in {"a": "", "b": how, "c": "--seed 1"}.items():
         assert run("finetune", f"{same} {changed} --output_dir {out}") == 0
     assert worst(weights("a"), weights("b")) < 1e-3
@@ -273,16 +270,13 @@ def test_published_command(here, tiny_tokenizer, tmp_path, monkeypatch):
 REFUSED = [
     ("finetune", "--model_name_or_path adapter", "it holds a LoRA adapter"),
     ("finetune", "--model_name_or_path pruned_bare", "--config_name NAME"),
-    ("finetune", "--model_name_or_path pruned_bare --config_name ./nowhere", "--config_name ./nowhere: folder not"),
     ("finetune", "--model_name_or_path few", "--model_name_or_path few: its tokenizer gives token"),
-    ("finetune", "--model_name_or_path few_bare --config_name few", "--model_name_or_path few_bare: its tokenizer"),
     ("finetune", "--model_name_or_path packed", "packed: is packed, which is for running it; unpack it first: python"),
     ("finetune", "--train_file no.txt", "--train_file no.txt: file not found"),
     ("finetune", "--train_file -", "give --dataset_name, one of c4, wikitext2, wiki_leads, or --train_file"),
     ("finetune", "--validation_file short.txt", "--validation_file short.txt: too short, it has"),
     ("finetune", "--block_size 129", "--block_size 129: is more than the model's context; give at most 128"),
     ("finetune", "--blok_size 32", "unrecognized arguments: --blok_size 32. Did you mean '--block_size'"),
-    ("finetune", "--grad_checkpointing", "Did you mean '--gradient_checkpointing'"),
     ("finetune", "--batch_size 3 --per_device_train_batch_size 2", "--batch_size 3: is not made of 2 blocks at once"),
     ("finetune", "--batch_size 4 --gradient_accumulation_steps 2", "makes 2 blocks to a step; leave one of the two"),
     ("finetune", "--lora_target_modules q_prj", "Did you mean 'q_proj'"),
@@ -291,11 +285,8 @@ REFUSED = [
     ("finetune", "--output_dir full", "--output_dir full: is not empty; add --overwrite_output_dir"),
     ("finetune", "--output_dir full --resume_from_checkpoint", "--resume_from_checkpoint finds no checkpoint in full"),
     ("finetune", "--optim adamw_torhc", "(adamw_torhc is not a valid OptimizerNames, please select one of"),
-    ("finetune", "--fp16 --bf16 --use_cpu", "At most one of fp16 and bf16 can be True"),
     ("finetune", f"{RESUME} --learning_rate 1e-3", "--learning_rate 0.001: the run of stopped/checkpoint-1 was start"),
-    ("finetune", f"{RESUME} --block_size 16", "--block_size 16: the run of stopped/checkpoint-1 was started with 32"),
     ("finetune", f"{RESUME} --data_seed 1", "stopped/checkpoint-1 was started without it; leave it out"),
-    ("finetune", f"{RESUME} --max_steps 3", "--max_steps 3: the run of stopped/checkpoint-1 was started with 2"),
     ("finetune", f"{RESUME} --max_train_samples -", "--max_train_samples left out: the run of stopped/checkpoint-1 "),
     ("finetune", f"{RESUME} --train_file longer.txt", "--train_file longer.txt (tokens "),
     ("evaluate", "--lora_weights nowhere", "--lora_weights nowhere: holds no adapter; give finetune_lm.py's --outp"),
@@ -304,7 +295,6 @@ REFUSED = [
     ("merge", "--lora_weights biased", "biased: is not an adapter of LoRA's matrices alone"),
     ("evaluate", "--lora_weights lacking", "lacking: lacks 4 matrices, first base_model.model.model.layers.2.self"),
     ("merge", "--model narrow --lora_weights anyones", "anyones: is damaged, or of another model ("),
-    ("evaluate", "--tasks boolq", "--tasks does nothing here; it is for --eval_zero_shot"),
     ("merge", "--save full", "--save full: is not empty"),
 ]
 
@@ -332,7 +322,6 @@ DAMAGED = [
     ("merge", "", "adapter/adapter_model.safetensors", cut_off, "adapter: is damaged, or of another model ("),
     ("finetune", RESUME, "stopped/base_model.json", cut_off, "stopped/base_model.json: is damaged ("),
     ("finetune", RESUME, "stopped/checkpoint-1/optimizer.pt", cut_off, "checkpoint-1/optimizer.pt: is missing (--sav"),
-    ("finetune", RESUME, "stopped/checkpoint-1/scheduler.pt", os.remove, "checkpoint-1/scheduler.pt: is missing (--s"),
     ("finetune", RESUME, "train.txt", rewrite, "stopped/checkpoint-1 was started with train.txt (tokens "),
 ]
 
@@ -349,7 +338,6 @@ OTHER_BASES = [
     ("finetune", f"{RESUME} --model_name_or_path dense", "stopped: was trained on other weights than those of --mod"),
     ("merge", "--model dense", "trained on other weights than those of --model dense (see model.layers.0.self_attn.q"),
     ("evaluate", "--model tuned", "(see model.layers.1.mlp.up_proj); give the model it was trained on, /"),
-    ("evaluate", "--lora_weights cut", "cut/base_model.json: is damaged ("),
 ]
 
 
@@ -364,8 +352,6 @@ def test_adapter_of_other_weights(program, changed, says, place, capsys):
     weight += update * (0.02 * weight.norm() / update.norm())
     shutil.copytree("pruned", "tuned")
     model.to(torch.bfloat16).save_pretrained("tuned")
-    shutil.copytree("adapter", "cut")
-    cut_off("cut/base_model.json")
     before = everything(place)
     assert run(program, changed) == 2
     assert says in capsys.readouterr().err
@@ -392,21 +378,14 @@ def test_warnings(place, caplog):
 
 # ------------------------------------------------------------------------------------------- training that goes wrong
 
-TRAINER_REFUSES = [
-    ("--seed -1", "Seed must be between 0 and 2**32 - 1"),  # as the Trainer is made
-    ('--lr_scheduler_type polynomial --lr_scheduler_kwargs {"no":1}', "unexpected keyword argument 'no'"),
-]
 
-
-@pytest.mark.parametrize(("changed", "says"), TRAINER_REFUSES)
-def test_flags_that_the_trainer_refuses(changed, says, place, capsys):
-    assert run("finetune", changed) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert "training cannot be set up with these flags (" in line and says in line
+def test_flags_that_the_trainer_refuses(place, capsys):
+    line = error_line(capsys, run("finetune", "--seed -1"))
+    assert "training cannot be set up with these flags (Seed must be between 0 and" in line
     assert not any(Path("out").glob("*"))
 
 
-@pytest.mark.parametrize(("value", "status"), [(math.nan, 2), (1e30, 2), (1.0, 0)])
+@pytest.mark.parametrize(("value", "status"), [(1e30, 2), (1.0, 0)])
 def test_adapter_that_is_ruined_is_not_saved(value, status, place, capsys, monkeypatch):
     train = Trainer.train
 
@@ -496,6 +475,7 @@ def test_checkpoint_of_another_folder_replaces_a_run_only_if_told(place, capsys)
 # ---------------------------------------------------------------------------------------------------------- evaluating
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_evaluate_ppl_answers_tasks_with_the_adapter_on(place, monkeypatch):
     models, real = [], zero_shot.zero_shot
     monkeypatch.setattr(zero_shot, "zero_shot", lambda model, *rest: models.append(model) or real(model, *rest))

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ import gguf
 import pytest
 import torch
 import transformers as tf
+from conftest import saved_tensors
 
 from lib.allocation.formulas import uniform
 from lib.calibration.hidden import enter_blocks, pass_samples
@@ -88,10 +88,6 @@ def kind(request):
     return request.param
 
 
-def entering(weights, pruner: str, windows):
-    return enter_blocks(weights, windows) if PRUNERS[pruner].statistic else None
-
-
 # ------------------------------------------------------------------------------------------- finding and walking
 
 
@@ -144,23 +140,18 @@ KINDS_AND_PRUNERS = [(kind, "wanda") for kind in KINDS] + [("llama", name) for n
 def test_pruning_meets_the_plan_and_the_perplexity_is_finite(kind, name, tiny_windows):
     model = build(kind)
     weights, layers = weights_of(model), prunable_layers(model)
-    ratios = {layer.name: 0.3 + 0.4 * layer.block for layer in layers}
+    ratios = {layer.name: 0.3 + 0.4 * layer.block + 0.01 * i for i, layer in enumerate(layers)}
+    metric = {layer.name: float(i) for i, layer in enumerate(layers)}
     other = {n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in ratios}
-    rows = walk(weights, SparsityPlan(0.5, ratios), PRUNERS[name], entering(weights, name, tiny_windows))
-    zeros = weights.zeros()
+    inputs = enter_blocks(weights, tiny_windows) if PRUNERS[name].statistic else None
+    rows = walk(weights, SparsityPlan(0.5, ratios), PRUNERS[name], inputs, metric)
+    wanted = [(layer.name, layer.shape, metric[layer.name], ratios[layer.name]) for layer in layers]
+    assert [(row.name, row.shape, row.metric, row.ratio) for row in rows] == wanted
     for row in rows:
-        assert row.sparsity == zeros[row.name] / math.prod(row.shape) == pytest.approx(row.ratio, abs=1 / 32)
+        zeros = (model.get_submodule(row.name).weight == 0).double().mean().item()
+        assert row.sparsity == zeros == pytest.approx(row.ratio, abs=1 / 32)
     assert all(torch.equal(p, other[n]) for n, p in model.named_parameters() if n in other)
     assert 1 < perplexity(model, tiny_windows[:3]) < 1e6
-
-
-@pytest.mark.parametrize("name", PRUNERS)
-def test_groups_hold_in_every_layer(name, tiny_windows):
-    weights = weights_of(build("llama grouped-query"))
-    plan = SparsityPlan(0.5, uniform(weights.layers, 0.5), (2, 4))
-    walk(weights, plan, PRUNERS[name], entering(weights, name, tiny_windows))
-    for layer, weight in weights.snapshot().items():
-        assert ((weight != 0).view(len(weight), -1, 4).sum(2) == 2).all(), layer
 
 
 def test_saved_model_reads_back(kind, tmp_path, tiny_tokenizer, tiny_windows):
@@ -177,6 +168,8 @@ def test_saved_model_reads_back(kind, tmp_path, tiny_tokenizer, tiny_windows):
     assert prunable_layers(skeleton) == layers
     again = load_llm(source, torch.float32, torch.device("cpu"))
     assert again.dtype == torch.float32 and not again.training
+    tied = [each.get_output_embeddings().weight is each.get_input_embeddings().weight for each in (again, model)]
+    assert tied == [model.config.tie_word_embeddings] * 2 == [again.config.tie_word_embeddings] * 2
     assert perplexity(again, tiny_windows) == perplexity(model, tiny_windows)
 
 
@@ -203,10 +196,8 @@ REFUSED = {
     ),
     "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "cannot be found"),
     "T5ForConditionalGeneration": (tf.T5Config(vocab_size=300, d_model=32, num_layers=2), "encoder-decoder"),
-    "BartForConditionalGeneration": (tf.BartConfig(vocab_size=300, d_model=32), "encoder-decoder"),
     "BertForMaskedLM": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),
     "BertLMHeadModel": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),  # is_decoder is False
-    "BertForSequenceClassification": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),
     "LlamaForCausalLM": (tf.LlamaConfig(**_COMMON, **_MLP, quantization_config={"quant_method": "gptq"}), "quantised"),
 }
 
@@ -260,9 +251,8 @@ def test_hub_id_that_cannot_be_reached_says_how_to_use_a_copy(tmp_path, monkeypa
 
     monkeypatch.setattr(load, "check_hub", lambda: None)
     monkeypatch.setattr(tf.AutoConfig, "from_pretrained", unreachable)
-    with pytest.raises(UserError, match=r"some/model.*--model DIR") as caught:
+    with pytest.raises(UserError, match=r"^[^\n]*some/model[^\n]*--model DIR[^\n]*$"):
         load_skeleton(locate("some/model", str(tmp_path)))
-    assert "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -331,25 +321,19 @@ def test_working_set_of_llama_70b():
 
 
 def test_a_saved_model_has_the_checkpoints_own_dtype(tmp_path, tiny_model, tiny_tokenizer, tiny_windows):
-    from safetensors.torch import load_file
-
     for parameter in tiny_model.parameters():  # as of a bfloat16 checkpoint
         parameter.data = parameter.data.bfloat16().float()
     tiny_model.config.tie_word_embeddings = False
     save_llm(tiny_model, tiny_tokenizer, tmp_path / "m", BF16)
     assert tiny_model.dtype == FULL  # the model in memory is as it was
-    written = load_file(tmp_path / "m" / "model.safetensors")
-    assert {tensor.dtype for tensor in written.values()} == {BF16}
+    assert {tensor.dtype for tensor in saved_tensors(tmp_path / "m").values()} == {BF16}
+    # The files can be read by whom the folder lets in.
+    mode = (tmp_path / "m").stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {mode}
     skeleton = load_skeleton(locate(str(tmp_path / "m"), "unused"))
     assert choose_dtypes("auto", skeleton).save == BF16
     again = load_llm(locate(str(tmp_path / "m"), "unused"), FULL, torch.device("cpu"))
     assert perplexity(again, tiny_windows) == perplexity(tiny_model, tiny_windows)
-
-
-def test_files_of_a_saved_model_can_be_read_by_whom_the_folder_lets_in(tmp_path, tiny_model, tiny_tokenizer):
-    save_llm(tiny_model, tiny_tokenizer, tmp_path / "m")
-    mode = (tmp_path / "m").stat().st_mode & 0o666
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {mode}
 
 
 def test_model_that_would_spill_to_disk_is_refused(monkeypatch, tiny_model):
@@ -371,13 +355,6 @@ def test_a_head_that_its_config_ties_but_that_differs_stays(tmp_path):
     assert not json.loads((tmp_path / "again/config.json").read_text())["tie_word_embeddings"]
 
 
-def test_a_tied_head_stays_tied(tmp_path):
-    config = tf.LlamaConfig(**_COMMON, **_MLP, **_GQA, tie_word_embeddings=True)
-    tf.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    loaded = load_llm(locate(str(tmp_path), "unused"), FULL, torch.device("cpu"))
-    assert loaded.config.tie_word_embeddings and loaded.lm_head.weight is loaded.model.embed_tokens.weight
-
-
 def test_an_empty_model_has_the_buffers_of_a_loaded_one(kind, tmp_path):
     build(kind).bfloat16().save_pretrained(tmp_path)
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16)
@@ -386,14 +363,6 @@ def test_an_empty_model_has_the_buffers_of_a_loaded_one(kind, tmp_path):
     assert expected.keys() == found.keys() and empty.dtype == BF16 == empty.config.dtype
     for name, buffer in expected.items():  # Gemma multiplies by its embed_scale in the dtype of the embedding
         assert torch.equal(found[name].to(buffer.dtype), buffer), name
-
-
-@pytest.mark.gpu
-def test_auto_is_float16_on_the_gpus(tiny_folder, tiny_windows):
-    source = locate(str(tiny_folder), "unused")
-    model = load_llm(source, choose_dtypes("auto", load_skeleton(source)).compute)
-    assert model.dtype == HALF and model.device.type == "cuda"
-    assert 1 < perplexity(model, tiny_windows) < 1e5
 
 
 # -------------------------------------------------------------------------------------------------------------- GGUF
@@ -418,17 +387,12 @@ def test_gguf_file_is_converted_once(tmp_path, monkeypatch, smollm2_source, gguf
     assert all(torch.equal(state[name], value) for name, value in named.state_dict().items())
 
 
-def test_converted_weights_are_the_files_dequantised(smollm2_source, gguf_file):
-    state = load_llm(smollm2_source, "float32").state_dict()
+def test_converted_weights_are_the_files_dequantised(smollm2_weights, gguf_file):
+    state = smollm2_weights.model.state_dict()
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_file).tensors}  # gguf's own reader
     # q and k are stored with their rows in another order, the others as they are
-    names = {
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_down": "mlp.down_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-    }
-    for block in (0, 17, 29):
+    names = {"ffn_down": "mlp.down_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj"}
+    for block in (0, 29):
         for short, name in names.items():
             tensor = tensors[f"blk.{block}.{short}.weight"]
             expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())

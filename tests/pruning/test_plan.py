@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import across, fast, saved_tensors, settings, tiny_llama, tiny_sentences
+from conftest import across, fast, saved_tensors, settings, tiny_llama
 from rich.console import Console
 
 import main
@@ -20,27 +20,16 @@ from lib.pruning.pruners import PRUNERS
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, tiny_folder, tiny_text):
+def run(tmp_path, monkeypatch, tiny_folder, tiny_text, other_text):
     """Return a function that runs main.py on the tiny model in a folder of its own and returns the record."""
     monkeypatch.chdir(tmp_path)
-    Path("other.txt").write_text(tiny_sentences(70, seed=9), encoding="utf-8")
-
-    def start(flags: str) -> dict:
-        size = (
-            f"--model {tiny_folder} --calib_data {tiny_text} --eval_data other.txt --seqlen 32 --nsamples 5 "
-            "--eval_windows 8 --save save"
-        )
-        return main.run(settings(f"{size} {flags}"), Console(quiet=True))
-
-    return start
+    size = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {other_text} --seqlen 32 --nsamples 5"
+    return lambda flags: main.run(settings(f"{size} --eval_windows 8 --save save {flags}"), Console(quiet=True))
 
 
 def table_of(path: str) -> list[dict[str, str]]:
     header, *rows = (line.split("\t") for line in Path(path).read_text().splitlines())
     return [dict(zip(header, row, strict=True)) for row in rows]
-
-
-# --------------------------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("flags", ["--sparsity_ratio 0.6", "--sparsity_type 4:8"])
@@ -49,10 +38,9 @@ def test_a_plan_comes_back_and_prunes_the_same(flags, run):
     again = run("--prune_method wanda --plan plans/p.json --save_model kept")
     assert again["method"] == "wanda_plan" and again["target_sparsity"] == first["target_sparsity"]
     assert (again["perplexity"], again["sparsity"]) == (first["perplexity"], first["sparsity"])
-    planned = [table_of(f"save/layers_{m}_sparsity_{first['target_sparsity']}.tsv") for m in ("wanda_ww", "wanda_plan")]
-    assert [(r["name"], r["planned_ratio"], r["type"]) for r in planned[0]] == [
-        (r["name"], r["planned_ratio"], r["type"]) for r in planned[1]
-    ]
+    tables = [table_of(f"save/layers_{m}_sparsity_{first['target_sparsity']}.tsv") for m in ("wanda_ww", "wanda_plan")]
+    planned = [[(row["name"], row["planned_ratio"], row["type"]) for row in table] for table in tables]
+    assert planned[0] == planned[1]
 
 
 def test_a_plans_file_names_every_layer(tmp_path):
@@ -85,18 +73,14 @@ def test_recipe_has_a_sparsity_for_each_target_in_model_order(run):
 def test_recipe_counts_the_zeros_of_nm():
     layers = prunable_layers(tiny_llama())
     recipe = llm_compressor_recipe(SparsityPlan(0.75, uniform(layers, 0.75), (1, 4)), layers, "wanda")
-    assert (
-        yaml.safe_load(recipe)["pruning_stage"]["pruning_modifiers"]["WandaPruningModifier"]["mask_structure"] == "3:4"
-    )
+    (modifier,) = yaml.safe_load(recipe)["pruning_stage"]["pruning_modifiers"].values()
+    assert modifier["mask_structure"] == "3:4"
     mixed = dict.fromkeys((x.name for x in layers), (1, 4)) | {layers[0].name: (2, 4)}
     with pytest.raises(UserError, match="one N:M"):
         llm_compressor_recipe(SparsityPlan(0.75, uniform(layers, 0.75), mixed), layers, "wanda")
 
 
-# ----------------------------------------------------------------------------------------------------------- mixed N:M
-
-
-@pytest.mark.parametrize(("pruner", "suffix"), across(PRUNERS, (s for s in ALLOCATIONS if s not in ("", "er_plus"))))
+@pytest.mark.parametrize(("pruner", "suffix"), across(PRUNERS, filter(None, ALLOCATIONS)))
 @pytest.mark.usefixtures("few_windows")
 def test_mixed_nm_is_obeyed_in_every_layer(pruner, suffix, run):
     record = run(f"--prune_method {pruner}_{suffix} --sparsity_type 4:8 --save_model kept")
@@ -106,21 +90,17 @@ def test_mixed_nm_is_obeyed_in_every_layer(pruner, suffix, run):
         keep, group = map(int, row["type"].split(":"))
         kept = (weights[f"{row['name']}.weight"] != 0).view(-1, group).sum(1)
         assert group == 8 and (kept <= keep).all() and float(row["planned_ratio"]) == pytest.approx(1 - keep / 8)
-        if pruner != "sparsegpt":  # a repaired weight may be zero by itself
+        if pruner != "sparsegpt" or keep == group:  # a repaired weight may be zero by itself
             assert (kept == keep).all()
     assert record["sparsity"] == pytest.approx(0.5, abs=2e-3)
 
 
 @pytest.mark.parametrize("pruner", PRUNERS)
-@pytest.mark.parametrize("flags", ["--sparsity_ratio 0.4", "--sparsity_type 4:8 --sparsity_ratio 0.5"])
-def test_what_is_kept_dense_stays_dense(pruner, flags, run):
+def test_what_is_kept_dense_stays_dense(pruner, run):
     # A threshold at the smallest score would take that one weight all the same.
-    record = run(f"--prune_method {pruner}_er_plus {flags}")
-    rows = table_of(f"save/layers_{pruner}_er_plus_sparsity_{record['target_sparsity']}.tsv")
+    run(f"--prune_method {pruner}_er_plus --sparsity_ratio 0.4")
+    rows = table_of(f"save/layers_{pruner}_er_plus_sparsity_0.4.tsv")
     assert {(r["planned_ratio"], r["sparsity"]) for r in rows if "layers.2." in r["name"]} == {("0.000000", "0.000000")}
-
-
-# -------------------------------------------------------------------------------------------------------- epsilon auto
 
 
 def test_grid_is_zero_and_twentieths():
@@ -136,7 +116,7 @@ def test_best_is_the_lowest_finite_and_the_smallest_of_equals():
         epsilon.best([trial for trial in trials if trial.perplexity != 5])
 
 
-@pytest.mark.parametrize("method", fast([f"{p}_ww" for p in PRUNERS], 2))
+@pytest.mark.parametrize("method", fast([f"{p}_ww" for p in PRUNERS], 1))
 def test_epsilon_auto_takes_the_best_and_prunes_with_it(method, run):
     auto = run(f"--prune_method {method} --sparsity_ratio 0.6 --epsilon auto")
     trials = auto["epsilon_search"]
@@ -150,10 +130,8 @@ def test_epsilon_auto_never_reads_the_evaluation_text(run, monkeypatch):
     seen = []
     real = epsilon.perplexity_by_blocks
     monkeypatch.setattr(epsilon, "perplexity_by_blocks", lambda w, windows: seen.append(windows) or real(w, windows))
-    held = [
-        run(f"--prune_method magnitude_ww --sparsity_ratio 0.6 --epsilon auto --eval_windows {n}")["epsilon_search"]
-        for n in (1, 3)
-    ]
+    flags = "--prune_method magnitude_ww --sparsity_ratio 0.6 --epsilon auto --eval_windows"
+    held = [run(f"{flags} {n}")["epsilon_search"] for n in (1, 3)]
     assert held[0] == held[1] and len({w.numel() for w in seen}) == 1
 
 
@@ -166,9 +144,6 @@ def test_epsilons_that_lead_to_one_plan_are_tried_once(tiny_weights, tiny_window
     assert len(walks) == 1 and [t.epsilon for t in trials] == [0, 0.05, 0.1]
     assert len({t.perplexity for t in trials}) == 1
     assert all(torch.equal(weight, dense[name]) for name, weight in tiny_weights.snapshot().items())
-
-
-# -------------------------------------------------------------------------------------------------------- metrics only
 
 
 def test_metrics_only_computes_and_ends(run, monkeypatch, capsys, tiny_folder):

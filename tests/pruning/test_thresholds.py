@@ -79,12 +79,6 @@ def test_row_smallest_is_that_of_a_stable_sort(kind, dtype, thresholds, monkeypa
         assert torch.equal(score, before)
 
 
-def test_row_smallest_by_pencil():
-    score = torch.tensor([[2.0, 1.0, 2.0, 2.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
-    expected = [[True, True, False, False, True], [False, False, True, True, True]]
-    assert row_smallest(score, 3).tolist() == expected
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_threshold_of_parts_is_that_of_a_sort(kind, dtype):

@@ -98,19 +98,6 @@ def test_stages_ask_nothing_of_cuda_before_it_is_initialised(tmp_path, monkeypat
     assert {"reset_peak_memory_stats", "synchronize"} <= {name for name, _ in cuda.asked}
 
 
-def test_a_record_is_written_whenever_it_grows(tmp_path):
-    run = Record(tmp_path, "wanda_sparsity_0.5")
-    run.rows = [LayerReport("a.q", (4, 8), None, 0.25, 0.28125)]
-    run.write()
-    names = {"layers_wanda_sparsity_0.5.tsv", "run_wanda_sparsity_0.5.json"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    assert record.read_run(tmp_path, run.run)["complete"] is False
-    run.files["perplexity.txt"] = "x"
-    run.write(complete=True)
-    assert {path.name for path in tmp_path.iterdir()} == names | {"perplexity.txt"}
-    assert record.read_run(tmp_path, run.run)["complete"] is True
-
-
 def test_large_weights_are_identified_without_reading_them(tmp_path, monkeypatch):
     monkeypatch.setattr("lib.core.digests._LARGE", 10)
     states = []

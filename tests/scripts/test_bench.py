@@ -1,13 +1,9 @@
 """The benchmark and the table of large models: all is timed and compared, figures by pencil, wrong flags."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from pretend_cuda import pretend_cuda
 
 from lib.calibration.statistics import STATISTICS
@@ -113,14 +109,6 @@ def test_wrong_flags(flags, says, tmp_path, monkeypatch, capsys):
     assert line.startswith(f"bench.py: error: {says}") and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU here")
-def test_gpu_check_says_in_one_line_that_there_is_no_gpu():
-    environment = os.environ | {"PYTHON_BIN": sys.executable}
-    done = subprocess.run(["bash", "scripts/gpu_check.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert "no CUDA device here" in done.stderr
-
-
 @pytest.mark.gpu
 def test_memory_is_what_a_call_takes_beyond_what_was_there():
     there = torch.zeros(2**20, device="cuda")
@@ -131,14 +119,10 @@ def test_memory_is_what_a_call_takes_beyond_what_was_there():
 # --------------------------------------------------------------------------------------- large models, by shape and run
 
 
-@pytest.fixture(scope="module")
-def computed() -> dict[tuple[str, str], dict]:
-    return {(size, need["method"]): need for size in ("7B", "70B") for need in scale.needs(size, 2, 8)}
-
-
-def test_weights_are_those_of_the_published_models(computed):
-    assert computed["7B", "wanda"]["disk"] == 2 * 2 * 6_738_415_616  # parameters of Llama 2, read and written
-    assert computed["70B", "wanda"]["disk"] == 2 * 2 * 68_976_648_192
+@pytest.mark.parametrize(("size", "parameters"), [("7B", 6_738_415_616), ("70B", 68_976_648_192)])  # of Llama 2
+def test_weights_are_those_of_the_published_models(size, parameters):
+    needs = {need["method"]: need for need in scale.needs(size, 2, 8)}
+    assert needs["wanda"]["disk"] == 2 * 2 * parameters  # read and written
 
 
 def test_operations_by_pencil():

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_load_models import build
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from lib import sparse
 from lib.core import cpu
@@ -30,9 +29,7 @@ from lib.models.layers import prunable_layers, prunable_modules
 from lib.pruning.pruners import magnitude
 from lib.sparse import DenseLinear, SparseLinear, kernel, packed
 from lib.sparse.decode import grouped_attention
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import generate
+from scripts import generate
 
 SHAPES = [(7, 31), (33, 1000), (1, 64), (5, 8), (40, 2100), (600, 96), (3, 33)]  # [rows, columns]
 # Float32 sums of 2,100 products at most: each of the additions is off by 2^-24 of the running sum.
@@ -216,14 +213,6 @@ def packed_folder(pruned) -> Path:
     return packed_in(pruned.parent)
 
 
-def test_packed_folder_comes_back_file_by_file(pruned, packed_folder, tmp_path):
-    assert sparse.is_packed(packed_folder) and not sparse.is_packed(pruned)
-    with pytest.raises(OSError):  # not a model with random weights
-        AutoModelForCausalLM.from_pretrained(packed_folder)
-    assert sparse.unpack_files(packed_folder, tmp_path) == len(load_file(pruned / "model.safetensors"))
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in pruned.iterdir()}
-
-
 # ---------------------------------------------------------------------------------------------------- whole models
 
 
@@ -313,22 +302,10 @@ def test_other_kinds_of_models(kind, tmp_path, tiny_windows):
     model = sparse.load_packed(packed_in(tmp_path, with_zeros(build(kind))))
     expected = dense(tmp_path / "model", torch.bfloat16)
     ids = tiny_windows[:1, :5] % expected.config.get_text_config().vocab_size
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert (head.weight is embedding.weight) == expected.config.tie_word_embeddings
     off = (model(ids).logits - expected(ids).logits).abs().max()
     assert off <= 0.05 * expected(ids).logits.abs().max()  # 8 bits of every activation, a few blocks deep
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_smollm2_is_as_close_to_float32_as_dense_bfloat16(smollm2, smollm2_source, tmp_path):
-    folder = packed_in(tmp_path, with_zeros(smollm2, 0.5))
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_source.path)
-    ids = tokenizer("The capital of France is Paris", return_tensors="pt").input_ids
-    exact = dense(tmp_path / "model", torch.float32)(ids).logits
-    both = sparse.load_packed(folder), dense(tmp_path / "model", torch.bfloat16)
-    ours, theirs = (model(ids).logits.float() for model in both)
-    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() <= 0.1 * exact.norm()
-    head, embedding = both[0].get_output_embeddings(), both[0].get_input_embeddings()
-    assert isinstance(head, DenseLinear) and head.weight is embedding.weight and head.weight.dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------ damage, bad input
@@ -501,10 +478,6 @@ def without_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
 
 
-def failing_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "false")
-
-
 def unsupported_machine(monkeypatch):
     monkeypatch.setattr(cpu, "processor", dict)
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
@@ -514,7 +487,6 @@ WITHOUT = {
     "no home": (without_home, "no place for the kernel"),
     "read-only": (read_only, "cannot be kept or loaded"),
     "no compiler": (without_compiler, "no C\\+\\+ compiler found"),
-    "a compiler that fails": (failing_compiler, "false failed"),
     "another machine": (unsupported_machine, r"\(riscv64\) has neither AVX2 nor NEON"),
 }
 
@@ -561,18 +533,6 @@ def test_library_is_compiled_once_and_again_for_other_flags(fresh, monkeypatch):
 # ----------------------------------------------------------------------------------------------------- generate.py
 
 
-@pytest.mark.slow
-def test_generate_streams_and_compares(pruned, packed_folder):
-    command = [sys.executable, "scripts/generate.py", packed_folder, "Ab de", "--tokens", "6", "--threads", "1"]
-    done = subprocess.run([*command, "--compare", pruned], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.strip().splitlines()
-    assert lines[0].startswith("Ab de")
-    figures = r"\d+\.\d tokens/s, prompt \d+\.\d tokens/s, -?\d+ MB resident"
-    assert sum(bool(re.search(figures, line)) for line in lines) == 3
-    assert lines[-1].startswith("ratio: ") and lines[-1].endswith("medians of 5 turns, 1 threads")
-
-
 @pytest.mark.machine
 @pytest.mark.parametrize(
     ("flags", "says"),
@@ -586,7 +546,6 @@ def test_generate_streams_and_compares(pruned, packed_folder):
         ),
         (["{}", "x", "--threads", "100000"], "--threads 100000: must be at least 0 and at most "),
         (["{}", ""], "error: '': is empty"),
-        (["{few}", "unstuns"], "few: its tokenizer gives token"),
         (["{}", "unstuns", "--compare", "{few}"], "few: its tokenizer gives token"),
     ],
 )
@@ -597,11 +556,10 @@ def test_generate_bad_input(packed_folder, few, flags, says, capsys, monkeypatch
     assert says.format(packed_folder) in err and err.count("\n") == 1
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory, tiny_tokenizer) -> Path:
+@pytest.fixture
+def few(tiny_folder, tmp_path) -> Path:
     """Return the folder of a model with fewer embeddings than its tokenizer has tokens."""
-    folder = tmp_path_factory.mktemp("generate") / "few"
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=20, max_position_embeddings=128, **sizes)).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "few"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 20}))
     return folder

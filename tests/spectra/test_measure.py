@@ -99,27 +99,26 @@ def test_a_fallback_of_the_fast_driver_names_the_layer(tiny_weights, caplog):
 
 
 class Watcher:
-    """Stands in for weightwatcher: returns a table whose rows are in another order, without those in ``skip``."""
+    """Stands in for weightwatcher: a table of the model's one matrix, without a row if that is ``skipped``."""
 
-    skip: tuple = ()
+    skipped = torch.empty(0)
     calls: list = []
 
     def __init__(self, model):
-        self.model = model
+        (self.linear,) = model
 
     def analyze(self, **switches):
         import pandas
 
         self.calls.append((switches, np.random.random()))
-        rows = [(name, module.weight.shape[0] + i / 100) for i, (name, module) in enumerate(self.model.items())]
-        rows = [row for row in reversed(rows) if row[0].rpartition("/")[2] not in self.skip]
-        columns = {"mp_softrank": [x for _, x in rows], "rand_distance": [x / 1000 for _, x in rows]}
-        return pandas.DataFrame({"longname": [name for name, _ in rows]} | columns)
+        number = self.linear.weight.sum().abs().item()
+        table = pandas.DataFrame({"mp_softrank": [number], "rand_distance": [number / 1000]})
+        return table[:0] if torch.equal(self.linear.weight, self.skipped) else table
 
 
 @pytest.fixture
 def watcher(monkeypatch):
-    monkeypatch.setattr(Watcher, "skip", ())
+    monkeypatch.setattr(Watcher, "skipped", Watcher.skipped)
     monkeypatch.setattr(Watcher, "calls", [])
     monkeypatch.setitem(sys.modules, "weightwatcher", SimpleNamespace(WeightWatcher=Watcher))
     return Watcher
@@ -128,17 +127,17 @@ def watcher(monkeypatch):
 @pytest.mark.parametrize(
     ("metric", "switch", "scale"), [("mp_softrank", "mp_fit", 1), ("random_distance", "randomize", 1000)]
 )
-def test_weightwatcher_is_matched_by_name(metric, switch, scale, watcher, tiny_weights):
+def test_weightwatcher_measures_each_matrix(metric, switch, scale, watcher, tiny_weights):
     measured = measure(metric, tiny_weights, SpectrumSettings(seed=5))
-    expected = [layer.shape[0] + i % 7 / 100 for i, layer in enumerate(tiny_weights.layers)]
+    expected = [matrix(tiny_weights, index).sum().abs().item() for index in range(21)]
     assert [x * scale for x in measured.values.values()] == pytest.approx(expected)
     assert all(switches == {switch: True} for switches, _ in watcher.calls)
-    assert {draw for _, draw in watcher.calls} == {np.random.RandomState(5).random()}  # seeded for each block
+    assert {draw for _, draw in watcher.calls} == {np.random.RandomState(5).random()}  # seeded for each matrix
 
 
 @pytest.mark.parametrize("metric", WEIGHTWATCHER)
 def test_a_layer_that_weightwatcher_skips_is_named(metric, watcher, tiny_weights):
-    watcher.skip = ("o_proj",)
+    watcher.skipped = matrix(tiny_weights, 3)
     with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.o_proj.*skipped"):
         measure(metric, tiny_weights)
 

@@ -20,14 +20,11 @@ constexpr int ROWS = 64;       // rows at a time: their sums, and what they are 
 constexpr int SLAB = 8;        // panels at a time: how often the weights are read again
 constexpr int MOST = PANEL / LANES;
 
-struct Kept {  // the weights other than zero of ROWS rows, row by row
-  std::unique_ptr<uint32_t[]> at;  // of their columns in the chunk's part of a panel, in bytes
-  std::unique_ptr<float[]> value;
-  std::unique_ptr<int32_t[]> ends;  // [row, chunk + 1], where each row's chunks begin and end in them
-  Kept(int64_t columns, int64_t chunks)
-      : at(new uint32_t[ROWS * columns + 8]),  // eight at a time are written
-        value(new float[ROWS * columns + 8]),
-        ends(new int32_t[ROWS * (chunks + 1)]) {}
+struct Kept {  // the weights other than zero of ROWS rows, row by row; eight at a time are written
+  int64_t columns, chunks;
+  std::unique_ptr<uint32_t[]> at{new uint32_t[ROWS * columns + 8]};  // of their columns in a panel's chunk, in bytes
+  std::unique_ptr<float[]> value{new float[ROWS * columns + 8]};
+  std::unique_ptr<int32_t[]> ends{new int32_t[ROWS * (chunks + 1)]};  // [row, chunk + 1], of each row's chunks in them
 };
 
 struct Dense {  // float32, zeros included
@@ -128,7 +125,7 @@ void product(Source source, int64_t rows, int64_t columns, const float* x, int64
   const int64_t height = std::min<int64_t>(ROWS, std::max<int64_t>(8, (rows / threads + 7) / 8 * 8));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Kept kept(columns, chunks);
+    Kept kept{columns, chunks};
     alignas(64) Vector sums[ROWS * MOST];
     for (int64_t start = 0; start < panels; start += SLAB) {
       const int64_t count = std::min<int64_t>(SLAB, panels - start);
@@ -153,14 +150,10 @@ void product(Source source, int64_t rows, int64_t columns, const float* x, int64
 
 }  // namespace
 
-// y = W x, W: [rows, columns] packed; x: [tokens, columns] and y: [tokens, rows] float32. The bias is left out.
+// y = W x, W: [rows, columns] packed, or float32 if there is no mask; x: [tokens, columns] and y: [tokens, rows]
+// float32. The bias is left out.
 extern "C" void multiply_many(const Matrix* w, const float* x, int64_t tokens, float* y, int threads) {
-  if (w->half) product(Packed<true>{*w}, w->rows, w->columns, x, tokens, y, threads);
+  if (!w->mask) product(Dense{(const float*)w->values, w->columns}, w->rows, w->columns, x, tokens, y, threads);
+  else if (w->half) product(Packed<true>{*w}, w->rows, w->columns, x, tokens, y, threads);
   else product(Packed<false>{*w}, w->rows, w->columns, x, tokens, y, threads);
-}
-
-// The same with W: [rows, columns] float32 and dense.
-extern "C" void multiply_float(const float* w, int64_t rows, int64_t columns, const float* x, int64_t tokens, float* y,
-                               int threads) {
-  product(Dense{w, columns}, rows, columns, x, tokens, y, threads);
 }

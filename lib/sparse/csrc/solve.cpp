@@ -10,11 +10,6 @@ namespace {
 constexpr int TILE = LANES == 4 ? 16 : 32, VECTORS = TILE / LANES;  // outputs
 typedef float Tile[TILE];
 
-void copy(const float* from, int count, float* to) {  // the rest of the tile is zero
-  if (count < TILE) memset(to, 0, sizeof(Tile));
-  memcpy(to, from, count * 4);
-}
-
 // 1 for each output's `removed` lowest scores among `group` columns of w, else 0; of equal ones the upper are lower.
 void lowest(const Tile* w, const float* upper, int64_t stride, int64_t group, const int32_t* removed, int count,
             Tile* score, Tile* gone) {
@@ -65,9 +60,9 @@ void step(Tile* w, const float* upper, int64_t columns, int64_t i, const Tile* m
 }  // namespace
 
 // block: [columns, outputs], zeroed and repaired in place; errors: the same shape; upper: [columns, columns].
-// gone: 1 to zero and 0 to keep, [columns, outputs]; or null, then the `removed` [outputs] lowest of each `group` go.
-extern "C" void solve_block(float* block, const float* upper, const float* gone, const int32_t* removed,
-                            int64_t columns, int64_t outputs, int64_t group, float* errors, int threads) {
+// drop: float32, 1 to zero and 0 to keep, [columns, outputs]; with a `group`: int32 [outputs], how many lowest of each go.
+extern "C" void solve_block(float* block, const float* upper, const void* drop, int64_t columns, int64_t outputs,
+                            int64_t group, float* errors, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const std::unique_ptr<char[]> buffer(new char[sizeof(Tile) * (3 * columns + group) + 64]);
@@ -76,14 +71,16 @@ extern "C" void solve_block(float* block, const float* upper, const float* gone,
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < outputs; first += TILE) {
       const int count = int(std::min<int64_t>(TILE, outputs - first));
+      if (count < TILE) memset(w, 0, sizeof(Tile) * 3 * columns);
       for (int64_t i = 0; i < columns; i++) {
-        copy(block + i * outputs + first, count, w[i]);
-        if (!group) copy(gone + i * outputs + first, count, mask[i]);
+        memcpy(w[i], block + i * outputs + first, count * 4);
+        if (!group) memcpy(mask[i], (const float*)drop + i * outputs + first, count * 4);
       }
       for (int64_t i = 0; i < columns;) {
         if (group && i % group == 0) {
           const int64_t some = std::min(group, columns - i);
-          lowest(w + i, upper + i * (columns + 1), columns, some, removed + first, count, score, mask + i);
+          const int32_t* removed = (const int32_t*)drop + first;
+          lowest(w + i, upper + i * (columns + 1), columns, some, removed, count, score, mask + i);
         }
         // Four at a time, unless another group begins among them.
         const bool four = i + 4 <= columns && group % 4 == 0;
