@@ -23,6 +23,7 @@ from lib.models.layers import SUPPORTED
 from lib.models.load import DTYPES
 from lib.models.locate import SMOLLM2
 from lib.pruning import plan as plans
+from lib.pruning.drop import DROP_BY
 from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, configured
 from lib.spectra import measure, spectrum
 from lib.spectra.spectrum import DRIVERS
@@ -141,6 +142,14 @@ class MixtureFlags(Flags):
         None, "{choices}: the sparsity is that of the experts, all else stays dense", choices=("experts",),
         only="pruning",
     )  # fmt: skip
+    drop_experts: float = flag(
+        0.0, "fraction of each block's experts to remove as a whole before the sparsity, in [0, 1)",
+        least=0, below=1, only="pruning",
+    )  # fmt: skip
+    drop_by: str = flag(
+        "reap", "what they are chosen by: {choices}; reap: their part in the output, alpha: {ww_metric}",
+        choices=DROP_BY, only="drop_experts",
+    )  # fmt: skip
     expert_weighting: str = flag(
         "auto", "by which the tokens of an expert count: {choices}; auto: router for norms, none for Hessians",
         choices=EXPERT_WEIGHTING, only=CALIBRATED,
@@ -258,7 +267,8 @@ class Experiment(
     """The flags of main.py."""
 
     def traits(self) -> set[str]:
-        return super().traits() | ({"evaluation"} if self.eval_wikitext and not self.metrics_only else set())
+        traits = super().traits() | ({"evaluation"} if self.eval_wikitext and not self.metrics_only else set())
+        return traits | ({"calibration"} if self.drop_experts and self.drop_by == "reap" else set())
 
     def check(self) -> None:
         for name in ("prune_method", "eval_wikitext", "eval_zero_shot"):
@@ -294,10 +304,11 @@ class Experiment(
         names -= {"_title", "ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor"}
         return {self.spelling(name): getattr(self, name) for name in sorted(names)}
 
-    def measurement(self, model: str) -> Measurement:
-        """Return how the metric of the ``model`` is measured, and where it is cached."""
+    def measurement(self, model: str, whole: bool = False) -> Measurement:
+        """Return how the metric of the ``model`` is measured, and where it is cached; ``whole``: before experts go."""
         farms = spectrum.Farms(self.farms_rows, self.farms_ratio, self.farms_steps) if self.farms else None
         folder = Path(self.ww_metric_cache or Path(in_repository("data"), model))
+        folder = folder / "dropped" if self.drop_experts and not whole else folder
         return Measurement(self.ww_metric, folder, measure.SpectrumSettings(self.esd_driver, farms, self.seed))
 
     def price_options(self) -> price.SearchOptions:
@@ -326,7 +337,7 @@ class Experiment(
                 problem = f"with {method}: every layer keeps at least one of {nm[1]}: nothing can be distributed"
                 raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
         target = implied or self.sparsity_ratio
-        if not target:
+        if not target and not self.drop_experts:
             fix = "add --sparsity_ratio or --sparsity_type"
             raise UserError("prune_method", None, f"{method} without a sparsity", fix)
         if self.sparsity_ratio and abs(self.sparsity_ratio - target) > 1e-9:

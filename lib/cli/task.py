@@ -39,12 +39,17 @@ class Task(NamedTuple):
     @property
     def run(self) -> str:
         """Name of the run in its files."""
-        return f"{self.method}_sparsity_{self.target}"
+        return f"{self.method}_sparsity_{self.target}{self._dropped}"
 
     @property
     def folder(self) -> str:
         """Name of the pruned model's folder."""
-        return f"{self.method}_{self.target}"
+        return f"{self.method}_{self.target}{self._dropped}"
+
+    @property
+    def _dropped(self) -> str:
+        share = self.mixture.get("drop_experts")
+        return f"_drop{share:g}" if share else ""
 
     @property
     def pruner_name(self) -> str:

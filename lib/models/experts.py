@@ -6,15 +6,19 @@ how they lie in there (``transformers.integrations.moe.use_experts_implementatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from lib.core.lazy import torch
+from lib.core.lazy import torch, transformers
 
 # The matrices in each fused parameter of an experts module, and their names, which are those of most checkpoints.
 ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+# What configs call the number of experts, and that of a token's.
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ACTIVE = ("num_experts_per_tok", "moe_top_k", "top_k_experts", "moe_k", "moe_topk")
 _MARKS = ("has_gate", "has_bias", "is_transposed")
 
 
@@ -134,3 +138,32 @@ def router_types(model: torch.nn.Module) -> tuple[type, ...]:
             kind = getattr(recorder, "target_class", recorder)
             found += [kind] if isinstance(kind, type) else []
     return tuple(dict.fromkeys(found))
+
+
+def set_experts(config: transformers.PreTrainedConfig, count: int) -> None:
+    """Write the number of experts of a smaller model into its ``config``."""
+    sizes = {name: getattr(config, name) for name in COUNTS if isinstance(getattr(config, name, None), int)}
+    for name in (name for name, size in sizes.items() if size == max(sizes.values())):
+        setattr(config, name, count)
+
+
+def with_fewer_experts(model: torch.nn.Module, count: int) -> torch.nn.Module:
+    """Return a model like ``model`` with ``count`` experts in each block, on the meta device."""
+    config = copy.deepcopy(model.config)
+    set_experts(config, count)
+    with torch.device("meta"):
+        return type(model)._from_config(config, dtype=config.dtype).eval()
+
+
+def kept_rows(
+    name: str, before: tuple[int, ...], after: tuple[int, ...], keep: Mapping[str, Sequence[int]]
+) -> tuple[int, list[int]] | None:
+    """Return the dimension, and the places along it, of what stays of a tensor in a smaller model; None for all of it.
+
+    Which experts stay is said for each experts module in ``keep``; the tensors beside it are the router's.
+    """
+    if tuple(before) == tuple(after):
+        return None
+    dimension = next(i for i, (one, two) in enumerate(zip(before, after, strict=True)) if one != two)
+    owners = [owner for owner in keep if name.startswith(owner.rpartition(".")[0] + ".")]
+    return dimension, list(keep[max(owners, key=len)])

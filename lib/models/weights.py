@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.core import digests
-from lib.core.errors import UserError
+from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
-from lib.models.experts import ROLES, bound_experts, is_experts, matrices
+from lib.models.experts import ROLES, bound_experts, is_experts, kept_rows, matrices, with_fewer_experts
 from lib.models.layers import Layer, Layout, find_blocks, prunable_layers, published_layout, stored_tensors
 
 
@@ -152,6 +152,26 @@ class Weights:
             names |= {f"{owner}.{role}" for role in ROLES}
         return {name for block in self.layout for name, stored in block.items() if stored.name in names}
 
+    def keeping(self, keep: Mapping[str, Sequence[int]]) -> Weights:
+        """Return the weights of a smaller model, with the experts ``keep`` of each experts module, by their numbers.
+
+        It takes the place of this one, whose tensors are given up one by one.
+        """
+        if any(hasattr(module, "_hf_hook") for module in self.model.modules()):
+            problem = "the model is spread over GPUs and the CPU"
+            raise UserError("drop_experts", None, problem, f"add {flag_name('stream')} always")
+        small = with_fewer_experts(self.model, len(next(iter(keep.values()))))
+        for name, empty in [*small.named_parameters(), *small.named_buffers()]:
+            tensor = tensor_of(self.model, name).detach()
+            rows = kept_rows(name, tensor.shape, empty.shape, keep)
+            if rows is not None:
+                tensor = tensor.index_select(rows[0], torch.tensor(rows[1], device=tensor.device))
+                replace_tensor(self.model, name, empty)
+            replace_tensor(small, name, tensor)
+        small.tie_weights()
+        small.generation_config = self.model.generation_config
+        return weights_of(small, self.save_dtype)
+
     def map(self, function: Callable[[str, torch.Tensor], object]) -> dict:
         """Return ``function(name, weight)`` of every layer by name."""
         linears = (pair for block in self.visit() for pair in block.linears.items())
@@ -207,6 +227,22 @@ def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) ->
         if not parameter.is_meta and parameter.is_floating_point() and name not in weights.kept:
             parameter.data.copy_(parameter.data.to(save_dtype))
     return weights
+
+
+def tensor_of(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """Return the parameter or buffer ``name`` of a model."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
+def replace_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put ``tensor`` in the place of the parameter or buffer ``name`` of a model."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
 def held_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -15,14 +15,16 @@ from lib.core import cpu, processes
 from lib.core.digests import digest
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
+from lib.models.experts import with_fewer_experts
 from lib.models.layers import prunable_layers, published_layout, refuse_experts
 from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
-from lib.pruning import walk
+from lib.pruning import drop, walk
 from lib.run import checks
 from lib.run.journal import Journal
 from lib.run.record import is_unmeasured
+from lib.spectra import measure
 
 log = logging.getLogger("main")
 
@@ -43,6 +45,7 @@ class LanguageModel:
     """
 
     source: load.Source | None = None
+    dropping: tuple[float, str] | None = None
     weights: Weights | None = None
 
     def __init__(self, planned: Sequence[Experiment] = ()) -> None:
@@ -54,13 +57,20 @@ class LanguageModel:
         packed = sparse.is_packed(source.path)
         if task.pruner or settings.metrics_only or settings.stream == "always":
             sparse.refuse_packed(source)
-        if source != self.source:
+        dropping = (settings.drop_experts, settings.drop_by) if settings.drop_experts else None
+        if (source, dropping) != (self.source, self.dropping):
             self.weights = self.dense = self.fits = self._loaded_as = None
             self._texts, self.scores = {}, {}
-            self.skeleton = load.load_skeleton(source)
+            self.skeleton = self.whole = load.load_skeleton(source)
+            self.name = source.name
+            if dropping:
+                share, by = dropping
+                self.experts_left = drop.remaining_experts(self.whole, share)
+                self.skeleton = with_fewer_experts(self.whole, self.experts_left)
+                self.name = f"{source.name}-{by}-drop{share:g}"
             self.layers = prunable_layers(self.skeleton)
             self.tokenizer = load.load_tokenizer(source)
-            self.source, self.name = source, source.name
+            self.source, self.dropping = source, dropping
         dtype = settings.dtype
         self.dtypes = sparse.packed_dtypes(source, dtype) if packed else load.choose_dtypes(dtype, self.skeleton)
 
@@ -68,6 +78,7 @@ class LanguageModel:
         self.calib_dtype = checks.calibration_dtype(settings.calib_dtype, self.dtypes.compute)
         self.hidden_states, self.price_dtype = settings.hidden_states, settings.price_dtype
         self.expert_weighting = settings.expert_weighting
+        self.measurement_of_whole, self.seed = settings.measurement(source.name, whole=True), settings.seed
         if "calibration" in task.traits:
             checks.check_calibration(settings.hidden_states, settings.nsamples)
         if settings.packed:
@@ -81,7 +92,7 @@ class LanguageModel:
         self._read_texts(settings, task)
         self.reserve = max(self._needed_memory(run) for run in (settings, *self.planned))
         if self.fits is None:  # asked once, before the model itself takes the memory
-            fits = memory.fits_in_memory(self.skeleton, self.dtypes.compute, self.reserve)
+            fits = memory.fits_in_memory(self.whole, self.dtypes.compute, self.reserve)
             self.fits = all(processes.gathered(fits))
         outputs = (settings.eval_zero_shot, settings.packed, bool(settings.save_model))
         self.streamed = None
@@ -159,7 +170,7 @@ class LanguageModel:
 
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""
-        key = (self.dtypes, self.streamed)
+        key = (self.dtypes, self.streamed, self.dropping)
         if self._loaded_as == key:
             self.weights.restore(self.dense)
             return
@@ -176,9 +187,24 @@ class LanguageModel:
             log.info("loading %s", source.path)
             model = load.load_llm(source, dtypes.compute, processes.device(), reserve=self.reserve)
             self.weights = weights_of(model, None if dtypes.save == dtypes.compute else dtypes.save)
+        if self.dropping:
+            self.weights = self.weights.keeping(self._kept_experts())
         self.measured = self.weights
         if self.planned:
             self.dense, self._loaded_as = self.weights.snapshot(), key
+
+    def _kept_experts(self) -> dict[str, list[int]]:
+        """Return the numbers of the experts that stay, by experts module, for the weights of the whole model."""
+        layers, (_, by) = self.weights.layers, self.dropping
+        if by == "reap":
+            scores = drop.reap_scores(self.weights, self.inputs())
+        elif by == "alpha":
+            metric, folder, how = self.measurement_of_whole
+            values = measure.load_or_measure(folder, metric, self.source.name, self.weights, how).values
+            scores = drop.alpha_scores(layers, values)
+        else:
+            scores = drop.random_scores(layers, self.seed)
+        return drop.kept_experts(scores, self.experts_left, getattr(self.whole.config, "n_group", 1) or 1)
 
     def inputs(self) -> hidden.BlockInputs:
         """Return the inputs of the first block for the calibration windows."""

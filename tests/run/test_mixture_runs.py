@@ -12,6 +12,7 @@ from mixtures import FAMILIES, tiny_mixture
 import main
 from lib.models.layers import prunable_layers
 from lib.models.weights import weights_of
+from lib.pruning import drop
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def zeros_by_name(folder: Path) -> dict[str, float]:
     return {layer.name: weights.zeros()[layer.name] / layer.size for layer in weights.layers}
 
 
-METHODS = ["wanda_ww", "sparsegpt_ww --mapping_type expert_wise", "alps_ww", "magnitude_ww", "wanda_owl", "sparsegpt_er"]
+METHODS = ["wanda_ww", "sparsegpt_ww --mapping_type expert_wise", "alps_ww", "magnitude_ww", "sparsegpt_er"]
 
 
 @pytest.mark.parametrize("method", fast(METHODS, 2))
@@ -124,13 +125,50 @@ def test_router_weighting_changes_what_is_pruned(mixture, run):
     assert not torch.equal(found["none"][name], found["router"][name])
 
 
+@pytest.mark.parametrize("by", fast(drop.DROP_BY, 2))
+def test_dropped_experts_in_memory_and_streamed(by, mixture, run):
+    tensors = []
+    for how in ("never", "always"):
+        method = "wanda_ww" if by == "alpha" else "wanda"  # whose alphas are those of the experts that stay
+        flags = f"--prune_method {method} --sparsity_ratio 0.5 --drop_experts 0.25 --drop_by {by} --stream {how}"
+        flags += f" --ww_metric_cache cache-{how}" if by == "alpha" else ""
+        assert run(mixture, f"{flags} --save {how} --save_model kept-{how}") == 0
+        record = record_of(how)
+        folder = Path(record["saved_model"])
+        assert folder.name == f"{method}_0.5_drop0.25" and record["model"]["parameters"] == sum(
+            tensor.numel() for tensor in saved_tensors(folder).values()
+        )
+        config = json.loads((folder / "config.json").read_text())
+        assert config["num_experts"] == 3
+        assert weights_of(tf.AutoModelForCausalLM.from_pretrained(folder)).sparsity() == record["sparsity"]
+        tensors.append(saved_tensors(folder))
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_experts_are_dropped_without_a_sparsity(mixture, run):
+    assert run(mixture, "--prune_method magnitude --drop_experts 0.5 --save out --save_model kept --nsamples 6") == 0
+    record = record_of("out")
+    whole = saved_tensors(mixture)
+    for name, tensor in saved_tensors(Path(record["saved_model"])).items():
+        if ".experts." not in name:
+            rows = [row for row in whole[name]] if tensor.shape != whole[name].shape else []
+            assert torch.equal(tensor, whole[name]) if not rows else all(any(map(row.equal, rows)) for row in tensor)
+        else:
+            assert any(other.shape == tensor.shape and torch.equal(other, tensor) for other in whole.values())
+
+
 REFUSED = {
+    "--prune_method wanda --sparsity_ratio 0.5 --drop_experts 0.1": "--drop_experts 0.1: drops none of 4 experts",
+    "--prune_method wanda --sparsity_ratio 0.5 --drop_experts 0.75": "--drop_experts 0.75: leaves 1 of 4 experts",
+    "--prune_method wanda --sparsity_ratio 0.5 --drop_by alpha": "--drop_by does nothing",
     "--prune_method wanda_price --sparsity_ratio 0.5 --only experts": "--only experts: with wanda_price",
     "--prune_method wanda_lamp --sparsity_ratio 0.5 --only experts": "--only experts: with wanda_lamp",
     "--prune_method magnitude --sparsity_ratio 0.5 --expert_weighting router": "does nothing with magnitude",
     "--prune_method wanda --sparsity_ratio 0.5 --save_model m --packed": "--packed is not supported for mixtures",
 }
 DENSE = {
+    "--prune_method wanda --sparsity_ratio 0.5 --drop_experts 0.25": "needs a mixture with as many experts",
     "--prune_method wanda --sparsity_ratio 0.5 --only experts": "tiny-llama is no mixture of experts",
     "--prune_method wanda --sparsity_ratio 0.5 --expert_weighting router": "tiny-llama is no mixture of experts",
     "--prune_method wanda_ww --sparsity_ratio 0.5 --mapping_type expert_wise": "tiny-llama is no mixture of experts",
