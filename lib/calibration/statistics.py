@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -132,8 +133,12 @@ class _Totals:
         self.calls, self.enough = 0, self.enough or self.calls
 
 
-def input_statistics(block: Block, inputs: BlockInputs, statistic: str, keep: bool) -> list[InputStatistic]:
+def input_statistics(
+    block: Block, inputs: BlockInputs, statistic: str, keep: bool, names: Sequence[str] | None = None
+) -> list[InputStatistic]:
     """Pass the samples through a block and return the mean of a statistic of its layers, once per distinct input.
+
+    The layers are those of ``names``, None for all.
 
     That of an expert's matrix is over the tokens that are routed to the expert, and ``with_pseudo_tokens``.
 
@@ -143,7 +148,8 @@ def input_statistics(block: Block, inputs: BlockInputs, statistic: str, keep: bo
     """
     published = inputs.expert_weighting == "auto" and statistic == "squared_norms"
     totals = _Totals(statistic, not keep, published or inputs.expert_weighting == "router")
-    hooks = [linear.register_forward_pre_hook(partial(totals.see, name)) for name, linear in block.linears.items()]
+    names = list(block.linears) if names is None else names
+    hooks = [block.linears[name].register_forward_pre_hook(partial(totals.see, name)) for name in names]
     for name, experts in block.experts.items():
         hooks.append(experts.register_forward_pre_hook(partial(totals.see_mixture, name), with_kwargs=True))
     try:
@@ -152,7 +158,7 @@ def input_statistics(block: Block, inputs: BlockInputs, statistic: str, keep: bo
     finally:
         for handle in hooks:
             handle.remove()
-    for name in block.linears:
+    for name in names:
         if name not in totals.leaders:
             raise UserError(None, name, "the forward pass does not reach this layer", "the model is not supported")
 

@@ -11,12 +11,12 @@ from typing import NamedTuple, Protocol
 from tqdm import tqdm
 
 from lib.calibration.hidden import BlockInputs, advance, pass_samples
-from lib.calibration.statistics import input_statistics
+from lib.calibration.statistics import InputStatistic, input_statistics
 from lib.core import processes
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
-from lib.models import safetensors_io
-from lib.models.weights import Block, Weights, check_finite, is_finite
+from lib.models import memory, safetensors_io
+from lib.models.weights import Block, Weights, check_finite, is_finite, swapped_weights
 from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import Pruner
 from lib.pruning.sparsegpt import NotPositiveDefinite
@@ -124,10 +124,35 @@ def _prune_block(
     if inputs is None:  # no statistic: every process prunes all layers
         _prune_layers(block, list(block.linears), plan, pruner, None, dtype)
         return {}
-    groups = input_statistics(block, inputs, pruner.statistic, keep)
+    tokens: dict[str, int] = {}
+    waiting: list[InputStatistic] = []
+    dense: dict[str, torch.Tensor] = {}
+    by_groups = block.experts and pruner.statistic == "hessian"
+    groups = memory.hessian_groups(block) if by_groups else [list(block.linears)]
+    for names in groups:
+        # What an expert is given depends on no other expert: they can be pruned group by group. All else waits until
+        # the last inputs have been seen, and dense outputs need the dense experts once more.
+        last = names is groups[-1]
+        with swapped_weights(block, dense if last else {}):
+            found = input_statistics(block, inputs, pruner.statistic, keep and last, names)
+        ready = [one for one in found if one.tokens is not None]
+        waiting += [one for one in found if one.tokens is None]
+        tokens |= {name: one.tokens for one in ready for name in one.layers}
+        if last:
+            ready, waiting = ready + waiting, []
+        elif keep:
+            dense |= {name: block.linears[name].weight.detach().clone() for name in tokens.keys() & names}
+        del found  # so that each statistic is freed after its use
+        _prune_together(block, ready, plan, pruner, dtype)
+    return tokens
+
+
+def _prune_together(
+    block: Block, groups: list[InputStatistic], plan: SparsityPlan, pruner: Pruner, dtype: torch.dtype | None
+) -> None:
+    """Prune the layers of each statistic, by one process each; ``groups`` is used up."""
     owners = processes.owners([_cost(block, group.layers, group.value) for group in groups])
     owner_of = {name: owner for group, owner in zip(groups, owners, strict=True) for name in group.layers}
-    tokens = {name: group.tokens for group in groups if group.tokens is not None for name in group.layers}
     for owner in owners:
         names, statistic, _ = groups.pop(0)  # frees the statistic of the group before: Hessians are large
         try:
@@ -138,7 +163,6 @@ def _prune_block(
             raise UserError(None, names[0], str(error), fix) from error
     for name, owner in owner_of.items():
         processes.broadcast(block.linears[name].weight.data, owner)
-    return tokens
 
 
 def _cost(block: Block, names: list[str], statistic: torch.Tensor) -> float:

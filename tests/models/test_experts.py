@@ -15,7 +15,7 @@ from lib.allocation.formulas import uniform
 from lib.calibration.hidden import enter_blocks, pass_samples
 from lib.calibration.statistics import input_statistics
 from lib.evaluation.perplexity import perplexity_by_blocks
-from lib.models import load
+from lib.models import load, memory
 from lib.models.experts import is_experts, matrices
 from lib.models.layers import check_support, find_blocks, prunable_layers
 from lib.models.load import Dtypes
@@ -377,6 +377,31 @@ def test_the_order_of_an_experts_neurons_does_not_matter(tiny_windows):
         pruned.append(weights.snapshot())
     name = "model.layers.0.mlp.experts.1.down_proj"
     assert torch.equal(pruned[0][name][:, order] == 0, pruned[1][name] == 0)
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+@pytest.mark.parametrize(("family", "pruner"), [("qwen2-moe", "sparsegpt"), ("qwen2-moe", "alps"), ("gemma4", "alps")])
+def test_experts_in_groups_are_the_same_as_all_at_once(family, pruner, propagate, monkeypatch, tiny_windows):
+    pruned, passes = [], []
+    for free in (2**40, 0):
+        monkeypatch.setattr(memory, "free_ram", lambda free=free: free)
+        weights = weights_of(tiny_mixture(family))
+        ratios = {layer.name: 0.3 + 0.4 * layer.block for layer in weights.layers}
+        inputs = enter_blocks(weights, tiny_windows)
+        asked = []
+
+        def counted(*how, asked=asked):
+            asked.append(how[-1])
+            return input_statistics(*how)
+
+        monkeypatch.setattr("lib.pruning.walk.input_statistics", counted)
+        walk(weights, SparsityPlan(0.5, ratios), PRUNERS[pruner], inputs, propagate=propagate)
+        pruned.append((weights.snapshot(), inputs.hidden))
+        passes.append(len(asked))
+    assert passes == [2, 8]  # two blocks of four experts
+    for name, weight in pruned[0][0].items():
+        assert torch.equal(weight, pruned[1][0][name]), name
+    assert torch.equal(pruned[0][1], pruned[1][1])
 
 
 # ------------------------------------------------------------------------------------------------ on disk, every family
