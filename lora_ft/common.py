@@ -15,8 +15,8 @@ from lib import sparse
 from lib.calibration import texts
 from lib.cli.flags import flag
 from lib.cli.settings import TEXTS, ModelFlags
-from lib.core import digests
-from lib.core.errors import UserError, first_line, flag_name
+from lib.core import digests, files
+from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch, transformers
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers, refuse_experts
@@ -142,12 +142,9 @@ def check_length(field: str, length: int, skeleton: torch.nn.Module) -> None:
 def training_record(field: str, folder: Path) -> dict:
     """Return the content of ``BASE`` in ``folder``: {"model", "fingerprints", "training"}."""
     path = folder / BASE
-    try:
+    with files.reading(path, field=field, fix="restore it, or train the adapter again"):
         record = json.loads(path.read_text(encoding="utf-8"))
         return {key: record[key] for key in ("model", "fingerprints", "training")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = "restore it, or train the adapter again"
-        raise UserError(field, path, f"is damaged ({first_line(error)})", fix) from error
 
 
 def load_base(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from lib.core import cpu
 from lib.models import memory
 
-REAL_PROCESSOR = cpu.processor
+REAL_PROCESSOR, REAL_FREE_RAM = cpu.processor, memory.free_ram
 # What is compiled must also run here: of these instructions, those that this CPU really has.
 _RUN = cpu.instructions() & {"avx2", "bmi2", "fma", "f16c", "popcnt"}
 

@@ -55,8 +55,8 @@ def test_functions_can_be_read_at_a_glance(path):
 
 
 ASKED_IN_ONE_PLACE = [
-    "/proc/cpuinfo", "os.cpu_count", "sched_getaffinity", "virtual_memory", "mem_get_info", "cuda.is_available",
-    "cuda.device_count",
+    "/proc/cpuinfo", "os.cpu_count", "sched_getaffinity", "virtual_memory", "getrlimit", "mem_get_info",
+    "cuda.is_available", "cuda.device_count",
 ]  # fmt: skip
 
 

@@ -64,23 +64,43 @@ def _stubbed_blocks(weights: Weights, act: Callable[..., torch.Tensor]) -> Itera
                 block.forward = forward
 
 
-def _block_calls(weights: Weights, window: torch.Tensor) -> list[tuple[torch.Tensor, tuple, dict]]:
-    """Return the hidden states and the other arguments that the model gives each block for a ``window`` [tokens]."""
-    calls: list[tuple] = []
+def _block_calls(weights: Weights, window: torch.Tensor, whole: bool) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+    """Return the hidden states that enter the blocks for a ``window`` [tokens], and each block's other arguments.
+
+    ``whole``: the pass goes on after the last block, to see that it calls none again.
+
+    Raises:
+        UserError: the model does not run its blocks once, in order and on what the block before returned.
+    """
+    arguments: list[tuple[tuple, dict]] = []
+    entering: torch.Tensor | None = None
+    state, in_tuple = (), False
 
     def without_cache(value: object) -> object:
         return None if isinstance(value, transformers.Cache) else value
 
-    def record(index: int, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        kwargs = {name: without_cache(value) for name, value in kwargs.items()}
-        calls.append((hidden, tuple(map(without_cache, args)), kwargs))
-        if index == len(weights.modules) - 1:
+    def record(index: int, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor | tuple[torch.Tensor]:
+        nonlocal entering, state, in_tuple
+        entering = hidden if entering is None else entering
+        # The stubs return what they are given, so that all blocks see the same memory, never written to in between.
+        state = state or (hidden.data_ptr(), hidden._version)
+        if index != len(arguments) or state != (hidden.data_ptr(), hidden._version):
+            raise _unsupported(weights, "it does not run its blocks once, in order, each on what the last returned")
+        arguments.append((tuple(map(without_cache, args)), {k: without_cache(v) for k, v in kwargs.items()}))
+        if index == len(weights.modules) - 1 and not whole:
             raise PassEnded
-        return hidden
+        in_tuple |= hidden.ndim < entering.ndim  # BLOOM and Falcon take the first of what a block returns
+        return (entering,) if in_tuple else entering
 
     with _stubbed_blocks(weights, record), suppress(PassEnded):
         weights.model(window[None].to(entry_device(weights.model)), use_cache=False)
-    return calls
+    if len(arguments) < len(weights.modules):
+        raise _unsupported(weights, f"it runs {len(arguments)} of its {len(weights.modules)} blocks")
+    return entering, arguments
+
+
+def _unsupported(weights: Weights, problem: str) -> UserError:
+    return UserError("model", type(weights.model).__name__, f"{problem}, which is not supported")
 
 
 def enter_blocks(
@@ -95,21 +115,22 @@ def enter_blocks(
         dtype: of the products in the blocks (``BlockInputs``).
 
     Raises:
-        UserError: the model passes its blocks something that depends on the text, such as a padding mask.
+        UserError: the model passes its blocks something that depends on the text, such as a padding mask, or runs them
+            in another way than one after the other.
     """
     mine = windows[processes.share(len(windows))]
+    # The other arguments need a window and are compared with those of a second one, also where there are fewer.
+    uniform = torch.full_like(windows[:1], int(windows[0, 0]))
+    passed = mine if len(mine) > 1 else torch.cat([mine, uniform, windows[:1]])[:2]
     with weights.outer_parameters(), torch.no_grad():
-        # A process without windows needs the other arguments all the same.
-        for sample, window in enumerate(mine if len(mine) else windows[:1]):
-            calls = _block_calls(weights, window)
-            entering, *others = calls[0]
+        for sample, window in enumerate(passed):
+            entering, given = _block_calls(weights, window, whole=sample == 0)
             if sample == 0:
-                arguments = [(args, kwargs) for _, args, kwargs in calls]
+                arguments = given
                 hidden = _allocate_hidden_states((len(mine), *entering.shape[1:]), entering, place)
-            elif sample == 1 and not _same(arguments[0], tuple(others)):
-                problem = "what its blocks are given depends on the text, which is not supported"
-                raise UserError(None, type(weights.model).__name__, problem)
-            if len(mine):
+            elif sample == 1 and not _same(arguments, given):
+                raise _unsupported(weights, "what its blocks are given depends on the text")
+            if sample < len(mine):
                 hidden[sample] = entering[0]
     return BlockInputs(hidden, arguments, len(windows), set(), dtype)
 

@@ -63,6 +63,19 @@ def writing(path: Path, field: str | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def reading(
+    path: Path, problem: str = "is damaged", field: str | None = None, fix: str | None = None
+) -> Iterator[None]:
+    """Turn whatever readers raise on a missing or damaged ``path`` into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # json, numpy and safetensors each have several, and what they return may be anything
+        raise UserError(field, path, f"{problem} ({first_line(error)})", fix) from error
+
+
+@contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that durably takes the place of ``path`` when the with statement ends without an error."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lib.core.errors import UserError, first_line
-from lib.core.files import sync_folder, writing
+from lib.core.files import reading, sync_folder, writing
 
 
 class Progress:
@@ -25,12 +24,10 @@ class Progress:
         content = path.read_bytes() if path.exists() else b""
         self._size = content.rfind(b"\n") + 1  # of the lines that are whole
 
-        try:
+        with reading(path):
             for line in content[: self._size].splitlines():
                 entry = json.loads(line)
                 self._values[entry["kind"], entry["key"]] = entry["value"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(None, path, f"is damaged ({first_line(error)})") from error
 
     def add(self, kind: str, key: str, value: Any) -> None:
         """Append a finished thing, any ``value`` that JSON can hold; it then survives a kill and a power failure.

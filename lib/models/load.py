@@ -32,6 +32,9 @@ Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _HUB_PATIENCE = 5.0  # seconds
 
+# Python files of a model's folder are never run; transformers would ask at the terminal.
+_NO_CODE = {"trust_remote_code": False}
+
 
 class Source(NamedTuple):
     """Where a model comes from: as ``given`` by the user, its ``path`` (folder or hub id), and its own ``name``."""
@@ -50,24 +53,26 @@ def load_skeleton(source: Source) -> transformers.PreTrainedModel:
     if not Path(source.path).exists():
         check_hub()
         log.info("looking up %s in %s and on the Hugging Face hub", source.path, source.cache_dir)
+    reason, skeleton = "is not a causal language model", None
     try:
-        config = transformers.AutoConfig.from_pretrained(source.path, cache_dir=source.cache_dir)
+        config = transformers.AutoConfig.from_pretrained(source.path, cache_dir=source.cache_dir, **_NO_CODE)
+        if getattr(config, "quantization_config", None):
+            fix = "pruning needs the float16, bfloat16 or float32 weights"
+            raise UserError("model", source.given, "is quantised", fix)
+        names = config.architectures or ["ForCausalLM"]
+        # BERT has a language model's head, and is not causal.
+        causal = any("ForCausalLM" in name for name in names) or getattr(config, "is_decoder", True)
+        if getattr(config, "is_encoder_decoder", False):
+            reason = "is an encoder-decoder"
+        elif causal and all("ForCausalLM" in name or "LMHead" in name for name in names):
+            with suppress(ValueError), torch.device("meta"):  # the library may have no causal model for this config
+                skeleton = transformers.AutoModelForCausalLM.from_config(config, **_NO_CODE)
+        if skeleton is None:
+            raise UserError("model", source.given, f"{architecture(config)} {reason}", f"supported: {SUPPORTED}")
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, KeyError ...: whatever a wrong config.json leads to
         raise unreadable(source, error) from error
-
-    if getattr(config, "quantization_config", None):
-        raise UserError("model", source.given, "is quantised", "pruning needs the float16, bfloat16 or float32 weights")
-    names = config.architectures or ["ForCausalLM"]
-    # BERT has a language model's head, and is not causal.
-    causal = any("ForCausalLM" in name for name in names) or getattr(config, "is_decoder", True)
-    reason, skeleton = "is not a causal language model", None
-    if getattr(config, "is_encoder_decoder", False):
-        reason = "is an encoder-decoder"
-    elif causal and all("ForCausalLM" in name or "LMHead" in name for name in names):
-        with suppress(ValueError), torch.device("meta"):  # the library may have no causal model for this config
-            skeleton = transformers.AutoModelForCausalLM.from_config(config)
-    if skeleton is None:
-        raise UserError("model", source.given, f"{architecture(config)} {reason}", f"supported: {SUPPORTED}")
     check_support(source.given, skeleton)
     return skeleton
 
@@ -100,7 +105,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
         fix = "copy the original model's there (tokenizer.json, tokenizer_config.json ...)"
         raise UserError("model", source.given, "the folder holds no tokenizer", fix)
     try:
-        return transformers.AutoTokenizer.from_pretrained(source.path, cache_dir=source.cache_dir)
+        return transformers.AutoTokenizer.from_pretrained(source.path, cache_dir=source.cache_dir, **_NO_CODE)
     except Exception as error:
         raise unreadable(source, error, "the tokenizer of ") from error
 
@@ -161,7 +166,7 @@ def load_llm(
     if config is not None:  # transformers looks for both in the folder otherwise
         generation = transformers.GenerationConfig.from_model_config(config)
         options |= {"config": config, "generation_config": generation}
-    options |= {"cache_dir": source.cache_dir, "dtype": dtype, "output_loading_info": True}
+    options |= {"cache_dir": source.cache_dir, "dtype": dtype, "output_loading_info": True} | _NO_CODE
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(source.path, **options)
     except Exception as error:
@@ -213,11 +218,11 @@ def empty_llm(folder: Path, dtype: torch.dtype, experts: int | None = None) -> t
 
     path, fix = folder / "config.json", None
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, **_NO_CODE)
         if experts is not None:
             set_experts(config, experts)
         with init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_NO_CODE)
         path, fix = folder / "generation_config.json", "correct it, or delete it for the defaults"
         if path.is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)

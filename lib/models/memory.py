@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import resource
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +22,7 @@ LOGIT_TOKENS = 256
 EXPERT_HESSIANS = 8 * 2**30
 # Fraction of the free memory that they may fill.
 _FILLED = 0.7
-# Bytes of a GPU for its context, the libraries' workspaces and the allocator's gaps.
+# Bytes for a GPU's context, the libraries' workspaces and the allocator's gaps.
 _OVERHEAD = 2**30
 # The largest vocabularies' files, where they cannot be looked at before the download.
 _TOKENIZER_BYTES = 2**25
@@ -31,10 +34,46 @@ def free_bytes(gpu: torch.device | int) -> int:
 
 
 def free_ram() -> int:
-    """Return the bytes of the CPU's memory that can be had without swapping."""
+    """Return the bytes of the CPU's memory that this process can have without swapping.
+
+    They are the machine's, or less where a container, a job or ``ulimit -v`` allows less.
+    """
     import psutil
 
-    return psutil.virtual_memory().available
+    addresses = resource.getrlimit(resource.RLIMIT_AS)[0]
+    room = [] if addresses == resource.RLIM_INFINITY else [addresses - psutil.Process().memory_info().vms]
+    return max(0, min([psutil.virtual_memory().available, *group_rooms(), *room]))
+
+
+def group_rooms(proc: Path = Path("/proc/self")) -> list[int]:
+    """Return the bytes that each control group around the process ``proc`` still allows, where one has a limit.
+
+    Those of its cached files do not count as used: the kernel gives them up (as in MemAvailable).
+    """
+    rooms = []
+    if not (proc / "cgroup").is_file():  # not Linux
+        return rooms
+    # A line each: "4:memory:/job/step" for version 1, and "0::/job/step" for version 2.
+    paths = {kinds: path for _, kinds, path in (s.split(":", 2) for s in (proc / "cgroup").read_text().splitlines())}
+    for line in (proc / "mountinfo").read_text().splitlines():
+        mount, _, source = line.partition(" - ")
+        (root, folder), (system, _, options) = mount.split(" ")[3:5], source.split(" ")[:3]
+        if system == "cgroup2":
+            kinds, limit, usage, total = "", "memory.max", "memory.current", ""
+        elif system == "cgroup" and "memory" in options.split(","):
+            kinds = next((kinds for kinds in paths if "memory" in kinds.split(",")), "")
+            limit, usage, total = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        # Inside a container, what is mounted may be the group itself.
+        group = Path(folder) / os.path.relpath(paths.get(kinds, "/"), root)
+        for parent in (group, *group.parents):
+            with suppress(OSError, ValueError):  # without the files, or "max"
+                stat = dict(line.split() for line in (parent / "memory.stat").read_text().splitlines())
+                cached = sum(int(stat.get(f"{total}{age}_file", 0)) for age in ("active", "inactive"))
+                used = int((parent / usage).read_text()) - cached
+                rooms.append(int((parent / limit).read_text()) - used)
+    return rooms
 
 
 def freest() -> torch.device:
@@ -44,18 +83,21 @@ def freest() -> torch.device:
 
 
 def free_memory(reserve: int) -> dict[int | str, int]:
-    """Return how many bytes of weights each GPU and the CPU may hold; of several processes, each its GPU or share."""
+    """Return how many bytes of weights each GPU and the CPU may hold; of several processes, each its GPU or share.
+
+    ``reserve`` bytes are left for the work on each GPU, or on the CPU where there is none.
+    """
     gpu = processes.device()
     if gpu is not None:
         return {gpu.index: max(0, free_bytes(gpu) - reserve)}
     gpus = {i: max(0, free_bytes(i) - reserve) for i in range(cpu.gpus())}
-    return gpus | {"cpu": free_ram() // processes.processes_on_machine()}
+    return gpus | {"cpu": max(0, free_ram() // processes.processes_on_machine() - (0 if gpus else reserve))}
 
 
 def working_set(
     skeleton: torch.nn.Module, dtype: torch.dtype, hessians: bool, windows: int, seqlen: int, copies: float = 4
 ) -> int:
-    """Return the bytes that a GPU needs besides the weights that it holds: an upper bound, from shapes alone.
+    """Return the bytes that a GPU, or the CPU, needs besides the weights that it holds: at most, from shapes alone.
 
     They are the largest block (one stored on the CPU is lent to the GPU), embedding and head, ``copies`` float32
     matrices of the largest weight's size (``Pruner.copies``), the hidden states of ``windows`` windows of ``seqlen``
@@ -113,9 +155,14 @@ def _weight_bytes(skeleton: torch.nn.Module, dtype: torch.dtype) -> int:
     return sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize
 
 
-def fits_in_memory(skeleton: torch.nn.Module, dtype: torch.dtype, reserve: int) -> bool:
-    """Return whether the weights fit in the free memory of GPUs, less ``reserve`` bytes each, and CPU."""
-    return _weight_bytes(skeleton, dtype) <= sum(free_memory(reserve if cpu.gpus() else 0).values())
+def fits_in_memory(skeleton: torch.nn.Module, dtype: torch.dtype, reserve: int, copied: Sequence[Layer] = ()) -> bool:
+    """Return whether the weights fit in ``free_memory``, beside a copy of the layers ``copied`` in the CPU's memory."""
+    free, copy = free_memory(reserve), dtype.itemsize * sum(layer.size for layer in copied)
+    if "cpu" in free:
+        free["cpu"] -= copy
+    elif copy > free_ram() // processes.processes_on_machine():
+        return False
+    return free.get("cpu", 0) >= 0 and _weight_bytes(skeleton, dtype) <= sum(free.values())
 
 
 def saved_bytes(skeleton: torch.nn.Module, path: str, dtype: torch.dtype) -> int:

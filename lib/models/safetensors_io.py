@@ -13,12 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.core.errors import UserError, first_line
-from lib.core.files import atomic
+from lib.core.errors import UserError
+from lib.core.files import atomic, reading
 from lib.core.lazy import torch
 
 # The format's names of dtypes, and torch's.
 _CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I32": "int32"}
+
+# The file that says in which shard of a checkpoint each tensor is.
+_INDEX = "model.safetensors.index.json"
 
 # Numbers that are converted at a time.
 _PIECE = 2**24
@@ -40,7 +43,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         UserError: the file is truncated or is not a safetensors file.
     """
-    try:
+    with reading(path, "cannot be read as safetensors"):
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -51,33 +54,57 @@ def read_header(path: Path) -> dict[str, Entry]:
         entries = {}
         for name, fields in header.items():
             begin, end = fields["data_offsets"]
-            if fields["dtype"] not in _CODES or 8 + length + end > size:
-                raise ValueError(f"{name} is cut off, or of an unknown dtype")
+            if fields["dtype"] not in _CODES:
+                raise ValueError(f"{name} is of the dtype {fields['dtype']}")
             dtype = getattr(torch, _CODES[fields["dtype"]])
-            entries[name] = Entry(path, 8 + length + begin, end - begin, dtype, tuple(fields["shape"]))
+            tensor = torch.empty(fields["shape"], dtype=dtype, device="meta")
+            if not 0 <= begin <= size - 8 - length - tensor.nbytes or len(range(begin, end)) != tensor.nbytes:
+                raise ValueError(f"{name} is cut off, or of another shape")
+            entries[name] = Entry(path, 8 + length + begin, end - begin, dtype, tuple(tensor.shape))
         return entries
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(None, path, f"cannot be read as safetensors ({first_line(error)})") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model's folder that transformers loads, [] if there are none.
+
+    They are the one that config.json names, else ``model.safetensors``, else those of the index
+    (transformers.modeling_utils._get_resolved_checkpoint_files). Files beside them, such as older copies, do not count.
+
+    Raises:
+        UserError: the config or the index is damaged.
+    """
+    config = folder / "config.json"
+    with reading(config):
+        named = json.loads(config.read_text()).get("transformers_weights") if config.is_file() else None
+        candidates = [folder / name for name in ([named] if named else ["model.safetensors", _INDEX])]
+    path = next(filter(Path.is_file, candidates), None)
+    if path is None or path.suffix != ".json":
+        return [path] if path else []
+    with reading(path):
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        if outside := [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]:
+            raise ValueError(f"{outside[0]} is no safetensors file of this folder")
+        return [folder / name for name in names]
 
 
 def checkpoint_entries(folder: Path) -> dict[str, Entry]:
-    """Return the tensors of a checkpoint by name: of one file, or of several with an index.
+    """Return the tensors of a checkpoint by name.
 
     Raises:
-        UserError: it is damaged, or is not in safetensors.
+        UserError: it is damaged, is not in safetensors, or holds a tensor twice.
     """
-    paths = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError("model", folder, f"its index cannot be read ({first_line(error)})") from error
-    if not paths:
-        problem = "holds no *.safetensors, and pickled weights cannot be streamed"
+    entries: dict[str, Entry] = {}
+    for path in weight_files(folder):
+        header = read_header(path)
+        for name in sorted(header.keys() & entries.keys()):
+            problem = f"{name} is both in {entries[name].file.name} and in {path.name}"
+            raise UserError("model", folder, problem, "fetch or save the model again")
+        entries |= header
+    if not entries:
+        problem = f"holds neither model.safetensors nor {_INDEX}, and pickled weights cannot be streamed"
         fix = f"convert them: AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('DIR')"
         raise UserError("model", folder, problem, fix)
-    return {name: entry for path in paths for name, entry in read_header(path).items()}
+    return entries
 
 
 def read_tensor(entry: Entry, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -152,4 +179,4 @@ def write_index(folder: Path) -> None:
     }
     metadata = {"total_size": sum(entry.size for entry in entries.values())}
     index = {"metadata": metadata, "weight_map": {name: entries[name].file.name for name in sorted(entries)}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")

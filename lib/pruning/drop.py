@@ -44,7 +44,6 @@ def remaining_experts(model: torch.nn.Module, share: float) -> int:
     return left
 
 
-@torch.no_grad()
 def reap_scores(weights: Weights, inputs: BlockInputs) -> dict[str, float]:
     """Return the mean, over the tokens of each expert, of the router's weight times its output's norm, by its name.
 
@@ -70,7 +69,7 @@ def reap_scores(weights: Weights, inputs: BlockInputs) -> dict[str, float]:
             if role == "down_proj" and expert.rpartition(".")[0] in block.experts:
                 hooks.append(linear.register_forward_hook(partial(see, expert)))
         if hooks:
-            pass_samples(block, inputs, keep=False)
+            pass_samples(block, inputs, keep=False)  # without gradients
         for hook in hooks:
             hook.remove()
         advance(block, inputs)

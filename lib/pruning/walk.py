@@ -226,9 +226,8 @@ def check_saved(folder: Path, weights: Weights, measured: float) -> None:
 def checkpoint_sparsity(folder: Path, names: Collection[str]) -> float:
     """Return the fraction of zeros in the named tensors of a saved folder, read back from its safetensors files."""
     zeros = total = 0
-    for path in folder.glob("*.safetensors"):
-        for name, entry in safetensors_io.read_header(path).items():
-            if name in names:
-                tensor = safetensors_io.read_tensor(entry)
-                zeros, total = zeros + (tensor == 0).sum().item(), total + tensor.numel()
+    for name, entry in safetensors_io.checkpoint_entries(folder).items():
+        if name in names:
+            tensor = safetensors_io.read_tensor(entry)
+            zeros, total = zeros + (tensor == 0).sum().item(), total + tensor.numel()
     return zeros / total

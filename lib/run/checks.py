@@ -139,7 +139,7 @@ def must_stream(task: Task, stream: str, fits: bool, zero_shot: bool, packed: bo
         raise UserError("stream", "never", problem, "leave it out, or start one process, which uses all GPUs")
     if stream == "never" or (stream == "auto" and fits):
         return False
-    why = "the model " + ("is streamed (--stream always)" if fits else "does not fit into the memory of GPUs and CPU")
+    why = "the model " + ("is streamed (--stream always)" if fits else "does not fit into memory beside the work")
     if task.needs == "price":
         raise UserError("prune_method", task.method, f"{why}, and a streamed model has no prices", "use a --plan")
     if zero_shot and not fits:

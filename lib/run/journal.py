@@ -119,7 +119,7 @@ class Journal:
         """Resume where an earlier run with the same ``identity`` stopped, or start; another run is a UserError.
 
         The identity holds ``flags`` and ``versions`` by name, digests of the ``plan`` and the ``calibration`` windows,
-        and the ``fingerprints`` of the dense weights by layer.
+        and the ``fingerprints`` of the dense weights by layer. Its ``bits``, by name, may differ, with a warning.
         """
         self.finished = processes.on_main(lambda: self._begin(json.loads(json.dumps(identity))))
         if self.finished:
@@ -134,6 +134,10 @@ class Journal:
             problem = f"an unfinished run there is another one, {difference}"
             raise UserError("save_model", self.target, problem, _RESTART)
         self._reopened = False  # accepted
+        for name, value in now.get("bits", {}).items():
+            if before and before.get("bits", {}).get(name) != value:
+                text = "%s was %s and is %s now: later blocks are rounded otherwise than the finished ones"
+                log.warning(text, name, before.get("bits", {}).get(name), value)
 
         for index in count():
             entry, path = self._progress.get("block", str(index)), self.path(index)

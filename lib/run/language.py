@@ -40,7 +40,7 @@ class LanguageModel:
         calibration, evaluation: windows of token ids, [windows, seqlen]; None if the run reads none.
         search: windows to search on and held-out ones, for --epsilon auto and _price.
         questions: zero-shot tasks with their data.
-        reserve: bytes of each GPU that are left for the work.
+        reserve: bytes of each GPU, or of the CPU, that are left for the work.
         streamed: folder from which the weights are streamed, None if they are loaded.
     """
 
@@ -59,18 +59,7 @@ class LanguageModel:
             sparse.refuse_packed(source)
         dropping = (settings.drop_experts, settings.drop_by) if settings.drop_experts else None
         if (source, dropping) != (self.source, self.dropping):
-            self.weights = self.dense = self.fits = self._loaded_as = None
-            self._texts, self.scores = {}, {}
-            self.skeleton = self.whole = load.load_skeleton(source)
-            self.name = source.name
-            if dropping:
-                share, by = dropping
-                self.experts_left = drop.remaining_experts(self.whole, share)
-                self.skeleton = with_fewer_experts(self.whole, self.experts_left)
-                self.name = f"{source.name}-{by}-drop{share:g}"
-            self.layers = prunable_layers(self.skeleton)
-            self.tokenizer = load.load_tokenizer(source)
-            self.source, self.dropping = source, dropping
+            self._inspect(source, dropping)
         dtype = settings.dtype
         self.dtypes = sparse.packed_dtypes(source, dtype) if packed else load.choose_dtypes(dtype, self.skeleton)
 
@@ -92,13 +81,30 @@ class LanguageModel:
         self._read_texts(settings, task)
         self.reserve = max(self._needed_memory(run) for run in (settings, *self.planned))
         if self.fits is None:  # asked once, before the model itself takes the memory
-            fits = memory.fits_in_memory(self.whole, self.dtypes.compute, self.reserve)
+            searched = any(run.task().hyper.get("epsilon") == "auto" for run in (settings, *self.planned))
+            copied = self.layers if searched or self.planned else ()  # the dense weights, which are restored
+            fits = memory.fits_in_memory(self.whole, self.dtypes.compute, self.reserve, copied)
             self.fits = all(processes.gathered(fits))
         outputs = (settings.eval_zero_shot, settings.packed, bool(settings.save_model))
         self.streamed = None
         if not packed and checks.must_stream(task, settings.stream, self.fits, *outputs):
             self.streamed = locate.local_copy(source)
             checkpoint_entries(self.streamed)  # refuses what cannot be streamed
+
+    def _inspect(self, source: load.Source, dropping: tuple[float, str] | None) -> None:
+        """Take up a model's shapes, less those of the experts that will be dropped, and its tokenizer."""
+        self.weights = self.dense = self.fits = self._loaded_as = None
+        self._texts, self.scores = {}, {}
+        self.skeleton = self.whole = load.load_skeleton(source)
+        self.name = source.name
+        if dropping:
+            share, by = dropping
+            self.experts_left = drop.remaining_experts(self.whole, share)
+            self.skeleton = with_fewer_experts(self.whole, self.experts_left)
+            self.name = f"{source.name}-{by}-drop{share:g}"
+        self.layers = prunable_layers(self.skeleton)
+        self.tokenizer = load.load_tokenizer(source)
+        self.source, self.dropping = source, dropping
 
     def _read_texts(self, settings: Experiment, task: Task) -> None:
         self.calibration = self.evaluation = self.search = self.questions = None
@@ -142,10 +148,11 @@ class LanguageModel:
         return self._texts[key]
 
     def _needed_memory(self, settings: Experiment) -> int:
-        """Return the bytes of each GPU that a run needs besides the weights, from shapes alone."""
+        """Return the bytes of each GPU, or of the CPU, that a run needs besides the weights, from shapes alone."""
         task, dtype = settings.task(), self.dtypes.compute
         hessians = bool(task.pruner) and task.pruner.statistic == "hessian"
-        windows = -(-settings.nsamples // processes.count()) if "calibration" in task.traits else 0
+        held = "calibration" in task.traits and settings.hidden_states != "disk"
+        windows = -(-settings.nsamples // processes.count()) if held else 0
         copies = task.pruner.copies if task.pruner else 0
         needed = memory.working_set(self.skeleton, dtype, hessians, windows, self.seqlen, copies)
         if task.needs == "lamp_score":
@@ -170,7 +177,7 @@ class LanguageModel:
 
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""
-        key = (self.dtypes, self.streamed, self.dropping)
+        key = (self.dtypes, self.streamed, self.dropping and (self.seed, self.calibration_digest))
         if self._loaded_as == key:
             self.weights.restore(self.dense)
             return

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from lib import sparse
 from lib.allocation import block_scores, epsilon, formulas, price
 from lib.allocation.formulas import Values
 from lib.allocation.price_model import PriceModel
@@ -171,9 +172,20 @@ def prune(
         machine = versions | {"device": device, "processes": str(processes.count())}
         identity = {"model": subject.name, "flags": task.identity, "versions": machine, "plan": digest(plan)}
         identity |= {"calibration": subject.calibration_digest, "fingerprints": subject.weights.fingerprints()}
+        if task.pruner.statistic and device == "cpu":
+            identity["bits"] = {"the number of threads": torch.get_num_threads(), "the compiled kernel": _kernel()}
         journal.begin(identity)
     inputs = subject.inputs()._replace(dtype=subject.calib_dtype) if task.pruner.statistic else None
     return walk.walk(subject.weights, plan, task.pruner, inputs, values, propagate, journal)
+
+
+def _kernel() -> str:
+    """Return whether the CPU's compiled kernel is there."""
+    try:
+        sparse.load_kernel()
+    except sparse.Unavailable:
+        return "missing"
+    return "there"
 
 
 def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +44,7 @@ FUNCTIONS = {
     "attend_block": "ppppnndipi",
     "leave_block": "pppipi",
 }
+_SCRATCH: list[tempfile.TemporaryDirectory] = []  # folders of libraries that are not kept
 
 
 class Unavailable(RuntimeError):
@@ -133,8 +135,12 @@ def load_kernel(level: str | None = None) -> Kernel:
 @cache
 def _loaded(level: str) -> Kernel:
     try:
-        return Kernel(_built(level))
-    except (OSError, UserError) as error:  # the cache cannot be written, or libraries cannot be loaded from it
+        path = _built(level)
+        try:
+            return Kernel(path)
+        except (OSError, AttributeError):  # nothing can be loaded from the cache, or the library lacks a function
+            return Kernel(_built(level, keep=False))
+    except (OSError, UserError, AttributeError) as error:
         raise Unavailable(f"the kernel cannot be kept or loaded ({error})") from error
 
 
@@ -149,27 +155,56 @@ def levels() -> list[str]:
     return names
 
 
-def _built(level: str) -> Path:
-    """Return the library's path; its name identifies source, compiler and flags. It is compiled if it is not there."""
+def _built(level: str, keep: bool = True) -> Path:
+    """Return the library's path in the user's cache, where it is compiled if it is missing or damaged.
+
+    Its name identifies source, compiler, flags, C library and its own content. A cache to which others can write is not
+    used, since whatever lies there would be run; then, or without ``keep``, it is compiled for this process alone.
+    """
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         raise Unavailable(f"no C++ compiler found ({', '.join(names)})")
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alphapruning"
+        base = os.environ.get("XDG_CACHE_HOME", "")  # a relative one is to be ignored, says its specification
+        folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "alphapruning"
     except RuntimeError as error:  # no home folder
         raise Unavailable(f"there is no place for the kernel ({error}); set XDG_CACHE_HOME") from error
     flags = [*FLAGS, *(f"-m{flag}" for flag in LEVELS[level])]
     content = b"".join(source.read_bytes() for source in (*HEADERS, *SOURCES))
-    key = hashlib.sha256(content + repr((compiler, flags)).encode()).hexdigest()[:16]
-    target = folder / f"sparse-{level}-{key}.so"
-    if target.is_file():
-        return target
-    with atomic(target) as library:
-        done = subprocess.run([compiler, *flags, *SOURCES, "-o", library.name], capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            reason = next((line for line in lines if "error" in line), lines[-1])
-            raise Unavailable(f"{compiler} failed ({reason[:200]})")
+    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+    key = _digest(content + version + repr((compiler, flags, platform.libc_ver())).encode())
+
+    folder.mkdir(0o700, parents=True, exist_ok=True)
+    if keep and not _is_private(folder):
+        log.warning("%s is not used: it must be yours, and nobody else's to write (chmod 700)", folder)
+        keep = False
+    for path in folder.glob(f"sparse-{level}-{key}-*.so") if keep else ():
+        if _is_private(path) and path.stem.endswith(_digest(path.read_bytes())):
+            return path
+    scratch = tempfile.TemporaryDirectory(prefix="alphapruning-")
+    library = Path(scratch.name) / "sparse.so"
+    done = subprocess.run([compiler, *flags, *SOURCES, "-o", library], capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        reason = next((line for line in lines if "error" in line), lines[-1])
+        raise Unavailable(f"{compiler} failed ({reason[:200]})")
+    if not keep:
+        _SCRATCH.append(scratch)  # removed when the process ends
+        return library
+    target = folder / f"sparse-{level}-{key}-{_digest(library.read_bytes())}.so"
+    with atomic(target) as file:  # which makes it durable; the compiler does not
+        os.fchmod(file.fileno(), 0o700)
+        file.write(library.read_bytes())
     log.info("compiled the sparse kernel for %s, once: %s", level, target)
     return target
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _is_private(path: Path) -> bool:
+    """Return whether ``path``, no link, belongs to this user, and nobody else can write to it."""
+    stat = path.lstat()
+    return stat.st_uid == os.getuid() and not stat.st_mode & 0o022

@@ -31,7 +31,12 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
         UserError: not a packed folder, a damaged file, another version of the format, or another model's config.
     """
     folder = Path(folder)
-    tensors = {name: (content, shape) for path in packed_files(folder) for name, content, shape in read_file(path)}
+    tensors = {}
+    for path in packed_files(folder):
+        for name, content, shape in read_file(path):
+            if name in tensors:
+                raise UserError(None, path, f"{name} is in another file of the folder, too", "remove one of them")
+            tensors[name] = content, shape
     dtype = run_dtype(folder)
     if any(content.dtype == torch.float32 for content, _ in tensors.values()):
         log.info("%s: its float32 weights are rounded to %s", folder, str(dtype).removeprefix("torch."))

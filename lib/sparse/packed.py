@@ -6,15 +6,18 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lib.core.errors import UserError, first_line
+from lib.core.errors import UserError
+from lib.core.files import reading
+from lib.models.safetensors_io import weight_files
 from lib.sparse.kernel import PADDING
 
 # transformers does not look for files of this ending: it would fill weights that it does not find with random numbers.
@@ -96,7 +99,7 @@ def pack_files(source: Path, target: Path) -> Counter:
     mask. The output is read back and compared, bit for bit.
     """
     size = Counter()
-    for path in sorted(source.glob("*.safetensors")):
+    for path in weight_files(source):
         size += _pack_file(path, target / path.name.replace(".safetensors", SUFFIX))
     _copy_others(source, target)
     return size
@@ -111,8 +114,8 @@ def unpack_files(source: Path, target: Path) -> int:
     count = 0
     for path in packed_files(source):
         tensors = {name: unpack(content, shape) for name, content, shape in read_file(path)}
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads(file.metadata()[KEY])["metadata"]
+        with _reading(path), safe_open(path, framework="pt") as file:
+            metadata = {key: str(value) for key, value in json.loads(file.metadata()[KEY])["metadata"].items()}
         save_file(tensors, target / path.name.replace(SUFFIX, ".safetensors"), metadata)
         count += len(tensors)
     _copy_others(source, target)
@@ -130,12 +133,9 @@ def packed_files(folder: Path) -> list[Path]:
 def run_dtype(folder: Path) -> torch.dtype:
     """Return float16 if a weight of the packed ``folder`` has that dtype, else bfloat16; reads only headers."""
     for path in packed_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                if any(file.get_slice(name).get_dtype() == "F16" for name in file.keys()):
-                    return torch.float16
-        except SafetensorError as error:
-            raise _damaged(path, error) from error
+        with _reading(path), safe_open(path, framework="pt") as file:
+            if any(file.get_slice(name).get_dtype() == "F16" for name in file.keys()):
+                return torch.float16
     return torch.bfloat16
 
 
@@ -145,26 +145,23 @@ def read_file(path: Path) -> Iterator[tuple[str, torch.Tensor | PackedTensor, li
     Raises:
         UserError: another version of the format, or a truncated or altered file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, '{"version": 1}'))
-            if header["version"] != VERSION:
-                problem = f"is in version {header['version']} of the packed format and this reads {VERSION}"
-                raise UserError(None, path, problem, "pack again: python scripts/speedup/pack.py MODEL --save DIR")
-            stored = set(file.keys())
-            for name, entry in header["tensors"].items():
-                keys = {field: f"{name}.{field}" for field in PackedTensor._fields}
-                parts = {field: file.get_tensor(key) for field, key in keys.items() if key in stored}
-                content = PackedTensor(**parts) if parts else file.get_tensor(name)
-                if _digest(content, entry["shape"]) != entry["sha256"] or not _fits(content, entry["shape"]):
-                    raise UserError(None, path, f"{name} is not what was packed (its SHA-256 differs)", DAMAGED)
-                yield name, content, entry["shape"]
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from error
+    with _reading(path), safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get(KEY, '{"version": 1}'))
+        if header["version"] != VERSION:
+            problem = f"is in version {header['version']} of the packed format and this reads {VERSION}"
+            raise UserError(None, path, problem, "pack again: python scripts/speedup/pack.py MODEL --save DIR")
+        stored = set(file.keys())
+        for name, entry in header["tensors"].items():
+            keys = {field: f"{name}.{field}" for field in PackedTensor._fields}
+            parts = {field: file.get_tensor(key) for field, key in keys.items() if key in stored}
+            content = PackedTensor(**parts) if parts else file.get_tensor(name)
+            if _digest(content, entry["shape"]) != entry["sha256"] or not _fits(content, entry["shape"]):
+                raise UserError(None, path, f"{name} is not what was packed (its SHA-256 differs)", DAMAGED)
+            yield name, content, entry["shape"]
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(None, path, f"cannot be read as a packed model ({first_line(error)})", DAMAGED)
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return reading(path, "cannot be read as a packed model", fix=DAMAGED)
 
 
 def _pack_file(source: Path, target: Path) -> Counter:

@@ -72,15 +72,13 @@ class MetricCache:
         if not self.path.exists():
             return None
 
-        path, fingerprints, identity = self.path, {}, self.identity
-        try:
-            values = numpy.load(path, allow_pickle=False).astype(numpy.float64)
-            if self.sidecar.exists():
-                path = self.sidecar
-                stored = json.loads(path.read_text())
+        fingerprints, identity = {}, self.identity
+        with files.reading(self.path, fix=self._fix):
+            values = numpy.load(self.path, allow_pickle=False).astype(numpy.float64)
+        if self.sidecar.exists():
+            with files.reading(self.sidecar, fix=self._fix):
+                stored = json.loads(self.sidecar.read_text())
                 fingerprints, identity = dict(stored["fingerprints"]), {key: stored[key] for key in identity}
-        except Exception as error:  # numpy and json raise many kinds
-            raise UserError(None, path, f"is damaged ({error!r})", self._fix) from error
         for key, wanted in self.identity.items():
             if identity[key] != wanted:
                 pairs = zip_longest(identity[key], wanted) if key == "layers" else [(identity[key], wanted)]

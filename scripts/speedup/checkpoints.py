@@ -12,6 +12,7 @@ from lib.core.errors import UserError, first_line
 from lib.models.layers import prunable_layers, refuse_experts
 from lib.models.load import Source, load_skeleton
 from lib.models.locate import locate
+from lib.models.safetensors_io import weight_files
 from lib.models.weights import weights_of
 from lib.pruning.walk import checkpoint_sparsity
 
@@ -32,7 +33,7 @@ class Checkpoint(NamedTuple):
 
     def fingerprint(self) -> str:
         """Return a hash of names, sizes and times of the weight files: it reveals an export older than its weights."""
-        paths = sorted(self.folder.glob("*.safetensors"))
+        paths = weight_files(self.folder)
         return digest([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
 
     def check_sparse(self) -> None:

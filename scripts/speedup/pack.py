@@ -14,6 +14,7 @@ from lib import sparse
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
 from lib.core import files
+from lib.models.safetensors_io import weight_files
 from scripts.speedup.checkpoints import check_free, open_checkpoint
 
 
@@ -43,7 +44,7 @@ def run(settings: Pack) -> None:
     checkpoint = open_checkpoint(settings.model)
     checkpoint.check_sparse()
     folder = checkpoint.folder
-    files.check_writable("save", out.parent, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    files.check_writable("save", out.parent, sum(path.stat().st_size for path in weight_files(folder)))
     with files.new_folder(out) as tmp:
         size = sparse.pack_files(folder, tmp)
     print(

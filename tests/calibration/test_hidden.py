@@ -264,15 +264,40 @@ def test_hidden_states_on_disk_are_those_in_memory(tiny_weights, tiny_windows):
     assert torch.equal(on_disk, in_memory)
 
 
-def test_arguments_that_depend_on_the_text_are_refused(tiny_model, tiny_windows, monkeypatch):
+def one_by_one(blocks, hidden, between=lambda hidden: hidden, **kwargs) -> None:
+    for block in blocks:
+        hidden = between(block(hidden, **kwargs))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_arguments_that_depend_on_the_text_are_refused(count, tiny_model, tiny_windows, monkeypatch):
     def forward(ids, **_):
-        hidden = tiny_model.model.embed_tokens(ids)
-        for block in tiny_model.model.layers:
-            hidden = block(hidden, bias=ids.float().mean())
+        one_by_one(tiny_model.model.layers, tiny_model.model.embed_tokens(ids), bias=ids.float().mean())
 
     monkeypatch.setattr(tiny_model, "forward", forward)
     with pytest.raises(UserError, match="LlamaForCausalLM: what its blocks are given depends on the text"):
-        enter_blocks(weights_of(tiny_model), tiny_windows)
+        enter_blocks(weights_of(tiny_model), tiny_windows[:count])
+
+
+ODD = {
+    "twice": lambda blocks, hidden: one_by_one([*blocks[:2], *blocks[1:]], hidden),
+    "again at the end": lambda blocks, hidden: one_by_one([*blocks, blocks[0]], hidden),
+    "the last one twice": lambda blocks, hidden: one_by_one([*blocks, blocks[-1]], hidden),
+    "backwards": lambda blocks, hidden: one_by_one(list(blocks)[::-1], hidden),
+    "not all": lambda blocks, hidden: one_by_one(blocks[:2], hidden),
+    "a sum in between": lambda blocks, hidden: one_by_one(blocks, hidden, lambda hidden: hidden + 1),
+    "a sum in place": lambda blocks, hidden: one_by_one(blocks, hidden, lambda hidden: hidden.add_(1)),
+    "all on the same": lambda blocks, hidden: [block(hidden.clone()) for block in blocks],
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("way", ODD)
+def test_a_model_that_does_not_run_its_blocks_in_a_row_is_refused(way, count, tiny_model, tiny_windows, monkeypatch):
+    model = tiny_model.model
+    monkeypatch.setattr(tiny_model, "forward", lambda ids, **_: ODD[way](model.layers, model.embed_tokens(ids)))
+    with pytest.raises(UserError, match="LlamaForCausalLM: it (does not run|runs 2 of) its.* blocks"):
+        enter_blocks(weights_of(tiny_model), tiny_windows[:count])
 
 
 @pytest.mark.parametrize("nm", [None, (2, 4)], ids=str)

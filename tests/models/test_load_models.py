@@ -2,11 +2,16 @@
 
 import copy
 import json
+import resource
 import shutil
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
+import machines
+import psutil
 import pytest
 import torch
 import transformers as tf
@@ -16,12 +21,12 @@ from lib.allocation.formulas import uniform
 from lib.calibration.hidden import enter_blocks, pass_samples
 from lib.core import cpu
 from lib.core.errors import UserError
-from lib.evaluation.perplexity import perplexity
+from lib.evaluation.perplexity import perplexity, perplexity_by_blocks
 from lib.models import load, memory
 from lib.models.layers import find_blocks, prunable_layers
 from lib.models.load import choose_dtypes, load_llm, load_skeleton, load_tokenizer, save_llm
 from lib.models.locate import locate
-from lib.models.weights import weights_of
+from lib.models.weights import Weights, weights_of
 from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import PRUNERS
 from lib.pruning.walk import checkpoint_sparsity, walk
@@ -81,6 +86,23 @@ def build(kind: str):
     config = copy.deepcopy(KINDS[kind][0])  # a model that is saved in another dtype writes that into its config
     config.initializer_range = config.init_std = 0.1
     return tf.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.skipif(not hasattr(tf, "DoryConfig"), reason="this transformers is older")
+def test_a_model_that_repeats_its_blocks_is_refused(tiny_windows):
+    loops = {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_loops": 2, "num_hidden_layers": 4, "head_dim": 8}
+    model = tf.AutoModelForCausalLM.from_config(tf.DoryConfig(**_COMMON | _MLP | _GQA | loops))
+    with pytest.raises(UserError, match="DoryForCausalLM: it does not run its blocks once"):
+        enter_blocks(weights_of(model), tiny_windows)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "falcon"])
+def test_blocks_that_return_tuples_are_entered_at_any_depth(kind, tiny_windows, monkeypatch):
+    config = copy.deepcopy(KINDS[kind][0])
+    config.num_hidden_layers = 6
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    monkeypatch.setattr(Weights, "in_memory", False)  # so that windows pass block by block
+    assert perplexity_by_blocks(weights_of(model), tiny_windows) == perplexity(model, tiny_windows)
 
 
 @pytest.fixture(params=KINDS)
@@ -217,7 +239,28 @@ def test_config_without_architectures_is_read_by_its_type(tmp_path):
     assert len(prunable_layers(load_skeleton(source))) == 14
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no-such-type"}'])
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+CHANGES = [
+    {"architectures": -1}, {"architectures": [5]}, {"architectures": {"a": 1}}, {"dtype": -(2**63)},
+    {"dtype": "float9"}, {"vocab_size": 2**63}, {"vocab_size": -5}, {"vocab_size": "many"}, {"hidden_size": [1]},
+    {"num_hidden_layers": None}, {"num_attention_heads": 0}, {"rope_parameters": 5}, {"hidden_act": 7},
+    {"rope_parameters": {"rope_type": 3}}, {"quantization_config": 5}, {"max_position_embeddings": "x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        "5",
+        '{"model_type": "no-such-type"}',
+        '{"a": ' * 10**5,
+        *(json.dumps(LLAMA | c) for c in CHANGES),
+    ],
+    ids=lambda content: content[-40:],
+)
 def test_damaged_config_is_one_line(tmp_path, content):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text(content)
@@ -225,6 +268,27 @@ def test_damaged_config_is_one_line(tmp_path, content):
     with pytest.raises(UserError) as caught:
         load_skeleton(locate(str(tmp_path / "m"), str(tmp_path)))
     assert "\n" not in str(caught.value) and str(tmp_path / "m") in str(caught.value)
+
+
+# What the files of a folder say that brings code of its own.
+CODE = {
+    "config": {"model_type": "odd", "auto_map": {"AutoConfig": "code.Odd"}},
+    "model": {"model_type": "vit", "architectures": None, "auto_map": {"AutoModelForCausalLM": "code.Odd"}},
+    "tokenizer": {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": ["code.Odd", None]}},
+}
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_code_of_a_models_folder_is_never_run(case, tmp_path, tiny_folder, monkeypatch):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "m"))
+    path = folder / ("tokenizer_config.json" if case == "tokenizer" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | CODE[case]))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    source = locate(str(folder), str(tmp_path))
+    with suppress(UserError):  # of some kinds transformers has a class, and takes that
+        (load_tokenizer if case == "tokenizer" else load_skeleton)(source)
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_damaged_weights_are_one_line(tmp_path, tiny_folder):
@@ -303,6 +367,104 @@ def test_gpus_keep_room_for_the_work(monkeypatch, tiny_model):
     asked = loading_arguments(monkeypatch, tiny_model, HALF, reserve=3 * 2**30)
     assert asked["dtype"] is HALF and asked["device_map"] == "auto"
     assert asked["max_memory"][0] == 7 * 2**30 and asked["max_memory"]["cpu"] > 0
+
+
+def control_groups(folder: Path, mounts: str, groups: str, files: dict[str, str | int]) -> Path:
+    """Return the folder of a process in control groups as Linux shows them, all below ``folder``."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{content}\n")
+    others = ["22 1 8:1 / / rw - ext4 /dev/sda1 rw", "23 22 0:5 / /tmp rw - tmpfs  rw"]  # one without a source
+    (folder / "mountinfo").write_text("\n".join([*others, *mounts.replace("{}", str(folder)).splitlines()]) + "\n")
+    (folder / "cgroup").write_text(groups + "\n")
+    return folder
+
+
+V1 = "33 31 0:32 {root} {{}}/m rw,relatime shared:9 - cgroup cgroup rw,memory"
+V2 = "34 23 0:29 {root} {{}}/u rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
+STAT1 = "cache 9\nactive_file 1\ntotal_inactive_file 2\ntotal_active_file 3"
+STAT2 = "anon 9\ninactive_file 2\nactive_file 3"
+
+
+def files_of(group: str, limit: str | int, used: int) -> dict[str, str | int]:
+    names = ("memory.max", "memory.current") if group[0] == "u" else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    values = (limit, used, STAT2 if group[0] == "u" else STAT1)
+    return {f"{group}/{name}": value for name, value in zip((*names, "memory.stat"), values, strict=True)}
+
+
+HOST1, HOST2, MOUNTED = V1.format(root="/"), V2.format(root="/"), V1.format(root="/docker/abc")
+UNLIMITED = 2**63 - 4096  # as version 1 writes it
+# mountinfo, cgroup, the groups' files, and the bytes that each allows
+GROUPS = {
+    "version 2": (HOST2, "0::/job/step", files_of("u/job/step", 100, 40), [65]),
+    "a parent": (HOST2, "0::/job/step", files_of("u/job/step", "max", 40) | files_of("u/job", 80, 70), [15]),
+    "version 1": (
+        HOST1,
+        "9:name=systemd:/\n4:cpu,memory:/job/step\n0::/",
+        files_of("m/job/step", 100, 40) | files_of("m/job", 90, 50) | files_of("m", UNLIMITED, 60),
+        [65, 45, UNLIMITED - 55],
+    ),
+    "both": (f"{HOST1}\n{HOST2}", "4:memory:/a\n0::/b", files_of("m/a", 100, 40) | {"u/b/cgroup.procs": 1}, [65]),
+    "a container's own group": (HOST2, "0::/", files_of("u", 100, 40), [65]),
+    "a mounted group": (
+        MOUNTED,
+        "4:memory:/docker/abc/in",
+        files_of("m/in", 100, 40) | files_of("m", 70, 40),
+        [65, 35],
+    ),
+    "a mounted group of another path": (MOUNTED, "4:memory:/", files_of("m", 100, 40), [65]),
+    "none": ("", "0::/", {}, []),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_memory_of_the_control_groups(case, tmp_path):
+    mounts, groups, files, rooms = GROUPS[case]
+    assert memory.group_rooms(control_groups(tmp_path, mounts, groups, files)) == rooms
+
+
+def test_no_control_groups_where_there_is_no_linux(tmp_path):
+    assert memory.group_rooms(tmp_path) == []
+
+
+def test_free_memory_is_the_least_that_anybody_allows(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    rooms, limit = [], resource.RLIM_INFINITY
+    monkeypatch.setattr(memory, "group_rooms", lambda: rooms)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, resource.RLIM_INFINITY))
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(vms=300))
+    assert machines.REAL_FREE_RAM() == 1000
+    rooms[:] = [2000, 900]
+    assert machines.REAL_FREE_RAM() == 900
+    limit = 1100
+    assert machines.REAL_FREE_RAM() == 800
+    limit = 200
+    assert machines.REAL_FREE_RAM() == 0
+
+
+def test_weights_fit_beside_the_work_and_a_copy(monkeypatch, tiny_model):
+    weights, layers = 4 * sum(p.numel() for p in tiny_model.parameters()), prunable_layers(tiny_model)
+    matrices = 4 * sum(layer.size for layer in layers)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 700)  # of each GPU, of which 200 are left for the work
+    for gpus, copied, need in [
+        (0, (), weights + 200),
+        (0, layers, weights + 200 + matrices),
+        (2, (), weights - 2 * 500),
+        (2, layers, weights - 2 * 500 + matrices),
+    ]:
+        monkeypatch.setattr(cpu, "gpus", lambda gpus=gpus: gpus)
+        for ram in (need - 1, need):
+            monkeypatch.setattr(memory, "free_ram", lambda ram=ram: ram)
+            assert memory.fits_in_memory(tiny_model, FULL, 200, copied) == (ram == need)
+
+
+def test_a_copy_beside_one_gpu_of_several_processes(monkeypatch, tiny_model):
+    layers = prunable_layers(tiny_model)
+    monkeypatch.setattr(memory, "free_memory", lambda _: {1: 2**40})
+    for ram in (4 * sum(layer.size for layer in layers) - 1, 4 * sum(layer.size for layer in layers)):
+        monkeypatch.setattr(memory, "free_ram", lambda ram=ram: ram)
+        assert memory.fits_in_memory(tiny_model, FULL, 0, layers) == (ram % 4 == 0)
+        assert memory.fits_in_memory(tiny_model, FULL, 0)
 
 
 def test_working_set_of_llama_70b():

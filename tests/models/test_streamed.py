@@ -3,15 +3,19 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, fast, saved_tensors, tiny_llama
+from conftest import ROOT, fast, saved_tensors, settings, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_load_models import KINDS, build
+from transformers import LlamaForCausalLM
 
 import main
+from lib import sparse
 from lib.cli.settings import METHODS
 from lib.core import digests
 from lib.core.errors import UserError
@@ -21,6 +25,8 @@ from lib.models.load import Dtypes
 from lib.models.locate import locate
 from lib.models.streamed import Streamed
 from lib.models.weights import weights_of
+from lib.pruning.walk import checkpoint_sparsity
+from lib.run.language import LanguageModel
 
 CPU = torch.device("cpu")
 
@@ -63,6 +69,45 @@ def test_a_damaged_file_is_one_line(content, tmp_path):
         safetensors_io.read_header(path)
 
 
+HEADERS = [
+    "12", "true", '"abc"', "[1]", "null", "[" * 100_000, '{"a": 5}', '{"a": {}}', '{"a": {"data_offsets": 7}}',
+    *(
+        json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": at}})
+        for dtype, shape, at in [
+            ("F32", [2], [0, 4]), ("F32", [-1, -2], [0, 8]), ("F32", [2.0], [0, 8]), ("F32", "2", [0, 8]),
+            ("F32", [2], [-8, 0]), ("F32", [2], [8, 0]), ("F32", [2], [0.0, 8.0]), ("F32", [10**30], [0, 8]),
+            ("F32", [2], [4, 12]), ("F4", [2], [0, 8]), ([], [2], [0, 8]),
+        ]
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: header[:60])
+def test_a_header_that_says_something_else_is_one_line(header, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read as safetensors \(") as caught:
+        safetensors_io.checkpoint_entries(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+INDEXES = [
+    "12", "[]", "{", "[" * 100_000, "\0", '{"weight_map": 5}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 5}}',
+    '{"weight_map": {"a": null, "b": "model.safetensors"}}', '{"weight_map": {"a": "../m/x.safetensors"}}',
+    '{"weight_map": {"a": "/x.safetensors"}}', '{"weight_map": {"a": ""}}', '{"weight_map": {"a": ".."}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", INDEXES, ids=lambda index: index[:60])
+def test_an_index_that_says_something_else_is_one_line(index, tmp_path):
+    (tmp_path / "m").mkdir()
+    save_file(some_tensors(torch.float32), tmp_path / "m" / "x.safetensors")
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"index\.json: is damaged \(") as caught:
+        safetensors_io.checkpoint_entries(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+
+
 def test_pickled_weights_are_refused_with_the_line_that_converts_them(tmp_path, tiny_folder, tiny_text, capsys):
     folder = shutil.copytree(tiny_folder, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file(tiny_folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -71,6 +116,63 @@ def test_pickled_weights_are_refused_with_the_line_that_converts_them(tmp_path, 
     err = capsys.readouterr().err.splitlines()[-1]
     assert f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('DIR')" in err
     assert not (tmp_path / "save").exists()
+
+
+def with_a_backup(folder: Path, of: Path | None = None) -> None:
+    scaled(load_file(of or folder / "model.safetensors"), folder / "model_old.safetensors")
+
+
+def with_shards(folder: Path) -> None:
+    shards = tiny_llama()
+    shards.model.layers[0].mlp.up_proj.weight.data[:] = 0.5
+    shards.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    with_a_backup(folder, next(folder.glob("model-00001-*")))
+
+
+def with_shards_and_a_whole_file(folder: Path) -> None:
+    with_shards(folder)
+    scaled(tiny_llama().state_dict(), folder / "model.safetensors")
+
+
+def with_a_named_file(folder: Path) -> None:
+    scaled(tiny_llama().state_dict(), folder / "chosen.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "chosen.safetensors"}))
+
+
+def scaled(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: (2 * tensor).contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("add", [with_a_backup, with_shards, with_shards_and_a_whole_file, with_a_named_file])
+def test_the_weights_are_those_that_transformers_loads(add, tmp_path, tiny_folder):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    add(folder)
+    loaded = weights_of(LlamaForCausalLM.from_pretrained(folder))
+    assert streamed(folder).fingerprints() == loaded.fingerprints()
+    assert checkpoint_sparsity(folder, loaded.pruned_tensors()) == loaded.sparsity()
+    for name in ("packed", "back"):
+        (tmp_path / name).mkdir()
+    sparse.pack_files(folder, tmp_path / "packed")
+    sparse.unpack_files(tmp_path / "packed", tmp_path / "back")
+    back, state = saved_tensors(tmp_path / "back"), loaded.model.state_dict()
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_a_tensor_that_two_files_hold_is_refused(tmp_path, tiny_folder):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for number in (1, 2):
+        save_file(tensors, folder / f"{number}.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "1.safetensors", "model.norm.weight": "2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"is both in 1\.safetensors and in 2\.safetensors"):
+        streamed(folder)
+
+
+# --------------------------------------------------------------------------------------------------- the home
 
 
 def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> Streamed:
@@ -242,6 +344,46 @@ def test_auto_streams_what_does_not_fit(free, expected, place, monkeypatch, capl
     assert ("block by block" in caplog.text) == expected
     if expected:
         assert main.main(f"{place} {ZERO_SHOT}".split()) == 2  # which needs a saved folder
+
+
+LIMITED = """
+import psutil, resource, sys
+import torch, transformers.models.llama.modeling_llama
+import main
+
+limit = psutil.Process().memory_info().vms + 2**29
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow  # a program of its own, which can be limited
+def test_auto_streams_where_the_address_space_is_limited(tiny_folder, tiny_text, tmp_path):
+    # Half a GiB is less than any run in memory is left, whatever the machine has.
+    flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {tiny_text} --seqlen 32 --nsamples 4"
+    flags += f" --prune_method sparsegpt --sparsity_ratio 0.5 --save {tmp_path} --save_model {tmp_path}"
+    done = subprocess.run([sys.executable, "-c", LIMITED, *flags.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "block by block" in done.stderr + done.stdout
+
+
+def test_a_second_copy_of_the_weights_is_counted(tiny_folder, tiny_text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "free_ram", lambda: 2**40)
+    asked = []
+    monkeypatch.setattr(memory, "fits_in_memory", lambda *how: bool(asked.append(how)) or True)
+    flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_wikitext false --seqlen 32 --nsamples 4 "
+    flags += "--sparsity_ratio 0.5 --prune_method wanda"
+    runs = settings(flags), settings(f"{flags}_ww --epsilon auto"), settings(f"{flags}_ww")
+    for first, *planned in [runs[:1], runs[1:2], runs[2:], [runs[0], *runs], [runs[2], runs[1]]]:
+        LanguageModel(planned).prepare(first, first.task())
+    assert [len(copied) for *_, copied in asked] == [0, 21, 0, 21, 21]
+    more = settings(f"{flags} --nsamples 8")
+    LanguageModel().prepare(more, more.task())
+    disk = settings(f"{flags} --hidden_states disk")
+    LanguageModel().prepare(disk, disk.task())
+    reserves = [reserve for *_, reserve, _ in asked]
+    assert reserves[-2] - reserves[0] == 4 * 32 * 32 * 4 == reserves[0] - reserves[-1]  # four windows' hidden states
 
 
 @pytest.mark.usefixtures("few_tasks")

@@ -267,6 +267,16 @@ def test_what_does_not_change_the_weights_may_change(stopped, unbroken):
     assert hashes(KEPT) == unbroken
 
 
+@pytest.mark.parametrize("kernel", [None, "elsewhere"])
+def test_a_run_that_resumes_without_its_kernel_says_so(kernel, stopped, monkeypatch, caplog):
+    stopped("after a block")
+    if kernel:
+        monkeypatch.setattr(main.pipeline, "_kernel", lambda: kernel)
+    assert run() == 0
+    assert ("and is elsewhere now: later blocks are rounded otherwise" in caplog.text) == bool(kernel)
+    assert "threads was" not in caplog.text
+
+
 def test_identity_holds_every_flag_that_changes_the_weights():
     made = settings("--model m --prune_method sparsegpt --sparsity_ratio 0.5")
     free = {"model", "cache_dir", "ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor", "eval_data",

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -516,18 +517,89 @@ def test_without_a_kernel_the_model_runs_dense_and_one_line_says_why(
 
 @needs_kernel
 def test_library_is_compiled_once_and_again_for_other_flags(fresh, monkeypatch):
-    def compiler(command, **_):
-        Path(command[-1]).write_bytes(b"library")
-        return subprocess.CompletedProcess(command, 0)
-
-    run = Mock(side_effect=compiler)
-    monkeypatch.setattr(kernel.subprocess, "run", run)
+    compiled = pretended_compiler(monkeypatch)
     level = kernel.levels()[-1]
     library = kernel._built(level)
-    assert kernel._built(level) == library and run.call_count == 1
+    assert kernel._built(level) == library and len(compiled) == 1
     assert [path.name for path in fresh.iterdir()] == [library.name]
+    assert fresh.stat().st_mode & 0o777 == library.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(kernel, "FLAGS", (*kernel.FLAGS, "-DOTHER"))
-    assert kernel._built(level) != library and run.call_count == 2
+    assert kernel._built(level) != library and len(compiled) == 2
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "9.99"))
+    kernel._built(level)
+    assert len(compiled) == 3
+    compiled = pretended_compiler(monkeypatch, b"g++ 99")
+    kernel._built(level)
+    assert len(compiled) == 1 and len(list(fresh.iterdir())) == 4
+
+
+def pretended_compiler(monkeypatch, version: bytes = b"g++ 1") -> list[bytes]:
+    """Let a compiler of a ``version`` write other bytes at each call; return what it wrote so far."""
+    compiled = []
+
+    def run(command, **_):
+        if command[-1] == "--version":
+            return subprocess.CompletedProcess(command, 0, version)
+        compiled.append(f"library {len(compiled)} of {version}".encode())
+        Path(command[-1]).write_bytes(compiled[-1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(kernel.subprocess, "run", run)
+    return compiled
+
+
+def of_another(path: Path, monkeypatch) -> None:
+    lstat, other = Path.lstat, path.lstat()
+    owned = SimpleNamespace(st_uid=os.getuid() + 1, st_mode=other.st_mode)
+    monkeypatch.setattr(Path, "lstat", lambda self: owned if self == path else lstat(self))
+
+
+UNSAFE = {
+    "a folder of another user": lambda folder, _, patch: of_another(folder, patch),
+    "a folder that all write": lambda folder, *_: folder.chmod(0o1777),
+    "a folder that the group writes": lambda folder, *_: folder.chmod(0o770),
+    "a library of another user": lambda _, library, patch: of_another(library, patch),
+    "a library that all write": lambda _, library, __: library.chmod(0o777),
+    "an empty library": lambda _, library, __: library.write_bytes(b""),
+    "a library that is cut off": lambda _, library, __: library.write_bytes(library.read_bytes()[:-1]),
+    "a library that was changed": lambda _, library, __: library.write_bytes(b"L" + library.read_bytes()[1:]),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("case", UNSAFE)
+def test_a_library_that_others_could_have_written_is_not_loaded(case, fresh, monkeypatch, caplog):
+    compiled = pretended_compiler(monkeypatch)
+    level = kernel.levels()[-1]
+    library = kernel._built(level)
+    UNSAFE[case](fresh, library, monkeypatch)
+    again = kernel._built(level)
+    assert len(compiled) == 2 and again.read_bytes() == compiled[-1]
+    assert again.is_relative_to(fresh) == ("folder" not in case) and ("is not used" in caplog.text) == (
+        "folder" in case
+    )
+
+
+@needs_kernel
+def test_a_library_that_cannot_be_loaded_is_compiled_once_more(fresh, monkeypatch):
+    level = kernel.levels()[-1]
+    compiled = pretended_compiler(monkeypatch)
+    library = kernel._built(level)
+    monkeypatch.setattr(kernel, "Kernel", Mock(side_effect=[OSError("file too short"), "loaded"]))
+    assert kernel.load_kernel(level) == "loaded" and len(compiled) == 2 and library.exists()
+    monkeypatch.setattr(kernel, "Kernel", Mock(side_effect=AttributeError("multiply")))
+    with pytest.raises(kernel.Unavailable, match="cannot be kept or loaded"):
+        kernel.load_kernel(level)
+
+
+@needs_kernel
+def test_a_cache_relative_to_the_current_folder_is_ignored(fresh, tmp_path, monkeypatch):
+    pretended_compiler(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert kernel._built(kernel.levels()[-1]).is_relative_to(tmp_path / "home" / ".cache" / "alphapruning")
+    assert not Path("here").exists()
 
 
 # ----------------------------------------------------------------------------------------------------- generate.py

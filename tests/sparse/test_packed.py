@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import error_line, fast
+from safetensors.torch import load_file, save_file
 from test_journal import POINTS, killed_run
 from test_streamed import hashes
 
 import main
 from lib import sparse
+from lib.core.errors import UserError
+from lib.sparse import packed
 from scripts import generate
 from scripts.speedup import pack
 
@@ -133,6 +136,22 @@ def test_packed_is_refused_without_a_folder_and_for_a_streamed_model(tmp_path, t
     at = flags.index("--save_model")
     assert "--save_model" in error_line(capsys, main.main(flags[:at] + flags[at + 2 :]))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tensors", ["5", "[" * 10**5], ids=["a number", "deep"])
+def test_a_header_that_says_something_else_is_one_line(tensors, copied):
+    path = sorted(copied.glob("*.packed.safetensors"))[0]
+    header = f'{{"version": {packed.VERSION}, "metadata": {{}}, "tensors": {tensors}}}'
+    save_file(load_file(path), path, {packed.KEY: header})
+    with pytest.raises(UserError, match="cannot be read as a packed model") as caught:
+        sparse.load_packed(copied)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_that_two_packed_files_hold_is_refused(copied):
+    shutil.copy(sorted(copied.glob("*.packed.safetensors"))[0], copied / "older.packed.safetensors")
+    with pytest.raises(UserError, match="is in another file of the folder, too"):
+        sparse.load_packed(copied)
 
 
 SPOILED = {
