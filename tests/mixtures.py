@@ -20,8 +20,9 @@ _LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_h
 _LINEAR |= {"layer_types": ["linear_attention", "full_attention"], **_SHARED, **_NARROW}
 _CONV = {"layer_types": ["conv", "full_attention"]}
 _JAMBA = {"attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1, "expert_layer_offset": 0}
-_MAMBA = {"mamba_n_heads": 4, "mamba_expand": 2, "mamba_d_head": 16, "mamba_d_state": 16}
-_NEMOTRON = {"layers_block_type": ["attention", "moe"], "moe_shared_expert_intermediate_size": 40}
+_MAMBA = {"mamba_n_groups": 1, "mamba_n_heads": 4, "mamba_expand": 2, "mamba_d_head": 16, "mamba_d_state": 16}
+_NEMOTRON = {"n_groups": 1, "use_mamba_kernels": False, "layers_block_type": ["mamba", "moe"]}
+_NEMOTRON |= {"moe_shared_expert_intermediate_size": 40}
 _NEMOTRON |= {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 16}
 
 # family -> class of its config, and what its config says beside _COMMON
@@ -40,7 +41,7 @@ _CONFIGS = {
     "granite-moe shared": (tf.GraniteMoeSharedConfig, _LOCAL | {"shared_intermediate_size": 40}),
     "granite-moe hybrid": (
         tf.GraniteMoeHybridConfig,
-        _LOCAL | _MAMBA | {"shared_intermediate_size": 40, "layer_types": ["attention", "attention"]},
+        _LOCAL | _MAMBA | {"shared_intermediate_size": 40, "layer_types": ["mamba", "attention"]},
     ),
     "phi-moe": (tf.PhimoeConfig, _LOCAL),
     "glm4-moe": (tf.Glm4MoeConfig, _ROUTED | _NARROW | _DENSE_FIRST),

@@ -121,8 +121,8 @@ def _descend(
     names, sizes = [layer.name for layer in layers], [layer.size for layer in layers]
     count, effort = options.steps, options.effort
     ratios = [target] * len(layers)
-    # A few windows reach few experts' rare uses, so that a price near 0 does not prove that an expert is not needed. One
-    # keeps half of what uniform ratios would leave of it: some experts carry a whole model (arXiv 2507.23279).
+    # A few windows seldom use some experts, whose price near 0 proves nothing, and some experts carry a whole model
+    # (arXiv 2507.23279): each keeps half of what uniform ratios would leave of it.
     highest = [(1 + target) / 2 if layer.expert else _bounds(target)[1] for layer in layers]
     draw, order, steps, prices = random.Random(0), [], [], None
     bar = tqdm(range(count), desc="prices", unit="step", disable=None)

@@ -12,8 +12,8 @@ from lib.models.experts import ROLES, Place, is_experts, matrices, places, route
 
 SUPPORTED = (
     "LLaMA 1/2/3, Vicuna, Mistral, Qwen 2/3, SmolLM 2/3, Gemma 1/2/3, Phi 1/2/3, OPT, GPT-NeoX, GPT-J, Falcon, "
-    "StableLM, OLMo 2, Granite, Cohere 1/2, GLM-4, StarCoder 2, BLOOM, LFM2; mixtures: Mixtral, Qwen 2/3/3.5-MoE and "
-    "Qwen3-Next, OLMoE, DeepSeek V2/V3, GLM-4-MoE, gpt-oss, Granite-MoE, Phi-MoE, Ernie 4.5 and others"
+    "StableLM, OLMo 2, Granite, Cohere 1/2, GLM-4, StarCoder 2, BLOOM, LFM2, and of mixtures of experts Mixtral, "
+    "Qwen 2/3/3.5-MoE, Qwen3-Next, OLMoE, DeepSeek V2/V3, GLM-4-MoE, gpt-oss, Granite-MoE, Ernie 4.5, Nemotron-H"
 )
 
 
