@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fast, tiny_llama, tiny_sentences
-from peft import LoraConfig, get_peft_model
 from mixtures import tiny_mixture
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pretend_cuda import FREE, DeviceMix, pretend_cuda
 from safetensors.torch import load_file
