@@ -155,15 +155,16 @@ def with_fewer_experts(model: torch.nn.Module, count: int) -> torch.nn.Module:
         return type(model)._from_config(config, dtype=config.dtype).eval()
 
 
-def kept_rows(
-    name: str, before: tuple[int, ...], after: tuple[int, ...], keep: Mapping[str, Sequence[int]]
-) -> tuple[int, list[int]] | None:
-    """Return the dimension, and the places along it, of what stays of a tensor in a smaller model; None for all of it.
+def without_experts(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], keep: Mapping[str, Sequence[int]]
+) -> torch.Tensor:
+    """Return what stays of the ``tensor`` of this name in a smaller model, where it has the ``shape``.
 
     Which experts stay is said for each experts module in ``keep``; the tensors beside it are the router's.
     """
-    if tuple(before) == tuple(after):
-        return None
-    dimension = next(i for i, (one, two) in enumerate(zip(before, after, strict=True)) if one != two)
     owners = [owner for owner in keep if name.startswith(owner.rpartition(".")[0] + ".")]
-    return dimension, list(keep[max(owners, key=len)])
+    for dimension, size in enumerate(shape):
+        if tensor.shape[dimension] != size:
+            rows = torch.tensor(keep[max(owners, key=len)], device=tensor.device)
+            return tensor.index_select(dimension, rows)
+    return tensor

@@ -128,20 +128,16 @@ def refuse_experts(field: str, value: object, layers: Sequence[Layer]) -> None:
 
 
 class Stored(NamedTuple):
-    """What a tensor of a checkpoint is in the model: the parameter or buffer ``name``, or a matrix of an expert in it.
-
-    ``owner`` is the name of the experts module, and ``place`` that of the matrix in it, None for the whole parameter.
-    """
+    """What a tensor of a checkpoint is in the model: the parameter or buffer ``name``, or the matrix at a ``place``."""
 
     name: str
-    owner: str = ""
     place: Place | None = None
 
-    def view(self, model: torch.nn.Module) -> torch.Tensor:
-        """Return the tensor in the ``model``, of which it is a view."""
-        owner, _, leaf = self.name.rpartition(".")
-        tensor = getattr(model.get_submodule(owner), leaf).detach()
-        return tensor if self.place is None else self.place.view(model.get_submodule(self.owner), tensor)
+    def view(self, model: torch.nn.Module, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the tensor in the ``model``, of which it is a view, or in a ``tensor`` in the parameter's place."""
+        module = model.get_submodule(self.name.rpartition(".")[0])
+        tensor = getattr(module, self.name.rpartition(".")[2]).detach() if tensor is None else tensor
+        return tensor if self.place is None else self.place.view(module, tensor)
 
 
 # What is in a model for each tensor of a checkpoint, by its name there.
@@ -161,23 +157,19 @@ def own_layout(model: torch.nn.Module) -> Layout:
 
 
 def published_layout(model: torch.nn.Module) -> Layout:
-    """Return the layout of the checkpoint that ``save_pretrained`` writes, with the names of the published one.
+    """Return the layout of the checkpoint that ``save_pretrained`` writes; one that cannot be told is a UserError.
 
-    transformers' own conversion is asked, with numbers in place of weights: which come together under a name says what
-    is stored there.
-
-    Raises:
-        UserError: a tensor is made of several parameters, which is not supported.
+    transformers' own conversion is asked, with numbers in place of weights: those that come together under a name say
+    what is stored there.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         return own_layout(model)
-    meanings: list[Stored] = []
-    stand_ins: dict[str, torch.Tensor] = {}
+    meanings, stand_ins, layout = [], {}, {}
     owners = {name: module for name, module in model.named_modules() if is_experts(module)}
     for name, tensor in stored_tensors(model):
         owner, _, leaf = name.rpartition(".")
         if owner in owners and leaf in ROLES:  # [experts, parts, 1], as its matrices lie in there
-            own = [Stored(name, owner, place) for place in places(owners[owner]).values() if place.fused == leaf]
+            own = [Stored(name, place) for place in places(owners[owner]).values() if place.fused == leaf]
             numbers = torch.arange(len(own)).view(len(tensor), -1, 1) + len(meanings)
             stand_ins[name] = numbers.mT if owners[owner].is_transposed else numbers
         else:
@@ -192,7 +184,6 @@ def published_layout(model: torch.nn.Module) -> Layout:
     finally:
         if loaded_by is not None:
             model._weight_conversions = loaded_by
-    layout = {}
     for stored, numbers in state.items():
         first = meanings[int(numbers.flatten()[0])]
         whole = stand_ins[first.name]

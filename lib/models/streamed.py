@@ -6,16 +6,17 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
 from lib.models import safetensors_io
-from lib.models.experts import kept_rows
+from lib.models.experts import without_experts
 from lib.models.layers import Stored, find_blocks, own_layout, prunable_layers
 from lib.models.load import Dtypes, empty_llm
 from lib.models.safetensors_io import Entry
-from lib.models.weights import Weights, replace_tensor, tensor_of
+from lib.models.weights import Weights, replace_tensor
 
 
 class Streamed(Weights):
@@ -28,23 +29,21 @@ class Streamed(Weights):
 
     in_memory, streamed = False, True
 
-    def __init__(
-        self, folder: Path, dtypes: Dtypes, device: torch.device, keep: Mapping[str, Sequence[int]] = {}
-    ) -> None:
-        """Open the checkpoint in ``folder``, whose blocks are lent on ``device``, with the experts ``keep`` or all.
+    def __init__(self, folder: Path, dtypes: Dtypes, device: torch.device, experts: int | None = None) -> None:
+        """Open the checkpoint in ``folder``, whose blocks are lent on ``device``.
+
+        ``experts``: their number in each block where others will be left out (``keeping``).
 
         Raises:
             UserError: its tensors are not those of its config's model.
         """
-        model = empty_llm(folder, dtypes.compute, len(next(iter(keep.values()))) if keep else None)
+        model = empty_llm(folder, dtypes.compute, experts)
         super().__init__(model, find_blocks(model)[1], prunable_layers(model), dtypes.save)
         self.folder, self.dtypes, self.device = folder, dtypes, device
         self.changed: dict[int, Path] = {}  # block -> the file that holds it now
         self._scratch = tempfile.TemporaryDirectory(prefix="streamed-", ignore_cleanup_errors=True)
-        whole = Weights(empty := empty_llm(folder, dtypes.compute), find_blocks(empty)[1], ()) if keep else self
-        self._stored = _find_tensors(whole, folder)
-        if keep:
-            self._stored = _without_experts(self, self._stored, keep)
+        self._stored = None if experts else _find_tensors(self, folder)
+        self._whole, self._keep = self, {}
         self._next: tuple[int, Future] | None = None
         self._reader = ThreadPoolExecutor(1)
         persistent = {stored.name for part in self.layout for stored in part.values()}
@@ -52,7 +51,9 @@ class Streamed(Weights):
             replace_tensor(model, name, buffer.to("meta" if name in persistent else device))
 
     def keeping(self, keep: Mapping[str, Sequence[int]]) -> Streamed:
-        return Streamed(self.folder, self.dtypes, self.device, keep)
+        small = Streamed(self.folder, self.dtypes, self.device, len(next(iter(keep.values()))))
+        small._stored, small._whole, small._keep = self._stored, self, keep
+        return small
 
     def use_scratch(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,27 +75,30 @@ class Streamed(Weights):
         self.changed.clear()
 
     def outer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        entries = {stored.name: entry for stored, entry, _ in self._stored[-1]}
+        entries = {stored.name: entry for stored, entry in self._stored[-1]}
         for name, stored in self.layout[-1].items():  # as they are on disk, in their own dtype
-            dtype = tensor_of(self.model, stored.name).dtype if stored.name in self.kept else None
+            dtype = attrgetter(stored.name)(self.model).dtype if stored.name in self.kept else None
             yield name, safetensors_io.read_tensor(entries[stored.name], dtype=dtype)
 
     def _read_block(self, index: int) -> dict[str, torch.Tensor]:
         """Return the parameters and buffers of a block by their names in the model."""
+        if self._whole is not self and index not in self.changed:
+            shapes = {name: attrgetter(name)(self.model).shape for name in self._names(index)}
+            tensors = self._whole._read_block(index)
+            return {name: without_experts(name, tensors.pop(name), shapes[name], self._keep) for name in shapes}
         found = self._stored[index]
         if index in self.changed:
             entries = safetensors_io.read_header(self.changed[index])
-            found = [(stored, entries[name], None) for name, stored in self.layout[index].items()]
+            found = [(stored, entries[name]) for name, stored in self.layout[index].items()]
         tensors: dict[str, torch.Tensor] = {}
-        for stored, entry, rows in found:
+        for stored, entry in found:
             tensor = self._read(stored.name, entry)
-            tensor = tensor if rows is None else tensor.index_select(rows[0], torch.tensor(rows[1]))
             if stored.place is None:
                 tensors[stored.name] = tensor
                 continue
             if stored.name not in tensors:  # allocated once, so that no second copy of a block's experts is made
-                tensors[stored.name] = torch.empty(tensor_of(self.model, stored.name).shape, dtype=tensor.dtype)
-            stored.place.view(self.model.get_submodule(stored.owner), tensors[stored.name]).copy_(tensor)
+                tensors[stored.name] = torch.empty(attrgetter(stored.name)(self.model).shape, dtype=tensor.dtype)
+            stored.view(self.model, tensors[stored.name]).copy_(tensor)
         return tensors
 
     def _read(
@@ -125,8 +129,8 @@ class Streamed(Weights):
 
     @contextmanager
     def outer_parameters(self) -> Iterator[None]:
-        for stored, entry, _ in self._stored[-1]:
-            dtype = tensor_of(self.model, stored.name).dtype
+        for stored, entry in self._stored[-1]:
+            dtype = attrgetter(stored.name)(self.model).dtype
             self._assign(stored.name, self._read(stored.name, entry, self.device, dtype))
         self.model.tie_weights()
         try:
@@ -137,18 +141,17 @@ class Streamed(Weights):
 
     def _assign(self, name: str, tensor: torch.Tensor) -> None:
         """Make ``tensor`` the model's parameter or buffer ``name``, on its device and in its dtype there."""
-        replace_tensor(self.model, name, tensor.to(self.device, tensor_of(self.model, name).dtype))
+        replace_tensor(self.model, name, tensor.to(self.device, attrgetter(name)(self.model).dtype))
+
+    def _names(self, index: int) -> list[str]:
+        return list(dict.fromkeys(stored.name for stored in self.layout[index].values()))
 
     def _forget(self, index: int) -> None:
-        for name in dict.fromkeys(stored.name for stored in self.layout[index].values()):
-            replace_tensor(self.model, name, torch.empty_like(tensor_of(self.model, name), device="meta"))
+        for name in self._names(index):
+            replace_tensor(self.model, name, torch.empty_like(attrgetter(name)(self.model), device="meta"))
 
 
-# What a checkpoint holds of each block, and last of what is around them; where; and what stays of it (``kept_rows``).
-Found = list[list[tuple[Stored, Entry, "tuple[int, list[int]] | None"]]]
-
-
-def _find_tensors(weights: Weights, folder: Path) -> Found:
+def _find_tensors(weights: Weights, folder: Path) -> list[list[tuple[Stored, Entry]]]:
     """Return where the checkpoint in ``folder`` holds the tensors of the model of ``weights``.
 
     Its names are the published ones, or the model's own, and are with or without the prefix of what the head is put on.
@@ -166,7 +169,7 @@ def _find_tensors(weights: Weights, folder: Path) -> Found:
             fix = f"set tie_word_embeddings to false there, or use {flag_name('stream')} never"
             raise UserError("model", folder, problem, fix)
     for layout in (weights.layout, weights.by_block(own_layout(model))):
-        found: Found = [[] for _ in layout]
+        found: list[list] = [[] for _ in layout]
         for part, into in zip(layout, found, strict=True):
             for name, stored in part.items():
                 spellings = (name, name.removeprefix(base), base + name)
@@ -174,24 +177,8 @@ def _find_tensors(weights: Weights, folder: Path) -> Found:
                 if entry is None or entry.shape != tuple(stored.view(model).shape):
                     missing.append(name)
                     entry = None
-                into.append((stored, entry, None))
-        if None not in (entry for part in found for _, entry, _ in part):
+                into.append((stored, entry))
+        if None not in (entry for part in found for _, entry in part):
             return found
     problem = f"its tensors are not named as the model's ({missing[0]})"
     raise UserError(None, folder, problem, f"use {flag_name('stream')} never")
-
-
-def _without_experts(weights: Weights, whole: Found, keep: Mapping[str, Sequence[int]]) -> Found:
-    """Return where the tensors of a smaller model, with the experts ``keep``, are among those of the ``whole`` one."""
-    entries = {(stored.name, stored.place): entry for part in whole for stored, entry, _ in part}
-    fused = all(stored.place is None for part in whole for stored, _, _ in part)
-    found: Found = []
-    for part in weights.by_block(own_layout(weights.model)) if fused else weights.layout:
-        found.append([])
-        for stored in part.values():
-            place = stored.place
-            if place is not None:
-                place = place._replace(expert=keep[stored.owner][place.expert])
-            entry, shape = entries[stored.name, place], stored.view(weights.model).shape
-            found[-1].append((stored, entry, kept_rows(stored.name, entry.shape, shape, keep)))
-    return found

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from lib.core import digests
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
-from lib.models.experts import ROLES, bound_experts, is_experts, kept_rows, matrices, with_fewer_experts
+from lib.models.experts import ROLES, bound_experts, is_experts, matrices, with_fewer_experts, without_experts
 from lib.models.layers import Layer, Layout, find_blocks, prunable_layers, published_layout, stored_tensors
 
 
@@ -148,8 +149,7 @@ class Weights:
     def pruned_tensors(self) -> set[str]:
         """Return the names in a checkpoint of all tensors that hold prunable layers."""
         names = {f"{layer.name}.weight" for layer in self.layers}
-        for owner in (owner for experts in self._experts.values() for owner in experts):
-            names |= {f"{owner}.{role}" for role in ROLES}
+        names |= {f"{owner}.{fused}" for experts in self._experts.values() for owner in experts for fused in ROLES}
         return {name for block in self.layout for name, stored in block.items() if stored.name in names}
 
     def keeping(self, keep: Mapping[str, Sequence[int]]) -> Weights:
@@ -162,12 +162,9 @@ class Weights:
             raise UserError("drop_experts", None, problem, f"add {flag_name('stream')} always")
         small = with_fewer_experts(self.model, len(next(iter(keep.values()))))
         for name, empty in [*small.named_parameters(), *small.named_buffers()]:
-            tensor = tensor_of(self.model, name).detach()
-            rows = kept_rows(name, tensor.shape, empty.shape, keep)
-            if rows is not None:
-                tensor = tensor.index_select(rows[0], torch.tensor(rows[1], device=tensor.device))
-                replace_tensor(self.model, name, empty)
-            replace_tensor(small, name, tensor)
+            tensor = attrgetter(name)(self.model).detach()
+            replace_tensor(small, name, without_experts(name, tensor, empty.shape, keep))
+            replace_tensor(self.model, name, empty)
         small.tie_weights()
         small.generation_config = self.model.generation_config
         return weights_of(small, self.save_dtype)
@@ -227,12 +224,6 @@ def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) ->
         if not parameter.is_meta and parameter.is_floating_point() and name not in weights.kept:
             parameter.data.copy_(parameter.data.to(save_dtype))
     return weights
-
-
-def tensor_of(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """Return the parameter or buffer ``name`` of a model."""
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
 
 
 def replace_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

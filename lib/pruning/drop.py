@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -50,17 +51,15 @@ def reap_scores(weights: Weights, inputs: BlockInputs) -> dict[str, float]:
     This is REAP (arXiv 2510.13999); the router's weights of a token's experts add up to 1 in it. An expert without
     tokens has 0. The ``inputs`` of the blocks are modified in place.
     """
-    sums: dict[str, torch.Tensor] = {}
-    tokens: dict[str, int] = {}
+    parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+    sums, tokens = {}, {}
 
-    def normalise(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def normalise(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         hidden, index, share = (*args, *kwargs.values())
         return (hidden, index, share / share.sum(-1, keepdim=True)), {}
 
-    def see(expert: str, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-        parts = module.row_weights[:, 0].float() * output.float().norm(dim=-1)
-        sums[expert] = sums.get(expert, 0) + parts.sum(dtype=torch.float64)
-        tokens[expert] = tokens.get(expert, 0) + len(parts)
+    def see(expert: str, module: torch.nn.Module, _: tuple, output: torch.Tensor) -> None:
+        parts[expert].append(module.row_weights[:, 0].double() * output.float().norm(dim=-1))
 
     for block in tqdm(weights.visit(), "experts' parts", len(weights.modules), unit="block", disable=None):
         hooks = [module.register_forward_pre_hook(normalise, with_kwargs=True) for module in block.experts.values()]
@@ -72,26 +71,30 @@ def reap_scores(weights: Weights, inputs: BlockInputs) -> dict[str, float]:
             pass_samples(block, inputs, keep=False)  # without gradients
         for hook in hooks:
             hook.remove()
+        sums |= {expert: float(torch.cat(found).sum()) for expert, found in parts.items()}
+        tokens |= {expert: sum(map(len, found)) for expert, found in parts.items()}
+        parts.clear()
         advance(block, inputs)
-
-    shares = processes.gathered(({name: float(value) for name, value in sums.items()}, tokens))
-    return {
-        name: sum(own[name] for own, _ in shares) / max(1, sum(counts[name] for _, counts in shares)) for name in sums
-    }
+    sums, tokens = (sum(map(Counter, processes.gathered(dict(counts))), Counter()) for counts in (sums, tokens))
+    return {name: sums[name] / max(1, tokens[name]) for name in _experts(weights.layers)}
 
 
 def alpha_scores(layers: Sequence[Layer], values: Mapping[str, float]) -> dict[str, float]:
     """Return the negative mean metric of each expert's matrices: the less heavy-tailed are dropped."""
-    experts: dict[str, list[float]] = {}
+    own: dict[str, list[float]] = defaultdict(list)
     for layer in (layer for layer in layers if layer.expert):
-        experts.setdefault(layer.expert, []).append(-values[layer.name])
-    return {name: sum(own) / len(own) for name, own in experts.items()}
+        own[layer.expert].append(values[layer.name])
+    return {expert: -sum(found) / len(found) for expert, found in own.items()}
 
 
 def random_scores(layers: Sequence[Layer], seed: int) -> dict[str, float]:
     """Return a random number for each expert."""
     draw = random.Random(seed)
-    return {expert: draw.random() for expert in dict.fromkeys(layer.expert for layer in layers if layer.expert)}
+    return {expert: draw.random() for expert in _experts(layers)}
+
+
+def _experts(layers: Sequence[Layer]) -> list[str]:
+    return list(dict.fromkeys(layer.expert for layer in layers if layer.expert))
 
 
 def kept_experts(scores: Mapping[str, float], count: int, groups: int) -> dict[str, list[int]]:

@@ -155,13 +155,7 @@ class Journal:
         """Return the file of a block."""
         return self.folder / f"model-block-{index:05d}.safetensors"
 
-    def add(
-        self,
-        index: int,
-        tensors: Mapping[str, torch.Tensor],
-        dtypes: Mapping[str, torch.dtype],
-        rows: list[LayerReport],
-    ) -> None:
+    def add(self, index: int, tensors: Mapping, dtypes: Mapping[str, torch.dtype], rows: list[LayerReport]) -> None:
         """Store a block durably: its shard, then the line that makes it a finished one."""
 
         def store() -> None:
