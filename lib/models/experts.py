@@ -109,10 +109,12 @@ def _by_expert(
     Each matrix is called once in a pass, also with no rows, and finds the router's weights of its rows [rows, 1] in
     its ``row_weights``.
     """
-    linears, out = matrices(self), torch.zeros_like(hidden)
-    for expert in range(len(self.down_proj)):
+    linears, out, experts = matrices(self), torch.zeros_like(hidden), len(self.down_proj)
+    chosen = top_k_index.flatten()
+    counts = chosen.bincount(minlength=experts).tolist()  # one synchronisation, and not one for each expert
+    for expert, places in zip(range(experts), chosen.argsort(stable=True).split(counts), strict=False):
+        token, slot = places // top_k_index.shape[1], places % top_k_index.shape[1]
         gate, up, down = (linears.get(f"{expert}.{role}") for role in ("gate_proj", "up_proj", "down_proj"))
-        token, slot = (top_k_index == expert).nonzero(as_tuple=True)
         x, share = hidden[token], top_k_weights[token, slot, None]  # one tensor for gate and up, which so share it
         for linear in filter(None, (gate, up, down)):
             linear.row_weights = share
