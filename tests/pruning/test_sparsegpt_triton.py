@@ -5,14 +5,12 @@ import subprocess
 import sys
 import warnings
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, fast
 
 from lib.pruning.sparsegpt import Factor, block_solver, inverse_factor, repair, solve_block
-from lib.sparse import kernel
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 slow = pytest.mark.slow  # the interpreter runs each of the kernel's operations in Python
@@ -160,26 +158,6 @@ def test_whole_matrices_by_the_kernel(index, interpreted):
 def test_kernel_compiles(architecture, group, padded, tmp_path):
     divisions = run(COMPILE, architecture, group, padded, TRITON_CACHE_DIR=str(tmp_path))  # with Triton's own assembler
     assert int(divisions) > 0  # exact ones: an approximate one would move the masks of N:M
-
-
-def test_a_kernel_is_tried_before_it_is_used(caplog, monkeypatch):
-    def alike(*block):
-        return solve_block(*block)
-
-    def wrong(*block):
-        return solve_block(*block) + 1e-3
-
-    def failing(*block):
-        raise RuntimeError("no such instruction\nsecond line")
-
-    for solver in (alike, wrong, failing):
-        monkeypatch.setattr(kernel, "load", lambda solver=solver: SimpleNamespace(solve_block=solver))
-        for group in (None, 4, 8):
-            block_solver.cache_clear()
-            assert block_solver(torch.device("cpu"), group) is (alike if solver is alike else solve_block)
-    block_solver.cache_clear()
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * 6
-    assert "(no such instruction)" in caplog.records[-1].getMessage()
 
 
 @pytest.mark.gpu

@@ -228,3 +228,25 @@ def test_without_a_kernel_sparsegpt_is_a_loop(monkeypatch):
     sparsegpt.block_solver.cache_clear()
     assert sparsegpt.block_solver(torch.device("cpu"), None) is sparsegpt.solve_block
     sparsegpt.block_solver.cache_clear()
+
+
+def test_a_kernel_is_tried_before_it_is_used(caplog, monkeypatch):
+    def alike(*block):
+        return sparsegpt.solve_block(*block)
+
+    def wrong(*block):
+        return sparsegpt.solve_block(*block) + 1e-3
+
+    def failing(*block):
+        raise RuntimeError("no such instruction\nsecond line")
+
+    for solver in (alike, wrong, failing):
+        monkeypatch.setattr(kernel, "load_kernel", lambda solver=solver: Mock(solve_block=solver))
+        for group in (None, 4, 8):
+            sparsegpt.block_solver.cache_clear()
+            assert sparsegpt.block_solver(torch.device("cpu"), group) is (
+                alike if solver is alike else sparsegpt.solve_block
+            )
+    sparsegpt.block_solver.cache_clear()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 6
+    assert "(no such instruction)" in caplog.records[-1].getMessage()
