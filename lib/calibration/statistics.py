@@ -163,13 +163,13 @@ def input_statistics(
             raise UserError(None, name, "the forward pass does not reach this layer", "the model is not supported")
 
     tokens = sum(processes.gathered(totals.tokens), Counter()) if block.experts or not inputs.samples else Counter()
-    mixtures = {name: processes.sum_(totals.sums.pop(name)) for name in block.experts}
+    mixtures = {name: processes.sum_(totals.sums.pop(name)).div_(tokens[name]) for name in block.experts}
     result = []
     for leader in list(totals.sums):
         value = processes.sum_(totals.sums.pop(leader))
         mixture, *matrix = leader.rsplit(".", 2)
         if mixture in mixtures:
-            shared = None if matrix[-1] == "down_proj" else mixtures[mixture] / tokens[mixture]
+            shared = None if matrix[-1] == "down_proj" else mixtures[mixture]
             value = with_pseudo_tokens(value, tokens[leader], shared)
         value = as_float32(value.div_(inputs.samples or tokens[leader]))
         # A Hessian's diagonal suffices: X'X is positive semi-definite, so that |H_ij| <= max H_ii.

@@ -45,29 +45,22 @@ def is_experts(module: torch.nn.Module) -> bool:
     return isinstance(down, torch.nn.Parameter) and down.ndim == 3 and all(hasattr(module, mark) for mark in _MARKS)
 
 
-def places(experts: torch.nn.Module) -> dict[str, Place]:
-    """Return where each matrix of an experts module lies, by ``NUMBER.ROLE``, expert by expert."""
-    fused = [name for name in ROLES if isinstance(getattr(experts, name, None), torch.nn.Parameter)]
-    return {
-        f"{expert}.{role}": Place(name, expert, part)
-        for expert in range(len(experts.down_proj))
-        for name in fused
-        for part, role in enumerate(ROLES[name])
-    }
-
-
 def matrices(experts: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """Return the matrices of an experts module as linear layers by ``NUMBER.ROLE``, always the same ones.
 
-    They are not in the model's tree, where each weight would be listed twice. Their weights are on the meta device
-    except while their block is lent (``bound_experts``).
+    Each has a ``place``. They are not in the model's tree, where each weight would be listed twice. Their weights are
+    on the meta device except while their block is lent (``bound_experts``).
     """
     if "matrices" not in vars(experts):
-        linears = {}
-        for name, place in places(experts).items():
+        fused = [name for name in ROLES if isinstance(getattr(experts, name, None), torch.nn.Parameter)]
+        numbers = range(len(experts.down_proj))
+        found = [Place(name, e, part) for e in numbers for name in fused for part in range(len(ROLES[name]))]
+        vars(experts)["matrices"] = linears = {}
+        for place in found:
             out, columns = place.view(experts, getattr(experts, place.fused).to("meta")).shape
-            linears[name] = torch.nn.Linear(columns, out, bias=experts.has_bias, device="meta").requires_grad_(False)
-        vars(experts)["matrices"] = linears
+            linear = torch.nn.Linear(columns, out, bias=experts.has_bias, device="meta").requires_grad_(False)
+            linear.place = place
+            linears[f"{place.expert}.{ROLES[place.fused][place.part]}"] = linear
     return vars(experts)["matrices"]
 
 
@@ -80,9 +73,9 @@ def bound_experts(block: torch.nn.Module) -> Iterator[None]:
     found = [module for module in block.modules() if is_experts(module)]
     forwards = [vars(experts).get("forward") for experts in found]  # accelerate sets some
     for experts in found:
-        for linear, place in zip(matrices(experts).values(), places(experts).values(), strict=True):
-            for kind, fused in (("weight", place.fused), ("bias", f"{place.fused}_bias"))[: 1 + experts.has_bias]:
-                view = place.view(experts, getattr(experts, fused).data)
+        for linear in matrices(experts).values():
+            for kind, end in (("weight", ""), ("bias", "_bias"))[: 1 + experts.has_bias]:
+                view = linear.place.view(experts, getattr(experts, linear.place.fused + end).data)
                 linear._parameters[kind] = torch.nn.Parameter(view, requires_grad=False)
         experts.forward = partial(_by_expert, experts)
     try:

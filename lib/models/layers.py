@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lib.core.errors import UserError
 from lib.core.lazy import torch, transformers
-from lib.models.experts import ROLES, Place, is_experts, matrices, places, router_types
+from lib.models.experts import ROLES, Place, is_experts, matrices, router_types
 
 SUPPORTED = (
     "LLaMA 1/2/3, Vicuna, Mistral, Qwen 2/3, SmolLM 2/3, Gemma 1/2/3, Phi 1/2/3, OPT, GPT-NeoX, GPT-J, Falcon, "
@@ -169,7 +169,8 @@ def published_layout(model: torch.nn.Module) -> Layout:
     for name, tensor in stored_tensors(model):
         owner, _, leaf = name.rpartition(".")
         if owner in owners and leaf in ROLES:  # [experts, parts, 1], as its matrices lie in there
-            own = [Stored(name, place) for place in places(owners[owner]).values() if place.fused == leaf]
+            found = (linear.place for linear in matrices(owners[owner]).values())
+            own = [Stored(name, place) for place in found if place.fused == leaf]
             numbers = torch.arange(len(own)).view(len(tensor), -1, 1) + len(meanings)
             stand_ins[name] = numbers.mT if owners[owner].is_transposed else numbers
         else:

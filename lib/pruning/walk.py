@@ -206,13 +206,13 @@ def _report(
 
 def _show_tokens(rows: list[LayerReport]) -> None:
     """Log how many tokens reach the experts of a block, and warn if those of some are fewer than its columns."""
-    counts = {row.name.rpartition(".")[0]: row.tokens for row in rows if row.tokens is not None}
-    few = {row.name.rpartition(".")[0] for row in rows if row.tokens is not None and row.tokens < row.shape[1]}
+    rows = [row for row in rows if row.tokens is not None and row.name.endswith(".up_proj")]  # one of each expert
+    counts, few = [row.tokens for row in rows], [row for row in rows if row.tokens < row.shape[1]]
     line = "calibration tokens of an expert of the first block with experts: %d at least, median %d"
-    log.info(line, min(counts.values()), median(counts.values()))
+    log.info(line, min(counts), median(counts))
     if few:
-        line = "%d of %d experts see fewer tokens than they have columns; more --nsamples would prune them better"
-        log.warning(line, len(few), len(counts))
+        line = "%d of %d experts see fewer tokens than they have columns, %d none; more --nsamples would help"
+        log.warning(line, len(few), len(counts), counts.count(0))
 
 
 def check_saved(folder: Path, weights: Weights, measured: float) -> None:

@@ -298,7 +298,7 @@ def test_one_hot_experts_by_hand():
 
 @pytest.mark.parametrize("pruner", [name for name in PRUNERS if PRUNERS[name].statistic])
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_an_expert_with_no_or_one_token_is_pruned_to_its_ratio_and_not_destroyed(tokens, pruner, tiny_windows):
+def test_an_expert_with_no_or_one_token_is_pruned_to_its_ratio_and_not_destroyed(tokens, pruner, tiny_windows, caplog):
     model = tiny_mixture("qwen3-moe")
     windows = tiny_windows[:1, :1] if tokens else tiny_windows
     for router in (block.mlp.gate for block in model.model.layers if not tokens):
@@ -309,6 +309,8 @@ def test_an_expert_with_no_or_one_token_is_pruned_to_its_ratio_and_not_destroyed
     rows = walk(weights, plan, PRUNERS[pruner], enter_blocks(weights, windows))
     counts = {row.name.rpartition(".")[0]: row.tokens for row in rows if row.tokens is not None}
     assert tokens in counts.values()
+    few = "4 of 4 experts see fewer tokens than they have columns" if tokens else "1 of 4 experts"
+    assert few in caplog.text and (", 1 none" in caplog.text or tokens)
     for name, weight in weights.snapshot().items():
         owner, _, role = name.rpartition(".")
         kept = (weight != 0).float().mean()
