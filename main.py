@@ -13,7 +13,7 @@ from rich.console import Console
 from lib.cli.command import command, make_parser
 from lib.cli.settings import Experiment
 from lib.core import processes
-from lib.run import checks, pipeline, report
+from lib.run import checks, pipeline, recovery, report
 from lib.run.journal import Journal
 from lib.run.language import LanguageModel
 from lib.run.record import Record, is_unmeasured, perplexity_text
@@ -39,6 +39,7 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
         target = settings.model_folder(task)
         checks.check_output(record.folder, task.run, target, flags, settings.paths())
         subject.prepare(settings, task)
+        recovery.prepare_recovery(subject, settings, task, settings.model)
         measurement = settings.measurement(subject.name)
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
         # The journal's folder comes last, so that what is refused above leaves no trace.
@@ -72,6 +73,8 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
             # The model is saved before whatever may still fail.
             write = partial(subject.save, journal, settings.packed, sparsity) if journal else None
             unsaved = pipeline.save(record, write)
+            if settings.recover:
+                recovery.add_to(record, subject, settings, task, unmeasured)
             evaluate(subject, settings, record, console)
             record.write(complete=unsaved is None)
 

@@ -8,10 +8,11 @@ from functools import partial
 
 from image_classifiers import models
 from lib.allocation.price import Effort
-from lib.allocation.price_model import Masks, autocast, band_price, kl_divergence
+from lib.allocation.price_model import Masks, band_price
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models.weights import Weights, swapped_weights
+from lib.recovery.block_walk import autocast, kl_divergence
 
 # A group of images is to a classifier what a window is to a language model.
 FIT = 8  # groups on which prices are measured

@@ -14,13 +14,14 @@ from image_classifiers import data, models
 from image_classifiers.price import CHUNK, FIT, HELD, ImagePriceModel, split
 from image_classifiers.settings import ImageExperiment
 from lib import sparse
-from lib.allocation import price, price_model
+from lib.allocation import price
 from lib.calibration.hidden import BlockInputs
 from lib.cli.task import Task
 from lib.core import cpu, files
 from lib.core.errors import UserError, first_line
 from lib.core.lazy import torch
 from lib.pruning import walk
+from lib.recovery.block_walk import search_dtype
 from lib.run import checks
 from lib.spectra.tail import WEIGHTWATCHER
 
@@ -80,6 +81,7 @@ class Classifier:
 
         self.source = source = models.locate_classifier(settings.model)
         self.name = source.folder.resolve().name if source.folder else source.given  # of the metric's cache
+        self.given = settings.model
         shape = (settings.input_size, settings.nb_classes)
         skeleton, self.size, self.options = models.skeleton(source, settings.resume, *shape)
         pruned, measured = models.find_parts(skeleton)
@@ -151,7 +153,7 @@ class Classifier:
         for indices, count in zip(split(images.indices), (FIT, HELD), strict=True):
             chosen = data.PreparedImages(images.images, indices, images.transform, images.seed)
             groups.append([batch for batch, _ in data.batches(chosen, len(indices) // count, self.workers)])
-        dtype = price_model.search_dtype(self.settings.price_dtype, torch.device(self.device), torch.float32)
+        dtype = search_dtype(self.settings.price_dtype, torch.device(self.device), torch.float32)
         chunk = min(CHUNK, self.settings.batch_size)
         return ImagePriceModel(self.weights, tuple(groups), dtype, by_magnitude, self.settings.hidden_device, chunk)
 

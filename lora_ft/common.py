@@ -73,8 +73,7 @@ class Base(NamedTuple):
     @property
     def identity(self) -> str:
         """A name of the model that is valid anywhere: an absolute path, or the name as given."""
-        path = Path(self.source.given)
-        return str(path.resolve()) if path.exists() else self.source.given
+        return self.source.anywhere
 
 
 def find_base(settings: PrunedModel) -> Base:

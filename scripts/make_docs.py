@@ -25,7 +25,8 @@ from lib.core.lazy import pandas
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = [
-    "main.py", "image_classifiers/main.py", "lora_ft/finetune_lm.py", "lora_ft/evaluate_ppl.py", "lora_ft/merge.py"
+    "main.py", "image_classifiers/main.py", "lora_ft/finetune_lm.py", "lora_ft/evaluate_ppl.py", "lora_ft/merge.py",
+    "lora_ft/recover.py",
 ]  # fmt: skip
 RESULTS, PICTURE = "data/smollm2_results.json", "docs/perplexity.png"
 BEGINNING = """\

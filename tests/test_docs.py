@@ -62,7 +62,7 @@ def test_readme_is_one_sitting():
     places = [
         text.index(part)
         for part in ("](docs/perplexity.png)", "scripts/demo.sh", "from_pretrained", "## Which method", "## Results",
-                     "## Large models", "## LoRA, images", "## How the code", "## Citation")
+                     "## Large models", "## Recovery, images", "## How the code", "## Citation")
     ]  # fmt: skip
     assert places == sorted(places)
 

@@ -117,7 +117,8 @@ def runs(tmp_path, monkeypatch, tiny_folder, tiny_text, other_text, capsys):
     def run(flags: str, place: str, model: Path = tiny_folder) -> tuple[dict, list[dict]]:
         (tmp_path / place).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / place)
-        evaluated = other_text if "_price" in flags else tiny_text  # a search must not see what it is measured on
+        sees = "_price" in flags or "recover" in flags  # what it is measured on, which is refused
+        evaluated = other_text if sees else tiny_text
         words = ["--model", str(model), "--calib_data", str(tiny_text), "--eval_data", str(evaluated), "--save", "save"]
         words += ["--seqlen", "24", "--nsamples", "3", "--eval_windows", "2", *flags.split()]
         assert main.main(words) == 0, capsys.readouterr().err
@@ -173,6 +174,9 @@ def test_every_method(pruner, suffix, rehearse):
 OTHER_RUNS = {
     "mixed N:M": "--prune_method sparsegpt_ww --sparsity_type 4:8",
     "variant": "--prune_method wanda --sparsity_ratio 0.5 --use_variant",
+    "recovery": "--prune_method wanda --sparsity_ratio 0.5 --recover 200 --states 8bit --hidden_states cpu",
+    "recovery by block": "--prune_method magnitude --sparsity_type 2:4 --recover 400 --by block --train low_rank "
+    "--stream always --save_model kept",
     "FARMS": "--prune_method magnitude_ww --sparsity_ratio 0.5 --farms --farms_rows 12 --farms_steps 3",
     "refit": "--prune_method magnitude --sparsity_type 2:4 --refit 3 --damping 0.2",
     "dense statistics": "--prune_method wanda --sparsity_ratio 0.5 --statistics dense --eval_wikitext false",

@@ -206,6 +206,26 @@ def training_blocks(
     return torch.cat(tokens)[: count * size].view(count, size)
 
 
+def recovery_windows(
+    name: str, tokenizer: Tokenizer, counts: tuple[int, int], seqlen: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``counts`` windows of the training text without overlap, to train on and held out, in a random order.
+
+    Raises:
+        UserError: the text is too short; it says how many tokens there are.
+    """
+    documents = read_text("calib_data", name, "train").documents
+    # Documents are in no order; a stream may be, and is drawn from as a whole.
+    most = None if documents is None else sum(counts)
+    blocks = training_blocks("calib_data", name, "train", tokenizer, seqlen, most).long()
+    if len(blocks) < sum(counts):
+        problem = f"too short, it has {len(blocks)} windows of {seqlen} tokens and {counts[0]} + {counts[1]} are needed"
+        fix = f"give at most {max(0, (len(blocks) - counts[1]) * seqlen)} tokens, or more text"
+        raise UserError("calib_data", name, problem, fix)
+    blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
+    return blocks[counts[1] :][: counts[0]], blocks[: counts[1]]
+
+
 def _pieces(stream: str) -> list[str]:
     """Cut ``stream`` into pieces of at least _PIECE characters, each after the first starting at the end of a line."""
     cuts = [0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache, partial
@@ -125,7 +126,7 @@ class Flags:
         """Return what a flag is ``only`` for, in words: ``sparsegpt or alps or --refit``."""
         names = {name: f"--{cls.spelling(name)}" for name in cls.__dataclass_fields__}
         traits = item.metadata["only"].split(" | ")
-        return " or ".join(names.get(trait, trait.replace("_", "the methods with _")) for trait in traits)
+        return " or ".join(names.get(trait, re.sub("^_", "the methods with _", trait)) for trait in traits)
 
     def idle(self) -> Iterator[Field]:
         """Yield the flags that were given and do nothing: none of the traits that they are ``only`` for holds."""

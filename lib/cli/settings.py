@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from lib.allocation import price, price_model
+from lib.allocation import price
 from lib.allocation.block_scores import BLOCK_SCORES, WEIGHT_SCORES
 from lib.allocation.formulas import ALLOCATIONS, MAPPINGS
 from lib.calibration import texts
@@ -25,6 +25,9 @@ from lib.models.locate import SMOLLM2
 from lib.pruning import plan as plans
 from lib.pruning.drop import DROP_BY
 from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, configured
+from lib.recovery.adam import STATES, TRAINED
+from lib.recovery.block_walk import SEARCH_DTYPES
+from lib.recovery.distill import BY, RecoveryOptions
 from lib.spectra import measure, spectrum
 from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
@@ -53,9 +56,9 @@ class ModelFlags(Flags):
 class TextFlags(Flags):
     _title: ClassVar[str] = "data"
 
-    calib_data: str = flag("c4", f"text: {TEXTS}", only="calibration | search", warns=True, metavar="TEXT")
+    calib_data: str = flag("c4", f"text: {TEXTS}", only="calibration | search | recover", warns=True, metavar="TEXT")
     nsamples: int = flag(128, "windows, a count", least=1, only="calibration", warns=True)
-    seqlen: int = flag(2048, "length of a window, tokens", least=2, only="pruning | evaluation", warns=True)
+    seqlen: int = flag(2048, "length of a window, tokens", least=2, only="pruning | evaluation | recover", warns=True)
 
 
 @dataclass(kw_only=True)
@@ -123,7 +126,7 @@ class AllocationFlags(Flags):
     price_steps: int = flag(16, "steps of the search, each a backward pass over text or images", least=1, only="_price")
     price_dtype: str = flag(
         "auto", "{choices}; auto: bfloat16 on a CPU that multiplies it, else the model's own",
-        choices=price_model.SEARCH_DTYPES, only="_price",
+        choices=SEARCH_DTYPES, only="_price",
     )  # fmt: skip
     price_effort: str = flag("full", "{choices}: 2 windows a step or half of one", choices=price.EFFORTS, only="_price")
     metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
@@ -154,6 +157,42 @@ class MixtureFlags(Flags):
         "auto", "by which the tokens of an expert count: {choices}; auto: router for norms, none for Hessians",
         choices=EXPERT_WEIGHTING, only=CALIBRATED,
     )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class RecoveryFlags(Flags):
+    _title: ClassVar[str] = "recovery"
+
+    recover: int | None = flag(
+        None, "distil the dense model into the weights that are left, on so many tokens of {calib_data}; zeros stay",
+        least=1, only="pruning", metavar="TOKENS",
+    )  # fmt: skip
+    train: str = flag(
+        "surviving", "{choices}: what is trained; norms and biases always are", choices=TRAINED, only="recover"
+    )
+    rank: int = flag(32, "of the update of each matrix", least=1, only="low_rank")
+    learning_rate: float | None = flag(
+        None, "at its highest (default: .0033 of the remaining weights' root mean square; low_rank: .01; norms: 0.01)",
+        above=0, only="recover",
+    )  # fmt: skip
+    batch: int = flag(2, "windows a step, a count", least=1, only="recover")
+    states: str = flag("float32", "of Adam's moments: {choices}", choices=STATES, only="recover")
+    by: str = flag(
+        "model", "{choices}: end to end, or block by block, for what is streamed", choices=BY, only="recover"
+    )
+
+    def traits(self) -> set[str]:
+        return super().traits() | ({self.train} if self.recover else set())
+
+    def recovery_options(self) -> RecoveryOptions:
+        """Return how the model is recovered."""
+        how = (self.learning_rate, self.batch, self.states, self.by)
+        return RecoveryOptions(self.recover or 0, self.train, self.rank, *how)
+
+    def recovery_identity(self) -> dict[str, object]:
+        """Return the flags that determine the recovered weights, in their spelling."""
+        names = {"seed", "dtype", "calib_data", "seqlen", "recover"}.union(RecoveryOptions._fields[1:])
+        return {self.spelling(name): getattr(self, name) for name in sorted(names)}
 
 
 @dataclass(kw_only=True)
@@ -203,6 +242,11 @@ class OutputFlags(Flags):
         """Return where the pruned model is saved, None if it is not."""
         return Path(self.save_model) / task.folder if self.save_model else None
 
+    def recovered_folder(self, task: Task) -> Path | None:
+        """Return where the recovered model is saved, None if it is not."""
+        folder = self.model_folder(task)
+        return folder and folder.with_name(f"{folder.name}_recovered")
+
 
 @dataclass(kw_only=True)
 class ScaleFlags(Flags):
@@ -214,8 +258,9 @@ class ScaleFlags(Flags):
         choices=("auto", "always", "never"),
     )
     hidden_states: str = flag(
-        "auto", "their place: {choices}; auto: a GPU with room, else cpu", choices=HIDDEN_STATES, only="calibration"
-    )
+        "auto", "their place: {choices}; auto: a GPU with room, else cpu", choices=HIDDEN_STATES,
+        only="calibration | recover",
+    )  # fmt: skip
     restart: bool = flag(False, "discard an unfinished run in {save_model} and begin again", only="save_model")
 
 
@@ -262,7 +307,15 @@ class MethodFlags(PruningFlags, AllocationFlags):
 
 @dataclass(kw_only=True)
 class Experiment(
-    ModelFlags, TextFlags, MethodFlags, MixtureFlags, EvaluationFlags, ZeroShotFlags, OutputFlags, ScaleFlags
+    ModelFlags,
+    TextFlags,
+    MethodFlags,
+    MixtureFlags,
+    RecoveryFlags,
+    EvaluationFlags,
+    ZeroShotFlags,
+    OutputFlags,
+    ScaleFlags,
 ):
     """The flags of main.py."""
 
@@ -287,9 +340,10 @@ class Experiment(
             raise UserError("only", self.only, problem, "leave one of them out")
         if self.epsilon == "auto" and not (task.pruner and task.allocation == "ww"):
             raise UserError("epsilon", "auto", f"needs a --prune_method with _ww, not {task.method}")
-        if "search" in task.traits and self.eval_wikitext and self.one_file():
+        if (self.recover or "search" in task.traits) and self.eval_wikitext and self.one_file():
             name, value = ("epsilon", "auto") if self.epsilon == "auto" else ("prune_method", task.method)
-            problem = "--calib_data and --eval_data are one file, so the choice would see the evaluation text"
+            name, value = ("recover", self.recover) if self.recover else (name, value)
+            problem = "--calib_data and --eval_data are one file, so the model would see the evaluation text"
             raise UserError(name, value, problem, "give two")
 
     def one_file(self) -> bool:

@@ -39,7 +39,8 @@ class Task(NamedTuple):
     @property
     def run(self) -> str:
         """Name of the run in its files."""
-        return f"{self.method}_sparsity_{self.target}{self._dropped}"
+        recovered = "_recovered" if self.pruner and "recover" in self.traits else ""
+        return f"{self.method}_sparsity_{self.target}{self._dropped}{recovered}"
 
     @property
     def folder(self) -> str:

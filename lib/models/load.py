@@ -44,6 +44,12 @@ class Source(NamedTuple):
     name: str
     cache_dir: str
 
+    @property
+    def anywhere(self) -> str:
+        """A name of the model that is valid in any folder: an absolute path, or the name as given."""
+        path = Path(self.given)
+        return str(path.resolve()) if path.exists() else self.given
+
 
 def load_skeleton(source: Source) -> transformers.PreTrainedModel:
     """Return the model without weights (on the meta device): its config, blocks and shapes, within a second.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -214,10 +214,18 @@ def price_working_set(
 def price_bytes(
     weights: Weights, tokens: int, step: int, windows: int, dtype: torch.dtype | None, whole: bool
 ) -> dict[int | str, PriceBytes]:
-    """Return what a search for prices needs on each GPU (by its index) that holds blocks, or on the ``cpu``.
+    """Return what a search for prices needs; see ``rank_bytes`` and ``gradient_bytes``."""
+    ranks = {layer.name: rank_bytes([layer], whole) for layer in weights.layers}
+    return gradient_bytes(weights, ranks, tokens, step, windows, dtype)
 
-    ``dtype`` is that of the products, None for the model's; the others are those of ``price_working_set`` and
-    ``rank_bytes``.
+
+def gradient_bytes(
+    weights: Weights, stored: Mapping[str, int], tokens: int, step: int, windows: int, dtype: torch.dtype | None
+) -> dict[int | str, PriceBytes]:
+    """Return what a walk that takes gradients needs on each GPU (by its index) that holds blocks, or on the ``cpu``.
+
+    ``stored`` are the bytes that are kept for each layer, by name, and ``dtype`` is that of the products, None for the
+    model's; the others are those of ``price_working_set``.
     """
     model, places = weights.model, {}
     for block in weights.visit():
@@ -226,7 +234,19 @@ def price_bytes(
     work = price_working_set(model, weights.layers, model.dtype, tokens, step, windows)
     return {
         place: PriceBytes(
-            work + rank_bytes(layers, whole), activation_bytes(layers, dtype or model.dtype, step * tokens)
+            work + sum(stored[layer.name] for layer in layers),
+            activation_bytes(layers, dtype or model.dtype, step * tokens),
         )
         for place, layers in places.items()
     }
+
+
+def trained_bytes(layer: Layer, left: int, train: str, rank: int, states: str) -> int:
+    """Return the bytes of a layer's master copy and Adam's moments, ``left`` of whose weights are not zero.
+
+    ``train`` and ``states`` are names of ``lib.recovery.adam``'s TRAINED and STATES.
+    """
+    each = 12 if states == "float32" else 6.1  # with eight bits, 256 numbers share two scales of four bytes
+    if train == "low_rank":
+        return math.ceil(rank * sum(layer.shape) * each) + 4 * left
+    return math.ceil(left * each) if train == "surviving" else 0

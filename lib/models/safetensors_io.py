@@ -19,6 +19,7 @@ from lib.core.lazy import torch
 
 # The format's names of dtypes, and torch's.
 _CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I32": "int32"}
+_CODES["I8"] = "int8"
 
 # The file that says in which shard of a checkpoint each tensor is.
 _INDEX = "model.safetensors.index.json"

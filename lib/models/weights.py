@@ -165,7 +165,7 @@ class Weights:
             tensor = attrgetter(name)(self.model).detach()
             replace_tensor(small, name, without_experts(name, tensor, empty.shape, keep))
             replace_tensor(self.model, name, empty)
-        small.tie_weights()
+        small.requires_grad_().tie_weights()
         small.generation_config = self.model.generation_config
         return weights_of(small, self.save_dtype)
 
@@ -268,15 +268,33 @@ def check_finite(name: str, weight: torch.Tensor) -> None:
 @contextmanager
 def swapped_weights(block: Block, copies: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Replace a block's weights by ``copies`` meanwhile, as parameters, which are yielded by layer name."""
-    originals = {name: block.linears[name].weight for name in copies}
+    with _swapped({name: (block.linears[name], "weight") for name in copies}, copies) as leaves:
+        yield leaves
+
+
+@contextmanager
+def swapped_parameters(
+    module: torch.nn.Module, copies: Mapping[str, torch.Tensor]
+) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Do the same with parameters of any kind, by their names within ``module``."""
+    places = {name: name.rpartition(".") for name in copies}
+    with _swapped({name: (module.get_submodule(x), leaf) for name, (x, _, leaf) in places.items()}, copies) as leaves:
+        yield leaves
+
+
+@contextmanager
+def _swapped(
+    places: Mapping[str, tuple[torch.nn.Module, str]], copies: Mapping[str, torch.Tensor]
+) -> Iterator[dict[str, torch.nn.Parameter]]:
+    originals = {name: getattr(module, leaf) for name, (module, leaf) in places.items()}
     leaves = {name: torch.nn.Parameter(copy) for name, copy in copies.items()}
     try:
-        for name, leaf in leaves.items():
-            block.linears[name].weight = leaf
+        for name, (module, leaf) in places.items():
+            setattr(module, leaf, leaves[name])
         yield leaves
     finally:
-        for name, parameter in originals.items():
-            block.linears[name].weight = parameter
+        for name, (module, leaf) in places.items():
+            setattr(module, leaf, originals[name])
 
 
 def _offloaded(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -36,7 +36,7 @@ def check_output(
     if earlier and not has_flags(earlier, flags):
         log.warning("%s/*_%s.* of a run with other flags will be replaced", save, run)
     if target is not None:
-        _check_target(target, mark, paths)
+        check_target(target, paths, mark)
         if target.exists() and not (earlier and not earlier.get("complete")):
             log.warning("%s already exists and will be replaced, with every file in it", target)
     for name in sorted(paths.keys() & {"save_plan", "export_llmcompressor"}):
@@ -49,7 +49,7 @@ def check_output(
         files.check_writable(name, paths[name].parent)
 
 
-def _check_target(target: Path, mark: str, paths: Mapping[str, Path]) -> None:
+def check_target(target: Path, paths: Mapping[str, Path], mark: str = MANIFEST) -> None:
     """Refuse to replace ``target`` by a pruned model if anything else than an earlier one would be lost."""
     files.check_folder("save_model", target)
     for name, path in paths.items():

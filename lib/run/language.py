@@ -21,6 +21,7 @@ from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
 from lib.pruning import drop, walk
+from lib.recovery.block_walk import search_dtype
 from lib.run import checks
 from lib.run.journal import Journal
 from lib.run.record import is_unmeasured
@@ -41,6 +42,8 @@ class LanguageModel:
         search: windows to search on and held-out ones, for --epsilon auto and _price.
         questions: zero-shot tasks with their data.
         reserve: bytes of each GPU, or of the CPU, that are left for the work.
+        loaded_as: how the dense weights in memory were loaded, None if they are others.
+        recovery: windows to recover on and held-out ones; dense_source: the model that is distilled.
         streamed: folder from which the weights are streamed, None if they are loaded.
     """
 
@@ -93,10 +96,10 @@ class LanguageModel:
 
     def _inspect(self, source: load.Source, dropping: tuple[float, str] | None) -> None:
         """Take up a model's shapes, less those of the experts that will be dropped, and its tokenizer."""
-        self.weights = self.dense = self.fits = self._loaded_as = None
+        self.weights = self.dense = self.fits = self.loaded_as = None
         self._texts, self.scores = {}, {}
         self.skeleton = self.whole = load.load_skeleton(source)
-        self.name = source.name
+        self.name, self.given = source.name, source.anywhere
         if dropping:
             share, by = dropping
             self.experts_left = drop.remaining_experts(self.whole, share)
@@ -155,11 +158,17 @@ class LanguageModel:
         windows = -(-settings.nsamples // processes.count()) if held else 0
         copies = task.pruner.copies if task.pruner else 0
         needed = memory.working_set(self.skeleton, dtype, hessians, windows, self.seqlen, copies)
+        gpus = 1 if processes.device() else max(1, cpu.gpus())
+        if settings.recover:
+            left = [(layer, round(layer.size * (1 - task.target))) for layer in self.layers]
+            how = (settings.train, settings.rank, settings.states)
+            stored = sum(memory.trained_bytes(*pair, *how) for pair in left if settings.by == "model") // gpus
+            step = (self.seqlen, settings.batch, settings.batch)
+            needed = max(needed, stored + memory.price_working_set(self.skeleton, self.layers, dtype, *step))
         if task.needs == "lamp_score":
             return needed + block_scores.LAMP_BYTES * max(layer.size for layer in self.layers)
         if task.needs != "price":
             return needed
-        gpus = 1 if processes.device() else max(1, cpu.gpus())
         effort = settings.price_options().effort
         ranks = memory.rank_bytes(self.layers, task.by_magnitude) // gpus  # each layer's are on its own device
         windows = (effort.length(self.seqlen), effort.windows_per_step, price.FIT_WINDOWS + effort.held_out_windows)
@@ -178,10 +187,10 @@ class LanguageModel:
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""
         key = (self.dtypes, self.streamed, self.dropping and (self.seed, self.calibration_digest))
-        if self._loaded_as == key:
+        if self.loaded_as == key:
             self.weights.restore(self.dense)
             return
-        self.weights = self.dense = self._loaded_as = None
+        self.weights = self.dense = self.loaded_as = None
         self.scores.clear()
         source, dtypes = self.source, self.dtypes
         if sparse.is_packed(source.path):
@@ -198,7 +207,7 @@ class LanguageModel:
             self.weights = self.weights.keeping(self._kept_experts())
         self.measured = self.weights
         if self.planned:
-            self.dense, self._loaded_as = self.weights.snapshot(), key
+            self.dense, self.loaded_as = self.weights.snapshot(), key
 
     def _kept_experts(self) -> dict[str, list[int]]:
         """Return the numbers of the experts that stay, by experts module, for the weights of the whole model."""
@@ -221,7 +230,7 @@ class LanguageModel:
     def price_model(self, effort: price.Effort, by_magnitude: bool) -> price_model.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""
         device = next(iter(self.weights.visit())).device
-        dtype = price_model.search_dtype(self.price_dtype, device, self.dtypes.compute)
+        dtype = search_dtype(self.price_dtype, device, self.dtypes.compute)
         step = (effort.windows_per_step, effort.token_stride)
         return price_model.LanguagePriceModel(self.weights, self.search, *step, dtype, by_magnitude)
 

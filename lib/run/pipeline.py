@@ -34,6 +34,7 @@ class Subject(Protocol):
     """What a run prunes: a model whose blocks are lent by its weights, and the data that it is calibrated on."""
 
     name: str  # the model's, for caches and plans
+    given: str  # the same as the user gave it, or an absolute path
     weights: Weights  # what is pruned
     measured: Weights  # what a metric is measured on
     dense: Mapping[str, torch.Tensor] | None  # a copy of the dense weights, if one is held
@@ -166,17 +167,20 @@ def prune(
     checked to hold blocks of this same run, or none.
     """
     if journal:
-        versions = {name: provenance()["versions"][name] for name in ("torch", "transformers")}
-        device = next(iter(subject.weights.visit())).device.type
-        # The number of processes determines the order of float32 additions.
-        machine = versions | {"device": device, "processes": str(processes.count())}
-        identity = {"model": subject.name, "flags": task.identity, "versions": machine, "plan": digest(plan)}
+        identity = {"model": subject.name, "source": subject.given, "flags": task.identity, "plan": digest(plan)}
+        identity["versions"] = machine(subject.weights)
         identity |= {"calibration": subject.calibration_digest, "fingerprints": subject.weights.fingerprints()}
-        if task.pruner.statistic and device == "cpu":
+        if task.pruner.statistic and identity["versions"]["device"] == "cpu":
             identity["bits"] = {"the number of threads": torch.get_num_threads(), "the compiled kernel": _kernel()}
         journal.begin(identity)
     inputs = subject.inputs()._replace(dtype=subject.calib_dtype) if task.pruner.statistic else None
     return walk.walk(subject.weights, plan, task.pruner, inputs, values, propagate, journal)
+
+
+def machine(weights: Weights) -> dict[str, str]:
+    """Return what the bits of a result depend on besides flags and data; processes: the order of float32 additions."""
+    versions = {name: provenance()["versions"][name] for name in ("torch", "transformers")}
+    return versions | {"device": next(iter(weights.visit())).device.type, "processes": str(processes.count())}
 
 
 def _kernel() -> str:

@@ -89,6 +89,13 @@ def show_run(console: Console, record: Record) -> None:
     headings = ("method", "target", "sparsity", "perplexity", "seconds", "peak memory")
     figures = [(*row, f"{seconds:.1f}", f"{peak} MB")]
     show(console, f"{content['model']['given']}: {content['method']}", headings, figures)
+    if recovery := content.get("recovery"):
+        before, after = recovery["perplexity_before"], content["perplexity"]
+        pairs = (("before", recovery["sparsity_before"], recovery["held_before"], before),
+                 ("after", content["sparsity"], recovery["held_after"], after))  # fmt: skip
+        rows = [(name, f"{zeros:.4f}", f"{loss:.4f}", f"{ppl:.4f}" if ppl else "-") for name, zeros, loss, ppl in pairs]
+        title = f"recovery: {recovery['tokens']} tokens in {recovery['seconds']:.0f} s, learning rate "
+        show(console, f"{title}{recovery['learning_rate']:.3g}", ("", "sparsity", "held-out loss", "perplexity"), rows)
     commit = (provenance()["git_commit"] or "unknown")[:12]
     line(console, f"model:   {content['model']['name']}, seed {content['flags']['seed']}, commit {commit}")
     patterns = Counter("{}:{}".format(*report.nm) for report in record.rows if report.nm)

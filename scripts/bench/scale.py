@@ -24,6 +24,7 @@ from lib.models.locate import SMOLLM2, locate
 from lib.models.safetensors_io import write_index, write_shard
 from lib.pruning import alps
 from lib.pruning.pruners import PRUNERS
+from lib.recovery.adam import STATES
 from scripts.table import formatted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,6 +163,29 @@ def needs(size: str, nsamples: int, seqlen: int) -> Iterator[dict]:
         }  # fmt: skip
 
 
+def recovery_needs(size: str, sparsity: float, states: str, batch: int, seqlen: int) -> tuple[int, int]:
+    """Return the bytes that recovery of a model of SIZES needs, end to end and block by block, with 16-bit weights."""
+    model, half = skeleton(SIZES[size]), torch.float16
+    layers = prunable_layers(model)
+    each = [memory.trained_bytes(x, round(x.size * (1 - sparsity)), "surviving", 0, states) for x in layers]
+    work = memory.price_working_set(model, layers, half, seqlen, batch, batch)
+    block = [layer.size * 2 + kept for layer, kept in zip(layers, each, strict=True) if layer.block == 0]
+    # Of a dense block and a pruned one the latter's states are kept as well.
+    return 2 * sum(p.numel() for p in model.parameters()) + sum(each) + work, 2 * sum(block) + work
+
+
+def show_recovery(settings: Scale) -> None:
+    """Print what recovery needs by size and sparsity, and block by block."""
+    rows = []
+    for size in SIZES:
+        for sparsity in (0.5, 0.7):
+            needed = {states: recovery_needs(size, sparsity, states, 1, settings.seqlen) for states in STATES}
+            whole = [f"{needed[states][0] / 1e9:.0f} GB" for states in STATES]
+            rows.append((size, str(sparsity), *whole, f"{needed['float32'][1] / 1e9:.0f} GB"))
+    headings = ("model", "sparsity", *(f"recovery, {states}" for states in STATES), "recovery by block")
+    print(formatted([headings, *rows], "markdown"))
+
+
 def measured_rate() -> float:
     """Return the operations per second of a product at LLaMA-7B's shapes: half precision on a GPU, else float32."""
     cuda = cpu.gpus() > 0
@@ -205,6 +229,7 @@ def show_needs(settings: Scale) -> None:
     )
     headings += ("Hessians of a block", "disk")
     print(formatted([headings, *mixture_rows(nsamples, seqlen)], "markdown"))
+    show_recovery(settings)
 
 
 def make_checkpoint(settings: Scale, folder: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 from conftest import tiny_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lib.allocation import price_model
 from lib.allocation.price import EFFORTS
 from lib.allocation.price_model import BAND, LanguagePriceModel, band_price, pruned_copy, row_ranks
 from lib.core.errors import UserError
@@ -18,6 +17,7 @@ from lib.models import memory
 from lib.models.layers import Layer
 from lib.models.weights import weights_of
 from lib.pruning.pruners import magnitude, wanda
+from lib.recovery import block_walk
 
 WINDOWS = torch.randint(3, 300, (6, 24), generator=torch.Generator().manual_seed(1))
 HELD = torch.randint(3, 300, (3, 24), generator=torch.Generator().manual_seed(2))
@@ -236,7 +236,7 @@ def test_activations_are_kept_where_there_is_room(effort, monkeypatch):
     need = memory.rank_bytes(layers)
     need += memory.price_working_set(weights.model, layers, torch.float32, 24, step, windows)
     every = need + memory.activation_bytes(layers, torch.float32, 24 * step)
-    limit = price_model.KEEP_WITHIN
+    limit = block_walk.KEEP_WITHIN
     for free, keeps in ((need, False), (every / limit - 1, False), (every / limit + 1, True)):
         monkeypatch.setattr(memory, "free_memory", lambda _, free=free: {"cpu": free})
         assert prices_of(weights, (WINDOWS, HELD), effort).walk.keeps_activations is keeps

@@ -225,6 +225,20 @@ def test_layers_are_solved_by_owners(pruner, place):
     assert len(solved[0] + solved[1]) == len(set(solved[0] + solved[1])) == 12 and min(map(len, solved)) >= 3
 
 
+RECOVERED = ["--recover 600", "--recover 1200 --by block --stream always", "--recover 600 --train low_rank"]
+
+
+@pytest.mark.parametrize("more", fast(RECOVERED, 2))
+def test_recovery_is_the_same_but_for_the_order_of_sums(more, place):
+    flags = f"--prune_method magnitude --batch 3 {more} "  # one window of a step, and two
+    one, two = outcome(place, flags, 1), outcome(place, flags, 2)
+    losses = [record["recovery"]["losses"] for record in (one[0], two[0])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) >= 6
+    for key in ("held_before", "held_after", "perplexity_before"):
+        assert one[0]["recovery"][key] == pytest.approx(two[0]["recovery"][key], rel=1e-3), key
+    assert different(one[1], two[1]) == 0 and two[0]["perplexity"] == pytest.approx(one[0]["perplexity"], rel=1e-3)
+
+
 forever = ExitStack()
 
 
@@ -247,7 +261,7 @@ def on_pretend_cuda(rank: int) -> None:
     processes.join = join
 
 
-@pytest.mark.parametrize("more", fast(["sparsegpt_owl --stream always", "wanda_ww"], 1))
+@pytest.mark.parametrize("more", fast(["sparsegpt_owl --stream always", "wanda --recover 600 --batch 3"], 1))
 def test_on_pretend_gpus(more, place):
     flags = f"--prune_method {more} --dtype float32 --nsamples 3 --eval_windows 3"
     one, two = outcome(place, flags, 1), outcome(place, flags, 2, on_pretend_cuda)

@@ -20,6 +20,7 @@ from test_streamed import hashes
 import main
 from lib.allocation import epsilon
 from lib.calibration import hidden
+from lib.cli.settings import RecoveryFlags
 from lib.core import files
 from lib.core.progress import Progress
 from lib.evaluation import perplexity
@@ -282,7 +283,9 @@ def test_identity_holds_every_flag_that_changes_the_weights():
     free = {"model", "cache_dir", "ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor", "eval_data",
             "eval_windows", "eval_wikitext", "eval_zero_shot", "tasks", "num_fewshot", "limit", "eval_batch_size",
             "include_path", "save", "save_model", "packed", "stream", "hidden_states", "restart"}  # fmt: skip
-    assert set(made.identity()) == set(made.flags()) - free
+    trained = set(RecoveryFlags.__annotations__) - {"_title"}
+    assert set(made.identity()) == set(made.flags()) - free - trained
+    assert set(made.recovery_identity()) == trained | {"seed", "dtype", "calib_data", "seqlen"}
 
 
 @pytest.mark.parametrize("how", ["altered", "gone", "another"])

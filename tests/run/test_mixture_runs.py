@@ -146,6 +146,23 @@ def test_dropped_experts_in_memory_and_streamed(by, mixture, run):
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
+@pytest.mark.parametrize("flags", fast(["", "--by block --stream always", "--train low_rank --rank 4"], 2))
+def test_what_is_left_of_experts_is_recovered(flags, mixture, run):
+    base = "--prune_method wanda --sparsity_ratio 0.5 --drop_experts 0.25 --recover 1920 --save out --save_model kept"
+    assert run(mixture, f"{base} {flags}") == 0
+    record = record_of("out")
+    report = record["recovery"]
+    assert report["held_after"] < report["held_before"] and record["sparsity"] == report["sparsity_before"]
+    again = weights_of(tf.AutoModelForCausalLM.from_pretrained(record["saved_model"]))
+    assert again.sparsity() == pytest.approx(record["sparsity"])
+    if not flags:
+        pruned = saved_tensors(Path("kept/wanda_0.5_drop0.25"))
+        recovered = saved_tensors(Path(record["saved_model"]))
+        name = "model.layers.1.mlp.experts.0.down_proj.weight"
+        assert torch.equal(pruned[name] == 0, recovered[name] == 0) and not torch.equal(pruned[name], recovered[name])
+        assert torch.equal(pruned["model.layers.1.mlp.gate.weight"], recovered["model.layers.1.mlp.gate.weight"])
+
+
 def test_experts_are_dropped_without_a_sparsity(mixture, run):
     assert run(mixture, "--prune_method magnitude --drop_experts 0.5 --save out --save_model kept --nsamples 6") == 0
     record = record_of("out")

@@ -1,0 +1,107 @@
+"""Recovery of a pruned model: the dense one is distilled into its weights: python lora_ft/recover.py --help"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+
+from lib.cli.command import command, make_parser
+from lib.cli.flags import flag
+from lib.cli.settings import AllocationFlags, Experiment, PruningFlags, ZeroShotFlags, parse_nm
+from lib.cli.task import Task
+from lib.core import processes
+from lib.core.errors import UserError
+from lib.run import checks, recovery, report
+from lib.run.language import LanguageModel
+from lib.run.record import Record, is_unmeasured
+
+
+@dataclass(kw_only=True)
+class Recover(Experiment):
+    """The flags of recover.py: those of main.py about texts, recovery, evaluation and output, and two models."""
+
+    _title: ClassVar[str] = "models"
+    _without: ClassVar[Sequence[str]] = (
+        "nsamples", *PruningFlags.__annotations__, *AllocationFlags.__annotations__, *ZeroShotFlags.__annotations__
+    )  # fmt: skip
+    _spelled: ClassVar[dict[str, str]] = {"recover": "tokens"}
+
+    model: str = flag(MISSING, "the pruned model: folder or hub id")
+    dense: str | None = flag(
+        None, "the model it was pruned from, or none, to train on the text alone (default: the one its pruning.json "
+        "names)", metavar="NAME",
+    )  # fmt: skip
+    recover: int = flag(MISSING, "tokens of {calib_data} to train on, a count", least=1)
+    save_model: str = flag(MISSING, "where the recovered model is written", metavar="DIR")
+
+    def task(self) -> Task:
+        flags = recovery.manifest(Path(self.model)).get("flags", {})
+        nm = parse_nm(flags.get("sparsity_type", "unstructured"))
+        target = 1 - nm[0] / nm[1] if nm else flags.get("sparsity_ratio", 0.0)
+        return self.settled(Task("recovered", None, "", target))
+
+    def recovered_folder(self, task: Task) -> Path:
+        return Path(self.save_model)
+
+    def dense_model(self) -> str | None:
+        """Return the name of the dense model, None to train without one."""
+        name = self.dense or recovery.manifest(Path(self.model)).get("source")
+        if name is None:
+            problem = f"is needed: {self.model} does not say what it was pruned from"
+            raise UserError("dense", None, problem, "give that model, or none to train on the text alone")
+        return None if name == "none" else name
+
+
+PARSER = make_parser(
+    Recover,
+    "recover.py",
+    "Distil the dense model into the weights that pruning left; zeros stay zeros.",
+    "example: python lora_ft/recover.py --model out/wanda_price_0.7 --tokens 50000 --calib_data wiki_leads "
+    "--eval_data wiki_leads --seqlen 512 --eval_windows 10 --save_model out/recovered",
+)
+
+
+def run(settings: Recover) -> None:
+    """Recover a model, save it, and measure its perplexity before and after."""
+    processes.join()
+    settings.warn_of_idle()
+    console, task, flags = Console(quiet=not processes.is_main()), settings.task(), settings.flags()
+    subject, record = LanguageModel(), Record(Path(settings.save), task.run)
+    with record.stage("prepare"):
+        checks.check_output(record.folder, task.run, None, flags, settings.paths())
+        subject.prepare(settings, task)
+        recovery.prepare_recovery(subject, settings, task, settings.dense_model())
+        record.content |= report.task_entries(task, flags) | subject.describe(flags)
+        unmeasured = is_unmeasured(record.folder, task.run, flags)
+    with record.stage("load"):
+        subject.load()
+        record.content["dense_zeros"] = record.content["sparsity"] = subject.weights.sparsity()
+
+    again = f"the same command resumes; what is stored lies beside {settings.save_model}"
+    with record.explain_failure(partial(str, again)):
+        recovery.add_to(record, subject, settings, task, unmeasured)
+        record.write()
+        if subject.evaluation is not None:
+            with record.stage("evaluate"):
+                record.content["perplexity"] = subject.perplexity()
+        record.write(complete=True)
+    report.show_run(console, record)
+    processes.leave()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    resume = "the same command resumes after the last state that was stored"
+    out_of_memory = "lower --batch or --seqlen, use --states 8bit or --by block, or more GPUs"
+    return command(Recover, run, argv, PARSER, resume, processes=True, out_of_memory=out_of_memory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
