@@ -18,7 +18,7 @@ from lib.core.lazy import torch, transformers
 ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 # What configs call the number of experts, and that of a token's.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-ACTIVE = ("num_experts_per_tok", "moe_top_k", "top_k_experts", "moe_k", "moe_topk")
+_ACTIVE = ("num_experts_per_tok", "moe_top_k", "top_k_experts", "moe_k", "moe_topk")
 _MARKS = ("has_gate", "has_bias", "is_transposed")
 
 
@@ -133,6 +133,11 @@ def router_types(model: torch.nn.Module) -> tuple[type, ...]:
             kind = getattr(recorder, "target_class", recorder)
             found += [kind] if isinstance(kind, type) else []
     return tuple(dict.fromkeys(found))
+
+
+def active_experts(model: torch.nn.Module) -> int:
+    """Return through how many experts a token passes in each block, 0 in a dense model."""
+    return max(getattr(getattr(model, "config", None), name, None) or 0 for name in _ACTIVE)
 
 
 def set_experts(config: transformers.PreTrainedConfig, count: int) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lib.core import cpu, processes
 from lib.core.lazy import torch
-from lib.models.experts import ACTIVE
+from lib.models.experts import active_experts
 from lib.models.layers import Layer, find_blocks, prunable_layers
 from lib.models.weights import Block, Weights
 
@@ -106,7 +106,7 @@ def working_set(
     """
     vocabulary, width = skeleton.get_input_embeddings().weight.shape
     weights = statistics = activations = 0
-    active = max(getattr(skeleton.config, name, None) or 0 for name in ACTIVE)
+    active = active_experts(skeleton)
     layers = prunable_layers(skeleton)
     for index, block in enumerate(find_blocks(skeleton)[1]):
         outside = [layer.shape for layer in layers if layer.block == index and not layer.expert]
@@ -118,7 +118,9 @@ def working_set(
         held += min(sum(inputs**2 for _, inputs in inside), EXPERT_HESSIANS // 4)
         largest = max(inputs**2 for _, inputs in outside + inside)
         statistics = max(statistics, scores + (held + 2 * largest if hessians else 0))
-        outputs = sum(out for out, _ in outside) + active * sum(out for out, _ in inside) // max(1, experts)
+        outputs = sum(out for out, _ in outside) + (active or experts) * sum(out for out, _ in inside) // max(
+            1, experts
+        )
         activations = max(activations, outputs + 4 * width)
     half = dtype.itemsize
     weights += 2 * vocabulary * width
@@ -186,10 +188,16 @@ def rank_bytes(layers: Sequence[Layer], whole: bool = False) -> int:
     return sum(layer.size * (2 if (layer.size if whole else layer.shape[1]) <= 2**15 else 4) for layer in layers)
 
 
-def activation_bytes(layers: Sequence[Layer], dtype: torch.dtype, tokens: int) -> int:
-    """Return at most the bytes of pruned copies of ``layers`` and of their blocks' activations for ``tokens``."""
-    activations = tokens * 3 * sum(sum(layer.shape) for layer in layers)
-    return dtype.itemsize * (sum(layer.size for layer in layers) + activations)
+def activation_bytes(layers: Sequence[Layer], dtype: torch.dtype, tokens: int, active: int = 0) -> int:
+    """Return at most the bytes of pruned copies of ``layers`` and of their blocks' activations for ``tokens``.
+
+    A token passes through ``active`` of a block's experts, 0 for all.
+    """
+    inside = [layer for layer in layers if layer.expert]
+    experts = len({layer.expert for layer in inside}) / max(1, len({layer.block for layer in inside})) or 1
+    widths = sum(sum(layer.shape) for layer in layers if not layer.expert)
+    widths += math.ceil(sum(sum(layer.shape) for layer in inside) * (active or experts) / experts)
+    return dtype.itemsize * (sum(layer.size for layer in layers) + 3 * tokens * widths)
 
 
 def price_working_set(
@@ -204,7 +212,8 @@ def price_working_set(
     vocabulary, width = model.get_input_embeddings().weight.shape
     blocks = layers[-1].block + 1
     by_block = [[layer for layer in layers if layer.block == i] for i in range(blocks)]
-    largest = max(activation_bytes(block, dtype, step * tokens) for block in by_block)
+    active = active_experts(model)
+    largest = max(activation_bytes(block, dtype, step * tokens, active) for block in by_block)
     hidden = dtype.itemsize * (step * blocks + 3 * windows) * tokens * width
     # Scores, their order (int64) and its temporaries; a gradient later takes their place.
     sort = 24 * max(layer.size for layer in layers)
@@ -235,7 +244,7 @@ def gradient_bytes(
     return {
         place: PriceBytes(
             work + sum(stored[layer.name] for layer in layers),
-            activation_bytes(layers, dtype or model.dtype, step * tokens),
+            activation_bytes(layers, dtype or model.dtype, step * tokens, active_experts(model)),
         )
         for place, layers in places.items()
     }

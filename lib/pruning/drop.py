@@ -14,7 +14,7 @@ from lib.calibration.hidden import BlockInputs, advance, pass_samples
 from lib.core import processes
 from lib.core.errors import UserError
 from lib.core.lazy import torch
-from lib.models.experts import ACTIVE, is_experts
+from lib.models.experts import active_experts, is_experts
 from lib.models.layers import Layer
 from lib.models.weights import Weights
 
@@ -34,7 +34,7 @@ def remaining_experts(model: torch.nn.Module, share: float) -> int:
     if len(counts) != 1:
         raise UserError("drop_experts", share, "needs a mixture with as many experts in each block")
     (count,), config = counts, model.config
-    left, active = count - int(count * share + 1e-9), max(getattr(config, name, 0) or 0 for name in ACTIVE)
+    left, active = count - int(count * share + 1e-9), active_experts(model)
     groups = getattr(config, "n_group", 1) or 1
     if left == count:
         raise UserError("drop_experts", share, f"drops none of {count} experts", f"give at least {1 / count:.3g}")
