@@ -218,16 +218,8 @@ def show_needs(settings: Scale) -> None:
         f"computed from shapes; hours are PFLOP at {rate / 1e12:.3g} TFLOP/s ({source}), without reading, writing and "
         "evaluation.\n"
     )
-    headings = (
-        "mixture",
-        "weights",
-        "experts",
-        "GPU, wanda",
-        "GPU, sparsegpt",
-        "streamed, wanda",
-        "streamed, sparsegpt",
-    )
-    headings += ("Hessians of a block", "disk")
+    headings = "mixture|weights|experts|GPU, wanda|GPU, sparsegpt|streamed, wanda|streamed, sparsegpt".split("|")
+    headings += ["Hessians of a block", "disk"]
     print(formatted([headings, *mixture_rows(nsamples, seqlen)], "markdown"))
     show_recovery(settings)
 
