@@ -19,6 +19,7 @@ from lib.core import digests, files
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch, transformers
 from lib.models import load, locate, memory
+from lib.models.layers import prunable_layers, refuse_experts
 from lib.models.weights import Weights, weights_of
 
 log = logging.getLogger("lora_ft")
@@ -99,6 +100,7 @@ def find_base(settings: PrunedModel) -> Base:
         except UserError as error:
             error.field = "config_name"
             raise
+    refuse_experts("model", settings.model, prunable_layers(skeleton))
     return Base(source, skeleton, tokenizer, skeleton.config if borrows_config else None)
 
 

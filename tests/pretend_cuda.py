@@ -173,6 +173,8 @@ class _AllCalls(TorchFunctionMode):
             func, args = torch.Tensor.to, (args[0], CUDA)
         if func is torch.Tensor.to and isinstance(args[1] if len(args) > 1 else None, CudaTensor):
             args = (args[0], CUDA, args[1].dtype, *args[2:])
+        if func is torch.nn.functional.softmax and kwargs.get("dtype") and isinstance(args[0], CudaTensor):
+            args = (args[0].to(kwargs.pop("dtype")), *args[1:])  # which C++ would do on the CPU
         if func in _AUTOCAST and torch.is_autocast_enabled("cuda"):
             args = tuple(_autocast(arg) for arg in args)
         return func(*args, **kwargs)

@@ -88,6 +88,6 @@ def wanda_scores(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[tupl
     """Yield the name and the scores |W| * sqrt(s), [out, in], of each layer; ``keep`` as for statistics."""
     for name, linear in block.linears.items():
         check_finite(name, linear.weight)
-    for names, squares in input_statistics(block, inputs, "squared_norms", keep):
+    for names, squares, _ in input_statistics(block, inputs, "squared_norms", keep):
         for name in names:
             yield name, block.linears[name].weight.detach().flatten(1).abs() * squares.sqrt()

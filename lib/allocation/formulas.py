@@ -14,7 +14,13 @@ from lib.models.layers import Layer
 
 log = logging.getLogger(__name__)
 
-MAPPINGS = ("block_wise", "layer_wise")
+# What shares a ratio, and the mean of the metric: all matrices of a block; those of each expert of a mixture, and the
+# rest of its block; or each matrix alone.
+MAPPINGS: dict[str, Callable[[Layer], object]] = {
+    "block_wise": lambda layer: layer.block,
+    "expert_wise": lambda layer: (layer.block, layer.expert),
+    "layer_wise": lambda layer: layer.name,
+}
 # Fraction of the weights by which mixed N:M may miss the target.
 _NM_TOLERANCE = 1e-3
 
@@ -36,7 +42,7 @@ def heavy_tailed(layers: Sequence[Layer], target: float, values: Values, epsilon
 
     Args:
         epsilon: half width of the map before scaling, in [0, 1].
-        mapping_type: ``block_wise`` (each matrix of a block gets the block's mean metric) or ``layer_wise``.
+        mapping_type: a name of MAPPINGS.
     """
     groups, x = _scaled_groups(layers, values, mapping_type)
     _warn_if_capped("epsilon", epsilon, largest_epsilon(layers, target, values, mapping_type))
@@ -54,7 +60,10 @@ def largest_epsilon(layers: Sequence[Layer], target: float, values: Values, mapp
 
 def _scaled_groups(layers: Sequence[Layer], values: Values, mapping_type: str) -> tuple[list[list[Layer]], list[float]]:
     """Return the groups that share a ratio, and the mean metric of each, scaled to [0, 1]."""
-    groups = _blocks(layers) if mapping_type == "block_wise" else [[layer] for layer in layers]
+    by_key: dict[object, list[Layer]] = {}
+    for layer in layers:
+        by_key.setdefault(MAPPINGS[mapping_type](layer), []).append(layer)
+    groups = list(by_key.values())
     return groups, _scaled([sum(values[layer.name] for layer in group) / len(group) for group in groups])
 
 

@@ -121,6 +121,9 @@ def _descend(
     names, sizes = [layer.name for layer in layers], [layer.size for layer in layers]
     count, effort = options.steps, options.effort
     ratios = [target] * len(layers)
+    # A few windows seldom use some experts, whose price near 0 proves nothing, and some experts carry a whole model
+    # (arXiv 2507.23279): each keeps half of what uniform ratios would leave of it.
+    highest = [(1 + target) / 2 if layer.expert else _bounds(target)[1] for layer in layers]
     draw, order, steps, prices = random.Random(0), [], [], None
     bar = tqdm(range(count), desc="prices", unit="step", disable=None)
     for t in bar:
@@ -136,19 +139,25 @@ def _descend(
             latest = [MOMENTUM * p + (1 - MOMENTUM) * q for p, q in zip(prices, latest, strict=True)]
         prices = latest
         logits, spread = next_logits(ratios, prices, sizes, target, STEP * (1 - t / count))
-        ratios = within_budget(logits, sizes, target)
+        ratios = within_budget(logits, sizes, target, highest)
         evaluates = (t + 1) % effort.evaluate_every == 0 or t + 1 == count
         steps.append(Step(spread, loss, model.kl(dict(zip(names, ratios, strict=True))) if evaluates else None))
         bar.set_postfix(spread=f"{spread:.2f}", KL=f"{loss:.3f}")
     return dict(zip(names, ratios, strict=True)), steps
 
 
-def within_budget(logits: Sequence[float], sizes: Sequence[int], target: float) -> list[float]:
-    """Return ratios sigmoid(logit + c), cut at the bounds, with c such that their mean by size is ``target``."""
+def within_budget(
+    logits: Sequence[float], sizes: Sequence[int], target: float, highest: Sequence[float] | None = None
+) -> list[float]:
+    """Return ratios sigmoid(logit + c), cut at the bounds, with c such that their mean by size is ``target``.
+
+    ``highest`` are the upper bounds, each at least the target, if they are not the usual ones.
+    """
     low, high = _bounds(target)
+    highest = [high] * len(logits) if highest is None else highest
 
     def ratios(c: float) -> list[float]:
-        return [min(max(1 / (1 + math.exp(-(x + c))), low), high) for x in logits]
+        return [min(max(1 / (1 + math.exp(-(x + c))), low), top) for x, top in zip(logits, highest, strict=True)]
 
     # At these ends all ratios are at most, and at least, the target.
     left, right = _logit(target) - max(logits), _logit(target) - min(logits)

@@ -34,6 +34,7 @@ class BlockInputs(NamedTuple):
     sample, without a live cache. ``samples`` is what statistics are divided by, over all processes (None: the number of
     tokens). ``tuples`` collects the indices of the blocks that return their hidden states in a tuple. ``dtype`` is that
     of the products in a block, None for the block's own; values passed between layers keep their precision.
+    ``expert_weighting`` is a name of EXPERT_WEIGHTING, for statistics.
     """
 
     hidden: torch.Tensor | list[torch.Tensor]
@@ -41,6 +42,7 @@ class BlockInputs(NamedTuple):
     samples: int | None
     tuples: set[int]
     dtype: torch.dtype | None = None
+    expert_weighting: str = "auto"
 
 
 class PassEnded(Exception):

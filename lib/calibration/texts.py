@@ -15,8 +15,7 @@ from tqdm import tqdm
 from lib.core.errors import UserError, first_line
 from lib.core.lazy import torch
 from lib.core.names import did_you_mean
-from lib.models.hub import check_hub
-from lib.models.load import Tokenizer
+from lib.models.load import Tokenizer, check_hub
 
 LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
 # Documents to tokenise at once: enough for a fast tokenizer's threads.

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from lib.allocation import price
-from lib.allocation.block_scores import BLOCK_SCORES
+from lib.allocation.block_scores import BLOCK_SCORES, WEIGHT_SCORES
 from lib.allocation.formulas import ALLOCATIONS, MAPPINGS
 from lib.calibration import texts
 from lib.calibration.hidden import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
+from lib.calibration.statistics import EXPERT_WEIGHTING
 from lib.cli.flags import Flags, flag
 from lib.cli.task import Measurement, Task
 from lib.core.errors import UserError, flag_name
@@ -22,6 +23,7 @@ from lib.models.layers import SUPPORTED
 from lib.models.load import DTYPES
 from lib.models.locate import SMOLLM2
 from lib.pruning import plan as plans
+from lib.pruning.drop import DROP_BY
 from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, configured
 from lib.recovery.adam import STATES, TRAINED
 from lib.recovery.block_walk import SEARCH_DTYPES
@@ -107,7 +109,9 @@ class AllocationFlags(Flags):
         0.3, "half width of the map from metric to sparsity, in [0, 1], or auto: the best on held-out calibration text",
         least=0, most=1, **OF_WW,
     )  # fmt: skip
-    mapping_type: str = flag("block_wise", "{choices}", choices=MAPPINGS, **OF_WW)
+    mapping_type: str = flag(
+        "block_wise", "what shares a ratio: {choices}; an expert is one of a mixture's", choices=list(MAPPINGS), **OF_WW
+    )
     esd_driver: str = flag(
         "exact", "{choices}: float32 SVD (published), float64 Gram matrix", choices=DRIVERS, only="_ww"
     )
@@ -131,6 +135,28 @@ class AllocationFlags(Flags):
     export_llmcompressor: str | None = flag(
         None, "write an llm-compressor recipe (YAML) of them", only=" | ".join(plans.LLM_COMPRESSOR), metavar="FILE"
     )
+
+
+@dataclass(kw_only=True)
+class MixtureFlags(Flags):
+    _title: ClassVar[str] = "mixtures of experts"
+
+    only: str | None = flag(
+        None, "{choices}: the sparsity is that of the experts, all else stays dense", choices=("experts",),
+        only="pruning",
+    )  # fmt: skip
+    drop_experts: float = flag(
+        0.0, "fraction of each block's experts to remove as a whole before the sparsity, in [0, 1)",
+        least=0, below=1, only="pruning",
+    )  # fmt: skip
+    drop_by: str = flag(
+        "reap", "what they are chosen by: {choices}; reap: their part in the output, alpha: {ww_metric}",
+        choices=DROP_BY, only="drop_experts",
+    )  # fmt: skip
+    expert_weighting: str = flag(
+        "auto", "by which the tokens of an expert count: {choices}; auto: router for norms, none for Hessians",
+        choices=EXPERT_WEIGHTING, only=CALIBRATED,
+    )  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -266,17 +292,31 @@ class MethodFlags(PruningFlags, AllocationFlags):
         """Return the ``task`` with its traits and the allocations' hyper-parameters."""
         names = {"owl_m"}.union(*(allocation.flags for allocation in ALLOCATIONS.values()))
         hyper = {name: getattr(self, name) for name in names}
-        return task._replace(hyper=hyper, traits=frozenset(self.traits()))
+        mixture = {
+            item.name: getattr(self, item.name)
+            for title, item, _ in self.declared()
+            if title == MixtureFlags._title and getattr(self, item.name) != item.default
+        }
+        return task._replace(hyper=hyper, mixture=mixture, traits=frozenset(self.traits()))
 
 
 @dataclass(kw_only=True)
 class Experiment(
-    ModelFlags, TextFlags, MethodFlags, RecoveryFlags, EvaluationFlags, ZeroShotFlags, OutputFlags, ScaleFlags
+    ModelFlags,
+    TextFlags,
+    MethodFlags,
+    MixtureFlags,
+    RecoveryFlags,
+    EvaluationFlags,
+    ZeroShotFlags,
+    OutputFlags,
+    ScaleFlags,
 ):
     """The flags of main.py."""
 
     def traits(self) -> set[str]:
-        return super().traits() | ({"evaluation"} if self.eval_wikitext and not self.metrics_only else set())
+        traits = super().traits() | ({"evaluation"} if self.eval_wikitext and not self.metrics_only else set())
+        return traits | ({"calibration"} if self.drop_experts and self.drop_by == "reap" else set())
 
     def check(self) -> None:
         for name in ("prune_method", "eval_wikitext", "eval_zero_shot"):
@@ -290,6 +330,9 @@ class Experiment(
             problem = f"does nothing with --ww_metric {self.ww_metric}, which goes through weightwatcher's own spectrum"
             raise UserError(name, None, problem, "leave one of them out")
         task = self.task()
+        if self.only and (self.plan or task.needs in (*WEIGHT_SCORES, "price")):
+            problem = f"with {self.plan or task.method}, which says how much is removed of every matrix"
+            raise UserError("only", self.only, problem, "leave one of them out")
         if self.epsilon == "auto" and not (task.pruner and task.allocation == "ww"):
             raise UserError("epsilon", "auto", f"needs a --prune_method with _ww, not {task.method}")
         if (self.recover or "search" in task.traits) and self.eval_wikitext and self.one_file():
@@ -305,15 +348,16 @@ class Experiment(
 
     def identity(self) -> dict[str, object]:
         """Return the flags that determine the pruned weights, in their spelling."""
-        groups = (TextFlags, PruningFlags, AllocationFlags)
+        groups = (TextFlags, PruningFlags, AllocationFlags, MixtureFlags)
         names = {"seed", "dtype"}.union(*(group.__annotations__ for group in groups))
         names -= {"_title", "ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor"}
         return {self.spelling(name): getattr(self, name) for name in sorted(names)}
 
-    def measurement(self, model: str) -> Measurement:
-        """Return how the metric of the ``model`` is measured, and where it is cached."""
+    def measurement(self, model: str, whole: bool = False) -> Measurement:
+        """Return how the metric of the ``model`` is measured, and where it is cached; ``whole``: before experts go."""
         farms = spectrum.Farms(self.farms_rows, self.farms_ratio, self.farms_steps) if self.farms else None
         folder = Path(self.ww_metric_cache or Path(in_repository("data"), model))
+        folder = folder / "dropped" if self.drop_experts and not whole else folder
         return Measurement(self.ww_metric, folder, measure.SpectrumSettings(self.esd_driver, farms, self.seed))
 
     def price_options(self) -> price.SearchOptions:
@@ -342,7 +386,7 @@ class Experiment(
                 problem = f"with {method}: every layer keeps at least one of {nm[1]}: nothing can be distributed"
                 raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
         target = implied or self.sparsity_ratio
-        if not target:
+        if not target and not self.drop_experts:
             fix = "add --sparsity_ratio or --sparsity_type"
             raise UserError("prune_method", None, f"{method} without a sparsity", fix)
         if self.sparsity_ratio and abs(self.sparsity_ratio - target) > 1e-9:
@@ -352,7 +396,8 @@ class Experiment(
             raise UserError("use_variant", None, f"with {by}: the variant is unstructured only")
         table = VARIANTS if self.use_variant else PRUNERS
         pruner = configured(name, table, self.pruner_iterations, self.damping, self.refit)
-        return self.settled(Task(method, pruner, suffix, target, nm, plan=self.plan, identity=self.identity()))
+        task = Task(method, pruner, suffix, target, nm, plan=self.plan, identity=self.identity())
+        return self.settled(task)
 
 
 def parse_nm(sparsity_type: str) -> tuple[int, int] | None:

@@ -21,6 +21,7 @@ class Task(NamedTuple):
         target: fraction of the weights to remove; with ``nm``, N of every M columns are kept.
         hyper: hyper-parameters of all allocations by flag.
         identity: the flags that determine the pruned weights, for resuming.
+        mixture: the flags for mixtures of experts that differ from their defaults, by name.
         traits: what holds of the run, as flags declare what they are for (``MethodFlags.traits``).
     """
 
@@ -32,18 +33,24 @@ class Task(NamedTuple):
     hyper: Mapping[str, object] = {}
     plan: str | None = None
     identity: Mapping[str, object] = {}
+    mixture: Mapping[str, object] = {}
     traits: frozenset[str] = frozenset()
 
     @property
     def run(self) -> str:
         """Name of the run in its files."""
         recovered = "_recovered" if self.pruner and "recover" in self.traits else ""
-        return f"{self.method}_sparsity_{self.target}{recovered}"
+        return f"{self.method}_sparsity_{self.target}{self._dropped}{recovered}"
 
     @property
     def folder(self) -> str:
         """Name of the pruned model's folder."""
-        return f"{self.method}_{self.target}"
+        return f"{self.method}_{self.target}{self._dropped}"
+
+    @property
+    def _dropped(self) -> str:
+        share = self.mixture.get("drop_experts")
+        return f"_drop{share:g}" if share else ""
 
     @property
     def pruner_name(self) -> str:

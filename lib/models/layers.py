@@ -1,25 +1,32 @@
-"""Layers of a model: where its blocks are, and the name and shape of every matrix to prune."""
+"""Layers of a model: its blocks, the name and shape of every matrix to prune, and what checkpoints call each tensor."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lib.core.errors import UserError
 from lib.core.lazy import torch, transformers
+from lib.models.experts import ROLES, Place, is_experts, matrices, router_types
 
 SUPPORTED = (
     "LLaMA 1/2/3, Vicuna, Mistral, Qwen 2/3, SmolLM 2/3, Gemma 1/2/3, Phi 1/2/3, OPT, GPT-NeoX, GPT-J, Falcon, "
-    "StableLM, OLMo 2, Granite, Cohere 1/2, GLM-4, StarCoder 2, BLOOM, LFM2 (its attention blocks)"
+    "StableLM, OLMo 2, Granite, Cohere 1/2, GLM-4, StarCoder 2, BLOOM, LFM2, and of mixtures of experts Mixtral, "
+    "Qwen 2/3/3.5-MoE, Qwen3-Next, OLMoE, DeepSeek V2/V3, GLM-4-MoE, gpt-oss, Granite-MoE, Ernie 4.5, Nemotron-H"
 )
 
 
 class Layer(NamedTuple):
-    """A matrix to prune: its full dotted ``name``, the index of its ``block``, and its ``shape`` [out, in]."""
+    """A matrix to prune: its full dotted ``name``, the index of its ``block``, and its ``shape`` [out, in].
+
+    ``expert`` is the full name of the expert that it belongs to, "" where it is none's.
+    """
 
     name: str
     block: int
     shape: tuple[int, ...]
+    expert: str = ""
 
     @property
     def size(self) -> int:
@@ -46,40 +53,146 @@ def find_blocks(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
     return matching[0]
 
 
-def linear_modules(block: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """Return the linear layers inside a block by their names within it."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
+def linear_modules(block: torch.nn.Module, routers: tuple[type, ...] = ()) -> dict[str, torch.nn.Linear]:
+    """Return the linear layers inside a block by their names within it, the matrices of its experts among them.
+
+    What steers a mixture is left out: linear layers that are, or lie in, modules of the classes ``routers``, and gates
+    of one row.
+    """
+    found: dict[str, torch.nn.Linear] = {}
+    steering: list[str] = []
+    for name, module in block.named_modules():
+        if isinstance(module, routers):
+            steering.append(name)
+        if is_experts(module):
+            found |= {f"{name}.{key}": linear for key, linear in matrices(module).items()}
+        elif isinstance(module, torch.nn.Linear) and module.out_features > 1:
+            found[name] = module
+    inside = tuple(f"{name}." for name in steering)
+    return {name: module for name, module in found.items() if not f"{name}.".startswith(inside)}
+
+
+def _named_modules(model: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Linear]]:
+    """Yield the full name, the block and the module of each prunable layer, in the model's order."""
+    (prefix, blocks), routers = find_blocks(model), router_types(model)
+    for i, block in enumerate(blocks):
+        for name, module in linear_modules(block, routers).items():
+            yield f"{prefix}.{i}.{name}", i, module
 
 
 def prunable_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
     """Return every linear layer inside the blocks, in the model's order (LLaMA: q k v o gate up down)."""
-    prefix, blocks = find_blocks(model)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if is_experts(module))
     return tuple(
-        Layer(f"{prefix}.{i}.{name}", i, tuple(module.weight.shape))
-        for i, block in enumerate(blocks)
-        for name, module in linear_modules(block).items()
+        Layer(name, i, tuple(module.weight.shape), name.rpartition(".")[0] if name.startswith(inside) else "")
+        for name, i, module in _named_modules(model)
     )
 
 
 def prunable_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """Return the modules of the prunable layers of a model in memory, by their full names."""
-    return {layer.name: model.get_submodule(layer.name) for layer in prunable_layers(model)}
+    return {name: module for name, _, module in _named_modules(model)}
 
 
 def check_support(given: str, model: torch.nn.Module) -> None:
     """Refuse the model ``given`` if its blocks contain matrices that would silently be left dense."""
+    routers = router_types(model)
     for block in find_blocks(model)[1]:
-        linear = {id(p) for module in linear_modules(block).values() for p in module.parameters()}
-        left_dense = [name for name, p in block.named_parameters() if p.ndim > 1 and id(p) not in linear]
+        experts = [module for module in block.modules() if is_experts(module)]
+        steering = [m for m in block.modules() if isinstance(m, routers)]
+        vectors = [m for m in block.modules() if getattr(m, "out_features", 0) == 1]
+        # A depthwise convolution has a few weights for each channel, as a norm has one.
+        vectors += [m for m in block.modules() if isinstance(m, torch.nn.Conv1d) and m.groups == m.in_channels]
+        linear = linear_modules(block, routers).values()
+        covered = {id(p) for module in (*linear, *experts, *steering, *vectors) for p in module.parameters()}
+        left_dense = [name for name, p in block.named_parameters() if p.ndim > 1 and id(p) not in covered]
         lists = [m for m in block.modules() if isinstance(m, torch.nn.ModuleList) and any(map(linear_modules, m))]
-        if lists or any("expert" in name for name in left_dense):
-            reason = "it is a mixture of experts"
+        if experts and not hasattr(experts[0], "is_concatenated"):
+            reason = "a mixture of experts needs transformers 5.8"
+        elif experts and not routers:
+            reason = "it is a mixture of experts that does not name its routers"
+        elif lists or any("expert" in name for name in left_dense):
+            reason = "it is a mixture whose experts are not held as transformers marks them"
         elif left_dense:
             reason = f"its blocks hold matrices that are not linear layers ({left_dense[0]})"
         else:
             continue
         problem = f"{architecture(model.config)} is not supported, {reason}"
         raise UserError("model", given, problem, f"supported: {SUPPORTED}")
+
+
+def refuse_experts(field: str, value: object, layers: Sequence[Layer]) -> None:
+    """Refuse a mixture of experts where only dense models are supported."""
+    if any(layer.expert for layer in layers):
+        raise UserError(field, value, "is not supported for mixtures of experts")
+
+
+class Stored(NamedTuple):
+    """What a tensor of a checkpoint is in the model: the parameter or buffer ``name``, or the matrix at a ``place``."""
+
+    name: str
+    place: Place | None = None
+
+    def view(self, model: torch.nn.Module, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the tensor in the ``model``, of which it is a view, or in a ``tensor`` in the parameter's place."""
+        module = model.get_submodule(self.name.rpartition(".")[0])
+        tensor = getattr(module, self.name.rpartition(".")[2]).detach() if tensor is None else tensor
+        return tensor if self.place is None else self.place.view(module, tensor)
+
+
+# What is in a model for each tensor of a checkpoint, by its name there.
+Layout = dict[str, Stored]
+
+
+def stored_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters and buffers that a checkpoint holds; of tied ones the first."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+
+
+def own_layout(model: torch.nn.Module) -> Layout:
+    """Return the layout of a checkpoint with the model's own names and experts fused."""
+    return {name: Stored(name) for name, _ in stored_tensors(model)}
+
+
+def published_layout(model: torch.nn.Module) -> Layout:
+    """Return the layout of the checkpoint that ``save_pretrained`` writes; one that cannot be told is a UserError.
+
+    transformers' own conversion is asked, with numbers in place of weights: those that come together under a name say
+    what is stored there.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        return own_layout(model)
+    meanings, stand_ins, layout = [], {}, {}
+    owners = {name: module for name, module in model.named_modules() if is_experts(module)}
+    for name, tensor in stored_tensors(model):
+        owner, _, leaf = name.rpartition(".")
+        if owner in owners and leaf in ROLES:  # [experts, parts, 1], as its matrices lie in there
+            found = (linear.place for linear in matrices(owners[owner]).values())
+            own = [Stored(name, place) for place in found if place.fused == leaf]
+            numbers = torch.arange(len(own)).view(len(tensor), -1, 1) + len(meanings)
+            stand_ins[name] = numbers.mT if owners[owner].is_transposed else numbers
+        else:
+            own = [Stored(name)]
+            stand_ins[name] = torch.full([1] * tensor.ndim, len(meanings))
+        meanings += own
+
+    # How it was loaded does not matter: the same model is written under the same names.
+    loaded_by = vars(model).pop("_weight_conversions", None)
+    try:
+        state = transformers.core_model_loading.revert_weight_conversion(model, dict(stand_ins))
+    finally:
+        if loaded_by is not None:
+            model._weight_conversions = loaded_by
+    for stored, numbers in state.items():
+        first = meanings[int(numbers.flatten()[0])]
+        whole = stand_ins[first.name]
+        if numbers.numel() > 1 and not torch.equal(numbers.flatten(), whole.flatten()):
+            problem = f"its checkpoints hold {stored} in a way that is not supported"
+            raise UserError("model", architecture(model.config), problem, f"supported: {SUPPORTED}")
+        layout[stored] = Stored(first.name) if numbers.numel() == whole.numel() else first
+    return layout
 
 
 def architecture(config: transformers.PreTrainedConfig) -> str:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as TooLong
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.files import new_folder, writing
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
-from lib.models.hub import check_hub
-from lib.models.layers import SUPPORTED, architecture, check_support
+from lib.models.experts import set_experts
+from lib.models.layers import SUPPORTED, architecture, check_support, stored_tensors
 from lib.models.memory import free_memory
-from lib.models.weights import Weights
+from lib.models.weights import Weights, held_dtypes
 
 log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+_HUB_PATIENCE = 5.0  # seconds
 
 # Python files of a model's folder are never run; transformers would ask at the terminal.
 _NO_CODE = {"trust_remote_code": False}
@@ -73,6 +81,27 @@ def load_skeleton(source: Source) -> transformers.PreTrainedModel:
         raise unreadable(source, error) from error
     check_support(source.given, skeleton)
     return skeleton
+
+
+def check_hub() -> None:
+    """Work from the local cache if the hub cannot be reached; called before the first request to it.
+
+    The hub's own client would retry for up to a minute. If a proxy is set, only the proxy can decide.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") or getproxies():
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    pool = ThreadPoolExecutor(1)
+    try:
+        address = pool.submit(socket.getaddrinfo, host.hostname, host.port or 443).result(_HUB_PATIENCE)[0][4]
+        socket.create_connection(address[:2], _HUB_PATIENCE).close()
+    except (OSError, TooLong):
+        log.warning("%s cannot be reached: only what is in the local cache can be used", host.hostname)
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries when they are imported
+        for name in {"huggingface_hub.constants", "datasets.config"} & sys.modules.keys():
+            sys.modules[name].HF_HUB_OFFLINE = True
+    finally:
+        pool.shutdown(wait=False)  # a name server that does not answer is not waited for
 
 
 def load_tokenizer(source: Source) -> Tokenizer:
@@ -182,18 +211,22 @@ def unreadable(source: Source, error: Exception, subject: str = "") -> UserError
     return UserError("model", source.given, f"{subject}{source.path} cannot be loaded, {reason}", fix)
 
 
-def empty_llm(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def empty_llm(folder: Path, dtype: torch.dtype, experts: int | None = None) -> transformers.PreTrainedModel:
     """Return a folder's model in evaluation mode, its parameters in ``dtype`` on the meta device.
 
-    Its buffers, which checkpoints do not contain, are computed in float32 as ``from_pretrained`` computes them: in
-    16 bits GPT-J's table of angles would be of other angles. A damaged config, or damaged settings of generation, is a
-    UserError.
+    ``experts`` is another number of experts in each block than the folder's.
+
+    Its buffers are computed in float32 as ``from_pretrained`` computes them: in 16 bits GPT-J's table of angles would
+    be of other angles. Those that checkpoints contain are then in the dtype in which it holds them. A damaged config,
+    or damaged settings of generation, is a UserError.
     """
     from accelerate import init_empty_weights
 
     path, fix = folder / "config.json", None
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **_NO_CODE)
+        if experts is not None:
+            set_experts(config, experts)
         with init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_NO_CODE)
         path, fix = folder / "generation_config.json", "correct it, or delete it for the defaults"
@@ -201,8 +234,9 @@ def empty_llm(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
         raise UserError(None, path, f"cannot be used ({first_line(error)})", fix) from error
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    tensors = dict(stored_tensors(model))
+    for name, held in held_dtypes(model, dtype).items():
+        tensors[name].data = tensors[name].data.to(held)
     model.config.dtype = dtype
     model.tie_weights()
     return model.eval()
@@ -243,7 +277,8 @@ def complete_folder(folder: Path, weights: Weights, tokenizer: Tokenizer, dtype:
     with writing(folder):
         # Each parameter around the blocks gets a file, so that only one at a time is in memory.
         for index, (name, tensor) in enumerate(weights.outer_tensors()):
-            safetensors_io.write_shard(folder / f"model-edges-{index:05d}.safetensors", {name: tensor}, dtype)
+            path = folder / f"model-edges-{index:05d}.safetensors"
+            safetensors_io.write_shard(path, {name: tensor}, weights.save_dtypes(-1))
         safetensors_io.write_index(folder)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)

@@ -12,11 +12,16 @@ from typing import NamedTuple
 
 from lib.core import cpu, processes
 from lib.core.lazy import torch
-from lib.models.layers import Layer, find_blocks, linear_modules
-from lib.models.weights import Weights
+from lib.models.experts import active_experts
+from lib.models.layers import Layer, find_blocks, prunable_layers
+from lib.models.weights import Block, Weights
 
 # Tokens whose logits are in memory at a time in a search for prices.
 LOGIT_TOKENS = 256
+# Bytes of float32 Hessians of a block's experts for which room is left: a pass over more of them at a time saves time.
+EXPERT_HESSIANS = 8 * 2**30
+# Fraction of the free memory that they may fill.
+_FILLED = 0.7
 # Bytes for a GPU's context, the libraries' workspaces and the allocator's gaps.
 _OVERHEAD = 2**30
 # The largest vocabularies' files, where they cannot be looked at before the download.
@@ -97,21 +102,55 @@ def working_set(
     They are the largest block (one stored on the CPU is lent to the GPU), embedding and head, ``copies`` float32
     matrices of the largest weight's size (``Pruner.copies``), the hidden states of ``windows`` windows of ``seqlen``
     tokens, and the activations and logits of one. With ``hessians`` there is a float32 Hessian for each layer of a
-    block, and two more of the largest to factorise it.
+    block, and two more of the largest to factorise it; of a mixture's experts as many as EXPERT_HESSIANS hold.
     """
     vocabulary, width = skeleton.get_input_embeddings().weight.shape
     weights = statistics = activations = 0
-    for block in find_blocks(skeleton)[1]:
-        shapes = [linear.weight.shape for linear in linear_modules(block).values()]
+    active = active_experts(skeleton)
+    layers = prunable_layers(skeleton)
+    for index, block in enumerate(find_blocks(skeleton)[1]):
+        outside = [layer.shape for layer in layers if layer.block == index and not layer.expert]
+        inside = [layer.shape for layer in layers if layer.block == index and layer.expert]
+        experts = len({layer.expert for layer in layers if layer.block == index and layer.expert})
         weights = max(weights, sum(p.numel() for p in block.parameters()))
-        scores = math.ceil(copies * max(out * inputs for out, inputs in shapes))
-        squares = [inputs**2 for _, inputs in shapes]
-        statistics = max(statistics, scores + (sum(squares) + 2 * max(squares) if hessians else 0))
-        activations = max(activations, sum(out for out, _ in shapes) + 4 * width)
+        scores = math.ceil(copies * max(out * inputs for out, inputs in outside + inside))
+        held = sum(inputs**2 for _, inputs in outside)
+        held += min(sum(inputs**2 for _, inputs in inside), EXPERT_HESSIANS // 4)
+        largest = max(inputs**2 for _, inputs in outside + inside)
+        statistics = max(statistics, scores + (held + 2 * largest if hessians else 0))
+        outputs = sum(out for out, _ in outside) + (active or experts) * sum(out for out, _ in inside) // max(
+            1, experts
+        )
+        activations = max(activations, outputs + 4 * width)
     half = dtype.itemsize
     weights += 2 * vocabulary * width
     passing = seqlen * (windows * width + activations + vocabulary)
     return half * (weights + passing) + 4 * statistics + _OVERHEAD
+
+
+def hessian_groups(block: Block) -> list[list[str]]:
+    """Return the names of a block's layers in groups whose Hessians fit into free memory, the same in all processes.
+
+    All layers that belong to no expert are in the first group, and the matrices of an expert in one.
+    """
+    gpu = block.device.type == "cuda"
+    free = free_bytes(block.device) if gpu else free_ram() // processes.processes_on_machine()
+    columns = {name: linear.weight.shape[1] for name, linear in block.linears.items()}
+    # One is factorised beside those that wait.
+    room = min(processes.gathered(free)) * _FILLED - 3 * 4 * max(columns.values()) ** 2
+    by_expert: dict[str, list[str]] = {}
+    for name in columns:
+        inside = name.rsplit(".", 2)[0] in block.experts
+        by_expert.setdefault(name.rpartition(".")[0] if inside else "", []).append(name)
+    groups, used = [by_expert.pop("", [])], 0
+    for names in by_expert.values():
+        needed = (4 if gpu else 8) * sum({columns[name] ** 2 for name in names})
+        if used and used + needed > room:
+            groups.append([])
+            used = 0
+        groups[-1] += names
+        used += needed
+    return groups
 
 
 def _weight_bytes(skeleton: torch.nn.Module, dtype: torch.dtype) -> int:
@@ -149,10 +188,16 @@ def rank_bytes(layers: Sequence[Layer], whole: bool = False) -> int:
     return sum(layer.size * (2 if (layer.size if whole else layer.shape[1]) <= 2**15 else 4) for layer in layers)
 
 
-def activation_bytes(layers: Sequence[Layer], dtype: torch.dtype, tokens: int) -> int:
-    """Return at most the bytes of pruned copies of ``layers`` and of their blocks' activations for ``tokens``."""
-    activations = tokens * 3 * sum(sum(layer.shape) for layer in layers)
-    return dtype.itemsize * (sum(layer.size for layer in layers) + activations)
+def activation_bytes(layers: Sequence[Layer], dtype: torch.dtype, tokens: int, active: int = 0) -> int:
+    """Return at most the bytes of pruned copies of ``layers`` and of their blocks' activations for ``tokens``.
+
+    A token passes through ``active`` of a block's experts, 0 for all.
+    """
+    inside = [layer for layer in layers if layer.expert]
+    experts = len({layer.expert for layer in inside}) / max(1, len({layer.block for layer in inside})) or 1
+    widths = sum(sum(layer.shape) for layer in layers if not layer.expert)
+    widths += math.ceil(sum(sum(layer.shape) for layer in inside) * (active or experts) / experts)
+    return dtype.itemsize * (sum(layer.size for layer in layers) + 3 * tokens * widths)
 
 
 def price_working_set(
@@ -167,7 +212,8 @@ def price_working_set(
     vocabulary, width = model.get_input_embeddings().weight.shape
     blocks = layers[-1].block + 1
     by_block = [[layer for layer in layers if layer.block == i] for i in range(blocks)]
-    largest = max(activation_bytes(block, dtype, step * tokens) for block in by_block)
+    active = active_experts(model)
+    largest = max(activation_bytes(block, dtype, step * tokens, active) for block in by_block)
     hidden = dtype.itemsize * (step * blocks + 3 * windows) * tokens * width
     # Scores, their order (int64) and its temporaries; a gradient later takes their place.
     sort = 24 * max(layer.size for layer in layers)
@@ -190,7 +236,7 @@ def gradient_bytes(
     return {
         place: PriceBytes(
             work + sum(stored[layer.name] for layer in layers),
-            activation_bytes(layers, dtype or model.dtype, step * tokens),
+            activation_bytes(layers, dtype or model.dtype, step * tokens, active_experts(model)),
         )
         for place, layers in places.items()
     }

@@ -143,14 +143,14 @@ def _read(entry: Entry, start: int, size: int) -> torch.Tensor:
     return buffer.view(entry.dtype)
 
 
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> str:
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype] = {}) -> str:
     """Write ``tensors`` as a safetensors file, durably and under a temporary name first; return its SHA-256.
 
     Args:
-        dtype: in which floating-point tensors are written, None for their own; one tensor at a time is converted.
+        dtypes: in which floating-point tensors are written, if not in their own; one tensor at a time is converted.
     """
     codes = {getattr(torch, name): code for code, name in _CODES.items()}
-    dtypes = {name: dtype if dtype and tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+    dtypes = {name: dtypes.get(name, t.dtype) if t.is_floating_point() else t.dtype for name, t in tensors.items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * dtypes[name].itemsize

@@ -3,45 +3,57 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
 from lib.models import safetensors_io
-from lib.models.layers import find_blocks, prunable_layers
+from lib.models.experts import without_experts
+from lib.models.layers import Stored, find_blocks, own_layout, prunable_layers
 from lib.models.load import Dtypes, empty_llm
-from lib.models.weights import Weights
+from lib.models.safetensors_io import Entry
+from lib.models.weights import Weights, replace_tensor
 
 
 class Streamed(Weights):
     """The weights of a checkpoint on disk: one block at a time is in memory while the next one is being read.
 
     Changed blocks are written to separate files and read from there afterwards. The model is on the meta device except
-    for its buffers; the parameters around the blocks are in memory only inside ``outer_parameters``.
+    for the buffers that checkpoints do not hold; what is around the blocks is in memory only inside
+    ``outer_parameters``.
     """
 
     in_memory, streamed = False, True
 
-    def __init__(self, folder: Path, dtypes: Dtypes, device: torch.device) -> None:
+    def __init__(self, folder: Path, dtypes: Dtypes, device: torch.device, experts: int | None = None) -> None:
         """Open the checkpoint in ``folder``, whose blocks are lent on ``device``.
+
+        ``experts``: their number in each block where others will be left out (``keeping``).
 
         Raises:
             UserError: its tensors are not those of its config's model.
         """
-        model = empty_llm(folder, dtypes.compute)
+        model = empty_llm(folder, dtypes.compute, experts)
         super().__init__(model, find_blocks(model)[1], prunable_layers(model), dtypes.save)
-        self.device, self.compute = device, dtypes.compute
+        self.folder, self.dtypes, self.device = folder, dtypes, device
         self.changed: dict[int, Path] = {}  # block -> the file that holds it now
         self._scratch = tempfile.TemporaryDirectory(prefix="streamed-", ignore_cleanup_errors=True)
-        self._entries = _find_tensors(model, folder)
+        self._stored = None if experts else _find_tensors(self, folder)
+        self._whole, self._keep = self, {}
         self._next: tuple[int, Future] | None = None
         self._reader = ThreadPoolExecutor(1)
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
+        persistent = {stored.name for part in self.layout for stored in part.values()}
+        for name, buffer in list(model.named_buffers()):
+            replace_tensor(model, name, buffer.to("meta" if name in persistent else device))
+
+    def keeping(self, keep: Mapping[str, Sequence[int]]) -> Streamed:
+        small = Streamed(self.folder, self.dtypes, self.device, len(next(iter(keep.values()))))
+        small._stored, small._whole, small._keep = self._stored, self, keep
+        return small
 
     def use_scratch(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,19 +75,38 @@ class Streamed(Weights):
         self.changed.clear()
 
     def outer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in self._outer_names():  # as they are on disk, in their own dtype
-            yield name, safetensors_io.read_tensor(self._entries[name])
+        entries = {stored.name: entry for stored, entry in self._stored[-1]}
+        for name, stored in self.layout[-1].items():  # as they are on disk, in their own dtype
+            dtype = attrgetter(stored.name)(self.model).dtype if stored.name in self.kept else None
+            yield name, safetensors_io.read_tensor(entries[stored.name], dtype=dtype)
 
     def _read_block(self, index: int) -> dict[str, torch.Tensor]:
+        """Return the parameters and buffers of a block by their names in the model."""
+        if self._whole is not self and index not in self.changed:
+            shapes = {name: attrgetter(name)(self.model).shape for name in self._names(index)}
+            tensors = self._whole._read_block(index)
+            return {name: without_experts(name, tensors.pop(name), shapes[name], self._keep) for name in shapes}
+        found = self._stored[index]
         if index in self.changed:
             entries = safetensors_io.read_header(self.changed[index])
-            return {name: safetensors_io.read_tensor(entries[name]) for name in self._names(index)}
-        return {name: self._read(name) for name in self._names(index)}
+            found = [(stored, entries[name]) for name, stored in self.layout[index].items()]
+        tensors: dict[str, torch.Tensor] = {}
+        for stored, entry in found:
+            tensor = self._read(stored.name, entry)
+            if stored.place is None:
+                tensors[stored.name] = tensor
+                continue
+            if stored.name not in tensors:  # allocated once, so that no second copy of a block's experts is made
+                tensors[stored.name] = torch.empty(attrgetter(stored.name)(self.model).shape, dtype=tensor.dtype)
+            stored.view(self.model, tensors[stored.name]).copy_(tensor)
+        return tensors
 
-    def _read(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
+    def _read(
+        self, name: str, entry: Entry, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """Return a tensor of the checkpoint, rounded to ``save_dtype``, as by ``weights_of``, if it has more bits."""
-        entry = self._entries[name]
         rounded = entry.dtype.is_floating_point and entry.dtype.itemsize > self.save_dtype.itemsize
+        rounded = rounded and name not in self.kept
         return safetensors_io.read_tensor(entry, device, self.save_dtype if rounded else dtype)
 
     @contextmanager
@@ -91,55 +122,63 @@ class Streamed(Weights):
             yield self.device
             if write and self.changed.get(index) is before:
                 path = Path(self._scratch.name) / f"{index}.safetensors"
-                safetensors_io.write_shard(path, self.tensors(index), self.save_dtype)
+                safetensors_io.write_shard(path, self.tensors(index), self.save_dtypes(index))
                 self.changed[index] = path
         finally:
-            self._forget(self._names(index))
+            self._forget(index)
 
     @contextmanager
     def outer_parameters(self) -> Iterator[None]:
-        for name in self._outer_names():
-            self._assign(name, self._read(name, self.device, self.compute))
+        for stored, entry in self._stored[-1]:
+            dtype = attrgetter(stored.name)(self.model).dtype
+            self._assign(stored.name, self._read(stored.name, entry, self.device, dtype))
         self.model.tie_weights()
         try:
             yield
         finally:
-            self._forget(self._outer_names())
+            self._forget(-1)
             self.model.tie_weights()
 
     def _assign(self, name: str, tensor: torch.Tensor) -> None:
-        """Make ``tensor`` the model's parameter ``name``, on the device and in the dtype of the computation."""
-        _set_parameter(self.model, name, tensor.to(self.device, self.compute if tensor.is_floating_point() else None))
+        """Make ``tensor`` the model's parameter or buffer ``name``, on its device and in its dtype there."""
+        replace_tensor(self.model, name, tensor.to(self.device, attrgetter(name)(self.model).dtype))
 
-    def _forget(self, names: Iterable[str]) -> None:
-        for name in names:
-            _set_parameter(self.model, name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+    def _names(self, index: int) -> list[str]:
+        return list(dict.fromkeys(stored.name for stored in self.layout[index].values()))
 
-
-def _set_parameter(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    model.get_submodule(parent)._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+    def _forget(self, index: int) -> None:
+        for name in self._names(index):
+            replace_tensor(self.model, name, torch.empty_like(attrgetter(name)(self.model), device="meta"))
 
 
-def _find_tensors(model: torch.nn.Module, folder: Path) -> dict[str, safetensors_io.Entry]:
-    """Return where the checkpoint in ``folder`` holds each of the model's parameters.
+def _find_tensors(weights: Weights, folder: Path) -> list[list[tuple[Stored, Entry]]]:
+    """Return where the checkpoint in ``folder`` holds the tensors of the model of ``weights``.
+
+    Its names are the published ones, or the model's own, and are with or without the prefix of what the head is put on.
 
     Raises:
-        UserError: a parameter has no tensor there, or one of another shape; or tensors differ that the config ties,
-            both of which would be used if it were loaded as a whole.
+        UserError: a tensor is missing, or has another shape; or tensors differ that the config ties, both of which
+            would be used if it were loaded as a whole.
     """
-    stored, base = safetensors_io.checkpoint_entries(folder), f"{model.base_model_prefix}."
-    entries = {}
-    for name, parameter in model.named_parameters():  # of tied ones the first
-        stored_name = next((n for n in (name, name.removeprefix(base), base + name) if n in stored), None)
-        if stored_name is None or stored[stored_name].shape != tuple(parameter.shape):
-            problem = f"its tensors are not named as the model's ({name})"
-            raise UserError(None, folder, problem, f"use {flag_name('stream')} never")
-        entries[name] = stored[stored_name]
+    model, entries, missing = weights.model, safetensors_io.checkpoint_entries(folder), []
+    base = f"{model.base_model_prefix}."
     for one, two in getattr(model, "all_tied_weights_keys", {}).items():
-        pair = [safetensors_io.read_tensor(stored[name]) for name in (one, two) if name in stored]
+        pair = [safetensors_io.read_tensor(entries[name]) for name in (one, two) if name in entries]
         if len(pair) == 2 and not torch.equal(*pair):
             problem = f"{one} and {two} differ, and its config ties them"
             fix = f"set tie_word_embeddings to false there, or use {flag_name('stream')} never"
             raise UserError("model", folder, problem, fix)
-    return entries
+    for layout in (weights.layout, weights.by_block(own_layout(model))):
+        found: list[list] = [[] for _ in layout]
+        for part, into in zip(layout, found, strict=True):
+            for name, stored in part.items():
+                spellings = (name, name.removeprefix(base), base + name)
+                entry = next((entries[spelling] for spelling in spellings if spelling in entries), None)
+                if entry is None or entry.shape != tuple(stored.view(model).shape):
+                    missing.append(name)
+                    entry = None
+                into.append((stored, entry))
+        if None not in (entry for part in found for _, entry in part):
+            return found
+    problem = f"its tensors are not named as the model's ({missing[0]})"
+    raise UserError(None, folder, problem, f"use {flag_name('stream')} never")

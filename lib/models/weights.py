@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from lib.core import digests
-from lib.core.errors import UserError
-from lib.core.lazy import torch
+from lib.core.errors import UserError, flag_name
+from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
-from lib.models.layers import Layer, find_blocks, prunable_layers
+from lib.models.experts import ROLES, bound_experts, is_experts, matrices, with_fewer_experts, without_experts
+from lib.models.layers import Layer, Layout, find_blocks, prunable_layers, published_layout, stored_tensors
 
 
 class Block(NamedTuple):
     """A block on its compute ``device``, lent by ``Weights.visit``; valid only inside the loop's body.
 
     ``linears`` holds the modules of its prunable layers by their full names; a 1x1 convolution is one of them.
+    ``experts`` holds its experts modules, of whose matrices, ``NAME.NUMBER.ROLE``, each is one of ``linears``.
     """
 
     index: int
     module: torch.nn.Module
     linears: dict[str, torch.nn.Module]
     device: torch.device
+    experts: dict[str, torch.nn.Module] = {}
 
 
 class Weights:
@@ -48,8 +55,15 @@ class Weights:
         names = {module: name for name, module in model.named_modules()}
         self._prefixes = [names[module] for module in modules]
         self._linears: dict[int, dict[str, torch.nn.Module]] = defaultdict(dict)
+        self._experts: dict[int, dict[str, torch.nn.Module]] = defaultdict(dict)
         for layer in self.layers:
-            self._linears[layer.block][layer.name] = model.get_submodule(layer.name)
+            owner, *matrix = layer.name.rsplit(".", 2)
+            module = model.get_submodule(owner)
+            if is_experts(module):  # whose matrices are not in the model's tree
+                self._experts[layer.block][owner] = module
+                self._linears[layer.block][layer.name] = matrices(module)[".".join(matrix)]
+            else:
+                self._linears[layer.block][layer.name] = model.get_submodule(layer.name)
 
     @property
     def in_memory(self) -> bool:
@@ -60,8 +74,8 @@ class Weights:
         """Lend the blocks one by one, in order; with ``write``, changes to their weights are kept."""
         indices = range(len(self.modules))
         for index in reversed(indices) if backwards else indices:
-            with self._lent(index, write) as device:
-                yield Block(index, self.modules[index], self._linears[index], device)
+            with self._lent(index, write) as device, bound_experts(self.modules[index]):
+                yield Block(index, self.modules[index], self._linears[index], device, self._experts[index])
 
     @contextmanager
     def _lent(self, index: int, write: bool) -> Iterator[torch.device]:
@@ -69,12 +83,40 @@ class Weights:
         with _lent_by_accelerate(self.modules[index].modules(), write):
             yield next(self.modules[index].parameters()).device
 
-    def _names(self, index: int) -> list[str]:
-        return [f"{self._prefixes[index]}.{name}" for name, _ in self.modules[index].named_parameters()]
+    @cached_property
+    def layout(self) -> list[Layout]:
+        """What a saved checkpoint holds of each block, and last of what is around them, by its names there."""
+        return self.by_block(published_layout(self.model))
+
+    def by_block(self, layout: Layout) -> list[Layout]:
+        """Return the part of a ``layout`` for each block, and last for what is around them."""
+        prefixes = {f"{prefix}.": index for index, prefix in enumerate(self._prefixes)}
+        depths = {prefix.count(".") for prefix in prefixes}
+        parts: list[Layout] = [{} for _ in (*self.modules, None)]
+        for name, stored in layout.items():
+            words = stored.name.split(".")
+            heads = (".".join(words[:depth]) + "." for depth in depths)
+            parts[next((prefixes[head] for head in heads if head in prefixes), -1)][name] = stored
+        return parts
+
+    @cached_property
+    def kept(self) -> set[str]:
+        """The tensors that keep their dtype, whatever is saved: buffers, and what the library holds in float32.
+
+        They decide the routing in a mixture.
+        """
+        dtype = self.save_dtype or next(self.model.parameters()).dtype
+        exact = {name for name, held in held_dtypes(self.model, dtype).items() if held != dtype}
+        return exact | {name for name, _ in self.model.named_buffers()}
+
+    def save_dtypes(self, index: int) -> dict[str, torch.dtype]:
+        """Return the dtype in which the tensors of a block, or around the blocks (-1), are saved, but for the kept."""
+        dtype = self.save_dtype or self.model.dtype
+        return {name: dtype for name, stored in self.layout[index].items() if stored.name not in self.kept}
 
     def tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the parameters of a lent block by their full names."""
-        return {name: self.model.get_parameter(name).data for name in self._names(index)}
+        """Return the parameters and buffers of a lent block by their names in a checkpoint."""
+        return {name: stored.view(self.model) for name, stored in self.layout[index].items()}
 
     def load_block(self, index: int, path: Path) -> None:
         """Replace the parameters of a lent block by those in the safetensors file ``path``."""
@@ -92,11 +134,6 @@ class Weights:
     def use_scratch(self, folder: Path) -> None:
         """Store changed blocks that no journal records (those of a search's trials) inside ``folder``, if on disk."""
 
-    def _outer_names(self) -> list[str]:
-        """Return the names of the parameters around the blocks: embedding, final norm and head."""
-        inside = {name for index in range(len(self.modules)) for name in self._names(index)}
-        return [name for name, _ in self.model.named_parameters() if name not in inside]
-
     @contextmanager
     def outer_parameters(self) -> Iterator[None]:
         """Hold the parameters around the blocks on their compute devices."""
@@ -105,10 +142,32 @@ class Weights:
             yield
 
     def outer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the parameters around the blocks by name, one at a time."""
+        """Yield the parameters and buffers around the blocks by their names in a checkpoint, one at a time."""
         with self.outer_parameters():
-            for name in self._outer_names():
-                yield name, self.model.get_parameter(name).data
+            yield from ((name, stored.view(self.model)) for name, stored in self.layout[-1].items())
+
+    def pruned_tensors(self) -> set[str]:
+        """Return the names in a checkpoint of all tensors that hold prunable layers."""
+        names = {f"{layer.name}.weight" for layer in self.layers}
+        names |= {f"{owner}.{fused}" for experts in self._experts.values() for owner in experts for fused in ROLES}
+        return {name for block in self.layout for name, stored in block.items() if stored.name in names}
+
+    def keeping(self, keep: Mapping[str, Sequence[int]]) -> Weights:
+        """Return the weights of a smaller model, with the experts ``keep`` of each experts module, by their numbers.
+
+        It takes the place of this one, whose tensors are given up one by one.
+        """
+        if any(hasattr(module, "_hf_hook") for module in self.model.modules()):
+            problem = "the model is spread over GPUs and the CPU"
+            raise UserError("drop_experts", None, problem, f"add {flag_name('stream')} always")
+        small = with_fewer_experts(self.model, len(next(iter(keep.values()))))
+        for name, empty in [*small.named_parameters(), *small.named_buffers()]:
+            tensor = attrgetter(name)(self.model).detach()
+            replace_tensor(small, name, without_experts(name, tensor, empty.shape, keep))
+            replace_tensor(self.model, name, empty)
+        small.requires_grad_().tie_weights()
+        small.generation_config = self.model.generation_config
+        return weights_of(small, self.save_dtype)
 
     def map(self, function: Callable[[str, torch.Tensor], object]) -> dict:
         """Return ``function(name, weight)`` of every layer by name."""
@@ -157,12 +216,42 @@ class Packed(Weights):
 def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) -> Weights:
     """Return the weights of a causal language model.
 
-    All of its parameters are rounded to ``save_dtype``: a checkpoint may be of more bits than its config says.
+    All of its parameters are rounded to ``save_dtype``, but for the kept ones: a checkpoint may be of more bits than
+    its config says.
     """
-    for parameter in model.parameters() if save_dtype is not None else ():
-        if not parameter.is_meta and parameter.is_floating_point():
+    weights = Weights(model, find_blocks(model)[1], prunable_layers(model), save_dtype)
+    for name, parameter in model.named_parameters() if save_dtype is not None else ():
+        if not parameter.is_meta and parameter.is_floating_point() and name not in weights.kept:
             parameter.data.copy_(parameter.data.to(save_dtype))
-    return Weights(model, find_blocks(model)[1], prunable_layers(model), save_dtype)
+    return weights
+
+
+def replace_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put ``tensor`` in the place of the parameter or buffer ``name`` of a model."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def held_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the dtype in which ``from_pretrained`` holds each float tensor of a ``model`` asked for ``dtype``.
+
+    Some stay in float32, routers above all.
+    """
+    if not isinstance(model, transformers.PreTrainedModel) or dtype == torch.float32:
+        return {name: dtype for name, tensor in stored_tensors(model) if tensor.is_floating_point()}
+    with torch.device("meta"):
+        empty = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    planned = getattr(empty, "_get_dtype_plan", lambda _: {})(dtype)
+    exact = re.compile("|".join(planned).replace("*", ".*") or "$^")
+    return {
+        name: torch.float32 if exact.search(name) else tensor.dtype
+        for name, tensor in stored_tensors(empty)
+        if tensor.is_floating_point()
+    }
 
 
 def is_finite(values: torch.Tensor) -> bool:
@@ -180,21 +269,14 @@ def swapped_weights(
     block: Block, copies: Mapping[str, torch.Tensor]
 ) -> AbstractContextManager[dict[str, torch.nn.Parameter]]:
     """Replace a block's weights by ``copies`` meanwhile, as parameters, which are yielded by layer name."""
-    return _swapped({name: (block.linears[name], "weight") for name in copies}, copies)
-
-
-def swapped_parameters(
-    model: torch.nn.Module, copies: Mapping[str, torch.Tensor]
-) -> AbstractContextManager[dict[str, torch.nn.Parameter]]:
-    """Do the same with parameters of any kind, by their names within ``model``."""
-    places = {name: name.rpartition(".") for name in copies}
-    return _swapped({name: (model.get_submodule(x), leaf) for name, (x, _, leaf) in places.items()}, copies)
+    return swapped_parameters({name: (block.linears[name], "weight") for name in copies}, copies)
 
 
 @contextmanager
-def _swapped(
+def swapped_parameters(
     places: Mapping[str, tuple[torch.nn.Module, str]], copies: Mapping[str, torch.Tensor]
 ) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Do the same with parameters of any kind, whose ``places`` are a module and the parameter's name in it."""
     originals = {name: getattr(*place) for name, place in places.items()}
     leaves = {name: torch.nn.Parameter(copy) for name, copy in copies.items()}
     try:
@@ -204,6 +286,12 @@ def _swapped(
     finally:
         for name, place in places.items():
             setattr(*place, originals[name])
+
+
+def parameter_place(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """Return the place of a parameter by its full ``name``, for ``swapped_parameters``."""
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
 
 
 def _offloaded(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:

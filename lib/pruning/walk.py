@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
 from lib.calibration.hidden import BlockInputs, advance, pass_samples
-from lib.calibration.statistics import input_statistics
+from lib.calibration.statistics import InputStatistic, input_statistics
 from lib.core import processes
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
-from lib.models import safetensors_io
-from lib.models.weights import Block, Weights, check_finite, is_finite
+from lib.models import memory, safetensors_io
+from lib.models.weights import Block, Weights, check_finite, is_finite, swapped_weights
 from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import Pruner
 from lib.pruning.sparsegpt import NotPositiveDefinite
@@ -24,7 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
-    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None."""
+    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None.
+
+    ``tokens`` is how many calibration tokens reached the matrix of an expert, None for others and without calibration.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -32,6 +36,7 @@ class LayerReport(NamedTuple):
     ratio: float
     sparsity: float
     nm: tuple[int, int] | None = None
+    tokens: int | None = None
 
 
 class FinishedBlocks(Protocol):
@@ -41,7 +46,7 @@ class FinishedBlocks(Protocol):
     failure: UserError | None  # of a block that could not be stored; no later one is stored
 
     def path(self, index: int) -> Path: ...
-    def add(self, index: int, tensors: Mapping, dtype: torch.dtype, rows: list[LayerReport]) -> None: ...
+    def add(self, index: int, tensors: Mapping, dtypes: Mapping, rows: list[LayerReport]) -> None: ...
 
 
 def walk(
@@ -83,8 +88,10 @@ def walk(
                 weights.load_block(block.index, journal.path(block.index))
                 rows = journal.finished[block.index]
             else:
-                _prune_block(block, plan, pruner, inputs, keep, weights.save_dtype)
-                rows = _report(block, plan, metric)
+                tokens = _prune_block(block, plan, pruner, inputs, keep, weights.save_dtype)
+                rows = _report(block, plan, metric, tokens)
+                if tokens and not any(row.tokens for row in report):
+                    _show_tokens(rows)
             if inputs is not None and block.index != last and not keep:
                 advance(block, inputs)
             if journal is not None and not stored and not journal.failure:
@@ -97,7 +104,7 @@ def walk(
 def _store(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[LayerReport]) -> None:
     """Store a finished block durably; if the disk is full, pruning continues in memory without it."""
     try:
-        journal.add(block.index, weights.tensors(block.index), weights.save_dtype or weights.model.dtype, rows)
+        journal.add(block.index, weights.tensors(block.index), weights.save_dtypes(block.index), rows)
     except UserError as error:
         if weights.streamed:
             raise
@@ -109,16 +116,45 @@ def _store(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[L
 
 def _prune_block(
     block: Block, plan: SparsityPlan, pruner: Pruner, inputs: BlockInputs | None, keep: bool, dtype: torch.dtype | None
-) -> None:
-    """Prune the layers of a block; those that share an input, and so a statistic, are pruned by one process."""
+) -> dict[str, int]:
+    """Prune the layers of a block; those that share an input, and so a statistic, are pruned by one process.
+
+    Return how many tokens reached each matrix of an expert, by layer name.
+    """
     if inputs is None:  # no statistic: every process prunes all layers
         _prune_layers(block, list(block.linears), plan, pruner, None, dtype)
-        return
-    groups = input_statistics(block, inputs, pruner.statistic, keep)
-    owners = processes.owners([_cost(block, *group) for group in groups])
-    owner_of = {name: owner for (names, _), owner in zip(groups, owners, strict=True) for name in names}
+        return {}
+    tokens: dict[str, int] = {}
+    waiting: list[InputStatistic] = []
+    dense: dict[str, torch.Tensor] = {}
+    by_groups = block.experts and pruner.statistic == "hessian"
+    groups = memory.hessian_groups(block) if by_groups else [list(block.linears)]
+    for names in groups:
+        # What an expert is given depends on no other expert: they can be pruned group by group. All else waits until
+        # the last inputs have been seen, and dense outputs need the dense experts once more.
+        last = names is groups[-1]
+        with swapped_weights(block, dense if last else {}):
+            found = input_statistics(block, inputs, pruner.statistic, keep and last, names)
+        ready = [one for one in found if one.tokens is not None]
+        waiting += [one for one in found if one.tokens is None]
+        tokens |= {name: one.tokens for one in ready for name in one.layers}
+        if last:
+            ready, waiting = ready + waiting, []
+        elif keep:
+            dense |= {name: block.linears[name].weight.detach().clone() for name in tokens.keys() & names}
+        del found  # so that each statistic is freed after its use
+        _prune_together(block, ready, plan, pruner, dtype)
+    return tokens
+
+
+def _prune_together(
+    block: Block, groups: list[InputStatistic], plan: SparsityPlan, pruner: Pruner, dtype: torch.dtype | None
+) -> None:
+    """Prune the layers of each statistic, by one process each; ``groups`` is used up."""
+    owners = processes.owners([_cost(block, group.layers, group.value) for group in groups])
+    owner_of = {name: owner for group, owner in zip(groups, owners, strict=True) for name in group.layers}
     for owner in owners:
-        names, statistic = groups.pop(0)  # frees the statistic of the group before: Hessians are large
+        names, statistic, _ = groups.pop(0)  # frees the statistic of the group before: Hessians are large
         try:
             if owner == processes.rank():
                 _prune_layers(block, names, plan, pruner, statistic, dtype)
@@ -155,31 +191,43 @@ def _prune_layers(
         target.copy_(weight.view_as(target))
 
 
-def _report(block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None) -> list[LayerReport]:
+def _report(
+    block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None, tokens: Mapping[str, int]
+) -> list[LayerReport]:
     zeros = [(linear.weight == 0).sum() for linear in block.linears.values()]
     counts = torch.stack(zeros).tolist() if zeros else []  # one synchronisation
     rows = []
     for (name, linear), count in zip(block.linears.items(), counts, strict=True):
         value, nm = metric and metric[name], plan.nm and plan.nm[name]
         shape, sparsity = tuple(linear.weight.shape), count / linear.weight.numel()
-        rows.append(LayerReport(name, shape, value, plan.ratios[name], sparsity, nm))
+        rows.append(LayerReport(name, shape, value, plan.ratios[name], sparsity, nm, tokens.get(name)))
     return rows
+
+
+def _show_tokens(rows: list[LayerReport]) -> None:
+    """Log how many tokens reach the experts of a block, and warn if those of some are fewer than its columns."""
+    rows = [row for row in rows if row.tokens is not None and row.name.endswith(".up_proj")]  # one of each expert
+    counts, few = [row.tokens for row in rows], [row for row in rows if row.tokens < row.shape[1]]
+    line = "calibration tokens of an expert of the first block with experts: %d at least, median %d"
+    log.info(line, min(counts), median(counts))
+    if few:
+        line = "%d of %d experts see fewer tokens than they have columns, %d none; more --nsamples would help"
+        log.warning(line, len(few), len(counts), counts.count(0))
 
 
 def check_saved(folder: Path, weights: Weights, measured: float) -> None:
     """Read a saved folder back, and raise a UserError unless its sparsity is the one ``measured`` in memory."""
-    written = checkpoint_sparsity(folder, [layer.name for layer in weights.layers])
+    written = checkpoint_sparsity(folder, weights.pruned_tensors())
     if written != measured:
         problem = f"holds a sparsity of {written:.6f} as read back, and the pruned model has {measured:.6f}"
         raise UserError(None, folder, problem, "delete the folder, and the same command makes it anew")
 
 
-def checkpoint_sparsity(folder: Path, names: list[str]) -> float:
-    """Return the fraction of zeros in the named layers of a saved folder, read back from its safetensors files."""
-    weights = {f"{name}.weight" for name in names}
+def checkpoint_sparsity(folder: Path, names: Collection[str]) -> float:
+    """Return the fraction of zeros in the named tensors of a saved folder, read back from its safetensors files."""
     zeros = total = 0
     for name, entry in safetensors_io.checkpoint_entries(folder).items():
-        if name in weights:
+        if name in names:
             tensor = safetensors_io.read_tensor(entry)
             zeros, total = zeros + (tensor == 0).sum().item(), total + tensor.numel()
     return zeros / total

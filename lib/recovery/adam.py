@@ -17,16 +17,24 @@ class Trained:
     """A matrix that is trained where it is not zero, or a whole vector.
 
     Attributes:
+        place: a module and the parameter's name in it.
         values: in float32 what is left of the matrix [n], or two factors, [out, rank] and [rank, in].
         base: what is left of the matrix [n], to which the factors' product is added; None without factors.
         moments: of each of the values Adam's running means of gradient and squared gradient, as ``_packed`` keeps them.
     """
 
     def __init__(
-        self, weight: torch.Tensor, dtype: torch.dtype, states: str, rank: int | None = None, seed: int = 0
+        self,
+        place: tuple[torch.nn.Module, str],
+        dtype: torch.dtype | None,
+        states: str,
+        rank: int | None = None,
+        seed: int = 0,
     ) -> None:
-        """Take up a ``weight``, which is saved in ``dtype``; ``states`` is a name of STATES."""
-        left = weight.detach().take(_places(weight))
+        """Take up the parameter at ``place``; it is saved in ``dtype``, None for its own. ``states``: one of STATES."""
+        self.place = place
+        weight = self.weight
+        left, dtype = weight.take(_indices(weight)), dtype or weight.dtype
         self.dtype, self.states, self.values, self.base = dtype, states, [left.float()], None
         if rank is not None:
             rows, columns = weight.shape
@@ -35,19 +43,25 @@ class Trained:
         self.moments = [[_packed(torch.zeros_like(x), states, root) for root in (False, True)] for x in self.values]
 
     @property
+    def weight(self) -> torch.Tensor:
+        """The parameter, while its block is lent."""
+        return getattr(*self.place).detach()
+
+    @property
     def tensors(self) -> list[torch.Tensor]:
         """All that a resumed run needs."""
         moments = [tensor for pair in self.moments for packed in pair for tensor in packed]
         return [*self.values, *moments] + ([] if self.base is None else [self.base])
 
-    def step(self, weight: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, rate: float, count: int) -> None:
+    def step(self, gradient: torch.Tensor, scale: torch.Tensor, rate: float, count: int) -> None:
         """Step for the ``count``-th time: AdamW without weight decay (arXiv:1711.05101).
 
-        The ``gradient`` by ``weight``, of its shape, is ``scale`` times the loss's; each process has one summand of it.
+        The ``gradient``, of the parameter's shape, is ``scale`` times the loss's; each process has one summand of it.
         """
-        places, scale = _places(weight), scale.to(gradient.device)
+        weight, scale = self.weight, scale.to(gradient.device)
+        indices = _indices(weight)
         if self.base is None:
-            slopes = [gradient.take(places).float() / scale]
+            slopes = [gradient.take(indices).float() / scale]
         else:
             gradient = torch.where(weight != 0, gradient, 0).float() / scale
             left, right = self.values
@@ -60,23 +74,24 @@ class Trained:
             root = (second / (1 - BETAS[1] ** count)).sqrt_().add_(EPSILON)
             value.addcdiv_(first, root, value=-rate / (1 - BETAS[0] ** count))
             self.moments[i] = [_packed(first, self.states, False), _packed(second, self.states, True)]
-        self.write(weight, places)
+        self.write(indices)
 
-    def write(self, weight: torch.Tensor, places: torch.Tensor | None = None) -> None:
-        """Replace what is left of ``weight``, which is at ``places``, by the values, rounded for saving.
+    def write(self, indices: torch.Tensor | None = None) -> None:
+        """Replace what is left of the parameter, which is at ``indices``, by the values, rounded for saving.
 
         What rounds to zero becomes the smallest normal number instead: the mask is read off the weight itself.
         """
-        places, values = _places(weight) if places is None else places, self.values[0]
+        weight, values = self.weight, self.values[0]
+        indices = _indices(weight) if indices is None else indices
         if self.base is not None:
-            values = self.base + (values @ self.values[1]).take(places)
+            values = self.base + (values @ self.values[1]).take(indices)
         rounded = values.to(self.dtype)
         if weight.ndim > 1:
             rounded = torch.where(rounded == 0, torch.finfo(self.dtype).tiny, rounded)
-        weight.put_(places, rounded.to(weight.dtype))
+        weight.put_(indices, rounded.to(weight.dtype))
 
 
-def _places(weight: torch.Tensor) -> torch.Tensor:
+def _indices(weight: torch.Tensor) -> torch.Tensor:
     """Return the indices [n] of what is trained of a flattened weight."""
     is_trained = weight.flatten() != 0 if weight.ndim > 1 else torch.ones_like(weight)
     return is_trained.nonzero().squeeze(1)

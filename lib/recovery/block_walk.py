@@ -14,7 +14,7 @@ from lib.core.errors import UserError
 from lib.core.files import readable
 from lib.core.lazy import torch
 from lib.models import memory
-from lib.models.weights import Block, Weights, swapped_parameters
+from lib.models.weights import Block, Weights, parameter_place, swapped_parameters
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,8 @@ def head_loss(
         torch.set_grad_enabled(differentiate),
         autocast(hidden[0].device, walk.dtype),
     ):
-        trained = {name: model.get_parameter(name) for name in dense.gains}
+        places = {name: parameter_place(model, name) for name in dense.gains}
+        trained = {name: getattr(*place) for name, place in places.items()}
         gains = {name: gain.to(trained[name].device) for name, gain in dense.gains.items()}
         for i, index in enumerate(batch):
             window, pieces = dense.windows[index], []
@@ -200,7 +201,7 @@ def head_loss(
                 if dense.leaving is None:
                     loss = torch.nn.functional.cross_entropy(pruned.float(), goal.to(pruned.device), reduction="sum")
                 else:
-                    with torch.no_grad(), swapped_parameters(model, gains):
+                    with torch.no_grad(), swapped_parameters(places, gains):
                         goal = logits(window, goal)
                     loss = kl_divergence(goal, pruned)
                 total = total + loss.detach()

@@ -20,7 +20,7 @@ from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import memory, safetensors_io
-from lib.models.weights import Block, Weights, is_finite, swapped_parameters
+from lib.models.weights import Block, Weights, is_finite, parameter_place, swapped_parameters
 from lib.recovery.adam import Trained
 from lib.recovery.block_walk import BlockWalk, DenseStates, WalkLoss, has_room_for_activations, head_loss
 
@@ -103,8 +103,9 @@ class Distillation:
         self.trained: dict[str, Trained] = {}
 
         model = weights.model
-        width, outer = model.get_input_embeddings().weight.shape[1:], (dense or weights).outer_tensors()
-        self.gains = {name: x.to("cpu", model.dtype, copy=True) for name, x in outer if x.shape == width}
+        width, source = model.get_input_embeddings().weight.shape[1:], dense or weights
+        norms = {source.layout[-1][name].name: x for name, x in source.outer_tensors() if x.shape == width}
+        self.gains = {name: x.to("cpu", model.dtype, copy=True) for name, x in norms.items()}
 
         seen = weights.map(_survey)
         self._masks = {name: mask for name, (mask, *_) in seen.items()}
@@ -172,33 +173,46 @@ class Distillation:
         totals, counts = zip(*processes.gathered((float(loss.total), loss.count)), strict=True)
         return sum(totals) / sum(counts)
 
-    def _parameters(self, block: Block) -> dict[str, torch.Tensor]:
-        """Return the parameters of a block that are trained, by name: its norms and biases, and matrices."""
-        tensors = self.weights.tensors(block.index)
-        matrices = set() if self.options.train == "norms" else {f"{name}.weight" for name in block.linears}
-        return {name: tensor for name, tensor in tensors.items() if tensor.ndim == 1 or name in matrices}
+    def _places(self, block: Block) -> dict[str, tuple[torch.nn.Module, str]]:
+        """Return where the trained parameters of a block are, by name: its matrices, and its norms and biases."""
+        matrices = (
+            {} if self.options.train == "norms" else {f"{n}.weight": (x, "weight") for n, x in block.linears.items()}
+        )
+        vectors = [name for name, x in block.module.named_parameters() if x.ndim == 1]
+        return matrices | {f"{block.index}.{name}": parameter_place(block.module, name) for name in vectors}
 
-    def _add(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        for name, weight in parameters.items():
-            rank = self.options.rank if weight.ndim > 1 and self.options.train == "low_rank" else None
-            dtype, seed = self.weights.save_dtype or weight.dtype, zlib.crc32(name.encode())
-            self.trained[name] = Trained(weight, dtype, self.options.states, rank, seed)
+    def _add(self, places: Mapping[str, tuple], stored: Mapping[str, safetensors_io.Entry]) -> None:
+        """Take up parameters of a lent block, or around the blocks, in the state that an earlier run has ``stored``."""
+        options = self.options
+        for name, place in places.items():
+            rank = options.rank if getattr(*place).ndim > 1 and options.train == "low_rank" else None
+            seed = zlib.crc32(name.encode())
+            self.trained[name] = trained = Trained(place, self.weights.save_dtype, options.states, rank, seed)
+            if stored:
+                for i, tensor in enumerate(trained.tensors):
+                    tensor.copy_(safetensors_io.read_tensor(stored[f"{name} {i}"]))
+                trained.write()
 
     def _lend(self, block: Block) -> AbstractContextManager[dict[str, torch.nn.Parameter]]:
         """Let a block compute with copies of its matrices in the products' dtype."""
-        tensors = self._parameters(block).items()
-        copies = {name: x.to(self.dtype or x.dtype) if x.ndim > 1 else x for name, x in tensors}
-        return swapped_parameters(self.weights.model, copies)
+        places = self._places(block)
+        weights = {name: getattr(*place).detach() for name, place in places.items()}
+        copies = {name: x.to(self.dtype or x.dtype) if x.ndim > 1 else x for name, x in weights.items()}
+        return swapped_parameters(places, copies)
 
     def _by_model(self, state: Path | None, keep: Keep) -> list[float]:
         """Train the whole model end to end; return the losses, of an earlier run's steps as well."""
         weights, (steps, mine), tokens = self.weights, self.windows.shape[:2], self.options.batch * self.seqlen
         fit = self._dense_states(self.windows.flatten(0, 1))
         walk = BlockWalk(weights, enter_blocks(weights, self.windows[0][:1]), self.dtype, self._keeps)
+        earlier = safetensors_io.read_header(state) if state and state.is_file() else {}
         for block in weights.visit():
-            self._add(self._parameters(block))
-        self._add({name: weights.model.get_parameter(name).data for name in self.gains})
-        losses, stored = self._restored(state), time.monotonic()
+            self._add(self._places(block), earlier)
+        self._add({name: parameter_place(weights.model, name) for name in self.gains}, earlier)
+        losses, stored = [], time.monotonic()
+        if earlier:
+            losses = safetensors_io.read_tensor(earlier["losses"]).tolist()
+            log.info("recovery goes on after step %d", len(losses))
         counts = {"total": steps * tokens, "initial": len(losses) * tokens, "unit": "token", "unit_scale": True}
         with tqdm(desc="recovery", disable=None, **counts) as bar:
             for step in range(len(losses), steps):
@@ -232,7 +246,7 @@ class Distillation:
                     losses += earlier
                 else:
                     self.trained.clear()
-                    self._add(self._parameters(block))
+                    self._add(self._places(block), {})
                     for step in range(EPOCHS * groups):
                         hidden = inputs.hidden[step % groups * count :][:count]
                         goals, _ = walk.forward(list(hidden.split(1)), lambda _: nullcontext({}), only=dense)
@@ -262,7 +276,7 @@ class Distillation:
         rate, loss = self.rate * rate_at(step, steps), loss._replace(scale=loss.scale * (count / float(loss.count)))
 
         def take(_: Block | None, scale: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
-            self.trained[name].step(self.weights.model.get_parameter(name).data, gradient, scale, rate, step + 1)
+            self.trained[name].step(gradient, scale, rate, step + 1)
 
         for name, gradient in loss.by_gain.items():
             take(None, loss.scale, name, gradient)
@@ -276,19 +290,6 @@ class Distillation:
             if tensor.is_floating_point() and not is_finite(tensor):
                 raise UserError(None, name, f"is not finite after step {len(losses)}", "lower --learning_rate")
         safetensors_io.write_shard(path, tensors | {"losses": torch.tensor(losses, dtype=torch.float64)})
-
-    def _restored(self, path: Path | None) -> list[float]:
-        """Return the losses of an earlier run's steps, whose state is taken up and written into the weights."""
-        if path is None or not path.is_file():
-            return []
-        entries = safetensors_io.read_header(path)
-        for name, trained in self.trained.items():
-            for i, tensor in enumerate(trained.tensors):
-                tensor.copy_(safetensors_io.read_tensor(entries[f"{name} {i}"]))
-            trained.write(self.weights.model.get_parameter(name).data)
-        losses = safetensors_io.read_tensor(entries["losses"]).tolist()
-        log.info("recovery goes on after step %d", len(losses))
-        return losses
 
 
 def _survey(_: str, weight: torch.Tensor) -> tuple[str, int, float]:

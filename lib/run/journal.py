@@ -155,11 +155,11 @@ class Journal:
         """Return the file of a block."""
         return self.folder / f"model-block-{index:05d}.safetensors"
 
-    def add(self, index: int, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, rows: list[LayerReport]) -> None:
+    def add(self, index: int, tensors: Mapping, dtypes: Mapping[str, torch.dtype], rows: list[LayerReport]) -> None:
         """Store a block durably: its shard, then the line that makes it a finished one."""
 
         def store() -> None:
-            sha256 = write_shard(self.path(index), tensors, dtype)
+            sha256 = write_shard(self.path(index), tensors, dtypes)
             self._progress.add("block", str(index), {"sha256": sha256, "rows": rows})
 
         processes.on_main(store)

@@ -15,15 +15,17 @@ from lib.core import cpu, processes
 from lib.core.digests import digest
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
-from lib.models.layers import prunable_layers
+from lib.models.experts import with_fewer_experts
+from lib.models.layers import prunable_layers, published_layout, refuse_experts
 from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of
-from lib.pruning import walk
+from lib.pruning import drop, walk
 from lib.recovery.block_walk import search_dtype
 from lib.run import checks
 from lib.run.journal import Journal
 from lib.run.record import is_unmeasured
+from lib.spectra import measure
 
 log = logging.getLogger("main")
 
@@ -46,6 +48,7 @@ class LanguageModel:
     """
 
     source: load.Source | None = None
+    dropping: tuple[float, str] | None = None
     weights: Weights | None = None
 
     def __init__(self, planned: Sequence[Experiment] = ()) -> None:
@@ -57,22 +60,23 @@ class LanguageModel:
         packed = sparse.is_packed(source.path)
         if task.pruner or settings.metrics_only or settings.stream == "always":
             sparse.refuse_packed(source)
-        if source != self.source:
-            self.weights = self.dense = self.fits = self.loaded_as = None
-            self._texts, self.scores = {}, {}
-            self.skeleton = load.load_skeleton(source)
-            self.layers = prunable_layers(self.skeleton)
-            self.tokenizer = load.load_tokenizer(source)
-            self.source, self.name, self.given = source, source.name, source.anywhere
+        dropping = (settings.drop_experts, settings.drop_by) if settings.drop_experts else None
+        if (source, dropping) != (self.source, self.dropping):
+            self._inspect(source, dropping)
         dtype = settings.dtype
         self.dtypes = sparse.packed_dtypes(source, dtype) if packed else load.choose_dtypes(dtype, self.skeleton)
 
         checks.check_layers(task, self.name, self.layers, self.layers, settings.measurement(self.name))
         self.calib_dtype = checks.calibration_dtype(settings.calib_dtype, self.dtypes.compute)
         self.hidden_states, self.price_dtype = settings.hidden_states, settings.price_dtype
+        self.expert_weighting = settings.expert_weighting
+        self.measurement_of_whole, self.seed = settings.measurement(source.name, whole=True), settings.seed
         if "calibration" in task.traits:
             checks.check_calibration(settings.hidden_states, settings.nsamples)
+        if settings.packed:
+            refuse_experts("packed", None, self.layers)
         if settings.save_model:
+            published_layout(self.skeleton)  # refuses what could not be saved
             size = memory.saved_bytes(self.skeleton, source.path, self.dtypes.save)
             unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
             checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
@@ -82,13 +86,28 @@ class LanguageModel:
         if self.fits is None:  # asked once, before the model itself takes the memory
             searched = any(run.task().hyper.get("epsilon") == "auto" for run in (settings, *self.planned))
             copied = self.layers if searched or self.planned else ()  # the dense weights, which are restored
-            fits = memory.fits_in_memory(self.skeleton, self.dtypes.compute, self.reserve, copied)
+            fits = memory.fits_in_memory(self.whole, self.dtypes.compute, self.reserve, copied)
             self.fits = all(processes.gathered(fits))
         outputs = (settings.eval_zero_shot, settings.packed, bool(settings.save_model))
         self.streamed = None
         if not packed and checks.must_stream(task, settings.stream, self.fits, *outputs):
             self.streamed = locate.local_copy(source)
             checkpoint_entries(self.streamed)  # refuses what cannot be streamed
+
+    def _inspect(self, source: load.Source, dropping: tuple[float, str] | None) -> None:
+        """Take up a model's shapes, less those of the experts that will be dropped, and its tokenizer."""
+        self.weights = self.dense = self.fits = self.loaded_as = None
+        self._texts, self.scores = {}, {}
+        self.skeleton = self.whole = load.load_skeleton(source)
+        self.name, self.given = source.name, source.anywhere
+        if dropping:
+            share, by = dropping
+            self.experts_left = drop.remaining_experts(self.whole, share)
+            self.skeleton = with_fewer_experts(self.whole, self.experts_left)
+            self.name = f"{source.name}-{by}-drop{share:g}"
+        self.layers = prunable_layers(self.skeleton)
+        self.tokenizer = load.load_tokenizer(source)
+        self.source, self.dropping = source, dropping
 
     def _read_texts(self, settings: Experiment, task: Task) -> None:
         self.calibration = self.evaluation = self.search = self.questions = None
@@ -165,7 +184,7 @@ class LanguageModel:
 
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""
-        key = (self.dtypes, self.streamed)
+        key = (self.dtypes, self.streamed, self.dropping and (self.seed, self.calibration_digest))
         if self.loaded_as == key:
             self.weights.restore(self.dense)
             return
@@ -182,13 +201,29 @@ class LanguageModel:
             log.info("loading %s", source.path)
             model = load.load_llm(source, dtypes.compute, processes.device(), reserve=self.reserve)
             self.weights = weights_of(model, None if dtypes.save == dtypes.compute else dtypes.save)
+        if self.dropping:
+            self.weights = self.weights.keeping(self._kept_experts())
         self.measured = self.weights
         if self.planned:
             self.dense, self.loaded_as = self.weights.snapshot(), key
 
+    def _kept_experts(self) -> dict[str, list[int]]:
+        """Return the numbers of the experts that stay, by experts module, for the weights of the whole model."""
+        layers, (_, by) = self.weights.layers, self.dropping
+        if by == "reap":
+            scores = drop.reap_scores(self.weights, self.inputs())
+        elif by == "alpha":
+            metric, folder, how = self.measurement_of_whole
+            values = measure.load_or_measure(folder, metric, self.source.name, self.weights, how).values
+            scores = drop.alpha_scores(layers, values)
+        else:
+            scores = drop.random_scores(layers, self.seed)
+        return drop.kept_experts(scores, self.experts_left, getattr(self.whole.config, "n_group", 1) or 1)
+
     def inputs(self) -> hidden.BlockInputs:
         """Return the inputs of the first block for the calibration windows."""
-        return hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
+        inputs = hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
+        return inputs._replace(expert_weighting=self.expert_weighting)
 
     def price_model(self, effort: price.Effort, by_magnitude: bool) -> price_model.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""

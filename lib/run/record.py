@@ -116,12 +116,14 @@ def perplexity_text(method: str, sparsity: float, perplexity: float) -> str:
 
 def layers_text(rows: Sequence[LayerReport]) -> str:
     """Return the content of ``layers_<run>.tsv``, a row per matrix."""
-    lines = ["name\tshape\tmetric\tplanned_ratio\tsparsity\ttype"]
+    counted = any(row.tokens is not None for row in rows)  # in a mixture
+    lines = ["name\tshape\tmetric\tplanned_ratio\tsparsity\ttype" + "\ttokens" * counted]
     for row in rows:
         metric = "" if row.metric is None else f"{row.metric:.6f}"
         kind = "unstructured" if row.nm is None else "{}:{}".format(*row.nm)
         figures = ("x".join(map(str, row.shape)), metric, f"{row.ratio:.6f}", f"{row.sparsity:.6f}")
-        lines.append("\t".join((row.name, *figures, kind)))
+        tokens = ("" if row.tokens is None else str(row.tokens),) if counted else ()
+        lines.append("\t".join((row.name, *figures, kind, *tokens)))
     return "\n".join(lines) + "\n"
 
 

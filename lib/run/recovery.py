@@ -15,6 +15,7 @@ from lib.core.digests import digest, first_difference
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import locate, memory
+from lib.models.layers import prunable_layers
 from lib.models.streamed import Streamed
 from lib.models.weights import Block
 from lib.recovery.block_walk import search_dtype
@@ -71,7 +72,7 @@ def prepare_recovery(
     subject.teacher = teacher = Streamed(locate.local_copy(source), subject.dtypes, device)
     subject.teacher_name = source.anywhere
     sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, subject.skeleton)]
-    if sizes[0] != sizes[1] or [*teacher.layers] != [*subject.layers]:
+    if sizes[0] != sizes[1] or [*teacher.layers] != [*prunable_layers(subject.whole)]:
         problem = f"is another model than the pruned one: its embedding is {sizes[0]}, the other's {sizes[1]}"
         raise UserError("dense", dense, problem, "give the model that was pruned")
     if fingerprints and (layer := first_difference(fingerprints, teacher.fingerprints())):
@@ -119,7 +120,7 @@ def _train(subject: LanguageModel, journal: Journal, distillation: Distillation)
 
     def keep(block: Block, losses: list[float]) -> None:
         journal.put("losses", str(block.index), losses)
-        journal.add(block.index, weights.tensors(block.index), subject.dtypes.save, [])
+        journal.add(block.index, weights.tensors(block.index), weights.save_dtypes(block.index), [])
         weights.set_block_file(block.index, journal.path(block.index))
 
     finished = {index: (journal.path(index), journal.get("losses", str(index))) for index in journal.finished}

@@ -1,4 +1,4 @@
-"""Needs of LLaMAs of 7B to 405B, computed from shapes; --make writes a random one, on which main.py can be measured."""
+"""Needs of LLaMAs and of mixtures, computed from shapes; --make writes a random LLaMA, to measure main.py on."""
 
 from __future__ import annotations
 
@@ -35,6 +35,26 @@ SIZES = {
     "70B": (8192, 28672, 80, 64, 8, 32000),
     "405B": (16384, 53248, 126, 128, 8, 128256),
 }
+# Mixtures of experts: the class of their config, and what differs from its defaults.
+MIXTURES = {
+    "Mixtral-8x7B": ("MixtralConfig", {}),
+    "OLMoE-1B-7B": ("OlmoeConfig", {"intermediate_size": 1024}),
+    "Qwen3-30B-A3B": (
+        "Qwen3MoeConfig",
+        {"num_hidden_layers": 48, "hidden_size": 2048, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936},
+    ),
+    "GLM-4.5-Air": (
+        "Glm4MoeConfig",
+        {
+            "num_hidden_layers": 46,
+            "hidden_size": 4096,
+            "intermediate_size": 10944,
+            "head_dim": 128,
+            "vocab_size": 151552,
+        },
+    ),
+    "DeepSeek-V3": ("DeepseekV3Config", {}),
+}
 COMPUTED = ("magnitude", "wanda", "sparsegpt", "alps", "wanda_price")
 SEARCH = price.SearchOptions()  # the settings of _price
 SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # by their input
@@ -68,6 +88,24 @@ def skeleton(shape: tuple[int, int, int, int, int, int], **config) -> transforme
     )  # fmt: skip
     with torch.device("meta"):
         return transformers.LlamaForCausalLM(config)
+
+
+def mixture_rows(nsamples: int, seqlen: int) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each of MIXTURES: its size, and the memory of Wanda and SparseGPT, upper bounds."""
+    for name, (kind, options) in MIXTURES.items():
+        config = getattr(transformers, kind)(**options, dtype="float16")
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        layers, weights = prunable_layers(model), 2 * sum(p.numel() for p in model.parameters())
+        experts = len({layer.expert for layer in layers if layer.block == layers[-1].block and layer.expert})
+        hessians = 4 * sum(x.shape[1] ** 2 for x in layers if x.block == layers[-1].block and "gate_proj" not in x.name)
+        needed = [
+            memory.working_set(model, torch.float16, name == "sparsegpt", count, seqlen, PRUNERS[name].copies)
+            for name in ("wanda", "sparsegpt")
+            for count in (nsamples, 0)
+        ]
+        gigabytes = (weights + needed[0], weights + needed[2], needed[1], needed[3], hessians, 2 * weights)
+        yield (name, f"{weights / 2e9:.0f}B", str(experts), *(f"{size / 1e9:.0f} GB" for size in gigabytes))
 
 
 def work(shapes: dict[str, tuple[int, int]], blocks: int, method: str, tokens: int) -> float:
@@ -181,6 +219,9 @@ def show_needs(settings: Scale) -> None:
         f"computed from shapes; hours are PFLOP at {rate / 1e12:.3g} TFLOP/s ({source}), without reading, writing and "
         "evaluation.\n"
     )
+    headings = "mixture|weights|experts|GPU, wanda|GPU, sparsegpt|streamed, wanda|streamed, sparsegpt".split("|")
+    headings += ["Hessians of a block", "disk"]
+    print(formatted([headings, *mixture_rows(nsamples, seqlen)], "markdown"))
     show_recovery(settings)
 
 
@@ -204,7 +245,7 @@ def make_checkpoint(settings: Scale, folder: Path) -> None:
                 name: torch.ones(size) if len(size) == 1 else torch.randn(size, generator=draw).mul_(size[1] ** -0.5)
                 for name, size in sizes.items()
             }
-            write_shard(tmp / f"model-{block}.safetensors", tensors, torch.float16)
+            write_shard(tmp / f"model-{block}.safetensors", tensors, dict.fromkeys(tensors, torch.float16))
         model.config.architectures = ["LlamaForCausalLM"]
         model.config.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)

@@ -9,10 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lib import sparse
 from lib.core.digests import digest
 from lib.core.errors import UserError, first_line
-from lib.models.layers import prunable_layers
+from lib.models.layers import prunable_layers, refuse_experts
 from lib.models.load import Source, load_skeleton
 from lib.models.locate import locate
 from lib.models.safetensors_io import weight_files
+from lib.models.weights import weights_of
 from lib.pruning.walk import checkpoint_sparsity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,9 +63,11 @@ def open_checkpoint(model: str) -> Checkpoint:
         UserError: an unknown model, not a supported causal language model, or missing weights.
     """
     source = locate_folder(model)
-    layers = prunable_layers(load_skeleton(source))
+    skeleton = load_skeleton(source)
+    layers = prunable_layers(skeleton)
+    refuse_experts("model", model, layers)
     try:
-        sparsity = checkpoint_sparsity(Path(source.path), [layer.name for layer in layers])
+        sparsity = checkpoint_sparsity(Path(source.path), weights_of(skeleton).pruned_tensors())
     except Exception as error:  # safetensors has its own error class for a truncated file
         raise UserError(None, model, f"its weights cannot be read ({first_line(error)})") from error
     return Checkpoint(source, sum(layer.size for layer in layers), sparsity)

@@ -90,6 +90,14 @@ def test_prices_are_equal_at_the_end():
     assert [step.spread for step in result.steps] == sorted((step.spread for step in result.steps), reverse=True)
 
 
+def test_an_expert_that_seems_free_keeps_half_of_its_uniform_share():
+    bowl = Bowl([1e-6, 1.0, 2.0])
+    bowl.layers[0] = bowl.layers[0]._replace(expert="experts.0")
+    ratios = search(bowl, bowl.layers, 0.6, SearchOptions(200)).ratios
+    assert ratios["m0"] == pytest.approx(0.8, abs=1e-9) and ratios["m1"] > ratios["m2"]
+    assert sum(x.size * ratios[x.name] for x in bowl.layers) == pytest.approx(0.6 * 60)
+
+
 @pytest.mark.parametrize("kept", ["end", "uniform"])
 def test_the_better_of_end_and_uniform_is_kept(kept, monkeypatch):
     bowl = Bowl([1.0, 2.0])

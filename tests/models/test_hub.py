@@ -8,7 +8,7 @@ import datasets.config
 import huggingface_hub.constants
 import pytest
 
-from lib.models import hub
+from lib.models import load as hub
 
 LIBRARIES = (huggingface_hub.constants, datasets.config)
 
@@ -20,7 +20,7 @@ def online(monkeypatch):
     for library in LIBRARIES:  # which are imported already
         monkeypatch.setattr(library, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "getproxies", dict)
-    monkeypatch.setattr(hub, "_PATIENCE", 0.2)
+    monkeypatch.setattr(hub, "_HUB_PATIENCE", 0.2)
 
 
 def went_offline() -> bool:

@@ -181,7 +181,7 @@ def test_saved_model_reads_back(kind, tmp_path, tiny_tokenizer, tiny_windows):
     weights, layers = weights_of(model), prunable_layers(model)
     walk(weights, SparsityPlan(0.5, uniform(layers, 0.5)), PRUNERS["magnitude"], None)
     save_llm(model, tiny_tokenizer, tmp_path / "saved")
-    assert checkpoint_sparsity(tmp_path / "saved", [layer.name for layer in layers]) == weights.sparsity()
+    assert checkpoint_sparsity(tmp_path / "saved", weights.pruned_tensors()) == weights.sparsity()
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
     source = locate(str(tmp_path / "saved"), str(tmp_path))
@@ -207,10 +207,15 @@ def write_config(folder, config, architectures):
     return locate(str(folder), str(folder.parent))
 
 
-_TINY_MOE = _COMMON | _MLP | _GQA
 REFUSED = {
-    "MixtralForCausalLM": (tf.MixtralConfig(**_TINY_MOE, num_local_experts=4), "experts"),
-    "Qwen2MoeForCausalLM": (tf.Qwen2MoeConfig(**_TINY_MOE, num_experts=4, moe_intermediate_size=16), "experts"),
+    "Llama4ForCausalLM": (
+        tf.Llama4TextConfig(**_COMMON, **_MLP, **_GQA, head_dim=8, num_local_experts=4, intermediate_size_mlp=48),
+        "mixture whose experts are not held",
+    ),
+    "JetMoeForCausalLM": (
+        tf.JetMoeConfig(**_COMMON, **_MLP, num_key_value_heads=2, num_local_experts=4, kv_channels=8),
+        "mixture whose experts are not held",
+    ),
     "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "cannot be found"),
     "T5ForConditionalGeneration": (tf.T5Config(vocab_size=300, d_model=32, num_layers=2), "encoder-decoder"),
     "BertForMaskedLM": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),

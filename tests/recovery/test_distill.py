@@ -72,23 +72,21 @@ def test_gradients_are_autograds(kind, teacher, monkeypatch):
             if dense and "norm" in name and "layers" not in name and tensor.ndim == 1:
                 dense.get_parameter(name).mul_(1.1)
 
-    def note(trained, weight, gradient, scale, *_):
-        (name,) = (name for name, x in model.named_parameters() if x.data_ptr() == weight.data_ptr())
+    def note(trained, gradient, scale, *_):
+        (name,) = (name for name, x in work.trained.items() if x is trained)
         taken[name] = gradient.float() / scale
 
     monkeypatch.setattr(Trained, "step", note)
-    report = finish(distillation(model, dense, 2 * LENGTH))
+    work = distillation(model, dense, 2 * LENGTH)
+    report = finish(work)
     loss = whole_loss(plain, dense, WINDOWS[:2])
     loss.backward()
     assert report["losses"] == [pytest.approx(loss.item(), rel=1e-5)]
     expected = {}
     for block in weights_of(plain).visit():
         expected |= {f"{name}.weight": linear.weight.grad for name, linear in block.linears.items()}
-        vectors = {name for name, x in block.module.named_parameters() if x.ndim == 1}
-        names = [
-            name for name, _ in plain.named_parameters() if any(name.endswith(f".{block.index}.{v}") for v in vectors)
-        ]
-        expected |= {name: plain.get_parameter(name).grad for name in names}
+        vectors = {name: x for name, x in block.module.named_parameters() if x.ndim == 1}
+        expected |= {f"{block.index}.{name}": tensor.grad for name, tensor in vectors.items()}
     behind = taken.keys() - expected.keys()
     assert all("norm" in name or "ln_f" in name for name in behind) and behind, "the last norm"
     expected |= {name: plain.get_parameter(name).grad for name in behind}

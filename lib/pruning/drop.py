@@ -1,0 +1,116 @@
+"""Dropping of experts: whole experts of a mixture are removed, the same number in every block."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from tqdm import tqdm
+
+from lib.calibration.hidden import BlockInputs, advance, pass_samples
+from lib.core import processes
+from lib.core.errors import UserError
+from lib.core.lazy import torch
+from lib.models.experts import active_experts, is_experts
+from lib.models.layers import Layer
+from lib.models.weights import Weights
+
+log = logging.getLogger(__name__)
+
+# How the experts that go are chosen: by their part in the output, by their metric, or at random.
+DROP_BY = ("reap", "alpha", "random")
+
+
+def remaining_experts(model: torch.nn.Module, share: float) -> int:
+    """Return how many experts of each block stay if the fraction ``share`` of them is dropped.
+
+    Raises:
+        UserError: none would go, too few would stay, or the blocks hold different numbers of experts.
+    """
+    counts = {len(module.down_proj) for module in model.modules() if is_experts(module)}
+    if len(counts) != 1:
+        raise UserError("drop_experts", share, "needs a mixture with as many experts in each block")
+    (count,), config = counts, model.config
+    left, active = count - int(count * share + 1e-9), active_experts(model)
+    groups = getattr(config, "n_group", 1) or 1
+    if left == count:
+        raise UserError("drop_experts", share, f"drops none of {count} experts", f"give at least {1 / count:.3g}")
+    if left < active or left % groups:
+        problem = f"leaves {left} of {count} experts, where a token needs {active}"
+        problem += f" and {groups} groups share them" * (groups > 1)
+        raise UserError("drop_experts", share, problem, "lower it")
+    return left
+
+
+def reap_scores(weights: Weights, inputs: BlockInputs) -> dict[str, float]:
+    """Return the mean, over the tokens of each expert, of the router's weight times its output's norm, by its name.
+
+    This is REAP (arXiv 2510.13999); the router's weights of a token's experts add up to 1 in it. An expert without
+    tokens has 0. The ``inputs`` of the blocks are modified in place.
+    """
+    parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+    sums, tokens = {}, {}
+
+    def normalise(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden, index, share = (*args, *kwargs.values())
+        return (hidden, index, share / share.sum(-1, keepdim=True)), {}
+
+    def see(expert: str, module: torch.nn.Module, _: tuple, output: torch.Tensor) -> None:
+        parts[expert].append(module.row_weights[:, 0].double() * output.float().norm(dim=-1))
+
+    for block in tqdm(weights.visit(), "experts' parts", len(weights.modules), unit="block", disable=None):
+        hooks = [module.register_forward_pre_hook(normalise, with_kwargs=True) for module in block.experts.values()]
+        for name, linear in block.linears.items():
+            expert, _, role = name.rpartition(".")
+            if role == "down_proj" and expert.rpartition(".")[0] in block.experts:
+                hooks.append(linear.register_forward_hook(partial(see, expert)))
+        if hooks:
+            pass_samples(block, inputs, keep=False)  # without gradients
+        for hook in hooks:
+            hook.remove()
+        sums |= {expert: float(torch.cat(found).sum()) for expert, found in parts.items()}
+        tokens |= {expert: sum(map(len, found)) for expert, found in parts.items()}
+        parts.clear()
+        advance(block, inputs)
+    sums, tokens = (sum(map(Counter, processes.gathered(dict(counts))), Counter()) for counts in (sums, tokens))
+    return {name: sums[name] / max(1, tokens[name]) for name in _experts(weights.layers)}
+
+
+def alpha_scores(layers: Sequence[Layer], values: Mapping[str, float]) -> dict[str, float]:
+    """Return the negative mean metric of each expert's matrices: the less heavy-tailed are dropped."""
+    own: dict[str, list[float]] = defaultdict(list)
+    for layer in (layer for layer in layers if layer.expert):
+        own[layer.expert].append(values[layer.name])
+    return {expert: -sum(found) / len(found) for expert, found in own.items()}
+
+
+def random_scores(layers: Sequence[Layer], seed: int) -> dict[str, float]:
+    """Return a random number for each expert."""
+    draw = random.Random(seed)
+    return {expert: draw.random() for expert in _experts(layers)}
+
+
+def _experts(layers: Sequence[Layer]) -> list[str]:
+    return list(dict.fromkeys(layer.expert for layer in layers if layer.expert))
+
+
+def kept_experts(scores: Mapping[str, float], count: int, groups: int) -> dict[str, list[int]]:
+    """Return the numbers of the ``count`` experts of the highest scores of each experts module, by its name.
+
+    Of experts that a router chooses from in ``groups``, as many stay in each.
+    """
+    modules: dict[str, list[tuple[int, float]]] = {}
+    for name, score in scores.items():
+        owner, _, number = name.rpartition(".")
+        modules.setdefault(owner, []).append((int(number), score))
+    keep = {}
+    for owner, numbered in modules.items():
+        size = len(numbered) // groups
+        by_score = sorted(numbered, key=lambda pair: (-pair[1], pair[0]))
+        first = [[n for n, _ in by_score if n // size == group][: count // groups] for group in range(groups)]
+        keep[owner] = sorted(number for part in first for number in part)
+    log.info("%d of %d experts stay in each of %d blocks", count, len(scores) // len(modules), len(modules))
+    return keep
