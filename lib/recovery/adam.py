@@ -32,10 +32,11 @@ class Trained:
         seed: int = 0,
     ) -> None:
         """Take up the parameter at ``place``; it is saved in ``dtype``, None for its own. ``states``: one of STATES."""
-        self.place = place
+        self.place, self.states = place, states
         weight = self.weight
-        left, dtype = weight.take(_indices(weight)), dtype or weight.dtype
-        self.dtype, self.states, self.values, self.base = dtype, states, [left.float()], None
+        self.dtype = dtype or weight.dtype
+        left = weight.take(_indices(weight))
+        self.values, self.base = [left.float()], None
         if rank is not None:
             rows, columns = weight.shape
             draw = torch.randn(rank, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5

@@ -213,6 +213,7 @@ class Distillation:
         if earlier:
             losses = safetensors_io.read_tensor(earlier["losses"]).tolist()
             log.info("recovery goes on after step %d", len(losses))
+
         counts = {"total": steps * tokens, "initial": len(losses) * tokens, "unit": "token", "unit_scale": True}
         with tqdm(desc="recovery", disable=None, **counts) as bar:
             for step in range(len(losses), steps):

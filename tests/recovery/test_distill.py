@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import fast, tiny_llama
+from mixtures import tiny_mixture
 from test_load_models import KINDS, build
 
 from lib.calibration.hidden import enter_blocks
 from lib.core.errors import UserError
+from lib.models.experts import is_experts, matrices
 from lib.models.weights import weights_of
 from lib.recovery import distill
 from lib.recovery.adam import STATES, TRAINED, Trained
@@ -96,6 +98,22 @@ def test_gradients_are_autograds(kind, teacher, monkeypatch):
     for name, gradient in expected.items():
         # Sums in float32 in another order; the bias of keys changes nothing, and its gradient is such a rounding.
         assert (taken[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7 * largest, name
+
+
+def test_gradients_of_experts_are_autograds(monkeypatch):
+    dense, taken = tiny_mixture("mixtral"), {}
+    model = prune(copy.deepcopy(dense))
+    plain = copy.deepcopy(model)
+    monkeypatch.setattr(Trained, "step", lambda trained, slope, scale, *_: taken.update({trained.place: slope / scale}))
+    finish(distillation(model, dense, 2 * LENGTH))
+    whole_loss(plain, dense, WINDOWS[:2]).backward()
+    experts = {name: module for name, module in plain.named_modules() if is_experts(module)}
+    for name, module in experts.items():
+        for key, linear in matrices(model.get_submodule(name)).items():
+            expected = linear.place.view(module, getattr(module, linear.place.fused).grad)
+            # Sums of float32 in another order.
+            torch.testing.assert_close(taken[linear, "weight"], expected, rtol=1e-4, atol=1e-7, msg=f"{name}.{key}")
+    assert len(experts) == 2
 
 
 @pytest.mark.parametrize("kind", fast([*KINDS], 4))
