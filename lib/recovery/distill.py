@@ -103,7 +103,7 @@ class Distillation:
         self.trained: dict[str, Trained] = {}
 
         model = weights.model
-        width, source = model.get_input_embeddings().weight.shape[1:], dense or weights
+        width, source = (model.config.get_text_config().hidden_size,), dense or weights
         norms = {source.layout[-1][name].name: x for name, x in source.outer_tensors() if x.shape == width}
         self.gains = {name: x.to("cpu", model.dtype, copy=True) for name, x in norms.items()}
 
