@@ -18,7 +18,7 @@ ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "dow
 # What configs call the number of experts, and that of a token's.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE = ("num_experts_per_tok", "moe_top_k", "top_k_experts", "moe_k", "moe_topk")
-_MARKS = ("has_gate", "has_bias", "is_transposed")
+_MARKS = ("has_gate", "has_bias", "is_transposed")  # and, from transformers 5.8 on, is_concatenated
 
 
 class Place(NamedTuple):
@@ -44,8 +44,7 @@ class Place(NamedTuple):
         own = tensor[self.expert]
         own = own.mT if own.ndim == 2 and module.is_transposed else own
         parts = len(ROLES[leaf.removesuffix("_bias")])
-        concatenated = getattr(module, "is_concatenated", True)  # older versions of transformers are refused elsewhere
-        return own.chunk(parts)[self.part] if concatenated else own[self.part :: parts]
+        return own.chunk(parts)[self.part] if getattr(module, "is_concatenated", True) else own[self.part :: parts]
 
 
 def is_experts(module: torch.nn.Module) -> bool:
