@@ -229,7 +229,8 @@ RECOVERED = ["--recover 600", "--recover 1200 --by block --stream always", "--re
 
 
 @pytest.mark.parametrize("more", fast(RECOVERED, 2))
-def test_recovery_is_the_same_but_for_the_order_of_sums(more, place):
+def test_recovery_is_the_same_but_for_the_order_of_sums(more, place, machine):
+    machine("plain")  # in float32: bfloat16's products of one window and of two round to other numbers
     flags = f"--prune_method magnitude --batch 3 {more} "  # one window of a step, and two
     one, two = outcome(place, flags, 1), outcome(place, flags, 2)
     losses = [record["recovery"]["losses"] for record in (one[0], two[0])]
