@@ -149,8 +149,7 @@ class LanguagePriceModel:
             problem = "needs all weights in memory, and these are streamed or offloaded"
             raise UserError("prune_method", "_price", problem, "use GPUs with more memory, or another allocation")
         count, tokens = sum(map(len, windows)), windows[0].shape[1]
-        ranks = {layer.name: memory.rank_bytes([layer], by_magnitude) for layer in weights.layers}
-        needs = memory.gradient_bytes(weights, ranks, tokens, windows_per_step, count, dtype)
+        needs = memory.price_bytes(weights, tokens, windows_per_step, count, dtype, by_magnitude)
         keeps_activations = has_room_for_activations(needs, "the price search", "prune_method", "_price")
         self.weights, self.samples = weights, len(windows[0])
         self.dtype = dtype or weights.model.dtype

@@ -211,6 +211,14 @@ def price_working_set(
     return largest + hidden + sort + 6 * 4 * LOGIT_TOKENS * vocabulary
 
 
+def price_bytes(
+    weights: Weights, tokens: int, step: int, windows: int, dtype: torch.dtype | None, whole: bool
+) -> dict[int | str, PriceBytes]:
+    """Return what a search for prices needs; see ``rank_bytes`` and ``gradient_bytes``."""
+    ranks = {layer.name: rank_bytes([layer], whole) for layer in weights.layers}
+    return gradient_bytes(weights, ranks, tokens, step, windows, dtype)
+
+
 def gradient_bytes(
     weights: Weights, stored: Mapping[str, int], tokens: int, step: int, windows: int, dtype: torch.dtype | None
 ) -> dict[int | str, PriceBytes]:
