@@ -75,7 +75,7 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
             write = partial(subject.save, journal, settings.packed, sparsity) if journal else None
             unsaved = pipeline.save(record, write)
             if settings.recover:
-                recovery.add_to(record, subject, settings, task, unmeasured)
+                recovery.recover(record, subject, settings, task, unmeasured)
             evaluate(subject, settings, record, console)
             record.write(complete=unsaved is None)
 

@@ -70,11 +70,6 @@ class Base(NamedTuple):
     tokenizer: load.Tokenizer
     config: transformers.PreTrainedConfig | None = None
 
-    @property
-    def identity(self) -> str:
-        """A name of the model that is valid anywhere: an absolute path, or the name as given."""
-        return self.source.anywhere
-
 
 def find_base(settings: PrunedModel) -> Base:
     """Return the model that the flags name, without weights, and its tokenizer.
@@ -124,7 +119,7 @@ def prepare_evaluation(settings: Evaluated) -> tuple[Base, torch.Tensor]:
 def evaluation_record(settings: Evaluated, base: Base, windows: torch.Tensor) -> dict:
     """Return what a record of figures says of the model, the text and the flags."""
     return {
-        "model": base.identity,
+        "model": base.source.anywhere,
         "lora_weights": settings.lora_weights,
         "evaluation": {"text": settings.dataset, "windows": len(windows), "seqlen": settings.ctx_length},
         "flags": settings.flags(),

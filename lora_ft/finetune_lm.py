@@ -141,7 +141,7 @@ def run(settings: Finetune) -> None:
     weights, sparsity = common.load_base(base, load.Dtypes(dtype, dtype), settings.block_size, device)
     if checkpoint:
         common.check_base(training.FIELD, checkpoint.parent, base, weights)
-    record = {"model": base.identity, "sparsity": sparsity}
+    record = {"model": base.source.anywhere, "sparsity": sparsity}
     started = record | {"fingerprints": weights.fingerprints(), "training": flags}
     record["flags"] = arguments.to_dict() | settings.flags()
     with training.refusals():
@@ -206,7 +206,7 @@ def with_adapter(model: torch.nn.Module, base: common.Base, settings: Finetune, 
         target_modules=targets,
     )
     adapted = get_peft_model(model, config)
-    config.base_model_name_or_path = base.identity
+    config.base_model_name_or_path = base.source.anywhere
     return adapted
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +21,7 @@ from lib.core.errors import UserError
 from lib.run import checks, recovery, report
 from lib.run.language import LanguageModel
 from lib.run.record import Record, is_unmeasured
+from lib.run.recovery import manifest
 
 
 @dataclass(kw_only=True)
@@ -43,21 +43,13 @@ class Recover(Experiment):
     save_model: str = flag(MISSING, "where the recovered model is written", metavar="DIR")
 
     def task(self) -> Task:
-        flags = recovery.manifest(Path(self.model)).get("flags", {})
+        flags = manifest(Path(self.model)).get("flags", {})
         nm = parse_nm(flags.get("sparsity_type", "unstructured"))
         target = 1 - nm[0] / nm[1] if nm else flags.get("sparsity_ratio", 0.0)
         return self.settled(Task("recovered", None, "", target))
 
-    def recovered_folder(self, task: Task) -> Path:
+    def model_folder(self, task: Task) -> Path:
         return Path(self.save_model)
-
-    def dense_model(self) -> str | None:
-        """Return the name of the dense model, None to train without one."""
-        name = self.dense or recovery.manifest(Path(self.model)).get("source")
-        if name is None:
-            problem = f"is needed: {self.model} does not say what it was pruned from"
-            raise UserError("dense", None, problem, "give that model, or none to train on the text alone")
-        return None if name == "none" else name
 
 
 PARSER = make_parser(
@@ -74,25 +66,28 @@ def run(settings: Recover) -> None:
     processes.join()
     settings.warn_of_idle()
     console, task, flags = Console(quiet=not processes.is_main()), settings.task(), settings.flags()
-    subject, record = LanguageModel(), Record(Path(settings.save), task.run)
+    subject, record, pruned = LanguageModel(), Record(Path(settings.save), task.run), manifest(Path(settings.model))
+    dense = settings.dense or pruned.get("source")
+    if dense is None:
+        problem = f"is needed: {settings.model} does not say what it was pruned from"
+        raise UserError("dense", None, problem, "give that model, or none to train on the text alone")
     with record.stage("prepare"):
         checks.check_output(record.folder, task.run, None, flags, settings.paths())
         subject.prepare(settings, task)
-        recovery.prepare_recovery(subject, settings, task, settings.dense_model())
+        dense = None if dense == "none" else dense
+        recovery.prepare_recovery(subject, settings, task, dense, pruned.get("fingerprints"))
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
         unmeasured = is_unmeasured(record.folder, task.run, flags)
     with record.stage("load"):
         subject.load()
         record.content["dense_zeros"] = record.content["sparsity"] = subject.weights.sparsity()
 
-    again = f"the same command resumes; what is stored lies beside {settings.save_model}"
-    with record.explain_failure(partial(str, again)):
-        recovery.add_to(record, subject, settings, task, unmeasured)
-        record.write()
-        if subject.evaluation is not None:
-            with record.stage("evaluate"):
-                record.content["perplexity"] = subject.perplexity()
-        record.write(complete=True)
+    recovery.recover(record, subject, settings, task, unmeasured)
+    record.write()
+    if subject.evaluation is not None:
+        with record.stage("evaluate"):
+            record.content["perplexity"] = subject.perplexity()
+    record.write(complete=True)
     report.show_run(console, record)
     processes.leave()
 

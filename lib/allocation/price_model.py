@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from lib.allocation.block_scores import wanda_scores
 from lib.calibration.hidden import BlockInputs, enter_blocks
-from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import memory
 from lib.models.weights import Block, Weights, swapped_weights
@@ -145,12 +144,11 @@ class LanguagePriceModel:
         Raises:
             UserError: the weights are not in memory, or the work does not fit beside them.
         """
-        if not weights.in_memory:
-            problem = "needs all weights in memory, and these are streamed or offloaded"
-            raise UserError("prune_method", "_price", problem, "use GPUs with more memory, or another allocation")
         count, tokens = sum(map(len, windows)), windows[0].shape[1]
-        needs = memory.price_bytes(weights, tokens, windows_per_step, count, dtype, by_magnitude)
-        keeps_activations = has_room_for_activations(needs, "the price search", "prune_method", "_price")
+        ranks = {layer.name: memory.rank_bytes([layer], by_magnitude) for layer in weights.layers}
+        sizes = (ranks, tokens, windows_per_step, count, dtype)
+        how = ("the price search", "prune_method", "_price", "another allocation")
+        keeps_activations = has_room_for_activations(weights, sizes, *how)
         self.weights, self.samples = weights, len(windows[0])
         self.dtype = dtype or weights.model.dtype
         self._counted = slice(token_stride - 1, None, token_stride)
@@ -182,7 +180,7 @@ class LanguagePriceModel:
             weight = block.linears[name].weight.detach()
             prices[name] = band_price(gradient, weight, self.masks.ranks[name], ratios[name]) / scale
 
-        self.walk.backward(loss.gradients, loss.scale, activations, pruned, take)
+        self.walk.backward(loss, activations, pruned, take)
         by_layer = {layer.name: prices[layer.name].item() for layer in self.weights.layers}
         return (loss.total / loss.count).item(), by_layer
 

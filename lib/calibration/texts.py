@@ -211,19 +211,17 @@ def recovery_windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``counts`` windows of the training text without overlap, to train on and held out, in a random order.
 
-    Raises:
-        UserError: the text is too short; it says how many tokens there are.
+    A text that is too short is a UserError, which says how many tokens there are.
     """
-    documents = read_text("calib_data", name, "train").documents
     # Documents are in no order; a stream may be, and is drawn from as a whole.
-    most = None if documents is None else sum(counts)
+    most = sum(counts) if read_text("calib_data", name, "train").documents else None
     blocks = training_blocks("calib_data", name, "train", tokenizer, seqlen, most).long()
     if len(blocks) < sum(counts):
         problem = f"too short, it has {len(blocks)} windows of {seqlen} tokens and {counts[0]} + {counts[1]} are needed"
         fix = f"give at most {max(0, (len(blocks) - counts[1]) * seqlen)} tokens, or more text"
         raise UserError("calib_data", name, problem, fix)
-    blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
-    return blocks[counts[1] :][: counts[0]], blocks[: counts[1]]
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    return blocks[order[counts[1] :][: counts[0]]], blocks[order[: counts[1]]]
 
 
 def _pieces(stream: str) -> list[str]:

@@ -167,32 +167,27 @@ class RecoveryFlags(Flags):
         None, "distil the dense model into the weights that are left, on so many tokens of {calib_data}; zeros stay",
         least=1, only="pruning", metavar="TOKENS",
     )  # fmt: skip
-    train: str = flag(
-        "surviving", "{choices}: what is trained; norms and biases always are", choices=TRAINED, only="recover"
-    )
+    train: str = flag("surviving", "{choices}; norms and biases always are", choices=TRAINED, only="recover")
     rank: int = flag(32, "of the update of each matrix", least=1, only="low_rank")
     learning_rate: float | None = flag(
-        None, "at its highest (default: .0033 of the remaining weights' root mean square; low_rank: .01; norms: 0.01)",
-        above=0, only="recover",
-    )  # fmt: skip
+        None, "the highest (default: .0033 of the remaining weights' rms; low_rank: .01)", above=0, only="recover"
+    )
     batch: int = flag(2, "windows a step, a count", least=1, only="recover")
     states: str = flag("float32", "of Adam's moments: {choices}", choices=STATES, only="recover")
-    by: str = flag(
-        "model", "{choices}: end to end, or block by block, for what is streamed", choices=BY, only="recover"
-    )
+    by: str = flag("model", "{choices}: end to end, or one by one, for what is streamed", choices=BY, only="recover")
 
     def traits(self) -> set[str]:
         return super().traits() | ({self.train} if self.recover else set())
 
     def recovery_options(self) -> RecoveryOptions:
         """Return how the model is recovered."""
-        how = (self.learning_rate, self.batch, self.states, self.by)
-        return RecoveryOptions(self.recover or 0, self.train, self.rank, *how)
+        names = RecoveryOptions._fields[1:]
+        return RecoveryOptions(self.recover or 0, *(getattr(self, name) for name in names))
 
     def recovery_identity(self) -> dict[str, object]:
         """Return the flags that determine the recovered weights, in their spelling."""
-        names = {"seed", "dtype", "calib_data", "seqlen", "recover"}.union(RecoveryOptions._fields[1:])
-        return {self.spelling(name): getattr(self, name) for name in sorted(names)}
+        names = ("seed", "dtype", "calib_data", "seqlen", "recover", *RecoveryOptions._fields[1:])
+        return {self.spelling(name): getattr(self, name) for name in names}
 
 
 @dataclass(kw_only=True)
@@ -245,7 +240,7 @@ class OutputFlags(Flags):
     def recovered_folder(self, task: Task) -> Path | None:
         """Return where the recovered model is saved, None if it is not."""
         folder = self.model_folder(task)
-        return folder and folder.with_name(f"{folder.name}_recovered")
+        return folder.with_name(f"{folder.name}_recovered") if folder and task.pruner else folder
 
 
 @dataclass(kw_only=True)

@@ -211,14 +211,6 @@ def price_working_set(
     return largest + hidden + sort + 6 * 4 * LOGIT_TOKENS * vocabulary
 
 
-def price_bytes(
-    weights: Weights, tokens: int, step: int, windows: int, dtype: torch.dtype | None, whole: bool
-) -> dict[int | str, PriceBytes]:
-    """Return what a search for prices needs; see ``rank_bytes`` and ``gradient_bytes``."""
-    ranks = {layer.name: rank_bytes([layer], whole) for layer in weights.layers}
-    return gradient_bytes(weights, ranks, tokens, step, windows, dtype)
-
-
 def gradient_bytes(
     weights: Weights, stored: Mapping[str, int], tokens: int, step: int, windows: int, dtype: torch.dtype | None
 ) -> dict[int | str, PriceBytes]:
@@ -241,12 +233,13 @@ def gradient_bytes(
     }
 
 
-def trained_bytes(layer: Layer, left: int, train: str, rank: int, states: str) -> int:
-    """Return the bytes of a layer's master copy and Adam's moments, ``left`` of whose weights are not zero.
+def trained_bytes(layers: Sequence[Layer], left: float, train: str, rank: int, states: str) -> int:
+    """Return the bytes of master copy and Adam's moments of ``layers``, of whose weights the fraction ``left`` is left.
 
     ``train`` and ``states`` are names of ``lib.recovery.adam``'s TRAINED and STATES.
     """
     each = 12 if states == "float32" else 6.1  # with eight bits, 256 numbers share two scales of four bytes
+    survivors = sum(math.ceil(layer.size * left) for layer in layers)
     if train == "low_rank":
-        return math.ceil(rank * sum(layer.shape) * each) + 4 * left
-    return math.ceil(left * each) if train == "surviving" else 0
+        return math.ceil(rank * sum(sum(layer.shape) for layer in layers) * each) + 4 * survivors
+    return math.ceil(survivors * each) if train == "surviving" else 0

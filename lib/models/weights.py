@@ -6,7 +6,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -293,36 +293,33 @@ def check_finite(name: str, weight: torch.Tensor) -> None:
         raise UserError(None, name, "its weights are not finite", "the checkpoint is damaged")
 
 
-@contextmanager
-def swapped_weights(block: Block, copies: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.nn.Parameter]]:
+def swapped_weights(
+    block: Block, copies: Mapping[str, torch.Tensor]
+) -> AbstractContextManager[dict[str, torch.nn.Parameter]]:
     """Replace a block's weights by ``copies`` meanwhile, as parameters, which are yielded by layer name."""
-    with _swapped({name: (block.linears[name], "weight") for name in copies}, copies) as leaves:
-        yield leaves
+    return swapped_parameters({name: (block.linears[name], "weight") for name in copies}, copies)
 
 
 @contextmanager
 def swapped_parameters(
-    module: torch.nn.Module, copies: Mapping[str, torch.Tensor]
-) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """Do the same with parameters of any kind, by their names within ``module``."""
-    places = {name: name.rpartition(".") for name in copies}
-    with _swapped({name: (module.get_submodule(x), leaf) for name, (x, _, leaf) in places.items()}, copies) as leaves:
-        yield leaves
-
-
-@contextmanager
-def _swapped(
     places: Mapping[str, tuple[torch.nn.Module, str]], copies: Mapping[str, torch.Tensor]
 ) -> Iterator[dict[str, torch.nn.Parameter]]:
-    originals = {name: getattr(module, leaf) for name, (module, leaf) in places.items()}
+    """Do the same with parameters of any kind, whose ``places`` are a module and the parameter's name in it."""
+    originals = {name: getattr(*place) for name, place in places.items()}
     leaves = {name: torch.nn.Parameter(copy) for name, copy in copies.items()}
     try:
-        for name, (module, leaf) in places.items():
-            setattr(module, leaf, leaves[name])
+        for name, place in places.items():
+            setattr(*place, leaves[name])
         yield leaves
     finally:
-        for name, (module, leaf) in places.items():
-            setattr(module, leaf, originals[name])
+        for name, place in places.items():
+            setattr(*place, originals[name])
+
+
+def parameter_place(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """Return the place of a parameter by its full ``name``, for ``swapped_parameters``."""
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
 
 
 def _offloaded(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -1,4 +1,4 @@
-"""Adam on the weights that pruning left: master copy and moments packed by the mask, in float32 or eight bits."""
+"""Adam on the weights that pruning left: float32 values packed by the mask, their moments in float32 or eight bits."""
 
 from __future__ import annotations
 
@@ -13,115 +13,109 @@ EPSILON = 1e-8
 _GROUP = 256
 
 
-def survivors(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the entries of ``tensor`` where the matrix ``weight`` is not zero, [n]; of a vector all of them."""
-    return tensor.masked_select(weight != 0) if weight.ndim > 1 else tensor
-
-
-def put_survivors(weight: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> None:
-    """Replace the non-zero entries of ``weight`` by ``values`` [n], rounded to ``dtype``; of a vector all entries.
-
-    An entry that rounds to zero becomes the smallest normal number instead: the mask is read off the weight itself.
-    """
-    rounded = values.to(dtype)
-    if weight.ndim == 1:
-        weight.copy_(rounded)
-        return
-    rounded = torch.where(rounded == 0, torch.finfo(dtype).tiny, rounded)
-    weight.masked_scatter_(weight != 0, rounded.to(weight.dtype))
-
-
-class Moments:
-    """Adam's two running means of a parameter's gradient and of its square, by which ``step`` moves the parameter.
-
-    With eight bits, _GROUP numbers share a float32 scale; of the second moment the root is stored, rounded up, so that
-    no step gets larger by the rounding.
+class Trained:
+    """A matrix that is trained where it is not zero, or a whole vector.
 
     Attributes:
-        tensors: all that is stored, by name.
+        place: a module and the parameter's name in it.
+        values: in float32 what is left of the matrix [n], or two factors, [out, rank] and [rank, in].
+        base: what is left of the matrix [n], to which the factors' product is added; None without factors.
+        moments: of each of the values Adam's running means of gradient and squared gradient, as ``_packed`` keeps them.
     """
 
-    def __init__(self, parameter: torch.Tensor, states: str) -> None:
-        shape, self.bytes = parameter.shape, states == "8bit"
-        self.tensors = {name: torch.zeros(shape, device=parameter.device) for name in ("first", "second")}
-        if self.bytes:
-            for name, zeros in list(self.tensors.items()):
-                self._store(name, zeros)
-
-    def step(self, parameter: torch.Tensor, gradient: torch.Tensor, rate: float, count: int) -> None:
-        """Move a float32 ``parameter`` for the ``count``-th time; AdamW without weight decay (arXiv:1711.05101)."""
-        first, second = (self._read(name, parameter) for name in ("first", "second"))
-        first.lerp_(gradient, 1 - BETAS[0])
-        second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        root = (second / (1 - BETAS[1] ** count)).sqrt_().add_(EPSILON)
-        parameter.addcdiv_(first, root, value=-rate / (1 - BETAS[0] ** count))
-        if self.bytes:
-            self._store("first", first)
-            self._store("second", second)
-
-    def _read(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
-        if not self.bytes:
-            return self.tensors[name]
-        numbers = self.tensors[name] * self.tensors[f"{name}_scale"]
-        numbers = numbers.square_() if name == "second" else numbers
-        return numbers.view(-1)[: parameter.numel()].view_as(parameter)
-
-    def _store(self, name: str, numbers: torch.Tensor) -> None:
-        numbers = numbers.sqrt() if name == "second" else numbers
-        groups = torch.nn.functional.pad(numbers.flatten(), (0, -numbers.numel() % _GROUP)).view(-1, _GROUP)
-        scale = groups.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / 127
-        units = groups / scale
-        self.tensors[name] = (units.ceil_().clamp_(max=127) if name == "second" else units.round_()).to(torch.int8)
-        self.tensors[f"{name}_scale"] = scale
-
-
-class Survivors:
-    """The non-zero entries of a matrix, or a vector, trained: a float32 master copy [n] and its moments."""
-
-    def __init__(self, weight: torch.Tensor, states: str) -> None:
-        self.master = survivors(weight.detach(), weight).float().clone()
-        self.moments = Moments(self.master, states)
+    def __init__(
+        self,
+        place: tuple[torch.nn.Module, str],
+        dtype: torch.dtype | None,
+        states: str,
+        rank: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Take up the parameter at ``place``; it is saved in ``dtype``, None for its own. ``states``: one of STATES."""
+        self.place, self.states = place, states
+        weight = self.weight
+        self.dtype = dtype or weight.dtype
+        left = weight.take(_indices(weight))
+        self.values, self.base = [left.float()], None
+        if rank is not None:
+            rows, columns = weight.shape
+            draw = torch.randn(rank, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
+            self.values, self.base = [torch.zeros(rows, rank, device=weight.device), draw.to(weight.device)], left
+        self.moments = [[_packed(torch.zeros_like(x), states, root) for root in (False, True)] for x in self.values]
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All that a resumed run needs, by name."""
-        return {"master": self.master, **self.moments.tensors}
-
-    def step(self, weight: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, rate: float, count: int) -> None:
-        """Step by a gradient [out, in], ``scale`` times the loss's, of which the processes hold one summand each."""
-        gradient = processes.sum_(survivors(gradient, weight).float() / scale.to(gradient.device))
-        self.moments.step(self.master, gradient, rate, count)
-
-    def write(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
-        """Replace the non-zero entries of ``weight``, rounded to ``dtype``."""
-        put_survivors(weight, self.master, dtype)
-
-
-class LowRank:
-    """A matrix trained by the product of two small ones, [out, rank] and [rank, in], added where it is not zero."""
-
-    def __init__(self, weight: torch.Tensor, states: str, rank: int, seed: int) -> None:
-        rows, columns = weight.shape
-        draw = torch.randn(rank, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
-        self.base = survivors(weight.detach(), weight).clone()
-        self.factors = [torch.zeros(rows, rank, device=weight.device), draw.to(weight.device)]
-        self.moments = [Moments(factor, states) for factor in self.factors]
+    def weight(self) -> torch.Tensor:
+        """The parameter, while its block is lent."""
+        return getattr(*self.place).detach()
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        pairs = enumerate(zip(self.factors, self.moments, strict=True))
-        return {"base": self.base} | {
-            f"{i}.{name}": tensor
-            for i, (factor, m) in pairs
-            for name, tensor in {"factor": factor, **m.tensors}.items()
-        }
+    def tensors(self) -> list[torch.Tensor]:
+        """All that a resumed run needs."""
+        moments = [tensor for pair in self.moments for packed in pair for tensor in packed]
+        return [*self.values, *moments] + ([] if self.base is None else [self.base])
 
-    def step(self, weight: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor, rate: float, count: int) -> None:
-        gradient = torch.where(weight != 0, gradient, 0).float() / scale.to(gradient.device)
-        left, right = self.factors
-        gradients = [processes.sum_(gradient @ right.T), processes.sum_(left.T @ gradient)]
-        for factor, moments, slope in zip(self.factors, self.moments, gradients, strict=True):
-            moments.step(factor, slope, rate, count)
+    def step(self, gradient: torch.Tensor, scale: torch.Tensor, rate: float, count: int) -> None:
+        """Step for the ``count``-th time: AdamW without weight decay (arXiv:1711.05101).
 
-    def write(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
-        put_survivors(weight, self.base + survivors(self.factors[0] @ self.factors[1], weight), dtype)
+        The ``gradient``, of the parameter's shape, is ``scale`` times the loss's; each process has one summand of it.
+        """
+        weight, scale = self.weight, scale.to(gradient.device)
+        indices = _indices(weight)
+        if self.base is None:
+            slopes = [gradient.take(indices).float() / scale]
+        else:
+            gradient = torch.where(weight != 0, gradient, 0).float() / scale
+            left, right = self.values
+            slopes = [gradient @ right.T, left.T @ gradient]
+        for i, (value, slope) in enumerate(zip(self.values, slopes, strict=True)):
+            slope = processes.sum_(slope)
+            first, second = (_unpacked(packed, value, root) for root, packed in enumerate(self.moments[i]))
+            first.lerp_(slope, 1 - BETAS[0])
+            second.mul_(BETAS[1]).addcmul_(slope, slope, value=1 - BETAS[1])
+            root = (second / (1 - BETAS[1] ** count)).sqrt_().add_(EPSILON)
+            value.addcdiv_(first, root, value=-rate / (1 - BETAS[0] ** count))
+            self.moments[i] = [_packed(first, self.states, False), _packed(second, self.states, True)]
+        self.write(indices)
+
+    def write(self, indices: torch.Tensor | None = None) -> None:
+        """Replace what is left of the parameter, which is at ``indices``, by the values, rounded for saving.
+
+        What rounds to zero becomes the smallest normal number instead: the mask is read off the weight itself.
+        """
+        weight, values = self.weight, self.values[0]
+        indices = _indices(weight) if indices is None else indices
+        if self.base is not None:
+            values = self.base + (values @ self.values[1]).take(indices)
+        rounded = values.to(self.dtype)
+        if weight.ndim > 1:
+            rounded = torch.where(rounded == 0, torch.finfo(self.dtype).tiny, rounded)
+        weight.put_(indices, rounded.to(weight.dtype))
+
+
+def _indices(weight: torch.Tensor) -> torch.Tensor:
+    """Return the indices [n] of what is trained of a flattened weight."""
+    is_trained = weight.flatten() != 0 if weight.ndim > 1 else torch.ones_like(weight)
+    return is_trained.nonzero().squeeze(1)
+
+
+def _packed(numbers: torch.Tensor, states: str, root: bool) -> tuple[torch.Tensor, ...]:
+    """Return the ``numbers``, or bytes [groups, _GROUP] and a float32 scale for each group; a name of STATES decides.
+
+    With ``root`` the bytes are of the square root, rounded up, so that no step gets larger by the rounding.
+    """
+    if states == "float32":
+        return (numbers,)
+    numbers = numbers.sqrt() if root else numbers
+    groups = torch.nn.functional.pad(numbers.flatten(), (0, -numbers.numel() % _GROUP)).view(-1, _GROUP)
+    scale = groups.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / 127
+    units = groups / scale
+    return (units.ceil_().clamp_(max=127) if root else units.round_()).to(torch.int8), scale
+
+
+def _unpacked(packed: tuple[torch.Tensor, ...], like: torch.Tensor, root: bool) -> torch.Tensor:
+    """Return the numbers that were ``packed``, in the shape of ``like``."""
+    if len(packed) == 1:
+        return packed[0]
+    numbers = packed[0] * packed[1]
+    numbers = numbers.square_() if root else numbers
+    return numbers.view(-1)[: like.numel()].view_as(like)

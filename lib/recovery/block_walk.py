@@ -14,7 +14,7 @@ from lib.core.errors import UserError
 from lib.core.files import readable
 from lib.core.lazy import torch
 from lib.models import memory
-from lib.models.weights import Block, Weights, swapped_parameters
+from lib.models.weights import Block, Weights, parameter_place, swapped_parameters
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ def kl_divergence(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
 
 # Replaces parameters of a block while it is run, and yields those that are differentiated, by name.
 Lend = Callable[[Block], AbstractContextManager[dict[str, "torch.nn.Parameter"]]]
+# Takes the gradient of a parameter of a block, by its name, after the factor by which it is larger than the loss's.
+Take = Callable[[Block, "torch.Tensor", str, "torch.Tensor"], None]
 
 
 class BlockActivations(NamedTuple):
@@ -65,7 +67,7 @@ class BlockWalk(NamedTuple):
     The model's own are back in place after each block. Gradients are handed over matrix by matrix and freed at once.
 
     Attributes:
-        weights: of the model, all of them in memory.
+        weights: of the model, all of them in memory if it is walked as a whole.
         inputs: other arguments of the blocks' calls; the hidden states in it are not read.
         dtype: of the products, None for the model's.
         keeps_activations: whether activations and copies are kept from the forward for the backward pass. If not, each
@@ -78,13 +80,16 @@ class BlockWalk(NamedTuple):
     keeps_activations: bool
 
     def forward(
-        self, hidden: list[torch.Tensor], lend: Lend, differentiable: bool = False
+        self, hidden: list[torch.Tensor], lend: Lend, differentiable: bool = False, only: Block | None = None
     ) -> tuple[list[torch.Tensor], list[BlockActivations]]:
-        """Return the last block's outputs for ``hidden``, [1, tokens, width] each, and what ``backward`` needs."""
+        """Return the last block's outputs for ``hidden``, [1, tokens, width] each, and what ``backward`` needs.
+
+        ``only`` is a lent block that is run alone.
+        """
         activations = []
         keeps = differentiable and self.keeps_activations
-        for block in self.weights.visit():
-            ran = self.run(block, hidden, lend, keeps)
+        for block in [only] if only else self.weights.visit():
+            ran = self._run(block, hidden, lend, keeps)
             hidden = [states.detach() for states in ran.outputs]
             if differentiable:
                 activations.append(ran if keeps else BlockActivations(ran.inputs, [], {}))
@@ -92,59 +97,44 @@ class BlockWalk(NamedTuple):
         return hidden, activations
 
     def backward(
-        self,
-        gradients: list[torch.Tensor],
-        scale: torch.Tensor,
-        activations: list[BlockActivations],
-        lend: Lend,
-        take_gradient: Callable[[Block, torch.Tensor, str, torch.Tensor], None],
+        self, loss: WalkLoss, activations: list[BlockActivations], lend: Lend, take: Take, only: Block | None = None
     ) -> None:
-        """Call ``take_gradient(block, scale, name, gradient)`` for each lent parameter, last block first.
-
-        Args:
-            gradients: ``scale`` times the loss's gradients by the last block's outputs; the scale changes on the way.
-            activations: of ``forward``, used up.
-        """
-        for block in self.weights.visit(backwards=True):
+        """Hand over the gradient of each lent parameter, last block first; the ``activations`` are used up."""
+        gradients, scale = loss.gradients, loss.scale
+        for block in [only] if only else self.weights.visit(backwards=True):
+            # Scaled to 1 at each block, gradients of half precision neither underflow nor overflow.
+            gradients = [gradient.to(block.device) for gradient in gradients]
+            largest = torch.stack([gradient.abs().amax().float() for gradient in gradients]).amax()
+            largest = torch.where(largest > 0, largest, 1)
+            gradients, scale = [gradient / largest for gradient in gradients], scale.to(block.device) / largest
             ran = activations.pop()
             if not ran.outputs:
-                ran = self.run(block, ran.inputs, lend, True)
-            gradients, scale = block_backward(block, ran, gradients, scale, take_gradient)
+                ran = self._run(block, ran.inputs, lend, True)
+            gradients = _block_backward(ran, gradients, partial(take, block, scale))
 
-    def run(self, block: Block, hidden: list[torch.Tensor], lend: Lend, differentiable: bool) -> BlockActivations:
-        """Run a block on each of ``hidden``, and keep the graph if the outputs are to be differentiated."""
+    def _run(self, block: Block, hidden: list[torch.Tensor], lend: Lend, differentiable: bool) -> BlockActivations:
         from accelerate.utils import send_to_device
 
         inputs = [states.to(block.device).detach().requires_grad_(differentiable) for states in hidden]
         arguments = send_to_device(self.inputs.arguments[block.index], block.device)
-        with torch.set_grad_enabled(differentiable), lend(block) as leaves:
-            with autocast(block.device, self.dtype):
-                outputs = [run_block(block, states, arguments, self.inputs.tuples) for states in inputs]
+        with torch.set_grad_enabled(differentiable), lend(block) as leaves, autocast(block.device, self.dtype):
+            outputs = [run_block(block, states, arguments, self.inputs.tuples) for states in inputs]
         return BlockActivations(inputs, outputs, leaves)
 
 
-def block_backward(
-    block: Block,
-    ran: BlockActivations,
-    gradients: list[torch.Tensor],
-    scale: torch.Tensor,
-    take_gradient: Callable[[Block, torch.Tensor, str, torch.Tensor], None],
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return the gradients by a block's inputs and their scale, given those by its outputs; see ``backward``."""
-    # Scaled to 1 at each block, gradients of half precision neither underflow nor overflow.
-    gradients = [gradient.to(block.device) for gradient in gradients]
-    largest = torch.stack([gradient.abs().amax().float() for gradient in gradients]).amax()
-    largest = torch.where(largest > 0, largest, 1)
-    gradients, scale = [gradient / largest for gradient in gradients], scale.to(block.device) / largest
+def _block_backward(
+    ran: BlockActivations, gradients: list[torch.Tensor], take: Callable[[str, torch.Tensor], None]
+) -> list[torch.Tensor]:
+    """Return the gradients by a block's inputs, given those by its outputs; ``take`` those by what it was lent."""
 
     def hand_over(name: str, leaf: torch.nn.Parameter) -> None:
-        take_gradient(block, scale, name, leaf.grad)
+        take(name, leaf.grad)
         leaf.grad = None
 
     for name, leaf in ran.leaves.items():
         leaf.register_post_accumulate_grad_hook(partial(hand_over, name))
     torch.autograd.backward(ran.outputs, gradients, inputs=[*ran.inputs, *ran.leaves.values()])
-    return [states.grad for states in ran.inputs], scale
+    return [states.grad for states in ran.inputs]
 
 
 class DenseStates(NamedTuple):
@@ -156,16 +146,17 @@ class DenseStates(NamedTuple):
     windows: torch.Tensor  # [windows, tokens]
     entering: torch.Tensor | None  # [windows, tokens, width]; None where they are computed when needed
     leaving: torch.Tensor | None  # [windows, counted tokens, width]; None: the loss is that of the next token
+    gains: Mapping[str, torch.Tensor] = {}  # its values of the parameters behind the blocks that are trained
 
 
-class HeadLoss(NamedTuple):
-    """Loss behind the last block: its sum over ``count`` tokens in nats, and ``scale`` times the mean's gradients.
+class WalkLoss(NamedTuple):
+    """Loss behind the last block: a sum, the ``count`` by which it becomes a mean, and ``scale`` times its gradients.
 
-    They are those by the blocks' outputs, [1, tokens, width] each, and ``by_gain`` those by the last norm's parameters.
+    They are those by the blocks' outputs, [1, tokens, width] each, and ``by_gain`` those by the parameters behind them.
     """
 
     total: torch.Tensor
-    count: int
+    count: int | torch.Tensor
     gradients: list[torch.Tensor]
     by_gain: dict[str, torch.Tensor]
     scale: torch.Tensor
@@ -178,28 +169,26 @@ def head_loss(
     batch: Sequence[int],
     counted: slice = slice(None),
     differentiate: bool = False,
-    dense_gains: Mapping[str, torch.Tensor] | None = None,
-) -> HeadLoss:
-    """Return the loss of the windows in ``batch`` and its gradients, with the logits of few tokens in memory at a time.
+) -> WalkLoss:
+    """Return the loss of the windows in ``batch`` in nats, with the logits of few tokens in memory at a time.
 
     Args:
         dense: its ``leaving`` decide the loss: KL(dense || pruned) of the logits, or the next token's.
         hidden: the pruned blocks' output for each of the windows, [1, tokens, width].
         counted: the tokens of a window that count.
-        dense_gains: the dense model's values of those parameters behind the blocks that are trained, by their names.
     """
-    model, gains, by_gain = walk.weights.model, dense_gains or {}, {}
+    model, by_gain = walk.weights.model, {}
     total, gradients = 0.0, [torch.zeros_like(states) for states in hidden] if differentiate else []
     count = len(batch) * len(range(hidden[0].shape[1])[counted])
-    device = hidden[0].device
     # One context for all of them: a copy of the head in the products' dtype is made once.
     with (
         after_blocks(walk.weights, walk.inputs.tuples) as logits,
         torch.set_grad_enabled(differentiate),
-        autocast(device, walk.dtype),
+        autocast(hidden[0].device, walk.dtype),
     ):
-        trained = {name: model.get_parameter(name) for name in gains}
-        gains = {name: gain.to(trained[name].device) for name, gain in gains.items()}
+        places = {name: parameter_place(model, name) for name in dense.gains}
+        trained = {name: getattr(*place) for name, place in places.items()}
+        gains = {name: gain.to(trained[name].device) for name, gain in dense.gains.items()}
         for i, index in enumerate(batch):
             window, pieces = dense.windows[index], []
             # Nothing follows a window's last token.
@@ -208,11 +197,13 @@ def head_loss(
             chunks = (x.split(memory.LOGIT_TOKENS) for x in (hidden[i][0, counted], goals))
             for states, goal in zip(*chunks, strict=True):
                 states, goal = states.detach().requires_grad_(differentiate), goal.to(states.device)
-                pruned_logits = logits(window, states)
-                if dense.leaving is not None:
-                    with torch.no_grad(), swapped_parameters(model, gains):
+                pruned = logits(window, states)
+                if dense.leaving is None:
+                    loss = torch.nn.functional.cross_entropy(pruned.float(), goal.to(pruned.device), reduction="sum")
+                else:
+                    with torch.no_grad(), swapped_parameters(places, gains):
                         goal = logits(window, goal)
-                loss = _token_loss(pruned_logits, goal.to(pruned_logits.device))
+                    loss = kl_divergence(goal, pruned)
                 total = total + loss.detach()
                 if differentiate:
                     by = [states, *trained.values()]
@@ -223,22 +214,20 @@ def head_loss(
                             by_gain[name] = by_gain.get(name, 0) + gradient.float()
             if differentiate:
                 gradients[i][0, counted] = torch.cat(pieces)
-    return HeadLoss(total, count, gradients, by_gain, torch.tensor(float(LOSS_SCALE * count)))
+    return WalkLoss(total, count, gradients, by_gain, torch.tensor(float(LOSS_SCALE * count)))
 
 
-def _token_loss(logits: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the KL to the dense logits [tokens, vocabulary], or of the loss of the next tokens [tokens]."""
-    if goal.ndim == 2:
-        return kl_divergence(goal, logits)
-    return torch.nn.functional.cross_entropy(logits.float(), goal, reduction="sum")
-
-
-def has_room_for_activations(needs: Mapping[int | str, memory.PriceBytes], work: str, field: str, value: str) -> bool:
+def has_room_for_activations(weights: Weights, sizes: tuple, work: str, field: str, value: str, instead: str) -> bool:
     """Log how much memory the ``work`` needs, refuse what does not fit, and return whether all activations do.
 
-    ``field`` and its ``value`` are the flag that asks for the work.
+    Args:
+        sizes: the arguments of ``memory.gradient_bytes`` after the weights.
+        field, value: the flag that asks for the work; ``instead`` is what to use otherwise.
     """
-    free = memory.free_memory(0)
+    fix = f"use GPUs with more memory, or {instead}"
+    if not weights.in_memory:
+        raise UserError(field, value, "needs all weights in memory, and these are streamed or offloaded", fix)
+    needs, free = memory.gradient_bytes(weights, *sizes), memory.free_memory(0)
     keeps = all(need.least + need.activations <= KEEP_WITHIN * free[place] for place, need in needs.items())
     least, more = (readable(sum(sizes)) for sizes in zip(*needs.values(), strict=True))
     are = "are used for activations" if keeps else "would make it faster"
@@ -247,5 +236,5 @@ def has_room_for_activations(needs: Mapping[int | str, memory.PriceBytes], work:
         if need.least > free[place]:
             where = "in the CPU's memory" if place == "cpu" else f"on GPU {place}"
             sizes = f"{readable(need.least)} are needed {where} beside the weights and {readable(free[place])} are free"
-            raise UserError(field, value, sizes, "lower --seqlen, or use more or larger GPUs")
+            raise UserError(field, value, sizes, f"lower --seqlen, {fix}")
     return keeps

@@ -42,7 +42,7 @@ class LanguageModel:
         questions: zero-shot tasks with their data.
         reserve: bytes of each GPU, or of the CPU, that are left for the work.
         loaded_as: how the dense weights in memory were loaded, None if they are others.
-        recovery: windows to recover on and held-out ones; dense_source: the model that is distilled.
+        recovery: windows to recover on and held-out ones; teacher, teacher_name: the model that is distilled.
         streamed: folder from which the weights are streamed, None if they are loaded.
     """
 
@@ -159,10 +159,8 @@ class LanguageModel:
         needed = memory.working_set(self.skeleton, dtype, hessians, windows, self.seqlen, copies)
         gpus = 1 if processes.device() else max(1, cpu.gpus())
         if settings.recover:
-            left = [(layer, round(layer.size * (1 - task.target))) for layer in self.layers]
-            how = (settings.train, settings.rank, settings.states)
-            stored = sum(memory.trained_bytes(*pair, *how) for pair in left if settings.by == "model") // gpus
-            step = (self.seqlen, settings.batch, settings.batch)
+            how, step = (settings.train, settings.rank, settings.states), (self.seqlen, settings.batch, settings.batch)
+            stored = memory.trained_bytes(self.layers, 1 - task.target, *how) // gpus if settings.by == "model" else 0
             needed = max(needed, stored + memory.price_working_set(self.skeleton, self.layers, dtype, *step))
         if task.needs == "lamp_score":
             return needed + block_scores.LAMP_BYTES * max(layer.size for layer in self.layers)

@@ -167,11 +167,12 @@ def recovery_needs(size: str, sparsity: float, states: str, batch: int, seqlen: 
     """Return the bytes that recovery of a model of SIZES needs, end to end and block by block, with 16-bit weights."""
     model, half = skeleton(SIZES[size]), torch.float16
     layers = prunable_layers(model)
-    each = [memory.trained_bytes(x, round(x.size * (1 - sparsity)), "surviving", 0, states) for x in layers]
     work = memory.price_working_set(model, layers, half, seqlen, batch, batch)
-    block = [layer.size * 2 + kept for layer, kept in zip(layers, each, strict=True) if layer.block == 0]
+    first = [layer for layer in layers if layer.block == 0]
+    kept, block = (memory.trained_bytes(each, 1 - sparsity, "surviving", 0, states) for each in (layers, first))
+    block += 2 * sum(layer.size for layer in first)
     # Of a dense block and a pruned one the latter's states are kept as well.
-    return 2 * sum(p.numel() for p in model.parameters()) + sum(each) + work, 2 * sum(block) + work
+    return 2 * sum(p.numel() for p in model.parameters()) + kept + work, 2 * block + work
 
 
 def show_recovery(settings: Scale) -> None:

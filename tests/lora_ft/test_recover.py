@@ -103,7 +103,7 @@ def test_a_stopped_run_resumes_with_the_same_bits(by, stopped, place, monkeypatc
         return interrupted
 
     owner, name, at = {
-        "at work": (Distillation, "_step" if by == "model" else "_block_step", 7 if by == "model" else 21),
+        "at work": (Distillation, "_step", 7 if by == "model" else 21),
         "when saving": (recover.recovery.Journal, "add", 2),
         "when measured": (recover.LanguageModel, "perplexity", 2),
     }[stopped]
@@ -125,7 +125,7 @@ def test_one_command_resumes_in_its_recovery(place, monkeypatch):
     monkeypatch.setattr(distill, "STORE_EVERY", -1)
     step, prune, calls = Distillation._step, main.pipeline.walk._prune_block, []
     monkeypatch.setattr(
-        Distillation, "_step", lambda *args: step(*args) if args[-1] < 7 else exec("raise KeyboardInterrupt")
+        Distillation, "_step", lambda *args: step(*args) if args[4] < 7 else exec("raise KeyboardInterrupt")
     )
     assert main.main([*flags, "--save_model", "stopped", "--save", "2"]) == 130
     monkeypatch.setattr(Distillation, "_step", lambda *args: calls.append(1) or step(*args))
@@ -178,7 +178,7 @@ def test_flags_of_recovery_need_it(place, capsys):
 
 
 def test_another_run_is_not_mixed_in(place, capsys, monkeypatch):
-    monkeypatch.setattr(distill, "_store", lambda *_: exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr(Distillation, "_store", lambda *_: exec("raise KeyboardInterrupt"))
     monkeypatch.setattr(distill, "STORE_EVERY", -1)
     assert recover.main(RECOVER.split()) == 130
     monkeypatch.undo()

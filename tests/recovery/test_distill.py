@@ -5,15 +5,17 @@ import copy
 import pytest
 import torch
 from conftest import fast, tiny_llama
+from mixtures import tiny_mixture
 from test_load_models import KINDS, build
 
 from lib.calibration.hidden import enter_blocks
 from lib.core.errors import UserError
+from lib.models.experts import is_experts, matrices
 from lib.models.weights import weights_of
 from lib.recovery import distill
-from lib.recovery.adam import STATES, TRAINED, LowRank, Survivors
+from lib.recovery.adam import STATES, TRAINED, Trained
 from lib.recovery.block_walk import BlockWalk, DenseStates, head_loss
-from lib.recovery.distill import BY, Distillation, RecoveryOptions, Training
+from lib.recovery.distill import BY, Distillation, RecoveryOptions, rate_at
 
 LENGTH = 16
 WINDOWS = torch.randint(3, 300, (48, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -35,7 +37,7 @@ def zeros(model) -> dict[str, torch.Tensor]:
 
 def distillation(model, dense, tokens: int = 8 * 2 * LENGTH, **options) -> Distillation:
     options = RecoveryOptions(tokens, **options)
-    windows = WINDOWS[: options.windows(LENGTH)], HELD
+    windows = WINDOWS[: tokens // options.least_tokens(LENGTH) * options.batch], HELD
     return Distillation(weights_of(model), weights_of(dense) if dense else None, options, windows)
 
 
@@ -72,17 +74,19 @@ def test_gradients_are_autograds(kind, teacher, monkeypatch):
             if dense and "norm" in name and "layers" not in name and tensor.ndim == 1:
                 dense.get_parameter(name).mul_(1.1)
 
-    def note(self, name, weight, gradient, scale):
+    def note(trained, gradient, scale, *_):
+        (name,) = (name for name, x in work.trained.items() if x is trained)
         taken[name] = gradient.float() / scale
 
-    monkeypatch.setattr(Training, "step", note)
-    report = finish(distillation(model, dense, 2 * LENGTH))
+    monkeypatch.setattr(Trained, "step", note)
+    work = distillation(model, dense, 2 * LENGTH)
+    report = finish(work)
     loss = whole_loss(plain, dense, WINDOWS[:2])
     loss.backward()
-    assert report.losses == [pytest.approx(loss.item(), rel=1e-5)]
+    assert report["losses"] == [pytest.approx(loss.item(), rel=1e-5)]
     expected = {}
     for block in weights_of(plain).visit():
-        expected |= {name: linear.weight.grad for name, linear in block.linears.items()}
+        expected |= {f"{name}.weight": linear.weight.grad for name, linear in block.linears.items()}
         vectors = {name: x for name, x in block.module.named_parameters() if x.ndim == 1}
         expected |= {f"{block.index}.{name}": tensor.grad for name, tensor in vectors.items()}
     behind = taken.keys() - expected.keys()
@@ -94,6 +98,22 @@ def test_gradients_are_autograds(kind, teacher, monkeypatch):
     for name, gradient in expected.items():
         # Sums in float32 in another order; the bias of keys changes nothing, and its gradient is such a rounding.
         assert (taken[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7 * largest, name
+
+
+def test_gradients_of_experts_are_autograds(monkeypatch):
+    dense, taken = tiny_mixture("mixtral"), {}
+    model = prune(copy.deepcopy(dense))
+    plain = copy.deepcopy(model)
+    monkeypatch.setattr(Trained, "step", lambda trained, slope, scale, *_: taken.update({trained.place: slope / scale}))
+    finish(distillation(model, dense, 2 * LENGTH))
+    whole_loss(plain, dense, WINDOWS[:2]).backward()
+    experts = {name: module for name, module in plain.named_modules() if is_experts(module)}
+    for name, module in experts.items():
+        for key, linear in matrices(model.get_submodule(name)).items():
+            expected = linear.place.view(module, getattr(module, linear.place.fused).grad)
+            # Sums of float32 in another order.
+            torch.testing.assert_close(taken[linear, "weight"], expected, rtol=1e-4, atol=1e-7, msg=f"{name}.{key}")
+    assert len(experts) == 2
 
 
 @pytest.mark.parametrize("kind", fast([*KINDS], 4))
@@ -117,10 +137,10 @@ def test_zeros_keep_their_places_and_all_else_is_trained(kind, by):
 def test_loss_falls(train, by, states):
     work = distillation(prune(tiny_llama()), tiny_llama(), 24 * 2 * LENGTH, train=train, by=by, states=states, rank=8)
     report = finish(work)
-    first, last = report.losses[:6], report.losses[18:24]  # the same windows, where there are several epochs
-    assert sum(last) < 0.97 * sum(first) if by == "block" else report.held_after < 0.97 * report.held_before
+    first, last = report["losses"][:6], report["losses"][18:24]  # the same windows, where there are several epochs
+    assert sum(last) < 0.97 * sum(first) if by == "block" else report["held_after"] < 0.97 * report["held_before"]
     steps = 24 if by == "model" else 3 * 6 * distill.EPOCHS
-    assert len(report.losses) == steps and report.tokens == 24 * 2 * LENGTH
+    assert len(report["losses"]) == steps and report["tokens"] == 24 * 2 * LENGTH
 
 
 def test_gradient_of_the_last_states_is_that_of_kl_div(tiny_weights):
@@ -149,25 +169,21 @@ def test_resumed_training_gives_the_same_bits(train, states, tmp_path, monkeypat
         return distillation(prune(tiny_llama()), tiny_llama(), train=train, states=states, rank=4)
 
     unbroken = work()
-    losses = finish(unbroken).losses
+    losses = finish(unbroken)["losses"]
     monkeypatch.setattr(distill, "STORE_EVERY", -1)  # after each step
     stopped, step = work(), Distillation._step
-    monkeypatch.setattr(Distillation, "_step", lambda *args: step(*args) if args[-1] < 5 else exec("raise Stopped"))
+    monkeypatch.setattr(Distillation, "_step", lambda *args: step(*args) if args[4] < 5 else exec("raise Stopped"))
     with pytest.raises(Stopped):
         finish(stopped, tmp_path / "state")
     monkeypatch.setattr(Distillation, "_step", step)
     resumed = work()
-    assert finish(resumed, tmp_path / "state").losses == losses
+    assert finish(resumed, tmp_path / "state")["losses"] == losses
     for name, tensor in parameters(unbroken.weights.model).items():
         assert torch.equal(tensor, resumed.weights.model.get_parameter(name)), name
 
 
 def test_weights_and_rate_by_pencil():
-    training = Training(weights_of(prune(tiny_llama())), RecoveryOptions(1), None)
-    rates = []
-    for step in range(20):  # two steps up, then half a cosine
-        training.set_step(step, 20, 1.0)
-        rates.append(training.rate)
+    rates = [rate_at(step, 20) for step in range(20)]  # two steps up, then half a cosine
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[11] == pytest.approx(0.5) and 0 < rates[-1] < 0.01
     model = prune(tiny_llama())
     for block in weights_of(model).visit(write=True):
@@ -178,9 +194,15 @@ def test_weights_and_rate_by_pencil():
 
 def test_a_loss_that_is_not_finite_ends_with_its_step(monkeypatch):
     work = distillation(prune(tiny_llama()), tiny_llama())
-    step = Distillation._step
-    monkeypatch.setattr(Distillation, "_step", lambda *args: step(*args) if args[-1] < 2 else float("nan"))
-    with pytest.raises(UserError, match=r"the loss is nan at step 3 of 8, it was 0\.\d+ in the step before; lower"):
+    real, calls = distill.head_loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        loss = real(*args, **kwargs)
+        return loss._replace(total=loss.total * float("nan")) if len(calls) == 4 else loss  # the first is held out
+
+    monkeypatch.setattr(distill, "head_loss", broken)
+    with pytest.raises(UserError, match="the loss is nan at step 3 of 8; lower"):
         finish(work)
 
 
@@ -200,12 +222,10 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         finish(distillation(prune(tiny_llama()), None))
 
 
-def test_no_gradient_or_state_is_kept_for_what_is_zero(monkeypatch, tmp_path):
-    work, kept = distillation(prune(tiny_llama(), 0.75), tiny_llama()), {}
-    monkeypatch.setattr(distill, "_store", lambda path, training, losses: kept.update(training.parameters))
-    finish(work, tmp_path / "none")
-    layers = {layer.name: layer for layer in work.weights.layers}
-    assert {type(kept[name]) for name in layers} == {Survivors} and LowRank not in map(type, kept.values())
-    for name, layer in layers.items():
-        assert all(len(tensor) == work.left[name] < 0.26 * layer.size for tensor in kept[name].tensors.values())
+def test_no_gradient_or_state_is_kept_for_what_is_zero():
+    work = distillation(prune(tiny_llama(), 0.75), tiny_llama())
+    finish(work)
+    for layer in work.weights.layers:
+        kept = work.trained[f"{layer.name}.weight"].tensors
+        assert [len(tensor) for tensor in kept] == [work.left[layer.name]] * 3 and len(kept[0]) < 0.26 * layer.size
     assert all(parameter.grad is None for parameter in work.weights.model.parameters())
