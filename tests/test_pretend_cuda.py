@@ -215,6 +215,8 @@ def test_bfloat16_passes(runs):  # on the CPU they round otherwise
 
 @pytest.mark.parametrize("metric", fast([*METRICS, *WEIGHTWATCHER], 2))
 def test_every_metric(metric, runs):
+    if metric in WEIGHTWATCHER:
+        import weightwatcher  # noqa: F401  (it asks for a GPU when it is imported)
     with pretend_cuda() as cuda:
         runs(f"--metrics_only --ww_metric {metric} --ww_metric_cache ../there", "work")
     assert cuda.operations > 20
