@@ -68,7 +68,8 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
                 record.rows = pipeline.prune(subject, task, plan, values, settings.statistics, journal)
 
         record.content["sparsity"] = sparsity = subject.weights.sparsity()
-        pipeline.warn_if_off_target(task, subject.weights.layers, sparsity)
+        if task.pruner:
+            pipeline.warn_if_off_target(plan.target, sparsity)
         with record.explain_failure(partial(how_to_resume, settings, record)):
             # The model is saved before whatever may still fail.
             write = partial(subject.save, journal, settings.packed, sparsity) if journal else None

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lib.calibration import statistics as calibration
 from lib.calibration.statistics import as_float32, hessian, squared_norms
 from lib.models import memory
-from lib.models.experts import active_experts
+from lib.models.experts import active_share
 from lib.models.layers import prunable_layers
 from lib.pruning.pruners import PRUNERS, refitted
 from lib.pruning.sparsegpt import BLOCK, inverse_factor, repair, repair_group
@@ -195,11 +195,11 @@ def test_a_7b_is_pruned_beside_its_weights_on_a_card_of_24_gb(name):
 
 def test_activations_of_a_mixture_are_those_of_the_experts_that_are_active():
     layers = prunable_layers(tiny_mixture("mixtral"))
-    assert active_experts(tiny_mixture("mixtral")) == 2
+    assert active_share(tiny_mixture("mixtral")) == 0.5
     block = [layer for layer in layers if layer.block == 0]
     outside = sum(sum(layer.shape) for layer in block if not layer.expert)
     inside = sum(sum(layer.shape) for layer in block if layer.expert)
     copies = sum(layer.size for layer in block)
-    assert memory.activation_bytes(block, torch.float16, 10, active=2) == 2 * (copies + 30 * (outside + inside // 2))
-    whole = memory.activation_bytes(layers, torch.float16, 10, active=2)
-    assert whole == 2 * memory.activation_bytes(block, torch.float16, 10, active=2)
+    assert memory.activation_bytes(block, torch.float16, 10, 0.5) == 2 * (copies + 30 * (outside + inside // 2))
+    whole = memory.activation_bytes(layers, torch.float16, 10, 0.5)
+    assert whole == 2 * memory.activation_bytes(block, torch.float16, 10, 0.5)

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import groupby
 from typing import NamedTuple
 
 from lib.core.errors import UserError
@@ -60,16 +59,13 @@ def largest_epsilon(layers: Sequence[Layer], target: float, values: Values, mapp
 
 def _scaled_groups(layers: Sequence[Layer], values: Values, mapping_type: str) -> tuple[list[list[Layer]], list[float]]:
     """Return the groups that share a ratio, and the mean metric of each, scaled to [0, 1]."""
-    by_key: dict[object, list[Layer]] = {}
-    for layer in layers:
-        by_key.setdefault(MAPPINGS[mapping_type](layer), []).append(layer)
-    groups = list(by_key.values())
+    groups = _grouped(layers, mapping_type)
     return groups, _scaled([sum(values[layer.name] for layer in group) / len(group) for group in groups])
 
 
 def outlier_weighted(layers: Sequence[Layer], target: float, values: Values, owl_lambda: float) -> Ratios:
     """Return block ratios that fall linearly with the outlier ratio, +- ``owl_lambda`` (OWL: Yin et al., 2024)."""
-    groups = _blocks(layers)
+    groups = _grouped(layers)
     x = _scaled([values[group[0].name] for group in groups])
     return _around(groups, target, [-2 * owl_lambda * value for value in x], "owl_lambda", owl_lambda)
 
@@ -79,7 +75,7 @@ def dynamic(layers: Sequence[Layer], target: float, values: Values, dlp_alpha: f
 
     The scores are the blocks' medians.
     """
-    groups = _blocks(layers)
+    groups = _grouped(layers)
     scores = [values[group[0].name] for group in groups]
     if not sum(scores) > 0:
         problem = "every block's median score is zero: the checkpoint is pruned by half already"
@@ -90,7 +86,7 @@ def dynamic(layers: Sequence[Layer], target: float, values: Values, dlp_alpha: f
 
 def arithmetic(layers: Sequence[Layer], target: float, values: None, atp_beta: float) -> Ratios:
     """Return target - beta (L-1)/2 + beta i for block i of L, with beta = ``atp_beta`` (ATP: arXiv 2502.14770)."""
-    groups = _blocks(layers)
+    groups = _grouped(layers)
     return _around(groups, target, [atp_beta * i for i in range(len(groups))], "atp_beta", atp_beta)
 
 
@@ -166,8 +162,11 @@ def _warn_if_capped(flag: str, width: float, largest: float) -> None:
         log.warning(line, flag, typed)
 
 
-def _blocks(layers: Sequence[Layer]) -> list[list[Layer]]:
-    return [list(group) for _, group in groupby(layers, key=lambda layer: layer.block)]
+def _grouped(layers: Sequence[Layer], mapping_type: str = "block_wise") -> list[list[Layer]]:
+    groups: dict[object, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(MAPPINGS[mapping_type](layer), []).append(layer)
+    return list(groups.values())
 
 
 def _sizes(groups: Sequence[Sequence[Layer]]) -> list[int]:

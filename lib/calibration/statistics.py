@@ -138,9 +138,8 @@ def input_statistics(
 ) -> list[InputStatistic]:
     """Pass the samples through a block and return the mean of a statistic of its layers, once per distinct input.
 
-    The layers are those of ``names``, None for all.
-
-    That of an expert's matrix is over the tokens that are routed to the expert, and ``with_pseudo_tokens``.
+    The layers are those of ``names``, None for all. The statistic of an expert's matrix is over the tokens that are
+    routed to the expert, and ``with_pseudo_tokens``.
 
     With ``keep``, the block's output replaces its inputs. Without it, each pass ends before the product of the last
     layer: in a LLaMA this saves an eighth of a block's products. A statistic that is not finite, or a layer that was

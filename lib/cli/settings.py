@@ -292,26 +292,17 @@ class MethodFlags(PruningFlags, AllocationFlags):
         """Return the ``task`` with its traits and the allocations' hyper-parameters."""
         names = {"owl_m"}.union(*(allocation.flags for allocation in ALLOCATIONS.values()))
         hyper = {name: getattr(self, name) for name in names}
-        mixture = {
-            item.name: getattr(self, item.name)
-            for title, item, _ in self.declared()
-            if title == MixtureFlags._title and getattr(self, item.name) != item.default
-        }
+        flags = [item for title, item, _ in self.declared() if title == MixtureFlags._title]
+        mixture = {item.name: getattr(self, item.name) for item in flags if getattr(self, item.name) != item.default}
+        mixture |= {"mapping_type": self.mapping_type} if self.mapping_type == "expert_wise" else {}
         return task._replace(hyper=hyper, mixture=mixture, traits=frozenset(self.traits()))
 
 
 @dataclass(kw_only=True)
 class Experiment(
-    ModelFlags,
-    TextFlags,
-    MethodFlags,
-    MixtureFlags,
-    RecoveryFlags,
-    EvaluationFlags,
-    ZeroShotFlags,
-    OutputFlags,
+    ModelFlags, TextFlags, MethodFlags, MixtureFlags, RecoveryFlags, EvaluationFlags, ZeroShotFlags, OutputFlags,
     ScaleFlags,
-):
+):  # fmt: skip
     """The flags of main.py."""
 
     def traits(self) -> set[str]:
@@ -396,8 +387,7 @@ class Experiment(
             raise UserError("use_variant", None, f"with {by}: the variant is unstructured only")
         table = VARIANTS if self.use_variant else PRUNERS
         pruner = configured(name, table, self.pruner_iterations, self.damping, self.refit)
-        task = Task(method, pruner, suffix, target, nm, plan=self.plan, identity=self.identity())
-        return self.settled(task)
+        return self.settled(Task(method, pruner, suffix, target, nm, plan=self.plan, identity=self.identity()))
 
 
 def parse_nm(sparsity_type: str) -> tuple[int, int] | None:

@@ -6,37 +6,45 @@ how they lie in there (``transformers.integrations.moe.use_experts_implementatio
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
-from lib.core.lazy import torch, transformers
+from lib.core.lazy import torch
 
 # The matrices in each fused parameter of an experts module, and their names, which are those of most checkpoints.
 ROLES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 # What configs call the number of experts, and that of a token's.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE = ("num_experts_per_tok", "moe_top_k", "top_k_experts", "moe_k", "moe_topk")
-_MARKS = ("has_gate", "has_bias", "is_transposed")
+_MARKS = ("has_gate", "has_bias", "is_transposed")  # and, from transformers 5.8 on, is_concatenated
 
 
 class Place(NamedTuple):
-    """Place of a matrix in an experts module: the parameter ``fused``, the number of the ``expert``, and which part."""
+    """Place of a tensor in a model: the parameter or buffer ``name``, or one matrix of one ``expert`` in there.
 
-    fused: str
-    expert: int
-    part: int
+    ``part`` is the number of the matrix in ROLES.
+    """
 
-    def view(self, experts: torch.nn.Module, fused: torch.Tensor) -> torch.Tensor:
-        """Return the matrix [out, in] in ``fused`` [experts, ...], or the bias [out] in a bias [experts, ...]."""
-        own = fused[self.expert]
-        own = own.mT if own.ndim == 2 and experts.is_transposed else own
-        parts = len(ROLES[self.fused])
-        if parts == 1:
-            return own
-        return own.chunk(parts)[self.part] if experts.is_concatenated else own[self.part :: parts]
+    name: str
+    expert: int | None = None
+    part: int = 0
+
+    def view(self, model: torch.nn.Module, tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the tensor in the ``model``, of which it is a view, or in another ``tensor`` of that name.
+
+        Of an expert it is the matrix [out, in], or its bias [out].
+        """
+        owner, _, leaf = self.name.rpartition(".")
+        module = model.get_submodule(owner)
+        tensor = getattr(module, leaf).data if tensor is None else tensor
+        if self.expert is None:
+            return tensor
+        own = tensor[self.expert]
+        own = own.mT if own.ndim == 2 and module.is_transposed else own
+        parts = len(ROLES[leaf.removesuffix("_bias")])
+        return own.chunk(parts)[self.part] if getattr(module, "is_concatenated", True) else own[self.part :: parts]
 
 
 def is_experts(module: torch.nn.Module) -> bool:
@@ -57,10 +65,10 @@ def matrices(experts: torch.nn.Module) -> dict[str, torch.nn.Linear]:
         found = [Place(name, e, part) for e in numbers for name in fused for part in range(len(ROLES[name]))]
         vars(experts)["matrices"] = linears = {}
         for place in found:
-            out, columns = place.view(experts, getattr(experts, place.fused).to("meta")).shape
+            out, columns = place.view(experts).shape
             linear = torch.nn.Linear(columns, out, bias=experts.has_bias, device="meta").requires_grad_(False)
             linear.place = place
-            linears[f"{place.expert}.{ROLES[place.fused][place.part]}"] = linear
+            linears[f"{place.expert}.{ROLES[place.name][place.part]}"] = linear
     return vars(experts)["matrices"]
 
 
@@ -75,8 +83,8 @@ def bound_experts(block: torch.nn.Module) -> Iterator[None]:
     for experts in found:
         for linear in matrices(experts).values():
             for kind, end in (("weight", ""), ("bias", "_bias"))[: 1 + experts.has_bias]:
-                view = linear.place.view(experts, getattr(experts, linear.place.fused + end).data)
-                linear._parameters[kind] = torch.nn.Parameter(view, requires_grad=False)
+                place = linear.place._replace(name=linear.place.name + end)
+                linear._parameters[kind] = torch.nn.Parameter(place.view(experts), requires_grad=False)
         experts.forward = partial(_by_expert, experts)
     try:
         yield
@@ -135,36 +143,8 @@ def router_types(model: torch.nn.Module) -> tuple[type, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def active_experts(model: torch.nn.Module) -> int:
-    """Return through how many experts a token passes in each block, 0 in a dense model."""
-    return max(getattr(getattr(model, "config", None), name, None) or 0 for name in _ACTIVE)
-
-
-def set_experts(config: transformers.PreTrainedConfig, count: int) -> None:
-    """Write the number of experts of a smaller model into its ``config``."""
-    sizes = {name: getattr(config, name) for name in COUNTS if isinstance(getattr(config, name, None), int)}
-    for name in (name for name, size in sizes.items() if size == max(sizes.values())):
-        setattr(config, name, count)
-
-
-def with_fewer_experts(model: torch.nn.Module, count: int) -> torch.nn.Module:
-    """Return a model like ``model`` with ``count`` experts in each block, on the meta device."""
-    config = copy.deepcopy(model.config)
-    set_experts(config, count)
-    with torch.device("meta"):
-        return type(model)._from_config(config, dtype=config.dtype).eval()
-
-
-def without_experts(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], keep: Mapping[str, Sequence[int]]
-) -> torch.Tensor:
-    """Return what stays of the ``tensor`` of this name in a smaller model, where it has the ``shape``.
-
-    Which experts stay is said for each experts module in ``keep``; the tensors beside it are the router's.
-    """
-    owners = [owner for owner in keep if name.startswith(owner.rpartition(".")[0] + ".")]
-    for dimension, size in enumerate(shape):
-        if tensor.shape[dimension] != size:
-            rows = torch.tensor(keep[max(owners, key=len)], device=tensor.device)
-            return tensor.index_select(dimension, rows)
-    return tensor
+def active_share(model: torch.nn.Module) -> float:
+    """Return through which fraction of a block's experts a token passes, 1 in a dense model."""
+    config = getattr(model, "config", None)
+    active, count = (max(getattr(config, name, None) or 0 for name in names) for names in (_ACTIVE, COUNTS))
+    return active / count if active and count else 1.0

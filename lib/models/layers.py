@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -60,38 +61,24 @@ def linear_modules(block: torch.nn.Module, routers: tuple[type, ...] = ()) -> di
     of one row.
     """
     found: dict[str, torch.nn.Linear] = {}
-    steering: list[str] = []
-    for name, module in block.named_modules():
-        if isinstance(module, routers):
-            steering.append(name)
+    steering: tuple[str, ...] = ()
+    for name, module in block.named_modules():  # a module comes before those inside it
+        steering += (f"{name}.",) if isinstance(module, routers) else ()
         if is_experts(module):
             found |= {f"{name}.{key}": linear for key, linear in matrices(module).items()}
-        elif isinstance(module, torch.nn.Linear) and module.out_features > 1:
+        elif isinstance(module, torch.nn.Linear) and module.out_features > 1 and not f"{name}.".startswith(steering):
             found[name] = module
-    inside = tuple(f"{name}." for name in steering)
-    return {name: module for name, module in found.items() if not f"{name}.".startswith(inside)}
-
-
-def _named_modules(model: torch.nn.Module) -> Iterator[tuple[str, int, torch.nn.Linear]]:
-    """Yield the full name, the block and the module of each prunable layer, in the model's order."""
-    (prefix, blocks), routers = find_blocks(model), router_types(model)
-    for i, block in enumerate(blocks):
-        for name, module in linear_modules(block, routers).items():
-            yield f"{prefix}.{i}.{name}", i, module
+    return found
 
 
 def prunable_layers(model: torch.nn.Module) -> tuple[Layer, ...]:
     """Return every linear layer inside the blocks, in the model's order (LLaMA: q k v o gate up down)."""
-    inside = tuple(f"{name}." for name, module in model.named_modules() if is_experts(module))
-    return tuple(
-        Layer(name, i, tuple(module.weight.shape), name.rpartition(".")[0] if name.startswith(inside) else "")
-        for name, i, module in _named_modules(model)
-    )
-
-
-def prunable_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """Return the modules of the prunable layers of a model in memory, by their full names."""
-    return {name: module for name, _, module in _named_modules(model)}
+    (prefix, blocks), layers = find_blocks(model), []
+    for key, module in linear_modules(blocks, router_types(model)).items():
+        name, block = f"{prefix}.{key}", int(key.partition(".")[0])
+        expert = name.rpartition(".")[0] if hasattr(module, "place") else ""
+        layers.append(Layer(name, block, tuple(module.weight.shape), expert))
+    return tuple(layers)
 
 
 def check_support(given: str, model: torch.nn.Module) -> None:
@@ -99,12 +86,11 @@ def check_support(given: str, model: torch.nn.Module) -> None:
     routers = router_types(model)
     for block in find_blocks(model)[1]:
         experts = [module for module in block.modules() if is_experts(module)]
-        steering = [m for m in block.modules() if isinstance(m, routers)]
-        vectors = [m for m in block.modules() if getattr(m, "out_features", 0) == 1]
+        known = [m for m in block.modules() if isinstance(m, routers) or getattr(m, "out_features", 0) == 1]
         # A depthwise convolution has a few weights for each channel, as a norm has one.
-        vectors += [m for m in block.modules() if isinstance(m, torch.nn.Conv1d) and m.groups == m.in_channels]
-        linear = linear_modules(block, routers).values()
-        covered = {id(p) for module in (*linear, *experts, *steering, *vectors) for p in module.parameters()}
+        known += [m for m in block.modules() if isinstance(m, torch.nn.Conv1d) and m.groups == m.in_channels]
+        known += [*experts, *linear_modules(block, routers).values()]
+        covered = {id(p) for module in known for p in module.parameters()}
         left_dense = [name for name, p in block.named_parameters() if p.ndim > 1 and id(p) not in covered]
         lists = [m for m in block.modules() if isinstance(m, torch.nn.ModuleList) and any(map(linear_modules, m))]
         if experts and not hasattr(experts[0], "is_concatenated"):
@@ -127,21 +113,8 @@ def refuse_experts(field: str, value: object, layers: Sequence[Layer]) -> None:
         raise UserError(field, value, "is not supported for mixtures of experts")
 
 
-class Stored(NamedTuple):
-    """What a tensor of a checkpoint is in the model: the parameter or buffer ``name``, or the matrix at a ``place``."""
-
-    name: str
-    place: Place | None = None
-
-    def view(self, model: torch.nn.Module, tensor: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the tensor in the ``model``, of which it is a view, or in a ``tensor`` in the parameter's place."""
-        module = model.get_submodule(self.name.rpartition(".")[0])
-        tensor = getattr(module, self.name.rpartition(".")[2]).detach() if tensor is None else tensor
-        return tensor if self.place is None else self.place.view(module, tensor)
-
-
 # What is in a model for each tensor of a checkpoint, by its name there.
-Layout = dict[str, Stored]
+Layout = dict[str, Place]
 
 
 def stored_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -153,7 +126,7 @@ def stored_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 def own_layout(model: torch.nn.Module) -> Layout:
     """Return the layout of a checkpoint with the model's own names and experts fused."""
-    return {name: Stored(name) for name, _ in stored_tensors(model)}
+    return {name: Place(name) for name, _ in stored_tensors(model)}
 
 
 def published_layout(model: torch.nn.Module) -> Layout:
@@ -168,30 +141,24 @@ def published_layout(model: torch.nn.Module) -> Layout:
     owners = {name: module for name, module in model.named_modules() if is_experts(module)}
     for name, tensor in stored_tensors(model):
         owner, _, leaf = name.rpartition(".")
+        own, stand_ins[name] = [Place(name)], torch.full([1] * tensor.ndim, len(meanings))
         if owner in owners and leaf in ROLES:  # [experts, parts, 1], as its matrices lie in there
-            found = (linear.place for linear in matrices(owners[owner]).values())
-            own = [Stored(name, place) for place in found if place.fused == leaf]
+            places = (linear.place for linear in matrices(owners[owner]).values())
+            own = [place._replace(name=name) for place in places if place.name == leaf]
             numbers = torch.arange(len(own)).view(len(tensor), -1, 1) + len(meanings)
             stand_ins[name] = numbers.mT if owners[owner].is_transposed else numbers
-        else:
-            own = [Stored(name)]
-            stand_ins[name] = torch.full([1] * tensor.ndim, len(meanings))
         meanings += own
 
-    # How it was loaded does not matter: the same model is written under the same names.
-    loaded_by = vars(model).pop("_weight_conversions", None)
-    try:
-        state = transformers.core_model_loading.revert_weight_conversion(model, dict(stand_ins))
-    finally:
-        if loaded_by is not None:
-            model._weight_conversions = loaded_by
+    bare = copy.copy(model)  # how the model was loaded does not matter: it is written under the same names
+    vars(bare).pop("_weight_conversions", None)
+    state = transformers.core_model_loading.revert_weight_conversion(bare, dict(stand_ins))
     for stored, numbers in state.items():
         first = meanings[int(numbers.flatten()[0])]
         whole = stand_ins[first.name]
         if numbers.numel() > 1 and not torch.equal(numbers.flatten(), whole.flatten()):
             problem = f"its checkpoints hold {stored} in a way that is not supported"
             raise UserError("model", architecture(model.config), problem, f"supported: {SUPPORTED}")
-        layout[stored] = Stored(first.name) if numbers.numel() == whole.numel() else first
+        layout[stored] = Place(first.name) if numbers.numel() == whole.numel() else first
     return layout
 
 

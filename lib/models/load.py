@@ -20,7 +20,6 @@ from lib.core.errors import UserError, first_line, flag_name
 from lib.core.files import new_folder, writing
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
-from lib.models.experts import set_experts
 from lib.models.layers import SUPPORTED, architecture, check_support, stored_tensors
 from lib.models.memory import free_memory
 from lib.models.weights import Weights, held_dtypes
@@ -211,10 +210,8 @@ def unreadable(source: Source, error: Exception, subject: str = "") -> UserError
     return UserError("model", source.given, f"{subject}{source.path} cannot be loaded, {reason}", fix)
 
 
-def empty_llm(folder: Path, dtype: torch.dtype, experts: int | None = None) -> transformers.PreTrainedModel:
+def empty_llm(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """Return a folder's model in evaluation mode, its parameters in ``dtype`` on the meta device.
-
-    ``experts`` is another number of experts in each block than the folder's.
 
     Its buffers are computed in float32 as ``from_pretrained`` computes them: in 16 bits GPT-J's table of angles would
     be of other angles. Those that checkpoints contain are then in the dtype in which it holds them. A damaged config,
@@ -225,8 +222,6 @@ def empty_llm(folder: Path, dtype: torch.dtype, experts: int | None = None) -> t
     path, fix = folder / "config.json", None
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **_NO_CODE)
-        if experts is not None:
-            set_experts(config, experts)
         with init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_NO_CODE)
         path, fix = folder / "generation_config.json", "correct it, or delete it for the defaults"

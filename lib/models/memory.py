@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lib.core import cpu, processes
 from lib.core.lazy import torch
-from lib.models.experts import active_experts
+from lib.models.experts import active_share
 from lib.models.layers import Layer, find_blocks, prunable_layers
 from lib.models.weights import Block, Weights
 
@@ -106,21 +106,16 @@ def working_set(
     """
     vocabulary, width = skeleton.get_input_embeddings().weight.shape
     weights = statistics = activations = 0
-    active = active_experts(skeleton)
-    layers = prunable_layers(skeleton)
+    every, share = prunable_layers(skeleton), active_share(skeleton)
     for index, block in enumerate(find_blocks(skeleton)[1]):
-        outside = [layer.shape for layer in layers if layer.block == index and not layer.expert]
-        inside = [layer.shape for layer in layers if layer.block == index and layer.expert]
-        experts = len({layer.expert for layer in layers if layer.block == index and layer.expert})
+        layers = [layer for layer in every if layer.block == index]
         weights = max(weights, sum(p.numel() for p in block.parameters()))
-        scores = math.ceil(copies * max(out * inputs for out, inputs in outside + inside))
-        held = sum(inputs**2 for _, inputs in outside)
-        held += min(sum(inputs**2 for _, inputs in inside), EXPERT_HESSIANS // 4)
-        largest = max(inputs**2 for _, inputs in outside + inside)
+        scores = math.ceil(copies * max(layer.size for layer in layers))
+        held = sum(layer.shape[1] ** 2 for layer in layers if not layer.expert)
+        held += min(sum(layer.shape[1] ** 2 for layer in layers if layer.expert), EXPERT_HESSIANS // 4)
+        largest = max(layer.shape[1] ** 2 for layer in layers)
         statistics = max(statistics, scores + (held + 2 * largest if hessians else 0))
-        outputs = sum(out for out, _ in outside) + (active or experts) * sum(out for out, _ in inside) // max(
-            1, experts
-        )
+        outputs = math.ceil(sum(layer.shape[0] * (share if layer.expert else 1) for layer in layers))
         activations = max(activations, outputs + 4 * width)
     half = dtype.itemsize
     weights += 2 * vocabulary * width
@@ -131,18 +126,17 @@ def working_set(
 def hessian_groups(block: Block) -> list[list[str]]:
     """Return the names of a block's layers in groups whose Hessians fit into free memory, the same in all processes.
 
-    All layers that belong to no expert are in the first group, and the matrices of an expert in one.
+    All layers that belong to no expert are in the last group, and the matrices of an expert in one.
     """
     gpu = block.device.type == "cuda"
     free = free_bytes(block.device) if gpu else free_ram() // processes.processes_on_machine()
     columns = {name: linear.weight.shape[1] for name, linear in block.linears.items()}
     # One is factorised beside those that wait.
     room = min(processes.gathered(free)) * _FILLED - 3 * 4 * max(columns.values()) ** 2
-    by_expert: dict[str, list[str]] = {}
-    for name in columns:
-        inside = name.rsplit(".", 2)[0] in block.experts
-        by_expert.setdefault(name.rpartition(".")[0] if inside else "", []).append(name)
-    groups, used = [by_expert.pop("", [])], 0
+    by_expert: dict[str, list[str]] = {"": []}
+    for name, linear in block.linears.items():
+        by_expert.setdefault(name.rpartition(".")[0] if hasattr(linear, "place") else "", []).append(name)
+    outside, groups, used = by_expert.pop(""), [[]], 0
     for names in by_expert.values():
         needed = (4 if gpu else 8) * sum({columns[name] ** 2 for name in names})
         if used and used + needed > room:
@@ -150,6 +144,7 @@ def hessian_groups(block: Block) -> list[list[str]]:
             used = 0
         groups[-1] += names
         used += needed
+    groups[-1] += outside
     return groups
 
 
@@ -188,15 +183,12 @@ def rank_bytes(layers: Sequence[Layer], whole: bool = False) -> int:
     return sum(layer.size * (2 if (layer.size if whole else layer.shape[1]) <= 2**15 else 4) for layer in layers)
 
 
-def activation_bytes(layers: Sequence[Layer], dtype: torch.dtype, tokens: int, active: int = 0) -> int:
+def activation_bytes(layers: Sequence[Layer], dtype: torch.dtype, tokens: int, share: float = 1.0) -> int:
     """Return at most the bytes of pruned copies of ``layers`` and of their blocks' activations for ``tokens``.
 
-    A token passes through ``active`` of a block's experts, 0 for all.
+    A token passes through this ``share`` of a block's experts.
     """
-    inside = [layer for layer in layers if layer.expert]
-    experts = len({layer.expert for layer in inside}) / max(1, len({layer.block for layer in inside})) or 1
-    widths = sum(sum(layer.shape) for layer in layers if not layer.expert)
-    widths += math.ceil(sum(sum(layer.shape) for layer in inside) * (active or experts) / experts)
+    widths = math.ceil(sum(sum(layer.shape) * (share if layer.expert else 1) for layer in layers))
     return dtype.itemsize * (sum(layer.size for layer in layers) + 3 * tokens * widths)
 
 
@@ -212,8 +204,7 @@ def price_working_set(
     vocabulary, width = model.get_input_embeddings().weight.shape
     blocks = layers[-1].block + 1
     by_block = [[layer for layer in layers if layer.block == i] for i in range(blocks)]
-    active = active_experts(model)
-    largest = max(activation_bytes(block, dtype, step * tokens, active) for block in by_block)
+    largest = max(activation_bytes(block, dtype, step * tokens, active_share(model)) for block in by_block)
     hidden = dtype.itemsize * (step * blocks + 3 * windows) * tokens * width
     # Scores, their order (int64) and its temporaries; a gradient later takes their place.
     sort = 24 * max(layer.size for layer in layers)
@@ -236,7 +227,7 @@ def gradient_bytes(
     return {
         place: PriceBytes(
             work + sum(stored[layer.name] for layer in layers),
-            activation_bytes(layers, dtype or model.dtype, step * tokens, active_experts(model)),
+            activation_bytes(layers, dtype or model.dtype, step * tokens, active_share(model)),
         )
         for place, layers in places.items()
     }

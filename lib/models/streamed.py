@@ -12,11 +12,11 @@ from pathlib import Path
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
 from lib.models import safetensors_io
-from lib.models.experts import without_experts
-from lib.models.layers import Stored, find_blocks, own_layout, prunable_layers
+from lib.models.experts import Place
+from lib.models.layers import find_blocks, own_layout, prunable_layers
 from lib.models.load import Dtypes, empty_llm
 from lib.models.safetensors_io import Entry
-from lib.models.weights import Weights, replace_tensor
+from lib.models.weights import Weights, replace_tensor, with_fewer_experts, without_experts
 
 
 class Streamed(Weights):
@@ -29,20 +29,22 @@ class Streamed(Weights):
 
     in_memory, streamed = False, True
 
-    def __init__(self, folder: Path, dtypes: Dtypes, device: torch.device, experts: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, dtypes: Dtypes, device: torch.device, small: torch.nn.Module | None = None
+    ) -> None:
         """Open the checkpoint in ``folder``, whose blocks are lent on ``device``.
 
-        ``experts``: their number in each block where others will be left out (``keeping``).
+        ``small`` is its model with fewer experts, if some are left out (``keeping``).
 
         Raises:
             UserError: its tensors are not those of its config's model.
         """
-        model = empty_llm(folder, dtypes.compute, experts)
+        model = small or empty_llm(folder, dtypes.compute)
         super().__init__(model, find_blocks(model)[1], prunable_layers(model), dtypes.save)
-        self.folder, self.dtypes, self.device = folder, dtypes, device
+        self._opened, self.device = (folder, dtypes, device), device
         self.changed: dict[int, Path] = {}  # block -> the file that holds it now
         self._scratch = tempfile.TemporaryDirectory(prefix="streamed-", ignore_cleanup_errors=True)
-        self._stored = None if experts else _find_tensors(self, folder)
+        self._stored = None if small else _find_tensors(self, folder)
         self._whole, self._keep = self, {}
         self._next: tuple[int, Future] | None = None
         self._reader = ThreadPoolExecutor(1)
@@ -51,7 +53,7 @@ class Streamed(Weights):
             replace_tensor(model, name, buffer.to("meta" if name in persistent else device))
 
     def keeping(self, keep: Mapping[str, Sequence[int]]) -> Streamed:
-        small = Streamed(self.folder, self.dtypes, self.device, len(next(iter(keep.values()))))
+        small = Streamed(*self._opened, with_fewer_experts(self.model, len(next(iter(keep.values())))))
         small._stored, small._whole, small._keep = self._stored, self, keep
         return small
 
@@ -77,8 +79,7 @@ class Streamed(Weights):
     def outer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         entries = {stored.name: entry for stored, entry in self._stored[-1]}
         for name, stored in self.layout[-1].items():  # as they are on disk, in their own dtype
-            dtype = attrgetter(stored.name)(self.model).dtype if stored.name in self.kept else None
-            yield name, safetensors_io.read_tensor(entries[stored.name], dtype=dtype)
+            yield name, safetensors_io.read_tensor(entries[stored.name])
 
     def _read_block(self, index: int) -> dict[str, torch.Tensor]:
         """Return the parameters and buffers of a block by their names in the model."""
@@ -93,7 +94,7 @@ class Streamed(Weights):
         tensors: dict[str, torch.Tensor] = {}
         for stored, entry in found:
             tensor = self._read(stored.name, entry)
-            if stored.place is None:
+            if stored.expert is None:
                 tensors[stored.name] = tensor
                 continue
             if stored.name not in tensors:  # allocated once, so that no second copy of a block's experts is made
@@ -104,10 +105,9 @@ class Streamed(Weights):
     def _read(
         self, name: str, entry: Entry, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """Return a tensor of the checkpoint, rounded to ``save_dtype``, as by ``weights_of``, if it has more bits."""
-        rounded = entry.dtype.is_floating_point and entry.dtype.itemsize > self.save_dtype.itemsize
-        rounded = rounded and name not in self.kept
-        return safetensors_io.read_tensor(entry, device, self.save_dtype if rounded else dtype)
+        """Return a tensor of the checkpoint, rounded, as by ``weights_of``, if it has more bits than will be saved."""
+        rounded = entry.dtype.is_floating_point and entry.dtype.itemsize > self.dtypes[name].itemsize
+        return safetensors_io.read_tensor(entry, device, self.dtypes[name] if rounded else dtype)
 
     @contextmanager
     def _lent(self, index: int, write: bool) -> Iterator[torch.device]:
@@ -151,7 +151,7 @@ class Streamed(Weights):
             replace_tensor(self.model, name, torch.empty_like(attrgetter(name)(self.model), device="meta"))
 
 
-def _find_tensors(weights: Weights, folder: Path) -> list[list[tuple[Stored, Entry]]]:
+def _find_tensors(weights: Weights, folder: Path) -> list[list[tuple[Place, Entry]]]:
     """Return where the checkpoint in ``folder`` holds the tensors of the model of ``weights``.
 
     Its names are the published ones, or the model's own, and are with or without the prefix of what the head is put on.
@@ -160,7 +160,7 @@ def _find_tensors(weights: Weights, folder: Path) -> list[list[tuple[Stored, Ent
         UserError: a tensor is missing, or has another shape; or tensors differ that the config ties, both of which
             would be used if it were loaded as a whole.
     """
-    model, entries, missing = weights.model, safetensors_io.checkpoint_entries(folder), []
+    model, entries = weights.model, safetensors_io.checkpoint_entries(folder)
     base = f"{model.base_model_prefix}."
     for one, two in getattr(model, "all_tied_weights_keys", {}).items():
         pair = [safetensors_io.read_tensor(entries[name]) for name in (one, two) if name in entries]
@@ -168,17 +168,18 @@ def _find_tensors(weights: Weights, folder: Path) -> list[list[tuple[Stored, Ent
             problem = f"{one} and {two} differ, and its config ties them"
             fix = f"set tie_word_embeddings to false there, or use {flag_name('stream')} never"
             raise UserError("model", folder, problem, fix)
+
+    def find(name: str, stored: Place) -> tuple[Place, Entry]:
+        spellings = (name, name.removeprefix(base), base + name)
+        entry = next((entries[spelling] for spelling in spellings if spelling in entries), None)
+        if entry is None or entry.shape != tuple(stored.view(model).shape):
+            missing.append(name)
+        return stored, entry
+
     for layout in (weights.layout, weights.by_block(own_layout(model))):
-        found: list[list] = [[] for _ in layout]
-        for part, into in zip(layout, found, strict=True):
-            for name, stored in part.items():
-                spellings = (name, name.removeprefix(base), base + name)
-                entry = next((entries[spelling] for spelling in spellings if spelling in entries), None)
-                if entry is None or entry.shape != tuple(stored.view(model).shape):
-                    missing.append(name)
-                    entry = None
-                into.append((stored, entry))
-        if None not in (entry for part in found for _, entry in part):
+        missing = []
+        found = [[find(name, stored) for name, stored in part.items()] for part in layout]
+        if not missing:
             return found
     problem = f"its tensors are not named as the model's ({missing[0]})"
     raise UserError(None, folder, problem, f"use {flag_name('stream')} never")

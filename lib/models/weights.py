@@ -16,7 +16,7 @@ from lib.core import digests
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
-from lib.models.experts import ROLES, bound_experts, is_experts, matrices, with_fewer_experts, without_experts
+from lib.models.experts import COUNTS, ROLES, bound_experts, is_experts, matrices
 from lib.models.layers import Layer, Layout, find_blocks, prunable_layers, published_layout, stored_tensors
 
 
@@ -53,7 +53,7 @@ class Weights:
     ) -> None:
         self.model, self.modules, self.layers, self.save_dtype = model, modules, tuple(layers), save_dtype
         names = {module: name for name, module in model.named_modules()}
-        self._prefixes = [names[module] for module in modules]
+        self._prefixes = [f"{names[module]}." for module in modules]
         self._linears: dict[int, dict[str, torch.nn.Module]] = defaultdict(dict)
         self._experts: dict[int, dict[str, torch.nn.Module]] = defaultdict(dict)
         for layer in self.layers:
@@ -90,29 +90,25 @@ class Weights:
 
     def by_block(self, layout: Layout) -> list[Layout]:
         """Return the part of a ``layout`` for each block, and last for what is around them."""
-        prefixes = {f"{prefix}.": index for index, prefix in enumerate(self._prefixes)}
-        depths = {prefix.count(".") for prefix in prefixes}
         parts: list[Layout] = [{} for _ in (*self.modules, None)]
         for name, stored in layout.items():
-            words = stored.name.split(".")
-            heads = (".".join(words[:depth]) + "." for depth in depths)
-            parts[next((prefixes[head] for head in heads if head in prefixes), -1)][name] = stored
+            index = next((i for i, prefix in enumerate(self._prefixes) if stored.name.startswith(prefix)), -1)
+            parts[index][name] = stored
         return parts
 
     @cached_property
-    def kept(self) -> set[str]:
-        """The tensors that keep their dtype, whatever is saved: buffers, and what the library holds in float32.
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype in which each parameter and buffer is saved, by its name in the model.
 
-        They decide the routing in a mixture.
+        Buffers, and what the library holds in float32, keep theirs: they decide the routing in a mixture.
         """
         dtype = self.save_dtype or next(self.model.parameters()).dtype
-        exact = {name for name, held in held_dtypes(self.model, dtype).items() if held != dtype}
-        return exact | {name for name, _ in self.model.named_buffers()}
+        saved = {name: dtype for name, _ in self.model.named_parameters()} | held_dtypes(self.model, dtype)
+        return saved | {name: buffer.dtype for name, buffer in self.model.named_buffers()}
 
     def save_dtypes(self, index: int) -> dict[str, torch.dtype]:
-        """Return the dtype in which the tensors of a block, or around the blocks (-1), are saved, but for the kept."""
-        dtype = self.save_dtype or self.model.dtype
-        return {name: dtype for name, stored in self.layout[index].items() if stored.name not in self.kept}
+        """Return the dtype in which the tensors of a block, or around the blocks (-1), are saved."""
+        return {name: self.dtypes[stored.name] for name, stored in self.layout[index].items()}
 
     def tensors(self, index: int) -> dict[str, torch.Tensor]:
         """Return the parameters and buffers of a lent block by their names in a checkpoint."""
@@ -162,11 +158,10 @@ class Weights:
             raise UserError("drop_experts", None, problem, f"add {flag_name('stream')} always")
         small = with_fewer_experts(self.model, len(next(iter(keep.values()))))
         for name, empty in [*small.named_parameters(), *small.named_buffers()]:
-            tensor = attrgetter(name)(self.model).detach()
-            replace_tensor(small, name, without_experts(name, tensor, empty.shape, keep))
-            replace_tensor(self.model, name, empty)
-        small.requires_grad_().tie_weights()
-        small.generation_config = self.model.generation_config
+            if empty.is_meta:
+                tensor = attrgetter(name)(self.model).detach()
+                replace_tensor(small, name, without_experts(name, tensor, empty.shape, keep))
+                replace_tensor(self.model, name, empty)
         return weights_of(small, self.save_dtype)
 
     def map(self, function: Callable[[str, torch.Tensor], object]) -> dict:
@@ -216,13 +211,13 @@ class Packed(Weights):
 def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) -> Weights:
     """Return the weights of a causal language model.
 
-    All of its parameters are rounded to ``save_dtype``, but for the kept ones: a checkpoint may be of more bits than
-    its config says.
+    All of its parameters are rounded to the dtype that they are saved in: a checkpoint may be of more bits than its
+    config says.
     """
     weights = Weights(model, find_blocks(model)[1], prunable_layers(model), save_dtype)
     for name, parameter in model.named_parameters() if save_dtype is not None else ():
-        if not parameter.is_meta and parameter.is_floating_point() and name not in weights.kept:
-            parameter.data.copy_(parameter.data.to(save_dtype))
+        if not parameter.is_meta and parameter.is_floating_point():
+            parameter.data.copy_(parameter.data.to(weights.dtypes[name]))
     return weights
 
 
@@ -236,13 +231,46 @@ def replace_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> N
         module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
 
 
+def with_fewer_experts(model: torch.nn.Module, count: int) -> torch.nn.Module:
+    """Return a model like ``model`` with ``count`` experts in each block.
+
+    It shares the tensors that keep their shape; the others are on the meta device.
+    """
+    config = copy.deepcopy(model.config)
+    sizes = {name: getattr(config, name, None) or 0 for name in COUNTS}
+    for name in (name for name, size in sizes.items() if size == max(sizes.values())):
+        setattr(config, name, count)
+    with torch.device("meta"):
+        small = type(model)._from_config(config, dtype=config.dtype).eval()
+    for name, tensor in [*small.named_parameters(), *small.named_buffers()]:
+        whole = attrgetter(name)(model).detach()
+        replace_tensor(small, name, whole if whole.shape == tensor.shape else tensor.to(whole.dtype))
+    small.requires_grad_().tie_weights()
+    small.generation_config = model.generation_config
+    return small
+
+
+def without_experts(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], keep: Mapping[str, Sequence[int]]
+) -> torch.Tensor:
+    """Return what stays of the ``tensor`` of this name in a smaller model, where it has the ``shape``.
+
+    Which experts stay is said for each experts module in ``keep``; the tensors beside it are the router's.
+    """
+    for dimension, size in enumerate(shape):
+        if tensor.shape[dimension] != size:
+            kept = next(kept for owner, kept in keep.items() if name.startswith(owner.rpartition(".")[0] + "."))
+            return tensor.index_select(dimension, torch.tensor(kept, device=tensor.device))
+    return tensor
+
+
 def held_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return the dtype in which ``from_pretrained`` holds each float tensor of a ``model`` asked for ``dtype``.
 
-    Some stay in float32, routers above all.
+    Some stay in float32, routers above all; asked for that, all do, and none is returned.
     """
     if not isinstance(model, transformers.PreTrainedModel) or dtype == torch.float32:
-        return {name: dtype for name, tensor in stored_tensors(model) if tensor.is_floating_point()}
+        return {}
     with torch.device("meta"):
         empty = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
     planned = getattr(empty, "_get_dtype_plan", lambda _: {})(dtype)

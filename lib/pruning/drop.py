@@ -14,7 +14,7 @@ from lib.calibration.hidden import BlockInputs, advance, pass_samples
 from lib.core import processes
 from lib.core.errors import UserError
 from lib.core.lazy import torch
-from lib.models.experts import active_experts, is_experts
+from lib.models.experts import active_share, is_experts
 from lib.models.layers import Layer
 from lib.models.weights import Weights
 
@@ -34,7 +34,7 @@ def remaining_experts(model: torch.nn.Module, share: float) -> int:
     if len(counts) != 1:
         raise UserError("drop_experts", share, "needs a mixture with as many experts in each block")
     (count,), config = counts, model.config
-    left, active = count - int(count * share + 1e-9), active_experts(model)
+    left, active = count - int(count * share + 1e-9), round(count * active_share(model))
     groups = getattr(config, "n_group", 1) or 1
     if left == count:
         raise UserError("drop_experts", share, f"drops none of {count} experts", f"give at least {1 / count:.3g}")
@@ -51,30 +51,27 @@ def reap_scores(weights: Weights, inputs: BlockInputs) -> dict[str, float]:
     This is REAP (arXiv 2510.13999); the router's weights of a token's experts add up to 1 in it. An expert without
     tokens has 0. The ``inputs`` of the blocks are modified in place.
     """
-    parts: dict[str, list[torch.Tensor]] = defaultdict(list)
-    sums, tokens = {}, {}
+    sums, tokens = Counter(), Counter()
 
     def normalise(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         hidden, index, share = (*args, *kwargs.values())
         return (hidden, index, share / share.sum(-1, keepdim=True)), {}
 
     def see(expert: str, module: torch.nn.Module, _: tuple, output: torch.Tensor) -> None:
-        parts[expert].append(module.row_weights[:, 0].double() * output.float().norm(dim=-1))
+        sums[expert] += (module.row_weights[:, 0].double() * output.float().norm(dim=-1)).sum()
+        tokens[expert] += len(output)
 
     for block in tqdm(weights.visit(), "experts' parts", len(weights.modules), unit="block", disable=None):
         hooks = [module.register_forward_pre_hook(normalise, with_kwargs=True) for module in block.experts.values()]
         for name, linear in block.linears.items():
-            expert, _, role = name.rpartition(".")
-            if role == "down_proj" and expert.rpartition(".")[0] in block.experts:
-                hooks.append(linear.register_forward_hook(partial(see, expert)))
+            if hasattr(linear, "place") and linear.place.name == "down_proj":
+                hooks.append(linear.register_forward_hook(partial(see, name.rpartition(".")[0])))
         if hooks:
             pass_samples(block, inputs, keep=False)  # without gradients
         for hook in hooks:
             hook.remove()
-        sums |= {expert: float(torch.cat(found).sum()) for expert, found in parts.items()}
-        tokens |= {expert: sum(map(len, found)) for expert, found in parts.items()}
-        parts.clear()
         advance(block, inputs)
+    sums = {expert: float(value) for expert, value in sums.items()}
     sums, tokens = (sum(map(Counter, processes.gathered(dict(counts))), Counter()) for counts in (sums, tokens))
     return {name: sums[name] / max(1, tokens[name]) for name in _experts(weights.layers)}
 
@@ -102,15 +99,14 @@ def kept_experts(scores: Mapping[str, float], count: int, groups: int) -> dict[s
 
     Of experts that a router chooses from in ``groups``, as many stay in each.
     """
-    modules: dict[str, list[tuple[int, float]]] = {}
+    modules: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for name, score in scores.items():
         owner, _, number = name.rpartition(".")
-        modules.setdefault(owner, []).append((int(number), score))
+        modules[owner].append((-score, int(number)))
     keep = {}
     for owner, numbered in modules.items():
-        size = len(numbered) // groups
-        by_score = sorted(numbered, key=lambda pair: (-pair[1], pair[0]))
-        first = [[n for n, _ in by_score if n // size == group][: count // groups] for group in range(groups)]
+        size, by_score = len(numbered) // groups, [number for _, number in sorted(numbered)]
+        first = [[n for n in by_score if n // size == group][: count // groups] for group in range(groups)]
         keep[owner] = sorted(number for part in first for number in part)
     log.info("%d of %d experts stay in each of %d blocks", count, len(scores) // len(modules), len(modules))
     return keep

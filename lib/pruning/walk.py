@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from tqdm import tqdm
 
 from lib.calibration.hidden import BlockInputs, advance, pass_samples
-from lib.calibration.statistics import InputStatistic, input_statistics
+from lib.calibration.statistics import input_statistics
 from lib.core import processes
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
@@ -90,7 +90,7 @@ def walk(
             else:
                 tokens = _prune_block(block, plan, pruner, inputs, keep, weights.save_dtype)
                 rows = _report(block, plan, metric, tokens)
-                if tokens and not any(row.tokens for row in report):
+                if any(row.tokens for row in rows) and not any(row.tokens for row in report):
                     _show_tokens(rows)
             if inputs is not None and block.index != last and not keep:
                 advance(block, inputs)
@@ -116,53 +116,40 @@ def _store(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[L
 
 def _prune_block(
     block: Block, plan: SparsityPlan, pruner: Pruner, inputs: BlockInputs | None, keep: bool, dtype: torch.dtype | None
-) -> dict[str, int]:
+) -> dict[str, int | None]:
     """Prune the layers of a block; those that share an input, and so a statistic, are pruned by one process.
 
-    Return how many tokens reached each matrix of an expert, by layer name.
+    Return how many tokens reached each matrix of an expert, None for others, by layer name.
     """
     if inputs is None:  # no statistic: every process prunes all layers
         _prune_layers(block, list(block.linears), plan, pruner, None, dtype)
         return {}
-    tokens: dict[str, int] = {}
-    waiting: list[InputStatistic] = []
+    tokens: dict[str, int | None] = {}
     dense: dict[str, torch.Tensor] = {}
     by_groups = block.experts and pruner.statistic == "hessian"
-    groups = memory.hessian_groups(block) if by_groups else [list(block.linears)]
-    for names in groups:
-        # What an expert is given depends on no other expert: they can be pruned group by group. All else waits until
-        # the last inputs have been seen, and dense outputs need the dense experts once more.
-        last = names is groups[-1]
+    batches = memory.hessian_groups(block) if by_groups else [list(block.linears)]
+    for batch in batches:
+        # What an expert is given depends on no other expert: they can be pruned batch by batch, with all else in the
+        # last one. Dense outputs need the dense experts once more.
+        last = batch is batches[-1]
         with swapped_weights(block, dense if last else {}):
-            found = input_statistics(block, inputs, pruner.statistic, keep and last, names)
-        ready = [one for one in found if one.tokens is not None]
-        waiting += [one for one in found if one.tokens is None]
-        tokens |= {name: one.tokens for one in ready for name in one.layers}
-        if last:
-            ready, waiting = ready + waiting, []
-        elif keep:
-            dense |= {name: block.linears[name].weight.detach().clone() for name in tokens.keys() & names}
-        del found  # so that each statistic is freed after its use
-        _prune_together(block, ready, plan, pruner, dtype)
+            groups = input_statistics(block, inputs, pruner.statistic, keep and last, batch)
+        if keep and not last:
+            dense |= {name: block.linears[name].weight.detach().clone() for name in batch}
+        owners = processes.owners([_cost(block, group.layers, group.value) for group in groups])
+        owner_of = {name: owner for group, owner in zip(groups, owners, strict=True) for name in group.layers}
+        for owner in owners:
+            names, statistic, count = groups.pop(0)  # frees the statistic of the group before: Hessians are large
+            tokens |= dict.fromkeys(names, count)
+            try:
+                if owner == processes.rank():
+                    _prune_layers(block, names, plan, pruner, statistic, dtype)
+            except NotPositiveDefinite as error:
+                fix = f"give more calibration data ({flag_name('nsamples')})"
+                raise UserError(None, names[0], str(error), fix) from error
+        for name, owner in owner_of.items():
+            processes.broadcast(block.linears[name].weight.data, owner)
     return tokens
-
-
-def _prune_together(
-    block: Block, groups: list[InputStatistic], plan: SparsityPlan, pruner: Pruner, dtype: torch.dtype | None
-) -> None:
-    """Prune the layers of each statistic, by one process each; ``groups`` is used up."""
-    owners = processes.owners([_cost(block, group.layers, group.value) for group in groups])
-    owner_of = {name: owner for group, owner in zip(groups, owners, strict=True) for name in group.layers}
-    for owner in owners:
-        names, statistic, _ = groups.pop(0)  # frees the statistic of the group before: Hessians are large
-        try:
-            if owner == processes.rank():
-                _prune_layers(block, names, plan, pruner, statistic, dtype)
-        except NotPositiveDefinite as error:
-            fix = f"give more calibration data ({flag_name('nsamples')})"
-            raise UserError(None, names[0], str(error), fix) from error
-    for name, owner in owner_of.items():
-        processes.broadcast(block.linears[name].weight.data, owner)
 
 
 def _cost(block: Block, names: list[str], statistic: torch.Tensor) -> float:
@@ -192,7 +179,7 @@ def _prune_layers(
 
 
 def _report(
-    block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None, tokens: Mapping[str, int]
+    block: Block, plan: SparsityPlan, metric: Mapping[str, float] | None, tokens: Mapping[str, int | None]
 ) -> list[LayerReport]:
     zeros = [(linear.weight == 0).sum() for linear in block.linears.values()]
     counts = torch.stack(zeros).tolist() if zeros else []  # one synchronisation

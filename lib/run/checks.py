@@ -81,10 +81,7 @@ def check_layers(
     The ``layers`` are pruned; a metric is ``measured`` on others, where a classifier's differ.
     """
     if not any(layer.expert for layer in layers):
-        mixture = dict(task.mixture)
-        if task.allocation == "ww" and task.hyper.get("mapping_type") == "expert_wise":
-            mixture["mapping_type"] = "expert_wise"
-        for flag, value in mixture.items():
+        for flag, value in task.mixture.items():
             raise UserError(flag, value, f"{name} is no mixture of experts", "leave it out")
     for layer in layers if task.nm else ():
         if layer.shape[1] % task.nm[1]:

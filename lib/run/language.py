@@ -15,11 +15,10 @@ from lib.core import cpu, processes
 from lib.core.digests import digest
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
-from lib.models.experts import with_fewer_experts
 from lib.models.layers import prunable_layers, published_layout, refuse_experts
 from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
-from lib.models.weights import Packed, Weights, weights_of
+from lib.models.weights import Packed, Weights, weights_of, with_fewer_experts
 from lib.pruning import drop, walk
 from lib.recovery.block_walk import search_dtype
 from lib.run import checks

@@ -116,20 +116,14 @@ def make_plan(task: Task, layers: Sequence[Layer], values: Values | None, trial:
     allocation = formulas.ALLOCATIONS[task.allocation]
     hyper = {name: task.hyper[name] for name in allocation.flags} | ({} if trial is None else {"epsilon": trial})
     chosen = [layer for layer in layers if layer.expert or not task.mixture.get("only")]
+    target = task.target * (sum(layer.size for layer in chosen) / sum(layer.size for layer in layers))
     ratios = allocation.share(chosen, task.target, values, **hyper)
     if task.nm is None:
-        return SparsityPlan(overall_target(task, layers), {layer.name: ratios.get(layer.name, 0.0) for layer in layers})
+        return SparsityPlan(target, dict.fromkeys((layer.name for layer in layers), 0.0) | ratios)
     uniform = dict.fromkeys(ratios, task.nm)
     nm = formulas.mixed_nm(chosen, ratios, task.target, task.nm[1]) if task.allocation else uniform
-    nm = {layer.name: nm.get(layer.name, (task.nm[1], task.nm[1])) for layer in layers}
-    return SparsityPlan(overall_target(task, layers), {name: 1 - n / m for name, (n, m) in nm.items()}, nm)
-
-
-def overall_target(task: Task, layers: Sequence[Layer]) -> float:
-    """Return the fraction to remove of all ``layers``, of which the task may prune only some."""
-    if not task.mixture.get("only"):
-        return task.target
-    return task.target * sum(layer.size for layer in layers if layer.expert) / sum(layer.size for layer in layers)
+    nm = dict.fromkeys((layer.name for layer in layers), (task.nm[1], task.nm[1])) | nm
+    return SparsityPlan(target, {name: 1 - n / m for name, (n, m) in nm.items()}, nm)
 
 
 def allocate(
@@ -220,9 +214,8 @@ def write_plan(
         plans.save_plan(Path(save_plan), plan, subject.name, layers, {"method": task.method, "flags": flags})
 
 
-def warn_if_off_target(task: Task, layers: Sequence[Layer], sparsity: float) -> None:
+def warn_if_off_target(target: float, sparsity: float) -> None:
     """Warn if the measured ``sparsity`` of a pruned model misses the target by more than rounding."""
-    target = overall_target(task, layers)
-    if task.pruner and abs(sparsity - target) > 0.002:
+    if abs(sparsity - target) > 0.002:
         text = "the measured sparsity, %.4f, misses the target of %g: per row, Wanda removes a whole number of weights"
         log.warning(text, sparsity, target)

@@ -14,6 +14,7 @@ from torch import nn
 from lib.allocation.formulas import uniform
 from lib.calibration.hidden import enter_blocks, pass_samples
 from lib.calibration.statistics import input_statistics
+from lib.core.errors import UserError
 from lib.evaluation.perplexity import perplexity_by_blocks
 from lib.models import load, memory
 from lib.models.experts import is_experts, matrices
@@ -236,6 +237,14 @@ def test_walk_prunes_what_separate_experts_would_be_pruned_to(pruner, family, ti
     for name, tensor in model.state_dict().items():  # routers, biases, buffers, norms
         if name not in layers and not any(name.startswith(owner) for owner in separate) or "bias" in name:
             assert torch.equal(tensor, before[name]), name
+
+
+def test_marks_of_older_versions_of_transformers_are_refused():
+    model = tiny_mixture("mixtral")
+    for experts in experts_of(model).values():
+        del experts.is_concatenated
+    with pytest.raises(UserError, match=r"needs transformers 5\.8"):
+        check_support("mixtral", model)
 
 
 # ------------------------------------------------------------------------------------------------- worked out by hand

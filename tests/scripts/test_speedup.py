@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_load_models import build
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from lib.models.layers import prunable_modules
+from lib.models.layers import find_blocks, linear_modules
 from lib.pruning.pruners import magnitude
 from scripts.speedup import benchmark, engines, export_onnx, pack
 
@@ -29,7 +29,7 @@ CLOSE = 1e-5
 def prune(folder: Path, ratio: float, nm=None) -> None:
     """Save the tiny LLaMA to ``folder`` with ``ratio`` of each matrix zero."""
     model = tiny_llama()
-    for linear in prunable_modules(model).values():
+    for linear in linear_modules(find_blocks(model)[1]).values():
         linear.weight.data = magnitude(linear.weight.data, None, ratio, nm)
     model.save_pretrained(folder)
 

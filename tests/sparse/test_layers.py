@@ -26,7 +26,7 @@ from lib import sparse
 from lib.core import cpu
 from lib.core.errors import UserError
 from lib.evaluation.perplexity import perplexity
-from lib.models.layers import prunable_layers, prunable_modules
+from lib.models.layers import find_blocks, linear_modules, prunable_layers
 from lib.pruning.pruners import magnitude
 from lib.sparse import DenseLinear, SparseLinear, kernel, packed
 from lib.sparse.decode import grouped_attention
@@ -186,7 +186,7 @@ def test_pack_keeps_every_bit(dtype, shape):
 
 def with_zeros(model, ratio: float = 0.6, kind: torch.dtype = torch.bfloat16, every: int = 1):
     """Return ``model`` in ``kind`` with ``ratio`` of each (or second) matrix zero, half of it -0.0."""
-    for linear in list(prunable_modules(model).values())[::every]:
+    for linear in list(linear_modules(find_blocks(model)[1]).values())[::every]:
         linear.weight.data *= magnitude(linear.weight.data, None, ratio, None) != 0
     return model.to(kind)
 
@@ -272,7 +272,7 @@ def test_lm_eval_runs(packed_folder, model, tiny_windows):
 def test_sparsify_packs_what_is_sparse_and_leaves_the_rest(tiny_windows):
     model = tiny_llama().bfloat16()
     layers = prunable_layers(model)
-    for index, linear in enumerate(prunable_modules(model).values()):
+    for index, linear in enumerate(linear_modules(find_blocks(model)[1]).values()):
         linear.weight.data = magnitude(linear.weight.data, None, 0.6 if index % 3 else 0.2, None)
     before = model(tiny_windows[:1, :4]).logits
     count = sparse.sparsify(model)
