@@ -69,7 +69,9 @@ _CONFIGS = {
     ),
     "granite-moe swa": (tf.GraniteMoeSWAConfig, _LOCAL),
 }
-FAMILIES = tuple(_CONFIGS)
+# First those that differ most: names of their own, a correction bias, transposed and interleaved, fused in the files.
+_FIRST = ("mixtral", "deepseek-v3", "gpt-oss", "granite-moe")
+FAMILIES = (*_FIRST, *(name for name in _CONFIGS if name not in _FIRST))
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 

@@ -86,7 +86,7 @@ def test_both_commands_do_the_same(flags, place, capsys):
 
 
 @pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("stopped", ["at work", "when saving", "when measured"])
+@pytest.mark.parametrize("stopped", fast(["at work", "when saving", "when measured"], 1))
 def test_a_stopped_run_resumes_with_the_same_bits(by, stopped, place, monkeypatch):
     flags = [*RECOVER.split(), "--by", by]
     assert recover.main([*flags, "--save_model", "unbroken", "--save", "1"]) == 0

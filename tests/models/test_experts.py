@@ -28,7 +28,7 @@ from lib.pruning.pruners import PRUNERS
 from lib.pruning.walk import check_saved, walk
 
 
-@pytest.fixture(params=fast(FAMILIES, 9))
+@pytest.fixture(params=fast(FAMILIES, 4))
 def family(request):
     return request.param
 
@@ -390,8 +390,10 @@ def test_the_order_of_an_experts_neurons_does_not_matter(tiny_windows):
     assert torch.equal(pruned[0][name][:, order] == 0, pruned[1][name] == 0)
 
 
-@pytest.mark.parametrize("propagate", ["pruned", "dense"])
-@pytest.mark.parametrize(("family", "pruner"), [("qwen2-moe", "sparsegpt"), ("qwen2-moe", "alps"), ("gemma4", "alps")])
+@pytest.mark.parametrize("propagate", fast(["pruned", "dense"], 1))
+@pytest.mark.parametrize(
+    ("family", "pruner"), fast([("qwen2-moe", "sparsegpt"), ("gemma4", "alps"), ("qwen2-moe", "alps")], 2)
+)
 def test_experts_in_groups_are_the_same_as_all_at_once(family, pruner, propagate, monkeypatch, tiny_windows):
     pruned, passes = [], []
     for free in (2**40, 0):

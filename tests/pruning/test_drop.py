@@ -52,7 +52,7 @@ def keep_router_from(model, keep: dict[str, list[int]]) -> None:
         routers[name].forward = partial(without, routers[name].forward, gone=gone)
 
 
-@pytest.mark.parametrize("family", fast(FAMILIES, 9))
+@pytest.mark.parametrize("family", fast(FAMILIES, 4))
 @torch.no_grad()
 def test_the_smaller_model_is_the_whole_one_with_a_router_kept_from_dropped_experts(family, tmp_path, tiny_windows):
     model = tiny_mixture(family, COUNT)

@@ -6,7 +6,7 @@ from conftest import fast
 
 import main
 
-SHOWN = ["alpha_peak --farms --farms_rows 16 --farms_steps 3", "alpha_peak", "stable_rank"]
+SHOWN = ["stable_rank", "alpha_peak", "alpha_peak --farms --farms_rows 16 --farms_steps 3"]
 
 
 @pytest.mark.parametrize("metric", fast(SHOWN, 1))
