@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -92,17 +91,16 @@ def is_packed(folder: Path | str) -> bool:
     return any(Path(folder).glob(f"*{SUFFIX}"))
 
 
-def pack_files(source: Path, target: Path) -> Counter:
+def pack_files(source: Path, target: Path) -> tuple[int, int]:
     """Write the packed form of the model's folder ``source`` into the empty folder ``target``.
 
-    Return sizes in bytes: ``all`` and ``all_after`` of the files, ``masked`` and ``masked_after`` of tensors with a
-    mask. The output is read back and compared, bit for bit.
+    Return the bytes of the weights' files before and after. The output is read back and compared, bit for bit.
     """
-    size = Counter()
-    for path in weight_files(source):
-        size += _pack_file(path, target / path.name.replace(".safetensors", SUFFIX))
+    pairs = [(path, target / path.name.replace(".safetensors", SUFFIX)) for path in weight_files(source)]
+    for pair in pairs:
+        _pack_file(*pair)
     _copy_others(source, target)
-    return size
+    return sum(path.stat().st_size for path, _ in pairs), sum(path.stat().st_size for _, path in pairs)
 
 
 def unpack_files(source: Path, target: Path) -> int:
@@ -164,17 +162,14 @@ def _reading(path: Path) -> AbstractContextManager[None]:
     return reading(path, "cannot be read as a packed model", fix=DAMAGED)
 
 
-def _pack_file(source: Path, target: Path) -> Counter:
-    stored, entries, size = {}, {}, Counter()
+def _pack_file(source: Path, target: Path) -> None:
+    stored, entries = {}, {}
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata() or {}
         for name in file.keys():
             tensor = file.get_tensor(name)
             content = pack(tensor) if tensor.numel() and tensor.ndim else tensor
-            nbytes = sum(part.nbytes for part in _parts(content).values())
-            if nbytes < tensor.nbytes:
-                size.update(masked=tensor.nbytes, masked_after=nbytes)
-            else:
+            if sum(part.nbytes for part in _parts(content).values()) >= tensor.nbytes:
                 content = tensor
             entries[name] = {"shape": list(tensor.shape), "sha256": _digest(content, tensor.shape)}
             stored |= {name + ending: part for ending, part in _parts(content).items()}
@@ -183,8 +178,6 @@ def _pack_file(source: Path, target: Path) -> Counter:
         for name, content, shape in read_file(target):
             if not torch.equal(_bits(unpack(content, shape)), _bits(file.get_tensor(name))):
                 raise RuntimeError(f"{source}: {name} does not come back from its packed form")
-    size.update(all=source.stat().st_size, all_after=target.stat().st_size)
-    return size
 
 
 def _parts(content: torch.Tensor | PackedTensor) -> dict[str, torch.Tensor]:

@@ -46,10 +46,10 @@ def run(settings: Pack) -> None:
     folder = checkpoint.folder
     files.check_writable("save", out.parent, sum(path.stat().st_size for path in weight_files(folder)))
     with files.new_folder(out) as tmp:
-        size = sparse.pack_files(folder, tmp)
+        before, after = sparse.pack_files(folder, tmp)
     print(
-        f"{out}: {size['all_after'] / 1e6:.1f} MB, {size['all_after'] / size['all']:.4f} of {folder}'s "
-        f"{size['all'] / 1e6:.1f} MB; every tensor comes back bit for bit (compared)"
+        f"{out}: {after / 1e6:.1f} MB, {after / before:.4f} of {folder}'s {before / 1e6:.1f} MB; "
+        "every tensor comes back bit for bit (compared)"
     )
 
 
