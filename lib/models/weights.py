@@ -65,6 +65,12 @@ class Weights:
             else:
                 self._linears[layer.block][layer.name] = model.get_submodule(layer.name)
 
+    @cached_property
+    def device(self) -> torch.device:
+        """The device on which the first block is computed."""
+        with self._lent(0, write=False) as device:
+            return device
+
     @property
     def in_memory(self) -> bool:
         """Whether every block stays in place after its visit."""

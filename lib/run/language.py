@@ -42,7 +42,8 @@ class LanguageModel:
         questions: zero-shot tasks with their data.
         reserve: bytes of each GPU, or of the CPU, that are left for the work.
         loaded_as: how the dense weights in memory were loaded, None if they are others.
-        recovery: windows to recover on and held-out ones; teacher, teacher_name: the model that is distilled.
+        recovery: windows to recover on and held-out ones.
+        teacher, teacher_name, teacher_fingerprints: the model that is distilled.
         streamed: folder from which the weights are streamed, None if they are loaded.
     """
 
@@ -226,8 +227,7 @@ class LanguageModel:
 
     def price_model(self, effort: price.Effort, by_magnitude: bool) -> price_model.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""
-        device = next(iter(self.weights.visit())).device
-        dtype = search_dtype(self.price_dtype, device, self.dtypes.compute)
+        dtype = search_dtype(self.price_dtype, self.weights.device, self.dtypes.compute)
         step = (effort.windows_per_step, effort.token_stride)
         return price_model.LanguagePriceModel(self.weights, self.search, *step, dtype, by_magnitude)
 

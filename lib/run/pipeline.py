@@ -174,7 +174,7 @@ def prune(
 def machine(weights: Weights) -> dict[str, str]:
     """Return what the bits of a result depend on besides flags and data; processes: the order of float32 additions."""
     versions = {name: provenance()["versions"][name] for name in ("torch", "transformers")}
-    return versions | {"device": next(iter(weights.visit())).device.type, "processes": str(processes.count())}
+    return versions | {"device": weights.device.type, "processes": str(processes.count())}
 
 
 def _kernel() -> str:

@@ -75,7 +75,9 @@ def prepare_recovery(
     if sizes[0] != sizes[1] or [*teacher.layers] != [*prunable_layers(subject.whole)]:
         problem = f"is another model than the pruned one: its embedding is {sizes[0]}, the other's {sizes[1]}"
         raise UserError("dense", dense, problem, "give the model that was pruned")
-    if fingerprints and (layer := first_difference(fingerprints, teacher.fingerprints())):
+    # All of the model is read for them, once.
+    subject.teacher_fingerprints = teacher.fingerprints() if fingerprints or target else {}
+    if fingerprints and (layer := first_difference(fingerprints, subject.teacher_fingerprints)):
         raise UserError("dense", dense, f"is not the model that was pruned (see {layer})", "give that one, or none")
 
 
@@ -88,7 +90,7 @@ def recover(record: Record, subject: LanguageModel, settings: Experiment, task: 
     with record.stage("recover"):
         before = subject.perplexity() if subject.evaluation is not None else None
         subject.loaded_as = None  # norms and biases are trained as well, and ``restore`` knows the matrices alone
-        dtype = search_dtype("auto", next(iter(weights.visit())).device, subject.dtypes.compute)
+        dtype = search_dtype("auto", weights.device, subject.dtypes.compute)
         how = (settings.recovery_options(), subject.recovery, subject.hidden_states, dtype)
         distillation = Distillation(weights, subject.teacher, *how)
         if target is None:
@@ -97,7 +99,7 @@ def recover(record: Record, subject: LanguageModel, settings: Experiment, task: 
             with closing(Journal(target, settings.restart, unmeasured)) as journal:
                 identity = {"model": subject.name, "source": subject.teacher_name, "versions": machine(weights)}
                 identity |= {"flags": settings.recovery_identity(), "calibration": digest(subject.recovery[0])}
-                identity["fingerprints"] = (subject.teacher or weights).fingerprints()
+                identity["fingerprints"] = subject.teacher_fingerprints if subject.teacher else weights.fingerprints()
                 journal.begin(identity | {"plan": digest(weights.fingerprints())})
                 report = _train(subject, journal, distillation)
                 content["saved_model"] = str(subject.save(journal, settings.packed, content["sparsity"]))
