@@ -1,12 +1,11 @@
-"""Sweep over methods, sparsities, epsilons and seeds: run files and a plot, the model and the texts loaded once."""
+"""Sweep over methods, sparsities, epsilons and seeds: run files, a table and a plot; model and texts loaded once."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import Field, dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,7 +20,7 @@ from lib.cli.flags import check_values, flag
 from lib.cli.settings import METHODS, Experiment
 from lib.core import files
 from lib.core.errors import UserError, first_line
-from lib.core.lazy import pandas, torch
+from lib.core.lazy import torch
 from lib.core.names import check_name
 from lib.models import locate
 from lib.run.language import LanguageModel
@@ -43,9 +42,9 @@ class Sweep(Experiment):
     """The flags of main.py, some of which (``_lists``) hold several values in one string."""
 
     _title: ClassVar[str] = "settings to run"
-    _lists: ClassVar[Sequence[str]] = ("prune_method", "sparsity_ratio", "epsilon")
+    _lists: ClassVar[Sequence[str]] = ("prune_method", "sparsity_ratio", "epsilon", "atp_beta")
     _spelled: ClassVar[dict[str, str]] = {
-        "prune_method": "methods", "sparsity_ratio": "sparsities", "epsilon": "epsilons"
+        "prune_method": "methods", "sparsity_ratio": "sparsities", "epsilon": "epsilons", "atp_beta": "atp_betas"
     }  # fmt: skip
 
     prune_method: str = flag(
@@ -57,7 +56,8 @@ class Sweep(Experiment):
         "0.2", "for the methods with _ww: E (or auto), several, or one for a method: wanda_ww=E; where a method has "
         "several, each has a separate folder", aliases=["epsilon"], metavar="E,E",
     )  # fmt: skip
-    save: str = flag("results/sweep", "where run files and sweep.png are written", metavar="DIR")
+    atp_beta: str = flag("0.005", "the same for _atp", aliases=["atp_beta"], metavar="B,B")
+    save: str = flag("results/sweep", "where run files, sweep.md and sweep.png are written", metavar="DIR")
     seeds: int = flag(
         1, "calibration seeds, a count: {seed} and those after it; of several, each but 0 has a folder", least=1,
     )  # fmt: skip
@@ -80,7 +80,7 @@ class Sweep(Experiment):
                 raise UserError(name, getattr(self, name), problem, "use main.py")
         for suffix, name in TRIED.items():
             taken = any(method and method.endswith(f"_{suffix}") for method in self.methods())
-            if name in self._lists and name in self.given and self._entries(name) and not taken:
+            if name in self.given and self._entries(name) and not taken:
                 # It is not refused, since the published scripts give it whatever their methods are.
                 log.warning("--%s does nothing without a method with _%s", self.spelling(name), suffix)
 
@@ -100,7 +100,7 @@ class Sweep(Experiment):
     def _tried(self, method: str) -> list[dict[str, float | str]]:
         """Return the changes of hyper-parameters to try with a ``method``."""
         name = TRIED.get(method.partition("_")[2])
-        if name not in self._lists:
+        if name is None:
             return [{}]
         entries = self._entries(name)
         values = entries.get(method) or entries.get("")
@@ -202,28 +202,28 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
     return run_files
 
 
-def run(sweep: Sweep, report: Callable[[Sweep, pandas.DataFrame], str]) -> int:
-    """Run the sweep and ``report`` on its runs, which returns what to print; return 0, or 1 if a setting failed."""
-    files.check_writable("save", Path(sweep.save))
+def run(sweep: Sweep) -> int:
+    """Run the sweep and write its table and plot; return 0, or 1 if a setting failed."""
+    folder = Path(sweep.save)
+    files.check_writable("save", folder)
     locate.locate(sweep.model, sweep.cache_dir)  # or every setting would fail
     run_files = run_all(sweep.settings(), sweep.force)
     runs = table.read_runs(filter(None, run_files))
     if len(runs):
-        print(report(sweep, runs))
+        lines = table.formatted(table.by_sparsity(runs), "markdown")
+        calibration = f"calibration on {sweep.nsamples} windows of {sweep.seqlen} of {sweep.calib_data}"
+        page = f"{lines}\n\n{runs['model'].iloc[0]}: {table.caption(runs)}; {calibration}. {table.NOTES}\n"
+        files.write_atomically(folder / "sweep.md", page)
+        table.plot(folder / "sweep.png", table.cells_of(runs))
+        print(f"written: {folder}/sweep.md and .png; with published figures: python scripts/table.py {folder}")
     failed = run_files.count(None)
     if failed:
         log.error("%d of %d settings failed; the same command runs only these again", failed, len(run_files))
     return 1 if failed else 0
 
 
-def plotted(sweep: Sweep, runs: pandas.DataFrame) -> str:
-    """Write sweep.png."""
-    table.plot(Path(sweep.save) / "sweep.png", table.cells_of(runs))
-    return f"written: {sweep.save}/sweep.png; the table: python scripts/table.py {sweep.save}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    return command(Sweep, partial(run, report=plotted), argv, PARSER, resume=RESUME)
+    return command(Sweep, run, argv, PARSER, resume=RESUME)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def check_command(words: list[str]) -> None:
         settings(rest)
     elif make_docs.has_parser(path):
         _, unknown = make_docs.parser_of(path).parse_known_args(rest)
-        if unknown and path.stem in ("sweep", "compare_allocations"):  # the rest is main.py's
+        if unknown and path.stem == "sweep":  # the rest is main.py's
             settings(unknown)
         elif unknown and path.stem == "finetune_lm":  # the rest is the Trainer's, whose parser has no fast import
             from lora_ft.training import TrainerParser

@@ -85,6 +85,7 @@ class Distillation:
         windows: tuple[torch.Tensor, torch.Tensor],
         place: str = "auto",
         dtype: torch.dtype | None = None,
+        may_be_dense: bool = False,
     ) -> None:
         """Look at the pruned ``weights``.
 
@@ -92,6 +93,7 @@ class Distillation:
             windows: to train on, and held out, [windows, tokens] each, of equal length.
             place: a name of HIDDEN_STATES, where the dense model's states are kept.
             dtype: of the products, None for the model's.
+            may_be_dense: whether the weights may be without zeros, since something else was done to them.
 
         Raises:
             UserError: no weight is zero, or all of them are, or what is needed does not fit in memory.
@@ -111,7 +113,7 @@ class Distillation:
         self._masks = {name: mask for name, (mask, *_) in seen.items()}
         self.left = {name: left for name, (_, left, _) in seen.items()}
         count, squares = sum(self.left.values()), sum(square for *_, square in seen.values())
-        if not 0 < count < sum(layer.size for layer in weights.layers):
+        if not 0 < count < sum(layer.size for layer in weights.layers) + may_be_dense:
             problem = "is not pruned, no weight of it is zero" if count else "has no weight that is not zero"
             raise UserError("model", None, problem, "prune it first")
         scale = (squares / count) ** 0.5

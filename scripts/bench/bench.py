@@ -22,11 +22,9 @@ from lib.run.record import provenance
 from scripts.bench.cases import PARTS, SIZES, Case, Sizes
 from scripts.table import formatted
 
-# TFLOP/s of dense products of halves with float32 sums, as the manufacturer gives them, by a part of the card's name.
-PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
 # Share of zeros or numbers: float32 rounds otherwise in another order, near thresholds and near zero.
 LEAST_ALIKE = 0.98
-HEADINGS = ("case", "seconds", "GiB", "TFLOP/s", "of peak", "plain seconds", "plain GiB", "plain / ours", "alike")
+HEADINGS = ("case", "seconds", "GiB", "TFLOP/s", "plain seconds", "plain GiB", "plain / ours", "alike")
 
 
 @dataclass(kw_only=True)
@@ -117,8 +115,8 @@ def compare(case: Case, device: torch.device, rounds: int) -> Row:
     return Row(case.name, least[0], least[1] if case.plain else None, alike, case.flops)
 
 
-def table(rows: Sequence[Row], peak: float | None = None) -> str:
-    """Return a Markdown table; ``peak``: the card's TFLOP/s in half precision, None if unknown."""
+def table(rows: Sequence[Row]) -> str:
+    """Return a Markdown table."""
 
     def shown(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
@@ -130,8 +128,7 @@ def table(rows: Sequence[Row], peak: float | None = None) -> str:
         ratio = None if row.plain is None else plain.seconds / row.ours.seconds
         lines.append([
             row.name, shown(row.ours.seconds, ".4f"), shown(row.ours.gib, ".2f"), shown(rate, ".2f"),
-            shown(rate / peak if rate and peak else None, ".1%"), shown(plain.seconds, ".4f"),
-            shown(plain.gib, ".2f"), shown(ratio, ".1f"), shown(row.alike, ".4f"),
+            shown(plain.seconds, ".4f"), shown(plain.gib, ".2f"), shown(ratio, ".1f"), shown(row.alike, ".4f"),
         ])  # fmt: skip
     return formatted([HEADINGS, *lines], "markdown")
 
@@ -156,8 +153,7 @@ def run(settings: Benchmark) -> int:
     device = torch.device(settings.device)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else cpu.model_name()
     rows = bench(settings.parts.split(","), settings.sizes(), device, settings.rounds)
-    peak = next((peak for card, peak in PEAKS.items() if card in machine), None)
-    markdown = f"{machine}, torch {torch.__version__}, the fastest of {settings.rounds}.\n\n{table(rows, peak)}\n"
+    markdown = f"{machine}, torch {torch.__version__}, the fastest of {settings.rounds}.\n\n{table(rows)}\n"
     print(markdown)
     content = {"rows": [row._asdict() for row in rows], "settings": settings.flags(), "machine": machine}
     record = json.dumps(content | provenance(), indent=1) + "\n"

@@ -28,7 +28,7 @@ NM = (2, 4)
 
 
 class Sizes(NamedTuple):
-    """A LLaMA of ``blocks`` blocks, and ``samples`` windows of ``tokens`` tokens."""
+    """A LLaMA of ``blocks`` blocks, or the ``experts`` of a mixture's block, and ``samples`` windows of ``tokens``."""
 
     hidden: int
     intermediate: int
@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
     tokens: int
     blocks: int = 2
     samples: int = 8
+    experts: int = 4
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -48,6 +49,8 @@ class Sizes(NamedTuple):
 SIZES = {
     "smollm2-135m": Sizes(576, 1536, 9, 3, 49152, tokens=512),
     "llama-7b": Sizes(4096, 11008, 32, 32, 32000, tokens=2048),
+    "olmoe-1b-7b": Sizes(2048, 1024, 16, 16, 50304, tokens=2048),
+    "qwen3-30b-a3b": Sizes(2048, 768, 32, 4, 151936, tokens=2048),
 }
 
 
@@ -157,6 +160,31 @@ def pruners(sizes: Sizes, device: torch.device) -> Iterator[Case]:
         yield Case(f"{name}, variant, {shape}", partial(ours, pruner, None))
 
 
+def experts(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """Yield a case for each calibrated pruner on the experts of a block, statistics of their tokens included."""
+    groups = []  # of matrices that share an input: gate and up, down
+    for _ in range(sizes.experts):
+        for shapes in (sizes.shapes[1:2] * 2, sizes.shapes[2:]):
+            columns = shapes[0][1]
+            x = torch.randn(2 * columns, columns, device=device)  # enough for a Hessian of full rank
+            groups.append((x, [random_weight(shape, device) for shape in shapes]))
+
+    def ours(pruner: Pruner) -> torch.Tensor:
+        pruned = []
+        for x, weights in groups:
+            prepared = pruner.prepare(as_float32(STATISTICS[pruner.statistic](x, None)))
+            pruned += [pruner.prune(weight, prepared, RATIO, None).flatten() for weight in weights]
+        return torch.cat(pruned)
+
+    def slow(method: plain.Method) -> torch.Tensor:
+        pairs = [(x, weight) for x, weights in groups for weight in weights]
+        return torch.cat([method.prune(w, method.statistic(x, None, 0), RATIO, None).flatten() for x, w in pairs])
+
+    for name in ("wanda", "sparsegpt"):
+        title = f"{name}, {sizes.experts} experts of {sizes.intermediate}x{sizes.hidden}"
+        yield Case(title, partial(ours, PRUNERS[name]), partial(slow, plain.METHODS[name]), same_zeros)
+
+
 def prices(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     """Yield a case for the ranks of the widest matrix, and one for the prices of a search's step, in float32."""
     score = random_weight(sizes.shapes[2], device).float().abs()
@@ -211,6 +239,7 @@ PARTS: dict[str, Callable[[Sizes, torch.device], Iterator[Case]]] = {
     "metrics": metrics,
     "statistics": statistics,
     "pruners": pruners,
+    "experts": experts,
     "price": prices,
     "walk": walks,
 }

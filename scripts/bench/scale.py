@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lib.allocation import price
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
-from lib.core import cpu, files
+from lib.core import files
 from lib.core.errors import UserError
 from lib.core.lazy import torch, transformers
 from lib.models import memory
@@ -39,28 +38,18 @@ SIZES = {
 MIXTURES = {
     "Mixtral-8x7B": ("MixtralConfig", {}),
     "OLMoE-1B-7B": ("OlmoeConfig", {"intermediate_size": 1024}),
-    "Qwen3-30B-A3B": (
-        "Qwen3MoeConfig",
-        {"num_hidden_layers": 48, "hidden_size": 2048, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936},
-    ),
-    "GLM-4.5-Air": (
-        "Glm4MoeConfig",
-        {
-            "num_hidden_layers": 46,
-            "hidden_size": 4096,
-            "intermediate_size": 10944,
-            "head_dim": 128,
-            "vocab_size": 151552,
-        },
-    ),
+    "Qwen3-30B-A3B": ("Qwen3MoeConfig", {
+        "num_hidden_layers": 48, "hidden_size": 2048, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936,
+    }),
+    "GLM-4.5-Air": ("Glm4MoeConfig", {
+        "num_hidden_layers": 46, "hidden_size": 4096, "intermediate_size": 10944, "head_dim": 128, "vocab_size": 151552,
+    }),
     "DeepSeek-V3": ("DeepseekV3Config", {}),
-}
+}  # fmt: skip
 COMPUTED = ("magnitude", "wanda", "sparsegpt", "alps", "wanda_price")
 SEARCH = price.SearchOptions()  # the settings of _price
 SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # by their input
-HEADINGS = (
-    "model", "method", "GPU, weights in memory", "GPU, streamed", "RAM for hidden states", "disk", "PFLOP", "hours"
-)  # fmt: skip
+HEADINGS = ("model", "method", "GPU, weights in memory", "GPU, streamed", "RAM for hidden states", "disk", "PFLOP")
 
 
 @dataclass(kw_only=True)
@@ -69,7 +58,6 @@ class Scale(Flags):
 
     nsamples: int = flag(128, "calibration windows, a count", least=1, metavar="N")
     seqlen: int = flag(2048, "window length, tokens", least=2, metavar="N")
-    tflops: float | None = flag(None, "TFLOP/s of the machine (default: those of a product)", above=0, metavar="X")
     make: str | None = flag(None, "write a LLaMA with random float16 weights to this folder instead", metavar="DIR")
     blocks: int = flag(14, "of that model, a count", only="make", least=1, metavar="N")
     hidden: int = flag(4096, "width of that model", only="make", least=64, metavar="N")
@@ -187,38 +175,17 @@ def show_recovery(settings: Scale) -> None:
     print(formatted([headings, *rows], "markdown"))
 
 
-def measured_rate() -> float:
-    """Return the operations per second of a product at LLaMA-7B's shapes: half precision on a GPU, else float32."""
-    cuda = cpu.gpus() > 0
-    device, dtype = ("cuda", torch.float16) if cuda else ("cpu", torch.float32)
-    x, w = torch.randn(2048, 4096, device=device, dtype=dtype), torch.randn(11008, 4096, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        (x @ w.T)[0, 0].item()  # waits for the product
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048 * 4096 * 11008 / best
-
-
 def show_needs(settings: Scale) -> None:
-    """Print the computed table and the source of its figures."""
-    rate = settings.tflops * 1e12 if settings.tflops else measured_rate()
+    """Print the computed tables."""
     nsamples, seqlen, rows = settings.nsamples, settings.seqlen, []
     for need in (need for size in SIZES for need in needs(size, nsamples, seqlen)):
         gpu, streamed, hidden, disk = (
             f"{need[key] / 1e9:.{digits}f} GB" if need[key] else "-"
             for key, digits in (("gpu", 0), ("streamed", 0), ("hidden", 1), ("disk", 0))
         )
-        hours = need["work"] / rate / 3600
-        hours = f"{hours:{'.0f' if hours >= 10 else '.2g'}}" if need["work"] else "disk"
-        rows.append((need["size"], need["method"], gpu, streamed, hidden, disk, f"{need['work'] / 1e15:.1f}", hours))
+        rows.append((need["size"], need["method"], gpu, streamed, hidden, disk, f"{need['work'] / 1e15:.1f}"))
     print(formatted([HEADINGS, *rows], "markdown"))
-    source = "as given" if settings.tflops else "a product at LLaMA-7B's shapes, measured on this machine"
-    print(
-        f"\n{nsamples} windows of {seqlen}. Memory and disk (checkpoint and pruned copy, 16 bits a weight) are "
-        f"computed from shapes; hours are PFLOP at {rate / 1e12:.3g} TFLOP/s ({source}), without reading, writing and "
-        "evaluation.\n"
-    )
+    print(f"\n{nsamples} windows of {seqlen}. Disk: checkpoint and pruned copy, 16 bits a weight.\n")
     headings = "mixture|weights|experts|GPU, wanda|GPU, sparsegpt|streamed, wanda|streamed, sparsegpt".split("|")
     headings += ["Hessians of a block", "disk"]
     print(formatted([headings, *mixture_rows(nsamples, seqlen)], "markdown"))

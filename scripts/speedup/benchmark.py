@@ -70,7 +70,7 @@ class SpeedUp(Flags):
     batch: Sequence[int] = flag((1, 2, 4, 8), "sequences that decode at once", nargs="+", least=1, metavar="N")
     cores: int = flag(1, "threads of every engine", least=1, metavar="N")
     rounds: int = flag(5, "measured turns of each model, three times as many tokens", least=1, metavar="N")
-    save: str = flag("results/speedup", "where JSON and PNG go", metavar="DIR")
+    save: str = flag("results/speedup", "where the JSON goes", metavar="DIR")
 
     def check(self) -> None:
         if not self.model:
@@ -228,7 +228,8 @@ def measure(checkpoints: Sequence[Checkpoint], length: int, settings: SpeedUp) -
 
 def table(record: dict, graph: str, batch: int) -> str:
     """Return the title and the Markdown table of one graph and batch."""
-    length, rows = record["sequence_length"], rows_of(record, graph, batch)
+    length = record["sequence_length"]
+    rows = [row for row in record["rows"] if (row["graph"], row["batch"]) == (graph, batch)]
     title = f"a prompt of {length} tokens" if graph == "prefill" else f"one token after {length - 1}, batch {batch}"
     bfloat16 = next((row["median_seconds"] for row in rows if row["engine"] == "torch_bfloat16"), None)
     lines = []
@@ -243,28 +244,8 @@ def table(record: dict, graph: str, batch: int) -> str:
     return f"{title}\n\n{formatted([HEADINGS, *lines], 'markdown')}\n"
 
 
-def rows_of(record: dict, graph: str, batch: int) -> list[dict]:
-    return [row for row in record["rows"] if (row["graph"], row["batch"]) == (graph, batch)]
-
-
-def draw(record: dict, graphs: Sequence[str]):
-    """Return a figure of the speed-up over sparsity of the engines that gain from zeros, for one sequence."""
-    figure, axes = files.new_figure(5.5 * len(graphs), 4.2, columns=len(graphs))
-    for axis, graph in zip(axes, graphs, strict=True):
-        rows = rows_of(record, graph, 1)
-        for engine in [name for name in SPARSE if any(row["engine"] == name for row in rows)]:
-            line = [row for row in rows if row["engine"] == engine]
-            errors = [[abs(row["speedup"] - row["speedup_range"][end]) for row in line] for end in (0, 1)]
-            x, y = [row["sparsity"] for row in line], [row["speedup"] for row in line]
-            axis.errorbar(x, y, yerr=errors, marker="o", capsize=3, label=engine)
-            axis.legend()
-        axis.set(title=graph, xlabel="sparsity of the blocks", ylabel="speed-up over the same engine's dense model")
-        axis.grid(alpha=0.3)
-    return figure
-
-
 def run(settings: SpeedUp) -> None:
-    """Measure at every window length, print the tables and write ``speedup_<tokens>.json`` and ``.png``."""
+    """Measure at every window length, print the tables and write ``speedup_<tokens>.json``."""
     checkpoints = find_models(settings)
     for length in settings.sequence_length:
         record = measure(checkpoints, length, settings)
@@ -275,8 +256,7 @@ def run(settings: SpeedUp) -> None:
             print(f"{cell['engine']} could not run the {cell['graph']} graph: {cell['error']}")
         path = Path(settings.save) / f"speedup_{length}.json"
         files.write_atomically(path, json.dumps(record, indent=1) + "\n")
-        files.save_figure(draw(record, settings.graphs), path.with_suffix(".png"), dpi=120)
-        print(f"written: {path} and .png")
+        print(f"written: {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -272,7 +272,6 @@ def test_benchmark_prunes_exports_and_measures(speedup, tmp_path, tiny_folder, c
     packed = [("packed", sparsity, batch) for batch in (1, 2) for sparsity in (0, 0.5, 0.75)]
     assert rows == [("onnxruntime", 0, 1), *packed], "zeros are nothing to the first"
     assert capsys.readouterr().out.count("\n| packed ") == 6
-    assert (tmp_path / "save/speedup_16.png").read_bytes().startswith(b"\x89PNG")
     # Of the pruned models no graph is run, and none is written.
     assert sorted(path.parts[-3] for path in tmp_path.rglob("deployment_16/*.onnx")) == ["model"]
     assert len(list(tmp_path.rglob("deployment_16/decode.npz"))) == 3

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import compare_allocations
 import numpy as np
 import pytest
 import sweep
@@ -222,11 +221,9 @@ def test_a_sweeps_lists_become_settings():
     assert parse(Experiment, [*alone.split(), "--save_model", "out"], main.PARSER).flags() == runs[1].flags()
 
 
-def test_a_comparison_is_a_sweep_of_allocations():
-    flags = "--model m --save s --pruner wanda --allocations atp,,ww --epsilons 0.10,0.2,.1 --atp_betas 0.01".split()
-    flags += "--sparsities 0.5,0.50".split()
-    runs = parse(compare_allocations.Comparison, flags, compare_allocations.PARSER).settings()
-    assert [(r.prune_method, r.save, r.atp_beta, r.epsilon) for r in runs] == [
+def test_several_values_of_a_hyper_parameter_have_folders():
+    flags = "--model m --save s --methods wanda_atp,wanda,wanda_ww --epsilons 0.10,0.2,.1 --atp_betas 0.01".split()
+    assert [(r.prune_method, r.save, r.atp_beta, r.epsilon) for r in planned(*flags, "--sparsities", "0.5,0.50")] == [
         ("wanda_atp", "s", 0.01, 0.3), ("wanda", "s", 0.005, 0.3),
         ("wanda_ww", "s/epsilon_0.1", 0.005, 0.1), ("wanda_ww", "s/epsilon_0.2", 0.005, 0.2),
     ]  # fmt: skip
@@ -262,9 +259,7 @@ def test_seeds_of_a_sweep_have_folders():
         (sweep, "--save_plan p.json", "18 settings would write the same file"),
         (sweep, "--metrics_only", "nothing to sweep"),
         (sweep, "--methods magnitude --model /nope", "--model /nope: folder not found"),
-        (compare_allocations, "--pruners ,", "--pruners ',': names no pruner"),
-        (compare_allocations, "--allocations owll", "Did you mean 'owl'"),
-        (compare_allocations, "--allocations atp --atp_betas auto", "--atp_betas 'auto': is not a number"),
+        (sweep, "--methods wanda_atp --atp_betas auto", "--atp_betas 'auto': is not a number"),
     ],
 )
 def test_sweeps_refuse_in_one_line_before_the_first_run(command, flags, says, tmp_path, monkeypatch, capsys):

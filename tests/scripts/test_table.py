@@ -1,4 +1,4 @@
-"""The table of run files: over seeds, beside the published figures, in every format; and the comparison's table."""
+"""The table of run files: over seeds, beside the published figures, in every format; and a sweep's table."""
 
 import csv
 import io
@@ -6,8 +6,8 @@ import json
 import math
 from pathlib import Path
 
-import compare_allocations
 import pytest
+import sweep
 import table
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -228,22 +228,22 @@ def test_plot_has_a_mark_for_each_mean(tmp_path, monkeypatch):
     assert axes.get_legend_handles_labels()[1] == ["dense, 14.00", "sparsity 0.5", "sparsity 0.7"]
 
 
-def test_comparison_runs_every_setting_once(tiny_folder, tiny_text, other_text, tmp_path, monkeypatch, capsys):
+def test_a_sweeps_table_runs_every_setting_once(tiny_folder, tiny_text, other_text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {other_text} --seqlen 32 --nsamples 3 "
-    flags += "--eval_windows 2 --save cmp --allocations ,ww --sparsities 0.5,0.6 --epsilons 0.1,0.3 --pruner magnitude"
-    assert compare_allocations.main(flags.split()) == 0
-    page = Path("cmp/allocations.md").read_text()
+    flags += "--eval_windows 2 --save cmp --methods magnitude,magnitude_ww --sparsities 0.5,0.6 --epsilons 0.1,0.3"
+    assert sweep.main(flags.split()) == 0
+    page = Path("cmp/sweep.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:1] == "|"][2:]
     labels = ["uniform", "AlphaPruning, epsilon 0.1", "AlphaPruning, epsilon 0.3"]
     assert [row[:2] for row in rows] == [["magnitude", label] for label in labels]
-    assert Path("cmp/allocations.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("cmp/sweep.png").read_bytes().startswith(b"\x89PNG")
     run = json.loads(Path("cmp/epsilon_0.3/run_magnitude_ww_sparsity_0.6.json").read_text())
     assert rows[2][3] == f"{run['perplexity']:.2f}"
     assert "**" not in page and "tiny-llama: perplexity on" in page and run["git_commit"][:12] in page
     assert "calibration on 3 windows of 32" in page
     capsys.readouterr()
-    assert compare_allocations.main(flags.split()) == 0 and Path("cmp/allocations.md").read_text() == page
+    assert sweep.main(flags.split()) == 0 and Path("cmp/sweep.md").read_text() == page
     assert capsys.readouterr().out.count("skipped") == 6
 
 
