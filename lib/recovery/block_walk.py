@@ -40,10 +40,8 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def kl_divergence(
-    dense: torch.Tensor, pruned: torch.Tensor, scale: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum over tokens of KL(dense || pruned) of logits [tokens, vocabulary], and ``scale`` times its gradient.
+def kl_divergence(dense: torch.Tensor, pruned: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return KL(dense || pruned) of logits [tokens, vocabulary], summed over tokens, and ``scale`` times its gradient.
 
     Computed in float32 at least. The gradient by ``pruned``, of its dtype, takes fewer passes than autograd's.
     """
