@@ -220,7 +220,7 @@ class Distillation:
         losses, stored = [], time.monotonic()
         if earlier:
             losses = safetensors_io.read_tensor(earlier["losses"]).tolist()
-            log.info("recovery goes on after step %d", len(losses))
+            log.info("recovery resumes after step %d", len(losses))
 
         counts = {"total": steps * tokens, "initial": len(losses) * tokens, "unit": "token", "unit_scale": True}
         with tqdm(desc="recovery", disable=None, **counts) as bar:
