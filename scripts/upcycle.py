@@ -40,7 +40,8 @@ class Upcycling(Flags):
     experts: int = flag(8, "routed experts of a block, a count", least=2, metavar="N")
     active: int = flag(3, "experts that a token passes, a count", least=1, metavar="N")
     tokens: int = flag(200_000, "tokens to distil on, a count, 0 for none", least=0, metavar="N")
-    batch: int = flag(1, "windows a step, a count", least=1, metavar="N")
+    batch: int = flag(2, "windows a step, a count", least=1, metavar="N")
+    learning_rate: float | None = flag(None, "the highest (default: that of main.py's --recover)", above=0)
     seqlen: int = flag(512, "length of a window, tokens", least=2, metavar="N")
     calib_data: str = flag("wiki_leads", "text, as for main.py", metavar="TEXT")
     seed: int = flag(0, "of windows and clusters")
@@ -145,7 +146,8 @@ def cut(
 
 def run(settings: Upcycling) -> None:
     """Cut the model, distil the dense one into the mixture, and save it."""
-    target, options = Path(settings.save_model), RecoveryOptions(settings.tokens, batch=settings.batch)
+    target = Path(settings.save_model)
+    options = RecoveryOptions(settings.tokens, learning_rate=settings.learning_rate, batch=settings.batch)
     if target.exists():
         raise UserError("save_model", target, "already exists", "give another folder, or remove it")
     files.check_writable("save_model", target.parent)

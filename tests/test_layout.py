@@ -72,7 +72,7 @@ def test_main_is_the_experiment_and_no_more():
     assert len((ROOT / "main.py").read_text().splitlines()) <= 130
     scripts = (ROOT / "scripts").rglob("*.py")
     importers = {p.name for p in scripts if re.search(r"^(import|from) main\b", p.read_text(), re.M)}
-    assert importers <= {"sweep.py", "demo.py"}
+    assert importers <= {"sweep.py"}
 
 
 def test_rooms_are_few_small_and_all_in_the_contract():

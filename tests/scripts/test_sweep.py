@@ -318,3 +318,12 @@ def test_table2_of_smollm2_runs(tmp_path):
     rows = [line.split(",") for line in done.stdout.splitlines() if line.startswith(("dense,", "magnitude,"))]
     assert [row[:3] for row in rows] == [["dense", "", "0"], ["magnitude", "uniform", "0.5"]]
     assert 1 < float(rows[0][3]) < float(rows[1][3]) and "measured on 20" in done.stdout
+
+
+@pytest.mark.slow
+def test_demonstration_shows_its_runs_and_what_the_saved_model_says(tmp_path):
+    small = "--seqlen 32 --nsamples 1 --eval_windows 1 --sparsities 0.6".split()
+    done = shell("demo", *small, "--methods", "dense,magnitude", SAVE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("magnitude", "alps", "The capital of France is", "tokens/s"))
+    assert (tmp_path / "sweep.png").is_file() and (tmp_path / "model/alps_0.6/model.safetensors").is_file()
