@@ -326,4 +326,4 @@ def test_demonstration_shows_its_runs_and_what_the_saved_model_says(tmp_path):
     done = shell("demo", *small, "--methods", "dense,magnitude", SAVE=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in ("magnitude", "alps", "The capital of France is", "tokens/s"))
-    assert (tmp_path / "sweep.png").is_file() and (tmp_path / "model/alps_0.6/model.safetensors").is_file()
+    assert (tmp_path / "sweep.png").is_file() and (tmp_path / "model/alps_0.6/config.json").is_file()
