@@ -1,5 +1,6 @@
 """What the tests share: one thread, tiny models and texts made on the spot, and SmolLM2."""
 
+import gc
 import json
 import os
 import random
@@ -43,6 +44,9 @@ torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
 # lm-eval describes the environment after each evaluation, for which pip would list its packages for a second or two.
 torch.utils.collect_env.get_pip_packages = lambda *_: ("pip", "")
 
+# Nobody cuts the power while tests run; to wait for the disk takes a third of a short run.
+os.fsync = lambda _: None
+
 # What the program finds out about the machine is the same everywhere, also while tests are collected.
 machines.pretend(os.environ.get("TEST_MACHINE", "plain"))
 
@@ -55,14 +59,22 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if "gpu" not in config.getoption("-m"):  # the figures of all other tests are those of a CPU
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    pytest_collection_finish()
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and -m gpu"))
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes long; add --slow"))
+    if not config.getoption("--slow"):  # a thousand, of which each that is skipped would be reported by itself
+        config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
+        items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+def pytest_collection_finish():
+    # What is imported by now stays: no collection of garbage, of which accelerate asks for one after each training and
+    # pytest for five at the end, has to look through it.
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -182,18 +183,23 @@ def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
     return states
 
 
-def provenance() -> dict:
-    """Return package versions, git commit, devices and time for the run's record."""
+@cache
+def _code() -> dict:
+    """Return package versions and git commit, found out once: those of the code that this process has imported."""
     versions = {"alphapruning": __version__, "python": sys.version.split()[0]}
     versions |= {name: version(name) for name in _PACKAGES if find_spec(name)}
-    cuda = [torch.cuda.get_device_name(device) for device in cuda_in_use()]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None  # of a copy without git
     with suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {"versions": versions, "git_commit": commit}
+
+
+def provenance() -> dict:
+    """Return package versions, git commit, devices and time for the run's record."""
+    cuda = [torch.cuda.get_device_name(device) for device in cuda_in_use()]
     return {
-        "versions": versions,
-        "git_commit": commit,
+        **_code(),
         "device": cuda or [f"cpu ({torch.get_num_threads()} threads)"],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
