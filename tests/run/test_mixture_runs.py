@@ -44,11 +44,6 @@ def record_of(folder: str) -> dict:
     return json.loads(path.read_text())
 
 
-def only_line(capsys) -> str:
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("main.py: error")] or [""]
-    return line
-
-
 def zeros_by_name(folder: Path) -> dict[str, float]:
     """Return the fraction of zeros of each prunable matrix of a saved model, as plain transformers reads it."""
     weights = weights_of(tf.AutoModelForCausalLM.from_pretrained(folder))
