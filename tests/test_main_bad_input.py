@@ -97,7 +97,8 @@ def place(made, tmp_path, monkeypatch) -> Path:
 
 def arguments(typed: str) -> list[str]:
     """Return a good command line of the tiny model with the flags ``typed`` after it, of which the last one counts."""
-    good = "--model tiny-llama --calib_data long.txt --eval_data long.txt --seqlen 32 --nsamples 3 --save save"
+    good = "--model tiny-llama --calib_data long.txt --eval_data long.txt --seqlen 32 --nsamples 3 --eval_windows 8"
+    good += " --save save"
     return [*good.split(), *typed.split()]
 
 
