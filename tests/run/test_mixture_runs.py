@@ -143,7 +143,7 @@ def test_dropped_experts_in_memory_and_streamed(by, mixture, run):
 
 @pytest.mark.parametrize("flags", fast(["", "--by block --stream always", "--train low_rank --rank 4"], 2))
 def test_what_is_left_of_experts_is_recovered(flags, mixture, run):
-    base = "--prune_method wanda --sparsity_ratio 0.5 --drop_experts 0.25 --recover 1920 --save out --save_model kept"
+    base = "--prune_method wanda --sparsity_ratio 0.5 --drop_experts 0.25 --recover 960 --save out --save_model kept"
     assert run(mixture, f"{base} {flags}") == 0
     record = record_of("out")
     report = record["recovery"]
