@@ -6,7 +6,7 @@ how they lie in there (``transformers.integrations.moe.use_experts_implementatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -36,8 +36,7 @@ class Place(NamedTuple):
 
         Of an expert it is the matrix [out, in], or its bias [out].
         """
-        owner, _, leaf = self.name.rpartition(".")
-        module = model.get_submodule(owner)
+        module, leaf = parameter_place(model, self.name)
         tensor = getattr(module, leaf).data if tensor is None else tensor
         if self.expert is None:
             return tensor
@@ -45,6 +44,12 @@ class Place(NamedTuple):
         own = own.mT if own.ndim == 2 and module.is_transposed else own
         parts = len(ROLES[leaf.removesuffix("_bias")])
         return own.chunk(parts)[self.part] if getattr(module, "is_concatenated", True) else own[self.part :: parts]
+
+
+def parameter_place(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """Return the module that a parameter or buffer of this full ``name`` belongs to, and its name there."""
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
 
 
 def is_experts(module: torch.nn.Module) -> bool:
@@ -73,26 +78,37 @@ def matrices(experts: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 @contextmanager
+def replaced_forwards(forwards: Mapping[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Let modules be computed by these ``forwards`` meanwhile."""
+    before = {module: vars(module).get("forward") for module in forwards}  # accelerate sets some
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+@contextmanager
 def bound_experts(block: torch.nn.Module) -> Iterator[None]:
     """Let the matrices of a block's experts be views of its parameters, and the block be computed with them.
 
     Other blocks, and this one afterwards, are computed as the model's configuration says.
     """
     found = [module for module in block.modules() if is_experts(module)]
-    forwards = [vars(experts).get("forward") for experts in found]  # accelerate sets some
     for experts in found:
         for linear in matrices(experts).values():
             for kind, end in (("weight", ""), ("bias", "_bias"))[: 1 + experts.has_bias]:
                 place = linear.place._replace(name=linear.place.name + end)
                 linear._parameters[kind] = torch.nn.Parameter(place.view(experts), requires_grad=False)
-        experts.forward = partial(_by_expert, experts)
     try:
-        yield
+        with replaced_forwards({experts: partial(_by_expert, experts) for experts in found}):
+            yield
     finally:
-        for experts, forward in zip(found, forwards, strict=True):
-            del experts.forward
-            if forward is not None:
-                experts.forward = forward
+        for experts in found:
             for linear in matrices(experts).values():  # or their memory would be held as long as they are
                 linear.to("meta")
                 vars(linear).pop("row_weights", None)
