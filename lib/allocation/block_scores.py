@@ -28,11 +28,6 @@ def median_score(scores: Sequence[torch.Tensor]) -> float:
     return threshold(lambda: scores, sum(score.numel() for score in scores) / 2)[0]
 
 
-def magnitude_score(weight: torch.Tensor) -> torch.Tensor:
-    """Return |W| in float32."""
-    return weight.detach().float().abs()
-
-
 def lamp_score(weight: torch.Tensor) -> torch.Tensor:
     """Return w^2 over the sum of squares of the weights at least as large in its layer (LAMP: Lee et al., 2021)."""
     squares = weight.detach().double().square().flatten()
@@ -46,7 +41,7 @@ def lamp_score(weight: torch.Tensor) -> torch.Tensor:
 # Values that an allocation may need (``Allocation.wants``): a number for each block, from a dense calibration pass,
 BLOCK_SCORES: dict[str, Callable[..., float]] = {"outlier_ratio": outlier_ratio, "median_score": median_score}
 # or a score of each weight, for one threshold over the whole model.
-WEIGHT_SCORES = {"lamp_score": lamp_score, "magnitude_score": magnitude_score}
+WEIGHT_SCORES = {"lamp_score": lamp_score, "magnitude_score": lambda weight: weight.detach().float().abs()}
 
 
 def shares_below(weights: Weights, target: float, score: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:

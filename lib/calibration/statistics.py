@@ -19,8 +19,6 @@ GPU_HESSIANS = "float32"
 # Rows of a Hessian that are added at a time, by one product.
 STRIP = 192
 GPU_STRIP = 1024
-
-
 # Whether the tokens of an expert count as much as the router weights them; auto: for norms (MoE-Pruner: arXiv
 # 2410.12013), where the gain is published, and not for Hessians.
 EXPERT_WEIGHTING = ("auto", "router", "none")

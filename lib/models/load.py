@@ -17,7 +17,7 @@ from urllib.request import getproxies
 
 from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
-from lib.core.files import new_folder, writing
+from lib.core.files import new_folder, reading, writing
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
 from lib.models.layers import SUPPORTED, architecture, check_support, find_blocks, prunable_layers, stored_tensors
@@ -219,16 +219,13 @@ def empty_llm(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """
     from accelerate import init_empty_weights
 
-    path, fix = folder / "config.json", None
-    try:
+    with reading(folder / "config.json", "cannot be used"), init_empty_weights(include_buffers=False):
         config = transformers.AutoConfig.from_pretrained(folder, **_NO_CODE)
-        with init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_NO_CODE)
-        path, fix = folder / "generation_config.json", "correct it, or delete it for the defaults"
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_NO_CODE)
+    path = folder / "generation_config.json"
+    with reading(path, "cannot be used", fix="correct it, or delete it for the defaults"):
         if path.is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
-        raise UserError(None, path, f"cannot be used ({first_line(error)})", fix) from error
     tensors = dict(stored_tensors(model))
     for name, held in held_dtypes(model, dtype).items():
         tensors[name].data = tensors[name].data.to(held)
