@@ -73,16 +73,16 @@ def score_blocks(
     """
     values = {}
     for block in tqdm(weights.visit(), "dense statistics", len(weights.modules), unit="block", disable=None):
-        scores = [score for _, score in wanda_scores(block, inputs, keep=True)]
+        scores = [score for _, score in wanda_scores(block, inputs)]
         if scores:
             values |= dict.fromkeys(block.linears, number(scores))
     return values
 
 
-def wanda_scores(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and the scores |W| * sqrt(s), [out, in], of each layer; ``keep`` as for statistics."""
+def wanda_scores(block: Block, inputs: BlockInputs) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and the scores |W| * sqrt(s), [out, in], of each layer; the block's output replaces its inputs."""
     for name, linear in block.linears.items():
         check_finite(name, linear.weight)
-    for names, squares, _ in input_statistics(block, inputs, "squared_norms", keep):
+    for names, squares, _ in input_statistics(block, inputs, "squared_norms", keep=True):
         for name in names:
             yield name, block.linears[name].weight.detach().flatten(1).abs() * squares.sqrt()
