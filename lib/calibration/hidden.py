@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ from lib.core.errors import UserError
 from lib.core.files import readable
 from lib.core.lazy import torch, transformers
 from lib.models import memory
-from lib.models.experts import replaced_forwards
 from lib.models.weights import Block, Weights, swapped_weights
 
 log = logging.getLogger(__name__)
@@ -50,9 +49,19 @@ class PassEnded(Exception):
     """Ends a forward pass as soon as it has given the needed values."""
 
 
-def _stubbed_blocks(weights: Weights, act: Callable[..., torch.Tensor]) -> AbstractContextManager[None]:
+@contextmanager
+def _stubbed_blocks(weights: Weights, act: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Let each block call ``act(index, hidden, *args, **kwargs)`` in place of its own forward."""
-    return replaced_forwards({block: partial(act, index) for index, block in enumerate(weights.modules)})
+    forwards = [vars(block).get("forward") for block in weights.modules]  # accelerate sets some
+    try:
+        for index, block in enumerate(weights.modules):
+            block.forward = partial(act, index)
+        yield
+    finally:
+        for block, forward in zip(weights.modules, forwards, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def _block_calls(weights: Weights, window: torch.Tensor, whole: bool) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:

@@ -60,7 +60,7 @@ def hessian(x: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
     halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and "dtype" in torch.ops.aten.mm.overloads()
     x = x if halves else x.float()
     height = GPU_STRIP if x.is_cuda else STRIP
-    for top in range(0, size, height):
+    for top in range(0, size, height) if len(x) else ():  # few windows have a token for each expert
         left, right = x[:, top : top + height], x[:, top:]
         strip = total[top : top + height, top:]
         if halves:  # addmm adds in place only in some versions of torch

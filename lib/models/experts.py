@@ -6,7 +6,7 @@ how they lie in there (``transformers.integrations.moe.use_experts_implementatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -36,7 +36,8 @@ class Place(NamedTuple):
 
         Of an expert it is the matrix [out, in], or its bias [out].
         """
-        module, leaf = parameter_place(model, self.name)
+        owner, _, leaf = self.name.rpartition(".")
+        module = model.get_submodule(owner)
         tensor = getattr(module, leaf).data if tensor is None else tensor
         if self.expert is None:
             return tensor
@@ -44,12 +45,6 @@ class Place(NamedTuple):
         own = own.mT if own.ndim == 2 and module.is_transposed else own
         parts = len(ROLES[leaf.removesuffix("_bias")])
         return own.chunk(parts)[self.part] if getattr(module, "is_concatenated", True) else own[self.part :: parts]
-
-
-def parameter_place(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """Return the module that a parameter or buffer of this full ``name`` belongs to, and its name there."""
-    owner, _, leaf = name.rpartition(".")
-    return model.get_submodule(owner), leaf
 
 
 def is_experts(module: torch.nn.Module) -> bool:
@@ -78,37 +73,26 @@ def matrices(experts: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 
 @contextmanager
-def replaced_forwards(forwards: Mapping[torch.nn.Module, Callable]) -> Iterator[None]:
-    """Let modules be computed by these ``forwards`` meanwhile."""
-    before = {module: vars(module).get("forward") for module in forwards}  # accelerate sets some
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in before.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
-
-@contextmanager
 def bound_experts(block: torch.nn.Module) -> Iterator[None]:
     """Let the matrices of a block's experts be views of its parameters, and the block be computed with them.
 
     Other blocks, and this one afterwards, are computed as the model's configuration says.
     """
     found = [module for module in block.modules() if is_experts(module)]
+    forwards = [vars(experts).get("forward") for experts in found]  # accelerate sets some
     for experts in found:
         for linear in matrices(experts).values():
             for kind, end in (("weight", ""), ("bias", "_bias"))[: 1 + experts.has_bias]:
                 place = linear.place._replace(name=linear.place.name + end)
                 linear._parameters[kind] = torch.nn.Parameter(place.view(experts), requires_grad=False)
+        experts.forward = partial(_by_expert, experts)
     try:
-        with replaced_forwards({experts: partial(_by_expert, experts) for experts in found}):
-            yield
+        yield
     finally:
-        for experts in found:
+        for experts, forward in zip(found, forwards, strict=True):
+            del experts.forward
+            if forward is not None:
+                experts.forward = forward
             for linear in matrices(experts).values():  # or their memory would be held as long as they are
                 linear.to("meta")
                 vars(linear).pop("row_weights", None)
@@ -127,9 +111,8 @@ def _by_expert(
     its ``row_weights``.
     """
     linears, out, experts = matrices(self), torch.zeros_like(hidden), len(self.down_proj)
-    chosen = top_k_index.flatten()
-    counts = chosen.bincount(minlength=experts).tolist()  # one synchronisation, and not one for each expert
-    places = chosen.argsort(stable=True)
+    counts = top_k_index.flatten().bincount(minlength=experts).tolist()  # one synchronisation for all experts
+    places = top_k_index.flatten().argsort(stable=True)
     tokens, shares = (places // top_k_index.shape[1]).split(counts), top_k_weights.flatten()[places, None].split(counts)
     for expert, token, share in zip(range(experts), tokens, shares, strict=False):
         gate, up, down = (linears.get(f"{expert}.{role}") for role in ("gate_proj", "up_proj", "down_proj"))

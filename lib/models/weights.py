@@ -16,7 +16,7 @@ from lib.core import digests
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
-from lib.models.experts import COUNTS, ROLES, bound_experts, is_experts, matrices, parameter_place
+from lib.models.experts import COUNTS, ROLES, bound_experts, is_experts, matrices
 from lib.models.layers import Layer, Layout, find_blocks, prunable_layers, published_layout, stored_tensors
 
 
@@ -319,6 +319,12 @@ def swapped_parameters(
     finally:
         for name, place in places.items():
             setattr(*place, originals[name])
+
+
+def parameter_place(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """Return the place of a parameter by its full ``name``, for ``swapped_parameters``."""
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
 
 
 def _offloaded(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
