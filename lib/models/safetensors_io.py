@@ -125,6 +125,8 @@ def read_tensor(entry: Entry, device: torch.device | str = "cpu", dtype: torch.d
 
 def _read(entry: Entry, start: int, size: int) -> torch.Tensor:
     """Return ``size`` bytes of a tensor from byte ``start`` on, [numbers], in memory of their own."""
+    if not size:
+        return torch.empty(0, dtype=entry.dtype)
     content = numpy.fromfile(entry.file, "u1", size, offset=entry.start + start)
     if len(content) < size:
         raise UserError(None, entry.file, "is cut off")
