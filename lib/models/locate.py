@@ -77,9 +77,7 @@ def _converted(gguf: Path, name: str, cache_dir: str) -> Path:
     with reading(gguf, "cannot be read as a GGUF model", "model"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**options)
         model = transformers.AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
-    # The weights are plain float32 by now; the quantisation marker would make save_pretrained refuse.
-    model.config.__dict__.pop("quantization_config", None)
-    model.is_quantized, model.hf_quantizer = False, None
+    model.config.__dict__.pop("quantization_config", None)  # the weights are plain float32 by now
     check_support(str(gguf), model)
     save_llm(model, tokenizer, target)
     return target
