@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.calibration.hidden import BlockInputs, PassEnded
-from lib.core.errors import UserError, first_line
+from lib.core.errors import UserError, did_you_mean, first_line
 from lib.core.files import new_folder
 from lib.core.lazy import torch
-from lib.core.names import did_you_mean
 from lib.models.layers import Layer
 from lib.models.weights import Weights
 from lib.pruning.pruners import PRUNERS, Pruner, magnitude

@@ -20,9 +20,8 @@ from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
 from lib.core import files, processes
 from lib.core.digests import digest
-from lib.core.errors import UserError
+from lib.core.errors import UserError, check_name
 from lib.core.lazy import Lazy, torch, transformers
-from lib.core.names import check_name
 from lib.models import load
 from lib.models.layers import prunable_layers
 from lib.run.record import explain_failure, run_text

@@ -15,9 +15,8 @@ from lib.calibration.hidden import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
 from lib.calibration.statistics import EXPERT_WEIGHTING
 from lib.cli.flags import Flags, flag
 from lib.cli.task import Measurement, Task
-from lib.core.errors import UserError, flag_name
+from lib.core.errors import UserError, check_name, did_you_mean, flag_name
 from lib.core.files import in_repository
-from lib.core.names import check_name, did_you_mean
 from lib.evaluation.zero_shot import ZERO_SHOT_TASKS
 from lib.models.layers import SUPPORTED
 from lib.models.load import DTYPES

@@ -17,9 +17,8 @@ from tqdm import tqdm
 from lib import sparse
 from lib.calibration.hidden import entry_device
 from lib.core import processes
-from lib.core.errors import UserError, first_line
+from lib.core.errors import UserError, did_you_mean, first_line
 from lib.core.lazy import transformers
-from lib.core.names import did_you_mean
 
 log = logging.getLogger(__name__)
 
