@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,7 +24,7 @@ from lib.models.load import DTYPES
 from lib.models.locate import SMOLLM2
 from lib.pruning import plan as plans
 from lib.pruning.drop import DROP_BY
-from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, configured
+from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Pruner, configured
 from lib.recovery.adam import STATES, TRAINED
 from lib.recovery.block_walk import SEARCH_DTYPES
 from lib.recovery.distill import BY, RecoveryOptions
@@ -259,8 +260,10 @@ class ScaleFlags(Flags):
 
 
 @dataclass(kw_only=True)
-class MethodFlags(PruningFlags, AllocationFlags):
-    """The flags that say what a model is pruned by, for both main programs."""
+class MethodFlags(PruningFlags, AllocationFlags, MixtureFlags):
+    """The flags that say what a model is pruned by, one of ``_pruners``, for both main programs."""
+
+    _pruners: ClassVar[Mapping[str, Pruner]] = PRUNERS
 
     def traits(self) -> set[str]:
         """Return what holds of the run: pruner and allocations by name, what is read, and each flag that is on."""
@@ -287,6 +290,48 @@ class MethodFlags(PruningFlags, AllocationFlags):
             check_name("prune_method", self.prune_method, METHODS)
         super().check()
 
+    def identity(self) -> dict[str, object]:
+        """Return the flags that determine the pruned weights, in their spelling."""
+        groups = (TextFlags, PruningFlags, AllocationFlags, MixtureFlags)
+        names = {"seed", "dtype"}.union(*(group.__annotations__ for group in groups))
+        names -= {"ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor"}
+        items = [item for _, item, _ in self.declared() if item.name in names]
+        return {self.spelling(item.name): getattr(self, item.name) for item in items}
+
+    def task(self) -> Task:
+        """Return the task that the flags describe; flags that contradict each other are a UserError."""
+        if self.metrics_only:
+            return self.settled(Task("metrics", None, "ww", 0.0))
+        if self.prune_method is None:
+            return self.settled(Task("dense", None, "", 0.0))
+        method, nm, implied = self.prune_method, parse_nm(self.sparsity_type), None
+        name, _, suffix = method.partition("_")
+        grouped, by = nm is not None, f"--sparsity_type {self.sparsity_type}"
+        if self.plan:
+            if suffix or nm:
+                problem = f"with {f'--prune_method {method}' if suffix else by}: the plan says all of that already"
+                raise UserError("plan", None, problem, f"use --prune_method {name} alone")
+            content = plans.read_plan(Path(self.plan))
+            implied, by, method = content["target"], f"--plan {self.plan}", f"{name}_plan"
+            grouped = any("nm" in row for row in content["layers"].values())
+        elif nm:
+            implied = 1 - nm[0] / nm[1]
+            if suffix and nm[0] == 1:
+                problem = f"with {method}: every layer keeps at least one of {nm[1]}: nothing can be distributed"
+                raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
+        target = implied or self.sparsity_ratio
+        if not target and not self.drop_experts:
+            fix = f"add {flag_name('sparsity_ratio')}"
+            raise UserError("prune_method", None, f"{method} without a sparsity", fix)
+        if self.sparsity_ratio and abs(self.sparsity_ratio - target) > 1e-9:
+            problem = f"with {by}, which removes {target:g}"
+            raise UserError("sparsity_ratio", self.sparsity_ratio, problem, "leave it out")
+        if self.use_variant and grouped:
+            raise UserError("use_variant", None, f"with {by}: the variant is unstructured only")
+        table = VARIANTS if self.use_variant else self._pruners
+        pruner = configured(name, table, self.pruner_iterations, self.damping, self.refit)
+        return self.settled(Task(method, pruner, suffix, target, nm, self.plan))
+
     def settled(self, task: Task) -> Task:
         """Return the ``task`` with its traits and the allocations' hyper-parameters."""
         names = {"owl_m"}.union(*(allocation.flags for allocation in ALLOCATIONS.values()))
@@ -294,14 +339,13 @@ class MethodFlags(PruningFlags, AllocationFlags):
         flags = [item for title, item, _ in self.declared() if title == MixtureFlags._title]
         mixture = {item.name: getattr(self, item.name) for item in flags if getattr(self, item.name) != item.default}
         mixture |= {"mapping_type": self.mapping_type} if self.mapping_type == "expert_wise" else {}
-        return task._replace(hyper=hyper, mixture=mixture, traits=frozenset(self.traits()))
+        return task._replace(hyper=hyper, identity=self.identity(), mixture=mixture, traits=frozenset(self.traits()))
 
 
 @dataclass(kw_only=True)
 class Experiment(
-    ModelFlags, TextFlags, MethodFlags, MixtureFlags, RecoveryFlags, EvaluationFlags, ZeroShotFlags, OutputFlags,
-    ScaleFlags,
-):  # fmt: skip
+    ModelFlags, TextFlags, MethodFlags, RecoveryFlags, EvaluationFlags, ZeroShotFlags, OutputFlags, ScaleFlags
+):
     """The flags of main.py."""
 
     def traits(self) -> set[str]:
@@ -336,13 +380,6 @@ class Experiment(
         same = Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
         return same and self.calib_data not in texts.DATASETS
 
-    def identity(self) -> dict[str, object]:
-        """Return the flags that determine the pruned weights, in their spelling."""
-        groups = (TextFlags, PruningFlags, AllocationFlags, MixtureFlags)
-        names = {"seed", "dtype"}.union(*(group.__annotations__ for group in groups))
-        names -= {"_title", "ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor"}
-        return {self.spelling(name): getattr(self, name) for name in sorted(names)}
-
     def measurement(self, model: str, whole: bool = False) -> Measurement:
         """Return how the metric of the ``model`` is measured, and where it is cached; ``whole``: before experts go."""
         farms = spectrum.Farms(self.farms_rows, self.farms_ratio, self.farms_steps) if self.farms else None
@@ -353,40 +390,6 @@ class Experiment(
     def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""
         return price.SearchOptions(self.price_steps, price.EFFORTS[self.price_effort])
-
-    def task(self) -> Task:
-        """Return the task that the flags describe; flags that contradict each other are a UserError."""
-        if self.metrics_only:
-            return self.settled(Task("metrics", None, "ww", 0.0))
-        if self.prune_method is None:
-            return self.settled(Task("dense", None, "", 0.0))
-        method, nm, implied = self.prune_method, parse_nm(self.sparsity_type), None
-        name, _, suffix = method.partition("_")
-        grouped, by = nm is not None, f"--sparsity_type {self.sparsity_type}"
-        if self.plan:
-            if suffix or nm:
-                problem = f"with {f'--prune_method {method}' if suffix else by}: the plan says all of that already"
-                raise UserError("plan", None, problem, f"use --prune_method {name} alone")
-            content = plans.read_plan(Path(self.plan))
-            implied, by, method = content["target"], f"--plan {self.plan}", f"{name}_plan"
-            grouped = any("nm" in row for row in content["layers"].values())
-        elif nm:
-            implied = 1 - nm[0] / nm[1]
-            if suffix and nm[0] == 1:
-                problem = f"with {method}: every layer keeps at least one of {nm[1]}: nothing can be distributed"
-                raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
-        target = implied or self.sparsity_ratio
-        if not target and not self.drop_experts:
-            fix = "add --sparsity_ratio or --sparsity_type"
-            raise UserError("prune_method", None, f"{method} without a sparsity", fix)
-        if self.sparsity_ratio and abs(self.sparsity_ratio - target) > 1e-9:
-            problem = f"with {by}, which removes {target:g}"
-            raise UserError("sparsity_ratio", self.sparsity_ratio, problem, "leave it out")
-        if self.use_variant and grouped:
-            raise UserError("use_variant", None, f"with {by}: the variant is unstructured only")
-        table = VARIANTS if self.use_variant else PRUNERS
-        pruner = configured(name, table, self.pruner_iterations, self.damping, self.refit)
-        return self.settled(Task(method, pruner, suffix, target, nm, plan=self.plan, identity=self.identity()))
 
 
 def parse_nm(sparsity_type: str) -> tuple[int, int] | None:
