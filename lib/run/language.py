@@ -13,6 +13,7 @@ from lib.cli.settings import Experiment
 from lib.cli.task import Task
 from lib.core import cpu, processes
 from lib.core.digests import digest
+from lib.core.errors import UserError
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers, published_layout, refuse_experts
@@ -71,8 +72,11 @@ class LanguageModel:
         self.hidden_states, self.price_dtype = settings.hidden_states, settings.price_dtype
         self.expert_weighting = settings.expert_weighting
         self.measurement_of_whole, self.seed = settings.measurement(source.name, whole=True), settings.seed
-        if "calibration" in task.traits:
-            checks.check_calibration(settings.hidden_states, settings.nsamples)
+        if settings.hidden_states == "gpu" and not cpu.gpus():
+            raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", "use cpu or disk")
+        if "calibration" in task.traits and settings.nsamples < processes.count():
+            fix = f"give one for each of {processes.count()} processes"
+            raise UserError("nsamples", settings.nsamples, "is too few to share", fix)
         if settings.packed:
             refuse_experts("packed", None, self.layers)
         if settings.save_model:
@@ -88,9 +92,8 @@ class LanguageModel:
             copied = self.layers if searched or self.planned else ()  # the dense weights, which are restored
             fits = memory.fits_in_memory(self.whole, self.dtypes.compute, self.reserve, copied)
             self.fits = all(processes.gathered(fits))
-        outputs = (settings.eval_zero_shot, settings.packed, bool(settings.save_model))
         self.streamed = None
-        if not packed and checks.must_stream(task, settings.stream, self.fits, *outputs):
+        if not packed and checks.must_stream(task, settings, self.fits):
             self.streamed = locate.local_copy(source)
             checkpoint_entries(self.streamed)  # refuses what cannot be streamed
 
