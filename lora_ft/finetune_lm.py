@@ -224,7 +224,6 @@ def train_adapter(trainer, checkpoint: Path | None, started: dict, record: dict)
     common.log.info(message, *trainer.model.get_nb_trainable_parameters(), blocks, size, arguments.batch_size)
     with training.refusals(trainer):
         results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    trainer.check_adapter()
     trainer.save_model()  # All processes call it: weights that they share are gathered. The config is written last.
     if not arguments.should_save:
         return

@@ -20,7 +20,6 @@ import transformers
 from lib.cli.command import Parser
 from lib.core import cpu, processes
 from lib.core.errors import UserError, first_line
-from lib.models.weights import is_finite
 from lora_ft import common
 
 BATCH = 128  # Blocks to an optimizer step, as published.
@@ -35,8 +34,6 @@ TRAINER_FLAGS = """
     optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
     label_smoothing_factor neftune_noise_alpha bf16 fp16 seed data_seed train_sampling_strategy dataloader_drop_last
 """.split()
-
-LOWER = "lower --learning_rate, or try --bf16"
 
 SWITCH = {"nargs": "?", "const": True}  # A flag that needs no value, for HfArgumentParser.
 
@@ -149,7 +146,8 @@ def parse_arguments(words: Sequence[str], command: Parser, **values) -> LoraArgu
 
 def check_loss(kind: str, loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise UserError(None, None, f"the {kind} loss is {loss} at step {step}", LOWER)
+        problem = f"the {kind} loss is {loss} at step {step}"
+        raise UserError(None, None, problem, "lower --learning_rate, or try --bf16")
 
 
 class OwnSteps(transformers.TrainerCallback):
@@ -190,15 +188,6 @@ class LoraTrainer(transformers.Trainer):
             prepare()
             self.accelerator.wait_for_everyone()  # Else it could remove what another process has saved already.
         super().save_model(*args, **kwargs)
-
-    def check_adapter(self) -> None:
-        """Refuse an adapter whose update of a weight is not finite, of which the last step's loss cannot tell."""
-        step = self.state.global_step
-        for name in self.model.base_model.targeted_module_names:
-            update = self.model.base_model.model.get_submodule(name).get_delta_weight("default")
-            if not is_finite(update):
-                problem = f"the adapter is ruined after step {step}: its update of {name} is not finite"
-                raise UserError(None, None, problem, LOWER)
 
 
 def find_checkpoint(folder: Path, name: str, sharded: bool) -> Path:
