@@ -78,7 +78,7 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
             unsaved = pipeline.save(record, write)
             if settings.recover:
                 recovery.recover(record, subject, settings, task, unmeasured)
-            evaluate(subject, settings, record, console)
+            evaluate(subject, record, console)
             record.write(complete=unsaved is None)
 
     report.show_run(console, record)
@@ -87,7 +87,7 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
     return record.content
 
 
-def evaluate(subject: LanguageModel, settings: Experiment, record: Record, console: Console) -> None:
+def evaluate(subject: LanguageModel, record: Record, console: Console) -> None:
     """Measure perplexity, then zero-shot accuracy, which may take hours; earlier results are on disk by then."""
     content, saved = record.content, record.content["saved_model"]
     if subject.evaluation is not None:
@@ -99,7 +99,7 @@ def evaluate(subject: LanguageModel, settings: Experiment, record: Record, conso
         return
     record.write()
     with record.stage("zero_shot"):
-        answers = subject.zero_shot(settings, saved)
+        answers = subject.zero_shot(saved)
     content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
     record.files[f"zero_shot_{record.run}.txt"] = f"{content['method']}:\n{answers.table}"
     report.line(console, answers.table)

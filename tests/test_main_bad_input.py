@@ -118,7 +118,7 @@ BY_THE_COMMAND_LINE = {
     f"--prune_method alps {HALF} --damping 1e300": "must be above 0 and at most 1000",
     f"{ZERO_SHOT} --num_fewshot=-1": "--num_fewshot -1",
     f"{ZERO_SHOT} --eval_batch_size all": "--eval_batch_size: invalid",
-    f"{ZERO_SHOT} --tasks ,": "--tasks ','",
+    f"{ZERO_SHOT} --tasks=": "--tasks '': is empty",
     # N:M
     "--prune_method wanda --sparsity_type 4:2": "4:2",
     "--prune_method wanda --sparsity_type 0:4": "0:4",

@@ -204,18 +204,13 @@ class ZeroShotFlags(Flags):
     _title: ClassVar[str] = "evaluation"
 
     eval_zero_shot: bool = flag(False, "answer {tasks} with lm-eval and measure the accuracy")
-    tasks: str = flag(",".join(ZERO_SHOT_TASKS), "names of tasks or groups", only="eval_zero_shot", metavar="A,B")
+    tasks: str = flag(",".join(ZERO_SHOT_TASKS), "tasks or groups, by commas", only="eval_zero_shot", metavar="NAMES")
     num_fewshot: int = flag(0, "worked examples before each question, a count", least=0, only="eval_zero_shot")
     limit: int | None = flag(None, "questions per task, a count (default: all)", least=1, only="eval_zero_shot")
     eval_batch_size: int | str = flag(
         "auto", "questions at a time; auto: the most that fit on the GPU, 8 on a CPU", least=1, only="eval_zero_shot"
     )
     include_path: str | None = flag(None, "folder of more tasks, as data/tasks", only="eval_zero_shot", metavar="DIR")
-
-    def check(self) -> None:
-        super().check()
-        if not self.task_names():
-            raise UserError("tasks", repr(self.tasks), "names no task", "give lm-eval's names with commas between them")
 
     def task_names(self) -> tuple[str, ...]:
         """Return the names of the tasks, each once."""

@@ -69,9 +69,7 @@ class LanguageModel:
 
         checks.check_layers(task, self.name, self.layers, self.layers, settings.measurement(self.name))
         self.calib_dtype = checks.calibration_dtype(settings.calib_dtype, self.dtypes.compute)
-        self.hidden_states, self.price_dtype = settings.hidden_states, settings.price_dtype
-        self.expert_weighting = settings.expert_weighting
-        self.measurement_of_whole, self.seed = settings.measurement(source.name, whole=True), settings.seed
+        self.settings, self.hidden_states = settings, settings.hidden_states
         if settings.hidden_states == "gpu" and not cpu.gpus():
             raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", "use cpu or disk")
         if "calibration" in task.traits and settings.nsamples < processes.count():
@@ -187,7 +185,7 @@ class LanguageModel:
 
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""
-        key = (self.dtypes, self.streamed, self.dropping and (self.seed, self.calibration_digest))
+        key = (self.dtypes, self.streamed, self.dropping and (self.settings.seed, self.calibration_digest))
         if self.loaded_as == key:
             self.weights.restore(self.dense)
             return
@@ -216,21 +214,21 @@ class LanguageModel:
         if by == "reap":
             scores = drop.reap_scores(self.weights, self.inputs())
         elif by == "alpha":
-            metric, folder, how = self.measurement_of_whole
+            metric, folder, how = self.settings.measurement(self.source.name, whole=True)
             values = measure.load_or_measure(folder, metric, self.source.name, self.weights, how).values
             scores = drop.alpha_scores(layers, values)
         else:
-            scores = drop.random_scores(layers, self.seed)
+            scores = drop.random_scores(layers, self.settings.seed)
         return drop.kept_experts(scores, self.experts_left, getattr(self.whole.config, "n_group", 1) or 1)
 
     def inputs(self) -> hidden.BlockInputs:
         """Return the inputs of the first block for the calibration windows."""
         inputs = hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
-        return inputs._replace(expert_weighting=self.expert_weighting)
+        return inputs._replace(expert_weighting=self.settings.expert_weighting)
 
     def price_model(self, effort: price.Effort, by_magnitude: bool) -> price_model.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""
-        dtype = search_dtype(self.price_dtype, self.weights.device, self.dtypes.compute)
+        dtype = search_dtype(self.settings.price_dtype, self.weights.device, self.dtypes.compute)
         step = (effort.windows_per_step, effort.token_stride)
         return price_model.LanguagePriceModel(self.weights, self.search, *step, dtype, by_magnitude)
 
@@ -262,11 +260,11 @@ class LanguageModel:
             return False
         return True
 
-    def zero_shot(self, settings: Experiment, saved: str | None) -> zero_shot.ZeroShotResult:
+    def zero_shot(self, saved: str | None) -> zero_shot.ZeroShotResult:
         """Return the accuracy on the questions; a streamed model is read from where it was ``saved``, if it changed."""
         model = self.weights.model
         if self.weights.streamed:
             source = self.source if saved is None else locate.locate(saved, self.source.cache_dir)
             model = load.load_llm(source, self.dtypes.compute, processes.device(), reserve=self.reserve)
-        how = (settings.num_fewshot, settings.limit, settings.eval_batch_size)
+        how = (self.settings.num_fewshot, self.settings.limit, self.settings.eval_batch_size)
         return zero_shot.zero_shot(model, self.tokenizer, self.questions, *how)
