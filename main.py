@@ -89,17 +89,17 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
 
 def evaluate(subject: LanguageModel, record: Record, console: Console) -> None:
     """Measure perplexity, then zero-shot accuracy, which may take hours; earlier results are on disk by then."""
-    content, saved = record.content, record.content["saved_model"]
+    content = record.content
     if subject.evaluation is not None:
         with record.stage("evaluate"):
             content["perplexity"] = subject.perplexity()
         line = perplexity_text(content["method"], content["sparsity"], content["perplexity"])
         record.files[f"perplexity_{record.run}.txt"] = line
-    if subject.questions is None or not subject.is_whole(saved):
+    if subject.questions is None:
         return
     record.write()
     with record.stage("zero_shot"):
-        answers = subject.zero_shot(saved)
+        answers = subject.zero_shot(content["saved_model"])
     content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
     record.files[f"zero_shot_{record.run}.txt"] = f"{content['method']}:\n{answers.table}"
     report.line(console, answers.table)

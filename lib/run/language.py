@@ -253,17 +253,12 @@ class LanguageModel:
         """Return the perplexity on the evaluation windows."""
         return perplexity.perplexity_by_blocks(self.weights, self.evaluation)
 
-    def is_whole(self, saved: str | None) -> bool:
-        """Return whether the pruned model can be had in memory, and warn if a streamed one was not ``saved``."""
-        if saved is None and self.weights.streamed and self.weights.changed:
-            log.warning("no zero-shot accuracy: the pruned model is whole in its folder only, which could not be saved")
-            return False
-        return True
-
     def zero_shot(self, saved: str | None) -> zero_shot.ZeroShotResult:
         """Return the accuracy on the questions; a streamed model is read from where it was ``saved``, if it changed."""
         model = self.weights.model
         if self.weights.streamed:
+            if saved is None and self.weights.changed:
+                raise UserError("eval_zero_shot", None, "the pruned model is whole in its folder only, which is lost")
             source = self.source if saved is None else locate.locate(saved, self.source.cache_dir)
             model = load.load_llm(source, self.dtypes.compute, processes.device(), reserve=self.reserve)
         how = (self.settings.num_fewshot, self.settings.limit, self.settings.eval_batch_size)
