@@ -146,9 +146,8 @@ def run(settings: Finetune) -> None:
     with training.refusals():
         transformers.set_seed(arguments.seed)
         model = with_adapter(weights.model, base, settings, targets)
-        callbacks = [training.OwnSteps()]
         train, evaluation = blocks.get("train"), blocks.get("validation")
-        trainer = training.LoraTrainer(model, arguments, collate, train, evaluation, callbacks=callbacks)
+        trainer = training.LoraTrainer(model, arguments, collate, train, evaluation, callbacks=[training.Watch()])
     if settings.do_train:
         train_adapter(trainer, checkpoint, started, record)
     if settings.do_eval:

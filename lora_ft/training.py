@@ -47,7 +47,7 @@ def refusals(trainer: LoraTrainer | None = None) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or (trainer and trainer.last_loss is not None):
+        if isinstance(error, torch.OutOfMemoryError) or (trainer and trainer.state.global_step):
             raise
         problem = f"training cannot be set up with these flags ({first_line(error)})"
         raise UserError(None, None, problem, "change them, or leave them out") from error
@@ -75,7 +75,7 @@ class LoraArguments(transformers.TrainingArguments):
     fp16: bool | None = field(default=None, metadata=SWITCH)
     eval_strategy: str | None = None
 
-    # The Trainer's filter waits for the GPU after every forward pass; LoraTrainer looks once a step.
+    # The Trainer's filter waits for the GPU after every forward pass, and hides what ``Watch`` stops at.
     logging_nan_inf_filter: bool = False
     # Every adapter is used in every step, and searching for unused ones takes time.
     ddp_find_unused_parameters: bool | None = False
@@ -144,43 +144,23 @@ def parse_arguments(words: Sequence[str], command: Parser, **values) -> LoraArgu
         return LoraArguments(**vars(namespace) | values)
 
 
-def check_loss(kind: str, loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        problem = f"the {kind} loss is {loss} at step {step}"
-        raise UserError(None, None, problem, "lower --learning_rate, or try --bf16")
-
-
-class OwnSteps(transformers.TrainerCallback):
-    """Lets a resumed run log, save and evaluate at the steps of its own flags, not of those it was started with."""
+class Watch(transformers.TrainerCallback):
+    """Stops at a logged loss that is not finite; lets a resumed run log, save and evaluate at its own flags' steps."""
 
     def on_train_begin(self, args, state, control, **_) -> None:
         state.compute_steps(args, state.max_steps)
 
+    def on_log(self, args, state, control, logs: Mapping[str, float], **_) -> None:
+        for name, kind in {"loss": "training", "train_loss": "training", "eval_loss": "evaluation"}.items():
+            if not math.isfinite(logs.get(name, 0)):
+                problem = f"the {kind} loss is {logs[name]} at step {state.global_step}"
+                raise UserError(None, None, problem, "lower --learning_rate, or try --bf16")
+
 
 class LoraTrainer(transformers.Trainer):
-    """Trainer that stops at a loss that is not finite.
+    """Trainer that calls ``before_first_save`` once, before the first checkpoint or adapter is written."""
 
-    Attributes:
-        last_loss: mean over this process's blocks of the last step, nats per token; None before the first.
-        before_first_save: called once, before the first checkpoint or adapter is written.
-    """
-
-    last_loss: float | None = None
     before_first_save: Callable[[], None] | None = None
-    _step_loss: torch.Tensor | float = 0.0
-
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)  # This pass's share of the step's mean.
-        self._step_loss = self._step_loss + loss
-        if self.accelerator.sync_gradients:  # The last pass of a step. To read the loss is to wait for the GPU.
-            self.last_loss, self._step_loss = float(self._step_loss), 0.0
-            check_loss("training", self.last_loss, self.state.global_step + 1)
-        return loss
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        check_loss("evaluation", metrics["eval_loss"], self.state.global_step)
-        return metrics
 
     def save_model(self, *args, **kwargs) -> None:  # Of each checkpoint, too, before the rest of it is saved.
         prepare, self.before_first_save = self.before_first_save, None

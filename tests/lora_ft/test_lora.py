@@ -393,7 +393,7 @@ def test_loss_that_is_not_finite(place, capsys, monkeypatch):
         return loss(self, model, *args, **kwargs) * (math.nan if len(calls) > 2 else 1)  # two blocks to a step
 
     monkeypatch.setattr(Trainer, "compute_loss", spoils)
-    assert run("finetune", "--do_eval -") == 2 and len(calls) == 4
+    assert run("finetune", "--do_eval - --logging_steps 1") == 2 and len(calls) == 4
     assert "the training loss is nan at step 2; lower --learning_rate" in capsys.readouterr().err
     assert not any(Path("out").glob("*"))
 
