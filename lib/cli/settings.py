@@ -142,17 +142,14 @@ class MixtureFlags(Flags):
     _title: ClassVar[str] = "mixtures of experts"
 
     only: str | None = flag(
-        None, "{choices}: the sparsity is that of the experts, all else stays dense", choices=("experts",),
-        only="pruning",
-    )  # fmt: skip
+        None, "{choices}: the sparsity is theirs, all else stays dense", choices=("experts",), only="pruning"
+    )
     drop_experts: float = flag(
-        0.0, "fraction of each block's experts to remove as a whole before the sparsity, in [0, 1)",
-        least=0, below=1, only="pruning",
-    )  # fmt: skip
+        0.0, "fraction of each block's experts to remove before all else, in [0, 1)", least=0, below=1, only="pruning"
+    )
     drop_by: str = flag(
-        "reap", "what they are chosen by: {choices}; reap: their part in the output, alpha: {ww_metric}",
-        choices=DROP_BY, only="drop_experts",
-    )  # fmt: skip
+        "reap", "{choices}; reap: by their part in the output, alpha: {ww_metric}", choices=DROP_BY, only="drop_experts"
+    )
     expert_weighting: str = flag(
         "auto", "by which the tokens of an expert count: {choices}; auto: router for norms, none for Hessians",
         choices=EXPERT_WEIGHTING, only=CALIBRATED,
