@@ -131,8 +131,6 @@ def run(settings: Finetune) -> None:
         flags[field] = f"{Path(name).name} (tokens {digest(blocks['train'])[:16]})"
     if checkpoint:
         training.check_same_training(checkpoint, flags)
-    if settings.do_eval:
-        arguments.evaluate_each_once(len(blocks["validation"]))
 
     # One process spreads the model over all GPUs, of several each has the whole.
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32

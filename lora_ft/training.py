@@ -109,16 +109,9 @@ class LoraArguments(transformers.TrainingArguments):
         super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # One process spreads the model over its GPUs, and not the batch.
-
-    def evaluate_each_once(self, blocks: int) -> None:
-        """Lower the evaluation batch so far that none is shared by several processes.
-
-        The Trainer fills up such a batch with blocks that it has already seen, and they would count in the mean loss.
-        Among batches of one block it adds whole ones, which it leaves out again.
-        """
         if self.world_size > 1:
-            of_each, uneven = divmod(blocks, self.world_size)
-            self.per_device_eval_batch_size = 1 if uneven else math.gcd(self.per_device_eval_batch_size, of_each)
+            # The Trainer fills up larger batches with blocks that it has seen, and they would count in the mean loss.
+            self.per_device_eval_batch_size = 1
 
 
 class TrainerParser(Parser, transformers.HfArgumentParser):
