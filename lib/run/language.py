@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from lib import sparse
@@ -98,7 +99,8 @@ class LanguageModel:
     def _inspect(self, source: load.Source, dropping: tuple[float, str] | None) -> None:
         """Take up a model's shapes, less those of the experts that will be dropped, and its tokenizer."""
         self.weights = self.dense = self.fits = self.loaded_as = None
-        self._texts, self.scores = {}, {}
+        self.scores = {}
+        self._once = cache(lambda work, *how: work(*how))  # keeps what was read for an earlier run
         self.skeleton = self.whole = load.load_skeleton(source)
         self.name, self.given = source.name, source.anywhere
         if dropping:
@@ -120,10 +122,9 @@ class LanguageModel:
 
         calibration = (settings.calib_data, self.tokenizer)
         if "calibration" in task.traits:
-            cut_before = "calibration_windows" in (key[0] for key in self._texts)
-            if "evaluation" in task.traits and settings.one_file() and not cut_before:
+            if "evaluation" in task.traits and settings.one_file():
                 text = "%s is both calibrated and evaluated on; give another text: --eval_data FILE"
-                log.warning(text, settings.calib_data)
+                self._once(log.warning, text, settings.calib_data)
             how = (settings.nsamples, self.seqlen, settings.seed)
             self.calibration = self._once(texts.calibration_windows, *calibration, *how)
             self.calibration_digest = digest(self.calibration)
@@ -143,13 +144,6 @@ class LanguageModel:
         if settings.eval_zero_shot:
             names = settings.task_names()
             self.questions = self._once(zero_shot.find_tasks, names, settings.include_path, settings.num_fewshot)
-
-    def _once(self, read: Callable, *how: object):
-        """Return what ``read`` returns, or what it returned to an earlier run."""
-        key = (read.__name__, *how)
-        if key not in self._texts:
-            self._texts[key] = read(*how)
-        return self._texts[key]
 
     def _needed_memory(self, settings: Experiment) -> int:
         """Return the bytes of each GPU, or of the CPU, that a run needs besides the weights, from shapes alone."""
