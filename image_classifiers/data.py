@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.core.errors import UserError, first_line
-from lib.core.lazy import numpy, torch
+from lib.core.lazy import numpy, timm, torch
 
 # Of the channels, by --imagenet_default_mean_and_std.
 MEAN_STD = {True: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), False: ((0.5,) * 3, (0.5,) * 3)}
@@ -85,10 +85,8 @@ def _folder(field: str, folder: str | None, split: str = "") -> Images:
 
 def evaluation_transform(size: int, crop_pct: float | None, mean_std: tuple) -> Callable:
     """Return the transform from image to tensor [3, size, size]: resized (bicubic), cropped, normalised (published)."""
-    from timm.data.transforms_factory import transforms_imagenet_eval
-
     crops = size in CROPPED
-    return transforms_imagenet_eval(
+    return timm.data.transforms_factory.transforms_imagenet_eval(
         img_size=size, crop_pct=crop_pct or (CROP if crops else 1.0), interpolation="bicubic",
         crop_mode="center" if crops or crop_pct else "squash", mean=mean_std[0], std=mean_std[1],
     )  # fmt: skip
@@ -96,9 +94,7 @@ def evaluation_transform(size: int, crop_pct: float | None, mean_std: tuple) -> 
 
 def augmenting_transform(size: int, mean_std: tuple) -> Callable:
     """Return the random training transform used by the published code for calibration."""
-    from timm.data import create_transform
-
-    return create_transform(
+    return timm.data.create_transform(
         input_size=size, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1",
         interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1, mean=mean_std[0], std=mean_std[1],
     )  # fmt: skip

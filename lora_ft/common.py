@@ -17,7 +17,7 @@ from lib.cli.flags import flag
 from lib.cli.settings import TEXTS, ModelFlags
 from lib.core import digests, files
 from lib.core.errors import UserError, flag_name
-from lib.core.lazy import torch, transformers
+from lib.core.lazy import peft, torch, transformers
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers, refuse_experts
 from lib.models.weights import Weights, weights_of
@@ -186,18 +186,16 @@ def attach(folder: str, model: torch.nn.Module) -> torch.nn.Module:
     Raises:
         UserError: there is none, or not one of LoRA alone, or it is damaged or has other matrices than the model needs.
     """
-    from peft import PeftConfig, PeftModelForCausalLM
-
     path = Path(folder)
     if not (path / "adapter_config.json").is_file():
         hint = ", but a model" if (path / "config.json").is_file() else ""
         raise UserError("lora_weights", folder, f"holds no adapter{hint}", "give finetune_lm.py's --output_dir")
     try:
-        config = PeftConfig.from_pretrained(path)
+        config = peft.PeftConfig.from_pretrained(path)
         if config.peft_type != "LORA" or config.modules_to_save or config.bias != "none":
             problem = "is not an adapter of LoRA's matrices alone (without modules_to_save and bias)"
             raise UserError("lora_weights", folder, problem, "give one of finetune_lm.py")
-        adapted = PeftModelForCausalLM(model, config)
+        adapted = peft.PeftModelForCausalLM(model, config)
         keys = adapted.load_adapter(path, "default")
     except (UserError, torch.OutOfMemoryError):
         raise

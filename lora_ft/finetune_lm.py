@@ -21,7 +21,7 @@ from lib.cli.settings import TEXTS
 from lib.core import files, processes
 from lib.core.digests import digest
 from lib.core.errors import UserError, check_name
-from lib.core.lazy import Lazy, torch, transformers
+from lib.core.lazy import Lazy, peft, torch, transformers
 from lib.models import load
 from lib.models.layers import prunable_layers
 from lib.run.record import explain_failure, run_text
@@ -141,9 +141,13 @@ def run(settings: Finetune) -> None:
     record = {"model": base.source.anywhere, "sparsity": sparsity}
     started = record | {"fingerprints": weights.fingerprints(), "training": flags}
     record["flags"] = arguments.to_dict() | settings.flags()
+
     with training.refusals():
         transformers.set_seed(arguments.seed)
-        model = with_adapter(weights.model, base, settings, targets)
+        scale = {"lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=settings.lora_r, **scale)
+        model = peft.get_peft_model(weights.model, config)  # fresh adapters change nothing yet
+        config.base_model_name_or_path = base.source.anywhere
         train, evaluation = blocks.get("train"), blocks.get("validation")
         trainer = training.LoraTrainer(model, arguments, collate, train, evaluation, callbacks=[training.Watch()])
     if settings.do_train:
@@ -188,22 +192,6 @@ def read_blocks(settings: Finetune, split: str, base: common.Base) -> torch.Tens
         message = "%s has %d blocks of %d tokens, and not the %d that were asked for"
         common.log.warning(message, name, len(blocks), settings.block_size, most)
     return blocks
-
-
-def with_adapter(model: torch.nn.Module, base: common.Base, settings: Finetune, targets: str | list[str]):
-    """Return the model with fresh adapters, which change nothing yet, around the target layers."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-    )
-    adapted = get_peft_model(model, config)
-    config.base_model_name_or_path = base.source.anywhere
-    return adapted
 
 
 def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:

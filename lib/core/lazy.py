@@ -1,4 +1,4 @@
-"""Lazy imports of numpy, pandas, torch and transformers, so that --help is answered immediately."""
+"""Lazy imports of libraries that load slowly, so that --help is answered immediately."""
 
 from importlib import import_module
 
@@ -16,4 +16,6 @@ class Lazy:
 torch = Lazy("torch")
 numpy = Lazy("numpy")
 pandas = Lazy("pandas")
+peft = Lazy("peft")
+timm = Lazy("timm")
 transformers = Lazy("transformers")

@@ -116,7 +116,13 @@ def zero_shot(
             batch_size=batch_size,
             log_samples=False,
         )
-    _warn_of_nan(tasks)
+
+    # lm-eval takes the first choice if log-likelihoods are NaN, which looks like an accuracy.
+    answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
+    counts = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
+    broken, total = map(sum, zip(*counts, strict=True))
+    if broken:
+        log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, total)
     if not processes.is_main():
         return ZeroShotResult({}, {}, "")
     rows = full["results"].values()
@@ -136,12 +142,3 @@ def _bars_for_terminals() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = original
-
-
-def _warn_of_nan(tasks: Tasks) -> None:
-    """Warn if log-likelihoods are NaN: lm-eval would take the first choice, which looks like an accuracy."""
-    answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
-    counts = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
-    broken, total = map(sum, zip(*counts, strict=True))
-    if broken:
-        log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, total)
