@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.core.errors import UserError, first_line
-from lib.core.lazy import numpy, timm, torch
+from lib.core.lazy import numpy, timm, torch, torchvision
 
 # Of the channels, by --imagenet_default_mean_and_std.
 MEAN_STD = {True: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), False: ((0.5,) * 3, (0.5,) * 3)}
@@ -37,12 +37,10 @@ def image_folder(data_path: str | None, eval_data_path: str | None, train: bool)
 
 def cifar(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
     """CIFAR-100 in DATA_PATH, downloaded if it is missing."""
-    from torchvision.datasets import CIFAR100
-
     if data_path is None:
         raise UserError("data_path", None, "is missing", "give the folder that holds CIFAR-100 or is to hold it")
     try:
-        items = CIFAR100(data_path, train=train, download=True)
+        items = torchvision.datasets.CIFAR100(data_path, train=train, download=True)
     except Exception as error:  # the network's errors, a full disk, a damaged archive
         problem = f"CIFAR-100 cannot be read or downloaded ({first_line(error)})"
         raise UserError("data_path", data_path, problem) from error
@@ -70,13 +68,11 @@ READERS = {"data_path": ("IMNET", "CIFAR", "image_folder"), "eval_data_path": ("
 
 
 def _folder(field: str, folder: str | None, split: str = "") -> Images:
-    from torchvision.datasets import ImageFolder
-
     if folder is None:
         raise UserError(field, None, "is missing", "give the folder of the images (--data_set tells their layout)")
     path = Path(folder) / split
     try:
-        images = ImageFolder(str(path))
+        images = torchvision.datasets.ImageFolder(str(path))
     except (OSError, ValueError) as error:  # no such folder, no folder inside, or one without images
         problem = f"{path} should hold a folder of images per class ({first_line(error)})"
         raise UserError(field, folder, problem) from error

@@ -119,7 +119,11 @@ def run(settings: Finetune) -> None:
     checkpoint = check_output_dir(settings, sharded=bool(arguments.deepspeed or arguments.fsdp))
     base = common.find_base(settings)
     common.check_length("block_size", settings.block_size, base.skeleton)
-    targets = check_targets(settings.lora_target_modules, base.skeleton)
+    targets = settings.lora_target_modules
+    if targets != "all-linear":  # last parts of names
+        kinds = dict.fromkeys(layer.name.rpartition(".")[2] for layer in prunable_layers(base.skeleton))
+        choices = [*kinds, "all-linear"]
+        targets = [check_name("lora_target_modules", name.strip(), choices) for name in targets.split(",")]
     blocks = {split: read_blocks(settings, split, base) for split in settings.named_texts()}
     load.check_vocabulary(base.source.given, base.skeleton, *blocks.values())
 
@@ -173,14 +177,6 @@ def check_output_dir(settings: Finetune, sharded: bool) -> Path | None:
         fix = "add --overwrite_output_dir to start again, --resume_from_checkpoint to resume, or give another folder"
         raise UserError("output_dir", folder, "is not empty", fix)
     return checkpoint
-
-
-def check_targets(names: str, skeleton: torch.nn.Module) -> str | list[str]:
-    """Return the layers that get an adapter, as peft takes them: all-linear, or last parts of names."""
-    if names == "all-linear":
-        return names
-    choices = [*dict.fromkeys(layer.name.rpartition(".")[2] for layer in prunable_layers(skeleton)), "all-linear"]
-    return [check_name("lora_target_modules", name.strip(), choices) for name in names.split(",")]
 
 
 def read_blocks(settings: Finetune, split: str, base: common.Base) -> torch.Tensor:

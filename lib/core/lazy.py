@@ -13,9 +13,11 @@ class Lazy:
         return getattr(import_module(self._name), attribute)
 
 
-torch = Lazy("torch")
+accelerate = Lazy("accelerate")
 numpy = Lazy("numpy")
 pandas = Lazy("pandas")
 peft = Lazy("peft")
 timm = Lazy("timm")
+torch = Lazy("torch")
+torchvision = Lazy("torchvision")
 transformers = Lazy("transformers")

@@ -17,7 +17,7 @@ from lib import sparse
 from lib.calibration.hidden import entry_device
 from lib.core import processes
 from lib.core.errors import UserError, did_you_mean, first_line
-from lib.core.lazy import transformers
+from lib.core.lazy import accelerate, transformers
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +100,9 @@ def zero_shot(
     if batch_size == "auto" and entry_device(model).type == "cpu":
         batch_size = 8  # trying larger ones until memory runs out, as on a GPU, would kill the process
     if processes.count() > 1:  # lm-eval shares the questions only for a model that it loads itself
-        from accelerate import Accelerator
-
         shared = {"rank": processes.rank(), "world_size": processes.count()}
-        HFLM = type("Shared", (HFLM,), shared | {"accelerator": Accelerator(cpu=processes.device() is None)})
+        shared["accelerator"] = accelerate.Accelerator(cpu=processes.device() is None)
+        HFLM = type("Shared", (HFLM,), shared)
     # lm-eval gives the tokenizer a padding token, which is not to end up in a saved folder.
     adapter = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
     with _bars_for_terminals(), sparse.zeros_skipped(model.modules()):
