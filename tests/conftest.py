@@ -30,7 +30,6 @@ from lib.allocation import price
 from lib.cli.command import parse
 from lib.cli.settings import Experiment
 from lib.core import cpu
-from lib.evaluation import zero_shot
 from lib.models.load import load_llm
 from lib.models.locate import locate
 from lib.models.weights import Weights, weights_of
@@ -167,9 +166,6 @@ def few_tasks(monkeypatch, tmp_path_factory):
     for name in ("super_glue", "glue", "hellaswag", "winogrande", "arc", "openbookqa"):
         shutil.copytree(Path(lister.__file__).parent / name, folder / name)
     monkeypatch.setattr(lister, "__file__", str(folder / "__init__.py"))
-    zero_shot._task_manager.cache_clear()
-    yield
-    zero_shot._task_manager.cache_clear()
 
 
 def error_line(capsys, status: int) -> str:

@@ -386,24 +386,6 @@ def test_flags_that_the_trainer_refuses(place, capsys):
     assert not any(Path("out").glob("*"))
 
 
-@pytest.mark.parametrize(("value", "status"), [(1e30, 2), (1.0, 0)])
-def test_adapter_that_is_ruined_is_not_saved(value, status, place, capsys, monkeypatch):
-    train = Trainer.train
-
-    def spoils(self, *args, **kwargs):
-        result = train(self, *args, **kwargs)
-        for name, weight in self.model.named_parameters():
-            if "layers.1.self_attn.v_proj.lora" in name:
-                weight.data[:] = value  # of which the loss of the last step cannot tell
-        return result
-
-    monkeypatch.setattr(Trainer, "train", spoils)
-    assert run("finetune", "--do_eval -") == status
-    line = "ruined after step 2: its update of model.layers.1.self_attn.v_proj is not finite; lower --learning_rate"
-    assert (line in capsys.readouterr().err) == bool(status)
-    assert len(list(Path("out").glob("adapter*"))) == (0 if status else 2)
-
-
 def test_loss_that_is_not_finite(place, capsys, monkeypatch):
     calls, loss = [], Trainer.compute_loss
 
@@ -412,7 +394,7 @@ def test_loss_that_is_not_finite(place, capsys, monkeypatch):
         return loss(self, model, *args, **kwargs) * (math.nan if len(calls) > 2 else 1)  # two blocks to a step
 
     monkeypatch.setattr(Trainer, "compute_loss", spoils)
-    assert run("finetune", "--do_eval -") == 2 and len(calls) == 4
+    assert run("finetune", "--do_eval - --logging_steps 1") == 2 and len(calls) == 4
     assert "the training loss is nan at step 2; lower --learning_rate" in capsys.readouterr().err
     assert not any(Path("out").glob("*"))
 
