@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib.core.errors import UserError, first_line
+from lib.core.errors import UserError
+from lib.core.files import reading
 from lib.core.lazy import torch
 from lib.core.names import did_you_mean
 from lib.models.load import Tokenizer, check_hub
@@ -22,17 +25,31 @@ LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
 _DOCUMENTS_AT_ONCE = 256
 # Characters of a stream to tokenise at once.
 _PIECE = 100_000
+# Records of a hub's data set among which calibration draws: more are read only if they do not fill the windows.
+_DRAWN_FROM = 2000
+_FIELDS = ("marked", "messages", "conversations", "text")
+_ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
+
+
+class Marked(str):
+    """A conversation with the marks of the model's chat template, from which it is tokenised as it stands."""
+
+
+# A plain text, or a conversation: messages {"role", "content"}, to which the model's chat template is applied.
+Document = str | list[dict]
 
 
 class Text(NamedTuple):
-    """Either separate ``documents``, from which calibration draws one per window, or one ``stream``.
+    """Separate ``documents``, from which calibration draws one per window, or one ``stream``, or ``records``.
 
-    ``most_windows`` of it are evaluated where the published code cuts the text.
+    Records are tokenised one by one, joined, and cut into windows. ``most_windows`` of a stream are evaluated where the
+    published code cuts the text.
     """
 
     documents: Sequence[str] | None = None
     stream: str | None = None
     most_windows: int | None = None
+    records: Iterable[Document] | None = None
 
 
 def c4(split: str) -> Text:
@@ -70,50 +87,100 @@ DATASETS: dict[str, Callable[[str], Text]] = {"c4": c4, "wikitext2": wikitext2, 
 
 
 def check_text(field: str, name: str) -> None:
-    """Refuse a ``name`` that is neither in DATASETS nor a readable local file of a supported type."""
+    """Refuse a ``name`` that is none of DATASETS, of a hub's data set and of a readable file of a supported type."""
     if name in DATASETS:
+        return
+    if name.startswith("hf:"):
+        if not 2 <= len(name.split(":")) <= 5 or not name.split(":")[1]:
+            raise UserError(field, name, "must be hf:NAME[:CONFIG][:SPLIT][:FIELD]")
         return
     path = Path(name).expanduser()
     if path.suffix not in LOCAL_SUFFIXES:
-        choices = f"Give one of {', '.join(DATASETS)}, or a .txt/.json/.jsonl file"
+        choices = f"Give one of {', '.join(DATASETS)}, hf:NAME, or a .txt/.json/.jsonl file"
         raise UserError(field, name, f"unknown data set.{did_you_mean(name, DATASETS)} {choices}")
     if not path.is_file():
         raise UserError(field, name, "file not found")
 
 
 def read_text(field: str, name: str, split: str) -> Text:
-    """Return the text ``name`` for ``split``; a local file (field ``text`` in JSON) is one stream for both splits."""
+    """Return the text ``name`` for ``split``; a local file is the same for both splits.
+
+    A file of texts (field ``text`` in JSON) is one stream, one with conversations holds records. Of a hub's data set,
+    which is streamed, ``split`` is the one that is read unless the name says another.
+    """
     check_text(field, name)
     if name in DATASETS:
         return DATASETS[name](split)
+    if name.startswith("hf:"):
+        _, path, config, named_split, column = (*name.split(":"), "", "", "")[:5]
+        rows = _hub(path, config or None, named_split or split, streaming=True)
+        return Text(records=_documents(field, name, rows, column))
     path = Path(name).expanduser()
-    try:
-        # utf-8-sig: with or without the mark that some editors begin a file with.
-        content = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".txt":
-            return Text(stream=content)
-        try:
-            records = json.loads(content)
-            records = records if isinstance(records, list) else [records]
-        except json.JSONDecodeError:  # not one JSON value: a value per line; strings may hold U+2028
-            records = [json.loads(line) for line in content.split("\n") if line.strip()]
-        return Text(stream="\n\n".join(record["text"] for record in records))
-    except (OSError, ValueError) as error:  # neither JSON nor UTF-8
-        raise UserError(field, name, f"cannot be read ({first_line(error)})") from error
-    except (KeyError, TypeError) as error:
-        raise UserError(field, name, "every record needs a field `text` that holds a string") from error
+    if path.suffix == ".txt":
+        return Text(stream=file_content(field, path))
+    documents = list(_documents(field, name, json_records(field, path)))
+    if all(type(document) is str for document in documents):
+        return Text(stream="\n\n".join(documents))
+    return Text(records=documents)
+
+
+def file_content(field: str, path: Path) -> str:
+    """Return the content of a local text file, with or without the mark that some editors begin a file with."""
+    with reading(path, "cannot be read", field):
+        return path.read_text(encoding="utf-8-sig")
+
+
+def json_records(field: str, path: Path) -> list:
+    """Return the values of a ``.json`` file (one, or a list) or of a ``.jsonl`` file, one a line."""
+    content = file_content(field, path)
+    with suppress(json.JSONDecodeError):
+        records = json.loads(content)
+        return records if isinstance(records, list) else [records]
+    with reading(path, "cannot be read", field):  # not one JSON value: a value per line; strings may hold U+2028
+        return [json.loads(line) for line in content.split("\n") if line.strip()]
+
+
+def _documents(field: str, name: str, rows: Iterable, column: str = "") -> Iterator[Document]:
+    """Yield what each row holds in the field ``column``, or in the first of _FIELDS that it has."""
+    wanted = (
+        f"`{column}`" if column else "`text` that holds a string, or `messages` or `conversations` that hold a chat"
+    )
+    with reading(Path(name), _UNREACHED, field, _LOCAL):  # where the rows of a hub's data set are fetched
+        for row in rows:
+            try:
+                key = column or next(key for key in _FIELDS if key in row)
+                if isinstance(row[key], str):
+                    yield Marked(row[key]) if key == "marked" else row[key]
+                else:
+                    yield [{**message, **_role_and_content(message)} for message in row[key]]
+            except (KeyError, TypeError, StopIteration):
+                raise UserError(field, name, f"every record needs a field {wanted}") from None
+
+
+def _role_and_content(message: Mapping) -> dict:
+    role, content = (message["from"], message["value"]) if "from" in message else (message["role"], message["content"])
+    return {"role": _ROLES.get(role, role), "content": content}
+
+
+_UNREACHED = "cannot be loaded from the hub or its cache"
+_LOCAL = "without a hub, give wiki_leads (see INSTALL.md) or the path of a local .txt or .jsonl file"
 
 
 def _hub(path: str, config: str | None, split: str, **kwargs):
     check_hub()
     import datasets  # slow to import, and not needed for local text
 
-    try:
+    with reading(Path(path), _UNREACHED, fix=_LOCAL):
         return datasets.load_dataset(path, config, split=split, **kwargs)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        problem = f"cannot be loaded from the hub or its cache ({first_line(error)})"
-        fix = "without a hub, give wiki_leads (see INSTALL.md) or the path of a local .txt or .jsonl file"
-        raise UserError(None, path, problem, fix) from error
+
+
+def with_marks(field: str, name: str, tokenizer: Tokenizer, messages: list[dict], **options) -> Marked:
+    """Return a conversation with the marks of the chat template; ``options`` are those of ``apply_chat_template``."""
+    if not tokenizer.chat_template:
+        fix = "give a text, or use a chat model"
+        raise UserError(field, name, "holds conversations, and the model's tokenizer has no chat template", fix)
+    with reading(Path(name), "the model's chat template fails", field):  # on what it does not foresee, it may raise
+        return Marked(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 def calibration_windows(
@@ -126,6 +193,14 @@ def calibration_windows(
     """
     source = read_text("calib_data", name, "train") if source is None else source
     random.seed(seed)
+    if source.records is not None:
+        records = iter(source.records)
+        drawn = list(records if isinstance(source.records, list) else islice(records, _DRAWN_FROM))
+        random.shuffle(drawn)
+        source = Text(records=chain(drawn, records))
+        blocks = training_blocks("calib_data", name, "train", tokenizer, seqlen, nsamples, source)
+        _check_length("calib_data", name, len(blocks) * seqlen, nsamples * seqlen)
+        return blocks.long()
     if source.documents is None:
         tokens = _tokenise(tokenizer, source.stream)
         _check_length("calib_data", name, len(tokens), seqlen + 1)
@@ -156,8 +231,10 @@ def search_windows(
     Every second document is held out, or the last fifth of a stream. If either is too short for a window, a UserError
     names the ``purpose`` of the windows.
     """
-    documents, stream, _ = read_text("calib_data", name, "train")
-    if stream is None:
+    documents, stream, _, records = read_text("calib_data", name, "train")
+    if records is not None:
+        halves = [Text(records=islice(copy, first, None, 2)) for first, copy in enumerate(tee(records))]
+    elif stream is None:
         halves = [Text(documents=documents[first::2]) for first in (0, 1)]
     else:
         cut = len(stream) * 4 // 5
@@ -173,7 +250,12 @@ def evaluation_windows(
 
     A text that is too short for one window, or for the requested ``most``, is a UserError.
     """
-    documents, stream, most_windows = read_text(field, name, "test")
+    source = read_text(field, name, "test")
+    documents, stream, most_windows, records = source
+    if records is not None:
+        blocks = training_blocks(field, name, "test", tokenizer, seqlen, most, source)
+        _check_length(field, name, len(blocks) * seqlen, seqlen * (most or 1))
+        return blocks.long()
     tokens = _tokenise(tokenizer, "\n\n".join(documents) if stream is None else stream)
     _check_length(field, name, len(tokens), seqlen * (most or 1))
     count = most or min(len(tokens) // seqlen, most_windows or len(tokens))
@@ -181,29 +263,47 @@ def evaluation_windows(
 
 
 def training_blocks(
-    field: str, name: str, split: str, tokenizer: Tokenizer, size: int, most: int | None = None
+    field: str,
+    name: str,
+    split: str,
+    tokenizer: Tokenizer,
+    size: int,
+    most: int | None = None,
+    source: Text | None = None,
 ) -> torch.Tensor:
     """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
 
     Documents are tokenised one by one, each with the tokenizer's special tokens, as is usual in fine-tuning; a stream
     gets them once, at its start. Only as much text is tokenised as ``most`` blocks need. A text that is too short for
-    one block is a UserError.
+    one block is a UserError. ``source`` is that text, or the part of it to take, if it was read already.
     """
-    documents, stream, _ = read_text(field, name, split)
-    pieces, step = (documents, _DOCUMENTS_AT_ONCE) if stream is None else (_pieces(stream), 1)
+    source = source or read_text(field, name, split)
     tokens, have = [], 0
     with tqdm(total=most, desc=f"tokenising {name}", unit="block", disable=None) as bar:
-        for start in range(0, len(pieces), step):
-            special = stream is None or start == 0
-            batch = tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
-            tokens += [torch.tensor(ids, dtype=torch.int32) for ids in batch]  # int64 of a shard would be gigabytes
-            have += sum(map(len, batch))
+        for ids in _token_lists(field, name, tokenizer, source):
+            tokens.append(torch.tensor(ids, dtype=torch.int32))  # int64 of a shard would be gigabytes
+            have += len(ids)
             count = min(have // size, most or have)
             bar.update(count - bar.n)
             if count == most:
                 break
     _check_length(field, name, have, size)
     return torch.cat(tokens)[: count * size].view(count, size)
+
+
+def _token_lists(field: str, name: str, tokenizer: Tokenizer, source: Text) -> Iterator[list[int]]:
+    """Yield the tokens of each record or document, or of each piece of a stream."""
+    for document in source.records or ():
+        marked = with_marks(field, name, tokenizer, document) if isinstance(document, list) else document
+        # The template's marks include the special tokens.
+        yield tokenizer(marked, add_special_tokens=type(marked) is str, verbose=False).input_ids
+    if source.records is not None:
+        return
+    documents, stream, *_ = source
+    pieces, step = (documents, _DOCUMENTS_AT_ONCE) if stream is None else (_pieces(stream), 1)
+    for start in range(0, len(pieces), step):
+        special = stream is None or start == 0
+        yield from tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
 
 
 def recovery_windows(
@@ -214,8 +314,9 @@ def recovery_windows(
     A text that is too short is a UserError, which says how many tokens there are.
     """
     # Documents are in no order; a stream may be, and is drawn from as a whole.
-    most = sum(counts) if read_text("calib_data", name, "train").documents else None
-    blocks = training_blocks("calib_data", name, "train", tokenizer, seqlen, most).long()
+    source = read_text("calib_data", name, "train")
+    most = sum(counts) if source.stream is None else None
+    blocks = training_blocks("calib_data", name, "train", tokenizer, seqlen, most, source).long()
     if len(blocks) < sum(counts):
         problem = f"too short, it has {len(blocks)} windows of {seqlen} tokens and {counts[0]} + {counts[1]} are needed"
         fix = f"give at most {max(0, (len(blocks) - counts[1]) * seqlen)} tokens, or more text"

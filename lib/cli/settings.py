@@ -33,7 +33,10 @@ from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
 METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS]
-TEXTS = f"{{{', '.join(texts.DATASETS)}}} or a .txt, .json or .jsonl file (field `text`)"
+TEXTS = (
+    f"{{{', '.join(texts.DATASETS)}}}, hf:NAME[:CONFIG][:SPLIT][:FIELD] of the hub, or a .txt, .json or .jsonl file "
+    "(field `text`, or `messages` or `conversations` for the chat template)"
+)
 CALIBRATED = " | ".join([name for name, pruner in PRUNERS.items() if pruner.statistic] + ["refit"])
 # Published command lines give these flags to uniform methods as well, where they do nothing.
 OF_WW = {"only": "_ww", "tolerated": "uniform"}
@@ -335,7 +338,7 @@ class Experiment(
     def one_file(self) -> bool:
         """Return whether the texts for calibration and evaluation are one file, which is not split."""
         same = Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
-        return same and self.calib_data not in texts.DATASETS
+        return same and self.calib_data not in texts.DATASETS and not re.fullmatch("hf:[^:]+:?[^:]*", self.calib_data)
 
     def identity(self) -> dict[str, object]:
         """Return the flags that determine the pruned weights, in their spelling."""
