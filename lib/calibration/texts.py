@@ -27,7 +27,7 @@ _DOCUMENTS_AT_ONCE = 256
 _PIECE = 100_000
 # Records of a hub's data set among which calibration draws: more are read only if they do not fill the windows.
 _DRAWN_FROM = 2000
-_FIELDS = ("marked", "messages", "conversations", "text")
+_FIELDS = ("marked", "messages", "conversations", "text", "prompt")
 _ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
 
 
@@ -114,11 +114,11 @@ def read_text(field: str, name: str, split: str) -> Text:
     if name.startswith("hf:"):
         _, path, config, named_split, column = (*name.split(":"), "", "", "")[:5]
         rows = _hub(path, config or None, named_split or split, streaming=True)
-        return Text(records=_documents(field, name, rows, column))
+        return Text(records=documents_of(field, name, rows, column))
     path = Path(name).expanduser()
     if path.suffix == ".txt":
         return Text(stream=file_content(field, path))
-    documents = list(_documents(field, name, json_records(field, path)))
+    documents = list(documents_of(field, name, json_records(field, path)))
     if all(type(document) is str for document in documents):
         return Text(stream="\n\n".join(documents))
     return Text(records=documents)
@@ -140,11 +140,9 @@ def json_records(field: str, path: Path) -> list:
         return [json.loads(line) for line in content.split("\n") if line.strip()]
 
 
-def _documents(field: str, name: str, rows: Iterable, column: str = "") -> Iterator[Document]:
+def documents_of(field: str, name: str, rows: Iterable, column: str = "") -> Iterator[Document]:
     """Yield what each row holds in the field ``column``, or in the first of _FIELDS that it has."""
-    wanted = (
-        f"`{column}`" if column else "`text` that holds a string, or `messages` or `conversations` that hold a chat"
-    )
+    wanted = f"`{column}`" if column else "`text` that holds a string, or `messages` that hold a conversation"
     with reading(Path(name), _UNREACHED, field, _LOCAL):  # where the rows of a hub's data set are fetched
         for row in rows:
             try:

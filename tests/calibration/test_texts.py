@@ -258,7 +258,7 @@ def test_blocks_of_a_stream(monkeypatch, with_bos, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- conversations, the hub
 
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
 CHAT = [{"role": "user", "content": "abe ku?"}, {"role": "assistant", "content": "Dos."}]
 
 
