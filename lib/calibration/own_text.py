@@ -50,15 +50,13 @@ def read_prompts(field: str, name: str, split: str, seed: int | None) -> list[Me
         documents = texts.documents_of(field, name, texts.json_records(field, path))
     else:
         source = texts.read_text(field, name, split)
-        documents = islice(source.records or source.documents or source.stream.split("\n\n"), _MOST_DOCUMENTS)
+        documents = islice(source.records or source.stream.split("\n\n"), _MOST_DOCUMENTS)
     prompts = []
     for document in documents:
         if isinstance(document, list):
             prompts.append([*takewhile(lambda message: message["role"] != "assistant", document)])
         else:
-            sentence = (
-                document.strip() if seed is None else re.split(r"(?<=[.!?])\s|\n", document.strip(), maxsplit=1)[0]
-            )
+            sentence = re.match(r".+?[.!?](?=\s)|.*", document.strip())[0] if seed is not None else document.strip()
             if seed is None or len(sentence.split()) >= _LEAST_WORDS:
                 prompts.append([{"role": "user", "content": sentence}])
     if seed is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
-from itertools import chain, islice, tee
+from itertools import chain, groupby, islice, tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,23 +40,23 @@ Document = str | list[dict]
 
 
 class Text(NamedTuple):
-    """Separate ``documents``, from which calibration draws one per window, or one ``stream``, or ``records``.
+    """One ``stream``, of which ``most_windows`` are evaluated where the published code cuts it, or ``records``.
 
-    Records are tokenised one by one, joined, and cut into windows. ``most_windows`` of a stream are evaluated where the
-    published code cuts the text.
+    Records are tokenised one by one, joined, and cut into windows. From ``documents`` calibration draws one per window
+    instead, as published.
     """
 
-    documents: Sequence[str] | None = None
     stream: str | None = None
     most_windows: int | None = None
     records: Iterable[Document] | None = None
+    documents: bool = False
 
 
 def c4(split: str) -> Text:
     """C4's first training shard as documents; its first 1,100 validation documents as one stream (as published)."""
     if split == "train":
         files = {"train": "en/c4-train.00000-of-01024.json.gz"}
-        return Text(documents=_hub("allenai/c4", None, "train", data_files=files)["text"])
+        return Text(records=_hub("allenai/c4", None, "train", data_files=files)["text"], documents=True)
     files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
     documents = _hub("allenai/c4", None, "validation", data_files=files)[:1100]["text"]
     return Text(stream=" ".join(documents), most_windows=256)
@@ -191,29 +191,26 @@ def calibration_windows(
     """
     source = read_text("calib_data", name, "train") if source is None else source
     random.seed(seed)
-    if source.records is not None:
-        records = iter(source.records)
-        drawn = list(records if isinstance(source.records, list) else islice(records, _DRAWN_FROM))
-        random.shuffle(drawn)
-        source = Text(records=chain(drawn, records))
-        blocks = training_blocks("calib_data", name, "train", tokenizer, seqlen, nsamples, source)
-        _check_length("calib_data", name, len(blocks) * seqlen, nsamples * seqlen)
-        return blocks.long()
-    if source.documents is None:
+    if source.stream is not None:
         tokens = _tokenise(tokenizer, source.stream)
         _check_length("calib_data", name, len(tokens), seqlen + 1)
         starts = [random.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
         return torch.stack([tokens[i : i + seqlen] for i in starts])
+    if not source.documents:
+        rest = iter(source.records)
+        drawn = list(islice(rest, None if isinstance(source.records, list) else _DRAWN_FROM))
+        random.shuffle(drawn)
+        return _blocks("calib_data", name, tokenizer, seqlen, nsamples, Text(records=chain(drawn, rest)))
     windows = []
     too_short: dict[int, int] = {}  # document -> its tokens
     while len(windows) < nsamples:
-        index = random.randint(0, len(source.documents) - 1)
+        index = random.randint(0, len(source.records) - 1)
         if index in too_short:
             continue
-        tokens = _tokenise(tokenizer, source.documents[index])
+        tokens = _tokenise(tokenizer, source.records[index])
         if len(tokens) <= seqlen:
             too_short[index] = len(tokens)
-            if len(too_short) == len(source.documents):
+            if len(too_short) == len(source.records):
                 _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document")
             continue
         start = random.randint(0, len(tokens) - seqlen - 1)
@@ -229,14 +226,14 @@ def search_windows(
     Every second document is held out, or the last fifth of a stream. If either is too short for a window, a UserError
     names the ``purpose`` of the windows.
     """
-    documents, stream, _, records = read_text("calib_data", name, "train")
-    if records is not None:
-        halves = [Text(records=islice(copy, first, None, 2)) for first, copy in enumerate(tee(records))]
-    elif stream is None:
-        halves = [Text(documents=documents[first::2]) for first in (0, 1)]
+    source = read_text("calib_data", name, "train")
+    if source.stream is not None:
+        cut = len(source.stream) * 4 // 5
+        halves = [Text(stream=source.stream[:cut]), Text(stream=source.stream[cut:])]
+    elif source.documents:
+        halves = [source._replace(records=source.records[first::2]) for first in (0, 1)]
     else:
-        cut = len(stream) * 4 // 5
-        halves = [Text(stream=stream[:cut]), Text(stream=stream[cut:])]
+        halves = [Text(records=islice(copy, first, None, 2)) for first, copy in enumerate(tee(source.records))]
     pairs, name = zip(halves, counts, strict=True), f"{name} (for {purpose})"
     return tuple(calibration_windows(name, tokenizer, count, seqlen, seed, half) for half, count in pairs)
 
@@ -249,33 +246,34 @@ def evaluation_windows(
     A text that is too short for one window, or for the requested ``most``, is a UserError.
     """
     source = read_text(field, name, "test")
-    documents, stream, most_windows, records = source
-    if records is not None:
-        blocks = training_blocks(field, name, "test", tokenizer, seqlen, most, source)
-        _check_length(field, name, len(blocks) * seqlen, seqlen * (most or 1))
-        return blocks.long()
-    tokens = _tokenise(tokenizer, "\n\n".join(documents) if stream is None else stream)
+    if source.stream is None:
+        return _blocks(field, name, tokenizer, seqlen, most, source)
+    tokens = _tokenise(tokenizer, source.stream)
     _check_length(field, name, len(tokens), seqlen * (most or 1))
-    count = most or min(len(tokens) // seqlen, most_windows or len(tokens))
+    count = most or min(len(tokens) // seqlen, source.most_windows or len(tokens))
     return tokens[: count * seqlen].view(count, seqlen)
 
 
 def training_blocks(
-    field: str,
-    name: str,
-    split: str,
-    tokenizer: Tokenizer,
-    size: int,
-    most: int | None = None,
-    source: Text | None = None,
+    field: str, name: str, split: str, tokenizer: Tokenizer, size: int, most: int | None = None
 ) -> torch.Tensor:
     """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
 
     Documents are tokenised one by one, each with the tokenizer's special tokens, as is usual in fine-tuning; a stream
     gets them once, at its start. Only as much text is tokenised as ``most`` blocks need. A text that is too short for
-    one block is a UserError. ``source`` is that text, or the part of it to take, if it was read already.
+    one block is a UserError.
     """
-    source = source or read_text(field, name, split)
+    return _cut(field, name, tokenizer, size, most, read_text(field, name, split))
+
+
+def _blocks(field: str, name: str, tokenizer: Tokenizer, size: int, most: int | None, source: Text) -> torch.Tensor:
+    """Return ``_cut`` of it as int64; fewer than ``most`` are a UserError."""
+    blocks = _cut(field, name, tokenizer, size, most, source).long()
+    _check_length(field, name, len(blocks) * size, (most or 1) * size)
+    return blocks
+
+
+def _cut(field: str, name: str, tokenizer: Tokenizer, size: int, most: int | None, source: Text) -> torch.Tensor:
     tokens, have = [], 0
     with tqdm(total=most, desc=f"tokenising {name}", unit="block", disable=None) as bar:
         for ids in _token_lists(field, name, tokenizer, source):
@@ -290,18 +288,16 @@ def training_blocks(
 
 
 def _token_lists(field: str, name: str, tokenizer: Tokenizer, source: Text) -> Iterator[list[int]]:
-    """Yield the tokens of each record or document, or of each piece of a stream."""
-    for document in source.records or ():
-        marked = with_marks(field, name, tokenizer, document) if isinstance(document, list) else document
-        # The template's marks include the special tokens.
-        yield tokenizer(marked, add_special_tokens=type(marked) is str, verbose=False).input_ids
-    if source.records is not None:
+    """Yield the tokens of each record, or of each piece of a stream."""
+    if source.stream is not None:
+        for index, piece in enumerate(_pieces(source.stream)):
+            yield tokenizer(piece, add_special_tokens=index == 0, verbose=False).input_ids
         return
-    documents, stream, *_ = source
-    pieces, step = (documents, _DOCUMENTS_AT_ONCE) if stream is None else (_pieces(stream), 1)
-    for start in range(0, len(pieces), step):
-        special = stream is None or start == 0
-        yield from tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
+    records = iter(source.records)
+    while batch := list(islice(records, _DOCUMENTS_AT_ONCE)):
+        marked = (with_marks(field, name, tokenizer, one) if isinstance(one, list) else one for one in batch)
+        for is_text, group in groupby(marked, lambda one: type(one) is str):  # a template's marks have special tokens
+            yield from tokenizer(list(group), add_special_tokens=is_text, verbose=False).input_ids
 
 
 def recovery_windows(
@@ -314,7 +310,7 @@ def recovery_windows(
     # Documents are in no order; a stream may be, and is drawn from as a whole.
     source = read_text("calib_data", name, "train")
     most = sum(counts) if source.stream is None else None
-    blocks = training_blocks("calib_data", name, "train", tokenizer, seqlen, most, source).long()
+    blocks = _cut("calib_data", name, tokenizer, seqlen, most, source).long()
     if len(blocks) < sum(counts):
         problem = f"too short, it has {len(blocks)} windows of {seqlen} tokens and {counts[0]} + {counts[1]} are needed"
         fix = f"give at most {max(0, (len(blocks) - counts[1]) * seqlen)} tokens, or more text"

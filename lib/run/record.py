@@ -21,11 +21,12 @@ from lib.core.digests import digest, file_state
 from lib.core.files import write_atomically
 from lib.core.lazy import torch
 from lib.pruning.walk import LayerReport
+from lib.run.card import write_card
 
 log = logging.getLogger(__name__)
 
 # Flags that may name a file or folder, which may change between two runs with equal flags.
-INPUTS = ("model", "resume", "calib_data", "eval_data", "plan", "include_path")
+INPUTS = ("model", "resume", "calib_data", "eval_data", "prompts", "prompt_data", "plan", "include_path")
 _OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt")  # what is read from its folder
 _PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
 
@@ -78,6 +79,14 @@ class Record:
         for name, content in {**self.files, **layers, f"run_{self.run}.json": run_text(self.content)}.items():
             write_atomically(self.folder / name, content)
         self.written = True
+        if self.content.get("saved_model"):
+            # The dense model's figure, if a run has measured it here on the same windows.
+            dense, evaluation = read_run(self.folder, "dense_sparsity_0.0") or {}, self.content.get("evaluation")
+            known = (
+                dense if (dense.get("model"), dense.get("evaluation")) == (self.content["model"], evaluation) else {}
+            )
+            card = {"dense": known.get("perplexity")} | self.content | provenance()
+            write_card(Path(self.content["saved_model"]), card, self.rows)
 
     def explain_failure(self, resume: Callable[[], str]) -> AbstractContextManager[None]:
         """If the body of the with statement fails, report what is on disk and how to ``resume``."""

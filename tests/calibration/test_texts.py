@@ -365,6 +365,7 @@ def streaming_hub(monkeypatch):
 def test_data_set_of_the_hub_is_streamed_as_far_as_needed(streaming_hub, with_template, monkeypatch):
     asked, read = streaming_hub
     monkeypatch.setattr(texts, "_DRAWN_FROM", 20)
+    monkeypatch.setattr(texts, "_DOCUMENTS_AT_ONCE", 4)
     windows = evaluation_windows("hf:a/b", with_template, SEQLEN, 2)
     first = [token for i in range(3) for token in with_template(tiny_sentences(3, i)).input_ids]
     assert windows.flatten().tolist() == first[: 2 * SEQLEN] and len(read) < 10
