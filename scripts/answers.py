@@ -75,34 +75,32 @@ def run(settings: Comparison) -> None:
     folder, rows, lengths, dense = Path(settings.save), [], {}, []
     files.check_writable("save", folder)
     field, seed = ("prompts", None) if settings.prompts else ("prompt_data", settings.seed)
-    prompts = own_text.read_prompts(field, settings.prompts or settings.prompt_data, "test", seed)[: settings.count]
+    prompts = own_text.read_prompts(field, getattr(settings, field), "test", seed)[: settings.count]
     for name in (settings.dense, *settings.pruned):
         source = locate.locate(name, settings.cache_dir)
-        tokenizer, skeleton = load.load_tokenizer(source), load.load_skeleton(source)
+        tokenizer, dtypes = load.load_tokenizer(source), load.choose_dtypes("auto", load.load_skeleton(source))
         packed = sparse.is_packed(source.path)
-        dtype = load.choose_dtypes("auto", skeleton).compute
-        model = sparse.load_packed(source.path) if packed else load.load_llm(source, dtype)
+        model = sparse.load_packed(source.path) if packed else load.load_llm(source, dtypes.compute)
         asked = [own_text.prompt_tokens(tokenizer, messages) for messages in prompts]
-        batches = own_text.write_answers(model, tokenizer, asked, settings.tokens, settings.seed)
-        answers = [answer for batch in batches for answer in batch]
-        dense = dense or answers
-        lengths[name] = [len(answer.answer) for answer in answers]
-        shares = [[answer.ended for answer in answers], [repeated(answer.answer) for answer in answers]]
-        means = [sum(values) / len(answers) for values in (lengths[name], *shares)]
-        rows.append(dict(zip(("model", "tokens", "ended", "repeated"), (name, *means), strict=True)))
-        rows[-1]["perplexity"] = answers_perplexity(model, dense)
-        if len(rows) == 1:
+        written = own_text.write_answers(model, tokenizer, asked, settings.tokens, settings.seed)
+        answers = [answer for batch in written for answer in batch]
+        if not dense:
+            dense = answers
             lines = [json.dumps({"marked": tokenizer.decode(prompt + answer)}) for prompt, answer, _ in dense]
             files.write_atomically(folder / "dense.jsonl", "\n".join(lines) + "\n")
-        files.write_atomically(folder / "answers.json", run_text({"flags": settings.flags(), "models": rows}))
+        lengths[name] = [len(answer.answer) for answer in answers]
+        figures = (lengths[name], [one.ended for one in answers], [repeated(one.answer) for one in answers])
+        means = [sum(column) / len(answers) for column in figures]
+        rows.append((name, *means, answers_perplexity(model, dense)))
+        record = {"flags": settings.flags(), "models": [dict(zip(HEADINGS, row, strict=True)) for row in rows]}
+        files.write_atomically(folder / "answers.json", run_text(record))
 
     figure, (axes,) = files.new_figure(6, 3)
     axes.hist([*lengths.values()], bins=16, range=(0, settings.tokens), label=[*lengths])
     axes.set(xlabel=f"length of an answer, tokens (limit {settings.tokens})", ylabel="answers")
     axes.legend()
     files.save_figure(figure, folder / "answers.png", dpi=130)
-    cells = [(row["model"], f"{row['tokens']:.0f}", f"{row['ended']:.0%}", f"{row['repeated']:.1%}") for row in rows]
-    cells = [(*cell, f"{row['perplexity']:.2f}") for cell, row in zip(cells, rows, strict=True)]
+    cells = [(name, f"{long:.0f}", f"{end:.0%}", f"{again:.1%}", f"{ppl:.2f}") for name, long, end, again, ppl in rows]
     report.show(Console(), f"answers to {len(prompts)} prompts", HEADINGS, cells)
     print(f"written: {folder}/answers.json, answers.png, dense.jsonl")
 

@@ -26,8 +26,6 @@ _BATCH = 16  # prompts that are answered at a time
 _MOST_DOCUMENTS = 20_000  # from which prompts are drawn
 _LEAST_WORDS = 5  # of a sentence that is a prompt
 
-Messages = list[dict]
-
 
 class Answer(NamedTuple):
     """Token ids of a prompt, with the chat template's marks, and of the answer, with its end if it has ended itself."""
@@ -37,34 +35,35 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def read_prompts(field: str, name: str, split: str, seed: int | None) -> list[Messages]:
+def read_prompts(field: str, name: str, split: str, seed: int | None) -> list[list[dict]]:
     """Return prompts: of a conversation the messages before its first answer, of a text what is in it.
 
     With a ``seed``, it is the first sentence of each document, or of each paragraph of a stream, in a random order;
     without one, each line of the ``.txt`` file ``name``, or record of a ``.json`` or ``.jsonl`` file, as a whole.
     """
-    path = Path(name).expanduser()
-    if seed is None and path.suffix == ".txt":
-        documents = filter(str.strip, texts.file_content(field, path).splitlines())
-    elif seed is None:
-        documents = texts.documents_of(field, name, texts.json_records(field, path))
-    else:
+    path, prompts = Path(name).expanduser(), []
+    if seed is not None:
         source = texts.read_text(field, name, split)
         documents = islice(source.records or source.stream.split("\n\n"), _MOST_DOCUMENTS)
-    prompts = []
+    elif path.suffix == ".txt":
+        documents = filter(str.strip, texts.file_content(field, path).splitlines())
+    else:
+        documents = texts.documents_of(field, name, texts.json_records(field, path))
     for document in documents:
-        if isinstance(document, list):
-            prompts.append([*takewhile(lambda message: message["role"] != "assistant", document)])
-        else:
-            sentence = re.match(r".+?[.!?](?=\s)|.*", document.strip())[0] if seed is not None else document.strip()
-            if seed is None or len(sentence.split()) >= _LEAST_WORDS:
-                prompts.append([{"role": "user", "content": sentence}])
+        if isinstance(document, str):
+            words = document.strip() if seed is None else re.match(r".+?[.!?](?=\s)|.*", document.strip())[0]
+            fits = seed is None or len(words.split()) >= _LEAST_WORDS
+            document = [{"role": "user", "content": words}] if fits else []
+        prompts.append([*takewhile(lambda message: message["role"] != "assistant", document)])
+    prompts = list(filter(None, prompts))
+    if not prompts:
+        raise UserError(field, name, "holds no prompt")
     if seed is not None:
         Random(seed).shuffle(prompts)
-    return [prompt for prompt in prompts if prompt]
+    return prompts
 
 
-def prompt_tokens(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+def prompt_tokens(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     """Return the tokens of a prompt, as the chat template marks it; a model without one continues the text."""
     if not tokenizer.chat_template:
         return tokenizer("\n".join(message["content"] for message in messages)).input_ids
@@ -101,18 +100,13 @@ def write_answers(
 
 
 def own_text(
-    model: transformers.PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Messages],
-    seqlen: int,
-    needed: tuple[int, int],
-    seed: int,
+    model: transformers.PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence, seqlen: int, needed: tuple, seed: int
 ) -> list[str]:
     """Return conversations of the model, with their marks, until there are as many tokens as are ``needed``.
 
-    These are counts in all, and in each half if every second conversation is held out. Prompt and answer take at most
-    half a window of ``seqlen`` tokens each; prompts that do not fit, and empty answers, are left out with a warning. If
-    the prompts do not suffice, it is a UserError.
+    These are two counts: in all, and in each half if every second conversation is held out. Prompts (lists of messages)
+    and answers have at most half a window of ``seqlen`` tokens; prompts that do not fit, and empty answers,
+    are left out with a warning. If the prompts do not suffice, it is a UserError.
     """
     tokens = [prompt_tokens(tokenizer, messages) for messages in prompts]
     fitting = [ids for ids in tokens if len(ids) <= seqlen // 2]
@@ -121,15 +115,13 @@ def own_text(
     records, halves, empty = [], [0, 0], 0
     with tqdm(desc="the model's own text", total=max(needed[0], 2 * needed[1]), unit="token", disable=None) as bar:
         for answers in write_answers(model, tokenizer, fitting, seqlen // 2, seed):
-            for answer in answers:
-                if len(answer.answer) == answer.ended:
-                    empty += 1
-                    continue
-                marked = tokenizer.decode(answer.prompt + answer.answer, clean_up_tokenization_spaces=False)
-                count = len(tokenizer(marked, add_special_tokens=False).input_ids)
-                halves[len(records) % 2] += count
-                records.append(marked)
-                bar.update(count)
+            empty += sum(len(answer) == ended for _, answer, ended in answers)
+            for prompt, answer, ended in answers:
+                if len(answer) > ended:
+                    records.append(tokenizer.decode(prompt + answer, clean_up_tokenization_spaces=False))
+                    count = len(tokenizer(records[-1], add_special_tokens=False).input_ids)
+                    halves[len(records) % 2] += count
+                    bar.update(count)
             if sum(halves) >= needed[0] and min(halves) >= needed[1]:
                 break
     if empty:

@@ -158,10 +158,8 @@ class LanguageModel:
         if not self.fits:
             fix = "have it written on another machine (--save_calib FILE), and give that FILE"
             raise UserError("calib_data", "self", "the model does not fit into memory beside the work", fix)
-        if settings.prompts:
-            prompts = own_text.read_prompts("prompts", settings.prompts, "train", None)
-        else:
-            prompts = own_text.read_prompts("prompt_data", settings.prompt_data, "train", settings.seed)
+        field, seed = ("prompts", None) if settings.prompts else ("prompt_data", settings.seed)
+        prompts = own_text.read_prompts(field, getattr(settings, field), "train", seed)
         windows = [settings.nsamples] if "calibration" in task.traits else []
         windows += [settings.recover // self.seqlen + max(HELD_OUT, processes.count())] if settings.recover else []
         counts, length = self._search_windows(settings, task) if "search" in task.traits else ((0,), 0)
@@ -172,8 +170,7 @@ class LanguageModel:
         how = {"seed": settings.seed, "seqlen": self.seqlen, "tokens": needed, "prompts": digest(prompts)}
         how |= {"model": self.source.name, "fingerprints": digest(weights_of(model).fingerprints())}
         how |= {"sampling": model.generation_config.to_json_string(), "template": self.tokenizer.chat_template}
-        folder = settings.measurement(self.source.name, whole=True).folder
-        path = folder / f"self_{digest(how)[:16]}.jsonl"
+        path = settings.measurement(self.source.name, whole=True).folder / f"self_{digest(how)[:16]}.jsonl"
         if not processes.on_main(path.is_file):
             records = own_text.own_text(model, self.tokenizer, prompts, self.seqlen, needed, settings.seed)
             lines = [{"marked": record} for record in records]

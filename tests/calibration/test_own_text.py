@@ -109,8 +109,9 @@ def test_prompts_of_files(tmp_path):
     for wrong in ('{"words": "a"}', '{"prompt": 3}', "3", '{"messages": [{}]}'):
         with pytest.raises(UserError, match="--prompts .* every record needs a field `text` .* or `messages`"):
             read("p.jsonl", wrong)
-    with pytest.raises(UserError, match=r"--prompts .*p\.jsonl: cannot be read"):
-        read("p.jsonl", "{")
+    for wrong, say in (("{", "cannot be read"), ("[]", "holds no prompt"), ('{"messages": []}', "holds no prompt")):
+        with pytest.raises(UserError, match=rf"--prompts .*p\.jsonl: {say}"):
+            read("p.jsonl", wrong)
 
 
 def test_prompts_are_first_sentences_or_what_comes_before_an_answer(tmp_path):

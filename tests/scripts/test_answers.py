@@ -37,7 +37,8 @@ def test_models_are_compared(run_inputs, tmp_path, monkeypatch, capsys):
     assert answers.main([model, model, *"--prompts prompts.txt --count 3 --tokens 12 --save out".split()]) == 0
     assert "answers to 3 prompts" in capsys.readouterr().out and Path("out/answers.png").stat().st_size > 1000
     one, two = json.loads(Path("out/answers.json").read_text())["models"]
-    assert one == two and 0 < one["tokens"] <= 12 and one["perplexity"] > 1
+    assert [*one] == [*answers.HEADINGS] and one == two | {"model": model}
+    assert 0 < one["tokens"] <= 12 and one["perplexity of dense answers"] > 1
     assert len(read_text("eval_data", "out/dense.jsonl", "test").records) == 3
     line = error_line(capsys, answers.main([model, model, "--prompts", "none.txt"]))
     assert "--prompts none.txt: file not found" in line
