@@ -243,3 +243,18 @@ def trained_bytes(layers: Sequence[Layer], left: float, train: str, rank: int, s
     if train == "low_rank":
         return math.ceil(rank * sum(sum(layer.shape) for layer in layers) * each) + 4 * survivors
     return math.ceil(survivors * each) if train == "surviving" else 0
+
+
+def trained_block_bytes(
+    model: torch.nn.Module, layers: Sequence[Layer], stored: Mapping[str, int], dtype: torch.dtype, tokens: int
+) -> int:
+    """Return what training one block at a time needs at most: a block and its dense one, states, activations.
+
+    ``stored`` are the bytes that are kept for each layer, by name, and ``tokens`` those of a step.
+    """
+    return max(
+        2 * dtype.itemsize * sum(layer.size for layer in block)
+        + sum(stored[layer.name] for layer in block)
+        + activation_bytes(block, dtype, tokens, active_share(model))
+        for block in ([layer for layer in layers if layer.block == i] for i in range(layers[-1].block + 1))
+    )
