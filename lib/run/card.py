@@ -51,8 +51,8 @@ def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ())
 
     model, flags, base = content["model"], content["flags"], None
     place = model.get("path", model["given"])
-    path = Path(place, CARD)
-    if not Path(place).is_dir() and place.count("/") == 1:
+    path, of_hub = Path(place, CARD), not Path(place).is_dir() and place.count("/") == 1
+    if of_hub:
         path = Path(try_to_load_from_cache(place, CARD, model.get("cache_dir")) or path)
     try:
         base = ModelCard.load(path) if path.is_file() else None
@@ -62,7 +62,7 @@ def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ())
     earlier = base.data.to_dict() if base else {}
     again = "pruned" in earlier.get("tags", ())
     data = {name: earlier[name] for name in _TAKEN_OVER if name in earlier and (again or name != "datasets")}
-    data |= {} if Path(place).is_dir() or again else {"base_model": place}
+    data |= {"base_model": place} if of_hub and not again else {}
     text = str(flags.get("calib_data")) if content.get("calibration") or content.get("recovery") else ""
     dataset = text.split(":")[1] if text.startswith("hf:") else _DATASETS.get(text)
     data["datasets"] = sorted({*data.get("datasets", ()), dataset} - {None}) or None

@@ -81,11 +81,9 @@ class Record:
         self.written = True
         if self.content.get("saved_model"):
             # The dense model's figure, if a run has measured it here on the same windows.
-            dense, evaluation = read_run(self.folder, "dense_sparsity_0.0") or {}, self.content.get("evaluation")
-            known = (
-                dense if (dense.get("model"), dense.get("evaluation")) == (self.content["model"], evaluation) else {}
-            )
-            card = {"dense": known.get("perplexity")} | self.content | provenance()
+            dense = read_run(self.folder, "dense_sparsity_0.0") or {}
+            same = all(dense.get(key) == self.content.get(key) for key in ("model", "evaluation"))
+            card = {"dense": dense.get("perplexity") if same else None} | self.content | provenance()
             write_card(Path(self.content["saved_model"]), card, self.rows)
 
     def explain_failure(self, resume: Callable[[], str]) -> AbstractContextManager[None]:

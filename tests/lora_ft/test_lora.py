@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, error_line, everything, fast, tiny_llama, tiny_sentences
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
@@ -539,6 +540,9 @@ def test_merge(keep_dense, place, windows, capsys):
     for state, (sparsity, value) in expected.items():
         assert rows[state] == (sparsity, pytest.approx(value, rel=1e-5)), state
     assert f"with a sparsity of {filled if keep_dense else sparse:.4f}" in capsys.readouterr().out
+    card = ModelCard.load(Path("out/README.md"))
+    assert card.data.to_dict()["sparsity"] == round(filled if keep_dense else sparse, 4)
+    assert all(f"{state} " in card.text and f"{value:.2f} |" in card.text for state, (_, value) in rows.items())
 
 
 @pytest.mark.parametrize(("call", "error"), [(2, torch.OutOfMemoryError("no memory")), (4, KeyboardInterrupt())])
