@@ -200,7 +200,8 @@ def calibration_windows(
         rest = iter(source.records)
         drawn = list(islice(rest, None if isinstance(source.records, list) else _DRAWN_FROM))
         random.shuffle(drawn)
-        return _blocks("calib_data", name, tokenizer, seqlen, nsamples, Text(records=chain(drawn, rest)))
+        source = Text(records=chain(drawn, rest))
+        return _cut("calib_data", name, tokenizer, seqlen, nsamples, source, exact=True).long()
     windows = []
     too_short: dict[int, int] = {}  # document -> its tokens
     while len(windows) < nsamples:
@@ -247,7 +248,7 @@ def evaluation_windows(
     """
     source = read_text(field, name, "test")
     if source.stream is None:
-        return _blocks(field, name, tokenizer, seqlen, most, source)
+        return _cut(field, name, tokenizer, seqlen, most, source, exact=True).long()
     tokens = _tokenise(tokenizer, source.stream)
     _check_length(field, name, len(tokens), seqlen * (most or 1))
     count = most or min(len(tokens) // seqlen, source.most_windows or len(tokens))
@@ -266,14 +267,10 @@ def training_blocks(
     return _cut(field, name, tokenizer, size, most, read_text(field, name, split))
 
 
-def _blocks(field: str, name: str, tokenizer: Tokenizer, size: int, most: int | None, source: Text) -> torch.Tensor:
-    """Return ``_cut`` of it as int64; fewer than ``most`` are a UserError."""
-    blocks = _cut(field, name, tokenizer, size, most, source).long()
-    _check_length(field, name, len(blocks) * size, (most or 1) * size)
-    return blocks
-
-
-def _cut(field: str, name: str, tokenizer: Tokenizer, size: int, most: int | None, source: Text) -> torch.Tensor:
+def _cut(
+    field: str, name: str, tokenizer: Tokenizer, size: int, most: int | None, source: Text, exact: bool = False
+) -> torch.Tensor:
+    """Return the blocks; if they are to be ``exact``, fewer than ``most`` are a UserError."""
     tokens, have = [], 0
     with tqdm(total=most, desc=f"tokenising {name}", unit="block", disable=None) as bar:
         for ids in _token_lists(field, name, tokenizer, source):
@@ -283,7 +280,7 @@ def _cut(field: str, name: str, tokenizer: Tokenizer, size: int, most: int | Non
             bar.update(count - bar.n)
             if count == most:
                 break
-    _check_length(field, name, have, size)
+    _check_length(field, name, have, size * (most or 1 if exact else 1))
     return torch.cat(tokens)[: count * size].view(count, size)
 
 

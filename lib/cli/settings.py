@@ -64,16 +64,9 @@ class TextFlags(Flags):
         "c4", f"text: {TEXTS}; or self: what the dense model answers to prompts", only="calibration | search | recover",
         warns=True, metavar="TEXT",
     )  # fmt: skip
-    prompts: str | None = flag(
-        None, "a line each of a .txt file, or `prompt` or `messages` of a .json or .jsonl file (default: of "
-        "{prompt_data})", only=OWN_TEXT, metavar="FILE",
-    )  # fmt: skip
-    prompt_data: str = flag(
-        "c4", "text whose documents' first sentences are the prompts", only=OWN_TEXT, metavar="TEXT"
-    )
-    save_calib: str | None = flag(
-        None, "write that text, for {calib_data} of later runs", only=OWN_TEXT, metavar="FILE"
-    )
+    prompts: str | None = flag(None, "lines, or `prompt` or `messages` in JSON", only=OWN_TEXT, metavar="FILE")
+    prompt_data: str = flag("c4", "without them: text whose first sentences they are", only=OWN_TEXT, metavar="TEXT")
+    save_calib: str | None = flag(None, "write that text, for later runs", only=OWN_TEXT, metavar="FILE")
     nsamples: int = flag(128, "windows, a count", least=1, only="calibration", warns=True)
     seqlen: int = flag(2048, "length of a window, tokens", least=2, only="pruning | evaluation | recover", warns=True)
 

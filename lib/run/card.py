@@ -60,7 +60,7 @@ def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ())
         log.warning("%s: license and tags are not taken over (%s)", path, first_line(error))
 
     earlier = base.data.to_dict() if base else {}
-    again = "pruned" in earlier.get("tags", ())
+    again = "pruning_method" in earlier
     data = {name: earlier[name] for name in _TAKEN_OVER if name in earlier and (again or name != "datasets")}
     data |= {"base_model": place} if of_hub and not again else {}
     text = str(flags.get("calib_data")) if content.get("calibration") or content.get("recovery") else ""
@@ -68,8 +68,8 @@ def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ())
     data["datasets"] = sorted({*data.get("datasets", ()), dataset} - {None}) or None
     data["base_model_relation"] = "finetune" if "base_model" in data else None  # as the hub has it for pruned models
     data["library_name"] = "timm" if "accuracy" in content else "transformers"
-    data["pruning_method"] = earlier["pruning_method"] if again else content["method"]
-    data |= {"sparsity": round(content["sparsity"], 4)}
+    data["pruning_method"] = earlier["pruning_method"] if again and not rows else content["method"]
+    data["sparsity"] = round(content["sparsity"], 4)
     data["tags"] = [*earlier.get("tags", ()), "pruned", *data["pruning_method"].split("_")]
 
     load = f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")'

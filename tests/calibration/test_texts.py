@@ -336,7 +336,7 @@ def test_texts_and_conversations_in_one_file(tmp_path, with_template):
         ([{"messages": "abc"}, {"words": "abc"}], TEMPLATE, "needs a field `text`"),
         ([{"messages": 3}], TEMPLATE, "needs a field `text`"),
         ([3], TEMPLATE, "needs a field `text`"),
-        ([{"messages": CHAT}], TEMPLATE, r"short, it has \d+ tokens and 32 are needed"),
+        ([{"messages": CHAT}], TEMPLATE, r"short, it has \d+ tokens and 320 are needed"),
     ],
 )
 def test_conversations_that_cannot_be_used_are_one_line(tmp_path, with_bos, content, template, match):
