@@ -67,7 +67,7 @@ def prompt_tokens(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     """Return the tokens of a prompt, as the chat template marks it; a model without one continues the text."""
     if not tokenizer.chat_template:
         return tokenizer("\n".join(message["content"] for message in messages)).input_ids
-    marked = texts.with_marks("prompts", "", tokenizer, messages, add_generation_prompt=True)
+    marked = texts.with_marks(None, "the prompts", tokenizer, messages, add_generation_prompt=True)
     return tokenizer(marked, add_special_tokens=False).input_ids
 
 

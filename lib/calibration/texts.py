@@ -172,7 +172,7 @@ def _hub(path: str, config: str | None, split: str, **kwargs):
         return datasets.load_dataset(path, config, split=split, **kwargs)
 
 
-def with_marks(field: str, name: str, tokenizer: Tokenizer, messages: list[dict], **options) -> Marked:
+def with_marks(field: str | None, name: str, tokenizer: Tokenizer, messages: list[dict], **options) -> Marked:
     """Return a conversation with the marks of the chat template; ``options`` are those of ``apply_chat_template``."""
     if not tokenizer.chat_template:
         fix = "give a text, or use a chat model"

@@ -79,6 +79,9 @@ def test_own_text_is_long_enough_in_both_halves(tiny_model, chat_tokenizer):
     for record, (message,) in zip(records, PROMPTS, strict=False):
         assert record.startswith(f"<s>user {message['content']}</s><s>assistant ")
     assert own_text.own_text(tiny_model, chat_tokenizer, PROMPTS, 128, (500, 300), 0) == records
+    chat_tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(UserError, match=r"^the prompts: the model's chat template fails \(no system\)$"):
+        own_text.prompt_tokens(chat_tokenizer, PROMPTS[0])
 
 
 def test_what_is_left_out_is_one_line_each(tiny_model, chat_tokenizer, monkeypatch, caplog):
