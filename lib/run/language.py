@@ -164,6 +164,9 @@ class LanguageModel:
         windows += [settings.recover // self.seqlen + max(HELD_OUT, processes.count())] if settings.recover else []
         counts, length = self._search_windows(settings, task) if "search" in task.traits else ((0,), 0)
         needed = (max(windows, default=0) * self.seqlen, max(counts) * length)
+        key = ("own text", digest(prompts), settings.seed, self.seqlen, needed)
+        if key in self._texts:  # of an earlier run of a sweep, whose model stays
+            return self._texts[key]
 
         self.weights = self.dense = self.loaded_as = None  # of an earlier run
         model = load.load_llm(self.source, self.dtypes.compute, processes.device(), self.reserve)
@@ -173,13 +176,13 @@ class LanguageModel:
         path = settings.measurement(self.source.name, whole=True).folder / f"self_{digest(how)[:16]}.jsonl"
         if not processes.on_main(path.is_file):
             records = own_text.own_text(model, self.tokenizer, prompts, self.seqlen, needed, settings.seed)
-            lines = [{"marked": record} for record in records]
-            lines[0]["written_by"] = how
+            lines = [{"marked": records[0], "written_by": how}, *({"marked": record} for record in records[1:])]
             files.write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))
             processes.gathered(None)  # the others read it
         log.info("the model's own text: %s", path)
         if settings.save_calib:
             files.write_atomically(Path(settings.save_calib), texts.file_content("calib_data", path))
+        self._texts[key] = path
         return path
 
     def _once(self, read: Callable, *how: object):
