@@ -102,6 +102,11 @@ def check_text(field: str, name: str) -> None:
         raise UserError(field, name, "file not found")
 
 
+def is_split(name: str) -> bool:
+    """Return whether calibration and evaluation read different parts of the text ``name``."""
+    return name in DATASETS or (name.startswith("hf:") and not "".join(name.split(":")[3:4]))
+
+
 def read_text(field: str, name: str, split: str) -> Text:
     """Return the text ``name`` for ``split``; a local file is the same for both splits.
 

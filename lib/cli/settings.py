@@ -349,7 +349,7 @@ class Experiment(
     def one_file(self) -> bool:
         """Return whether the texts for calibration and evaluation are one file, which is not split."""
         same = Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
-        return same and self.calib_data not in texts.DATASETS and not re.fullmatch("hf:[^:]+:?[^:]*", self.calib_data)
+        return same and not texts.is_split(self.calib_data)
 
     def identity(self) -> dict[str, object]:
         """Return the flags that determine the pruned weights, in their spelling."""

@@ -391,6 +391,11 @@ def test_data_set_that_cannot_be_fetched_is_one_line(late, monkeypatch, with_tem
         calibration_windows("hf:a/b", with_template, 2, SEQLEN, 0)
 
 
+def test_a_text_is_split_unless_its_name_says_which_part():
+    names = ["c4", "hf:a", "hf:a:b", "hf:a:::text", "hf:a:b:train", "hf:a::test:text", "a.txt"]
+    assert [texts.is_split(name) for name in names] == [True] * 4 + [False] * 3
+
+
 @pytest.mark.parametrize("name", ["hf:", "hf::x", "hf:a:b:c:d:e"])
 def test_name_of_a_data_set_is_checked(name):
     with pytest.raises(UserError, match=r"must be hf:NAME"):
