@@ -81,7 +81,7 @@ class LanguageModel:
             refuse_experts("packed", None, self.layers)
         if settings.save_model:
             published_layout(self.skeleton)  # refuses what could not be saved
-            size = memory.saved_bytes(self.skeleton, source.path, self.dtypes.save)
+            size = memory.saved_bytes(self.skeleton, self.dtypes.save)
             unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
             checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
 
@@ -282,7 +282,7 @@ class LanguageModel:
             raise journal.failure
 
         def complete() -> None:
-            load.complete_folder(journal.folder, self.weights, self.tokenizer, self.dtypes.save)
+            load.complete_folder(journal.folder, self.weights, self.tokenizer)
             walk.check_saved(journal.folder, self.weights, sparsity)
             journal.finish(packed)
 

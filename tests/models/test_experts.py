@@ -470,7 +470,7 @@ def test_streamed_is_in_memory_is_what_transformers_saves(
             journal.finished = {0: rows} if (rows := journal.finished.get(0)) else {}
             walk(weights, plan, PRUNERS["wanda"], enter_blocks(weights, tiny_windows), journal=journal)
         assert journal.finished[0] is rows
-        load.complete_folder(journal.folder, weights, tiny_tokenizer, save)
+        load.complete_folder(journal.folder, weights, tiny_tokenizer)
         check_saved(journal.folder, weights, weights.sparsity())
         written[name] = saved_tensors(journal.folder)
         if name == "memory":
