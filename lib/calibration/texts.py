@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib.core.errors import UserError
+from lib.core.errors import UserError, did_you_mean
 from lib.core.files import reading
 from lib.core.lazy import torch
-from lib.core.names import did_you_mean
 from lib.models.load import Tokenizer, check_hub
 
 LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")

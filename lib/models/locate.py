@@ -6,10 +6,9 @@ import logging
 from importlib.util import find_spec
 from pathlib import Path
 
-from lib.core.errors import UserError
+from lib.core.errors import UserError, did_you_mean
 from lib.core.files import check_folder, check_writable, reading
 from lib.core.lazy import torch, transformers
-from lib.core.names import did_you_mean
 from lib.models.layers import check_support
 from lib.models.load import Source, save_llm, unreadable
 

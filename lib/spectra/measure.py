@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib.core import digests, processes
+from lib.core import digests, files, processes
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import numpy, torch
-from lib.core.progress import Progress
 from lib.models import memory
 from lib.models.weights import Weights
 from lib.spectra.cache import PUBLISHED, LayerMetrics, MetricCache, SpectrumSettings
@@ -57,7 +56,7 @@ def load_or_measure(
 
 
 def measure(
-    metric: str, weights: Weights, settings: SpectrumSettings = PUBLISHED, progress: Progress | None = None
+    metric: str, weights: Weights, settings: SpectrumSettings = PUBLISHED, progress: files.Progress | None = None
 ) -> LayerMetrics:
     """Return the metric of every layer. Several processes share the matrices.
 
@@ -102,7 +101,7 @@ def measure(
 
 
 def _by_spectrum(
-    metric: str, weights: Weights, names: set[str], settings: SpectrumSettings, progress: Progress | None
+    metric: str, weights: Weights, names: set[str], settings: SpectrumSettings, progress: files.Progress | None
 ) -> Iterator[_Result]:
     """Yield the values of the layers ``names`` as they become ready.
 
@@ -136,7 +135,7 @@ def _by_spectrum(
 
 
 def _value(
-    name: str, weight: torch.Tensor, metric: str, settings: SpectrumSettings, progress: Progress | None
+    name: str, weight: torch.Tensor, metric: str, settings: SpectrumSettings, progress: files.Progress | None
 ) -> _Result:
     start, fingerprint = time.perf_counter(), digests.fingerprint(weight)
     before = progress.get("value", name) if progress else None

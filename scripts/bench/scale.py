@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -79,6 +80,7 @@ class Scale(Flags):
 PARSER = make_parser(Scale, "scale.py", __doc__)
 
 
+@cache
 def skeleton(shape: tuple[int, int, int, int, int, int], **config) -> transformers.LlamaForCausalLM:
     """Return a LLaMA of a ``shape`` as in SIZES, without weights."""
     hidden, inner, blocks, heads, kv, vocabulary = shape

@@ -240,8 +240,9 @@ def test_two_processes_make_the_adapter_of_one(place, monkeypatch):
 def test_published_command(here, tiny_tokenizer, tmp_path, monkeypatch):
     # The pruned folder holds weights alone; config and tokenizer come from --config_name, a folder in the hub's place.
     monkeypatch.chdir(tmp_path)
-    documents = [tiny_sentences(30, seed) for seed in range(4)]
+    documents = [tiny_sentences(5, seed) for seed in range(4)]
     monkeypatch.setitem(texts.DATASETS, "c4", lambda split: texts.Text(records=documents))
+    monkeypatch.setattr(finetune_lm, "plot_losses", lambda *_: None)
     Path("PRUNED").mkdir()
     shutil.copy(here / "pruned/model.safetensors", "PRUNED")
     shutil.copytree(here / "pruned", "meta-llama/Llama-2-7b-hf")
@@ -387,24 +388,6 @@ def test_flags_that_the_trainer_refuses(place, capsys):
     assert not any(Path("out").glob("*"))
 
 
-@pytest.mark.parametrize(("value", "status"), [(1e30, 2), (1.0, 0)])
-def test_adapter_that_is_ruined_is_not_saved(value, status, place, capsys, monkeypatch):
-    train = Trainer.train
-
-    def spoils(self, *args, **kwargs):
-        result = train(self, *args, **kwargs)
-        for name, weight in self.model.named_parameters():
-            if "layers.1.self_attn.v_proj.lora" in name:
-                weight.data[:] = value  # of which the loss of the last step cannot tell
-        return result
-
-    monkeypatch.setattr(Trainer, "train", spoils)
-    assert run("finetune", "--do_eval -") == status
-    line = "ruined after step 2: its update of model.layers.1.self_attn.v_proj is not finite; lower --learning_rate"
-    assert (line in capsys.readouterr().err) == bool(status)
-    assert len(list(Path("out").glob("adapter*"))) == (0 if status else 2)
-
-
 def test_loss_that_is_not_finite(place, capsys, monkeypatch):
     calls, loss = [], Trainer.compute_loss
 
@@ -413,7 +396,7 @@ def test_loss_that_is_not_finite(place, capsys, monkeypatch):
         return loss(self, model, *args, **kwargs) * (math.nan if len(calls) > 2 else 1)  # two blocks to a step
 
     monkeypatch.setattr(Trainer, "compute_loss", spoils)
-    assert run("finetune", "--do_eval -") == 2 and len(calls) == 4
+    assert run("finetune", "--do_eval - --logging_steps 1") == 2 and len(calls) == 4
     assert "the training loss is nan at step 2; lower --learning_rate" in capsys.readouterr().err
     assert not any(Path("out").glob("*"))
 
