@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from lib import sparse
-from lib.calibration import own_text, texts
+from lib.calibration import own_text
 from lib.calibration.hidden import entry_device
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
@@ -42,10 +42,6 @@ class Comparison(Flags):
     seed: int = flag(0, "random seed of prompts and sampling")
     save: str = flag("results/answers", "where figures, histogram and dense answers are written", metavar="DIR")
     cache_dir: str = flag("llm_weights", "where models are kept", in_repository=True, metavar="DIR")
-
-    def check(self) -> None:
-        super().check()
-        texts.check_text("prompts" if self.prompts else "prompt_data", self.prompts or self.prompt_data)
 
 
 PARSER = make_parser(Comparison, "answers.py", __doc__)

@@ -41,4 +41,4 @@ def test_models_are_compared(run_inputs, tmp_path, monkeypatch, capsys):
     assert 0 < one["tokens"] <= 12 and one["perplexity of dense answers"] > 1
     assert len(read_text("eval_data", "out/dense.jsonl", "test").records) == 3
     line = error_line(capsys, answers.main([model, model, "--prompts", "none.txt"]))
-    assert "--prompts none.txt: file not found" in line
+    assert "--prompts none.txt: cannot be read" in line
