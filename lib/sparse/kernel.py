@@ -40,9 +40,7 @@ FUNCTIONS = {
     "_unpack": "pnnpi",
     "_multiply_many": "ppnpi",
     "_solve_block": "pppnnnpi",
-    "enter_block": "ppppnipppni",  # these are in step.cpp
-    "attend_block": "ppppnndipi",
-    "leave_block": "pppipi",
+    "decode": "ppppnipnnppi",  # as step.cpp says
 }
 _SCRATCH: list[tempfile.TemporaryDirectory] = []  # folders of libraries that are not kept
 
@@ -65,8 +63,18 @@ class BlockStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("qkv", "o", "gate_up", "down", "before", "after")),
-        *((name, ctypes.c_double) for name in ("before_eps", "after_eps")),
-        *((name, ctypes.c_int64) for name in ("width", "heads", "keys", "size", "inner", "half")),
+        *((name, ctypes.c_double) for name in ("before_eps", "after_eps", "scale")),
+        *((name, ctypes.c_int64) for name in ("width", "heads", "keys", "size", "inner")),
+    ]
+
+
+class DecoderStruct(ctypes.Structure):
+    """A LLaMA as step.cpp sees it: addresses of its blocks, of the last norm's weight and of the head, and sizes."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("blocks", "norm", "head")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("count", "width", "half")),
     ]
 
 
