@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 using Halves = std::vector<uint16_t>;
@@ -43,17 +44,20 @@ struct Decoder {
   F(multiply, (const Matrix*, int, const uint16_t*, int, void* const*, int, int))                                     \
   F(unpack, (const Matrix*, int64_t, int64_t, uint16_t*, int))                                                        \
   F(multiply_many, (const Matrix*, const float*, int64_t, float*, int))                                               \
+  F(multiply_tiles, (const Matrix*, const uint16_t*, int64_t, uint16_t*, int))                                        \
   F(solve_block, (float*, const float*, const void*, int64_t, int64_t, int64_t, float*, int))                         \
   F(decode, (const Decoder*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int, uint16_t*, int64_t,      \
              int64_t, const int64_t*, uint16_t*, int))
 
 #if defined(__x86_64__)
-#define DECLARE(name, arguments) void avx2_##name arguments, avx512_##name arguments, avx512bf16_##name arguments;
+#define DECLARE(name, arguments)                                                       \
+  void avx2_##name arguments, avx512_##name arguments, avx512bf16_##name arguments, amx_##name arguments;
 #else
 #define DECLARE(name, arguments) void neon_##name arguments;
 #endif
 extern "C" {
 FUNCTIONS(DECLARE)
+int amx_request_tiles();
 }
 struct Level {
   const char* name;
@@ -64,15 +68,18 @@ struct Level {
 #define AVX2(name, arguments) avx2_##name,
 #define AVX512(name, arguments) avx512_##name,
 #define AVX512BF16(name, arguments) avx512bf16_##name,
-const Level LEVELS[] = {
-    {"avx2", FUNCTIONS(AVX2)}, {"avx512", FUNCTIONS(AVX512)}, {"avx512bf16", FUNCTIONS(AVX512BF16)}};
+#define AMX(name, arguments) amx_##name,
+const Level LEVELS[] = {{"avx2", FUNCTIONS(AVX2)},
+                        {"avx512", FUNCTIONS(AVX512)},
+                        {"avx512bf16", FUNCTIONS(AVX512BF16)},
+                        {"amx", FUNCTIONS(AMX)}};
 
 std::vector<bool> present() {  // which of LEVELS this CPU has
   unsigned a = 0, b = 0, c = 0, d = 0;
   __get_cpuid_count(7, 0, &a, &b, &c, &d);
-  const bool vbmi2 = b >> 16 & 1 && c >> 6 & 1;
+  const bool vbmi2 = b >> 16 & 1 && c >> 6 & 1, tiles = d >> 22 & d >> 24 & 1;
   __get_cpuid_count(7, 1, &a, &b, &c, &d);
-  return {true, vbmi2, vbmi2 && a >> 5 & 1};
+  return {true, vbmi2, vbmi2 && a >> 5 & 1, vbmi2 && tiles && amx_request_tiles()};
 }
 #else
 #define NEON(name, arguments) neon_##name,
@@ -187,6 +194,26 @@ void check_many(const Level& level, const Weight& w, bool half) {
   }
 }
 
+// Many tokens on AMX: as check_few, and rounded to bfloat16 at the end.
+void check_tiles(const Level& level, const Weight& w) {
+  const int64_t rows = w.plain.rows, columns = w.plain.columns;
+  for (int tokens : {1, 16, 33, 130}) {
+    const Halves x = randoms(tokens * columns, false);
+    Halves y(tokens * rows + 1, 7);
+    level.multiply_tiles(&w.packed, x.data(), tokens, y.data(), 1);
+    for (int64_t i = 0; i < tokens * rows; i++) {
+      double sum = decoded(w.bias[i % rows], false), size = std::fabs(sum);
+      for (int64_t c = 0; c < columns; c++) {
+        const double a = decoded(w.dense[i % rows * columns + c], false), b = decoded(x[i / rows * columns + c], false);
+        sum += a * b, size += std::fabs(a * b);
+      }
+      const double off = std::fabs(decoded(y[i], false) - sum);
+      expect(off <= 3e-6 * size + std::fabs(sum) / 256, level.name, "tiles", rows, columns, tokens);
+    }
+    expect(y.back() == 7, level.name, "beyond the tiles", rows, columns, tokens);
+  }
+}
+
 void check_products(const Level& level, bool half) {
   const int shapes[][2] = {{7, 31}, {33, 200}, {1, 64}, {5, 8}, {40, 700}, {130, 96}, {3, 33}};
   for (const auto& [rows, columns] : shapes)
@@ -201,6 +228,7 @@ void check_products(const Level& level, bool half) {
       }
       check_few(level, w, half);
       check_many(level, w, half);
+      if (level.name == std::string("amx") && !half) check_tiles(level, w);
     }
 }
 
