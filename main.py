@@ -16,7 +16,7 @@ from lib.core import processes
 from lib.run import checks, pipeline, recovery, report
 from lib.run.journal import Journal
 from lib.run.language import LanguageModel
-from lib.run.record import Record, is_unmeasured, perplexity_text
+from lib.run.record import Record, explain_failure, is_unmeasured, perplexity_text
 
 PARSER = make_parser(
     Experiment,
@@ -70,13 +70,15 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
         record.content["sparsity"] = sparsity = subject.weights.sparsity()
         if task.pruner:
             pipeline.warn_if_off_target(plan.target, sparsity)
-        with record.explain_failure(partial(how_to_resume, settings, record)):
+        measure = "the same command resumes, and so does: python main.py"
+        evaluation = {"eval_data": settings.eval_data, "seqlen": settings.seqlen}
+        with explain_failure(partial(record.how_to_resume, settings.save_model, measure, evaluation)):
             # The model is saved before whatever may still fail.
             write = partial(subject.save, journal, settings.packed, sparsity) if journal else None
             unsaved = pipeline.save(record, write)
             if settings.recover:
                 recovery.recover(record, subject, settings, task, unmeasured)
-            evaluate(subject, settings, record, console)
+            evaluate(subject, record, console)
             record.write(complete=unsaved is None)
 
     report.show_run(console, record)
@@ -85,32 +87,22 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
     return record.content
 
 
-def evaluate(subject: LanguageModel, settings: Experiment, record: Record, console: Console) -> None:
+def evaluate(subject: LanguageModel, record: Record, console: Console) -> None:
     """Measure perplexity, then zero-shot accuracy, which may take hours; earlier results are on disk by then."""
-    content, saved = record.content, record.content["saved_model"]
+    content = record.content
     if subject.evaluation is not None:
         with record.stage("evaluate"):
             content["perplexity"] = subject.perplexity()
         line = perplexity_text(content["method"], content["sparsity"], content["perplexity"])
         record.files[f"perplexity_{record.run}.txt"] = line
-    if subject.questions is None or not subject.is_whole(saved):
+    if subject.questions is None:
         return
     record.write()
     with record.stage("zero_shot"):
-        answers = subject.zero_shot(settings, saved)
+        answers = subject.zero_shot(content["saved_model"])
     content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
     record.files[f"zero_shot_{record.run}.txt"] = f"{content['method']}:\n{answers.table}"
     report.line(console, answers.table)
-
-
-def how_to_resume(settings: Experiment, record: Record) -> str:
-    """Return what to do after a failure: evaluate the saved model, or start again."""
-    saved = record.content["saved_model"]
-    if saved is None:
-        hint = " (--save_model DIR would keep the model)" if record.rows and not settings.save_model else ""
-        return f"the same command starts again{hint}"
-    measure = f"python main.py --model {saved} --eval_data {settings.eval_data} --seqlen {settings.seqlen}"
-    return f"the pruned model is saved; the same command resumes, and so does: {measure}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.core.errors import UserError, first_line
-from lib.core.lazy import numpy, torch
+from lib.core.lazy import numpy, timm, torch, torchvision
 
 # Of the channels, by --imagenet_default_mean_and_std.
 MEAN_STD = {True: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), False: ((0.5,) * 3, (0.5,) * 3)}
@@ -37,12 +37,10 @@ def image_folder(data_path: str | None, eval_data_path: str | None, train: bool)
 
 def cifar(data_path: str | None, eval_data_path: str | None, train: bool) -> Images:
     """CIFAR-100 in DATA_PATH, downloaded if it is missing."""
-    from torchvision.datasets import CIFAR100
-
     if data_path is None:
         raise UserError("data_path", None, "is missing", "give the folder that holds CIFAR-100 or is to hold it")
     try:
-        items = CIFAR100(data_path, train=train, download=True)
+        items = torchvision.datasets.CIFAR100(data_path, train=train, download=True)
     except Exception as error:  # the network's errors, a full disk, a damaged archive
         problem = f"CIFAR-100 cannot be read or downloaded ({first_line(error)})"
         raise UserError("data_path", data_path, problem) from error
@@ -70,13 +68,11 @@ READERS = {"data_path": ("IMNET", "CIFAR", "image_folder"), "eval_data_path": ("
 
 
 def _folder(field: str, folder: str | None, split: str = "") -> Images:
-    from torchvision.datasets import ImageFolder
-
     if folder is None:
         raise UserError(field, None, "is missing", "give the folder of the images (--data_set tells their layout)")
     path = Path(folder) / split
     try:
-        images = ImageFolder(str(path))
+        images = torchvision.datasets.ImageFolder(str(path))
     except (OSError, ValueError) as error:  # no such folder, no folder inside, or one without images
         problem = f"{path} should hold a folder of images per class ({first_line(error)})"
         raise UserError(field, folder, problem) from error
@@ -85,10 +81,8 @@ def _folder(field: str, folder: str | None, split: str = "") -> Images:
 
 def evaluation_transform(size: int, crop_pct: float | None, mean_std: tuple) -> Callable:
     """Return the transform from image to tensor [3, size, size]: resized (bicubic), cropped, normalised (published)."""
-    from timm.data.transforms_factory import transforms_imagenet_eval
-
     crops = size in CROPPED
-    return transforms_imagenet_eval(
+    return timm.data.transforms_factory.transforms_imagenet_eval(
         img_size=size, crop_pct=crop_pct or (CROP if crops else 1.0), interpolation="bicubic",
         crop_mode="center" if crops or crop_pct else "squash", mean=mean_std[0], std=mean_std[1],
     )  # fmt: skip
@@ -96,9 +90,7 @@ def evaluation_transform(size: int, crop_pct: float | None, mean_std: tuple) -> 
 
 def augmenting_transform(size: int, mean_std: tuple) -> Callable:
     """Return the random training transform used by the published code for calibration."""
-    from timm.data import create_transform
-
-    return create_transform(
+    return timm.data.create_transform(
         input_size=size, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1",
         interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1, mean=mean_std[0], std=mean_std[1],
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from image_classifiers.subject import Classifier
 from lib.cli.command import command, make_parser
 from lib.cli.task import Task
 from lib.run import checks, pipeline, report
-from lib.run.record import Record
+from lib.run.record import Record, explain_failure
 
 PARSER = make_parser(
     ImageExperiment,
@@ -59,8 +58,10 @@ def run(settings: ImageExperiment, console: Console) -> dict:
         with record.stage("prune"):
             record.rows = pipeline.prune(subject, task, plan, values, settings.statistics)
 
-    unsaved = None
-    with record.explain_failure(partial(resume, settings, record)):
+    unsaved, measure = None, "measure it with: python image_classifiers/main.py"
+    names = settings.given & {*ImageFlags.__annotations__, "device"} - {"nsamples", "published_calibration"}
+    evaluation = {settings.spelling(name): getattr(settings, name) for name in sorted(names)}
+    with explain_failure(partial(record.how_to_resume, settings.save_model, measure, evaluation)):
         record.content["sparsity"] = sparsity = subject.weights.sparsity()
         if task.pruner:
             unsaved = pipeline.save(record, partial(subject.save, target, sparsity) if target else None)
@@ -75,19 +76,6 @@ def run(settings: ImageExperiment, console: Console) -> dict:
     if unsaved:
         raise unsaved
     return record.content
-
-
-def resume(settings: ImageExperiment, record: Record) -> str:
-    """Return what to do after a failure: evaluate the saved model, or start again."""
-    saved = record.content["saved_model"]
-    if saved is None:
-        advice = " (--save_model DIR would keep the model)" if record.rows and not settings.save_model else ""
-        return f"the same command starts again{advice}"
-    words = ["--model", saved]
-    evaluation = {*ImageFlags.__annotations__, "device"} - {"nsamples", "published_calibration"}
-    for name in sorted(settings.given & evaluation):
-        words += [f"--{settings.spelling(name)}", str(getattr(settings, name))]
-    return f"the pruned model is saved; measure it with: python image_classifiers/main.py {shlex.join(words)}"
 
 
 def show_accuracy(settings: ImageExperiment, task: Task, record: Record, console: Console) -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.calibration.hidden import BlockInputs, PassEnded
-from lib.core.errors import UserError, first_line
+from lib.core.errors import UserError, did_you_mean, first_line
 from lib.core.files import new_folder
-from lib.core.lazy import torch
-from lib.core.names import did_you_mean
+from lib.core.lazy import timm, torch
 from lib.models.layers import Layer
 from lib.models.weights import Weights
 from lib.pruning.pruners import PRUNERS, Pruner, magnitude
@@ -46,8 +45,6 @@ class Parts(NamedTuple):
 
 def locate_classifier(model: str) -> ClassifierSource:
     """Return where ``model`` comes from; a UserError if timm has no such name, and ``--save_model`` no such folder."""
-    import timm
-
     path = Path(model)
     if path.is_file():
         raise UserError("model", model, "is a file", "give the model's name, and the file as --resume")
@@ -93,8 +90,6 @@ def load_classifier(source: ClassifierSource, resume: str | None, options: dict)
 
 
 def _create(source: ClassifierSource, options: dict, device: str, pretrained: bool = False) -> torch.nn.Module:
-    import timm
-
     try:
         with torch.device(device):
             return timm.create_model(source.name, pretrained=pretrained, **options).eval()
@@ -277,7 +272,5 @@ def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
 
 def save_classifier(model: torch.nn.Module, size: int, target: Path) -> None:
     """Write a folder from which timm builds the model for images of ``size`` x ``size``: ``local-dir:FOLDER``."""
-    import timm.models
-
     with new_folder(target) as folder:
         timm.models.save_for_hf(model, folder, safe_serialization=True, data_config={"input_size": (3, size, size)})

@@ -75,7 +75,7 @@ class ImagePriceModel:
     def kl(self, ratios: Mapping[str, float]) -> float:
         chunks = sum(self._held_out, [])
         with torch.no_grad(), self._pruned(ratios):
-            losses = [kl_divergence(logits, self._logits(images)) for images, logits in chunks]
+            losses = [kl_divergence(logits, self._logits(images))[0] for images, logits in chunks]
         return torch.stack(losses).sum().item() / sum(len(images) for images, _ in chunks)
 
     def prices(self, ratios: Mapping[str, float], batch: Sequence[int]) -> tuple[float, dict[str, float]]:
@@ -92,9 +92,10 @@ class ImagePriceModel:
             for name, leaf in leaves.items():
                 leaf.register_post_accumulate_grad_hook(partial(take, name))
             for images, logits in chunks:
-                loss = kl_divergence(logits, self._logits(images))
-                torch.autograd.backward(loss / count, inputs=list(leaves.values()))
-                losses.append(loss.detach())
+                pruned = self._logits(images)
+                loss, slope = kl_divergence(logits, pruned, 1 / count)
+                torch.autograd.backward(pruned, slope, inputs=list(leaves.values()))
+                losses.append(loss)
         return torch.stack(losses).sum().item() / count, {name: price.item() for name, price in prices.items()}
 
     @contextmanager

@@ -11,8 +11,8 @@ from image_classifiers.price import EFFORT
 from lib.allocation import price
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import CALIBRATED, AllocationFlags, MethodFlags, OutputFlags, PruningFlags
-from lib.cli.task import Measurement, Task
-from lib.core.errors import UserError, flag_name
+from lib.cli.task import Measurement
+from lib.core.errors import UserError
 
 TRAINING_FLAGS = (
     "aa auto_resume clip_grad color_jitter cutmix cutmix_minmax disable_eval dist_eval dist_on_itp dist_url drop_path "
@@ -64,6 +64,8 @@ class ImageFlags(Flags):
 class ImageMethodFlags(MethodFlags):
     """The flags that say what a classifier is pruned by, some with other defaults."""
 
+    _pruners: ClassVar = models.IMAGE_PRUNERS
+
     statistics: str = redeclared(
         PruningFlags, "statistics", "dense", only=CALIBRATED.removesuffix(" | refit"), aliases=["propagate"]
     )
@@ -84,7 +86,8 @@ class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, OutputFlags
 
     _without: ClassVar[list[str]] = (
         "sparsity_type use_variant pruner_iterations damping refit calib_dtype mapping_type esd_driver farms "
-        "farms_rows farms_ratio farms_steps price_effort metrics_only plan save_plan export_llmcompressor packed"
+        "farms_rows farms_ratio farms_steps price_effort metrics_only plan save_plan export_llmcompressor only "
+        "drop_experts drop_by expert_weighting packed"
     ).split()
     _spelled: ClassVar[dict[str, str]] = {
         "prune_method": "prune_metric",
@@ -102,16 +105,6 @@ class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, OutputFlags
                 fix = f"it is for --data_set {' or '.join(readers)}"
                 raise UserError(name, None, f"does nothing with --data_set {self.data_set}", fix)
         self.task()
-
-    def task(self) -> Task:
-        """Return the task that the flags describe; a UserError if they contradict each other."""
-        if self.prune_method is None:
-            return self.settled(Task("dense", None, "", 0.0))
-        if not self.sparsity_ratio:
-            fix = f"add {flag_name('sparsity_ratio')}"
-            raise UserError("prune_method", None, f"{self.prune_method} without a sparsity", fix)
-        pruner, _, suffix = self.prune_method.partition("_")
-        return self.settled(Task(self.prune_method, models.IMAGE_PRUNERS[pruner], suffix, self.sparsity_ratio))
 
     def measurement(self, model: str) -> Measurement:
         """Return how the metric of the ``model`` is measured, and where it is cached."""

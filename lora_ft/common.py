@@ -17,7 +17,7 @@ from lib.cli.flags import flag
 from lib.cli.settings import TEXTS, ModelFlags
 from lib.core import digests, files
 from lib.core.errors import UserError, flag_name
-from lib.core.lazy import torch, transformers
+from lib.core.lazy import peft, torch, transformers
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers, refuse_experts
 from lib.models.weights import Weights, weights_of
@@ -63,7 +63,7 @@ class Evaluated(PrunedModel):
 
 
 class Base(NamedTuple):
-    """A pruned model without its weights, and its tokenizer; ``config`` only if its own folder has none."""
+    """A pruned model without its weights, and its tokenizer; ``config`` is given if its own folder is incomplete."""
 
     source: load.Source
     skeleton: transformers.PreTrainedModel
@@ -79,29 +79,22 @@ def find_base(settings: PrunedModel) -> Base:
     """
     folder = Path(settings.model)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    borrows_config = bool(settings.config_name and names) and "config.json" not in names
-    borrows_tokenizer = bool(names) and not names & set(load.TOKENIZER_FILES)
-    if borrows_config:
+    tokenizes = bool(names & set(load.TOKENIZER_FILES))
+    borrows = bool(names and settings.config_name) and not (tokenizes and "config.json" in names)
+    try:
+        source = lender = locate.locate(settings.config_name if borrows else settings.model, settings.cache_dir)
+        if names and not tokenizes and not borrows:
+            fix = "give the model that it was pruned from: --config_name NAME"
+            raise UserError("model", settings.model, "the folder holds no tokenizer", fix)
+        skeleton, tokenizer = load.load_skeleton(lender), load.load_tokenizer(lender)
+    except UserError as error:
+        error.field = "config_name" if borrows else error.field
+        raise
+    if borrows:
         source = load.Source(settings.model, str(folder), folder.resolve().name, settings.cache_dir)
-    else:
-        source = locate.locate(settings.model, settings.cache_dir)
     sparse.refuse_packed(source)  # It has no gradients, and is not saved again.
-    if borrows_tokenizer and not settings.config_name:
-        fix = "give the model that it was pruned from: --config_name NAME"
-        raise UserError("model", settings.model, "the folder holds no tokenizer", fix)
-
-    skeleton = None if borrows_config else load.load_skeleton(source)
-    tokenizer = None if borrows_tokenizer else load.load_tokenizer(source)
-    if borrows_config or borrows_tokenizer:
-        try:
-            lender = locate.locate(settings.config_name, settings.cache_dir)
-            skeleton = skeleton or load.load_skeleton(lender)
-            tokenizer = tokenizer or load.load_tokenizer(lender)
-        except UserError as error:
-            error.field = "config_name"
-            raise
     refuse_experts("model", settings.model, prunable_layers(skeleton))
-    return Base(source, skeleton, tokenizer, skeleton.config if borrows_config else None)
+    return Base(source, skeleton, tokenizer, skeleton.config if borrows else None)
 
 
 def prepare_evaluation(settings: Evaluated) -> tuple[Base, torch.Tensor]:
@@ -193,18 +186,16 @@ def attach(folder: str, model: torch.nn.Module) -> torch.nn.Module:
     Raises:
         UserError: there is none, or not one of LoRA alone, or it is damaged or has other matrices than the model needs.
     """
-    from peft import PeftConfig, PeftModelForCausalLM
-
     path = Path(folder)
     if not (path / "adapter_config.json").is_file():
         hint = ", but a model" if (path / "config.json").is_file() else ""
         raise UserError("lora_weights", folder, f"holds no adapter{hint}", "give finetune_lm.py's --output_dir")
     try:
-        config = PeftConfig.from_pretrained(path)
+        config = peft.PeftConfig.from_pretrained(path)
         if config.peft_type != "LORA" or config.modules_to_save or config.bias != "none":
             problem = "is not an adapter of LoRA's matrices alone (without modules_to_save and bias)"
             raise UserError("lora_weights", folder, problem, "give one of finetune_lm.py")
-        adapted = PeftModelForCausalLM(model, config)
+        adapted = peft.PeftModelForCausalLM(model, config)
         keys = adapted.load_adapter(path, "default")
     except (UserError, torch.OutOfMemoryError):
         raise

@@ -20,9 +20,8 @@ from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
 from lib.core import files, processes
 from lib.core.digests import digest
-from lib.core.errors import UserError
-from lib.core.lazy import Lazy, torch, transformers
-from lib.core.names import check_name
+from lib.core.errors import UserError, check_name
+from lib.core.lazy import Lazy, peft, torch, transformers
 from lib.models import load
 from lib.models.layers import prunable_layers
 from lib.run.record import explain_failure, run_text
@@ -120,7 +119,11 @@ def run(settings: Finetune) -> None:
     checkpoint = check_output_dir(settings, sharded=bool(arguments.deepspeed or arguments.fsdp))
     base = common.find_base(settings)
     common.check_length("block_size", settings.block_size, base.skeleton)
-    targets = check_targets(settings.lora_target_modules, base.skeleton)
+    targets = settings.lora_target_modules
+    if targets != "all-linear":  # last parts of names
+        kinds = dict.fromkeys(layer.name.rpartition(".")[2] for layer in prunable_layers(base.skeleton))
+        choices = [*kinds, "all-linear"]
+        targets = [check_name("lora_target_modules", name.strip(), choices) for name in targets.split(",")]
     blocks = {split: read_blocks(settings, split, base) for split in settings.named_texts()}
     load.check_vocabulary(base.source.given, base.skeleton, *blocks.values())
 
@@ -132,8 +135,6 @@ def run(settings: Finetune) -> None:
         flags[field] = f"{Path(name).name} (tokens {digest(blocks['train'])[:16]})"
     if checkpoint:
         training.check_same_training(checkpoint, flags)
-    if settings.do_eval:
-        arguments.evaluate_each_once(len(blocks["validation"]))
 
     # One process spreads the model over all GPUs, of several each has the whole.
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
@@ -144,12 +145,15 @@ def run(settings: Finetune) -> None:
     record = {"model": base.source.anywhere, "sparsity": sparsity}
     started = record | {"fingerprints": weights.fingerprints(), "training": flags}
     record["flags"] = arguments.to_dict() | settings.flags()
+
     with training.refusals():
         transformers.set_seed(arguments.seed)
-        model = with_adapter(weights.model, base, settings, targets)
-        callbacks = [training.OwnSteps()]
+        scale = {"lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
+        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=settings.lora_r, **scale)
+        model = peft.get_peft_model(weights.model, config)  # fresh adapters change nothing yet
+        config.base_model_name_or_path = base.source.anywhere
         train, evaluation = blocks.get("train"), blocks.get("validation")
-        trainer = training.LoraTrainer(model, arguments, collate, train, evaluation, callbacks=callbacks)
+        trainer = training.LoraTrainer(model, arguments, collate, train, evaluation, callbacks=[training.Watch()])
     if settings.do_train:
         train_adapter(trainer, checkpoint, started, record)
     if settings.do_eval:
@@ -175,14 +179,6 @@ def check_output_dir(settings: Finetune, sharded: bool) -> Path | None:
     return checkpoint
 
 
-def check_targets(names: str, skeleton: torch.nn.Module) -> str | list[str]:
-    """Return the layers that get an adapter, as peft takes them: all-linear, or last parts of names."""
-    if names == "all-linear":
-        return names
-    choices = [*dict.fromkeys(layer.name.rpartition(".")[2] for layer in prunable_layers(skeleton)), "all-linear"]
-    return [check_name("lora_target_modules", name.strip(), choices) for name in names.split(",")]
-
-
 def read_blocks(settings: Finetune, split: str, base: common.Base) -> torch.Tensor:
     """Return the blocks of ``split`` ("train" or "validation"), [blocks, block_size] int32."""
     field, name = settings.named_texts()[split]
@@ -192,22 +188,6 @@ def read_blocks(settings: Finetune, split: str, base: common.Base) -> torch.Tens
         message = "%s has %d blocks of %d tokens, and not the %d that were asked for"
         common.log.warning(message, name, len(blocks), settings.block_size, most)
     return blocks
-
-
-def with_adapter(model: torch.nn.Module, base: common.Base, settings: Finetune, targets: str | list[str]):
-    """Return the model with fresh adapters, which change nothing yet, around the target layers."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-    )
-    adapted = get_peft_model(model, config)
-    config.base_model_name_or_path = base.source.anywhere
-    return adapted
 
 
 def collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -225,7 +205,6 @@ def train_adapter(trainer, checkpoint: Path | None, started: dict, record: dict)
     common.log.info(message, *trainer.model.get_nb_trainable_parameters(), blocks, size, arguments.batch_size)
     with training.refusals(trainer):
         results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    trainer.check_adapter()
     trainer.save_model()  # All processes call it: weights that they share are gathered. The config is written last.
     if not arguments.should_save:
         return

@@ -20,7 +20,6 @@ import transformers
 from lib.cli.command import Parser
 from lib.core import cpu, processes
 from lib.core.errors import UserError, first_line
-from lib.models.weights import is_finite
 from lora_ft import common
 
 BATCH = 128  # Blocks to an optimizer step, as published.
@@ -36,8 +35,6 @@ TRAINER_FLAGS = """
     label_smoothing_factor neftune_noise_alpha bf16 fp16 seed data_seed train_sampling_strategy dataloader_drop_last
 """.split()
 
-LOWER = "lower --learning_rate, or try --bf16"
-
 SWITCH = {"nargs": "?", "const": True}  # A flag that needs no value, for HfArgumentParser.
 
 
@@ -50,7 +47,7 @@ def refusals(trainer: LoraTrainer | None = None) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or (trainer and trainer.last_loss is not None):
+        if isinstance(error, torch.OutOfMemoryError) or (trainer and trainer.state.global_step):
             raise
         problem = f"training cannot be set up with these flags ({first_line(error)})"
         raise UserError(None, None, problem, "change them, or leave them out") from error
@@ -78,7 +75,7 @@ class LoraArguments(transformers.TrainingArguments):
     fp16: bool | None = field(default=None, metadata=SWITCH)
     eval_strategy: str | None = None
 
-    # The Trainer's filter waits for the GPU after every forward pass; LoraTrainer looks once a step.
+    # The Trainer's filter waits for the GPU after every forward pass, and hides what ``Watch`` stops at.
     logging_nan_inf_filter: bool = False
     # Every adapter is used in every step, and searching for unused ones takes time.
     ddp_find_unused_parameters: bool | None = False
@@ -112,16 +109,9 @@ class LoraArguments(transformers.TrainingArguments):
         super().__post_init__()
         if self.n_gpu > 1:
             self._n_gpu = 1  # One process spreads the model over its GPUs, and not the batch.
-
-    def evaluate_each_once(self, blocks: int) -> None:
-        """Lower the evaluation batch so far that none is shared by several processes.
-
-        The Trainer fills up such a batch with blocks that it has already seen, and they would count in the mean loss.
-        Among batches of one block it adds whole ones, which it leaves out again.
-        """
         if self.world_size > 1:
-            of_each, uneven = divmod(blocks, self.world_size)
-            self.per_device_eval_batch_size = 1 if uneven else math.gcd(self.per_device_eval_batch_size, of_each)
+            # The Trainer fills up larger batches with blocks that it has seen, and they would count in the mean loss.
+            self.per_device_eval_batch_size = 1
 
 
 class TrainerParser(Parser, transformers.HfArgumentParser):
@@ -147,42 +137,23 @@ def parse_arguments(words: Sequence[str], command: Parser, **values) -> LoraArgu
         return LoraArguments(**vars(namespace) | values)
 
 
-def check_loss(kind: str, loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise UserError(None, None, f"the {kind} loss is {loss} at step {step}", LOWER)
-
-
-class OwnSteps(transformers.TrainerCallback):
-    """Lets a resumed run log, save and evaluate at the steps of its own flags, not of those it was started with."""
+class Watch(transformers.TrainerCallback):
+    """Stops at a logged loss that is not finite; lets a resumed run log, save and evaluate at its own flags' steps."""
 
     def on_train_begin(self, args, state, control, **_) -> None:
         state.compute_steps(args, state.max_steps)
 
+    def on_log(self, args, state, control, logs: Mapping[str, float], **_) -> None:
+        for name, kind in {"loss": "training", "train_loss": "training", "eval_loss": "evaluation"}.items():
+            if not math.isfinite(logs.get(name, 0)):
+                problem = f"the {kind} loss is {logs[name]} at step {state.global_step}"
+                raise UserError(None, None, problem, "lower --learning_rate, or try --bf16")
+
 
 class LoraTrainer(transformers.Trainer):
-    """Trainer that stops at a loss that is not finite.
+    """Trainer that calls ``before_first_save`` once, before the first checkpoint or adapter is written."""
 
-    Attributes:
-        last_loss: mean over this process's blocks of the last step, nats per token; None before the first.
-        before_first_save: called once, before the first checkpoint or adapter is written.
-    """
-
-    last_loss: float | None = None
     before_first_save: Callable[[], None] | None = None
-    _step_loss: torch.Tensor | float = 0.0
-
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)  # This pass's share of the step's mean.
-        self._step_loss = self._step_loss + loss
-        if self.accelerator.sync_gradients:  # The last pass of a step. To read the loss is to wait for the GPU.
-            self.last_loss, self._step_loss = float(self._step_loss), 0.0
-            check_loss("training", self.last_loss, self.state.global_step + 1)
-        return loss
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        check_loss("evaluation", metrics["eval_loss"], self.state.global_step)
-        return metrics
 
     def save_model(self, *args, **kwargs) -> None:  # Of each checkpoint, too, before the rest of it is saved.
         prepare, self.before_first_save = self.before_first_save, None
@@ -190,15 +161,6 @@ class LoraTrainer(transformers.Trainer):
             prepare()
             self.accelerator.wait_for_everyone()  # Else it could remove what another process has saved already.
         super().save_model(*args, **kwargs)
-
-    def check_adapter(self) -> None:
-        """Refuse an adapter whose update of a weight is not finite, of which the last step's loss cannot tell."""
-        step = self.state.global_step
-        for name in self.model.base_model.targeted_module_names:
-            update = self.model.base_model.model.get_submodule(name).get_delta_weight("default")
-            if not is_finite(update):
-                problem = f"the adapter is ruined after step {step}: its update of {name} is not finite"
-                raise UserError(None, None, problem, LOWER)
 
 
 def find_checkpoint(folder: Path, name: str, sharded: bool) -> Path:

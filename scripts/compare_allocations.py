@@ -18,9 +18,8 @@ from lib.allocation.formulas import ALLOCATIONS
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
 from lib.core import files
-from lib.core.errors import UserError
+from lib.core.errors import UserError, check_name
 from lib.core.lazy import pandas
-from lib.core.names import check_name
 from lib.pruning.pruners import PRUNERS
 
 

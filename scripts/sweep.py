@@ -20,9 +20,8 @@ from lib.cli.command import command, make_parser
 from lib.cli.flags import check_values, flag
 from lib.cli.settings import METHODS, Experiment
 from lib.core import files
-from lib.core.errors import UserError, first_line
+from lib.core.errors import UserError, check_name, first_line
 from lib.core.lazy import pandas, torch
-from lib.core.names import check_name
 from lib.models import locate
 from lib.run.language import LanguageModel
 from lib.run.record import INPUTS, has_flags, inputs_of, read_run

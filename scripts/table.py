@@ -28,7 +28,8 @@ from lib.pruning.pruners import PRUNERS
 from lib.run.record import parsed
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published_results.json"
-LABELS = {"": "uniform", "ww": "AlphaPruning", "owl": "OWL"}  # of allocations; the others are called by their suffix
+# Of allocations; the others are called by their suffix.
+LABELS = {"": "uniform", "ww": "AlphaPruning", "owl": "OWL", "price_recovered": "price + recovery"}
 LEFT = ("method", "pruner", "allocation", "model", "engine", "case")  # headings of columns of words
 FORMATS = {"text": "rounded_outline", "markdown": "pipe", "csv": "", "latex": "latex"}  # tabulate's names
 

@@ -1,5 +1,6 @@
 """What the tests share: one thread, tiny models and texts made on the spot, and SmolLM2."""
 
+import gc
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+gc.disable()  # until all tests are collected: a quarter of the time of the imports
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -28,7 +30,6 @@ from lib.allocation import price
 from lib.cli.command import parse
 from lib.cli.settings import Experiment
 from lib.core import cpu
-from lib.evaluation import zero_shot
 from lib.models.load import load_llm
 from lib.models.locate import locate
 from lib.models.weights import Weights, weights_of
@@ -43,6 +44,9 @@ torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
 # lm-eval describes the environment after each evaluation, for which pip would list its packages for a second or two.
 torch.utils.collect_env.get_pip_packages = lambda *_: ("pip", "")
 
+# Nobody cuts the power while tests run; to wait for the disk takes a third of a short run.
+os.fsync = lambda _: None
+
 # What the program finds out about the machine is the same everywhere, also while tests are collected.
 machines.pretend(os.environ.get("TEST_MACHINE", "plain"))
 
@@ -55,14 +59,23 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if "gpu" not in config.getoption("-m"):  # the figures of all other tests are those of a CPU
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and -m gpu"))
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes long; add --slow"))
+    if not config.getoption("--slow"):  # a thousand, of which each that is skipped would be reported by itself
+        config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
+        items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+def pytest_collection_finish():
+    # What is imported by now stays: no collection of garbage, of which accelerate asks for one after each training and
+    # pytest for five at the end, has to look through it.
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -153,9 +166,6 @@ def few_tasks(monkeypatch, tmp_path_factory):
     for name in ("super_glue", "glue", "hellaswag", "winogrande", "arc", "openbookqa"):
         shutil.copytree(Path(lister.__file__).parent / name, folder / name)
     monkeypatch.setattr(lister, "__file__", str(folder / "__init__.py"))
-    zero_shot._task_manager.cache_clear()
-    yield
-    zero_shot._task_manager.cache_clear()
 
 
 def error_line(capsys, status: int) -> str:

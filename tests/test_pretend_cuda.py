@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fast, tiny_llama, tiny_sentences
+from conftest import ROOT, fast, saved_tensors, tiny_llama, tiny_sentences
 from mixtures import tiny_mixture
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pretend_cuda import FREE, DeviceMix, pretend_cuda
-from safetensors.torch import load_file
 from test_image_models import TINY
 from transformers import AutoModelForCausalLM
 
@@ -302,7 +301,7 @@ def test_lora_is_evaluated_and_merged(tmp_path, monkeypatch, tiny_tokenizer):
     records = [json.loads(Path(name, "perplexity.json").read_text()) for name in ("alone", "beside", "here")]
     alone, beside, here = (record["perplexity"] for record in records)
     assert alone != beside == pytest.approx(here, rel=NEAR["perplexity"])
-    weights, before = (load_file(f"{folder}/model.safetensors") for folder in ("merged", "pruned"))
+    weights, before = (saved_tensors(tmp_path / folder) for folder in ("merged", "pruned"))
     for name in before:
         if "proj" in name:
             assert (weights[name] == 0).sum() == pytest.approx((before[name] == 0).sum(), abs=3), name

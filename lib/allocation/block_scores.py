@@ -28,11 +28,6 @@ def median_score(scores: Sequence[torch.Tensor]) -> float:
     return threshold(lambda: scores, sum(score.numel() for score in scores) / 2)[0]
 
 
-def magnitude_score(weight: torch.Tensor) -> torch.Tensor:
-    """Return |W| in float32."""
-    return weight.detach().float().abs()
-
-
 def lamp_score(weight: torch.Tensor) -> torch.Tensor:
     """Return w^2 over the sum of squares of the weights at least as large in its layer (LAMP: Lee et al., 2021)."""
     squares = weight.detach().double().square().flatten()
@@ -46,7 +41,7 @@ def lamp_score(weight: torch.Tensor) -> torch.Tensor:
 # Values that an allocation may need (``Allocation.wants``): a number for each block, from a dense calibration pass,
 BLOCK_SCORES: dict[str, Callable[..., float]] = {"outlier_ratio": outlier_ratio, "median_score": median_score}
 # or a score of each weight, for one threshold over the whole model.
-WEIGHT_SCORES = {"lamp_score": lamp_score, "magnitude_score": magnitude_score}
+WEIGHT_SCORES = {"lamp_score": lamp_score, "magnitude_score": lambda weight: weight.detach().float().abs()}
 
 
 def shares_below(weights: Weights, target: float, score: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
@@ -78,16 +73,16 @@ def score_blocks(
     """
     values = {}
     for block in tqdm(weights.visit(), "dense statistics", len(weights.modules), unit="block", disable=None):
-        scores = [score for _, score in wanda_scores(block, inputs, keep=True)]
+        scores = [score for _, score in wanda_scores(block, inputs)]
         if scores:
             values |= dict.fromkeys(block.linears, number(scores))
     return values
 
 
-def wanda_scores(block: Block, inputs: BlockInputs, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and the scores |W| * sqrt(s), [out, in], of each layer; ``keep`` as for statistics."""
+def wanda_scores(block: Block, inputs: BlockInputs) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and the scores |W| * sqrt(s), [out, in], of each layer; the block's output replaces its inputs."""
     for name, linear in block.linears.items():
         check_finite(name, linear.weight)
-    for names, squares, _ in input_statistics(block, inputs, "squared_norms", keep):
+    for names, squares, _ in input_statistics(block, inputs, "squared_norms", keep=True):
         for name in names:
             yield name, block.linears[name].weight.detach().flatten(1).abs() * squares.sqrt()

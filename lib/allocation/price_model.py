@@ -101,7 +101,7 @@ class Masks:
         """Pass ``inputs`` on through the dense blocks, and rank the weights of each."""
         inputs = inputs._replace(dtype=self.dtype)
         for block in tqdm(self.weights.visit(), "ranks", len(self.weights.modules), unit="block", disable=None):
-            for name, score in wanda_scores(block, inputs, keep=True):
+            for name, score in wanda_scores(block, inputs):
                 if self.by_magnitude:
                     score = block.linears[name].weight.detach().flatten(1).abs()
                 self.ranks[name] = row_ranks(score.reshape(1, -1) if self.whole else score)

@@ -19,8 +19,6 @@ GPU_HESSIANS = "float32"
 # Rows of a Hessian that are added at a time, by one product.
 STRIP = 192
 GPU_STRIP = 1024
-
-
 # Whether the tokens of an expert count as much as the router weights them; auto: for norms (MoE-Pruner: arXiv
 # 2410.12013), where the gain is published, and not for Hessians.
 EXPERT_WEIGHTING = ("auto", "router", "none")
@@ -62,7 +60,7 @@ def hessian(x: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
     halves = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and "dtype" in torch.ops.aten.mm.overloads()
     x = x if halves else x.float()
     height = GPU_STRIP if x.is_cuda else STRIP
-    for top in range(0, size, height):
+    for top in range(0, size, height) if len(x) else ():  # few windows have a token for each expert
         left, right = x[:, top : top + height], x[:, top:]
         strip = total[top : top + height, top:]
         if halves:  # addmm adds in place only in some versions of torch

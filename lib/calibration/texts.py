@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib.core.errors import UserError, first_line
+from lib.core.errors import UserError, did_you_mean, first_line
 from lib.core.lazy import torch
-from lib.core.names import did_you_mean
 from lib.models.load import Tokenizer, check_hub
 
 LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")

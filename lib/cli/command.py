@@ -13,8 +13,7 @@ from dataclasses import MISSING, Field
 from typing import Any, NoReturn, TypeVar
 
 from lib.cli.flags import Flags, check_values
-from lib.core.errors import UserError
-from lib.core.names import did_you_mean
+from lib.core.errors import UserError, did_you_mean
 from lib.core.processes import is_main, started
 
 log = logging.getLogger("main")

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 from lib.core import files
-from lib.core.errors import UserError
-from lib.core.names import check_name
+from lib.core.errors import UserError, check_name
 
 log = logging.getLogger("main")
 

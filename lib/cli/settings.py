@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,16 +16,15 @@ from lib.calibration.hidden import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
 from lib.calibration.statistics import EXPERT_WEIGHTING
 from lib.cli.flags import Flags, flag
 from lib.cli.task import Measurement, Task
-from lib.core.errors import UserError, flag_name
+from lib.core.errors import UserError, check_name, did_you_mean, flag_name
 from lib.core.files import in_repository
-from lib.core.names import check_name, did_you_mean
 from lib.evaluation.zero_shot import ZERO_SHOT_TASKS
 from lib.models.layers import SUPPORTED
 from lib.models.load import DTYPES
 from lib.models.locate import SMOLLM2
 from lib.pruning import plan as plans
 from lib.pruning.drop import DROP_BY
-from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, configured
+from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Pruner, configured
 from lib.recovery.adam import STATES, TRAINED
 from lib.recovery.block_walk import SEARCH_DTYPES
 from lib.recovery.distill import BY, RecoveryOptions
@@ -142,17 +142,14 @@ class MixtureFlags(Flags):
     _title: ClassVar[str] = "mixtures of experts"
 
     only: str | None = flag(
-        None, "{choices}: the sparsity is that of the experts, all else stays dense", choices=("experts",),
-        only="pruning",
-    )  # fmt: skip
+        None, "{choices}: the sparsity is theirs, all else stays dense", choices=("experts",), only="pruning"
+    )
     drop_experts: float = flag(
-        0.0, "fraction of each block's experts to remove as a whole before the sparsity, in [0, 1)",
-        least=0, below=1, only="pruning",
-    )  # fmt: skip
+        0.0, "fraction of each block's experts to remove before all else, in [0, 1)", least=0, below=1, only="pruning"
+    )
     drop_by: str = flag(
-        "reap", "what they are chosen by: {choices}; reap: their part in the output, alpha: {ww_metric}",
-        choices=DROP_BY, only="drop_experts",
-    )  # fmt: skip
+        "reap", "{choices}; reap: by their part in the output, alpha: {ww_metric}", choices=DROP_BY, only="drop_experts"
+    )
     expert_weighting: str = flag(
         "auto", "by which the tokens of an expert count: {choices}; auto: router for norms, none for Hessians",
         choices=EXPERT_WEIGHTING, only=CALIBRATED,
@@ -204,18 +201,13 @@ class ZeroShotFlags(Flags):
     _title: ClassVar[str] = "evaluation"
 
     eval_zero_shot: bool = flag(False, "answer {tasks} with lm-eval and measure the accuracy")
-    tasks: str = flag(",".join(ZERO_SHOT_TASKS), "names of tasks or groups", only="eval_zero_shot", metavar="A,B")
+    tasks: str = flag(",".join(ZERO_SHOT_TASKS), "tasks or groups, by commas", only="eval_zero_shot", metavar="NAMES")
     num_fewshot: int = flag(0, "worked examples before each question, a count", least=0, only="eval_zero_shot")
     limit: int | None = flag(None, "questions per task, a count (default: all)", least=1, only="eval_zero_shot")
     eval_batch_size: int | str = flag(
         "auto", "questions at a time; auto: the most that fit on the GPU, 8 on a CPU", least=1, only="eval_zero_shot"
     )
     include_path: str | None = flag(None, "folder of more tasks, as data/tasks", only="eval_zero_shot", metavar="DIR")
-
-    def check(self) -> None:
-        super().check()
-        if not self.task_names():
-            raise UserError("tasks", repr(self.tasks), "names no task", "give lm-eval's names with commas between them")
 
     def task_names(self) -> tuple[str, ...]:
         """Return the names of the tasks, each once."""
@@ -260,8 +252,10 @@ class ScaleFlags(Flags):
 
 
 @dataclass(kw_only=True)
-class MethodFlags(PruningFlags, AllocationFlags):
-    """The flags that say what a model is pruned by, for both main programs."""
+class MethodFlags(PruningFlags, AllocationFlags, MixtureFlags):
+    """The flags that say what a model is pruned by, one of ``_pruners``, for both main programs."""
+
+    _pruners: ClassVar[Mapping[str, Pruner]] = PRUNERS
 
     def traits(self) -> set[str]:
         """Return what holds of the run: pruner and allocations by name, what is read, and each flag that is on."""
@@ -288,6 +282,48 @@ class MethodFlags(PruningFlags, AllocationFlags):
             check_name("prune_method", self.prune_method, METHODS)
         super().check()
 
+    def identity(self) -> dict[str, object]:
+        """Return the flags that determine the pruned weights, in their spelling."""
+        groups = (TextFlags, PruningFlags, AllocationFlags, MixtureFlags)
+        names = {"seed", "dtype"}.union(*(group.__annotations__ for group in groups))
+        names -= {"ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor"}
+        items = [item for _, item, _ in self.declared() if item.name in names]
+        return {self.spelling(item.name): getattr(self, item.name) for item in items}
+
+    def task(self) -> Task:
+        """Return the task that the flags describe; flags that contradict each other are a UserError."""
+        if self.metrics_only:
+            return self.settled(Task("metrics", None, "ww", 0.0))
+        if self.prune_method is None:
+            return self.settled(Task("dense", None, "", 0.0))
+        method, nm, implied = self.prune_method, parse_nm(self.sparsity_type), None
+        name, _, suffix = method.partition("_")
+        grouped, by = nm is not None, f"--sparsity_type {self.sparsity_type}"
+        if self.plan:
+            if suffix or nm:
+                problem = f"with {f'--prune_method {method}' if suffix else by}: the plan says all of that already"
+                raise UserError("plan", None, problem, f"use --prune_method {name} alone")
+            content = plans.read_plan(Path(self.plan))
+            implied, by, method = content["target"], f"--plan {self.plan}", f"{name}_plan"
+            grouped = any("nm" in row for row in content["layers"].values())
+        elif nm:
+            implied = 1 - nm[0] / nm[1]
+            if suffix and nm[0] == 1:
+                problem = f"with {method}: every layer keeps at least one of {nm[1]}: nothing can be distributed"
+                raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
+        target = implied or self.sparsity_ratio
+        if not target and not self.drop_experts:
+            fix = f"add {flag_name('sparsity_ratio')}"
+            raise UserError("prune_method", None, f"{method} without a sparsity", fix)
+        if self.sparsity_ratio and abs(self.sparsity_ratio - target) > 1e-9:
+            problem = f"with {by}, which removes {target:g}"
+            raise UserError("sparsity_ratio", self.sparsity_ratio, problem, "leave it out")
+        if self.use_variant and grouped:
+            raise UserError("use_variant", None, f"with {by}: the variant is unstructured only")
+        table = VARIANTS if self.use_variant else self._pruners
+        pruner = configured(name, table, self.pruner_iterations, self.damping, self.refit)
+        return self.settled(Task(method, pruner, suffix, target, nm, self.plan))
+
     def settled(self, task: Task) -> Task:
         """Return the ``task`` with its traits and the allocations' hyper-parameters."""
         names = {"owl_m"}.union(*(allocation.flags for allocation in ALLOCATIONS.values()))
@@ -295,14 +331,13 @@ class MethodFlags(PruningFlags, AllocationFlags):
         flags = [item for title, item, _ in self.declared() if title == MixtureFlags._title]
         mixture = {item.name: getattr(self, item.name) for item in flags if getattr(self, item.name) != item.default}
         mixture |= {"mapping_type": self.mapping_type} if self.mapping_type == "expert_wise" else {}
-        return task._replace(hyper=hyper, mixture=mixture, traits=frozenset(self.traits()))
+        return task._replace(hyper=hyper, identity=self.identity(), mixture=mixture, traits=frozenset(self.traits()))
 
 
 @dataclass(kw_only=True)
 class Experiment(
-    ModelFlags, TextFlags, MethodFlags, MixtureFlags, RecoveryFlags, EvaluationFlags, ZeroShotFlags, OutputFlags,
-    ScaleFlags,
-):  # fmt: skip
+    ModelFlags, TextFlags, MethodFlags, RecoveryFlags, EvaluationFlags, ZeroShotFlags, OutputFlags, ScaleFlags
+):
     """The flags of main.py."""
 
     def traits(self) -> set[str]:
@@ -337,13 +372,6 @@ class Experiment(
         same = Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
         return same and self.calib_data not in texts.DATASETS
 
-    def identity(self) -> dict[str, object]:
-        """Return the flags that determine the pruned weights, in their spelling."""
-        groups = (TextFlags, PruningFlags, AllocationFlags, MixtureFlags)
-        names = {"seed", "dtype"}.union(*(group.__annotations__ for group in groups))
-        names -= {"_title", "ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor"}
-        return {self.spelling(name): getattr(self, name) for name in sorted(names)}
-
     def measurement(self, model: str, whole: bool = False) -> Measurement:
         """Return how the metric of the ``model`` is measured, and where it is cached; ``whole``: before experts go."""
         farms = spectrum.Farms(self.farms_rows, self.farms_ratio, self.farms_steps) if self.farms else None
@@ -354,40 +382,6 @@ class Experiment(
     def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""
         return price.SearchOptions(self.price_steps, price.EFFORTS[self.price_effort])
-
-    def task(self) -> Task:
-        """Return the task that the flags describe; flags that contradict each other are a UserError."""
-        if self.metrics_only:
-            return self.settled(Task("metrics", None, "ww", 0.0))
-        if self.prune_method is None:
-            return self.settled(Task("dense", None, "", 0.0))
-        method, nm, implied = self.prune_method, parse_nm(self.sparsity_type), None
-        name, _, suffix = method.partition("_")
-        grouped, by = nm is not None, f"--sparsity_type {self.sparsity_type}"
-        if self.plan:
-            if suffix or nm:
-                problem = f"with {f'--prune_method {method}' if suffix else by}: the plan says all of that already"
-                raise UserError("plan", None, problem, f"use --prune_method {name} alone")
-            content = plans.read_plan(Path(self.plan))
-            implied, by, method = content["target"], f"--plan {self.plan}", f"{name}_plan"
-            grouped = any("nm" in row for row in content["layers"].values())
-        elif nm:
-            implied = 1 - nm[0] / nm[1]
-            if suffix and nm[0] == 1:
-                problem = f"with {method}: every layer keeps at least one of {nm[1]}: nothing can be distributed"
-                raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
-        target = implied or self.sparsity_ratio
-        if not target and not self.drop_experts:
-            fix = "add --sparsity_ratio or --sparsity_type"
-            raise UserError("prune_method", None, f"{method} without a sparsity", fix)
-        if self.sparsity_ratio and abs(self.sparsity_ratio - target) > 1e-9:
-            problem = f"with {by}, which removes {target:g}"
-            raise UserError("sparsity_ratio", self.sparsity_ratio, problem, "leave it out")
-        if self.use_variant and grouped:
-            raise UserError("use_variant", None, f"with {by}: the variant is unstructured only")
-        table = VARIANTS if self.use_variant else PRUNERS
-        pruner = configured(name, table, self.pruner_iterations, self.damping, self.refit)
-        return self.settled(Task(method, pruner, suffix, target, nm, plan=self.plan, identity=self.identity()))
 
 
 def parse_nm(sparsity_type: str) -> tuple[int, int] | None:

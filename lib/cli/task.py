@@ -30,8 +30,8 @@ class Task(NamedTuple):
     allocation: str
     target: float
     nm: tuple[int, int] | None = None
-    hyper: Mapping[str, object] = {}
     plan: str | None = None
+    hyper: Mapping[str, object] = {}
     identity: Mapping[str, object] = {}
     mixture: Mapping[str, object] = {}
     traits: frozenset[str] = frozenset()

@@ -1,1 +1,1 @@
-"""Core: errors, names, files, digests and processes, which every room needs."""
+"""Core: errors, files, digests and processes, which every room needs."""

@@ -1,4 +1,4 @@
-"""Lazy imports of numpy, pandas, torch and transformers, so that --help is answered immediately."""
+"""Lazy imports of libraries that load slowly, so that --help is answered immediately."""
 
 from importlib import import_module
 
@@ -13,7 +13,11 @@ class Lazy:
         return getattr(import_module(self._name), attribute)
 
 
-torch = Lazy("torch")
+accelerate = Lazy("accelerate")
 numpy = Lazy("numpy")
 pandas = Lazy("pandas")
+peft = Lazy("peft")
+timm = Lazy("timm")
+torch = Lazy("torch")
+torchvision = Lazy("torchvision")
 transformers = Lazy("transformers")

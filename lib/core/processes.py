@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
-from lib.core.lazy import torch
+from lib.core.lazy import accelerate, torch
 
 T = TypeVar("T")
 
@@ -52,11 +52,9 @@ def join() -> None:
         problem = f"{processes_on_machine()} processes were started on a machine with {gpus} GPUs"
         raise UserError(None, None, problem, "start one per GPU")
 
-    from accelerate import PartialState
-
     try:
         # They wait for each other, for example while one saves, for up to a week; a crash is noticed immediately.
-        _state = PartialState(cpu=not gpus, timeout=timedelta(weeks=1))
+        _state = accelerate.PartialState(cpu=not gpus, timeout=timedelta(weeks=1))
     except RuntimeError as error:
         problem = f"the {started()} processes cannot reach each other ({first_line(error)})"
         raise UserError(None, None, problem) from error

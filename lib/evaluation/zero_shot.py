@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +16,8 @@ from tqdm import tqdm
 from lib import sparse
 from lib.calibration.hidden import entry_device
 from lib.core import processes
-from lib.core.errors import UserError, first_line
-from lib.core.lazy import transformers
-from lib.core.names import did_you_mean
+from lib.core.errors import UserError, did_you_mean, first_line
+from lib.core.lazy import accelerate, transformers
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +49,18 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
     Raises:
         UserError: an unknown name, data that cannot be loaded, or a task that cannot be run in this way.
     """
+    from lm_eval.tasks import TaskManager
+
     manager = None
     if include_path is not None:
         if not Path(include_path).is_dir():
             raise UserError("include_path", include_path, "folder not found", "give one with lm-eval task files")
-        manager = _task_manager(include_path, include_defaults=False)
+        manager = TaskManager(include_path=include_path, include_defaults=False)
         if not manager.all_tasks:
             raise UserError("include_path", include_path, "the folder holds no lm-eval task files (*.yaml)")
     if manager is None or not set(names) <= set(manager.all_subtasks):
-        manager = _task_manager(include_path)  # with lm-eval's own tasks: over ten thousand, which take seconds to list
+        # With lm-eval's own tasks: over ten thousand, which take seconds to list.
+        manager = TaskManager(include_path=include_path)
     for name in names:  # all names are checked before the first data, which may have to be fetched
         if name not in manager.task_index:
             hint = did_you_mean(name, manager.all_tasks)
@@ -73,23 +74,9 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError("tasks", name, "runs code that the model writes, or needs images", "leave it out")
-        if not num_fewshot:
-            continue
-        if task.get_config("num_fewshot") == 0:  # which lm-eval would keep to, and say so only in its log
+        if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to it, and only log that it does
             raise UserError("num_fewshot", num_fewshot, f"{name} is zero-shot by its definition", "leave one out")
-        examples, split = task.fewshot_docs(), task.fewshot_cfg.split
-        with_question = split is not None and split == task.config.test_split  # which is never its own example
-        most = len(examples if hasattr(examples, "__len__") else list(examples)) - with_question
-        if num_fewshot > most:
-            raise UserError("num_fewshot", num_fewshot, f"{name} has {most} to draw from", f"give at most {most}")
     return Tasks(list(tasks.values()), manager)
-
-
-@cache
-def _task_manager(include_path: str | None, include_defaults: bool = True) -> object:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 def zero_shot(
@@ -113,10 +100,9 @@ def zero_shot(
     if batch_size == "auto" and entry_device(model).type == "cpu":
         batch_size = 8  # trying larger ones until memory runs out, as on a GPU, would kill the process
     if processes.count() > 1:  # lm-eval shares the questions only for a model that it loads itself
-        from accelerate import Accelerator
-
         shared = {"rank": processes.rank(), "world_size": processes.count()}
-        HFLM = type("Shared", (HFLM,), shared | {"accelerator": Accelerator(cpu=processes.device() is None)})
+        shared["accelerator"] = accelerate.Accelerator(cpu=processes.device() is None)
+        HFLM = type("Shared", (HFLM,), shared)
     # lm-eval gives the tokenizer a padding token, which is not to end up in a saved folder.
     adapter = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
     with _bars_for_terminals(), sparse.zeros_skipped(model.modules()):
@@ -129,7 +115,13 @@ def zero_shot(
             batch_size=batch_size,
             log_samples=False,
         )
-    _warn_of_nan(tasks)
+
+    # lm-eval takes the first choice if log-likelihoods are NaN, which looks like an accuracy.
+    answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
+    counts = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
+    broken, total = map(sum, zip(*counts, strict=True))
+    if broken:
+        log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, total)
     if not processes.is_main():
         return ZeroShotResult({}, {}, "")
     rows = full["results"].values()
@@ -149,12 +141,3 @@ def _bars_for_terminals() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = original
-
-
-def _warn_of_nan(tasks: Tasks) -> None:
-    """Warn if log-likelihoods are NaN: lm-eval would take the first choice, which looks like an accuracy."""
-    answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
-    counts = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
-    broken, total = map(sum, zip(*counts, strict=True))
-    if broken:
-        log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, total)

@@ -111,12 +111,12 @@ def _by_expert(
     its ``row_weights``.
     """
     linears, out, experts = matrices(self), torch.zeros_like(hidden), len(self.down_proj)
-    chosen = top_k_index.flatten()
-    counts = chosen.bincount(minlength=experts).tolist()  # one synchronisation, and not one for each expert
-    for expert, places in zip(range(experts), chosen.argsort(stable=True).split(counts), strict=False):
-        token, slot = places // top_k_index.shape[1], places % top_k_index.shape[1]
+    counts = top_k_index.flatten().bincount(minlength=experts).tolist()  # one synchronisation for all experts
+    places = top_k_index.flatten().argsort(stable=True)
+    tokens, shares = (places // top_k_index.shape[1]).split(counts), top_k_weights.flatten()[places, None].split(counts)
+    for expert, token, share in zip(range(experts), tokens, shares, strict=False):
         gate, up, down = (linears.get(f"{expert}.{role}") for role in ("gate_proj", "up_proj", "down_proj"))
-        x, share = hidden[token], top_k_weights[token, slot, None]  # one tensor for gate and up, which so share it
+        x = hidden[token]  # one tensor for gate and up, which so share a statistic
         for linear in filter(None, (gate, up, down)):
             linear.row_weights = share
 

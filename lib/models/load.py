@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 import os
 import socket
@@ -17,10 +17,10 @@ from urllib.request import getproxies
 
 from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
-from lib.core.files import new_folder, writing
+from lib.core.files import new_folder, reading, writing
 from lib.core.lazy import torch, transformers
 from lib.models import safetensors_io
-from lib.models.layers import SUPPORTED, architecture, check_support, stored_tensors
+from lib.models.layers import SUPPORTED, architecture, check_support, find_blocks, prunable_layers, stored_tensors
 from lib.models.memory import free_memory
 from lib.models.weights import Weights, held_dtypes
 
@@ -219,16 +219,13 @@ def empty_llm(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """
     from accelerate import init_empty_weights
 
-    path, fix = folder / "config.json", None
-    try:
+    with reading(folder / "config.json", "cannot be used"), init_empty_weights(include_buffers=False):
         config = transformers.AutoConfig.from_pretrained(folder, **_NO_CODE)
-        with init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_NO_CODE)
-        path, fix = folder / "generation_config.json", "correct it, or delete it for the defaults"
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_NO_CODE)
+    path = folder / "generation_config.json"
+    with reading(path, "cannot be used", fix="correct it, or delete it for the defaults"):
         if path.is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # whatever a file that is not JSON, or not such settings, leads to
-        raise UserError(None, path, f"cannot be used ({first_line(error)})", fix) from error
     tensors = dict(stored_tensors(model))
     for name, held in held_dtypes(model, dtype).items():
         tensors[name].data = tensors[name].data.to(held)
@@ -257,17 +254,16 @@ def save_llm(model: torch.nn.Module, tokenizer: Tokenizer, target: Path, dtype=N
 
     A full disk, or a path that is not writable, is a UserError.
     """
+    weights = Weights(model, find_blocks(model)[1], prunable_layers(model), dtype)
     with new_folder(target) as folder:
-        state = None
-        if dtype not in (None, model.dtype):
-            state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        model.save_pretrained(folder, state_dict=state)
-        _write_dtype(folder, dtype or model.dtype)
-        tokenizer.save_pretrained(folder)
+        for block in weights.visit():
+            path = folder / f"model-block-{block.index:05d}.safetensors"
+            safetensors_io.write_shard(path, weights.tensors(block.index), weights.save_dtypes(block.index))
+        complete_folder(folder, weights, tokenizer)
 
 
-def complete_folder(folder: Path, weights: Weights, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """Complete a folder with one shard per block, in ``dtype``, as a Hugging Face folder."""
+def complete_folder(folder: Path, weights: Weights, tokenizer: Tokenizer) -> None:
+    """Complete a folder with one shard per block as a Hugging Face folder."""
     model = weights.model
     with writing(folder):
         # Each parameter around the blocks gets a file, so that only one at a time is in memory.
@@ -275,16 +271,9 @@ def complete_folder(folder: Path, weights: Weights, tokenizer: Tokenizer, dtype:
             path = folder / f"model-edges-{index:05d}.safetensors"
             safetensors_io.write_shard(path, {name: tensor}, weights.save_dtypes(-1))
         safetensors_io.write_index(folder)
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-        _write_dtype(folder, dtype)
+        config = copy.deepcopy(model.config)
+        config.architectures, config.dtype = [type(model).__name__], weights.save_dtype or model.dtype
+        config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def _write_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Write the dtype of the weights into a saved config; transformers writes the dtype of the computation."""
-    config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -6,10 +6,9 @@ import logging
 from importlib.util import find_spec
 from pathlib import Path
 
-from lib.core.errors import UserError, first_line
-from lib.core.files import check_folder, check_writable
+from lib.core.errors import UserError, did_you_mean
+from lib.core.files import check_folder, check_writable, reading
 from lib.core.lazy import torch, transformers
-from lib.core.names import did_you_mean
 from lib.models.layers import check_support
 from lib.models.load import Source, save_llm, unreadable
 
@@ -74,14 +73,10 @@ def _converted(gguf: Path, name: str, cache_dir: str) -> Path:
     check_writable("cache_dir", target.parent)  # before a minute's work
     log.info("converting %s to %s, once", gguf.name, target)
     options = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    try:
+    with reading(gguf, "cannot be read as a GGUF model", "model"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**options)
         model = transformers.AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
-    except Exception as error:  # whatever the readers raise on a file that is not GGUF, or is cut off
-        raise UserError("model", gguf, f"cannot be read as a GGUF model ({first_line(error)})") from error
-    # The weights are plain float32 by now; the quantisation marker would make save_pretrained refuse.
-    model.config.__dict__.pop("quantization_config", None)
-    model.is_quantized, model.hf_quantizer = False, None
+    model.config.__dict__.pop("quantization_config", None)  # the weights are plain float32 by now
     check_support(str(gguf), model)
     save_llm(model, tokenizer, target)
     return target

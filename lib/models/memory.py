@@ -24,8 +24,8 @@ EXPERT_HESSIANS = 8 * 2**30
 _FILLED = 0.7
 # Bytes for a GPU's context, the libraries' workspaces and the allocator's gaps.
 _OVERHEAD = 2**30
-# The largest vocabularies' files, where they cannot be looked at before the download.
-_TOKENIZER_BYTES = 2**25
+# The largest vocabularies' files.
+_TOKENIZER_BYTES = 2**26
 
 
 def free_bytes(gpu: torch.device | int) -> int:
@@ -112,7 +112,8 @@ def working_set(
         weights = max(weights, sum(p.numel() for p in block.parameters()))
         scores = math.ceil(copies * max(layer.size for layer in layers))
         held = sum(layer.shape[1] ** 2 for layer in layers if not layer.expert)
-        held += min(sum(layer.shape[1] ** 2 for layer in layers if layer.expert), EXPERT_HESSIANS // 4)
+        of_experts = [layer.shape[1] ** 2 for layer in layers if layer.expert]
+        held += min(sum(of_experts), EXPERT_HESSIANS // 4) + max(of_experts, default=0)  # and that of all tokens
         largest = max(layer.shape[1] ** 2 for layer in layers)
         statistics = max(statistics, scores + (held + 2 * largest if hessians else 0))
         outputs = math.ceil(sum(layer.shape[0] * (share if layer.expert else 1) for layer in layers))
@@ -131,8 +132,8 @@ def hessian_groups(block: Block) -> list[list[str]]:
     gpu = block.device.type == "cuda"
     free = free_bytes(block.device) if gpu else free_ram() // processes.processes_on_machine()
     columns = {name: linear.weight.shape[1] for name, linear in block.linears.items()}
-    # One is factorised beside those that wait.
-    room = min(processes.gathered(free)) * _FILLED - 3 * 4 * max(columns.values()) ** 2
+    # One is factorised beside those that wait, among which is that of all tokens.
+    room = min(processes.gathered(free)) * _FILLED - 5 * 4 * max(columns.values()) ** 2
     by_expert: dict[str, list[str]] = {"": []}
     for name, linear in block.linears.items():
         by_expert.setdefault(name.rpartition(".")[0] if hasattr(linear, "place") else "", []).append(name)
@@ -162,13 +163,9 @@ def fits_in_memory(skeleton: torch.nn.Module, dtype: torch.dtype, reserve: int, 
     return free.get("cpu", 0) >= 0 and _weight_bytes(skeleton, dtype) <= sum(free.values())
 
 
-def saved_bytes(skeleton: torch.nn.Module, path: str, dtype: torch.dtype) -> int:
-    """Return the size in bytes of the folder that ``save_llm`` writes: weights, and the other files of ``path``."""
-    if not Path(path).is_dir():
-        return _weight_bytes(skeleton, dtype) + _TOKENIZER_BYTES
-    kinds = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
-    files = [file for file in Path(path).iterdir() if file.is_file() and file.suffix not in kinds]
-    return _weight_bytes(skeleton, dtype) + sum(file.stat().st_size for file in files)
+def saved_bytes(skeleton: torch.nn.Module, dtype: torch.dtype) -> int:
+    """Return at most the size in bytes of the folder that ``save_llm`` writes: weights and tokenizer."""
+    return _weight_bytes(skeleton, dtype) + _TOKENIZER_BYTES
 
 
 class PriceBytes(NamedTuple):
@@ -243,3 +240,18 @@ def trained_bytes(layers: Sequence[Layer], left: float, train: str, rank: int, s
     if train == "low_rank":
         return math.ceil(rank * sum(sum(layer.shape) for layer in layers) * each) + 4 * survivors
     return math.ceil(survivors * each) if train == "surviving" else 0
+
+
+def trained_block_bytes(
+    model: torch.nn.Module, layers: Sequence[Layer], stored: Mapping[str, int], dtype: torch.dtype, tokens: int
+) -> int:
+    """Return what training one block at a time needs at most: a block and its dense one, states, activations.
+
+    ``stored`` are the bytes that are kept for each layer, by name, and ``tokens`` those of a step.
+    """
+    return max(
+        2 * dtype.itemsize * sum(layer.size for layer in block)
+        + sum(stored[layer.name] for layer in block)
+        + activation_bytes(block, dtype, tokens, active_share(model))
+        for block in ([layer for layer in layers if layer.block == i] for i in range(layers[-1].block + 1))
+    )

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from lib.core.errors import UserError
 from lib.core.files import atomic, reading
-from lib.core.lazy import torch
+from lib.core.lazy import numpy, torch
 
 # The format's names of dtypes, and torch's.
 _CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64", "I32": "int32"}
@@ -128,19 +127,10 @@ def _read(entry: Entry, start: int, size: int) -> torch.Tensor:
     """Return ``size`` bytes of a tensor from byte ``start`` on, [numbers], in memory of their own."""
     if not size:
         return torch.empty(0, dtype=entry.dtype)
-    buffer = torch.empty(size, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
-    with entry.file.open("rb", buffering=0) as file:
-        file.seek(entry.start + start)
-        done = 0
-        while done < size:
-            count = file.readinto(view[done:])
-            if not count:
-                raise UserError(None, entry.file, "is cut off")
-            done += count
-        # The file's pages are not needed again soon.
-        os.posix_fadvise(file.fileno(), entry.start + start, size, os.POSIX_FADV_DONTNEED)
-    return buffer.view(entry.dtype)
+    content = numpy.fromfile(entry.file, "u1", size, offset=entry.start + start)
+    if len(content) < size:
+        raise UserError(None, entry.file, "is cut off")
+    return torch.from_numpy(content).view(entry.dtype)
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype] = {}) -> str:

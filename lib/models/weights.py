@@ -229,8 +229,7 @@ def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) ->
 
 def replace_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Put ``tensor`` in the place of the parameter or buffer ``name`` of a model."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module, leaf = parameter_place(model, name)
     if leaf in module._buffers:
         module._buffers[leaf] = tensor
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.core.errors import UserError
-from lib.core.files import write_atomically
+from lib.core.files import reading, write_atomically
 from lib.models.layers import Layer
 
 # llm-compressor's modifier for each of our pruners; its magnitude modifier takes one sparsity for all layers.
@@ -52,7 +52,7 @@ def load_plan(path: Path, model: str, layers: Sequence[Layer]) -> SparsityPlan:
         if shapes.get(name) != planned.get(name):
             problem = f"{name} has shape {planned.get(name)} there, and {shapes.get(name)} in the model"
             raise UserError("plan", path, problem, "make the plan again with --save_plan")
-    try:
+    with reading(path, "is not a sparsity plan", "plan"):
         ratios = {layer.name: float(rows[layer.name]["ratio"]) for layer in layers}
         nm = {name: tuple(row["nm"]) for name, row in rows.items() if "nm" in row} or None
         plan = SparsityPlan(target, ratios, nm)
@@ -60,8 +60,6 @@ def load_plan(path: Path, model: str, layers: Sequence[Layer]) -> SparsityPlan:
             n, m = nm[layer.name]
             if not 0 < n <= m or layer.shape[1] % m or abs(ratios[layer.name] - (1 - n / m)) > 1e-9:
                 raise ValueError(f"{layer.name}: {n}:{m} does not fit its ratio or its {layer.shape[1]} columns")
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError("plan", path, f"is not a sparsity plan ({error})") from error
     mean = sum(ratios[layer.name] * layer.size for layer in layers) / sum(layer.size for layer in layers)
     if abs(mean - target) > 1e-3:  # mixed N:M misses it by less
         raise UserError("plan", path, f"its ratios add up to {mean:.4f} and its target is {target}", "fix one of them")
@@ -70,16 +68,12 @@ def load_plan(path: Path, model: str, layers: Sequence[Layer]) -> SparsityPlan:
 
 def read_plan(path: Path) -> dict:
     """Return the content of a plan's file: ``model``, ``target`` in (0, 1), ``layers``."""
-    try:
+    with reading(path, "is not a sparsity plan", "plan"):
         content = json.loads(path.read_text(encoding="utf-8"))
         for row in content["layers"].values():
             row["ratio"], row["shape"]
         if not (isinstance(content["model"], str) and 0 < content["target"] < 1):
             raise ValueError("its model or target is not what it should be")
-    except OSError as error:
-        raise UserError("plan", path, f"cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("plan", path, f"is not a sparsity plan ({type(error).__name__}: {error})") from error
     return content
 
 

@@ -9,8 +9,7 @@ from lib.core.lazy import numpy, torch
 
 # The bits of non-negative floats, read as an integer, are in the order of the floats; so their upper half is counted
 # first, and then the lower half of those whose upper half is the wanted one. Both counts fit into a CPU's cache.
-_UPPER = 2**15  # values of the upper half, whose sign bit is 0
-_LOWER = 2**16  # values of the lower half
+_HALF = 2**16  # values of half of the bits
 _CHUNK = 2**20  # numbers counted at a time on a CPU: temporaries stay in its cache
 _GPU_CHUNK = 2**24  # numbers counted at a time on a GPU: enough to fill it, few beside a matrix of a large model
 _ROWS = 64  # rows partitioned at a time on a CPU
@@ -23,13 +22,11 @@ def nth_smallest(values: torch.Tensor, index: int) -> torch.Tensor:
         values: non-negative, of any shape; float32, float16 or bfloat16.
     """
     if values.is_cuda:
-        return _nth_by_scatter(values, index)
+        return _nth_by_counts(values, index)
     bits = _bits(values)
-    if len(bits) <= _CHUNK:  # a copy of them is small, and numpy selects with vectors
-        copy = (bits & torch.iinfo(bits.dtype).max).numpy()  # without the sign, which only a NaN has
-        copy.partition(index)
-        return torch.from_numpy(copy[index : index + 1]).view(values.dtype)[0]
-    return torch.tensor(threshold(lambda: [values], index + 1)[0], dtype=values.dtype)
+    copy = (bits & torch.iinfo(bits.dtype).max).numpy()  # without the sign, which only a NaN has
+    copy.partition(index)
+    return torch.from_numpy(copy[index : index + 1]).view(values.dtype)[0]
 
 
 def threshold(parts: Callable[[], Iterable[torch.Tensor]], rank: float) -> tuple[float, list[int], list[int]]:
@@ -39,15 +36,13 @@ def threshold(parts: Callable[[], Iterable[torch.Tensor]], rank: float) -> tuple
     Args:
         parts: yields the non-negative parts each time it is called (twice), so that only one need be in memory.
     """
-    upper = [_upper_counts(part.float()) for part in parts()]
+    upper = [_counts(part).cpu() for part in parts()]
     total = sum(upper)
-    rank = min(max(1, math.ceil(rank)), int(total.sum()))
-    high, rank = _bucket(total, rank)
-    lower = [_lower_counts(part.float(), high.item()) for part in parts()]
+    high, rank = _bucket(total, min(max(1, math.ceil(rank)), int(total.sum())))
+    lower = [_counts(part, high.item()).cpu() for part in parts()]
     low, _ = _bucket(sum(lower), rank)
     below = [u[:high].sum().item() + part[:low].sum().item() for u, part in zip(upper, lower, strict=True)]
-    value = (high << 16 | low).to(torch.int32).view(torch.float32).item()
-    return value, below, [part[low].item() for part in lower]
+    return _joined(high, low).item(), below, [part[low].item() for part in lower]
 
 
 def row_smallest(score: torch.Tensor, count: int) -> torch.Tensor:
@@ -105,47 +100,41 @@ def _row_thresholds_on_gpu(score: torch.Tensor, count: int) -> tuple[torch.Tenso
     return cut, (score <= cut).sum(dim=1) > count
 
 
-def _nth_by_scatter(values: torch.Tensor, index: int) -> torch.Tensor:
-    """Do the same as ``nth_smallest`` without synchronising: bincount would wait for the largest value."""
-    bits = _bits(values)
-    counts = torch.zeros(_UPPER, dtype=torch.int64, device=bits.device)
-    for chunk in bits.split(_GPU_CHUNK):
-        counts.scatter_add_(0, _upper(chunk).long(), counts.new_ones(1).expand(len(chunk)))
-    high, rank = _bucket(counts, index + 1)
-    if bits.dtype == torch.int16:
-        return high.to(torch.int16).view(values.dtype)
-    counts = torch.zeros(2 * _LOWER, dtype=torch.int64, device=bits.device)
-    for chunk in bits.split(_GPU_CHUNK):
-        # The others are counted too, in a second half: in a single bin they would all wait for each other.
-        lower = (chunk & 0xFFFF).long() + (_upper(chunk) != high) * _LOWER
-        counts.scatter_add_(0, lower, counts.new_ones(1).expand(len(chunk)))
-    low, _ = _bucket(counts[:_LOWER], rank)
-    return (high << 16 | low).to(torch.int32).view(values.dtype)
-
-
 def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.detach().flatten().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
 
 
-def _upper(bits: torch.Tensor | numpy.ndarray) -> torch.Tensor | numpy.ndarray:
-    """Return the upper half without the sign, which only a NaN has; for 16-bit numbers that is everything."""
-    return (bits if bits.dtype in (torch.int16, numpy.int16) else bits >> 16) & 0x7FFF
+def _nth_by_counts(values: torch.Tensor, index: int) -> torch.Tensor:
+    """Do the same as ``nth_smallest`` in little memory and without synchronising."""
+    high, rank = _bucket(_counts(values), index + 1)
+    low, _ = _bucket(_counts(values, high), rank)
+    return _joined(high, low).to(values.dtype)
 
 
-def _upper_counts(values: torch.Tensor) -> torch.Tensor:
-    """Return how often each upper half of the float32 ``values`` occurs, on the CPU."""
-    return sum(torch.bincount(_upper(chunk), minlength=_UPPER) for chunk in _bits(values).split(_CHUNK)).cpu()
+def _joined(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """Return the float32 number of these halves of its bits."""
+    return (high << 16 | low).to(torch.int32).view(torch.float32)
 
 
-def _lower_counts(values: torch.Tensor, high: int) -> torch.Tensor:
-    """Return how often each lower half occurs among the float32 ``values`` whose upper half is ``high``, on the CPU."""
-    bits = _bits(values)
-    if bits.device.type == "cpu":  # where numpy selects in half the time
-        members = [chunk[_upper(chunk) == high] for chunk in (chunk.numpy() for chunk in bits.split(_CHUNK))]
-        members = torch.from_numpy(numpy.concatenate(members))
-    else:
-        members = bits[_upper(bits) == high]
-    return torch.bincount(members & 0xFFFF, minlength=_LOWER).cpu()
+def _counts(values: torch.Tensor, high: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Return how often each upper half occurs among ``values`` as float32, or each lower half of those with ``high``.
+
+    The counts [_HALF] are where the values are.
+    """
+    counts = torch.zeros(2 * _HALF, dtype=torch.int64, device=values.device)
+    for chunk in values.detach().flatten().split(_GPU_CHUNK if values.is_cuda else _CHUNK):
+        bits = chunk.float().view(torch.int32) & 0x7FFFFFFF  # without the sign, which only a NaN has
+        halves = bits >> 16
+        if not values.is_cuda:
+            members = halves if high is None else (bits & 0xFFFF)[halves == high]
+            counts += torch.bincount(members, minlength=len(counts))
+            continue
+        if high is not None:
+            # The others are counted too, in a second half: in a single bin they would all wait for each other.
+            halves = (bits & 0xFFFF) + (halves != high) * _HALF
+        # Not bincount, which would wait for the largest value.
+        counts.scatter_add_(0, halves.long(), counts.new_ones(1).expand(len(chunk)))
+    return counts[:_HALF]
 
 
 def _bucket(counts: torch.Tensor, rank: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

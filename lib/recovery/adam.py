@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from lib.core import processes
 from lib.core.lazy import torch
 
@@ -94,8 +96,12 @@ class Trained:
 
 def _indices(weight: torch.Tensor) -> torch.Tensor:
     """Return the indices [n] of what is trained of a flattened weight."""
-    is_trained = weight.flatten() != 0 if weight.ndim > 1 else torch.ones_like(weight)
-    return is_trained.nonzero().squeeze(1)
+    flat = weight.flatten()
+    if weight.ndim == 1:
+        return torch.arange(len(flat), device=flat.device)
+    is_left = flat != 0
+    # NumPy's is several times faster on the CPU.
+    return is_left.nonzero().squeeze(1) if flat.is_cuda else torch.from_numpy(np.flatnonzero(is_left.numpy()))
 
 
 def _packed(numbers: torch.Tensor, states: str, root: bool) -> tuple[torch.Tensor, ...]:

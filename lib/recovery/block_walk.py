@@ -40,11 +40,17 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def kl_divergence(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
-    """Return the sum over tokens of KL(dense || pruned) of logits [tokens, vocabulary], in float32 at least."""
+def kl_divergence(dense: torch.Tensor, pruned: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return KL(dense || pruned) of logits [tokens, vocabulary], summed over tokens, and ``scale`` times its gradient.
+
+    Computed in float32 at least. The gradient by ``pruned``, of its dtype, takes fewer passes than autograd's.
+    """
     exact = torch.promote_types(dense.dtype, torch.float32)
-    dense, pruned = (torch.log_softmax(logits.to(exact), dim=-1) for logits in (dense, pruned))
-    return torch.nn.functional.kl_div(pruned, dense, reduction="sum", log_target=True)
+    with torch.no_grad():
+        target, log = (torch.log_softmax(logits.to(exact), dim=-1) for logits in (dense, pruned))
+        probability = target.exp()
+        total = target.sub_(log).mul_(probability).sum()
+        return total, log.exp_().sub_(probability).mul_(scale).to(pruned.dtype)
 
 
 # Replaces parameters of a block while it is run, and yields those that are differentiated, by name.
@@ -200,14 +206,15 @@ def head_loss(
                 pruned = logits(window, states)
                 if dense.leaving is None:
                     loss = torch.nn.functional.cross_entropy(pruned.float(), goal.to(pruned.device), reduction="sum")
+                    differentiated, slope = loss, torch.full_like(loss, LOSS_SCALE)
                 else:
                     with torch.no_grad(), swapped_parameters(places, gains):
                         goal = logits(window, goal)
-                    loss = kl_divergence(goal, pruned)
+                    differentiated, (loss, slope) = pruned, kl_divergence(goal, pruned, LOSS_SCALE)
                 total = total + loss.detach()
                 if differentiate:
                     by = [states, *trained.values()]
-                    by = torch.autograd.grad(loss, by, torch.full_like(loss, LOSS_SCALE), allow_unused=True)
+                    by = torch.autograd.grad(differentiated, by, slope, allow_unused=True)
                     pieces.append(by[0])
                     for name, gradient in zip(trained, by[1:], strict=True):
                         if gradient is not None:  # a norm before the blocks has none

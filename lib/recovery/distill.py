@@ -18,6 +18,7 @@ from lib.calibration.hidden import BlockInputs, advance, enter_blocks
 from lib.core import files, processes
 from lib.core.digests import digest
 from lib.core.errors import UserError
+from lib.core.files import readable
 from lib.core.lazy import torch
 from lib.models import memory, safetensors_io
 from lib.models.weights import Block, Weights, is_finite, parameter_place, swapped_parameters
@@ -119,11 +120,18 @@ class Distillation:
         text = "recovery: the weights that are left have a root mean square of %.3g; learning rate %.3g"
         log.info(text, scale, self.rate)
 
+        how, step = (options.train, options.rank, options.states), mine.shape[1]
+        stored = {x.name: memory.trained_bytes([x], self.left[x.name] / x.size, *how) for x in weights.layers}
         if options.by == "model":
-            how, step = (options.train, options.rank, options.states), mine.shape[1]
-            stored = {x.name: memory.trained_bytes([x], self.left[x.name] / x.size, *how) for x in weights.layers}
             sizes = (stored, self.seqlen, step, step, dtype)
             self._keeps = has_room_for_activations(weights, sizes, "recovery", "by", "model", "--by block")
+            return
+        place = "cpu" if weights.device.type == "cpu" else weights.device.index or 0
+        free = memory.free_memory(0)[place]
+        needed = memory.trained_block_bytes(model, weights.layers, stored, model.dtype, step * self.seqlen)
+        if needed > free:
+            problem = f"{readable(needed)} are needed for a block, its dense one and states; {readable(free)} are free"
+            raise UserError("by", "block", problem, "lower --seqlen or --batch, or use --states 8bit")
 
     def run(self, state: Path | None, keep: Keep, finished: Mapping[int, tuple[Path, list[float]]]) -> dict:
         """Train, in place, and return the loss of each step, in nats a token, on held-out windows before and after, ...
@@ -212,7 +220,7 @@ class Distillation:
         losses, stored = [], time.monotonic()
         if earlier:
             losses = safetensors_io.read_tensor(earlier["losses"]).tolist()
-            log.info("recovery goes on after step %d", len(losses))
+            log.info("recovery resumes after step %d", len(losses))
 
         counts = {"total": steps * tokens, "initial": len(losses) * tokens, "unit": "token", "unit_scale": True}
         with tqdm(desc="recovery", disable=None, **counts) as bar:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lib import sparse
+from lib.cli.settings import Experiment
 from lib.cli.task import Measurement, Task
 from lib.core import cpu, files, processes
 from lib.core.errors import UserError, flag_name
@@ -103,15 +104,6 @@ def check_layers(
         make_plan(task, layers, None)
 
 
-def check_calibration(hidden_states: str, nsamples: int) -> None:
-    """Refuse a place of the hidden states that is missing, and too few windows for all processes."""
-    if hidden_states == "gpu" and not cpu.gpus():
-        raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", "use cpu or disk")
-    if nsamples < processes.count():
-        fix = f"give one for each of {processes.count()} processes"
-        raise UserError("nsamples", nsamples, "is too few to share", fix)
-
-
 def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | None:
     """Return the dtype of the products in a float32 model's calibration passes, None for the model's own."""
     if name is None:
@@ -124,13 +116,13 @@ def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | N
     return getattr(torch, name)
 
 
-def must_stream(task: Task, stream: str, fits: bool, zero_shot: bool, packed: bool, saved: bool) -> bool:
-    """Return whether the weights are read block by block from disk, for ``stream``: auto, always or never.
+def must_stream(task: Task, settings: Experiment, fits: bool) -> bool:
+    """Return whether the weights are read block by block from disk; ``fits``: all have room beside the run's work.
 
-    ``fits``: the model has room in memory beside what the run needs. ``zero_shot``: lm-eval is to run. ``packed``,
-    ``saved``: how the pruned model is written. If a streamed model cannot do what is asked for, or several processes
-    have no room for a model each, it is a UserError.
+    If a streamed model cannot do what is asked for, or several processes have no room for a model each, it is a
+    UserError.
     """
+    stream = settings.stream
     if stream == "never" and processes.count() > 1 and not fits:
         problem = f"each of the {processes.count()} processes holds the whole model, for which there is no room"
         raise UserError("stream", "never", problem, "leave it out, or start one process, which uses all GPUs")
@@ -139,10 +131,10 @@ def must_stream(task: Task, stream: str, fits: bool, zero_shot: bool, packed: bo
     why = "the model " + ("is streamed (--stream always)" if fits else "does not fit into memory beside the work")
     if task.needs == "price":
         raise UserError("prune_method", task.method, f"{why}, and a streamed model has no prices", "use a --plan")
-    if zero_shot and not fits:
+    if settings.eval_zero_shot and not fits:
         raise UserError("eval_zero_shot", None, f"{why}, where lm-eval needs it", "leave it out, or use more GPUs")
-    if task.pruner and packed:
+    if task.pruner and settings.packed:
         raise UserError("packed", None, f"{why}, and is streamed unpacked", "use scripts/speedup/pack.py afterwards")
-    if task.pruner and not saved:
+    if task.pruner and not settings.save_model:
         raise UserError("stream", stream, f"{why}, so that pruned blocks go to disk", "add --save_model DIR")
     return True

@@ -16,7 +16,6 @@ from lib.core import files, processes
 from lib.core.digests import checksum, first_difference
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
-from lib.core.progress import Progress
 from lib.models.safetensors_io import write_shard
 from lib.pruning.walk import LayerReport
 
@@ -63,7 +62,7 @@ class Journal:
         self.failure: UserError | None = None
         self._undo = ExitStack()  # of what is to be released in the end
         self._reopened = False  # whether the folder is a finished model that this run has not accepted yet
-        self._progress: Progress  # in the main process only
+        self._progress: files.Progress  # in the main process only
         processes.on_main(lambda: self._open(restart, unmeasured))
 
     def _open(self, restart: bool, unmeasured: bool) -> None:
@@ -78,7 +77,7 @@ class Journal:
                 if can_reopen(self.target, restart, unmeasured):
                     self._reopen()
                 self.folder.mkdir(exist_ok=True)
-                self._progress = Progress(self.folder / _PROGRESS)
+                self._progress = files.Progress(self.folder / _PROGRESS)
             except UserError as error:
                 raise UserError("save_model", None, error.message, _RESTART) from error
             for path in self.folder.glob(".*.tmp"):  # that a killed process was writing

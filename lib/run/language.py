@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from lib import sparse
@@ -13,6 +14,7 @@ from lib.cli.settings import Experiment
 from lib.cli.task import Task
 from lib.core import cpu, processes
 from lib.core.digests import digest
+from lib.core.errors import UserError
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers, published_layout, refuse_experts
@@ -68,16 +70,17 @@ class LanguageModel:
 
         checks.check_layers(task, self.name, self.layers, self.layers, settings.measurement(self.name))
         self.calib_dtype = checks.calibration_dtype(settings.calib_dtype, self.dtypes.compute)
-        self.hidden_states, self.price_dtype = settings.hidden_states, settings.price_dtype
-        self.expert_weighting = settings.expert_weighting
-        self.measurement_of_whole, self.seed = settings.measurement(source.name, whole=True), settings.seed
-        if "calibration" in task.traits:
-            checks.check_calibration(settings.hidden_states, settings.nsamples)
+        self.settings, self.hidden_states = settings, settings.hidden_states
+        if settings.hidden_states == "gpu" and not cpu.gpus():
+            raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", "use cpu or disk")
+        if "calibration" in task.traits and settings.nsamples < processes.count():
+            fix = f"give one for each of {processes.count()} processes"
+            raise UserError("nsamples", settings.nsamples, "is too few to share", fix)
         if settings.packed:
             refuse_experts("packed", None, self.layers)
         if settings.save_model:
             published_layout(self.skeleton)  # refuses what could not be saved
-            size = memory.saved_bytes(self.skeleton, source.path, self.dtypes.save)
+            size = memory.saved_bytes(self.skeleton, self.dtypes.save)
             unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
             checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
 
@@ -88,16 +91,16 @@ class LanguageModel:
             copied = self.layers if searched or self.planned else ()  # the dense weights, which are restored
             fits = memory.fits_in_memory(self.whole, self.dtypes.compute, self.reserve, copied)
             self.fits = all(processes.gathered(fits))
-        outputs = (settings.eval_zero_shot, settings.packed, bool(settings.save_model))
         self.streamed = None
-        if not packed and checks.must_stream(task, settings.stream, self.fits, *outputs):
+        if not packed and checks.must_stream(task, settings, self.fits):
             self.streamed = locate.local_copy(source)
             checkpoint_entries(self.streamed)  # refuses what cannot be streamed
 
     def _inspect(self, source: load.Source, dropping: tuple[float, str] | None) -> None:
         """Take up a model's shapes, less those of the experts that will be dropped, and its tokenizer."""
         self.weights = self.dense = self.fits = self.loaded_as = None
-        self._texts, self.scores = {}, {}
+        self.scores = {}
+        self._once = cache(lambda work, *how: work(*how))  # keeps what was read for an earlier run
         self.skeleton = self.whole = load.load_skeleton(source)
         self.name, self.given = source.name, source.anywhere
         if dropping:
@@ -119,10 +122,9 @@ class LanguageModel:
 
         calibration = (settings.calib_data, self.tokenizer)
         if "calibration" in task.traits:
-            cut_before = "calibration_windows" in (key[0] for key in self._texts)
-            if "evaluation" in task.traits and settings.one_file() and not cut_before:
+            if "evaluation" in task.traits and settings.one_file():
                 text = "%s is both calibrated and evaluated on; give another text: --eval_data FILE"
-                log.warning(text, settings.calib_data)
+                self._once(log.warning, text, settings.calib_data)
             how = (settings.nsamples, self.seqlen, settings.seed)
             self.calibration = self._once(texts.calibration_windows, *calibration, *how)
             self.calibration_digest = digest(self.calibration)
@@ -142,13 +144,6 @@ class LanguageModel:
         if settings.eval_zero_shot:
             names = settings.task_names()
             self.questions = self._once(zero_shot.find_tasks, names, settings.include_path, settings.num_fewshot)
-
-    def _once(self, read: Callable, *how: object):
-        """Return what ``read`` returns, or what it returned to an earlier run."""
-        key = (read.__name__, *how)
-        if key not in self._texts:
-            self._texts[key] = read(*how)
-        return self._texts[key]
 
     def _needed_memory(self, settings: Experiment) -> int:
         """Return the bytes of each GPU, or of the CPU, that a run needs besides the weights, from shapes alone."""
@@ -184,7 +179,7 @@ class LanguageModel:
 
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""
-        key = (self.dtypes, self.streamed, self.dropping and (self.seed, self.calibration_digest))
+        key = (self.dtypes, self.streamed, self.dropping and (self.settings.seed, self.calibration_digest))
         if self.loaded_as == key:
             self.weights.restore(self.dense)
             return
@@ -213,21 +208,21 @@ class LanguageModel:
         if by == "reap":
             scores = drop.reap_scores(self.weights, self.inputs())
         elif by == "alpha":
-            metric, folder, how = self.measurement_of_whole
+            metric, folder, how = self.settings.measurement(self.source.name, whole=True)
             values = measure.load_or_measure(folder, metric, self.source.name, self.weights, how).values
             scores = drop.alpha_scores(layers, values)
         else:
-            scores = drop.random_scores(layers, self.seed)
+            scores = drop.random_scores(layers, self.settings.seed)
         return drop.kept_experts(scores, self.experts_left, getattr(self.whole.config, "n_group", 1) or 1)
 
     def inputs(self) -> hidden.BlockInputs:
         """Return the inputs of the first block for the calibration windows."""
         inputs = hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
-        return inputs._replace(expert_weighting=self.expert_weighting)
+        return inputs._replace(expert_weighting=self.settings.expert_weighting)
 
     def price_model(self, effort: price.Effort, by_magnitude: bool) -> price_model.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""
-        dtype = search_dtype(self.price_dtype, self.weights.device, self.dtypes.compute)
+        dtype = search_dtype(self.settings.price_dtype, self.weights.device, self.dtypes.compute)
         step = (effort.windows_per_step, effort.token_stride)
         return price_model.LanguagePriceModel(self.weights, self.search, *step, dtype, by_magnitude)
 
@@ -240,7 +235,7 @@ class LanguageModel:
             raise journal.failure
 
         def complete() -> None:
-            load.complete_folder(journal.folder, self.weights, self.tokenizer, self.dtypes.save)
+            load.complete_folder(journal.folder, self.weights, self.tokenizer)
             walk.check_saved(journal.folder, self.weights, sparsity)
             journal.finish(packed)
 
@@ -252,18 +247,13 @@ class LanguageModel:
         """Return the perplexity on the evaluation windows."""
         return perplexity.perplexity_by_blocks(self.weights, self.evaluation)
 
-    def is_whole(self, saved: str | None) -> bool:
-        """Return whether the pruned model can be had in memory, and warn if a streamed one was not ``saved``."""
-        if saved is None and self.weights.streamed and self.weights.changed:
-            log.warning("no zero-shot accuracy: the pruned model is whole in its folder only, which could not be saved")
-            return False
-        return True
-
-    def zero_shot(self, settings: Experiment, saved: str | None) -> zero_shot.ZeroShotResult:
+    def zero_shot(self, saved: str | None) -> zero_shot.ZeroShotResult:
         """Return the accuracy on the questions; a streamed model is read from where it was ``saved``, if it changed."""
         model = self.weights.model
         if self.weights.streamed:
+            if saved is None and self.weights.changed:
+                raise UserError("eval_zero_shot", None, "the pruned model is whole in its folder only, which is lost")
             source = self.source if saved is None else locate.locate(saved, self.source.cache_dir)
             model = load.load_llm(source, self.dtypes.compute, processes.device(), reserve=self.reserve)
-        how = (settings.num_fewshot, settings.limit, settings.eval_batch_size)
+        how = (self.settings.num_fewshot, self.settings.limit, self.settings.eval_batch_size)
         return zero_shot.zero_shot(model, self.tokenizer, self.questions, *how)

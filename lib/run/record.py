@@ -6,11 +6,13 @@ import json
 import logging
 import math
 import resource
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +40,6 @@ class Record:
         stages: the entry of the content that says what each stage cost.
         rows: the per-layer table, ``layers_<run>.tsv``.
         files: other files to write, {name: text}.
-        written: whether ``write`` has succeeded.
     """
 
     def __init__(self, folder: Path, run: str) -> None:
@@ -47,7 +48,6 @@ class Record:
         self.rows: list[LayerReport] = []
         self.files: dict[str, str] = {}
         self.content: dict = {"complete": False, "stages": self.stages}
-        self.written = False
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -77,12 +77,16 @@ class Record:
         layers = {f"layers_{self.run}.tsv": layers_text(self.rows)} if self.rows else {}
         for name, content in {**self.files, **layers, f"run_{self.run}.json": run_text(self.content)}.items():
             write_atomically(self.folder / name, content)
-        self.written = True
 
-    def explain_failure(self, resume: Callable[[], str]) -> AbstractContextManager[None]:
-        """If the body of the with statement fails, report what is on disk and how to ``resume``."""
-        figures = f"figures so far: {self.folder}/*_{self.run}.*"
-        return explain_failure(lambda: f"{figures if self.written else 'no figures were written'}; {resume()}")
+    def how_to_resume(self, save_model: str | None, measure: str, flags: Mapping[str, object]) -> str:
+        """Return what is on disk after a failure, and how to go on: ``measure`` the saved model, or start again."""
+        advice = "the same command starts again"
+        if saved := self.content["saved_model"]:
+            words = [word for name, value in {"model": saved, **flags}.items() for word in (f"--{name}", str(value))]
+            advice = f"the pruned model is saved; {measure} {shlex.join(words)}"
+        elif self.rows and not save_model:
+            advice += " (--save_model DIR would keep the model)"
+        return f"figures so far: {self.folder}/*_{self.run}.*; {advice}"
 
 
 @contextmanager
@@ -182,18 +186,23 @@ def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:
     return states
 
 
-def provenance() -> dict:
-    """Return package versions, git commit, devices and time for the run's record."""
+@cache
+def _code() -> dict:
+    """Return package versions and git commit, found out once: those of the code that this process has imported."""
     versions = {"alphapruning": __version__, "python": sys.version.split()[0]}
     versions |= {name: version(name) for name in _PACKAGES if find_spec(name)}
-    cuda = [torch.cuda.get_device_name(device) for device in cuda_in_use()]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None  # of a copy without git
     with suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {"versions": versions, "git_commit": commit}
+
+
+def provenance() -> dict:
+    """Return package versions, git commit, devices and time for the run's record."""
+    cuda = [torch.cuda.get_device_name(device) for device in cuda_in_use()]
     return {
-        "versions": versions,
-        "git_commit": commit,
+        **_code(),
         "device": cuda or [f"cpu ({torch.get_num_threads()} threads)"],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
@@ -98,10 +97,6 @@ def show_run(console: Console, record: Record) -> None:
         show(console, f"{title}{recovery['learning_rate']:.3g}", ("", "sparsity", "held-out loss", "perplexity"), rows)
     commit = (provenance()["git_commit"] or "unknown")[:12]
     line(console, f"model:   {content['model']['name']}, seed {content['flags']['seed']}, commit {commit}")
-    patterns = Counter("{}:{}".format(*report.nm) for report in record.rows if report.nm)
-    if len(patterns) > 1:
-        each = ", ".join(f"{count} at {pattern}" for pattern, count in sorted(patterns.items()))
-        line(console, f"layers:  {each} (see the .tsv)")
     line(console, f"written: {record.folder}/*_{record.run}.*")
     if content["saved_model"]:
         line(console, f"saved:   {content['saved_model']}")

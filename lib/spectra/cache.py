@@ -13,7 +13,6 @@ from typing import NamedTuple
 from lib.core import digests, files, processes
 from lib.core.errors import UserError, flag_name
 from lib.core.lazy import numpy
-from lib.core.progress import Progress
 from lib.models.layers import Layer
 from lib.models.weights import Weights
 from lib.spectra.spectrum import Farms
@@ -104,11 +103,11 @@ class MetricCache:
             problem = f"was measured on other weights of the same name and shape (see {changed})"
             raise UserError(None, self.path, problem, self._fix)
 
-    def progress(self) -> Progress:
+    def progress(self) -> files.Progress:
         """Return the file in which this process keeps finished values until all are measured."""
         with files.writing(self.folder, "ww_metric_cache"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        return Progress(self.folder / f".{self.stem}.{processes.rank()}.jsonl")
+        return files.Progress(self.folder / f".{self.stem}.{processes.rank()}.jsonl")
 
     def write(self, measured: LayerMetrics) -> None:
         """Write the values (float64, one per matrix in model order, as published) and the sidecar."""

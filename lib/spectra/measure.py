@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib.core import digests, processes
+from lib.core import digests, files, processes
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import numpy, torch
-from lib.core.progress import Progress
 from lib.models import memory
-from lib.models.weights import Block, Weights
+from lib.models.weights import Weights
 from lib.spectra.cache import PUBLISHED, LayerMetrics, MetricCache, SpectrumSettings
 from lib.spectra.spectrum import NoFit, spectrum
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
@@ -57,7 +56,7 @@ def load_or_measure(
 
 
 def measure(
-    metric: str, weights: Weights, settings: SpectrumSettings = PUBLISHED, progress: Progress | None = None
+    metric: str, weights: Weights, settings: SpectrumSettings = PUBLISHED, progress: files.Progress | None = None
 ) -> LayerMetrics:
     """Return the metric of every layer. Several processes share the matrices.
 
@@ -102,7 +101,7 @@ def measure(
 
 
 def _by_spectrum(
-    metric: str, weights: Weights, names: set[str], settings: SpectrumSettings, progress: Progress | None
+    metric: str, weights: Weights, names: set[str], settings: SpectrumSettings, progress: files.Progress | None
 ) -> Iterator[_Result]:
     """Yield the values of the layers ``names`` as they become ready.
 
@@ -119,26 +118,24 @@ def _by_spectrum(
     try:
         # The number counts for the thread that sets it only, so that each worker must set it, too.
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as workers:
-            for block in _blocks(metric, weights):
-                for name in (name for name in block.linears if name in names):
-                    weight = block.linears[name].weight.detach()
-                    if settings.driver == "exact":
-                        weight = weight.cpu()
-                    if weight.is_cuda:  # one matrix fills a GPU
-                        yield value(name, weight)
-                        continue
-                    # Each matrix is held in memory, also after its block has been left: no more of them than cores.
-                    if len(pending) == cores:
-                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                        yield from (future.result() for future in done)
-                    pending.add(workers.submit(value, name, weight))
+            for name, weight in _matrices(weights, names):
+                if settings.driver == "exact":
+                    weight = weight.cpu()
+                if weight.is_cuda:  # one matrix fills a GPU
+                    yield value(name, weight)
+                    continue
+                # Each matrix is held in memory, also after its block has been left: no more of them than cores.
+                if len(pending) == cores:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+                pending.add(workers.submit(value, name, weight))
             yield from (future.result() for future in as_completed(pending))
     finally:
         torch.set_num_threads(threads)
 
 
 def _value(
-    name: str, weight: torch.Tensor, metric: str, settings: SpectrumSettings, progress: Progress | None
+    name: str, weight: torch.Tensor, metric: str, settings: SpectrumSettings, progress: files.Progress | None
 ) -> _Result:
     start, fingerprint = time.perf_counter(), digests.fingerprint(weight)
     before = progress.get("value", name) if progress else None
@@ -157,16 +154,10 @@ def _value(
     return _Result(name, number, fingerprint, its_spectrum.fell_back, time.perf_counter() - start)
 
 
-def _blocks(metric: str, weights: Weights) -> Iterator[Block]:
-    """Yield the blocks; warn if the checkpoint is already pruned, judging by the first one."""
+def _matrices(weights: Weights, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
     for block in weights.visit():
-        if block.index == 0:
-            zeros = sum((linear.weight == 0).sum().item() for linear in block.linears.values())
-            share = zeros / max(1, sum(linear.weight.numel() for linear in block.linears.values()))
-            if share > 0.1:  # no dense checkpoint has that many
-                message = "%.0f %% of the first block's weights are zero: %s describes the pruning, not the training"
-                log.warning(message, 100 * share, metric)
-        yield block
+        for name in (name for name in block.linears if name in names):
+            yield name, block.linears[name].weight.detach()
 
 
 def _by_weightwatcher(metric: str, weights: Weights, names: set[str], seed: int) -> Iterator[_Result]:
@@ -175,16 +166,14 @@ def _by_weightwatcher(metric: str, weights: Weights, names: set[str], seed: int)
 
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
     column, switches = WEIGHTWATCHER[metric]
-    for block in _blocks(metric, weights):
-        for name in (name for name in block.linears if name in names):
-            weight = block.linears[name].weight.detach()
-            linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-            linear.weight = torch.nn.Parameter(weight.float().cpu(), requires_grad=False)
-            numpy.random.seed(seed % 2**32)  # weightwatcher shuffles the weights with numpy's global generator
-            table = WeightWatcher(model=torch.nn.Sequential(linear)).analyze(**switches)
-            number = next(iter(table.get(column, [])), None)
-            if number is None or not numpy.isfinite(number) or number < 0:  # -1: its fit failed
-                reason = "weightwatcher skipped it" if number is None else f"weightwatcher gives {number}"
-                fix = f"choose another {flag_name('ww_metric')}"
-                raise UserError(None, name, f"{metric} cannot be computed, {reason}", fix)
-            yield _Result(name, float(number), digests.fingerprint(weight))
+    for name, weight in _matrices(weights, names):
+        linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(weight.float().cpu(), requires_grad=False)
+        numpy.random.seed(seed % 2**32)  # weightwatcher shuffles the weights with numpy's global generator
+        table = WeightWatcher(model=torch.nn.Sequential(linear)).analyze(**switches)
+        number = next(iter(table.get(column, [])), None)
+        if number is None or not numpy.isfinite(number) or number < 0:  # -1: its fit failed
+            reason = "weightwatcher skipped it" if number is None else f"weightwatcher gives {number}"
+            fix = f"choose another {flag_name('ww_metric')}"
+            raise UserError(None, name, f"{metric} cannot be computed, {reason}", fix)
+        yield _Result(name, float(number), digests.fingerprint(weight))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lib.core.lazy import torch
@@ -53,7 +53,10 @@ def spectrum(weight: torch.Tensor, driver: str = "exact", farms: Farms | None = 
         raise NoFit("the weight holds values that are not finite")
 
     if farms is not None:
-        batches = _window_batches(matrix, farms)
+        (height, width), tops, lefts = farms_windows(tuple(matrix.shape), farms)
+        windows = [matrix[y : y + height, x : x + width] for y in tops for x in lefts]  # views
+        count = max(1, _BATCH_ENTRIES // (height * width))
+        batches = (torch.stack(windows[first : first + count]) for first in range(0, len(windows), count))
     elif matrix.ndim == 4:
         batches = [matrix.float().permute(2, 3, 0, 1).flatten(0, 1) * math.sqrt(0.5)]  # [kh * kw, out, in]
     else:
@@ -106,11 +109,3 @@ def farms_windows(shape: tuple[int, int], farms: Farms) -> tuple[tuple[int, int]
         # In a small matrix several would start at the same place: each is taken once.
         starts.append(sorted({min(i * step, room) for i in range(farms.steps)}))
     return window, *starts
-
-
-def _window_batches(matrix: torch.Tensor, farms: Farms) -> Iterator[torch.Tensor]:
-    (height, width), tops, lefts = farms_windows(tuple(matrix.shape), farms)
-    places = [(top, left) for top in tops for left in lefts]
-    count = max(1, _BATCH_ENTRIES // (height * width))
-    for first in range(0, len(places), count):
-        yield torch.stack([matrix[y : y + height, x : x + width] for y, x in places[first : first + count]])

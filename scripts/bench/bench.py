@@ -15,9 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
 from lib.core import cpu, files
-from lib.core.errors import UserError
+from lib.core.errors import UserError, check_name
 from lib.core.lazy import torch
-from lib.core.names import check_name
 from lib.run.record import provenance
 from scripts.bench.cases import PARTS, SIZES, Case, Sizes
 from scripts.table import formatted

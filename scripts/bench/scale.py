@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -79,6 +80,7 @@ class Scale(Flags):
 PARSER = make_parser(Scale, "scale.py", __doc__)
 
 
+@cache
 def skeleton(shape: tuple[int, int, int, int, int, int], **config) -> transformers.LlamaForCausalLM:
     """Return a LLaMA of a ``shape`` as in SIZES, without weights."""
     hidden, inner, blocks, heads, kv, vocabulary = shape
@@ -168,11 +170,9 @@ def recovery_needs(size: str, sparsity: float, states: str, batch: int, seqlen: 
     model, half = skeleton(SIZES[size]), torch.float16
     layers = prunable_layers(model)
     work = memory.price_working_set(model, layers, half, seqlen, batch, batch)
-    first = [layer for layer in layers if layer.block == 0]
-    kept, block = (memory.trained_bytes(each, 1 - sparsity, "surviving", 0, states) for each in (layers, first))
-    block += 2 * sum(layer.size for layer in first)
-    # Of a dense block and a pruned one the latter's states are kept as well.
-    return 2 * sum(p.numel() for p in model.parameters()) + kept + work, 2 * block + work
+    kept = {layer.name: memory.trained_bytes([layer], 1 - sparsity, "surviving", 0, states) for layer in layers}
+    block = memory.trained_block_bytes(model, layers, kept, half, batch * seqlen)
+    return 2 * sum(p.numel() for p in model.parameters()) + sum(kept.values()) + work, block
 
 
 def show_recovery(settings: Scale) -> None:

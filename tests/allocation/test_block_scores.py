@@ -94,7 +94,7 @@ def test_lamp_by_pencil():
     assert block_scores.lamp_score(torch.zeros(2, 2)).eq(0).all()
 
 
-@pytest.mark.parametrize("score", [block_scores.magnitude_score, block_scores.lamp_score], ids=["global", "lamp"])
+@pytest.mark.parametrize("score", block_scores.WEIGHT_SCORES.values(), ids=block_scores.WEIGHT_SCORES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # half precision: thousands of equal weights
 def test_shares_below_are_those_of_a_sort(score, dtype):
     generator = torch.Generator().manual_seed(3)

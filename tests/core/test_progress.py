@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lib.core.errors import UserError
-from lib.core.progress import Progress
+from lib.core.files import Progress
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, error_line, everything, fast, tiny_llama, tiny_sentences
+from conftest import ROOT, error_line, everything, fast, saved_tensors, tiny_llama, tiny_sentences
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
@@ -239,7 +239,8 @@ def test_two_processes_make_the_adapter_of_one(place, monkeypatch):
 def test_published_command(here, tiny_tokenizer, tmp_path, monkeypatch):
     # The pruned folder holds weights alone; config and tokenizer come from --config_name, a folder in the hub's place.
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(texts.DATASETS, "c4", lambda split: texts.Text([tiny_sentences(30, seed) for seed in range(4)]))
+    monkeypatch.setitem(texts.DATASETS, "c4", lambda split: texts.Text([tiny_sentences(5, seed) for seed in range(4)]))
+    monkeypatch.setattr(finetune_lm, "plot_losses", lambda *_: None)
     Path("PRUNED").mkdir()
     shutil.copy(here / "pruned/model.safetensors", "PRUNED")
     shutil.copytree(here / "pruned", "meta-llama/Llama-2-7b-hf")
@@ -385,24 +386,6 @@ def test_flags_that_the_trainer_refuses(place, capsys):
     assert not any(Path("out").glob("*"))
 
 
-@pytest.mark.parametrize(("value", "status"), [(1e30, 2), (1.0, 0)])
-def test_adapter_that_is_ruined_is_not_saved(value, status, place, capsys, monkeypatch):
-    train = Trainer.train
-
-    def spoils(self, *args, **kwargs):
-        result = train(self, *args, **kwargs)
-        for name, weight in self.model.named_parameters():
-            if "layers.1.self_attn.v_proj.lora" in name:
-                weight.data[:] = value  # of which the loss of the last step cannot tell
-        return result
-
-    monkeypatch.setattr(Trainer, "train", spoils)
-    assert run("finetune", "--do_eval -") == status
-    line = "ruined after step 2: its update of model.layers.1.self_attn.v_proj is not finite; lower --learning_rate"
-    assert (line in capsys.readouterr().err) == bool(status)
-    assert len(list(Path("out").glob("adapter*"))) == (0 if status else 2)
-
-
 def test_loss_that_is_not_finite(place, capsys, monkeypatch):
     calls, loss = [], Trainer.compute_loss
 
@@ -411,7 +394,7 @@ def test_loss_that_is_not_finite(place, capsys, monkeypatch):
         return loss(self, model, *args, **kwargs) * (math.nan if len(calls) > 2 else 1)  # two blocks to a step
 
     monkeypatch.setattr(Trainer, "compute_loss", spoils)
-    assert run("finetune", "--do_eval -") == 2 and len(calls) == 4
+    assert run("finetune", "--do_eval - --logging_steps 1") == 2 and len(calls) == 4
     assert "the training loss is nan at step 2; lower --learning_rate" in capsys.readouterr().err
     assert not any(Path("out").glob("*"))
 
@@ -512,7 +495,7 @@ def test_evaluate_ppl_is_main_and_writes_the_published_line(place, windows, monk
 @pytest.mark.parametrize("keep_dense", [False, True])
 def test_merge(keep_dense, place, windows, capsys):
     assert run("merge", "--keep_dense" * keep_dense) == 0
-    before, after = load_file("pruned/model.safetensors"), load_file("out/model.safetensors")
+    before, after = load_file("pruned/model.safetensors"), saved_tensors(Path("out"))
     plain, matrices = dict(before), weights("adapter")  # W + alpha/r BA
     for key in [key for key in matrices if "lora_A" in key]:
         name = key.removeprefix("base_model.model.").replace(".lora_A", "")
@@ -557,7 +540,8 @@ def test_merged_model_outlives_a_failed_evaluation(call, error, place, caplog, c
     said = capsys.readouterr().err + caplog.text
     assert "the merged model is saved in out" in said
     assert f"python lora_ft/evaluate_ppl.py --model out --dataset val.txt --ctx_length {BLOCK}" in said
-    assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    contents = [[path.read_bytes() for path in sorted(Path(name).glob("*.safetensors"))] for name in ("out", "whole")]
+    assert contents[0] and contents[0] == contents[1]
     assert record("out/merge.json")["complete"] is False and len(record("out/merge.json")["rows"]) == call - 1
     assert all(row in record("whole/merge.json")["rows"] for row in record("out/merge.json")["rows"])
 
@@ -568,7 +552,7 @@ def test_merged_model_keeps_the_dtype_and_the_zeros(dtype, place):
     stored, before = Path("pruned/model.safetensors").read_bytes(), load_file("pruned/model.safetensors")
     assert run("merge") == 0
     assert Path("pruned/model.safetensors").read_bytes() == stored
-    after = load_file("out/model.safetensors")
+    after = saved_tensors(Path("out"))
     assert before.keys() == after.keys() and {weight.dtype for weight in after.values()} == {getattr(torch, dtype)}
     changed = [name for name in after if not torch.equal(after[name], before[name])]
     assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
@@ -579,4 +563,4 @@ def test_merged_model_keeps_the_dtype_and_the_zeros(dtype, place):
     measured = record("res/perplexity.json")
     assert (measured["perplexity"], measured["sparsity"]) == (merged["perplexity"], merged["sparsity"])
     assert run("merge", "--dtype float32 --save plain") == 0
-    assert {weight.dtype for weight in load_file("plain/model.safetensors").values()} == {torch.float32}
+    assert {weight.dtype for weight in saved_tensors(Path("plain")).values()} == {torch.float32}

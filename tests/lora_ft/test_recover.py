@@ -14,7 +14,7 @@ from lib.recovery import distill
 from lib.recovery.distill import BY, Distillation
 from lora_ft import recover
 
-TEXTS = "--calib_data train.txt --eval_data val.txt --seqlen 16"
+TEXTS = "--calib_data train.txt --eval_data val.txt --seqlen 16 --eval_windows 8"
 TOKENS = 4 * 2 * 16 * 4  # sixteen steps, or four of each block's epochs
 PRUNE = f"--model tiny-llama {TEXTS} --nsamples 4 --prune_method wanda --sparsity_ratio 0.5"
 RECOVER = f"--model pruned/wanda_0.5 {TEXTS} --tokens {TOKENS} --save_model recovered"

@@ -33,6 +33,14 @@ def family(request):
     return request.param
 
 
+def families_and(values) -> list:
+    """Return pairs for parametrize: in the fast tests four families with the first value, and one with every value."""
+    values = list(values)
+    pairs = [(family, value) for family in FAMILIES for value in values]
+    first = [pair for pair in pairs if pair[0] == FAMILIES[0] or pair[0] in FAMILIES[:4] and pair[1] == values[0]]
+    return fast([*first, *(pair for pair in pairs if pair not in first)], len(first))
+
+
 def experts_of(model) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_experts(module)}
 
@@ -171,9 +179,9 @@ def test_walk_gives_the_models_own_hidden_states(family, tiny_windows):
         assert torch.equal(model(window[None], use_cache=False).logits, logits)
 
 
-@pytest.mark.parametrize("kind", ["squared_norms", "hessian"])
+@pytest.mark.parametrize(("family", "kind"), families_and(["squared_norms", "hessian"]))
 @torch.no_grad()
-def test_statistics_are_those_of_separate_experts(kind, family, tiny_windows):
+def test_statistics_are_those_of_separate_experts(family, kind, tiny_windows):
     model = tiny_mixture(family)
     separate, logits = with_separate_experts(model, tiny_windows)
     for window, wanted in zip(tiny_windows, logits, strict=True):
@@ -200,8 +208,8 @@ def test_statistics_are_those_of_separate_experts(kind, family, tiny_windows):
         assert compared == sum(len(one.linears) for one in separate.values())
 
 
-@pytest.mark.parametrize("pruner", PRUNERS)
-def test_walk_prunes_what_separate_experts_would_be_pruned_to(pruner, family, tiny_windows):
+@pytest.mark.parametrize(("family", "pruner"), families_and(sorted(PRUNERS, key=lambda name: name != "sparsegpt")))
+def test_walk_prunes_what_separate_experts_would_be_pruned_to(family, pruner, tiny_windows):
     model = tiny_mixture(family)
     separate, _ = with_separate_experts(model, tiny_windows)
     weights = weights_of(model)
@@ -455,10 +463,9 @@ def homes(folder: Path, compute: torch.dtype, save: torch.dtype) -> dict[str, Ca
 BF16, FULL = torch.bfloat16, torch.float32
 
 
-@pytest.mark.parametrize(("compute", "save"), [(FULL, FULL), (FULL, BF16), (BF16, BF16)], ids=str)
-def test_streamed_is_in_memory_is_what_transformers_saves(
-    compute, save, family, tmp_path, tiny_tokenizer, tiny_windows
-):
+@pytest.mark.parametrize(("family", "dtypes"), families_and([(FULL, BF16), (FULL, FULL), (BF16, BF16)]), ids=str)
+def test_streamed_is_in_memory_is_what_transformers_saves(family, dtypes, tmp_path, tiny_tokenizer, tiny_windows):
+    compute, save = dtypes
     dense = saved_model(family, tmp_path, save)
     written = {}
     for name, opened in homes(dense, compute, save).items():
@@ -470,7 +477,7 @@ def test_streamed_is_in_memory_is_what_transformers_saves(
             journal.finished = {0: rows} if (rows := journal.finished.get(0)) else {}
             walk(weights, plan, PRUNERS["wanda"], enter_blocks(weights, tiny_windows), journal=journal)
         assert journal.finished[0] is rows
-        load.complete_folder(journal.folder, weights, tiny_tokenizer, save)
+        load.complete_folder(journal.folder, weights, tiny_tokenizer)
         check_saved(journal.folder, weights, weights.sparsity())
         written[name] = saved_tensors(journal.folder)
         if name == "memory":

@@ -216,6 +216,18 @@ REFUSED = {
         tf.JetMoeConfig(**_COMMON, **_MLP, num_key_value_heads=2, num_local_experts=4, kv_channels=8),
         "mixture whose experts are not held",
     ),
+    "DbrxForCausalLM": (
+        tf.DbrxConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, attn_config={"rope_theta": 1e4}),
+        "mixture whose experts are not held",
+    ),
+    "LongcatFlashForCausalLM": (
+        tf.LongcatFlashConfig(**_COMMON, ffn_hidden_size=48, expert_ffn_hidden_size=48, n_routed_experts=4),
+        "cannot be found",
+    ),
+    "JambaForCausalLM": (  # with Mamba blocks
+        tf.JambaConfig(**_COMMON, **_MLP, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1),
+        "not linear layers .*A_log",
+    ),
     "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "cannot be found"),
     "T5ForConditionalGeneration": (tf.T5Config(vocab_size=300, d_model=32, num_layers=2), "encoder-decoder"),
     "BertForMaskedLM": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),

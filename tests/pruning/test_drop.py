@@ -87,7 +87,7 @@ def test_the_smaller_model_is_the_whole_one_with_a_router_kept_from_dropped_expe
         class Tokenizer:
             save_pretrained = staticmethod(lambda folder: None)
 
-        load.complete_folder(tmp_path / name, home, Tokenizer, torch.float32)
+        load.complete_folder(tmp_path / name, home, Tokenizer)
         again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
         own = small(tiny_windows[:1], use_cache=False).logits
         assert torch.equal(again(tiny_windows[:1], use_cache=False).logits, own)

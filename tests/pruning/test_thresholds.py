@@ -9,7 +9,7 @@ from lib.pruning import thresholds as selection
 from lib.pruning.thresholds import nth_smallest, row_smallest, threshold
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-WAYS = {"cpu": nth_smallest, "gpu": selection._nth_by_scatter}  # the second is plain torch: it runs here too
+WAYS = {"cpu": nth_smallest, "gpu": selection._nth_by_counts}  # the second is plain torch: it runs here too
 
 
 def numbers(kind: str, count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -7,9 +7,12 @@ import torch
 from conftest import fast, tiny_llama
 from mixtures import tiny_mixture
 from test_load_models import KINDS, build
+from test_memory import peak_bytes
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.calibration.hidden import enter_blocks
 from lib.core.errors import UserError
+from lib.models import memory
 from lib.models.experts import is_experts, matrices
 from lib.models.weights import weights_of
 from lib.recovery import distill
@@ -216,10 +219,23 @@ def test_what_is_not_pruned_is_refused(ratio, said):
         distillation(model, None)
 
 
-def test_what_does_not_fit_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("by", "said"), [("model", r"in the CPU's memory beside the weights and .* are free"), ("block", "its dense one")]
+)
+def test_what_does_not_fit_is_refused(by, said, monkeypatch):
     monkeypatch.setattr("lib.models.memory.free_memory", lambda _: {"cpu": 10_000})
-    with pytest.raises(UserError, match=r"are needed in the CPU's memory beside the weights and .* are free"):
-        finish(distillation(prune(tiny_llama()), None))
+    with pytest.raises(UserError, match=f"are needed .*{said}"):
+        distillation(prune(tiny_llama()), tiny_llama(), by=by)
+
+
+def test_live_bytes_are_fourteen_a_survivor_and_a_block(monkeypatch):
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4
+    )
+    work = distillation(prune(LlamaForCausalLM(config), 0.7), None, 2 * 2 * LENGTH)
+    work._keeps, weights, left = False, work.weights, sum(work.left.values())
+    activations = memory.price_working_set(weights.model, weights.layers, torch.float32, LENGTH, 2, 2)
+    assert 12 * left < peak_bytes(lambda: finish(work)) < 14 * left + activations
 
 
 def test_no_gradient_or_state_is_kept_for_what_is_zero():

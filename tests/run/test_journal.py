@@ -22,7 +22,7 @@ from lib.allocation import epsilon
 from lib.calibration import hidden
 from lib.cli.settings import RecoveryFlags
 from lib.core import files
-from lib.core.progress import Progress
+from lib.core.files import Progress
 from lib.evaluation import perplexity
 from lib.models import safetensors_io
 from lib.pruning import walk

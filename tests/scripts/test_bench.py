@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import fast
 from pretend_cuda import pretend_cuda
 
 from lib.calibration.statistics import STATISTICS
@@ -138,10 +139,13 @@ def test_operations_by_pencil():
     assert scale.work(shapes, 1, "sparsegpt", 5) == pytest.approx(passes + hessians + factors + solves)
 
 
-def test_table_shows_hours_at_the_given_rate(capsys):
+@pytest.mark.parametrize("count", fast([1, None], 1))  # of sizes, and of mixtures
+def test_table_shows_hours_at_the_given_rate(count, monkeypatch, capsys):
+    for name in ("SIZES", "MIXTURES"):
+        monkeypatch.setattr(scale, name, dict([*getattr(scale, name).items()][:count]))
     assert scale.main(["--tflops", "1000"]) == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    work, hours = next((float(row[-2]), float(row[-1])) for row in rows if row[:2] == ["70B", "wanda"])
+    work, hours = next((float(row[-2]), float(row[-1])) for row in rows if row[:2] == ["7B", "wanda"])
     assert hours == pytest.approx(work / 3600, rel=0.05)  # PFLOP at 1 PFLOP/s; two digits
 
 

@@ -144,7 +144,10 @@ def test_what_changes_while_a_sweep_runs_is_not_mixed(small, tmp_path, monkeypat
 def test_record_names_its_candidates(tmp_path):
     done = shell("record", "a b/model", "--nsamples", "7", DRY_RUN="1")
     assert done.returncode == 0, done.stderr
-    runs, shown = (shlex.split(line) for line in done.stdout.splitlines())
+    runs, recovered, shown = (shlex.split(line) for line in done.stdout.splitlines())
+    assert [(s.prune_method, s.recover, s.seed) for s in planned(*recovered[2:])] == [
+        ("alps_price", 2_000_000, seed) for seed in range(3)
+    ]
     assert runs[:2] == [sys.executable, "scripts/sweep.py"] and shown[:2] == [sys.executable, "scripts/table.py"]
     settings = planned(*runs[2:])
     methods = ["sparsegpt", "alps", "wanda_price", "alps_price"]
@@ -164,10 +167,11 @@ def test_record_names_its_candidates(tmp_path):
 @pytest.mark.slow
 def test_record_runs_them_and_prints_one_table(small, tmp_path):
     flags = [*small[2:], "--eval_data", "wiki_leads", "--eval_windows", "2", "--price_steps", "1"]
-    done = shell("record", small[1], *flags, SAVE=str(tmp_path / "r"), SEEDS="2", FORMAT="csv")
+    done = shell("record", small[1], *flags, SAVE=str(tmp_path / "r"), SEEDS="2", FORMAT="csv", TOKENS="128")
     assert done.returncode == 0, done.stderr
     rows = [line.split(",") for line in done.stdout.splitlines() if " ± " in line]
     expected = [["wanda", "price"], ["sparsegpt", "uniform"], ["alps", "uniform"], ["alps", "price"]]
+    expected.append(["alps", "price + recovery"])
     assert [row[:2] for row in rows] == expected and {row[2] for row in rows} == {"0.7"}
     assert all(float(row[3].split(" ± ")[1]) > 0 for row in rows), "another seed draws another text"
 

@@ -1,5 +1,6 @@
 """Products of many tokens that skip zeros, bit for bit, the passes that use them, and SparseGPT's compiled solver."""
 
+from functools import cache
 from unittest.mock import Mock
 
 import pytest
@@ -37,18 +38,27 @@ def products(monkeypatch):
     return tokens
 
 
+@cache  # the same at every level and with any number of threads
+def products_in_order(kind: torch.dtype) -> list[tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Return weights of ``kind``, each with inputs of several numbers of tokens and the products."""
+    products = []
+    for index, (rows, columns) in enumerate([(7, 31), (1, 64), (5, 8), (40, 700), (130, 129)]):
+        for zeros in (0.0, 0.5, 0.9, 1.0):
+            weight, draw = matrix(rows, columns, zeros, kind, index), torch.Generator().manual_seed(index)
+            # One panel, a full one, two with a ragged end, three.
+            inputs = [torch.randn(tokens, columns, generator=draw) for tokens in (1, 9, 96, 97, 205)]
+            products.append((weight, [(x, in_order(weight.float(), x)) for x in inputs]))
+    return products
+
+
 @pytest.mark.parametrize("kind", [torch.float32, *kernel.KERNEL_DTYPES])
 def test_sums_have_the_bits_of_additions_in_order(level, kind, threads):
     library = kernel.load_kernel(level)
-    for index, (rows, columns) in enumerate([(7, 31), (1, 64), (5, 8), (40, 700), (130, 129)]):
-        for zeros in (0.0, 0.5, 0.9, 1.0):
-            weight = matrix(rows, columns, zeros, kind, index)
-            layer = None if kind == torch.float32 else SparseLinear.from_linear(linear(weight), library)
-            skipped = weight if layer is None else layer._matrix
-            draw = torch.Generator().manual_seed(index)
-            for tokens in (1, 9, 96, 97, 205):  # one panel, a full one, two with a ragged end, three
-                x = torch.randn(tokens, columns, generator=draw)
-                assert torch.equal(library.multiply_many(skipped, x), in_order(weight.float(), x))
+    for weight, pairs in products_in_order(kind):
+        layer = None if kind == torch.float32 else SparseLinear.from_linear(linear(weight), library)
+        skipped = weight if layer is None else layer._matrix
+        for x, expected in pairs:
+            assert torch.equal(library.multiply_many(skipped, x), expected)
 
 
 def test_more_tokens_than_a_slab_of_panels(level):

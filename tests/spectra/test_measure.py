@@ -81,16 +81,6 @@ def test_a_long_measurement_is_announced(seconds, driver, announced, one_thread,
     assert [message in record.getMessage() for record in caplog.records] == [True] * announced
 
 
-def test_a_pruned_checkpoint_is_noticed(tiny_weights, caplog):
-    measure("alpha_mid", tiny_weights)
-    assert not caplog.records
-    for index in range(7):
-        weight = matrix(tiny_weights, index)
-        weight[weight.abs() < weight.abs().median()] = 0
-    measure("alpha_mid", tiny_weights)
-    assert "describes the pruning" in caplog.text
-
-
 def test_a_fallback_of_the_fast_driver_names_the_layer(tiny_weights, caplog):
     matrix(tiny_weights, 3)[1] = matrix(tiny_weights, 3)[0]
     measure("spectral_norm", tiny_weights, SpectrumSettings("fast"))
