@@ -129,13 +129,12 @@ class CompiledTokens:
             watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
             if watched or siblings.get(name) is not module:
                 return None
-        weights = [norm.weight for norm in self._norms]
+        weights = [module.weight for module in (*self._norms, self.decoder.embed_tokens)]
         dtype = weights[0].dtype
         matrices = [linear.matrix(dtype) for linear in self._linears]
         key = [dtype, *(weight.data_ptr() for weight in weights), *matrices]
         if self._key != key:
-            embedded = self.decoder.embed_tokens.weight
-            fits = all(each.dtype == dtype and each.device.type == "cpu" for each in (embedded, *weights))
+            fits = all(each.dtype == dtype and each.device.type == "cpu" for each in weights)
             self._key, self._struct = key, self._structs(matrices, dtype) if fits and None not in matrices else None
         return self._struct
 

@@ -449,6 +449,14 @@ def test_norms_that_move_are_found(made):
     assert (changed - exact).abs().max() <= 0.05 * exact.abs().max()  # 8 bits
 
 
+def test_an_embedding_of_another_dtype_is_not_misread(made, stepped):
+    cache = filled(made, some_ids(1)[:, :5])
+    made.get_input_embeddings().weight.data = made.get_input_embeddings().weight.data.float()
+    with pytest.raises(RuntimeError):  # torch's: the other weights are bfloat16
+        continued(made, cache, some_ids(1)[:, 5:6])
+    assert not stepped
+
+
 # ------------------------------------------------------------------------------------------- what is not compiled
 
 
