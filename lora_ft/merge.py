@@ -51,7 +51,7 @@ def run(settings: Merge) -> None:
     out = Path(settings.save)
     base, windows = common.prepare_evaluation(settings)
     dtypes = load.choose_dtypes(settings.dtype, base.skeleton)
-    files.check_writable("save", out, memory.saved_bytes(base.skeleton, dtypes.save))
+    files.check_writable("save", out, memory.saved_bytes(base.skeleton, base.source.path, dtypes.save))
 
     weights, pruned, model = common.load_with_adapter(settings, base)
     layers = {name: weights.model.get_submodule(name) for name in model.base_model.targeted_module_names}

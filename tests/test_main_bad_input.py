@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import transformers
-from conftest import everything, fast
+from conftest import ROOT, everything, fast
 
 import main
 from lib.cli.command import parse
@@ -106,6 +106,7 @@ HALF = "--sparsity_ratio 0.5"
 MAGNITUDE, WANDA = f"--prune_method magnitude {HALF}", f"--prune_method wanda {HALF}"
 WW, OWL = f"--prune_method magnitude_ww {HALF}", f"--prune_method wanda_owl {HALF}"
 ZERO_SHOT, PLANNED = f"{WANDA} --eval_zero_shot", "--prune_method wanda --plan plans"
+TASKS = ROOT / "data" / "tasks"
 
 # What is typed -> what the line must say, known from the command line alone. How ranges, choices and flags that do
 # nothing are refused is in tests/cli; here is what main.py declares of them.
@@ -195,6 +196,7 @@ BEFORE_LOADING = {
     f"{ZERO_SHOT} --tasks winogrande,capital_cities": "--include_path DIR",
     f"{ZERO_SHOT} --include_path missing": "--include_path missing",
     f"{ZERO_SHOT} --include_path nothing": "no lm-eval task files",
+    f"{ZERO_SHOT} --tasks capital_cities --include_path {TASKS} --num_fewshot 1000": "114 to draw from",
     # places that cannot be written
     f"{WANDA} --save file": "--save file",
     f"{WANDA} --save /proc/nowhere": "--save /proc/nowhere",

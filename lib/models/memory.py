@@ -24,8 +24,8 @@ EXPERT_HESSIANS = 8 * 2**30
 _FILLED = 0.7
 # Bytes for a GPU's context, the libraries' workspaces and the allocator's gaps.
 _OVERHEAD = 2**30
-# The largest vocabularies' files.
-_TOKENIZER_BYTES = 2**26
+# The largest vocabularies' files, where they cannot be looked at before the download.
+_TOKENIZER_BYTES = 2**25
 
 
 def free_bytes(gpu: torch.device | int) -> int:
@@ -163,9 +163,13 @@ def fits_in_memory(skeleton: torch.nn.Module, dtype: torch.dtype, reserve: int, 
     return free.get("cpu", 0) >= 0 and _weight_bytes(skeleton, dtype) <= sum(free.values())
 
 
-def saved_bytes(skeleton: torch.nn.Module, dtype: torch.dtype) -> int:
-    """Return at most the size in bytes of the folder that ``save_llm`` writes: weights and tokenizer."""
-    return _weight_bytes(skeleton, dtype) + _TOKENIZER_BYTES
+def saved_bytes(skeleton: torch.nn.Module, path: str, dtype: torch.dtype) -> int:
+    """Return the size in bytes of the folder that ``save_llm`` writes: weights, and the other files of ``path``."""
+    if not Path(path).is_dir():
+        return _weight_bytes(skeleton, dtype) + _TOKENIZER_BYTES
+    kinds = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
+    files = [file for file in Path(path).iterdir() if file.is_file() and file.suffix not in kinds]
+    return _weight_bytes(skeleton, dtype) + sum(file.stat().st_size for file in files)
 
 
 class PriceBytes(NamedTuple):

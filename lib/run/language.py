@@ -80,7 +80,7 @@ class LanguageModel:
             refuse_experts("packed", None, self.layers)
         if settings.save_model:
             published_layout(self.skeleton)  # refuses what could not be saved
-            size = memory.saved_bytes(self.skeleton, self.dtypes.save)
+            size = memory.saved_bytes(self.skeleton, self.source.path, self.dtypes.save)
             unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
             checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
 

@@ -56,7 +56,7 @@ def prepare_recovery(
     if options.by == "block" and dense is None:
         raise UserError("by", "block", "aims at the dense model's blocks, and there is none", "use --by model")
     if target := settings.recovered_folder(task):
-        size = memory.saved_bytes(subject.skeleton, subject.dtypes.save)
+        size = memory.saved_bytes(subject.skeleton, subject.source.path, subject.dtypes.save)
         how = (options.train, options.rank, options.states)
         size += memory.trained_bytes(subject.layers, 1 - task.target, *how)
         checks.check_target(target, {name: path for name, path in settings.paths().items() if name != "save_model"})

@@ -119,14 +119,16 @@ def test_a_stopped_run_resumes_with_the_same_bits(by, stopped, place, monkeypatc
     assert not Path(".recovered.partial").exists()
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_one_command_resumes_in_its_recovery(place, monkeypatch):
     flags = [*PRUNE.split(), "--recover", str(TOKENS)]
     assert main.main([*flags, "--save_model", "unbroken", "--save", "1"]) == 0
     monkeypatch.setattr(distill, "STORE_EVERY", -1)
     step, prune, calls = Distillation._step, main.pipeline.walk._prune_block, []
-    monkeypatch.setattr(
-        Distillation, "_step", lambda *args: step(*args) if args[4] < 7 else exec("raise KeyboardInterrupt")
-    )
+    monkeypatch.setattr(Distillation, "_step", lambda *args: step(*args) if args[4] < 7 else interrupt())
     assert main.main([*flags, "--save_model", "stopped", "--save", "2"]) == 130
     monkeypatch.setattr(Distillation, "_step", lambda *args: calls.append(1) or step(*args))
     monkeypatch.setattr(main.pipeline.walk, "_prune_block", lambda *args: calls.append("again") or prune(*args))
@@ -178,7 +180,7 @@ def test_flags_of_recovery_need_it(place, capsys):
 
 
 def test_another_run_is_not_mixed_in(place, capsys, monkeypatch):
-    monkeypatch.setattr(Distillation, "_store", lambda *_: exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr(Distillation, "_store", interrupt)
     monkeypatch.setattr(distill, "STORE_EVERY", -1)
     assert recover.main(RECOVER.split()) == 130
     monkeypatch.undo()
