@@ -85,7 +85,7 @@ class Finetune(common.PrunedModel, TrainingTexts):
         for field, name in named.values():
             texts.check_text(field, name)
         names = {name for _, name in named.values()}
-        if len(named) > len(names) and not names & set(texts.DATASETS):
+        if len(named) > len(names) and not any(map(texts.is_split, names)):
             message = "%s is both trained and evaluated on; give another text: --validation_file FILE"
             common.log.warning(message, *names)
 

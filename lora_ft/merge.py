@@ -22,7 +22,8 @@ from lib.models import load, memory
 from lib.models.weights import Weights, is_finite
 from lib.pruning import walk
 from lib.run import report
-from lib.run.record import explain_failure, run_text
+from lib.run.card import write_card
+from lib.run.record import explain_failure, provenance, run_text
 from lora_ft import common
 
 PLAINLY, KEPT = "merged without masking", "merged, zeros kept"
@@ -69,6 +70,8 @@ def run(settings: Merge) -> None:
         rows.append({"state": name, "sparsity": sparsity, "perplexity": perplexity(measured, windows)})
         record["complete"] = name == state
         files.write_atomically(out / "merge.json", run_text(record))
+        card = {"model": base.source._asdict(), "method": "merged", "sparsity": merged, "merged": rows}
+        write_card(out, record | card | provenance())
 
     again = f"python lora_ft/evaluate_ppl.py --model {out} --dataset {settings.dataset}"
     saved = f"the merged model is saved in {out}, the figures so far in {out}/merge.json"

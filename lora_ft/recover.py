@@ -30,7 +30,8 @@ class Recover(Experiment):
 
     _title: ClassVar[str] = "models"
     _without: ClassVar[Sequence[str]] = (
-        "nsamples", *PruningFlags.__annotations__, *AllocationFlags.__annotations__, *ZeroShotFlags.__annotations__
+        "nsamples", "prompts", "prompt_data", "save_calib",
+        *PruningFlags.__annotations__, *AllocationFlags.__annotations__, *ZeroShotFlags.__annotations__,
     )  # fmt: skip
     _spelled: ClassVar[dict[str, str]] = {"recover": "tokens"}
 
@@ -47,6 +48,12 @@ class Recover(Experiment):
         nm = parse_nm(flags.get("sparsity_type", "unstructured"))
         target = 1 - nm[0] / nm[1] if nm else flags.get("sparsity_ratio", 0.0)
         return self.settled(Task("recovered", None, "", target))
+
+    def check(self) -> None:
+        if self.calib_data == "self":
+            fix = "give the file that main.py wrote with --save_calib"
+            raise UserError("calib_data", "self", "a pruned model has no text of its own to learn from", fix)
+        super().check()
 
     def model_folder(self, task: Task) -> Path:
         return Path(self.save_model)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
+from itertools import chain, groupby, islice, tee
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib.core.errors import UserError, did_you_mean, first_line
+from lib.core.errors import UserError, did_you_mean
+from lib.core.files import reading
 from lib.core.lazy import torch
 from lib.models.load import Tokenizer, check_hub
 
@@ -21,24 +24,38 @@ LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
 _DOCUMENTS_AT_ONCE = 256
 # Characters of a stream to tokenise at once.
 _PIECE = 100_000
+# Records of a hub's data set among which calibration draws: more are read only if they do not fill the windows.
+_DRAWN_FROM = 2000
+_FIELDS = ("marked", "messages", "conversations", "text", "prompt")
+_ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
+
+
+class Marked(str):
+    """A conversation with the marks of the model's chat template, from which it is tokenised as it stands."""
+
+
+# A plain text, or a conversation: messages {"role", "content"}, to which the model's chat template is applied.
+Document = str | list[dict]
 
 
 class Text(NamedTuple):
-    """Either separate ``documents``, from which calibration draws one per window, or one ``stream``.
+    """One ``stream``, of which ``most_windows`` are evaluated where the published code cuts it, or ``records``.
 
-    ``most_windows`` of it are evaluated where the published code cuts the text.
+    Records are tokenised one by one, joined, and cut into windows. From ``documents`` calibration draws one per window
+    instead, as published.
     """
 
-    documents: Sequence[str] | None = None
     stream: str | None = None
     most_windows: int | None = None
+    records: Iterable[Document] | None = None
+    documents: bool = False
 
 
 def c4(split: str) -> Text:
     """C4's first training shard as documents; its first 1,100 validation documents as one stream (as published)."""
     if split == "train":
         files = {"train": "en/c4-train.00000-of-01024.json.gz"}
-        return Text(documents=_hub("allenai/c4", None, "train", data_files=files)["text"])
+        return Text(records=_hub("allenai/c4", None, "train", data_files=files)["text"], documents=True)
     files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
     documents = _hub("allenai/c4", None, "validation", data_files=files)[:1100]["text"]
     return Text(stream=" ".join(documents), most_windows=256)
@@ -69,50 +86,103 @@ DATASETS: dict[str, Callable[[str], Text]] = {"c4": c4, "wikitext2": wikitext2, 
 
 
 def check_text(field: str, name: str) -> None:
-    """Refuse a ``name`` that is neither in DATASETS nor a readable local file of a supported type."""
+    """Refuse a ``name`` that is none of DATASETS, of a hub's data set and of a readable file of a supported type."""
     if name in DATASETS:
+        return
+    if name.startswith("hf:"):
+        if not 2 <= len(name.split(":")) <= 5 or not name.split(":")[1]:
+            raise UserError(field, name, "must be hf:NAME[:CONFIG][:SPLIT][:FIELD]")
         return
     path = Path(name).expanduser()
     if path.suffix not in LOCAL_SUFFIXES:
-        choices = f"Give one of {', '.join(DATASETS)}, or a .txt/.json/.jsonl file"
+        choices = f"Give one of {', '.join(DATASETS)}, hf:NAME, or a .txt/.json/.jsonl file"
         raise UserError(field, name, f"unknown data set.{did_you_mean(name, DATASETS)} {choices}")
     if not path.is_file():
         raise UserError(field, name, "file not found")
 
 
+def is_split(name: str) -> bool:
+    """Return whether calibration and evaluation read different parts of the text ``name``."""
+    return name in DATASETS or (name.startswith("hf:") and not "".join(name.split(":")[3:4]))
+
+
 def read_text(field: str, name: str, split: str) -> Text:
-    """Return the text ``name`` for ``split``; a local file (field ``text`` in JSON) is one stream for both splits."""
+    """Return the text ``name`` for ``split``; a local file is the same for both splits.
+
+    A file of texts (field ``text`` in JSON) is one stream, one with conversations holds records. Of a hub's data set,
+    which is streamed, ``split`` is the one that is read unless the name says another.
+    """
     check_text(field, name)
     if name in DATASETS:
         return DATASETS[name](split)
+    if name.startswith("hf:"):
+        _, path, config, named_split, column = (*name.split(":"), "", "", "")[:5]
+        rows = _hub(path, config or None, named_split or split, streaming=True)
+        return Text(records=documents_of(field, name, rows, column))
     path = Path(name).expanduser()
-    try:
-        # utf-8-sig: with or without the mark that some editors begin a file with.
-        content = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".txt":
-            return Text(stream=content)
-        try:
-            records = json.loads(content)
-            records = records if isinstance(records, list) else [records]
-        except json.JSONDecodeError:  # not one JSON value: a value per line; strings may hold U+2028
-            records = [json.loads(line) for line in content.split("\n") if line.strip()]
-        return Text(stream="\n\n".join(record["text"] for record in records))
-    except (OSError, ValueError) as error:  # neither JSON nor UTF-8
-        raise UserError(field, name, f"cannot be read ({first_line(error)})") from error
-    except (KeyError, TypeError) as error:
-        raise UserError(field, name, "every record needs a field `text` that holds a string") from error
+    if path.suffix == ".txt":
+        return Text(stream=file_content(field, path))
+    documents = list(documents_of(field, name, json_records(field, path)))
+    if all(type(document) is str for document in documents):
+        return Text(stream="\n\n".join(documents))
+    return Text(records=documents)
+
+
+def file_content(field: str, path: Path) -> str:
+    """Return the content of a local text file, with or without the mark that some editors begin a file with."""
+    with reading(path, "cannot be read", field):
+        return path.read_text(encoding="utf-8-sig")
+
+
+def json_records(field: str, path: Path) -> list:
+    """Return the values of a ``.json`` file (one, or a list) or of a ``.jsonl`` file, one a line."""
+    content = file_content(field, path)
+    with suppress(json.JSONDecodeError):
+        records = json.loads(content)
+        return records if isinstance(records, list) else [records]
+    with reading(path, "cannot be read", field):  # not one JSON value: a value per line; strings may hold U+2028
+        return [json.loads(line) for line in content.split("\n") if line.strip()]
+
+
+def documents_of(field: str, name: str, rows: Iterable, column: str = "") -> Iterator[Document]:
+    """Yield what each row holds in the field ``column``, or in the first of _FIELDS that it has."""
+    wanted = f"`{column}`" if column else "`text` that holds a string, or `messages` that hold a conversation"
+    with reading(Path(name), _UNREACHED, field, _LOCAL):  # where the rows of a hub's data set are fetched
+        for row in rows:
+            try:
+                key = column or next(key for key in _FIELDS if key in row)
+                if isinstance(row[key], str):
+                    yield Marked(row[key]) if key == "marked" else row[key]
+                else:
+                    yield [{**message, **_role_and_content(message)} for message in row[key]]
+            except (KeyError, TypeError, StopIteration):
+                raise UserError(field, name, f"every record needs a field {wanted}") from None
+
+
+def _role_and_content(message: Mapping) -> dict:
+    role, content = (message["from"], message["value"]) if "from" in message else (message["role"], message["content"])
+    return {"role": _ROLES.get(role, role), "content": content}
+
+
+_UNREACHED = "cannot be loaded from the hub or its cache"
+_LOCAL = "without a hub, give wiki_leads (see INSTALL.md) or the path of a local .txt or .jsonl file"
 
 
 def _hub(path: str, config: str | None, split: str, **kwargs):
     check_hub()
     import datasets  # slow to import, and not needed for local text
 
-    try:
+    with reading(Path(path), _UNREACHED, fix=_LOCAL):
         return datasets.load_dataset(path, config, split=split, **kwargs)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        problem = f"cannot be loaded from the hub or its cache ({first_line(error)})"
-        fix = "without a hub, give wiki_leads (see INSTALL.md) or the path of a local .txt or .jsonl file"
-        raise UserError(None, path, problem, fix) from error
+
+
+def with_marks(field: str | None, name: str, tokenizer: Tokenizer, messages: list[dict], **options) -> Marked:
+    """Return a conversation with the marks of the chat template; ``options`` are those of ``apply_chat_template``."""
+    if not tokenizer.chat_template:
+        fix = "give a text, or use a chat model"
+        raise UserError(field, name, "holds conversations, and the model's tokenizer has no chat template", fix)
+    with reading(Path(name), "the model's chat template fails", field):  # on what it does not foresee, it may raise
+        return Marked(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 def calibration_windows(
@@ -125,21 +195,27 @@ def calibration_windows(
     """
     source = read_text("calib_data", name, "train") if source is None else source
     random.seed(seed)
-    if source.documents is None:
+    if source.stream is not None:
         tokens = _tokenise(tokenizer, source.stream)
         _check_length("calib_data", name, len(tokens), seqlen + 1)
         starts = [random.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
         return torch.stack([tokens[i : i + seqlen] for i in starts])
+    if not source.documents:
+        rest = iter(source.records)
+        drawn = list(islice(rest, None if isinstance(source.records, list) else _DRAWN_FROM))
+        random.shuffle(drawn)
+        source = Text(records=chain(drawn, rest))
+        return _cut("calib_data", name, tokenizer, seqlen, nsamples, source, exact=True).long()
     windows = []
     too_short: dict[int, int] = {}  # document -> its tokens
     while len(windows) < nsamples:
-        index = random.randint(0, len(source.documents) - 1)
+        index = random.randint(0, len(source.records) - 1)
         if index in too_short:
             continue
-        tokens = _tokenise(tokenizer, source.documents[index])
+        tokens = _tokenise(tokenizer, source.records[index])
         if len(tokens) <= seqlen:
             too_short[index] = len(tokens)
-            if len(too_short) == len(source.documents):
+            if len(too_short) == len(source.records):
                 _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document")
             continue
         start = random.randint(0, len(tokens) - seqlen - 1)
@@ -155,12 +231,14 @@ def search_windows(
     Every second document is held out, or the last fifth of a stream. If either is too short for a window, a UserError
     names the ``purpose`` of the windows.
     """
-    documents, stream, _ = read_text("calib_data", name, "train")
-    if stream is None:
-        halves = [Text(documents=documents[first::2]) for first in (0, 1)]
+    source = read_text("calib_data", name, "train")
+    if source.stream is not None:
+        cut = len(source.stream) * 4 // 5
+        halves = [Text(stream=source.stream[:cut]), Text(stream=source.stream[cut:])]
+    elif source.documents:
+        halves = [source._replace(records=source.records[first::2]) for first in (0, 1)]
     else:
-        cut = len(stream) * 4 // 5
-        halves = [Text(stream=stream[:cut]), Text(stream=stream[cut:])]
+        halves = [Text(records=islice(copy, first, None, 2)) for first, copy in enumerate(tee(source.records))]
     pairs, name = zip(halves, counts, strict=True), f"{name} (for {purpose})"
     return tuple(calibration_windows(name, tokenizer, count, seqlen, seed, half) for half, count in pairs)
 
@@ -172,10 +250,12 @@ def evaluation_windows(
 
     A text that is too short for one window, or for the requested ``most``, is a UserError.
     """
-    documents, stream, most_windows = read_text(field, name, "test")
-    tokens = _tokenise(tokenizer, "\n\n".join(documents) if stream is None else stream)
+    source = read_text(field, name, "test")
+    if source.stream is None:
+        return _cut(field, name, tokenizer, seqlen, most, source, exact=True).long()
+    tokens = _tokenise(tokenizer, source.stream)
     _check_length(field, name, len(tokens), seqlen * (most or 1))
-    count = most or min(len(tokens) // seqlen, most_windows or len(tokens))
+    count = most or min(len(tokens) // seqlen, source.most_windows or len(tokens))
     return tokens[: count * seqlen].view(count, seqlen)
 
 
@@ -188,21 +268,37 @@ def training_blocks(
     gets them once, at its start. Only as much text is tokenised as ``most`` blocks need. A text that is too short for
     one block is a UserError.
     """
-    documents, stream, _ = read_text(field, name, split)
-    pieces, step = (documents, _DOCUMENTS_AT_ONCE) if stream is None else (_pieces(stream), 1)
+    return _cut(field, name, tokenizer, size, most, read_text(field, name, split))
+
+
+def _cut(
+    field: str, name: str, tokenizer: Tokenizer, size: int, most: int | None, source: Text, exact: bool = False
+) -> torch.Tensor:
+    """Return the blocks; if they are to be ``exact``, fewer than ``most`` are a UserError."""
     tokens, have = [], 0
     with tqdm(total=most, desc=f"tokenising {name}", unit="block", disable=None) as bar:
-        for start in range(0, len(pieces), step):
-            special = stream is None or start == 0
-            batch = tokenizer(list(pieces[start : start + step]), add_special_tokens=special, verbose=False).input_ids
-            tokens += [torch.tensor(ids, dtype=torch.int32) for ids in batch]  # int64 of a shard would be gigabytes
-            have += sum(map(len, batch))
+        for ids in _token_lists(field, name, tokenizer, source):
+            tokens.append(torch.tensor(ids, dtype=torch.int32))  # int64 of a shard would be gigabytes
+            have += len(ids)
             count = min(have // size, most or have)
             bar.update(count - bar.n)
             if count == most:
                 break
-    _check_length(field, name, have, size)
+    _check_length(field, name, have, size * (most or 1 if exact else 1))
     return torch.cat(tokens)[: count * size].view(count, size)
+
+
+def _token_lists(field: str, name: str, tokenizer: Tokenizer, source: Text) -> Iterator[list[int]]:
+    """Yield the tokens of each record, or of each piece of a stream."""
+    if source.stream is not None:
+        for index, piece in enumerate(_pieces(source.stream)):
+            yield tokenizer(piece, add_special_tokens=index == 0, verbose=False).input_ids
+        return
+    records = iter(source.records)
+    while batch := list(islice(records, _DOCUMENTS_AT_ONCE)):
+        marked = (with_marks(field, name, tokenizer, one) if isinstance(one, list) else one for one in batch)
+        for is_text, group in groupby(marked, lambda one: type(one) is str):  # a template's marks have special tokens
+            yield from tokenizer(list(group), add_special_tokens=is_text, verbose=False).input_ids
 
 
 def recovery_windows(
@@ -213,8 +309,9 @@ def recovery_windows(
     A text that is too short is a UserError, which says how many tokens there are.
     """
     # Documents are in no order; a stream may be, and is drawn from as a whole.
-    most = sum(counts) if read_text("calib_data", name, "train").documents else None
-    blocks = training_blocks("calib_data", name, "train", tokenizer, seqlen, most).long()
+    source = read_text("calib_data", name, "train")
+    most = sum(counts) if source.stream is None else None
+    blocks = _cut("calib_data", name, tokenizer, seqlen, most, source).long()
     if len(blocks) < sum(counts):
         problem = f"too short, it has {len(blocks)} windows of {seqlen} tokens and {counts[0]} + {counts[1]} are needed"
         fix = f"give at most {max(0, (len(blocks) - counts[1]) * seqlen)} tokens, or more text"

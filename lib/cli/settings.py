@@ -33,8 +33,12 @@ from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
 METHODS = [f"{p}_{a}" if a else p for a in ALLOCATIONS for p in PRUNERS]
-TEXTS = f"{{{', '.join(texts.DATASETS)}}} or a .txt, .json or .jsonl file (field `text`)"
+TEXTS = (
+    f"{{{', '.join(texts.DATASETS)}}}, hf:NAME[:CONFIG][:SPLIT][:FIELD] of the hub, or a .txt, .json or .jsonl file "
+    "(field `text`, or `messages` or `conversations` for the chat template)"
+)
 CALIBRATED = " | ".join([name for name, pruner in PRUNERS.items() if pruner.statistic] + ["refit"])
+OWN_TEXT = "--calib_data self"  # a trait
 # Published command lines give these flags to uniform methods as well, where they do nothing.
 OF_WW = {"only": "_ww", "tolerated": "uniform"}
 
@@ -56,7 +60,13 @@ class ModelFlags(Flags):
 class TextFlags(Flags):
     _title: ClassVar[str] = "data"
 
-    calib_data: str = flag("c4", f"text: {TEXTS}", only="calibration | search | recover", warns=True, metavar="TEXT")
+    calib_data: str = flag(
+        "c4", f"text: {TEXTS}; or self: what the dense model answers to prompts", only="calibration | search | recover",
+        warns=True, metavar="TEXT",
+    )  # fmt: skip
+    prompts: str | None = flag(None, "lines, or `prompt` or `messages` in JSON", only=OWN_TEXT, metavar="FILE")
+    prompt_data: str = flag("c4", "without them: text whose first sentences they are", only=OWN_TEXT, metavar="TEXT")
+    save_calib: str | None = flag(None, "write that text, for later runs", only=OWN_TEXT, metavar="FILE")
     nsamples: int = flag(128, "windows, a count", least=1, only="calibration", warns=True)
     seqlen: int = flag(2048, "length of a window, tokens", least=2, only="pruning | evaluation | recover", warns=True)
 
@@ -286,7 +296,7 @@ class MethodFlags(PruningFlags, AllocationFlags, MixtureFlags):
         """Return the flags that determine the pruned weights, in their spelling."""
         groups = (TextFlags, PruningFlags, AllocationFlags, MixtureFlags)
         names = {"seed", "dtype"}.union(*(group.__annotations__ for group in groups))
-        names -= {"ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor"}
+        names -= {"ww_metric_cache", "metrics_only", "save_plan", "save_calib", "export_llmcompressor"}
         items = [item for _, item, _ in self.declared() if item.name in names]
         return {self.spelling(item.name): getattr(self, item.name) for item in items}
 
@@ -342,6 +352,7 @@ class Experiment(
 
     def traits(self) -> set[str]:
         traits = super().traits() | ({"evaluation"} if self.eval_wikitext and not self.metrics_only else set())
+        traits |= {OWN_TEXT} if self.calib_data == "self" else set()
         return traits | ({"calibration"} if self.drop_experts and self.drop_by == "reap" else set())
 
     def check(self) -> None:
@@ -349,8 +360,11 @@ class Experiment(
             if self.metrics_only and name in self.given:
                 raise UserError(name, None, f"does nothing {self.situation()}", "leave one of them out")
         super().check()
-        for name in ("calib_data", "eval_data"):
-            texts.check_text(name, getattr(self, name))
+        for name in ("calib_data", "eval_data", "prompt_data", "prompts"):
+            if getattr(self, name) and (name, getattr(self, name)) != ("calib_data", "self"):
+                texts.check_text(name, getattr(self, name))
+        if self.prompts and "prompt_data" in self.given:
+            raise UserError("prompt_data", self.prompt_data, "does nothing with --prompts", "leave one of them out")
         if self.ww_metric in WEIGHTWATCHER and (self.farms or self.esd_driver != "exact"):
             name = "farms" if self.farms else "esd_driver"
             problem = f"does nothing with --ww_metric {self.ww_metric}, which goes through weightwatcher's own spectrum"
@@ -370,7 +384,7 @@ class Experiment(
     def one_file(self) -> bool:
         """Return whether the texts for calibration and evaluation are one file, which is not split."""
         same = Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
-        return same and self.calib_data not in texts.DATASETS
+        return same and not texts.is_split(self.calib_data)
 
     def measurement(self, model: str, whole: bool = False) -> Measurement:
         """Return how the metric of the ``model`` is measured, and where it is cached; ``whole``: before experts go."""

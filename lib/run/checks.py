@@ -40,11 +40,11 @@ def check_output(
         check_target(target, paths, mark)
         if target.exists() and not (earlier and not earlier.get("complete")):
             log.warning("%s already exists and will be replaced, with every file in it", target)
-    for name in sorted(paths.keys() & {"save_plan", "export_llmcompressor"}):
+    for name in sorted(paths.keys() & {"save_plan", "save_calib", "export_llmcompressor"}):
         if paths[name].exists() and not paths[name].is_file():
             problem = "is a folder" if paths[name].is_dir() else "is not an ordinary file, and would be replaced by one"
             raise UserError(name, paths[name], problem, "give another file")
-        for read in paths.keys() & {"model", "calib_data", "eval_data", "plan"}:
+        for read in paths.keys() & {"model", "calib_data", "eval_data", "prompts", "prompt_data", "plan"}:
             if paths[name].resolve().is_relative_to(paths[read].resolve()):
                 raise UserError(name, paths[name], f"would be written over {flag_name(read)}", "give another file")
         files.check_writable(name, paths[name].parent)

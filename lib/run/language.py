@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -9,10 +10,10 @@ from pathlib import Path
 
 from lib import sparse
 from lib.allocation import block_scores, epsilon, price, price_model
-from lib.calibration import hidden, texts
+from lib.calibration import hidden, own_text, texts
 from lib.cli.settings import Experiment
 from lib.cli.task import Task
-from lib.core import cpu, processes
+from lib.core import cpu, files, processes
 from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.evaluation import perplexity, zero_shot
@@ -23,6 +24,7 @@ from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of, with_fewer_experts
 from lib.pruning import drop, walk
 from lib.recovery.block_walk import search_dtype
+from lib.recovery.distill import HELD_OUT
 from lib.run import checks
 from lib.run.journal import Journal
 from lib.run.record import is_unmeasured
@@ -44,6 +46,7 @@ class LanguageModel:
         questions: zero-shot tasks with their data.
         reserve: bytes of each GPU, or of the CPU, that are left for the work.
         loaded_as: how the dense weights in memory were loaded, None if they are others.
+        calib_data: the text for calibration, a file if the model wrote it itself.
         recovery: windows to recover on and held-out ones.
         teacher, teacher_name, teacher_fingerprints: the model that is distilled.
         streamed: folder from which the weights are streamed, None if they are loaded.
@@ -84,13 +87,17 @@ class LanguageModel:
             unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
             checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
 
-        self._read_texts(settings, task)
+        context = load.context_length(self.skeleton)
+        self.seqlen = min(settings.seqlen, context or settings.seqlen)
+        if self.seqlen < settings.seqlen and task.traits & {"calibration", "evaluation"}:
+            log.warning("--seqlen %d is more than the model's context; using %d", settings.seqlen, context)
         self.reserve = max(self._needed_memory(run) for run in (settings, *self.planned))
         if self.fits is None:  # asked once, before the model itself takes the memory
             searched = any(run.task().hyper.get("epsilon") == "auto" for run in (settings, *self.planned))
             copied = self.layers if searched or self.planned else ()  # the dense weights, which are restored
             fits = memory.fits_in_memory(self.whole, self.dtypes.compute, self.reserve, copied)
             self.fits = all(processes.gathered(fits))
+        self._read_texts(settings, task)
         self.streamed = None
         if not packed and checks.must_stream(task, settings, self.fits):
             self.streamed = locate.local_copy(source)
@@ -115,12 +122,10 @@ class LanguageModel:
     def _read_texts(self, settings: Experiment, task: Task) -> None:
         self.calibration = self.evaluation = self.search = self.questions = None
         self.calibration_digest, self.search_digests = "none", []
-        context = load.context_length(self.skeleton)
-        self.seqlen = min(settings.seqlen, context or settings.seqlen)
-        if self.seqlen < settings.seqlen and task.traits & {"calibration", "evaluation"}:
-            log.warning("--seqlen %d is more than the model's context; using %d", settings.seqlen, context)
-
-        calibration = (settings.calib_data, self.tokenizer)
+        self.calib_data = settings.calib_data
+        if settings.calib_data == "self" and task.traits & {"calibration", "search", "recover"}:
+            self.calib_data = self._own_text(settings, task)
+        calibration = (self.calib_data, self.tokenizer)
         if "calibration" in task.traits:
             if "evaluation" in task.traits and settings.one_file():
                 text = "%s is both calibrated and evaluated on; give another text: --eval_data FILE"
@@ -130,11 +135,8 @@ class LanguageModel:
             self.calibration_digest = digest(self.calibration)
 
         if "search" in task.traits:
-            counts, length, flag = (epsilon.WINDOWS, epsilon.WINDOWS), self.seqlen, "--epsilon auto"
-            if task.needs == "price":
-                effort = settings.price_options().effort
-                counts, length, flag = (price.FIT_WINDOWS, effort.held_out_windows), effort.length(length), "_price"
-            self.search = self._once(texts.search_windows, *calibration, counts, length, settings.seed, flag)
+            flag, how = "_price" if task.needs == "price" else "--epsilon auto", self._search_windows(settings, task)
+            self.search = self._once(texts.search_windows, *calibration, *how, settings.seed, flag)
             self.search_digests = [digest(windows) for windows in self.search]
 
         if "evaluation" in task.traits:
@@ -144,6 +146,47 @@ class LanguageModel:
         if settings.eval_zero_shot:
             names = settings.task_names()
             self.questions = self._once(zero_shot.find_tasks, names, settings.include_path, settings.num_fewshot)
+
+    def _search_windows(self, settings: Experiment, task: Task) -> tuple[tuple[int, int], int]:
+        """Return the counts of windows to search on and held out, and their length, tokens."""
+        if task.needs != "price":
+            return (epsilon.WINDOWS, epsilon.WINDOWS), self.seqlen
+        effort = settings.price_options().effort
+        return (price.FIT_WINDOWS, effort.held_out_windows), effort.length(self.seqlen)
+
+    def _own_text(self, settings: Experiment, task: Task) -> str:
+        """Return the file of text that the dense model wrote itself for this run."""
+        if not self.fits:
+            fix = "have it written on another machine (--save_calib FILE), and give that FILE"
+            raise UserError("calib_data", "self", "the model does not fit into memory beside the work", fix)
+        field, seed = ("prompts", None) if settings.prompts else ("prompt_data", settings.seed)
+        windows = [settings.nsamples] if "calibration" in task.traits else []
+        windows += [settings.recover // self.seqlen + max(HELD_OUT, processes.count())] if settings.recover else []
+        counts, length = self._search_windows(settings, task) if "search" in task.traits else ((0,), 0)
+        needed = (max(windows, default=0) * self.seqlen, max(counts) * length)
+        folder = settings.measurement(self.source.name, whole=True).folder
+        prompts = (field, getattr(settings, field), "train", seed)
+        path = self._once(self._write_text, prompts, settings.seed, self.seqlen, needed, folder)
+        log.info("the model's own text: %s", path)
+        if settings.save_calib:
+            files.write_atomically(Path(settings.save_calib), texts.file_content("calib_data", path))
+        return str(path)
+
+    def _write_text(self, named: tuple, seed: int, seqlen: int, needed: tuple[int, int], folder: Path) -> Path:
+        """Return the file in ``folder`` of the answers to the prompts that are ``named``, written if it is missing."""
+        prompts = own_text.read_prompts(*named)
+        self.weights = self.dense = self.loaded_as = None  # of an earlier run
+        model = load.load_llm(self.source, self.dtypes.compute, processes.device(), self.reserve)
+        how = {"seed": seed, "seqlen": seqlen, "tokens": needed, "prompts": digest(prompts)}
+        how |= {"model": self.source.name, "fingerprints": digest(weights_of(model).fingerprints())}
+        how |= {"sampling": model.generation_config.to_json_string(), "template": self.tokenizer.chat_template}
+        path = folder / f"self_{digest(how)[:16]}.jsonl"
+        if not processes.on_main(path.is_file):
+            records = own_text.own_text(model, self.tokenizer, prompts, seqlen, needed, seed)
+            lines = [{"marked": records[0], "written_by": how}, *({"marked": record} for record in records[1:])]
+            files.write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+            processes.gathered(None)  # the others read it
+        return path
 
     def _needed_memory(self, settings: Experiment) -> int:
         """Return the bytes of each GPU, or of the CPU, that a run needs besides the weights, from shapes alone."""

@@ -23,11 +23,12 @@ from lib.core.digests import digest, file_state
 from lib.core.files import write_atomically
 from lib.core.lazy import torch
 from lib.pruning.walk import LayerReport
+from lib.run.card import write_card
 
 log = logging.getLogger(__name__)
 
 # Flags that may name a file or folder, which may change between two runs with equal flags.
-INPUTS = ("model", "resume", "calib_data", "eval_data", "plan", "include_path")
+INPUTS = ("model", "resume", "calib_data", "eval_data", "prompts", "prompt_data", "plan", "include_path")
 _OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt")  # what is read from its folder
 _PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "datasets", "lm_eval", "numpy", "safetensors")
 
@@ -77,6 +78,12 @@ class Record:
         layers = {f"layers_{self.run}.tsv": layers_text(self.rows)} if self.rows else {}
         for name, content in {**self.files, **layers, f"run_{self.run}.json": run_text(self.content)}.items():
             write_atomically(self.folder / name, content)
+        if self.content.get("saved_model"):
+            # The dense model's figure, if a run has measured it here on the same windows.
+            dense = read_run(self.folder, "dense_sparsity_0.0") or {}
+            same = all(dense.get(key) == self.content.get(key) for key in ("model", "evaluation"))
+            card = {"dense": dense.get("perplexity") if same else None} | self.content | provenance()
+            write_card(Path(self.content["saved_model"]), card, self.rows)
 
     def how_to_resume(self, save_model: str | None, measure: str, flags: Mapping[str, object]) -> str:
         """Return what is on disk after a failure, and how to go on: ``measure`` the saved model, or start again."""

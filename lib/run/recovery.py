@@ -63,7 +63,7 @@ def prepare_recovery(
         checks.check_disk(target, size, settings.restart, unmeasured=False)
 
     counts = (options.tokens // least * options.batch, max(HELD_OUT, processes.count()))
-    subject.recovery = texts.recovery_windows(settings.calib_data, subject.tokenizer, counts, seqlen, settings.seed)
+    subject.recovery = texts.recovery_windows(subject.calib_data, subject.tokenizer, counts, seqlen, settings.seed)
     subject.teacher = subject.teacher_name = None
     if dense is None:
         return

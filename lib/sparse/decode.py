@@ -1,18 +1,22 @@
-"""Decoding steps: one new token per sequence through a LLaMA's block in compiled code."""
+"""Decoding: one new token per sequence through a whole LLaMA in one call of compiled code."""
 
 import ctypes
+import functools
 import inspect
+import math
+from operator import is_
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lib.sparse.kernel import MAX_TOKENS, BlockStruct, Kernel, MatrixStruct
+from lib.sparse.kernel import MAX_TOKENS, BlockStruct, DecoderStruct, Kernel, MatrixStruct
 from lib.sparse.layers import DenseLinear, SparseLinear
 
 GROUPED_SDPA = "grouped_sdpa"
@@ -21,10 +25,14 @@ LINEARS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-OTHER_MODULES = ("self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+OTHER_MODULES = ("self_attn", "mlp", "mlp.act_fn", *NORMS)
+# Arguments of a forward pass that a compiled token takes, and of others the values that ask for nothing more.
+TAKEN = ("attention_mask", "position_ids", "cache", "past_key_values")  # the last in older versions of transformers
+OPTIONS = {"use_cache": True, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
 # When keys and values are copied, room is made for at least so many further tokens.
 SPARE_TOKENS = 64
-# A block is tried on three tokens: the first key and value, a copy with room for more, and a place in it.
+# A block is tried on three tokens, each of which reads the keys and values of those before.
 TRIAL_TOKENS = 3
 
 
@@ -56,134 +64,241 @@ AttentionInterface.register(GROUPED_SDPA, grouped_attention)
 AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
 
 
-def compile_steps(model: PreTrainedModel, kernel: Kernel) -> None:
-    """Replace ``sdpa`` by ``grouped_attention``, and let blocks that are built like a LLaMA's take compiled steps.
+def compile_tokens(model: PreTrainedModel, kernel: Kernel) -> None:
+    """Replace ``sdpa`` by ``grouped_attention``, and let a model that is built like a LLaMA decode in compiled code.
 
-    A trial on random tokens shows for each block whether the step computes what its own forward pass does: blocks of
-    one class may differ, for example in whether they rotate.
+    A trial shows for each block, and for what is around them, whether compiled code computes what the model's own does:
+    blocks of one class may differ, for example in whether they rotate.
     """
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(GROUPED_SDPA)
-    for layer in model.modules() if model.config._attn_implementation == GROUPED_SDPA else ():
-        try:
-            step = CompiledBlock(layer, kernel) if _is_llama(layer) else None
-            if step and _agrees(step):
-                layer.forward = step
-        except Exception:  # any failure means that this is not a plain LLaMA block
-            continue
+    try:
+        compiled = CompiledTokens(model, kernel) if _is_llama(model) else None
+        if compiled and compiled.agrees():
+            model.forward = compiled
+    except Exception:  # any failure means that this is not a plain LLaMA
+        return
 
 
-class CompiledBlock:
-    """Forward pass of one block: compiled for a single token per sequence, the model's own for everything else.
+class CompiledTokens:
+    """Forward pass of a model: compiled for one new token per sequence, the model's own for everything else.
 
     The model's own also runs where the kernel would miss something: gradients, hooks, replaced modules or forward
-    methods inside of the block, another cache than DynamicCache, another attention than ``grouped_attention``.
+    methods, another cache than DynamicCache or an empty one, a mask of more than padding on the left, another attention
+    than ``grouped_attention``.
     """
 
-    def __init__(self, layer: nn.Module, kernel: Kernel) -> None:
-        self.layer, self.kernel, self.attention = layer, kernel, layer.self_attn
-        self._linears = [layer.get_submodule(name) for name in LINEARS]
-        self._norms = layer.input_layernorm, layer.post_attention_layernorm
-        self._children = [(parent._modules, *child) for parent in layer.modules() for child in parent._modules.items()]
+    def __init__(self, model: PreTrainedModel, kernel: Kernel) -> None:
+        functools.update_wrapper(self, model.forward)  # generate() asks for its signature
+        self.model, self.kernel, self.decoder = model, kernel, model.get_decoder()
+        self.layers, head = self.decoder.layers, model.get_output_embeddings()
+        self._linears = [*(layer.get_submodule(name) for layer in self.layers for name in LINEARS), head]
+        self._norms = [*(layer.get_submodule(name) for layer in self.layers for name in NORMS), self.decoder.norm]
+        self._children = [(parent._modules, *child) for parent in model.modules() for child in parent._modules.items()]
+        self._cache_name = "cache" if "cache" in inspect.signature(self).parameters else "past_key_values"
+        self._window = getattr(model.config, "sliding_window", None) or math.inf
         self._key = self._struct = None
 
-    def __call__(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        batch, tokens, _ = hidden_states.shape
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the latter in older versions of transformers
-        plain = not args and type(cache) is DynamicCache and not torch.is_grad_enabled()
-        block = self._block(hidden_states) if plain and tokens == 1 and 1 <= batch <= MAX_TOKENS else None
-        if block is not None:
-            angles = kwargs.get("position_embeddings")  # cosines and sines, [1 or batch, 1, size] each
-            if angles and all(a.shape[1:] == (1, block.size) and len(a) in (1, batch) for a in angles):
-                return self._step(block, hidden_states.contiguous(), cache, kwargs)
-        return self.plain_forward(hidden_states, *args, **kwargs)
+    def __call__(self, input_ids: torch.Tensor | None = None, *args, **kwargs) -> CausalLMOutputWithPast:
+        cache, positions = kwargs.get("cache", kwargs.get("past_key_values")), kwargs.get("position_ids")
+        fits = not args and input_ids is not None and type(cache) is DynamicCache and not torch.is_grad_enabled()
+        batch, tokens = input_ids.shape if fits else (0, 0)
+        fits = tokens == 1 and batch <= MAX_TOKENS and (positions is None or positions.shape in ((1, 1), (batch, 1)))
+        struct = self._described() if fits and self._plain(kwargs) else None
+        room = Room.of(cache, batch, struct, self._norms[0].weight) if struct else None
+        whole = room and room.length + 1 < self._window
+        begins = _begins(kwargs.get("attention_mask"), batch, room.length + 1) if whole else None
+        if begins is None:
+            return self.__wrapped__(input_ids, *args, **kwargs)
+        positions = torch.full((1, 1), room.length) if positions is None else positions
+        logits = self._decode(struct, *self._entering(input_ids, positions), room.both, room.length, begins)
+        room.lend(cache)
+        return CausalLMOutputWithPast(logits=logits, **{self._cache_name: cache})
 
-    def plain_forward(self, *args, **kwargs) -> torch.Tensor:
-        return type(self.layer).forward(self.layer, *args, **kwargs)
+    def _plain(self, kwargs: dict) -> bool:
+        """Return whether arguments and configuration ask for the next token's logits alone."""
+        options = OPTIONS | {name: value for name, value in kwargs.items() if name not in TAKEN and value is not None}
+        config, one = self.model.config, isinstance(options.pop("logits_to_keep", 0), int)
+        return one and options == OPTIONS and config.return_dict and not config.output_hidden_states
 
-    def _block(self, x: torch.Tensor) -> BlockStruct | None:
-        """Return the block for the kernel, None if it is not as the kernel takes it, was altered, or is watched."""
-        if x.device.type != "cpu" or self.attention.config._attn_implementation != GROUPED_SDPA:
+    def _described(self) -> DecoderStruct | None:
+        """Return the model for the kernel, None if it is not as the kernel takes it, was altered, or is watched."""
+        if self.model.config._attn_implementation != GROUPED_SDPA:
             return None
         for siblings, name, module in self._children:
             watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
             if watched or siblings.get(name) is not module:
                 return None
-        weights = [norm.weight for norm in self._norms]
-        matrices = [linear.matrix(x.dtype) for linear in self._linears]
-        key = [x.dtype, *(weight.data_ptr() for weight in weights), *matrices]
+        weights = [module.weight for module in (*self._norms, self.decoder.embed_tokens)]
+        dtype = weights[0].dtype
+        matrices = [linear.matrix(dtype) for linear in self._linears]
+        key = [dtype, *(weight.data_ptr() for weight in weights), *matrices]
         if self._key != key:
-            fits = None not in matrices and all(weight.dtype == x.dtype for weight in weights)
-            self._key, self._struct = key, self._described(matrices, x.dtype) if fits else None
+            fits = all(each.dtype == dtype and each.device.type == "cpu" for each in weights)
+            self._key, self._struct = key, self._structs(matrices, dtype) if fits and None not in matrices else None
         return self._struct
 
-    def _described(self, matrices: list[MatrixStruct], dtype: torch.dtype) -> BlockStruct:
-        q, k, _, _, gate, _, _ = matrices
-        array, size = (MatrixStruct * len(matrices))(*matrices), self.attention.head_dim
-        block = BlockStruct(
-            *(ctypes.addressof(array) + first * ctypes.sizeof(MatrixStruct) for first in (0, 3, 4, 6)),
-            *(norm.weight.data_ptr() for norm in self._norms),
-            *(norm.eps for norm in self._norms),
-            *(q.columns, q.rows // size, k.rows // size, size, gate.rows),
-            dtype == torch.float16,
-        )
-        block.array = array  # stays alive: the block holds addresses in it
-        return block
+    def _structs(self, matrices: list[MatrixStruct], dtype: torch.dtype) -> DecoderStruct:
+        array, blocks = (MatrixStruct * len(matrices))(*matrices), (BlockStruct * len(self.layers))()
+        places = [ctypes.addressof(array) + index * ctypes.sizeof(MatrixStruct) for index in range(len(matrices))]
+        *norms, (last, last_eps) = ((norm.weight.data_ptr(), norm.eps) for norm in self._norms)
+        for index, layer in enumerate(self.layers):
+            first, size = index * len(LINEARS), layer.self_attn.head_dim
+            q, k, _, _, gate, *_ = matrices[first:]
+            (before, before_eps), (after, after_eps) = norms[2 * index : 2 * index + 2]
+            blocks[index] = BlockStruct(
+                *(places[first + at] for at in (0, 3, 4, 6)),
+                *(before, after, before_eps, after_eps, layer.self_attn.scaling),
+                *(q.columns, q.rows // size, k.rows // size, size, gate.rows),
+            )
+        sizes = len(blocks), matrices[0].columns, dtype == torch.float16
+        struct = DecoderStruct(ctypes.addressof(blocks), last, places[-1], last_eps, *sizes)
+        struct.array, struct.all_blocks = array, blocks  # stay alive: their addresses are in it
+        return struct
 
-    def _step(self, block: BlockStruct, x: torch.Tensor, cache: DynamicCache, kwargs: dict) -> torch.Tensor:
-        index, batch, threads = self.attention.layer_idx, len(x), torch.get_num_threads()
-        cos, sin = (angles.to(x.dtype).contiguous() for angles in kwargs["position_embeddings"])
-        stride = block.size if len(cos) > 1 else 0  # 0: all sequences share one position
-        layer = cache.layers[index] if index < len(cache.layers) and not cache.offloading else None
-        held = with_room(layer, x, block)
-        k, v = x.new_empty(2, batch, block.keys, 1, block.size).unbind() if held is None else held
-        q, y, at = x.new_empty(batch, block.heads, 1, block.size), torch.empty_like(x), ctypes.addressof(block)
-        last = (k.shape[2] - 1) * block.size * x.element_size()
-        places = q.data_ptr(), k.data_ptr() + last, v.data_ptr() + last, k.stride(1)
-        self.kernel.enter_block(at, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), stride, batch, *places, threads)
-        if held is None:
-            k, v = cache.update(k, v, index)
-        else:
-            layer.keys, layer.values = held
-        mask, apart = kwargs.get("attention_mask"), k.stride(1)
-        strides = block.keys * apart, apart, block.size, 1
-        if mask is None and all(each.dtype == q.dtype and each.stride() == strides for each in (k, v)):
-            places = q.data_ptr(), k.data_ptr(), v.data_ptr(), k.shape[2], apart
-            self.kernel.attend_block(at, *places, self.attention.scaling, batch, q.data_ptr(), threads)
-        else:
-            more = {key: kwargs[key] for key in kwargs.keys() - {"attention_mask", "cache", "past_key_values"}}
-            q, _ = grouped_attention(self.attention, q, k, v, mask, scaling=self.attention.scaling, **more)
-            q = q.contiguous()
-        self.kernel.leave_block(at, x.data_ptr(), q.data_ptr(), batch, y.data_ptr(), threads)
-        return y
+    def _entering(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return what enters the first block, [batch, 1, width], and cosines and sines, [1 or batch, 1, size] each."""
+        x = self.decoder.embed_tokens(ids)
+        return x.contiguous(), *(each.to(x.dtype).contiguous() for each in self.decoder.rotary_emb(x, positions))
+
+    def _decode(self, struct: DecoderStruct, *tensors: torch.Tensor | int) -> torch.Tensor:
+        """Return logits, or hidden states where ``struct`` has no head, of one token per sequence, [batch, 1, numbers].
+
+        ``tensors``: those of ``_entering``; keys of each block and then values of each, [2 blocks, batch, keys, most,
+        size]; the place of them that is filled; where each sequence's begin, int64 [batch].
+        """
+        x, cos, sin, both, place, begins = tensors
+        out = x.new_empty(len(x), 1, self._linears[-1].out_features if struct.head else struct.width)
+        stride = cos.shape[-1] if len(cos) > 1 else 0  # 0: all sequences share one position
+        entering = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), stride, len(x)
+        held = both.data_ptr(), both.shape[3], place + 1, begins.data_ptr()
+        self.kernel.decode(ctypes.addressof(struct), *entering, *held, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    @torch.no_grad()
+    def agrees(self) -> bool:
+        """Return whether compiled code computes what the model's own does, up to rounding, for two sequences.
+
+        Each block is tried on random numbers, among which no few large ones hide differences. Then a token's way shows
+        that blocks take what the one before gave, and what is in front of them and behind.
+        """
+        struct = self._described()
+        if struct is None or not all(map(self._block_agrees, range(struct.count))):
+            return False
+        vocabulary, calls = self.decoder.embed_tokens.num_embeddings, []
+        ids = torch.randint(vocabulary, (2, TRIAL_TOKENS), generator=torch.Generator().manual_seed(0))
+        cache = {self._cache_name: DynamicCache()}
+        self.__wrapped__(ids[:, :-1], use_cache=True, **cache)
+        modules = (*self.layers, self.decoder.norm)
+        handles = [each.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for each in modules]
+        try:
+            expected = self.__wrapped__(ids[:, -1:], use_cache=True, **cache).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        x, cos, sin = self._entering(ids[:, -1:], torch.full((1, 1), TRIAL_TOKENS - 1))
+        angles = [each for _, _, kwargs, _ in calls[:-1] for each in kwargs["position_embeddings"]]
+        entered, left = [args[0] for _, args, _, _ in calls], [result for *_, result in calls]
+        chained = len(calls) == len(modules) and all(map(torch.equal, entered, (x, *left)))
+        turned = cos.shape == (1, 1, self.layers[0].self_attn.head_dim)
+        turned = turned and all(map(torch.equal, angles, (cos, sin) * struct.count))
+        behind = DecoderStruct(None, struct.norm, struct.head, struct.eps, 0, struct.width, struct.half)
+        begins, nothing = torch.zeros(2, dtype=torch.int64), x.new_empty(1, 1, 1, 1, 1)
+        logits = self._decode(behind, entered[-1].contiguous(), cos, sin, nothing, 0, begins)
+        # Roundings of the normed numbers and of the products.
+        return chained and turned and _close(logits, expected, 4 * torch.finfo(x.dtype).eps * expected.abs().max())
+
+    def _block_agrees(self, index: int) -> bool:
+        layer, cache, outs = self.layers[index], DynamicCache(), []
+        attention, dtype = layer.self_attn, layer.input_layernorm.weight.dtype
+        draw = torch.Generator().manual_seed(0)
+        tokens = torch.randn(TRIAL_TOKENS, 2, 1, self._struct.width, generator=draw).to(dtype)
+        angles = torch.rand(TRIAL_TOKENS, 2, 1, attention.head_dim // 2, generator=draw).mul(6).repeat(1, 1, 1, 2)
+        turns = [(angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles]
+        own = functools.partial(layer, attention_mask=None, **{self._cache_name: cache})
+        expected = torch.stack([own(x, position_embeddings=turn) for x, turn in zip(tokens, turns, strict=True)])
+        held = cache.layers[attention.layer_idx]
+        both, begins = torch.zeros(2, *held.keys.shape, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+        address = ctypes.addressof(self._struct.all_blocks[index])
+        alone = DecoderStruct(address, None, None, 0, 1, self._struct.width, self._struct.half)
+        for place, (x, turn) in enumerate(zip(tokens, turns, strict=True)):
+            outs.append(self._decode(alone, x, *turn, both, place, begins))
+        eps, added = torch.finfo(dtype).eps, expected.float() - tokens.float()
+        # Some ten roundings of what the block adds, and one of the sum, about as large as the tokens. Keys and values
+        # are rounded less often: there another rotation, or none, shows.
+        bound = 10 * eps * added.abs().max() + 2 * eps * tokens.float().abs().max()
+        pairs = zip(both, (held.keys, held.values), strict=True)
+        kept = all(_close(ours, theirs, 3 * eps * theirs.float().abs().max()) for ours, theirs in pairs)
+        return kept and attention.layer_idx == index and _close(torch.stack(outs), expected, bound)
 
 
-def with_room(layer: DynamicLayer | None, x: torch.Tensor, block: BlockStruct) -> tuple[torch.Tensor, ...] | None:
-    """Return keys and values of a cache's ``layer`` and a place for one more, [batch, keys, length + 1, size] each.
+class Room:
+    """Keys and values of all blocks in one tensor with room for more tokens; the layers of a cache hold views of it.
 
-    The layer is to hold them once the place is filled. Its own update copies all of them for each token; here they are
-    views of the part in use of a tensor with room for more, which the layer keeps as ``room``. Only views that this
-    function made, and that nobody replaced since (a crop, another order of beams), are continued in place.
-
-    None if the layer is empty, or does more than to append.
+    Their own update copies all of them for each token. Only views that this class made, and that nobody replaced since
+    (a crop, another order of beams), are continued in place.
     """
-    if type(layer) is not DynamicLayer or not layer.is_initialized:
-        return None
-    k, v, length = layer.keys, layer.values, layer.get_seq_length()
-    shape = len(x), block.keys, length, block.size
-    if any(each.shape != shape or each.dtype != x.dtype or each.device != x.device for each in (k, v)):
-        return None
-    *views, both = getattr(layer, "room", (None, None, None))
-    if views[0] is not k or views[1] is not v or length == both.shape[3]:
-        both = x.new_empty(2, len(x), block.keys, length + max(SPARE_TOKENS, length // 4), block.size)
-        both[0, :, :, :length], both[1, :, :, :length] = k, v
-    k, v = both[:, :, :, : length + 1].unbind()
-    layer.room = k, v, both
-    return k, v
+
+    def __init__(self, held: list[torch.Tensor]) -> None:
+        batch, keys, self.length, size = held[0].shape
+        most = self.length + max(SPARE_TOKENS, self.length // 4)
+        self.both, self.views = held[0].new_empty(len(held), batch, keys, most, size), ()
+        for place, each in zip(self.both, held, strict=True):
+            place[:, :, : self.length] = each
+
+    @classmethod
+    def of(cls, cache: DynamicCache, batch: int, struct: DecoderStruct, weight: torch.Tensor) -> "Room | None":
+        """Return the room of ``cache``, made if necessary; None if it is empty or does more than to append."""
+        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+        if not plain or len(cache.layers) != struct.count or cache.offloading or not cache.layers[0].get_seq_length():
+            return None
+        block, length, room = struct.all_blocks[0], cache.layers[0].get_seq_length(), getattr(cache, "room", None)
+        held = [*(layer.keys for layer in cache.layers), *(layer.values for layer in cache.layers)]
+        shape, kind = (batch, block.keys, length, block.size), (weight.dtype, weight.device)
+        if any(each is None or each.shape != shape or (each.dtype, each.device) != kind for each in held):
+            return None
+        continued = room and room.length == length < room.both.shape[3] and all(map(is_, held, room.views))
+        return room if continued else cls(held)
+
+    def lend(self, cache: DynamicCache) -> None:
+        """Let the layers of ``cache`` hold one token more, which is now in its place."""
+        self.length += 1
+        self.views, cache.room = self.both[:, :, :, : self.length].unbind(), self
+        for layer, keys, values in zip(cache.layers, self.views, self.views[len(cache.layers) :], strict=False):
+            layer.keys, layer.values = keys, values
+            if layer.is_sliding:
+                layer.cumulative_length += 1
 
 
-def _is_llama(layer: nn.Module) -> bool:
-    """Return whether ``layer`` has a LLaMA's modules, and matrices of the shapes that step.cpp takes for granted."""
+def _begins(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """Return where the keys of each sequence begin, int64 [batch]; None if ``mask`` hides others than the first."""
+    if mask is None:
+        return torch.zeros(batch, dtype=torch.int64)
+    if mask.shape != (batch, length):
+        return None
+    begins = (mask == 0).sum(1)
+    padded = bool(mask[:, -1].all()) and torch.equal(mask != 0, torch.arange(length) >= begins[:, None])
+    return begins if padded else None
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor, bound: torch.Tensor | float) -> bool:
+    return ours.shape == theirs.shape and bool((ours.float() - theirs.float()).abs().max() <= bound)
+
+
+def _is_llama(model: PreTrainedModel) -> bool:
+    """Return whether ``model`` has a LLaMA's modules, and matrices of the shapes that step.cpp takes for granted."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    parts = decoder, head, decoder.embed_tokens, decoder.layers, decoder.norm, decoder.rotary_emb
+    modules = {*model.children(), *decoder.children()}
+    plain = modules == {*parts} and type(decoder.norm) is nn.RMSNorm and type(decoder.embed_tokens) is nn.Embedding
+    if not plain or not isinstance(head, SparseLinear | DenseLinear):
+        return False
+    blocks = [_is_block(layer, head.in_features) for layer in decoder.layers]
+    sizes = {(layer.self_attn.head_dim, layer.self_attn.k_proj.out_features) for layer in decoder.layers}
+    return all(blocks) and len(sizes) == 1 and decoder.embed_tokens.embedding_dim == head.in_features
+
+
+def _is_block(layer: nn.Module, width: int) -> bool:
     if {name for name, _ in layer.named_modules()} - {""} != {*LINEARS, *OTHER_MODULES}:
         return False
     linears = [layer.get_submodule(name) for name in LINEARS]
@@ -193,33 +308,7 @@ def _is_llama(layer: nn.Module) -> bool:
     if not (packable and norms and isinstance(layer.mlp.act_fn, nn.SiLU | type(ACT2FN["silu"]))):
         return False
     q, k, v, o, gate, up, down = ((linear.out_features, linear.in_features) for linear in linears)
-    size, width, inner = layer.self_attn.head_dim, q[1], gate[0]
+    size, inner = layer.self_attn.head_dim, gate[0]
     heads = size > 0 and size % 2 == 0 and k[0] % size == 0 and k[0] > 0 and q[0] % k[0] == 0
-    attention = k == v == (k[0], width) and o == (width, q[0])
+    attention = q[1] == width and k == v == (k[0], width) and o == (width, q[0])
     return heads and attention and gate == up == (inner, width) and down == (width, inner)
-
-
-@torch.no_grad()
-def _agrees(step: CompiledBlock) -> bool:
-    """Return whether ``step`` computes what the layer's own forward pass does, up to rounding, for two sequences."""
-    attention, dtype = step.attention, step.layer.input_layernorm.weight.dtype
-    names = inspect.signature(type(step.layer).forward).parameters
-    cache_name = "cache" if "cache" in names else "past_key_values"  # in older versions of transformers
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randn(TRIAL_TOKENS, 2, 1, attention.q_proj.in_features, generator=draw).to(dtype)
-    angles = torch.rand(TRIAL_TOKENS, 2, 1, attention.head_dim // 2, generator=draw).mul(6).repeat(1, 1, 1, 2)
-    results = []
-    for forward in (step.plain_forward, step):
-        more, outs = {cache_name: DynamicCache(), "attention_mask": None}, []
-        for x, angle in zip(tokens, angles, strict=True):
-            outs.append(forward(x, position_embeddings=(angle.cos().to(dtype), angle.sin().to(dtype)), **more).float())
-        held = more[cache_name].layers[attention.layer_idx]
-        results.append((torch.stack(outs) - tokens.float(), held.keys.float(), held.values.float()))
-    expected, computed = results
-    eps = torch.finfo(dtype).eps
-    # Some ten roundings of what the block adds, and one of the sum, about as large as the tokens. Keys and values are
-    # rounded less often: there another rotation, or none, shows.
-    bounds = [10 * eps * expected[0].abs().max() + 2 * eps * tokens.float().abs().max()]
-    bounds += [3 * eps * values.abs().max() for values in expected[1:]]
-    triples = zip(expected, computed, bounds, strict=True)
-    return all(a.shape == b.shape and bool((a - b).abs().max() <= bound) for a, b, bound in triples)

@@ -1,4 +1,4 @@
-"""Packed and fused layers of a model in memory: sparse ones packed, norms one torch call, steps compiled."""
+"""Packed and fused layers of a model in memory: sparse ones packed, norms one torch call, tokens compiled."""
 
 import logging
 from collections import Counter
@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lib.core.errors import UserError
-from lib.sparse.decode import compile_steps
+from lib.sparse.decode import compile_tokens
 from lib.sparse.kernel import KERNEL_DTYPES, Kernel, Unavailable, load_kernel
 from lib.sparse.layers import DenseLinear, SparseLinear
 
@@ -19,13 +19,13 @@ LEAST_ZEROS = 0.3
 
 
 def fuse(model: nn.Module, kernel: Kernel) -> None:
-    """Fuse calls, in place, where the result is the same up to rounding: those of RMS norms, and ``compile_steps``."""
+    """Fuse calls, in place, where the result is the same up to rounding: those of RMS norms, and ``compile_tokens``."""
     for name, module in list(model.named_modules()):
         norm = _torch_norm(module)
         if norm is not None:
             model.set_submodule(name, norm)
     if isinstance(model, PreTrainedModel):
-        compile_steps(model, kernel)
+        compile_tokens(model, kernel)
 
 
 @torch.no_grad()

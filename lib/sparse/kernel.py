@@ -24,6 +24,7 @@ HEADERS, SOURCES = (sorted(_FOLDER.glob(ending)) for ending in ("*.h", "*.cpp"))
 # What the kernel is compiled for, the best first, and the compiler's -m flags; on ARM, NEON needs none.
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx2", "fma", "f16c", "popcnt")
 LEVELS = {
+    "amx": (*_AVX512, "amxtile", "amxbf16"),  # whose few tokens are those of avx512
     "avx512bf16": (*_AVX512, "avx512bf16"),
     "avx512": _AVX512,
     "avx2": ("avx2", "bmi2", "fma", "f16c", "popcnt"),
@@ -39,10 +40,9 @@ FUNCTIONS = {
     "_multiply": "pipipii",
     "_unpack": "pnnpi",
     "_multiply_many": "ppnpi",
+    "_multiply_tiles": "ppnpi",
     "_solve_block": "pppnnnpi",
-    "enter_block": "ppppnipppni",  # these are in step.cpp
-    "attend_block": "ppppnndipi",
-    "leave_block": "pppipi",
+    "decode": "ppppnipnnppi",  # as step.cpp says
 }
 _SCRATCH: list[tempfile.TemporaryDirectory] = []  # folders of libraries that are not kept
 
@@ -65,8 +65,18 @@ class BlockStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("qkv", "o", "gate_up", "down", "before", "after")),
-        *((name, ctypes.c_double) for name in ("before_eps", "after_eps")),
-        *((name, ctypes.c_int64) for name in ("width", "heads", "keys", "size", "inner", "half")),
+        *((name, ctypes.c_double) for name in ("before_eps", "after_eps", "scale")),
+        *((name, ctypes.c_int64) for name in ("width", "heads", "keys", "size", "inner")),
+    ]
+
+
+class DecoderStruct(ctypes.Structure):
+    """A LLaMA as step.cpp sees it: addresses of its blocks, of the last norm's weight and of the head, and sizes."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("blocks", "norm", "head")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("count", "width", "half")),
     ]
 
 
@@ -79,6 +89,7 @@ class Kernel:
             function = getattr(library, name.removeprefix("_"))
             function.argtypes, function.restype = [_KINDS[dtype] for dtype in kinds], None
             setattr(self, name, function)
+        self.has_tiles = bool(library.request_tiles())
 
     def multiply(self, matrix: MatrixStruct, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the products [..., rows] of ``x`` [..., columns], 1 to MAX_TOKENS of them, plus the bias.
@@ -105,6 +116,15 @@ class Kernel:
         y, threads = x.new_empty(len(x), weight.rows), torch.get_num_threads()
         self._multiply_many(ctypes.addressof(weight), x.data_ptr(), len(x), y.data_ptr(), threads)
         return y if bias is None else y.add_(bias)
+
+    def multiply_tiles(self, matrix: MatrixStruct, x: torch.Tensor) -> torch.Tensor:
+        """Return the products [tokens, rows] of a packed matrix and ``x`` [tokens, columns], plus the bias, on AMX.
+
+        All are bfloat16, sums are float32. It needs ``has_tiles``, which says that the system allows them.
+        """
+        y, x = x.new_empty(len(x), matrix.rows), x.contiguous()
+        self._multiply_tiles(ctypes.addressof(matrix), x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads())
+        return y
 
     def solve_block(
         self, block: torch.Tensor, upper: torch.Tensor, drop: torch.Tensor, group: int | None
@@ -151,7 +171,8 @@ def levels() -> list[str]:
     # Intel's vdpbf16ps starts every other cycle, on the port of vpexpandw: two float32 products are faster there.
     # A step of 32 columns takes 1.26 ns with it and 1.54 without on an EPYC of 2023 (Zen 4).
     if "avx512bf16" in names and cpu.processor().get("vendor_id") != "AuthenticAMD":
-        names.insert(1, names.pop(0))
+        names.remove("avx512bf16")
+        names.insert(names.index("avx512") + 1, "avx512bf16")
     return names
 
 
@@ -170,7 +191,7 @@ def _built(level: str, keep: bool = True) -> Path:
         folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "alphapruning"
     except RuntimeError as error:  # no home folder
         raise Unavailable(f"there is no place for the kernel ({error}); set XDG_CACHE_HOME") from error
-    flags = [*FLAGS, *(f"-m{flag}" for flag in LEVELS[level])]
+    flags = [*FLAGS, *(f"-m{flag.replace('amx', 'amx-')}" for flag in LEVELS[level])]
     content = b"".join(source.read_bytes() for source in (*HEADERS, *SOURCES))
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
     key = _digest(content + version + repr((compiler, flags, platform.libc_ver())).encode())

@@ -37,9 +37,9 @@ class SparseLinear(nn.Module):
     """A linear layer, y = W x + b, for inference on the CPU: 1 + 16 (1 - sparsity) bits a weight.
 
     ``weight``: result of ``packed.pack`` for a bfloat16 or float16 [out_features, columns]; ``bias`` of the same dtype.
-    Sums are float32, rounded once. Up to MAX_TOKENS rows of ``x`` go to the kernel. So do more of them where at least
-    SKIP_FROM of the weights are zero and the CPU has no instructions for the dtype; otherwise ROWS_AT_ONCE rows of the
-    weight at a time are unpacked and multiplied by torch.
+    Sums are float32, rounded once. Up to MAX_TOKENS rows of ``x`` go to the kernel. So do more of them on AMX in
+    bfloat16, and where at least SKIP_FROM of the weights are zero and the CPU has no instructions for the dtype;
+    otherwise ROWS_AT_ONCE rows of the weight at a time are unpacked and multiplied by torch.
 
     The tensors are neither parameters nor buffers: they stay where they are if the model is moved.
 
@@ -81,6 +81,8 @@ class SparseLinear(nn.Module):
         if 1 <= x.numel() // columns <= MAX_TOKENS:
             return self.kernel.multiply(self._matrix, x)
         flat = x.reshape(-1, columns)
+        if len(flat) and self.kernel.has_tiles and self.dtype == torch.bfloat16:
+            return self.kernel.multiply_tiles(self._matrix, flat).view(*lead, self.out_features)
         if len(flat) and not cpu.multiplies(self.dtype) and self.sparsity >= SKIP_FROM:
             y = self.kernel.multiply_many(self._matrix, flat.float().contiguous(), self.bias).to(self.dtype)
             return y.view(*lead, self.out_features)

@@ -254,3 +254,149 @@ def test_blocks_of_a_stream(monkeypatch, with_bos, tmp_path):
     blocks = texts.training_blocks("train_file", str(tmp_path / "text.txt"), "train", with_bos, 50)
     whole = with_bos(text, verbose=False).input_ids
     assert blocks.flatten().tolist() == whole[: len(whole) // 50 * 50]
+
+
+# ---------------------------------------------------------------------------------------------- conversations, the hub
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+CHAT = [{"role": "user", "content": "abe ku?"}, {"role": "assistant", "content": "Dos."}]
+
+
+@pytest.fixture
+def with_template(with_bos):
+    """Return a tokenizer with a chat template, whose texts also begin with <s>, which a conversation must not."""
+    with_bos.chat_template = TEMPLATE
+    return with_bos
+
+
+def chats(count: int) -> list[list[dict]]:
+    return [[CHAT[0], {"role": "assistant", "content": tiny_sentences(1 + i % 3, i)}] for i in range(count)]
+
+
+def marked(chat: list[dict]) -> str:
+    return "".join(f"[{message['role']}]{message['content']}</s>" for message in chat)
+
+
+def write_lines(path: Path, records: list) -> str:
+    path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    return str(path)
+
+
+def test_conversations_are_packed_whole(tmp_path, with_template):
+    every = chats(9)
+    sharegpt = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in every[1]]
+    records = [{"messages": chat, "text": "not this"} for chat in every]
+    records[1] = {"conversations": sharegpt}
+    records[2] = {"marked": marked(every[2])}
+    name = write_lines(tmp_path / "chat.jsonl", records)
+    tokens = [with_template(marked(chat), add_special_tokens=False).input_ids for chat in every]
+    assert all(ids.count(2) == 2 and 1 not in ids for ids in tokens)  # a mark is one token, and no <s> is added
+    joined = sum(tokens, [])
+    assert (
+        evaluation_windows(name, with_template, SEQLEN).flatten().tolist() == joined[: len(joined) // SEQLEN * SEQLEN]
+    )
+    assert evaluation_windows(name, with_template, SEQLEN, 2).flatten().tolist() == joined[: 2 * SEQLEN]
+    blocks = texts.training_blocks("train_file", name, "train", with_template, SEQLEN)
+    assert blocks.flatten().tolist() == joined[: len(joined) // SEQLEN * SEQLEN]
+
+    windows = calibration_windows(name, with_template, 3, SEQLEN, 5)
+    random.seed(5)
+    random.shuffle(tokens)
+    assert windows.flatten().tolist() == sum(tokens, [])[: 3 * SEQLEN] and windows.dtype == torch.int64
+    trained, held = texts.recovery_windows(name, with_template, (3, 2), SEQLEN, 0)
+    assert sorted(torch.cat([trained, held]).tolist()) == sorted(blocks[:5].tolist())
+
+
+def test_search_halves_of_conversations_share_none(tmp_path, with_template):
+    every = [[CHAT[0], {"role": "assistant", "content": word * 40}] for word in ("ab ", "su ") * 6]
+    name = write_lines(tmp_path / "chat.jsonl", [{"messages": chat} for chat in every])
+    parts = search_windows(name, with_template, (4, 4), SEQLEN, 0, "a test")
+    words = [set(with_template.decode(part.flatten()).split()) & {"ab", "su"} for part in parts]
+    assert words == [{"ab"}, {"su"}]
+
+
+def test_texts_and_conversations_in_one_file(tmp_path, with_template):
+    name = write_lines(tmp_path / "both.jsonl", [{"text": "Abe ku."}, {"messages": CHAT}])
+    one = [1, *with_template("Abe ku.", add_special_tokens=False).input_ids]
+    two = with_template(marked(CHAT), add_special_tokens=False).input_ids
+    size = len(one) + len(two)
+    assert evaluation_windows(name, with_template, size).tolist() == [one + two]
+
+
+@pytest.mark.parametrize(
+    ("content", "template", "match"),
+    [
+        (
+            [{"messages": CHAT}],
+            None,
+            r"chat\.jsonl: holds conversations, and the model's tokenizer has no chat template",
+        ),
+        ([{"messages": CHAT}], "{{ raise_exception('roles must alternate') }}", r"fails \(roles must alternate\)"),
+        ([{"messages": [{"role": "user"}]}], TEMPLATE, "needs a field `text`"),
+        ([{"messages": "abc"}, {"words": "abc"}], TEMPLATE, "needs a field `text`"),
+        ([{"messages": 3}], TEMPLATE, "needs a field `text`"),
+        ([3], TEMPLATE, "needs a field `text`"),
+        ([{"messages": CHAT}], TEMPLATE, r"short, it has \d+ tokens and 320 are needed"),
+    ],
+)
+def test_conversations_that_cannot_be_used_are_one_line(tmp_path, with_bos, content, template, match):
+    with_bos.chat_template = template
+    name = write_lines(tmp_path / "chat.jsonl", content)
+    with pytest.raises(UserError, match=match) as caught:
+        calibration_windows(name, with_bos, 10, SEQLEN, 0)
+    assert "\n" not in str(caught.value) and "--calib_data" in str(caught.value)
+
+
+@pytest.fixture
+def streaming_hub(monkeypatch):
+    """Stand in for the hub's streamed data sets: return what was asked of it, and how many rows were read."""
+    asked, read = [], []
+
+    def load_dataset(path, config=None, **kwargs):
+        asked.append((path, config, kwargs))
+        for i in range(100_000):
+            read.append(i)
+            yield {"chat": CHAT, "text": tiny_sentences(3, i), "n": i}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: load_dataset(*a, **k))
+    return asked, read
+
+
+def test_data_set_of_the_hub_is_streamed_as_far_as_needed(streaming_hub, with_template, monkeypatch):
+    asked, read = streaming_hub
+    monkeypatch.setattr(texts, "_DRAWN_FROM", 20)
+    monkeypatch.setattr(texts, "_DOCUMENTS_AT_ONCE", 4)
+    windows = evaluation_windows("hf:a/b", with_template, SEQLEN, 2)
+    first = [token for i in range(3) for token in with_template(tiny_sentences(3, i)).input_ids]
+    assert windows.flatten().tolist() == first[: 2 * SEQLEN] and len(read) < 10
+    assert asked == [("a/b", None, {"split": "test", "streaming": True})]
+
+    asked.clear()
+    chat = with_template(marked(CHAT), add_special_tokens=False).input_ids
+    windows = calibration_windows("hf:a/b:c:d:chat", with_template, 2, len(chat), 0)
+    assert windows.tolist() == [chat, chat] and len(read) <= 10 + 20
+    assert asked == [("a/b", "c", {"split": "d", "streaming": True})]
+    with pytest.raises(UserError, match=r"--calib_data hf:a/b:::n: every record needs a field `n`"):
+        calibration_windows("hf:a/b:::n", with_template, 2, SEQLEN, 0)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_data_set_that_cannot_be_fetched_is_one_line(late, monkeypatch, with_template):
+    def rows():
+        raise ConnectionError("offline\nand more")
+        yield
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows() if late else next(rows()))
+    with pytest.raises(UserError, match=r"a/b: cannot be loaded from the hub [^\n]*offline[^\n]* local \.txt[^\n]*$"):
+        calibration_windows("hf:a/b", with_template, 2, SEQLEN, 0)
+
+
+def test_a_text_is_split_unless_its_name_says_which_part():
+    names = ["c4", "hf:a", "hf:a:b", "hf:a:::text", "hf:a:b:train", "hf:a::test:text", "a.txt"]
+    assert [texts.is_split(name) for name in names] == [True] * 4 + [False] * 3
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf::x", "hf:a:b:c:d:e"])
+def test_name_of_a_data_set_is_checked(name):
+    with pytest.raises(UserError, match=r"must be hf:NAME"):
+        texts.check_text("calib_data", name)

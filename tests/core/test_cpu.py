@@ -18,7 +18,7 @@ CPUS = {  # architecture, maker and flags -> what is multiplied, and the kernel'
     "AVX only": ("x86_64", "GenuineIntel", "avx sse4_2 popcnt", [], []),
     "Intel with AMX": (
         "x86_64", "GenuineIntel", f"{AVX512} avx512_fp16 amx_tile amx_bf16", [torch.bfloat16, torch.float16],
-        ["avx512", "avx512bf16", "avx2"],
+        ["amx", "avx512", "avx512bf16", "avx2"],
     ),
     "AMD with bfloat16": ("x86_64", "AuthenticAMD", AVX512, [torch.bfloat16], ["avx512bf16", "avx512", "avx2"]),
     "ARM": ("aarch64", None, "fp asimd", [], ["neon"]),

@@ -3,7 +3,7 @@
 build() {
   local level=$1 renamed=() name source
   shift
-  for name in multiply unpack multiply_many solve_block enter_block attend_block leave_block; do
+  for name in multiply unpack multiply_many request_tiles multiply_tiles solve_block decode; do
     renamed+=("-D$name=${level}_$name")
   done
   for source in "$(dirname "${BASH_SOURCE[0]}")"/../../lib/sparse/csrc/*.cpp; do

@@ -1,5 +1,5 @@
 // Check of lib/sparse's C++ for every instruction set in one program, which run.sh boots on an emulated CPU: products
-// against float64, sums and SparseGPT's solver bit for bit against plain loops, decoding steps against AVX2's.
+// against float64, sums and SparseGPT's solver bit for bit against plain loops, tokens against AVX2's.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 using Halves = std::vector<uint16_t>;
@@ -28,28 +29,35 @@ struct Matrix {  // as in kernel.h, which would include the intrinsics of one in
 struct Block {  // as in step.cpp
   const Matrix *qkv, *o, *gate_up, *down;
   const uint16_t *before, *after;
-  double before_eps, after_eps;
-  int64_t width, heads, keys, size, inner, half;
+  double before_eps, after_eps, scale;
+  int64_t width, heads, keys, size, inner;
+};
+struct Decoder {
+  const Block* blocks;
+  const uint16_t* norm;
+  const Matrix* head;
+  double eps;
+  int64_t count, width, half;
 };
 
 #define FUNCTIONS(F)                                                                                                  \
   F(multiply, (const Matrix*, int, const uint16_t*, int, void* const*, int, int))                                     \
   F(unpack, (const Matrix*, int64_t, int64_t, uint16_t*, int))                                                        \
   F(multiply_many, (const Matrix*, const float*, int64_t, float*, int))                                               \
+  F(multiply_tiles, (const Matrix*, const uint16_t*, int64_t, uint16_t*, int))                                        \
   F(solve_block, (float*, const float*, const void*, int64_t, int64_t, int64_t, float*, int))                         \
-  F(enter_block, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int, uint16_t*,           \
-                  uint16_t*, uint16_t*, int64_t, int))                                                                \
-  F(attend_block, (const Block*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int64_t, double, int,    \
-                   uint16_t*, int))                                                                                   \
-  F(leave_block, (const Block*, const uint16_t*, const uint16_t*, int, uint16_t*, int))
+  F(decode, (const Decoder*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int, uint16_t*, int64_t,      \
+             int64_t, const int64_t*, uint16_t*, int))
 
 #if defined(__x86_64__)
-#define DECLARE(name, arguments) void avx2_##name arguments, avx512_##name arguments, avx512bf16_##name arguments;
+#define DECLARE(name, arguments)                                                       \
+  void avx2_##name arguments, avx512_##name arguments, avx512bf16_##name arguments, amx_##name arguments;
 #else
 #define DECLARE(name, arguments) void neon_##name arguments;
 #endif
 extern "C" {
 FUNCTIONS(DECLARE)
+int amx_request_tiles();
 }
 struct Level {
   const char* name;
@@ -60,15 +68,18 @@ struct Level {
 #define AVX2(name, arguments) avx2_##name,
 #define AVX512(name, arguments) avx512_##name,
 #define AVX512BF16(name, arguments) avx512bf16_##name,
-const Level LEVELS[] = {
-    {"avx2", FUNCTIONS(AVX2)}, {"avx512", FUNCTIONS(AVX512)}, {"avx512bf16", FUNCTIONS(AVX512BF16)}};
+#define AMX(name, arguments) amx_##name,
+const Level LEVELS[] = {{"avx2", FUNCTIONS(AVX2)},
+                        {"avx512", FUNCTIONS(AVX512)},
+                        {"avx512bf16", FUNCTIONS(AVX512BF16)},
+                        {"amx", FUNCTIONS(AMX)}};
 
 std::vector<bool> present() {  // which of LEVELS this CPU has
   unsigned a = 0, b = 0, c = 0, d = 0;
   __get_cpuid_count(7, 0, &a, &b, &c, &d);
-  const bool vbmi2 = b >> 16 & 1 && c >> 6 & 1;
+  const bool vbmi2 = b >> 16 & 1 && c >> 6 & 1, tiles = d >> 22 & d >> 24 & 1;
   __get_cpuid_count(7, 1, &a, &b, &c, &d);
-  return {true, vbmi2, vbmi2 && a >> 5 & 1};
+  return {true, vbmi2, vbmi2 && a >> 5 & 1, vbmi2 && tiles && amx_request_tiles()};
 }
 #else
 #define NEON(name, arguments) neon_##name,
@@ -183,6 +194,26 @@ void check_many(const Level& level, const Weight& w, bool half) {
   }
 }
 
+// Many tokens on AMX: as check_few, and rounded to bfloat16 at the end.
+void check_tiles(const Level& level, const Weight& w) {
+  const int64_t rows = w.plain.rows, columns = w.plain.columns;
+  for (int tokens : {1, 16, 33, 130}) {
+    const Halves x = randoms(tokens * columns, false);
+    Halves y(tokens * rows + 1, 7);
+    level.multiply_tiles(&w.packed, x.data(), tokens, y.data(), 1);
+    for (int64_t i = 0; i < tokens * rows; i++) {
+      double sum = decoded(w.bias[i % rows], false), size = std::fabs(sum);
+      for (int64_t c = 0; c < columns; c++) {
+        const double a = decoded(w.dense[i % rows * columns + c], false), b = decoded(x[i / rows * columns + c], false);
+        sum += a * b, size += std::fabs(a * b);
+      }
+      const double off = std::fabs(decoded(y[i], false) - sum);
+      expect(off <= 3e-6 * size + std::fabs(sum) / 256, level.name, "tiles", rows, columns, tokens);
+    }
+    expect(y.back() == 7, level.name, "beyond the tiles", rows, columns, tokens);
+  }
+}
+
 void check_products(const Level& level, bool half) {
   const int shapes[][2] = {{7, 31}, {33, 200}, {1, 64}, {5, 8}, {40, 700}, {130, 96}, {3, 33}};
   for (const auto& [rows, columns] : shapes)
@@ -197,6 +228,7 @@ void check_products(const Level& level, bool half) {
       }
       check_few(level, w, half);
       check_many(level, w, half);
+      if (level.name == std::string("amx") && !half) check_tiles(level, w);
     }
 }
 
@@ -244,44 +276,44 @@ void check_solver(const Level& level) {
     }
 }
 
-// Two instruction sets add in different orders, and may round a result differently: by two units in the last place of
+// Two instruction sets add in different orders, and may round a result differently: by a few units in the last place of
 // the largest number.
-void check_steps(const Level& level, bool half) {
-  const int64_t width = 96, heads = 6, keys = 2, size = 16, inner = 200, length = 37, room = length * size;
+void check_tokens(const Level& level, bool half) {
+  const int64_t width = 96, heads = 6, keys = 2, size = 16, inner = 200, length = 37, most = 40, vocabulary = 70;
   const double zeros = 0.6, unit = half ? 1. / 1024 : 1. / 128;
   const Weight q(heads * size, width, zeros, half), k(keys * size, width, zeros, half);
   const Weight v(keys * size, width, zeros, half), o(width, heads * size, zeros, half), down(width, inner, zeros, half);
-  const Weight gate(inner, width, zeros, half), up(inner, width, zeros, half);
+  const Weight gate(inner, width, zeros, half), up(inner, width, zeros, half), head(vocabulary, width, 0, half, true);
   const Matrix qkv[] = {q.packed, k.packed, v.packed}, gate_up[] = {gate.packed, up.packed};
   const Halves before = randoms(width, half, 1, 0.1f), after = randoms(width, half, 1, 0.1f);
-  const Block block{qkv, &o.packed, gate_up, &down.packed, before.data(), after.data(), 1e-5, 1e-5,
-                    width, heads, keys, size, inner, half};
-  for (int tokens : {1, 2, 3, 5, 8}) {
-    const Halves x = randoms(tokens * width, half);
-    const Halves cos = randoms(tokens * size, half), sin = randoms(tokens * size, half);
-    const Halves past = randoms(tokens * keys * room, half), values = randoms(tokens * keys * room, half);
-    std::vector<Halves> first;  // AVX2's results, of which the later steps of both make theirs
-    for (const Level* now : {&LEVELS[0], &level}) {
-      std::vector<Halves> made{Halves(tokens * heads * size), Halves(past.size()), Halves(past.size()),
-                               Halves(tokens * heads * size), Halves(tokens * width)};
-      now->enter_block(&block, x.data(), cos.data(), sin.data(), size, tokens, made[0].data(), made[1].data(),
-                       made[2].data(), room, 1);
-      const Halves& queries = first.empty() ? made[0] : first[0];
-      now->attend_block(&block, queries.data(), past.data(), values.data(), length, room, 0.25, tokens, made[3].data(),
-                        1);
-      const Halves& attended = first.empty() ? made[3] : first[3];
-      now->leave_block(&block, x.data(), attended.data(), tokens, made[4].data(), 1);
-      for (size_t part = 0; part < first.size(); part++) {
-        double largest = 0;
-        for (uint16_t number : first[part]) largest = std::max<double>(largest, std::fabs(decoded(number, half)));
-        for (size_t i = 0; i < made[part].size(); i++) {
-          const double off = std::fabs(decoded(made[part][i], half) - decoded(first[part][i], half));
-          expect(off <= 2 * unit * largest, level.name, "step", part, i, tokens);
+  const Block block{qkv, &o.packed, gate_up, &down.packed, before.data(), after.data(), 1e-5, 1e-5, 0.25,
+                    width, heads, keys, size, inner};
+  const Block blocks[] = {block, block};
+  const Decoder decoders[] = {{blocks, before.data(), &head.plain, 1e-5, 2, width, half},
+                              {blocks, nullptr, nullptr, 0, 1, width, half}};
+  for (const Decoder& decoder : decoders)
+    for (int tokens : {1, 2, 3, 5, 8}) {
+      const Halves x = randoms(tokens * width, half);
+      const Halves cos = randoms(tokens * size, half), sin = randoms(tokens * size, half);
+      const Halves kept = randoms(2 * decoder.count * tokens * keys * most * size, half);
+      std::vector<int64_t> begins;
+      for (int t = 0; t < tokens; t++) begins.push_back(3 * t);
+      std::vector<Halves> first;  // AVX2's
+      for (const Level* now : {&LEVELS[0], &level}) {
+        std::vector<Halves> made{kept, Halves(tokens * (decoder.head ? vocabulary : width))};
+        now->decode(&decoder, x.data(), cos.data(), sin.data(), size, tokens, made[0].data(), most, length,
+                    begins.data(), made[1].data(), 1);
+        for (size_t part = 0; part < first.size(); part++) {
+          double largest = 0;
+          for (uint16_t number : first[part]) largest = std::max<double>(largest, std::fabs(decoded(number, half)));
+          for (size_t i = 0; i < made[part].size(); i++) {
+            const double off = std::fabs(decoded(made[part][i], half) - decoded(first[part][i], half));
+            expect(off <= 4 * unit * largest, level.name, "token", part, i, tokens);
+          }
         }
+        if (first.empty()) first = made;
       }
-      if (first.empty()) first = made;
     }
-  }
 }
 
 int main() {
@@ -293,7 +325,7 @@ int main() {
   const std::vector<bool> has = present();
   for (size_t i = 0; i < has.size(); i++) {
     if (!has[i]) continue;
-    for (bool half : {false, true}) check_products(LEVELS[i], half), check_steps(LEVELS[i], half);
+    for (bool half : {false, true}) check_products(LEVELS[i], half), check_tokens(LEVELS[i], half);
     check_solver(LEVELS[i]);
     printf("%s: done\n", LEVELS[i].name);
   }

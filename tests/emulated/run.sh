@@ -14,7 +14,9 @@ build avx2 -mavx2 -mbmi2 -mfma -mf16c -mpopcnt
 build avx512 $avx512
 # shellcheck disable=SC2086
 build avx512bf16 $avx512 -mavx512bf16
-g++ -O2 -std=c++17 -mfma -Wall -Wextra -static "$here/check.cpp" avx*.o -o init
+# shellcheck disable=SC2086
+build amx $avx512 -mamx-tile -mamx-bf16  # which Bochs does not have: it is checked on this machine, if that has it
+g++ -O2 -std=c++17 -mfma -Wall -Wextra -static "$here/check.cpp" a*.o -o init
 echo "on this machine:" && ./init
 
 apt-get download -q "$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ {print $2; exit}')"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, error_line, everything, fast, saved_tensors, tiny_llama, tiny_sentences
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
@@ -239,7 +240,8 @@ def test_two_processes_make_the_adapter_of_one(place, monkeypatch):
 def test_published_command(here, tiny_tokenizer, tmp_path, monkeypatch):
     # The pruned folder holds weights alone; config and tokenizer come from --config_name, a folder in the hub's place.
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(texts.DATASETS, "c4", lambda split: texts.Text([tiny_sentences(5, seed) for seed in range(4)]))
+    documents = [tiny_sentences(5, seed) for seed in range(4)]
+    monkeypatch.setitem(texts.DATASETS, "c4", lambda split: texts.Text(records=documents))
     monkeypatch.setattr(finetune_lm, "plot_losses", lambda *_: None)
     Path("PRUNED").mkdir()
     shutil.copy(here / "pruned/model.safetensors", "PRUNED")
@@ -522,6 +524,10 @@ def test_merge(keep_dense, place, windows, capsys):
     for state, (sparsity, value) in expected.items():
         assert rows[state] == (sparsity, pytest.approx(value, rel=1e-5)), state
     assert f"with a sparsity of {filled if keep_dense else sparse:.4f}" in capsys.readouterr().out
+    card = ModelCard.load(Path("out/README.md"))
+    assert card.data.to_dict()["sparsity"] == round(filled if keep_dense else sparse, 4)
+    words = " ".join(card.text.split())
+    assert all(f"| {state} | {value:.2f} |" in words for state, (_, value) in rows.items())
 
 
 @pytest.mark.parametrize(("call", "error"), [(2, torch.OutOfMemoryError("no memory")), (4, KeyboardInterrupt())])

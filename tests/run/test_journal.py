@@ -280,9 +280,10 @@ def test_a_run_that_resumes_without_its_kernel_says_so(kernel, stopped, monkeypa
 
 def test_identity_holds_every_flag_that_changes_the_weights():
     made = settings("--model m --prune_method sparsegpt --sparsity_ratio 0.5")
-    free = {"model", "cache_dir", "ww_metric_cache", "metrics_only", "save_plan", "export_llmcompressor", "eval_data",
-            "eval_windows", "eval_wikitext", "eval_zero_shot", "tasks", "num_fewshot", "limit", "eval_batch_size",
-            "include_path", "save", "save_model", "packed", "stream", "hidden_states", "restart"}  # fmt: skip
+    free = {"model", "cache_dir", "ww_metric_cache", "metrics_only", "save_plan", "save_calib", "export_llmcompressor",
+            "eval_data", "eval_windows", "eval_wikitext", "eval_zero_shot", "tasks", "num_fewshot", "limit",
+            "eval_batch_size", "include_path", "save", "save_model", "packed", "stream", "hidden_states",
+            "restart"}  # fmt: skip
     trained = set(RecoveryFlags.__annotations__) - {"_title"}
     assert set(made.identity()) == set(made.flags()) - free - trained
     assert set(made.recovery_identity()) == trained | {"seed", "dtype", "calib_data", "seqlen"}

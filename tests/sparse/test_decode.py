@@ -1,7 +1,8 @@
-"""Compiled decoding steps: attention against float64, whole models against float32, and when a block keeps its own."""
+"""Compiled decoding: a block against float64, whole models against float32, and when a model keeps its own."""
 
 import copy
 import ctypes
+import functools
 import math
 
 import pytest
@@ -14,16 +15,16 @@ from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
 from lib import sparse
-from lib.sparse import decode as steps
+from lib.sparse import decode as decoding
 from lib.sparse import kernel
-from lib.sparse.decode import CompiledBlock
+from lib.sparse.decode import CompiledTokens
 
 pytestmark = needs_kernel
 
 
-def compiled(model) -> list[bool]:
-    """Return for each block whether it takes compiled steps."""
-    return [isinstance(vars(layer).get("forward"), CompiledBlock) for layer in model.get_decoder().layers]
+def compiled(model) -> bool:
+    """Return whether the model decodes in compiled code."""
+    return isinstance(vars(model).get("forward"), CompiledTokens)
 
 
 @torch.no_grad()
@@ -52,18 +53,18 @@ def some_ids(batch: int, tokens: int = 13) -> torch.Tensor:
 
 @pytest.fixture
 def made():
-    """Return a model all of whose blocks take compiled steps."""
+    """Return a model that decodes in compiled code."""
     model = with_zeros(tiny_llama())
     sparse.sparsify(model)
-    assert all(compiled(model))
+    assert compiled(model)
     return model
 
 
 @pytest.fixture
 def stepped(monkeypatch):
-    """Return a list that grows by a number for each compiled step."""
-    count, real = [], CompiledBlock._step
-    monkeypatch.setattr(CompiledBlock, "_step", lambda self, *rest: count.append(1) or real(self, *rest))
+    """Return a list that grows by a number for each compiled token."""
+    count, real = [], CompiledTokens._decode
+    monkeypatch.setattr(CompiledTokens, "_decode", lambda self, *rest: count.append(1) or real(self, *rest))
     return count
 
 
@@ -72,7 +73,7 @@ def stepped(monkeypatch):
 
 @pytest.mark.machine
 def test_keys_and_values_are_copied_only_when_there_is_no_more_room(made, monkeypatch):
-    monkeypatch.setattr(steps, "SPARE_TOKENS", 3)
+    monkeypatch.setattr(decoding, "SPARE_TOKENS", 3)
     ids, places = some_ids(2, 11), []
     cache = filled(made, ids[:, :4])
     for at in range(4, 11):
@@ -121,27 +122,148 @@ def test_a_cropped_cache_leaves_what_others_hold(made):
 # -------------------------------------------------------------------------------------------------------- arithmetic
 
 
+def matrix(weight: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[kernel.MatrixStruct, list[torch.Tensor]]:
+    """Return a dense weight for the kernel, and the tensors to be kept alive."""
+    sizes = *weight.shape, -(-weight.shape[1] // 32), weight.dtype == torch.float16
+    tensors = [weight, torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias]
+    return kernel.MatrixStruct(None, weight.data_ptr(), None, tensors[1].data_ptr(), *sizes), tensors
+
+
+class Llama:
+    """Random weights of a few blocks and a head, dense, as the kernel takes them and as float64 computes with them."""
+
+    def __init__(self, kind: torch.dtype, blocks: int, size: int = 8, vocabulary: int = 50) -> None:
+        draw = torch.Generator().manual_seed(size)
+        heads, keys, inner, width = 6, 2, 40, 6 * size
+        self.kind, self.size, self.heads, self.keys, self.blocks, structs, matrices = (
+            kind,
+            size,
+            heads,
+            keys,
+            [],
+            [],
+            [],
+        )
+        shapes = [(heads * size, width), *[(keys * size, width)] * 2, (width, width), *[(inner, width)] * 2]
+        for _ in range(blocks):
+            weights = [torch.randn(shape, generator=draw).mul(0.3).to(kind) for shape in (*shapes, (width, inner))]
+            norms = [(1 + 0.3 * torch.randn(width, generator=draw)).to(kind) for _ in range(2)]
+            biases = [torch.randn(len(weight), generator=draw).to(kind) for weight in weights]
+            self.blocks.append((weights, biases, norms))
+            matrices += [matrix(*pair) for pair in zip(weights, biases, strict=True)]
+        self.norm, self.head = (
+            (1 + 0.3 * torch.randn(width, generator=draw)).to(kind),
+            torch.randn(vocabulary, width, generator=draw).mul(0.3).to(kind),
+        )
+        matrices.append(matrix(self.head))
+        self.array = (kernel.MatrixStruct * len(matrices))(*(each for each, _ in matrices))
+        self.alive = matrices
+        places = [ctypes.addressof(self.array) + i * ctypes.sizeof(kernel.MatrixStruct) for i in range(len(matrices))]
+        for index, (_, _, norms) in enumerate(self.blocks):
+            linears = (places[7 * index + at] for at in (0, 3, 4, 6))
+            sizes = width, heads, keys, size, inner
+            structs.append(kernel.BlockStruct(*linears, *(n.data_ptr() for n in norms), 1e-5, 1e-6, size**-0.5, *sizes))
+        self.structs = (kernel.BlockStruct * blocks)(*structs)
+        place = ctypes.addressof(self.structs), self.norm.data_ptr(), places[-1]
+        self.struct = kernel.DecoderStruct(*place, 1e-4, blocks, width, kind == torch.float16)
+
+    def exact(self, x, cos, sin, both, length: int, begins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits and what the keys and values become, in float64, rounded where the kernel rounds."""
+
+        def rounded(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self.kind).double()
+
+        def normed(h: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+            return rounded(h * (h.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double())
+
+        def turned(tensor: torch.Tensor) -> torch.Tensor:  # [batch, heads, size]
+            half = torch.cat([-tensor[..., self.size // 2 :], tensor[..., : self.size // 2]], -1)
+            return rounded(tensor * cos.double() + half * sin.double())
+
+        h, both, batch = x.double()[:, 0], both.double().clone(), len(x)
+        for index, (weights, biases, norms) in enumerate(self.blocks):
+            q_w, k_w, v_w, o_w, gate_w, up_w, down_w = (
+                functools.partial(torch.nn.functional.linear, weight=weight.double(), bias=bias.double())
+                for weight, bias in zip(weights, biases, strict=True)
+            )
+            n = normed(h, norms[0], 1e-5)
+            q, k, v = (project(n).view(batch, -1, self.size) for project in (q_w, k_w, v_w))
+            both[index, :, :, length - 1] = turned(k)
+            both[len(self.blocks) + index, :, :, length - 1] = rounded(v)
+            keys, values = (
+                each[:, :, :length].repeat_interleave(self.heads // self.keys, 1)
+                for each in (both[index], both[len(self.blocks) + index])
+            )
+            scores = (turned(q)[:, :, None] @ keys.mT).squeeze(2) * self.size**-0.5  # [batch, heads, length]
+            scores.masked_fill_((torch.arange(length) < begins[:, None])[:, None], -math.inf)
+            attended = (torch.softmax(scores, -1)[:, :, None] @ values).flatten(1)
+            h = rounded(h + o_w(rounded(attended)))
+            n = normed(h, norms[1], 1e-6)
+            h = rounded(h + down_w(rounded(torch.nn.functional.silu(gate_w(n)) * up_w(n))))
+        return normed(h, self.norm, 1e-4) @ self.head.double().T, both
+
+
+@pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
+@pytest.mark.parametrize(("batch", "length", "size"), [(1, 1, 8), (3, 7, 20), (8, 40, 64)])
+def test_a_token_is_that_of_float64(level, kind, batch, length, size, threads):
+    made, draw = Llama(kind, 3, size), torch.Generator().manual_seed(length)
+    x = torch.randn(batch, 1, 6 * size, generator=draw).to(kind)
+    angles = torch.rand(batch, 1, size // 2, generator=draw).mul(6).repeat(1, 1, 2)
+    cos, sin, most = angles.cos().to(kind), angles.sin().to(kind), length + 5
+    both = torch.randn(6, batch, 2, most, size, generator=draw).to(kind)
+    begins = torch.arange(batch) * (length - 1) // 8  # padded by none and by some
+    exact, kept = made.exact(x, cos, sin, both, length, begins)
+    out, before = torch.full((batch, 50), math.nan, dtype=kind), both.clone()
+    places = ctypes.addressof(made.struct), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), size, batch
+    decode = kernel.load_kernel(level).decode
+    decode(*places, both.data_ptr(), most, length, begins.data_ptr(), out.data_ptr(), threads)
+    eps = torch.finfo(kind).eps
+    # Numbers that are halfway are rounded to either side, once in a while, and later ones feel it: a few units of the
+    # largest. Nothing but the new place changes.
+    assert (out.double() - exact).abs().max() <= 4 * eps * exact.abs().max()
+    assert (both.double() - kept).abs().max() <= 4 * eps * kept.abs().max()
+    both[:, :, :, length - 1] = before[:, :, :, length - 1]
+    assert torch.equal(both, before)
+    half = batch // 2  # one position for all, and other threads' numbers: each sequence is on its own
+    if half:
+        alone = torch.empty(half, 50, dtype=kind)
+        few = both[:, :half].contiguous()
+        decode(*places[:5], half, few.data_ptr(), most, length, begins.data_ptr(), alone.data_ptr(), threads)
+        assert (alone.double() - exact[:half]).abs().max() <= 4 * eps * exact.abs().max()
+
+
 @pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
 @pytest.mark.parametrize("length", [1, 7, 300])
 @pytest.mark.parametrize("size", [8, 20, 64])
 def test_attention_is_that_of_float64(level, kind, length, size, threads):
-    draw = torch.Generator().manual_seed(length)
-    batch, heads, keys = 3, 6, 2
-    q = (3 * torch.randn(batch, heads, 1, size, generator=draw)).to(kind)
-    # In a tensor with room for more.
-    k, v = torch.randn(2, batch, keys, length + 5, size, generator=draw).to(kind)[:, :, :, :length].unbind()
-    k[0] *= 40  # scores of some hundred: all but the largest are nothing
-    block = kernel.BlockStruct(heads=heads, keys=keys, size=size, half=kind == torch.float16)
-    out = torch.full_like(q, math.nan)
-    places = ctypes.addressof(block), q.data_ptr(), k.data_ptr(), v.data_ptr()
-    attend = kernel.load_kernel(level).attend_block
-    attend(*places, length, k.stride(1), size**-0.5, batch, out.data_ptr(), threads)
-    wide = (q.double(), *(x.double().repeat_interleave(heads // keys, 1) for x in (k, v)))
-    weights = torch.softmax(wide[0] @ wide[1].mT * size**-0.5, -1)
-    exact = weights @ wide[2]
+    # A block that adds its attention alone to zeros: queries are the bias, the other projections nothing and one.
+    made, draw = Llama(kind, 1, size), torch.Generator().manual_seed(length)
+    weights, biases, _ = made.blocks[0]
+    for tensor in (*weights, *biases):
+        tensor.zero_()
+    weights[3].copy_(torch.eye(6 * size))
+    biases[0].copy_(3 * torch.randn(6 * size, generator=draw))
+    made.struct.head = None
+    x, cos, sin, begins = (
+        torch.zeros(3, 6 * size),
+        torch.ones(size),
+        torch.zeros(size),
+        torch.tensor([0, 0, length // 2]),
+    )
+    x, cos, sin, both = (
+        each.to(kind) for each in (x, cos, sin, torch.randn(2, 3, 2, length + 5, size, generator=draw))
+    )
+    both[0, 0] *= 40  # scores of some hundred: all but the largest are nothing
+    out = torch.full_like(x, math.nan)
+    places = ctypes.addressof(made.struct), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), 0, 3, both.data_ptr()
+    kernel.load_kernel(level).decode(*places, length + 5, length, begins.data_ptr(), out.data_ptr(), threads)
+    k, v = both[:, :, :, :length].double().repeat_interleave(3, 2)
+    q, hidden = biases[0].double().view(6, 1, size), (torch.arange(length) < begins[:, None])[:, None, None]
+    weights = torch.softmax((q @ k.mT * size**-0.5).masked_fill(hidden, -math.inf), -1)
+    exact = (weights @ v).view(3, -1)
     # A score is off by float32's 6e-8 of the sum of its products' sizes, and so is its weight, relatively.
-    scores = (wide[0].abs() @ wide[1].abs().mT * size**-0.5).amax()
-    bound = 4e-7 * (2 + scores) * wide[2].abs().max() + HALF_ULP[kind] * exact.abs() + 1e-7
+    scores = (q.abs() @ k.abs().mT * size**-0.5).amax()
+    bound = 4e-7 * (2 + scores) * v.abs().max() + HALF_ULP[kind] * exact.abs() + 1e-7
     assert ((out.double() - exact).abs() <= bound).all()
 
 
@@ -152,7 +274,7 @@ def test_decoding_is_as_close_to_float32_as_dense(level, kind, batch, every, thr
     ids = some_ids(batch)
     made = with_zeros(tiny_llama(), kind=kind, every=every)  # or dense and packed layers in one block
     exact, theirs = decode(copy.deepcopy(made).float(), ids), decode(copy.deepcopy(made), ids)
-    assert sparse.sparsify(made, kernel=kernel.load_kernel(level)) == -(-21 // every) and compiled(made) == [True] * 3
+    assert sparse.sparsify(made, kernel=kernel.load_kernel(level)) == -(-21 // every) and compiled(made)
     # Both round the activations, at other places and ours at fewer: 1.5 for the luck of one draw.
     assert (decode(made, ids) - exact).norm() <= 1.5 * (theirs - exact).norm()
 
@@ -167,12 +289,13 @@ def test_what_is_not_finite_stays_so(value, made):
 
 
 @pytest.mark.machine
-def test_sequences_of_unequal_length_are_padded_on_the_left(made):
+def test_sequences_of_unequal_length_are_padded_on_the_left(made, stepped):
     ids, mask = some_ids(2), torch.ones(2, 9, dtype=torch.long)
     made.generation_config.pad_token_id = 2
     mask[0, :4] = 0
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     both = made.generate(ids[:, :9], attention_mask=mask, **options)
+    assert len(stepped) == 5  # the first of six follows from the prompt
     alone = made.generate(ids[:1, 4:9], attention_mask=mask[:1, 4:], **options)
     for ours, theirs in zip(both.logits, alone.logits, strict=True):
         assert (ours[0].float() - theirs[0].float()).abs().max() <= 0.05 * theirs.float().abs().max()  # 8 bits
@@ -187,35 +310,58 @@ PLAIN = ("llama", "llama grouped-query", "llama3 tied", "mistral", "qwen2")
 
 @pytest.mark.machine
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_blocks_that_agree_are_compiled_and_all_models_decode(kind):
+def test_only_models_that_agree_are_compiled_and_all_decode(kind):
     made = with_zeros(build(kind))
     ids = some_ids(2) % made.config.get_text_config().vocab_size
     expected = decode(copy.deepcopy(made), ids)
     sparse.sparsify(made)
     if kind in PLAIN:
-        assert all(compiled(made))
+        assert compiled(made)
     if kind in ("gemma", "gemma2", "qwen3", "phi3"):  # other norms, norms of queries, fused projections
-        assert not any(compiled(made))
+        assert not compiled(made)
     # Two results of 8 bits, a few blocks deep.
     assert (decode(made, ids) - expected).abs().max() <= 0.08 * expected.abs().max()
 
 
-def test_blocks_of_one_class_may_differ():
+@pytest.mark.parametrize("at", [0, 1])
+def test_one_block_that_differs_is_noticed(at):
     unrotated, scaled = with_zeros(build("smollm3")), with_zeros(build("granite"))
     for index, layer in enumerate(unrotated.get_decoder().layers):
-        layer.self_attn.use_rope = index
-    scaled.get_decoder().layers[1].residual_multiplier = 0.8
-    for made, expected in ((unrotated, [False, True]), (scaled, [True, False])):
+        layer.self_attn.use_rope = index != at
+    scaled.get_decoder().layers[at].residual_multiplier = 0.8
+    for made in (unrotated, scaled):
         sparse.sparsify(made)
-        assert compiled(made)[:2] == expected
+        assert not compiled(made)
+
+
+GRANITE = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
+
+
+@pytest.mark.parametrize("name", [None, *GRANITE])
+def test_what_is_around_the_blocks_is_noticed(name):
+    config = build("granite").config
+    for each in GRANITE:
+        setattr(config, each, 0.8 if each == name else 1.0)
+    made = with_zeros(type(build("granite"))(config).eval())
+    sparse.sparsify(made)
+    assert compiled(made) == (name is None)
 
 
 @pytest.mark.machine
-def test_one_token_is_a_step_and_several_are_not(made, stepped):
+def test_a_window_that_slides_takes_the_models_own(stepped):
+    made = with_zeros(build("mistral"))  # with a window of 8
+    sparse.sparsify(made)
+    stepped.clear()
+    decode(made, some_ids(1), prompt=5)
+    assert len(stepped) == 2  # 6 and 7 tokens
+
+
+@pytest.mark.machine
+def test_one_token_is_compiled_and_several_are_not(made, stepped):
     decode(made, some_ids(8), prompt=11)
-    assert len(stepped) == 2 * 3  # tokens, blocks
+    assert len(stepped) == 2
     decode(made, some_ids(9), prompt=11)  # sequences: one more than the kernel takes
-    assert len(stepped) == 2 * 3
+    assert len(stepped) == 2
 
 
 @pytest.mark.machine
@@ -224,21 +370,55 @@ def test_hooks_inside_are_called(place, made, stepped):
     seen = []
     handle = made.model.layers[1].get_submodule(place).register_forward_hook(lambda *_: seen.append(1))
     decode(made, some_ids(1), prompt=11)
-    assert len(seen) == 3 and len(stepped) == 2 * 2
+    assert len(seen) == 3 and not stepped
     handle.remove()
     decode(made, some_ids(1), prompt=12)
-    assert len(seen) == 3 and len(stepped) == 2 * 2 + 3
+    assert len(seen) == 3 and len(stepped) == 1
 
 
-@pytest.mark.machine
-def test_another_module_or_forward_method_in_a_block_is_used(made, stepped):
+def test_another_module_or_forward_method_is_used(made, stepped):
     before = decode(made, some_ids(1), prompt=12)
     made.model.layers[2].mlp.down_proj = torch.nn.Sequential(made.model.layers[2].mlp.down_proj, torch.nn.Tanh())
     other_module = decode(made, some_ids(1), prompt=12)
-    assert len(stepped) == 3 + 2 and not torch.allclose(before, other_module)
+    assert len(stepped) == 1 and not torch.allclose(before, other_module)
     made.model.layers[0].mlp.forward = lambda x: 0 * x
     other_method = decode(made, some_ids(1), prompt=12)
-    assert len(stepped) == 3 + 2 + 1 and not torch.allclose(other_module, other_method)
+    assert len(stepped) == 1 and not torch.allclose(other_module, other_method)
+
+
+ASKED = {"output_hidden_states": True, "return_dict": False, "use_cache": False, "position_ids": torch.full((2, 1), 5)}
+
+
+@pytest.mark.parametrize("name", [*ASKED, "labels", "a mask of gaps", "inputs_embeds"])
+@torch.no_grad()
+def test_what_else_is_asked_for_is_the_models_own(name, made, stepped):
+    ids, cache = some_ids(1), filled(made, some_ids(1)[:, :5])
+    more = {name: ASKED[name]} if name in ASKED else {}
+    if name == "labels":
+        more = {"labels": ids[:, :1]}
+    if name == "a mask of gaps":
+        more = {"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])}
+    if name == "inputs_embeds":
+        more = {"inputs_embeds": made.get_input_embeddings()(ids[:, :1])}
+    try:
+        made(*([] if name == "inputs_embeds" else [ids[:, 5:6]]), past_key_values=cache, **more)
+    except RuntimeError:  # transformers': there are not two sequences
+        assert name == "position_ids"
+    assert not stepped
+
+
+@torch.no_grad()
+def test_a_cache_of_other_sequences_or_of_another_model_is_not_misread(made, stepped):
+    cache = filled(made, some_ids(1)[:, :5])
+    continued(made, cache, some_ids(1)[:, 5:6])
+    with pytest.raises(RuntimeError):  # torch's: one sequence and two
+        continued(made, cache, some_ids(2)[:, :1])
+    other = with_zeros(build("llama"))
+    sparse.sparsify(other)
+    stepped.clear()
+    with pytest.raises(RuntimeError):
+        continued(other, cache, some_ids(1)[:, :1])
+    assert not stepped
 
 
 def test_gradients_other_caches_and_other_attentions_take_the_models_own(made, stepped):
@@ -264,10 +444,17 @@ def test_norms_that_move_are_found(made):
         layer.input_layernorm.weight.data = 2 * layer.input_layernorm.weight.data
     changed = decode(made, ids)
     assert not torch.allclose(changed, expected)
-    for layer in made.model.layers:
-        del layer.forward
+    del made.forward
     exact = decode(made, ids)
     assert (changed - exact).abs().max() <= 0.05 * exact.abs().max()  # 8 bits
+
+
+def test_an_embedding_of_another_dtype_is_not_misread(made, stepped):
+    cache = filled(made, some_ids(1)[:, :5])
+    made.get_input_embeddings().weight.data = made.get_input_embeddings().weight.data.float()
+    with pytest.raises(RuntimeError):  # torch's: the other weights are bfloat16
+        continued(made, cache, some_ids(1)[:, 5:6])
+    assert not stepped
 
 
 # ------------------------------------------------------------------------------------------- what is not compiled
@@ -282,7 +469,7 @@ def test_other_activations_keep_their_own(act, scale):
         layer.mlp.down_proj.weight.data *= scale
     made = with_zeros(made)
     sparse.sparsify(made)
-    assert not any(compiled(made))
+    assert not compiled(made)
 
 
 OTHER_ROTATIONS = {
@@ -300,16 +487,7 @@ def test_other_rotations_keep_their_own(kind, monkeypatch):
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
     made = with_zeros(tiny_llama())
     sparse.sparsify(made)
-    assert not any(compiled(made))
-
-
-def test_angles_of_another_width_take_the_models_own(made, stepped):
-    layer, x = made.model.layers[0], torch.zeros(2, 1, 32, dtype=torch.bfloat16)
-    for width, batch in ((4, 1), (8, 3)):  # of 8; of 2 sequences
-        angles = torch.ones(batch, 1, width, dtype=torch.bfloat16)
-        with torch.no_grad(), pytest.raises(RuntimeError):  # LLaMA's own does not take them
-            layer(x, position_embeddings=(angles, angles), past_key_values=DynamicCache())
-    assert not stepped
+    assert not compiled(made)
 
 
 @pytest.mark.parametrize("broken", ["self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
@@ -320,7 +498,7 @@ def test_shapes_that_do_not_fit_are_not_compiled(broken):
     wider = torch.nn.Linear(old.in_features, old.out_features + 8, bias=False, dtype=torch.bfloat16)
     layer.set_submodule(broken, wider)
     sparse.sparsify(made)
-    assert compiled(made) == [True, False, True]
+    assert not compiled(made)
 
 
 def test_a_cache_of_another_dtype_is_not_misread(made):
@@ -336,4 +514,4 @@ def test_a_cache_of_another_dtype_is_not_misread(made):
 def test_a_model_with_dropout_is_tried_without(tmp_path):
     made = with_zeros(tiny_llama())
     made.config.attention_dropout = 0.5
-    assert compiled(sparse.load_packed(packed_in(tmp_path, made))) == [True] * 3
+    assert compiled(sparse.load_packed(packed_in(tmp_path, made)))

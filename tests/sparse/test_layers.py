@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import machines
 import pytest
 import torch
 from conftest import ROOT, tiny_llama
@@ -87,6 +88,42 @@ def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeyp
                         assert ((sums - expected).abs() <= CLOSE * size).all()
                     assert ((layer(x) - expected).abs() <= bound).all()
                     assert ((make(biased, library)(x) - expected - bias.double()).abs() <= biased_bound).all()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_on_tiles_are_those_of_float64(biased, threads, monkeypatch):
+    monkeypatch.setattr(cpu, "processor", machines.REAL_PROCESSOR)
+    if "amx" not in kernel.levels() or not kernel.load_kernel("amx").has_tiles:
+        pytest.skip("this CPU has no AMX, or the system does not allow it")
+    for index, (rows, columns) in enumerate(SHAPES):
+        weight = matrix(rows, columns, 0.6, torch.bfloat16, index)
+        bias = torch.randn(rows, generator=torch.Generator().manual_seed(9)).bfloat16() if biased else None
+        layer, b = (
+            SparseLinear.from_linear(linear(weight, bias), kernel.load_kernel("amx")),
+            0 if bias is None else bias,
+        )
+        for tokens in (9, 31, 33, 130, 300):  # parts of tiles, and more than are taken at a time
+            x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+            x[7] = torch.nan  # which belongs to no other token
+            y, finite = layer(x), torch.arange(tokens) != 7
+            assert y[7].isnan().all()
+            expected = (x.double() @ weight.double().T + b)[finite]
+            size = (x.double().abs() @ weight.double().abs().T + torch.as_tensor(b).abs())[finite]
+            bound = CLOSE * size + HALF_ULP[torch.bfloat16] * expected.abs() + 1e-7
+            assert ((y[finite] - expected).abs() <= bound).all()
+
+
+@needs_kernel
+def test_tiles_take_many_tokens_in_bfloat16_where_the_system_allows_them(monkeypatch):
+    library, calls = kernel.load_kernel(), []
+    monkeypatch.setattr(library, "multiply_tiles", lambda _, x: calls.append(len(x)) or x.new_zeros(len(x), 6))
+    for allowed in (False, True):
+        monkeypatch.setattr(library, "has_tiles", allowed)
+        for kind in kernel.KERNEL_DTYPES:
+            layer = SparseLinear.from_linear(linear(matrix(6, 32, 0.5, kind)), library)
+            for tokens in (8, 9):
+                assert layer(torch.ones(tokens, 32, dtype=kind)).shape == (tokens, 6)
+    assert calls == [9]
 
 
 def test_product_by_pencil(level):

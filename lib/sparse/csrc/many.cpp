@@ -157,3 +157,138 @@ extern "C" void multiply_many(const Matrix* w, const float* x, int64_t tokens, f
   else if (w->half) product(Packed<true>{*w}, w->rows, w->columns, x, tokens, y, threads);
   else product(Packed<false>{*w}, w->rows, w->columns, x, tokens, y, threads);
 }
+
+// The same in bfloat16 on AMX, which multiplies tiles of 16 rows of 64 bytes. The 32 columns of a mask word are a row
+// of such a tile: 32 rows at a time are unpacked into a panel, zeros included, and multiplied with all tokens.
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace {
+
+constexpr int TILE = 512;                      // numbers of one
+constexpr int64_t FEW = 128, BYTES = 1 << 20;  // tokens at a time are as many as L2 holds, or at least a few
+
+struct alignas(64) Config {  // of the eight tiles
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+constexpr struct Halves {  // what changes places in step s of a transposition: blocks of 2^s beside the diagonal
+  alignas(64) int32_t upper[4][16] = {}, lower[4][16] = {};
+  constexpr Halves() {
+    for (int s = 0; s < 4; s++)
+      for (int i = 0; i < 16; i++)
+        upper[s][i] = i >> s & 1 ? 16 + i - (1 << s) : i, lower[s][i] = i >> s & 1 ? 16 + i : i + (1 << s);
+  }
+} halves;
+
+// 16 x 16 numbers of 32 bits.
+inline void transpose(__m512i* row) {
+#pragma GCC unroll 4
+  for (int s = 0; s < 4; s++)
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+      if (i >> s & 1) continue;
+      const __m512i a = row[i], b = row[i + (1 << s)];
+      row[i] = _mm512_permutex2var_epi32(a, _mm512_load_si512(halves.upper[s]), b);
+      row[i + (1 << s)] = _mm512_permutex2var_epi32(a, _mm512_load_si512(halves.lower[s]), b);
+    }
+}
+
+// Tiles [words] of 16 tokens as a second factor: pairs of columns x tokens. Zeros are beyond the last column and token.
+void arrange(const uint16_t* x, int64_t tokens, const Matrix& w, uint16_t* to) {
+  for (int64_t g = 0; g < w.words; g++, to += TILE) {
+    const int64_t count = std::min<int64_t>(GROUP, w.columns - g * GROUP);
+    __m512i row[16];
+#pragma GCC unroll 16
+    for (int t = 0; t < 16; t++)
+      row[t] = _mm512_maskz_loadu_epi16(t < tokens ? ~0u >> (GROUP - count) : 0, x + t * w.columns + g * GROUP);
+    transpose(row);
+    for (int pair = 0; pair < 16; pair++) _mm512_store_si512(to + pair * GROUP, row[pair]);
+  }
+}
+
+// The sums of 16 rows of W x 16 tokens, and the rows' bias, to `count` of each token's products, as from_float rounds.
+inline void deliver(const float* sums, __m512 bias, int64_t tokens, int64_t count, uint16_t* y, int64_t apart) {
+  __m512i row[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r++) row[r] = _mm512_load_si512(sums + r * 16);
+  transpose(row);
+#pragma GCC unroll 16
+  for (int t = 0; t < 16; t++) {
+    const __m512 v = _mm512_castsi512_ps(row[t]) + bias;
+    const __m512i bits = _mm512_castps_si512(v), odd = _mm512_srli_epi32(_mm512_slli_epi32(bits, 15), 31);
+    __m512i up = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
+    up = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    if (t < tokens)
+      _mm256_mask_storeu_epi16(y + t * apart, __mmask16(0xffff >> (16 - count)), _mm512_cvtepi32_epi16(up));
+  }
+}
+
+// Rows `row` to `row` + 31 of W, to y [tokens, rows]; panel: two rows of tiles.
+void multiply_panel(const Matrix& w, int64_t row, const uint16_t* x, int64_t tokens, uint16_t* panel, uint16_t* y) {
+  alignas(64) float bias[32] = {};
+  for (int r = 0; r < 32; r++) {
+    const bool exists = row + r < w.rows;
+    const uint16_t* v = w.values + w.starts[exists ? row + r : w.rows];
+    uint16_t* to = panel + r / 16 * w.words * TILE + r % 16 * GROUP;
+    for (int64_t g = 0; g < w.words; g++, to += TILE) {
+      const uint32_t bits = exists ? w.mask[(row + r) * w.words + g] : 0;
+      __builtin_prefetch((const char*)v + 2048);
+      store(expand(bits, v), to);
+      v += __builtin_popcount(bits);
+    }
+    if (exists && w.bias) bias[r] = to_float<false>(w.bias[row + r]);
+  }
+  for (int64_t t = 0; t < tokens; t += 32) {
+    alignas(64) float sums[4][256];
+    const uint16_t *a = panel, *b = x + t * w.words * GROUP;
+    const int64_t next = w.words * TILE;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);  // macros of statements
+    for (int64_t g = 0; g < w.words; g++, a += TILE, b += TILE) {
+      _tile_loadd(4, a, 64); _tile_loadd(5, a + next, 64); _tile_loadd(6, b, 64); _tile_loadd(7, b + next, 64);
+      _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums[0], 64); _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64); _tile_stored(3, sums[3], 64);
+    for (int i = 0; i < 4; i++) {
+      const int64_t first = i / 2 * 16, token = t + i % 2 * 16, count = std::min<int64_t>(16, w.rows - row - first);
+      if (count > 0)
+        deliver(sums[i], _mm512_load_ps(bias + first), tokens - token, count, y + token * w.rows + row + first, w.rows);
+    }
+  }
+}
+
+}  // namespace
+
+// Whether the system lets this process use tiles; before the first product.
+extern "C" int request_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+// y [tokens, rows] = x [tokens, columns] W' + bias of a packed matrix, all bfloat16; sums are float32.
+extern "C" void multiply_tiles(const Matrix* w, const uint16_t* x, int64_t tokens, uint16_t* y, int threads) {
+  const int64_t most = std::max(FEW, BYTES / (w->words * 64) / 32 * 32), width = w->words * TILE;
+  const std::unique_ptr<uint16_t[]> buffer(new uint16_t[(std::min(most, tokens) + 31) / 32 * 2 * width + 32]);
+  uint16_t* arranged = aligned<uint16_t>(buffer.get());
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const Config config;
+    _tile_loadconfig(&config);  // torch's are other ones, in every thread
+    const std::unique_ptr<uint16_t[]> room(new uint16_t[2 * width + 32]);
+    for (int64_t first = 0; first < tokens; first += most) {
+      const int64_t count = std::min(most, tokens - first);
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < (count + 31) / 32 * 32; t += 16)
+        arrange(x + (first + t) * w->columns, count - t, *w, arranged + t / 16 * width);
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < w->rows; row += 32)
+        multiply_panel(*w, row, arranged, count, aligned<uint16_t>(room.get()), y + first * w->rows);
+    }
+    _tile_release();
+  }
+}
+#else
+extern "C" int request_tiles() { return 0; }
+extern "C" void multiply_tiles(const Matrix*, const uint16_t*, int64_t, uint16_t*, int) {}
+#endif

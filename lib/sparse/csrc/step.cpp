@@ -1,6 +1,6 @@
-// One new token per sequence through a LLaMA's block: norms, rotations, attention and the gated MLP around the products
-// of kernel.cpp, with which it is compiled. Values are rounded where they leave a function, and where a
-// product takes them; in between they are float32.
+// One new token per sequence through a LLaMA: norms, rotations, attention and the gated MLP of each block around the
+// products of kernel.cpp, with which it is compiled, then the last norm and the head. Values are rounded where they
+// leave a function, and where a product takes them; in between they are float32.
 #include "kernel.h"
 
 #include <cmath>
@@ -11,9 +11,15 @@ namespace {
 struct Block {  // as kernel.py's BlockStruct
   const Matrix *qkv, *o, *gate_up, *down;
   const uint16_t *before, *after;  // weights of the two norms, [width]
-  double before_eps, after_eps;
+  double before_eps, after_eps, scale;      // of the norms, and of the attention's scores
   int64_t width, heads, keys, size, inner;  // heads of queries, heads of keys, numbers of a head, of the MLP
-  int64_t half;                             // 1: float16, 0: bfloat16
+};
+struct Decoder {  // as kernel.py's DecoderStruct
+  const Block* blocks;
+  const uint16_t* norm;  // [width]
+  const Matrix* head;    // null: the hidden states that leave the last block are the result
+  double eps;
+  int64_t count, width, half;  // blocks; 1: float16, 0: bfloat16
 };
 
 inline float exponential(float x) {  // to 2e-7, in operations that the compiler turns into vectors
@@ -75,20 +81,22 @@ void enter(const Block& b, const uint16_t* x, const uint16_t* cos, const uint16_
     for (int64_t i = 0; i < b.size; i++) v[head * apart + i] = from_float<HALF>(parts[2][head * b.size + i]);
 }
 
-// Attention of one token per sequence to all `length` keys; heads / keys heads of queries share a head of keys.
+// Attention of one token per sequence to keys `begins[sequence]` to `length` - 1; heads / keys heads of queries share
+// one of keys.
 template <bool HALF>
-void attend(const Block& b, const uint16_t* q, const uint16_t* keys, const uint16_t* values, int64_t length,
-            int64_t apart, float scale, int tokens, uint16_t* out, int threads) {
+void attend(const Block& b, const uint16_t* q, const uint16_t* keys, const uint16_t* values, const int64_t* begins,
+            int64_t length, int64_t apart, int tokens, uint16_t* out, int threads) {
   const int64_t size = b.size, group = b.heads / b.keys;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t head = 0; head < tokens * b.heads; head++) {
     static thread_local std::vector<float> buffer;
-    float *p = room(buffer, length + 2 * size), *query = p + length, *sum = query + size;
-    const uint16_t *k = keys + head / group * apart, *v = values + head / group * apart;
+    const int64_t begin = begins[head / b.heads], count = length - begin, from = head / group * apart + begin * size;
+    float *p = room(buffer, count + 2 * size), *query = p + count, *sum = query + size, scale = float(b.scale);
+    const uint16_t *k = keys + from, *v = values + from;
     for (int64_t i = 0; i < size; i++) query[i] = to_float<HALF>(q[head * size + i]) * scale, sum[i] = 0;
     float most = -INFINITY, total = 0;
     int64_t j = 0;
-    for (; j + 4 <= length; j += 4) {  // four keys at once, and their values below: they share loads and stores
+    for (; j + 4 <= count; j += 4) {  // four keys at once, and their values below: they share loads and stores
       const uint16_t *a = k + j * size, *b = a + size, *c = b + size, *d = c + size;
       float first = 0, second = 0, third = 0, fourth = 0;
 #pragma omp simd reduction(+ : first, second, third, fourth)
@@ -98,27 +106,27 @@ void attend(const Block& b, const uint16_t* q, const uint16_t* keys, const uint1
       }
       p[j] = first, p[j + 1] = second, p[j + 2] = third, p[j + 3] = fourth;
     }
-    for (; j < length; j++) {
+    for (; j < count; j++) {
       p[j] = 0;
       for (int64_t i = 0; i < size; i++) p[j] += query[i] * to_float<HALF>(k[j * size + i]);
     }
-    for (j = 0; j < length; j++) most = p[j] > most ? p[j] : most;
-    for (j = 0; j < length; j++) p[j] = exponential(p[j] - most);
-    for (j = 0; j < length; j++) total += p[j];
-    for (j = 0; j + 4 <= length; j += 4) {
+    for (j = 0; j < count; j++) most = p[j] > most ? p[j] : most;
+    for (j = 0; j < count; j++) p[j] = exponential(p[j] - most);
+    for (j = 0; j < count; j++) total += p[j];
+    for (j = 0; j + 4 <= count; j += 4) {
       const uint16_t *a = v + j * size, *b = a + size, *c = b + size, *d = c + size;
       for (int64_t i = 0; i < size; i++)
         sum[i] += p[j] * to_float<HALF>(a[i]) + p[j + 1] * to_float<HALF>(b[i]) + p[j + 2] * to_float<HALF>(c[i]) +
                   p[j + 3] * to_float<HALF>(d[i]);
     }
-    for (; j < length; j++)
+    for (; j < count; j++)
       for (int64_t i = 0; i < size; i++) sum[i] += p[j] * to_float<HALF>(v[j * size + i]);
     for (int64_t i = 0; i < size; i++) out[head * size + i] = from_float<HALF>(sum[i] / total);
   }
 }
 
 template <bool HALF>
-void leave(const Block& b, const uint16_t* x, const uint16_t* attended, int tokens, uint16_t* y, int threads) {
+void leave(const Block& b, const uint16_t* attended, int tokens, uint16_t* h, int threads) {
   static thread_local std::vector<uint16_t> normed, gated;
   static thread_local std::vector<float> products;
   const int64_t all = tokens * b.width, inner = tokens * b.inner;
@@ -126,32 +134,46 @@ void leave(const Block& b, const uint16_t* x, const uint16_t* attended, int toke
   float* p = room(products, all > 2 * inner ? all : 2 * inner);
   void* sums[] = {p, p + inner};
   multiply(b.o, 1, attended, tokens, sums, 1, threads);
-  for (int64_t i = 0; i < all; i++) y[i] = from_float<HALF>(to_float<HALF>(x[i]) + p[i]);
-  for (int t = 0; t < tokens; t++) norm<HALF>(y + t * b.width, b.after, b.after_eps, b.width, n + t * b.width);
+  for (int64_t i = 0; i < all; i++) h[i] = from_float<HALF>(to_float<HALF>(h[i]) + p[i]);
+  for (int t = 0; t < tokens; t++) norm<HALF>(h + t * b.width, b.after, b.after_eps, b.width, n + t * b.width);
   multiply(b.gate_up, 2, n, tokens, sums, 1, threads);
   for (int64_t i = 0; i < inner; i++) g[i] = from_float<HALF>(p[i] / (1.f + exponential(-p[i])) * p[inner + i]);
   multiply(b.down, 1, g, tokens, sums, 1, threads);
-  for (int64_t i = 0; i < all; i++) y[i] = from_float<HALF>(to_float<HALF>(y[i]) + p[i]);
+  for (int64_t i = 0; i < all; i++) h[i] = from_float<HALF>(to_float<HALF>(h[i]) + p[i]);
+}
+
+// The arguments of decode().
+template <bool HALF>
+void run(const Decoder& d, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t stride, int tokens,
+         uint16_t* kept, int64_t most, int64_t length, const int64_t* begins, uint16_t* out, int threads) {
+  static thread_local std::vector<uint16_t> hidden, attended;
+  uint16_t* h = d.head ? room(hidden, 2 * tokens * d.width) : out;
+  memcpy(h, x, tokens * d.width * 2);
+  uint16_t* values = kept;  // those of each block lie behind the keys of all
+  for (int64_t i = 0; i < d.count; i++) values += tokens * d.blocks[i].keys * most * d.blocks[i].size;
+  for (int64_t i = 0; i < d.count; i++) {
+    const Block& b = d.blocks[i];
+    const int64_t apart = most * b.size, last = (length - 1) * b.size;
+    uint16_t* q = room(attended, tokens * b.heads * b.size);
+    enter<HALF>(b, h, cos, sin, stride, tokens, q, kept + last, values + last, apart, threads);
+    attend<HALF>(b, q, kept, values, begins, length, apart, tokens, q, threads);
+    leave<HALF>(b, q, tokens, h, threads);
+    kept += tokens * b.keys * apart, values += tokens * b.keys * apart;
+  }
+  if (!d.head) return;
+  for (int t = 0; t < tokens; t++) norm<HALF>(h + t * d.width, d.norm, d.eps, d.width, h + (tokens + t) * d.width);
+  void* logits = out;
+  multiply(d.head, 1, h + tokens * d.width, tokens, &logits, 0, threads);
 }
 
 }  // namespace
 
-// Queries, keys and values of x [tokens, width], as the attention takes them: [tokens, heads or keys, size] each, but
-// for heads of keys and of values that are `apart` numbers. cos, sin: [size], and `stride` further on for the next token.
-extern "C" void enter_block(const Block* b, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t stride,
-                            int tokens, uint16_t* q, uint16_t* k, uint16_t* v, int64_t apart, int threads) {
-  (b->half ? enter<true> : enter<false>)(*b, x, cos, sin, stride, tokens, q, k, v, apart, threads);
-}
-
-// What the attention of q, [tokens, heads, size], gives: the same shape, and possibly the same place.
-// keys, values: [tokens, keys, length, size], each head's `apart` numbers after the one before.
-extern "C" void attend_block(const Block* b, const uint16_t* q, const uint16_t* keys, const uint16_t* values,
-                             int64_t length, int64_t apart, double scale, int tokens, uint16_t* out, int threads) {
-  (b->half ? attend<true> : attend<false>)(*b, q, keys, values, length, apart, float(scale), tokens, out, threads);
-}
-
-// What leaves the block, y [tokens, width], given x that entered it and what its attention gave, [tokens, heads * size].
-extern "C" void leave_block(const Block* b, const uint16_t* x, const uint16_t* attended, int tokens, uint16_t* y,
-                            int threads) {
-  (b->half ? leave<true> : leave<false>)(*b, x, attended, tokens, y, threads);
+// The logits [tokens, rows of the head] of x [tokens, width], one new token for each of 1 to 8 sequences.
+// cos, sin: [size], and `stride` further on for the next sequence. kept: keys of all blocks and then values of all,
+// each [tokens, keys, most, size]; place `length` - 1 is filled in, and those from the sequence's of `begins` to it are
+// read.
+extern "C" void decode(const Decoder* d, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t stride,
+                       int tokens, uint16_t* kept, int64_t most, int64_t length, const int64_t* begins, uint16_t* out,
+                       int threads) {
+  (d->half ? run<true> : run<false>)(*d, x, cos, sin, stride, tokens, kept, most, length, begins, out, threads);
 }

@@ -1,0 +1,44 @@
+"""Answers of two models side by side: each figure against a plain formulation, and the files that are left."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import error_line, tiny_sentences
+
+from lib.calibration.own_text import Answer
+from lib.calibration.texts import read_text
+from scripts import answers
+
+
+@pytest.mark.parametrize(
+    ("answer", "share"),
+    [([], 0), ([1, 2, 3], 0), ([1, 2, 3, 4], 0), ([1] * 6, 2 / 3), ([1, 2, 3, 4, 5, 1, 2, 3, 4], 1 / 6)],
+)
+def test_repeated_four_grams(answer, share):
+    assert answers.repeated(answer) == pytest.approx(share)
+
+
+def test_perplexity_counts_the_answers_alone(tiny_model):
+    pairs = [Answer([5, 9], [7, 8, 2], True), Answer([4], [200], False)]
+    losses = []
+    for prompt, answer, _ in pairs:
+        logs = tiny_model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+        losses += [-logs[len(prompt) + i - 1, token].item() for i, token in enumerate(answer)]
+    assert answers.answers_perplexity(tiny_model, pairs) == pytest.approx(math.exp(sum(losses) / 4), rel=1e-5)
+
+
+def test_models_are_compared(run_inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text(tiny_sentences(5))
+    model = str(run_inputs / "tiny-llama")
+    assert answers.main([model, model, *"--prompts prompts.txt --count 3 --tokens 12 --save out".split()]) == 0
+    assert "answers to 3 prompts" in capsys.readouterr().out and Path("out/answers.png").stat().st_size > 1000
+    one, two = json.loads(Path("out/answers.json").read_text())["models"]
+    assert [*one] == [*answers.HEADINGS] and one == two | {"model": model}
+    assert 0 < one["tokens"] <= 12 and one["perplexity of dense answers"] > 1
+    assert len(read_text("eval_data", "out/dense.jsonl", "test").records) == 3
+    line = error_line(capsys, answers.main([model, model, "--prompts", "none.txt"]))
+    assert "--prompts none.txt: cannot be read" in line
