@@ -41,7 +41,7 @@ class Upcycling(Flags):
     active: int = flag(3, "experts that a token passes, a count", least=1, metavar="N")
     tokens: int = flag(200_000, "tokens to distil on, a count, 0 for none", least=0, metavar="N")
     batch: int = flag(2, "windows a step, a count", least=1, metavar="N")
-    learning_rate: float | None = flag(None, "the highest (default: that of main.py's --recover)", above=0)
+    learning_rate: float = flag(0.0004, "the highest", above=0)
     seqlen: int = flag(512, "length of a window, tokens", least=2, metavar="N")
     calib_data: str = flag("wiki_leads", "text, as for main.py", metavar="TEXT")
     seed: int = flag(0, "of windows and clusters")
