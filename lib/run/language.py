@@ -282,6 +282,7 @@ class LanguageModel:
             walk.check_saved(journal.folder, self.weights, sparsity)
             journal.finish(packed)
 
+        processes.gathered(None)  # none reads in the folder any more
         processes.on_main(complete)
         self.weights.rebase_files(journal.folder, journal.target)
         return journal.target
