@@ -90,6 +90,7 @@ def run(settings: Comparison) -> None:
         rows.append((name, *means, answers_perplexity(model, dense)))
         record = {"flags": settings.flags(), "models": [dict(zip(HEADINGS, row, strict=True)) for row in rows]}
         files.write_atomically(folder / "answers.json", run_text(record))
+        del model, written  # before the next one is loaded
 
     figure, (axes,) = files.new_figure(6, 3)
     axes.hist([*lengths.values()], bins=16, range=(0, settings.tokens), label=[*lengths])

@@ -18,18 +18,19 @@ model="$1"; shift
 save="${SAVE:-results/record/$(basename "$model")}"
 runs=("$PYTHON_BIN" scripts/sweep.py --model "$model" --save "$save" --seeds "${SEEDS:-3}"
     --methods "${METHODS:-sparsegpt alps wanda_price alps_price}" --sparsities "${SPARSITY:-0.7}" "$@")
-recover=("${runs[@]}" --methods "${RECOVERED-alps_price}" --recover "${TOKENS:-2000000}")
+recovered="${RECOVERED-alps_price}"
+recover=("${runs[@]}" --methods "$recovered" --recover "${TOKENS:-2000000}")
 table=("$PYTHON_BIN" scripts/table.py "$save" --published --format "${FORMAT:-text}")
 
 if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${runs[@]}"; echo
-    if [ -n "${RECOVERED-alps_price}" ]; then printf '%q ' "${recover[@]}"; echo; fi
+    if [ -n "$recovered" ]; then printf '%q ' "${recover[@]}"; echo; fi
     printf '%q ' "${table[@]}"; echo
     exit
 fi
 status=0
 "${runs[@]}" || status=$?
-if [ -n "${RECOVERED-alps_price}" ] && [ "$status" -le 1 ]; then "${recover[@]}" || status=$?; fi
+if [ -n "$recovered" ] && [ "$status" -le 1 ]; then "${recover[@]}" || status=$?; fi
 if [ "$status" -gt 1 ]; then exit "$status"; fi  # a wrong flag, or Ctrl-C
 echo
 "${table[@]}" || exit $?

@@ -94,6 +94,11 @@ def free_memory(reserve: int) -> dict[int | str, int]:
     return gpus | {"cpu": max(0, free_ram() // processes.processes_on_machine() - (0 if gpus else reserve))}
 
 
+def place_of(device: torch.device) -> int | str:
+    """Return by which key ``free_memory`` has a device: the GPU's index, or ``cpu``."""
+    return "cpu" if device.type == "cpu" else device.index or 0
+
+
 def working_set(
     skeleton: torch.nn.Module, dtype: torch.dtype, hessians: bool, windows: int, seqlen: int, copies: float = 4
 ) -> int:
@@ -203,10 +208,9 @@ def price_working_set(
     logits of some tokens with their gradients.
     """
     vocabulary, width = model.get_input_embeddings().weight.shape
-    blocks = layers[-1].block + 1
-    by_block = [[layer for layer in layers if layer.block == i] for i in range(blocks)]
-    largest = max(activation_bytes(block, dtype, step * tokens, active_share(model)) for block in by_block)
-    hidden = dtype.itemsize * (step * blocks + 3 * windows) * tokens * width
+    blocks = _by_block(layers)
+    largest = max(activation_bytes(block, dtype, step * tokens, active_share(model)) for block in blocks)
+    hidden = dtype.itemsize * (step * len(blocks) + 3 * windows) * tokens * width
     # Scores, their order (int64) and its temporaries; a gradient later takes their place.
     sort = 24 * max(layer.size for layer in layers)
     return largest + hidden + sort + 6 * 4 * LOGIT_TOKENS * vocabulary
@@ -222,8 +226,9 @@ def gradient_bytes(
     """
     model, places = weights.model, {}
     for block in weights.visit():
-        place = "cpu" if block.device.type == "cpu" else block.device.index or 0
-        places.setdefault(place, []).extend(layer for layer in weights.layers if layer.block == block.index)
+        places.setdefault(place_of(block.device), []).extend(
+            layer for layer in weights.layers if layer.block == block.index
+        )
     work = price_working_set(model, weights.layers, model.dtype, tokens, step, windows)
     return {
         place: PriceBytes(
@@ -257,5 +262,9 @@ def trained_block_bytes(
         2 * dtype.itemsize * sum(layer.size for layer in block)
         + sum(stored[layer.name] for layer in block)
         + activation_bytes(block, dtype, tokens, active_share(model))
-        for block in ([layer for layer in layers if layer.block == i] for i in range(layers[-1].block + 1))
+        for block in _by_block(layers)
     )
+
+
+def _by_block(layers: Sequence[Layer]) -> list[list[Layer]]:
+    return [[layer for layer in layers if layer.block == i] for i in range(layers[-1].block + 1)]

@@ -40,17 +40,20 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def kl_divergence(dense: torch.Tensor, pruned: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def kl_divergence(
+    dense: torch.Tensor, pruned: torch.Tensor, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return KL(dense || pruned) of logits [tokens, vocabulary], summed over tokens, and ``scale`` times its gradient.
 
-    Computed in float32 at least. The gradient by ``pruned``, of its dtype, takes fewer passes than autograd's.
+    Computed in float32 at least. The gradient by ``pruned``, of its dtype, takes fewer passes than autograd's; without
+    a ``scale`` there is none.
     """
     exact = torch.promote_types(dense.dtype, torch.float32)
     with torch.no_grad():
         target, log = (torch.log_softmax(logits.to(exact), dim=-1) for logits in (dense, pruned))
         probability = target.exp()
         total = target.sub_(log).mul_(probability).sum()
-        return total, log.exp_().sub_(probability).mul_(scale).to(pruned.dtype)
+        return total, None if scale is None else log.exp_().sub_(probability).mul_(scale).to(pruned.dtype)
 
 
 # Replaces parameters of a block while it is run, and yields those that are differentiated, by name.
@@ -210,7 +213,8 @@ def head_loss(
                 else:
                     with torch.no_grad(), swapped_parameters(places, gains):
                         goal = logits(window, goal)
-                    differentiated, (loss, slope) = pruned, kl_divergence(goal, pruned, LOSS_SCALE)
+                    loss, slope = kl_divergence(goal, pruned, LOSS_SCALE if differentiate else None)
+                    differentiated = pruned
                 total = total + loss.detach()
                 if differentiate:
                     by = [states, *trained.values()]

@@ -114,7 +114,8 @@ class Distillation:
         self._masks = {name: mask for name, (mask, *_) in seen.items()}
         self.left = {name: left for name, (_, left, _) in seen.items()}
         count, squares = sum(self.left.values()), sum(square for *_, square in seen.values())
-        if not 0 < count < sum(layer.size for layer in weights.layers) + may_be_dense:
+        is_dense = count == sum(layer.size for layer in weights.layers)
+        if not count or (is_dense and not may_be_dense):
             problem = "is not pruned, no weight of it is zero" if count else "has no weight that is not zero"
             raise UserError("model", None, problem, "prune it first")
         scale = (squares / count) ** 0.5
@@ -128,8 +129,7 @@ class Distillation:
             sizes = (stored, self.seqlen, step, step, dtype)
             self._keeps = has_room_for_activations(weights, sizes, "recovery", "by", "model", "--by block")
             return
-        place = "cpu" if weights.device.type == "cpu" else weights.device.index or 0
-        free = memory.free_memory(0)[place]
+        free = memory.free_memory(0)[memory.place_of(weights.device)]
         needed = memory.trained_block_bytes(model, weights.layers, stored, model.dtype, step * self.seqlen)
         if needed > free:
             problem = f"{readable(needed)} are needed for a block, its dense one and states; {readable(free)} are free"
