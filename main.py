@@ -13,10 +13,10 @@ from rich.console import Console
 from lib.cli.command import command, make_parser
 from lib.cli.settings import Experiment
 from lib.core import processes
-from lib.run import checks, pipeline, recovery, report
+from lib.run import checks, pipeline, report
 from lib.run.journal import Journal
 from lib.run.language import LanguageModel
-from lib.run.record import Record, explain_failure, is_unmeasured, perplexity_text
+from lib.run.record import Record, explain_failure, perplexity_text
 
 PARSER = make_parser(
     Experiment,
@@ -39,12 +39,10 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
         target = settings.model_folder(task)
         checks.check_output(record.folder, task.run, target, flags, settings.paths())
         subject.prepare(settings, task)
-        recovery.prepare_recovery(subject, settings, task, settings.model)
         measurement = settings.measurement(subject.name)
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
         # The journal's folder comes last, so that what is refused above leaves no trace.
-        unmeasured = is_unmeasured(record.folder, task.run, flags)
-        journal = Journal(target, settings.restart, unmeasured) if target else None
+        journal = Journal(target, settings.restart) if target else None
 
     with closing(journal) if journal else nullcontext():
         with record.stage("load"):
@@ -77,7 +75,7 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
             write = partial(subject.save, journal, settings.packed, sparsity) if journal else None
             unsaved = pipeline.save(record, write)
             if settings.recover:
-                recovery.recover(record, subject, settings, task, unmeasured)
+                subject.recover(record, task)
             evaluate(subject, record, console)
             record.write(complete=unsaved is None)
 

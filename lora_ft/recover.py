@@ -18,10 +18,10 @@ from lib.cli.settings import AllocationFlags, Experiment, PruningFlags, ZeroShot
 from lib.cli.task import Task
 from lib.core import processes
 from lib.core.errors import UserError
-from lib.run import checks, recovery, report
+from lib.run import checks, report
+from lib.run.journal import read_manifest
 from lib.run.language import LanguageModel
-from lib.run.record import Record, is_unmeasured
-from lib.run.recovery import manifest
+from lib.run.record import Record
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,7 @@ class Recover(Experiment):
     save_model: str = flag(MISSING, "where the recovered model is written", metavar="DIR")
 
     def task(self) -> Task:
-        flags = manifest(Path(self.model)).get("flags", {})
+        flags = read_manifest(Path(self.model)).get("flags", {})
         nm = parse_nm(flags.get("sparsity_type", "unstructured"))
         target = 1 - nm[0] / nm[1] if nm else flags.get("sparsity_ratio", 0.0)
         return self.settled(Task("recovered", None, "", target))
@@ -54,6 +54,14 @@ class Recover(Experiment):
             fix = "give the file that main.py wrote with --save_calib"
             raise UserError("calib_data", "self", "a pruned model has no text of its own to learn from", fix)
         super().check()
+
+    def pruned_from(self) -> dict:
+        pruned = read_manifest(Path(self.model))
+        source = self.dense or pruned.get("source")
+        if source is None:
+            problem = f"is needed: {self.model} does not say what it was pruned from"
+            raise UserError("dense", None, problem, "give that model, or none to train on the text alone")
+        return pruned | {"source": None if source == "none" else source}
 
     def model_folder(self, task: Task) -> Path:
         return Path(self.save_model)
@@ -73,23 +81,16 @@ def run(settings: Recover) -> None:
     processes.join()
     settings.warn_of_idle()
     console, task, flags = Console(quiet=not processes.is_main()), settings.task(), settings.flags()
-    subject, record, pruned = LanguageModel(), Record(Path(settings.save), task.run), manifest(Path(settings.model))
-    dense = settings.dense or pruned.get("source")
-    if dense is None:
-        problem = f"is needed: {settings.model} does not say what it was pruned from"
-        raise UserError("dense", None, problem, "give that model, or none to train on the text alone")
+    subject, record = LanguageModel(), Record(Path(settings.save), task.run)
     with record.stage("prepare"):
         checks.check_output(record.folder, task.run, None, flags, settings.paths())
         subject.prepare(settings, task)
-        dense = None if dense == "none" else dense
-        recovery.prepare_recovery(subject, settings, task, dense, pruned.get("fingerprints"))
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
-        unmeasured = is_unmeasured(record.folder, task.run, flags)
     with record.stage("load"):
         subject.load()
         record.content["dense_zeros"] = record.content["sparsity"] = subject.weights.sparsity()
 
-    recovery.recover(record, subject, settings, task, unmeasured)
+    subject.recover(record, task)
     record.write()
     if subject.evaluation is not None:
         with record.stage("evaluate"):

@@ -381,6 +381,10 @@ class Experiment(
             problem = "--calib_data and --eval_data are one file, so the model would see the evaluation text"
             raise UserError(name, value, problem, "give two")
 
+    def pruned_from(self) -> dict:
+        """Return the ``source`` that is distilled, a hub id, a folder or None, and its ``fingerprints`` if known."""
+        return {"source": self.model}
+
     def one_file(self) -> bool:
         """Return whether the texts for calibration and evaluation are one file, which is not split."""
         same = Path(self.calib_data).resolve() == Path(self.eval_data).resolve()

@@ -14,7 +14,7 @@ from lib.core.errors import UserError, flag_name
 from lib.core.lazy import torch
 from lib.models.layers import Layer
 from lib.pruning import plan as plans
-from lib.run.journal import MANIFEST, can_reopen, partial_folder
+from lib.run.journal import MANIFEST, PROGRESS, can_reopen, partial_folder
 from lib.run.pipeline import make_plan
 from lib.run.record import has_flags, read_run
 from lib.spectra import spectrum
@@ -38,7 +38,7 @@ def check_output(
         log.warning("%s/*_%s.* of a run with other flags will be replaced", save, run)
     if target is not None:
         check_target(target, paths, mark)
-        if target.exists() and not (earlier and not earlier.get("complete")):
+        if target.exists() and not (target / PROGRESS).is_file():
             log.warning("%s already exists and will be replaced, with every file in it", target)
     for name in sorted(paths.keys() & {"save_plan", "save_calib", "export_llmcompressor"}):
         if paths[name].exists() and not paths[name].is_file():
@@ -65,11 +65,10 @@ def check_target(target: Path, paths: Mapping[str, Path], mark: str = MANIFEST) 
         raise UserError("save_model", target.parent, problem, "move it away, or give another folder")
 
 
-def check_disk(target: Path, size: int, restart: bool, unmeasured: bool) -> None:
+def check_disk(target: Path, size: int, restart: bool) -> None:
     """Refuse a disk that has no room for the ``size`` bytes of a pruned model, less what a resumed run has written."""
-    reopened = can_reopen(target, restart, unmeasured)
     # A packed folder is unpacked beside itself.
-    folder = target if reopened and not sparse.is_packed(target) else partial_folder(target)
+    folder = target if can_reopen(target, restart) and not sparse.is_packed(target) else partial_folder(target)
     written = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
     files.check_writable("save_model", target.parent, size - written)
 

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 # What made the model, in its finished folder.
 MANIFEST = "pruning.json"
-# What was finished, line by line; it stays there as well, so that a stopped evaluation can be resumed.
-_PROGRESS = "progress.jsonl"
+# What was finished, line by line; it stays there until all is measured, so that a stopped evaluation can be resumed.
+PROGRESS = "progress.jsonl"
 _RESTART = "add --restart to begin again"
 
 
@@ -33,9 +33,16 @@ def partial_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def can_reopen(target: Path, restart: bool, unmeasured: bool) -> bool:
-    """Return whether a run resumes from its finished folder ``target``; for the arguments see ``Journal``."""
-    return unmeasured and not restart and not partial_folder(target).exists() and (target / _PROGRESS).is_file()
+def can_reopen(target: Path, restart: bool) -> bool:
+    """Return whether a run resumes from its finished folder ``target``: it was stopped during its evaluation."""
+    return not restart and not partial_folder(target).exists() and (target / PROGRESS).is_file()
+
+
+def read_manifest(folder: Path) -> dict:
+    """Return what made the pruned model in ``folder``, as main.py wrote it there; empty if it wrote nothing."""
+    path = folder / MANIFEST
+    with files.reading(path, field="model"):
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 class Journal:
@@ -51,11 +58,8 @@ class Journal:
         failure: the error of a block that could not be written.
     """
 
-    def __init__(self, target: Path, restart: bool = False, unmeasured: bool = False) -> None:
-        """Open the journal for ``target``, which no other process may have open; ``restart`` discards what it holds.
-
-        ``unmeasured``: a complete model in ``target`` comes from a run stopped during its evaluation, which is resumed.
-        """
+    def __init__(self, target: Path, restart: bool = False) -> None:
+        """Open the journal for ``target``, which no other process may have open; ``restart`` discards what it holds."""
         self.target, self.folder = target, partial_folder(target)
         self.scratch = self.folder / "scratch"
         self.finished: dict[int, list[LayerReport]] = {}
@@ -63,9 +67,9 @@ class Journal:
         self._undo = ExitStack()  # of what is to be released in the end
         self._reopened = False  # whether the folder is a finished model that this run has not accepted yet
         self._progress: files.Progress  # in the main process only
-        processes.on_main(lambda: self._open(restart, unmeasured))
+        processes.on_main(lambda: self._open(restart))
 
-    def _open(self, restart: bool, unmeasured: bool) -> None:
+    def _open(self, restart: bool) -> None:
         with ExitStack() as undo, files.writing(self.folder, "save_model"):
             undo.enter_context(files.locked(self.folder, "save_model"))
             with files.locked(self.target, wait=True):
@@ -74,10 +78,10 @@ class Journal:
             if restart and self.folder.exists():
                 shutil.rmtree(self.folder)
             try:
-                if can_reopen(self.target, restart, unmeasured):
+                if can_reopen(self.target, restart):
                     self._reopen()
                 self.folder.mkdir(exist_ok=True)
-                self._progress = files.Progress(self.folder / _PROGRESS)
+                self._progress = files.Progress(self.folder / PROGRESS)
             except UserError as error:
                 raise UserError("save_model", None, error.message, _RESTART) from error
             for path in self.folder.glob(".*.tmp"):  # that a killed process was writing

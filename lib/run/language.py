@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -14,20 +15,21 @@ from lib.calibration import hidden, own_text, texts
 from lib.cli.settings import Experiment
 from lib.cli.task import Task
 from lib.core import cpu, files, processes
-from lib.core.digests import digest
+from lib.core.digests import digest, first_difference
 from lib.core.errors import UserError
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers, published_layout, refuse_experts
 from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
-from lib.models.weights import Packed, Weights, weights_of, with_fewer_experts
+from lib.models.weights import Block, Packed, Weights, weights_of, with_fewer_experts
 from lib.pruning import drop, walk
 from lib.recovery.block_walk import search_dtype
-from lib.recovery.distill import HELD_OUT
+from lib.recovery.distill import HELD_OUT, Distillation, draw_losses
 from lib.run import checks
 from lib.run.journal import Journal
-from lib.run.record import is_unmeasured
+from lib.run.pipeline import machine
+from lib.run.record import Record
 from lib.spectra import measure
 
 log = logging.getLogger("main")
@@ -84,8 +86,7 @@ class LanguageModel:
         if settings.save_model:
             published_layout(self.skeleton)  # refuses what could not be saved
             size = memory.saved_bytes(self.skeleton, self.source.path, self.dtypes.save)
-            unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
-            checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
+            checks.check_disk(settings.model_folder(task), size, settings.restart)
 
         context = load.context_length(self.skeleton)
         self.seqlen = min(settings.seqlen, context or settings.seqlen)
@@ -102,6 +103,8 @@ class LanguageModel:
         if not packed and checks.must_stream(task, settings, self.fits):
             self.streamed = locate.local_copy(source)
             checkpoint_entries(self.streamed)  # refuses what cannot be streamed
+        if settings.recover:
+            self._prepare_recovery(settings, task)
 
     def _inspect(self, source: load.Source, dropping: tuple[float, str] | None) -> None:
         """Take up a model's shapes, less those of the experts that will be dropped, and its tokenizer."""
@@ -187,6 +190,47 @@ class LanguageModel:
             files.write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))
             processes.gathered(None)  # the others read it
         return path
+
+    def _prepare_recovery(self, settings: Experiment, task: Task) -> None:
+        """Take up text and teacher of a recovery, and refuse what cannot work."""
+        options = settings.recovery_options()
+        least, count, dense = options.least_tokens(self.seqlen), processes.count(), settings.pruned_from()
+        if options.tokens < least:
+            raise UserError("recover", options.tokens, f"is too few for a step, which takes {least}")
+        if options.batch < count:
+            raise UserError("batch", options.batch, f"is too few for {count} processes", "give one for each")
+        if self.streamed and options.by == "model":
+            problem = "the model is streamed, and needs to be in memory as a whole"
+            raise UserError("by", "model", problem, "use --by block")
+        if options.by == "block" and dense["source"] is None:
+            problem = "aims at the dense model's blocks, and there is none"
+            raise UserError("by", "block", problem, "use --by model")
+        if target := settings.recovered_folder(task):
+            size = memory.saved_bytes(self.skeleton, self.source.path, self.dtypes.save)
+            how = (options.train, options.rank, options.states)
+            size += memory.trained_bytes(self.layers, 1 - task.target, *how)
+            checks.check_target(target, {name: path for name, path in settings.paths().items() if name != "save_model"})
+            checks.check_disk(target, size, settings.restart)
+
+        counts = (options.tokens // least * options.batch, max(HELD_OUT, count))
+        self.recovery = texts.recovery_windows(self.calib_data, self.tokenizer, counts, self.seqlen, settings.seed)
+        self.teacher = self.teacher_name = None
+        if dense["source"] is None:
+            return
+        source = processes.on_main(lambda: locate.locate(dense["source"], settings.cache_dir))
+        device = processes.device() or memory.freest()
+        self.teacher = teacher = Streamed(locate.local_copy(source), self.dtypes, device)
+        self.teacher_name = source.anywhere
+        sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, self.skeleton)]
+        fix = "give the model that was pruned"
+        if sizes[0] != sizes[1] or [*teacher.layers] != [*prunable_layers(self.whole)]:
+            problem = f"is another model than the pruned one: its embedding is {sizes[0]}, the other's {sizes[1]}"
+            raise UserError("dense", source.given, problem, fix)
+        # All of the model is read for them, once.
+        known = dense.get("fingerprints")
+        self.teacher_fingerprints = teacher.fingerprints() if known or target else {}
+        if known and (layer := first_difference(known, self.teacher_fingerprints)):
+            raise UserError("dense", source.given, f"is not the model that was pruned (see {layer})", fix)
 
     def _needed_memory(self, settings: Experiment) -> int:
         """Return the bytes of each GPU, or of the CPU, that a run needs besides the weights, from shapes alone."""
@@ -287,6 +331,34 @@ class LanguageModel:
         self.weights.rebase_files(journal.folder, journal.target)
         return journal.target
 
+    def recover(self, record: Record, task: Task) -> None:
+        """Distil the teacher into the weights as a stage of a run, save them, and add what it did to the ``record``."""
+        content, settings, weights = record.content, self.settings, self.weights
+        target = settings.recovered_folder(task)
+        stored = closing(Journal(target, settings.restart)) if target else nullcontext()
+        with record.stage("recover"), stored as journal:
+            before = self.perplexity() if self.evaluation is not None else None
+            self.loaded_as = None  # norms and biases are trained as well, and ``restore`` knows the matrices alone
+            dtype = search_dtype("auto", weights.device, self.dtypes.compute)
+            how = (settings.recovery_options(), self.recovery, self.hidden_states, dtype)
+            distillation = Distillation(weights, self.teacher, *how)
+            if journal:
+                fingerprints = self.teacher_fingerprints if self.teacher else weights.fingerprints()
+                journal.begin({
+                    "model": self.name, "source": self.teacher_name, "flags": settings.recovery_identity(),
+                    "versions": machine(weights), "calibration": digest(self.recovery[0]),
+                    "fingerprints": fingerprints, "plan": digest(weights.fingerprints()),
+                })  # fmt: skip
+                report = _train(weights, journal, distillation)
+                record.saved.append(self.save(journal, settings.packed, content["sparsity"]))
+                content["saved_model"] = str(record.saved[-1])
+            else:
+                report = distillation.run(None, lambda *_: None, {})
+        content["recovery"] = report | {"perplexity_before": before, "sparsity_before": content["sparsity"]}
+        content["sparsity"] = weights.sparsity()
+        content["method"] += "_recovered" if task.pruner else ""
+        files.save_figure(draw_losses(report), record.folder / f"recovery_{record.run}.png", dpi=130)
+
     def perplexity(self) -> float:
         """Return the perplexity on the evaluation windows."""
         return perplexity.perplexity_by_blocks(self.weights, self.evaluation)
@@ -301,3 +373,28 @@ class LanguageModel:
             model = load.load_llm(source, self.dtypes.compute, processes.device(), reserve=self.reserve)
         how = (self.settings.num_fewshot, self.settings.limit, self.settings.eval_batch_size)
         return zero_shot.zero_shot(model, self.tokenizer, self.questions, *how)
+
+
+def _train(weights: Weights, journal: Journal, distillation: Distillation) -> dict:
+    """Train, or go on with what an earlier run has stored in the journal, and store the result there."""
+    state = journal.folder / "recovery.state"
+    stored = journal.get("recovery", "report")
+    if stored and len(journal.finished) == len(weights.modules):
+        for block in weights.visit(write=True):
+            weights.load_block(block.index, journal.path(block.index))
+        for name, values in stored["behind"].items():
+            parameter = weights.model.get_parameter(name).data
+            parameter.copy_(parameter.new_tensor(values))
+        return stored["report"]
+
+    def keep(block: Block, losses: list[float]) -> None:
+        journal.put("losses", str(block.index), losses)
+        journal.add(block.index, weights.tensors(block.index), weights.save_dtypes(block.index), [])
+        weights.set_block_file(block.index, journal.path(block.index))
+
+    finished = {index: (journal.path(index), journal.get("losses", str(index))) for index in journal.finished}
+    report = distillation.run(state, keep, finished)
+    behind = {name: weights.model.get_parameter(name).tolist() for name in distillation.gains if weights.in_memory}
+    journal.put("recovery", "report", {"report": report, "behind": behind})
+    processes.on_main(lambda: state.unlink(missing_ok=True))
+    return report

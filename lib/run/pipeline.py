@@ -194,7 +194,8 @@ def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:
     try:
         if write:
             with record.stage("save"):
-                record.content["saved_model"] = str(write())
+                record.saved.append(write())
+                record.content["saved_model"] = str(record.saved[-1])
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)
         return error

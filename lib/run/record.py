@@ -18,12 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib import __version__
-from lib.core import cpu
+from lib.core import cpu, processes
 from lib.core.digests import digest, file_state
 from lib.core.files import write_atomically
 from lib.core.lazy import torch
 from lib.pruning.walk import LayerReport
 from lib.run.card import write_card
+from lib.run.journal import PROGRESS
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Record:
         content: of ``run_<run>.json``; ``inputs`` identifies the files that the flags name, as they were read.
         stages: the entry of the content that says what each stage cost.
         rows: the per-layer table, ``layers_<run>.tsv``.
+        saved: the folders of the models that were saved.
         files: other files to write, {name: text}.
     """
 
@@ -47,6 +49,7 @@ class Record:
         self.folder, self.run = folder, run
         self.stages: dict[str, dict] = {}
         self.rows: list[LayerReport] = []
+        self.saved: list[Path] = []
         self.files: dict[str, str] = {}
         self.content: dict = {"complete": False, "stages": self.stages}
 
@@ -84,6 +87,8 @@ class Record:
             same = all(dense.get(key) == self.content.get(key) for key in ("model", "evaluation"))
             card = {"dense": dense.get("perplexity") if same else None} | self.content | provenance()
             write_card(Path(self.content["saved_model"]), card, self.rows)
+        for folder in self.saved if complete and processes.is_main() else ():
+            (folder / PROGRESS).unlink(missing_ok=True)  # there is nothing left to resume
 
     def how_to_resume(self, save_model: str | None, measure: str, flags: Mapping[str, object]) -> str:
         """Return what is on disk after a failure, and how to go on: ``measure`` the saved model, or start again."""
@@ -170,12 +175,6 @@ def parsed(content: str) -> dict:
 def has_flags(record: dict | None, flags: Mapping[str, object]) -> bool:
     """Return whether ``record`` belongs to a run with exactly these ``flags``."""
     return bool(record) and record.get("flags") == json.loads(json.dumps(flags))
-
-
-def is_unmeasured(save: Path, run: str, flags: Mapping[str, object]) -> bool:
-    """Return whether the run with these flags was stopped in its evaluation, when its model was whole."""
-    earlier = read_run(save, run)
-    return has_flags(earlier, flags) and earlier.get("complete") is False
 
 
 def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:

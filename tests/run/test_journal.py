@@ -262,10 +262,13 @@ def test_other_dense_weights_of_the_same_name_are_refused(place, capsys):
     assert "the dense weights were others (see model.layers.2.mlp.down_proj)" in says
 
 
-def test_what_does_not_change_the_weights_may_change(stopped, unbroken):
-    stopped("after a block")
+@pytest.mark.parametrize("point", ["after a block", "in evaluation"])
+def test_what_does_not_change_the_weights_may_change(point, stopped, unbroken, calls):
+    stopped(point)
+    pruned = calls(walk, "_prune_block")
     assert run("--eval_windows", "2", "--save", "elsewhere", "--stream", "always") == 0
-    assert hashes(KEPT) == unbroken
+    assert hashes(KEPT) == unbroken and not (KEPT / "progress.jsonl").exists(), "nothing is left to resume"
+    assert len(pruned) < 3, "what is finished is not pruned again"
 
 
 @pytest.mark.parametrize("kernel", [None, "elsewhere"])
