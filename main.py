@@ -16,7 +16,7 @@ from lib.core import processes
 from lib.run import checks, pipeline, report
 from lib.run.journal import Journal
 from lib.run.language import LanguageModel
-from lib.run.record import Record, explain_failure, perplexity_text
+from lib.run.record import Record, explain_failure
 
 PARSER = make_parser(
     Experiment,
@@ -68,9 +68,7 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
         record.content["sparsity"] = sparsity = subject.weights.sparsity()
         if task.pruner:
             pipeline.warn_if_off_target(plan.target, sparsity)
-        measure = "the same command resumes, and so does: python main.py"
-        evaluation = {"eval_data": settings.eval_data, "seqlen": settings.seqlen}
-        with explain_failure(partial(record.how_to_resume, settings.save_model, measure, evaluation)):
+        with explain_failure(partial(record.how_to_resume, settings.save_model, "the same command resumes")):
             # The model is saved before whatever may still fail.
             write = partial(subject.save, journal, settings.packed, sparsity) if journal else None
             unsaved = pipeline.save(record, write)
@@ -91,8 +89,8 @@ def evaluate(subject: LanguageModel, record: Record, console: Console) -> None:
     if subject.evaluation is not None:
         with record.stage("evaluate"):
             content["perplexity"] = subject.perplexity()
-        line = perplexity_text(content["method"], content["sparsity"], content["perplexity"])
-        record.files[f"perplexity_{record.run}.txt"] = line
+        line = f"{content['method']}\t{content['sparsity']:.4f}\t{content['perplexity']:.4f}\n"  # as published
+        record.files[f"perplexity_{record.run}.txt"] = f"method\tactual_sparsity\tppl_test\n{line}"
     if subject.questions is None:
         return
     record.write()

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from rich.console import Console
 
-from image_classifiers.settings import ImageExperiment, ImageFlags
+from image_classifiers.settings import ImageExperiment
 from image_classifiers.subject import Classifier
 from lib.cli.command import command, make_parser
 from lib.cli.task import Task
@@ -58,10 +58,8 @@ def run(settings: ImageExperiment, console: Console) -> dict:
         with record.stage("prune"):
             record.rows = pipeline.prune(subject, task, plan, values, settings.statistics)
 
-    unsaved, measure = None, "measure it with: python image_classifiers/main.py"
-    names = settings.given & {*ImageFlags.__annotations__, "device"} - {"nsamples", "published_calibration"}
-    evaluation = {settings.spelling(name): getattr(settings, name) for name in sorted(names)}
-    with explain_failure(partial(record.how_to_resume, settings.save_model, measure, evaluation)):
+    unsaved = None
+    with explain_failure(partial(record.how_to_resume, settings.save_model, "to measure it, give it as --model")):
         record.content["sparsity"] = sparsity = subject.weights.sparsity()
         if task.pruner:
             unsaved = pipeline.save(record, partial(subject.save, target, sparsity) if target else None)

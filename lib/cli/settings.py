@@ -191,11 +191,6 @@ class RecoveryFlags(Flags):
         names = RecoveryOptions._fields[1:]
         return RecoveryOptions(self.recover or 0, *(getattr(self, name) for name in names))
 
-    def recovery_identity(self) -> dict[str, object]:
-        """Return the flags that determine the recovered weights, in their spelling."""
-        names = ("seed", "dtype", "calib_data", "seqlen", "recover", *RecoveryOptions._fields[1:])
-        return {self.spelling(name): getattr(self, name) for name in names}
-
 
 @dataclass(kw_only=True)
 class EvaluationFlags(Flags):
@@ -292,9 +287,8 @@ class MethodFlags(PruningFlags, AllocationFlags, MixtureFlags):
             check_name("prune_method", self.prune_method, METHODS)
         super().check()
 
-    def identity(self) -> dict[str, object]:
-        """Return the flags that determine the pruned weights, in their spelling."""
-        groups = (TextFlags, PruningFlags, AllocationFlags, MixtureFlags)
+    def identity(self, *groups: type[Flags]) -> dict[str, object]:
+        """Return the flags of the ``groups`` that determine weights, in their spelling."""
         names = {"seed", "dtype"}.union(*(group.__annotations__ for group in groups))
         names -= {"ww_metric_cache", "metrics_only", "save_plan", "save_calib", "export_llmcompressor"}
         items = [item for _, item, _ in self.declared() if item.name in names]
@@ -341,7 +335,8 @@ class MethodFlags(PruningFlags, AllocationFlags, MixtureFlags):
         flags = [item for title, item, _ in self.declared() if title == MixtureFlags._title]
         mixture = {item.name: getattr(self, item.name) for item in flags if getattr(self, item.name) != item.default}
         mixture |= {"mapping_type": self.mapping_type} if self.mapping_type == "expert_wise" else {}
-        return task._replace(hyper=hyper, identity=self.identity(), mixture=mixture, traits=frozenset(self.traits()))
+        identity = self.identity(TextFlags, PruningFlags, AllocationFlags, MixtureFlags)
+        return task._replace(hyper=hyper, identity=identity, mixture=mixture, traits=frozenset(self.traits()))
 
 
 @dataclass(kw_only=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 from lib import sparse
 from lib.calibration.hidden import entry_device
@@ -112,7 +111,9 @@ def zero_shot(
         HFLM = type("Shared", (HFLM,), shared)
     # lm-eval gives the tokenizer a padding token, which is not to end up in a saved folder.
     adapter = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    with _bars_for_terminals(), sparse.zeros_skipped(model.modules()):
+    # lm-eval's bars would fill a log file; what is logged keeps its place.
+    hidden = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    with hidden, sparse.zeros_skipped(model.modules()):
         full = simple_evaluate(
             adapter,
             tasks=list(tasks.tasks),
@@ -138,13 +139,3 @@ def zero_shot(
     return ZeroShotResult(full, means, "\n".join(lines) + "\n")
 
 
-@contextmanager
-def _bars_for_terminals() -> Iterator[None]:
-    """Disable every tqdm bar, whatever its caller asks for, unless stderr is a terminal: bars would fill a log file."""
-    original = tqdm.__init__
-    if not sys.stderr.isatty():
-        tqdm.__init__ = lambda bar, *args, **options: original(bar, *args, **options | {"disable": True})
-    try:
-        yield
-    finally:
-        tqdm.__init__ = original

@@ -12,7 +12,7 @@ from pathlib import Path
 from lib import sparse
 from lib.allocation import block_scores, epsilon, price, price_model
 from lib.calibration import hidden, own_text, texts
-from lib.cli.settings import Experiment
+from lib.cli.settings import Experiment, RecoveryFlags, TextFlags
 from lib.cli.task import Task
 from lib.core import cpu, files, processes
 from lib.core.digests import digest, first_difference
@@ -343,12 +343,10 @@ class LanguageModel:
             how = (settings.recovery_options(), self.recovery, self.hidden_states, dtype)
             distillation = Distillation(weights, self.teacher, *how)
             if journal:
-                fingerprints = self.teacher_fingerprints if self.teacher else weights.fingerprints()
-                journal.begin({
-                    "model": self.name, "source": self.teacher_name, "flags": settings.recovery_identity(),
-                    "versions": machine(weights), "calibration": digest(self.recovery[0]),
-                    "fingerprints": fingerprints, "plan": digest(weights.fingerprints()),
-                })  # fmt: skip
+                identity = {"model": self.name, "source": self.teacher_name, "versions": machine(weights)}
+                identity |= {"calibration": digest(self.recovery[0]), "plan": digest(weights.fingerprints())}
+                identity["fingerprints"] = self.teacher_fingerprints if self.teacher else weights.fingerprints()
+                journal.begin(identity | {"flags": settings.identity(TextFlags, RecoveryFlags)})
                 report = _train(weights, journal, distillation)
                 record.saved.append(self.save(journal, settings.packed, content["sparsity"]))
                 content["saved_model"] = str(record.saved[-1])

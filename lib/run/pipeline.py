@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -165,7 +166,10 @@ def prune(
         identity["versions"] = machine(subject.weights)
         identity |= {"calibration": subject.calibration_digest, "fingerprints": subject.weights.fingerprints()}
         if task.pruner.statistic and identity["versions"]["device"] == "cpu":
-            identity["bits"] = {"the number of threads": torch.get_num_threads(), "the compiled kernel": _kernel()}
+            identity["bits"] = {"the number of threads": torch.get_num_threads(), "the compiled kernel": "missing"}
+            with suppress(sparse.Unavailable):
+                sparse.load_kernel()
+                identity["bits"]["the compiled kernel"] = "there"
         journal.begin(identity)
     inputs = subject.inputs()._replace(dtype=subject.calib_dtype) if task.pruner.statistic else None
     return walk.walk(subject.weights, plan, task.pruner, inputs, values, propagate, journal)
@@ -175,15 +179,6 @@ def machine(weights: Weights) -> dict[str, str]:
     """Return what the bits of a result depend on besides flags and data; processes: the order of float32 additions."""
     versions = {name: provenance()["versions"][name] for name in ("torch", "transformers")}
     return versions | {"device": weights.device.type, "processes": str(processes.count())}
-
-
-def _kernel() -> str:
-    """Return whether the CPU's compiled kernel is there."""
-    try:
-        sparse.load_kernel()
-    except sparse.Unavailable:
-        return "missing"
-    return "there"
 
 
 def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import resource
-import shlex
 import subprocess
 import sys
 import time
@@ -90,12 +89,11 @@ class Record:
         for folder in self.saved if complete and processes.is_main() else ():
             (folder / PROGRESS).unlink(missing_ok=True)  # there is nothing left to resume
 
-    def how_to_resume(self, save_model: str | None, measure: str, flags: Mapping[str, object]) -> str:
-        """Return what is on disk after a failure, and how to go on: ``measure`` the saved model, or start again."""
+    def how_to_resume(self, save_model: str | None, resume: str) -> str:
+        """Return what is on disk after a failure, and how to go on: ``resume`` with a saved model, or start again."""
         advice = "the same command starts again"
         if saved := self.content["saved_model"]:
-            words = [word for name, value in {"model": saved, **flags}.items() for word in (f"--{name}", str(value))]
-            advice = f"the pruned model is saved; {measure} {shlex.join(words)}"
+            advice = f"the pruned model is saved in {saved}; {resume}"
         elif self.rows and not save_model:
             advice += " (--save_model DIR would keep the model)"
         return f"figures so far: {self.folder}/*_{self.run}.*; {advice}"
@@ -123,11 +121,6 @@ def _peak_rss_mb() -> int:
         return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # which cannot be reset
     return peak // (2**20 if sys.platform == "darwin" else 1024)
-
-
-def perplexity_text(method: str, sparsity: float, perplexity: float) -> str:
-    """Return the content of ``perplexity_<run>.txt``, in the published format."""
-    return f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{perplexity:.4f}\n"
 
 
 def layers_text(rows: Sequence[LayerReport]) -> str:
