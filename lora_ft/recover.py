@@ -10,7 +10,6 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
@@ -37,9 +36,8 @@ class Recover(Experiment):
 
     model: str = flag(MISSING, "the pruned model: folder or hub id")
     dense: str | None = flag(
-        None, "the model it was pruned from, or none, to train on the text alone (default: the one its pruning.json "
-        "names)", metavar="NAME",
-    )  # fmt: skip
+        None, "the model it was pruned from, or none: text alone (default: the one pruning.json names)", metavar="NAME"
+    )
     recover: int = flag(MISSING, "tokens of {calib_data} to train on, a count", least=1)
     save_model: str = flag(MISSING, "where the recovered model is written", metavar="DIR")
 
@@ -63,8 +61,8 @@ class Recover(Experiment):
             raise UserError("dense", None, problem, "give that model, or none to train on the text alone")
         return pruned | {"source": None if source == "none" else source}
 
-    def model_folder(self, task: Task) -> Path:
-        return Path(self.save_model)
+    def folders(self, task: Task) -> list[Path]:
+        return [Path(self.save_model)]
 
 
 PARSER = make_parser(
@@ -80,10 +78,10 @@ def run(settings: Recover) -> None:
     """Recover a model, save it, and measure its perplexity before and after."""
     processes.join()
     settings.warn_of_idle()
-    console, task, flags = Console(quiet=not processes.is_main()), settings.task(), settings.flags()
+    task, flags = settings.task(), settings.flags()
     subject, record = LanguageModel(), Record(Path(settings.save), task.run)
     with record.stage("prepare"):
-        checks.check_output(record.folder, task.run, None, flags, settings.paths())
+        checks.check_output(record.folder, task.run, settings.folders(task), flags, settings.paths())
         subject.prepare(settings, task)
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
     with record.stage("load"):
@@ -92,11 +90,10 @@ def run(settings: Recover) -> None:
 
     subject.recover(record, task)
     record.write()
-    if subject.evaluation is not None:
-        with record.stage("evaluate"):
-            record.content["perplexity"] = subject.perplexity()
+    with record.stage("evaluate"):
+        record.content["perplexity"] = subject.perplexity()
     record.write(complete=True)
-    report.show_run(console, record)
+    report.show_run(record)
     processes.leave()
 
 

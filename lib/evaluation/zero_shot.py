@@ -7,7 +7,6 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
@@ -34,31 +33,22 @@ class Tasks(NamedTuple):
     manager: object
 
 
-class ZeroShotResult(NamedTuple):
-    """lm-eval's ``full`` result, the ``means`` over the tasks that have the metric, and both as a ``table``."""
+def find_tasks(names: str, include_path: str | None, num_fewshot: int) -> Tasks:
+    """Load the tasks (lm-eval's, or those defined in ``include_path``) and their data; groups are expanded.
 
-    full: dict
-    means: dict[str, float]
-    table: str
-
-
-def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int) -> Tasks:
-    """Load the tasks ``names`` (lm-eval's, or those defined in ``include_path``) and their data; groups are expanded.
+    The ``names`` are separated by commas.
 
     Raises:
         UserError: an unknown name, data that cannot be loaded, or a task that cannot be run in this way.
     """
     from lm_eval.tasks import TaskManager
 
-    manager = None
-    if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise UserError("include_path", include_path, "folder not found", "give one with lm-eval task files")
-        manager = TaskManager(include_path=include_path, include_defaults=False)
-        if not manager.all_tasks:
-            raise UserError("include_path", include_path, "the folder holds no lm-eval task files (*.yaml)")
-    if manager is None or not set(names) <= set(manager.all_subtasks):
-        # With lm-eval's own tasks: over ten thousand, which take seconds to list.
+    if include_path is not None and not any(Path(include_path).rglob("*.yaml")):
+        raise UserError("include_path", include_path, "there are no lm-eval task files (*.yaml)")
+    names = list(dict.fromkeys(filter(None, names.split(","))))
+    # lm-eval's own tasks are over ten thousand, which take seconds to list.
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    if include_path is not None and not set(names) <= set(manager.all_subtasks):
         manager = TaskManager(include_path=include_path)
     for name in names:  # all names are checked before the first data, which may have to be fetched
         if name not in manager.task_index:
@@ -73,15 +63,8 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError("tasks", name, "runs code that the model writes, or needs images", "leave it out")
-        if not num_fewshot:
-            continue
-        if task.get_config("num_fewshot") == 0:  # lm-eval would keep to it, and only log that it does
+        if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to it, and only log that it does
             raise UserError("num_fewshot", num_fewshot, f"{name} is zero-shot by its definition", "leave one out")
-        examples, split = task.fewshot_docs(), task.fewshot_cfg.split
-        with_question = split is not None and split == task.config.test_split  # which is never its own example
-        most = len(examples if hasattr(examples, "__len__") else list(examples)) - with_question
-        if num_fewshot > most:
-            raise UserError("num_fewshot", num_fewshot, f"{name} has {most} to draw from", f"give at most {most}")
     return Tasks(list(tasks.values()), manager)
 
 
@@ -92,8 +75,10 @@ def zero_shot(
     num_fewshot: int = 0,
     limit: int | None = None,
     batch_size: int | str = "auto",
-) -> ZeroShotResult:
-    """Return lm-eval's result for the model in memory on ``tasks``; with several processes, only the first has it.
+) -> tuple[dict, str]:
+    """Return the results of a model in memory on ``tasks``, and their table; of several processes, the first has them.
+
+    The results are lm-eval's own, ``lm_eval``, and the ``means`` over the tasks that have a metric.
 
     Args:
         limit: questions per task, None for all.
@@ -131,11 +116,11 @@ def zero_shot(
     if broken:
         log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, total)
     if not processes.is_main():
-        return ZeroShotResult({}, {}, "")
+        return {}, ""
     rows = full["results"].values()
     figures = {metric: [row[f"{metric},none"] for row in rows if f"{metric},none" in row] for metric in MEANS}
     means = {metric: sum(values) / len(values) for metric, values in figures.items() if values}
     lines = [make_table(full).rstrip(), "", *(f"mean {metric}: {mean:.4f}" for metric, mean in means.items())]
-    return ZeroShotResult(full, means, "\n".join(lines) + "\n")
+    return {"means": means, "lm_eval": full}, "\n".join(lines) + "\n"
 
 

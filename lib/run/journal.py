@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -15,9 +14,8 @@ from lib import sparse
 from lib.core import files, processes
 from lib.core.digests import checksum, first_difference
 from lib.core.errors import UserError, flag_name
-from lib.core.lazy import torch
 from lib.models.safetensors_io import write_shard
-from lib.pruning.walk import LayerReport
+from lib.models.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ class Journal:
 
     Attributes:
         scratch: folder for files that need not outlive the run.
-        finished: the layer reports of each finished block, by its index.
+        finished: what was given to ``add`` with each finished block, by its index.
         failure: the error of a block that could not be written.
     """
 
@@ -62,7 +60,7 @@ class Journal:
         """Open the journal for ``target``, which no other process may have open; ``restart`` discards what it holds."""
         self.target, self.folder = target, partial_folder(target)
         self.scratch = self.folder / "scratch"
-        self.finished: dict[int, list[LayerReport]] = {}
+        self.finished: dict[int, list] = {}
         self.failure: UserError | None = None
         self._undo = ExitStack()  # of what is to be released in the end
         self._reopened = False  # whether the folder is a finished model that this run has not accepted yet
@@ -128,8 +126,8 @@ class Journal:
         if self.finished:
             log.info("resuming after block %d of the run in %s", max(self.finished), self.folder)
 
-    def _begin(self, now: dict) -> dict[int, list[LayerReport]]:
-        """Return the reports of the blocks that are whole, and remove all else that would become part of the model."""
+    def _begin(self, now: dict) -> dict[int, list]:
+        """Return the rows of the blocks that are whole, and remove all else that would become part of the model."""
         before, finished = self._progress.get("run", "identity"), {}
         if before is None:
             self._progress.add("run", "identity", now)
@@ -149,7 +147,7 @@ class Journal:
             if not path.is_file() or checksum(path) != entry["sha256"]:
                 log.warning("%s is damaged: its block and those after it are pruned again", path)
                 break
-            finished[index] = [LayerReport(*row) for row in entry["rows"]]
+            finished[index] = entry["rows"]
         for path in {*self.folder.glob("*.safetensors")} - {self.path(index) for index in finished}:
             path.unlink()
         return finished
@@ -158,14 +156,15 @@ class Journal:
         """Return the file of a block."""
         return self.folder / f"model-block-{index:05d}.safetensors"
 
-    def add(self, index: int, tensors: Mapping, dtypes: Mapping[str, torch.dtype], rows: list[LayerReport]) -> None:
-        """Store a block durably: its shard, then the line that makes it a finished one."""
+    def add(self, index: int, weights: Weights, rows: list) -> None:
+        """Store a lent block durably: its shard, then the line that makes it a finished one."""
 
         def store() -> None:
-            sha256 = write_shard(self.path(index), tensors, dtypes)
+            sha256 = write_shard(self.path(index), weights.tensors(index), weights.save_dtypes(index))
             self._progress.add("block", str(index), {"sha256": sha256, "rows": rows})
 
         processes.on_main(store)
+        weights.set_block_file(index, self.path(index))
         self.finished[index] = rows
 
     def finish(self, packed: bool = False) -> None:

@@ -17,15 +17,16 @@ from lib.cli.task import Task
 from lib.core import cpu, files, processes
 from lib.core.digests import digest, first_difference
 from lib.core.errors import UserError
+from lib.core.lazy import torch
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers, published_layout, refuse_experts
 from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
-from lib.models.weights import Block, Packed, Weights, weights_of, with_fewer_experts
+from lib.models.weights import Packed, Weights, weights_of, with_fewer_experts
 from lib.pruning import drop, walk
 from lib.recovery.block_walk import search_dtype
-from lib.recovery.distill import HELD_OUT, Distillation, draw_losses
+from lib.recovery.distill import HELD_OUT, Distillation
 from lib.run import checks
 from lib.run.journal import Journal
 from lib.run.pipeline import machine
@@ -70,23 +71,28 @@ class LanguageModel:
         dropping = (settings.drop_experts, settings.drop_by) if settings.drop_experts else None
         if (source, dropping) != (self.source, self.dropping):
             self._inspect(source, dropping)
-        dtype = settings.dtype
+        dtype, options = settings.dtype, settings.recovery_options()
         self.dtypes = sparse.packed_dtypes(source, dtype) if packed else load.choose_dtypes(dtype, self.skeleton)
 
         checks.check_layers(task, self.name, self.layers, self.layers, settings.measurement(self.name))
-        self.calib_dtype = checks.calibration_dtype(settings.calib_dtype, self.dtypes.compute)
+        self.calib_dtype = getattr(torch, settings.calib_dtype) if settings.calib_dtype else None
+        if self.calib_dtype and self.dtypes.compute != torch.float32:
+            problem = f"the model is computed in {self.dtypes.compute}, which is as fast"
+            raise UserError("calib_dtype", settings.calib_dtype, problem, "leave it out, or use --dtype float32")
         self.settings, self.hidden_states = settings, settings.hidden_states
         if settings.hidden_states == "gpu" and not cpu.gpus():
             raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", "use cpu or disk")
-        if "calibration" in task.traits and settings.nsamples < processes.count():
-            fix = f"give one for each of {processes.count()} processes"
-            raise UserError("nsamples", settings.nsamples, "is too few to share", fix)
+        for name, trait in (("nsamples", "calibration"), ("batch", "recover")):
+            if trait in task.traits and getattr(settings, name) < processes.count():
+                fix = f"give one for each of {processes.count()} processes"
+                raise UserError(name, getattr(settings, name), "is too few to share", fix)
         if settings.packed:
             refuse_experts("packed", None, self.layers)
-        if settings.save_model:
+        if targets := settings.folders(task):
             published_layout(self.skeleton)  # refuses what could not be saved
             size = memory.saved_bytes(self.skeleton, self.source.path, self.dtypes.save)
-            checks.check_disk(settings.model_folder(task), size, settings.restart)
+            state = memory.trained_bytes(self.layers, 1 - task.target, options) if settings.recover else 0
+            checks.check_disk(targets, size * len(targets) + state, settings.restart)
 
         context = load.context_length(self.skeleton)
         self.seqlen = min(settings.seqlen, context or settings.seqlen)
@@ -147,8 +153,8 @@ class LanguageModel:
             self.evaluation = self._once(texts.evaluation_windows, settings.eval_data, self.tokenizer, *how)
         load.check_vocabulary(settings.model, self.skeleton, self.calibration, self.evaluation)
         if settings.eval_zero_shot:
-            names = settings.task_names()
-            self.questions = self._once(zero_shot.find_tasks, names, settings.include_path, settings.num_fewshot)
+            how = (settings.tasks, settings.include_path, settings.num_fewshot)
+            self.questions = self._once(zero_shot.find_tasks, *how)
 
     def _search_windows(self, settings: Experiment, task: Task) -> tuple[tuple[int, int], int]:
         """Return the counts of windows to search on and held out, and their length, tokens."""
@@ -194,25 +200,17 @@ class LanguageModel:
     def _prepare_recovery(self, settings: Experiment, task: Task) -> None:
         """Take up text and teacher of a recovery, and refuse what cannot work."""
         options = settings.recovery_options()
-        least, count, dense = options.least_tokens(self.seqlen), processes.count(), settings.pruned_from()
+        least, dense = options.least_tokens(self.seqlen), settings.pruned_from()
         if options.tokens < least:
             raise UserError("recover", options.tokens, f"is too few for a step, which takes {least}")
-        if options.batch < count:
-            raise UserError("batch", options.batch, f"is too few for {count} processes", "give one for each")
         if self.streamed and options.by == "model":
             problem = "the model is streamed, and needs to be in memory as a whole"
             raise UserError("by", "model", problem, "use --by block")
         if options.by == "block" and dense["source"] is None:
             problem = "aims at the dense model's blocks, and there is none"
             raise UserError("by", "block", problem, "use --by model")
-        if target := settings.recovered_folder(task):
-            size = memory.saved_bytes(self.skeleton, self.source.path, self.dtypes.save)
-            how = (options.train, options.rank, options.states)
-            size += memory.trained_bytes(self.layers, 1 - task.target, *how)
-            checks.check_target(target, {name: path for name, path in settings.paths().items() if name != "save_model"})
-            checks.check_disk(target, size, settings.restart)
 
-        counts = (options.tokens // least * options.batch, max(HELD_OUT, count))
+        counts = (options.tokens // least * options.batch, max(HELD_OUT, processes.count()))
         self.recovery = texts.recovery_windows(self.calib_data, self.tokenizer, counts, self.seqlen, settings.seed)
         self.teacher = self.teacher_name = None
         if dense["source"] is None:
@@ -227,9 +225,9 @@ class LanguageModel:
             problem = f"is another model than the pruned one: its embedding is {sizes[0]}, the other's {sizes[1]}"
             raise UserError("dense", source.given, problem, fix)
         # All of the model is read for them, once.
-        known = dense.get("fingerprints")
-        self.teacher_fingerprints = teacher.fingerprints() if known or target else {}
-        if known and (layer := first_difference(known, self.teacher_fingerprints)):
+        expected = dense.get("fingerprints")
+        self.teacher_fingerprints = teacher.fingerprints() if expected or settings.save_model else {}
+        if expected and (layer := first_difference(expected, self.teacher_fingerprints)):
             raise UserError("dense", source.given, f"is not the model that was pruned (see {layer})", fix)
 
     def _needed_memory(self, settings: Experiment) -> int:
@@ -242,8 +240,8 @@ class LanguageModel:
         needed = memory.working_set(self.skeleton, dtype, hessians, windows, self.seqlen, copies)
         gpus = 1 if processes.device() else max(1, cpu.gpus())
         if settings.recover:
-            how, step = (settings.train, settings.rank, settings.states), (self.seqlen, settings.batch, settings.batch)
-            stored = memory.trained_bytes(self.layers, 1 - task.target, *how) // gpus if settings.by == "model" else 0
+            options, step = settings.recovery_options(), (self.seqlen, settings.batch, settings.batch)
+            stored = memory.trained_bytes(self.layers, 1 - task.target, options) // gpus if options.by == "model" else 0
             needed = max(needed, stored + memory.price_working_set(self.skeleton, self.layers, dtype, *step))
         if task.needs == "lamp_score":
             return needed + block_scores.LAMP_BYTES * max(layer.size for layer in self.layers)
@@ -334,10 +332,12 @@ class LanguageModel:
     def recover(self, record: Record, task: Task) -> None:
         """Distil the teacher into the weights as a stage of a run, save them, and add what it did to the ``record``."""
         content, settings, weights = record.content, self.settings, self.weights
-        target = settings.recovered_folder(task)
-        stored = closing(Journal(target, settings.restart)) if target else nullcontext()
+        if not content["sparsity"] and not settings.drop_experts:
+            raise UserError("model", None, "is not pruned, no weight of it is zero", "prune it first")
+        targets = settings.folders(task)
+        stored = closing(Journal(targets[-1], settings.restart)) if targets else nullcontext()
         with record.stage("recover"), stored as journal:
-            before = self.perplexity() if self.evaluation is not None else None
+            before = self.perplexity()
             self.loaded_as = None  # norms and biases are trained as well, and ``restore`` knows the matrices alone
             dtype = search_dtype("auto", weights.device, self.dtypes.compute)
             how = (settings.recovery_options(), self.recovery, self.hidden_states, dtype)
@@ -355,14 +355,16 @@ class LanguageModel:
         content["recovery"] = report | {"perplexity_before": before, "sparsity_before": content["sparsity"]}
         content["sparsity"] = weights.sparsity()
         content["method"] += "_recovered" if task.pruner else ""
-        files.save_figure(draw_losses(report), record.folder / f"recovery_{record.run}.png", dpi=130)
+        title = "held out: {held_before:.3f} -> {held_after:.3f}".format(**report)
+        losses = {"training": (range(1, len(report["losses"]) + 1), report["losses"])}
+        files.save_figure(files.draw_losses(losses, title), record.folder / f"recovery_{record.run}.png")
 
-    def perplexity(self) -> float:
-        """Return the perplexity on the evaluation windows."""
-        return perplexity.perplexity_by_blocks(self.weights, self.evaluation)
+    def perplexity(self) -> float | None:
+        """Return the perplexity on the evaluation windows, None without."""
+        return None if self.evaluation is None else perplexity.perplexity_by_blocks(self.weights, self.evaluation)
 
-    def zero_shot(self, saved: str | None) -> zero_shot.ZeroShotResult:
-        """Return the accuracy on the questions; a streamed model is read from where it was ``saved``, if it changed."""
+    def zero_shot(self, saved: str | None) -> tuple[dict, str]:
+        """Return results and their table; a streamed model is read from where it was ``saved``, if it changed."""
         model = self.weights.model
         if self.weights.streamed:
             if saved is None and self.weights.changed:
@@ -385,13 +387,8 @@ def _train(weights: Weights, journal: Journal, distillation: Distillation) -> di
             parameter.copy_(parameter.new_tensor(values))
         return stored["report"]
 
-    def keep(block: Block, losses: list[float]) -> None:
-        journal.put("losses", str(block.index), losses)
-        journal.add(block.index, weights.tensors(block.index), weights.save_dtypes(block.index), [])
-        weights.set_block_file(block.index, journal.path(block.index))
-
-    finished = {index: (journal.path(index), journal.get("losses", str(index))) for index in journal.finished}
-    report = distillation.run(state, keep, finished)
+    finished = {index: (journal.path(index), losses) for index, losses in journal.finished.items()}
+    report = distillation.run(state, lambda index, losses: journal.add(index, weights, losses), finished)
     behind = {name: weights.model.get_parameter(name).tolist() for name in distillation.gains if weights.in_memory}
     journal.put("recovery", "report", {"report": report, "behind": behind})
     processes.on_main(lambda: state.unlink(missing_ok=True))

@@ -37,7 +37,7 @@ class Record:
     """The record of a run, rewritten whenever it grows.
 
     Attributes:
-        content: of ``run_<run>.json``; ``inputs`` identifies the files that the flags name, as they were read.
+        content: of ``run_<run>.json``.
         stages: the entry of the content that says what each stage cost.
         rows: the per-layer table, ``layers_<run>.tsv``.
         saved: the folders of the models that were saved.
@@ -71,8 +71,6 @@ class Record:
         peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
         if peaks:
             self.stages[name]["peak_cuda_mb"] = peaks
-        if "flags" in self.content and "inputs" not in self.content:  # at the end of the stage that has read them
-            self.content["inputs"] = inputs_of(self.content["flags"])
 
     def write(self, complete: bool = False) -> None:
         """Write all files, the run file last, since it states whether the run is complete."""
@@ -89,13 +87,10 @@ class Record:
         for folder in self.saved if complete and processes.is_main() else ():
             (folder / PROGRESS).unlink(missing_ok=True)  # there is nothing left to resume
 
-    def how_to_resume(self, save_model: str | None, resume: str) -> str:
+    def how_to_resume(self, resume: str) -> str:
         """Return what is on disk after a failure, and how to go on: ``resume`` with a saved model, or start again."""
-        advice = "the same command starts again"
-        if saved := self.content["saved_model"]:
-            advice = f"the pruned model is saved in {saved}; {resume}"
-        elif self.rows and not save_model:
-            advice += " (--save_model DIR would keep the model)"
+        saved = self.content["saved_model"]
+        advice = f"the pruned model is saved in {saved}; {resume}" if saved else "the same command starts again"
         return f"figures so far: {self.folder}/*_{self.run}.*; {advice}"
 
 
@@ -119,8 +114,7 @@ def cuda_in_use() -> list[int]:
 def _peak_rss_mb() -> int:
     with suppress(OSError):
         return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # which cannot be reset
-    return peak // (2**20 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20  # on macOS, where it cannot be reset
 
 
 def layers_text(rows: Sequence[LayerReport]) -> str:
