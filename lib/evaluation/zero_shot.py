@@ -9,7 +9,6 @@ import math
 import sys
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
-from typing import NamedTuple
 
 from lib import sparse
 from lib.calibration.hidden import entry_device
@@ -26,14 +25,7 @@ MEANS = ("acc", "acc_norm")
 _LOCAL_TASKS = "task files that need no hub: --include_path DIR (data/tasks holds some), --tasks with their names"
 
 
-class Tasks(NamedTuple):
-    """Tasks with their data loaded, and lm-eval's manager of their sources."""
-
-    tasks: list
-    manager: object
-
-
-def find_tasks(names: str, include_path: str | None, num_fewshot: int) -> Tasks:
+def find_tasks(names: str, include_path: str | None, num_fewshot: int) -> list:
     """Load the tasks (lm-eval's, or those defined in ``include_path``) and their data; groups are expanded.
 
     The ``names`` are separated by commas.
@@ -65,13 +57,13 @@ def find_tasks(names: str, include_path: str | None, num_fewshot: int) -> Tasks:
             raise UserError("tasks", name, "runs code that the model writes, or needs images", "leave it out")
         if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to it, and only log that it does
             raise UserError("num_fewshot", num_fewshot, f"{name} is zero-shot by its definition", "leave one out")
-    return Tasks(list(tasks.values()), manager)
+    return list(tasks.values())
 
 
 def zero_shot(
     model: transformers.PreTrainedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
-    tasks: Tasks,
+    tasks: list,
     num_fewshot: int = 0,
     limit: int | None = None,
     batch_size: int | str = "auto",
@@ -86,6 +78,7 @@ def zero_shot(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
     if batch_size == "auto" and entry_device(model).type == "cpu":
@@ -101,8 +94,8 @@ def zero_shot(
     with hidden, sparse.zeros_skipped(model.modules()):
         full = simple_evaluate(
             adapter,
-            tasks=list(tasks.tasks),
-            task_manager=tasks.manager,
+            tasks=tasks,
+            task_manager=TaskManager(include_defaults=False),  # of no tasks: these are loaded
             num_fewshot=num_fewshot,
             limit=limit,
             batch_size=batch_size,
@@ -110,7 +103,7 @@ def zero_shot(
         )
 
     # lm-eval takes the first choice if log-likelihoods are NaN, which looks like an accuracy.
-    answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
+    answers = [r for task in tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
     counts = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
     broken, total = map(sum, zip(*counts, strict=True))
     if broken:

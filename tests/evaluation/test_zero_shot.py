@@ -98,7 +98,7 @@ def test_worked_examples_are_asked_for_or_refused(made_up, tmp_path, tiny_model,
     folder, rows = made_up
     tasks = zero_shot.find_tasks("made_up", str(folder), 2)
     zero_shot.zero_shot(tiny_model, tiny_tokenizer, tasks, num_fewshot=2, limit=2)
-    prompt = tasks.tasks[0].instances[0].args[0]
+    prompt = tasks[0].instances[0].args[0]
     assert prompt.count("\n\n") == 2 and prompt.endswith(rows[0]["question"])
     write_task(tmp_path, rows, "num_fewshot: 0\n")
     with pytest.raises(UserError, match="--num_fewshot 2: made_up is zero-shot"):
@@ -115,7 +115,7 @@ def test_published_tasks_are_known_to_the_installed_harness():
 
 
 def test_own_tasks_are_four_choices_without_a_favourite_place():
-    loaded = zero_shot.find_tasks("capital_cities,lm_eval_worked_questions", str(TASKS), 0).tasks
+    loaded = zero_shot.find_tasks("capital_cities,lm_eval_worked_questions", str(TASKS), 0)
     tasks = {task.task_name: list(task.test_docs()) for task in loaded}
     assert len(tasks["capital_cities"]) > 100 and len(tasks["lm_eval_worked_questions"]) >= 273
     for docs in tasks.values():
