@@ -35,9 +35,8 @@ def run(settings: Evaluate) -> None:
     folder = Path(settings.result_dir)
     files.check_writable("result_dir", folder)
     base, windows = common.prepare_evaluation(settings)
-    tasks = None
-    if settings.eval_zero_shot:
-        tasks = zero_shot.find_tasks(settings.tasks, settings.include_path, settings.num_fewshot)
+    asked = (settings.tasks, settings.include_path, settings.num_fewshot)
+    tasks = zero_shot.find_tasks(*asked) if settings.eval_zero_shot else None
 
     _, sparsity, model = common.load_with_adapter(settings, base)
     record = {"complete": tasks is None, "perplexity": perplexity(model, windows), "zero_shot": None}

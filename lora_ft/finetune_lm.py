@@ -34,8 +34,6 @@ WRITTEN = """
     adapter_config.json adapter_model.safetensors base_model.json train_results.json eval_results.json loss_curve.png
 """.split()
 
-RESUME = "with --resume_from_checkpoint the same command resumes from the last checkpoint, else it starts again"
-
 
 @dataclass(kw_only=True)
 class TrainingTexts(Flags):
@@ -238,15 +236,15 @@ def evaluate(trainer, record: dict, name: str) -> None:
     perplexity = torch.tensor(results["eval_loss"], dtype=torch.float64).exp().item()  # infinite, where math.exp fails
     results |= {"perplexity": perplexity, "eval_samples": len(trainer.eval_dataset)}
     if trainer.args.should_save:
-        path = Path(trainer.args.output_dir) / "eval_results.json"
-        files.write_atomically(path, run_text(results | record))
+        files.write_atomically(Path(trainer.args.output_dir, "eval_results.json"), run_text(results | record))
         print(f"perplexity on {name} {perplexity:.4f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # A training text is long.
+    resume = "with --resume_from_checkpoint the same command resumes from the last checkpoint, else it starts again"
     fix = "lower --per_device_train_batch_size or --block_size, or add --gradient_checkpointing"
-    return command(Finetune, run, argv, PARSER, RESUME, processes=True, out_of_memory=fix)
+    return command(Finetune, run, argv, PARSER, resume, processes=True, out_of_memory=fix)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ BY_THE_COMMAND_LINE = {
     f"{WANDA} --calib_data wikitext": "Did you mean 'wikitext2'",
     f"{WANDA} --eval_data tiny-llama/model.safetensors": ".txt",
     f"{WANDA} --calib_data nothing": "nothing",
-    f"{WANDA} --sparsity_type unstructerd": "Did you mean 'unstructured'",
+    f"{WANDA} --sparsity_type unstructerd": "must be unstructured, or N:M",
     f"{WANDA} --sparsity 0.5": "--sparsity",  # no abbreviations
     # numbers
     "--prune_method wanda --sparsity_ratio 1": "--sparsity_ratio 1",

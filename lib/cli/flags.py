@@ -22,10 +22,6 @@ BOUNDS = {
     "most": ("at most", operator.le),
     "below": ("below", operator.lt),
 }
-# Placeholders in --help of the flags that may name a file or folder.
-_NAMES_A_PATH = (None, "TEXT", "DIR", "FILE")
-
-
 # What a declaration may hold besides the default and the help.
 _DECLARED = {
     "metavar": None, "choices": None, "least": None, "above": None, "most": None, "below": None, "only": None,
@@ -91,9 +87,8 @@ class Flags:
         return {self.spelling(item.name): getattr(self, item.name) for _, item, _ in self.declared()}
 
     def paths(self) -> dict[str, Path]:
-        """Return the values of the flags that may name a file or folder, by field."""
-        named = [item.name for _, item, _ in self.declared() if item.metadata["metavar"] in _NAMES_A_PATH]
-        values = {name: getattr(self, name) for name in named}
+        """Return the words that were given as values, of which some may name a file or folder, by field."""
+        values = {item.name: getattr(self, item.name) for _, item, _ in self.declared()}
         return {name: Path(value) for name, value in values.items() if value and isinstance(value, str)}
 
     def traits(self) -> set[str]:

@@ -16,7 +16,7 @@ from lib.calibration.hidden import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
 from lib.calibration.statistics import EXPERT_WEIGHTING
 from lib.cli.flags import Flags, flag
 from lib.cli.task import Measurement, Task
-from lib.core.errors import UserError, check_name, did_you_mean, flag_name
+from lib.core.errors import UserError, check_name, flag_name
 from lib.core.files import in_repository
 from lib.evaluation.zero_shot import ZERO_SHOT_TASKS
 from lib.models.layers import SUPPORTED
@@ -380,10 +380,9 @@ class Experiment(
 
 def parse_nm(sparsity_type: str) -> tuple[int, int] | None:
     """Return (N, M) of ``N:M``, None of ``unstructured``."""
+    if sparsity_type == "unstructured":
+        return None
     match = re.fullmatch(r"([1-9]\d*):(\d+)", sparsity_type)
-    if match and int(match[1]) < int(match[2]):
-        return int(match[1]), int(match[2])
-    if sparsity_type != "unstructured":
-        hint = did_you_mean(sparsity_type, ["unstructured"])
-        raise UserError("sparsity_type", sparsity_type, f"must be unstructured, or N:M with 0 < N < M.{hint}")
-    return None
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError("sparsity_type", sparsity_type, "must be unstructured, or N:M with 0 < N < M")
+    return int(match[1]), int(match[2])

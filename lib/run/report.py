@@ -99,10 +99,7 @@ def show_run(record: Record) -> None:
 
 
 def task_entries(task: Task, flags: Mapping[str, object]) -> dict:
-    """Return the record's entries on what a run of main.py is to do; figures are None until they are measured.
-
-    ``inputs`` identifies the files that the flags name.
-    """
+    """Return the record's entries on what a run is to do and reads; figures are None until they are measured."""
     return {
         "method": task.method,
         "target_sparsity": task.target,
