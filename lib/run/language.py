@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ from lib.recovery.distill import HELD_OUT, Distillation
 from lib.run import checks
 from lib.run.journal import Journal
 from lib.run.pipeline import machine
-from lib.run.record import Record
+from lib.run.record import Record, inputs_of
 from lib.spectra import measure
 
 log = logging.getLogger("main")
@@ -252,15 +252,20 @@ class LanguageModel:
         windows = (effort.length(self.seqlen), effort.windows_per_step, price.FIT_WINDOWS + effort.held_out_windows)
         return max(needed, ranks + memory.price_working_set(self.skeleton, self.layers, dtype, *windows))
 
-    def describe(self, flags: Mapping[str, object]) -> dict:
-        """Return what the run's record says of the model and its texts."""
+    def describe(self, task: Task) -> dict:
+        """Return what a run's record says of its task, model and texts; figures are None until they are measured."""
+        flags = self.settings.flags()
         model = self.source._asdict() | {"dtype": str(self.dtypes.compute).removeprefix("torch.")}
         model["parameters"] = sum(p.numel() for p in self.skeleton.parameters())
         windows = {"calibration": ("calib_data", self.calibration), "evaluation": ("eval_data", self.evaluation)}
-        return {"model": model} | {
+        described = {
             name: None if cut is None else {"text": flags[flag], "windows": len(cut), "seqlen": self.seqlen}
             for name, (flag, cut) in windows.items()
         }
+        described |= dict.fromkeys(("sparsity", "dense_zeros", "perplexity", "zero_shot", "saved_model"))
+        described |= {"method": task.method, "target_sparsity": task.target, "epsilon_search": []}
+        described["epsilon"] = task.hyper["epsilon"] if task.allocation == "ww" else None
+        return described | {"model": model, "processes": processes.count(), "flags": flags, "inputs": inputs_of(flags)}
 
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""

@@ -9,10 +9,10 @@ from tabulate import tabulate
 from lib.allocation import price
 from lib.allocation.epsilon import Trial, best
 from lib.allocation.price import SearchResult
-from lib.cli.task import Measurement, Task
+from lib.cli.task import Measurement
 from lib.core import files, processes
 from lib.models.layers import Layer
-from lib.run.record import Record, inputs_of, provenance
+from lib.run.record import Record, provenance
 
 
 def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -96,17 +96,3 @@ def show_run(record: Record) -> None:
     line(f"written: {record.folder}/*_{record.run}.*")
     if content["saved_model"]:
         line(f"saved:   {content['saved_model']}")
-
-
-def task_entries(task: Task, flags: Mapping[str, object]) -> dict:
-    """Return the record's entries on what a run is to do and reads; figures are None until they are measured."""
-    return {
-        "method": task.method,
-        "target_sparsity": task.target,
-        **dict.fromkeys(("sparsity", "dense_zeros", "perplexity", "zero_shot", "saved_model")),
-        "epsilon": task.hyper["epsilon"] if task.allocation == "ww" else None,
-        "epsilon_search": [],
-        "processes": processes.count(),
-        "flags": flags,
-        "inputs": inputs_of(flags),
-    }
