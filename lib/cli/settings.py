@@ -179,8 +179,7 @@ class RecoveryFlags(Flags):
 
     def recovery_options(self) -> RecoveryOptions:
         """Return how the model is recovered."""
-        names = RecoveryOptions._fields[1:]
-        return RecoveryOptions(self.recover or 0, *(getattr(self, name) for name in names))
+        return RecoveryOptions(self.recover or 0, *(getattr(self, name) for name in RecoveryOptions._fields[1:]))
 
 
 @dataclass(kw_only=True)
@@ -297,8 +296,7 @@ class MethodFlags(PruningFlags, AllocationFlags, MixtureFlags):
                 raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
         target = implied or self.sparsity_ratio
         if not target and not self.drop_experts:
-            fix = f"add {flag_name('sparsity_ratio')}"
-            raise UserError("prune_method", None, f"{method} without a sparsity", fix)
+            raise UserError("prune_method", None, f"{method} without a sparsity", f"add {flag_name('sparsity_ratio')}")
         if self.sparsity_ratio and abs(self.sparsity_ratio - target) > 1e-9:
             problem = f"with {by}, which removes {target:g}"
             raise UserError("sparsity_ratio", self.sparsity_ratio, problem, "leave it out")

@@ -204,11 +204,9 @@ class LanguageModel:
         if options.tokens < least:
             raise UserError("recover", options.tokens, f"is too few for a step, which takes {least}")
         if self.streamed and options.by == "model":
-            problem = "the model is streamed, and needs to be in memory as a whole"
-            raise UserError("by", "model", problem, "use --by block")
+            raise UserError("by", "model", "the model is streamed, and has to be in memory", "use --by block")
         if options.by == "block" and dense["source"] is None:
-            problem = "aims at the dense model's blocks, and there is none"
-            raise UserError("by", "block", problem, "use --by model")
+            raise UserError("by", "block", "aims at the dense model's blocks, and there is none", "use --by model")
 
         counts = (options.tokens // least * options.batch, max(HELD_OUT, processes.count()))
         self.recovery = texts.recovery_windows(self.calib_data, self.tokenizer, counts, self.seqlen, settings.seed)
@@ -216,9 +214,8 @@ class LanguageModel:
         if dense["source"] is None:
             return
         source = processes.on_main(lambda: locate.locate(dense["source"], settings.cache_dir))
-        device = processes.device() or memory.freest()
-        self.teacher = teacher = Streamed(locate.local_copy(source), self.dtypes, device)
-        self.teacher_name = source.anywhere
+        teacher = Streamed(locate.local_copy(source), self.dtypes, processes.device() or memory.freest())
+        self.teacher, self.teacher_name = teacher, source.anywhere
         sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, self.skeleton)]
         fix = "give the model that was pruned"
         if sizes[0] != sizes[1] or [*teacher.layers] != [*prunable_layers(self.whole)]:
