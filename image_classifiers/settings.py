@@ -112,4 +112,4 @@ class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, OutputFlags
 
     def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""
-        return price.SearchOptions(self.price_steps, EFFORT)
+        return EFFORT._replace(steps=self.price_steps)

@@ -37,11 +37,8 @@ def heavy_tailed(layers: Sequence[Layer], target: float, values: Values, epsilon
     """Return ratios that grow linearly with a metric such as alpha (paper, section 3.2).
 
     With x the metric scaled to [0, 1]: ratio = (1 - epsilon + 2 epsilon x) * c, with c chosen such that the mean ratio,
-    weighted by layer size, is the target.
-
-    Args:
-        epsilon: half width of the map before scaling, in [0, 1].
-        mapping_type: a name of MAPPINGS.
+    weighted by layer size, is the target. ``epsilon`` is the half width of the map before scaling, in [0, 1], and
+    ``mapping_type`` a name of MAPPINGS.
     """
     groups, x = _scaled_groups(layers, values, mapping_type)
     _warn_if_capped("epsilon", epsilon, largest_epsilon(layers, target, values, mapping_type))

@@ -25,8 +25,8 @@ STEP = 0.25
 MOMENTUM = 0.6
 
 
-class Effort(NamedTuple):
-    """How much data a search looks at: windows of --seqlen / ``window_divisor`` tokens.
+class SearchOptions(NamedTuple):
+    """How much data the ``steps`` of a search look at: windows of --seqlen / ``window_divisor`` tokens.
 
     A step reads ``windows_per_step`` of them, in which one of ``token_stride`` tokens counts; after every
     ``evaluate_every`` steps the plan is evaluated on ``held_out_windows``.
@@ -37,6 +37,7 @@ class Effort(NamedTuple):
     token_stride: int
     held_out_windows: int
     evaluate_every: int
+    steps: int = 16
 
     def length(self, seqlen: int) -> int:
         """Return the number of tokens in a window of the search, given that in a window of calibration."""
@@ -44,26 +45,9 @@ class Effort(NamedTuple):
 
 
 EFFORTS = {
-    "full": Effort(windows_per_step=2, window_divisor=1, token_stride=2, held_out_windows=8, evaluate_every=4),
-    "quick": Effort(windows_per_step=1, window_divisor=2, token_stride=1, held_out_windows=4, evaluate_every=8),
+    "full": SearchOptions(windows_per_step=2, window_divisor=1, token_stride=2, held_out_windows=8, evaluate_every=4),
+    "quick": SearchOptions(windows_per_step=1, window_divisor=2, token_stride=1, held_out_windows=4, evaluate_every=8),
 }
-
-
-class SearchOptions(NamedTuple):
-    """Number of ``steps`` of a search, and how much data it looks at."""
-
-    steps: int = 16
-    effort: Effort = EFFORTS["full"]
-
-
-def forward_passes(options: SearchOptions) -> int:
-    """Return how many windows a search passes through the blocks, a backward pass counted as two.
-
-    Where there is no room for all activations of a step, its windows pass once more (checkpointing).
-    """
-    effort = options.effort
-    evaluations = 2 + math.ceil(options.steps / effort.evaluate_every)  # the dense model's, and of uniform ratios: 2
-    return FIT_WINDOWS + evaluations * effort.held_out_windows + 3 * options.steps * effort.windows_per_step
 
 
 class Step(NamedTuple):
@@ -92,12 +76,7 @@ class SearchResult(NamedTuple):
         return cls(**content)._replace(steps=[Step(*step) for step in content["steps"]])
 
 
-def search(
-    model: PriceModel,
-    layers: Sequence[Layer],
-    target: float,
-    options: SearchOptions = SearchOptions(),  # noqa: B008  a tuple of numbers
-) -> SearchResult:
+def search(model: PriceModel, layers: Sequence[Layer], target: float, options: SearchOptions) -> SearchResult:
     """Return the ratios at which pruning one more weight costs the same KL(dense || pruned) in every layer.
 
     The search starts from uniform ratios. Of these and its end, the plan with the lower KL on held-out data is kept.
@@ -119,17 +98,16 @@ def _descend(
 ) -> tuple[dict[str, float], list[Step]]:
     """Return the ratios to which the steps lead from uniform ones, and the steps."""
     names, sizes = [layer.name for layer in layers], [layer.size for layer in layers]
-    count, effort = options.steps, options.effort
     ratios = [target] * len(layers)
     # A few windows seldom use some experts, whose price near 0 proves nothing, and some experts carry a whole model
     # (arXiv 2507.23279): each keeps half of what uniform ratios would leave of it.
     highest = [(1 + target) / 2 if layer.expert else _bounds(target)[1] for layer in layers]
     draw, order, steps, prices = random.Random(0), [], [], None
-    bar = tqdm(range(count), desc="prices", unit="step", disable=None)
+    bar = tqdm(range(options.steps), desc="prices", unit="step", disable=None)
     for t in bar:
-        if len(order) < effort.windows_per_step:
+        if len(order) < options.windows_per_step:
             order = draw.sample(range(model.samples), model.samples)
-        batch, order = order[: effort.windows_per_step], order[effort.windows_per_step :]
+        batch, order = order[: options.windows_per_step], order[options.windows_per_step :]
         loss, slopes = model.prices(dict(zip(names, ratios, strict=True)), batch)
         for name, value in {"KL": loss, **slopes}.items():
             if not math.isfinite(value):
@@ -138,9 +116,9 @@ def _descend(
         if prices is not None:
             latest = [MOMENTUM * p + (1 - MOMENTUM) * q for p, q in zip(prices, latest, strict=True)]
         prices = latest
-        logits, spread = next_logits(ratios, prices, sizes, target, STEP * (1 - t / count))
+        logits, spread = next_logits(ratios, prices, sizes, target, STEP * (1 - t / options.steps))
         ratios = within_budget(logits, sizes, target, highest)
-        evaluates = (t + 1) % effort.evaluate_every == 0 or t + 1 == count
+        evaluates = (t + 1) % options.evaluate_every == 0 or t + 1 == options.steps
         steps.append(Step(spread, loss, model.kl(dict(zip(names, ratios, strict=True))) if evaluates else None))
         bar.set_postfix(spread=f"{spread:.2f}", KL=f"{loss:.3f}")
     return dict(zip(names, ratios, strict=True)), steps

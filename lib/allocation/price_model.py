@@ -70,10 +70,8 @@ def band_price(gradient: torch.Tensor, weight: torch.Tensor, rank: torch.Tensor,
 
     It is -sum of gradient * weight over the ranks within BAND / 2 of the threshold, divided by the band's width as a
     fraction of the row. Half of the band is kept and half is gone: the mean of the derivatives at both ends of a step.
-
-    Args:
-        gradient: dL/dW at the pruned weights, also where they are pruned.
-        weight: the dense W. Both are read in the shape of ``rank``.
+    The ``gradient`` is dL/dW at the pruned weights, also where they are pruned, and the ``weight`` is dense; both are
+    read in the shape of ``rank``.
     """
     columns = rank.shape[1]
     middle, half = int(columns * ratio), max(1, int(BAND / 2 * columns))
@@ -133,16 +131,13 @@ class LanguagePriceModel:
         dtype: torch.dtype | None = None,
         by_magnitude: bool = False,
     ) -> None:
-        """Pass ``windows`` through the dense model and rank its weights.
+        """Pass ``windows`` through the dense model and rank its weights, which must have room for the work beside them.
 
         Args:
             windows: of calibration, for prices, and held out, for ``kl``; each [windows, tokens], of equal length.
             windows_per_step: how many windows ``prices`` is called with, which decides the memory.
             token_stride: one of so many tokens counts in the loss.
             dtype, by_magnitude: as in ``Masks``.
-
-        Raises:
-            UserError: the weights are not in memory, or the work does not fit beside them.
         """
         count, tokens = sum(map(len, windows)), windows[0].shape[1]
         ranks = {layer.name: memory.rank_bytes([layer], by_magnitude) for layer in weights.layers}

@@ -395,7 +395,7 @@ class Experiment(
 
     def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""
-        return price.SearchOptions(self.price_steps, price.EFFORTS[self.price_effort])
+        return price.EFFORTS[self.price_effort]._replace(steps=self.price_steps)
 
 
 def parse_nm(sparsity_type: str) -> tuple[int, int] | None:

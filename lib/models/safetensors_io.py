@@ -38,11 +38,7 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Return the tensors of a safetensors file by name.
-
-    Raises:
-        UserError: the file is truncated or is not a safetensors file.
-    """
+    """Return the tensors of a safetensors file by name; one that is cut off, or is something else, is a UserError."""
     with reading(path, "cannot be read as safetensors"):
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -69,9 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     They are the one that config.json names, else ``model.safetensors``, else those of the index
     (transformers.modeling_utils._get_resolved_checkpoint_files). Files beside them, such as older copies, do not count.
-
-    Raises:
-        UserError: the config or the index is damaged.
+    A damaged config or index is a UserError.
     """
     config = folder / "config.json"
     with reading(config):
@@ -88,11 +82,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def checkpoint_entries(folder: Path) -> dict[str, Entry]:
-    """Return the tensors of a checkpoint by name.
-
-    Raises:
-        UserError: it is damaged, is not in safetensors, or holds a tensor twice.
-    """
+    """Return the tensors of a checkpoint by name; one that is damaged, pickled, or holds a tensor twice, is refused."""
     entries: dict[str, Entry] = {}
     for path in weight_files(folder):
         header = read_header(path)
@@ -108,10 +98,9 @@ def checkpoint_entries(folder: Path) -> dict[str, Entry]:
 
 
 def read_tensor(entry: Entry, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a tensor on ``device``.
+    """Return a tensor on ``device``, a floating-point one in ``dtype``, None for its own.
 
-    Args:
-        dtype: in which a floating-point tensor is returned, None for its own; never is all of it held in two dtypes.
+    Never is all of it held in two dtypes.
     """
     if dtype is None or not entry.dtype.is_floating_point:
         return _read(entry, 0, entry.size).view(entry.shape).to(device)
@@ -136,8 +125,7 @@ def _read(entry: Entry, start: int, size: int) -> torch.Tensor:
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype] = {}) -> str:
     """Write ``tensors`` as a safetensors file, durably and under a temporary name first; return its SHA-256.
 
-    Args:
-        dtypes: in which floating-point tensors are written, if not in their own; one tensor at a time is converted.
+    Floating-point ones are written in ``dtypes``, if not in their own; one tensor at a time is converted.
     """
     codes = {getattr(torch, name): code for code, name in _CODES.items()}
     dtypes = {name: dtypes.get(name, t.dtype) if t.is_floating_point() else t.dtype for name, t in tensors.items()}

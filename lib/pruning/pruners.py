@@ -54,8 +54,7 @@ def magnitude(weight: torch.Tensor, _: None, ratio: float, nm: NM | None) -> tor
 def wanda(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: float, nm: NM | None) -> torch.Tensor:
     """Zero, per output row, the int(columns * ratio) smallest |W| * sqrt(s) (Wanda: Sun et al., 2024).
 
-    Args:
-        squared_norms: s [in] float32, the mean over samples of the sum over tokens of x^2.
+    The ``squared_norms`` s [in], float32, are the mean over samples of the sum over tokens of x^2.
     """
     score = weight.abs() * squared_norms.sqrt()
     drop = group_smallest(score, nm) if nm else row_smallest(score, int(weight.shape[1] * ratio))

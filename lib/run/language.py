@@ -151,8 +151,8 @@ class LanguageModel:
         """Return the counts of windows to search on and held out, and their length, tokens."""
         if task.needs != "price":
             return (epsilon.WINDOWS, epsilon.WINDOWS), self.seqlen
-        effort = settings.price_options().effort
-        return (price.FIT_WINDOWS, effort.held_out_windows), effort.length(self.seqlen)
+        options = settings.price_options()
+        return (price.FIT_WINDOWS, options.held_out_windows), options.length(self.seqlen)
 
     def _own_text(self, settings: Experiment, task: Task) -> str:
         """Return the file of text that the dense model wrote itself for this run."""
@@ -205,9 +205,9 @@ class LanguageModel:
             return needed + block_scores.LAMP_BYTES * max(layer.size for layer in self.layers)
         if task.needs != "price":
             return needed
-        effort = settings.price_options().effort
+        options = settings.price_options()
         ranks = memory.rank_bytes(self.layers, task.by_magnitude) // gpus  # each layer's are on its own device
-        windows = (effort.length(self.seqlen), effort.windows_per_step, price.FIT_WINDOWS + effort.held_out_windows)
+        windows = (options.length(self.seqlen), options.windows_per_step, price.FIT_WINDOWS + options.held_out_windows)
         return max(needed, ranks + memory.price_working_set(self.skeleton, self.layers, dtype, *windows))
 
     def describe(self, flags: Mapping[str, object]) -> dict:
@@ -263,10 +263,10 @@ class LanguageModel:
         inputs = hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
         return inputs._replace(expert_weighting=self.settings.expert_weighting)
 
-    def price_model(self, effort: price.Effort, by_magnitude: bool) -> price_model.PriceModel:
+    def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> price_model.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""
         dtype = search_dtype(self.settings.price_dtype, self.weights.device, self.dtypes.compute)
-        step = (effort.windows_per_step, effort.token_stride)
+        step = (options.windows_per_step, options.token_stride)
         return price_model.LanguagePriceModel(self.weights, self.search, *step, dtype, by_magnitude)
 
     def save(self, journal: Journal, packed: bool, sparsity: float) -> Path:

@@ -46,7 +46,7 @@ class Subject(Protocol):
     def inputs(self) -> BlockInputs:
         """Return the inputs of the first block."""
 
-    def price_model(self, effort: price.Effort, by_magnitude: bool) -> PriceModel:
+    def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> PriceModel:
         """Return the model whose prices are searched, with the masks of magnitude or of Wanda."""
 
 
@@ -95,7 +95,7 @@ def search_prices(
 
     def search_alone() -> price.SearchResult:
         with processes.single_process():
-            model = subject.price_model(options.effort, task.by_magnitude)
+            model = subject.price_model(options, task.by_magnitude)
             return price.search(model, subject.weights.layers, task.target, options)
 
     asked = ("price", task.target, task.by_magnitude, options, *subject.search_digests)
@@ -128,13 +128,13 @@ def make_plan(task: Task, layers: Sequence[Layer], values: Values | None, trial:
 
 def allocate(
     subject: Subject, task: Task, values: Values | None, journal: Journal | None = None
-) -> tuple[SparsityPlan, list[epsilon.Trial]]:
-    """Return the plan, and the trials made for it with --epsilon auto."""
+) -> tuple[SparsityPlan, dict[float, float]]:
+    """Return the plan, and the perplexity of each epsilon that was tried for it with --epsilon auto."""
     layers = subject.weights.layers
     if task.plan:
-        return plans.load_plan(Path(task.plan), subject.name, layers), []
+        return plans.load_plan(Path(task.plan), subject.name, layers), {}
     if task.hyper.get("epsilon") != "auto":
-        return make_plan(task, layers, values), []
+        return make_plan(task, layers, values), {}
 
     tried, remember = {}, None
     if journal:
@@ -144,7 +144,7 @@ def allocate(
     grid = epsilon.epsilon_grid(formulas.largest_epsilon(layers, task.target, values, task.hyper["mapping_type"]))
     tries = {trial: make_plan(task, layers, values, trial) for trial in grid}
     trials = epsilon.try_epsilons(subject.weights, tries, task.pruner, subject.search, subject.dense, tried, remember)
-    return tries[epsilon.best(trials).epsilon], trials
+    return tries[epsilon.best(trials)], trials
 
 
 def prune(

@@ -8,7 +8,7 @@ from rich.console import Console
 from tabulate import tabulate
 
 from lib.allocation import price
-from lib.allocation.epsilon import Trial, best
+from lib.allocation.epsilon import best
 from lib.allocation.price import SearchResult
 from lib.cli.task import Measurement, Task
 from lib.core import files, processes
@@ -44,13 +44,14 @@ def show_metric(
     line(console, f"cached in: {measurement.folder}/{measurement.settings.stem(measurement.metric)}.npy")
 
 
-def show_trials(console: Console, record: Record, trials: Sequence[Trial]) -> None:
-    """Print and record the trials of --epsilon auto, if any."""
+def show_trials(console: Console, record: Record, trials: Mapping[float, float]) -> None:
+    """Print and record the perplexity of each epsilon that --epsilon auto has tried, if any."""
     if not trials:
         return
     chosen = best(trials)
-    record.content |= {"epsilon": chosen.epsilon, "epsilon_search": [trial._asdict() for trial in trials]}
-    rows = [(f"{t.epsilon:.2f}", f"{t.perplexity:.2f}" + (" <- taken" if t is chosen else "")) for t in trials]
+    record.content["epsilon"] = chosen
+    record.content["epsilon_search"] = [{"epsilon": trial, "perplexity": value} for trial, value in trials.items()]
+    rows = [(f"{trial:.2f}", f"{value:.2f}" + " <- taken" * (trial == chosen)) for trial, value in trials.items()]
     show(console, "--epsilon auto: perplexity on held-out calibration text", ("epsilon", "perplexity"), rows)
 
 

@@ -65,8 +65,7 @@ class MetricCache:
     def read(self) -> LayerMetrics | None:
         """Return the cached values, None if there are none; ``check_weights`` follows once the weights are loaded.
 
-        Raises:
-            UserError: a file is damaged, or belongs to another model or other layers.
+        A file that is damaged, or belongs to another model or other layers, is a UserError.
         """
         if not self.path.exists():
             return None

@@ -41,8 +41,7 @@ def load_or_measure(
 ) -> LayerMetrics:
     """Return the metric of every layer from the cache in ``folder``; missing values are measured and cached there.
 
-    Raises:
-        UserError: the cache is damaged or of something else, or a layer's spectrum admits no fit.
+    A cache that is damaged or of something else is a UserError, and so is a layer whose spectrum admits no fit.
     """
     cache = MetricCache(folder, metric, model, weights.layers, settings)
     cached = processes.on_main(cache.read)
@@ -61,10 +60,8 @@ def measure(
     """Return the metric of every layer. Several processes share the matrices.
 
     Exact spectra are LAPACK's, on the CPU's cores, wherever the weights are: neither a GPU nor the number of cores
-    changes their bits. Fast ones are computed where the weights are.
-
-    Args:
-        progress: supplies the values of an interrupted measurement, and keeps those of this one.
+    changes their bits. Fast ones are computed where the weights are. ``progress`` supplies the values of an interrupted
+    measurement, and keeps those of this one.
     """
     # An SVD's time grows with the number of weights times the shorter side.
     work = {layer.name: layer.size * min(layer.shape[:2]) for layer in weights.layers}
