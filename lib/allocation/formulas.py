@@ -68,10 +68,7 @@ def outlier_weighted(layers: Sequence[Layer], target: float, values: Values, owl
 
 
 def dynamic(layers: Sequence[Layer], target: float, values: Values, dlp_alpha: float) -> Ratios:
-    """Return block ratios that fall linearly with 1 - score / sum of scores, +- ``dlp_alpha`` (DLP: Chen et al., 2025).
-
-    The scores are the blocks' medians.
-    """
+    """Return block ratios that fall with 1 - median score / sum of these, +- ``dlp_alpha`` (DLP: Chen et al., 2025)."""
     groups = _grouped(layers)
     scores = [values[group[0].name] for group in groups]
     if not sum(scores) > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -50,30 +50,18 @@ EFFORTS = {
 }
 
 
-class Step(NamedTuple):
-    """A step of the search: the ``spread`` of prices, the KL on its windows (``fit``), and on the ``held`` out ones.
-
-    KL is in nats per token, ``held`` that after the step, None if it was not evaluated.
-    """
-
-    spread: float
-    fit: float
-    held: float | None
-
-
 class SearchResult(NamedTuple):
-    """The ``ratios`` by layer name that were ``kept``, and the KL on held-out windows of each plan they were among."""
+    """The ``ratios`` by layer name that were ``kept``, and the KL on held-out windows of each plan they were among.
+
+    Each of the ``steps`` holds the ``spread`` of prices, the KL on its windows (``fit``), and after it on the ``held``
+    out ones, None if it was not evaluated there. KL is in nats per token.
+    """
 
     ratios: dict[str, float]
     kept: str
     held: dict[str, float]
-    steps: list[Step]
+    steps: list[dict[str, float | None]]
     dtype: str
-
-    @classmethod
-    def of(cls, content: Mapping) -> SearchResult:
-        """Return what ``_asdict`` was made of, after a way through JSON."""
-        return cls(**content)._replace(steps=[Step(*step) for step in content["steps"]])
 
 
 def search(model: PriceModel, layers: Sequence[Layer], target: float, options: SearchOptions) -> SearchResult:
@@ -85,7 +73,7 @@ def search(model: PriceModel, layers: Sequence[Layer], target: float, options: S
     plans = {"uniform": {layer.name: target for layer in layers}}
     kls = {"uniform": model.kl(plans["uniform"])}
     plans["end"], steps = _descend(model, layers, target, options)
-    kls["end"] = steps[-1].held
+    kls["end"] = steps[-1]["held"]
     finite = {name: value for name, value in kls.items() if math.isfinite(value)}
     if not finite:
         raise UserError("sparsity_ratio", None, "the KL of every plan is not finite", f"lower it, or {model.advice}")
@@ -95,7 +83,7 @@ def search(model: PriceModel, layers: Sequence[Layer], target: float, options: S
 
 def _descend(
     model: PriceModel, layers: Sequence[Layer], target: float, options: SearchOptions
-) -> tuple[dict[str, float], list[Step]]:
+) -> tuple[dict[str, float], list[dict]]:
     """Return the ratios to which the steps lead from uniform ones, and the steps."""
     names, sizes = [layer.name for layer in layers], [layer.size for layer in layers]
     ratios = [target] * len(layers)
@@ -119,7 +107,8 @@ def _descend(
         logits, spread = next_logits(ratios, prices, sizes, target, STEP * (1 - t / options.steps))
         ratios = within_budget(logits, sizes, target, highest)
         evaluates = (t + 1) % options.evaluate_every == 0 or t + 1 == options.steps
-        steps.append(Step(spread, loss, model.kl(dict(zip(names, ratios, strict=True))) if evaluates else None))
+        held = model.kl(dict(zip(names, ratios, strict=True))) if evaluates else None
+        steps.append({"spread": spread, "fit": loss, "held": held})
         bar.set_postfix(spread=f"{spread:.2f}", KL=f"{loss:.3f}")
     return dict(zip(names, ratios, strict=True)), steps
 
@@ -176,10 +165,10 @@ def draw_search(result: SearchResult):
     """Return a matplotlib Figure of a search: the spread of prices and the KL by step."""
     figure, (left, right) = files.new_figure(7, 4, columns=2)
     steps = range(1, len(result.steps) + 1)
-    left.plot(steps, [step.spread for step in result.steps], marker=".")
+    left.plot(steps, [step["spread"] for step in result.steps], marker=".")
     left.set(xlabel="step", ylabel="spread of prices (mean |log|, cut at 1)", ylim=(0, None))
-    right.plot(steps, [step.fit for step in result.steps], marker=".", label="the step's own data")
-    evaluated = [(i, step.held) for i, step in zip(steps, result.steps, strict=True) if step.held is not None]
+    right.plot(steps, [step["fit"] for step in result.steps], marker=".", label="the step's own data")
+    evaluated = [(i, step["held"]) for i, step in zip(steps, result.steps, strict=True) if step["held"] is not None]
     right.plot(*zip(*evaluated, strict=True), marker="o", label="held-out data")
     right.axhline(result.held["uniform"], color="grey", linestyle=":", label="uniform, held-out data")
     right.set(xlabel="step", ylabel="KL(dense || pruned), nats", ylim=(0, None))

@@ -211,16 +211,14 @@ def calibration_windows(
     too_short: dict[int, int] = {}  # document -> its tokens
     while len(windows) < nsamples:
         index = random.randint(0, len(source.records) - 1)
-        if index in too_short:
-            continue
         tokens = _tokenise(tokenizer, source.records[index])
-        if len(tokens) <= seqlen:
-            too_short[index] = len(tokens)
-            if len(too_short) == len(source.records):
-                _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document")
+        if len(tokens) > seqlen:
+            start = random.randint(0, len(tokens) - seqlen - 1)
+            windows.append(tokens[start : start + seqlen])
             continue
-        start = random.randint(0, len(tokens) - seqlen - 1)
-        windows.append(tokens[start : start + seqlen])
+        too_short[index] = len(tokens)
+        if len(too_short) == len(source.records):
+            _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document")
     return torch.stack(windows)
 
 

@@ -22,10 +22,7 @@ _MARKS = ("has_gate", "has_bias", "is_transposed")  # and, from transformers 5.8
 
 
 class Place(NamedTuple):
-    """Place of a tensor in a model: the parameter or buffer ``name``, or one matrix of one ``expert`` in there.
-
-    ``part`` is the number of the matrix in ROLES.
-    """
+    """Place of a tensor: the parameter or buffer ``name``, or of an ``expert`` in it the matrix ``part`` of ROLES."""
 
     name: str
     expert: int | None = None

@@ -241,10 +241,7 @@ def untie(model: transformers.PreTrainedModel) -> None:
 
 
 def save_llm(model: torch.nn.Module, tokenizer: Tokenizer, target: Path, dtype=None) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer), with weights in ``dtype``, None for the model's own.
-
-    A full disk, or a path that is not writable, is a UserError.
-    """
+    """Write a Hugging Face folder, with weights in ``dtype``, None for their own; one that cannot be is a UserError."""
     weights = Weights(model, find_blocks(model)[1], prunable_layers(model), dtype)
     with new_folder(target) as folder:
         for block in weights.visit():

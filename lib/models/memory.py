@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,10 +33,7 @@ def free_bytes(gpu: torch.device | int) -> int:
 
 
 def free_ram() -> int:
-    """Return the bytes of the CPU's memory that this process can have without swapping.
-
-    They are the machine's, or less where a container, a job or ``ulimit -v`` allows less.
-    """
+    """Return the bytes that this process can have without swapping, or that a container, a job or ``ulimit`` allows."""
     import psutil
 
     addresses = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -128,15 +126,14 @@ def hessian_groups(block: Block) -> list[list[str]]:
     columns = {name: linear.weight.shape[1] for name, linear in block.linears.items()}
     # One is factorised beside those that wait, among which is that of all tokens.
     room = min(processes.gathered(free)) * _FILLED - 5 * 4 * max(columns.values()) ** 2
-    by_expert: dict[str, list[str]] = {"": []}
+    by_expert = defaultdict(list)
     for name, linear in block.linears.items():
-        by_expert.setdefault(name.rpartition(".")[0] if hasattr(linear, "place") else "", []).append(name)
-    outside, groups, used = by_expert.pop(""), [[]], 0
+        by_expert[name.rpartition(".")[0] if hasattr(linear, "place") else ""].append(name)
+    outside, groups, used = by_expert.pop("", []), [[]], 0
     for names in by_expert.values():
         needed = (4 if gpu else 8) * sum({columns[name] ** 2 for name in names})
         if used and used + needed > room:
-            groups.append([])
-            used = 0
+            groups, used = [*groups, []], 0
         groups[-1] += names
         used += needed
     groups[-1] += outside
@@ -150,11 +147,9 @@ def _weight_bytes(skeleton: torch.nn.Module, dtype: torch.dtype) -> int:
 def fits_in_memory(skeleton: torch.nn.Module, dtype: torch.dtype, reserve: int, copied: Sequence[Layer] = ()) -> bool:
     """Return whether the weights fit in ``free_memory``, beside a copy of the layers ``copied`` in the CPU's memory."""
     free, copy = free_memory(reserve), dtype.itemsize * sum(layer.size for layer in copied)
-    if "cpu" in free:
-        free["cpu"] -= copy
-    elif copy > free_ram() // processes.processes_on_machine():
-        return False
-    return free.get("cpu", 0) >= 0 and _weight_bytes(skeleton, dtype) <= sum(free.values())
+    beside = copy if "cpu" in free else 0  # else the CPU's memory holds nothing but the copy
+    ram = free.get("cpu", free_ram() // processes.processes_on_machine())
+    return copy <= ram and _weight_bytes(skeleton, dtype) + beside <= sum(free.values())
 
 
 def saved_bytes(skeleton: torch.nn.Module, path: str, dtype: torch.dtype) -> int:

@@ -98,10 +98,7 @@ def checkpoint_entries(folder: Path) -> dict[str, Entry]:
 
 
 def read_tensor(entry: Entry, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a tensor on ``device``, a floating-point one in ``dtype``, None for its own.
-
-    Never is all of it held in two dtypes.
-    """
+    """Return a tensor on ``device``, if floating-point in ``dtype`` (None: its own); never is all of it held in two."""
     if dtype is None or not entry.dtype.is_floating_point:
         return _read(entry, 0, entry.size).view(entry.shape).to(device)
     tensor = torch.empty(entry.shape, dtype=dtype, device=device)
@@ -153,9 +150,9 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping
 
 def write_index(folder: Path) -> None:
     """Write the index of all shards in ``folder`` that transformers reads."""
-    entries = {
-        name: entry for path in sorted(folder.glob("*.safetensors")) for name, entry in read_header(path).items()
-    }
+    entries: dict[str, Entry] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        entries |= read_header(path)
     metadata = {"total_size": sum(entry.size for entry in entries.values())}
     index = {"metadata": metadata, "weight_map": {name: entries[name].file.name for name in sorted(entries)}}
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")

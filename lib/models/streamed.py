@@ -61,10 +61,8 @@ class Streamed(Weights):
 
     def set_block_file(self, index: int, path: Path) -> None:
         self.changed[index] = path
-
-    def rebase_files(self, old: Path, new: Path) -> None:
-        self.changed = {i: new / path.name if path.parent == old else path for i, path in self.changed.items()}
-        self._next = None
+        if self._next and self._next[0] == index:  # read ahead from another file
+            self._next = None
 
     def snapshot(self) -> Mapping[str, torch.Tensor]:
         """Return nothing: the dense weights remain on disk."""

@@ -130,9 +130,6 @@ class Weights:
     def set_block_file(self, index: int, path: Path) -> None:
         """Record that a block, as currently lent, is stored in the file ``path``."""
 
-    def rebase_files(self, old: Path, new: Path) -> None:
-        """Record that the blocks' files have moved from the folder ``old`` to ``new``."""
-
     def use_scratch(self, folder: Path) -> None:
         """Store changed blocks that no journal records (those of a search's trials) inside ``folder``, if on disk."""
 
@@ -215,11 +212,7 @@ class Packed(Weights):
 
 
 def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) -> Weights:
-    """Return the weights of a causal language model.
-
-    All of its parameters are rounded to the dtype that they are saved in: a checkpoint may be of more bits than its
-    config says.
-    """
+    """Return a language model's weights, rounded for saving: a checkpoint may be of more bits than its config says."""
     weights = Weights(model, find_blocks(model)[1], prunable_layers(model), save_dtype)
     for name, parameter in model.named_parameters() if save_dtype is not None else ():
         if not parameter.is_meta and parameter.is_floating_point():
@@ -237,10 +230,7 @@ def replace_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> N
 
 
 def with_fewer_experts(model: torch.nn.Module, count: int) -> torch.nn.Module:
-    """Return a model like ``model`` with ``count`` experts in each block.
-
-    It shares the tensors that keep their shape; the others are on the meta device.
-    """
+    """Return ``model`` with ``count`` experts a block; it shares the tensors that keep their shape, others are meta."""
     config = copy.deepcopy(model.config)
     sizes = {name: getattr(config, name, None) or 0 for name in COUNTS}
     for name in (name for name, size in sizes.items() if size == max(sizes.values())):

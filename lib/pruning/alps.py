@@ -33,10 +33,8 @@ class Problem(NamedTuple):
 
 
 def prepare(hessian: torch.Tensor, damping: float = ALPS_DAMPING) -> Problem:
-    """Return the problem of a ``hessian`` [in, in] float32, reusing its memory, or raise NotPositiveDefinite."""
-    root = hessian.diagonal().sqrt()  # NaN where negative
-    if root.isnan().any():
-        raise NotPositiveDefinite("its Hessian is not positive definite: its diagonal has negative entries")
+    """Return the problem of a ``hessian`` [in, in] float32, reusing its memory."""
+    root = hessian.diagonal().sqrt()
     divisor = root.masked_fill(root == 0, 1)
     hessian.div_(divisor).div_(divisor[:, None]).diagonal().fill_(1 + damping)
     return Problem(hessian, root / root.max().clamp(min=1e-30), damping)  # results depend on relative scales only

@@ -25,10 +25,7 @@ DROP_BY = ("reap", "alpha", "random")
 
 
 def remaining_experts(model: torch.nn.Module, share: float) -> int:
-    """Return how many experts of each block stay if the fraction ``share`` of them is dropped.
-
-    If none would go or too few would stay, or if the blocks hold different numbers of experts, it is a UserError.
-    """
+    """Return how many experts of each block stay without the fraction ``share``; all, or too few, are a UserError."""
     counts = {len(module.down_proj) for module in model.modules() if is_experts(module)}
     if len(counts) != 1:
         raise UserError("drop_experts", share, "needs a mixture with as many experts in each block")

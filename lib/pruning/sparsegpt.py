@@ -145,10 +145,7 @@ def _width(group: int | None) -> int:
 
 @cache
 def block_solver(device: torch.device, group: int | None) -> Callable[..., torch.Tensor]:
-    """Return the solver of a block on ``device``: a compiled kernel where one works, else the loop ``solve_block``.
-
-    On a GPU the kernel is Triton's, and on the CPU one in C++, which needs a compiler.
-    """
+    """Return the solver of a block on ``device``: a kernel, Triton's or C++, where one works, else ``solve_block``."""
     try:
         if device.type == "cpu":
             kernel = sparse.load_kernel().solve_block

@@ -115,10 +115,7 @@ def _joined(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 
 
 def _counts(values: torch.Tensor, high: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Return how often each upper half occurs among ``values`` as float32, or each lower half of those with ``high``.
-
-    The counts [_HALF] are where the values are.
-    """
+    """Return how often each upper half occurs in ``values`` as float32, or each lower half of those with ``high``."""
     counts = torch.zeros(2 * _HALF, dtype=torch.int64, device=values.device)
     for chunk in values.detach().flatten().split(_GPU_CHUNK if values.is_cuda else _CHUNK):
         bits = chunk.float().view(torch.int32) & 0x7FFFFFFF  # without the sign, which only a NaN has

@@ -251,8 +251,8 @@ class LanguageModel:
         if by == "reap":
             scores = drop.reap_scores(self.weights, self.inputs())
         elif by == "alpha":
-            metric, folder, how = self.settings.measurement(self.source.name, whole=True)
-            values = measure.load_or_measure(folder, metric, self.source.name, self.weights, how).values
+            measurement = self.settings.measurement(self.source.name, whole=True)
+            values = measure.load_or_measure(measurement, self.source.name, self.weights).values
             scores = drop.alpha_scores(layers, values)
         else:
             scores = drop.random_scores(layers, self.settings.seed)
@@ -284,7 +284,8 @@ class LanguageModel:
 
         processes.gathered(None)  # none reads in the folder any more
         processes.on_main(complete)
-        self.weights.rebase_files(journal.folder, journal.target)
+        for index in journal.finished:
+            self.weights.set_block_file(index, journal.target / journal.path(index).name)
         return journal.target
 
     def perplexity(self) -> float:

@@ -13,7 +13,7 @@ from lib.allocation import block_scores, epsilon, formulas, price
 from lib.allocation.formulas import Values
 from lib.allocation.price_model import PriceModel
 from lib.calibration.hidden import BlockInputs
-from lib.cli.task import Measurement, Task
+from lib.cli.task import Task
 from lib.core import files, processes
 from lib.core.digests import digest
 from lib.core.errors import UserError
@@ -26,6 +26,7 @@ from lib.pruning.plan import SparsityPlan
 from lib.run.journal import Journal
 from lib.run.record import Record, provenance
 from lib.spectra import measure
+from lib.spectra.cache import Measurement
 
 log = logging.getLogger("main")
 
@@ -61,8 +62,7 @@ def measure_values(
     if needs is None:
         return None, None
     if needs == "metric":
-        metric, folder, how = measurement
-        return measure.load_or_measure(folder, metric, subject.name, subject.measured, how).values, None
+        return measure.load_or_measure(measurement, subject.name, subject.measured).values, None
     if needs == "price":
         search = search_prices(subject, task, options, journal)
         return search.ratios, search
@@ -91,7 +91,7 @@ def search_prices(
     key = _search_key(subject, task) if journal else ""
     if journal and (earlier := journal.get("prices", key)) is not None:
         log.info("the ratios of equal price are those that the interrupted run found")
-        return price.SearchResult.of(earlier)
+        return price.SearchResult(**earlier)
 
     def search_alone() -> price.SearchResult:
         with processes.single_process():

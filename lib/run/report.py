@@ -10,10 +10,11 @@ from tabulate import tabulate
 from lib.allocation import price
 from lib.allocation.epsilon import best
 from lib.allocation.price import SearchResult
-from lib.cli.task import Measurement, Task
+from lib.cli.task import Task
 from lib.core import files, processes
 from lib.models.layers import Layer
 from lib.run.record import Record, provenance
+from lib.spectra.cache import Measurement
 
 
 def show(console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -41,7 +42,7 @@ def show_metric(
         for kind, numbers in kinds.items()
     ]
     show(console, f"{model}: {measurement.metric}", ("matrix", "smallest", "mean", "largest"), rows)
-    line(console, f"cached in: {measurement.folder}/{measurement.settings.stem(measurement.metric)}.npy")
+    line(console, f"cached in: {measurement.folder}/{measurement.stem}.npy")
 
 
 def show_trials(console: Console, record: Record, trials: Mapping[float, float]) -> None:
@@ -64,15 +65,14 @@ def show_prices(
     """
     if search is None:
         return
-    steps = [step._asdict() for step in search.steps]
-    outcome = {"kept": search.kept, "dtype": search.dtype, "held_out_kl": search.held, "steps": steps}
+    outcome = {"kept": search.kept, "dtype": search.dtype, "held_out_kl": search.held, "steps": search.steps}
     record.content["price_search"] = outcome
     files.save_figure(price.draw_search(search), record.folder / f"price_{record.run}.png", dpi=130)
 
     rows = [
-        (str(i), f"{step.spread:.3f}", f"{step.fit:.4f}", f"{step.held:.4f}")
+        (str(i), f"{step['spread']:.3f}", f"{step['fit']:.4f}", f"{step['held']:.4f}")
         for i, step in enumerate(search.steps, 1)
-        if step.held is not None
+        if step["held"] is not None
     ]
     headings = ("step", "spread of prices", f"KL, its {data}", f"KL, held-out {data}")
     show(console, f"price search in {search.dtype}: KL(dense || pruned), nats per {of}", headings, rows)

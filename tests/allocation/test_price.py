@@ -90,7 +90,7 @@ def test_prices_are_equal_at_the_end():
     scale = 0.5 * 100 / sum(layer.size * x for layer, x in zip(bowl.layers, expected, strict=True))
     assert ratios == pytest.approx([scale * x for x in expected], abs=2e-3)
     assert result.kept == "end"
-    assert [step.spread for step in result.steps] == sorted((step.spread for step in result.steps), reverse=True)
+    assert [step["spread"] for step in result.steps] == sorted((step["spread"] for step in result.steps), reverse=True)
 
 
 def test_an_expert_that_seems_free_keeps_half_of_its_uniform_share():
@@ -107,7 +107,7 @@ def test_the_better_of_end_and_uniform_is_kept(kept, monkeypatch):
     plans = {name: {"m0": ratio, "m1": ratio} for name, ratio in (("uniform", 0.5), ("end", 0.9))}
     kls = {name: float(name != kept) for name in plans}
     monkeypatch.setattr(bowl, "kl", lambda ratios: next(kls[name] for name in plans if plans[name] == ratios))
-    monkeypatch.setattr(price, "_descend", lambda *_: (plans["end"], [price.Step(0.5, 1.0, kls["end"])]))
+    monkeypatch.setattr(price, "_descend", lambda *_: (plans["end"], [{"spread": 0.5, "fit": 1.0, "held": kls["end"]}]))
     result = search(bowl, bowl.layers, 0.5, FULL._replace(steps=1))
     assert (result.kept, result.held, result.ratios) == (kept, kls, plans[kept])
 
@@ -142,10 +142,10 @@ def test_a_search_improves_on_uniform_and_says_what_it_kept():
     uniform, model = dict.fromkeys(result.ratios, 0.5), prices_of(weights, (fit, held))
     assert result.held == {"uniform": model.kl(uniform), "end": model.kl(result.ratios)}
     assert result.kept == "end" and result.held["end"] < 0.9 * result.held["uniform"]
-    assert result.steps[-1].held == result.held["end"]
-    assert [step.held is None for step in result.steps] == [i % 4 != 3 for i in range(12)]
-    assert all(0 <= step.spread <= 1 for step in result.steps)
-    assert result.steps[0].fit == pytest.approx(model.prices(uniform, random.Random(0).sample(range(16), 16)[:2])[0])
+    assert result.steps[-1]["held"] == result.held["end"]
+    assert [step["held"] is None for step in result.steps] == [i % 4 != 3 for i in range(12)]
+    assert all(0 <= step["spread"] <= 1 for step in result.steps)
+    assert result.steps[0]["fit"] == pytest.approx(model.prices(uniform, random.Random(0).sample(range(16), 16)[:2])[0])
 
 
 def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were():
