@@ -40,7 +40,7 @@ class ImagePriceModel:
     """Prices of a classifier's matrices: derivatives of KL(dense || pruned), in nats per image.
 
     The whole model is run and differentiated at once, with pruned copies of all matrices; weights compete within the
-    matrix. Its public members are those of ``price_model.PriceModel``; a sample is a group of images.
+    matrix. Its public members are those of ``price.PriceModel``; a sample is a group of images.
     """
 
     advice = "use another allocation"

@@ -108,18 +108,13 @@ def from_shares(layers: Sequence[Layer], target: float, values: Values) -> Ratio
 
 
 class Allocation(NamedTuple):
-    """How the overall target is distributed over the layers.
+    """How the overall target is distributed over the layers."""
 
-    Attributes:
-        share: ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name.
-        wants: name of what ``values`` hold: ``metric`` (--ww_metric), ``price`` (ratios of equal price), a name of
-            BLOCK_SCORES (from a calibration pass) or WEIGHT_SCORES (fractions below one threshold), or None.
-        flags: names of the hyper-parameters.
-    """
-
-    share: Callable[..., Ratios]
+    share: Callable[..., Ratios]  # of layers, target, values and hyper-parameters
+    # What the values are: ``metric`` (--ww_metric), ``price`` (ratios of equal price), a name of BLOCK_SCORES (from a
+    # calibration pass) or WEIGHT_SCORES (fractions below one threshold), or None.
     wants: str | None = None
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()  # names of the hyper-parameters
 
 
 # Allocations by the suffix of the method: <pruner>[_<allocation>].

@@ -1,17 +1,17 @@
-"""Search by price: the ratios at which pruning one more weight costs the same in every matrix."""
+"""Search by price: the ratios at which pruning one more weight costs the same in every matrix of a price model."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from lib.allocation.price_model import PriceModel
 from lib.core import files
 from lib.core.errors import UserError
+from lib.core.lazy import torch
 from lib.models.layers import Layer
 
 # Windows of calibration on which a language model's prices are measured.
@@ -26,17 +26,13 @@ MOMENTUM = 0.6
 
 
 class SearchOptions(NamedTuple):
-    """How much data the ``steps`` of a search look at: windows of --seqlen / ``window_divisor`` tokens.
-
-    A step reads ``windows_per_step`` of them, in which one of ``token_stride`` tokens counts; after every
-    ``evaluate_every`` steps the plan is evaluated on ``held_out_windows``.
-    """
+    """Number of ``steps`` of a search, and how much data it looks at."""
 
     windows_per_step: int
-    window_divisor: int
-    token_stride: int
+    window_divisor: int  # a window has --seqlen / window_divisor tokens
+    token_stride: int  # one of so many tokens counts
     held_out_windows: int
-    evaluate_every: int
+    evaluate_every: int  # steps after which the plan is evaluated on the held-out windows
     steps: int = 16
 
     def length(self, seqlen: int) -> int:
@@ -50,16 +46,27 @@ EFFORTS = {
 }
 
 
-class SearchResult(NamedTuple):
-    """The ``ratios`` by layer name that were ``kept``, and the KL on held-out windows of each plan they were among.
+class PriceModel(Protocol):
+    """A model whose matrices have prices, as the search sees it; a plan is a ratio by layer name."""
 
-    Each of the ``steps`` holds the ``spread`` of prices, the KL on its windows (``fit``), and after it on the ``held``
-    out ones, None if it was not evaluated there. KL is in nats per token.
-    """
+    samples: int  # windows of text, or groups of images, that prices can be measured on
+    dtype: torch.dtype  # of the products
+    advice: str  # what a user may try where numbers are not finite
+
+    def kl(self, ratios: Mapping[str, float]) -> float:
+        """Return the mean KL(dense || pruned) on held-out data, in nats."""
+
+    def prices(self, ratios: Mapping[str, float], batch: Sequence[int]) -> tuple[float, dict[str, float]]:
+        """Return the mean KL over a batch (indices of samples), and its derivative by each layer's ratio, by name."""
+
+
+class SearchResult(NamedTuple):
+    """The ``ratios`` by layer name that were ``kept``, and how they were found; KL is in nats per token."""
 
     ratios: dict[str, float]
-    kept: str
-    held: dict[str, float]
+    kept: str  # name of the plan
+    held: dict[str, float]  # KL on held-out windows of each plan
+    # The ``spread`` of prices, KL on the step's windows (``fit``), and after it on the ``held`` out ones, or None.
     steps: list[dict[str, float | None]]
     dtype: str
 

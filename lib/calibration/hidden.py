@@ -28,22 +28,16 @@ CALIB_DTYPES = ("bfloat16",)
 
 
 class BlockInputs(NamedTuple):
-    """Inputs that the model passes to its blocks.
+    """Inputs that the model passes to its blocks."""
 
-    ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
-    ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
-    sample, without a live cache. ``samples`` is what statistics are divided by, over all processes (None: the number of
-    tokens). ``tuples`` collects the indices of the blocks that return their hidden states in a tuple. ``dtype`` is that
-    of the products in a block, None for the block's own; values passed between layers keep their precision.
-    ``expert_weighting`` is a name of EXPERT_WEIGHTING, for statistics.
-    """
-
+    # What enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change.
     hidden: torch.Tensor | list[torch.Tensor]
+    # All else that a block is called with (mask, position embeddings ...), the same for every sample; no live cache.
     arguments: list[tuple[tuple, dict]]
-    samples: int | None
-    tuples: set[int]
-    dtype: torch.dtype | None = None
-    expert_weighting: str = "auto"
+    samples: int | None  # what statistics are divided by, over all processes; None: the number of tokens
+    tuples: set[int]  # collects the indices of the blocks that return their hidden states in a tuple
+    dtype: torch.dtype | None = None  # of a block's products, None: its own; what layers pass on keeps its precision
+    expert_weighting: str = "auto"  # a name of EXPERT_WEIGHTING, for statistics
 
 
 class PassEnded(Exception):

@@ -40,16 +40,12 @@ Document = str | list[dict]
 
 
 class Text(NamedTuple):
-    """One ``stream``, of which ``most_windows`` are evaluated where the published code cuts it, or ``records``.
-
-    Records are tokenised one by one, joined, and cut into windows. From ``documents`` calibration draws one per window
-    instead, as published.
-    """
+    """One ``stream``, or ``records``."""
 
     stream: str | None = None
-    most_windows: int | None = None
-    records: Iterable[Document] | None = None
-    documents: bool = False
+    most_windows: int | None = None  # of a stream that are evaluated, where the published code cuts it
+    records: Iterable[Document] | None = None  # tokenised one by one, joined, and cut into windows
+    documents: bool = False  # whether calibration draws one of the records per window instead, as published
 
 
 def c4(split: str) -> Text:

@@ -233,9 +233,7 @@ def untie(model: transformers.PreTrainedModel) -> None:
     if model.get_output_embeddings() is None or not model.config.get_text_config().tie_word_embeddings:
         return
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    if head is embedding or head.is_meta or embedding.is_meta or head.shape != embedding.shape:
-        return
-    if head.device != embedding.device or not torch.equal(head, embedding):
+    if not (head is embedding or head.is_meta or embedding.is_meta or torch.equal(head.cpu(), embedding.cpu())):
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
 

@@ -21,17 +21,13 @@ from lib.models.layers import Layer, Layout, find_blocks, prunable_layers, publi
 
 
 class Block(NamedTuple):
-    """A block on its compute ``device``, lent by ``Weights.visit``; valid only inside the loop's body.
-
-    ``linears`` holds the modules of its prunable layers by their full names; a 1x1 convolution is one of them.
-    ``experts`` holds its experts modules, of whose matrices, ``NAME.NUMBER.ROLE``, each is one of ``linears``.
-    """
+    """A block on its compute ``device``, lent by ``Weights.visit``; valid only inside the loop's body."""
 
     index: int
     module: torch.nn.Module
-    linears: dict[str, torch.nn.Module]
+    linears: dict[str, torch.nn.Module]  # of its prunable layers, by their full names; a 1x1 convolution is one of them
     device: torch.device
-    experts: dict[str, torch.nn.Module] = {}
+    experts: dict[str, torch.nn.Module] = {}  # whose matrices, ``NAME.NUMBER.ROLE``, are among ``linears``
 
 
 class Weights:

@@ -22,13 +22,10 @@ ROWS = 512  # rows whose elementwise products are held at a time
 
 
 class Problem(NamedTuple):
-    """Problem shared by layers of one input: ``damped`` [in, in] = A + ``damping`` I, A the Hessian of unit diagonal.
+    """Problem shared by layers of one input, stated for weights times ``scale``."""
 
-    It is stated for weights times ``scale`` [in]; ``scale`` is 0 where the input was always zero.
-    """
-
-    damped: torch.Tensor
-    scale: torch.Tensor
+    damped: torch.Tensor  # A + damping I, [in, in], A the Hessian of unit diagonal
+    scale: torch.Tensor  # [in], 0 where the input was always zero
     damping: float
 
 

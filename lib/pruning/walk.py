@@ -25,10 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
-    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None.
-
-    ``tokens`` is how many calibration tokens reached the matrix of an expert, None for others and without calibration.
-    """
+    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,7 +33,7 @@ class LayerReport(NamedTuple):
     ratio: float
     sparsity: float
     nm: tuple[int, int] | None = None
-    tokens: int | None = None
+    tokens: int | None = None  # of calibration, that reached the matrix of an expert
 
 
 class FinishedBlocks(Protocol):

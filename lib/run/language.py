@@ -263,11 +263,10 @@ class LanguageModel:
         inputs = hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
         return inputs._replace(expert_weighting=self.settings.expert_weighting)
 
-    def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> price_model.PriceModel:
+    def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> price.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""
         dtype = search_dtype(self.settings.price_dtype, self.weights.device, self.dtypes.compute)
-        step = (options.windows_per_step, options.token_stride)
-        return price_model.LanguagePriceModel(self.weights, self.search, *step, dtype, by_magnitude)
+        return price_model.LanguagePriceModel(self.weights, self.search, options, dtype, by_magnitude)
 
     def save(self, journal: Journal, packed: bool, sparsity: float) -> Path:
         """Complete the folder of the pruned blocks and move it into its place, which is returned.

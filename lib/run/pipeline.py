@@ -11,7 +11,6 @@ from typing import Protocol
 from lib import sparse
 from lib.allocation import block_scores, epsilon, formulas, price
 from lib.allocation.formulas import Values
-from lib.allocation.price_model import PriceModel
 from lib.calibration.hidden import BlockInputs
 from lib.cli.task import Task
 from lib.core import files, processes
@@ -47,7 +46,7 @@ class Subject(Protocol):
     def inputs(self) -> BlockInputs:
         """Return the inputs of the first block."""
 
-    def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> PriceModel:
+    def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> price.PriceModel:
         """Return the model whose prices are searched, with the masks of magnitude or of Wanda."""
 
 

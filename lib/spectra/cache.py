@@ -22,16 +22,13 @@ log = logging.getLogger(__name__)
 
 
 class Measurement(NamedTuple):
-    """The ``metric`` that is measured, the ``folder`` that caches it, and how; by default as published.
-
-    These are the ``driver`` of the spectrum, its FARMS windows, and weightwatcher's ``seed``.
-    """
+    """The ``metric`` that is measured, the ``folder`` that caches it, and how; by default as published."""
 
     metric: str
     folder: Path = Path()
     driver: str = "exact"
     farms: Farms | None = None
-    seed: int = 0
+    seed: int = 0  # of weightwatcher's
 
     @property
     def stem(self) -> str:

@@ -13,14 +13,11 @@ _BATCH_ENTRIES = 2**26
 
 
 class Spectrum(NamedTuple):
-    """Ascending eigenvalues of W'W, as float32 on the CPU; ``fell_back``: the fast driver was replaced by an SVD.
+    """Ascending eigenvalues of W'W, as float32 on the CPU."""
 
-    For a matrix N is min(shape), for a convolution [out, in, kh, kw] it is kh * kw * min(out, in).
-    """
-
-    eigs: torch.Tensor  # [N]
+    eigs: torch.Tensor  # [N], N = min(shape), of a convolution [out, in, kh, kw] kh * kw * min(out, in)
     shape: tuple[int, ...]
-    fell_back: bool = False
+    fell_back: bool = False  # whether the fast driver was replaced by an SVD
 
 
 class Farms(NamedTuple):
