@@ -1,4 +1,4 @@
-"""Search by price: the ratios at which pruning one more weight costs the same in every matrix of a price model."""
+"""Search by price: the ratios at which pruning one more weight costs the same in every matrix of a model."""
 
 from __future__ import annotations
 

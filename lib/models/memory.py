@@ -53,7 +53,7 @@ def group_rooms(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys
         folder, limit, usage, total = groups, "memory.max", "memory.current", ""
         if "memory" in kinds.split(","):
             folder, limit, usage, total = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        # Inside a container, what lies there may be the group itself, which is the last of these parents.
+        # Inside a container, what lies there may be the group itself: the folder is among these parents.
         group = folder / path.lstrip("/")
         for parent in (group, *group.parents):
             with suppress(OSError, ValueError):  # without the files, or "max"

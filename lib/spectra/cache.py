@@ -28,7 +28,7 @@ class Measurement(NamedTuple):
     folder: Path = Path()
     driver: str = "exact"
     farms: Farms | None = None
-    seed: int = 0  # of weightwatcher's
+    seed: int = 0  # of weightwatcher
 
     @property
     def stem(self) -> str:
