@@ -12,7 +12,7 @@ from lib.allocation.price_model import Masks, band_price
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models.weights import Weights, swapped_weights
-from lib.recovery.block_walk import autocast, kl_divergence
+from lib.recovery.block_walk import kl_divergence
 
 # A group of images is to a classifier what a window is to a language model.
 FIT = 8  # groups on which prices are measured
@@ -108,5 +108,6 @@ class ImagePriceModel:
             yield leaves
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        with autocast(self.device, self.masks.dtype):
+        dtype = self.masks.dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             return self.weights.model(images.to(self.device))

@@ -331,7 +331,7 @@ def plot(path: Path, *panels: pandas.DataFrame, xlabel: str = "perplexity", xsca
         axes.grid(axis="x", which="both", alpha=0.3)
         axes.set(xscale=xscale if finite.notna().any() else "linear", xlabel=xlabel, title=cells["model"].iloc[0])
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    files.save_figure(figure, path, dpi=130)
+    files.save_figure(figure, path)
 
 
 def run(settings: Settings) -> None:

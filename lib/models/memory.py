@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from lib.core import cpu, processes
 from lib.core.lazy import torch
@@ -212,16 +213,16 @@ def gradient_bytes(
     return needs
 
 
-def trained_bytes(layers: Sequence[Layer], left: float, train: str, rank: int, states: str) -> int:
+def trained_bytes(layers: Sequence[Layer], left: float, options: NamedTuple) -> int:
     """Return the bytes of master copy and Adam's moments of ``layers``, of whose weights the fraction ``left`` is left.
 
-    ``train`` and ``states`` are names of ``lib.recovery.adam``'s TRAINED and STATES.
+    ``options`` are ``lib.recovery.distill.RecoveryOptions``.
     """
-    each = 12 if states == "float32" else 6.1  # with eight bits, 256 numbers share two scales of four bytes
+    each = 12 if options.states == "float32" else 6.1  # with eight bits, 256 numbers share two scales of four bytes
     survivors = sum(math.ceil(layer.size * left) for layer in layers)
-    if train == "low_rank":
-        return math.ceil(rank * sum(sum(layer.shape) for layer in layers) * each) + 4 * survivors
-    return math.ceil(survivors * each) if train == "surviving" else 0
+    if options.train == "low_rank":
+        return math.ceil(options.rank * sum(sum(layer.shape) for layer in layers) * each) + 4 * survivors
+    return math.ceil(survivors * each) if options.train == "surviving" else 0
 
 
 def trained_block_bytes(

@@ -39,11 +39,11 @@ class LayerReport(NamedTuple):
 class FinishedBlocks(Protocol):
     """Blocks that are stored durably, a file each, so that an interrupted walk can resume (``run.journal.Journal``)."""
 
-    finished: Mapping[int, list[LayerReport]]  # by index of the block
+    finished: Mapping[int, list]  # rows by index of the block
     failure: UserError | None  # of a block that could not be stored; no later one is stored
 
     def path(self, index: int) -> Path: ...
-    def add(self, index: int, tensors: Mapping, dtypes: Mapping, rows: list[LayerReport]) -> None: ...
+    def add(self, index: int, weights: Weights, rows: list[LayerReport]) -> None: ...
 
 
 def walk(
@@ -81,7 +81,7 @@ def walk(
                 if keep:
                     pass_samples(block, inputs, keep=True)  # while it is dense, as in a run without a stop
                 weights.load_block(block.index, journal.path(block.index))
-                rows = journal.finished[block.index]
+                rows = [LayerReport(*row) for row in journal.finished[block.index]]
             else:
                 tokens = _prune_block(block, plan, pruner, inputs, keep, weights.save_dtype)
                 rows = _report(block, plan, metric, tokens)
@@ -99,14 +99,12 @@ def walk(
 def _store(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[LayerReport]) -> None:
     """Store a finished block durably; if the disk is full, pruning continues in memory without it."""
     try:
-        journal.add(block.index, weights.tensors(block.index), weights.save_dtypes(block.index), rows)
+        journal.add(block.index, weights, rows)
     except UserError as error:
         if weights.streamed:
             raise
         log.warning("%s; pruning continues, the figures can still be had", error)
         journal.failure = error
-        return
-    weights.set_block_file(block.index, journal.path(block.index))
 
 
 def _prune_block(

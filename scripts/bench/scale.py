@@ -25,6 +25,7 @@ from lib.models.safetensors_io import write_index, write_shard
 from lib.pruning import alps
 from lib.pruning.pruners import PRUNERS
 from lib.recovery.adam import STATES
+from lib.recovery.distill import RecoveryOptions
 from scripts.table import formatted, forward_passes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,10 +156,10 @@ def needs(size: str, nsamples: int, seqlen: int) -> Iterator[dict]:
 
 def recovery_needs(size: str, sparsity: float, states: str, batch: int, seqlen: int) -> tuple[int, int]:
     """Return the bytes that recovery of a model of SIZES needs, end to end and block by block, with 16-bit weights."""
-    model, half = skeleton(SIZES[size]), torch.float16
+    model, half, options = skeleton(SIZES[size]), torch.float16, RecoveryOptions(0, states=states)
     layers = prunable_layers(model)
     work = memory.price_working_set(model, layers, half, seqlen, batch, batch)
-    kept = {layer.name: memory.trained_bytes([layer], 1 - sparsity, "surviving", 0, states) for layer in layers}
+    kept = {layer.name: memory.trained_bytes([layer], 1 - sparsity, options) for layer in layers}
     block = memory.trained_block_bytes(model, layers, kept, half, batch * seqlen)
     return 2 * sum(p.numel() for p in model.parameters()) + sum(kept.values()) + work, block
 

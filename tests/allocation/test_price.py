@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import settings, tiny_llama
-from rich.console import Console
 from test_price_model import HELD, WINDOWS, prices_of
 
 import main
@@ -219,5 +218,5 @@ def test_a_search_with_the_same_settings_is_made_once(tiny_folder, tiny_text, tm
     runs = (("wanda", 0.5), ("sparsegpt", 0.5), ("wanda", 0.6))
     planned = [settings(f"{flags} {pruner}_price --sparsity_ratio {ratio}") for pruner, ratio in runs]
     subject = LanguageModel(planned)
-    kept = [main.run(run, Console(quiet=True), subject)["price_search"] for run in planned]
+    kept = [main.run(run, subject)["price_search"] for run in planned]
     assert len(made) == 2 and kept[0] == kept[1] != kept[2]

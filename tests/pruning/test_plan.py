@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from conftest import across, fast, saved_tensors, settings, tiny_llama
-from rich.console import Console
 
 import main
 from lib.allocation import epsilon
@@ -24,7 +23,7 @@ def run(tmp_path, monkeypatch, tiny_folder, tiny_text, other_text):
     """Return a function that runs main.py on the tiny model in a folder of its own and returns the record."""
     monkeypatch.chdir(tmp_path)
     size = f"--model {tiny_folder} --calib_data {tiny_text} --eval_data {other_text} --seqlen 32 --nsamples 5"
-    return lambda flags: main.run(settings(f"{size} --eval_windows 8 --save save {flags}"), Console(quiet=True))
+    return lambda flags: main.run(settings(f"{size} --eval_windows 8 --save save {flags}"))
 
 
 def table_of(path: str) -> list[dict[str, str]]:
