@@ -181,7 +181,8 @@ def read_blocks(settings: Finetune, split: str, base: common.Base) -> torch.Tens
     """Return the blocks of ``split`` ("train" or "validation"), [blocks, block_size] int32."""
     field, name = settings.named_texts()[split]
     most, half = (settings.max_train_samples, "train") if split == "train" else (settings.max_eval_samples, "test")
-    blocks = texts.training_blocks(field, name, half, base.tokenizer, settings.block_size, most)
+    source = texts.read_text(field, name, half)
+    blocks = texts.training_blocks(field, name, base.tokenizer, settings.block_size, most, source)
     if most and len(blocks) < most:
         message = "%s has %d blocks of %d tokens, and not the %d that were asked for"
         common.log.warning(message, name, len(blocks), settings.block_size, most)

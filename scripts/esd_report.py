@@ -89,10 +89,10 @@ def report(settings: Settings) -> Path:
         "planned_ratio": [ratios[layer.name] for layer in subject.layers],
     })  # fmt: skip
     ordered = layers.sort_values(run.ww_metric)["name"].tolist()
-    how, spectra = measurement.settings, dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]])
+    spectra = dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]])
     for block in subject.weights.visit():
         for name in block.linears.keys() & spectra.keys():
-            whole = spectrum(block.linears[name].weight, how.driver, how.farms)
+            whole = spectrum(block.linears[name].weight, measurement.driver, measurement.farms)
             spectra[name] = whole._replace(eigs=whole.eigs.cpu())
 
     title = f"{subject.name}: {run.ww_metric}"

@@ -15,7 +15,7 @@ from lib.calibration import texts
 from lib.calibration.hidden import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
 from lib.calibration.statistics import EXPERT_WEIGHTING
 from lib.cli.flags import Flags, flag
-from lib.cli.task import Measurement, Task
+from lib.cli.task import Task
 from lib.core.errors import UserError, check_name, flag_name
 from lib.core.files import in_repository
 from lib.evaluation.zero_shot import ZERO_SHOT_TASKS
@@ -28,7 +28,8 @@ from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Pruner, con
 from lib.recovery.adam import STATES, TRAINED
 from lib.recovery.block_walk import SEARCH_DTYPES
 from lib.recovery.distill import BY, RecoveryOptions
-from lib.spectra import measure, spectrum
+from lib.spectra import spectrum
+from lib.spectra.cache import Measurement
 from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
@@ -369,11 +370,11 @@ class Experiment(
         farms = spectrum.Farms(self.farms_rows, self.farms_ratio, self.farms_steps) if self.farms else None
         folder = Path(self.ww_metric_cache or Path(in_repository("data"), model))
         folder = folder / "dropped" if self.drop_experts and not whole else folder
-        return Measurement(self.ww_metric, folder, measure.SpectrumSettings(self.esd_driver, farms, self.seed))
+        return Measurement(self.ww_metric, folder, self.esd_driver, farms, self.seed)
 
     def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""
-        return price.SearchOptions(self.price_steps, price.EFFORTS[self.price_effort])
+        return price.EFFORTS[self.price_effort]._replace(steps=self.price_steps)
 
 
 def parse_nm(sparsity_type: str) -> tuple[int, int] | None:

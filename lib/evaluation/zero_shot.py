@@ -115,5 +115,3 @@ def zero_shot(
     means = {metric: sum(values) / len(values) for metric, values in figures.items() if values}
     lines = [make_table(full).rstrip(), "", *(f"mean {metric}: {mean:.4f}" for metric, mean in means.items())]
     return {"means": means, "lm_eval": full}, "\n".join(lines) + "\n"
-
-

@@ -25,10 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
-    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None.
-
-    ``tokens`` is how many calibration tokens reached the matrix of an expert, None for others and without calibration.
-    """
+    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,7 +33,7 @@ class LayerReport(NamedTuple):
     ratio: float
     sparsity: float
     nm: tuple[int, int] | None = None
-    tokens: int | None = None
+    tokens: int | None = None  # of calibration, that reached the matrix of an expert
 
 
 class FinishedBlocks(Protocol):
@@ -62,16 +59,14 @@ def walk(
 
     For a pruner that needs a statistic, each block sees the calibration samples twice: once dense, for the statistics
     of its layers' inputs, and once pruned, for the inputs of the next block (as published). A block without layers only
-    passes the data on.
+    passes the data on. Statistics or weights that are not finite, and a Hessian that cannot be factorised, are a
+    UserError that names the layer.
 
     Args:
         inputs: inputs of the blocks, modified in place; None for a pruner that needs no statistic.
         metric: the values behind the plan, by layer name; for the report only.
         propagate: whether a block's inputs come from ``pruned`` or ``dense`` predecessors. Dense: one pass per block.
         journal: stores each finished block; blocks that it already holds are taken from it.
-
-    Raises:
-        UserError: statistics or weights that are not finite, or a Hessian that cannot be factorised; names the layer.
     """
     torch.set_float32_matmul_precision("highest")  # where an environment variable asks for TF32: masks would change
     report, last = [], max(layer.block for layer in weights.layers)

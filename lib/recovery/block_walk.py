@@ -228,13 +228,13 @@ def has_room_for_activations(weights: Weights, sizes: tuple, work: str, field: s
     if not weights.in_memory:
         raise UserError(field, value, "needs all weights in memory, and these are streamed or offloaded", fix)
     needs, free = memory.gradient_bytes(weights, *sizes), memory.free_memory(0)
-    keeps = all(need.least + need.activations <= KEEP_WITHIN * free[place] for place, need in needs.items())
+    keeps = all(sum(need) <= KEEP_WITHIN * free[place] for place, need in needs.items())
     least, more = (readable(sum(sizes)) for sizes in zip(*needs.values(), strict=True))
     are = "are used for activations" if keeps else "would make it faster"
     log.info("%s needs %s beside the weights; up to %s more %s", work, least, more, are)
-    for place, need in needs.items():
-        if need.least > free[place]:
+    for place, (least, _) in needs.items():
+        if least > free[place]:
             where = "in the CPU's memory" if place == "cpu" else f"on GPU {place}"
-            sizes = f"{readable(need.least)} are needed {where} beside the weights and {readable(free[place])} are free"
+            sizes = f"{readable(least)} are needed {where} beside the weights and {readable(free[place])} are free"
             raise UserError(field, value, sizes, f"lower --seqlen, {fix}")
     return keeps

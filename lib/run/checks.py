@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lib import sparse
 from lib.cli.settings import Experiment
-from lib.cli.task import Measurement, Task
+from lib.cli.task import Task
 from lib.core import files, processes
 from lib.core.errors import UserError, flag_name
 from lib.models.layers import Layer
@@ -17,7 +17,7 @@ from lib.run.journal import MANIFEST, PROGRESS, can_reopen, partial_folder
 from lib.run.pipeline import make_plan
 from lib.run.record import INPUTS, has_flags, read_run
 from lib.spectra import spectrum
-from lib.spectra.cache import MetricCache
+from lib.spectra.cache import Measurement, MetricCache
 
 log = logging.getLogger("main")
 
@@ -86,12 +86,11 @@ def check_layers(
             problem = f"{layer.name} has {layer.shape[1]} columns, which {task.nm[1]} does not divide"
             raise UserError("sparsity_type", "{}:{}".format(*task.nm), problem)
     if task.allocation == "ww":
-        metric, folder, how = measurement
-        if MetricCache(folder, metric, name, measured, how).read() is None:
-            files.check_writable("ww_metric_cache", folder)
-        for layer in measured if how.farms else ():
+        if MetricCache(measurement, name, measured).read() is None:
+            files.check_writable("ww_metric_cache", measurement.folder)
+        for layer in measured if measurement.farms else ():
             try:
-                spectrum.farms_windows(layer.shape, how.farms)
+                spectrum.farms_windows(layer.shape, measurement.farms)
             except spectrum.NoFit as error:
                 fix = "lower --farms_rows or --farms_ratio"
                 raise UserError("farms", None, f"with {layer.name}: {error}", fix) from error

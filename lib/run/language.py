@@ -160,8 +160,8 @@ class LanguageModel:
         """Return the counts of windows to search on and held out, and their length, tokens."""
         if task.needs != "price":
             return (epsilon.WINDOWS, epsilon.WINDOWS), self.seqlen
-        effort = settings.price_options().effort
-        return (price.FIT_WINDOWS, effort.held_out_windows), effort.length(self.seqlen)
+        options = settings.price_options()
+        return (price.FIT_WINDOWS, options.held_out_windows), options.length(self.seqlen)
 
     def _own_text(self, settings: Experiment, task: Task) -> str:
         """Return the file of text that the dense model wrote itself for this run."""
@@ -244,9 +244,9 @@ class LanguageModel:
             return needed + block_scores.LAMP_BYTES * max(layer.size for layer in self.layers)
         if task.needs != "price":
             return needed
-        effort = settings.price_options().effort
+        options = settings.price_options()
         ranks = memory.rank_bytes(self.layers, task.by_magnitude) // gpus  # each layer's are on its own device
-        windows = (effort.length(self.seqlen), effort.windows_per_step, price.FIT_WINDOWS + effort.held_out_windows)
+        windows = (options.length(self.seqlen), options.windows_per_step, price.FIT_WINDOWS + options.held_out_windows)
         return max(needed, ranks + memory.price_working_set(self.skeleton, self.layers, dtype, *windows))
 
     def describe(self, task: Task) -> dict:
@@ -295,8 +295,8 @@ class LanguageModel:
         if by == "reap":
             scores = drop.reap_scores(self.weights, self.inputs())
         elif by == "alpha":
-            metric, folder, how = self.settings.measurement(self.source.name, whole=True)
-            values = measure.load_or_measure(folder, metric, self.source.name, self.weights, how).values
+            measurement = self.settings.measurement(self.source.name, whole=True)
+            values = measure.load_or_measure(measurement, self.source.name, self.weights).values
             scores = drop.alpha_scores(layers, values)
         else:
             scores = drop.random_scores(layers, self.settings.seed)
@@ -307,11 +307,10 @@ class LanguageModel:
         inputs = hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
         return inputs._replace(expert_weighting=self.settings.expert_weighting)
 
-    def price_model(self, effort: price.Effort, by_magnitude: bool) -> price_model.PriceModel:
+    def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> price.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""
         dtype = search_dtype(self.settings.price_dtype, self.weights.device, self.dtypes.compute)
-        step = (effort.windows_per_step, effort.token_stride)
-        return price_model.LanguagePriceModel(self.weights, self.search, *step, dtype, by_magnitude)
+        return price_model.LanguagePriceModel(self.weights, self.search, options, dtype, by_magnitude)
 
     def save(self, journal: Journal, packed: bool, sparsity: float) -> Path:
         """Complete the folder of the pruned blocks and move it into its place, which is returned.
@@ -328,7 +327,8 @@ class LanguageModel:
 
         processes.gathered(None)  # none reads in the folder any more
         processes.on_main(complete)
-        self.weights.rebase_files(journal.folder, journal.target)
+        for index in journal.finished:
+            self.weights.set_block_file(index, journal.target / journal.path(index).name)
         return journal.target
 
     def recover(self, record: Record, task: Task) -> None:

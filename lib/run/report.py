@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from tabulate import tabulate
 
 from lib.allocation import price
-from lib.allocation.epsilon import Trial, best
+from lib.allocation.epsilon import best
 from lib.allocation.price import SearchResult
-from lib.cli.task import Measurement
 from lib.core import files, processes
 from lib.models.layers import Layer
 from lib.run.record import Record, provenance
+from lib.spectra.cache import Measurement
 
 
 def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -39,16 +39,17 @@ def show_metric(model: str, layers: Sequence[Layer], values: Mapping[str, float]
         for kind, numbers in kinds.items()
     ]
     show(f"{model}: {measurement.metric}", ("matrix", "smallest", "mean", "largest"), rows)
-    line(f"cached in: {measurement.folder}/{measurement.settings.stem(measurement.metric)}.npy")
+    line(f"cached in: {measurement.folder}/{measurement.stem}.npy")
 
 
-def show_trials(record: Record, trials: Sequence[Trial]) -> None:
-    """Print and record the trials of --epsilon auto, if any."""
+def show_trials(record: Record, trials: Mapping[float, float]) -> None:
+    """Print and record the perplexity of each epsilon that --epsilon auto has tried, if any."""
     if not trials:
         return
     chosen = best(trials)
-    record.content |= {"epsilon": chosen.epsilon, "epsilon_search": [trial._asdict() for trial in trials]}
-    rows = [(f"{t.epsilon:.2f}", f"{t.perplexity:.2f}" + (" <- taken" if t is chosen else "")) for t in trials]
+    record.content["epsilon"] = chosen
+    record.content["epsilon_search"] = [{"epsilon": trial, "perplexity": value} for trial, value in trials.items()]
+    rows = [(f"{trial:.2f}", f"{value:.2f}" + " <- taken" * (trial == chosen)) for trial, value in trials.items()]
     show("--epsilon auto: perplexity on held-out calibration text", ("epsilon", "perplexity"), rows)
 
 
@@ -59,15 +60,14 @@ def show_prices(record: Record, search: SearchResult | None, data: str = "window
     """
     if search is None:
         return
-    steps = [step._asdict() for step in search.steps]
-    outcome = {"kept": search.kept, "dtype": search.dtype, "held_out_kl": search.held, "steps": steps}
+    outcome = {"kept": search.kept, "dtype": search.dtype, "held_out_kl": search.held, "steps": search.steps}
     record.content["price_search"] = outcome
     files.save_figure(price.draw_search(search), record.folder / f"price_{record.run}.png")
 
     rows = [
-        (str(i), f"{step.spread:.3f}", f"{step.fit:.4f}", f"{step.held:.4f}")
+        (str(i), f"{step['spread']:.3f}", f"{step['fit']:.4f}", f"{step['held']:.4f}")
         for i, step in enumerate(search.steps, 1)
-        if step.held is not None
+        if step["held"] is not None
     ]
     headings = ("step", "spread of prices", f"KL, its {data}", f"KL, held-out {data}")
     show(f"price search in {search.dtype}: KL(dense || pruned), nats per {of}", headings, rows)

@@ -23,6 +23,7 @@ from lib.allocation.block_scores import outlier_ratio, score_blocks
 from lib.cli.command import parse
 from lib.core.errors import UserError
 from lib.spectra import measure
+from lib.spectra.cache import Measurement
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_scores_of_blocks_are_those_of_the_dense_model():
 @pytest.mark.parametrize("metric", measure.METRICS)
 def test_every_metric_is_measured(metric):
     parts = find_parts(tiny_convnext(conv_mlp=True, dims=(16, 24, 32, 40), kernel_sizes=5))
-    values = measure.measure(metric, parts.measured).values
+    values = measure.measure(Measurement(metric), parts.measured).values
     assert list(values) == list(matrices(parts.measured))
     assert np.isfinite(list(values.values())).all() and len(set(values.values())) > 1
 
