@@ -26,7 +26,6 @@ from lib.pruning import plan as plans
 from lib.pruning.drop import DROP_BY
 from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Pruner, configured
 from lib.recovery.adam import STATES, TRAINED
-from lib.recovery.block_walk import SEARCH_DTYPES
 from lib.recovery.distill import BY, RecoveryOptions
 from lib.spectra import spectrum
 from lib.spectra.cache import Measurement
@@ -133,9 +132,6 @@ class AllocationFlags(Flags):
     dlp_alpha: float = flag(0.15, "half width of the map, a sparsity in [0, 1]", least=0, most=1, only="_dlp")
     atp_beta: float = flag(0.005, "step from block to block, a sparsity in [0, 1]", least=0, most=1, only="_atp")
     price_steps: int = flag(16, "steps of the search, each a backward pass over text or images", least=1, only="_price")
-    price_dtype: str = flag(
-        "auto", "{choices}; auto: bfloat16 if the CPU has it, else the model's", choices=SEARCH_DTYPES, only="_price"
-    )
     price_effort: str = flag("full", "{choices}: 2 windows a step or half of one", choices=price.EFFORTS, only="_price")
     metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
     plan: str | None = flag(None, "take the layers' ratios from a {save_plan} file", only="pruning", metavar="FILE")

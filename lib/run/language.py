@@ -25,7 +25,7 @@ from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of, with_fewer_experts
 from lib.pruning import drop, walk
-from lib.recovery.block_walk import search_dtype
+from lib.recovery.block_walk import fast_dtype
 from lib.recovery.distill import HELD_OUT, Distillation
 from lib.run import checks
 from lib.run.journal import Journal
@@ -309,7 +309,7 @@ class LanguageModel:
 
     def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> price.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""
-        dtype = search_dtype(self.settings.price_dtype, self.weights.device, self.dtypes.compute)
+        dtype = fast_dtype(self.weights.device, self.dtypes.compute)
         return price_model.LanguagePriceModel(self.weights, self.search, options, dtype, by_magnitude)
 
     def save(self, journal: Journal, packed: bool, sparsity: float) -> Path:
@@ -341,7 +341,7 @@ class LanguageModel:
         with record.stage("recover"), stored as journal:
             before = self.perplexity()
             self.loaded_as = None  # norms and biases are trained as well, and ``restore`` knows the matrices alone
-            dtype = search_dtype("auto", weights.device, self.dtypes.compute)
+            dtype = fast_dtype(weights.device, self.dtypes.compute)
             how = (settings.recovery_options(), self.recovery, self.hidden_states, dtype)
             distillation = Distillation(weights, self.teacher, *how)
             if journal:

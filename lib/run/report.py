@@ -30,10 +30,9 @@ def line(sentence: str) -> None:
 
 def show_metric(model: str, layers: Sequence[Layer], values: Mapping[str, float], measurement: Measurement) -> None:
     """Print the metric of a ``model`` by type of matrix."""
-    kinds: dict[str, list[float]] = {}
+    kinds = {"all": list(values.values())}
     for layer in layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(values[layer.name])
-    kinds["all"] = list(values.values())
     rows = [
         (kind, *(f"{figure:.4f}" for figure in (min(numbers), sum(numbers) / len(numbers), max(numbers))))
         for kind, numbers in kinds.items()
