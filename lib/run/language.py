@@ -336,14 +336,13 @@ class LanguageModel:
         content, settings, weights = record.content, self.settings, self.weights
         if not content["sparsity"] and not settings.drop_experts:
             raise UserError("model", None, "is not pruned, no weight of it is zero", "prune it first")
-        targets = settings.folders(task)
+        targets, options = settings.folders(task), settings.recovery_options()
         stored = closing(Journal(targets[-1], settings.restart)) if targets else nullcontext()
         with record.stage("recover"), stored as journal:
             before = self.perplexity()
             self.loaded_as = None  # norms and biases are trained as well, and ``restore`` knows the matrices alone
             dtype = fast_dtype(weights.device, self.dtypes.compute)
-            how = (settings.recovery_options(), self.recovery, self.hidden_states, dtype)
-            distillation = Distillation(weights, self.teacher, *how)
+            distillation = Distillation(weights, self.teacher, options, self.recovery, self.hidden_states, dtype)
             if journal:
                 identity = {"model": self.name, "source": self.teacher_name, "versions": machine(weights)}
                 identity |= {"calibration": digest(self.recovery[0]), "plan": digest(weights.fingerprints())}

@@ -81,8 +81,7 @@ def show_run(record: Record) -> None:
     perplexity = "-" if content["perplexity"] is None else f"{content['perplexity']:.4f}"
     row = (content["method"], f"{content['target_sparsity']:g}", f"{content['sparsity']:.4f}", perplexity)
     headings = ("method", "target", "sparsity", "perplexity", "seconds", "peak memory")
-    figures = [(*row, f"{seconds:.1f}", f"{peak} MB")]
-    show(f"{content['model']['given']}: {content['method']}", headings, figures)
+    show(f"{content['model']['given']}: {content['method']}", headings, [(*row, f"{seconds:.1f}", f"{peak} MB")])
     if recovery := content.get("recovery"):
         before, after = recovery["perplexity_before"], content["perplexity"]
         pairs = (("before", recovery["sparsity_before"], recovery["held_before"], before),
