@@ -347,7 +347,8 @@ class LanguageModel:
                 identity = {"model": self.name, "source": self.teacher_name, "versions": machine(weights)}
                 identity |= {"calibration": digest(self.recovery[0]), "plan": digest(weights.fingerprints())}
                 identity["fingerprints"] = self.teacher_fingerprints if self.teacher else weights.fingerprints()
-                journal.begin(identity | {"flags": settings.identity(TextFlags, RecoveryFlags)})
+                flags = settings.identity(TextFlags, RecoveryFlags) | {"sparsity_ratio": task.target}
+                journal.begin(identity | {"flags": flags})
                 report = _train(weights, journal, distillation)
                 record.saved.append(self.save(journal, settings.packed, content["sparsity"]))
                 content["saved_model"] = str(record.saved[-1])
