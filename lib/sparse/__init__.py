@@ -7,6 +7,7 @@ _HOMES = {
     "DenseLinear": "layers",
     "SparseLinear": "layers",
     "Unavailable": "kernel",
+    "holds_int8": "packed",
     "is_packed": "packed",
     "load_kernel": "kernel",
     "load_packed": "loading",

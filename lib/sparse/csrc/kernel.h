@@ -1,15 +1,18 @@
-// What the files beside this one share: matrices and their product, numbers of 16 bits, and an instruction set.
+// What the files beside this one share: matrices and their product, numbers of 16 and 8 bits, and an instruction set.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
 struct Matrix {  // as kernel.py's MatrixStruct
   const uint32_t* mask;    // [rows, words], null if the matrix is dense
-  const uint16_t* values;  // packed: 32 more than there are bits set, which may be read; dense: [rows, columns]
+  const uint16_t* values;  // packed: 64 more than there are bits set, which may be read; dense: [rows, columns]
   const int64_t* starts;   // [rows + 1], where each row's values begin
   const uint16_t* bias;    // [rows] or null
   int64_t rows, columns, words;
-  int64_t half;  // 1: float16, 0: bfloat16
+  int64_t half;            // 1: float16, 0: bfloat16
+  const uint16_t* scales;  // null, or [rows, words / 2]: the values are int8, and 64 columns of a row share a scale of
+                           // the kind that `half` says; words are even then, and dense rows have as many values
+  const int8_t* bytes() const { return (const int8_t*)values; }
 };
 
 // y[i] = W[i] x + bias[i] of 1 to 8 tokens, for matrices of one kind of numbers with equally many columns.
@@ -17,6 +20,7 @@ struct Matrix {  // as kernel.py's MatrixStruct
 extern "C" void multiply(const Matrix* w, int count, const uint16_t* x, int tokens, void* const* y, int wide, int threads);
 
 constexpr int GROUP = 32;  // columns of a step of that product
+constexpr int BYTES = 64;  // and of one with int8 values
 
 namespace {
 
@@ -32,15 +36,18 @@ constexpr struct Places {  // for each byte of a mask: the places of its bits, t
 #if !defined(__AVX512VBMI2__)  // AVX2 and NEON put values where the bits of a byte are by a table of shuffles
 const struct Shuffles {  // for each byte of a mask: from where its eight places take their bytes; 0x80 is a zero
   alignas(64) uint8_t wide[256][32] = {}, narrow[256][16] = {};  // wide: as float32, whose upper half a bfloat16 is
+  uint8_t bytes[256][8];
   Shuffles() {  // not constexpr: g++ would find its places by slower instructions, a tenth of a product's time
     for (int byte = 0; byte < 256; byte++) {
       for (uint8_t& from : wide[byte]) from = 0x80;
       for (uint8_t& from : narrow[byte]) from = 0x80;
-      for (int place = 0, next = 0; place < 8; place++)
+      for (int place = 0, next = 0; place < 8; place++) {
+        bytes[byte][place] = byte >> place & 1 ? next : 0x80;
         if (byte >> place & 1) {
           for (int i = 0; i < 2; i++) narrow[byte][2 * place + i] = wide[byte][4 * place + 2 + i] = 2 * next + i;
           next++;
         }
+      }
     }
   }
 } shuffles;
@@ -59,6 +66,8 @@ const struct Shuffles {  // for each byte of a mask: from where its eight places
 //   PARTS<HALF>, widen, spread        vectors that such a step becomes; widened; expanded and widened, a part at a time
 //   multiply_add<HALF>                of two parts
 //   TOGETHER<M>, split(columns, tokens)   packed rows at once for M tokens; tokens at once
+//   Bytes, load_bytes, store_bytes, expand_bytes   BYTES weights of 8 bits, and those put where the bits of a mask are
+//   offsets(x, to), dot_bytes(Bytes, x, offsets)   16 numbers known of BYTES int8; LANES sums of products with those
 #if defined(__aarch64__)
 #include "neon.h"
 #elif defined(__AVX512VBMI2__)
@@ -70,6 +79,12 @@ const struct Shuffles {  // for each byte of a mask: from where its eight places
 #endif
 
 namespace {
+
+inline uint64_t pair(const uint32_t* words) {
+  uint64_t bits;
+  memcpy(&bits, words, 8);
+  return bits;
+}
 
 template <bool HALF>
 inline float to_float(uint16_t v) {
@@ -85,6 +100,31 @@ inline uint16_t from_float(float f) {  // rounds to nearest, ties to even
   uint32_t bits;
   memcpy(&bits, &f, 4);
   return f == f ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
+}
+
+// A row of a packed or int8 matrix: words, `apart` numbers from one to the next.
+template <bool HALF>
+inline void unpack_row(const Matrix& w, int64_t row, uint16_t* to, int64_t apart) {
+  const uint32_t* mask = w.mask + row * w.words;
+  if (!w.scales) {
+    const uint16_t* v = w.values + w.starts[row];
+    for (int64_t g = 0; g < w.words; g++, to += apart) {
+      __builtin_prefetch((const char*)v + 2048);
+      store(expand(mask[g], v), to);
+      v += __builtin_popcount(mask[g]);
+    }
+    return;
+  }
+  const int8_t* v = w.bytes() + (w.mask ? w.starts[row] : row * w.words * GROUP);
+  for (int64_t g = 0; g < w.words; g += 2) {
+    alignas(64) int8_t q[BYTES];
+    __builtin_prefetch(v + 2048);
+    store_bytes(w.mask ? expand_bytes(pair(mask + g), v) : load_bytes(v), q);
+    v += w.mask ? __builtin_popcountll(pair(mask + g)) : BYTES;
+    const float scale = to_float<HALF>(w.scales[(row * w.words + g) / 2]);
+    for (int word = 0; word < 2; word++, to += apart)
+      for (int i = 0; i < GROUP; i++) to[i] = from_float<HALF>(q[word * GROUP + i] * scale);
+  }
 }
 
 template <class T>
