@@ -28,6 +28,7 @@ from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Pruner, con
 from lib.recovery.adam import STATES, TRAINED
 from lib.recovery.block_walk import SEARCH_DTYPES
 from lib.recovery.distill import BY, RecoveryOptions
+from lib.sparse import PACKED_VALUES
 from lib.spectra import measure, spectrum
 from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
@@ -233,7 +234,10 @@ class OutputFlags(Flags):
         None, "write the pruned model to DIR/METHOD_RATIO, in place of an earlier one and all its files; anything else "
         "there (a file, another folder, an export in it) is refused", only="pruning", metavar="DIR",
     )  # fmt: skip
-    packed: bool = flag(False, "write the model packed, for scripts/generate.py", only="save_model")
+    packed: str | None = flag(
+        None, "write the model packed, for scripts/generate.py, with its values {choices} (default: exact)",
+        choices=PACKED_VALUES, nargs="?", const="exact", only="save_model",
+    )  # fmt: skip
 
     def model_folder(self, task: Task) -> Path | None:
         """Return where the pruned model is saved, None if it is not."""

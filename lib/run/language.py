@@ -269,7 +269,7 @@ class LanguageModel:
         step = (effort.windows_per_step, effort.token_stride)
         return price_model.LanguagePriceModel(self.weights, self.search, *step, dtype, by_magnitude)
 
-    def save(self, journal: Journal, packed: bool, sparsity: float) -> Path:
+    def save(self, journal: Journal, packed: str | None, sparsity: float) -> Path:
         """Complete the folder of the pruned blocks and move it into its place, which is returned.
 
         If it cannot be written, or its measured ``sparsity`` is another when read back, it is a UserError.

@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+PACKED_VALUES = ("exact", "int8")  # of the matrices of a packed model
+
 # Imported when they are used: some need transformers, which takes seconds, and pruners want the compiled kernel only.
 _HOMES = {
     "DenseLinear": "layers",

@@ -46,9 +46,7 @@ def _torch_norm(module: nn.Module) -> nn.RMSNorm | None:
     return norm if computed.shape == expected.shape and bool(close.all()) else None
 
 
-def sparsify(
-    model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None = None, values: str = "exact"
-) -> int:
+def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None = None, values: str = "exact") -> int:
     """Pack, in place, every linear layer of ``model`` with at least ``least`` zeros; return how many there are.
 
     The other linear layers stay dense, with the kernel's product (as does one that shares its weight, such as a tied

@@ -25,7 +25,6 @@ SUFFIX = ".packed.safetensors"
 # Key of the file's metadata that holds {"version", "values", "metadata", "tensors": {name: {"shape", "sha256"}}}.
 KEY = "packed"
 VERSION = 4
-VALUES = ("exact", "int8")  # what a file holds of the matrices
 INT8_COLUMNS = 64  # of a row, which share a scale
 # Integers that hold the bits of a number of that many bytes.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,8 +37,8 @@ class PackedTensor(NamedTuple):
     ``mask``: int32 [rows, ceil(columns / 32)], a bit per entry, the first column lowest. ``values``: the entries
     whose bits are set, row by row, then PADDING zeros. ``negative``: None, or uint8, a bit for each entry that is zero,
     in order and the first lowest, set where it is -0.0 (``w * mask`` leaves that for half of the pruned weights);
-    products ignore it. ``scales``: None, or those of int8 values, [rows, ceil(columns / INT8_COLUMNS)]; then the
-    columns are padded to a multiple of INT8_COLUMNS, and without a ``mask`` the values are [rows, columns].
+    products ignore it. ``scales``: None, or those of int8 values, one for INT8_COLUMNS of a row and then PADDING zeros;
+    the columns are padded to a multiple of INT8_COLUMNS, and without a ``mask`` the values are [rows, columns].
     """
 
     mask: torch.Tensor | None
@@ -75,6 +74,7 @@ def pack_int8(matrix: torch.Tensor) -> PackedTensor:
     scales = (largest / 127).to(matrix.dtype if matrix.dtype in KERNEL_DTYPES else torch.bfloat16)
     scales.view(torch.int16).add_(scales.float() * 127 < largest)  # the next number
     numbers = (groups / scales.float().clamp_min(1e-37)[..., None]).round_().to(torch.int8).flatten(1)
+    scales = F.pad(scales.flatten(), (0, PADDING))
     if 8 * int(numbers.count_nonzero()) > 7 * numbers.numel():
         return PackedTensor(None, numbers, None, scales)
     return pack(numbers)._replace(scales=scales)
@@ -91,9 +91,10 @@ def unpack(content: torch.Tensor | PackedTensor, shape: list[int]) -> torch.Tens
     if not isinstance(content, PackedTensor):
         return content
     if content.scales is not None:
-        padded = [shape[0], content.scales.shape[1] * INT8_COLUMNS]
+        scales = content.scales[:-PADDING].view(shape[0], -1, 1).float()
+        padded = [shape[0], scales.shape[1] * INT8_COLUMNS]
         numbers = content.values if content.mask is None else unpack(content._replace(scales=None), padded)
-        numbers = numbers.unflatten(1, (-1, INT8_COLUMNS)).float() * content.scales.float()[..., None]
+        numbers = numbers.unflatten(1, (-1, INT8_COLUMNS)) * scales
         return numbers.flatten(1)[:, : shape[1]].to(content.dtype)
     kept = np.unpackbits(content.mask.numpy().view(np.uint8), axis=1, count=shape[-1], bitorder="little").astype(bool)
     bits = _bits(content.values).numpy()
@@ -124,7 +125,7 @@ def is_packed(folder: Path | str) -> bool:
 
 
 def pack_files(source: Path, target: Path, values: str = "exact") -> tuple[int, int]:
-    """Write the packed form of the model's folder ``source`` into the empty folder ``target``; ``values``: of VALUES.
+    """Write the packed form of the model's folder ``source`` into the empty folder ``target``; ``values``: of PACKED_VALUES.
 
     Return the bytes of the weights' files before and after. The output is read back and what is exact compared, bit for
     bit. int8 is for all matrices, the embedding among them.
@@ -249,7 +250,7 @@ def _fits(content: torch.Tensor | PackedTensor, shape: list[int]) -> bool:
     mask, values, negative, scales = content
     rows, columns, word = math.prod(shape[:-1]), shape[-1], 32 if scales is None else INT8_COLUMNS
     words = -(-columns // word)
-    if scales is not None and (scales.dtype not in KERNEL_DTYPES or list(scales.shape) != [rows, words]):
+    if scales is not None and (scales.dtype not in KERNEL_DTYPES or list(scales.shape) != [rows * words + PADDING]):
         return False
     if values is None or (scales is not None and values.dtype != torch.int8):
         return False

@@ -78,22 +78,27 @@ struct Input {  // tokens as a matrix takes them
   const Vector* widened;   // [tokens, words, PARTS]
   const int8_t* rounded;   // [tokens, steps, BYTES]
   const int32_t* offsets;  // [tokens, steps, 16]
-  const float* scales;     // [tokens, steps]
+  const float* scales;     // [tokens, steps rounded up to eights]
 };
 
-// The same of a row of int8 values, [M]; scales: room for [M, steps].
+// The same of a row of int8 values, [M]; scales: room as for those of x.
 template <int M, bool HALF, bool PACKED>
 inline void dot_row(const Matrix& w, int64_t row, const Input& x, float* scales, float* out) {
   constexpr int SUMS = M == 1 ? 4 : M <= 4 || LANES == 16 ? 2 : 1;
   const int64_t steps = w.words / 2;
   const uint32_t* mask = w.mask + row * w.words;
   const int8_t* v = w.bytes() + (PACKED ? w.starts[row] : row * steps * BYTES);
-  for (int m = 0; m < M; m++)
-    for (int64_t g = 0; g < steps; g++)
-      scales[m * steps + g] = to_float<HALF>(w.scales[row * steps + g]) * x.scales[m * steps + g];
+  const int64_t apart = (steps + 7) / 8 * 8;
+  for (int64_t g = 0; g < steps; g += 8) {
+    float eight[8];
+    to_floats<HALF>(w.scales + row * steps + g, eight);
+    for (int m = 0; m < M; m++)
+#pragma omp simd
+      for (int i = 0; i < 8; i++) scales[m * apart + g + i] = eight[i] * x.scales[m * apart + g + i];
+  }
   Vector sum[M][SUMS] = {};
   auto step = [&](int64_t g, int s) __attribute__((always_inline)) {
-    __builtin_prefetch(v + 4096, 0, 2);
+    __builtin_prefetch(v + 2048);
     const uint64_t bits = PACKED ? pair(mask + 2 * g) : 0;
     const Bytes b = PACKED ? expand_bytes(bits, v) : load_bytes(v);
     v += PACKED ? __builtin_popcountll(bits) : BYTES;
@@ -101,7 +106,7 @@ inline void dot_row(const Matrix& w, int64_t row, const Input& x, float* scales,
     for (int m = 0; m < M; m++) {
       const int64_t at = m * steps + g;
       const Vector products = dot_bytes(b, x.rounded + at * BYTES, x.offsets + at * 16);
-      sum[m][s % SUMS] = multiply_add(products, broadcast(scales[at]), sum[m][s % SUMS]);
+      sum[m][s % SUMS] = multiply_add(products, broadcast(scales[m * apart + g]), sum[m][s % SUMS]);
     }
   };
   int64_t g = 0;
@@ -119,7 +124,7 @@ inline void dot_row(const Matrix& w, int64_t row, const Input& x, float* scales,
 template <int M, bool HALF, bool PACKED, bool INT8>
 void rows(const Matrix& w, const Input& x, void* y, bool wide) {
   constexpr int R = PACKED && !INT8 ? TOGETHER<M> : 1;
-  std::vector<float> scales(INT8 ? M * w.words / 2 : 0);
+  std::vector<float> scales(INT8 ? M * (w.words / 2 + 7) : 0);
 #pragma omp for schedule(static) nowait
   for (int64_t first = 0; first < w.rows; first += R) {
     float out[R * M];
@@ -159,13 +164,14 @@ template <bool HALF>
 void product(const Matrix* w, int count, const uint16_t* x, int tokens, void* const* y, bool wide, int threads) {
   constexpr int P = PARTS<HALF>;
   const int64_t columns = w->columns, words = (columns + GROUP - 1) / GROUP, steps = (columns + BYTES - 1) / BYTES;
+  const int64_t apart = (steps + 7) / 8 * 8;
   const auto is_int8 = [](const Matrix& matrix) { return matrix.scales != nullptr; };
   static thread_local std::vector<float> buffer, scales;
   static thread_local std::vector<int8_t> rounded;
   static thread_local std::vector<int32_t> known;
   if (!std::all_of(w, w + count, is_int8)) buffer.resize(tokens * words * P * LANES + 16);
   if (std::any_of(w, w + count, is_int8))
-    scales.resize(tokens * steps), rounded.resize(tokens * steps * BYTES), known.resize(tokens * steps * 16);
+    scales.resize(tokens * apart), rounded.resize(tokens * steps * BYTES), known.resize(tokens * steps * 16);
   Vector* widened = aligned<Vector>(buffer.data());
   for (int64_t at = 0; at < tokens * words && !std::all_of(w, w + count, is_int8); at++) {
     const int64_t g = at % words;
@@ -175,7 +181,7 @@ void product(const Matrix* w, int count, const uint16_t* x, int tokens, void* co
   for (int64_t at = 0; at < tokens * steps && std::any_of(w, w + count, is_int8); at++) {
     const int64_t first = at % steps * BYTES;
     const uint16_t* from = x + at / steps * columns + first;
-    scales[at] = round_step<HALF>(from, std::min<int64_t>(BYTES, columns - first), &rounded[at * BYTES]);
+    scales[at / steps * apart + at % steps] = round_step<HALF>(from, std::min<int64_t>(BYTES, columns - first), &rounded[at * BYTES]);
     offsets(&rounded[at * BYTES], &known[at * 16]);
   }
 #define EACH(P, I) rows<1, HALF, P, I>, rows<2, HALF, P, I>, rows<3, HALF, P, I>, rows<4, HALF, P, I>, \
@@ -187,7 +193,7 @@ void product(const Matrix* w, int count, const uint16_t* x, int tokens, void* co
     const int most = w[i].mask ? split(columns, tokens) : 8;
     for (int first = 0; first < tokens; first += most) {
       const Input input{widened + first * words * P, rounded.data() + first * steps * BYTES,
-                        known.data() + first * steps * 16, scales.data() + first * steps};
+                        known.data() + first * steps * 16, scales.data() + first * apart};
       void* out = (char*)y[i] + first * w[i].rows * (wide ? 4 : 2);
       table[is_int8(w[i])][w[i].mask != nullptr][std::min(most, tokens - first) - 1](w[i], input, out, wide);
     }

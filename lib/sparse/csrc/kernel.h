@@ -10,8 +10,8 @@ struct Matrix {  // as kernel.py's MatrixStruct
   const uint16_t* bias;    // [rows] or null
   int64_t rows, columns, words;
   int64_t half;            // 1: float16, 0: bfloat16
-  const uint16_t* scales;  // null, or [rows, words / 2]: the values are int8, and 64 columns of a row share a scale of
-                           // the kind that `half` says; words are even then, and dense rows have as many values
+  const uint16_t* scales;  // null, or [rows, words / 2] and more: the values are int8, and 64 columns of a row share a
+                           // scale of the kind that `half` says; words are even then, and dense rows have such a length
   const int8_t* bytes() const { return (const int8_t*)values; }
 };
 
