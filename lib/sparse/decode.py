@@ -227,8 +227,8 @@ class CompiledTokens:
         eps, size, added = torch.finfo(dtype).eps, _largest, expected.float() - tokens.float()
         first = index * len(LINEARS)
         if any(matrix.scales for matrix in self._struct.array[first : first + len(LINEARS)]):
-            # Of numbers that differ by eps a part, eps * 127, is rounded to another of the 127 steps of int8: few numbers
-            # differ much, and their mean square is that of the geometric mean of both.
+            # Numbers that differ by eps are rounded to other steps of int8, a 127th, with a probability of eps * 127:
+            # few differ by much, and the root of their mean square is the geometric mean of eps and a step.
             eps, size = (eps / 127) ** 0.5, _root_mean_square
         # Some ten roundings of what the block adds, and one of the sum, about as large as the tokens. Keys and values
         # are rounded less often: there another rotation, or none, shows.

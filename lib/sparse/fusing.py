@@ -50,7 +50,8 @@ def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None
     """Pack, in place, every linear layer of ``model`` with at least ``least`` zeros; return how many there are.
 
     The other linear layers stay dense, with the kernel's product (as does one that shares its weight, such as a tied
-    lm_head). With int8 for ``values`` all of them are rounded, as in files. Without the kernel nothing changes, and a one-line warning gives the reason.
+    lm_head). With int8 for ``values`` all are packed, and rounded as in files. Without the kernel nothing changes, and
+    a one-line warning gives the reason.
 
     Raises:
         UserError: the model is not on the CPU in bfloat16 or float16.

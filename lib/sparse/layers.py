@@ -36,10 +36,11 @@ def by_tiles(
 class SparseLinear(nn.Module):
     """A linear layer, y = W x + b, for inference on the CPU: 1 + 16 (1 - sparsity) bits a weight, or half of the 16.
 
-    ``weight``: result of ``packed.pack`` or ``pack_int8`` for a bfloat16 or float16 [out_features, columns]; ``bias`` of
-    the same dtype. Sums are float32, rounded once; few tokens are rounded to int8 for int8 values. Up to MAX_TOKENS rows of ``x`` go to the kernel. So do more of them on AMX in
-    bfloat16, and where at least SKIP_FROM of the weights are zero and the CPU has no instructions for the dtype;
-    otherwise ROWS_AT_ONCE rows of the weight at a time are unpacked and multiplied by torch.
+    ``weight``: result of ``packed.pack`` or ``pack_int8`` for a bfloat16 or float16 [out_features, columns]; ``bias``
+    of the same dtype. Sums are float32, rounded once. Up to MAX_TOKENS rows of ``x`` go to the kernel, and are rounded
+    to int8 for int8 values. So do more of them on AMX in bfloat16, and where at least SKIP_FROM of the weights are zero
+    and the CPU has no instructions for the dtype; otherwise ROWS_AT_ONCE rows of the weight at a time are unpacked and
+    multiplied by torch.
 
     The tensors are neither parameters nor buffers: they stay where they are if the model is moved.
 

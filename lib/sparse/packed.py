@@ -125,7 +125,7 @@ def is_packed(folder: Path | str) -> bool:
 
 
 def pack_files(source: Path, target: Path, values: str = "exact") -> tuple[int, int]:
-    """Write the packed form of the model's folder ``source`` into the empty folder ``target``; ``values``: of PACKED_VALUES.
+    """Write the packed form of the model in ``source`` into the empty folder ``target``, with one of PACKED_VALUES.
 
     Return the bytes of the weights' files before and after. The output is read back and what is exact compared, bit for
     bit. int8 is for all matrices, the embedding among them.

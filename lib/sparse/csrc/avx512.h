@@ -71,7 +71,8 @@ inline Bytes expand_bytes(uint64_t bits, const int8_t* v) {
   return with_128(placed);
 }
 inline void offsets(const int8_t* x, int32_t* to) {
-  const __m512i none = _mm512_setzero_si512(), sums = _mm512_dpbusd_epi32(none, with_128(none).plus, _mm512_loadu_si512(x));
+  const __m512i none = _mm512_setzero_si512();
+  const __m512i sums = _mm512_dpbusd_epi32(none, with_128(none).plus, _mm512_loadu_si512(x));
   _mm512_storeu_si512(to, _mm512_sub_epi32(none, sums));
 }
 inline Vector dot_bytes(Bytes w, const int8_t* x, const int32_t* offset) {

@@ -1,12 +1,12 @@
-// Products y = W x of a few tokens with weights of 16 or 8 bits, packed (a bit per weight and the values other than zero)
-// or dense. Compiled once for each instruction set by kernel.py and called through ctypes; no dependency.
+// Products y = W x of a few tokens with weights of 16 or 8 bits, packed (a bit per weight and the values other than
+// zero) or dense. Compiled once for each instruction set by kernel.py and called through ctypes; no dependency.
 //
 // A packed row is ceil(columns / 32) mask words, the first column in the lowest bit, and as many values as there are
 // bits set. 32 columns are one step: the values are put where the bits are, the 16 bits become float32, and every
 // token's float32 inputs are multiplied and added. The idea is that of SparAMX (arXiv 2502.12444), without AMX.
 //
-// With int8 values a step is 64 columns. x is rounded to int8 too, and the step's products are added up as integers: the
-// sum is multiplied by the weights' scale and by that of these 64 numbers of x, which is a 127th of the largest.
+// With int8 values a step is 64 columns. x is rounded to int8 too, and the step's products are added up as integers:
+// the sum is multiplied by the weights' scale and by that of these 64 numbers of x, which is a 127th of the largest.
 #include "kernel.h"
 
 #include <algorithm>
@@ -166,24 +166,26 @@ void product(const Matrix* w, int count, const uint16_t* x, int tokens, void* co
   const int64_t columns = w->columns, words = (columns + GROUP - 1) / GROUP, steps = (columns + BYTES - 1) / BYTES;
   const int64_t apart = (steps + 7) / 8 * 8;
   const auto is_int8 = [](const Matrix& matrix) { return matrix.scales != nullptr; };
+  const bool as_floats = !std::all_of(w, w + count, is_int8), as_int8 = std::any_of(w, w + count, is_int8);
   static thread_local std::vector<float> buffer, scales;
   static thread_local std::vector<int8_t> rounded;
   static thread_local std::vector<int32_t> known;
-  if (!std::all_of(w, w + count, is_int8)) buffer.resize(tokens * words * P * LANES + 16);
-  if (std::any_of(w, w + count, is_int8))
+  if (as_floats) buffer.resize(tokens * words * P * LANES + 16);
+  if (as_int8)
     scales.resize(tokens * apart), rounded.resize(tokens * steps * BYTES), known.resize(tokens * steps * 16);
   Vector* widened = aligned<Vector>(buffer.data());
-  for (int64_t at = 0; at < tokens * words && !std::all_of(w, w + count, is_int8); at++) {
+  const Input all{widened, rounded.data(), known.data(), scales.data()};  // this thread's, for all of them below
+  for (int64_t at = 0; as_floats && at < tokens * words; at++) {
     const int64_t g = at % words;
     const uint16_t* from = x + at / words * columns + g * GROUP;
     widen<HALF>(g < columns / GROUP ? load(from) : load_some(from, columns % GROUP), widened + at * P);
   }
-  for (int64_t at = 0; at < tokens * steps && std::any_of(w, w + count, is_int8); at++) {
-    const int64_t first = at % steps * BYTES;
-    const uint16_t* from = x + at / steps * columns + first;
-    scales[at / steps * apart + at % steps] = round_step<HALF>(from, std::min<int64_t>(BYTES, columns - first), &rounded[at * BYTES]);
-    offsets(&rounded[at * BYTES], &known[at * 16]);
-  }
+  for (int m = 0; as_int8 && m < tokens; m++)
+    for (int64_t g = 0; g < steps; g++) {
+      const int64_t at = m * steps + g, some = std::min<int64_t>(BYTES, columns - g * BYTES);
+      scales[m * apart + g] = round_step<HALF>(x + m * columns + g * BYTES, some, &rounded[at * BYTES]);
+      offsets(&rounded[at * BYTES], &known[at * 16]);
+    }
 #define EACH(P, I) rows<1, HALF, P, I>, rows<2, HALF, P, I>, rows<3, HALF, P, I>, rows<4, HALF, P, I>, \
                    rows<5, HALF, P, I>, rows<6, HALF, P, I>, rows<7, HALF, P, I>, rows<8, HALF, P, I>
   static void (*const table[2][2][8])(const Matrix&, const Input&, void*, bool) = {
@@ -192,8 +194,8 @@ void product(const Matrix* w, int count, const uint16_t* x, int tokens, void* co
   for (int i = 0; i < count; i++) {
     const int most = w[i].mask ? split(columns, tokens) : 8;
     for (int first = 0; first < tokens; first += most) {
-      const Input input{widened + first * words * P, rounded.data() + first * steps * BYTES,
-                        known.data() + first * steps * 16, scales.data() + first * apart};
+      const Input input{all.widened + first * words * P, all.rounded + first * steps * BYTES,
+                        all.offsets + first * steps * 16, all.scales + first * apart};
       void* out = (char*)y[i] + first * w[i].rows * (wide ? 4 : 2);
       table[is_int8(w[i])][w[i].mask != nullptr][std::min(most, tokens - first) - 1](w[i], input, out, wide);
     }

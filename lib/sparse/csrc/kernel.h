@@ -59,7 +59,7 @@ const struct Shuffles {  // for each byte of a mask: from where its eight places
 //   Vector, LANES                     float32s and their number; operators are the compiler's
 //   broadcast, multiply_add(a, b, c), multiply_subtract, total     a * b + c and c - a * b, rounded once; the sum of all
 //   half_to_float, float_to_half      float16 in 16 bits
-//   to_floats<HALF>(from, to)         eight numbers
+//   to_floats<HALF>(from, to)         eight numbers; to_halves(from, to): the other way, to float16
 //   squeeze(from, to)                 those of eight float32s that are not 0, to the front; returns their mask
 //   transpose(from, apart, to, apart) four rows of four
 //   Raw, load, store, expand          GROUP weights of 16 bits, and those put where the bits of a mask are
@@ -67,7 +67,7 @@ const struct Shuffles {  // for each byte of a mask: from where its eight places
 //   multiply_add<HALF>                of two parts
 //   TOGETHER<M>, split(columns, tokens)   packed rows at once for M tokens; tokens at once
 //   Bytes, load_bytes, store_bytes, expand_bytes   BYTES weights of 8 bits, and those put where the bits of a mask are
-//   offsets(x, to), dot_bytes(Bytes, x, offsets)   16 numbers known of BYTES int8; LANES sums of products with those
+//   offsets(x, to), dot_bytes(Bytes, x, offsets)   16 numbers about BYTES int8; LANES sums of products with these
 #if defined(__aarch64__)
 #include "neon.h"
 #elif defined(__AVX512VBMI2__)
@@ -94,12 +94,14 @@ inline float to_float(uint16_t v) {
   memcpy(&f, &bits, 4);
   return f;
 }
-template <bool HALF>
-inline uint16_t from_float(float f) {  // rounds to nearest, ties to even
-  if (HALF) return float_to_half(f);
+inline uint16_t upper_half(float f) {  // bfloat16 of what is no NaN: to nearest, ties to even
   uint32_t bits;
   memcpy(&bits, &f, 4);
-  return f == f ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+template <bool HALF>
+inline uint16_t from_float(float f) {
+  return HALF ? float_to_half(f) : f == f ? upper_half(f) : 0x7fc0;
 }
 
 // A row of a packed or int8 matrix: words, `apart` numbers from one to the next.
@@ -122,8 +124,12 @@ inline void unpack_row(const Matrix& w, int64_t row, uint16_t* to, int64_t apart
     store_bytes(w.mask ? expand_bytes(pair(mask + g), v) : load_bytes(v), q);
     v += w.mask ? __builtin_popcountll(pair(mask + g)) : BYTES;
     const float scale = to_float<HALF>(w.scales[(row * w.words + g) / 2]);
-    for (int word = 0; word < 2; word++, to += apart)
-      for (int i = 0; i < GROUP; i++) to[i] = from_float<HALF>(q[word * GROUP + i] * scale);
+    float numbers[BYTES];
+    uint16_t rounded[BYTES];
+    for (int i = 0; i < BYTES; i++) numbers[i] = q[i] * scale;
+    for (int i = 0; HALF && i < BYTES; i += 8) to_halves(numbers + i, rounded + i);
+    for (int i = 0; !HALF && i < BYTES; i++) rounded[i] = upper_half(numbers[i]);
+    for (int word = 0; word < 2; word++, to += apart) memcpy(to, rounded + word * GROUP, GROUP * 2);
   }
 }
 

@@ -39,6 +39,11 @@ inline void to_floats(const uint16_t* from, float* to) {
   vst1q_f32(to, lower<HALF>(eight)), vst1q_f32(to + 4, upper<HALF>(eight));
 }
 
+inline void to_halves(const float* from, uint16_t* to) {
+  const float16x4_t low = vcvt_f16_f32(vld1q_f32(from));
+  vst1q_u16(to, vreinterpretq_u16_f16(vcvt_high_f16_f32(low, vld1q_f32(from + 4))));
+}
+
 inline int squeeze(const float* from, float* to) {
   int byte = 0;
   for (int i = 0, n = 0; i < 8; i++) {
