@@ -32,6 +32,7 @@ class Pack(Flags):
         return super().traits() | (set() if self.unpack else {"packing"})
 
     def check(self) -> None:
+        super().check()
         check_free("save", Path(self.save))
 
 
