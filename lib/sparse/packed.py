@@ -174,12 +174,10 @@ def run_dtype(folder: Path) -> torch.dtype:
 
 
 def holds_int8(folder: Path) -> bool:
-    """Return whether values of the packed ``folder`` were rounded to int8; reads only headers."""
-    names = []
-    for path in packed_files(folder):
-        with _reading(path), safe_open(path, framework="pt") as file:
-            names += file.keys()
-    return any(name.endswith(".scales") for name in names)
+    """Return whether the matrices of the packed ``folder`` were rounded to int8; reads only a header."""
+    path = packed_files(folder)[0]
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()[KEY])["values"] == "int8"
 
 
 def read_file(path: Path) -> Iterator[tuple[str, torch.Tensor | PackedTensor, list[int]]]:
@@ -250,12 +248,14 @@ def _fits(content: torch.Tensor | PackedTensor, shape: list[int]) -> bool:
     mask, values, negative, scales = content
     rows, columns, word = math.prod(shape[:-1]), shape[-1], 32 if scales is None else INT8_COLUMNS
     words = -(-columns // word)
+    if values is None or (
+        scales is not None and (values.dtype != torch.int8 or len(shape) != 2 or negative is not None)
+    ):
+        return False
     if scales is not None and (scales.dtype not in KERNEL_DTYPES or list(scales.shape) != [rows * words + PADDING]):
         return False
-    if values is None or (scales is not None and values.dtype != torch.int8):
-        return False
     if mask is None:
-        return scales is not None and negative is None and list(values.shape) == [rows, words * word]
+        return scales is not None and list(values.shape) == [rows, words * word]
     if mask.dtype != torch.int32 or list(mask.shape) != [rows, words * word // 32] or values.ndim != 1:
         return False
     last = mask.numpy().view(f"u{word // 8}")[:, -1]

@@ -233,6 +233,7 @@ FORGED = {
     "values of another dtype": lambda parts: parts | {"values": parts["values"].to(torch.uint8)},
     "no values": lambda parts: parts | {"values": None},
     "no mask": lambda parts: parts | {"mask": None},
+    "signs of zeros": lambda parts: parts | {"negative": torch.zeros(1, dtype=torch.uint8)},
     "fewer values": lambda parts: parts | {"values": parts["values"][:-1]},
     "a bit beyond the columns": lambda parts: parts | {"mask": parts["mask"] | -(1 << 31)},
 }
