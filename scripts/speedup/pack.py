@@ -14,8 +14,11 @@ from lib import sparse
 from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
 from lib.core import files
+from lib.core.errors import UserError
 from lib.models.safetensors_io import weight_files
 from scripts.speedup.checkpoints import check_free, open_checkpoint
+
+LEAST_SPARSE = 0.05  # share of zeros below which a checkpoint was not pruned
 
 
 @dataclass(kw_only=True)
@@ -41,9 +44,12 @@ def run(settings: Pack) -> None:
             count = sparse.unpack_files(Path(settings.model), tmp)
         print(f"{out}: {count} tensors, each with the SHA-256 of what was packed")
         return
-    checkpoint = open_checkpoint(settings.model)
-    checkpoint.check_sparse()
-    folder = checkpoint.folder
+    source, sparsity = open_checkpoint(settings.model)
+    if sparsity < LEAST_SPARSE:
+        problem = f"is not sparse, {sparsity:.4%} of its block weights are zero"
+        fix = "prune it first: python main.py --prune_method ... --save_model DIR"
+        raise UserError(None, settings.model, problem, fix)
+    folder = Path(source.path)
     files.check_writable("save", out.parent, sum(path.stat().st_size for path in weight_files(folder)))
     with files.new_folder(out) as tmp:
         before, after = sparse.pack_files(folder, tmp)
