@@ -103,6 +103,8 @@ class Worker:
             print(json.dumps(request), file=self.process.stdin, flush=True)
         if line := self.process.stdout.readline():
             return json.loads(line)
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         code = self.process.wait()
         self.errors.seek(0)
         last = (self.errors.read().strip().splitlines() or ["no message"])[-1][:500]
@@ -121,7 +123,9 @@ def entries(engine: str, sources: Sequence[Source]) -> list[dict]:
 def measure(settings: SpeedUp) -> dict:
     """Return the record of all engines: a row for each model, with seconds of every round; the engines take turns."""
     sources = [locate(model, files.in_repository("llm_weights")) for model in settings.model]
-    windows = evaluation_windows(settings.text, load_tokenizer(sources[0]), settings.seqlen, settings.eval_windows, "text")
+    windows = evaluation_windows(
+        settings.text, load_tokenizer(sources[0]), settings.seqlen, settings.eval_windows, "text"
+    )
     longest = max(*settings.prompts, settings.seqlen, settings.context + 1 + TOKENS)
     spec = {"windows": windows.tolist(), "context": settings.context, "cores": settings.cores, "longest": longest}
     asked, failed = [], []  # (worker, number of its model, row)
@@ -134,7 +138,9 @@ def measure(settings: SpeedUp) -> dict:
             except UserError as error:
                 failed.append(str(error))
                 continue
-            rows = [{"engine": engine, "model": model["name"]} | of for model, of in zip(models, described, strict=True)]
+            rows = [
+                {"engine": engine, "model": model["name"]} | of for model, of in zip(models, described, strict=True)
+            ]
             asked += [(worker, index, row | {"seconds": {}}) for index, row in enumerate(rows)]
         if not asked:
             raise UserError(None, "no engine could run", failed[0])
@@ -162,15 +168,17 @@ def table(record: dict) -> str:
 def plot(record: dict, path: Path) -> None:
     """Write a PNG of size against perplexity; the area of a dot is the number of single tokens per second."""
     figure, (axes,) = files.new_figure(8, 4.5)
-    for engine in dict.fromkeys(row["engine"] for row in record["rows"]):
+    for number, engine in enumerate(dict.fromkeys(row["engine"] for row in record["rows"])):
         rows = [row for row in record["rows"] if row["engine"] == engine]
         speeds = [1 / min(next(iter(row["seconds"].values()))) for row in rows]
         places = [(row["megabytes"], row["perplexity"]) for row in rows]
         axes.scatter(*zip(*places, strict=True), s=[4 * speed for speed in speeds], alpha=0.5, label=engine)
         for row, place, speed in zip(rows, places, speeds, strict=True):
-            label = f"{row['model']}, {speed:.0f}/s"
-            axes.annotate(label, place, xytext=(0, 9), textcoords="offset points", fontsize="x-small", ha="center")
+            above = {"xytext": (0, -18 if number % 2 else 12), "textcoords": "offset points"}  # engines may coincide
+            axes.annotate(f"{row['model']}, {speed:.0f}/s", place, fontsize="x-small", ha="center", **above)
     axes.set(yscale="log", xlabel="MB of weights", ylabel="perplexity", title="area of a dot: tokens per second")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.margins(0.15)
     for handle in axes.legend(fontsize="small").legend_handles:
         handle.set_sizes([40])
