@@ -29,7 +29,7 @@ from lib.run.record import parsed
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published_results.json"
 # Of allocations; the others are called by their suffix.
-LABELS = {"": "uniform", "ww": "AlphaPruning", "owl": "OWL", "price_recovered": "price + recovery"}
+LABELS = {"": "uniform", "ww": "AlphaPruning", "owl": "OWL"}
 LEFT = ("method", "pruner", "allocation", "model", "engine", "case")  # headings of columns of words
 FORMATS = {"text": "rounded_outline", "markdown": "pipe", "csv": "", "latex": "latex"}  # tabulate's names
 
@@ -180,7 +180,9 @@ def figure_text(mean: float, deviation: float = math.nan) -> str:
 
 def label_of(suffix: str, extra: str) -> str:
     """Return the name of an allocation, followed by the flags that tell it from others of that name."""
-    return ", ".join(filter(None, (LABELS.get(suffix, suffix), extra)))
+    allocation = suffix.removesuffix("recovered")
+    name = LABELS.get(allocation.rstrip("_"), allocation.rstrip("_"))
+    return ", ".join(filter(None, (name if allocation == suffix else f"{name} + recovery", extra)))
 
 
 def _place(row: tuple) -> tuple:
