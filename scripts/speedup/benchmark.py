@@ -1,4 +1,4 @@
-"""Speed-up benchmark of pruned models: time, size and quality beside torch and llama.cpp: bash scripts/speedup/run.sh"""
+"""Speed-up benchmark: time, size and quality of pruned models, torch and llama.cpp: bash scripts/speedup/run.sh"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SpeedUp(Flags):
         nargs="*", metavar="MODEL",
     )  # fmt: skip
     engines: Sequence[str] = flag(
-        ("packed", "torch_bfloat16"), "what to measure with; all but the first run the dense model alone", nargs="+",
+        ("packed", "torch_bfloat16"), "what to measure with; all but packed run the dense model alone", nargs="+",
         choices=tuple(ENGINES),
     )  # fmt: skip
     prompts: Sequence[int] = flag((32, 128, 512), "lengths of prompts, tokens", nargs="+", least=2, metavar="N")

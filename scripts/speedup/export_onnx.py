@@ -24,7 +24,7 @@ from lib.core.errors import UserError
 from lib.models.load import context_length, load_llm, load_skeleton, load_tokenizer
 from lib.models.locate import SMOLLM2
 from lib.run.record import provenance
-from scripts.speedup.checkpoints import check_free, open_checkpoint
+from scripts.speedup.pack import check_free, open_checkpoint
 
 # The graphs, a whole window and one token after a window, and the names of their files.
 FILES = {"prefill": "model.onnx", "decode": "decode.onnx"}

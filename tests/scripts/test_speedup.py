@@ -377,7 +377,7 @@ BAD = {
     "{dense} {most} --engines torch_float32": "--engines torch_float32: run the first MODEL alone; add packed",
     "{dense} --engines torch_csr": "--engines torch_csr: invalid choice",
     "{dense} --engines llama_cpp": "dense; give a .gguf file as the dense MODEL",
-    "m.gguf --engines llama_cpp": "--engines llama_cpp: has no interpreter with llama-cpp-python; set LLAMA_CPP_PYTHON=",
+    "m.gguf --engines llama_cpp": "llama_cpp: has no interpreter with llama-cpp-python; set LLAMA_CPP_PYTHON=",
     "{dense} --cores 5": "--cores 5: this machine has 4 physical cores",
     "{dense} --prompts 33": "--eval_windows 2: make a text of 32 tokens, and 33 are read",
 }
