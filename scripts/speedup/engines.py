@@ -1,7 +1,6 @@
 """Engines that run models on the CPU: each in a process of its own, which benchmark.py starts and asks for times."""
 
 # llama.cpp's interpreter may have neither torch nor lib: nothing but numpy is imported up here.
-import importlib.metadata
 import json
 import os
 import sys
@@ -22,8 +21,6 @@ class Transformers:
     Its folder may be packed already.
     """
 
-    package = "torch"
-
     def __init__(self, model: dict, spec: dict, dtype: str, packed: bool = False) -> None:
         import torch
 
@@ -33,7 +30,7 @@ class Transformers:
         from lib.models.locate import locate
 
         torch.set_num_threads(spec["cores"])
-        self.torch, path = torch, model["path"]
+        self.torch, self.version, path = torch, torch.__version__, model["path"]
         if packed:
             sparse.load_kernel()  # without it the model would run dense, and be measured under this name
         if packed and sparse.is_packed(path):
@@ -69,12 +66,10 @@ class Transformers:
 class LlamaCpp:
     """A GGUF file in llama.cpp, as it is or quantised anew to ``Q8_0``, with the same methods as Transformers."""
 
-    package = "llama_cpp_python"
-
     def __init__(self, model: dict, spec: dict) -> None:
         import llama_cpp
 
-        self.api, path = llama_cpp, model["path"]
+        self.api, self.version, path = llama_cpp, llama_cpp.__version__, model["path"]
         with tempfile.TemporaryDirectory() as folder:
             if model["name"] == "Q8_0":
                 how = self.api.llama_model_quantize_default_params()
@@ -149,13 +144,12 @@ def answers(requests: Iterable[str]) -> Iterator[list]:
     windows = np.array(spec["windows"])
     stream = windows.reshape(-1)
     models = [ENGINES[spec["engine"]](model, spec) for model in spec["models"]]
-    version = importlib.metadata.version(models[0].package)
-    sizes = [{"version": version, "megabytes": model.megabytes()} for model in models]
+    sizes = [{"version": model.version, "megabytes": model.megabytes()} for model in models]
     yield [size | {"perplexity": perplexity(model, windows)} for size, model in zip(sizes, models, strict=True)]
 
     for line in requests:
         index, tokens = json.loads(line)
-        model, runs = models[index], []
+        model = models[index]
         if tokens:
             runs = [partial(model.read, stream[:tokens])]
         else:

@@ -249,7 +249,7 @@ def test_megabytes_are_what_the_packed_model_holds(folders):
 class StubbedLlama:
     """The functions of llama_cpp that the engine calls; a token's logits tell its place, and whether it is asked."""
 
-    LLAMA_FTYPE_MOSTLY_Q8_0 = 7
+    LLAMA_FTYPE_MOSTLY_Q8_0, __version__ = 7, "0"
 
     def __init__(self):
         self.decoded, self.quantised, self.at = [], [], 0
