@@ -8,15 +8,13 @@ from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from lib.cli.command import command, make_parser
 from lib.cli.settings import Experiment
 from lib.core import processes
-from lib.run import checks, pipeline, recovery, report
+from lib.run import checks, pipeline, report
 from lib.run.journal import Journal
 from lib.run.language import LanguageModel
-from lib.run.record import Record, explain_failure, is_unmeasured, perplexity_text
+from lib.run.record import Record, explain_failure
 
 PARSER = make_parser(
     Experiment,
@@ -27,7 +25,7 @@ PARSER = make_parser(
 )
 
 
-def run(settings: Experiment, console: Console, subject: LanguageModel | None = None) -> dict:
+def run(settings: Experiment, subject: LanguageModel | None = None) -> dict:
     """Carry out the run step by step and return its record.
 
     Several runs may share a ``subject``: texts and the model are then loaded once, and each starts from dense weights.
@@ -36,15 +34,13 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
     subject, record = subject or LanguageModel(), Record(Path(settings.save), task.run)
 
     with record.stage("prepare"):  # everything that can be checked without the weights
-        target = settings.model_folder(task)
-        checks.check_output(record.folder, task.run, target, flags, settings.paths())
+        targets = settings.folders(task)
+        checks.check_output(record.folder, task.run, targets, flags, settings.paths())
         subject.prepare(settings, task)
-        recovery.prepare_recovery(subject, settings, task, settings.model)
         measurement = settings.measurement(subject.name)
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
         # The journal's folder comes last, so that what is refused above leaves no trace.
-        unmeasured = is_unmeasured(record.folder, task.run, flags)
-        journal = Journal(target, settings.restart, unmeasured) if target else None
+        journal = Journal(targets[0], settings.restart) if targets else None
 
     with closing(journal) if journal else nullcontext():
         with record.stage("load"):
@@ -53,16 +49,16 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
 
         with record.stage("measure"):
             values, search = pipeline.measure_values(subject, task, measurement, settings.price_options(), journal)
-        report.show_prices(console, record, search)
+        report.show_prices(record, search)
         if settings.metrics_only:
-            report.show_metric(console, settings.model, subject.layers, values, measurement)
+            report.show_metric(settings.model, subject.layers, values, measurement)
             return record.content | {"metric": values}
 
         if task.pruner:
             with record.stage("allocate"):
                 plan, trials = pipeline.allocate(subject, task, values, journal)
                 pipeline.write_plan(subject, task, plan, settings.save_plan, settings.export_llmcompressor, flags)
-            report.show_trials(console, record, trials)
+            report.show_trials(record, trials)
 
             with record.stage("prune"):
                 record.rows = pipeline.prune(subject, task, plan, values, settings.statistics, journal)
@@ -70,39 +66,36 @@ def run(settings: Experiment, console: Console, subject: LanguageModel | None = 
         record.content["sparsity"] = sparsity = subject.weights.sparsity()
         if task.pruner:
             pipeline.warn_if_off_target(plan.target, sparsity)
-        measure = "the same command resumes, and so does: python main.py"
-        evaluation = {"eval_data": settings.eval_data, "seqlen": settings.seqlen}
-        with explain_failure(partial(record.how_to_resume, settings.save_model, measure, evaluation)):
+        with explain_failure(partial(record.how_to_resume, "the same command resumes")):
             # The model is saved before whatever may still fail.
             write = partial(subject.save, journal, settings.packed, sparsity) if journal else None
             unsaved = pipeline.save(record, write)
             if settings.recover:
-                recovery.recover(record, subject, settings, task, unmeasured)
-            evaluate(subject, record, console)
+                subject.recover(record, task)
+            evaluate(subject, record)
             record.write(complete=unsaved is None)
 
-    report.show_run(console, record)
+    report.show_run(record)
     if unsaved:
         raise unsaved
     return record.content
 
 
-def evaluate(subject: LanguageModel, record: Record, console: Console) -> None:
+def evaluate(subject: LanguageModel, record: Record) -> None:
     """Measure perplexity, then zero-shot accuracy, which may take hours; earlier results are on disk by then."""
     content = record.content
     if subject.evaluation is not None:
         with record.stage("evaluate"):
             content["perplexity"] = subject.perplexity()
-        line = perplexity_text(content["method"], content["sparsity"], content["perplexity"])
-        record.files[f"perplexity_{record.run}.txt"] = line
+        line = f"{content['method']}\t{content['sparsity']:.4f}\t{content['perplexity']:.4f}\n"  # as published
+        record.files[f"perplexity_{record.run}.txt"] = f"method\tactual_sparsity\tppl_test\n{line}"
     if subject.questions is None:
         return
     record.write()
     with record.stage("zero_shot"):
-        answers = subject.zero_shot(content["saved_model"])
-    content["zero_shot"] = {"means": answers.means, "lm_eval": answers.full}
-    record.files[f"zero_shot_{record.run}.txt"] = f"{content['method']}:\n{answers.table}"
-    report.line(console, answers.table)
+        content["zero_shot"], table = subject.zero_shot(content["saved_model"])
+    record.files[f"zero_shot_{record.run}.txt"] = f"{content['method']}:\n{table}"
+    report.line(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(settings: Experiment) -> None:
         processes.join()
         settings.warn_of_idle()
-        run(settings, Console(quiet=not processes.is_main()))
+        run(settings)
         processes.leave()
 
     resume = "the same command starts again; with --save_model it resumes after the last finished block"

@@ -9,9 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
-from rich.console import Console
 
-from image_classifiers.settings import ImageExperiment, ImageFlags
+from image_classifiers.settings import ImageExperiment
 from image_classifiers.subject import Classifier
 from lib.cli.command import command, make_parser
 from lib.cli.task import Task
@@ -27,14 +26,14 @@ PARSER = make_parser(
 )
 
 
-def run(settings: ImageExperiment, console: Console) -> dict:
+def run(settings: ImageExperiment) -> dict:
     """Carry out the run step by step and return its record."""
     task, flags = settings.task(), settings.flags()
     subject, record = Classifier(), Record(Path(settings.save), task.run)
 
     with record.stage("prepare"):  # everything that can be checked without the weights
-        target = settings.model_folder(task)
-        checks.check_output(record.folder, task.run, target, flags, settings.paths(), mark="config.json")
+        targets = settings.folders(task)
+        checks.check_output(record.folder, task.run, targets, flags, settings.paths(), mark="config.json")
         subject.prepare(settings, task)
         figures = dict.fromkeys(("sparsity", "dense_zeros", "dense", "accuracy", "saved_model"))
         record.content |= {"method": task.method, "target_sparsity": task.target, "flags": flags} | figures
@@ -52,19 +51,17 @@ def run(settings: ImageExperiment, console: Console) -> dict:
         with record.stage("measure"):
             measurement, options = settings.measurement(subject.name), settings.price_options()
             values, search = pipeline.measure_values(subject, task, measurement, options)
-        report.show_prices(console, record, search, "images", "image")
+        report.show_prices(record, search, "images", "image")
         with record.stage("allocate"):
             plan, _ = pipeline.allocate(subject, task, values)
         with record.stage("prune"):
             record.rows = pipeline.prune(subject, task, plan, values, settings.statistics)
 
-    unsaved, measure = None, "measure it with: python image_classifiers/main.py"
-    names = settings.given & {*ImageFlags.__annotations__, "device"} - {"nsamples", "published_calibration"}
-    evaluation = {settings.spelling(name): getattr(settings, name) for name in sorted(names)}
-    with explain_failure(partial(record.how_to_resume, settings.save_model, measure, evaluation)):
+    unsaved = None
+    with explain_failure(partial(record.how_to_resume, "to measure it, give it as --model")):
         record.content["sparsity"] = sparsity = subject.weights.sparsity()
         if task.pruner:
-            unsaved = pipeline.save(record, partial(subject.save, target, sparsity) if target else None)
+            unsaved = pipeline.save(record, partial(subject.save, *targets, sparsity) if targets else None)
             with record.stage("evaluate"):
                 accuracy = subject.accuracy()
         record.content["accuracy"] = accuracy._asdict()
@@ -72,13 +69,13 @@ def run(settings: ImageExperiment, console: Console) -> dict:
         record.files[f"{task.target}.txt"] = sentence  # both published
         record.write(complete=unsaved is None)
 
-    show_accuracy(settings, task, record, console)
+    show_accuracy(settings, task, record)
     if unsaved:
         raise unsaved
     return record.content
 
 
-def show_accuracy(settings: ImageExperiment, task: Task, record: Record, console: Console) -> None:
+def show_accuracy(settings: ImageExperiment, task: Task, record: Record) -> None:
     """Print the run's figures and where they were written."""
     content, seconds = record.content, sum(stage["seconds"] for stage in record.stages.values())
     rows = [("dense", 0, content["dense_zeros"], content["dense"], "")]
@@ -89,17 +86,17 @@ def show_accuracy(settings: ImageExperiment, task: Task, record: Record, console
         for method, target, sparsity, hits, time in rows
     ]
     title = f"{content['model']['given']}: {content['accuracy']['images']} test images"
-    report.show(console, title, ("method", "target", "sparsity", "top-1 %", "top-5 %", "seconds"), cells)
+    report.show(title, ("method", "target", "sparsity", "top-1 %", "top-5 %", "seconds"), cells)
     share = content["model"]["prunable"] / content["model"]["parameters"]
-    report.line(console, f"sparsity: of the blocks' matrices, {share:.1%} of the model's parameters")
-    report.line(console, f"written:  {settings.save}/{task.target}.txt, {settings.save}/*_{task.run}.*")
+    report.line(f"sparsity: of the blocks' matrices, {share:.1%} of the model's parameters")
+    report.line(f"written:  {settings.save}/{task.target}.txt, {settings.save}/*_{task.run}.*")
     if content["saved_model"]:
-        report.line(console, f"model:    {content['saved_model']}")
+        report.line(f"model:    {content['saved_model']}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     advice = "lower --batch_size, or add --hidden_device cpu"
-    return command(ImageExperiment, lambda settings: run(settings, Console()), argv, PARSER, out_of_memory=advice)
+    return command(ImageExperiment, run, argv, PARSER, out_of_memory=advice)
 
 
 if __name__ == "__main__":

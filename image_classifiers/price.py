@@ -7,19 +7,19 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from image_classifiers import models
-from lib.allocation.price import Effort
+from lib.allocation.price import SearchOptions
 from lib.allocation.price_model import Masks, band_price
 from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models.weights import Weights, swapped_weights
-from lib.recovery.block_walk import autocast, kl_divergence
+from lib.recovery.block_walk import kl_divergence
 
 # A group of images is to a classifier what a window is to a language model.
 FIT = 8  # groups on which prices are measured
 HELD = 4  # groups that are held out
 GROUP = 256  # the most images of a group
 CHUNK = 32  # the most images that are differentiated at a time
-EFFORT = Effort(windows_per_step=1, window_divisor=1, token_stride=1, held_out_windows=HELD, evaluate_every=8)
+EFFORT = SearchOptions(windows_per_step=1, window_divisor=1, token_stride=1, held_out_windows=HELD, evaluate_every=8)
 
 
 def split(images: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
@@ -40,7 +40,7 @@ class ImagePriceModel:
     """Prices of a classifier's matrices: derivatives of KL(dense || pruned), in nats per image.
 
     The whole model is run and differentiated at once, with pruned copies of all matrices; weights compete within the
-    matrix. Its public members are those of ``price_model.PriceModel``; a sample is a group of images.
+    matrix. Its public members are those of ``price.PriceModel``; a sample is a group of images.
     """
 
     advice = "use another allocation"
@@ -108,5 +108,6 @@ class ImagePriceModel:
             yield leaves
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        with autocast(self.device, self.masks.dtype):
+        dtype = self.masks.dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             return self.weights.model(images.to(self.device))

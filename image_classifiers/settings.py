@@ -11,8 +11,8 @@ from image_classifiers.price import EFFORT
 from lib.allocation import price
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import CALIBRATED, AllocationFlags, MethodFlags, OutputFlags, PruningFlags
-from lib.cli.task import Measurement
 from lib.core.errors import UserError
+from lib.spectra.cache import Measurement
 
 TRAINING_FLAGS = (
     "aa auto_resume clip_grad color_jitter cutmix cutmix_minmax disable_eval dist_eval dist_on_itp dist_url drop_path "
@@ -112,4 +112,4 @@ class ImageExperiment(ClassifierFlags, ImageFlags, ImageMethodFlags, OutputFlags
 
     def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""
-        return price.SearchOptions(self.price_steps, EFFORT)
+        return EFFORT._replace(steps=self.price_steps)

@@ -147,7 +147,7 @@ class Classifier:
         batches = data.batches(self.calibration, self.settings.batch_size, self.workers)
         return models.block_inputs(self.weights, batches, self.settings.hidden_device)
 
-    def price_model(self, effort: price.Effort, by_magnitude: bool) -> ImagePriceModel:
+    def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> ImagePriceModel:
         """Return the model whose prices are searched, measured on calibration images."""
         images, groups = self.calibration, []
         for indices, count in zip(split(images.indices), (FIT, HELD), strict=True):

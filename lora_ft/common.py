@@ -91,7 +91,7 @@ def find_base(settings: PrunedModel) -> Base:
         error.field = "config_name" if borrows else error.field
         raise
     if borrows:
-        source = load.Source(settings.model, str(folder), folder.resolve().name, settings.cache_dir)
+        source = load.Source(settings.model, str(folder), folder.resolve().name, lender.cache_dir)
     sparse.refuse_packed(source)  # It has no gradients, and is not saved again.
     refuse_experts("model", settings.model, prunable_layers(skeleton))
     return Base(source, skeleton, tokenizer, skeleton.config if borrows else None)

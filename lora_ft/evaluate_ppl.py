@@ -35,13 +35,12 @@ def run(settings: Evaluate) -> None:
     folder = Path(settings.result_dir)
     files.check_writable("result_dir", folder)
     base, windows = common.prepare_evaluation(settings)
-    tasks = None
-    if settings.eval_zero_shot:
-        tasks = zero_shot.find_tasks(settings.task_names(), settings.include_path, settings.num_fewshot)
+    asked = (settings.tasks, settings.include_path, settings.num_fewshot)
+    tasks = zero_shot.find_tasks(*asked) if settings.eval_zero_shot else None
 
     _, sparsity, model = common.load_with_adapter(settings, base)
-    figures = {"complete": tasks is None, "perplexity": perplexity(model, windows), "zero_shot": None}
-    record = figures | {"sparsity": sparsity} | common.evaluation_record(settings, base, windows)
+    record = {"complete": tasks is None, "perplexity": perplexity(model, windows), "zero_shot": None}
+    record |= {"sparsity": sparsity} | common.evaluation_record(settings, base, windows)
     name = "wikitext" if settings.dataset == "wikitext2" else settings.dataset  # as the published line calls it
     line = f"perplexity on {name} {record['perplexity']}"
     files.write_atomically(folder / "perplexity.json", run_text(record))
@@ -51,11 +50,11 @@ def run(settings: Evaluate) -> None:
         return
     with explain_failure(lambda: f"the perplexity is in {folder}"):
         cut = (settings.num_fewshot, settings.limit, settings.eval_batch_size)
-        answers = zero_shot.zero_shot(model, base.tokenizer, tasks, *cut)
-        record |= {"complete": True, "zero_shot": {"means": answers.means, "lm_eval": answers.full}}
-        files.write_atomically(folder / "zero_shot.txt", answers.table)
+        answers, table = zero_shot.zero_shot(model, base.tokenizer, tasks, *cut)
+        record |= {"complete": True, "zero_shot": answers}
+        files.write_atomically(folder / "zero_shot.txt", table)
         files.write_atomically(folder / "perplexity.json", run_text(record))
-        print(answers.table, end="")
+        print(table, end="")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

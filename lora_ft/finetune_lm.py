@@ -34,8 +34,6 @@ WRITTEN = """
     adapter_config.json adapter_model.safetensors base_model.json train_results.json eval_results.json loss_curve.png
 """.split()
 
-RESUME = "with --resume_from_checkpoint the same command resumes from the last checkpoint, else it starts again"
-
 
 @dataclass(kw_only=True)
 class TrainingTexts(Flags):
@@ -183,7 +181,8 @@ def read_blocks(settings: Finetune, split: str, base: common.Base) -> torch.Tens
     """Return the blocks of ``split`` ("train" or "validation"), [blocks, block_size] int32."""
     field, name = settings.named_texts()[split]
     most, half = (settings.max_train_samples, "train") if split == "train" else (settings.max_eval_samples, "test")
-    blocks = texts.training_blocks(field, name, half, base.tokenizer, settings.block_size, most)
+    source = texts.read_text(field, name, half)
+    blocks = texts.training_blocks(field, name, base.tokenizer, settings.block_size, most, source)
     if most and len(blocks) < most:
         message = "%s has %d blocks of %d tokens, and not the %d that were asked for"
         common.log.warning(message, name, len(blocks), settings.block_size, most)
@@ -200,16 +199,19 @@ def train_adapter(trainer, checkpoint: Path | None, started: dict, record: dict)
     arguments, blocks = trainer.args, len(trainer.train_dataset)
     out = Path(arguments.output_dir)
     trainer.before_first_save = partial(claim_output_dir, arguments, checkpoint, started)
-    size = trainer.train_dataset.shape[1]
-    message = "training %d of %d parameters on %d blocks of %d tokens, %d to a step"
-    common.log.info(message, *trainer.model.get_nb_trainable_parameters(), blocks, size, arguments.batch_size)
+    counts = (*trainer.model.get_nb_trainable_parameters(), *trainer.train_dataset.shape, arguments.batch_size)
+    common.log.info("training %d of %d parameters on %d blocks of %d tokens, %d to a step", *counts)
     with training.refusals(trainer):
         results = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     trainer.save_model()  # All processes call it: weights that they share are gathered. The config is written last.
     if not arguments.should_save:
         return
     files.write_atomically(out / "train_results.json", run_text(results | {"train_samples": blocks} | record))
-    plot_losses(trainer.state.log_history, out / "loss_curve.png")
+    curves = {}
+    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        rows = [row for row in trainer.state.log_history if key in row]
+        curves[label] = [row["step"] for row in rows], [row[key] for row in rows]
+    files.save_figure(files.draw_losses(curves), out / "loss_curve.png")
 
 
 def claim_output_dir(arguments, checkpoint: Path | None, started: dict) -> None:
@@ -235,26 +237,15 @@ def evaluate(trainer, record: dict, name: str) -> None:
     perplexity = torch.tensor(results["eval_loss"], dtype=torch.float64).exp().item()  # infinite, where math.exp fails
     results |= {"perplexity": perplexity, "eval_samples": len(trainer.eval_dataset)}
     if trainer.args.should_save:
-        path = Path(trainer.args.output_dir) / "eval_results.json"
-        files.write_atomically(path, run_text(results | record))
+        files.write_atomically(Path(trainer.args.output_dir, "eval_results.json"), run_text(results | record))
         print(f"perplexity on {name} {perplexity:.4f}")
-
-
-def plot_losses(history: list[dict], path: Path) -> None:
-    """Draw the training and the evaluation loss over the steps."""
-    figure, (axes,) = files.new_figure(6, 4)
-    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
-        rows = [row for row in history if key in row]
-        axes.plot([row["step"] for row in rows], [row[key] for row in rows], marker=".", label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
-    axes.legend()
-    files.save_figure(figure, path, dpi=120)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # A training text is long.
+    resume = "with --resume_from_checkpoint the same command resumes from the last checkpoint, else it starts again"
     fix = "lower --per_device_train_batch_size or --block_size, or add --gradient_checkpointing"
-    return command(Finetune, run, argv, PARSER, RESUME, processes=True, out_of_memory=fix)
+    return command(Finetune, run, argv, PARSER, resume, processes=True, out_of_memory=fix)
 
 
 if __name__ == "__main__":

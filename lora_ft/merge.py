@@ -10,7 +10,6 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
@@ -86,11 +85,10 @@ def run(settings: Merge) -> None:
         if not settings.keep_dense:
             restore_zeros(weights, before)
             measure(KEPT, merged, weights.model)
-    console = Console()
     title = f"{settings.lora_weights} in {settings.model}, perplexity on {settings.dataset}"
     cells = [(row["state"], f"{row['sparsity']:.4f}", f"{row['perplexity']:.4f}") for row in rows]
-    report.show(console, title, ("model", "sparsity", "perplexity"), cells)
-    report.line(console, f"written: {out}, {state}, with a sparsity of {merged:.4f}")
+    report.show(title, ("model", "sparsity", "perplexity"), cells)
+    report.line(f"written: {out}, {state}, with a sparsity of {merged:.4f}")
 
 
 def merge(model: torch.nn.Module, weights: Weights, names: Iterable[str]) -> None:

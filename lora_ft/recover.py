@@ -10,7 +10,6 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
@@ -18,10 +17,10 @@ from lib.cli.settings import AllocationFlags, Experiment, PruningFlags, ZeroShot
 from lib.cli.task import Task
 from lib.core import processes
 from lib.core.errors import UserError
-from lib.run import checks, recovery, report
+from lib.run import checks, report
+from lib.run.journal import read_manifest
 from lib.run.language import LanguageModel
-from lib.run.record import Record, is_unmeasured
-from lib.run.recovery import manifest
+from lib.run.record import Record
 
 
 @dataclass(kw_only=True)
@@ -37,14 +36,13 @@ class Recover(Experiment):
 
     model: str = flag(MISSING, "the pruned model: folder or hub id")
     dense: str | None = flag(
-        None, "the model it was pruned from, or none, to train on the text alone (default: the one its pruning.json "
-        "names)", metavar="NAME",
-    )  # fmt: skip
+        None, "the model it was pruned from, or none: text alone (default: the one pruning.json names)", metavar="NAME"
+    )
     recover: int = flag(MISSING, "tokens of {calib_data} to train on, a count", least=1)
     save_model: str = flag(MISSING, "where the recovered model is written", metavar="DIR")
 
     def task(self) -> Task:
-        flags = manifest(Path(self.model)).get("flags", {})
+        flags = read_manifest(Path(self.model)).get("flags", {})
         nm = parse_nm(flags.get("sparsity_type", "unstructured"))
         target = 1 - nm[0] / nm[1] if nm else flags.get("sparsity_ratio", 0.0)
         return self.settled(Task("recovered", None, "", target))
@@ -55,8 +53,16 @@ class Recover(Experiment):
             raise UserError("calib_data", "self", "a pruned model has no text of its own to learn from", fix)
         super().check()
 
-    def model_folder(self, task: Task) -> Path:
-        return Path(self.save_model)
+    def pruned_from(self) -> dict:
+        pruned = read_manifest(Path(self.model))
+        source = self.dense or pruned.get("source")
+        if source is None:
+            problem = f"is needed: {self.model} does not say what it was pruned from"
+            raise UserError("dense", None, problem, "give that model, or none to train on the text alone")
+        return pruned | {"source": None if source == "none" else source}
+
+    def folders(self, task: Task) -> list[Path]:
+        return [Path(self.save_model)]
 
 
 PARSER = make_parser(
@@ -72,30 +78,22 @@ def run(settings: Recover) -> None:
     """Recover a model, save it, and measure its perplexity before and after."""
     processes.join()
     settings.warn_of_idle()
-    console, task, flags = Console(quiet=not processes.is_main()), settings.task(), settings.flags()
-    subject, record, pruned = LanguageModel(), Record(Path(settings.save), task.run), manifest(Path(settings.model))
-    dense = settings.dense or pruned.get("source")
-    if dense is None:
-        problem = f"is needed: {settings.model} does not say what it was pruned from"
-        raise UserError("dense", None, problem, "give that model, or none to train on the text alone")
+    task, flags = settings.task(), settings.flags()
+    subject, record = LanguageModel(), Record(Path(settings.save), task.run)
     with record.stage("prepare"):
-        checks.check_output(record.folder, task.run, None, flags, settings.paths())
+        checks.check_output(record.folder, task.run, settings.folders(task), flags, settings.paths())
         subject.prepare(settings, task)
-        dense = None if dense == "none" else dense
-        recovery.prepare_recovery(subject, settings, task, dense, pruned.get("fingerprints"))
         record.content |= report.task_entries(task, flags) | subject.describe(flags)
-        unmeasured = is_unmeasured(record.folder, task.run, flags)
     with record.stage("load"):
         subject.load()
         record.content["dense_zeros"] = record.content["sparsity"] = subject.weights.sparsity()
 
-    recovery.recover(record, subject, settings, task, unmeasured)
+    subject.recover(record, task)
     record.write()
-    if subject.evaluation is not None:
-        with record.stage("evaluate"):
-            record.content["perplexity"] = subject.perplexity()
+    with record.stage("evaluate"):
+        record.content["perplexity"] = subject.perplexity()
     record.write(complete=True)
-    report.show_run(console, record)
+    report.show_run(record)
     processes.leave()
 
 

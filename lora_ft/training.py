@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import transformers
@@ -118,12 +117,8 @@ class TrainerParser(Parser, transformers.HfArgumentParser):
     """Parser of the Trainer's flags, for what the parser ``command`` of finetune_lm.py's own flags leaves."""
 
     def __init__(self, command: Parser) -> None:
-        self.command = command
         super().__init__(LoraArguments, prog=command.prog, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        self._option_string_actions |= self.command._option_string_actions  # for "did you mean"
-        super().error(message)
+        self._option_string_actions |= command._option_string_actions  # read already; for "did you mean"
 
 
 def parse_arguments(words: Sequence[str], command: Parser, **values) -> LoraArguments:
@@ -195,8 +190,6 @@ def check_same_training(checkpoint: Path, flags: Mapping[str, object]) -> None:
     """Refuse to resume from ``checkpoint`` with other ``flags`` than its run was started with, naming the first."""
     before = common.training_record(FIELD, checkpoint.parent)["training"]
     for name, value in flags.items():
-        old = before.get(name)
-        if old != value:
-            problem = f"the run of {checkpoint} was started {'without it' if old is None else f'with {old}'}"
-            fix = f"{'leave it out' if old is None else 'give that'}, or start again in another folder"
-            raise UserError(name, "left out" if value is None else value, problem, fix)
+        if before.get(name) != value:
+            problem = f"was {before.get(name) or 'left out'} when the run of {checkpoint} was started"
+            raise UserError(name, value, problem, "give it as it was, or start again in another folder")

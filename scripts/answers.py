@@ -12,7 +12,6 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
 
 from lib import sparse
 from lib.calibration import own_text
@@ -41,7 +40,7 @@ class Comparison(Flags):
     tokens: int = flag(256, "of an answer at most", least=4)
     seed: int = flag(0, "random seed of prompts and sampling")
     save: str = flag("results/answers", "where figures, histogram and dense answers are written", metavar="DIR")
-    cache_dir: str = flag("llm_weights", "where models are kept", in_repository=True, metavar="DIR")
+    cache_dir: str | None = flag(None, "where models are kept (default: the repository's llm_weights)", metavar="DIR")
 
 
 PARSER = make_parser(Comparison, "answers.py", __doc__)
@@ -96,9 +95,9 @@ def run(settings: Comparison) -> None:
     axes.hist([*lengths.values()], bins=16, range=(0, settings.tokens), label=[*lengths])
     axes.set(xlabel=f"length of an answer, tokens (limit {settings.tokens})", ylabel="answers")
     axes.legend()
-    files.save_figure(figure, folder / "answers.png", dpi=130)
+    files.save_figure(figure, folder / "answers.png")
     cells = [(name, f"{long:.0f}", f"{end:.0%}", f"{again:.1%}", f"{ppl:.2f}") for name, long, end, again, ppl in rows]
-    report.show(Console(), f"answers to {len(prompts)} prompts", HEADINGS, cells)
+    report.show(f"answers to {len(prompts)} prompts", HEADINGS, cells)
     print(f"written: {folder}/answers.json, answers.png, dense.jsonl")
 
 

@@ -89,19 +89,19 @@ def report(settings: Settings) -> Path:
         "planned_ratio": [ratios[layer.name] for layer in subject.layers],
     })  # fmt: skip
     ordered = layers.sort_values(run.ww_metric)["name"].tolist()
-    how, spectra = measurement.settings, dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]])
+    spectra = dict.fromkeys([ordered[0], ordered[len(ordered) // 2], ordered[-1]])
     for block in subject.weights.visit():
         for name in block.linears.keys() & spectra.keys():
-            whole = spectrum(block.linears[name].weight, how.driver, how.farms)
+            whole = spectrum(block.linears[name].weight, measurement.driver, measurement.farms)
             spectra[name] = whole._replace(eigs=whole.eigs.cpu())
 
     title = f"{subject.name}: {run.ww_metric}"
     plan = f"sparsity {run.sparsity_ratio:g}, epsilon {run.epsilon:g}, {run.mapping_type}"
     sizes = pandas.Series([layer.size for layer in subject.layers])
     files.write_atomically(folder / "layers.tsv", layers.to_csv(sep="\t", index=False, float_format="%.6f"))
-    files.save_figure(draw_blocks(layers, sizes, f"{subject.name}: {plan}"), folder / "blocks.png", dpi=130)
-    files.save_figure(draw_heat_map(layers, title), folder / "heat_map.png", dpi=130)
-    files.save_figure(draw_spectra(spectra, run.ww_metric), folder / "spectra.png", dpi=130)
+    files.save_figure(draw_blocks(layers, sizes, f"{subject.name}: {plan}"), folder / "blocks.png")
+    files.save_figure(draw_heat_map(layers, title), folder / "heat_map.png")
+    files.save_figure(draw_spectra(spectra, run.ww_metric), folder / "spectra.png")
     metric = layers[run.ww_metric]
     page = PAGE.format(
         title=title, plan=plan, count=len(layers), metric=run.ww_metric, first=ordered[0], last=ordered[-1],

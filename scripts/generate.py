@@ -41,7 +41,7 @@ class Generation(Flags):
     tokens: int = flag(64, "new tokens at most", least=2, metavar="N")
     compare: str | None = flag(None, "run this model, too, in turns, and print the ratio", metavar="DENSE")
     threads: int = flag(0, "threads (0: as many as torch takes)", least=0, most=len(cpu.usable()), metavar="N")
-    cache_dir: str = flag("llm_weights", "where models are kept", in_repository=True, metavar="DIR")
+    cache_dir: str | None = flag(None, "where models are kept (default: the repository's llm_weights)", metavar="DIR")
 
 
 PARSER = make_parser(Generation, "generate.py", __doc__)

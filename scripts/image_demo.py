@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +15,6 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import table
-from rich.console import Console
 
 from image_classifiers import data, main, models
 from image_classifiers.settings import ImageExperiment
@@ -92,7 +93,8 @@ def prune_all(folder: Path, epsilon: float, save: Path) -> pandas.DataFrame:
         flags = [*common, "--save_dir", str(save / method)]  # the published file names do not hold the method
         flags += ["--nsamples", "1024", "--prune_metric", method, "--sparsity", str(sparsity)] if sparsity else []
         flags += alpha if method.endswith("_ww") else []
-        record = main.run(parse(ImageExperiment, flags, main.PARSER), Console(quiet=True))
+        with redirect_stdout(StringIO()):
+            record = main.run(parse(ImageExperiment, flags, main.PARSER))
         pruner, _, suffix = method.partition("_")
         rows.append((pruner, suffix, sparsity, record["accuracy"]["top1"]))
     cells = pandas.DataFrame(rows, columns=["pruner", "suffix", "target", "mean"])
@@ -114,7 +116,7 @@ def demo(settings: Demo) -> None:
         (_, (dense,)), *pruned = panels[-1].groupby(["pruner", "suffix"], sort=False)["text"]
         rows = [("_".join(filter(None, method)), *accuracies) for method, accuracies in pruned]
         headings = ("method", *(f"{sparsity:.0%}" for sparsity in SPARSITIES))
-        report.show(Console(), f"{name}: top-1 % of the test images, dense {dense}", headings, rows)
+        report.show(f"{name}: top-1 % of the test images, dense {dense}", headings, rows)
     table.plot(save / "accuracy.png", *panels, xlabel="top-1 accuracy, %", xscale="linear")
     print(f"written: {save}/accuracy.png; the figures of every run: {save}/{{{','.join(SMALL)}}}/")
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import Field, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import table
-from rich.console import Console
 
 import main as program
 from lib.cli.command import command, make_parser
@@ -192,7 +193,8 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
                 if digest != first_seen[flag_name]:  # what was read of it before must not be mixed with it
                     problem = "was changed since this command started"
                     raise UserError(flag_name, getattr(settings, flag_name), problem, "start it again")
-            program.run(settings, Console(quiet=True), subject)
+            with redirect_stdout(StringIO()):
+                program.run(settings, subject)
         except Exception as error:  # one setting does not stop the others, hours into a sweep
             run_files[-1] = None
             foreseen = isinstance(error, (UserError, torch.OutOfMemoryError))

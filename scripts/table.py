@@ -274,7 +274,16 @@ def passes_of(settings: Experiment) -> int:
     if task.needs != "price":
         return settings.nsamples if task.needs in BLOCK_SCORES else 0
     options = settings.price_options()
-    return -(-price.forward_passes(options) // options.effort.window_divisor)
+    return -(-forward_passes(options) // options.window_divisor)
+
+
+def forward_passes(options: price.SearchOptions) -> int:
+    """Return how many windows a search passes through the blocks, a backward pass counted as two.
+
+    Where there is no room for all activations of a step, its windows pass once more (checkpointing).
+    """
+    evaluations = 2 + math.ceil(options.steps / options.evaluate_every)  # the dense model's, and of uniform ratios: 2
+    return price.FIT_WINDOWS + evaluations * options.held_out_windows + 3 * options.steps * options.windows_per_step
 
 
 def caption(runs: pandas.DataFrame, value: str = "perplexity", sources: Iterable[str] = ()) -> str:
@@ -322,7 +331,7 @@ def plot(path: Path, *panels: pandas.DataFrame, xlabel: str = "perplexity", xsca
         axes.grid(axis="x", which="both", alpha=0.3)
         axes.set(xscale=xscale if finite.notna().any() else "linear", xlabel=xlabel, title=cells["model"].iloc[0])
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    files.save_figure(figure, path, dpi=130)
+    files.save_figure(figure, path)
 
 
 def run(settings: Settings) -> None:

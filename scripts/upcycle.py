@@ -45,7 +45,7 @@ class Upcycling(Flags):
     seqlen: int = flag(512, "length of a window, tokens", least=2, metavar="N")
     calib_data: str = flag("wiki_leads", "text, as for main.py", metavar="TEXT")
     seed: int = flag(0, "of windows and clusters")
-    cache_dir: str = flag("llm_weights", "where models are kept", in_repository=True, metavar="DIR")
+    cache_dir: str | None = flag(None, "where models are kept (default: the repository's llm_weights)", metavar="DIR")
 
     def check(self) -> None:
         if self.active > self.experts:
@@ -166,7 +166,7 @@ def run(settings: Upcycling) -> None:
     model = cut(dense, fitted, settings)
     if counts[0]:
         pair, dtype = (weights_of(model), weights_of(dense)), search_dtype("auto", torch.device("cpu"), torch.float32)
-        report = Distillation(*pair, options, windows, dtype=dtype, may_be_dense=True).run(None, lambda *_: None, {})
+        report = Distillation(*pair, options, windows, dtype=dtype).run(None, lambda *_: None, {})
         print("held-out loss: {held_before:.3f} -> {held_after:.3f}, {tokens} tokens".format(**report))
     save_llm(model, tokenizer, target, config.dtype)
     print(f"written: {target}")

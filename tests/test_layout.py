@@ -141,7 +141,7 @@ def test_help_explains_every_flag_in_groups(parser):
 
 
 PUBLISHED_DEFAULTS = {
-    "seed": 0, "nsamples": 128, "sparsity_ratio": 0, "sparsity_type": "unstructured", "cache_dir": "llm_weights",
+    "seed": 0, "nsamples": 128, "sparsity_ratio": 0, "sparsity_type": "unstructured",
     "use_variant": False, "ww_metric": "alpha_peak", "epsilon": 0.3, "mapping_type": "block_wise",
     "eval_zero_shot": False,
     # fixed or new

@@ -27,6 +27,7 @@ from lib.pruning.plan import SparsityPlan
 from lib.pruning.pruners import PRUNERS
 from lib.pruning.walk import walk
 from lib.run import pipeline
+from lib.spectra.cache import Measurement
 from lib.spectra.measure import measure
 from lib.spectra.spectrum import spectrum
 from lib.spectra.tail import METRICS
@@ -114,7 +115,7 @@ def test_published_perplexity(key, method, ratio, nm, smollm2_source, windows, g
 def published_ratios(method: str, ratio: float, weights: Weights) -> object:
     if not method.endswith("_ww"):
         return uniform(weights.layers, ratio)
-    values = measure("alpha_peak", weights).values
+    values = measure(Measurement("alpha_peak"), weights).values
     return heavy_tailed(weights.layers, ratio, values=values, epsilon=0.2, mapping_type="block_wise")
 
 
@@ -273,7 +274,7 @@ def test_a_run_repeats_itself_and_the_seed_matters(tiny_run):
 def test_every_metric_and_mapping_steers_the_plan(metric, mapping, tiny_weights):
     flags = "--model m --prune_method magnitude_ww --sparsity_ratio 0.5 --epsilon 0.2"
     asked = settings(f"{flags} --ww_metric {metric} --mapping_type {mapping}")
-    values = measure(metric, tiny_weights).values
+    values = measure(Measurement(metric), tiny_weights).values
     planned = pipeline.make_plan(asked.task(), tiny_weights.layers, values).ratios
     assert len(set(planned.values())) == (3 if mapping == "block_wise" else 21)
     if mapping == "layer_wise":  # the more of the metric, the more is pruned
@@ -369,7 +370,8 @@ def test_a_failing_evaluation_leaves_the_model_and_the_layers(error, keep, tiny_
     assert record["complete"] is False and record["perplexity"] is None and record["sparsity"] == 0.5
     assert len(table_of(Path("save", names[0]))) == 21
     assert "figures so far: save/" in caplog.text
-    assert ("python main.py --model kept/wanda_0.5" in caplog.text) == keep == Path("kept/wanda_0.5").is_dir()
+    saved = "the pruned model is saved in kept/wanda_0.5; the same command resumes"
+    assert (saved in caplog.text) == keep == Path("kept/wanda_0.5").is_dir()
 
 
 def test_a_sparsity_that_misses_the_target_triggers_a_warning(tiny_run, caplog):

@@ -67,10 +67,7 @@ def shares_below(weights: Weights, target: float, score: Callable[[torch.Tensor]
 def score_blocks(
     weights: Weights, inputs: BlockInputs, number: Callable[[list[torch.Tensor]], float]
 ) -> dict[str, float]:
-    """Return, by layer name, ``number`` of the scores of the layer's block in the dense model, each [out, in].
-
-    The ``inputs`` of the blocks are modified in place.
-    """
+    """Return, by layer name, ``number`` of the scores [out, in] of its block; ``inputs`` are modified in place."""
     values = {}
     for block in tqdm(weights.visit(), "dense statistics", len(weights.modules), unit="block", disable=None):
         scores = [score for _, score in wanda_scores(block, inputs)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
@@ -25,13 +24,6 @@ WINDOWS = 8
 EPSILON_STEP = 0.05
 
 
-class Trial(NamedTuple):
-    """A tried ``epsilon`` and the resulting ``perplexity`` on the held-out windows."""
-
-    epsilon: float
-    perplexity: float
-
-
 def epsilon_grid(largest: float) -> list[float]:
     """Return 0 (uniform) and the multiples of EPSILON_STEP up to ``largest``, above which a ratio would be capped."""
     return [round(EPSILON_STEP * i, 2) for i in range(math.floor(largest / EPSILON_STEP + 1e-9) + 1)]
@@ -45,15 +37,13 @@ def try_epsilons(
     dense: Mapping[str, torch.Tensor] | None = None,
     tried: Mapping[str, float] | None = None,
     remember: Callable[[Mapping[str, float]], None] | None = None,
-) -> list[Trial]:
+) -> dict[float, float]:
     """Return the perplexity after pruning with the plan of each epsilon; the weights are dense again afterwards.
 
-    Epsilons with the same plan are tried once. Several processes each try different plans, on all windows.
-
-    Args:
-        windows: calibration and held-out windows, each [samples, tokens].
-        dense: the caller's snapshot of the weights; without one, a copy is held in CPU memory meanwhile.
-        tried: perplexities by plan from an earlier run; it is replaced by what ``remember`` is called with.
+    Epsilons with the same plan are tried once. Several processes each try different plans, on all ``windows``, those of
+    calibration and held-out ones, each [samples, tokens]. Without ``dense``, the caller's snapshot of the weights, a
+    copy is held in CPU memory meanwhile. ``tried`` are perplexities by plan from an earlier run, replaced by what
+    ``remember`` is called with.
     """
     dense = weights.snapshot() if dense is None else dense
     perplexities = dict(tried or {})
@@ -72,12 +62,12 @@ def try_epsilons(
         perplexities |= dict(result for share in processes.gathered(results) for result in share)
         if remember:
             remember(perplexities)
-    return [Trial(epsilon, perplexities[keys[epsilon]]) for epsilon in plans]
+    return {epsilon: perplexities[key] for epsilon, key in keys.items()}
 
 
-def best(trials: Sequence[Trial]) -> Trial:
-    """Return the trial of the lowest perplexity, of equals the smallest epsilon's; a UserError if none is finite."""
-    finite = [trial for trial in trials if math.isfinite(trial.perplexity)]
+def best(trials: Mapping[float, float]) -> float:
+    """Return the epsilon of the lowest perplexity, of equals the smallest; a UserError if none is finite."""
+    finite = [(perplexity, epsilon) for epsilon, perplexity in trials.items() if math.isfinite(perplexity)]
     if not finite:
         raise UserError("epsilon", "auto", "the perplexity is not finite after any of them", "lower --sparsity_ratio")
-    return min(finite, key=lambda trial: (trial.perplexity, trial.epsilon))
+    return min(finite)[1]

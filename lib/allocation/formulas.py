@@ -37,11 +37,8 @@ def heavy_tailed(layers: Sequence[Layer], target: float, values: Values, epsilon
     """Return ratios that grow linearly with a metric such as alpha (paper, section 3.2).
 
     With x the metric scaled to [0, 1]: ratio = (1 - epsilon + 2 epsilon x) * c, with c chosen such that the mean ratio,
-    weighted by layer size, is the target.
-
-    Args:
-        epsilon: half width of the map before scaling, in [0, 1].
-        mapping_type: a name of MAPPINGS.
+    weighted by layer size, is the target. ``epsilon`` is the half width of the map before scaling, in [0, 1], and
+    ``mapping_type`` a name of MAPPINGS.
     """
     groups, x = _scaled_groups(layers, values, mapping_type)
     _warn_if_capped("epsilon", epsilon, largest_epsilon(layers, target, values, mapping_type))
@@ -71,10 +68,7 @@ def outlier_weighted(layers: Sequence[Layer], target: float, values: Values, owl
 
 
 def dynamic(layers: Sequence[Layer], target: float, values: Values, dlp_alpha: float) -> Ratios:
-    """Return block ratios that fall linearly with 1 - score / sum of scores, +- ``dlp_alpha`` (DLP: Chen et al., 2025).
-
-    The scores are the blocks' medians.
-    """
+    """Return block ratios that fall with 1 - median score / sum of these, +- ``dlp_alpha`` (DLP: Chen et al., 2025)."""
     groups = _grouped(layers)
     scores = [values[group[0].name] for group in groups]
     if not sum(scores) > 0:
@@ -114,18 +108,13 @@ def from_shares(layers: Sequence[Layer], target: float, values: Values) -> Ratio
 
 
 class Allocation(NamedTuple):
-    """How the overall target is distributed over the layers.
+    """How the overall target is distributed over the layers."""
 
-    Attributes:
-        share: ``share(layers, target, values, **hyper-parameters)`` returns a ratio by layer name.
-        wants: name of what ``values`` hold: ``metric`` (--ww_metric), ``price`` (ratios of equal price), a name of
-            BLOCK_SCORES (from a calibration pass) or WEIGHT_SCORES (fractions below one threshold), or None.
-        flags: names of the hyper-parameters.
-    """
-
-    share: Callable[..., Ratios]
+    share: Callable[..., Ratios]  # of layers, target, values and hyper-parameters
+    # What the values are: ``metric`` (--ww_metric), ``price`` (ratios of equal price), a name of BLOCK_SCORES (from a
+    # calibration pass) or WEIGHT_SCORES (fractions below one threshold), or None.
     wants: str | None = None
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()  # names of the hyper-parameters
 
 
 # Allocations by the suffix of the method: <pruner>[_<allocation>].

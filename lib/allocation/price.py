@@ -1,17 +1,17 @@
-"""Search by price: the ratios at which pruning one more weight costs the same in every matrix."""
+"""Search by price: the ratios at which pruning one more weight costs the same in every matrix of a model."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from lib.allocation.price_model import PriceModel
 from lib.core import files
 from lib.core.errors import UserError
+from lib.core.lazy import torch
 from lib.models.layers import Layer
 
 # Windows of calibration on which a language model's prices are measured.
@@ -25,18 +25,15 @@ STEP = 0.25
 MOMENTUM = 0.6
 
 
-class Effort(NamedTuple):
-    """How much data a search looks at: windows of --seqlen / ``window_divisor`` tokens.
-
-    A step reads ``windows_per_step`` of them, in which one of ``token_stride`` tokens counts; after every
-    ``evaluate_every`` steps the plan is evaluated on ``held_out_windows``.
-    """
+class SearchOptions(NamedTuple):
+    """Number of ``steps`` of a search, and how much data it looks at."""
 
     windows_per_step: int
-    window_divisor: int
-    token_stride: int
+    window_divisor: int  # a window has --seqlen / window_divisor tokens
+    token_stride: int  # one of so many tokens counts
     held_out_windows: int
-    evaluate_every: int
+    evaluate_every: int  # steps after which the plan is evaluated on the held-out windows
+    steps: int = 16
 
     def length(self, seqlen: int) -> int:
         """Return the number of tokens in a window of the search, given that in a window of calibration."""
@@ -44,60 +41,37 @@ class Effort(NamedTuple):
 
 
 EFFORTS = {
-    "full": Effort(windows_per_step=2, window_divisor=1, token_stride=2, held_out_windows=8, evaluate_every=4),
-    "quick": Effort(windows_per_step=1, window_divisor=2, token_stride=1, held_out_windows=4, evaluate_every=8),
+    "full": SearchOptions(windows_per_step=2, window_divisor=1, token_stride=2, held_out_windows=8, evaluate_every=4),
+    "quick": SearchOptions(windows_per_step=1, window_divisor=2, token_stride=1, held_out_windows=4, evaluate_every=8),
 }
 
 
-class SearchOptions(NamedTuple):
-    """Number of ``steps`` of a search, and how much data it looks at."""
+class PriceModel(Protocol):
+    """A model whose matrices have prices, as the search sees it; a plan is a ratio by layer name."""
 
-    steps: int = 16
-    effort: Effort = EFFORTS["full"]
+    samples: int  # windows of text, or groups of images, that prices can be measured on
+    dtype: torch.dtype  # of the products
+    advice: str  # what a user may try where numbers are not finite
 
+    def kl(self, ratios: Mapping[str, float]) -> float:
+        """Return the mean KL(dense || pruned) on held-out data, in nats."""
 
-def forward_passes(options: SearchOptions) -> int:
-    """Return how many windows a search passes through the blocks, a backward pass counted as two.
-
-    Where there is no room for all activations of a step, its windows pass once more (checkpointing).
-    """
-    effort = options.effort
-    evaluations = 2 + math.ceil(options.steps / effort.evaluate_every)  # the dense model's, and of uniform ratios: 2
-    return FIT_WINDOWS + evaluations * effort.held_out_windows + 3 * options.steps * effort.windows_per_step
-
-
-class Step(NamedTuple):
-    """A step of the search: the ``spread`` of prices, the KL on its windows (``fit``), and on the ``held`` out ones.
-
-    KL is in nats per token, ``held`` that after the step, None if it was not evaluated.
-    """
-
-    spread: float
-    fit: float
-    held: float | None
+    def prices(self, ratios: Mapping[str, float], batch: Sequence[int]) -> tuple[float, dict[str, float]]:
+        """Return the mean KL over a batch (indices of samples), and its derivative by each layer's ratio, by name."""
 
 
 class SearchResult(NamedTuple):
-    """The ``ratios`` by layer name that were ``kept``, and the KL on held-out windows of each plan they were among."""
+    """The ``ratios`` by layer name that were ``kept``, and how they were found; KL is in nats per token."""
 
     ratios: dict[str, float]
-    kept: str
-    held: dict[str, float]
-    steps: list[Step]
+    kept: str  # name of the plan
+    held: dict[str, float]  # KL on held-out windows of each plan
+    # The ``spread`` of prices, KL on the step's windows (``fit``), and after it on the ``held`` out ones, or None.
+    steps: list[dict[str, float | None]]
     dtype: str
 
-    @classmethod
-    def of(cls, content: Mapping) -> SearchResult:
-        """Return what ``_asdict`` was made of, after a way through JSON."""
-        return cls(**content)._replace(steps=[Step(*step) for step in content["steps"]])
 
-
-def search(
-    model: PriceModel,
-    layers: Sequence[Layer],
-    target: float,
-    options: SearchOptions = SearchOptions(),  # noqa: B008  a tuple of numbers
-) -> SearchResult:
+def search(model: PriceModel, layers: Sequence[Layer], target: float, options: SearchOptions) -> SearchResult:
     """Return the ratios at which pruning one more weight costs the same KL(dense || pruned) in every layer.
 
     The search starts from uniform ratios. Of these and its end, the plan with the lower KL on held-out data is kept.
@@ -106,7 +80,7 @@ def search(
     plans = {"uniform": {layer.name: target for layer in layers}}
     kls = {"uniform": model.kl(plans["uniform"])}
     plans["end"], steps = _descend(model, layers, target, options)
-    kls["end"] = steps[-1].held
+    kls["end"] = steps[-1]["held"]
     finite = {name: value for name, value in kls.items() if math.isfinite(value)}
     if not finite:
         raise UserError("sparsity_ratio", None, "the KL of every plan is not finite", f"lower it, or {model.advice}")
@@ -116,20 +90,19 @@ def search(
 
 def _descend(
     model: PriceModel, layers: Sequence[Layer], target: float, options: SearchOptions
-) -> tuple[dict[str, float], list[Step]]:
+) -> tuple[dict[str, float], list[dict]]:
     """Return the ratios to which the steps lead from uniform ones, and the steps."""
     names, sizes = [layer.name for layer in layers], [layer.size for layer in layers]
-    count, effort = options.steps, options.effort
     ratios = [target] * len(layers)
     # A few windows seldom use some experts, whose price near 0 proves nothing, and some experts carry a whole model
     # (arXiv 2507.23279): each keeps half of what uniform ratios would leave of it.
     highest = [(1 + target) / 2 if layer.expert else _bounds(target)[1] for layer in layers]
     draw, order, steps, prices = random.Random(0), [], [], None
-    bar = tqdm(range(count), desc="prices", unit="step", disable=None)
+    bar = tqdm(range(options.steps), desc="prices", unit="step", disable=None)
     for t in bar:
-        if len(order) < effort.windows_per_step:
+        if len(order) < options.windows_per_step:
             order = draw.sample(range(model.samples), model.samples)
-        batch, order = order[: effort.windows_per_step], order[effort.windows_per_step :]
+        batch, order = order[: options.windows_per_step], order[options.windows_per_step :]
         loss, slopes = model.prices(dict(zip(names, ratios, strict=True)), batch)
         for name, value in {"KL": loss, **slopes}.items():
             if not math.isfinite(value):
@@ -138,10 +111,11 @@ def _descend(
         if prices is not None:
             latest = [MOMENTUM * p + (1 - MOMENTUM) * q for p, q in zip(prices, latest, strict=True)]
         prices = latest
-        logits, spread = next_logits(ratios, prices, sizes, target, STEP * (1 - t / count))
+        logits, spread = next_logits(ratios, prices, sizes, target, STEP * (1 - t / options.steps))
         ratios = within_budget(logits, sizes, target, highest)
-        evaluates = (t + 1) % effort.evaluate_every == 0 or t + 1 == count
-        steps.append(Step(spread, loss, model.kl(dict(zip(names, ratios, strict=True))) if evaluates else None))
+        evaluates = (t + 1) % options.evaluate_every == 0 or t + 1 == options.steps
+        held = model.kl(dict(zip(names, ratios, strict=True))) if evaluates else None
+        steps.append({"spread": spread, "fit": loss, "held": held})
         bar.set_postfix(spread=f"{spread:.2f}", KL=f"{loss:.3f}")
     return dict(zip(names, ratios, strict=True)), steps
 
@@ -198,10 +172,10 @@ def draw_search(result: SearchResult):
     """Return a matplotlib Figure of a search: the spread of prices and the KL by step."""
     figure, (left, right) = files.new_figure(7, 4, columns=2)
     steps = range(1, len(result.steps) + 1)
-    left.plot(steps, [step.spread for step in result.steps], marker=".")
+    left.plot(steps, [step["spread"] for step in result.steps], marker=".")
     left.set(xlabel="step", ylabel="spread of prices (mean |log|, cut at 1)", ylim=(0, None))
-    right.plot(steps, [step.fit for step in result.steps], marker=".", label="the step's own data")
-    evaluated = [(i, step.held) for i, step in zip(steps, result.steps, strict=True) if step.held is not None]
+    right.plot(steps, [step["fit"] for step in result.steps], marker=".", label="the step's own data")
+    evaluated = [(i, step["held"]) for i, step in zip(steps, result.steps, strict=True) if step["held"] is not None]
     right.plot(*zip(*evaluated, strict=True), marker="o", label="held-out data")
     right.axhline(result.held["uniform"], color="grey", linestyle=":", label="uniform, held-out data")
     right.set(xlabel="step", ylabel="KL(dense || pruned), nats", ylim=(0, None))

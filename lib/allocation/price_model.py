@@ -1,15 +1,15 @@
-"""Price model: what removing one more weight of each matrix costs, the interface and a language model's."""
+"""Price model of a language model: what removing one more weight of each of its matrices costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol
 
 from tqdm import tqdm
 
 from lib.allocation.block_scores import wanda_scores
+from lib.allocation.price import SearchOptions
 from lib.calibration.hidden import BlockInputs, enter_blocks
 from lib.core.lazy import torch
 from lib.models import memory
@@ -18,26 +18,6 @@ from lib.recovery.block_walk import BlockWalk, DenseStates, has_room_for_activat
 
 # Fraction of a row, centred on the threshold, over which the derivative is averaged.
 BAND = 0.1
-
-
-class PriceModel(Protocol):
-    """A model whose matrices have prices, as the search sees it; a plan is a ratio by layer name.
-
-    Attributes:
-        samples: how many samples (windows of text, groups of images) prices can be measured on.
-        dtype: the dtype of the products.
-        advice: what a user may try where numbers are not finite.
-    """
-
-    samples: int
-    dtype: torch.dtype
-    advice: str
-
-    def kl(self, ratios: Mapping[str, float]) -> float:
-        """Return the mean KL(dense || pruned) on held-out data, in nats."""
-
-    def prices(self, ratios: Mapping[str, float], batch: Sequence[int]) -> tuple[float, dict[str, float]]:
-        """Return the mean KL over a batch (indices of samples), and its derivative by each layer's ratio, by name."""
 
 
 def row_ranks(score: torch.Tensor) -> torch.Tensor:
@@ -70,10 +50,8 @@ def band_price(gradient: torch.Tensor, weight: torch.Tensor, rank: torch.Tensor,
 
     It is -sum of gradient * weight over the ranks within BAND / 2 of the threshold, divided by the band's width as a
     fraction of the row. Half of the band is kept and half is gone: the mean of the derivatives at both ends of a step.
-
-    Args:
-        gradient: dL/dW at the pruned weights, also where they are pruned.
-        weight: the dense W. Both are read in the shape of ``rank``.
+    The ``gradient`` is dL/dW at the pruned weights, also where they are pruned, and the ``weight`` is dense; both are
+    read in the shape of ``rank``.
     """
     columns = rank.shape[1]
     middle, half = int(columns * ratio), max(1, int(BAND / 2 * columns))
@@ -86,10 +64,8 @@ def band_price(gradient: torch.Tensor, weight: torch.Tensor, rank: torch.Tensor,
 class Masks:
     """Masks of any plan: the order in which the weights of each matrix are pruned, and copies pruned in that order.
 
-    Attributes:
-        dtype: of the products and of the copies, None for the model's.
-        by_magnitude: whether the order is magnitude's, within the whole matrix, and not Wanda's.
-        whole: whether weights compete within the whole matrix, ranks [1, out * in], or within rows, [out, in].
+    It is Wanda's, within rows, ranks [out, in], or in the ``whole`` matrix, [1, out * in], as magnitude's always is.
+    Products and copies are of the ``dtype``, None for the model's.
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype | None, by_magnitude: bool, whole: bool = False) -> None:
@@ -128,30 +104,25 @@ class LanguagePriceModel:
         self,
         weights: Weights,
         windows: tuple[torch.Tensor, torch.Tensor],
-        windows_per_step: int,
-        token_stride: int = 1,
+        options: SearchOptions,
         dtype: torch.dtype | None = None,
         by_magnitude: bool = False,
     ) -> None:
-        """Pass ``windows`` through the dense model and rank its weights.
+        """Pass ``windows`` through the dense model and rank its weights, which must have room for the work beside them.
 
         Args:
             windows: of calibration, for prices, and held out, for ``kl``; each [windows, tokens], of equal length.
-            windows_per_step: how many windows ``prices`` is called with, which decides the memory.
-            token_stride: one of so many tokens counts in the loss.
+            options: those of the search; how many windows there are in a step decides the memory.
             dtype, by_magnitude: as in ``Masks``.
-
-        Raises:
-            UserError: the weights are not in memory, or the work does not fit beside them.
         """
         count, tokens = sum(map(len, windows)), windows[0].shape[1]
         ranks = {layer.name: memory.rank_bytes([layer], by_magnitude) for layer in weights.layers}
-        sizes = (ranks, tokens, windows_per_step, count, dtype)
+        sizes = (ranks, tokens, options.windows_per_step, count, dtype)
         how = ("the price search", "prune_method", "_price", "another allocation")
         keeps_activations = has_room_for_activations(weights, sizes, *how)
         self.weights, self.samples = weights, len(windows[0])
         self.dtype = dtype or weights.model.dtype
-        self._counted = slice(token_stride - 1, None, token_stride)
+        self._counted = slice(options.token_stride - 1, None, options.token_stride)
         self.masks = Masks(weights, dtype, by_magnitude)
 
         inputs = enter_blocks(weights, windows[0])

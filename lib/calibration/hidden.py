@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from lib.core.errors import UserError
 from lib.core.files import readable
 from lib.core.lazy import torch, transformers
 from lib.models import memory
+from lib.models.experts import replaced_forwards
 from lib.models.weights import Block, Weights, swapped_weights
 
 log = logging.getLogger(__name__)
@@ -27,50 +28,32 @@ CALIB_DTYPES = ("bfloat16",)
 
 
 class BlockInputs(NamedTuple):
-    """Inputs that the model passes to its blocks.
+    """Inputs that the model passes to its blocks."""
 
-    ``hidden`` enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change;
-    ``arguments[i]`` are all other arguments of block i's call (mask, position embeddings ...), the same for every
-    sample, without a live cache. ``samples`` is what statistics are divided by, over all processes (None: the number of
-    tokens). ``tuples`` collects the indices of the blocks that return their hidden states in a tuple. ``dtype`` is that
-    of the products in a block, None for the block's own; values passed between layers keep their precision.
-    ``expert_weighting`` is a name of EXPERT_WEIGHTING, for statistics.
-    """
-
+    # What enters block 0: [samples, tokens, width], or a list of batches, whose shape a block may change.
     hidden: torch.Tensor | list[torch.Tensor]
+    # All else that a block is called with (mask, position embeddings ...), the same for every sample; no live cache.
     arguments: list[tuple[tuple, dict]]
-    samples: int | None
-    tuples: set[int]
-    dtype: torch.dtype | None = None
-    expert_weighting: str = "auto"
+    samples: int | None  # what statistics are divided by, over all processes; None: the number of tokens
+    tuples: set[int]  # collects the indices of the blocks that return their hidden states in a tuple
+    dtype: torch.dtype | None = None  # of a block's products, None: its own; what layers pass on keeps its precision
+    expert_weighting: str = "auto"  # a name of EXPERT_WEIGHTING, for statistics
 
 
 class PassEnded(Exception):
     """Ends a forward pass as soon as it has given the needed values."""
 
 
-@contextmanager
-def _stubbed_blocks(weights: Weights, act: Callable[..., torch.Tensor]) -> Iterator[None]:
+def _stubbed_blocks(weights: Weights, act: Callable[..., torch.Tensor]) -> AbstractContextManager[None]:
     """Let each block call ``act(index, hidden, *args, **kwargs)`` in place of its own forward."""
-    forwards = [vars(block).get("forward") for block in weights.modules]  # accelerate sets some
-    try:
-        for index, block in enumerate(weights.modules):
-            block.forward = partial(act, index)
-        yield
-    finally:
-        for block, forward in zip(weights.modules, forwards, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+    return replaced_forwards({block: partial(act, index) for index, block in enumerate(weights.modules)})
 
 
 def _block_calls(weights: Weights, window: torch.Tensor, whole: bool) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
     """Return the hidden states that enter the blocks for a ``window`` [tokens], and each block's other arguments.
 
+    A model that does not run its blocks once, in order and on what the block before returned, is a UserError.
     ``whole``: the pass goes on after the last block, to see that it calls none again.
-
-    Raises:
-        UserError: the model does not run its blocks once, in order and on what the block before returned.
     """
     arguments: list[tuple[tuple, dict]] = []
     entering: torch.Tensor | None = None
@@ -108,15 +91,10 @@ def enter_blocks(
 ) -> BlockInputs:
     """Return the inputs of the blocks for this process's share of ``windows`` [samples, tokens] of token ids.
 
-    The embedding and everything else before the blocks are the model's own.
-
-    Args:
-        place: a name of HIDDEN_STATES, where the hidden states are kept.
-        dtype: of the products in the blocks (``BlockInputs``).
-
-    Raises:
-        UserError: the model passes its blocks something that depends on the text, such as a padding mask, or runs them
-            in another way than one after the other.
+    The embedding and everything else before the blocks are the model's own. ``place`` is a name of HIDDEN_STATES, where
+    the hidden states are kept, and ``dtype`` that of the products in the blocks (``BlockInputs``). A model that passes
+    its blocks something that depends on the text, such as a padding mask, or runs them in another way than one after
+    the other, is a UserError.
     """
     mine = windows[processes.share(len(windows))]
     # The other arguments need a window and are compared with those of a second one, also where there are fewer.

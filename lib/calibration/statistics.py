@@ -25,10 +25,7 @@ EXPERT_WEIGHTING = ("auto", "router", "none")
 
 
 class InputStatistic(NamedTuple):
-    """A statistic and the names of the layers that share it because they share their input.
-
-    ``tokens`` is how many rows it is of, None but for the matrices of an expert.
-    """
+    """Statistic that ``layers`` share, since they share their input; of an expert's, of how many ``tokens`` it is."""
 
     layers: list[str]
     value: torch.Tensor

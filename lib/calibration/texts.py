@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -39,16 +40,12 @@ Document = str | list[dict]
 
 
 class Text(NamedTuple):
-    """One ``stream``, of which ``most_windows`` are evaluated where the published code cuts it, or ``records``.
-
-    Records are tokenised one by one, joined, and cut into windows. From ``documents`` calibration draws one per window
-    instead, as published.
-    """
+    """One ``stream``, or ``records``."""
 
     stream: str | None = None
-    most_windows: int | None = None
-    records: Iterable[Document] | None = None
-    documents: bool = False
+    most_windows: int | None = None  # of a stream that are evaluated, where the published code cuts it
+    records: Iterable[Document] | None = None  # tokenised one by one, joined, and cut into windows
+    documents: bool = False  # whether calibration draws one of the records per window instead, as published
 
 
 def c4(split: str) -> Text:
@@ -205,21 +202,19 @@ def calibration_windows(
         drawn = list(islice(rest, None if isinstance(source.records, list) else _DRAWN_FROM))
         random.shuffle(drawn)
         source = Text(records=chain(drawn, rest))
-        return _cut("calib_data", name, tokenizer, seqlen, nsamples, source, exact=True).long()
+        return training_blocks("calib_data", name, tokenizer, seqlen, nsamples, source, exact=True).long()
     windows = []
     too_short: dict[int, int] = {}  # document -> its tokens
     while len(windows) < nsamples:
         index = random.randint(0, len(source.records) - 1)
-        if index in too_short:
-            continue
         tokens = _tokenise(tokenizer, source.records[index])
-        if len(tokens) <= seqlen:
-            too_short[index] = len(tokens)
-            if len(too_short) == len(source.records):
-                _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document")
+        if len(tokens) > seqlen:
+            start = random.randint(0, len(tokens) - seqlen - 1)
+            windows.append(tokens[start : start + seqlen])
             continue
-        start = random.randint(0, len(tokens) - seqlen - 1)
-        windows.append(tokens[start : start + seqlen])
+        too_short[index] = len(tokens)
+        if len(too_short) == len(source.records):
+            _check_length("calib_data", name, max(too_short.values()), seqlen + 1, "its longest document")
     return torch.stack(windows)
 
 
@@ -252,7 +247,7 @@ def evaluation_windows(
     """
     source = read_text(field, name, "test")
     if source.stream is None:
-        return _cut(field, name, tokenizer, seqlen, most, source, exact=True).long()
+        return training_blocks(field, name, tokenizer, seqlen, most, source, exact=True).long()
     tokens = _tokenise(tokenizer, source.stream)
     _check_length(field, name, len(tokens), seqlen * (most or 1))
     count = most or min(len(tokens) // seqlen, source.most_windows or len(tokens))
@@ -260,21 +255,14 @@ def evaluation_windows(
 
 
 def training_blocks(
-    field: str, name: str, split: str, tokenizer: Tokenizer, size: int, most: int | None = None
+    field: str, name: str, tokenizer: Tokenizer, size: int, most: int | None, source: Text, exact: bool = False
 ) -> torch.Tensor:
-    """Return the tokens of the text's ``split``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
+    """Return the tokens of the text ``source``, joined and cut into blocks, [blocks, size] int32; the rest is dropped.
 
     Documents are tokenised one by one, each with the tokenizer's special tokens, as is usual in fine-tuning; a stream
     gets them once, at its start. Only as much text is tokenised as ``most`` blocks need. A text that is too short for
-    one block is a UserError.
+    one block, or for ``most`` if they are to be ``exact``, is a UserError.
     """
-    return _cut(field, name, tokenizer, size, most, read_text(field, name, split))
-
-
-def _cut(
-    field: str, name: str, tokenizer: Tokenizer, size: int, most: int | None, source: Text, exact: bool = False
-) -> torch.Tensor:
-    """Return the blocks; if they are to be ``exact``, fewer than ``most`` are a UserError."""
     tokens, have = [], 0
     with tqdm(total=most, desc=f"tokenising {name}", unit="block", disable=None) as bar:
         for ids in _token_lists(field, name, tokenizer, source):
@@ -291,7 +279,8 @@ def _cut(
 def _token_lists(field: str, name: str, tokenizer: Tokenizer, source: Text) -> Iterator[list[int]]:
     """Yield the tokens of each record, or of each piece of a stream."""
     if source.stream is not None:
-        for index, piece in enumerate(_pieces(source.stream)):
+        # Pieces of at least _PIECE characters, each after the first starting at the end of a line.
+        for index, piece in enumerate(re.findall(rf"(?s).{{{_PIECE}}}[^\n]*|.+", source.stream)):
             yield tokenizer(piece, add_special_tokens=index == 0, verbose=False).input_ids
         return
     records = iter(source.records)
@@ -311,21 +300,13 @@ def recovery_windows(
     # Documents are in no order; a stream may be, and is drawn from as a whole.
     source = read_text("calib_data", name, "train")
     most = sum(counts) if source.stream is None else None
-    blocks = _cut("calib_data", name, tokenizer, seqlen, most, source).long()
+    blocks = training_blocks("calib_data", name, tokenizer, seqlen, most, source).long()
     if len(blocks) < sum(counts):
         problem = f"too short, it has {len(blocks)} windows of {seqlen} tokens and {counts[0]} + {counts[1]} are needed"
         fix = f"give at most {max(0, (len(blocks) - counts[1]) * seqlen)} tokens, or more text"
         raise UserError("calib_data", name, problem, fix)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
     return blocks[order[counts[1] :][: counts[0]]], blocks[order[: counts[1]]]
-
-
-def _pieces(stream: str) -> list[str]:
-    """Cut ``stream`` into pieces of at least _PIECE characters, each after the first starting at the end of a line."""
-    cuts = [0]
-    while (cut := stream.find("\n", cuts[-1] + _PIECE)) >= 0:
-        cuts.append(cut)
-    return [stream[left:right] for left, right in zip(cuts, [*cuts[1:], len(stream)], strict=True)]
 
 
 def _tokenise(tokenizer: Tokenizer, stream: str) -> torch.Tensor:

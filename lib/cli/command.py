@@ -10,15 +10,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from lib.cli.flags import Flags, check_values
 from lib.core.errors import UserError, did_you_mean
 from lib.core.processes import is_main, started
 
 log = logging.getLogger("main")
-
-SettingsT = TypeVar("SettingsT", bound=Flags)
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,7 +82,7 @@ def auto_or_float(word: str) -> float | str:
     return word if word == "auto" else float(word)
 
 
-def parse(settings: type[SettingsT], argv: Sequence[str] | None, parser: Parser) -> SettingsT:
+def parse(settings: type[Flags], argv: Sequence[str] | None, parser: Parser) -> Flags:
     """Return the settings of the command line ``argv``, checked as far as possible without a model.
 
     An unknown flag, a value out of its range, or a contradiction is a UserError.
@@ -106,8 +104,8 @@ def parse(settings: type[SettingsT], argv: Sequence[str] | None, parser: Parser)
 
 
 def command(
-    settings: type[SettingsT],
-    run: Callable[[SettingsT], Any],
+    settings: type[Flags],
+    run: Callable[[Any], Any],
     argv: Sequence[str] | None,
     parser: Parser,
     resume: str = "the same command starts again",

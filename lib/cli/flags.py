@@ -7,11 +7,10 @@ import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
-from lib.core import files
 from lib.core.errors import UserError, check_name
 
 log = logging.getLogger("main")
@@ -23,30 +22,14 @@ BOUNDS = {
     "most": ("at most", operator.le),
     "below": ("below", operator.lt),
 }
-# Placeholders in --help of the flags that may name a file or folder.
-_NAMES_A_PATH = (None, "TEXT", "DIR", "FILE")
+# What a declaration may hold besides the default and the help.
+_DECLARED = {
+    "metavar": None, "choices": None, "least": None, "above": None, "most": None, "below": None, "only": None,
+    "tolerated": None, "warns": False, "nargs": None, "const": None, "aliases": (), "positional": False, "title": None,
+}  # fmt: skip
 
 
-def flag(  # noqa: PLR0913  each is a word of a declaration
-    default: Any,
-    help: str,
-    *,
-    metavar: str | None = None,
-    choices: Sequence[str] | None = None,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    only: str | None = None,
-    tolerated: str | None = None,
-    warns: bool = False,
-    nargs: str | None = None,
-    const: Any = None,
-    aliases: Sequence[str] = (),
-    positional: bool = False,
-    in_repository: bool = False,
-    title: str | None = None,
-) -> Any:
+def flag(default: Any, help: str, **declared: Any) -> Any:
     """Declare a flag as a field of a dataclass of ``Flags``; its type says how it is read.
 
     Args:
@@ -57,14 +40,11 @@ def flag(  # noqa: PLR0913  each is a word of a declaration
         warns: given without effect, it is warned about and not refused, since scripts pass it to every run.
         nargs: ``?`` lets a switch take true or false as well; ``const`` is the value of any other flag without one.
         positional: it is an argument without dashes.
-        in_repository: the default is a path in the repository, regardless of where the command is started.
         title: group in which ``--help`` shows it, if not its dataclass's.
     """
-    metadata = {name: value for name, value in locals().items() if name != "default"}
-    if in_repository:
-        metadata["help"] = f"{help} (default: the repository's {default})"
-        return field(default_factory=partial(files.in_repository, default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    if unknown := declared.keys() - _DECLARED:
+        raise TypeError(f"no flag has {', '.join(unknown)}")
+    return field(default=default, metadata=_DECLARED | declared | {"help": help})
 
 
 @dataclass(kw_only=True)
@@ -107,9 +87,8 @@ class Flags:
         return {self.spelling(item.name): getattr(self, item.name) for _, item, _ in self.declared()}
 
     def paths(self) -> dict[str, Path]:
-        """Return the values of the flags that may name a file or folder, by field."""
-        named = [item.name for _, item, _ in self.declared() if item.metadata["metavar"] in _NAMES_A_PATH]
-        values = {name: getattr(self, name) for name in named}
+        """Return the words that were given as values, of which some may name a file or folder, by field."""
+        values = {item.name: getattr(self, item.name) for _, item, _ in self.declared()}
         return {name: Path(value) for name, value in values.items() if value and isinstance(value, str)}
 
     def traits(self) -> set[str]:

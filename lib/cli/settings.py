@@ -15,8 +15,8 @@ from lib.calibration import texts
 from lib.calibration.hidden import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
 from lib.calibration.statistics import EXPERT_WEIGHTING
 from lib.cli.flags import Flags, flag
-from lib.cli.task import Measurement, Task
-from lib.core.errors import UserError, check_name, did_you_mean, flag_name
+from lib.cli.task import Task
+from lib.core.errors import UserError, check_name, flag_name
 from lib.core.files import in_repository
 from lib.evaluation.zero_shot import ZERO_SHOT_TASKS
 from lib.models.layers import SUPPORTED
@@ -28,7 +28,8 @@ from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Pruner, con
 from lib.recovery.adam import STATES, TRAINED
 from lib.recovery.block_walk import SEARCH_DTYPES
 from lib.recovery.distill import BY, RecoveryOptions
-from lib.spectra import measure, spectrum
+from lib.spectra import spectrum
+from lib.spectra.cache import Measurement
 from lib.spectra.spectrum import DRIVERS
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
@@ -48,7 +49,7 @@ class ModelFlags(Flags):
     _title: ClassVar[str] = "model"
 
     model: str = flag(MISSING, f"hub id, local folder, .gguf file, or {SMOLLM2}; families that were tried: {SUPPORTED}")
-    cache_dir: str = flag("llm_weights", "folder of downloaded or converted weights", in_repository=True, metavar="DIR")
+    cache_dir: str | None = flag(None, "folder of weights (default: the repository's llm_weights)", metavar="DIR")
     dtype: str = flag(
         "auto", "{choices} to compute in; auto: the checkpoint's own on CUDA (float16 for float32), float32 on a CPU, "
         "which saves in the checkpoint's own", choices=DTYPES,
@@ -91,16 +92,14 @@ class PruningFlags(Flags):
         above=0, most=1000, only=" | ".join((*DAMPED, "refit")),
     )  # fmt: skip
     refit: int | None = flag(
-        None, "conjugate-gradient steps that improve the weights on the fixed mask (default: 10 for alps, else 0)",
-        least=0, only="pruning",
-    )  # fmt: skip
+        None, "conjugate-gradient steps on the fixed mask (default: 10 for alps, else 0)", least=0, only="pruning"
+    )
     statistics: str = flag(
         "pruned", "outputs that calibration passes on: of {choices} weights", choices=PROPAGATE, only=CALIBRATED
     )
     calib_dtype: str | None = flag(
-        None, "{choices}: of the products in calibration's passes through a float32 model (default: the model's own)",
-        choices=CALIB_DTYPES, only=CALIBRATED,
-    )  # fmt: skip
+        None, "{choices} to calibrate a float32 model in (default: its own)", choices=CALIB_DTYPES, only=CALIBRATED
+    )
 
 
 @dataclass(kw_only=True)
@@ -135,9 +134,8 @@ class AllocationFlags(Flags):
     atp_beta: float = flag(0.005, "step from block to block, a sparsity in [0, 1]", least=0, most=1, only="_atp")
     price_steps: int = flag(16, "steps of the search, each a backward pass over text or images", least=1, only="_price")
     price_dtype: str = flag(
-        "auto", "{choices}; auto: bfloat16 on a CPU that multiplies it, else the model's own",
-        choices=SEARCH_DTYPES, only="_price",
-    )  # fmt: skip
+        "auto", "{choices}; auto: bfloat16 if the CPU has it, else the model's", choices=SEARCH_DTYPES, only="_price"
+    )
     price_effort: str = flag("full", "{choices}: 2 windows a step or half of one", choices=price.EFFORTS, only="_price")
     metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
     plan: str | None = flag(None, "take the layers' ratios from a {save_plan} file", only="pruning", metavar="FILE")
@@ -154,9 +152,7 @@ class MixtureFlags(Flags):
     only: str | None = flag(
         None, "{choices}: the sparsity is theirs, all else stays dense", choices=("experts",), only="pruning"
     )
-    drop_experts: float = flag(
-        0.0, "fraction of each block's experts to remove before all else, in [0, 1)", least=0, below=1, only="pruning"
-    )
+    drop_experts: float = flag(0.0, "fraction of experts to remove first, in [0, 1)", least=0, below=1, only="pruning")
     drop_by: str = flag(
         "reap", "{choices}; reap: by their part in the output, alpha: {ww_metric}", choices=DROP_BY, only="drop_experts"
     )
@@ -171,9 +167,8 @@ class RecoveryFlags(Flags):
     _title: ClassVar[str] = "recovery"
 
     recover: int | None = flag(
-        None, "distil the dense model into the weights that are left, on so many tokens of {calib_data}; zeros stay",
-        least=1, only="pruning", metavar="TOKENS",
-    )  # fmt: skip
+        None, "tokens of {calib_data} to distil the dense model into what is left; zeros stay", least=1, only="pruning"
+    )
     train: str = flag("surviving", "{choices}; norms and biases always are", choices=TRAINED, only="recover")
     rank: int = flag(32, "of the update of each matrix", least=1, only="low_rank")
     learning_rate: float | None = flag(
@@ -183,18 +178,10 @@ class RecoveryFlags(Flags):
     states: str = flag("float32", "of Adam's moments: {choices}", choices=STATES, only="recover")
     by: str = flag("model", "{choices}: end to end, or one by one, for what is streamed", choices=BY, only="recover")
 
-    def traits(self) -> set[str]:
-        return super().traits() | ({self.train} if self.recover else set())
-
     def recovery_options(self) -> RecoveryOptions:
         """Return how the model is recovered."""
         names = RecoveryOptions._fields[1:]
         return RecoveryOptions(self.recover or 0, *(getattr(self, name) for name in names))
-
-    def recovery_identity(self) -> dict[str, object]:
-        """Return the flags that determine the recovered weights, in their spelling."""
-        names = ("seed", "dtype", "calib_data", "seqlen", "recover", *RecoveryOptions._fields[1:])
-        return {self.spelling(name): getattr(self, name) for name in names}
 
 
 @dataclass(kw_only=True)
@@ -219,10 +206,6 @@ class ZeroShotFlags(Flags):
     )
     include_path: str | None = flag(None, "folder of more tasks, as data/tasks", only="eval_zero_shot", metavar="DIR")
 
-    def task_names(self) -> tuple[str, ...]:
-        """Return the names of the tasks, each once."""
-        return tuple(dict.fromkeys(filter(None, self.tasks.split(","))))
-
 
 @dataclass(kw_only=True)
 class OutputFlags(Flags):
@@ -235,14 +218,10 @@ class OutputFlags(Flags):
     )  # fmt: skip
     packed: bool = flag(False, "write the model packed, for scripts/generate.py", only="save_model")
 
-    def model_folder(self, task: Task) -> Path | None:
-        """Return where the pruned model is saved, None if it is not."""
-        return Path(self.save_model) / task.folder if self.save_model else None
-
-    def recovered_folder(self, task: Task) -> Path | None:
-        """Return where the recovered model is saved, None if it is not."""
-        folder = self.model_folder(task)
-        return folder.with_name(f"{folder.name}_recovered") if folder and task.pruner else folder
+    def folders(self, task: Task) -> list[Path]:
+        """Return where models are saved, if they are: the pruned one, then the recovered one if there is one."""
+        names = [task.folder, f"{task.folder}_recovered"] if "recover" in task.traits else [task.folder]
+        return [Path(self.save_model, name) for name in names] if self.save_model else []
 
 
 @dataclass(kw_only=True)
@@ -250,14 +229,11 @@ class ScaleFlags(Flags):
     _title: ClassVar[str] = "large models"
 
     stream: str = flag(
-        "auto",
-        "read weights block by block from disk, prune into {save_model}: {choices}; auto: if they exceed free memory",
-        choices=("auto", "always", "never"),
+        "auto", "read blocks from disk: {choices}; auto: if memory is short", choices=("auto", "always", "never")
     )
     hidden_states: str = flag(
-        "auto", "their place: {choices}; auto: a GPU with room, else cpu", choices=HIDDEN_STATES,
-        only="calibration | recover",
-    )  # fmt: skip
+        "auto", "place: {choices}; auto: a GPU with room, else cpu", choices=HIDDEN_STATES, only="calibration | recover"
+    )
     restart: bool = flag(False, "discard an unfinished run in {save_model} and begin again", only="save_model")
 
 
@@ -292,9 +268,8 @@ class MethodFlags(PruningFlags, AllocationFlags, MixtureFlags):
             check_name("prune_method", self.prune_method, METHODS)
         super().check()
 
-    def identity(self) -> dict[str, object]:
-        """Return the flags that determine the pruned weights, in their spelling."""
-        groups = (TextFlags, PruningFlags, AllocationFlags, MixtureFlags)
+    def identity(self, *groups: type[Flags]) -> dict[str, object]:
+        """Return the flags of the ``groups`` that determine weights, in their spelling."""
         names = {"seed", "dtype"}.union(*(group.__annotations__ for group in groups))
         names -= {"ww_metric_cache", "metrics_only", "save_plan", "save_calib", "export_llmcompressor"}
         items = [item for _, item, _ in self.declared() if item.name in names]
@@ -341,7 +316,8 @@ class MethodFlags(PruningFlags, AllocationFlags, MixtureFlags):
         flags = [item for title, item, _ in self.declared() if title == MixtureFlags._title]
         mixture = {item.name: getattr(self, item.name) for item in flags if getattr(self, item.name) != item.default}
         mixture |= {"mapping_type": self.mapping_type} if self.mapping_type == "expert_wise" else {}
-        return task._replace(hyper=hyper, identity=self.identity(), mixture=mixture, traits=frozenset(self.traits()))
+        identity = self.identity(TextFlags, PruningFlags, AllocationFlags, MixtureFlags)
+        return task._replace(hyper=hyper, identity=identity, mixture=mixture, traits=frozenset(self.traits()))
 
 
 @dataclass(kw_only=True)
@@ -353,6 +329,7 @@ class Experiment(
     def traits(self) -> set[str]:
         traits = super().traits() | ({"evaluation"} if self.eval_wikitext and not self.metrics_only else set())
         traits |= {OWN_TEXT} if self.calib_data == "self" else set()
+        traits |= {self.train} if self.recover else set()
         return traits | ({"calibration"} if self.drop_experts and self.drop_by == "reap" else set())
 
     def check(self) -> None:
@@ -381,6 +358,10 @@ class Experiment(
             problem = "--calib_data and --eval_data are one file, so the model would see the evaluation text"
             raise UserError(name, value, problem, "give two")
 
+    def pruned_from(self) -> dict:
+        """Return the ``source`` that is distilled, a hub id, a folder or None, and its ``fingerprints`` if known."""
+        return {"source": self.model}
+
     def one_file(self) -> bool:
         """Return whether the texts for calibration and evaluation are one file, which is not split."""
         same = Path(self.calib_data).resolve() == Path(self.eval_data).resolve()
@@ -391,19 +372,18 @@ class Experiment(
         farms = spectrum.Farms(self.farms_rows, self.farms_ratio, self.farms_steps) if self.farms else None
         folder = Path(self.ww_metric_cache or Path(in_repository("data"), model))
         folder = folder / "dropped" if self.drop_experts and not whole else folder
-        return Measurement(self.ww_metric, folder, measure.SpectrumSettings(self.esd_driver, farms, self.seed))
+        return Measurement(self.ww_metric, folder, self.esd_driver, farms, self.seed)
 
     def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""
-        return price.SearchOptions(self.price_steps, price.EFFORTS[self.price_effort])
+        return price.EFFORTS[self.price_effort]._replace(steps=self.price_steps)
 
 
 def parse_nm(sparsity_type: str) -> tuple[int, int] | None:
     """Return (N, M) of ``N:M``, None of ``unstructured``."""
+    if sparsity_type == "unstructured":
+        return None
     match = re.fullmatch(r"([1-9]\d*):(\d+)", sparsity_type)
-    if match and int(match[1]) < int(match[2]):
-        return int(match[1]), int(match[2])
-    if sparsity_type != "unstructured":
-        hint = did_you_mean(sparsity_type, ["unstructured"])
-        raise UserError("sparsity_type", sparsity_type, f"must be unstructured, or N:M with 0 < N < M.{hint}")
-    return None
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError("sparsity_type", sparsity_type, "must be unstructured, or N:M with 0 < N < M")
+    return int(match[1]), int(match[2])

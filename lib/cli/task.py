@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from lib.allocation.formulas import ALLOCATIONS
 from lib.pruning.pruners import Pruner
-from lib.spectra import measure
 
 
 class Task(NamedTuple):
@@ -66,11 +64,3 @@ class Task(NamedTuple):
     def needs(self) -> str | None:
         """Name of the values that the allocation needs for each layer."""
         return ALLOCATIONS[self.allocation].wants
-
-
-class Measurement(NamedTuple):
-    """The ``metric`` to measure with ``settings``, and the ``folder`` that caches it."""
-
-    metric: str
-    folder: Path
-    settings: measure.SpectrumSettings = measure.PUBLISHED

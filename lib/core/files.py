@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from tqdm import tqdm
 
 from lib.core import processes
 from lib.core.errors import UserError, first_line
@@ -23,12 +25,8 @@ def in_repository(name: str) -> str:
 
 
 def readable(size: float) -> str:
-    """Return a human-readable size in bytes: ``1.5 MiB``."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
+    """Return a size in bytes with three digits: ``1.50MiB``."""
+    return tqdm.format_sizeof(size, "iB", 1024)
 
 
 def check_writable(field: str, folder: Path, need_bytes: int = 0) -> None:
@@ -108,11 +106,21 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
-def save_figure(figure, path: Path, dpi: int) -> None:
+def draw_losses(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str | None = None):
+    """Return a matplotlib figure of training: by label the steps, and the loss at each of them."""
+    figure, (axes,) = new_figure(6, 4)
+    for label, (steps, losses) in curves.items():
+        axes.plot(steps, losses, marker=".", linewidth=1, label=label)
+    axes.set(xlabel="optimizer step", ylabel="loss", title=title)
+    axes.legend()
+    return figure
+
+
+def save_figure(figure, path: Path) -> None:
     """Write a matplotlib ``figure`` as a PNG; only the main process writes."""
     if processes.is_main():
         with atomic(path) as file:
-            figure.savefig(file, dpi=dpi, format="png")
+            figure.savefig(file, dpi=130, format="png")
 
 
 def sync_folder(folder: Path) -> None:

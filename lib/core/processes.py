@@ -11,13 +11,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
 from lib.core import cpu
 from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import accelerate, torch
-
-T = TypeVar("T")
 
 _state = None  # accelerate's PartialState, once this process has joined the others
 _single = False  # whether this process works for itself for now
@@ -43,10 +41,9 @@ def join() -> None:
     global _state
     if started() == 1:
         return
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            problem = f"WORLD_SIZE is {started()} and {name} is not set"
-            raise UserError(None, None, problem, "start with accelerate launch or torchrun")
+    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        problem = f"WORLD_SIZE is {started()} and {min(missing)} is not set"
+        raise UserError(None, None, problem, "start with accelerate launch or torchrun")
     gpus = cpu.gpus()
     if gpus and processes_on_machine() > gpus:
         problem = f"{processes_on_machine()} processes were started on a machine with {gpus} GPUs"
@@ -136,7 +133,7 @@ def broadcast(tensor: torch.Tensor, owner: int) -> None:
         tensor.copy_(data)
 
 
-def gathered(value: T) -> list[T]:
+def gathered(value: Any) -> list:
     """Return the ``value`` of each process, in rank order; it must not contain GPU tensors."""
     values = [value] * count()
     if count() > 1:
@@ -144,7 +141,7 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def on_main(work: Callable[[], T]) -> T:
+def on_main(work: Callable[[], Any]) -> Any:
     """Return the result of ``work`` in the main process, the only one that runs it; its UserError is raised in all."""
     if count() == 1:
         return work()

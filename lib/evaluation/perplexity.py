@@ -28,7 +28,7 @@ def perplexity(model: transformers.PreTrainedModel, windows: torch.Tensor) -> fl
     mine = windows[processes.share(len(windows))]
     with torch.no_grad(), sparse.zeros_skipped(model.modules()):
         logits = (model(window[None].to(entry_device(model)), use_cache=False).logits[0] for window in mine)
-        return _perplexity(logits, mine, model.dtype)
+        return _perplexity(logits, mine)
 
 
 def perplexity_by_blocks(weights: Weights, windows: torch.Tensor) -> float:
@@ -40,10 +40,10 @@ def perplexity_by_blocks(weights: Weights, windows: torch.Tensor) -> float:
         advance(block, inputs)
     mine = windows[processes.share(len(windows))]
     with after_blocks(weights, inputs.tuples) as logits:
-        return _perplexity(map(logits, mine, inputs.hidden), mine, weights.model.dtype)
+        return _perplexity(map(logits, mine, inputs.hidden), mine)
 
 
-def _perplexity(logits_by_window: Iterable[torch.Tensor], windows: torch.Tensor, dtype: torch.dtype) -> float:
+def _perplexity(logits_by_window: Iterable[torch.Tensor], windows: torch.Tensor) -> float:
     """Return the perplexity of the logits [seqlen, vocabulary] of each window, over all processes."""
     losses, cross_entropy = [], torch.nn.functional.cross_entropy
     pairs = zip(logits_by_window, windows, strict=True)
@@ -55,6 +55,6 @@ def _perplexity(logits_by_window: Iterable[torch.Tensor], windows: torch.Tensor,
     losses = torch.cat(processes.gathered(torch.stack(losses).cpu() if losses else torch.empty(0)))
     result = losses.mean().exp().item()
     if not math.isfinite(result):
-        hint = "" if dtype != torch.float16 else "; bfloat16 does not where float16 does: --dtype bfloat16"
-        log.warning("the perplexity is not finite (%s): the model is broken, or its numbers overflow%s", result, hint)
+        text = "the perplexity is not finite (%s): the model is broken, or overflows in float16 (try --dtype bfloat16)"
+        log.warning(text, result)
     return result

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
-from typing import NamedTuple
-
-from tqdm import tqdm
 
 from lib import sparse
 from lib.calibration.hidden import entry_device
@@ -28,38 +25,22 @@ MEANS = ("acc", "acc_norm")
 _LOCAL_TASKS = "task files that need no hub: --include_path DIR (data/tasks holds some), --tasks with their names"
 
 
-class Tasks(NamedTuple):
-    """Tasks with their data loaded, and lm-eval's manager of their sources."""
+def find_tasks(names: str, include_path: str | None, num_fewshot: int) -> list:
+    """Load the tasks (lm-eval's, or those defined in ``include_path``) and their data; groups are expanded.
 
-    tasks: list
-    manager: object
-
-
-class ZeroShotResult(NamedTuple):
-    """lm-eval's ``full`` result, the ``means`` over the tasks that have the metric, and both as a ``table``."""
-
-    full: dict
-    means: dict[str, float]
-    table: str
-
-
-def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int) -> Tasks:
-    """Load the tasks ``names`` (lm-eval's, or those defined in ``include_path``) and their data; groups are expanded.
+    The ``names`` are separated by commas.
 
     Raises:
         UserError: an unknown name, data that cannot be loaded, or a task that cannot be run in this way.
     """
     from lm_eval.tasks import TaskManager
 
-    manager = None
-    if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise UserError("include_path", include_path, "folder not found", "give one with lm-eval task files")
-        manager = TaskManager(include_path=include_path, include_defaults=False)
-        if not manager.all_tasks:
-            raise UserError("include_path", include_path, "the folder holds no lm-eval task files (*.yaml)")
-    if manager is None or not set(names) <= set(manager.all_subtasks):
-        # With lm-eval's own tasks: over ten thousand, which take seconds to list.
+    if include_path is not None and not any(Path(include_path).rglob("*.yaml")):
+        raise UserError("include_path", include_path, "there are no lm-eval task files (*.yaml)")
+    names = list(dict.fromkeys(filter(None, names.split(","))))
+    # lm-eval's own tasks are over ten thousand, which take seconds to list.
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    if include_path is not None and not set(names) <= set(manager.all_subtasks):
         manager = TaskManager(include_path=include_path)
     for name in names:  # all names are checked before the first data, which may have to be fetched
         if name not in manager.task_index:
@@ -74,27 +55,22 @@ def find_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int)
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError("tasks", name, "runs code that the model writes, or needs images", "leave it out")
-        if not num_fewshot:
-            continue
-        if task.get_config("num_fewshot") == 0:  # lm-eval would keep to it, and only log that it does
+        if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to it, and only log that it does
             raise UserError("num_fewshot", num_fewshot, f"{name} is zero-shot by its definition", "leave one out")
-        examples, split = task.fewshot_docs(), task.fewshot_cfg.split
-        with_question = split is not None and split == task.config.test_split  # which is never its own example
-        most = len(examples if hasattr(examples, "__len__") else list(examples)) - with_question
-        if num_fewshot > most:
-            raise UserError("num_fewshot", num_fewshot, f"{name} has {most} to draw from", f"give at most {most}")
-    return Tasks(list(tasks.values()), manager)
+    return list(tasks.values())
 
 
 def zero_shot(
     model: transformers.PreTrainedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
-    tasks: Tasks,
+    tasks: list,
     num_fewshot: int = 0,
     limit: int | None = None,
     batch_size: int | str = "auto",
-) -> ZeroShotResult:
-    """Return lm-eval's result for the model in memory on ``tasks``; with several processes, only the first has it.
+) -> tuple[dict, str]:
+    """Return the results of a model in memory on ``tasks``, and their table; of several processes, the first has them.
+
+    The results are lm-eval's own, ``lm_eval``, and the ``means`` over the tasks that have a metric.
 
     Args:
         limit: questions per task, None for all.
@@ -102,6 +78,7 @@ def zero_shot(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
     if batch_size == "auto" and entry_device(model).type == "cpu":
@@ -112,11 +89,13 @@ def zero_shot(
         HFLM = type("Shared", (HFLM,), shared)
     # lm-eval gives the tokenizer a padding token, which is not to end up in a saved folder.
     adapter = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-    with _bars_for_terminals(), sparse.zeros_skipped(model.modules()):
+    # lm-eval's bars would fill a log file; what is logged keeps its place.
+    hidden = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    with hidden, sparse.zeros_skipped(model.modules()):
         full = simple_evaluate(
             adapter,
-            tasks=list(tasks.tasks),
-            task_manager=tasks.manager,
+            tasks=tasks,
+            task_manager=TaskManager(include_defaults=False),  # of no tasks: these are loaded
             num_fewshot=num_fewshot,
             limit=limit,
             batch_size=batch_size,
@@ -124,27 +103,15 @@ def zero_shot(
         )
 
     # lm-eval takes the first choice if log-likelihoods are NaN, which looks like an accuracy.
-    answers = [r for task in tasks.tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
+    answers = [r for task in tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]
     counts = processes.gathered((sum(math.isnan(likelihood) for likelihood, _ in answers), len(answers)))
     broken, total = map(sum, zip(*counts, strict=True))
     if broken:
         log.warning("%d of %d log-likelihoods are not a number: these accuracies mean nothing", broken, total)
     if not processes.is_main():
-        return ZeroShotResult({}, {}, "")
+        return {}, ""
     rows = full["results"].values()
     figures = {metric: [row[f"{metric},none"] for row in rows if f"{metric},none" in row] for metric in MEANS}
     means = {metric: sum(values) / len(values) for metric, values in figures.items() if values}
     lines = [make_table(full).rstrip(), "", *(f"mean {metric}: {mean:.4f}" for metric, mean in means.items())]
-    return ZeroShotResult(full, means, "\n".join(lines) + "\n")
-
-
-@contextmanager
-def _bars_for_terminals() -> Iterator[None]:
-    """Disable every tqdm bar, whatever its caller asks for, unless stderr is a terminal: bars would fill a log file."""
-    original = tqdm.__init__
-    if not sys.stderr.isatty():
-        tqdm.__init__ = lambda bar, *args, **options: original(bar, *args, **options | {"disable": True})
-    try:
-        yield
-    finally:
-        tqdm.__init__ = original
+    return {"means": means, "lm_eval": full}, "\n".join(lines) + "\n"

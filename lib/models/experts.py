@@ -6,7 +6,7 @@ how they lie in there (``transformers.integrations.moe.use_experts_implementatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -22,10 +22,7 @@ _MARKS = ("has_gate", "has_bias", "is_transposed")  # and, from transformers 5.8
 
 
 class Place(NamedTuple):
-    """Place of a tensor in a model: the parameter or buffer ``name``, or one matrix of one ``expert`` in there.
-
-    ``part`` is the number of the matrix in ROLES.
-    """
+    """Place of a tensor: the parameter or buffer ``name``, or of an ``expert`` in it the matrix ``part`` of ROLES."""
 
     name: str
     expert: int | None = None
@@ -79,23 +76,33 @@ def bound_experts(block: torch.nn.Module) -> Iterator[None]:
     Other blocks, and this one afterwards, are computed as the model's configuration says.
     """
     found = [module for module in block.modules() if is_experts(module)]
-    forwards = [vars(experts).get("forward") for experts in found]  # accelerate sets some
     for experts in found:
         for linear in matrices(experts).values():
             for kind, end in (("weight", ""), ("bias", "_bias"))[: 1 + experts.has_bias]:
                 place = linear.place._replace(name=linear.place.name + end)
                 linear._parameters[kind] = torch.nn.Parameter(place.view(experts), requires_grad=False)
-        experts.forward = partial(_by_expert, experts)
     try:
+        with replaced_forwards({experts: partial(_by_expert, experts) for experts in found}):
+            yield
+    finally:
+        for linear in (linear for experts in found for linear in matrices(experts).values()):
+            linear.to("meta")  # or their memory would be held as long as they are
+            vars(linear).pop("row_weights", None)
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Let each of these modules call another function in place of its own forward."""
+    before = [vars(module).get("forward") for module in forwards]  # accelerate sets some
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
-        for experts, forward in zip(found, forwards, strict=True):
-            del experts.forward
+        for module, forward in zip(forwards, before, strict=True):
+            del module.forward
             if forward is not None:
-                experts.forward = forward
-            for linear in matrices(experts).values():  # or their memory would be held as long as they are
-                linear.to("meta")
-                vars(linear).pop("row_weights", None)
+                module.forward = forward
 
 
 def _by_expert(
@@ -103,10 +110,7 @@ def _by_expert(
 ) -> torch.Tensor:
     """Return the experts' output [tokens, width], computed by their matrices: ``forward`` of an experts module.
 
-    Args:
-        hidden: [tokens, width].
-        top_k_index, top_k_weights: the numbers of each token's experts and the router's weights for them, [tokens, k].
-
+    The numbers of each token's experts and the router's weights for them are [tokens, k], ``hidden`` [tokens, width].
     Each matrix is called once in a pass, also with no rows, and finds the router's weights of its rows [rows, 1] in
     its ``row_weights``.
     """

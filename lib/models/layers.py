@@ -19,15 +19,12 @@ SUPPORTED = (
 
 
 class Layer(NamedTuple):
-    """A matrix to prune: its full dotted ``name``, the index of its ``block``, and its ``shape`` [out, in].
-
-    ``expert`` is the full name of the expert that it belongs to, "" where it is none's.
-    """
+    """A matrix to prune: its full dotted ``name``, the index of its ``block``, and its ``shape`` [out, in]."""
 
     name: str
     block: int
     shape: tuple[int, ...]
-    expert: str = ""
+    expert: str = ""  # full name of the expert that it belongs to
 
     @property
     def size(self) -> int:

@@ -7,8 +7,6 @@ import logging
 import os
 import socket
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as TooLong
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -90,17 +88,13 @@ def check_hub() -> None:
     if os.environ.get("HF_HUB_OFFLINE") or getproxies():
         return
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    pool = ThreadPoolExecutor(1)
     try:
-        address = pool.submit(socket.getaddrinfo, host.hostname, host.port or 443).result(_HUB_PATIENCE)[0][4]
-        socket.create_connection(address[:2], _HUB_PATIENCE).close()
-    except (OSError, TooLong):
+        socket.create_connection((host.hostname, host.port or 443), _HUB_PATIENCE).close()
+    except OSError:
         log.warning("%s cannot be reached: only what is in the local cache can be used", host.hostname)
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by the libraries when they are imported
         for name in {"huggingface_hub.constants", "datasets.config"} & sys.modules.keys():
             sys.modules[name].HF_HUB_OFFLINE = True
-    finally:
-        pool.shutdown(wait=False)  # a name server that does not answer is not waited for
 
 
 def load_tokenizer(source: Source) -> Tokenizer:
@@ -157,12 +151,9 @@ def load_llm(
 ) -> transformers.PreTrainedModel:
     """Return the model in evaluation mode: over all GPUs (and the CPU, if they are too small), or on the CPU.
 
-    Weights that are missing, damaged or of another model, or too large for GPU and CPU memory, are a UserError.
-
-    Args:
-        device: where to put the whole model instead.
-        reserve: bytes of each GPU that are left for the work (see ``working_set``).
-        config: of another model, for a folder that contains only weights.
+    The whole model is put on ``device`` instead, if one is given. ``reserve`` bytes of each GPU are left for the work
+    (see ``working_set``); a ``config`` of another model is for a folder that contains only weights. Weights that are
+    missing, damaged or of another model, or too large for GPU and CPU memory, are a UserError.
     """
     options = {"device_map": None if device is None else {"": device}}
     spread = device is None and cpu.gpus() > 0
@@ -242,18 +233,13 @@ def untie(model: transformers.PreTrainedModel) -> None:
     if model.get_output_embeddings() is None or not model.config.get_text_config().tie_word_embeddings:
         return
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    if head is embedding or head.is_meta or embedding.is_meta or head.shape != embedding.shape:
-        return
-    if head.device != embedding.device or not torch.equal(head, embedding):
+    if not (head is embedding or head.is_meta or embedding.is_meta or torch.equal(head.cpu(), embedding.cpu())):
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
 
 
 def save_llm(model: torch.nn.Module, tokenizer: Tokenizer, target: Path, dtype=None) -> None:
-    """Write a Hugging Face folder (safetensors, tokenizer), with weights in ``dtype``, None for the model's own.
-
-    A full disk, or a path that is not writable, is a UserError.
-    """
+    """Write a Hugging Face folder, with weights in ``dtype``, None for their own; one that cannot be is a UserError."""
     weights = Weights(model, find_blocks(model)[1], prunable_layers(model), dtype)
     with new_folder(target) as folder:
         for block in weights.visit():

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib.core.errors import UserError, did_you_mean
-from lib.core.files import check_folder, check_writable, reading
+from lib.core.files import check_folder, check_writable, in_repository, reading
 from lib.core.lazy import torch, transformers
 from lib.models.layers import check_support
 from lib.models.load import Source, save_llm, unreadable
@@ -17,12 +17,13 @@ log = logging.getLogger(__name__)
 SMOLLM2 = "smollm2-135m"
 
 
-def locate(model: str, cache_dir: str) -> Source:
+def locate(model: str, cache_dir: str | None) -> Source:
     """Return where ``model`` comes from: a local folder, a ``.gguf`` file, ``smollm2-135m``, or else a hub id.
 
     A GGUF file is converted to a folder in ``cache_dir``, once. A local folder or file that is missing, or is not a
     causal language model, is a UserError.
     """
+    cache_dir = cache_dir or in_repository("llm_weights")
     if model == SMOLLM2:
         return Source(model, str(_converted(smollm2_gguf(), SMOLLM2, cache_dir)), SMOLLM2, cache_dir)
     path = Path(model).expanduser()

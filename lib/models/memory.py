@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,10 +34,7 @@ def free_bytes(gpu: torch.device | int) -> int:
 
 
 def free_ram() -> int:
-    """Return the bytes of the CPU's memory that this process can have without swapping.
-
-    They are the machine's, or less where a container, a job or ``ulimit -v`` allows less.
-    """
+    """Return the bytes that this process can have without swapping, or that a container, a job or ``ulimit`` allows."""
     import psutil
 
     addresses = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -45,28 +42,20 @@ def free_ram() -> int:
     return max(0, min([psutil.virtual_memory().available, *group_rooms(), *room]))
 
 
-def group_rooms(proc: Path = Path("/proc/self")) -> list[int]:
-    """Return the bytes that each control group around the process ``proc`` still allows, where one has a limit.
+def group_rooms(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Return the bytes that each control group around this process still allows, where one has a limit.
 
     Those of its cached files do not count as used: the kernel gives them up (as in MemAvailable).
     """
     rooms = []
-    if not (proc / "cgroup").is_file():  # not Linux
-        return rooms
-    # A line each: "4:memory:/job/step" for version 1, and "0::/job/step" for version 2.
-    paths = {kinds: path for _, kinds, path in (s.split(":", 2) for s in (proc / "cgroup").read_text().splitlines())}
-    for line in (proc / "mountinfo").read_text().splitlines():
-        mount, _, source = line.partition(" - ")
-        (root, folder), (system, _, options) = mount.split(" ")[3:5], source.split(" ")[:3]
-        if system == "cgroup2":
-            kinds, limit, usage, total = "", "memory.max", "memory.current", ""
-        elif system == "cgroup" and "memory" in options.split(","):
-            kinds = next((kinds for kinds in paths if "memory" in kinds.split(",")), "")
-            limit, usage, total = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        else:
-            continue
-        # Inside a container, what is mounted may be the group itself.
-        group = Path(folder) / os.path.relpath(paths.get(kinds, "/"), root)
+    for line in own.read_text().splitlines() if own.is_file() else ():  # elsewhere than on Linux it is missing
+        # "4:memory:/job/step" for version 1, and "0::/job/step" for version 2.
+        _, kinds, path = line.split(":", 2)
+        folder, limit, usage, total = groups, "memory.max", "memory.current", ""
+        if "memory" in kinds.split(","):
+            folder, limit, usage, total = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        # Inside a container, what lies there may be the group itself: the folder is among these parents.
+        group = folder / path.lstrip("/")
         for parent in (group, *group.parents):
             with suppress(OSError, ValueError):  # without the files, or "max"
                 stat = dict(line.split() for line in (parent / "memory.stat").read_text().splitlines())
@@ -111,9 +100,8 @@ def working_set(
     """
     vocabulary, width = skeleton.get_input_embeddings().weight.shape
     weights = statistics = activations = 0
-    every, share = prunable_layers(skeleton), active_share(skeleton)
-    for index, block in enumerate(find_blocks(skeleton)[1]):
-        layers = [layer for layer in every if layer.block == index]
+    share = active_share(skeleton)
+    for block, layers in zip(find_blocks(skeleton)[1], _by_block(prunable_layers(skeleton)), strict=True):
         weights = max(weights, sum(p.numel() for p in block.parameters()))
         scores = math.ceil(copies * max(layer.size for layer in layers))
         held = sum(layer.shape[1] ** 2 for layer in layers if not layer.expert)
@@ -139,15 +127,14 @@ def hessian_groups(block: Block) -> list[list[str]]:
     columns = {name: linear.weight.shape[1] for name, linear in block.linears.items()}
     # One is factorised beside those that wait, among which is that of all tokens.
     room = min(processes.gathered(free)) * _FILLED - 5 * 4 * max(columns.values()) ** 2
-    by_expert: dict[str, list[str]] = {"": []}
+    by_expert = defaultdict(list)
     for name, linear in block.linears.items():
-        by_expert.setdefault(name.rpartition(".")[0] if hasattr(linear, "place") else "", []).append(name)
-    outside, groups, used = by_expert.pop(""), [[]], 0
+        by_expert[name.rpartition(".")[0] if hasattr(linear, "place") else ""].append(name)
+    outside, groups, used = by_expert.pop("", []), [[]], 0
     for names in by_expert.values():
         needed = (4 if gpu else 8) * sum({columns[name] ** 2 for name in names})
         if used and used + needed > room:
-            groups.append([])
-            used = 0
+            groups, used = [*groups, []], 0
         groups[-1] += names
         used += needed
     groups[-1] += outside
@@ -161,11 +148,9 @@ def _weight_bytes(skeleton: torch.nn.Module, dtype: torch.dtype) -> int:
 def fits_in_memory(skeleton: torch.nn.Module, dtype: torch.dtype, reserve: int, copied: Sequence[Layer] = ()) -> bool:
     """Return whether the weights fit in ``free_memory``, beside a copy of the layers ``copied`` in the CPU's memory."""
     free, copy = free_memory(reserve), dtype.itemsize * sum(layer.size for layer in copied)
-    if "cpu" in free:
-        free["cpu"] -= copy
-    elif copy > free_ram() // processes.processes_on_machine():
-        return False
-    return free.get("cpu", 0) >= 0 and _weight_bytes(skeleton, dtype) <= sum(free.values())
+    beside = copy if "cpu" in free else 0  # else the CPU's memory holds nothing but the copy
+    ram = free.get("cpu", free_ram() // processes.processes_on_machine())
+    return copy <= ram and _weight_bytes(skeleton, dtype) + beside <= sum(free.values())
 
 
 def saved_bytes(skeleton: torch.nn.Module, path: str, dtype: torch.dtype) -> int:
@@ -175,13 +160,6 @@ def saved_bytes(skeleton: torch.nn.Module, path: str, dtype: torch.dtype) -> int
     kinds = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
     files = [file for file in Path(path).iterdir() if file.is_file() and file.suffix not in kinds]
     return _weight_bytes(skeleton, dtype) + sum(file.stat().st_size for file in files)
-
-
-class PriceBytes(NamedTuple):
-    """Bytes that a search for prices needs beside the weights: at ``least``, and more if it keeps ``activations``."""
-
-    least: int
-    activations: int
 
 
 def rank_bytes(layers: Sequence[Layer], whole: bool = False) -> int:
@@ -218,37 +196,33 @@ def price_working_set(
 
 def gradient_bytes(
     weights: Weights, stored: Mapping[str, int], tokens: int, step: int, windows: int, dtype: torch.dtype | None
-) -> dict[int | str, PriceBytes]:
+) -> dict[int | str, tuple[int, int]]:
     """Return what a walk that takes gradients needs on each GPU (by its index) that holds blocks, or on the ``cpu``.
 
-    ``stored`` are the bytes that are kept for each layer, by name, and ``dtype`` is that of the products, None for the
-    model's; the others are those of ``price_working_set``.
+    It is what it needs at least, and what keeping all activations needs besides. ``stored`` are the bytes that are kept
+    for each layer, by name, and ``dtype`` is that of the products, None for the model's; the others are those of
+    ``price_working_set``.
     """
-    model, places = weights.model, {}
-    for block in weights.visit():
-        places.setdefault(place_of(block.device), []).extend(
-            layer for layer in weights.layers if layer.block == block.index
-        )
+    model, needs = weights.model, {}
     work = price_working_set(model, weights.layers, model.dtype, tokens, step, windows)
-    return {
-        place: PriceBytes(
-            work + sum(stored[layer.name] for layer in layers),
-            activation_bytes(layers, dtype or model.dtype, step * tokens, active_share(model)),
-        )
-        for place, layers in places.items()
-    }
+    for block, layers in zip(weights.visit(), _by_block(weights.layers), strict=True):
+        least, more = needs.get(place_of(block.device), (work, 0))
+        least += sum(stored[layer.name] for layer in layers)
+        more += activation_bytes(layers, dtype or model.dtype, step * tokens, active_share(model))
+        needs[place_of(block.device)] = (least, more)
+    return needs
 
 
-def trained_bytes(layers: Sequence[Layer], left: float, train: str, rank: int, states: str) -> int:
+def trained_bytes(layers: Sequence[Layer], left: float, options: NamedTuple) -> int:
     """Return the bytes of master copy and Adam's moments of ``layers``, of whose weights the fraction ``left`` is left.
 
-    ``train`` and ``states`` are names of ``lib.recovery.adam``'s TRAINED and STATES.
+    ``options`` are ``lib.recovery.distill.RecoveryOptions``.
     """
-    each = 12 if states == "float32" else 6.1  # with eight bits, 256 numbers share two scales of four bytes
+    each = 12 if options.states == "float32" else 6.1  # with eight bits, 256 numbers share two scales of four bytes
     survivors = sum(math.ceil(layer.size * left) for layer in layers)
-    if train == "low_rank":
-        return math.ceil(rank * sum(sum(layer.shape) for layer in layers) * each) + 4 * survivors
-    return math.ceil(survivors * each) if train == "surviving" else 0
+    if options.train == "low_rank":
+        return math.ceil(options.rank * sum(sum(layer.shape) for layer in layers) * each) + 4 * survivors
+    return math.ceil(survivors * each) if options.train == "surviving" else 0
 
 
 def trained_block_bytes(

@@ -38,11 +38,7 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Return the tensors of a safetensors file by name.
-
-    Raises:
-        UserError: the file is truncated or is not a safetensors file.
-    """
+    """Return the tensors of a safetensors file by name; one that is cut off, or is something else, is a UserError."""
     with reading(path, "cannot be read as safetensors"):
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -69,9 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     They are the one that config.json names, else ``model.safetensors``, else those of the index
     (transformers.modeling_utils._get_resolved_checkpoint_files). Files beside them, such as older copies, do not count.
-
-    Raises:
-        UserError: the config or the index is damaged.
+    A damaged config or index is a UserError.
     """
     config = folder / "config.json"
     with reading(config):
@@ -88,11 +82,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def checkpoint_entries(folder: Path) -> dict[str, Entry]:
-    """Return the tensors of a checkpoint by name.
-
-    Raises:
-        UserError: it is damaged, is not in safetensors, or holds a tensor twice.
-    """
+    """Return the tensors of a checkpoint by name; one that is damaged, pickled, or holds a tensor twice, is refused."""
     entries: dict[str, Entry] = {}
     for path in weight_files(folder):
         header = read_header(path)
@@ -108,11 +98,7 @@ def checkpoint_entries(folder: Path) -> dict[str, Entry]:
 
 
 def read_tensor(entry: Entry, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a tensor on ``device``.
-
-    Args:
-        dtype: in which a floating-point tensor is returned, None for its own; never is all of it held in two dtypes.
-    """
+    """Return a tensor on ``device``, if floating-point in ``dtype`` (None: its own); never is all of it held in two."""
     if dtype is None or not entry.dtype.is_floating_point:
         return _read(entry, 0, entry.size).view(entry.shape).to(device)
     tensor = torch.empty(entry.shape, dtype=dtype, device=device)
@@ -136,8 +122,7 @@ def _read(entry: Entry, start: int, size: int) -> torch.Tensor:
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype] = {}) -> str:
     """Write ``tensors`` as a safetensors file, durably and under a temporary name first; return its SHA-256.
 
-    Args:
-        dtypes: in which floating-point tensors are written, if not in their own; one tensor at a time is converted.
+    Floating-point ones are written in ``dtypes``, if not in their own; one tensor at a time is converted.
     """
     codes = {getattr(torch, name): code for code, name in _CODES.items()}
     dtypes = {name: dtypes.get(name, t.dtype) if t.is_floating_point() else t.dtype for name, t in tensors.items()}
@@ -165,9 +150,9 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping
 
 def write_index(folder: Path) -> None:
     """Write the index of all shards in ``folder`` that transformers reads."""
-    entries = {
-        name: entry for path in sorted(folder.glob("*.safetensors")) for name, entry in read_header(path).items()
-    }
+    entries: dict[str, Entry] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        entries |= read_header(path)
     metadata = {"total_size": sum(entry.size for entry in entries.values())}
     index = {"metadata": metadata, "weight_map": {name: entries[name].file.name for name in sorted(entries)}}
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")

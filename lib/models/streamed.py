@@ -34,10 +34,8 @@ class Streamed(Weights):
     ) -> None:
         """Open the checkpoint in ``folder``, whose blocks are lent on ``device``.
 
-        ``small`` is its model with fewer experts, if some are left out (``keeping``).
-
-        Raises:
-            UserError: its tensors are not those of its config's model.
+        ``small`` is its model with fewer experts, if some are left out (``keeping``). Tensors that are not those of its
+        config's model are a UserError.
         """
         model = small or empty_llm(folder, dtypes.compute)
         super().__init__(model, find_blocks(model)[1], prunable_layers(model), dtypes.save)
@@ -45,7 +43,7 @@ class Streamed(Weights):
         self.changed: dict[int, Path] = {}  # block -> the file that holds it now
         self._scratch = tempfile.TemporaryDirectory(prefix="streamed-", ignore_cleanup_errors=True)
         self._stored = None if small else _find_tensors(self, folder)
-        self._whole, self._keep = self, {}
+        self._whole, self._keep = model, {}
         self._next: tuple[int, Future] | None = None
         self._reader = ThreadPoolExecutor(1)
         persistent = {stored.name for part in self.layout for stored in part.values()}
@@ -54,7 +52,7 @@ class Streamed(Weights):
 
     def keeping(self, keep: Mapping[str, Sequence[int]]) -> Streamed:
         small = Streamed(*self._opened, with_fewer_experts(self.model, len(next(iter(keep.values())))))
-        small._stored, small._whole, small._keep = self._stored, self, keep
+        small._stored, small._whole, small._keep = self._stored, self.model, keep
         return small
 
     def use_scratch(self, folder: Path) -> None:
@@ -63,10 +61,8 @@ class Streamed(Weights):
 
     def set_block_file(self, index: int, path: Path) -> None:
         self.changed[index] = path
-
-    def rebase_files(self, old: Path, new: Path) -> None:
-        self.changed = {i: new / path.name if path.parent == old else path for i, path in self.changed.items()}
-        self._next = None
+        if self._next and self._next[0] == index:  # read ahead from another file
+            self._next = None
 
     def snapshot(self) -> Mapping[str, torch.Tensor]:
         """Return nothing: the dense weights remain on disk."""
@@ -83,14 +79,10 @@ class Streamed(Weights):
 
     def _read_block(self, index: int) -> dict[str, torch.Tensor]:
         """Return the parameters and buffers of a block by their names in the model."""
-        if self._whole is not self and index not in self.changed:
-            shapes = {name: attrgetter(name)(self.model).shape for name in self._names(index)}
-            tensors = self._whole._read_block(index)
-            return {name: without_experts(name, tensors.pop(name), shapes[name], self._keep) for name in shapes}
-        found = self._stored[index]
+        model, found = self._whole, self._stored[index]
         if index in self.changed:
             entries = safetensors_io.read_header(self.changed[index])
-            found = [(stored, entries[name]) for name, stored in self.layout[index].items()]
+            model, found = self.model, [(stored, entries[name]) for name, stored in self.layout[index].items()]
         tensors: dict[str, torch.Tensor] = {}
         for stored, entry in found:
             tensor = self._read(stored.name, entry)
@@ -98,9 +90,10 @@ class Streamed(Weights):
                 tensors[stored.name] = tensor
                 continue
             if stored.name not in tensors:  # allocated once, so that no second copy of a block's experts is made
-                tensors[stored.name] = torch.empty(attrgetter(stored.name)(self.model).shape, dtype=tensor.dtype)
-            stored.view(self.model, tensors[stored.name]).copy_(tensor)
-        return tensors
+                tensors[stored.name] = torch.empty(attrgetter(stored.name)(model).shape, dtype=tensor.dtype)
+            stored.view(model, tensors[stored.name]).copy_(tensor)
+        shapes = {name: attrgetter(name)(self.model).shape for name in tensors}
+        return {name: without_experts(name, tensors.pop(name), shapes[name], self._keep) for name in shapes}
 
     def _read(
         self, name: str, entry: Entry, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
@@ -143,11 +136,8 @@ class Streamed(Weights):
         """Make ``tensor`` the model's parameter or buffer ``name``, on its device and in its dtype there."""
         replace_tensor(self.model, name, tensor.to(self.device, attrgetter(name)(self.model).dtype))
 
-    def _names(self, index: int) -> list[str]:
-        return list(dict.fromkeys(stored.name for stored in self.layout[index].values()))
-
     def _forget(self, index: int) -> None:
-        for name in self._names(index):
+        for name in {stored.name for stored in self.layout[index].values()}:
             replace_tensor(self.model, name, torch.empty_like(attrgetter(name)(self.model), device="meta"))
 
 
@@ -155,10 +145,8 @@ def _find_tensors(weights: Weights, folder: Path) -> list[list[tuple[Place, Entr
     """Return where the checkpoint in ``folder`` holds the tensors of the model of ``weights``.
 
     Its names are the published ones, or the model's own, and are with or without the prefix of what the head is put on.
-
-    Raises:
-        UserError: a tensor is missing, or has another shape; or tensors differ that the config ties, both of which
-            would be used if it were loaded as a whole.
+    A tensor that is missing or has another shape is a UserError, and so are tensors that differ though the config ties
+    them: both would be used if it were loaded as a whole.
     """
     model, entries = weights.model, safetensors_io.checkpoint_entries(folder)
     base = f"{model.base_model_prefix}."

@@ -21,17 +21,13 @@ from lib.models.layers import Layer, Layout, find_blocks, prunable_layers, publi
 
 
 class Block(NamedTuple):
-    """A block on its compute ``device``, lent by ``Weights.visit``; valid only inside the loop's body.
-
-    ``linears`` holds the modules of its prunable layers by their full names; a 1x1 convolution is one of them.
-    ``experts`` holds its experts modules, of whose matrices, ``NAME.NUMBER.ROLE``, each is one of ``linears``.
-    """
+    """A block on its compute ``device``, lent by ``Weights.visit``; valid only inside the loop's body."""
 
     index: int
     module: torch.nn.Module
-    linears: dict[str, torch.nn.Module]
+    linears: dict[str, torch.nn.Module]  # of its prunable layers, by their full names; a 1x1 convolution is one of them
     device: torch.device
-    experts: dict[str, torch.nn.Module] = {}
+    experts: dict[str, torch.nn.Module] = {}  # whose matrices, ``NAME.NUMBER.ROLE``, are among ``linears``
 
 
 class Weights:
@@ -130,9 +126,6 @@ class Weights:
     def set_block_file(self, index: int, path: Path) -> None:
         """Record that a block, as currently lent, is stored in the file ``path``."""
 
-    def rebase_files(self, old: Path, new: Path) -> None:
-        """Record that the blocks' files have moved from the folder ``old`` to ``new``."""
-
     def use_scratch(self, folder: Path) -> None:
         """Store changed blocks that no journal records (those of a search's trials) inside ``folder``, if on disk."""
 
@@ -215,11 +208,7 @@ class Packed(Weights):
 
 
 def weights_of(model: torch.nn.Module, save_dtype: torch.dtype | None = None) -> Weights:
-    """Return the weights of a causal language model.
-
-    All of its parameters are rounded to the dtype that they are saved in: a checkpoint may be of more bits than its
-    config says.
-    """
+    """Return a language model's weights, rounded for saving: a checkpoint may be of more bits than its config says."""
     weights = Weights(model, find_blocks(model)[1], prunable_layers(model), save_dtype)
     for name, parameter in model.named_parameters() if save_dtype is not None else ():
         if not parameter.is_meta and parameter.is_floating_point():
@@ -237,10 +226,7 @@ def replace_tensor(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> N
 
 
 def with_fewer_experts(model: torch.nn.Module, count: int) -> torch.nn.Module:
-    """Return a model like ``model`` with ``count`` experts in each block.
-
-    It shares the tensors that keep their shape; the others are on the meta device.
-    """
+    """Return ``model`` with ``count`` experts a block; it shares the tensors that keep their shape, others are meta."""
     config = copy.deepcopy(model.config)
     sizes = {name: getattr(config, name, None) or 0 for name in COUNTS}
     for name in (name for name, size in sizes.items() if size == max(sizes.values())):

@@ -22,21 +22,16 @@ ROWS = 512  # rows whose elementwise products are held at a time
 
 
 class Problem(NamedTuple):
-    """Problem shared by layers of one input: ``damped`` [in, in] = A + ``damping`` I, A the Hessian of unit diagonal.
+    """Problem shared by layers of one input, stated for weights times ``scale``."""
 
-    It is stated for weights times ``scale`` [in]; ``scale`` is 0 where the input was always zero.
-    """
-
-    damped: torch.Tensor
-    scale: torch.Tensor
+    damped: torch.Tensor  # A + damping I, [in, in], A the Hessian of unit diagonal
+    scale: torch.Tensor  # [in], 0 where the input was always zero
     damping: float
 
 
 def prepare(hessian: torch.Tensor, damping: float = ALPS_DAMPING) -> Problem:
-    """Return the problem of a ``hessian`` [in, in] float32, reusing its memory, or raise NotPositiveDefinite."""
-    root = hessian.diagonal().sqrt()  # NaN where negative
-    if root.isnan().any():
-        raise NotPositiveDefinite("its Hessian is not positive definite: its diagonal has negative entries")
+    """Return the problem of a ``hessian`` [in, in] float32, reusing its memory."""
+    root = hessian.diagonal().sqrt()
     divisor = root.masked_fill(root == 0, 1)
     hessian.div_(divisor).div_(divisor[:, None]).diagonal().fill_(1 + damping)
     return Problem(hessian, root / root.max().clamp(min=1e-30), damping)  # results depend on relative scales only

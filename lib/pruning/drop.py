@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -25,11 +25,7 @@ DROP_BY = ("reap", "alpha", "random")
 
 
 def remaining_experts(model: torch.nn.Module, share: float) -> int:
-    """Return how many experts of each block stay if the fraction ``share`` of them is dropped.
-
-    Raises:
-        UserError: none would go, too few would stay, or the blocks hold different numbers of experts.
-    """
+    """Return how many experts of each block stay without the fraction ``share``; all, or too few, are a UserError."""
     counts = {len(module.down_proj) for module in model.modules() if is_experts(module)}
     if len(counts) != 1:
         raise UserError("drop_experts", share, "needs a mixture with as many experts in each block")
@@ -51,47 +47,48 @@ def reap_scores(weights: Weights, inputs: BlockInputs) -> dict[str, float]:
     This is REAP (arXiv 2510.13999); the router's weights of a token's experts add up to 1 in it. An expert without
     tokens has 0. The ``inputs`` of the blocks are modified in place.
     """
-    sums, tokens = Counter(), Counter()
+    totals: dict[str, torch.Tensor] = {}  # by experts module, [experts, 2]: what is summed, and the number of tokens
 
     def normalise(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         hidden, index, share = (*args, *kwargs.values())
         return (hidden, index, share / share.sum(-1, keepdim=True)), {}
 
-    def see(expert: str, module: torch.nn.Module, _: tuple, output: torch.Tensor) -> None:
-        sums[expert] += (module.row_weights[:, 0].double() * output.float().norm(dim=-1)).sum()
-        tokens[expert] += len(output)
+    def see(total: torch.Tensor, module: torch.nn.Module, _: tuple, output: torch.Tensor) -> None:
+        total[0] += (module.row_weights[:, 0].double() * output.float().norm(dim=-1)).sum()
+        total[1] += len(output)
 
     for block in tqdm(weights.visit(), "experts' parts", len(weights.modules), unit="block", disable=None):
-        hooks = [module.register_forward_pre_hook(normalise, with_kwargs=True) for module in block.experts.values()]
-        for name, linear in block.linears.items():
-            if hasattr(linear, "place") and linear.place.name == "down_proj":
-                hooks.append(linear.register_forward_hook(partial(see, name.rpartition(".")[0])))
+        hooks = []
+        for owner, experts in block.experts.items():
+            totals[owner] = torch.zeros(len(experts.down_proj), 2, dtype=torch.float64, device=block.device)
+            hooks.append(experts.register_forward_pre_hook(normalise, with_kwargs=True))
+            for number, total in enumerate(totals[owner]):
+                down = block.linears[f"{owner}.{number}.down_proj"]
+                hooks.append(down.register_forward_hook(partial(see, total)))
         if hooks:
             pass_samples(block, inputs, keep=False)  # without gradients
         for hook in hooks:
             hook.remove()
         advance(block, inputs)
-    sums = {expert: float(value) for expert, value in sums.items()}
-    sums, tokens = (sum(map(Counter, processes.gathered(dict(counts))), Counter()) for counts in (sums, tokens))
-    return {name: sums[name] / max(1, tokens[name]) for name in _experts(weights.layers)}
+    scores = {}
+    for owner, total in totals.items():
+        sums, tokens = processes.sum_(total).T
+        scores |= {f"{owner}.{i}": score for i, score in enumerate((sums / tokens.clamp(min=1)).tolist())}
+    return scores
 
 
 def alpha_scores(layers: Sequence[Layer], values: Mapping[str, float]) -> dict[str, float]:
     """Return the negative mean metric of each expert's matrices: the less heavy-tailed are dropped."""
     own: dict[str, list[float]] = defaultdict(list)
-    for layer in (layer for layer in layers if layer.expert):
+    for layer in layers:
         own[layer.expert].append(values[layer.name])
-    return {expert: -sum(found) / len(found) for expert, found in own.items()}
+    return {expert: -sum(found) / len(found) for expert, found in own.items() if expert}
 
 
 def random_scores(layers: Sequence[Layer], seed: int) -> dict[str, float]:
     """Return a random number for each expert."""
     draw = random.Random(seed)
-    return {expert: draw.random() for expert in _experts(layers)}
-
-
-def _experts(layers: Sequence[Layer]) -> list[str]:
-    return list(dict.fromkeys(layer.expert for layer in layers if layer.expert))
+    return {expert: draw.random() for expert in dict.fromkeys(layer.expert for layer in layers) if expert}
 
 
 def kept_experts(scores: Mapping[str, float], count: int, groups: int) -> dict[str, list[int]]:

@@ -38,11 +38,7 @@ def save_plan(path: Path, plan: SparsityPlan, model: str, layers: Sequence[Layer
 
 
 def load_plan(path: Path, model: str, layers: Sequence[Layer]) -> SparsityPlan:
-    """Return the plan in ``path``, which must match ``layers`` of ``model``.
-
-    Raises:
-        UserError: the file cannot be read, is a plan for another model or other layers, or misses its own target.
-    """
+    """Return the plan in ``path``, which must match ``layers`` of ``model`` and its own target, or is a UserError."""
     content = read_plan(path)
     target, rows = content["target"], content["layers"]
     if content["model"] != model:
@@ -80,10 +76,8 @@ def read_plan(path: Path) -> dict:
 def llm_compressor_recipe(plan: SparsityPlan, layers: Sequence[Layer], pruner: str) -> str:
     """Return an llm-compressor recipe (YAML): a sparsity for each target, in model order, by a LLM_COMPRESSOR pruner.
 
-    Layers of ratio 0 are left out: llm-compressor's SparseGPT would remove a weight or two from each.
-
-    Raises:
-        UserError: the plan has mixed N:M, which llm-compressor cannot express.
+    Layers of ratio 0 are left out: llm-compressor's SparseGPT would remove a weight or two from each. Mixed N:M, which
+    llm-compressor cannot express, is a UserError.
     """
     import yaml
 

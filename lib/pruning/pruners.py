@@ -19,20 +19,17 @@ VARIANT_TOLERANCE = 0.001  # how near the sparsity of Wanda's variant must come 
 
 
 class Pruner(NamedTuple):
-    """How to prune one matrix.
+    """How to prune one matrix."""
 
-    ``prune(weight [out, in], prepared, ratio, nm)`` returns the new weight, of the same shape and dtype. ``statistic``
-    is the name in ``calibration.STATISTICS`` of the input statistic that it needs, or None; ``prepare`` turns that
-    statistic into ``prepared``, once for all layers that share an input. ``group(weights, prepared, ratios, nm)``
-    prunes all of these layers at once, by name, if that is cheaper than one after another. ``copies`` is how many
-    float32 matrices of the block's largest weight's size it holds at most, besides Hessians; layers that it prunes at
-    once are twice that size, as gate and up are.
-    """
-
+    # Of weight [out, in], prepared, ratio and N:M: the new weight, of the same shape and dtype.
     prune: Callable[[torch.Tensor, object, float, NM | None], torch.Tensor]
-    statistic: str | None = None
+    statistic: str | None = None  # name in ``calibration.STATISTICS`` of the input statistic that it needs
+    # Turns that statistic into what is prepared, once for all layers that share an input.
     prepare: Callable[[torch.Tensor], object] = lambda statistic: statistic
+    # Prunes all of these layers at once, all by name, if that is cheaper than one after another.
     group: Callable[..., dict[str, torch.Tensor]] | None = None
+    # Float32 matrices of the block's largest weight's size that it holds at most, besides Hessians; layers that it
+    # prunes at once are twice that size, as gate and up are.
     copies: float = 4
 
     def prune_all(
@@ -54,8 +51,7 @@ def magnitude(weight: torch.Tensor, _: None, ratio: float, nm: NM | None) -> tor
 def wanda(weight: torch.Tensor, squared_norms: torch.Tensor, ratio: float, nm: NM | None) -> torch.Tensor:
     """Zero, per output row, the int(columns * ratio) smallest |W| * sqrt(s) (Wanda: Sun et al., 2024).
 
-    Args:
-        squared_norms: s [in] float32, the mean over samples of the sum over tokens of x^2.
+    The ``squared_norms`` s [in], float32, are the mean over samples of the sum over tokens of x^2.
     """
     score = weight.abs() * squared_norms.sqrt()
     drop = group_smallest(score, nm) if nm else row_smallest(score, int(weight.shape[1] * ratio))

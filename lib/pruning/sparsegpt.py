@@ -96,9 +96,7 @@ def _reverse(matrix: torch.Tensor) -> None:
 def repair(weight: torch.Tensor, factor: Factor, ratio: float, nm: NM | None) -> torch.Tensor:
     """Return ``weight`` [out, in] with ``ratio`` of each block of 128 columns zeroed and the rest compensating.
 
-    Args:
-        ratio: fraction to remove, in [0, 1]; not used with ``nm``.
-        nm: (N, M), keep N of every M columns, chosen group by group from the weights as updated so far.
+    With ``nm``, (N, M), N of every M columns are kept instead, chosen group by group from the weights updated so far.
     """
     return repair_group({"": weight}, factor, {"": ratio}, {"": nm})[""]
 
@@ -147,10 +145,7 @@ def _width(group: int | None) -> int:
 
 @cache
 def block_solver(device: torch.device, group: int | None) -> Callable[..., torch.Tensor]:
-    """Return the solver of a block on ``device``: a compiled kernel where one works, else the loop ``solve_block``.
-
-    On a GPU the kernel is Triton's, and on the CPU one in C++, which needs a compiler.
-    """
+    """Return the solver of a block on ``device``: a kernel, Triton's or C++, where one works, else ``solve_block``."""
     try:
         if device.type == "cpu":
             kernel = sparse.load_kernel().solve_block
@@ -184,9 +179,8 @@ def _check_kernel(kernel: Callable[..., torch.Tensor], device: torch.device, gro
 def solve_block(block: torch.Tensor, upper: torch.Tensor, drop: torch.Tensor, group: int | None) -> torch.Tensor:
     """Zero entries of ``block`` [columns, out] in place, repair the columns after each, return the errors, same shape.
 
-    Args:
-        upper: the factor's diagonal square for these columns.
-        drop: 1 to zero and 0 to keep, shaped like ``block``; with ``group``, how many of each to zero, int32 [out].
+    ``upper`` is the factor's diagonal square for these columns. In ``drop``, shaped like ``block``, 1 is to zero and 0
+    to keep; with ``group`` it is how many of each to zero, int32 [out].
     """
     errors, diagonal = torch.empty_like(block), upper.diagonal()
     gone = torch.empty_like(block) if group else drop

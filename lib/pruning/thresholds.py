@@ -18,8 +18,7 @@ _ROWS = 64  # rows partitioned at a time on a CPU
 def nth_smallest(values: torch.Tensor, index: int) -> torch.Tensor:
     """Return the ``index``-th (from 0) of the sorted ``values``, as a scalar tensor.
 
-    Args:
-        values: non-negative, of any shape; float32, float16 or bfloat16.
+    They are not negative, of any shape, in float32, float16 or bfloat16.
     """
     if values.is_cuda:
         return _nth_by_counts(values, index)
@@ -33,8 +32,7 @@ def threshold(parts: Callable[[], Iterable[torch.Tensor]], rank: float) -> tuple
     """Return the smallest number at or below which ``rank`` numbers of all parts together lie (from 1, so a median of
     n is rank n / 2 or (n + 1) / 2), how many numbers of each part are below it, and how many are equal to it.
 
-    Args:
-        parts: yields the non-negative parts each time it is called (twice), so that only one need be in memory.
+    ``parts`` yields the non-negative parts each time it is called (twice), so that only one need be in memory.
     """
     upper = [_counts(part).cpu() for part in parts()]
     total = sum(upper)
@@ -117,10 +115,7 @@ def _joined(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 
 
 def _counts(values: torch.Tensor, high: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Return how often each upper half occurs among ``values`` as float32, or each lower half of those with ``high``.
-
-    The counts [_HALF] are where the values are.
-    """
+    """Return how often each upper half occurs in ``values`` as float32, or each lower half of those with ``high``."""
     counts = torch.zeros(2 * _HALF, dtype=torch.int64, device=values.device)
     for chunk in values.detach().flatten().split(_GPU_CHUNK if values.is_cuda else _CHUNK):
         bits = chunk.float().view(torch.int32) & 0x7FFFFFFF  # without the sign, which only a NaN has

@@ -25,10 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class LayerReport(NamedTuple):
-    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None.
-
-    ``tokens`` is how many calibration tokens reached the matrix of an expert, None for others and without calibration.
-    """
+    """Row of the layers' table: planned ``ratio`` and measured ``sparsity``, fractions, and ``nm``, (N, M) or None."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,17 +33,17 @@ class LayerReport(NamedTuple):
     ratio: float
     sparsity: float
     nm: tuple[int, int] | None = None
-    tokens: int | None = None
+    tokens: int | None = None  # of calibration, that reached the matrix of an expert
 
 
 class FinishedBlocks(Protocol):
     """Blocks that are stored durably, a file each, so that an interrupted walk can resume (``run.journal.Journal``)."""
 
-    finished: Mapping[int, list[LayerReport]]  # by index of the block
+    finished: Mapping[int, list]  # rows by index of the block
     failure: UserError | None  # of a block that could not be stored; no later one is stored
 
     def path(self, index: int) -> Path: ...
-    def add(self, index: int, tensors: Mapping, dtypes: Mapping, rows: list[LayerReport]) -> None: ...
+    def add(self, index: int, weights: Weights, rows: list[LayerReport]) -> None: ...
 
 
 def walk(
@@ -62,16 +59,14 @@ def walk(
 
     For a pruner that needs a statistic, each block sees the calibration samples twice: once dense, for the statistics
     of its layers' inputs, and once pruned, for the inputs of the next block (as published). A block without layers only
-    passes the data on.
+    passes the data on. Statistics or weights that are not finite, and a Hessian that cannot be factorised, are a
+    UserError that names the layer.
 
     Args:
         inputs: inputs of the blocks, modified in place; None for a pruner that needs no statistic.
         metric: the values behind the plan, by layer name; for the report only.
         propagate: whether a block's inputs come from ``pruned`` or ``dense`` predecessors. Dense: one pass per block.
         journal: stores each finished block; blocks that it already holds are taken from it.
-
-    Raises:
-        UserError: statistics or weights that are not finite, or a Hessian that cannot be factorised; names the layer.
     """
     torch.set_float32_matmul_precision("highest")  # where an environment variable asks for TF32: masks would change
     report, last = [], max(layer.block for layer in weights.layers)
@@ -86,7 +81,7 @@ def walk(
                 if keep:
                     pass_samples(block, inputs, keep=True)  # while it is dense, as in a run without a stop
                 weights.load_block(block.index, journal.path(block.index))
-                rows = journal.finished[block.index]
+                rows = [LayerReport(*row) for row in journal.finished[block.index]]
             else:
                 tokens = _prune_block(block, plan, pruner, inputs, keep, weights.save_dtype)
                 rows = _report(block, plan, metric, tokens)
@@ -104,14 +99,12 @@ def walk(
 def _store(block: Block, weights: Weights, journal: FinishedBlocks, rows: list[LayerReport]) -> None:
     """Store a finished block durably; if the disk is full, pruning continues in memory without it."""
     try:
-        journal.add(block.index, weights.tensors(block.index), weights.save_dtypes(block.index), rows)
+        journal.add(block.index, weights, rows)
     except UserError as error:
         if weights.streamed:
             raise
         log.warning("%s; pruning continues, the figures can still be had", error)
         journal.failure = error
-        return
-    weights.set_block_file(block.index, journal.path(block.index))
 
 
 def _prune_block(

@@ -96,12 +96,11 @@ class Trained:
 
 def _indices(weight: torch.Tensor) -> torch.Tensor:
     """Return the indices [n] of what is trained of a flattened weight."""
-    flat = weight.flatten()
     if weight.ndim == 1:
-        return torch.arange(len(flat), device=flat.device)
-    is_left = flat != 0
+        return torch.arange(len(weight), device=weight.device)
+    is_left = weight.flatten() != 0
     # NumPy's is several times faster on the CPU.
-    return is_left.nonzero().squeeze(1) if flat.is_cuda else torch.from_numpy(np.flatnonzero(is_left.numpy()))
+    return is_left.nonzero().squeeze(1) if weight.is_cuda else torch.from_numpy(np.flatnonzero(is_left.numpy()))
 
 
 def _packed(numbers: torch.Tensor, states: str, root: bool) -> tuple[torch.Tensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import NamedTuple
 
@@ -33,11 +33,6 @@ def search_dtype(name: str, device: torch.device, model_dtype: torch.dtype) -> t
         return torch.bfloat16 if pays else None
     dtype = getattr(torch, name)
     return None if dtype == model_dtype else dtype
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Return a context in which products are computed in ``dtype``, None for the model's."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def kl_divergence(
@@ -110,6 +105,11 @@ class BlockWalk(NamedTuple):
     ) -> None:
         """Hand over the gradient of each lent parameter, last block first; the ``activations`` are used up."""
         gradients, scale = loss.gradients, loss.scale
+
+        def hand_over(block: Block, scale: torch.Tensor, name: str, leaf: torch.nn.Parameter) -> None:
+            take(block, scale, name, leaf.grad)
+            leaf.grad = None
+
         for block in [only] if only else self.weights.visit(backwards=True):
             # Scaled to 1 at each block, gradients of half precision neither underflow nor overflow.
             gradients = [gradient.to(block.device) for gradient in gradients]
@@ -119,31 +119,20 @@ class BlockWalk(NamedTuple):
             ran = activations.pop()
             if not ran.outputs:
                 ran = self._run(block, ran.inputs, lend, True)
-            gradients = _block_backward(ran, gradients, partial(take, block, scale))
+            for name, leaf in ran.leaves.items():
+                leaf.register_post_accumulate_grad_hook(partial(hand_over, block, scale, name))
+            torch.autograd.backward(ran.outputs, gradients, inputs=[*ran.inputs, *ran.leaves.values()])
+            gradients = [states.grad for states in ran.inputs]
 
     def _run(self, block: Block, hidden: list[torch.Tensor], lend: Lend, differentiable: bool) -> BlockActivations:
         from accelerate.utils import send_to_device
 
         inputs = [states.to(block.device).detach().requires_grad_(differentiable) for states in hidden]
         arguments = send_to_device(self.inputs.arguments[block.index], block.device)
-        with torch.set_grad_enabled(differentiable), lend(block) as leaves, autocast(block.device, self.dtype):
+        autocast = torch.autocast(block.device.type, self.dtype, enabled=self.dtype is not None)
+        with torch.set_grad_enabled(differentiable), lend(block) as leaves, autocast:
             outputs = [run_block(block, states, arguments, self.inputs.tuples) for states in inputs]
         return BlockActivations(inputs, outputs, leaves)
-
-
-def _block_backward(
-    ran: BlockActivations, gradients: list[torch.Tensor], take: Callable[[str, torch.Tensor], None]
-) -> list[torch.Tensor]:
-    """Return the gradients by a block's inputs, given those by its outputs; ``take`` those by what it was lent."""
-
-    def hand_over(name: str, leaf: torch.nn.Parameter) -> None:
-        take(name, leaf.grad)
-        leaf.grad = None
-
-    for name, leaf in ran.leaves.items():
-        leaf.register_post_accumulate_grad_hook(partial(hand_over, name))
-    torch.autograd.backward(ran.outputs, gradients, inputs=[*ran.inputs, *ran.leaves.values()])
-    return [states.grad for states in ran.inputs]
 
 
 class DenseStates(NamedTuple):
@@ -193,7 +182,7 @@ def head_loss(
     with (
         after_blocks(walk.weights, walk.inputs.tuples) as logits,
         torch.set_grad_enabled(differentiate),
-        autocast(hidden[0].device, walk.dtype),
+        torch.autocast(hidden[0].device.type, walk.dtype, enabled=walk.dtype is not None),
     ):
         places = {name: parameter_place(model, name) for name in dense.gains}
         trained = {name: getattr(*place) for name, place in places.items()}
@@ -239,13 +228,13 @@ def has_room_for_activations(weights: Weights, sizes: tuple, work: str, field: s
     if not weights.in_memory:
         raise UserError(field, value, "needs all weights in memory, and these are streamed or offloaded", fix)
     needs, free = memory.gradient_bytes(weights, *sizes), memory.free_memory(0)
-    keeps = all(need.least + need.activations <= KEEP_WITHIN * free[place] for place, need in needs.items())
+    keeps = all(sum(need) <= KEEP_WITHIN * free[place] for place, need in needs.items())
     least, more = (readable(sum(sizes)) for sizes in zip(*needs.values(), strict=True))
     are = "are used for activations" if keeps else "would make it faster"
     log.info("%s needs %s beside the weights; up to %s more %s", work, least, more, are)
-    for place, need in needs.items():
-        if need.least > free[place]:
+    for place, (least, _) in needs.items():
+        if least > free[place]:
             where = "in the CPU's memory" if place == "cpu" else f"on GPU {place}"
-            sizes = f"{readable(need.least)} are needed {where} beside the weights and {readable(free[place])} are free"
+            sizes = f"{readable(least)} are needed {where} beside the weights and {readable(free[place])} are free"
             raise UserError(field, value, sizes, f"lower --seqlen, {fix}")
     return keeps

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lib.calibration.hidden import BlockInputs, advance, enter_blocks
-from lib.core import files, processes
+from lib.core import processes
 from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.core.files import readable
@@ -57,8 +57,8 @@ class RecoveryOptions(NamedTuple):
         return self.batch * seqlen * (EPOCHS if self.by == "block" else 1)
 
 
-# Stores a block that is trained, and its losses where blocks are trained one by one.
-Keep = Callable[[Block, list[float]], None]
+# Stores a block that is trained, by its index, and its losses where blocks are trained one by one.
+Keep = Callable[[int, list[float]], None]
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -86,7 +86,6 @@ class Distillation:
         windows: tuple[torch.Tensor, torch.Tensor],
         place: str = "auto",
         dtype: torch.dtype | None = None,
-        may_be_dense: bool = False,
     ) -> None:
         """Look at the pruned ``weights``.
 
@@ -94,10 +93,9 @@ class Distillation:
             windows: to train on, and held out, [windows, tokens] each, of equal length.
             place: a name of HIDDEN_STATES, where the dense model's states are kept.
             dtype: of the products, None for the model's.
-            may_be_dense: whether the weights may be without zeros, since something else was done to them.
 
         Raises:
-            UserError: no weight is zero, or all of them are, or what is needed does not fit in memory.
+            UserError: all weights are zero, or what is needed does not fit in memory.
         """
         self.weights, self.dense, self.options, self.place, self.dtype = weights, dense, options, place, dtype
         self.seqlen = windows[0].shape[1]
@@ -114,17 +112,15 @@ class Distillation:
         self._masks = {name: mask for name, (mask, *_) in seen.items()}
         self.left = {name: left for name, (_, left, _) in seen.items()}
         count, squares = sum(self.left.values()), sum(square for *_, square in seen.values())
-        is_dense = count == sum(layer.size for layer in weights.layers)
-        if not count or (is_dense and not may_be_dense):
-            problem = "is not pruned, no weight of it is zero" if count else "has no weight that is not zero"
-            raise UserError("model", None, problem, "prune it first")
+        if not count:
+            raise UserError("model", None, "has no weight that is not zero", "prune it less")
         scale = (squares / count) ** 0.5
         self.rate = options.learning_rate or RATES[options.train] * (1 if options.train == "norms" else scale)
         text = "recovery: the weights that are left have a root mean square of %.3g; learning rate %.3g"
         log.info(text, scale, self.rate)
 
-        how, step = (options.train, options.rank, options.states), mine.shape[1]
-        stored = {x.name: memory.trained_bytes([x], self.left[x.name] / x.size, *how) for x in weights.layers}
+        step = mine.shape[1]
+        stored = {x.name: memory.trained_bytes([x], self.left[x.name] / x.size, options) for x in weights.layers}
         if options.by == "model":
             sizes = (stored, self.seqlen, step, step, dtype)
             self._keeps = has_room_for_activations(weights, sizes, "recovery", "by", "model", "--by block")
@@ -185,9 +181,8 @@ class Distillation:
 
     def _places(self, block: Block) -> dict[str, tuple[torch.nn.Module, str]]:
         """Return where the trained parameters of a block are, by name: its matrices, and its norms and biases."""
-        matrices = (
-            {} if self.options.train == "norms" else {f"{n}.weight": (x, "weight") for n, x in block.linears.items()}
-        )
+        linears = {} if self.options.train == "norms" else block.linears
+        matrices = {f"{name}.weight": (linear, "weight") for name, linear in linears.items()}
         vectors = [name for name, x in block.module.named_parameters() if x.ndim == 1]
         return matrices | {f"{block.index}.{name}": parameter_place(block.module, name) for name in vectors}
 
@@ -238,7 +233,7 @@ class Distillation:
                     self._store(state, losses)
                     stored = time.monotonic()
         for block in weights.visit():
-            keep(block, [])
+            keep(block.index, [])
         return losses
 
     def _by_block(self, keep: Keep, finished: Mapping[int, tuple[Path, list[float]]]) -> list[float]:
@@ -264,7 +259,7 @@ class Distillation:
                         loss_of = partial(block_loss, goals)
                         losses.append(self._step(walk, hidden, loss_of, step, EPOCHS * groups, block))
                         bar.set_postfix(error=f"{losses[-1]:.4f}")
-                    keep(block, losses[-EPOCHS * groups :])
+                    keep(block.index, losses[-EPOCHS * groups :])
                 advance(block, inputs)
         return losses
 
@@ -311,17 +306,6 @@ def _survey(_: str, weight: torch.Tensor) -> tuple[str, int, float]:
 
 def block_loss(goals: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> WalkLoss:
     """Return the squared error of a block's ``outputs``, as a fraction of the square of its ``goals``."""
-    errors = [(states - goal.to(states.device)).float() for states, goal in zip(outputs, goals, strict=True)]
+    errors = [states - goal.to(states.device) for states, goal in zip(outputs, goals, strict=True)]
     error, whole = (sum(x.float().square().sum() for x in xs) for xs in (errors, goals))
-    largest = torch.stack([x.abs().amax() for x in errors]).amax().clamp_(min=torch.finfo(torch.float32).tiny)
-    gradients = [(x / largest).to(outputs[0].dtype) for x in errors]
-    return WalkLoss(error, whole, gradients, {}, whole / 2 / largest)
-
-
-def draw_losses(report: Mapping):
-    """Return a matplotlib Figure of the loss by step, and on the held-out windows before and after."""
-    figure, (axes,) = files.new_figure(6, 4)
-    axes.plot(range(1, len(report["losses"]) + 1), report["losses"], linewidth=1)
-    title = f"held out: {report['held_before']:.3f} -> {report['held_after']:.3f}"
-    axes.set(xlabel="step", ylabel="loss", title=title)
-    return figure
+    return WalkLoss(error, whole, errors, {}, whole / 2)  # an error is half of a gradient

@@ -8,70 +8,67 @@ from pathlib import Path
 
 from lib import sparse
 from lib.cli.settings import Experiment
-from lib.cli.task import Measurement, Task
-from lib.core import cpu, files, processes
+from lib.cli.task import Task
+from lib.core import files, processes
 from lib.core.errors import UserError, flag_name
-from lib.core.lazy import torch
 from lib.models.layers import Layer
 from lib.pruning import plan as plans
-from lib.run.journal import MANIFEST, can_reopen, partial_folder
+from lib.run.journal import MANIFEST, PROGRESS, can_reopen, partial_folder
 from lib.run.pipeline import make_plan
-from lib.run.record import has_flags, read_run
+from lib.run.record import INPUTS, has_flags, read_run
 from lib.spectra import spectrum
-from lib.spectra.cache import MetricCache
+from lib.spectra.cache import Measurement, MetricCache
 
 log = logging.getLogger("main")
 
 
 def check_output(
-    save: Path, run: str, target: Path | None, flags: Mapping, paths: Mapping[str, Path], mark: str = MANIFEST
+    save: Path, run: str, targets: Sequence[Path], flags: Mapping, paths: Mapping[str, Path], mark: str = MANIFEST
 ) -> None:
     """Refuse output that cannot be written or would destroy something; warn of earlier runs that will be replaced.
 
     Published file names contain neither seed nor N:M nor epsilon, so that two runs may have the same ones. The figures
-    of the ``run`` go to ``save``, the pruned model to ``target`` (None: it is not saved), where an earlier one is known
-    by the file ``mark``. ``paths`` are the files and folders that the ``flags`` name, by field.
+    of the ``run`` go to ``save``, its models to ``targets``, where an earlier one is known by the file ``mark``.
+    ``paths`` are the files and folders that the ``flags`` name, by field.
     """
     files.check_writable("save", save)
     earlier = read_run(save, run)
     if earlier and not has_flags(earlier, flags):
         log.warning("%s/*_%s.* of a run with other flags will be replaced", save, run)
-    if target is not None:
+    for target in targets:
         check_target(target, paths, mark)
-        if target.exists() and not (earlier and not earlier.get("complete")):
+        if target.exists() and not (target / PROGRESS).is_file():
             log.warning("%s already exists and will be replaced, with every file in it", target)
     for name in sorted(paths.keys() & {"save_plan", "save_calib", "export_llmcompressor"}):
         if paths[name].exists() and not paths[name].is_file():
-            problem = "is a folder" if paths[name].is_dir() else "is not an ordinary file, and would be replaced by one"
-            raise UserError(name, paths[name], problem, "give another file")
-        for read in paths.keys() & {"model", "calib_data", "eval_data", "prompts", "prompt_data", "plan"}:
+            raise UserError(name, paths[name], "is a folder, or no ordinary file", "give another file")
+        for read in paths.keys() & {*INPUTS}:
             if paths[name].resolve().is_relative_to(paths[read].resolve()):
                 raise UserError(name, paths[name], f"would be written over {flag_name(read)}", "give another file")
         files.check_writable(name, paths[name].parent)
 
 
-def check_target(target: Path, paths: Mapping[str, Path], mark: str = MANIFEST) -> None:
+def check_target(target: Path, paths: Mapping[str, Path], mark: str) -> None:
     """Refuse to replace ``target`` by a pruned model if anything else than an earlier one would be lost."""
     files.check_folder("save_model", target)
     for name, path in paths.items():
-        if path.resolve().is_relative_to(target.resolve()):
+        if name != "save_model" and path.resolve().is_relative_to(target.resolve()):
             problem = f"{flag_name(name)} {path} lies in {target}, which would be replaced"
             raise UserError("save_model", target.parent, problem, "give another folder")
     inside = list(target.iterdir()) if target.is_dir() else []
-    folder = next((path.name for path in inside if path.is_dir()), None)  # a saved model has none
-    if folder or (inside and target / mark not in inside):
-        stranger = f"the folder {folder}" if folder else f"its files (it holds no {mark})"
-        problem = f"{target} would be replaced, and no pruning wrote {stranger}"
+    strange = [path.name for path in inside if path.is_dir() or target / mark not in inside]  # no model has a folder
+    if strange:
+        problem = f"{target} would be replaced, and no pruning wrote {strange[0]} in it"
         raise UserError("save_model", target.parent, problem, "move it away, or give another folder")
 
 
-def check_disk(target: Path, size: int, restart: bool, unmeasured: bool) -> None:
-    """Refuse a disk that has no room for the ``size`` bytes of a pruned model, less what a resumed run has written."""
-    reopened = can_reopen(target, restart, unmeasured)
-    # A packed folder is unpacked beside itself.
-    folder = target if reopened and not sparse.is_packed(target) else partial_folder(target)
-    written = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
-    files.check_writable("save_model", target.parent, size - written)
+def check_disk(targets: Sequence[Path], size: int, restart: bool) -> None:
+    """Refuse a disk that has no room for ``size`` bytes of models in ``targets``, less what is written already."""
+    for target in targets:
+        # A packed folder is unpacked beside itself.
+        folder = target if can_reopen(target, restart) and not sparse.is_packed(target) else partial_folder(target)
+        size -= sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+    files.check_writable("save_model", targets[0].parent, size)
 
 
 def check_layers(
@@ -89,12 +86,11 @@ def check_layers(
             problem = f"{layer.name} has {layer.shape[1]} columns, which {task.nm[1]} does not divide"
             raise UserError("sparsity_type", "{}:{}".format(*task.nm), problem)
     if task.allocation == "ww":
-        metric, folder, how = measurement
-        if MetricCache(folder, metric, name, measured, how).read() is None:
-            files.check_writable("ww_metric_cache", folder)
-        for layer in measured if how.farms else ():
+        if MetricCache(measurement, name, measured).read() is None:
+            files.check_writable("ww_metric_cache", measurement.folder)
+        for layer in measured if measurement.farms else ():
             try:
-                spectrum.farms_windows(layer.shape, how.farms)
+                spectrum.farms_windows(layer.shape, measurement.farms)
             except spectrum.NoFit as error:
                 fix = "lower --farms_rows or --farms_ratio"
                 raise UserError("farms", None, f"with {layer.name}: {error}", fix) from error
@@ -102,18 +98,6 @@ def check_layers(
         plans.load_plan(Path(task.plan), name, layers)
     elif task.pruner and task.needs is None:  # from shapes alone: it is met, or refused here
         make_plan(task, layers, None)
-
-
-def calibration_dtype(name: str | None, compute: torch.dtype) -> torch.dtype | None:
-    """Return the dtype of the products in a float32 model's calibration passes, None for the model's own."""
-    if name is None:
-        return None
-    if compute != torch.float32:
-        problem = f"the model is computed in {str(compute).removeprefix('torch.')}, which is as fast"
-        raise UserError("calib_dtype", name, problem, "leave it out, or use --dtype float32")
-    if not cpu.gpus() and not cpu.multiplies(torch.bfloat16):
-        log.warning("--calib_dtype %s: this CPU has no instructions for it, so that it is slower than float32", name)
-    return getattr(torch, name)
 
 
 def must_stream(task: Task, settings: Experiment, fits: bool) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -15,16 +14,15 @@ from lib import sparse
 from lib.core import files, processes
 from lib.core.digests import checksum, first_difference
 from lib.core.errors import UserError, flag_name
-from lib.core.lazy import torch
 from lib.models.safetensors_io import write_shard
-from lib.pruning.walk import LayerReport
+from lib.models.weights import Weights
 
 log = logging.getLogger(__name__)
 
 # What made the model, in its finished folder.
 MANIFEST = "pruning.json"
-# What was finished, line by line; it stays there as well, so that a stopped evaluation can be resumed.
-_PROGRESS = "progress.jsonl"
+# What was finished, line by line; it stays there until all is measured, so that a stopped evaluation can be resumed.
+PROGRESS = "progress.jsonl"
 _RESTART = "add --restart to begin again"
 
 
@@ -33,9 +31,16 @@ def partial_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def can_reopen(target: Path, restart: bool, unmeasured: bool) -> bool:
-    """Return whether a run resumes from its finished folder ``target``; for the arguments see ``Journal``."""
-    return unmeasured and not restart and not partial_folder(target).exists() and (target / _PROGRESS).is_file()
+def can_reopen(target: Path, restart: bool) -> bool:
+    """Return whether a run resumes from its finished folder ``target``: it was stopped during its evaluation."""
+    return not restart and not partial_folder(target).exists() and (target / PROGRESS).is_file()
+
+
+def read_manifest(folder: Path) -> dict:
+    """Return what made the pruned model in ``folder``, as main.py wrote it there; empty if it wrote nothing."""
+    path = folder / MANIFEST
+    with files.reading(path, field="model"):
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 class Journal:
@@ -47,25 +52,22 @@ class Journal:
 
     Attributes:
         scratch: folder for files that need not outlive the run.
-        finished: the layer reports of each finished block, by its index.
+        finished: what was given to ``add`` with each finished block, by its index.
         failure: the error of a block that could not be written.
     """
 
-    def __init__(self, target: Path, restart: bool = False, unmeasured: bool = False) -> None:
-        """Open the journal for ``target``, which no other process may have open; ``restart`` discards what it holds.
-
-        ``unmeasured``: a complete model in ``target`` comes from a run stopped during its evaluation, which is resumed.
-        """
+    def __init__(self, target: Path, restart: bool = False) -> None:
+        """Open the journal for ``target``, which no other process may have open; ``restart`` discards what it holds."""
         self.target, self.folder = target, partial_folder(target)
         self.scratch = self.folder / "scratch"
-        self.finished: dict[int, list[LayerReport]] = {}
+        self.finished: dict[int, list] = {}
         self.failure: UserError | None = None
         self._undo = ExitStack()  # of what is to be released in the end
         self._reopened = False  # whether the folder is a finished model that this run has not accepted yet
         self._progress: files.Progress  # in the main process only
-        processes.on_main(lambda: self._open(restart, unmeasured))
+        processes.on_main(lambda: self._open(restart))
 
-    def _open(self, restart: bool, unmeasured: bool) -> None:
+    def _open(self, restart: bool) -> None:
         with ExitStack() as undo, files.writing(self.folder, "save_model"):
             undo.enter_context(files.locked(self.folder, "save_model"))
             with files.locked(self.target, wait=True):
@@ -74,10 +76,10 @@ class Journal:
             if restart and self.folder.exists():
                 shutil.rmtree(self.folder)
             try:
-                if can_reopen(self.target, restart, unmeasured):
+                if can_reopen(self.target, restart):
                     self._reopen()
                 self.folder.mkdir(exist_ok=True)
-                self._progress = files.Progress(self.folder / _PROGRESS)
+                self._progress = files.Progress(self.folder / PROGRESS)
             except UserError as error:
                 raise UserError("save_model", None, error.message, _RESTART) from error
             for path in self.folder.glob(".*.tmp"):  # that a killed process was writing
@@ -124,8 +126,8 @@ class Journal:
         if self.finished:
             log.info("resuming after block %d of the run in %s", max(self.finished), self.folder)
 
-    def _begin(self, now: dict) -> dict[int, list[LayerReport]]:
-        """Return the reports of the blocks that are whole, and remove all else that would become part of the model."""
+    def _begin(self, now: dict) -> dict[int, list]:
+        """Return the rows of the blocks that are whole, and remove all else that would become part of the model."""
         before, finished = self._progress.get("run", "identity"), {}
         if before is None:
             self._progress.add("run", "identity", now)
@@ -145,7 +147,7 @@ class Journal:
             if not path.is_file() or checksum(path) != entry["sha256"]:
                 log.warning("%s is damaged: its block and those after it are pruned again", path)
                 break
-            finished[index] = [LayerReport(*row) for row in entry["rows"]]
+            finished[index] = entry["rows"]
         for path in {*self.folder.glob("*.safetensors")} - {self.path(index) for index in finished}:
             path.unlink()
         return finished
@@ -154,14 +156,15 @@ class Journal:
         """Return the file of a block."""
         return self.folder / f"model-block-{index:05d}.safetensors"
 
-    def add(self, index: int, tensors: Mapping, dtypes: Mapping[str, torch.dtype], rows: list[LayerReport]) -> None:
-        """Store a block durably: its shard, then the line that makes it a finished one."""
+    def add(self, index: int, weights: Weights, rows: list) -> None:
+        """Store a lent block durably: its shard, then the line that makes it a finished one."""
 
         def store() -> None:
-            sha256 = write_shard(self.path(index), tensors, dtypes)
+            sha256 = write_shard(self.path(index), weights.tensors(index), weights.save_dtypes(index))
             self._progress.add("block", str(index), {"sha256": sha256, "rows": rows})
 
         processes.on_main(store)
+        weights.set_block_file(index, self.path(index))
         self.finished[index] = rows
 
     def finish(self, packed: bool = False) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from functools import cache
 from pathlib import Path
 
 from lib import sparse
 from lib.allocation import block_scores, epsilon, price, price_model
 from lib.calibration import hidden, own_text, texts
-from lib.cli.settings import Experiment
+from lib.cli.settings import Experiment, RecoveryFlags, TextFlags
 from lib.cli.task import Task
 from lib.core import cpu, files, processes
-from lib.core.digests import digest
+from lib.core.digests import digest, first_difference
 from lib.core.errors import UserError
+from lib.core.lazy import torch
 from lib.evaluation import perplexity, zero_shot
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers, published_layout, refuse_experts
@@ -24,10 +26,11 @@ from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of, with_fewer_experts
 from lib.pruning import drop, walk
 from lib.recovery.block_walk import search_dtype
-from lib.recovery.distill import HELD_OUT
+from lib.recovery.distill import HELD_OUT, Distillation
 from lib.run import checks
 from lib.run.journal import Journal
-from lib.run.record import is_unmeasured
+from lib.run.pipeline import machine
+from lib.run.record import Record
 from lib.spectra import measure
 
 log = logging.getLogger("main")
@@ -68,24 +71,28 @@ class LanguageModel:
         dropping = (settings.drop_experts, settings.drop_by) if settings.drop_experts else None
         if (source, dropping) != (self.source, self.dropping):
             self._inspect(source, dropping)
-        dtype = settings.dtype
+        dtype, options = settings.dtype, settings.recovery_options()
         self.dtypes = sparse.packed_dtypes(source, dtype) if packed else load.choose_dtypes(dtype, self.skeleton)
 
         checks.check_layers(task, self.name, self.layers, self.layers, settings.measurement(self.name))
-        self.calib_dtype = checks.calibration_dtype(settings.calib_dtype, self.dtypes.compute)
+        self.calib_dtype = getattr(torch, settings.calib_dtype) if settings.calib_dtype else None
+        if self.calib_dtype and self.dtypes.compute != torch.float32:
+            problem = f"the model is computed in {self.dtypes.compute}, which is as fast"
+            raise UserError("calib_dtype", settings.calib_dtype, problem, "leave it out, or use --dtype float32")
         self.settings, self.hidden_states = settings, settings.hidden_states
         if settings.hidden_states == "gpu" and not cpu.gpus():
             raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", "use cpu or disk")
-        if "calibration" in task.traits and settings.nsamples < processes.count():
-            fix = f"give one for each of {processes.count()} processes"
-            raise UserError("nsamples", settings.nsamples, "is too few to share", fix)
+        for name, trait in (("nsamples", "calibration"), ("batch", "recover")):
+            if trait in task.traits and getattr(settings, name) < processes.count():
+                fix = f"give one for each of {processes.count()} processes"
+                raise UserError(name, getattr(settings, name), "is too few to share", fix)
         if settings.packed:
             refuse_experts("packed", None, self.layers)
-        if settings.save_model:
+        if targets := settings.folders(task):
             published_layout(self.skeleton)  # refuses what could not be saved
             size = memory.saved_bytes(self.skeleton, self.source.path, self.dtypes.save)
-            unmeasured = is_unmeasured(Path(settings.save), task.run, settings.flags())
-            checks.check_disk(settings.model_folder(task), size, settings.restart, unmeasured)
+            state = memory.trained_bytes(self.layers, 1 - task.target, options) if settings.recover else 0
+            checks.check_disk(targets, size * len(targets) + state, settings.restart)
 
         context = load.context_length(self.skeleton)
         self.seqlen = min(settings.seqlen, context or settings.seqlen)
@@ -102,6 +109,8 @@ class LanguageModel:
         if not packed and checks.must_stream(task, settings, self.fits):
             self.streamed = locate.local_copy(source)
             checkpoint_entries(self.streamed)  # refuses what cannot be streamed
+        if settings.recover:
+            self._prepare_recovery(settings, task)
 
     def _inspect(self, source: load.Source, dropping: tuple[float, str] | None) -> None:
         """Take up a model's shapes, less those of the experts that will be dropped, and its tokenizer."""
@@ -144,15 +153,15 @@ class LanguageModel:
             self.evaluation = self._once(texts.evaluation_windows, settings.eval_data, self.tokenizer, *how)
         load.check_vocabulary(settings.model, self.skeleton, self.calibration, self.evaluation)
         if settings.eval_zero_shot:
-            names = settings.task_names()
-            self.questions = self._once(zero_shot.find_tasks, names, settings.include_path, settings.num_fewshot)
+            how = (settings.tasks, settings.include_path, settings.num_fewshot)
+            self.questions = self._once(zero_shot.find_tasks, *how)
 
     def _search_windows(self, settings: Experiment, task: Task) -> tuple[tuple[int, int], int]:
         """Return the counts of windows to search on and held out, and their length, tokens."""
         if task.needs != "price":
             return (epsilon.WINDOWS, epsilon.WINDOWS), self.seqlen
-        effort = settings.price_options().effort
-        return (price.FIT_WINDOWS, effort.held_out_windows), effort.length(self.seqlen)
+        options = settings.price_options()
+        return (price.FIT_WINDOWS, options.held_out_windows), options.length(self.seqlen)
 
     def _own_text(self, settings: Experiment, task: Task) -> str:
         """Return the file of text that the dense model wrote itself for this run."""
@@ -188,6 +197,39 @@ class LanguageModel:
             processes.gathered(None)  # the others read it
         return path
 
+    def _prepare_recovery(self, settings: Experiment, task: Task) -> None:
+        """Take up text and teacher of a recovery, and refuse what cannot work."""
+        options = settings.recovery_options()
+        least, dense = options.least_tokens(self.seqlen), settings.pruned_from()
+        if options.tokens < least:
+            raise UserError("recover", options.tokens, f"is too few for a step, which takes {least}")
+        if self.streamed and options.by == "model":
+            problem = "the model is streamed, and needs to be in memory as a whole"
+            raise UserError("by", "model", problem, "use --by block")
+        if options.by == "block" and dense["source"] is None:
+            problem = "aims at the dense model's blocks, and there is none"
+            raise UserError("by", "block", problem, "use --by model")
+
+        counts = (options.tokens // least * options.batch, max(HELD_OUT, processes.count()))
+        self.recovery = texts.recovery_windows(self.calib_data, self.tokenizer, counts, self.seqlen, settings.seed)
+        self.teacher = self.teacher_name = None
+        if dense["source"] is None:
+            return
+        source = processes.on_main(lambda: locate.locate(dense["source"], settings.cache_dir))
+        device = processes.device() or memory.freest()
+        self.teacher = teacher = Streamed(locate.local_copy(source), self.dtypes, device)
+        self.teacher_name = source.anywhere
+        sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, self.skeleton)]
+        fix = "give the model that was pruned"
+        if sizes[0] != sizes[1] or [*teacher.layers] != [*prunable_layers(self.whole)]:
+            problem = f"is another model than the pruned one: its embedding is {sizes[0]}, the other's {sizes[1]}"
+            raise UserError("dense", source.given, problem, fix)
+        # All of the model is read for them, once.
+        expected = dense.get("fingerprints")
+        self.teacher_fingerprints = teacher.fingerprints() if expected or settings.save_model else {}
+        if expected and (layer := first_difference(expected, self.teacher_fingerprints)):
+            raise UserError("dense", source.given, f"is not the model that was pruned (see {layer})", fix)
+
     def _needed_memory(self, settings: Experiment) -> int:
         """Return the bytes of each GPU, or of the CPU, that a run needs besides the weights, from shapes alone."""
         task, dtype = settings.task(), self.dtypes.compute
@@ -198,16 +240,16 @@ class LanguageModel:
         needed = memory.working_set(self.skeleton, dtype, hessians, windows, self.seqlen, copies)
         gpus = 1 if processes.device() else max(1, cpu.gpus())
         if settings.recover:
-            how, step = (settings.train, settings.rank, settings.states), (self.seqlen, settings.batch, settings.batch)
-            stored = memory.trained_bytes(self.layers, 1 - task.target, *how) // gpus if settings.by == "model" else 0
+            options, step = settings.recovery_options(), (self.seqlen, settings.batch, settings.batch)
+            stored = memory.trained_bytes(self.layers, 1 - task.target, options) // gpus if options.by == "model" else 0
             needed = max(needed, stored + memory.price_working_set(self.skeleton, self.layers, dtype, *step))
         if task.needs == "lamp_score":
             return needed + block_scores.LAMP_BYTES * max(layer.size for layer in self.layers)
         if task.needs != "price":
             return needed
-        effort = settings.price_options().effort
+        options = settings.price_options()
         ranks = memory.rank_bytes(self.layers, task.by_magnitude) // gpus  # each layer's are on its own device
-        windows = (effort.length(self.seqlen), effort.windows_per_step, price.FIT_WINDOWS + effort.held_out_windows)
+        windows = (options.length(self.seqlen), options.windows_per_step, price.FIT_WINDOWS + options.held_out_windows)
         return max(needed, ranks + memory.price_working_set(self.skeleton, self.layers, dtype, *windows))
 
     def describe(self, flags: Mapping[str, object]) -> dict:
@@ -251,8 +293,8 @@ class LanguageModel:
         if by == "reap":
             scores = drop.reap_scores(self.weights, self.inputs())
         elif by == "alpha":
-            metric, folder, how = self.settings.measurement(self.source.name, whole=True)
-            values = measure.load_or_measure(folder, metric, self.source.name, self.weights, how).values
+            measurement = self.settings.measurement(self.source.name, whole=True)
+            values = measure.load_or_measure(measurement, self.source.name, self.weights).values
             scores = drop.alpha_scores(layers, values)
         else:
             scores = drop.random_scores(layers, self.settings.seed)
@@ -263,11 +305,10 @@ class LanguageModel:
         inputs = hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
         return inputs._replace(expert_weighting=self.settings.expert_weighting)
 
-    def price_model(self, effort: price.Effort, by_magnitude: bool) -> price_model.PriceModel:
+    def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> price.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""
         dtype = search_dtype(self.settings.price_dtype, self.weights.device, self.dtypes.compute)
-        step = (effort.windows_per_step, effort.token_stride)
-        return price_model.LanguagePriceModel(self.weights, self.search, *step, dtype, by_magnitude)
+        return price_model.LanguagePriceModel(self.weights, self.search, options, dtype, by_magnitude)
 
     def save(self, journal: Journal, packed: bool, sparsity: float) -> Path:
         """Complete the folder of the pruned blocks and move it into its place, which is returned.
@@ -284,15 +325,46 @@ class LanguageModel:
 
         processes.gathered(None)  # none reads in the folder any more
         processes.on_main(complete)
-        self.weights.rebase_files(journal.folder, journal.target)
+        for index in journal.finished:
+            self.weights.set_block_file(index, journal.target / journal.path(index).name)
         return journal.target
 
-    def perplexity(self) -> float:
-        """Return the perplexity on the evaluation windows."""
-        return perplexity.perplexity_by_blocks(self.weights, self.evaluation)
+    def recover(self, record: Record, task: Task) -> None:
+        """Distil the teacher into the weights as a stage of a run, save them, and add what it did to the ``record``."""
+        content, settings, weights = record.content, self.settings, self.weights
+        if not content["sparsity"] and not settings.drop_experts:
+            raise UserError("model", None, "is not pruned, no weight of it is zero", "prune it first")
+        targets = settings.folders(task)
+        stored = closing(Journal(targets[-1], settings.restart)) if targets else nullcontext()
+        with record.stage("recover"), stored as journal:
+            before = self.perplexity()
+            self.loaded_as = None  # norms and biases are trained as well, and ``restore`` knows the matrices alone
+            dtype = search_dtype("auto", weights.device, self.dtypes.compute)
+            how = (settings.recovery_options(), self.recovery, self.hidden_states, dtype)
+            distillation = Distillation(weights, self.teacher, *how)
+            if journal:
+                identity = {"model": self.name, "source": self.teacher_name, "versions": machine(weights)}
+                identity |= {"calibration": digest(self.recovery[0]), "plan": digest(weights.fingerprints())}
+                identity["fingerprints"] = self.teacher_fingerprints if self.teacher else weights.fingerprints()
+                journal.begin(identity | {"flags": settings.identity(TextFlags, RecoveryFlags)})
+                report = _train(weights, journal, distillation)
+                record.saved.append(self.save(journal, settings.packed, content["sparsity"]))
+                content["saved_model"] = str(record.saved[-1])
+            else:
+                report = distillation.run(None, lambda *_: None, {})
+        content["recovery"] = report | {"perplexity_before": before, "sparsity_before": content["sparsity"]}
+        content["sparsity"] = weights.sparsity()
+        content["method"] += "_recovered" if task.pruner else ""
+        title = "held out: {held_before:.3f} -> {held_after:.3f}".format(**report)
+        losses = {"training": (range(1, len(report["losses"]) + 1), report["losses"])}
+        files.save_figure(files.draw_losses(losses, title), record.folder / f"recovery_{record.run}.png")
 
-    def zero_shot(self, saved: str | None) -> zero_shot.ZeroShotResult:
-        """Return the accuracy on the questions; a streamed model is read from where it was ``saved``, if it changed."""
+    def perplexity(self) -> float | None:
+        """Return the perplexity on the evaluation windows, None without."""
+        return None if self.evaluation is None else perplexity.perplexity_by_blocks(self.weights, self.evaluation)
+
+    def zero_shot(self, saved: str | None) -> tuple[dict, str]:
+        """Return results and their table; a streamed model is read from where it was ``saved``, if it changed."""
         model = self.weights.model
         if self.weights.streamed:
             if saved is None and self.weights.changed:
@@ -301,3 +373,23 @@ class LanguageModel:
             model = load.load_llm(source, self.dtypes.compute, processes.device(), reserve=self.reserve)
         how = (self.settings.num_fewshot, self.settings.limit, self.settings.eval_batch_size)
         return zero_shot.zero_shot(model, self.tokenizer, self.questions, *how)
+
+
+def _train(weights: Weights, journal: Journal, distillation: Distillation) -> dict:
+    """Train, or go on with what an earlier run has stored in the journal, and store the result there."""
+    state = journal.folder / "recovery.state"
+    stored = journal.get("recovery", "report")
+    if stored and len(journal.finished) == len(weights.modules):
+        for block in weights.visit(write=True):
+            weights.load_block(block.index, journal.path(block.index))
+        for name, values in stored["behind"].items():
+            parameter = weights.model.get_parameter(name).data
+            parameter.copy_(parameter.new_tensor(values))
+        return stored["report"]
+
+    finished = {index: (journal.path(index), losses) for index, losses in journal.finished.items()}
+    report = distillation.run(state, lambda index, losses: journal.add(index, weights, losses), finished)
+    behind = {name: weights.model.get_parameter(name).tolist() for name in distillation.gains if weights.in_memory}
+    journal.put("recovery", "report", {"report": report, "behind": behind})
+    processes.on_main(lambda: state.unlink(missing_ok=True))
+    return report

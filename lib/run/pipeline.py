@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -11,9 +12,8 @@ from typing import Protocol
 from lib import sparse
 from lib.allocation import block_scores, epsilon, formulas, price
 from lib.allocation.formulas import Values
-from lib.allocation.price_model import PriceModel
 from lib.calibration.hidden import BlockInputs
-from lib.cli.task import Measurement, Task
+from lib.cli.task import Task
 from lib.core import files, processes
 from lib.core.digests import digest
 from lib.core.errors import UserError
@@ -26,6 +26,7 @@ from lib.pruning.plan import SparsityPlan
 from lib.run.journal import Journal
 from lib.run.record import Record, provenance
 from lib.spectra import measure
+from lib.spectra.cache import Measurement
 
 log = logging.getLogger("main")
 
@@ -46,7 +47,7 @@ class Subject(Protocol):
     def inputs(self) -> BlockInputs:
         """Return the inputs of the first block."""
 
-    def price_model(self, effort: price.Effort, by_magnitude: bool) -> PriceModel:
+    def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> price.PriceModel:
         """Return the model whose prices are searched, with the masks of magnitude or of Wanda."""
 
 
@@ -61,8 +62,7 @@ def measure_values(
     if needs is None:
         return None, None
     if needs == "metric":
-        metric, folder, how = measurement
-        return measure.load_or_measure(folder, metric, subject.name, subject.measured, how).values, None
+        return measure.load_or_measure(measurement, subject.name, subject.measured).values, None
     if needs == "price":
         search = search_prices(subject, task, options, journal)
         return search.ratios, search
@@ -91,11 +91,11 @@ def search_prices(
     key = _search_key(subject, task) if journal else ""
     if journal and (earlier := journal.get("prices", key)) is not None:
         log.info("the ratios of equal price are those that the interrupted run found")
-        return price.SearchResult.of(earlier)
+        return price.SearchResult(**earlier)
 
     def search_alone() -> price.SearchResult:
         with processes.single_process():
-            model = subject.price_model(options.effort, task.by_magnitude)
+            model = subject.price_model(options, task.by_magnitude)
             return price.search(model, subject.weights.layers, task.target, options)
 
     asked = ("price", task.target, task.by_magnitude, options, *subject.search_digests)
@@ -128,13 +128,13 @@ def make_plan(task: Task, layers: Sequence[Layer], values: Values | None, trial:
 
 def allocate(
     subject: Subject, task: Task, values: Values | None, journal: Journal | None = None
-) -> tuple[SparsityPlan, list[epsilon.Trial]]:
-    """Return the plan, and the trials made for it with --epsilon auto."""
+) -> tuple[SparsityPlan, dict[float, float]]:
+    """Return the plan, and the perplexity of each epsilon that was tried for it with --epsilon auto."""
     layers = subject.weights.layers
     if task.plan:
-        return plans.load_plan(Path(task.plan), subject.name, layers), []
+        return plans.load_plan(Path(task.plan), subject.name, layers), {}
     if task.hyper.get("epsilon") != "auto":
-        return make_plan(task, layers, values), []
+        return make_plan(task, layers, values), {}
 
     tried, remember = {}, None
     if journal:
@@ -144,7 +144,7 @@ def allocate(
     grid = epsilon.epsilon_grid(formulas.largest_epsilon(layers, task.target, values, task.hyper["mapping_type"]))
     tries = {trial: make_plan(task, layers, values, trial) for trial in grid}
     trials = epsilon.try_epsilons(subject.weights, tries, task.pruner, subject.search, subject.dense, tried, remember)
-    return tries[epsilon.best(trials).epsilon], trials
+    return tries[epsilon.best(trials)], trials
 
 
 def prune(
@@ -165,7 +165,10 @@ def prune(
         identity["versions"] = machine(subject.weights)
         identity |= {"calibration": subject.calibration_digest, "fingerprints": subject.weights.fingerprints()}
         if task.pruner.statistic and identity["versions"]["device"] == "cpu":
-            identity["bits"] = {"the number of threads": torch.get_num_threads(), "the compiled kernel": _kernel()}
+            identity["bits"] = {"the number of threads": torch.get_num_threads(), "the compiled kernel": "missing"}
+            with suppress(sparse.Unavailable):
+                sparse.load_kernel()
+                identity["bits"]["the compiled kernel"] = "there"
         journal.begin(identity)
     inputs = subject.inputs()._replace(dtype=subject.calib_dtype) if task.pruner.statistic else None
     return walk.walk(subject.weights, plan, task.pruner, inputs, values, propagate, journal)
@@ -177,15 +180,6 @@ def machine(weights: Weights) -> dict[str, str]:
     return versions | {"device": weights.device.type, "processes": str(processes.count())}
 
 
-def _kernel() -> str:
-    """Return whether the CPU's compiled kernel is there."""
-    try:
-        sparse.load_kernel()
-    except sparse.Unavailable:
-        return "missing"
-    return "there"
-
-
 def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:
     """Save the pruned model by ``write``, if there is one, which returns its folder; then write the results so far.
 
@@ -194,7 +188,8 @@ def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:
     try:
         if write:
             with record.stage("save"):
-                record.content["saved_model"] = str(write())
+                record.saved.append(write())
+                record.content["saved_model"] = str(record.saved[-1])
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)
         return error

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import resource
-import shlex
 import subprocess
 import sys
 import time
@@ -18,12 +17,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib import __version__
-from lib.core import cpu
+from lib.core import cpu, processes
 from lib.core.digests import digest, file_state
 from lib.core.files import write_atomically
 from lib.core.lazy import torch
 from lib.pruning.walk import LayerReport
 from lib.run.card import write_card
+from lib.run.journal import PROGRESS
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,10 @@ class Record:
     """The record of a run, rewritten whenever it grows.
 
     Attributes:
-        content: of ``run_<run>.json``; ``inputs`` identifies the files that the flags name, as they were read.
+        content: of ``run_<run>.json``.
         stages: the entry of the content that says what each stage cost.
         rows: the per-layer table, ``layers_<run>.tsv``.
+        saved: the folders of the models that were saved.
         files: other files to write, {name: text}.
     """
 
@@ -47,6 +48,7 @@ class Record:
         self.folder, self.run = folder, run
         self.stages: dict[str, dict] = {}
         self.rows: list[LayerReport] = []
+        self.saved: list[Path] = []
         self.files: dict[str, str] = {}
         self.content: dict = {"complete": False, "stages": self.stages}
 
@@ -69,8 +71,6 @@ class Record:
         peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
         if peaks:
             self.stages[name]["peak_cuda_mb"] = peaks
-        if "flags" in self.content and "inputs" not in self.content:  # at the end of the stage that has read them
-            self.content["inputs"] = inputs_of(self.content["flags"])
 
     def write(self, complete: bool = False) -> None:
         """Write all files, the run file last, since it states whether the run is complete."""
@@ -84,15 +84,13 @@ class Record:
             same = all(dense.get(key) == self.content.get(key) for key in ("model", "evaluation"))
             card = {"dense": dense.get("perplexity") if same else None} | self.content | provenance()
             write_card(Path(self.content["saved_model"]), card, self.rows)
+        for folder in self.saved if complete and processes.is_main() else ():
+            (folder / PROGRESS).unlink(missing_ok=True)  # there is nothing left to resume
 
-    def how_to_resume(self, save_model: str | None, measure: str, flags: Mapping[str, object]) -> str:
-        """Return what is on disk after a failure, and how to go on: ``measure`` the saved model, or start again."""
-        advice = "the same command starts again"
-        if saved := self.content["saved_model"]:
-            words = [word for name, value in {"model": saved, **flags}.items() for word in (f"--{name}", str(value))]
-            advice = f"the pruned model is saved; {measure} {shlex.join(words)}"
-        elif self.rows and not save_model:
-            advice += " (--save_model DIR would keep the model)"
+    def how_to_resume(self, resume: str) -> str:
+        """Return what is on disk after a failure, and how to go on: ``resume`` with a saved model, or start again."""
+        saved = self.content["saved_model"]
+        advice = f"the pruned model is saved in {saved}; {resume}" if saved else "the same command starts again"
         return f"figures so far: {self.folder}/*_{self.run}.*; {advice}"
 
 
@@ -116,13 +114,7 @@ def cuda_in_use() -> list[int]:
 def _peak_rss_mb() -> int:
     with suppress(OSError):
         return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) // 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # which cannot be reset
-    return peak // (2**20 if sys.platform == "darwin" else 1024)
-
-
-def perplexity_text(method: str, sparsity: float, perplexity: float) -> str:
-    """Return the content of ``perplexity_<run>.txt``, in the published format."""
-    return f"method\tactual_sparsity\tppl_test\n{method}\t{sparsity:.4f}\t{perplexity:.4f}\n"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20  # on macOS, where it cannot be reset
 
 
 def layers_text(rows: Sequence[LayerReport]) -> str:
@@ -170,12 +162,6 @@ def parsed(content: str) -> dict:
 def has_flags(record: dict | None, flags: Mapping[str, object]) -> bool:
     """Return whether ``record`` belongs to a run with exactly these ``flags``."""
     return bool(record) and record.get("flags") == json.loads(json.dumps(flags))
-
-
-def is_unmeasured(save: Path, run: str, flags: Mapping[str, object]) -> bool:
-    """Return whether the run with these flags was stopped in its evaluation, when its model was whole."""
-    earlier = read_run(save, run)
-    return has_flags(earlier, flags) and earlier.get("complete") is False
 
 
 def inputs_of(flags: Mapping[str, object]) -> dict[str, str]:

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import Console
 from tabulate import tabulate
 
 from lib.allocation import price
-from lib.allocation.epsilon import Trial, best
+from lib.allocation.epsilon import best
 from lib.allocation.price import SearchResult
-from lib.cli.task import Measurement, Task
+from lib.cli.task import Task
 from lib.core import files, processes
 from lib.models.layers import Layer
-from lib.run.record import Record, provenance
+from lib.run.record import Record, inputs_of, provenance
+from lib.spectra.cache import Measurement
 
 
-def show(console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table with the first column left-aligned and the others right-aligned."""
     align = ["left"] + ["right"] * (len(headings) - 1)
-    line(console, title)
-    line(console, tabulate(rows, headings, tablefmt="rounded_outline", disable_numparse=True, colalign=align))
+    line(title)
+    line(tabulate(rows, headings, tablefmt="rounded_outline", disable_numparse=True, colalign=align))
 
 
-def line(console: Console, sentence: str) -> None:
-    """Print ``sentence`` unchanged, on one line however long it is."""
-    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+def line(sentence: str) -> None:
+    """Print ``sentence``, in one process."""
+    if processes.is_main():
+        print(sentence, flush=True)
 
 
-def show_metric(
-    console: Console, model: str, layers: Sequence[Layer], values: Mapping[str, float], measurement: Measurement
-) -> None:
+def show_metric(model: str, layers: Sequence[Layer], values: Mapping[str, float], measurement: Measurement) -> None:
     """Print the metric of a ``model`` by type of matrix."""
     kinds: dict[str, list[float]] = {}
     for layer in layers:
@@ -40,46 +39,44 @@ def show_metric(
         (kind, *(f"{figure:.4f}" for figure in (min(numbers), sum(numbers) / len(numbers), max(numbers))))
         for kind, numbers in kinds.items()
     ]
-    show(console, f"{model}: {measurement.metric}", ("matrix", "smallest", "mean", "largest"), rows)
-    line(console, f"cached in: {measurement.folder}/{measurement.settings.stem(measurement.metric)}.npy")
+    show(f"{model}: {measurement.metric}", ("matrix", "smallest", "mean", "largest"), rows)
+    line(f"cached in: {measurement.folder}/{measurement.stem}.npy")
 
 
-def show_trials(console: Console, record: Record, trials: Sequence[Trial]) -> None:
-    """Print and record the trials of --epsilon auto, if any."""
+def show_trials(record: Record, trials: Mapping[float, float]) -> None:
+    """Print and record the perplexity of each epsilon that --epsilon auto has tried, if any."""
     if not trials:
         return
     chosen = best(trials)
-    record.content |= {"epsilon": chosen.epsilon, "epsilon_search": [trial._asdict() for trial in trials]}
-    rows = [(f"{t.epsilon:.2f}", f"{t.perplexity:.2f}" + (" <- taken" if t is chosen else "")) for t in trials]
-    show(console, "--epsilon auto: perplexity on held-out calibration text", ("epsilon", "perplexity"), rows)
+    record.content["epsilon"] = chosen
+    record.content["epsilon_search"] = [{"epsilon": trial, "perplexity": value} for trial, value in trials.items()]
+    rows = [(f"{trial:.2f}", f"{value:.2f}" + " <- taken" * (trial == chosen)) for trial, value in trials.items()]
+    show("--epsilon auto: perplexity on held-out calibration text", ("epsilon", "perplexity"), rows)
 
 
-def show_prices(
-    console: Console, record: Record, search: SearchResult | None, data: str = "windows", of: str = "token"
-) -> None:
+def show_prices(record: Record, search: SearchResult | None, data: str = "windows", of: str = "token") -> None:
     """Print, record and plot the search for prices, if there was one; printed are the steps evaluated on held-out data.
 
     ``data`` is what the search evaluates on, ``of`` what the KL is a mean over.
     """
     if search is None:
         return
-    steps = [step._asdict() for step in search.steps]
-    outcome = {"kept": search.kept, "dtype": search.dtype, "held_out_kl": search.held, "steps": steps}
+    outcome = {"kept": search.kept, "dtype": search.dtype, "held_out_kl": search.held, "steps": search.steps}
     record.content["price_search"] = outcome
-    files.save_figure(price.draw_search(search), record.folder / f"price_{record.run}.png", dpi=130)
+    files.save_figure(price.draw_search(search), record.folder / f"price_{record.run}.png")
 
     rows = [
-        (str(i), f"{step.spread:.3f}", f"{step.fit:.4f}", f"{step.held:.4f}")
+        (str(i), f"{step['spread']:.3f}", f"{step['fit']:.4f}", f"{step['held']:.4f}")
         for i, step in enumerate(search.steps, 1)
-        if step.held is not None
+        if step["held"] is not None
     ]
     headings = ("step", "spread of prices", f"KL, its {data}", f"KL, held-out {data}")
-    show(console, f"price search in {search.dtype}: KL(dense || pruned), nats per {of}", headings, rows)
+    show(f"price search in {search.dtype}: KL(dense || pruned), nats per {of}", headings, rows)
     kept = {name: " <- kept" if name == search.kept else "" for name in search.held}
-    line(console, f"held-out {data}: {', '.join(f'{name} {kl:.4f}{kept[name]}' for name, kl in search.held.items())}")
+    line(f"held-out {data}: {', '.join(f'{name} {kl:.4f}{kept[name]}' for name, kl in search.held.items())}")
 
 
-def show_run(console: Console, record: Record) -> None:
+def show_run(record: Record) -> None:
     """Print the figures of a run of main.py, and where they were written."""
     content, stages = record.content, record.stages.values()
     seconds, peak = sum(stage["seconds"] for stage in stages), max(stage["peak_rss_mb"] for stage in stages)
@@ -87,23 +84,23 @@ def show_run(console: Console, record: Record) -> None:
     row = (content["method"], f"{content['target_sparsity']:g}", f"{content['sparsity']:.4f}", perplexity)
     headings = ("method", "target", "sparsity", "perplexity", "seconds", "peak memory")
     figures = [(*row, f"{seconds:.1f}", f"{peak} MB")]
-    show(console, f"{content['model']['given']}: {content['method']}", headings, figures)
+    show(f"{content['model']['given']}: {content['method']}", headings, figures)
     if recovery := content.get("recovery"):
         before, after = recovery["perplexity_before"], content["perplexity"]
         pairs = (("before", recovery["sparsity_before"], recovery["held_before"], before),
                  ("after", content["sparsity"], recovery["held_after"], after))  # fmt: skip
         rows = [(name, f"{zeros:.4f}", f"{loss:.4f}", f"{ppl:.4f}" if ppl else "-") for name, zeros, loss, ppl in pairs]
         title = f"recovery: {recovery['tokens']} tokens in {recovery['seconds']:.0f} s, learning rate "
-        show(console, f"{title}{recovery['learning_rate']:.3g}", ("", "sparsity", "held-out loss", "perplexity"), rows)
+        show(f"{title}{recovery['learning_rate']:.3g}", ("", "sparsity", "held-out loss", "perplexity"), rows)
     commit = (provenance()["git_commit"] or "unknown")[:12]
-    line(console, f"model:   {content['model']['name']}, seed {content['flags']['seed']}, commit {commit}")
-    line(console, f"written: {record.folder}/*_{record.run}.*")
+    line(f"model:   {content['model']['name']}, seed {content['flags']['seed']}, commit {commit}")
+    line(f"written: {record.folder}/*_{record.run}.*")
     if content["saved_model"]:
-        line(console, f"saved:   {content['saved_model']}")
+        line(f"saved:   {content['saved_model']}")
 
 
 def task_entries(task: Task, flags: Mapping[str, object]) -> dict:
-    """Return the record's entries on what a run of main.py is to do; figures are None until they are measured."""
+    """Return the record's entries on what a run is to do and reads; figures are None until they are measured."""
     return {
         "method": task.method,
         "target_sparsity": task.target,
@@ -112,4 +109,5 @@ def task_entries(task: Task, flags: Mapping[str, object]) -> dict:
         "epsilon_search": [],
         "processes": processes.count(),
         "flags": flags,
+        "inputs": inputs_of(flags),
     }

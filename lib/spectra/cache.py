@@ -21,26 +21,27 @@ from lib.spectra.tail import WEIGHTWATCHER
 log = logging.getLogger(__name__)
 
 
-class SpectrumSettings(NamedTuple):
-    """How a metric is measured: the ``driver`` of the spectrum, its FARMS windows, and weightwatcher's ``seed``."""
+class Measurement(NamedTuple):
+    """The ``metric`` that is measured, the ``folder`` that caches it, and how; by default as published."""
 
+    metric: str
+    folder: Path = Path()
     driver: str = "exact"
     farms: Farms | None = None
-    seed: int = 0
+    seed: int = 0  # of weightwatcher
 
-    def stem(self, metric: str) -> str:
-        """Return the name of the cache's files without their suffix; the published one for the published settings."""
+    @property
+    def stem(self) -> str:
+        """The name of the cache's files without their suffix; the published one for the published settings."""
         windows = "" if self.farms is None else "_farms_{}x{:g}_{}".format(*self.farms)
-        return metric + windows + ("" if self.driver == "exact" else f"_{self.driver}")
+        return self.metric + windows + ("" if self.driver == "exact" else f"_{self.driver}")
 
-    def described(self, metric: str) -> dict:
-        """Return the sidecar's entry for these settings, as far as they affect ``metric``."""
-        if metric in WEIGHTWATCHER:
-            return {"seed": self.seed} if metric == "random_distance" else {}
+    @property
+    def settings(self) -> dict:
+        """The sidecar's entry for the settings, as far as they affect the metric."""
+        if self.metric in WEIGHTWATCHER:
+            return {"seed": self.seed} if self.metric == "random_distance" else {}
         return {"driver": self.driver, "farms": None if self.farms is None else self.farms._asdict()}
-
-
-PUBLISHED = SpectrumSettings()
 
 
 class LayerMetrics(NamedTuple):
@@ -51,22 +52,19 @@ class LayerMetrics(NamedTuple):
 
 
 class MetricCache:
-    """The values of one metric in ``folder``: ``<stem>.npy``, as published, and a sidecar of all that must agree."""
+    """The values of one metric in its folder: ``<stem>.npy``, as published, and a sidecar of all that must agree."""
 
-    def __init__(
-        self, folder: Path, metric: str, model: str, layers: Sequence[Layer], settings: SpectrumSettings = PUBLISHED
-    ) -> None:
-        self.folder, self.stem = folder, settings.stem(metric)
+    def __init__(self, how: Measurement, model: str, layers: Sequence[Layer]) -> None:
+        self.folder, self.stem = how.folder, how.stem
         shapes = [[layer.name, list(layer.shape)] for layer in layers]
-        self.identity = {"model": model, "metric": metric, "settings": settings.described(metric), "layers": shapes}
-        self.path, self.sidecar = folder / f"{self.stem}.npy", folder / f"{self.stem}.json"
+        self.identity = {"model": model, "metric": how.metric, "settings": how.settings, "layers": shapes}
+        self.path, self.sidecar = self.folder / f"{self.stem}.npy", self.folder / f"{self.stem}.json"
         self._fix = f"give another {flag_name('ww_metric_cache')}, or delete {self.path} to have it computed"
 
     def read(self) -> LayerMetrics | None:
         """Return the cached values, None if there are none; ``check_weights`` follows once the weights are loaded.
 
-        Raises:
-            UserError: a file is damaged, or belongs to another model or other layers.
+        A file that is damaged, or belongs to another model or other layers, is a UserError.
         """
         if not self.path.exists():
             return None

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from lib.core.errors import UserError, first_line, flag_name
 from lib.core.lazy import numpy, torch
 from lib.models import memory
 from lib.models.weights import Weights
-from lib.spectra.cache import PUBLISHED, LayerMetrics, MetricCache, SpectrumSettings
+from lib.spectra.cache import LayerMetrics, Measurement, MetricCache
 from lib.spectra.spectrum import NoFit, spectrum
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
@@ -36,48 +35,41 @@ class _Result(NamedTuple):
     seconds: float = 0.0
 
 
-def load_or_measure(
-    folder: Path, metric: str, model: str, weights: Weights, settings: SpectrumSettings = PUBLISHED
-) -> LayerMetrics:
-    """Return the metric of every layer from the cache in ``folder``; missing values are measured and cached there.
+def load_or_measure(how: Measurement, model: str, weights: Weights) -> LayerMetrics:
+    """Return the metric of every layer from the cache in its folder; missing values are measured and cached there.
 
-    Raises:
-        UserError: the cache is damaged or of something else, or a layer's spectrum admits no fit.
+    A cache that is damaged or of something else is a UserError, and so is a layer whose spectrum admits no fit.
     """
-    cache = MetricCache(folder, metric, model, weights.layers, settings)
+    cache = MetricCache(how, model, weights.layers)
     cached = processes.on_main(cache.read)
     if cached is not None:
         cache.check_weights(cached, weights)
         return cached
 
-    measured = measure(metric, weights, settings, cache.progress())
+    measured = measure(how, weights, cache.progress())
     cache.write(measured)
     return measured
 
 
-def measure(
-    metric: str, weights: Weights, settings: SpectrumSettings = PUBLISHED, progress: files.Progress | None = None
-) -> LayerMetrics:
+def measure(how: Measurement, weights: Weights, progress: files.Progress | None = None) -> LayerMetrics:
     """Return the metric of every layer. Several processes share the matrices.
 
     Exact spectra are LAPACK's, on the CPU's cores, wherever the weights are: neither a GPU nor the number of cores
-    changes their bits. Fast ones are computed where the weights are.
-
-    Args:
-        progress: supplies the values of an interrupted measurement, and keeps those of this one.
+    changes their bits. Fast ones are computed where the weights are. ``progress`` supplies the values of an interrupted
+    measurement, and keeps those of this one.
     """
     # An SVD's time grows with the number of weights times the shorter side.
     work = {layer.name: layer.size * min(layer.shape[:2]) for layer in weights.layers}
     owners = processes.owners(list(work.values()))
     names = {name for name, owner in zip(work, owners, strict=True) if owner == processes.rank()}
-    if metric in WEIGHTWATCHER:
-        results = _by_weightwatcher(metric, weights, names, settings.seed)
+    if how.metric in WEIGHTWATCHER:
+        results = _by_weightwatcher(how, weights, names)
     else:
-        results = _by_spectrum(metric, weights, names, settings, progress)
+        results = _by_spectrum(how, weights, names, progress)
 
     finished: dict[str, _Result] = {}
-    announced, cores = settings.driver != "exact", torch.get_num_threads()
-    with closing(results), tqdm(total=len(names), desc=metric, unit="matrix", disable=None) as bar:
+    announced, cores = how.driver != "exact", torch.get_num_threads()
+    with closing(results), tqdm(total=len(names), desc=how.metric, unit="matrix", disable=None) as bar:
         for result in results:
             finished[result.name] = result
             bar.update()
@@ -101,7 +93,7 @@ def measure(
 
 
 def _by_spectrum(
-    metric: str, weights: Weights, names: set[str], settings: SpectrumSettings, progress: files.Progress | None
+    how: Measurement, weights: Weights, names: set[str], progress: files.Progress | None
 ) -> Iterator[_Result]:
     """Yield the values of the layers ``names`` as they become ready.
 
@@ -112,14 +104,14 @@ def _by_spectrum(
     # A core holds a matrix, its float32 copy and LAPACK's: half of the free memory must have room for all of them.
     room = memory.free_ram() // processes.processes_on_machine() // 2
     cores = max(1, min(threads, room // (12 * max(layer.size for layer in weights.layers))))
-    value = partial(_value, metric=metric, settings=settings, progress=progress)
+    value = partial(_value, how, progress)
     pending: set[Future] = set()
     torch.set_num_threads(1)
     try:
         # The number counts for the thread that sets it only, so that each worker must set it, too.
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as workers:
             for name, weight in _matrices(weights, names):
-                if settings.driver == "exact":
+                if how.driver == "exact":
                     weight = weight.cpu()
                 if weight.is_cuda:  # one matrix fills a GPU
                     yield value(name, weight)
@@ -134,20 +126,18 @@ def _by_spectrum(
         torch.set_num_threads(threads)
 
 
-def _value(
-    name: str, weight: torch.Tensor, metric: str, settings: SpectrumSettings, progress: files.Progress | None
-) -> _Result:
+def _value(how: Measurement, progress: files.Progress | None, name: str, weight: torch.Tensor) -> _Result:
     start, fingerprint = time.perf_counter(), digests.fingerprint(weight)
     before = progress.get("value", name) if progress else None
     if before and digests.same_weights(before[1], fingerprint):
         return _Result(name, before[0], fingerprint)
 
     try:
-        its_spectrum = spectrum(weight, settings.driver, settings.farms)
-        number = METRICS[metric](its_spectrum)
+        its_spectrum = spectrum(weight, how.driver, how.farms)
+        number = METRICS[how.metric](its_spectrum)
     except NoFit as error:
         fix = f"choose another {flag_name('ww_metric')}, or another allocation" if (weight == 0).all() else None
-        raise UserError(None, name, f"{metric} cannot be computed, {error}", fix) from error
+        raise UserError(None, name, f"{how.metric} cannot be computed, {error}", fix) from error
     except torch.linalg.LinAlgError as error:
         problem = f"its singular values do not converge ({first_line(error)})"
         raise UserError(None, name, problem, f"try {flag_name('esd_driver')} fast") from error
@@ -160,20 +150,20 @@ def _matrices(weights: Weights, names: set[str]) -> Iterator[tuple[str, torch.Te
             yield name, block.linears[name].weight.detach()
 
 
-def _by_weightwatcher(metric: str, weights: Weights, names: set[str], seed: int) -> Iterator[_Result]:
+def _by_weightwatcher(how: Measurement, weights: Weights, names: set[str]) -> Iterator[_Result]:
     """Yield weightwatcher's values for the layers ``names``, one after another; it reads float32 on the CPU."""
     from weightwatcher import WeightWatcher
 
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
-    column, switches = WEIGHTWATCHER[metric]
+    column, switches = WEIGHTWATCHER[how.metric]
     for name, weight in _matrices(weights, names):
         linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
         linear.weight = torch.nn.Parameter(weight.float().cpu(), requires_grad=False)
-        numpy.random.seed(seed % 2**32)  # weightwatcher shuffles the weights with numpy's global generator
+        numpy.random.seed(how.seed % 2**32)  # weightwatcher shuffles the weights with numpy's global generator
         table = WeightWatcher(model=torch.nn.Sequential(linear)).analyze(**switches)
         number = next(iter(table.get(column, [])), None)
         if number is None or not numpy.isfinite(number) or number < 0:  # -1: its fit failed
             reason = "weightwatcher skipped it" if number is None else f"weightwatcher gives {number}"
             fix = f"choose another {flag_name('ww_metric')}"
-            raise UserError(None, name, f"{metric} cannot be computed, {reason}", fix)
+            raise UserError(None, name, f"{how.metric} cannot be computed, {reason}", fix)
         yield _Result(name, float(number), digests.fingerprint(weight))

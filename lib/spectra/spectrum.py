@@ -13,14 +13,11 @@ _BATCH_ENTRIES = 2**26
 
 
 class Spectrum(NamedTuple):
-    """Ascending eigenvalues of W'W, as float32 on the CPU; ``fell_back``: the fast driver was replaced by an SVD.
+    """Ascending eigenvalues of W'W, as float32 on the CPU."""
 
-    For a matrix N is min(shape), for a convolution [out, in, kh, kw] it is kh * kw * min(out, in).
-    """
-
-    eigs: torch.Tensor  # [N]
+    eigs: torch.Tensor  # [N], N = min(shape), of a convolution [out, in, kh, kw] kh * kw * min(out, in)
     shape: tuple[int, ...]
-    fell_back: bool = False
+    fell_back: bool = False  # whether the fast driver was replaced by an SVD
 
 
 class Farms(NamedTuple):
@@ -40,13 +37,9 @@ def spectrum(weight: torch.Tensor, driver: str = "exact", farms: Farms | None = 
 
     They are the ESD of the correlation matrix W'W (paper, section 3.1). For a convolution [out, in, kh, kw] they are
     those of the matrices [out, in] at all kernel positions together, each matrix scaled by sqrt(1/2) (published).
-
-    Args:
-        driver: a name of DRIVERS: ``exact`` computes on the CPU, ``fast`` on the weight's own device.
-        farms: windows whose spectra are joined, instead of the whole matrix's spectrum.
-
-    Raises:
-        NoFit: the weight has non-finite values, or a window is larger than the matrix.
+    ``driver`` is a name of DRIVERS: ``exact`` computes on the CPU, ``fast`` on the weight's own device. With ``farms``,
+    the spectra of its windows are joined instead. Values that are not finite, or a window that is larger than the
+    matrix, raise NoFit.
     """
     matrix = weight.detach()
     if not torch.isfinite(matrix).all():
@@ -93,11 +86,7 @@ DRIVERS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, bool]]] = {"exac
 
 
 def farms_windows(shape: tuple[int, int], farms: Farms) -> tuple[tuple[int, int], list[int], list[int]]:
-    """Return the windows' shape and the rows and the columns at which they start.
-
-    Raises:
-        NoFit: a window has more columns than the matrix.
-    """
+    """Return the windows' shape, and the rows and columns at which they start; NoFit if one has too many columns."""
     rows = min(farms.rows, *shape)  # limited to the matrix's shorter side
     window = (rows, int(rows * farms.ratio))
     if not 0 < window[1] <= shape[1]:

@@ -90,18 +90,12 @@ def fit_tail(eigs: torch.Tensor, candidates: torch.Tensor) -> PowerLaw:
     """Return the power law with the smallest KS distance among those that start at one of ``candidates``.
 
     For each start i, alpha(i) = 1 + (N-i) / (sum_{j>=i} ln e_j - (N-i) ln e_i) and
-    D(i) = max_{j>=i} |1 - (e_j/e_i)^(1-alpha(i)) - (j-i)/(N-i)|; alpha must exceed 1; the first of equals wins.
+    D(i) = max_{j>=i} |1 - (e_j/e_i)^(1-alpha(i)) - (j-i)/(N-i)|; alpha must exceed 1, or it is NoFit; the first of
+    equals wins. ``eigs`` [N] and ``candidates`` [C], each at most N - 2, ascend.
 
     The index equals that of the plain float32 loop over all candidates, without running it: a few points of each tail
     bound D from below; candidates are then measured in full in the order of their bounds until no remaining bound is
     below the best; near-ties are settled by the plain float32 formula.
-
-    Args:
-        eigs: ascending eigenvalues [N], float32.
-        candidates: ascending indices [C], each at most N - 2.
-
-    Raises:
-        NoFit: no candidate gives a finite exponent above 1.
     """
     logs = eigs.double().log()
     tail = torch.arange(len(eigs), 0, -1, dtype=torch.float64)  # N - i

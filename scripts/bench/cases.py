@@ -193,9 +193,7 @@ def prices(sizes: Sizes, device: torch.device) -> Iterator[Case]:
 
     model, effort = random_llama(sizes, device, torch.float32), EFFORTS["full"]
     windows = torch.randint(sizes.vocabulary, (effort.windows_per_step, sizes.tokens)).to(device)
-    searched = price_model.LanguagePriceModel(
-        weights_of(model), (windows, windows), effort.windows_per_step, effort.token_stride
-    )
+    searched = price_model.LanguagePriceModel(weights_of(model), (windows, windows), effort)
     ranks = searched.masks.ranks
     ratios = dict.fromkeys(ranks, RATIO)
 

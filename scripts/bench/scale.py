@@ -25,7 +25,8 @@ from lib.models.safetensors_io import write_index, write_shard
 from lib.pruning import alps
 from lib.pruning.pruners import PRUNERS
 from lib.recovery.adam import STATES
-from scripts.table import formatted
+from lib.recovery.distill import RecoveryOptions
+from scripts.table import formatted, forward_passes
 
 ROOT = Path(__file__).resolve().parents[2]
 # Hidden and inner width, blocks, heads, heads of keys and values, vocabulary: LLaMA 1 and 2, LLaMA 3.1's 405B.
@@ -48,7 +49,7 @@ MIXTURES = {
     "DeepSeek-V3": ("DeepseekV3Config", {}),
 }  # fmt: skip
 COMPUTED = ("magnitude", "wanda", "sparsegpt", "alps", "wanda_price")
-SEARCH = price.SearchOptions()  # the settings of _price
+SEARCH = price.EFFORTS["full"]  # the settings of _price
 SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # by their input
 HEADINGS = ("model", "method", "GPU, weights in memory", "GPU, streamed", "RAM for hidden states", "disk", "PFLOP")
 
@@ -120,7 +121,7 @@ def work(shapes: dict[str, tuple[int, int]], blocks: int, method: str, tokens: i
             inverses = -(-alps.ITERATIONS // alps.PER_RHO)
             total += inverses * inside**3 + 2 * (alps.ITERATIONS + alps.REFIT_STEPS + 2) * out * inside**2
     if allocation == "price":  # and once more where blocks are run twice
-        windows = price.forward_passes(SEARCH) + SEARCH.effort.windows_per_step * SEARCH.steps
+        windows = forward_passes(SEARCH) + SEARCH.windows_per_step * SEARCH.steps
         total += windows * tokens * forward
     return total * blocks
 
@@ -142,8 +143,8 @@ def needs(size: str, nsamples: int, seqlen: int) -> Iterator[dict]:
         )
         operations = work(shapes, blocks, pruner, nsamples * seqlen)
         if allocation == "price":
-            length = SEARCH.effort.length(seqlen)
-            counts = SEARCH.effort.windows_per_step, price.FIT_WINDOWS + SEARCH.effort.held_out_windows
+            length = SEARCH.length(seqlen)
+            counts = SEARCH.windows_per_step, price.FIT_WINDOWS + SEARCH.held_out_windows
             search = memory.rank_bytes(layers) + memory.price_working_set(model, layers, half, length, *counts)
             beside, streamed = max(beside, search), None
             operations += work(shapes, blocks, method, length) - work(shapes, blocks, pruner, length)
@@ -155,10 +156,10 @@ def needs(size: str, nsamples: int, seqlen: int) -> Iterator[dict]:
 
 def recovery_needs(size: str, sparsity: float, states: str, batch: int, seqlen: int) -> tuple[int, int]:
     """Return the bytes that recovery of a model of SIZES needs, end to end and block by block, with 16-bit weights."""
-    model, half = skeleton(SIZES[size]), torch.float16
+    model, half, options = skeleton(SIZES[size]), torch.float16, RecoveryOptions(0, states=states)
     layers = prunable_layers(model)
     work = memory.price_working_set(model, layers, half, seqlen, batch, batch)
-    kept = {layer.name: memory.trained_bytes([layer], 1 - sparsity, "surviving", 0, states) for layer in layers}
+    kept = {layer.name: memory.trained_bytes([layer], 1 - sparsity, options) for layer in layers}
     block = memory.trained_block_bytes(model, layers, kept, half, batch * seqlen)
     return 2 * sum(p.numel() for p in model.parameters()) + sum(kept.values()) + work, block
 

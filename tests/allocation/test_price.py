@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import settings, tiny_llama
-from rich.console import Console
 from test_price_model import HELD, WINDOWS, prices_of
 
 import main
@@ -18,10 +17,13 @@ from lib.core.errors import UserError
 from lib.models.layers import Layer
 from lib.models.weights import weights_of
 from lib.run.language import LanguageModel
+from scripts.table import forward_passes
+
+FULL = EFFORTS["full"]
 
 
-def searched(weights, windows, target: float, options: SearchOptions = SearchOptions(), **how):  # noqa: B008
-    model = prices_of(weights, windows, options.effort, **how)
+def searched(weights, windows, target: float, options: SearchOptions = FULL, **how):
+    model = prices_of(weights, windows, options, **how)
     return search(model, weights.layers, target, options)
 
 
@@ -81,19 +83,19 @@ class Bowl:
 
 def test_prices_are_equal_at_the_end():
     bowl = Bowl([1.0, 1.3, 1.6, 2.0])
-    result = search(bowl, bowl.layers, 0.5, SearchOptions(200))
+    result = search(bowl, bowl.layers, 0.5, FULL._replace(steps=200))
     ratios = [result.ratios[layer.name] for layer in bowl.layers]
     expected = [1 / cost for cost in bowl.costs.values()]
     scale = 0.5 * 100 / sum(layer.size * x for layer, x in zip(bowl.layers, expected, strict=True))
     assert ratios == pytest.approx([scale * x for x in expected], abs=2e-3)
     assert result.kept == "end"
-    assert [step.spread for step in result.steps] == sorted((step.spread for step in result.steps), reverse=True)
+    assert [step["spread"] for step in result.steps] == sorted((step["spread"] for step in result.steps), reverse=True)
 
 
 def test_an_expert_that_seems_free_keeps_half_of_its_uniform_share():
     bowl = Bowl([1e-6, 1.0, 2.0])
     bowl.layers[0] = bowl.layers[0]._replace(expert="experts.0")
-    ratios = search(bowl, bowl.layers, 0.6, SearchOptions(200)).ratios
+    ratios = search(bowl, bowl.layers, 0.6, FULL._replace(steps=200)).ratios
     assert ratios["m0"] == pytest.approx(0.8, abs=1e-9) and ratios["m1"] > ratios["m2"]
     assert sum(x.size * ratios[x.name] for x in bowl.layers) == pytest.approx(0.6 * 60)
 
@@ -104,8 +106,8 @@ def test_the_better_of_end_and_uniform_is_kept(kept, monkeypatch):
     plans = {name: {"m0": ratio, "m1": ratio} for name, ratio in (("uniform", 0.5), ("end", 0.9))}
     kls = {name: float(name != kept) for name in plans}
     monkeypatch.setattr(bowl, "kl", lambda ratios: next(kls[name] for name in plans if plans[name] == ratios))
-    monkeypatch.setattr(price, "_descend", lambda *_: (plans["end"], [price.Step(0.5, 1.0, kls["end"])]))
-    result = search(bowl, bowl.layers, 0.5, SearchOptions(1))
+    monkeypatch.setattr(price, "_descend", lambda *_: (plans["end"], [{"spread": 0.5, "fit": 1.0, "held": kls["end"]}]))
+    result = search(bowl, bowl.layers, 0.5, FULL._replace(steps=1))
     assert (result.kept, result.held, result.ratios) == (kept, kls, plans[kept])
 
 
@@ -115,7 +117,7 @@ def test_what_is_not_finite_is_an_error(method, monkeypatch):
     broken = {"kl": lambda _: math.nan, "prices": lambda *_: (1.0, {"m0": 1.0, "m1": math.inf})}[method]
     monkeypatch.setattr(bowl, method, broken)
     with pytest.raises(UserError, match="not finite; .*give up"):
-        search(bowl, bowl.layers, 0.5)
+        search(bowl, bowl.layers, 0.5, FULL)
 
 
 def trained() -> tuple:
@@ -135,21 +137,21 @@ def trained() -> tuple:
 
 def test_a_search_improves_on_uniform_and_says_what_it_kept():
     weights, fit, held = trained()
-    result = searched(weights, (fit, held), 0.5, SearchOptions(12))
+    result = searched(weights, (fit, held), 0.5, FULL._replace(steps=12))
     uniform, model = dict.fromkeys(result.ratios, 0.5), prices_of(weights, (fit, held))
     assert result.held == {"uniform": model.kl(uniform), "end": model.kl(result.ratios)}
     assert result.kept == "end" and result.held["end"] < 0.9 * result.held["uniform"]
-    assert result.steps[-1].held == result.held["end"]
-    assert [step.held is None for step in result.steps] == [i % 4 != 3 for i in range(12)]
-    assert all(0 <= step.spread <= 1 for step in result.steps)
-    assert result.steps[0].fit == pytest.approx(model.prices(uniform, random.Random(0).sample(range(16), 16)[:2])[0])
+    assert result.steps[-1]["held"] == result.held["end"]
+    assert [step["held"] is None for step in result.steps] == [i % 4 != 3 for i in range(12)]
+    assert all(0 <= step["spread"] <= 1 for step in result.steps)
+    assert result.steps[0]["fit"] == pytest.approx(model.prices(uniform, random.Random(0).sample(range(16), 16)[:2])[0])
 
 
 def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were():
     weights = weights_of(tiny_llama())
     parameters = dict(weights.model.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    result = [searched(weights, (WINDOWS, HELD), 0.6, SearchOptions(3)) for _ in range(2)]
+    result = [searched(weights, (WINDOWS, HELD), 0.6, FULL._replace(steps=3)) for _ in range(2)]
     assert result[0] == result[1]  # every bit of it
     assert len(result[0].steps) == 3
     now = dict(weights.model.named_parameters())
@@ -157,16 +159,16 @@ def test_a_search_repeats_itself_and_leaves_the_weights_as_they_were():
     assert all(p.grad is None for p in now.values()) and not any(m._forward_hooks for m in weights.model.modules())
 
 
-@pytest.mark.parametrize("options", [SearchOptions(5), SearchOptions(9, EFFORTS["quick"])])
+@pytest.mark.parametrize("options", [FULL._replace(steps=5), EFFORTS["quick"]._replace(steps=9)])
 def test_passes_are_those_that_a_search_makes(options):
     weights, calls = weights_of(tiny_llama()), []
     draw = torch.Generator().manual_seed(0)
-    counts = price.FIT_WINDOWS, options.effort.held_out_windows
+    counts = price.FIT_WINDOWS, options.held_out_windows
     fit, held = (torch.randint(3, 300, (count, 8), generator=draw) for count in counts)
     for block in weights.visit():
         block.module.mlp.register_forward_pre_hook(lambda *_: calls.append(3 if torch.is_grad_enabled() else 1))
     searched(weights, (fit, held), 0.5, options)
-    assert sum(calls) == len(weights.modules) * price.forward_passes(options)
+    assert sum(calls) == len(weights.modules) * forward_passes(options)
 
 
 @pytest.fixture
@@ -216,5 +218,5 @@ def test_a_search_with_the_same_settings_is_made_once(tiny_folder, tiny_text, tm
     runs = (("wanda", 0.5), ("sparsegpt", 0.5), ("wanda", 0.6))
     planned = [settings(f"{flags} {pruner}_price --sparsity_ratio {ratio}") for pruner, ratio in runs]
     subject = LanguageModel(planned)
-    kept = [main.run(run, Console(quiet=True), subject)["price_search"] for run in planned]
+    kept = [main.run(run, subject)["price_search"] for run in planned]
     assert len(made) == 2 and kept[0] == kept[1] != kept[2]

@@ -34,7 +34,7 @@ def exact_weights():
 
 def prices_of(weights, windows=(WINDOWS, WINDOWS), effort=EFFORTS["full"], dtype=None, by_magnitude=False):
     """Return the price model of ``weights`` for these windows: of calibration, and held out."""
-    return LanguagePriceModel(weights, windows, effort.windows_per_step, effort.token_stride, dtype, by_magnitude)
+    return LanguagePriceModel(weights, windows, effort, dtype, by_magnitude)
 
 
 def some_ratios(weights, seed: int = 3) -> dict[str, float]:

@@ -239,19 +239,21 @@ def test_blocks_of_documents(hub, monkeypatch, with_bos):
         return tokenise(self, text, **kwargs)
 
     monkeypatch.setattr(type(with_bos), "__call__", noted)
-    blocks = texts.training_blocks("dataset_name", "c4", "train", with_bos, 50)
+    c4 = read_text("dataset_name", "c4", "train")
+    blocks = texts.training_blocks("dataset_name", "c4", with_bos, 50, None, c4)
     assert blocks.flatten().tolist() == joined[: len(joined) // 50 * 50] and tokenised == documents
     tokenised.clear()
-    few = texts.training_blocks("dataset_name", "c4", "train", with_bos, 50, most=3)
+    few = texts.training_blocks("dataset_name", "c4", with_bos, 50, 3, c4)
     assert torch.equal(few, blocks[:3]) and tokenised == documents[:2]  # the first two hold enough
 
 
-def test_blocks_of_a_stream(monkeypatch, with_bos, tmp_path):
-    text = tiny_sentences(120)
-    (tmp_path / "text.txt").write_text(text)
+def test_blocks_of_a_stream(monkeypatch, with_bos):
+    text, pieces, tokenise = tiny_sentences(120), [], type(with_bos).__call__
     monkeypatch.setattr(texts, "_PIECE", 500)
-    assert "".join(texts._pieces(text)) == text and len(texts._pieces(text)) > 5
-    blocks = texts.training_blocks("train_file", str(tmp_path / "text.txt"), "train", with_bos, 50)
+    monkeypatch.setattr(type(with_bos), "__call__", lambda *a, **k: pieces.append(a[1]) or tokenise(*a, **k))
+    blocks = texts.training_blocks("train_file", "text", with_bos, 50, None, texts.Text(stream=text))
+    assert "".join(pieces) == text and len(pieces) > 5
+    assert all(len(piece) >= 500 for piece in pieces[:-1]) and all(piece[0] == "\n" for piece in pieces[1:])
     whole = with_bos(text, verbose=False).input_ids
     assert blocks.flatten().tolist() == whole[: len(whole) // 50 * 50]
 
@@ -296,7 +298,7 @@ def test_conversations_are_packed_whole(tmp_path, with_template):
         evaluation_windows(name, with_template, SEQLEN).flatten().tolist() == joined[: len(joined) // SEQLEN * SEQLEN]
     )
     assert evaluation_windows(name, with_template, SEQLEN, 2).flatten().tolist() == joined[: 2 * SEQLEN]
-    blocks = texts.training_blocks("train_file", name, "train", with_template, SEQLEN)
+    blocks = texts.training_blocks("train_file", name, with_template, SEQLEN, None, read_text("x", name, "train"))
     assert blocks.flatten().tolist() == joined[: len(joined) // SEQLEN * SEQLEN]
 
     windows = calibration_windows(name, with_template, 3, SEQLEN, 5)

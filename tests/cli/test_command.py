@@ -11,6 +11,7 @@ from conftest import ROOT, settings
 from lib.cli.command import command, make_parser, parse
 from lib.cli.flags import Flags, flag
 from lib.core.errors import UserError
+from lib.models.locate import locate
 
 
 @dataclass(kw_only=True)
@@ -151,10 +152,11 @@ def test_defaults_in_the_repository_are_there_wherever_a_command_is_started(else
     monkeypatch.chdir(tmp_path if elsewhere else ROOT)
     made = settings("--model m")
     place = ROOT if elsewhere else Path()
-    assert Path(made.cache_dir) == place / "llm_weights"
+    assert Path(locate("owner/name", made.cache_dir).cache_dir) == place / "llm_weights"
     assert made.measurement("m").folder == place / "data" / "m"
     assert made.save == "results"  # the current folder's
-    assert settings("--model m --cache_dir llm_weights").cache_dir == "llm_weights"  # typed: the current folder's too
+    typed = settings("--model m --cache_dir llm_weights").cache_dir
+    assert locate("owner/name", typed).cache_dir == "llm_weights", "the current folder's, too"
 
 
 def test_flags_of_a_published_script_are_ignored_with_a_warning(caplog):

@@ -11,7 +11,7 @@ from lib.core.digests import fingerprint, first_difference, same_weights
 from lib.core.errors import UserError
 from lib.models.weights import weights_of
 from lib.run.journal import _difference
-from lib.spectra.cache import LayerMetrics, MetricCache
+from lib.spectra.cache import LayerMetrics, Measurement, MetricCache
 from lora_ft.common import BASE, check_base
 
 
@@ -61,7 +61,7 @@ def test_a_resumed_run_a_cache_and_an_adapter_refuse_such_a_checkpoint(tiny_mode
     identity = {"flags": {}, "versions": {}, "calibration": "", "plan": "", "fingerprints": before}
     assert _difference(identity, identity | {"fingerprints": weights.fingerprints()})
     with pytest.raises(UserError, match="was measured on other weights"):
-        MetricCache(tmp_path, "alpha_peak", "m", weights.layers).check_weights(
+        MetricCache(Measurement("alpha_peak", tmp_path), "m", weights.layers).check_weights(
             LayerMetrics({name: 1.0}, before), weights
         )
     (tmp_path / BASE).write_text(json.dumps({"model": "m", "fingerprints": before, "training": {}}))

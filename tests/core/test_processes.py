@@ -175,7 +175,7 @@ def different(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> flo
 
 
 def test_metrics_and_magnitude_are_the_same_to_the_bit(place):
-    spectra = noting(measure, "_value", lambda name, *_: name)
+    spectra = noting(measure, "_value", lambda how, progress, name, *_: name)
     flags = "--prune_method magnitude_ww --epsilon 0.2 --ww_metric_cache "
     one = outcome(place, flags + "cache-1", 1)
     two = outcome(place, flags + "cache-2", 2, spectra)

@@ -43,13 +43,11 @@ def test_loss_is_float32_for_half_precision(tiny_model, tiny_windows):
     assert perplexity(half, tiny_windows) == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_broken_model_has_a_perplexity_that_is_not_finite_and_a_warning(tiny_model, tiny_windows, dtype, caplog):
+def test_broken_model_has_a_perplexity_that_is_not_finite_and_a_warning(tiny_model, tiny_windows, caplog):
     tiny_model.model.norm.weight.data[0] = math.nan
-    assert not math.isfinite(perplexity(tiny_model.to(dtype), tiny_windows))
+    assert not math.isfinite(perplexity(tiny_model, tiny_windows))
     (warning,) = caplog.records
     assert "not finite" in warning.getMessage()
-    assert ("--dtype bfloat16" in warning.getMessage()) == (dtype == torch.float16)
 
 
 @pytest.mark.gpu

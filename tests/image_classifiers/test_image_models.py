@@ -21,6 +21,7 @@ from image_classifiers.models import (
 )
 from lib.allocation.formulas import heavy_tailed
 from lib.core.errors import UserError
+from lib.spectra.cache import Measurement
 from lib.spectra.measure import measure
 
 
@@ -132,7 +133,7 @@ def published(name: str) -> tuple[list[float], list[float]]:
     """Return metric and ratios (0.5, epsilon 0.2) of the model ``name`` with the weights that seed 0 gives it."""
     torch.manual_seed(0)
     parts = find_parts(timm.create_model(name, pretrained=False))
-    values = measure("alpha_mid", parts.measured).values
+    values = measure(Measurement("alpha_mid"), parts.measured).values
     ratios = heavy_tailed(parts.pruned.layers, 0.5, values=values, epsilon=0.2, mapping_type="layer_wise")
     sizes = [matrix.weight.numel() for matrix in matrices(parts.pruned).values()]
     assert sum(r * n for r, n in zip(ratios.values(), sizes, strict=True)) == pytest.approx(0.5 * sum(sizes), rel=1e-12)

@@ -14,7 +14,7 @@ from test_price_model import PriceOracle, some_ratios
 from image_classifiers import data
 from image_classifiers.models import find_parts, save_classifier
 from image_classifiers.price import EFFORT, FIT, HELD, ImagePriceModel, split
-from lib.allocation.price import SearchOptions, search
+from lib.allocation.price import search
 from lib.core.errors import UserError
 
 pytestmark = pytest.mark.machine
@@ -103,7 +103,7 @@ def test_a_search_improves_on_uniform(digits):
     weights = find_parts(copy.deepcopy(digits[0])).pruned
     groups = tuple(list(digits[1][indices].split(50)) for indices in map(list, split(range(600))))
     assert [len(group) for group in groups] == [FIT, HELD]
-    result = search(ImagePriceModel(weights, groups), weights.layers, 0.6, SearchOptions(8, effort=EFFORT))
+    result = search(ImagePriceModel(weights, groups), weights.layers, 0.6, EFFORT._replace(steps=8))
     assert result.kept == "end" and result.held["end"] < 0.9 * result.held["uniform"]
 
 

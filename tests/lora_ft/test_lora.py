@@ -142,7 +142,7 @@ def place(made, tmp_path, monkeypatch) -> Path:
     """Return a copy of the folder with everything, and work in it."""
     shutil.copytree(made, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(finetune_lm, "plot_losses", lambda *_: None)  # which takes as long as six steps
+    monkeypatch.setattr(finetune_lm.files, "save_figure", lambda *_, **__: None)  # which takes as long as six steps
     return tmp_path / "here"
 
 
@@ -242,7 +242,7 @@ def test_published_command(here, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     documents = [tiny_sentences(5, seed) for seed in range(4)]
     monkeypatch.setitem(texts.DATASETS, "c4", lambda split: texts.Text(records=documents))
-    monkeypatch.setattr(finetune_lm, "plot_losses", lambda *_: None)
+    monkeypatch.setattr(finetune_lm.files, "save_figure", lambda *_, **__: None)
     Path("PRUNED").mkdir()
     shutil.copy(here / "pruned/model.safetensors", "PRUNED")
     shutil.copytree(here / "pruned", "meta-llama/Llama-2-7b-hf")
@@ -288,9 +288,9 @@ REFUSED = [
     ("finetune", "--output_dir full", "--output_dir full: is not empty; add --overwrite_output_dir"),
     ("finetune", "--output_dir full --resume_from_checkpoint", "--resume_from_checkpoint finds no checkpoint in full"),
     ("finetune", "--optim adamw_torhc", "(adamw_torhc is not a valid OptimizerNames, please select one of"),
-    ("finetune", f"{RESUME} --learning_rate 1e-3", "--learning_rate 0.001: the run of stopped/checkpoint-1 was start"),
-    ("finetune", f"{RESUME} --data_seed 1", "stopped/checkpoint-1 was started without it; leave it out"),
-    ("finetune", f"{RESUME} --max_train_samples -", "--max_train_samples left out: the run of stopped/checkpoint-1 "),
+    ("finetune", f"{RESUME} --learning_rate 1e-3", "--learning_rate 0.001: was 0.0001 when the run of"),
+    ("finetune", f"{RESUME} --data_seed 1", "--data_seed 1: was left out when the run of stopped/checkpoint-1"),
+    ("finetune", f"{RESUME} --max_train_samples -", "when the run of stopped/checkpoint-1 was started; give it as"),
     ("finetune", f"{RESUME} --train_file longer.txt", "--train_file longer.txt (tokens "),
     ("evaluate", "--lora_weights nowhere", "--lora_weights nowhere: holds no adapter; give finetune_lm.py's --outp"),
     ("evaluate", "--lora_weights pruned", "--lora_weights pruned: holds no adapter, but a model"),
@@ -325,7 +325,7 @@ DAMAGED = [
     ("merge", "", "adapter/adapter_model.safetensors", cut_off, "adapter: is damaged, or of another model ("),
     ("finetune", RESUME, "stopped/base_model.json", cut_off, "stopped/base_model.json: is damaged ("),
     ("finetune", RESUME, "stopped/checkpoint-1/optimizer.pt", cut_off, "checkpoint-1/optimizer.pt: is missing (--sav"),
-    ("finetune", RESUME, "train.txt", rewrite, "stopped/checkpoint-1 was started with train.txt (tokens "),
+    ("finetune", RESUME, "train.txt", rewrite, "was train.txt (tokens "),
 ]
 
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import main
 from lib.recovery import distill
 from lib.recovery.distill import BY, Distillation
+from lib.run import language
 from lora_ft import recover
 
 TEXTS = "--calib_data train.txt --eval_data val.txt --seqlen 16 --eval_windows 8"
@@ -104,7 +105,7 @@ def test_a_stopped_run_resumes_with_the_same_bits(by, stopped, place, monkeypatc
 
     owner, name, at = {
         "at work": (Distillation, "_step", 7 if by == "model" else 21),
-        "when saving": (recover.recovery.Journal, "add", 2),
+        "when saving": (language.Journal, "add", 2),
         "when measured": (recover.LanguageModel, "perplexity", 2),
     }[stopped]
     monkeypatch.setattr(owner, name, interrupt(getattr(owner, name), at))

@@ -439,8 +439,9 @@ class Shards:
     def path(self, index: int) -> Path:
         return self.folder / f"model-{index}.safetensors"
 
-    def add(self, index, tensors, dtypes, rows) -> None:
-        write_shard(self.path(index), tensors, dtypes)
+    def add(self, index, weights, rows) -> None:
+        write_shard(self.path(index), weights.tensors(index), weights.save_dtypes(index))
+        weights.set_block_file(index, self.path(index))
         self.finished[index] = rows
 
 

@@ -381,62 +381,45 @@ def test_gpus_keep_room_for_the_work(monkeypatch, tiny_model):
     assert asked["max_memory"][0] == 7 * 2**30 and asked["max_memory"]["cpu"] > 0
 
 
-def control_groups(folder: Path, mounts: str, groups: str, files: dict[str, str | int]) -> Path:
-    """Return the folder of a process in control groups as Linux shows them, all below ``folder``."""
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"{content}\n")
-    others = ["22 1 8:1 / / rw - ext4 /dev/sda1 rw", "23 22 0:5 / /tmp rw - tmpfs  rw"]  # one without a source
-    (folder / "mountinfo").write_text("\n".join([*others, *mounts.replace("{}", str(folder)).splitlines()]) + "\n")
-    (folder / "cgroup").write_text(groups + "\n")
-    return folder
-
-
-V1 = "33 31 0:32 {root} {{}}/m rw,relatime shared:9 - cgroup cgroup rw,memory"
-V2 = "34 23 0:29 {root} {{}}/u rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
 STAT1 = "cache 9\nactive_file 1\ntotal_inactive_file 2\ntotal_active_file 3"
 STAT2 = "anon 9\ninactive_file 2\nactive_file 3"
+UNLIMITED = 2**63 - 4096  # as version 1 writes it
 
 
 def files_of(group: str, limit: str | int, used: int) -> dict[str, str | int]:
-    names = ("memory.max", "memory.current") if group[0] == "u" else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    values = (limit, used, STAT2 if group[0] == "u" else STAT1)
+    first = group.startswith("memory")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
+    values = (limit, used, STAT1 if first else STAT2)
     return {f"{group}/{name}": value for name, value in zip((*names, "memory.stat"), values, strict=True)}
 
 
-HOST1, HOST2, MOUNTED = V1.format(root="/"), V2.format(root="/"), V1.format(root="/docker/abc")
-UNLIMITED = 2**63 - 4096  # as version 1 writes it
-# mountinfo, cgroup, the groups' files, and the bytes that each allows
+# /proc/self/cgroup, the groups' files, and the bytes that each allows
 GROUPS = {
-    "version 2": (HOST2, "0::/job/step", files_of("u/job/step", 100, 40), [65]),
-    "a parent": (HOST2, "0::/job/step", files_of("u/job/step", "max", 40) | files_of("u/job", 80, 70), [15]),
+    "version 2": ("0::/job/step", files_of("job/step", 100, 40), [65]),
+    "a parent": ("0::/job/step", files_of("job/step", "max", 40) | files_of("job", 80, 70), [15]),
     "version 1": (
-        HOST1,
         "9:name=systemd:/\n4:cpu,memory:/job/step\n0::/",
-        files_of("m/job/step", 100, 40) | files_of("m/job", 90, 50) | files_of("m", UNLIMITED, 60),
+        files_of("memory/job/step", 100, 40) | files_of("memory/job", 90, 50) | files_of("memory", UNLIMITED, 60),
         [65, 45, UNLIMITED - 55],
     ),
-    "both": (f"{HOST1}\n{HOST2}", "4:memory:/a\n0::/b", files_of("m/a", 100, 40) | {"u/b/cgroup.procs": 1}, [65]),
-    "a container's own group": (HOST2, "0::/", files_of("u", 100, 40), [65]),
-    "a mounted group": (
-        MOUNTED,
-        "4:memory:/docker/abc/in",
-        files_of("m/in", 100, 40) | files_of("m", 70, 40),
-        [65, 35],
-    ),
-    "a mounted group of another path": (MOUNTED, "4:memory:/", files_of("m", 100, 40), [65]),
-    "none": ("", "0::/", {}, []),
+    "both": ("4:memory:/a\n0::/b", files_of("memory/a", 100, 40) | {"unified/b/cgroup.procs": 1}, [65]),
+    "a container's own group": ("0::/", files_of(".", 100, 40), [65]),
+    "a mounted group": ("4:memory:/docker/abc", files_of("memory", 70, 40), [35]),
+    "none": ("0::/", {}, []),
 }
 
 
 @pytest.mark.parametrize("case", GROUPS)
 def test_memory_of_the_control_groups(case, tmp_path):
-    mounts, groups, files, rooms = GROUPS[case]
-    assert memory.group_rooms(control_groups(tmp_path, mounts, groups, files)) == rooms
+    own, files, rooms = GROUPS[case]
+    for name, content in (files | {"cgroup": own}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    assert memory.group_rooms(tmp_path / "cgroup", tmp_path) == rooms
 
 
 def test_no_control_groups_where_there_is_no_linux(tmp_path):
-    assert memory.group_rooms(tmp_path) == []
+    assert memory.group_rooms(tmp_path / "cgroup", tmp_path) == []
 
 
 def test_free_memory_is_the_least_that_anybody_allows(monkeypatch):

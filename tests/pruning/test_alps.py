@@ -278,7 +278,7 @@ def test_at_most_three_matrices_of_the_hessians_size(nm):
 def test_hessian_that_is_not_positive_definite():
     weight, hessian = random_case()
     with pytest.raises(NotPositiveDefinite):
-        prepare(hessian - 1e9 * torch.eye(40))
+        solve(weight, hessian - 1e9 * torch.eye(40))
     broken = torch.eye(40)
     broken[0, 1] = broken[1, 0] = 5  # a correlation of 5
     with pytest.raises(NotPositiveDefinite):

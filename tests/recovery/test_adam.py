@@ -6,6 +6,7 @@ import torch
 from lib.models import memory
 from lib.models.layers import Layer
 from lib.recovery.adam import BETAS, EPSILON, STATES, TRAINED, Trained
+from lib.recovery.distill import RecoveryOptions
 
 
 def pruned_matrix(rows: int = 20, columns: int = 30, seed: int = 0) -> torch.Tensor:
@@ -82,7 +83,8 @@ def test_bytes_are_those_of_the_live_tensors(train, states):
     rank = {"surviving": None, "low_rank": 8}
     tensors = taken_up(weight, states, rank[train]).tensors if train in rank else []
     live = sum(x.numel() * x.element_size() for x in tensors)
-    counted = memory.trained_bytes([Layer("x", 0, (256, 512))], left / weight.numel(), train, 8, states)
+    options = RecoveryOptions(0, train, 8, states=states)
+    counted = memory.trained_bytes([Layer("x", 0, (256, 512))], left / weight.numel(), options)
     assert live <= counted <= live * 1.01 + 2000  # 256 numbers share a scale, the last group of them fewer
     assert counted <= 14 * left
 

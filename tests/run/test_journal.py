@@ -262,20 +262,23 @@ def test_other_dense_weights_of_the_same_name_are_refused(place, capsys):
     assert "the dense weights were others (see model.layers.2.mlp.down_proj)" in says
 
 
-def test_what_does_not_change_the_weights_may_change(stopped, unbroken):
-    stopped("after a block")
+@pytest.mark.parametrize("point", ["after a block", "in evaluation"])
+def test_what_does_not_change_the_weights_may_change(point, stopped, unbroken, calls):
+    stopped(point)
+    pruned = calls(walk, "_prune_block")
     assert run("--eval_windows", "2", "--save", "elsewhere", "--stream", "always") == 0
-    assert hashes(KEPT) == unbroken
+    assert hashes(KEPT) == unbroken and not (KEPT / "progress.jsonl").exists(), "nothing is left to resume"
+    assert len(pruned) < 3, "what is finished is not pruned again"
 
 
-@pytest.mark.parametrize("kernel", [None, "elsewhere"])
-def test_a_run_that_resumes_without_its_kernel_says_so(kernel, stopped, monkeypatch, caplog):
+@pytest.mark.parametrize("threads", [None, 1000])
+def test_a_run_that_resumes_on_other_threads_says_so(threads, stopped, monkeypatch, caplog):
     stopped("after a block")
-    if kernel:
-        monkeypatch.setattr(main.pipeline, "_kernel", lambda: kernel)
+    if threads:
+        monkeypatch.setattr(main.pipeline.torch, "get_num_threads", lambda: threads)
     assert run() == 0
-    assert ("and is elsewhere now: later blocks are rounded otherwise" in caplog.text) == bool(kernel)
-    assert "threads was" not in caplog.text
+    assert ("and is 1000 now: later blocks are rounded otherwise" in caplog.text) == bool(threads)
+    assert "kernel was" not in caplog.text
 
 
 def test_identity_holds_every_flag_that_changes_the_weights():
@@ -285,8 +288,8 @@ def test_identity_holds_every_flag_that_changes_the_weights():
             "eval_batch_size", "include_path", "save", "save_model", "packed", "stream", "hidden_states",
             "restart"}  # fmt: skip
     trained = set(RecoveryFlags.__annotations__) - {"_title"}
-    assert set(made.identity()) == set(made.flags()) - free - trained
-    assert set(made.recovery_identity()) == trained | {"seed", "dtype", "calib_data", "seqlen"}
+    assert set(made.task().identity) == set(made.flags()) - free - trained
+    assert set(made.identity(RecoveryFlags)) == trained | {"seed", "dtype"}
 
 
 @pytest.mark.parametrize("how", ["altered", "gone", "another"])

@@ -14,11 +14,6 @@ from lib.run import record
 from lib.run.record import Record
 
 
-def test_perplexity_file_is_as_published():
-    line = record.perplexity_text("wanda", 0.50001234, 22.428142547607422)
-    assert line == "method\tactual_sparsity\tppl_test\nwanda\t0.5000\t22.4281\n"
-
-
 def test_layers_file_has_a_row_per_matrix():
     rows = [LayerReport("a.q", (4, 8), 2.3456789, 0.25, 0.28125), LayerReport("a.k", (2, 8), None, 0.5, 0.5, (4, 8))]
     assert [line.split("\t") for line in record.layers_text(rows).splitlines()] == [

@@ -14,8 +14,8 @@ from lib.core import files
 from lib.core.errors import UserError
 from lib.models.weights import weights_of
 from lib.spectra import measure
-from lib.spectra.cache import MetricCache
-from lib.spectra.measure import SpectrumSettings, load_or_measure
+from lib.spectra.cache import Measurement, MetricCache
+from lib.spectra.measure import load_or_measure
 from lib.spectra.spectrum import Farms
 from lib.spectra.tail import METRICS
 
@@ -26,7 +26,7 @@ NAME = "model.layers.0.self_attn.q_proj"
 @pytest.fixture
 def filled(tmp_path, tiny_weights):
     """Return a folder that holds the tiny model's alpha_mid."""
-    load_or_measure(tmp_path / "cache", "alpha_mid", MODEL, tiny_weights)
+    load_or_measure(Measurement("alpha_mid", tmp_path / "cache"), MODEL, tiny_weights)
     return tmp_path / "cache"
 
 
@@ -38,21 +38,21 @@ def edit(folder, **changes):
 def refused(folder, weights, match, model=MODEL, metric="alpha_mid"):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match=match) as caught:
-        load_or_measure(folder, metric, model, weights)
+        load_or_measure(Measurement(metric, folder), model, weights)
     assert "\n" not in str(caught.value)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_values_are_measured_once_and_stored_with_a_sidecar(tiny_weights, tmp_path, monkeypatch):
     folder = tmp_path / "a" / "b"  # which is made
-    first = load_or_measure(folder, "alpha_mid", MODEL, tiny_weights)
+    first = load_or_measure(Measurement("alpha_mid", folder), MODEL, tiny_weights)
     values = np.load(folder / "alpha_mid.npy", allow_pickle=False)
     assert values.dtype == np.float64 and values.shape == (21,)
     # in the model's order: q k v o gate up down
     assert values.tolist() == [first.values[layer.name] for layer in tiny_weights.layers]
     assert sorted(path.name for path in folder.iterdir()) == ["alpha_mid.json", "alpha_mid.npy"]
     monkeypatch.setattr(measure, "measure", None)
-    assert load_or_measure(folder, "alpha_mid", MODEL, tiny_weights) == first
+    assert load_or_measure(Measurement("alpha_mid", folder), MODEL, tiny_weights) == first
     stored = json.loads((folder / "alpha_mid.json").read_text())
     assert (stored["model"], stored["metric"]) == (MODEL, "alpha_mid")
     assert stored["layers"] == [[layer.name, list(layer.shape)] for layer in tiny_weights.layers]
@@ -66,17 +66,17 @@ def test_half_precision_of_the_same_weights_is_the_same_model(filled, dtype, bac
     monkeypatch.setattr(measure, "measure", None)
     model = tiny_llama().to(dtype)
     weights = weights_of(model.float() if back else model)
-    assert len(load_or_measure(filled, "alpha_mid", MODEL, weights).values) == 21
+    assert len(load_or_measure(Measurement("alpha_mid", filled), MODEL, weights).values) == 21
 
 
-@pytest.mark.parametrize("settings", [SpectrumSettings("fast"), SpectrumSettings("exact", Farms(16, 1.0, 3))])
+@pytest.mark.parametrize("settings", [{"driver": "fast"}, {"farms": Farms(16, 1.0, 3)}])
 def test_settings_have_a_cache_of_their_own(settings, filled, tiny_weights):
-    published = load_or_measure(filled, "alpha_mid", MODEL, tiny_weights)
-    measured = load_or_measure(filled, "alpha_mid", MODEL, tiny_weights, settings)
-    assert load_or_measure(filled, "alpha_mid", MODEL, tiny_weights, settings) == measured != published
-    assert load_or_measure(filled, "alpha_mid", MODEL, tiny_weights) == published
-    stored = json.loads((filled / f"{settings.stem('alpha_mid')}.json").read_text())
-    assert stored["settings"] == settings.described("alpha_mid")
+    published = load_or_measure(Measurement("alpha_mid", filled), MODEL, tiny_weights)
+    measured = load_or_measure(Measurement("alpha_mid", filled, **settings), MODEL, tiny_weights)
+    assert load_or_measure(Measurement("alpha_mid", filled, **settings), MODEL, tiny_weights) == measured != published
+    assert load_or_measure(Measurement("alpha_mid", filled), MODEL, tiny_weights) == published
+    how = Measurement("alpha_mid", filled, **settings)
+    assert json.loads((filled / f"{how.stem}.json").read_text())["settings"] == how.settings
 
 
 def test_a_complete_cache_may_be_on_a_disk_that_cannot_be_written(tiny_folder, tiny_text, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_a_sidecar_of_other_layers_or_settings_is_refused(filled, tiny_weights):
 def test_damaged_sidecar_is_refused_before_the_weights_are_loaded(filled, tiny_weights, content):
     (filled / "alpha_mid.json").write_text(content)
     with pytest.raises(UserError, match=r"alpha_mid\.json: is damaged \(.*\); .*delete"):
-        MetricCache(filled, "alpha_mid", MODEL, tiny_weights.layers).read()
+        MetricCache(Measurement("alpha_mid", filled), MODEL, tiny_weights.layers).read()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,6 @@ def test_a_matrix_that_has_no_value_is_named_and_the_others_are_kept(metric, val
     name = tiny_weights.layers[10].name
     tiny_weights.model.get_submodule(name).weight.data.fill_(value)
     with pytest.raises(UserError, match=name):
-        load_or_measure(tmp_path, metric, MODEL, tiny_weights)
+        load_or_measure(Measurement(metric, tmp_path), MODEL, tiny_weights)
     (left,) = tmp_path.iterdir()
     assert left.name == f".{metric}.0.jsonl" and len(left.read_text().splitlines()) >= 8

@@ -14,7 +14,8 @@ from lib.core.errors import UserError
 from lib.models import memory
 from lib.models.weights import Weights
 from lib.spectra import measure as measuring
-from lib.spectra.measure import SpectrumSettings, load_or_measure, measure
+from lib.spectra.cache import Measurement
+from lib.spectra.measure import load_or_measure, measure
 from lib.spectra.spectrum import spectrum
 from lib.spectra.tail import METRICS, WEIGHTWATCHER
 
@@ -26,7 +27,7 @@ def matrix(weights: Weights, index: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_values_are_those_of_the_matrices_by_name(metric, tiny_weights):
-    measured = measure(metric, tiny_weights)
+    measured = measure(Measurement(metric), tiny_weights)
     expected = tiny_weights.map(lambda _, weight: METRICS[metric](spectrum(weight)))
     assert measured.values == pytest.approx(expected, rel=1e-6) and list(measured.values) == list(expected)
     assert all(isinstance(value, float) for value in measured.values.values())
@@ -38,7 +39,7 @@ def test_bits_do_not_depend_on_the_number_of_cores(smollm2_weights):
     before, measured = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        measured.append(measure("alpha", block))
+        measured.append(measure(Measurement("alpha"), block))
         assert torch.get_num_threads() == threads, "as it was"
     torch.set_num_threads(before)
     assert measured[0] == measured[1]
@@ -66,7 +67,7 @@ def test_matrices_at_work_are_as_many_as_cores_and_memory_allow(little_memory, t
         return result
 
     monkeypatch.setattr(measuring, "spectrum", counted)
-    measure("alpha_mid", tiny_weights)
+    measure(Measurement("alpha_mid"), tiny_weights)
     assert len(counts) == 21 and all(count <= most and linear_algebra == 1 for count, linear_algebra in counts)
 
 
@@ -75,7 +76,7 @@ def test_a_long_measurement_is_announced(seconds, driver, announced, one_thread,
     clock = itertools.count(0, seconds)
     monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with caplog.at_level(logging.INFO):
-        measure("alpha_mid", tiny_weights, SpectrumSettings(driver))
+        measure(Measurement("alpha_mid", driver=driver), tiny_weights)
     first, *others = (layer.size * min(layer.shape) for layer in tiny_weights.layers)
     message = f"take about {30 / first * sum(others) / 60:.0f} more minutes on 1 of the CPU's cores; --esd_driver fast"
     assert [message in record.getMessage() for record in caplog.records] == [True] * announced
@@ -83,7 +84,7 @@ def test_a_long_measurement_is_announced(seconds, driver, announced, one_thread,
 
 def test_a_fallback_of_the_fast_driver_names_the_layer(tiny_weights, caplog):
     matrix(tiny_weights, 3)[1] = matrix(tiny_weights, 3)[0]
-    measure("spectral_norm", tiny_weights, SpectrumSettings("fast"))
+    measure(Measurement("spectral_norm", driver="fast"), tiny_weights)
     (record,) = caplog.records
     assert tiny_weights.layers[3].name in record.getMessage() and "ill-conditioned" in record.getMessage()
 
@@ -118,7 +119,7 @@ def watcher(monkeypatch):
     ("metric", "switch", "scale"), [("mp_softrank", "mp_fit", 1), ("random_distance", "randomize", 1000)]
 )
 def test_weightwatcher_measures_each_matrix(metric, switch, scale, watcher, tiny_weights):
-    measured = measure(metric, tiny_weights, SpectrumSettings(seed=5))
+    measured = measure(Measurement(metric, seed=5), tiny_weights)
     expected = [matrix(tiny_weights, index).sum().abs().item() for index in range(21)]
     assert [x * scale for x in measured.values.values()] == pytest.approx(expected)
     assert all(switches == {switch: True} for switches, _ in watcher.calls)
@@ -129,18 +130,18 @@ def test_weightwatcher_measures_each_matrix(metric, switch, scale, watcher, tiny
 def test_a_layer_that_weightwatcher_skips_is_named(metric, watcher, tiny_weights):
     watcher.skipped = matrix(tiny_weights, 3)
     with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.o_proj.*skipped"):
-        measure(metric, tiny_weights)
+        measure(Measurement(metric), tiny_weights)
 
 
 def test_the_seed_belongs_to_random_distance(watcher, tmp_path, tiny_weights):
-    load_or_measure(tmp_path, "random_distance", "tiny", tiny_weights, SpectrumSettings(seed=1))
+    load_or_measure(Measurement("random_distance", tmp_path, seed=1), "tiny", tiny_weights)
     with pytest.raises(UserError, match="seed"):
-        load_or_measure(tmp_path, "random_distance", "tiny", tiny_weights, SpectrumSettings(seed=2))
+        load_or_measure(Measurement("random_distance", tmp_path, seed=2), "tiny", tiny_weights)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", WEIGHTWATCHER)
 def test_metrics_that_go_through_weightwatcher_repeat_themselves(metric, smollm2_weights):
     block = first_block(smollm2_weights, layers=2)
-    first, again = (measure(metric, block) for _ in range(2))
+    first, again = (measure(Measurement(metric), block) for _ in range(2))
     assert first == again and all(0 < value < 1 for value in first.values.values())
