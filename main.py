@@ -38,7 +38,7 @@ def run(settings: Experiment, subject: LanguageModel | None = None) -> dict:
         checks.check_output(record.folder, task.run, targets, flags, settings.paths())
         subject.prepare(settings, task)
         measurement = settings.measurement(subject.name)
-        record.content |= report.task_entries(task, flags) | subject.describe(flags)
+        record.content |= subject.describe(task)
         # The journal's folder comes last, so that what is refused above leaves no trace.
         journal = Journal(targets[0], settings.restart) if targets else None
 

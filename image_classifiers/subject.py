@@ -21,7 +21,7 @@ from lib.core import cpu, files
 from lib.core.errors import UserError, first_line
 from lib.core.lazy import torch
 from lib.pruning import walk
-from lib.recovery.block_walk import search_dtype
+from lib.recovery.block_walk import fast_dtype
 from lib.run import checks
 from lib.spectra.tail import WEIGHTWATCHER
 
@@ -153,7 +153,7 @@ class Classifier:
         for indices, count in zip(split(images.indices), (FIT, HELD), strict=True):
             chosen = data.PreparedImages(images.images, indices, images.transform, images.seed)
             groups.append([batch for batch, _ in data.batches(chosen, len(indices) // count, self.workers)])
-        dtype = search_dtype(self.settings.price_dtype, torch.device(self.device), torch.float32)
+        dtype = fast_dtype(torch.device(self.device), torch.float32)
         chunk = min(CHUNK, self.settings.batch_size)
         return ImagePriceModel(self.weights, tuple(groups), dtype, by_magnitude, self.settings.hidden_device, chunk)
 

@@ -172,8 +172,7 @@ def check_base(field: str, folder: Path, base: Base, weights: Weights) -> None:
         log.warning(message, folder, BASE, base.source.given)
         return
     record = training_record(field, folder)
-    layer = digests.first_difference(record["fingerprints"], weights.fingerprints())
-    if layer:
+    if layer := digests.first_difference(record["fingerprints"], weights.fingerprints()):
         problem = f"was trained on other weights than those of {flag_name('model')} {base.source.given} (see {layer})"
         raise UserError(field, folder, problem, f"{TRAINED_ON}, {record['model']}")
 

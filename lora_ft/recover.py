@@ -83,7 +83,7 @@ def run(settings: Recover) -> None:
     with record.stage("prepare"):
         checks.check_output(record.folder, task.run, settings.folders(task), flags, settings.paths())
         subject.prepare(settings, task)
-        record.content |= report.task_entries(task, flags) | subject.describe(flags)
+        record.content |= subject.describe(task)
     with record.stage("load"):
         subject.load()
         record.content["dense_zeros"] = record.content["sparsity"] = subject.weights.sparsity()

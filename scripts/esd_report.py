@@ -43,7 +43,7 @@ class Settings(ModelFlags, AllocationFlags):
 
     _title: ClassVar[str] = "report"
     _without: ClassVar[list[str]] = (
-        "owl_m owl_lambda dlp_alpha atp_beta price_steps price_dtype price_effort "
+        "owl_m owl_lambda dlp_alpha atp_beta price_steps price_effort "
         "metrics_only plan save_plan export_llmcompressor"
     ).split()
 

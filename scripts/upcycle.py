@@ -20,7 +20,7 @@ from lib.core.lazy import torch, transformers
 from lib.models.load import load_llm, load_skeleton, load_tokenizer, save_llm
 from lib.models.locate import locate
 from lib.models.weights import weights_of
-from lib.recovery.block_walk import search_dtype
+from lib.recovery.block_walk import fast_dtype
 from lib.recovery.distill import Distillation, RecoveryOptions
 
 FIT_WINDOWS = 8  # on which neurons are grouped, and routers and projections fitted
@@ -165,7 +165,7 @@ def run(settings: Upcycling) -> None:
     dense = load_llm(source, torch.float32, "cpu")
     model = cut(dense, fitted, settings)
     if counts[0]:
-        pair, dtype = (weights_of(model), weights_of(dense)), search_dtype("auto", torch.device("cpu"), torch.float32)
+        pair, dtype = (weights_of(model), weights_of(dense)), fast_dtype(torch.device("cpu"), torch.float32)
         report = Distillation(*pair, options, windows, dtype=dtype).run(None, lambda *_: None, {})
         print("held-out loss: {held_before:.3f} -> {held_after:.3f}, {tokens} tokens".format(**report))
     save_llm(model, tokenizer, target, config.dtype)

@@ -110,10 +110,8 @@ class LanguagePriceModel:
     ) -> None:
         """Pass ``windows`` through the dense model and rank its weights, which must have room for the work beside them.
 
-        Args:
-            windows: of calibration, for prices, and held out, for ``kl``; each [windows, tokens], of equal length.
-            options: those of the search; how many windows there are in a step decides the memory.
-            dtype, by_magnitude: as in ``Masks``.
+        The windows are those of calibration, for prices, and held-out ones, for ``kl``, each [windows, tokens], of
+        equal length; how many of them a step has, by the ``options``, decides the memory. The rest is as in ``Masks``.
         """
         count, tokens = sum(map(len, windows)), windows[0].shape[1]
         ranks = {layer.name: memory.rank_bytes([layer], by_magnitude) for layer in weights.layers}

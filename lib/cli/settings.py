@@ -26,7 +26,6 @@ from lib.pruning import plan as plans
 from lib.pruning.drop import DROP_BY
 from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Pruner, configured
 from lib.recovery.adam import STATES, TRAINED
-from lib.recovery.block_walk import SEARCH_DTYPES
 from lib.recovery.distill import BY, RecoveryOptions
 from lib.spectra import spectrum
 from lib.spectra.cache import Measurement
@@ -133,9 +132,6 @@ class AllocationFlags(Flags):
     dlp_alpha: float = flag(0.15, "half width of the map, a sparsity in [0, 1]", least=0, most=1, only="_dlp")
     atp_beta: float = flag(0.005, "step from block to block, a sparsity in [0, 1]", least=0, most=1, only="_atp")
     price_steps: int = flag(16, "steps of the search, each a backward pass over text or images", least=1, only="_price")
-    price_dtype: str = flag(
-        "auto", "{choices}; auto: bfloat16 if the CPU has it, else the model's", choices=SEARCH_DTYPES, only="_price"
-    )
     price_effort: str = flag("full", "{choices}: 2 windows a step or half of one", choices=price.EFFORTS, only="_price")
     metrics_only: bool = flag(False, "compute, cache and print the metric, then exit")
     plan: str | None = flag(None, "take the layers' ratios from a {save_plan} file", only="pruning", metavar="FILE")
@@ -180,8 +176,7 @@ class RecoveryFlags(Flags):
 
     def recovery_options(self) -> RecoveryOptions:
         """Return how the model is recovered."""
-        names = RecoveryOptions._fields[1:]
-        return RecoveryOptions(self.recover or 0, *(getattr(self, name) for name in names))
+        return RecoveryOptions(self.recover or 0, *(getattr(self, name) for name in RecoveryOptions._fields[1:]))
 
 
 @dataclass(kw_only=True)
@@ -298,8 +293,7 @@ class MethodFlags(PruningFlags, AllocationFlags, MixtureFlags):
                 raise UserError("sparsity_type", self.sparsity_type, problem, f"use 2:{2 * nm[1]}")
         target = implied or self.sparsity_ratio
         if not target and not self.drop_experts:
-            fix = f"add {flag_name('sparsity_ratio')}"
-            raise UserError("prune_method", None, f"{method} without a sparsity", fix)
+            raise UserError("prune_method", None, f"{method} without a sparsity", f"add {flag_name('sparsity_ratio')}")
         if self.sparsity_ratio and abs(self.sparsity_ratio - target) > 1e-9:
             problem = f"with {by}, which removes {target:g}"
             raise UserError("sparsity_ratio", self.sparsity_ratio, problem, "leave it out")

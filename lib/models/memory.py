@@ -168,10 +168,7 @@ def rank_bytes(layers: Sequence[Layer], whole: bool = False) -> int:
 
 
 def activation_bytes(layers: Sequence[Layer], dtype: torch.dtype, tokens: int, share: float = 1.0) -> int:
-    """Return at most the bytes of pruned copies of ``layers`` and of their blocks' activations for ``tokens``.
-
-    A token passes through this ``share`` of a block's experts.
-    """
+    """Return at most the bytes of copies of ``layers`` and of activations; a token meets this ``share`` of experts."""
     widths = math.ceil(sum(sum(layer.shape) * (share if layer.expert else 1) for layer in layers))
     return dtype.itemsize * (sum(layer.size for layer in layers) + 3 * tokens * widths)
 

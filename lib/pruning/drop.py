@@ -92,10 +92,7 @@ def random_scores(layers: Sequence[Layer], seed: int) -> dict[str, float]:
 
 
 def kept_experts(scores: Mapping[str, float], count: int, groups: int) -> dict[str, list[int]]:
-    """Return the numbers of the ``count`` experts of the highest scores of each experts module, by its name.
-
-    Of experts that a router chooses from in ``groups``, as many stay in each.
-    """
+    """Return the numbers of the ``count`` best experts of each experts module, as many in each of a router's groups."""
     modules: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for name, score in scores.items():
         owner, _, number = name.rpartition(".")

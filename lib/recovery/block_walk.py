@@ -18,21 +18,16 @@ from lib.models.weights import Block, Weights, parameter_place, swapped_paramete
 
 log = logging.getLogger(__name__)
 
-# Names of the dtypes in which products may be computed.
-SEARCH_DTYPES = ("auto", "float32", "bfloat16")
 # Factor of the loss before it is differentiated: most gradients of logits (at most 1) would underflow in float16.
 LOSS_SCALE = 1024
 # Fraction of the free memory up to which the activations of a whole step are kept; beyond, blocks are run twice.
 KEEP_WITHIN = 0.75
 
 
-def search_dtype(name: str, device: torch.device, model_dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype that a name of SEARCH_DTYPES stands for, None for the model's."""
-    if name == "auto":
-        pays = device.type == "cpu" and model_dtype == torch.float32 and cpu.multiplies(torch.bfloat16)
-        return torch.bfloat16 if pays else None
-    dtype = getattr(torch, name)
-    return None if dtype == model_dtype else dtype
+def fast_dtype(device: torch.device, model_dtype: torch.dtype) -> torch.dtype | None:
+    """Return bfloat16 for the products of a float32 model on a CPU that multiplies it, else None, the model's dtype."""
+    pays = device.type == "cpu" and model_dtype == torch.float32 and cpu.multiplies(torch.bfloat16)
+    return torch.bfloat16 if pays else None
 
 
 def kl_divergence(

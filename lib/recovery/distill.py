@@ -57,10 +57,6 @@ class RecoveryOptions(NamedTuple):
         return self.batch * seqlen * (EPOCHS if self.by == "block" else 1)
 
 
-# Stores a block that is trained, by its index, and its losses where blocks are trained one by one.
-Keep = Callable[[int, list[float]], None]
-
-
 def rate_at(step: int, steps: int) -> float:
     """Return the fraction of the learning rate at a ``step``, from 0: a linear rise, then the fall of a cosine."""
     rising = steps * WARMUP
@@ -116,8 +112,7 @@ class Distillation:
             raise UserError("model", None, "has no weight that is not zero", "prune it less")
         scale = (squares / count) ** 0.5
         self.rate = options.learning_rate or RATES[options.train] * (1 if options.train == "norms" else scale)
-        text = "recovery: the weights that are left have a root mean square of %.3g; learning rate %.3g"
-        log.info(text, scale, self.rate)
+        log.info("recovery: the root mean square of what is left is %.3g; learning rate %.3g", scale, self.rate)
 
         step = mine.shape[1]
         stored = {x.name: memory.trained_bytes([x], self.left[x.name] / x.size, options) for x in weights.layers}
@@ -131,13 +126,14 @@ class Distillation:
             problem = f"{readable(needed)} are needed for a block, its dense one and states; {readable(free)} are free"
             raise UserError("by", "block", problem, "lower --seqlen or --batch, or use --states 8bit")
 
-    def run(self, state: Path | None, keep: Keep, finished: Mapping[int, tuple[Path, list[float]]]) -> dict:
+    def run(self, state: Path | None, keep: Callable, finished: Mapping[int, tuple[Path, list[float]]]) -> dict:
         """Train, in place, and return the loss of each step, in nats a token, on held-out windows before and after, ...
 
         Blocks that are trained one by one have another loss: their squared error over the square of the dense output.
 
         Args:
             state: file in which the state of unfinished training is stored, None for no such file.
+            keep: stores a block that is trained, by its index, with its losses where blocks are trained one by one.
             finished: blocks that an earlier run has kept already: files and losses.
 
         Raises:
@@ -205,7 +201,7 @@ class Distillation:
         copies = {name: x.to(self.dtype or x.dtype) if x.ndim > 1 else x for name, x in weights.items()}
         return swapped_parameters(places, copies)
 
-    def _by_model(self, state: Path | None, keep: Keep) -> list[float]:
+    def _by_model(self, state: Path | None, keep: Callable) -> list[float]:
         """Train the whole model end to end; return the losses, of an earlier run's steps as well."""
         weights, (steps, mine), tokens = self.weights, self.windows.shape[:2], self.options.batch * self.seqlen
         fit = self._dense_states(self.windows.flatten(0, 1))
@@ -236,7 +232,7 @@ class Distillation:
             keep(block.index, [])
         return losses
 
-    def _by_block(self, keep: Keep, finished: Mapping[int, tuple[Path, list[float]]]) -> list[float]:
+    def _by_block(self, keep: Callable, finished: Mapping[int, tuple[Path, list[float]]]) -> list[float]:
         """Train block after block towards the dense block's output on the pruned model's own hidden states."""
         groups, count = self.windows.shape[:2]
         losses: list[float] = []

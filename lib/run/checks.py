@@ -36,7 +36,17 @@ def check_output(
     if earlier and not has_flags(earlier, flags):
         log.warning("%s/*_%s.* of a run with other flags will be replaced", save, run)
     for target in targets:
-        check_target(target, paths, mark)
+        files.check_folder("save_model", target)
+        for name, path in paths.items():
+            if name != "save_model" and path.resolve().is_relative_to(target.resolve()):
+                problem = f"{flag_name(name)} {path} lies in {target}, which would be replaced"
+                raise UserError("save_model", target.parent, problem, "give another folder")
+        inside = list(target.iterdir()) if target.is_dir() else []
+        # A saved model has no folder in it.
+        strange = [path.name for path in inside if path.is_dir() or target / mark not in inside]
+        if strange:
+            problem = f"{target} would be replaced, and no pruning wrote {strange[0]} in it"
+            raise UserError("save_model", target.parent, problem, "move it away, or give another folder")
         if target.exists() and not (target / PROGRESS).is_file():
             log.warning("%s already exists and will be replaced, with every file in it", target)
     for name in sorted(paths.keys() & {"save_plan", "save_calib", "export_llmcompressor"}):
@@ -46,20 +56,6 @@ def check_output(
             if paths[name].resolve().is_relative_to(paths[read].resolve()):
                 raise UserError(name, paths[name], f"would be written over {flag_name(read)}", "give another file")
         files.check_writable(name, paths[name].parent)
-
-
-def check_target(target: Path, paths: Mapping[str, Path], mark: str) -> None:
-    """Refuse to replace ``target`` by a pruned model if anything else than an earlier one would be lost."""
-    files.check_folder("save_model", target)
-    for name, path in paths.items():
-        if name != "save_model" and path.resolve().is_relative_to(target.resolve()):
-            problem = f"{flag_name(name)} {path} lies in {target}, which would be replaced"
-            raise UserError("save_model", target.parent, problem, "give another folder")
-    inside = list(target.iterdir()) if target.is_dir() else []
-    strange = [path.name for path in inside if path.is_dir() or target / mark not in inside]  # no model has a folder
-    if strange:
-        problem = f"{target} would be replaced, and no pruning wrote {strange[0]} in it"
-        raise UserError("save_model", target.parent, problem, "move it away, or give another folder")
 
 
 def check_disk(targets: Sequence[Path], size: int, restart: bool) -> None:

@@ -190,7 +190,6 @@ def _difference(before: dict, now: dict) -> str | None:
                 return f"{flag_name(name) if kind == 'flags' else name} was {earlier} and is {value} now"
     if before["calibration"] != now["calibration"]:
         return "its calibration windows were others"
-    layer = first_difference(before["fingerprints"], now["fingerprints"])
-    if layer:
+    if layer := first_difference(before["fingerprints"], now["fingerprints"]):
         return f"the dense weights were others (see {layer})"
     return None if before["plan"] == now["plan"] else "its plan of ratios was another"

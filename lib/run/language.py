@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from functools import cache
 from pathlib import Path
@@ -25,12 +25,12 @@ from lib.models.safetensors_io import checkpoint_entries
 from lib.models.streamed import Streamed
 from lib.models.weights import Packed, Weights, weights_of, with_fewer_experts
 from lib.pruning import drop, walk
-from lib.recovery.block_walk import search_dtype
+from lib.recovery.block_walk import fast_dtype
 from lib.recovery.distill import HELD_OUT, Distillation
 from lib.run import checks
 from lib.run.journal import Journal
 from lib.run.pipeline import machine
-from lib.run.record import Record
+from lib.run.record import Record, inputs_of
 from lib.spectra import measure
 
 log = logging.getLogger("main")
@@ -204,11 +204,9 @@ class LanguageModel:
         if options.tokens < least:
             raise UserError("recover", options.tokens, f"is too few for a step, which takes {least}")
         if self.streamed and options.by == "model":
-            problem = "the model is streamed, and needs to be in memory as a whole"
-            raise UserError("by", "model", problem, "use --by block")
+            raise UserError("by", "model", "the model is streamed, and has to be in memory", "use --by block")
         if options.by == "block" and dense["source"] is None:
-            problem = "aims at the dense model's blocks, and there is none"
-            raise UserError("by", "block", problem, "use --by model")
+            raise UserError("by", "block", "aims at the dense model's blocks, and there is none", "use --by model")
 
         counts = (options.tokens // least * options.batch, max(HELD_OUT, processes.count()))
         self.recovery = texts.recovery_windows(self.calib_data, self.tokenizer, counts, self.seqlen, settings.seed)
@@ -216,9 +214,8 @@ class LanguageModel:
         if dense["source"] is None:
             return
         source = processes.on_main(lambda: locate.locate(dense["source"], settings.cache_dir))
-        device = processes.device() or memory.freest()
-        self.teacher = teacher = Streamed(locate.local_copy(source), self.dtypes, device)
-        self.teacher_name = source.anywhere
+        teacher = Streamed(locate.local_copy(source), self.dtypes, processes.device() or memory.freest())
+        self.teacher, self.teacher_name = teacher, source.anywhere
         sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, self.skeleton)]
         fix = "give the model that was pruned"
         if sizes[0] != sizes[1] or [*teacher.layers] != [*prunable_layers(self.whole)]:
@@ -252,15 +249,20 @@ class LanguageModel:
         windows = (options.length(self.seqlen), options.windows_per_step, price.FIT_WINDOWS + options.held_out_windows)
         return max(needed, ranks + memory.price_working_set(self.skeleton, self.layers, dtype, *windows))
 
-    def describe(self, flags: Mapping[str, object]) -> dict:
-        """Return what the run's record says of the model and its texts."""
+    def describe(self, task: Task) -> dict:
+        """Return what a run's record says of its task, model and texts; figures are None until they are measured."""
+        flags = self.settings.flags()
         model = self.source._asdict() | {"dtype": str(self.dtypes.compute).removeprefix("torch.")}
         model["parameters"] = sum(p.numel() for p in self.skeleton.parameters())
         windows = {"calibration": ("calib_data", self.calibration), "evaluation": ("eval_data", self.evaluation)}
-        return {"model": model} | {
+        described = {
             name: None if cut is None else {"text": flags[flag], "windows": len(cut), "seqlen": self.seqlen}
             for name, (flag, cut) in windows.items()
         }
+        described |= dict.fromkeys(("sparsity", "dense_zeros", "perplexity", "zero_shot", "saved_model"))
+        described |= {"method": task.method, "target_sparsity": task.target, "epsilon_search": []}
+        described["epsilon"] = task.hyper["epsilon"] if task.allocation == "ww" else None
+        return described | {"model": model, "processes": processes.count(), "flags": flags, "inputs": inputs_of(flags)}
 
     def load(self) -> None:
         """Load the dense weights, or restore those of an earlier run."""
@@ -307,7 +309,7 @@ class LanguageModel:
 
     def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> price.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""
-        dtype = search_dtype(self.settings.price_dtype, self.weights.device, self.dtypes.compute)
+        dtype = fast_dtype(self.weights.device, self.dtypes.compute)
         return price_model.LanguagePriceModel(self.weights, self.search, options, dtype, by_magnitude)
 
     def save(self, journal: Journal, packed: bool, sparsity: float) -> Path:
@@ -334,19 +336,19 @@ class LanguageModel:
         content, settings, weights = record.content, self.settings, self.weights
         if not content["sparsity"] and not settings.drop_experts:
             raise UserError("model", None, "is not pruned, no weight of it is zero", "prune it first")
-        targets = settings.folders(task)
+        targets, options = settings.folders(task), settings.recovery_options()
         stored = closing(Journal(targets[-1], settings.restart)) if targets else nullcontext()
         with record.stage("recover"), stored as journal:
             before = self.perplexity()
             self.loaded_as = None  # norms and biases are trained as well, and ``restore`` knows the matrices alone
-            dtype = search_dtype("auto", weights.device, self.dtypes.compute)
-            how = (settings.recovery_options(), self.recovery, self.hidden_states, dtype)
-            distillation = Distillation(weights, self.teacher, *how)
+            dtype = fast_dtype(weights.device, self.dtypes.compute)
+            distillation = Distillation(weights, self.teacher, options, self.recovery, self.hidden_states, dtype)
             if journal:
                 identity = {"model": self.name, "source": self.teacher_name, "versions": machine(weights)}
                 identity |= {"calibration": digest(self.recovery[0]), "plan": digest(weights.fingerprints())}
                 identity["fingerprints"] = self.teacher_fingerprints if self.teacher else weights.fingerprints()
-                journal.begin(identity | {"flags": settings.identity(TextFlags, RecoveryFlags)})
+                flags = settings.identity(TextFlags, RecoveryFlags) | {"sparsity_ratio": task.target}
+                journal.begin(identity | {"flags": flags})
                 report = _train(weights, journal, distillation)
                 record.saved.append(self.save(journal, settings.packed, content["sparsity"]))
                 content["saved_model"] = str(record.saved[-1])

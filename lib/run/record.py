@@ -69,8 +69,7 @@ class Record:
             "peak_rss_mb": _peak_rss_mb(),
         }
         peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
-        if peaks:
-            self.stages[name]["peak_cuda_mb"] = peaks
+        self.stages[name] |= {"peak_cuda_mb": peaks} if peaks else {}
 
     def write(self, complete: bool = False) -> None:
         """Write all files, the run file last, since it states whether the run is complete."""

@@ -9,10 +9,9 @@ from tabulate import tabulate
 from lib.allocation import price
 from lib.allocation.epsilon import best
 from lib.allocation.price import SearchResult
-from lib.cli.task import Task
 from lib.core import files, processes
 from lib.models.layers import Layer
-from lib.run.record import Record, inputs_of, provenance
+from lib.run.record import Record, provenance
 from lib.spectra.cache import Measurement
 
 
@@ -31,10 +30,9 @@ def line(sentence: str) -> None:
 
 def show_metric(model: str, layers: Sequence[Layer], values: Mapping[str, float], measurement: Measurement) -> None:
     """Print the metric of a ``model`` by type of matrix."""
-    kinds: dict[str, list[float]] = {}
+    kinds = {"all": list(values.values())}
     for layer in layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(values[layer.name])
-    kinds["all"] = list(values.values())
     rows = [
         (kind, *(f"{figure:.4f}" for figure in (min(numbers), sum(numbers) / len(numbers), max(numbers))))
         for kind, numbers in kinds.items()
@@ -83,8 +81,7 @@ def show_run(record: Record) -> None:
     perplexity = "-" if content["perplexity"] is None else f"{content['perplexity']:.4f}"
     row = (content["method"], f"{content['target_sparsity']:g}", f"{content['sparsity']:.4f}", perplexity)
     headings = ("method", "target", "sparsity", "perplexity", "seconds", "peak memory")
-    figures = [(*row, f"{seconds:.1f}", f"{peak} MB")]
-    show(f"{content['model']['given']}: {content['method']}", headings, figures)
+    show(f"{content['model']['given']}: {content['method']}", headings, [(*row, f"{seconds:.1f}", f"{peak} MB")])
     if recovery := content.get("recovery"):
         before, after = recovery["perplexity_before"], content["perplexity"]
         pairs = (("before", recovery["sparsity_before"], recovery["held_before"], before),
@@ -97,17 +94,3 @@ def show_run(record: Record) -> None:
     line(f"written: {record.folder}/*_{record.run}.*")
     if content["saved_model"]:
         line(f"saved:   {content['saved_model']}")
-
-
-def task_entries(task: Task, flags: Mapping[str, object]) -> dict:
-    """Return the record's entries on what a run is to do and reads; figures are None until they are measured."""
-    return {
-        "method": task.method,
-        "target_sparsity": task.target,
-        **dict.fromkeys(("sparsity", "dense_zeros", "perplexity", "zero_shot", "saved_model")),
-        "epsilon": task.hyper["epsilon"] if task.allocation == "ww" else None,
-        "epsilon_search": [],
-        "processes": processes.count(),
-        "flags": flags,
-        "inputs": inputs_of(flags),
-    }

@@ -36,10 +36,7 @@ class _Result(NamedTuple):
 
 
 def load_or_measure(how: Measurement, model: str, weights: Weights) -> LayerMetrics:
-    """Return the metric of every layer from the cache in its folder; missing values are measured and cached there.
-
-    A cache that is damaged or of something else is a UserError, and so is a layer whose spectrum admits no fit.
-    """
+    """Return the metric of every layer from its cache, or measured and cached; a foreign cache is a UserError."""
     cache = MetricCache(how, model, weights.layers)
     cached = processes.on_main(cache.read)
     if cached is not None:

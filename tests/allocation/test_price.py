@@ -196,7 +196,7 @@ def test_a_run_records_the_search_and_its_plan_can_be_used_again(run):
 
 @pytest.mark.parametrize("flags", ["magnitude_price --sparsity_ratio 0.5", "wanda_price --sparsity_type 4:8"])
 def test_other_forms(flags, run):
-    record = run(f"--prune_method {flags} --price_steps 2 --price_dtype float32")
+    record = run(f"--prune_method {flags} --price_steps 2")
     search = record["price_search"]
     assert list(search["held_out_kl"]) == ["uniform", "end"] and search["dtype"] == "float32"
     assert record["sparsity"] == pytest.approx(0.5, abs=1 / 32)

@@ -194,7 +194,7 @@ def test_metrics_and_magnitude_are_the_same_to_the_bit(place):
 
 
 WANDA = ["wanda_owl", "wanda_owl --stream always --hidden_states disk", "wanda_lamp --statistics dense",
-         "wanda_ww --epsilon auto", "wanda_price --price_steps 2 --price_dtype float32"]  # fmt: skip
+         "wanda_ww --epsilon auto", "wanda_price --price_steps 2"]  # fmt: skip
 
 
 @pytest.mark.parametrize("more", fast(WANDA, 2))

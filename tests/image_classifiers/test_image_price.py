@@ -125,7 +125,7 @@ def test_a_run_records_its_search(method, digits, tmp_path, capsys):
     save_classifier(digits[0], 8, tmp_path / "tiny")
     run = f"{method}_sparsity_0.6"
     flags = f"--model {tmp_path}/tiny --data_set digits --prune_metric {method} --sparsity 0.6 --price_steps 3"
-    flags += f" --nsamples 50 --num_workers 0 --save_dir {tmp_path}/out --price_dtype float32"
+    flags += f" --nsamples 50 --num_workers 0 --save_dir {tmp_path}/out"
     assert call(capsys, flags)[0] == 0
     record = json.loads((tmp_path / f"out/run_{run}.json").read_text())
     recorded = record["price_search"]

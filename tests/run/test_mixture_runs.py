@@ -141,7 +141,10 @@ def test_dropped_experts_in_memory_and_streamed(by, mixture, run):
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
-@pytest.mark.parametrize("flags", fast(["", "--by block --stream always", "--train low_rank --rank 4"], 2))
+RECOVERED = ["", "--by block --stream always", "--train low_rank --rank 4", "--sparsity_ratio 0"]
+
+
+@pytest.mark.parametrize("flags", fast(RECOVERED, 2))
 def test_what_is_left_of_experts_is_recovered(flags, mixture, run):
     base = "--prune_method wanda --sparsity_ratio 0.5 --drop_experts 0.25 --recover 960 --save out --save_model kept"
     assert run(mixture, f"{base} {flags}") == 0
