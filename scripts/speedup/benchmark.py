@@ -179,10 +179,10 @@ def plot(record: dict, path: Path) -> None:
     axes.set(yscale="log", xlabel="MB of weights", ylabel="perplexity", title="area of a dot: tokens per second")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.margins(0.15)
+    axes.margins(0.2)
     for handle in axes.legend(fontsize="small").legend_handles:
         handle.set_sizes([40])
-    files.save_figure(figure, path, dpi=130)
+    files.save_figure(figure, path)
 
 
 def run(settings: SpeedUp) -> None:
