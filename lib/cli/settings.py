@@ -27,6 +27,7 @@ from lib.pruning.drop import DROP_BY
 from lib.pruning.pruners import DAMPED, ITERATED, PRUNERS, VARIANTS, Pruner, configured
 from lib.recovery.adam import STATES, TRAINED
 from lib.recovery.distill import BY, RecoveryOptions
+from lib.sparse import PACKED_VALUES
 from lib.spectra import spectrum
 from lib.spectra.cache import Measurement
 from lib.spectra.spectrum import DRIVERS
@@ -211,7 +212,10 @@ class OutputFlags(Flags):
         None, "write the pruned model to DIR/METHOD_RATIO, in place of an earlier one and all its files; anything else "
         "there (a file, another folder, an export in it) is refused", only="pruning", metavar="DIR",
     )  # fmt: skip
-    packed: bool = flag(False, "write the model packed, for scripts/generate.py", only="save_model")
+    packed: str | None = flag(
+        None, "write the model packed, for scripts/generate.py; its values: {choices}, exact if left out",
+        choices=PACKED_VALUES, nargs="?", const="exact", only="save_model",
+    )  # fmt: skip
 
     def folders(self, task: Task) -> list[Path]:
         """Return where models are saved, if they are: the pruned one, then the recovered one if there is one."""

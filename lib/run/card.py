@@ -75,6 +75,7 @@ def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ())
     load = f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")'
     load = f'import timm\nmodel = timm.create_model("local-dir:{folder}")' if "accuracy" in content else load
     load = f'from lib.sparse import load_packed\nmodel = load_packed("{folder}")' if flags.get("packed") else load
+    load += "  # its values are int8, the figures below are of those before" if flags.get("packed") == "int8" else ""
     body = _BODY.format(name=model["name"], sparsity=content["sparsity"], load=load)
     parts = [base.text.strip(), f"# {content['method'].capitalize()}"] if again else [body]
     parts += ["## Figures", *_figures(content), "## How it was made", _made(content), *_by_block(rows)]

@@ -90,6 +90,8 @@ class Journal:
     def _reopen(self) -> None:
         """Turn the finished folder into the working folder again; a packed one is unpacked first, bit for bit."""
         if sparse.is_packed(self.target):
+            if sparse.holds_int8(self.target):
+                raise UserError(None, None, "its values are int8, from which the pruned weights do not come back")
             with files.new_folder(self.target) as folder:
                 sparse.unpack_files(self.target, folder)
         self.target.rename(self.folder)
@@ -167,15 +169,15 @@ class Journal:
         weights.set_block_file(index, self.path(index))
         self.finished[index] = rows
 
-    def finish(self, packed: bool = False) -> None:
-        """Replace the target by the finished folder, ``packed`` or unchanged."""
+    def finish(self, packed: str | None = None) -> None:
+        """Replace the target by the finished folder, ``packed`` with such values or unchanged."""
         with files.writing(self.target, "save_model"):
             shutil.rmtree(self.scratch, ignore_errors=True)
             made_by = self._progress.get("run", "identity")
             files.write_atomically(self.folder / MANIFEST, json.dumps(made_by, indent=1) + "\n")
             if packed:
                 with files.new_folder(self.target) as folder:
-                    sparse.pack_files(self.folder, folder)
+                    sparse.pack_files(self.folder, folder, packed)
                 shutil.rmtree(self.folder)
             else:
                 files.replace_folder(self.folder, self.target)

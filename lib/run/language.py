@@ -312,7 +312,7 @@ class LanguageModel:
         dtype = fast_dtype(self.weights.device, self.dtypes.compute)
         return price_model.LanguagePriceModel(self.weights, self.search, options, dtype, by_magnitude)
 
-    def save(self, journal: Journal, packed: bool, sparsity: float) -> Path:
+    def save(self, journal: Journal, packed: str | None, sparsity: float) -> Path:
         """Complete the folder of the pruned blocks and move it into its place, which is returned.
 
         If it cannot be written, or its measured ``sparsity`` is another when read back, it is a UserError.

@@ -2,11 +2,14 @@
 
 from importlib import import_module
 
+PACKED_VALUES = ("exact", "int8")  # of the matrices of a packed model
+
 # Imported when they are used: some need transformers, which takes seconds, and pruners want the compiled kernel only.
 _HOMES = {
     "DenseLinear": "layers",
     "SparseLinear": "layers",
     "Unavailable": "kernel",
+    "holds_int8": "packed",
     "is_packed": "packed",
     "load_kernel": "kernel",
     "load_packed": "loading",

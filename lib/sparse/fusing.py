@@ -11,6 +11,7 @@ from lib.core.errors import UserError
 from lib.sparse.decode import compile_tokens
 from lib.sparse.kernel import KERNEL_DTYPES, Kernel, Unavailable, load_kernel
 from lib.sparse.layers import DenseLinear, SparseLinear
+from lib.sparse.packed import can_round
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +46,12 @@ def _torch_norm(module: nn.Module) -> nn.RMSNorm | None:
     return norm if computed.shape == expected.shape and bool(close.all()) else None
 
 
-def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None = None) -> int:
+def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None = None, values: str = "exact") -> int:
     """Pack, in place, every linear layer of ``model`` with at least ``least`` zeros; return how many there are.
 
     The other linear layers stay dense, with the kernel's product (as does one that shares its weight, such as a tied
-    lm_head). Without the kernel nothing changes, and a one-line warning gives the reason.
+    lm_head). With int8 for ``values`` all are packed, and rounded as in files. Without the kernel nothing changes, and
+    a one-line warning gives the reason.
 
     Raises:
         UserError: the model is not on the CPU in bfloat16 or float16.
@@ -67,6 +69,10 @@ def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None
     owners = Counter(id(getattr(module, "weight", None)) for module in model.modules())
     count = 0
     for name, module in linears.items():
+        if values == "int8" and can_round(module.weight):
+            model.set_submodule(name, SparseLinear.from_linear(module, kernel, int8=True))
+            count += 1
+            continue
         zeros = 1 - torch.count_nonzero(module.weight).item() / module.weight.numel()
         sparse = zeros >= least and owners[id(module.weight)] == 1
         model.set_submodule(name, (SparseLinear.from_linear if sparse else DenseLinear)(module, kernel))

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent / "csrc"
 HEADERS, SOURCES = (sorted(_FOLDER.glob(ending)) for ending in ("*.h", "*.cpp"))
 # What the kernel is compiled for, the best first, and the compiler's -m flags; on ARM, NEON needs none.
-_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx2", "fma", "f16c", "popcnt")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2", "avx512vnni", "avx2", "fma", "f16c", "popcnt")
 LEVELS = {
     "amx": (*_AVX512, "amxtile", "amxbf16"),  # whose few tokens are those of avx512
     "avx512bf16": (*_AVX512, "avx512bf16"),
@@ -32,7 +32,7 @@ LEVELS = {
 }
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 MAX_TOKENS = 8  # of a call of the kernel
-PADDING = 32  # values after a matrix's last, which the kernel may read
+PADDING = 64  # values after a matrix's last, which the kernel may read
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of weights
 # The library's functions and the kinds of their arguments. Those with "_" are called by methods of Kernel.
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
@@ -57,6 +57,7 @@ class MatrixStruct(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("mask", "values", "starts", "bias")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "words", "half")),
+        ("scales", ctypes.c_void_p),
     ]
 
 

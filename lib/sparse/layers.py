@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lib.core import cpu
 from lib.sparse.kernel import KERNEL_DTYPES, MAX_TOKENS, Kernel, MatrixStruct, load_kernel
-from lib.sparse.packed import PackedTensor, pack, row_starts
+from lib.sparse.packed import PackedTensor, pack, pack_int8, row_starts
 
 # Fraction of zeros from which the float32 product of many tokens is faster if it skips them.
 SKIP_FROM = 0.45
@@ -34,12 +34,13 @@ def by_tiles(
 
 
 class SparseLinear(nn.Module):
-    """A linear layer, y = W x + b, for inference on the CPU: 1 + 16 (1 - sparsity) bits a weight.
+    """A linear layer, y = W x + b, for inference on the CPU: 1 + 16 (1 - sparsity) bits a weight, or half of the 16.
 
-    ``weight``: result of ``packed.pack`` for a bfloat16 or float16 [out_features, columns]; ``bias`` of the same dtype.
-    Sums are float32, rounded once. Up to MAX_TOKENS rows of ``x`` go to the kernel. So do more of them on AMX in
-    bfloat16, and where at least SKIP_FROM of the weights are zero and the CPU has no instructions for the dtype;
-    otherwise ROWS_AT_ONCE rows of the weight at a time are unpacked and multiplied by torch.
+    ``weight``: result of ``packed.pack`` or ``pack_int8`` for a bfloat16 or float16 [out_features, columns]; ``bias``
+    of the same dtype. Sums are float32, rounded once. Up to MAX_TOKENS rows of ``x`` go to the kernel, and are rounded
+    to int8 for int8 values. So do more of them on AMX in bfloat16, and where at least SKIP_FROM of the weights are zero
+    and the CPU has no instructions for the dtype; otherwise ROWS_AT_ONCE rows of the weight at a time are unpacked and
+    multiplied by torch.
 
     The tensors are neither parameters nor buffers: they stay where they are if the model is moved.
 
@@ -51,19 +52,24 @@ class SparseLinear(nn.Module):
         self, weight: PackedTensor, columns: int, bias: torch.Tensor | None = None, kernel: Kernel | None = None
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = columns, len(weight.mask)
+        self.mask, self.values, _, self.scales = weight
+        self.in_features, self.out_features = columns, len(self.values if self.mask is None else self.mask)
         self.dtype, self.kernel = weight.dtype, kernel or load_kernel()
-        self.mask, self.values, self.starts = weight.mask, weight.values, row_starts(weight.mask)
+        self.starts = None if self.mask is None else row_starts(self.mask)
         self.bias = None if bias is None else bias.detach().to(self.dtype).contiguous()
-        self.sparsity = 1 - int(self.starts[-1]) / (columns * self.out_features)  # the fraction of zeros
-        places = (None if t is None else t.data_ptr() for t in (self.mask, self.values, self.starts, self.bias))
-        half = self.dtype == torch.float16
-        self._matrix = MatrixStruct(*places, self.out_features, columns, self.mask.shape[1], half)
+        kept = self.values.count_nonzero() if self.mask is None else self.starts[-1]
+        self.sparsity = 1 - int(kept) / (columns * self.out_features)  # the fraction of zeros
+        tensors = self.mask, self.values, self.starts, self.bias, self.scales
+        *places, scales = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        words = self.values.shape[1] // 32 if self.mask is None else self.mask.shape[1]
+        sizes = self.out_features, columns, words, self.dtype == torch.float16
+        self._matrix = MatrixStruct(*places, *sizes, scales)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, kernel: Kernel | None = None) -> "SparseLinear":
+    def from_linear(cls, linear: nn.Linear, kernel: Kernel | None = None, int8: bool = False) -> "SparseLinear":
         """Return the packed form of a dense layer."""
-        return cls(pack(linear.weight.detach()), linear.in_features, linear.bias, kernel)
+        weight = linear.weight.detach()
+        return cls(pack_int8(weight) if int8 else pack(weight), linear.in_features, linear.bias, kernel)
 
     def matrix(self, dtype: torch.dtype) -> MatrixStruct | None:
         """Return the weight for the kernel if it is of this ``dtype``."""
@@ -83,10 +89,10 @@ class SparseLinear(nn.Module):
         flat = x.reshape(-1, columns)
         if len(flat) and self.kernel.has_tiles and self.dtype == torch.bfloat16:
             return self.kernel.multiply_tiles(self._matrix, flat).view(*lead, self.out_features)
-        if len(flat) and not cpu.multiplies(self.dtype) and self.sparsity >= SKIP_FROM:
+        if len(flat) and self.mask is not None and not cpu.multiplies(self.dtype) and self.sparsity >= SKIP_FROM:
             y = self.kernel.multiply_many(self._matrix, flat.float().contiguous(), self.bias).to(self.dtype)
             return y.view(*lead, self.out_features)
-        tile = flat.new_empty(min(ROWS_AT_ONCE, self.out_features), self.mask.shape[1] * 32)
+        tile = flat.new_empty(min(ROWS_AT_ONCE, self.out_features), self._matrix.words * 32)
 
         def rows(first: int, last: int) -> torch.Tensor:
             self.kernel.unpack(self._matrix, first, last, tile)

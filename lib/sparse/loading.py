@@ -24,7 +24,7 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
     """Return the model packed in ``folder``, for inference on the CPU.
 
     It is in float16 if its weights were saved so, else in bfloat16 (float32 is rounded, with a line in the log).
-    Linear layers with at least ``least`` zeros are SparseLinear, the others DenseLinear. Without the kernel
+    Linear layers of int8 or with at least ``least`` zeros are SparseLinear, the others DenseLinear. Without the kernel
     everything is unpacked, and a one-line warning gives the reason.
 
     Raises:
@@ -71,6 +71,7 @@ def _fill(
     """Fill ``model`` with the ``tensors``, and return {module: (weight, columns)} of those that stay packed."""
     packed = {}
     tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
+    head = next((name for name, module in model.named_modules() if module is tied), None)
     # Some names of a checkpoint are not the model's own (GPT-NeoX's embed_out is lm_head).
     renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
     model_names = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
@@ -86,8 +87,16 @@ def _fill(
             raise UserError(None, name, "is packed there, and the model of its config.json has none") from None
         if expected != shape:
             raise UserError(None, name, f"is packed with shape {shape}, the model of its config.json has {expected}")
-        linear = isinstance(content, PackedTensor) and type(module) is nn.Linear and attribute == "weight"
-        if linear and module is not tied and 1 - (len(content.values) - PADDING) / math.prod(shape) >= least:
+        weight = isinstance(content, PackedTensor) and attribute == "weight"
+        if weight and content.scales is not None:
+            content = content._replace(scales=content.scales.to(dtype))
+            if type(module) is nn.Linear and least <= 1:
+                packed[parent] = content, shape[1]
+                if module is not tied:
+                    continue
+            elif tied is not None and module is model.get_input_embeddings() and least <= 1:
+                packed.setdefault(head, (content, shape[1]))
+        elif weight and type(module) is nn.Linear and module is not tied and _zeros(content, shape) >= least:
             values = content.values.to(dtype)
             # If they were rounded, a mask that stays mapped would keep all the file's pages.
             mask = content.mask if values is content.values else content.mask.clone()
@@ -97,6 +106,10 @@ def _fill(
         value = value.to(dtype) if value.is_floating_point() else value
         setattr(module, attribute, value if attribute in module._buffers else nn.Parameter(value, requires_grad=False))
     return packed
+
+
+def _zeros(content: PackedTensor, shape: list[int]) -> float:
+    return 1 - (len(content.values) - PADDING) / math.prod(shape)
 
 
 def refuse_packed(source: Source) -> None:

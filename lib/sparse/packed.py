@@ -1,4 +1,4 @@
-"""Packed format: a bit per weight and the nonzero values, in safetensors, used directly and exactly reversible."""
+"""Packed format: a bit per weight and the nonzero values, exact or rounded to int8, in safetensors, used directly."""
 
 import hashlib
 import json
@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from lib.core.errors import UserError
 from lib.core.files import reading
 from lib.models.safetensors_io import weight_files
-from lib.sparse.kernel import PADDING
+from lib.sparse.kernel import KERNEL_DTYPES, PADDING
 
 # transformers does not look for files of this ending: it would fill weights that it does not find with random numbers.
 SUFFIX = ".packed.safetensors"
-# Key of the file's metadata that holds {"version", "metadata", "tensors": {name: {"shape", "sha256"}}}.
+# Key of the file's metadata that holds {"version", "values", "metadata", "tensors": {name: {"shape", "sha256"}}}.
 KEY = "packed"
-VERSION = 3
+VERSION = 4
+INT8_COLUMNS = 64  # of a row, which share a scale
 # Integers that hold the bits of a number of that many bytes.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DAMAGED = "the file is damaged"
@@ -35,16 +37,18 @@ class PackedTensor(NamedTuple):
     ``mask``: int32 [rows, ceil(columns / 32)], a bit per entry, the first column lowest. ``values``: the entries
     whose bits are set, row by row, then PADDING zeros. ``negative``: None, or uint8, a bit for each entry that is zero,
     in order and the first lowest, set where it is -0.0 (``w * mask`` leaves that for half of the pruned weights);
-    products ignore it.
+    products ignore it. ``scales``: None, or those of int8 values, one for INT8_COLUMNS of a row and then PADDING zeros;
+    the columns are padded to a multiple of INT8_COLUMNS, and without a ``mask`` the values are [rows, columns].
     """
 
-    mask: torch.Tensor
+    mask: torch.Tensor | None
     values: torch.Tensor
     negative: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.values.dtype
+        return (self.values if self.scales is None else self.scales).dtype
 
 
 def pack(tensor: torch.Tensor) -> PackedTensor:
@@ -59,10 +63,39 @@ def pack(tensor: torch.Tensor) -> PackedTensor:
     return PackedTensor(torch.from_numpy(mask.view(np.int32)), values, negative)
 
 
+def pack_int8(matrix: torch.Tensor) -> PackedTensor:
+    """Return the packed form of ``matrix`` [rows, columns], rounded to int8; without a mask if that takes less space.
+
+    Scales are 127ths of the largest number, of the matrix's dtype (of float32: bfloat16) and rounded up, so that
+    nothing is cut off. What is rounded to zero needs no value.
+    """
+    groups = F.pad(matrix.float(), (0, -matrix.shape[1] % INT8_COLUMNS)).unflatten(1, (-1, INT8_COLUMNS))
+    largest = groups.abs().amax(-1)
+    scales = (largest / 127).to(matrix.dtype if matrix.dtype in KERNEL_DTYPES else torch.bfloat16)
+    scales.view(torch.int16).add_(scales.float() * 127 < largest)  # the next number
+    numbers = (groups / scales.float().clamp_min(1e-37)[..., None]).round_().to(torch.int8).flatten(1)
+    scales = F.pad(scales.flatten(), (0, PADDING))
+    if 8 * int(numbers.count_nonzero()) > 7 * numbers.numel():
+        return PackedTensor(None, numbers, None, scales)
+    return pack(numbers)._replace(scales=scales)
+
+
+def can_round(tensor: torch.Tensor) -> bool:
+    """Return whether ``tensor`` is what ``pack_int8`` takes: a matrix of finite numbers."""
+    matrix = tensor.ndim == 2 and tensor.numel() and tensor.dtype in (*KERNEL_DTYPES, torch.float32)
+    return bool(matrix and tensor.isfinite().all())
+
+
 def unpack(content: torch.Tensor | PackedTensor, shape: list[int]) -> torch.Tensor:
-    """Return the tensor of ``shape`` that ``pack`` was given, bit for bit; or what is not packed as it is."""
+    """Return the tensor of ``shape`` that was packed, bit for bit or from int8; or what is not packed as it is."""
     if not isinstance(content, PackedTensor):
         return content
+    if content.scales is not None:
+        scales = content.scales[:-PADDING].view(shape[0], -1, 1).float()
+        padded = [shape[0], scales.shape[1] * INT8_COLUMNS]
+        numbers = content.values if content.mask is None else unpack(content._replace(scales=None), padded)
+        numbers = numbers.unflatten(1, (-1, INT8_COLUMNS)) * scales
+        return numbers.flatten(1)[:, : shape[1]].to(content.dtype)
     kept = np.unpackbits(content.mask.numpy().view(np.uint8), axis=1, count=shape[-1], bitorder="little").astype(bool)
     bits = _bits(content.values).numpy()
     flat = np.zeros(kept.shape, bits.dtype)
@@ -91,20 +124,23 @@ def is_packed(folder: Path | str) -> bool:
     return any(Path(folder).glob(f"*{SUFFIX}"))
 
 
-def pack_files(source: Path, target: Path) -> tuple[int, int]:
-    """Write the packed form of the model's folder ``source`` into the empty folder ``target``.
+def pack_files(source: Path, target: Path, values: str = "exact") -> tuple[int, int]:
+    """Write the packed form of the model in ``source`` into the empty folder ``target``, with one of PACKED_VALUES.
 
-    Return the bytes of the weights' files before and after. The output is read back and compared, bit for bit.
+    Return the bytes of the weights' files before and after. The output is read back and what is exact compared, bit for
+    bit. int8 is for all matrices, the embedding among them.
     """
     pairs = [(path, target / path.name.replace(".safetensors", SUFFIX)) for path in weight_files(source)]
     for pair in pairs:
-        _pack_file(*pair)
+        _pack_file(*pair, values)
     _copy_others(source, target)
     return sum(path.stat().st_size for path, _ in pairs), sum(path.stat().st_size for _, path in pairs)
 
 
 def unpack_files(source: Path, target: Path) -> int:
     """Write the model packed in ``source`` into the empty folder ``target`` and return the number of its tensors.
+
+    Of int8 values these are not the tensors that were packed, but those that products are of.
 
     Raises:
         UserError: not a packed folder, another version of the format, or a damaged file.
@@ -137,6 +173,13 @@ def run_dtype(folder: Path) -> torch.dtype:
     return torch.bfloat16
 
 
+def holds_int8(folder: Path) -> bool:
+    """Return whether the matrices of the packed ``folder`` were rounded to int8; reads only a header."""
+    path = packed_files(folder)[0]
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()[KEY])["values"] == "int8"
+
+
 def read_file(path: Path) -> Iterator[tuple[str, torch.Tensor | PackedTensor, list[int]]]:
     """Yield name, content and shape of every tensor of a packed file, memory-mapped and checked.
 
@@ -152,7 +195,7 @@ def read_file(path: Path) -> Iterator[tuple[str, torch.Tensor | PackedTensor, li
         for name, entry in header["tensors"].items():
             keys = {field: f"{name}.{field}" for field in PackedTensor._fields}
             parts = {field: file.get_tensor(key) for field, key in keys.items() if key in stored}
-            content = PackedTensor(**parts) if parts else file.get_tensor(name)
+            content = PackedTensor(*map(parts.get, keys)) if parts else file.get_tensor(name)
             if _digest(content, entry["shape"]) != entry["sha256"] or not _fits(content, entry["shape"]):
                 raise UserError(None, path, f"{name} is not what was packed (its SHA-256 differs)", DAMAGED)
             yield name, content, entry["shape"]
@@ -162,21 +205,24 @@ def _reading(path: Path) -> AbstractContextManager[None]:
     return reading(path, "cannot be read as a packed model", fix=DAMAGED)
 
 
-def _pack_file(source: Path, target: Path) -> None:
+def _pack_file(source: Path, target: Path, values: str) -> None:
     stored, entries = {}, {}
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata() or {}
         for name in file.keys():
             tensor = file.get_tensor(name)
             content = pack(tensor) if tensor.numel() and tensor.ndim else tensor
+            content = pack_int8(tensor) if values == "int8" and can_round(tensor) else content
             if sum(part.nbytes for part in _parts(content).values()) >= tensor.nbytes:
                 content = tensor
             entries[name] = {"shape": list(tensor.shape), "sha256": _digest(content, tensor.shape)}
             stored |= {name + ending: part for ending, part in _parts(content).items()}
         # One key: safetensors writes several in an order that changes from run to run.
-        save_file(stored, target, {KEY: json.dumps({"version": VERSION, "metadata": metadata, "tensors": entries})})
+        header = {"version": VERSION, "values": values, "metadata": metadata, "tensors": entries}
+        save_file(stored, target, {KEY: json.dumps(header)})
         for name, content, shape in read_file(target):
-            if not torch.equal(_bits(unpack(content, shape)), _bits(file.get_tensor(name))):
+            rounded = isinstance(content, PackedTensor) and content.scales is not None
+            if not rounded and not torch.equal(_bits(unpack(content, shape)), _bits(file.get_tensor(name))):
                 raise RuntimeError(f"{source}: {name} does not come back from its packed form")
 
 
@@ -199,11 +245,21 @@ def _fits(content: torch.Tensor | PackedTensor, shape: list[int]) -> bool:
     """Return whether the parts are consistent: anyone can write a file, the kernel takes addresses from them."""
     if not isinstance(content, PackedTensor):
         return list(content.shape) == shape
-    mask, values, negative = content
-    rows, columns = math.prod(shape[:-1]), shape[-1]
-    if mask.dtype != torch.int32 or list(mask.shape) != [rows, -(-columns // 32)] or values.ndim != 1:
+    mask, values, negative, scales = content
+    rows, columns, word = math.prod(shape[:-1]), shape[-1], 32 if scales is None else INT8_COLUMNS
+    words = -(-columns // word)
+    if values is None or (
+        scales is not None and (values.dtype != torch.int8 or len(shape) != 2 or negative is not None)
+    ):
         return False
-    beyond = mask.numpy().view(np.uint32)[:, -1] >> (columns % 32) if columns % 32 else np.zeros(rows, np.uint32)
+    if scales is not None and (scales.dtype not in KERNEL_DTYPES or list(scales.shape) != [rows * words + PADDING]):
+        return False
+    if mask is None:
+        return scales is not None and list(values.shape) == [rows, words * word]
+    if mask.dtype != torch.int32 or list(mask.shape) != [rows, words * word // 32] or values.ndim != 1:
+        return False
+    last = mask.numpy().view(f"u{word // 8}")[:, -1]
+    beyond = last >> (columns % word) if columns % word else np.zeros(rows, np.uint32)
     count = int(row_starts(mask)[-1])
     zeros = rows * columns - count
     signs = negative is None or (negative.dtype == torch.uint8 and list(negative.shape) == [-(-zeros // 8)])

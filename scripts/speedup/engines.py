@@ -16,12 +16,12 @@ TOKENS = 8  # timed one after another, after one that is not
 
 
 class Transformers:
-    """A model of transformers, with torch's products or with those of lib.sparse: ``packed``, or its own dense ones.
+    """A model of transformers, with torch's products or with those of lib.sparse, in memory as ``packed`` says.
 
-    Its folder may be packed already.
+    ``packed``: None, or the values of layers that are not packed already (``sparse.sparsify``), dense ones as well.
     """
 
-    def __init__(self, model: dict, spec: dict, dtype: str, packed: bool = False) -> None:
+    def __init__(self, model: dict, spec: dict, dtype: str, packed: str | None = None) -> None:
         import torch
 
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -38,7 +38,7 @@ class Transformers:
         else:
             self.model = load_llm(locate(path, ""), getattr(torch, dtype), torch.device("cpu"))
             if packed:
-                sparse.sparsify(self.model)
+                sparse.sparsify(self.model, values=packed)
 
     def megabytes(self) -> float:
         """Return the size of the tensors that the model holds; packed ones are plain attributes of their layers."""
@@ -113,7 +113,8 @@ class LlamaCpp:
 
 
 ENGINES = {
-    "packed": partial(Transformers, dtype="bfloat16", packed=True),
+    "packed": partial(Transformers, dtype="bfloat16", packed="exact"),
+    "dense_int8": partial(Transformers, dtype="bfloat16", packed="int8"),
     "torch_bfloat16": partial(Transformers, dtype="bfloat16"),
     "torch_float32": partial(Transformers, dtype="float32"),
     "llama_cpp": LlamaCpp,

@@ -1,4 +1,4 @@
-"""Packing of a pruned checkpoint: a bit per weight and the nonzero values, undone exactly by --unpack."""
+"""Packing of a pruned checkpoint: a bit per weight and the nonzero values, exact or rounded to int8."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from lib.models.locate import locate
 from lib.models.safetensors_io import weight_files
 from lib.models.weights import weights_of
 from lib.pruning.walk import checkpoint_sparsity
+from lib.sparse import PACKED_VALUES
 
 LEAST_SPARSE = 0.05  # share of zeros below which a checkpoint was not pruned
 
@@ -31,9 +32,14 @@ class Pack(Flags):
 
     model: str = flag(MISSING, "folder of a pruned model; with {unpack} a packed one", positional=True, metavar="MODEL")
     save: str = flag(MISSING, "output folder; must not exist yet", metavar="DIR")
-    unpack: bool = flag(False, "the other way: write the model again, every tensor bit for bit")
+    values: str = flag("exact", "values of the matrices, {choices}", choices=PACKED_VALUES, only="packing")
+    unpack: bool = flag(False, "the other way: write the model again, every tensor bit for bit unless it is of int8")
+
+    def traits(self) -> set[str]:
+        return super().traits() | (set() if self.unpack else {"packing"})
 
     def check(self) -> None:
+        super().check()
         check_free("save", Path(self.save))
 
 
@@ -71,7 +77,12 @@ def run(settings: Pack) -> None:
     if settings.unpack:
         with files.new_folder(out) as tmp:
             count = sparse.unpack_files(Path(settings.model), tmp)
-        print(f"{out}: {count} tensors, each with the SHA-256 of what was packed")
+        what = (
+            "the matrices from int8, as products take them"
+            if sparse.holds_int8(Path(settings.model))
+            else "bit for bit"
+        )
+        print(f"{out}: {count} tensors, each with the SHA-256 of what was packed, {what}")
         return
     source, sparsity = open_checkpoint(settings.model)
     if sparsity < LEAST_SPARSE:
@@ -81,11 +92,10 @@ def run(settings: Pack) -> None:
     folder = Path(source.path)
     files.check_writable("save", out.parent, sum(path.stat().st_size for path in weight_files(folder)))
     with files.new_folder(out) as tmp:
-        before, after = sparse.pack_files(folder, tmp)
-    print(
-        f"{out}: {after / 1e6:.1f} MB, {after / before:.4f} of {folder}'s {before / 1e6:.1f} MB; "
-        "every tensor comes back bit for bit (compared)"
-    )
+        before, after = sparse.pack_files(folder, tmp, settings.values)
+    exact = "every tensor comes back bit for bit (compared)"
+    held = "every matrix is rounded to int8" if settings.values == "int8" else exact
+    print(f"{out}: {after / 1e6:.1f} MB, {after / before:.4f} of {folder}'s {before / 1e6:.1f} MB; {held}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ struct Matrix {  // as in kernel.h, which would include the intrinsics of one in
   const int64_t* starts;
   const uint16_t* bias;
   int64_t rows, columns, words, half;
+  const uint16_t* scales = nullptr;
 };
 struct Block {  // as in step.cpp
   const Matrix *qkv, *o, *gate_up, *down;
@@ -121,7 +122,7 @@ uint16_t encoded(float f, bool half) {  // cuts bits off; numbers too small for 
   return uint16_t(bits >> 31 << 15 | (exponent > 0 ? exponent << 10 | (bits >> 13 & 1023) : 0));
 }
 Halves randoms(int64_t count, bool half, float mean = 0, float spread = 1) {
-  Halves made(count + 32);  // the kernel may read 32 more
+  Halves made(count + 64);  // the kernel may read 64 more
   for (int64_t i = 0; i < count; i++) made[i] = encoded(mean + spread * normal(), half);
   return made;
 }
@@ -132,7 +133,7 @@ struct Weight {  // [rows, columns] with a fraction of zeros, dense and packed
   std::vector<int64_t> starts{0};
   Matrix packed, plain;
   Weight(int64_t rows, int64_t columns, double zeros, bool half, bool biased = false)
-      : dense(rows * columns + 32), bias(randoms(rows, half)), mask(rows * ((columns + 31) / 32)) {
+      : dense(rows * columns + 64), bias(randoms(rows, half)), mask(rows * ((columns + 31) / 32)) {
     const int64_t words = (columns + 31) / 32;
     std::uniform_real_distribution<double> uniform(0, 1);
     for (int64_t r = 0; r < rows; r++, starts.push_back(values.size()))
@@ -143,13 +144,72 @@ struct Weight {  // [rows, columns] with a fraction of zeros, dense and packed
           values.push_back(dense[r * columns + c] = value);
           mask[r * words + c / 32] |= 1u << c % 32;
         }
-    values.resize(values.size() + 32);
+    values.resize(values.size() + 64);
     const uint16_t* b = biased ? bias.data() : nullptr;
     packed = {mask.data(), values.data(), starts.data(), b, rows, columns, words, half};
     plain = {nullptr, dense.data(), nullptr, b, rows, columns, words, half};
   }
   Weight(const Weight&) = delete;
 };
+
+// int8 values with a scale for 64 columns of a row, packed and dense. Few tokens: numbers that int8 holds exactly are
+// within 3e-6, as below. Many: a float32 sum in the order of the columns, bit for bit. Rows and tiles: rounded once.
+void check_int8(const Level& level, int64_t rows, int64_t columns, double zeros, bool half) {
+  const int64_t steps = (columns + 63) / 64, padded = steps * 64;
+  std::vector<int8_t> dense(rows * padded), packed;
+  std::vector<uint32_t> mask(rows * steps * 2);
+  std::vector<int64_t> starts{0};
+  Halves scales = randoms(rows * steps, half, 0.02f, 0.001f), bias = randoms(rows, half);
+  Floats weight(rows * columns);
+  std::uniform_real_distribution<double> uniform(0, 1);
+  for (int64_t r = 0; r < rows; r++, starts.push_back(packed.size()))
+    for (int64_t c = 0; c < columns; c++)
+      if (uniform(draw) >= zeros) {
+        const int8_t q = int8_t(draw() % 127 + 1) * (draw() % 2 ? 1 : -1);
+        packed.push_back(dense[r * padded + c] = q);
+        mask[r * steps * 2 + c / 32] |= 1u << c % 32;
+        weight[r * columns + c] = q * decoded(scales[r * steps + c / 64], half);
+      }
+  packed.resize(packed.size() + 64), dense.resize(dense.size() + 64);
+  const auto* values = (const uint16_t*)packed.data();
+  const Matrix matrices[] = {
+      {mask.data(), values, starts.data(), bias.data(), rows, columns, steps * 2, half, scales.data()},
+      {nullptr, (const uint16_t*)dense.data(), nullptr, bias.data(), rows, columns, steps * 2, half, scales.data()}};
+  const double unit = half ? 1. / 2048 : 1. / 256;
+  for (const Matrix& matrix : matrices) {
+    Halves out(rows * padded);
+    level.unpack(&matrix, 0, rows, out.data(), 1);
+    for (int64_t i = 0; i < rows * padded; i++) {
+      const double wanted = i % padded < columns ? weight[i / padded * columns + i % padded] : 0;
+      const double off = std::fabs(decoded(out[i], half) - wanted);
+      expect(off <= unit * std::fabs(wanted) + 1e-7, level.name, "int8 rows", rows, columns, 0);
+    }
+    for (int tokens : {1, 3, 8, 40}) {
+      Halves x(tokens * columns + 64), rounded(tokens * rows);
+      Floats y(tokens * rows, NAN), wide(x.size());
+      for (int64_t i = 0; i < tokens * columns; i++)
+        x[i] = encoded(wide[i] = (i % columns % 64 ? int(draw() % 255) - 127 : 127) / 32.f, half);
+      void* places[] = {y.data()};
+      const bool tiles = tokens > 8 && !half && level.name == std::string("amx"), sums = tokens > 8 && matrix.mask;
+      if (tokens <= 8) level.multiply(&matrix, 1, x.data(), tokens, places, 1, 1);
+      if (sums) level.multiply_many(&matrix, wide.data(), tokens, y.data(), 1);
+      if (tiles) level.multiply_tiles(&matrix, x.data(), tokens, rounded.data(), 1);
+      for (int64_t i = 0; i < tokens * rows; i++) {
+        double sum = decoded(bias[i % rows], half), size = std::fabs(sum);
+        float in_order = 0;
+        for (int64_t c = 0; c < columns; c++) {
+          const float a = weight[i % rows * columns + c], b = wide[i / rows * columns + c];
+          sum += double(a) * b, size += std::fabs(double(a) * b);
+          if (a != 0) in_order = std::fma(a, b, in_order);
+        }
+        if (tokens <= 8) expect(std::fabs(y[i] - sum) <= 3e-6 * size, level.name, "int8", rows, columns, tokens);
+        if (sums) expect(y[i] == in_order, level.name, "int8, many", rows, columns, tokens);
+        const double off = tiles ? std::fabs(decoded(rounded[i], half) - sum) : 0;  // weights are rounded, and the sum
+        expect(off <= 2 * unit * size, level.name, "int8, tiles", rows, columns, tokens);
+      }
+    }
+  }
+}
 
 // Up to eight tokens: within 3e-6 of the sum of all |w x|, as tests/sparse/test_layers.py has it.
 void check_few(const Level& level, const Weight& w, bool half) {
@@ -229,6 +289,7 @@ void check_products(const Level& level, bool half) {
       check_few(level, w, half);
       check_many(level, w, half);
       if (level.name == std::string("amx") && !half) check_tiles(level, w);
+      check_int8(level, rows, columns, zeros, half);
     }
 }
 

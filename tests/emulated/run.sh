@@ -8,7 +8,7 @@ source "$here/build.sh"
 folder=${1:-$(mktemp -d)}
 mkdir -p "$folder" && cd "$folder"
 
-avx512="-mavx512f -mavx512bw -mavx512vl -mavx512vbmi2 -mavx2 -mfma -mf16c -mpopcnt"
+avx512="-mavx512f -mavx512bw -mavx512vl -mavx512vbmi2 -mavx512vnni -mavx2 -mfma -mf16c -mpopcnt"
 build avx2 -mavx2 -mbmi2 -mfma -mf16c -mpopcnt
 # shellcheck disable=SC2086
 build avx512 $avx512

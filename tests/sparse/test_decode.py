@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import fast, tiny_llama
 from test_layers import HALF_ULP, needs_kernel, packed_in, with_zeros
 from test_load_models import KINDS, build
 from transformers import DynamicCache, StaticCache
@@ -309,12 +309,13 @@ PLAIN = ("llama", "llama grouped-query", "llama3 tied", "mistral", "qwen2")
 
 
 @pytest.mark.machine
+@pytest.mark.parametrize("values", fast(sparse.PACKED_VALUES, 1))
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_models_that_agree_are_compiled_and_all_decode(kind):
+def test_only_models_that_agree_are_compiled_and_all_decode(kind, values):
     made = with_zeros(build(kind))
     ids = some_ids(2) % made.config.get_text_config().vocab_size
     expected = decode(copy.deepcopy(made), ids)
-    sparse.sparsify(made)
+    sparse.sparsify(made, values=values)
     if kind in PLAIN:
         assert compiled(made)
     if kind in ("gemma", "gemma2", "qwen3", "phi3"):  # other norms, norms of queries, fused projections
@@ -323,27 +324,29 @@ def test_only_models_that_agree_are_compiled_and_all_decode(kind):
     assert (decode(made, ids) - expected).abs().max() <= 0.08 * expected.abs().max()
 
 
+@pytest.mark.parametrize("values", sparse.PACKED_VALUES)
 @pytest.mark.parametrize("at", [0, 1])
-def test_one_block_that_differs_is_noticed(at):
+def test_one_block_that_differs_is_noticed(at, values):
     unrotated, scaled = with_zeros(build("smollm3")), with_zeros(build("granite"))
     for index, layer in enumerate(unrotated.get_decoder().layers):
         layer.self_attn.use_rope = index != at
     scaled.get_decoder().layers[at].residual_multiplier = 0.8
     for made in (unrotated, scaled):
-        sparse.sparsify(made)
+        sparse.sparsify(made, values=values)
         assert not compiled(made)
 
 
 GRANITE = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
 
 
+@pytest.mark.parametrize("values", sparse.PACKED_VALUES)
 @pytest.mark.parametrize("name", [None, *GRANITE])
-def test_what_is_around_the_blocks_is_noticed(name):
+def test_what_is_around_the_blocks_is_noticed(name, values):
     config = build("granite").config
     for each in GRANITE:
         setattr(config, each, 0.8 if each == name else 1.0)
     made = with_zeros(type(build("granite"))(config).eval())
-    sparse.sparsify(made)
+    sparse.sparsify(made, values=values)
     assert compiled(made) == (name is None)
 
 
@@ -460,15 +463,16 @@ def test_an_embedding_of_another_dtype_is_not_misread(made, stepped):
 # ------------------------------------------------------------------------------------------- what is not compiled
 
 
+@pytest.mark.parametrize("values", sparse.PACKED_VALUES)
 @pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "relu"])
 @pytest.mark.parametrize("scale", [0.05, 0.3, 1.0])
-def test_other_activations_keep_their_own(act, scale):
+def test_other_activations_keep_their_own(act, scale, values):
     made = tiny_llama()
     for layer in made.model.layers:
         layer.mlp.act_fn = ACT2FN[act]
         layer.mlp.down_proj.weight.data *= scale
     made = with_zeros(made)
-    sparse.sparsify(made)
+    sparse.sparsify(made, values=values)
     assert not compiled(made)
 
 
@@ -479,14 +483,15 @@ OTHER_ROTATIONS = {
 }
 
 
+@pytest.mark.parametrize("values", sparse.PACKED_VALUES)
 @pytest.mark.parametrize("kind", OTHER_ROTATIONS)
-def test_other_rotations_keep_their_own(kind, monkeypatch):
+def test_other_rotations_keep_their_own(kind, values, monkeypatch):
     def rotate(q, k, cos, sin, *_):
         return tuple(OTHER_ROTATIONS[kind](x, cos[:, None], sin[:, None]) for x in (q, k))
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
     made = with_zeros(tiny_llama())
-    sparse.sparsify(made)
+    sparse.sparsify(made, values=values)
     assert not compiled(made)
 
 

@@ -197,7 +197,7 @@ def test_grouped_attention_is_transformers_attention(mask):
 
 def test_pack_by_pencil():
     tensor = torch.tensor([[0, 1.5, 0, -2], [0, -0.0, 0, 0], [3, 0, -0.0, 0]])
-    mask, values, negative = packed.pack(tensor)
+    mask, values, negative, _ = packed.pack(tensor)
     assert mask.tolist() == [[0b1010], [0], [0b0001]]
     assert values.tolist() == [1.5, -2, 3] + [0] * packed.PADDING
     assert negative.tolist() == [0b10001000, 0]  # the zeros in order: two of row 0, four of row 1, three of row 2
@@ -396,8 +396,8 @@ DAMAGED = {
     "altered mask": (partial(flip, 5), ALTERED),
     "altered values": (partial(flip, -3), ALTERED),
     "another version": (
-        partial(rewrite, lambda header, _: header.update(version=4)),
-        "is in version 4 of the packed format and this reads 3",
+        partial(rewrite, lambda header, _: header.update(version=3)),
+        "is in version 3 of the packed format and this reads 4",
     ),
     "shape": (partial(rewrite, lambda header, _: header["tensors"]["lm_head.weight"].update(shape=[64, 16])), ALTERED),
     "no header": (partial(rewrite, lambda header, _: header.clear()), UNREADABLE),
@@ -437,11 +437,11 @@ draw, multiplied = torch.Generator().manual_seed(0), 0
 for trial in range(60):
     rows, columns = torch.randint(1, 200, (2,), generator=draw).tolist()
     weight = torch.randn(rows, columns, generator=draw) * (torch.rand(rows, columns, generator=draw) < 0.4)
-    mask, values, negative = packed.pack(weight.half())
-    if trial % 3:
+    mask, values, negative, scales = (packed.pack_int8 if trial % 2 else packed.pack)(weight.half())
+    if trial % 3 and mask is not None:
         mask[torch.randint(rows, (3,), generator=draw), -1] = torch.randint(-2**31, 2**31, (3,), generator=draw).int()
-        values = torch.ones(int(packed.row_starts(mask)[-1]) + packed.PADDING).half()
-    content = packed.PackedTensor(mask, values, negative)
+        values = torch.ones(int(packed.row_starts(mask)[-1]) + packed.PADDING).to(values.dtype)
+    content = packed.PackedTensor(mask, values, negative, scales)
     if trial % 5 and not packed._fits(content, [rows, columns]):
         continue  # every fifth is multiplied although it should be refused: the kernel stays inside all the same
     layer = layers.SparseLinear(content, columns)

@@ -130,6 +130,23 @@ def test_what_cannot_be_done_with_a_packed_model(case, both, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_main_writes_int8_and_says_so_and_cannot_take_it_back(both, tmp_path, tiny_folder, tiny_text, capsys):
+    flags = [*flags_of(tmp_path, tiny_folder, tiny_text), "--packed", "int8"]
+    killed_run(" ".join(flags), *POINTS["in evaluation"])
+    folder = tmp_path / "out" / f"{METHOD}_0.7"
+    assert sparse.holds_int8(folder)
+    capsys.readouterr()
+    says = error_line(capsys, main.main(flags))
+    assert "its values are int8, from which the pruned weights do not come back; add --restart to begin again" in says
+    assert sparse.holds_int8(folder), "it is left as it was"
+    assert main.main([*flags, "--restart"]) == 0
+    assert "its values are int8" in (folder / "README.md").read_text()
+    exact = measured(both[1], tmp_path / "exact", tiny_text)
+    # 7 bits and a sign of the largest weight of 64.
+    assert measured(folder, tmp_path / "int8", tiny_text)["perplexity"] == pytest.approx(exact["perplexity"], rel=0.02)
+    assert "--packed int4" in error_line(capsys, main.main([*flags[:-1], "int4"]))
+
+
 def test_packed_is_refused_without_a_folder_and_for_a_streamed_model(tmp_path, tiny_folder, tiny_text, capsys):
     flags = [*flags_of(tmp_path, tiny_folder, tiny_text), "--packed"]
     assert "--packed" in error_line(capsys, main.main([*flags, "--stream", "always"]))

@@ -54,4 +54,35 @@ inline void spread(uint32_t bits, int p, const uint16_t*& v, Vector* part) {
 template <bool HALF>
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return ::multiply_add(a, b, c); }
 
+struct Bytes { __m256i q[2]; };
+inline Bytes load_bytes(const int8_t* v) { Bytes b; memcpy(&b, v, sizeof b); return b; }
+inline void store_bytes(Bytes b, int8_t* v) { memcpy(v, &b, sizeof b); }
+inline Bytes expand_bytes(uint64_t bits, const int8_t* v) {
+  __m128i eight[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++, bits >>= 8) {
+    const __m128i from = _mm_loadl_epi64((const __m128i*)shuffles.bytes[bits & 255]);
+    eight[i] = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)v), from);
+    v += __builtin_popcount(bits & 255);
+  }
+  Bytes b;
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++)
+    b.q[i] = _mm256_set_m128i(_mm_unpacklo_epi64(eight[4 * i + 2], eight[4 * i + 3]),
+                              _mm_unpacklo_epi64(eight[4 * i], eight[4 * i + 1]));
+  return b;
+}
+inline void offsets(const int8_t*, int32_t*) {}
+// vpmaddubsw takes one factor without a sign: that is the weight's size, and x takes the weight's sign.
+inline Vector dot_bytes(Bytes w, const int8_t* x, const int32_t*) {
+  __m256i sums[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    const __m256i turned = _mm256_sign_epi8(_mm256_loadu_si256((const __m256i*)x + i), w.q[i]);
+    sums[i] = _mm256_maddubs_epi16(_mm256_abs_epi8(w.q[i]), turned);  // of two products: at most 2 * 128 * 127
+    sums[i] = _mm256_madd_epi16(sums[i], _mm256_set1_epi16(1));
+  }
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(sums[0], sums[1]));
+}
+
 }  // namespace

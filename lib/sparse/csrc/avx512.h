@@ -1,4 +1,4 @@
-// AVX-512 with VBMI2: one instruction, vpexpandw, puts values where the bits are.
+// AVX-512 with VBMI2 and VNNI: one instruction, vpexpandw or vpexpandb, puts values where the bits are.
 #pragma once
 #include "x86.h"
 
@@ -57,6 +57,26 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
   if (PARTS<HALF> == 1) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
 #endif
   return ::multiply_add(a, b, c);
+}
+
+// vpdpbusd takes one factor without a sign: that is the weight and 128, and 128 times the sum of x is subtracted.
+struct Bytes { __m512i plus; };
+inline Bytes with_128(__m512i bits) { return {_mm512_xor_si512(bits, _mm512_set1_epi8(-128))}; }
+inline Bytes load_bytes(const int8_t* v) { return with_128(_mm512_loadu_si512(v)); }
+inline void store_bytes(Bytes b, int8_t* v) { _mm512_store_si512(v, with_128(b.plus).plus); }
+inline Bytes expand_bytes(uint64_t bits, const int8_t* v) {
+  __m512i placed;
+  asm("vpxor %x0, %x0, %x0\n\tvpexpandb %1, %0%{%2%}%{z%}"  // as above
+      : "=&x"(placed) : "v"(_mm512_loadu_si512(v)), "Yk"(_cvtu64_mask64(bits)));
+  return with_128(placed);
+}
+inline void offsets(const int8_t* x, int32_t* to) {
+  const __m512i none = _mm512_setzero_si512();
+  const __m512i sums = _mm512_dpbusd_epi32(none, with_128(none).plus, _mm512_loadu_si512(x));
+  _mm512_storeu_si512(to, _mm512_sub_epi32(none, sums));
+}
+inline Vector dot_bytes(Bytes w, const int8_t* x, const int32_t* offset) {
+  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_loadu_si512(offset), w.plus, _mm512_loadu_si512(x)));
 }
 
 }  // namespace

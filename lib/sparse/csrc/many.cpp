@@ -56,6 +56,25 @@ struct Packed {
   }
 };
 
+template <bool HALF>
+struct Int8 {  // packed
+  const Matrix& w;
+  const uint8_t* mask = nullptr;
+  const int8_t* next = nullptr;
+  const uint16_t* scales = nullptr;
+  void start(int64_t r) {
+    mask = (const uint8_t*)(w.mask + r * w.words), next = w.bytes() + w.starts[r], scales = w.scales + r * w.words / 2;
+  }
+  int take(int64_t group, float* value) {
+    const float scale = to_float<HALF>(scales[group / 8]);
+    for (int i = 0; i < 8; i++) value[i] = next[i] * scale;
+    const int64_t left = w.columns - group * 8;  // as above
+    const int byte = mask[group] & (left < 8 ? (1 << left) - 1 : 255);
+    next += __builtin_popcount(mask[group]);
+    return byte;
+  }
+};
+
 template <class Source>
 void collect(Source source, int64_t first, int count, int64_t columns, int stride, Kept& kept) {
   int32_t n = 0, *end = kept.ends.get();
@@ -154,6 +173,8 @@ void product(Source source, int64_t rows, int64_t columns, const float* x, int64
 // float32. The bias is left out.
 extern "C" void multiply_many(const Matrix* w, const float* x, int64_t tokens, float* y, int threads) {
   if (!w->mask) product(Dense{(const float*)w->values, w->columns}, w->rows, w->columns, x, tokens, y, threads);
+  else if (w->scales && w->half) product(Int8<true>{*w}, w->rows, w->columns, x, tokens, y, threads);
+  else if (w->scales) product(Int8<false>{*w}, w->rows, w->columns, x, tokens, y, threads);
   else if (w->half) product(Packed<true>{*w}, w->rows, w->columns, x, tokens, y, threads);
   else product(Packed<false>{*w}, w->rows, w->columns, x, tokens, y, threads);
 }
@@ -167,7 +188,7 @@ extern "C" void multiply_many(const Matrix* w, const float* x, int64_t tokens, f
 namespace {
 
 constexpr int TILE = 512;                      // numbers of one
-constexpr int64_t FEW = 128, BYTES = 1 << 20;  // tokens at a time are as many as L2 holds, or at least a few
+constexpr int64_t FEW = 128, IN_L2 = 1 << 20;  // tokens at a time are as many as L2 holds, or at least a few
 
 struct alignas(64) Config {  // of the eight tiles
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -200,11 +221,11 @@ inline void transpose(__m512i* row) {
 // Tiles [words] of 16 tokens as a second factor: pairs of columns x tokens. Zeros are beyond the last column and token.
 void arrange(const uint16_t* x, int64_t tokens, const Matrix& w, uint16_t* to) {
   for (int64_t g = 0; g < w.words; g++, to += TILE) {
-    const int64_t count = std::min<int64_t>(GROUP, w.columns - g * GROUP);
+    const int64_t count = std::min<int64_t>(GROUP, std::max<int64_t>(0, w.columns - g * GROUP));
     __m512i row[16];
 #pragma GCC unroll 16
     for (int t = 0; t < 16; t++)
-      row[t] = _mm512_maskz_loadu_epi16(t < tokens ? ~0u >> (GROUP - count) : 0, x + t * w.columns + g * GROUP);
+      row[t] = _mm512_maskz_loadu_epi16(t < tokens ? uint32_t((1ull << count) - 1) : 0, x + t * w.columns + g * GROUP);
     transpose(row);
     for (int pair = 0; pair < 16; pair++) _mm512_store_si512(to + pair * GROUP, row[pair]);
   }
@@ -231,16 +252,9 @@ inline void deliver(const float* sums, __m512 bias, int64_t tokens, int64_t coun
 void multiply_panel(const Matrix& w, int64_t row, const uint16_t* x, int64_t tokens, uint16_t* panel, uint16_t* y) {
   alignas(64) float bias[32] = {};
   for (int r = 0; r < 32; r++) {
-    const bool exists = row + r < w.rows;
-    const uint16_t* v = w.values + w.starts[exists ? row + r : w.rows];
-    uint16_t* to = panel + r / 16 * w.words * TILE + r % 16 * GROUP;
-    for (int64_t g = 0; g < w.words; g++, to += TILE) {
-      const uint32_t bits = exists ? w.mask[(row + r) * w.words + g] : 0;
-      __builtin_prefetch((const char*)v + 2048);
-      store(expand(bits, v), to);
-      v += __builtin_popcount(bits);
-    }
-    if (exists && w.bias) bias[r] = to_float<false>(w.bias[row + r]);
+    // What is in the place of rows beyond the last is not delivered.
+    unpack_row<false>(w, std::min(row + r, w.rows - 1), panel + r / 16 * w.words * TILE + r % 16 * GROUP, TILE);
+    if (w.bias && row + r < w.rows) bias[r] = to_float<false>(w.bias[row + r]);
   }
   for (int64_t t = 0; t < tokens; t += 32) {
     alignas(64) float sums[4][256];
@@ -268,7 +282,7 @@ extern "C" int request_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0
 
 // y [tokens, rows] = x [tokens, columns] W' + bias of a packed matrix, all bfloat16; sums are float32.
 extern "C" void multiply_tiles(const Matrix* w, const uint16_t* x, int64_t tokens, uint16_t* y, int threads) {
-  const int64_t most = std::max(FEW, BYTES / (w->words * 64) / 32 * 32), width = w->words * TILE;
+  const int64_t most = std::max(FEW, IN_L2 / (w->words * 64) / 32 * 32), width = w->words * TILE;
   const std::unique_ptr<uint16_t[]> buffer(new uint16_t[(std::min(most, tokens) + 31) / 32 * 2 * width + 32]);
   uint16_t* arranged = aligned<uint16_t>(buffer.get());
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -39,6 +39,11 @@ inline void to_floats(const uint16_t* from, float* to) {
   vst1q_f32(to, lower<HALF>(eight)), vst1q_f32(to + 4, upper<HALF>(eight));
 }
 
+inline void to_halves(const float* from, uint16_t* to) {
+  const float16x4_t low = vcvt_f16_f32(vld1q_f32(from));
+  vst1q_u16(to, vreinterpretq_u16_f16(vcvt_high_f16_f32(low, vld1q_f32(from + 4))));
+}
+
 inline int squeeze(const float* from, float* to) {
   int byte = 0;
   for (int i = 0, n = 0; i < 8; i++) {
@@ -108,5 +113,36 @@ inline void spread(uint32_t bits, int p, const uint16_t*& v, Vector* part) {
 }
 template <bool HALF>
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return multiply_add(a, b, c); }
+
+struct Bytes { int8x16_t q[4]; };
+inline Bytes load_bytes(const int8_t* v) { return {vld1q_s8(v), vld1q_s8(v + 16), vld1q_s8(v + 32), vld1q_s8(v + 48)}; }
+inline void store_bytes(Bytes b, int8_t* v) {
+  for (int i = 0; i < 4; i++) vst1q_s8(v + 16 * i, b.q[i]);
+}
+inline int8x8_t next_bytes(uint32_t byte, const int8_t*& v) {
+  const int8x8_t eight = vtbl1_s8(vld1_s8(v), vld1_s8((const int8_t*)shuffles.bytes[byte]));
+  v += __builtin_popcount(byte);
+  return eight;
+}
+inline Bytes expand_bytes(uint64_t bits, const int8_t* v) {
+  Bytes b;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++, bits >>= 16) {
+    const int8x8_t first = next_bytes(bits & 255, v);
+    b.q[i] = vcombine_s8(first, next_bytes(bits >> 8 & 255, v));
+  }
+  return b;
+}
+inline void offsets(const int8_t*, int32_t*) {}
+inline Vector dot_bytes(Bytes w, const int8_t* x, const int32_t*) {
+  int32x4_t sums = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const int8x16_t y = vld1q_s8(x + 16 * i);
+    const int16x8_t two = vmull_s8(vget_low_s8(w.q[i]), vget_low_s8(y));  // and two more: at most 2 * 128 * 127
+    sums = vpadalq_s16(sums, vmlal_high_s8(two, w.q[i], y));
+  }
+  return vcvtq_f32_s32(sums);
+}
 
 }  // namespace

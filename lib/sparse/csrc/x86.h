@@ -16,6 +16,10 @@ inline void to_floats(const uint16_t* from, float* to) {
   _mm256_storeu_ps(to, widened<HALF>(_mm_loadu_si128((const __m128i*)from)));
 }
 
+inline void to_halves(const float* from, uint16_t* to) {
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+}
+
 inline int squeeze(const float* from, float* to) {
   const __m256 eight = _mm256_loadu_ps(from);
   const int byte = _mm256_movemask_ps(_mm256_cmp_ps(eight, _mm256_setzero_ps(), _CMP_NEQ_UQ));
