@@ -215,7 +215,7 @@ def test_engine_computes_what_the_model_computes(folders, tiny_windows, engine):
     described, tokens, prompt = engines.answers(map(json.dumps, requests))
     assert (len(tokens), len(prompt)) == (engines.TOKENS, 1) and min(tokens + prompt) > 0
     dense, most = (perplexity(load(path), windows) for path in (folders.dense, folders.most))
-    limit = 1e-5 if engine == "torch_float32" else 0.01  # 8 bits of every activation, three blocks deep
+    limit = 1e-5 if engine == "torch_float32" else 0.02  # 8 bits of every activation, three blocks deep
     assert [each["perplexity"] for each in described] == pytest.approx([dense, most, most][: len(paths)], rel=limit)
 
 
