@@ -20,6 +20,7 @@ from lib.core.errors import UserError
 from lib.evaluation.perplexity import perplexity
 from lib.models.layers import find_blocks, linear_modules
 from lib.pruning.pruners import magnitude
+from lib.sparse.kernel import PADDING
 from scripts.speedup import benchmark, engines, export_onnx, pack
 
 onnx = pytest.importorskip("onnx", reason="tests/requirements.txt is not installed")
@@ -237,9 +238,9 @@ def test_megabytes_are_what_the_packed_model_holds(folders):
         if "layers" in name and weight.ndim == 2:
             words = -(-weight.shape[1] // 32)
             nonzero = int((weight != 0).sum())
-            # A bit for each column, whole words; two bytes for each value and for the 32 that may be read after the
+            # A bit for each column, whole words; two bytes for each value and for those that may be read after the
             # last; where each row begins, and the last ends.
-            size += weight.shape[0] * words * 4 + 2 * (nonzero + 32) + 8 * (weight.shape[0] + 1)
+            size += weight.shape[0] * words * 4 + 2 * (nonzero + PADDING) + 8 * (weight.shape[0] + 1)
         else:
             size += 2 * weight.numel()
     angles = sum(buffer.nbytes for buffer in model.model.buffers())
