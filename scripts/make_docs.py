@@ -22,6 +22,7 @@ from lib.cli.settings import Experiment
 from lib.core.errors import UserError
 from lib.core.files import write_atomically
 from lib.core.lazy import pandas
+from scripts.speedup import benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = [
@@ -29,6 +30,7 @@ FIRST = [
     "lora_ft/recover.py",
 ]  # fmt: skip
 RESULTS, PICTURE = "data/smollm2_results.json", "docs/perplexity.png"
+SPEED, SPEED_PICTURE = "data/smollm2_speedup.json", "docs/speedup.png"
 BEGINNING = """\
 # Flags
 
@@ -143,23 +145,24 @@ def measured_runs(content: dict) -> pandas.DataFrame:
     return table.runs_of(rows)
 
 
-def with_results(name: str, runs: pandas.DataFrame, costs: bool) -> str:
-    """Return the document ``name`` with the table of results between its marks."""
+def with_results(name: str, lines: str) -> str:
+    """Return the document ``name`` with the ``lines`` of a table of results between its marks."""
     pattern, document = r"(<!-- results[^>]*-->\n).*?(<!-- /results -->)", (ROOT / name).read_text(encoding="utf-8")
     if not re.search(pattern, document, re.S):
         raise UserError(None, name, "the marks <!-- results --> and <!-- /results --> are missing")
-    lines = table.formatted(table.by_sparsity(runs, costs), "markdown")
     return re.sub(pattern, lambda marks: f"{marks[1]}\n{lines}\n\n{marks[2]}", document, flags=re.S)
 
 
 def run(docs: Docs) -> None:
-    """Write the generated documents, or compare them; the plot is not compared."""
-    content = json.loads((ROOT / RESULTS).read_text(encoding="utf-8"))
+    """Write the generated documents, or compare them; the plots are not compared."""
+    content, speed = (json.loads((ROOT / name).read_text(encoding="utf-8")) for name in (RESULTS, SPEED))
     runs = measured_runs(content)
+    by_sparsity = [table.formatted(table.by_sparsity(runs, costs), "markdown") for costs in (True, False)]
     documents = {
         "docs/flags.md": flags_text(),
-        "docs/results.md": with_results("docs/results.md", runs, costs=True),
-        "README.md": with_results("README.md", runs, costs=False),
+        "docs/results.md": with_results("docs/results.md", by_sparsity[0]),
+        "README.md": with_results("README.md", by_sparsity[1]),
+        "docs/speedup.md": with_results("docs/speedup.md", benchmark.table(speed)),
     }
     for name, document in documents.items():
         path = ROOT / name
@@ -169,7 +172,8 @@ def run(docs: Docs) -> None:
             write_atomically(path, document)
     if not docs.compare:
         table.plot(ROOT / PICTURE, table.cells_of(runs).assign(model=content["caption"]))
-        print(f"written: docs/flags.md, the tables in README.md and docs/results.md, {PICTURE}")
+        benchmark.plot(speed, ROOT / SPEED_PICTURE)
+        print(f"written: {', '.join(documents)}, {PICTURE}, {SPEED_PICTURE}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -84,7 +84,7 @@ def test_generated_documents_are_current():
 
 def test_check_of_the_reference_notices_a_change(tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").mkdir()
-    for name in (make_docs.RESULTS, "README.md", "docs/results.md"):
+    for name in (make_docs.RESULTS, make_docs.SPEED, "README.md", "docs/results.md", "docs/speedup.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(read(name), encoding="utf-8")
     monkeypatch.setattr(make_docs, "flags_text", lambda: "new\n")
@@ -92,7 +92,8 @@ def test_check_of_the_reference_notices_a_change(tmp_path, monkeypatch, capsys):
     assert make_docs.main(["--check"]) == 2 and not (tmp_path / "docs" / "flags.md").exists()
     assert "docs/flags.md: is out of date" in capsys.readouterr().err
     assert make_docs.main([]) == 0 and make_docs.main(["--check"]) == 0
-    assert (tmp_path / make_docs.PICTURE).stat().st_size > 1000
+    for name in (make_docs.PICTURE, make_docs.SPEED_PICTURE):
+        assert (tmp_path / name).stat().st_size > 1000
 
 
 def test_every_flag_of_the_main_commands_is_in_the_reference():

@@ -271,7 +271,7 @@ def test_refused_before_the_model_is_loaded(typed, say, made, capsys, monkeypatc
 def test_a_cache_that_cannot_be_written_is_known_before_the_conversion(cache, place, capsys, monkeypatch):
     Path("taken").mkdir()
     Path("taken/smollm2-135m").write_text("a file")
-    monkeypatch.setattr(locate, "_smollm2_gguf", lambda: Path("bad.gguf"))
+    monkeypatch.setattr(locate, "smollm2_gguf", lambda: Path("bad.gguf"))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda **_: pytest.fail("it is converted"))
     before = everything(place)
     line = check_one_line(capsys, main.main(arguments(f"--model smollm2-135m --cache_dir {cache}")), "--cache_dir")

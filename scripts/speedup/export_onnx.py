@@ -24,16 +24,15 @@ from lib.core.errors import UserError
 from lib.models.load import context_length, load_llm, load_skeleton, load_tokenizer
 from lib.models.locate import SMOLLM2
 from lib.run.record import provenance
-from scripts.speedup.checkpoints import Checkpoint, check_free, open_checkpoint
-from scripts.speedup.engines import FILES, agreement
+from scripts.speedup.pack import check_free, open_checkpoint
 
-OPSET = 14  # and so ONNX IR 7: DeepSparse 1.8.0 reads no opset above 14 and no IR above 9
+# The graphs, a whole window and one token after a window, and the names of their files.
+FILES = {"prefill": "model.onnx", "decode": "decode.onnx"}
+OPSET = 14  # and so ONNX IR 7: DeepSparse, which skips zeros, reads no opset above 14 and no IR above 9
 # One file holds 2 GiB at most (protobuf); above that the weights go to a file beside it.
 ONE_FILE = 2**31 - 2**24
-POSITIONS = 16  # of a window, whose logits are kept for the check: all of them would take 400 MB at 2,048
 # Largest difference over largest logit: float32 sums of a few thousand terms in another order, some thirty blocks deep.
 TOLERANCE = 5e-5
-TEXT_HELP = "text for the check of the logits: a name of main.py's --eval_data or a .txt, .json or .jsonl file"
 
 
 @dataclass(kw_only=True)
@@ -44,7 +43,10 @@ class Export(Flags):
     save: str | None = flag(None, "where the graphs go (default: MODEL/deployment)", metavar="DIR")
     sequence_length: int = flag(2048, "window length, tokens; fixed in the graph", least=2, metavar="N")
     graphs: Sequence[str] = flag(tuple(FILES), "a whole window, and one token after it", nargs="+", choices=FILES)
-    text: str = flag("wiki_leads", TEXT_HELP, metavar="TEXT")
+    text: str = flag(
+        "wiki_leads", "of the check of the logits: a name of main.py's --eval_data, a .txt, .json or .jsonl file",
+        metavar="TEXT",
+    )  # fmt: skip
 
     def check(self) -> None:
         check_text("text", self.text)
@@ -92,20 +94,17 @@ def flat_cache(cache: DynamicCache) -> list[torch.Tensor]:
 
 
 class Example(NamedTuple):
-    """A real input of a graph by the inputs' names, and the model's own logits at the kept positions."""
+    """A real input of a graph by the inputs' names, and the model's own logits, [tokens, vocabulary]."""
 
     inputs: dict[str, torch.Tensor]
     outputs: list[str]
-    positions: np.ndarray
-    logits: np.ndarray  # [positions, vocabulary]
+    logits: np.ndarray
 
 
 @torch.no_grad()
 def examples(model: PreTrainedModel, window: torch.Tensor) -> dict[str, Example]:
     """Return an example of each graph from a ``window`` of a real text, [1, N], with the unchanged model's output."""
-    length = window.shape[1]
     logits = model(input_ids=window, use_cache=False).logits[0].numpy()
-    kept = np.unique(np.linspace(0, length - 1, POSITIONS).round().astype(np.int64))
     cache = DynamicCache()
     model(input_ids=window[:, :-1], past_key_values=cache, use_cache=True)
     kinds = [f"{layer}.{kind}" for layer in range(len(cache.layers)) for kind in ("key", "value")]
@@ -113,8 +112,8 @@ def examples(model: PreTrainedModel, window: torch.Tensor) -> dict[str, Example]
     present = [f"present.{kind}" for kind in kinds]
     last = {"input_ids": window[:, -1:]}
     return {
-        "prefill": Example({"input_ids": window}, ["logits"], kept, logits[kept]),
-        "decode": Example(last | past, ["logits", *present], np.zeros(1, np.int64), logits[-1:]),
+        "prefill": Example({"input_ids": window}, ["logits"], logits),
+        "decode": Example(last | past, ["logits", *present], logits[-1:]),
     }
 
 
@@ -140,6 +139,16 @@ def write_graph(wrapper: torch.nn.Module, example: Example, path: Path) -> None:
         path.with_name(beside).chmod(path.stat().st_mode)
 
 
+def agreement(logits: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Return how far ``logits`` [tokens, vocabulary] are from ``reference``.
+
+    ``relative`` is the largest difference over the largest reference logit; ``top1`` the fraction of tokens with the
+    same most likely next one.
+    """
+    relative = float(abs(logits - reference).max() / abs(reference).max())
+    return {"relative": relative, "top1": float((logits.argmax(-1) == reference.argmax(-1)).mean())}
+
+
 def check_export(path: Path, example: Example) -> dict:
     """Run the graph in ``path`` and return its IR, its opset and the agreement of its logits with the model's.
 
@@ -154,60 +163,48 @@ def check_export(path: Path, example: Example) -> dict:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     logits = session.run(["logits"], {name: tensor.numpy() for name, tensor in example.inputs.items()})[0]
-    agrees = agreement(logits[0][example.positions], example.logits)
+    agrees = agreement(logits[0], example.logits)
     if not agrees["relative"] <= TOLERANCE:
         problem = f"ONNX Runtime's logits disagree with PyTorch's, by {agrees['relative']:.1e} of the largest"
         raise UserError(None, path.name, problem, "this model cannot be exported at this length")
     return {"ir": proto.ir_version, "opset": proto.opset_import[0].version, "onnxruntime": agrees}
 
 
-def export(checkpoint: Checkpoint, length: int, out: Path, graphs: Sequence[str], text: str, onnx: bool = True) -> None:
-    """Write the ``graphs`` of a checkpoint for windows of ``length`` tokens to ``out``.
-
-    Each is NAME.onnx and NAME.npz (input and logits of a real text), without ``onnx`` only the latter; ``export.json``
-    lists the checks.
+def run(settings: Export) -> None:
+    """Write the graphs of the model and ``export.json``, which holds the checks.
 
     Raises:
         UserError: too long a window, too full a disk, or a graph that is not the model.
     """
-    context = context_length(load_skeleton(checkpoint.source))
+    (source, sparsity), length = open_checkpoint(settings.model), settings.sequence_length
+    out = Path(settings.save) if settings.save else Path(source.path) / "deployment"
+    check_free("save", out, "export.json")
+    context = context_length(load_skeleton(source))
     if context is not None and length > context:
         raise UserError("sequence_length", length, "is more than the model's context", f"give at most {context}")
-    window = evaluation_windows(text, load_tokenizer(checkpoint.source), length, 1)
-    model = load_llm(checkpoint.source, torch.float32, torch.device("cpu"))
+    window = evaluation_windows(settings.text, load_tokenizer(source), length, 1)
+    model = load_llm(source, torch.float32, torch.device("cpu"))
     head = model.get_output_embeddings().weight.numel()  # tied, but the graph has a copy
     size = 4 * (sum(p.numel() for p in model.parameters()) + head)
     # One more where weights are gathered into one file from a file per tensor.
-    files.check_writable("save", out.parent, (len(graphs) + (size > ONE_FILE)) * size if onnx else 0)
+    files.check_writable("save", out.parent, (len(settings.graphs) + (size > ONE_FILE)) * size)
 
     by_graph = examples(model, window)
     model.set_attn_implementation("eager")  # scaled dot product attention has no operator in this opset
-    record = {"complete": True, "model": checkpoint.source.given, "fingerprint": checkpoint.fingerprint(), "text": text}
-    record |= {"sparsity": checkpoint.sparsity, "sequence_length": length, "graphs": dict.fromkeys(graphs)}
+    record = {"complete": True, "model": source.given, "text": settings.text, "sparsity": sparsity}
+    record |= {"sequence_length": length, "graphs": {}}
     with files.new_folder(out) as tmp:
-        for graph in graphs:
-            example, name = by_graph[graph], FILES[graph]
-            arrays = {f"input:{name}": tensor.numpy() for name, tensor in example.inputs.items()}
-            np.savez(tmp / f"{name}.npz", **arrays, positions=example.positions, logits=example.logits)
-            if onnx:
-                inside = tmp / graph  # a separate folder, which the exporter litters
-                inside.mkdir()
-                wrapper = (Prefill if graph == "prefill" else Decode)(model, length)
-                write_graph(wrapper, example, inside / f"{name}.onnx")
-                for written in inside.iterdir():
-                    written.rename(tmp / written.name)
-                inside.rmdir()
-                record["graphs"][graph] = check_export(tmp / f"{name}.onnx", example)
+        for graph in settings.graphs:
+            inside = tmp / graph  # a separate folder, which the exporter litters
+            inside.mkdir()
+            wrapper = (Prefill if graph == "prefill" else Decode)(model, length)
+            write_graph(wrapper, by_graph[graph], inside / FILES[graph])
+            for written in inside.iterdir():
+                written.rename(tmp / written.name)
+            inside.rmdir()
+            record["graphs"][graph] = check_export(tmp / FILES[graph], by_graph[graph])
         (tmp / "export.json").write_text(json.dumps(record | provenance(), indent=1) + "\n")
-    print(f"exported: {out}, {length} tokens, {checkpoint.sparsity:.4f} of the block weights are zero", flush=True)
-
-
-def run(settings: Export) -> None:
-    """Export the model."""
-    checkpoint = open_checkpoint(settings.model)
-    out = Path(settings.save) if settings.save else checkpoint.folder / "deployment"
-    check_free("save", out, "export.json")
-    export(checkpoint, settings.sequence_length, out, settings.graphs, settings.text)
+    print(f"exported: {out}, {length} tokens, {sparsity:.4f} of the block weights are zero")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,10 @@
-"""The speed-up commands: graphs against PyTorch, packed tensors bit for bit, turns and ratios by pencil, bad input."""
+"""The speed-up commands: graphs and engines against PyTorch, packed tensors bit for bit, sizes by pencil, bad input."""
 
+import ctypes
 import json
 import shutil
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +16,17 @@ from safetensors.torch import load_file
 from test_load_models import build
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from lib.core.errors import UserError
+from lib.evaluation.perplexity import perplexity
 from lib.models.layers import find_blocks, linear_modules
 from lib.pruning.pruners import magnitude
+from lib.sparse.kernel import PADDING
 from scripts.speedup import benchmark, engines, export_onnx, pack
 
 onnx = pytest.importorskip("onnx", reason="tests/requirements.txt is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="tests/requirements.txt is not installed")
 
 LENGTH = 24
-GRAPHS = f"deployment_{LENGTH}"  # where run.sh keeps the graphs of a model
 # Float32 sums of at most 48 terms in another order, three blocks deep: a few units in the last place (1e-7).
 CLOSE = 1e-5
 
@@ -36,15 +41,15 @@ def prune(folder: Path, ratio: float, nm=None) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny_folder, tiny_text) -> SimpleNamespace:
-    """Return folders of a dense and a pruned tiny model, exported at LENGTH tokens; to be read only."""
+    """Return folders of a dense and a pruned tiny model, and graphs of the latter; to be read only."""
     root = tmp_path_factory.mktemp("speedup")
-    made = {"dense": root / "dense", "most": root / "most"}
-    for name, folder in made.items():
-        shutil.copytree(tiny_folder, folder)
-        if name == "most":
-            prune(folder, 0.8)
-        argv = [str(folder), "--sequence_length", str(LENGTH), "--text", str(tiny_text)]
-        assert export_onnx.main([*argv, "--save", str(folder / GRAPHS)]) == 0
+    made = {name: root / name for name in ("dense", "most", "graphs", "packed")}
+    for name in ("dense", "most"):
+        shutil.copytree(tiny_folder, made[name])
+    prune(made["most"], 0.8)
+    argv = [str(made["most"]), "--sequence_length", str(LENGTH), "--text", str(tiny_text)]
+    assert export_onnx.main([*argv, "--save", str(made["graphs"])]) == 0
+    assert pack.main([str(made["most"]), "--save", str(made["packed"])]) == 0
     return SimpleNamespace(**made)
 
 
@@ -62,7 +67,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 @torch.no_grad()
 def test_prefill_graph_is_the_model_on_tokens_it_was_not_checked_on(folders, tiny_windows):
     ids = tiny_windows[:1, :LENGTH]
-    graph_logits = session(folders.most / GRAPHS / "model.onnx").run(["logits"], {"input_ids": ids.numpy()})[0]
+    graph_logits = session(folders.graphs / "model.onnx").run(["logits"], {"input_ids": ids.numpy()})[0]
     expected = load(folders.most)(ids).logits.numpy()
     assert abs(graph_logits - expected).max() <= CLOSE * abs(expected).max()
 
@@ -76,7 +81,7 @@ def test_decode_graph_says_what_the_whole_window_says_and_hands_the_cache_on(fol
     for index, layer in enumerate(cache.layers):
         feed[f"past_key_values.{index}.key"] = layer.keys.numpy()
         feed[f"past_key_values.{index}.value"] = layer.values.numpy()
-    graph = session(folders.most / GRAPHS / "decode.onnx")
+    graph = session(folders.graphs / "decode.onnx")
     names = [output.name for output in graph.get_outputs()]
     outputs = dict(zip(names, graph.run(None, feed), strict=True))
     whole = DynamicCache()
@@ -89,13 +94,13 @@ def test_decode_graph_says_what_the_whole_window_says_and_hands_the_cache_on(fol
 
 
 def test_export_record_says_what_the_files_hold(folders):
-    record = json.loads((folders.most / GRAPHS / "export.json").read_text())
+    record = json.loads((folders.graphs / "export.json").read_text())
     weights = load_file(folders.most / "model.safetensors")
     blocks = [w for name, w in weights.items() if "layers" in name and w.ndim == 2]
     zeros, total = sum(int((w == 0).sum()) for w in blocks), sum(w.numel() for w in blocks)
     assert record["sparsity"] == zeros / total and abs(zeros / total - 0.8) < 0.01
     for graph, name in (("prefill", "model"), ("decode", "decode")):
-        checks, proto = record["graphs"][graph], onnx.load(folders.most / GRAPHS / f"{name}.onnx")
+        checks, proto = record["graphs"][graph], onnx.load(folders.graphs / f"{name}.onnx")
         assert (checks["ir"], checks["opset"]) == (proto.ir_version, 14) and proto.ir_version <= 9
         assert {entry.version for entry in proto.opset_import} == {14}
         arrays = [onnx.numpy_helper.to_array(entry) for entry in proto.graph.initializer]
@@ -119,7 +124,7 @@ def test_weights_over_the_limit_of_a_file_go_beside_it(folders, tmp_path, tiny_t
     argv = [str(folders.most), "--save", str(tmp_path / "out"), "--text", str(tiny_text), "--sequence_length", "8"]
     assert export_onnx.main(argv) == 0  # compared with PyTorch there
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    both = {f"{name}.{end}" for name in ("model", "decode") for end in ("onnx", "onnx.data", "npz")}
+    both = {f"{name}.{end}" for name in ("model", "decode") for end in ("onnx", "onnx.data")}
     assert names == both | {"export.json"}
     assert (tmp_path / "out" / "model.onnx.data").stat().st_size > 4 * 30_000
 
@@ -165,20 +170,20 @@ def test_export_bad_input(folders, tiny_text, capsys, flags, says):
 
 
 def test_packed_folder_comes_back_file_by_file(folders, tmp_path, capsys):
-    assert pack.main([str(folders.most), "--save", str(tmp_path / "packed")]) == 0
-    assert "every tensor comes back bit for bit" in capsys.readouterr().out
     with pytest.raises(OSError):  # not a model with random weights
-        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    assert pack.main([str(tmp_path / "packed"), "--unpack", "--save", str(tmp_path / "back")]) == 0
+        AutoModelForCausalLM.from_pretrained(folders.packed)
+    assert pack.main([str(folders.packed), "--unpack", "--save", str(tmp_path / "back")]) == 0
+    assert "each with the SHA-256 of what was packed" in capsys.readouterr().out
     before = {p.name: p.read_bytes() for p in folders.most.iterdir() if p.is_file()}
     assert {p.name: p.read_bytes() for p in (tmp_path / "back").iterdir()} == before
-    assert (tmp_path / "packed" / "model.packed.safetensors").stat().st_size < len(before["model.safetensors"])
+    assert (folders.packed / "model.packed.safetensors").stat().st_size < len(before["model.safetensors"])
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         ("{dense} --save new", "is not sparse, 0.0000% of its block weights are zero"),
+        ("{packed} --save new", "is packed, which is for running it; unpack it first"),
         ("{most} --unpack --save new", "holds no *.packed.safetensors"),
     ],
 )
@@ -191,171 +196,200 @@ def test_pack_bad_input(folders, tmp_path, monkeypatch, capsys, flags, says):
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-def test_models_take_turns_and_warm_up():
-    calls = []
-    seconds = engines.take_turns([lambda i=i: calls.append(i) for i in range(3)], warmup=2, rounds=4)
-    assert calls[:6] == [0, 1, 2] * 2  # warm-up
-    assert calls[6:] == [0, 1, 2, 1, 2, 0, 2, 0, 1, 0, 1, 2]  # nobody is always first
-    assert [len(times) for times in seconds] == [4, 4, 4]
-
-
-def test_summary_by_pencil():
-    result = {"engine": "onnxruntime", "graph": "prefill", "batch": 1, "version": "1"}
-    result["models"] = [{"seconds": seconds, "agreement": {}} for seconds in ([2.0, 4.0, 3.0], [1.0, 4.0, 2.0])]
-    dense, sparse = benchmark.summarise(result, [0.0, 0.5], tokens=100)
-    assert dense["speedup"] == 1 and dense["median_seconds"] == 3
-    # ratios by round 2, 1, 1.5: not the ratio of the medians, which is 3/2 by another way
-    assert sparse["speedup"] == 1.5 and sparse["speedup_range"] == [1, 2]
-    assert (sparse["median_seconds"], sparse["least_seconds"], sparse["tokens_per_second"]) == (2, 1, 50)
-    # An engine to which zeros are nothing has run the dense model alone.
-    assert len(benchmark.summarise(result | {"models": result["models"][:1]}, [0.0, 0.5], tokens=100)) == 1
-
-
 def test_agreement_by_pencil():
-    agrees = engines.agreement(np.array([[1.0, 2.0], [4.0, 3.0]]), np.array([[1.0, 2.5], [3.0, 5.0]]))
+    agrees = export_onnx.agreement(np.array([[1.0, 2.0], [4.0, 3.0]]), np.array([[1.0, 2.5], [3.0, 5.0]]))
     assert agrees == {"relative": 2 / 5, "top1": 0.5}
 
 
-@pytest.mark.parametrize("engine", [name for name in engines.ENGINES if name != "deepsparse"])
-def test_engine_computes_what_the_model_computes(folders, engine):
-    batches = [1] if engine in engines.ONE_SEQUENCE else [1, 3]
-    cells = [("prefill", 1, 2), *[("decode", batch, 3) for batch in batches]]
-    spec = {"engine": engine, "cores": 1, "warmup": 1}
-    spec["models"] = [{"folder": str(path), "deployment": str(path / GRAPHS)} for path in (folders.dense, folders.most)]
-    spec["cells"] = [{"graph": graph, "batch": batch, "rounds": rounds} for graph, batch, rounds in cells]
-    results = engines.measure(spec)
-    # 8 bits of every activation, three blocks deep; of int8, one scale for a whole matrix or window.
-    limit = 0.05 if engine in ("torch_bfloat16", "packed") else 0.1 if "int8" in engine else CLOSE
-    for (graph, batch, rounds), result in zip(cells, results, strict=True):
-        assert result["graph"] == graph and result["batch"] == batch and "error" not in result
-        assert all(len(model["seconds"]) == rounds and min(model["seconds"]) > 0 for model in result["models"])
-        assert all(model["agreement"]["relative"] <= limit for model in result["models"]), result
+def spec(engine: str, windows: torch.Tensor, *paths: Path) -> dict:
+    """Return the first request to an engine: ``windows`` [count, LENGTH] and models in the folders ``paths``."""
+    models = [{"name": path.name, "path": str(path)} for path in paths]
+    sizes = {"windows": windows.tolist(), "context": 5, "longest": LENGTH, "cores": 1}
+    return {"engine": engine, "models": models} | sizes
 
 
-def test_decoding_goes_on_by_one_token_each_time(folders):
-    arrays = np.load(folders.most / GRAPHS / "decode.npz")
-    feed = {name[6:]: arrays[name] for name in arrays.files if name.startswith("input:")}
-    step = engines.ENGINES["torch_float32"](engines.Job(folders.most, "", 1, feed))
-    steps = torch.cat([step() for _ in range(3)], 1)
-    model, cache = AutoModelForCausalLM.from_pretrained(folders.most, dtype=torch.float32), DynamicCache()
-    past = [torch.from_numpy(array) for name, array in feed.items() if name != "input_ids"]
-    for layer in range(len(past) // 2):
-        cache.update(past[2 * layer], past[2 * layer + 1], layer)
-    with torch.no_grad():  # the same token three times, in one pass
-        at_once = model(torch.from_numpy(feed["input_ids"]).repeat(1, 3), past_key_values=cache).logits
-    assert steps.shape == (1, 3, 300) and not torch.equal(steps[:, 0], steps[:, 1])
-    torch.testing.assert_close(steps, at_once, rtol=1e-4, atol=1e-5)  # sums of 32 numbers in another order
+@pytest.mark.parametrize("engine", [name for name in engines.ENGINES if name != "llama_cpp"])
+def test_engine_computes_what_the_model_computes(folders, tiny_windows, engine):
+    paths = [folders.dense, folders.most, folders.packed][: None if engine == "packed" else 2]
+    windows = tiny_windows[:3, :LENGTH]
+    requests = [spec(engine, windows, *paths), [1, 0], [0, 16]]
+    described, tokens, prompt = engines.answers(map(json.dumps, requests))
+    assert (len(tokens), len(prompt)) == (engines.TOKENS, 1) and min(tokens + prompt) > 0
+    dense, most = (perplexity(load(path), windows) for path in (folders.dense, folders.most))
+    limit = 1e-5 if engine == "torch_float32" else 0.02  # 8 bits of every activation, three blocks deep
+    assert [each["perplexity"] for each in described] == pytest.approx([dense, most, most][: len(paths)], rel=limit)
 
 
-# --------------------------------------------------------------------------------------------- from model to table
+def test_each_token_goes_on_from_the_one_before_and_a_prompt_begins_anew(folders, tiny_windows):
+    ids = tiny_windows[0, :LENGTH].numpy()
+    model = engines.ENGINES["torch_float32"]({"path": str(folders.most)}, {"cores": 1})
+    whole = model.read(ids, every=True)
+    first = model.read(ids[:20])
+    steps = [first, *(model.go_on(token) for token in ids[20:])]
+    assert whole.shape == (LENGTH, 300) and first.shape == (1, 300)
+    # Sums of 32 numbers in another order.
+    np.testing.assert_allclose(np.concatenate(steps), whole[19:], rtol=1e-4, atol=1e-5)
+
+
+def test_megabytes_are_what_the_packed_model_holds(folders):
+    model = engines.ENGINES["packed"]({"path": str(folders.packed)}, {"cores": 1})
+    size = 0
+    for name, weight in load_file(folders.most / "model.safetensors").items():
+        if "layers" in name and weight.ndim == 2:
+            words = -(-weight.shape[1] // 32)
+            nonzero = int((weight != 0).sum())
+            # A bit for each column, whole words; two bytes for each value and for those that may be read after the
+            # last; where each row begins, and the last ends.
+            size += weight.shape[0] * words * 4 + 2 * (nonzero + PADDING) + 8 * (weight.shape[0] + 1)
+        else:
+            size += 2 * weight.numel()
+    angles = sum(buffer.nbytes for buffer in model.model.buffers())
+    assert round(1e6 * model.megabytes()) == size + angles
+
+
+class StubbedLlama:
+    """The functions of llama_cpp that the engine calls; a token's logits tell its place, and whether it is asked."""
+
+    LLAMA_FTYPE_MOSTLY_Q8_0, __version__ = 7, "0"
+
+    def __init__(self):
+        self.decoded, self.quantised, self.at = [], [], 0
+
+    def __getattr__(self, name):  # whatever else is called gives an object for parameters or a place
+        return lambda *_: SimpleNamespace()
+
+    def llama_model_quantize(self, source, target, how):
+        assert how.allow_requantize and how.ftype == 7
+        self.quantised.append(source)
+        Path(target.decode()).write_bytes(bytes(50_000))
+        return 0
+
+    def llama_vocab_n_tokens(self, _):
+        return 4
+
+    def llama_memory_clear(self, *_):
+        self.at = 0
+
+    def llama_batch_init(self, longest, *_):
+        numbers = {name: [None] * longest for name in ("token", "pos", "n_seq_id", "logits")}
+        return SimpleNamespace(seq_id=[[None] for _ in range(longest)], **numbers)
+
+    def llama_decode(self, _, batch):
+        count = batch.n_tokens
+        assert batch.pos[:count] == list(range(self.at, self.at + count)), "one token after the other"
+        assert batch.n_seq_id[:count] == [1] * count and batch.seq_id[:count] == [[0]] * count
+        self.at += count
+        self.decoded.append((batch.token[:count], [bool(asked) for asked in batch.logits[:count]]))
+        places = [place for place, asked in zip(batch.pos, batch.logits[:count], strict=False) if asked]
+        self.logits = np.repeat(np.array(places, np.float32), 4)
+        return 0
+
+    def llama_get_logits(self, _):
+        return self.logits.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+def test_llama_cpp_is_given_each_token_at_its_place_and_asked_for_the_logits_that_are_read(tmp_path, monkeypatch):
+    stub = StubbedLlama()
+    monkeypatch.setitem(sys.modules, "llama_cpp", stub)
+    (tmp_path / "m.gguf").write_bytes(bytes(20_000))
+    size = {"cores": 1, "longest": 8}
+    given, smaller = (engines.LlamaCpp({"path": str(tmp_path / "m.gguf"), "name": n}, size) for n in ("m", "Q8_0"))
+    assert (given.megabytes(), smaller.megabytes()) == (0.02, 0.05) and len(stub.quantised) == 1
+
+    assert given.read(np.array([7, 8, 9]), every=True).tolist() == [[0] * 4, [1] * 4, [2] * 4]
+    assert given.read(np.array([5, 6])).tolist() == [[1] * 4], "from the beginning again"
+    assert given.go_on(np.int64(3)).tolist() == [[2] * 4]
+    assert stub.decoded == [([7, 8, 9], [True] * 3), ([5, 6], [False, True]), ([3], [True])]
+
+
+# -------------------------------------------------------------------------------------------- from models to table
+
+
+class Here:
+    """An engine in this process, in place of benchmark.Worker; "torch_float32" dies, and times are counted up."""
+
+    asked = []
+
+    def __init__(self, engine: str, cores: int, stack) -> None:
+        self.engine = engine
+
+    def ask(self, request) -> list:
+        if self.engine == "torch_float32":
+            raise UserError(None, self.engine, "no memory")
+        if isinstance(request, dict):
+            return [{"version": "1", "megabytes": 2.4, "perplexity": 14.126} for _ in request["models"]]
+        self.asked.append((self.engine, *request))
+        return [len(self.asked) * 1e-3, 9.0]
 
 
 @pytest.fixture
-def speedup(tmp_path, tiny_text):
-    """Return a function that runs the benchmark with some flags and returns its exit status."""
-    where = ["--work", tmp_path / "work", "--save", tmp_path / "save", "--text", tiny_text]
+def speedup(tmp_path, tiny_text, monkeypatch):
+    """Return a function that runs the benchmark with some flags, by default with engines in this process."""
+    monkeypatch.setattr(Here, "asked", [])
+    monkeypatch.setattr(benchmark, "Worker", Here)
+    flags = ["--save", tmp_path / "save", "--text", tiny_text, "--seqlen", 16, "--eval_windows", 2, "--context", 8]
+    return lambda *words: benchmark.main([str(word) for word in (*words, *flags)])
 
-    def run(*flags: object) -> int:
-        return benchmark.main([str(word) for word in (*flags, *where)])
 
-    return run
+def test_models_of_all_engines_take_turns(folders, speedup, tmp_path, capsys):
+    models = [folders.dense, folders.most, folders.packed]
+    assert (
+        speedup(*models, "--rounds", 2, "--prompts", 4, "--engines", "torch_float32", "packed", "torch_bfloat16") == 0
+    )
+    turns = [("packed", 0), ("packed", 1), ("packed", 2), ("torch_bfloat16", 0)]
+    assert Here.asked == [(*turn, tokens) for turn in turns + turns[1:] + turns[:1] for tokens in (0, 4)]
+    out = capsys.readouterr().out
+    assert "could not run: torch_float32: no memory" in out
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
+    # Requests 1 and 2 were the first model's, and 15 and 16: the least is shown, in milliseconds.
+    assert lines[0] == ["engine", "model", "MB", "token after 8", "prompt of 4", "perplexity"]
+    assert lines[1] == ["packed", "dense", "2", "1.0", "2.0", "14.13"] and len(lines) == 5
+    record = json.loads((tmp_path / "save/speedup.json").read_text())
+    assert record["rows"][0]["seconds"] == {"token after 8": [0.001, 9, 0.015, 9], "prompt of 4": [0.002, 9, 0.016, 9]}
+    assert (tmp_path / "save/speedup.png").stat().st_size > 1000
+
+
+def test_no_engine_that_runs_is_an_error(folders, speedup, tmp_path, capsys):
+    says = error_line(capsys, speedup(folders.dense, "--prompts", 4, "--engines", "torch_float32"))
+    assert "no engine could run: torch_float32: no memory" in says and not (tmp_path / "save").exists()
+
+
+def test_process_that_dies_says_why(monkeypatch):
+    with ExitStack() as stack:
+        worker = benchmark.Worker("torch_float32", 1, stack)
+        with pytest.raises(UserError, match="torch_float32: KeyError: 'cores'"):
+            worker.ask({"engine": "torch_float32"})
+        monkeypatch.setenv("LLAMA_CPP_PYTHON", "false")  # dies before it has anything to say
+        with pytest.raises(UserError, match="llama_cpp: no message"):
+            benchmark.Worker("llama_cpp", 1, stack).ask({})
 
 
 @pytest.mark.slow
-def test_benchmark_prunes_exports_and_measures(speedup, tmp_path, tiny_folder, capsys, monkeypatch):
-    shutil.copytree(tiny_folder, tmp_path / "model")
-    flags = ["--sparsity", 0.75, 0.5, "--sequence_length", 16, "--graphs", "decode", "--rounds", 2]
-    flags += ["--engines", "onnxruntime", "packed", "--batch", 1, 2]
-    assert speedup(tmp_path / "model", *flags) == 0
-    record = json.loads((tmp_path / "save/speedup_16.json").read_text())
-    rows = [(row["engine"], round(row["sparsity"], 2), row["batch"]) for row in record["rows"]]
-    packed = [("packed", sparsity, batch) for batch in (1, 2) for sparsity in (0, 0.5, 0.75)]
-    assert rows == [("onnxruntime", 0, 1), *packed], "zeros are nothing to the first"
-    assert capsys.readouterr().out.count("\n| packed ") == 6
-    # Of the pruned models no graph is run, and none is written.
-    assert sorted(path.parts[-3] for path in tmp_path.rglob("deployment_16/*.onnx")) == ["model"]
-    assert len(list(tmp_path.rglob("deployment_16/decode.npz"))) == 3
-    monkeypatch.setattr(benchmark, "run_engine", measured)
-    assert speedup(tmp_path / "model", *flags) == 0
-    out = capsys.readouterr().out
-    assert out.count("pruned before") == 2 and out.count("exported before") == 3
-
-
-def measured(engine, models, settings, off: float = 0.0) -> list[dict]:
-    """Return what ``run_engine`` would, without running anything; "onnxruntime" fails."""
-    cells = [{"engine": engine} | cell for cell in benchmark.cells_of(engine, settings)]
-    if engine == "onnxruntime":
-        return [cell | {"error": "no kernel"} for cell in cells]
-    row = {"seconds": [1.0], "agreement": {"relative": off, "top1": 1.0}}
-    return [cell | {"version": "1", "models": [row] * len(models)} for cell in cells]
-
-
-def test_engine_that_fails_is_named_and_the_others_are_kept(folders, speedup, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "run_engine", measured)
-    flags = [folders.most, "--dense", folders.dense, "--sequence_length", LENGTH, "--engines", "onnxruntime"]
-    assert speedup(*flags, "torch_float32") == 0
-    assert "onnxruntime could not run the decode graph: no kernel" in capsys.readouterr().out
-    assert "no engine could run: no kernel" in error_line(capsys, speedup(*flags))
-
-
-def test_engine_with_other_logits_is_refused(folders, speedup, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "run_engine", lambda *args: measured(*args, off=0.01))
-    flags = [folders.most, "--dense", folders.dense, "--sequence_length", LENGTH, "--engines", "torch_float32"]
-    says = error_line(capsys, speedup(*flags))
-    assert "torch_float32: its logits (prefill, sparsity 0.00) disagree with PyTorch's by 1.0e-02 of the" in says
-    assert not (tmp_path / "save").exists()
-
-
-def test_engine_that_dies_says_why(monkeypatch):
-    settings = benchmark.SpeedUp(rounds=1, graphs=("prefill",))
-    missing = [{"folder": "nowhere", "deployment": "nowhere"}]
-    (result,) = benchmark.run_engine("onnxruntime", missing, settings)
-    assert "FileNotFoundError" in result["error"] and "nowhere/model.npz" in result["error"]
-    monkeypatch.setenv("DEEPSPARSE_PYTHON", "false")  # dies before it has anything to say
-    (result,) = benchmark.run_engine("deepsparse", missing, settings)
-    assert result == {"engine": "deepsparse", "graph": "prefill", "batch": 1, "error": "no message"}
-
-
-def test_export_is_made_anew_for_other_weights_and_a_missing_graph(folders, tmp_path, speedup, monkeypatch, capsys):
-    # Copies keep the times by which a stale export is told.
-    dense, most = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in (folders.dense, folders.most))
-    monkeypatch.setattr(benchmark, "run_engine", measured)
-
-    def export(checkpoint, length, folder, *_):
-        print(f"exported: {folder.parent.name}")
-        (folder / "export.json").write_text(json.dumps({"fingerprint": "", "graphs": {}}))
-
-    monkeypatch.setattr(benchmark, "export", export)
-    flags = [most, "--dense", dense, "--sequence_length", LENGTH, "--engines", "packed"]
-    prune(most, 0.6)
-    assert speedup(*flags) == 0
-    out = capsys.readouterr().out
-    assert "exported: most" in out and f"exported before: {dense}" in out
-    (dense / GRAPHS / "export.json").write_text(json.dumps({"graphs": {}}))
-    assert speedup(*flags) == 0 and "exported: dense" in capsys.readouterr().out
+def test_engine_in_its_own_process(folders, speedup, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    assert speedup(folders.dense, folders.packed, "--prompts", 4, "--engines", "packed") == 0
+    rows = json.loads((tmp_path / "save/speedup.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["dense", "packed"] and rows[0]["megabytes"] > rows[1]["megabytes"]
+    assert all(min(seconds) > 0 for row in rows for seconds in row["seconds"].values())
 
 
 BAD = {
-    "{most} --dense nowhere": "nowhere: folder not found",
-    "{most}": "--dense is missing; give the model that MODEL was pruned from, or --sparsity 0.5 0.7",
-    "{dense} --dense {dense}": "is not sparse, 0.0000% of its block weights are zero",
-    "{most} --dense {most}": "is no denser (0.8",
-    "{dense} {most} --sparsity 0.5": "--sparsity prunes one dense MODEL",
-    "{most} --dense {dense} --engines torch_csr": "--engines torch_csr: invalid choice",
-    "{most} --dense {dense} --cores 5": "--cores 5: this machine has 4 physical cores",
-    "{most} --dense {dense} --deepsparse": "--deepsparse has no interpreter; set DEEPSPARSE_PYTHON=",
-    "{cut_off} --dense {dense}": "its weights cannot be read",
+    "nowhere": "nowhere: folder not found",
+    "{dense} {most} --engines torch_float32": "--engines torch_float32: run the first MODEL alone; add packed",
+    "{dense} --engines torch_csr": "--engines torch_csr: invalid choice",
+    "{dense} --engines llama_cpp": "dense; give a .gguf file as the dense MODEL",
+    "m.gguf --engines llama_cpp": "llama_cpp: has no interpreter with llama-cpp-python; set LLAMA_CPP_PYTHON=",
+    "{dense} --cores 5": "--cores 5: this machine has 4 physical cores",
+    "{dense} --prompts 33": "--eval_windows 2: make a text of 32 tokens, and 33 are read",
 }
 
 
 @pytest.mark.parametrize("flags", BAD)
-def test_benchmark_bad_input(folders, tmp_path, monkeypatch, capsys, flags):
+def test_benchmark_bad_input(folders, tmp_path, speedup, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DEEPSPARSE_PYTHON", raising=False)
+    monkeypatch.setenv("LLAMA_CPP_PYTHON", "false")
     monkeypatch.setattr(benchmark.cpu, "physical_cores", lambda: 4)
-    if "cut_off" in flags:
-        shutil.copytree(folders.most, "cut_off")
-        Path("cut_off/model.safetensors").write_bytes(b"123")
     before = set(tmp_path.rglob("*"))
-    assert BAD[flags] in error_line(capsys, benchmark.main(flags.format(**vars(folders), cut_off="cut_off").split()))
+    words = flags if "--prompts" in flags else f"{flags} --prompts 4"
+    assert BAD[flags] in error_line(capsys, speedup(*words.format(**vars(folders)).split()))
     assert set(tmp_path.rglob("*")) == before
