@@ -148,8 +148,12 @@ class Distillation:
                 raise UserError(None, name, "is not finite after the last step", "lower --learning_rate")
             if mask != self._masks[name]:
                 raise RuntimeError(f"{name}: zeros are at other places than before recovery")
+        after = self._held_loss(held)
+        if after > before:
+            text = "recovery made the held-out loss worse, %.3f -> %.3f; lower --learning_rate, which was %.3g"
+            log.warning(text, before, after, self.rate)
         return {
-            "losses": losses, "held_before": before, "held_after": self._held_loss(held), "learning_rate": self.rate,
+            "losses": losses, "held_before": before, "held_after": after, "learning_rate": self.rate,
             "tokens": len(self.windows) * self.options.least_tokens(self.seqlen),
             "seconds": time.perf_counter() - start,
         }  # fmt: skip

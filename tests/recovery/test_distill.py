@@ -146,6 +146,12 @@ def test_loss_falls(train, by, states):
     assert len(report["losses"]) == steps and report["tokens"] == 24 * 2 * LENGTH
 
 
+@pytest.mark.parametrize(("rate", "worse"), [(1.0, True), (0.003, False)])
+def test_training_that_does_harm_is_warned_of(rate, worse, caplog):
+    report = finish(distillation(prune(tiny_llama()), tiny_llama(), 8 * 2 * LENGTH, learning_rate=rate))
+    assert (report["held_after"] > report["held_before"]) == worse == ("lower --learning_rate" in caplog.text)
+
+
 def test_gradient_of_the_last_states_is_that_of_kl_div(tiny_weights):
     inputs = enter_blocks(tiny_weights, WINDOWS[:1])
     draw = torch.Generator().manual_seed(0)
