@@ -12,7 +12,7 @@ from lib.core import cpu
 from lib.models import memory
 from lib.sparse import kernel
 
-AVX512 = "avx2 bmi2 fma f16c popcnt avx512f avx512bw avx512vl avx512_vbmi2 avx512_bf16"
+AVX512 = "avx2 bmi2 fma f16c popcnt avx512f avx512bw avx512vl avx512_vbmi2 avx512_vnni avx512_bf16"
 CPUS = {  # architecture, maker and flags -> what is multiplied, and the kernel's levels
     "ten years old": ("x86_64", "GenuineIntel", "avx2 bmi2 fma f16c popcnt", [], ["avx2"]),
     "AVX only": ("x86_64", "GenuineIntel", "avx sse4_2 popcnt", [], []),

@@ -108,6 +108,7 @@ def fork(flags: str, count: int, before: Callable[[int], object] = lambda rank: 
 
     def work(rank: int) -> None:
         signal.alarm(LIMIT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background processes ignore
         os.environ |= {name: str(value) for name, value in environment.items()}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         sys.stdout = sys.stderr = Path(f"said.{rank}").open("w", buffering=1)
