@@ -195,7 +195,8 @@ def test_a_run_records_the_search_and_its_plan_can_be_used_again(run):
 
 
 @pytest.mark.parametrize("flags", ["magnitude_price --sparsity_ratio 0.5", "wanda_price --sparsity_type 4:8"])
-def test_other_forms(flags, run):
+def test_other_forms(flags, run, machine):
+    machine("plain")
     record = run(f"--prune_method {flags} --price_steps 2")
     search = record["price_search"]
     assert list(search["held_out_kl"]) == ["uniform", "end"] and search["dtype"] == "float32"

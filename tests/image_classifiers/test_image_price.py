@@ -121,7 +121,8 @@ def test_groups_are_whole_and_share_no_image():
 
 
 @pytest.mark.parametrize("method", fast(["wanda_price", "magnitude_price", "sparsegpt_price"], 2))
-def test_a_run_records_its_search(method, digits, tmp_path, capsys):
+def test_a_run_records_its_search(method, digits, tmp_path, capsys, machine):
+    machine("plain")
     save_classifier(digits[0], 8, tmp_path / "tiny")
     run = f"{method}_sparsity_0.6"
     flags = f"--model {tmp_path}/tiny --data_set digits --prune_metric {method} --sparsity 0.6 --price_steps 3"
