@@ -191,5 +191,6 @@ def check_same_training(checkpoint: Path, flags: Mapping[str, object]) -> None:
     before = common.training_record(FIELD, checkpoint.parent)["training"]
     for name, value in flags.items():
         if before.get(name) != value:
-            problem = f"was {before.get(name) or 'left out'} when the run of {checkpoint} was started"
+            old = "left out" if before.get(name) is None else before[name]
+            problem = f"was {old} when the run of {checkpoint} was started"
             raise UserError(name, value, problem, "give it as it was, or start again in another folder")

@@ -177,7 +177,7 @@ BY_THE_COMMAND_LINE = {
 # ... and from files and folders, before the weights are loaded.
 BEFORE_LOADING = {
     # contradictions
-    f"{WANDA} --dtype float16 --calib_dtype bfloat16": "--calib_dtype bfloat16: the model is computed in torch.float16",
+    f"{WANDA} --dtype float16 --calib_dtype bfloat16": "--calib_dtype bfloat16: the model is computed in float16",
     "--prune_method wanda --sparsity_type 2:5": "2:5",  # 32 columns
     f"{WW} --epsilon auto": "one file",
     f"{WW} --farms --farms_rows 30 --farms_ratio 1.5": "do not fit",
@@ -196,6 +196,7 @@ BEFORE_LOADING = {
     f"{ZERO_SHOT} --tasks winogrande,capital_cities": "--include_path DIR",
     f"{ZERO_SHOT} --include_path missing": "--include_path missing",
     f"{ZERO_SHOT} --include_path nothing": "no lm-eval task files",
+    f"{ZERO_SHOT} --tasks capital_cities --include_path {TASKS} --num_fewshot 1000": "114 to draw from",
     # places that cannot be written
     f"{WANDA} --save file": "--save file",
     f"{WANDA} --save /proc/nowhere": "--save /proc/nowhere",
@@ -205,7 +206,7 @@ BEFORE_LOADING = {
     # what would be replaced
     f"{WANDA} --save_model plain": "plain/wanda_0.5: is not a folder, and would be replaced",
     f"{WANDA} --save_model linked": "linked/wanda_0.5: is a link, and would be replaced",
-    f"{WANDA} --save_model strange": "and no pruning wrote",
+    f"{WANDA} --save_model strange": "and no pruning wrote notes.txt in it; move it away",
     f"{WANDA} --save_model old": "no pruning wrote deployment in it; move it away",
     f"{WANDA} --model earlier/wanda_0.5/ --save_model ./other/../earlier": "--model earlier/wanda_0.5 lies in",
     f"{WANDA} --calib_data earlier/wanda_0.5/text.txt --save_model earlier": "lies in earlier/wanda_0.5",

@@ -207,6 +207,8 @@ def calibration_windows(
     too_short: dict[int, int] = {}  # document -> its tokens
     while len(windows) < nsamples:
         index = random.randint(0, len(source.records) - 1)
+        if index in too_short:
+            continue
         tokens = _tokenise(tokenizer, source.records[index])
         if len(tokens) > seqlen:
             start = random.randint(0, len(tokens) - seqlen - 1)

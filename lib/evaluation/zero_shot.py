@@ -55,8 +55,15 @@ def find_tasks(names: str, include_path: str | None, num_fewshot: int) -> list:
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError("tasks", name, "runs code that the model writes, or needs images", "leave it out")
-        if num_fewshot and task.get_config("num_fewshot") == 0:  # lm-eval would keep to it, and only log that it does
+        if not num_fewshot:
+            continue
+        if task.get_config("num_fewshot") == 0:  # lm-eval would keep to it, and only log that it does
             raise UserError("num_fewshot", num_fewshot, f"{name} is zero-shot by its definition", "leave one out")
+        examples, split = task.fewshot_docs(), task.fewshot_cfg.split
+        with_question = split is not None and split == task.config.test_split  # which is never its own example
+        most = len(examples if hasattr(examples, "__len__") else list(examples)) - with_question
+        if num_fewshot > most:
+            raise UserError("num_fewshot", num_fewshot, f"{name} has {most} to draw from", f"give at most {most}")
     return list(tasks.values())
 
 

@@ -77,7 +77,7 @@ class LanguageModel:
         checks.check_layers(task, self.name, self.layers, self.layers, settings.measurement(self.name))
         self.calib_dtype = getattr(torch, settings.calib_dtype) if settings.calib_dtype else None
         if self.calib_dtype and self.dtypes.compute != torch.float32:
-            problem = f"the model is computed in {self.dtypes.compute}, which is as fast"
+            problem = f"the model is computed in {str(self.dtypes.compute).removeprefix('torch.')}, which is as fast"
             raise UserError("calib_dtype", settings.calib_dtype, problem, "leave it out, or use --dtype float32")
         self.settings, self.hidden_states = settings, settings.hidden_states
         if settings.hidden_states == "gpu" and not cpu.gpus():
@@ -350,8 +350,7 @@ class LanguageModel:
                 flags = settings.identity(TextFlags, RecoveryFlags) | {"sparsity_ratio": task.target}
                 journal.begin(identity | {"flags": flags})
                 report = _train(weights, journal, distillation)
-                record.saved.append(self.save(journal, settings.packed, content["sparsity"]))
-                content["saved_model"] = str(record.saved[-1])
+                record.add_model(self.save(journal, settings.packed, content["sparsity"]))
             else:
                 report = distillation.run(None, lambda *_: None, {})
         content["recovery"] = report | {"perplexity_before": before, "sparsity_before": content["sparsity"]}

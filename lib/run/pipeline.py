@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -165,10 +164,7 @@ def prune(
         identity["versions"] = machine(subject.weights)
         identity |= {"calibration": subject.calibration_digest, "fingerprints": subject.weights.fingerprints()}
         if task.pruner.statistic and identity["versions"]["device"] == "cpu":
-            identity["bits"] = {"the number of threads": torch.get_num_threads(), "the compiled kernel": "missing"}
-            with suppress(sparse.Unavailable):
-                sparse.load_kernel()
-                identity["bits"]["the compiled kernel"] = "there"
+            identity["bits"] = {"the number of threads": torch.get_num_threads(), "the compiled kernel": _kernel()}
         journal.begin(identity)
     inputs = subject.inputs()._replace(dtype=subject.calib_dtype) if task.pruner.statistic else None
     return walk.walk(subject.weights, plan, task.pruner, inputs, values, propagate, journal)
@@ -180,6 +176,15 @@ def machine(weights: Weights) -> dict[str, str]:
     return versions | {"device": weights.device.type, "processes": str(processes.count())}
 
 
+def _kernel() -> str:
+    """Return whether the CPU's compiled kernel is there."""
+    try:
+        sparse.load_kernel()
+    except sparse.Unavailable:
+        return "missing"
+    return "there"
+
+
 def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:
     """Save the pruned model by ``write``, if there is one, which returns its folder; then write the results so far.
 
@@ -188,8 +193,7 @@ def save(record: Record, write: Callable[[], Path] | None) -> UserError | None:
     try:
         if write:
             with record.stage("save"):
-                record.saved.append(write())
-                record.content["saved_model"] = str(record.saved[-1])
+                record.add_model(write())
     except UserError as error:
         log.warning("%s; the figures are measured all the same", error)
         return error

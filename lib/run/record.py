@@ -71,6 +71,11 @@ class Record:
         peaks = {f"cuda:{d}": round(torch.cuda.max_memory_allocated(d) / 2**20) for d in cuda_in_use()}
         self.stages[name] |= {"peak_cuda_mb": peaks} if peaks else {}
 
+    def add_model(self, folder: Path) -> None:
+        """Add the folder of a saved model; the run's figures are those of the last one."""
+        self.saved.append(folder)
+        self.content["saved_model"] = str(folder)
+
     def write(self, complete: bool = False) -> None:
         """Write all files, the run file last, since it states whether the run is complete."""
         self.content["complete"] = complete

@@ -271,14 +271,18 @@ def test_what_does_not_change_the_weights_may_change(point, stopped, unbroken, c
     assert len(pruned) < 3, "what is finished is not pruned again"
 
 
-@pytest.mark.parametrize("threads", [None, 1000])
-def test_a_run_that_resumes_on_other_threads_says_so(threads, stopped, monkeypatch, caplog):
+@pytest.mark.parametrize("changed", [None, "threads", "kernel"])
+def test_a_run_that_resumes_with_other_bits_says_so(changed, stopped, monkeypatch, caplog):
     stopped("after a block")
-    if threads:
-        monkeypatch.setattr(main.pipeline.torch, "get_num_threads", lambda: threads)
+    if changed == "threads":
+        monkeypatch.setattr(main.pipeline.torch, "get_num_threads", lambda: 1000)
+    if changed == "kernel":
+        monkeypatch.setattr(main.pipeline, "_kernel", lambda: "elsewhere")
     assert run() == 0
-    assert ("and is 1000 now: later blocks are rounded otherwise" in caplog.text) == bool(threads)
-    assert "kernel was" not in caplog.text
+    now = {"threads": "1000", "kernel": "elsewhere"}
+    for kind, value in now.items():
+        said = f"and is {value} now: later blocks are rounded otherwise"
+        assert (said in caplog.text) == (f"{kind} was" in caplog.text) == (changed == kind)
 
 
 def test_identity_holds_every_flag_that_changes_the_weights():
