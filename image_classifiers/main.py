@@ -9,7 +9,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, from anywhere
 
-
 from image_classifiers.settings import ImageExperiment
 from image_classifiers.subject import Classifier
 from lib.cli.command import command, make_parser

@@ -10,7 +10,6 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
 from lib.core import files

@@ -12,7 +12,6 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 from lib import sparse
 from lib.calibration import own_text
 from lib.calibration.hidden import entry_device

@@ -43,8 +43,7 @@ class Settings(ModelFlags, AllocationFlags):
 
     _title: ClassVar[str] = "report"
     _without: ClassVar[list[str]] = (
-        "owl_m owl_lambda dlp_alpha atp_beta price_steps price_effort "
-        "metrics_only plan save_plan export_llmcompressor"
+        "owl_m owl_lambda dlp_alpha atp_beta price_steps price_effort metrics_only plan save_plan export_llmcompressor"
     ).split()
 
     sparsity_ratio: float = flag(0.7, "of the plan that is shown, a fraction", above=0, below=1, metavar="S")

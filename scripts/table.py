@@ -180,9 +180,9 @@ def figure_text(mean: float, deviation: float = math.nan) -> str:
 
 def label_of(suffix: str, extra: str) -> str:
     """Return the name of an allocation, followed by the flags that tell it from others of that name."""
-    allocation = suffix.removesuffix("recovered")
-    name = LABELS.get(allocation.rstrip("_"), allocation.rstrip("_"))
-    return ", ".join(filter(None, (name if allocation == suffix else f"{name} + recovery", extra)))
+    allocation = suffix.removesuffix("recovered").removesuffix("_")
+    name = LABELS.get(allocation, allocation) + " + recovery" * (allocation != suffix)
+    return ", ".join(filter(None, (name, extra)))
 
 
 def _place(row: tuple) -> tuple:

@@ -211,8 +211,10 @@ def _pack_file(source: Path, target: Path, values: str) -> None:
         metadata = file.metadata() or {}
         for name in file.keys():
             tensor = file.get_tensor(name)
-            content = pack(tensor) if tensor.numel() and tensor.ndim else tensor
-            content = pack_int8(tensor) if values == "int8" and can_round(tensor) else content
+            if values == "int8" and can_round(tensor):
+                content = pack_int8(tensor)
+            else:
+                content = pack(tensor) if tensor.numel() and tensor.ndim else tensor
             if sum(part.nbytes for part in _parts(content).values()) >= tensor.nbytes:
                 content = tensor
             entries[name] = {"shape": list(tensor.shape), "sha256": _digest(content, tensor.shape)}
