@@ -16,6 +16,7 @@ from lib.calibration.hidden import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
 from lib.calibration.statistics import EXPERT_WEIGHTING
 from lib.cli.flags import Flags, flag
 from lib.cli.task import Task
+from lib.core.digests import digest
 from lib.core.errors import UserError, check_name, flag_name
 from lib.core.files import in_repository
 from lib.evaluation.zero_shot import ZERO_SHOT_TASKS
@@ -369,7 +370,8 @@ class Experiment(
         """Return how the metric of the ``model`` is measured, and where it is cached; ``whole``: before experts go."""
         farms = spectrum.Farms(self.farms_rows, self.farms_ratio, self.farms_steps) if self.farms else None
         folder = Path(self.ww_metric_cache or Path(in_repository("data"), model))
-        folder = folder / "dropped" if self.drop_experts and not whole else folder
+        if self.drop_experts and not whole:  # which experts stay depends on the text, too
+            folder = Path(self.ww_metric_cache or folder.parent, f"{model}-{digest(self.identity(TextFlags))[:8]}")
         return Measurement(self.ww_metric, folder, self.esd_driver, farms, self.seed)
 
     def price_options(self) -> price.SearchOptions:
