@@ -217,14 +217,18 @@ class LanguageModel:
         teacher = Streamed(locate.local_copy(source), self.dtypes, processes.device() or memory.freest())
         self.teacher, self.teacher_name = teacher, source.anywhere
         sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, self.skeleton)]
+        # Where experts were dropped, those that stay have new numbers.
+        others = [[layer for layer in layers if not layer.expert] for layers in (teacher.layers, self.layers)]
         fix = "give the model that was pruned"
-        if sizes[0] != sizes[1] or [*teacher.layers] != [*prunable_layers(self.whole)]:
-            problem = f"is another model than the pruned one: its embedding is {sizes[0]}, the other's {sizes[1]}"
-            raise UserError("dense", source.given, problem, fix)
+        if sizes[0] != sizes[1] or others[0] != others[1]:
+            of = f"embedding is {sizes[0]}, the other's {sizes[1]}" if sizes[0] != sizes[1] else "layers are others"
+            raise UserError("dense", source.given, f"is another model than the pruned one: its {of}", fix)
         # All of the model is read for them, once.
-        expected = dense.get("fingerprints")
+        expected = dense.get("fingerprints") or {}
         self.teacher_fingerprints = teacher.fingerprints() if expected or settings.save_model else {}
-        if expected and (layer := first_difference(expected, self.teacher_fingerprints)):
+        names = expected if teacher.layers == self.layers else [layer.name for layer in others[0]]
+        compared = {name: expected[name] for name in names if name in expected}
+        if expected and (layer := first_difference(self.teacher_fingerprints, compared)):
             raise UserError("dense", source.given, f"is not the model that was pruned (see {layer})", fix)
 
     def _needed_memory(self, settings: Experiment) -> int:
@@ -334,7 +338,7 @@ class LanguageModel:
     def recover(self, record: Record, task: Task) -> None:
         """Distil the teacher into the weights as a stage of a run, save them, and add what it did to the ``record``."""
         content, settings, weights = record.content, self.settings, self.weights
-        if not content["sparsity"] and not settings.drop_experts:
+        if not content["sparsity"] and (self.teacher is None or self.teacher.layers == weights.layers):
             raise UserError("model", None, "is not pruned, no weight of it is zero", "prune it first")
         targets, options = settings.folders(task), settings.recovery_options()
         stored = closing(Journal(targets[-1], settings.restart)) if targets else nullcontext()

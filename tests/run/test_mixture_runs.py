@@ -1,6 +1,7 @@
 """Whole runs on a tiny mixture of experts: methods, flags for mixtures, and what is refused before it is loaded."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy
@@ -14,6 +15,7 @@ import main
 from lib.models.layers import prunable_layers
 from lib.models.weights import weights_of
 from lib.pruning import drop
+from lora_ft import recover
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,24 @@ def test_dropped_experts_in_memory_and_streamed(by, mixture, run):
         tensors.append(saved_tensors(folder))
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_a_folder_without_some_experts_is_recovered_by_itself(mixture, run, tiny_text, other_text, capsys):
+    method = "--prune_method magnitude --drop_experts 0.5"  # and nothing else
+    assert run(mixture, f"{method} --nsamples 6 --recover 256 --save both --save_model kept") == 0
+    texts = f"--calib_data {tiny_text} --eval_data {other_text} --seqlen 32 --eval_windows 4"
+    flags = f"--model kept/magnitude_0.0_drop0.5 {texts} --tokens 256 --save figures --save_model alone"
+    assert recover.main(flags.split()) == 0
+    one, two = saved_tensors(Path("kept/magnitude_0.0_drop0.5_recovered")), saved_tensors(Path("alone"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+    # Another model of the same shapes is found out by what is no expert.
+    other = tiny_mixture("qwen2-moe")
+    other.model.layers[1].self_attn.q_proj.weight.data.mul_(1.5)
+    other.save_pretrained("other")
+    shutil.copy(mixture / "tokenizer.json", "other")
+    assert recover.main([*flags.split(), *"--dense other --save_model again".split()]) == 2
+    assert "is not the model that was pruned (see model.layers.1.self_attn.q_proj)" in capsys.readouterr().err
 
 
 def test_metrics_of_the_experts_that_stay_are_cached_for_each_choice(mixture, run):
