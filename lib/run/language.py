@@ -218,7 +218,7 @@ class LanguageModel:
         self.teacher, self.teacher_name = teacher, source.anywhere
         sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, self.skeleton)]
         # Where experts were dropped, those that stay have new numbers.
-        others = [[layer for layer in layers if not layer.expert] for layers in (teacher.layers, self.layers)]
+        others = [{x.name: x.shape for x in layers if not x.expert} for layers in (teacher.layers, self.layers)]
         fix = "give the model that was pruned"
         if sizes[0] != sizes[1] or others[0] != others[1]:
             of = f"embedding is {sizes[0]}, the other's {sizes[1]}" if sizes[0] != sizes[1] else "layers are others"
@@ -226,8 +226,7 @@ class LanguageModel:
         # All of the model is read for them, once.
         expected = dense.get("fingerprints") or {}
         self.teacher_fingerprints = teacher.fingerprints() if expected or settings.save_model else {}
-        names = expected if teacher.layers == self.layers else [layer.name for layer in others[0]]
-        compared = {name: expected[name] for name in names if name in expected}
+        compared = {name: x for name, x in expected.items() if name in others[0] or teacher.layers == self.layers}
         if expected and (layer := first_difference(self.teacher_fingerprints, compared)):
             raise UserError("dense", source.given, f"is not the model that was pruned (see {layer})", fix)
 

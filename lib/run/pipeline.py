@@ -114,7 +114,7 @@ def make_plan(task: Task, layers: Sequence[Layer], values: Values | None, trial:
     """Return the allocation's plan for ``values``; ``trial`` is an epsilon to try instead of the flag's."""
     allocation = formulas.ALLOCATIONS[task.allocation]
     hyper = {name: task.hyper[name] for name in allocation.flags} | ({} if trial is None else {"epsilon": trial})
-    chosen = _chosen(task, layers)
+    chosen = [layer for layer in layers if layer.expert or not task.mixture.get("only")]
     target = task.target * (sum(layer.size for layer in chosen) / sum(layer.size for layer in layers))
     ratios = allocation.share(chosen, task.target, values, **hyper)
     if task.nm is None:
@@ -123,11 +123,6 @@ def make_plan(task: Task, layers: Sequence[Layer], values: Values | None, trial:
     nm = formulas.mixed_nm(chosen, ratios, task.target, task.nm[1]) if task.allocation else uniform
     nm = dict.fromkeys((layer.name for layer in layers), (task.nm[1], task.nm[1])) | nm
     return SparsityPlan(target, {name: 1 - n / m for name, (n, m) in nm.items()}, nm)
-
-
-def _chosen(task: Task, layers: Sequence[Layer]) -> list[Layer]:
-    """Return the layers that the sparsity is distributed over."""
-    return [layer for layer in layers if layer.expert or not task.mixture.get("only")]
 
 
 def allocate(
@@ -145,8 +140,8 @@ def allocate(
         key = _search_key(subject, task)
         tried, remember = journal.get("trials", key), partial(journal.put, "trials", key)
         subject.weights.use_scratch(journal.scratch)
-    bounded = (_chosen(task, layers), task.target, values, task.hyper["mapping_type"])
-    grid = epsilon.epsilon_grid(formulas.largest_epsilon(*bounded))
+    chosen = [layer for layer in layers if layer.expert or not task.mixture.get("only")]
+    grid = epsilon.epsilon_grid(formulas.largest_epsilon(chosen, task.target, values, task.hyper["mapping_type"]))
     tries = {trial: make_plan(task, layers, values, trial) for trial in grid}
     trials = epsilon.try_epsilons(subject.weights, tries, task.pruner, subject.search, subject.dense, tried, remember)
     return tries[epsilon.best(trials)], trials
