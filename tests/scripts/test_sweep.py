@@ -227,7 +227,8 @@ def test_a_sweeps_lists_become_settings():
 
 
 def test_a_flag_for_a_flag_goes_where_that_one_goes():
-    flags = "--model m --methods dense,wanda --sparsities 0.5 --drop_experts 0.25 --drop_by alpha --recover 64 --batch 1"
+    flags = "--model m --methods dense,wanda --sparsities 0.5 --drop_experts 0.25 --drop_by alpha --recover 64"
+    flags += " --batch 1"
     dense, pruned = planned(*flags.split())
     assert (dense.drop_experts, dense.drop_by, dense.recover, dense.batch) == (0.0, "reap", None, 2)
     assert (pruned.drop_experts, pruned.drop_by, pruned.recover, pruned.batch) == (0.25, "alpha", 64, 1)
