@@ -71,6 +71,7 @@ class LanguageModel:
         dropping = (settings.drop_experts, settings.drop_by) if settings.drop_experts else None
         if (source, dropping) != (self.source, self.dropping):
             self._inspect(source, dropping)
+        self.name = settings.name_of(source.name)
         dtype, options = settings.dtype, settings.recovery_options()
         self.dtypes = sparse.packed_dtypes(source, dtype) if packed else load.choose_dtypes(dtype, self.skeleton)
 
@@ -118,12 +119,10 @@ class LanguageModel:
         self.scores = {}
         self._once = cache(lambda work, *how: work(*how))  # keeps what was read for an earlier run
         self.skeleton = self.whole = load.load_skeleton(source)
-        self.name, self.given = source.name, source.anywhere
+        self.given = source.anywhere
         if dropping:
-            share, by = dropping
-            self.experts_left = drop.remaining_experts(self.whole, share)
+            self.experts_left = drop.remaining_experts(self.whole, dropping[0])
             self.skeleton = with_fewer_experts(self.whole, self.experts_left)
-            self.name = f"{source.name}-{by}-drop{share:g}"
         self.layers = prunable_layers(self.skeleton)
         self.tokenizer = load.load_tokenizer(source)
         self.source, self.dropping = source, dropping

@@ -172,11 +172,16 @@ def test_a_folder_without_some_experts_is_recovered_by_itself(mixture, run, tiny
     assert "is not the model that was pruned (see model.layers.1.self_attn.q_proj)" in capsys.readouterr().err
 
 
-def test_metrics_of_the_experts_that_stay_are_cached_for_each_choice(mixture, run):
-    flags = "--prune_method magnitude_ww --sparsity_ratio 0.5 --drop_experts 0.25 --drop_by random"
+def test_metrics_and_plans_are_those_of_the_experts_that_stay(mixture, run, capsys):
+    flags = "--sparsity_ratio 0.5 --drop_experts 0.25 --drop_by random"
     for seed in (1, 2):  # with which other experts stay
-        assert run(mixture, f"{flags} --seed {seed} --ww_metric_cache cache --save {seed}") == 0
+        ww = f"--prune_method magnitude_ww --seed {seed} --ww_metric_cache cache --save_plan {seed}.json"
+        assert run(mixture, f"{ww} {flags} --save {seed}") == 0
     assert record_of("1")["perplexity"] != record_of("2")["perplexity"]
+    for seed, status in ((1, 0), (2, 2)):
+        assert run(mixture, f"--prune_method magnitude --plan 1.json --seed {seed} {flags} --save again") == status
+    assert record_of("again")["perplexity"] == record_of("1")["perplexity"]
+    assert "1.json: is a plan for the model tiny-mixture-random-drop0.25-" in capsys.readouterr().err
 
 
 RECOVERED = ["", "--by block --stream always", "--train low_rank --rank 4", "--sparsity_ratio 0"]
