@@ -71,7 +71,7 @@ class LanguageModel:
         dropping = (settings.drop_experts, settings.drop_by) if settings.drop_experts else None
         if (source, dropping) != (self.source, self.dropping):
             self._inspect(source, dropping)
-        self.name = settings.name_of(source.name)
+        self.settings, self.name, self.hidden_states = settings, settings.name_of(source.name), settings.hidden_states
         dtype, options = settings.dtype, settings.recovery_options()
         self.dtypes = sparse.packed_dtypes(source, dtype) if packed else load.choose_dtypes(dtype, self.skeleton)
 
@@ -80,7 +80,6 @@ class LanguageModel:
         if self.calib_dtype and self.dtypes.compute != torch.float32:
             problem = f"the model is computed in {str(self.dtypes.compute).removeprefix('torch.')}, which is as fast"
             raise UserError("calib_dtype", settings.calib_dtype, problem, "leave it out, or use --dtype float32")
-        self.settings, self.hidden_states = settings, settings.hidden_states
         if settings.hidden_states == "gpu" and not cpu.gpus():
             raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", "use cpu or disk")
         for name, trait in (("nsamples", "calibration"), ("batch", "recover")):
