@@ -7,7 +7,6 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from importlib.util import find_spec
 from itertools import chain, groupby, islice, tee
 from pathlib import Path
@@ -27,6 +26,7 @@ _DOCUMENTS_AT_ONCE = 256
 _PIECE = 100_000
 # Records of a hub's data set among which calibration draws: more are read only if they do not fill the windows.
 _DRAWN_FROM = 2000
+_SPACE = re.compile(r"\s*")
 _FIELDS = ("marked", "messages", "conversations", "text", "prompt")
 _ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
 
@@ -132,13 +132,13 @@ def file_content(field: str, path: Path) -> str:
 
 
 def json_records(field: str, path: Path) -> list:
-    """Return the values of a ``.json`` file (one, or a list) or of a ``.jsonl`` file, one a line."""
-    content = file_content(field, path)
-    with suppress(json.JSONDecodeError):
-        records = json.loads(content)
-        return records if isinstance(records, list) else [records]
-    with reading(path, "cannot be read", field):  # not one JSON value: a value per line; strings may hold U+2028
-        return [json.loads(line) for line in content.split("\n") if line.strip()]
+    """Return the values of a ``.json`` file (one, or a list) or of a ``.jsonl`` file, one after another."""
+    content, decoder, records, start = file_content(field, path).rstrip(), json.JSONDecoder(), [], 0
+    with reading(path, "cannot be read", field):
+        while start < len(content):  # not line by line: errors tell their line of the file, and strings may hold U+2028
+            record, start = decoder.raw_decode(content, _SPACE.match(content, start).end())
+            records.append(record)
+    return records[0] if len(records) == 1 and isinstance(records[0], list) else records
 
 
 def documents_of(field: str, name: str, rows: Iterable, column: str = "") -> Iterator[Document]:

@@ -66,7 +66,7 @@ class LanguageModel:
         """Take up what a run needs besides the weights, and refuse what cannot work: 13 GB take a while to load."""
         source = processes.on_main(lambda: locate.locate(settings.model, settings.cache_dir))
         packed = sparse.is_packed(source.path)
-        if task.pruner or settings.metrics_only or settings.stream == "always":
+        if task.pruner or settings.recover or settings.metrics_only or settings.stream == "always":
             sparse.refuse_packed(source)
         dropping = (settings.drop_experts, settings.drop_by) if settings.drop_experts else None
         if (source, dropping) != (self.source, self.dropping):
@@ -216,11 +216,11 @@ class LanguageModel:
         source = processes.on_main(lambda: locate.locate(dense["source"], settings.cache_dir))
         teacher = Streamed(locate.local_copy(source), self.dtypes, processes.device() or memory.freest())
         self.teacher, self.teacher_name = teacher, source.anywhere
-        sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, self.skeleton)]
+        theirs, ours = _shapes(teacher.model), _shapes(self.whole)
         fix = "give the model that was pruned"
-        if sizes[0] != sizes[1] or [*teacher.layers] != [*prunable_layers(self.whole)]:
-            problem = f"is another model than the pruned one: its embedding is {sizes[0]}, the other's {sizes[1]}"
-            raise UserError("dense", source.given, problem, fix)
+        if differs := [name for name in theirs | ours if theirs.get(name) != ours.get(name)]:
+            sizes = f"its {differs[0]} is {theirs.get(differs[0])}, the other's {ours.get(differs[0])}"
+            raise UserError("dense", source.given, f"is another model than the pruned one: {sizes}", fix)
         # All of the model is read for them, once.
         expected = dense.get("fingerprints")
         self.teacher_fingerprints = teacher.fingerprints() if expected or settings.save_model else {}
@@ -339,7 +339,8 @@ class LanguageModel:
         targets, options = settings.folders(task), settings.recovery_options()
         stored = closing(Journal(targets[-1], settings.restart)) if targets else nullcontext()
         with record.stage("recover"), stored as journal:
-            before = self.perplexity()
+            content["perplexity"] = before = self.perplexity()
+            record.write()  # the card of the pruned model, which has its figure now
             self.loaded_as = None  # norms and biases are trained as well, and ``restore`` knows the matrices alone
             dtype = fast_dtype(weights.device, self.dtypes.compute)
             distillation = Distillation(weights, self.teacher, options, self.recovery, self.hidden_states, dtype)
@@ -347,14 +348,14 @@ class LanguageModel:
                 identity = {"model": self.name, "source": self.teacher_name, "versions": machine(weights)}
                 identity |= {"calibration": digest(self.recovery[0]), "plan": digest(weights.fingerprints())}
                 identity["fingerprints"] = self.teacher_fingerprints if self.teacher else weights.fingerprints()
-                flags = settings.identity(TextFlags, RecoveryFlags) | {"sparsity_ratio": task.target}
-                journal.begin(identity | {"flags": flags})
+                identity |= {"flags": settings.identity(TextFlags, RecoveryFlags), "target": task.target}
+                journal.begin(identity)
                 report = _train(weights, journal, distillation)
                 record.add_model(self.save(journal, settings.packed, content["sparsity"]))
             else:
                 report = distillation.run(None, lambda *_: None, {})
         content["recovery"] = report | {"perplexity_before": before, "sparsity_before": content["sparsity"]}
-        content["sparsity"] = weights.sparsity()
+        content |= {"sparsity": weights.sparsity(), "perplexity": None}
         content["method"] += "_recovered" if task.pruner else ""
         title = "held out: {held_before:.3f} -> {held_after:.3f}".format(**report)
         losses = {"training": (range(1, len(report["losses"]) + 1), report["losses"])}
@@ -374,6 +375,12 @@ class LanguageModel:
             model = load.load_llm(source, self.dtypes.compute, processes.device(), reserve=self.reserve)
         how = (self.settings.num_fewshot, self.settings.limit, self.settings.eval_batch_size)
         return zero_shot.zero_shot(model, self.tokenizer, self.questions, *how)
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the shapes of a model's embedding and of its prunable layers, by name."""
+    embedding = tuple(model.get_input_embeddings().weight.shape)
+    return {"embedding": embedding} | {layer.name: tuple(layer.shape) for layer in prunable_layers(model)}
 
 
 def _train(weights: Weights, journal: Journal, distillation: Distillation) -> dict:
