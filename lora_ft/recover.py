@@ -55,9 +55,7 @@ class Recover(Experiment):
         if source is None:
             problem = f"is needed: {self.model} does not say what it was pruned from"
             raise UserError("dense", None, problem, "give that model, or none to train on the text alone")
-        # Of a model that was trained on text alone, these are the pruned weights.
-        fingerprints = pruned.get("fingerprints") if pruned.get("source") else None
-        return {"source": None if source == "none" else source, "fingerprints": fingerprints}
+        return pruned | {"source": None if source == "none" else source}
 
     def folders(self, task: Task) -> list[Path]:
         return [Path(self.save_model)]

@@ -73,11 +73,8 @@ def run(settings: Comparison) -> None:
     prompts = own_text.read_prompts(field, getattr(settings, field), "test", seed)[: settings.count]
     sources = [locate.locate(name, settings.cache_dir) for name in (settings.dense, *settings.pruned)]
     skeletons = [load.load_skeleton(source) for source in sources]
-    sizes = [skeleton.get_input_embeddings().num_embeddings for skeleton in skeletons]
-    for source, size in zip(sources, sizes, strict=True):
-        if size != sizes[0]:
-            problem = f"has {size} words, and the dense model has {sizes[0]}"
-            raise UserError("pruned", source.given, problem, "give models that were pruned from it")
+    if len({skeleton.get_input_embeddings().num_embeddings for skeleton in skeletons}) > 1:
+        raise UserError(None, None, "the models' vocabularies have different sizes", "give a model and pruned ones of it")
     for source, skeleton in zip(sources, skeletons, strict=True):
         name, tokenizer, dtypes = source.given, load.load_tokenizer(source), load.choose_dtypes("auto", skeleton)
         packed = sparse.is_packed(source.path)

@@ -58,8 +58,7 @@ def read_prompts(field: str, name: str, split: str, seed: int | None) -> list[li
         prompts.append([*takewhile(lambda message: message["role"] != "assistant", document)])
     prompts = [prompt for prompt in prompts if any(message["content"] for message in prompt)]
     if not prompts:
-        fix = "separate paragraphs by empty lines" if seed is not None and source.stream else None
-        raise UserError(field, name, "holds no prompt", fix)
+        raise UserError(field, name, "holds no prompt", None if seed is None else "separate paragraphs by empty lines")
     if seed is not None:
         Random(seed).shuffle(prompts)
     return prompts

@@ -26,7 +26,6 @@ _DOCUMENTS_AT_ONCE = 256
 _PIECE = 100_000
 # Records of a hub's data set among which calibration draws: more are read only if they do not fill the windows.
 _DRAWN_FROM = 2000
-_SPACE = re.compile(r"\s*")
 _FIELDS = ("marked", "messages", "conversations", "text", "prompt")
 _ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
 
@@ -84,12 +83,10 @@ DATASETS: dict[str, Callable[[str], Text]] = {"c4": c4, "wikitext2": wikitext2, 
 
 def check_text(field: str, name: str) -> None:
     """Refuse a ``name`` that is none of DATASETS, of a hub's data set and of a readable file of a supported type."""
-    if name in DATASETS:
+    if name in DATASETS or re.fullmatch("hf:[^:]+(:[^:]*){0,3}", name):
         return
     if name.startswith("hf:"):
-        if not 2 <= len(name.split(":")) <= 5 or not name.split(":")[1]:
-            raise UserError(field, name, "must be hf:NAME[:CONFIG][:SPLIT][:FIELD]")
-        return
+        raise UserError(field, name, "must be hf:NAME[:CONFIG][:SPLIT][:FIELD]")
     path = Path(name).expanduser()
     if path.suffix not in LOCAL_SUFFIXES:
         choices = f"Give one of {', '.join(DATASETS)}, hf:NAME, or a .txt/.json/.jsonl file"
@@ -136,7 +133,7 @@ def json_records(field: str, path: Path) -> list:
     content, decoder, records, start = file_content(field, path).rstrip(), json.JSONDecoder(), [], 0
     with reading(path, "cannot be read", field):
         while start < len(content):  # not line by line: errors tell their line of the file, and strings may hold U+2028
-            record, start = decoder.raw_decode(content, _SPACE.match(content, start).end())
+            record, start = decoder.raw_decode(content, re.compile(r"\s*").match(content, start).end())
             records.append(record)
     return records[0] if len(records) == 1 and isinstance(records[0], list) else records
 

@@ -328,8 +328,8 @@ class Experiment(
         traits = super().traits() | ({"evaluation"} if self.eval_wikitext and not self.metrics_only else set())
         traits |= {self.train} if self.recover else set()
         traits |= {"calibration"} if self.drop_experts and self.drop_by == "reap" else set()
-        reads = self.calib_data == "self" and traits & {"calibration", "search", "recover"}
-        return traits | ({OWN_TEXT} if reads else set())
+        read = traits & {"calibration", "search", "recover"}
+        return traits | {OWN_TEXT} if read and self.calib_data == "self" else traits
 
     def check(self) -> None:
         for name in ("prune_method", "eval_wikitext", "eval_zero_shot"):

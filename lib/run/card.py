@@ -6,7 +6,6 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 
@@ -29,8 +28,6 @@ _PLACES = {*OutputFlags.__annotations__, *ScaleFlags.__annotations__, "cache_dir
 _BODY = """\
 # {name}, pruned
 
-{share} in its blocks' matrices are zero.
-
 ## What it is worse at
 
 Pruning removes knowledge: rare words, facts and long answers suffer first, and a chat model repeats itself more often
@@ -51,13 +48,12 @@ def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ())
     model, flags, base = content["model"], content["flags"], None
     place = model.get("path", model["given"])
     path, of_hub = Path(place, CARD), not Path(place).is_dir() and place.count("/") == 1
-    if of_hub:
-        check_hub()
-        with suppress(Exception):  # of the hub's client: there is no card, or it cannot be reached
-            path = Path(hf_hub_download(place, CARD, cache_dir=model.get("cache_dir")))
     try:
+        if of_hub:
+            check_hub()
+            path = Path(hf_hub_download(place, CARD, cache_dir=model.get("cache_dir")))
         base = ModelCard.load(path) if path.is_file() else None
-    except Exception as error:  # those of yaml, and those of the class
+    except Exception as error:  # those of the hub's client, of yaml, and of the class
         log.warning("%s: license and tags are not taken over (%s)", path, first_line(error))
 
     earlier = base.data.to_dict() if base else {}
@@ -79,10 +75,10 @@ def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ())
     if sparse.is_packed(folder):
         load = f'from lib.sparse import load_packed\nmodel = load_packed("{folder}")'
         load += "  # its values are int8, the figures below are of those before" * sparse.holds_int8(folder)
-    share, loading = f"{content['sparsity']:.1%} of the weights", f"## How to load it\n\n```python\n{load}\n```"
-    text = base.text.strip() if again else _BODY.format(name=model["name"], share=share, loading=loading)
-    for pattern, now in ((r"\d+\.\d% of the weights", share), (r"(?s)## How to load it\n+```python\n.*?```", loading)):
-        text = now.join(re.split(pattern, text, maxsplit=1))  # an earlier card says it of the earlier model
+    loading = f"## How to load it\n\n```python\n{load}\n```"
+    text = base.text.strip() if again else _BODY.format(name=model["name"], loading=loading)
+    # An earlier card says how the earlier model is loaded.
+    text = loading.join(re.split(r"(?s)## How to load it\n+```python\n.*?```", text, maxsplit=1))
     parts = [text, f"# {content['method'].capitalize()}"] if again else [text]
     parts += ["## Figures", *_figures(content), "## How it was made", _made(content), *_by_block(rows)]
     card = ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
@@ -91,7 +87,8 @@ def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ())
 
 def _figures(content: Mapping) -> list[str]:
     """Return paragraphs and tables on the perplexity, or the accuracy, before and after each step."""
-    lines, recovery, key = [], content.get("recovery"), "accuracy" if "accuracy" in content else "perplexity"
+    lines = [f"{content['sparsity']:.1%} of the weights in its blocks' matrices are zero."]
+    recovery, key = content.get("recovery"), "accuracy" if "accuracy" in content else "perplexity"
     if share := content["flags"].get("drop_experts"):
         lines.append(f"{share:.0%} of each block's experts were dropped, chosen by {content['flags']['drop_by']}.")
     if recovery:

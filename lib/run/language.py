@@ -210,16 +210,18 @@ class LanguageModel:
 
         counts = (options.tokens // least * options.batch, max(HELD_OUT, processes.count()))
         self.recovery = texts.recovery_windows(self.calib_data, self.tokenizer, counts, self.seqlen, settings.seed)
-        self.teacher = self.teacher_name = None
+        self.teacher, self.teacher_name, self.teacher_fingerprints = None, None, {}
         if dense["source"] is None:
             return
         source = processes.on_main(lambda: locate.locate(dense["source"], settings.cache_dir))
         teacher = Streamed(locate.local_copy(source), self.dtypes, processes.device() or memory.freest())
         self.teacher, self.teacher_name = teacher, source.anywhere
-        theirs, ours = _shapes(teacher.model), _shapes(self.whole)
+        models = (teacher.model, self.whole)
+        theirs, ours = ({layer.name: layer.shape for layer in prunable_layers(model)} for model in models)
+        theirs["embedding"], ours["embedding"] = (tuple(x.get_input_embeddings().weight.shape) for x in models)
         fix = "give the model that was pruned"
         if differs := [name for name in theirs | ours if theirs.get(name) != ours.get(name)]:
-            sizes = f"its {differs[0]} is {theirs.get(differs[0])}, the other's {ours.get(differs[0])}"
+            sizes = f"its {differs[-1]} is {theirs.get(differs[-1])}, the other's {ours.get(differs[-1])}"
             raise UserError("dense", source.given, f"is another model than the pruned one: {sizes}", fix)
         # All of the model is read for them, once.
         expected = dense.get("fingerprints")
@@ -345,11 +347,10 @@ class LanguageModel:
             dtype = fast_dtype(weights.device, self.dtypes.compute)
             distillation = Distillation(weights, self.teacher, options, self.recovery, self.hidden_states, dtype)
             if journal:
-                identity = {"model": self.name, "source": self.teacher_name, "versions": machine(weights)}
+                identity = {"model": self.name, "source": self.teacher_name, "fingerprints": self.teacher_fingerprints}
                 identity |= {"calibration": digest(self.recovery[0]), "plan": digest(weights.fingerprints())}
-                identity["fingerprints"] = self.teacher_fingerprints if self.teacher else weights.fingerprints()
-                identity |= {"flags": settings.identity(TextFlags, RecoveryFlags), "target": task.target}
-                journal.begin(identity)
+                identity |= {"versions": machine(weights), "target": task.target}
+                journal.begin(identity | {"flags": settings.identity(TextFlags, RecoveryFlags)})
                 report = _train(weights, journal, distillation)
                 record.add_model(self.save(journal, settings.packed, content["sparsity"]))
             else:
@@ -375,12 +376,6 @@ class LanguageModel:
             model = load.load_llm(source, self.dtypes.compute, processes.device(), reserve=self.reserve)
         how = (self.settings.num_fewshot, self.settings.limit, self.settings.eval_batch_size)
         return zero_shot.zero_shot(model, self.tokenizer, self.questions, *how)
-
-
-def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the shapes of a model's embedding and of its prunable layers, by name."""
-    embedding = tuple(model.get_input_embeddings().weight.shape)
-    return {"embedding": embedding} | {layer.name: tuple(layer.shape) for layer in prunable_layers(model)}
 
 
 def _train(weights: Weights, journal: Journal, distillation: Distillation) -> dict:

@@ -172,7 +172,7 @@ def test_packed_folders_hold_the_same_weights(place):
         ("--tokens 100000", r"windows of 16 tokens and 6250 + 8 are needed; give at most"),
         ("--by block --dense none", "--by block: aims at the dense model's blocks"),
         ("--dense narrow", "--dense narrow: is another model than the pruned one: its embedding is (300, 16)"),
-        ("--dense wide", "pruned one: its model.layers.0.self_attn.k_proj is (32, 32), the other's (16, 32)"),
+        ("--dense wide", "pruned one: its model.layers.2.mlp.down_proj is (32, 24), the other's (32, 48)"),
         ("--model packed", "--model packed: is packed, which is for running it; unpack it"),
         ("--dense other", "--dense other: is not the model that was pruned (see model.layers.1.mlp.up_proj)"),
         ("--model unnamed", "--dense is needed: unnamed does not say what it was pruned from"),

@@ -49,4 +49,4 @@ def test_models_are_compared(run_inputs, tmp_path, monkeypatch, capsys):
     AutoTokenizer.from_pretrained(model).save_pretrained("other")
     monkeypatch.setattr(answers.load, "load_llm", lambda *_: pytest.fail("loaded"))
     line = error_line(capsys, answers.main([model, "other", "--prompts", "prompts.txt"]))
-    assert "error: other: has 304 words, and the dense model has 300" in line
+    assert "error: the models' vocabularies have different sizes" in line
