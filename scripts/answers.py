@@ -74,7 +74,7 @@ def run(settings: Comparison) -> None:
     sources = [locate.locate(name, settings.cache_dir) for name in (settings.dense, *settings.pruned)]
     skeletons = [load.load_skeleton(source) for source in sources]
     if len({skeleton.get_input_embeddings().num_embeddings for skeleton in skeletons}) > 1:
-        raise UserError(None, None, "the models' vocabularies have different sizes", "give a model and pruned ones of it")
+        raise UserError(None, None, "the models' vocabularies have different sizes", "give models of one origin")
     for source, skeleton in zip(sources, skeletons, strict=True):
         name, tokenizer, dtypes = source.given, load.load_tokenizer(source), load.choose_dtypes("auto", skeleton)
         packed = sparse.is_packed(source.path)
