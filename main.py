@@ -68,7 +68,8 @@ def run(settings: Experiment, subject: LanguageModel | None = None) -> dict:
             pipeline.warn_if_off_target(plan.target, sparsity)
         with explain_failure(partial(record.how_to_resume, "the same command resumes")):
             # The model is saved before whatever may still fail.
-            write = partial(subject.save, journal, settings.packed, sparsity) if journal else None
+            packed = "exact" if settings.packed and settings.recover else settings.packed  # a resumed run reads it
+            write = partial(subject.save, journal, packed, sparsity) if journal else None
             unsaved = pipeline.save(record, write)
             if settings.recover:
                 subject.recover(record, task)

@@ -30,7 +30,6 @@ warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
 # Lies beside an adapter: the fingerprints of the weights it was trained on, and the flags of its training.
 BASE = "base_model.json"
 
-DENSE_BELOW = 0.01  # A model with a smaller sparsity has not been pruned.
 TRAINED_ON = "give the model it was trained on"
 OUT_OF_MEMORY = "lower --ctx_length, or use more GPUs"
 
@@ -151,7 +150,7 @@ def load_base(
         raise UserError("model", base.source.given, "does not fit in the GPUs' memory, as LoRA needs", fix)
     weights = weights_of(model, dtypes.save)
     sparsity = weights.sparsity()
-    if sparsity < DENSE_BELOW:
+    if sparsity < 0.01:
         log.warning("the model %s is dense, not pruned: its sparsity is %.4f", base.source.given, sparsity)
     return weights, sparsity
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
-from lib.cli.settings import AllocationFlags, Experiment, MixtureFlags, PruningFlags, ZeroShotFlags, parse_nm
+from lib.cli.settings import AllocationFlags, Experiment, MixtureFlags, PruningFlags, ZeroShotFlags
 from lib.cli.task import Task
 from lib.core import processes
 from lib.core.errors import UserError
@@ -42,10 +42,7 @@ class Recover(Experiment):
     save_model: str = flag(MISSING, "where the recovered model is written", metavar="DIR")
 
     def task(self) -> Task:
-        flags = read_manifest(Path(self.model)).get("flags", {})
-        nm = parse_nm(flags.get("sparsity_type", "unstructured"))
-        target = 1 - nm[0] / nm[1] if nm else flags.get("sparsity_ratio", 0.0)
-        return self.settled(Task("recovered", None, "", target))
+        return self.settled(Task("recovered", None, "", read_manifest(Path(self.model)).get("target", 0.0)))
 
     def check(self) -> None:
         if self.calib_data == "self":

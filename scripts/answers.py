@@ -19,6 +19,7 @@ from lib.cli.command import command, make_parser
 from lib.cli.flags import Flags, flag
 from lib.cli.settings import TEXTS
 from lib.core import files
+from lib.core.errors import UserError
 from lib.core.lazy import torch
 from lib.models import load, locate
 from lib.run import report
@@ -70,9 +71,12 @@ def run(settings: Comparison) -> None:
     files.check_writable("save", folder)
     field, seed = ("prompts", None) if settings.prompts else ("prompt_data", settings.seed)
     prompts = own_text.read_prompts(field, getattr(settings, field), "test", seed)[: settings.count]
-    for name in (settings.dense, *settings.pruned):
-        source = locate.locate(name, settings.cache_dir)
-        tokenizer, dtypes = load.load_tokenizer(source), load.choose_dtypes("auto", load.load_skeleton(source))
+    sources = [locate.locate(name, settings.cache_dir) for name in (settings.dense, *settings.pruned)]
+    skeletons = [load.load_skeleton(source) for source in sources]
+    if len({skeleton.get_input_embeddings().num_embeddings for skeleton in skeletons}) > 1:
+        raise UserError(None, None, "the models' vocabularies have different sizes", "give models of one origin")
+    for source, skeleton in zip(sources, skeletons, strict=True):
+        name, tokenizer, dtypes = source.given, load.load_tokenizer(source), load.choose_dtypes("auto", skeleton)
         packed = sparse.is_packed(source.path)
         model = sparse.load_packed(source.path) if packed else load.load_llm(source, dtypes.compute)
         asked = [own_text.prompt_tokens(tokenizer, messages) for messages in prompts]

@@ -86,15 +86,12 @@ def _unsupported(weights: Weights, problem: str) -> UserError:
     return UserError("model", type(weights.model).__name__, f"{problem}, which is not supported")
 
 
-def enter_blocks(
-    weights: Weights, windows: torch.Tensor, place: str = "auto", dtype: torch.dtype | None = None
-) -> BlockInputs:
+def enter_blocks(weights: Weights, windows: torch.Tensor, place: str = "auto") -> BlockInputs:
     """Return the inputs of the blocks for this process's share of ``windows`` [samples, tokens] of token ids.
 
     The embedding and everything else before the blocks are the model's own. ``place`` is a name of HIDDEN_STATES, where
-    the hidden states are kept, and ``dtype`` that of the products in the blocks (``BlockInputs``). A model that passes
-    its blocks something that depends on the text, such as a padding mask, or runs them in another way than one after
-    the other, is a UserError.
+    the hidden states are kept. A model that passes its blocks something that depends on the text, such as a padding
+    mask, or runs them in another way than one after the other, is a UserError.
     """
     mine = windows[processes.share(len(windows))]
     # The other arguments need a window and are compared with those of a second one, also where there are fewer.
@@ -110,7 +107,7 @@ def enter_blocks(
                 raise _unsupported(weights, "what its blocks are given depends on the text")
             if sample < len(mine):
                 hidden[sample] = entering[0]
-    return BlockInputs(hidden, arguments, len(windows), set(), dtype)
+    return BlockInputs(hidden, arguments, len(windows), set())
 
 
 @contextmanager

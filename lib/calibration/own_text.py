@@ -17,6 +17,7 @@ from lib.calibration.hidden import entry_device
 from lib.core import processes
 from lib.core.digests import digest
 from lib.core.errors import UserError
+from lib.core.files import reading
 from lib.core.lazy import torch, transformers
 from lib.models.load import Tokenizer
 
@@ -55,9 +56,9 @@ def read_prompts(field: str, name: str, split: str, seed: int | None) -> list[li
             fits = seed is None or len(words.split()) >= _LEAST_WORDS
             document = [{"role": "user", "content": words}] if fits else []
         prompts.append([*takewhile(lambda message: message["role"] != "assistant", document)])
-    prompts = list(filter(None, prompts))
+    prompts = [prompt for prompt in prompts if any(message["content"] for message in prompt)]
     if not prompts:
-        raise UserError(field, name, "holds no prompt")
+        raise UserError(field, name, "holds no prompt", None if seed is None else "separate paragraphs by empty lines")
     if seed is not None:
         Random(seed).shuffle(prompts)
     return prompts
@@ -66,7 +67,8 @@ def read_prompts(field: str, name: str, split: str, seed: int | None) -> list[li
 def prompt_tokens(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     """Return the tokens of a prompt, as the chat template marks it; a model without one continues the text."""
     if not tokenizer.chat_template:
-        return tokenizer("\n".join(message["content"] for message in messages)).input_ids
+        with reading(Path("the prompts"), "cannot be continued by a model without a chat template"):
+            return tokenizer("\n".join(message["content"] for message in messages)).input_ids
     marked = texts.with_marks(None, "the prompts", tokenizer, messages, add_generation_prompt=True)
     return tokenizer(marked, add_special_tokens=False).input_ids
 
@@ -128,5 +130,5 @@ def own_text(
         log.warning("%d prompts have an empty answer, and are left out", empty)
     if sum(halves) < needed[0] or min(halves) < needed[1]:
         problem = f"{len(prompts)} prompts give {sum(halves)} tokens, and {bar.total} are needed"
-        raise UserError("calib_data", "self", problem, "give more prompts, or fewer or shorter windows")
+        raise UserError("calib_data", "self", problem, "give more prompts, or shorter ones, or fewer windows")
     return records

@@ -7,7 +7,6 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from importlib.util import find_spec
 from itertools import chain, groupby, islice, tee
 from pathlib import Path
@@ -84,12 +83,10 @@ DATASETS: dict[str, Callable[[str], Text]] = {"c4": c4, "wikitext2": wikitext2, 
 
 def check_text(field: str, name: str) -> None:
     """Refuse a ``name`` that is none of DATASETS, of a hub's data set and of a readable file of a supported type."""
-    if name in DATASETS:
+    if name in DATASETS or re.fullmatch("hf:[^:]+(:[^:]*){0,3}", name):
         return
     if name.startswith("hf:"):
-        if not 2 <= len(name.split(":")) <= 5 or not name.split(":")[1]:
-            raise UserError(field, name, "must be hf:NAME[:CONFIG][:SPLIT][:FIELD]")
-        return
+        raise UserError(field, name, "must be hf:NAME[:CONFIG][:SPLIT][:FIELD]")
     path = Path(name).expanduser()
     if path.suffix not in LOCAL_SUFFIXES:
         choices = f"Give one of {', '.join(DATASETS)}, hf:NAME, or a .txt/.json/.jsonl file"
@@ -132,13 +129,13 @@ def file_content(field: str, path: Path) -> str:
 
 
 def json_records(field: str, path: Path) -> list:
-    """Return the values of a ``.json`` file (one, or a list) or of a ``.jsonl`` file, one a line."""
-    content = file_content(field, path)
-    with suppress(json.JSONDecodeError):
-        records = json.loads(content)
-        return records if isinstance(records, list) else [records]
-    with reading(path, "cannot be read", field):  # not one JSON value: a value per line; strings may hold U+2028
-        return [json.loads(line) for line in content.split("\n") if line.strip()]
+    """Return the values of a ``.json`` file (one, or a list) or of a ``.jsonl`` file, one after another."""
+    content, decoder, records, start = file_content(field, path).rstrip(), json.JSONDecoder(), [], 0
+    with reading(path, "cannot be read", field):
+        while start < len(content):  # not line by line: errors tell their line of the file, and strings may hold U+2028
+            record, start = decoder.raw_decode(content, re.compile(r"\s*").match(content, start).end())
+            records.append(record)
+    return records[0] if len(records) == 1 and isinstance(records[0], list) else records
 
 
 def documents_of(field: str, name: str, rows: Iterable, column: str = "") -> Iterator[Document]:

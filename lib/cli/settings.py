@@ -40,7 +40,7 @@ TEXTS = (
     "(field `text`, or `messages` or `conversations` for the chat template)"
 )
 CALIBRATED = " | ".join([name for name, pruner in PRUNERS.items() if pruner.statistic] + ["refit"])
-OWN_TEXT = "--calib_data self"  # a trait
+OWN_TEXT = "--calib_data self, where it is read"  # a trait
 # Published command lines give these flags to uniform methods as well, where they do nothing.
 OF_WW = {"only": "_ww", "tolerated": "uniform"}
 
@@ -327,9 +327,10 @@ class Experiment(
 
     def traits(self) -> set[str]:
         traits = super().traits() | ({"evaluation"} if self.eval_wikitext and not self.metrics_only else set())
-        traits |= {OWN_TEXT} if self.calib_data == "self" else set()
         traits |= {self.train} if self.recover else set()
-        return traits | ({"calibration"} if self.drop_experts and self.drop_by == "reap" else set())
+        traits |= {"calibration"} if self.drop_experts and self.drop_by == "reap" else set()
+        read = traits & {"calibration", "search", "recover"}
+        return traits | {OWN_TEXT} if read and self.calib_data == "self" else traits
 
     def check(self) -> None:
         for name in ("prune_method", "eval_wikitext", "eval_zero_shot"):

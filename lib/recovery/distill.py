@@ -122,6 +122,7 @@ class Distillation:
             return
         free = memory.free_memory(0)[memory.place_of(weights.device)]
         needed = memory.trained_block_bytes(model, weights.layers, stored, model.dtype, step * self.seqlen)
+        log.info("recovery of a block needs %s", readable(needed))
         if needed > free:
             problem = f"{readable(needed)} are needed for a block, its dense one and states; {readable(free)} are free"
             raise UserError("by", "block", problem, "lower --seqlen or --batch, or use --states 8bit")

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from lib.cli.settings import Experiment, OutputFlags, ScaleFlags
+from lib import sparse
+from lib.cli.settings import Experiment, OutputFlags, RecoveryFlags, ScaleFlags
 from lib.core.errors import first_line
 from lib.core.files import write_atomically
+from lib.models.load import check_hub
 from lib.pruning.walk import LayerReport
 
 log = logging.getLogger(__name__)
@@ -26,19 +28,13 @@ _PLACES = {*OutputFlags.__annotations__, *ScaleFlags.__annotations__, "cache_dir
 _BODY = """\
 # {name}, pruned
 
-{sparsity:.1%} of the weights in its blocks' matrices are zero.
-
 ## What it is worse at
 
 Pruning removes knowledge: rare words, facts and long answers suffer first, and a chat model repeats itself more often
 or does not end its answers. Perplexity on text like that of its calibration says little about this. Zeros save memory
 and time only in programs that make use of them. It has all limits of the model that it was made from.
 
-## How to load it
-
-```python
-{load}
-```"""
+{loading}"""
 
 
 def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ()) -> None:
@@ -47,23 +43,25 @@ def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ())
     From the base model's card, if there is one, license, language and tags are taken over. That of a model that was
     pruned before is kept, and what was done since is added.
     """
-    from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+    from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
     model, flags, base = content["model"], content["flags"], None
     place = model.get("path", model["given"])
     path, of_hub = Path(place, CARD), not Path(place).is_dir() and place.count("/") == 1
-    if of_hub:
-        path = Path(try_to_load_from_cache(place, CARD, model.get("cache_dir")) or path)
     try:
+        if of_hub:
+            check_hub()
+            path = Path(hf_hub_download(place, CARD, cache_dir=model.get("cache_dir")))
         base = ModelCard.load(path) if path.is_file() else None
-    except Exception as error:  # those of yaml, and those of the class
+    except Exception as error:  # those of the hub's client, of yaml, and of the class
         log.warning("%s: license and tags are not taken over (%s)", path, first_line(error))
 
     earlier = base.data.to_dict() if base else {}
     again = "pruning_method" in earlier
     data = {name: earlier[name] for name in _TAKEN_OVER if name in earlier and (again or name != "datasets")}
     data |= {"base_model": place} if of_hub and not again else {}
-    text = str(flags.get("calib_data")) if content.get("calibration") or content.get("recovery") else ""
+    reads = any(map(content.get, ("calibration", "recovery", "price_search", "epsilon_search")))
+    text = str(flags.get("calib_data")) if reads else ""
     dataset = text.split(":")[1] if text.startswith("hf:") else _DATASETS.get(text)
     data["datasets"] = sorted({*data.get("datasets", ()), dataset} - {None}) or None
     data["base_model_relation"] = "finetune" if "base_model" in data else None  # as the hub has it for pruned models
@@ -74,10 +72,14 @@ def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ())
 
     load = f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{folder}")'
     load = f'import timm\nmodel = timm.create_model("local-dir:{folder}")' if "accuracy" in content else load
-    load = f'from lib.sparse import load_packed\nmodel = load_packed("{folder}")' if flags.get("packed") else load
-    load += "  # its values are int8, the figures below are of those before" if flags.get("packed") == "int8" else ""
-    body = _BODY.format(name=model["name"], sparsity=content["sparsity"], load=load)
-    parts = [base.text.strip(), f"# {content['method'].capitalize()}"] if again else [body]
+    if sparse.is_packed(folder):
+        load = f'from lib.sparse import load_packed\nmodel = load_packed("{folder}")'
+        load += "  # its values are int8, the figures below are of those before" * sparse.holds_int8(folder)
+    loading = f"## How to load it\n\n```python\n{load}\n```"
+    text = base.text.strip() if again else _BODY.format(name=model["name"], loading=loading)
+    # An earlier card says how the earlier model is loaded.
+    text = loading.join(re.split(r"(?s)## How to load it\n+```python\n.*?```", text, maxsplit=1))
+    parts = [text, f"# {content['method'].capitalize()}"] if again else [text]
     parts += ["## Figures", *_figures(content), "## How it was made", _made(content), *_by_block(rows)]
     card = ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
     write_atomically(folder / CARD, str(card))
@@ -85,7 +87,8 @@ def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ())
 
 def _figures(content: Mapping) -> list[str]:
     """Return paragraphs and tables on the perplexity, or the accuracy, before and after each step."""
-    lines, recovery, key = [], content.get("recovery"), "accuracy" if "accuracy" in content else "perplexity"
+    lines = [f"{content['sparsity']:.1%} of the weights in its blocks' matrices are zero."]
+    recovery, key = content.get("recovery"), "accuracy" if "accuracy" in content else "perplexity"
     if share := content["flags"].get("drop_experts"):
         lines.append(f"{share:.0%} of each block's experts were dropped, chosen by {content['flags']['drop_by']}.")
     if recovery:
@@ -104,7 +107,8 @@ def _figures(content: Mapping) -> list[str]:
 def _made(content: Mapping) -> str:
     """Return the flags that are not at their defaults, and versions."""
     defaults = {item.name: item.default for _, item, _ in Experiment.declared()}
-    flags = [(name, value) for name, value in content["flags"].items() if name not in _PLACES]
+    hidden = _PLACES if content.get("recovery") else _PLACES | {*RecoveryFlags.__annotations__}
+    flags = [(name, value) for name, value in content["flags"].items() if name not in hidden]
     flags = [f"--{name} {value}" for name, value in flags if value not in (None, False, "", defaults.get(name))]
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     return f"`{' '.join(flags)}`\n\nVersions: {versions}; commit {content['git_commit'] or 'unknown'}."

@@ -40,13 +40,13 @@ def check_output(
         for name, path in paths.items():
             if name != "save_model" and path.resolve().is_relative_to(target.resolve()):
                 problem = f"{flag_name(name)} {path} lies in {target}, which would be replaced"
-                raise UserError("save_model", target.parent, problem, "give another folder")
+                raise UserError("save_model", paths.get("save_model"), problem, "give another folder")
         inside = list(target.iterdir()) if target.is_dir() else []
         # A saved model has no folder in it.
         strange = [path.name for path in inside if path.is_dir() or target / mark not in inside]
         if strange:
             problem = f"{target} would be replaced, and no pruning wrote {strange[0]} in it"
-            raise UserError("save_model", target.parent, problem, "move it away, or give another folder")
+            raise UserError("save_model", paths.get("save_model"), problem, "move it away, or give another folder")
         if target.exists() and not (target / PROGRESS).is_file():
             log.warning("%s already exists and will be replaced, with every file in it", target)
     for name in sorted(paths.keys() & {"save_plan", "save_calib", "export_llmcompressor"}):

@@ -66,7 +66,7 @@ class LanguageModel:
         """Take up what a run needs besides the weights, and refuse what cannot work: 13 GB take a while to load."""
         source = processes.on_main(lambda: locate.locate(settings.model, settings.cache_dir))
         packed = sparse.is_packed(source.path)
-        if task.pruner or settings.metrics_only or settings.stream == "always":
+        if task.pruner or settings.recover or settings.metrics_only or settings.stream == "always":
             sparse.refuse_packed(source)
         dropping = (settings.drop_experts, settings.drop_by) if settings.drop_experts else None
         if (source, dropping) != (self.source, self.dropping):
@@ -208,19 +208,20 @@ class LanguageModel:
 
         counts = (options.tokens // least * options.batch, max(HELD_OUT, processes.count()))
         self.recovery = texts.recovery_windows(self.calib_data, self.tokenizer, counts, self.seqlen, settings.seed)
-        self.teacher = self.teacher_name = None
+        self.teacher, self.teacher_name, self.teacher_fingerprints = None, None, {}
         if dense["source"] is None:
             return
         source = processes.on_main(lambda: locate.locate(dense["source"], settings.cache_dir))
         teacher = Streamed(locate.local_copy(source), self.dtypes, processes.device() or memory.freest())
         self.teacher, self.teacher_name = teacher, source.anywhere
-        sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, self.skeleton)]
         # Where experts were dropped, those that stay have new numbers.
         others = [{x.name: x.shape for x in layers if not x.expert} for layers in (teacher.layers, self.layers)]
+        sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, self.skeleton)]
+        theirs, ours = (shapes | {"embedding": size} for shapes, size in zip(others, sizes, strict=True))
         fix = "give the model that was pruned"
-        if sizes[0] != sizes[1] or others[0] != others[1]:
-            of = f"embedding is {sizes[0]}, the other's {sizes[1]}" if sizes[0] != sizes[1] else "layers are others"
-            raise UserError("dense", source.given, f"is another model than the pruned one: its {of}", fix)
+        if differs := [name for name in theirs | ours if theirs.get(name) != ours.get(name)]:
+            problem = f"its {differs[-1]} is {theirs.get(differs[-1])}, the other's {ours.get(differs[-1])}"
+            raise UserError("dense", source.given, f"is another model than the pruned one: {problem}", fix)
         # All of the model is read for them, once.
         expected = dense.get("fingerprints") or {}
         self.teacher_fingerprints = teacher.fingerprints() if expected or settings.save_model else {}
@@ -340,22 +341,22 @@ class LanguageModel:
         targets, options = settings.folders(task), settings.recovery_options()
         stored = closing(Journal(targets[-1], settings.restart)) if targets else nullcontext()
         with record.stage("recover"), stored as journal:
-            before = self.perplexity()
+            content["perplexity"] = before = self.perplexity()
+            record.write()  # the card of the pruned model, which has its figure now
             self.loaded_as = None  # norms and biases are trained as well, and ``restore`` knows the matrices alone
             dtype = fast_dtype(weights.device, self.dtypes.compute)
             distillation = Distillation(weights, self.teacher, options, self.recovery, self.hidden_states, dtype)
             if journal:
-                identity = {"model": self.name, "source": self.teacher_name, "versions": machine(weights)}
+                identity = {"model": self.name, "source": self.teacher_name, "fingerprints": self.teacher_fingerprints}
                 identity |= {"calibration": digest(self.recovery[0]), "plan": digest(weights.fingerprints())}
-                identity["fingerprints"] = self.teacher_fingerprints if self.teacher else weights.fingerprints()
-                flags = settings.identity(TextFlags, RecoveryFlags) | {"sparsity_ratio": task.target}
-                journal.begin(identity | {"flags": flags})
+                identity |= {"versions": machine(weights), "target": task.target}
+                journal.begin(identity | {"flags": settings.identity(TextFlags, RecoveryFlags)})
                 report = _train(weights, journal, distillation)
                 record.add_model(self.save(journal, settings.packed, content["sparsity"]))
             else:
                 report = distillation.run(None, lambda *_: None, {})
         content["recovery"] = report | {"perplexity_before": before, "sparsity_before": content["sparsity"]}
-        content["sparsity"] = weights.sparsity()
+        content |= {"sparsity": weights.sparsity(), "perplexity": None}
         content["method"] += "_recovered" if task.pruner else ""
         title = "held out: {held_before:.3f} -> {held_after:.3f}".format(**report)
         losses = {"training": (range(1, len(report["losses"]) + 1), report["losses"])}

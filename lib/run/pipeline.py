@@ -162,7 +162,7 @@ def prune(
     """
     if journal:
         identity = {"model": subject.name, "source": subject.given, "flags": task.identity, "plan": digest(plan)}
-        identity["versions"] = machine(subject.weights)
+        identity |= {"versions": machine(subject.weights), "target": task.target}
         identity |= {"calibration": subject.calibration_digest, "fingerprints": subject.weights.fingerprints()}
         if task.pruner.statistic and identity["versions"]["device"] == "cpu":
             identity["bits"] = {"the number of threads": torch.get_num_threads(), "the compiled kernel": _kernel()}

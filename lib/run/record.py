@@ -82,7 +82,7 @@ class Record:
         layers = {f"layers_{self.run}.tsv": layers_text(self.rows)} if self.rows else {}
         for name, content in {**self.files, **layers, f"run_{self.run}.json": run_text(self.content)}.items():
             write_atomically(self.folder / name, content)
-        if self.content.get("saved_model"):
+        if self.content.get("saved_model") and processes.is_main():
             # The dense model's figure, if a run has measured it here on the same windows.
             dense = read_run(self.folder, "dense_sparsity_0.0") or {}
             same = all(dense.get(key) == self.content.get(key) for key in ("model", "evaluation"))

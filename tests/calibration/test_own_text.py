@@ -96,6 +96,10 @@ def test_what_is_left_out_is_one_line_each(tiny_model, chat_tokenizer, monkeypat
         "1 prompts of more than half a window, 32 tokens, are left out",
         "2 prompts have an empty answer, and are left out",
     ]
+    chat_tokenizer.chat_template = None
+    for content in (None, [{"type": "text", "text": "abe"}]):
+        with pytest.raises(UserError, match="^the prompts: cannot be continued by a model without a chat template "):
+            own_text.prompt_tokens(chat_tokenizer, [*two[0], {"role": "user", "content": content}])
     with pytest.raises(UserError, match=r"--calib_data self: 2 prompts give 10 tokens, and 800 are needed; give more"):
         own_text.own_text(tiny_model, chat_tokenizer, two, 64, (0, 400), 0)
 
@@ -109,10 +113,16 @@ def test_prompts_of_files(tmp_path):
     chat = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
     lines = json.dumps({"prompt": "a"}) + "\n" + json.dumps({"messages": chat})
     assert read("p.jsonl", lines) == [[{"role": "user", "content": "a"}], chat[:1]]
+    assert read("p.jsonl", '{"prompt": " "}\n{"prompt": "a"}\n{"messages": []}') == [[{"role": "user", "content": "a"}]]
     for wrong in ('{"words": "a"}', '{"prompt": 3}', "3", '{"messages": [{}]}'):
         with pytest.raises(UserError, match="--prompts .* every record needs a field `text` .* or `messages`"):
             read("p.jsonl", wrong)
-    for wrong, say in (("{", "cannot be read"), ("[]", "holds no prompt"), ('{"messages": []}', "holds no prompt")):
+    for wrong, say in (
+        ("{", "cannot be read"),
+        ("[]", "holds no prompt"),
+        ('{"prompt": ""}', "holds no prompt"),
+        ('{"messages": []}', "holds no prompt"),
+    ):
         with pytest.raises(UserError, match=rf"--prompts .*p\.jsonl: {say}"):
             read("p.jsonl", wrong)
 
@@ -124,6 +134,9 @@ def test_prompts_are_first_sentences_or_what_comes_before_an_answer(tmp_path):
     assert sorted(prompt[0]["content"] for prompt in drawn) == ["A b c d e f", "One two three four five."]
     chat = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
     (tmp_path / "t.jsonl").write_text(json.dumps({"messages": chat}))
+    (tmp_path / "short.txt").write_text("Too short.\nToo.")
+    with pytest.raises(UserError, match="holds no prompt; separate paragraphs by empty lines"):
+        own_text.read_prompts("prompt_data", str(tmp_path / "short.txt"), "train", 0)
     assert own_text.read_prompts("prompt_data", str(tmp_path / "t.jsonl"), "train", 0) == [chat[:2]]
 
 
@@ -177,6 +190,7 @@ def test_model_that_does_not_fit_writes_no_text(place, monkeypatch, capsys):
     [
         ("--prompts p.txt", "--prompts does nothing with wanda; it is for --calib_data self"),
         ("--save_calib p.jsonl", "--save_calib does nothing with wanda"),
+        ("--prune_method magnitude --calib_data self --save_calib p.jsonl", "--save_calib does nothing with magnitude"),
         ("--calib_data self --prompts nothing.txt", "--prompts nothing.txt: file not found"),
         ("--calib_data self --prompt_data nothing", "--prompt_data nothing: unknown data set"),
         ("--calib_data self --prompts p.txt --prompt_data c4", "--prompt_data c4: does nothing with --prompts"),

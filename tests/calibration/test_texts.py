@@ -175,6 +175,7 @@ def test_local_files_are_read(tmp_path, name, content):
         ("a.txt", b"", "short"),
         ("a.txt", b"\xff\xfe\xfa", "cannot be read"),
         ("a.json", b'{"text": "a"', "cannot be read"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"te', r"cannot be read \(Unterminated string starting at: line 3 "),
         ("a.json", b'[{"text": 3}]', "`text`"),
         ("a.jsonl", b'{"text": "a"}\n{"words": "a"}', "`text`"),
         ("a.json", b"[]", "short|empty|no"),

@@ -10,6 +10,7 @@ from conftest import fast, saved_tensors, tiny_llama, tiny_sentences
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import main
+from lib import sparse
 from lib.recovery import distill
 from lib.recovery.distill import BY, Distillation
 from lib.run import language
@@ -29,17 +30,20 @@ def made(tmp_path_factory, tiny_folder, tiny_tokenizer) -> Path:
     for name, sentences, seed in (("train", 60, 1), ("val", 20, 2)):
         (folder / f"{name}.txt").write_text(tiny_sentences(sentences, seed))
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(folder / "narrow")
+    for name, width in (("narrow", 16), ("wide", 32)):
+        LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes | {"hidden_size": width})).save_pretrained(folder / name)
     other = tiny_llama()
     other.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
     other.save_pretrained(folder / "other")
-    for name in ("narrow", "other"):
+    for name in ("narrow", "wide", "other"):
         tiny_tokenizer.save_pretrained(folder / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main.main([*PRUNE.split(), "--save_model", "pruned", "--save", "first"]) == 0
     shutil.copytree(folder / "pruned/wanda_0.5", folder / "unnamed")
     (folder / "unnamed/pruning.json").unlink()
+    (folder / "packed").mkdir()
+    sparse.pack_files(folder / "pruned/wanda_0.5", folder / "packed")
     (folder / "full").mkdir()
     (folder / "full/notes.txt").write_text("mine")
     return folder
@@ -139,6 +143,19 @@ def test_one_command_resumes_in_its_recovery(place, monkeypatch):
     assert same("unbroken/wanda_0.5_recovered", "stopped/wanda_0.5_recovered")
 
 
+def test_a_packed_run_resumes_in_its_recovery(place, monkeypatch):
+    flags = [*PRUNE.split(), "--recover", str(TOKENS), "--packed", "int8"]
+    step = Distillation._step
+    monkeypatch.setattr(Distillation, "_step", interrupt)
+    assert main.main([*flags, "--save_model", "stopped", "--save", "1"]) == 130
+    monkeypatch.setattr(Distillation, "_step", step)
+    assert main.main([*flags, "--save_model", "stopped", "--save", "1"]) == 0
+    assert main.main([*flags, "--save_model", "unbroken", "--save", "2"]) == 0
+    assert same("stopped/wanda_0.5_recovered", "unbroken/wanda_0.5_recovered")
+    assert sparse.holds_int8(Path("stopped/wanda_0.5_recovered"))
+    assert not sparse.holds_int8(Path("stopped/wanda_0.5")), "what a resumed run starts from is exact"
+
+
 def test_packed_folders_hold_the_same_weights(place):
     flags = [*RECOVER.split(), "--save", "1"]
     assert recover.main(flags) == 0 and recover.main([*flags, "--save_model", "packed", "--packed"]) == 0
@@ -155,6 +172,8 @@ def test_packed_folders_hold_the_same_weights(place):
         ("--tokens 100000", r"windows of 16 tokens and 6250 + 8 are needed; give at most"),
         ("--by block --dense none", "--by block: aims at the dense model's blocks"),
         ("--dense narrow", "--dense narrow: is another model than the pruned one: its embedding is (300, 16)"),
+        ("--dense wide", "pruned one: its model.layers.2.mlp.down_proj is (32, 24), the other's (32, 48)"),
+        ("--model packed", "--model packed: is packed, which is for running it; unpack it"),
         ("--dense other", "--dense other: is not the model that was pruned (see model.layers.1.mlp.up_proj)"),
         ("--model unnamed", "--dense is needed: unnamed does not say what it was pruned from"),
         ("--model tiny-llama --dense none", "is not pruned"),
@@ -196,3 +215,16 @@ def test_text_alone_recovers_too(place):
     assert recover.main([*RECOVER.split(), "--model", "unnamed", "--dense", "none"]) == 0
     record = run_record("results")
     assert record["perplexity"] < record["recovery"]["perplexity_before"]
+    # What pruning.json says of it now is not the dense model's.
+    again = [*RECOVER.split(), "--model", "recovered", "--save_model", "twice"]
+    assert recover.main([*again, "--dense", "tiny-llama"]) == 0
+    assert recover.main(again) == 2
+
+
+def test_a_run_is_named_by_its_target_where_a_plan_gave_it(place):
+    plan = [*PRUNE.split(), "--save_plan", "plan.json"]
+    assert main.main(plan) == 0
+    at = plan.index("--sparsity_ratio")
+    assert main.main([*plan[:at], "--plan", "plan.json", "--save_model", "planned"]) == 0
+    assert recover.main([*RECOVER.split(), "--model", "planned/wanda_plan_0.5", "--save", "1"]) == 0
+    assert run_record("1")["target_sparsity"] == 0.5

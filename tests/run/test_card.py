@@ -50,7 +50,7 @@ def test_card_of_a_model_of_the_hub(tmp_path):
         assert line in text.replace("'", '"'), line
 
 
-def test_base_models_card_is_taken_over_and_a_damaged_one_is_not(tmp_path, caplog):
+def test_base_models_card_is_taken_over_and_a_damaged_one_is_not(tmp_path, caplog, monkeypatch):
     base = tmp_path / "base"
     base.mkdir()
     (base / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\ntags: [chat]\ndatasets: [x/y]\n---\n# Secret\n")
@@ -60,6 +60,9 @@ def test_base_models_card_is_taken_over_and_a_damaged_one_is_not(tmp_path, caplo
     assert (data["license"], data["language"], data["tags"]) == ("mit", ["en"], ["chat", "pruned", "wanda", "ww"])
     assert not {"base_model", "base_model_relation", "datasets"} & data.keys() and "Secret" not in card(tmp_path).text
     assert "| dense | -" in card(tmp_path).text
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(base / "README.md"))
+    write_card(tmp_path, CONTENT)  # of the hub, where a model is loaded without its card
+    assert (card(tmp_path).data.license, card(tmp_path).data.base_model) == ("mit", "a/b")
     (base / "README.md").write_text("---\nlicense: [\n---\n")
     with caplog.at_level(logging.WARNING):
         write_card(tmp_path, local)
@@ -70,6 +73,9 @@ def test_data_set_of_the_hub_is_named(tmp_path):
     write_card(tmp_path, CONTENT | {"flags": {"calib_data": "hf:o/chats:c", "drop_experts": 0.25, "drop_by": "reap"}})
     assert card(tmp_path).data.datasets == ["o/chats"]
     assert "25% of each block's experts were dropped, chosen by reap." in card(tmp_path).text
+    for key, named in (("price_search", ["allenai/c4"]), ("epsilon", None)):
+        write_card(tmp_path, CONTENT | {"calibration": None, key: {"kept": "start"}})
+        assert card(tmp_path).data.datasets == named, "read by a search alone, or by nothing"
 
 
 RUN = "--model tiny-llama --calib_data text.txt --eval_data other.txt --seqlen 32 --nsamples 3 --eval_windows 3"
@@ -96,10 +102,29 @@ def test_runs_write_cards_and_recovery_adds_to_them(place):
     text = "--calib_data text.txt --eval_data other.txt --seqlen 32 --eval_windows 3 --tokens 256 --save_model better"
     assert recover.main(["--model", "out/wanda_0.5", *text.split()]) == 0
     second = card(Path("better"))
-    assert first.text.strip() in second.text and second.data.tags == ["pruned", "wanda"]
-    added = second.text.partition(first.text.strip())[2]
+    made = first.text.strip().replace('"out/wanda_0.5"', '"better"')
+    assert made in second.text and second.data.tags == ["pruned", "wanda"]
+    added = second.text.partition(made)[2]
     assert "# Recovered" in added and "256 tokens of training changed the held-out loss from" in added
     assert f"| before recovery | {figures['wanda_sparsity_0.5']:.2f} |" in added
+
+
+def test_card_of_a_model_beside_the_recovered_one_has_its_figure(place):
+    flags = "--prune_method wanda --sparsity_ratio 0.5 --recover 256 --batch 4 --save_model out"
+    assert main.main([*RUN.split(), *flags.split()]) == 0
+    content = json.loads(Path("results/run_wanda_sparsity_0.5_recovered.json").read_text())
+    pruned, recovered = card(Path("out/wanda_0.5")), card(Path("out/wanda_0.5_recovered"))
+    before, after = f"{content['recovery']['perplexity_before']:.2f} |", f"{content['perplexity']:.2f} |"
+    assert f"| wanda | {before}" in pruned.text and "--recover" not in pruned.text
+    assert f"| wanda_recovered | {after}" in recovered.text and f"| before recovery | {before}" in recovered.text
+    assert "--recover 256 --batch 4" in recovered.text
+    # Pruned once more, it is another model than the card said.
+    flags = "--model out/wanda_0.5_recovered --prune_method magnitude --sparsity_ratio 0.75 --save_model twice"
+    assert main.main([*RUN.split(), *flags.split()]) == 0
+    twice = card(Path("twice/magnitude_0.75"))
+    shares = re.findall(r"([\d.]+%) of the weights", twice.text)
+    assert shares == ["50.0%", f"{twice.data.to_dict()['sparsity']:.1%}"] != ["50.0%"] * 2
+    assert re.findall(r"from_pretrained\(\"(.*)\"\)", twice.text) == ["twice/magnitude_0.75"]
 
 
 def test_document_says_how_to_upload():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import error_line, tiny_sentences
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lib.calibration.own_text import Answer
 from lib.calibration.texts import read_text
@@ -42,3 +43,10 @@ def test_models_are_compared(run_inputs, tmp_path, monkeypatch, capsys):
     assert len(read_text("eval_data", "out/dense.jsonl", "test").records) == 3
     line = error_line(capsys, answers.main([model, model, "--prompts", "none.txt"]))
     assert "--prompts none.txt: cannot be read" in line
+    other = LlamaForCausalLM.from_pretrained(model)
+    other.resize_token_embeddings(304)
+    other.save_pretrained("other")
+    AutoTokenizer.from_pretrained(model).save_pretrained("other")
+    monkeypatch.setattr(answers.load, "load_llm", lambda *_: pytest.fail("loaded"))
+    line = error_line(capsys, answers.main([model, "other", "--prompts", "prompts.txt"]))
+    assert "error: the models' vocabularies have different sizes" in line
