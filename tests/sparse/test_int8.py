@@ -14,7 +14,7 @@ from lib import sparse
 from lib.core import cpu
 from lib.core.errors import UserError
 from lib.evaluation.perplexity import perplexity
-from lib.sparse import DenseLinear, SparseLinear, kernel, packed
+from lib.sparse import DenseLinear, SparseEmbedding, SparseLinear, kernel, packed
 from scripts.speedup import pack
 
 
@@ -127,7 +127,7 @@ def test_products_of_many_tokens_round_the_weights_alone(level, kind, multiplies
             weight = matrix(rows, columns, zeros, kind, index)
             layer, content = layer_of(weight, level), packed.pack_int8(weight)
             tile = torch.empty(rows, layer._matrix.words * 32, dtype=kind)
-            layer.kernel.unpack(layer._matrix, 0, rows, tile)
+            layer.kernel.unpack(layer._matrix, torch.arange(rows), tile)
             assert torch.equal(tile[:, :columns], packed.unpack(content, [rows, columns]))
             x = torch.randn(20, columns, generator=torch.Generator().manual_seed(2)).to(kind)
             exact = x.double() @ stood_for(weight).T
@@ -180,8 +180,9 @@ def test_a_model_runs_on_its_rounded_values(folder, tmp_path, tiny_windows):
     sparse.unpack_files(folder, tmp_path / "back")
     rounded = dense(tmp_path / "back", torch.bfloat16)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    assert isinstance(head, SparseLinear) and compiled(model)
-    assert torch.equal(embedding.weight, rounded.get_input_embeddings().weight)
+    assert isinstance(head, SparseLinear) and isinstance(embedding, SparseEmbedding) and compiled(model)
+    assert embedding.values.data_ptr() == head.values.data_ptr()  # tied
+    assert torch.equal(embedding(torch.arange(len(head.values))), rounded.get_input_embeddings().weight)
     windows = tiny_windows % model.config.vocab_size
     assert perplexity(model, windows) == pytest.approx(perplexity(rounded, windows), rel=0.01)  # as of 16 bits
     ids = some_ids(2) % model.config.vocab_size
