@@ -108,7 +108,7 @@ class SparseEmbedding(SparseLinear):
     """An embedding whose rows are unpacked for the tokens that ask for them; a tied lm_head holds the same tensors."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = ids.flatten().to("cpu", torch.int64)
+        rows = ids.flatten().to("cpu", torch.int64).contiguous()
         if not ((rows >= 0) & (rows < self.out_features)).all():
             raise IndexError(f"token ids must be 0 to {self.out_features - 1}")
         out = torch.empty(len(rows), self._matrix.words * 32, dtype=self.dtype)

@@ -90,11 +90,11 @@ def _fill(
         weight = isinstance(content, PackedTensor) and attribute == "weight"
         if weight and content.scales is not None:
             content = content._replace(scales=content.scales.to(dtype))
-            embedding = type(module) is nn.Embedding and module is model.get_input_embeddings()
-            if least <= 1 and (embedding or type(module) is nn.Linear):
+            embedding = module is model.get_input_embeddings()
+            if embedding and tied is not None and least <= 1:
+                packed.setdefault(head, (content, shape[1]))
+            if least <= 1 and (type(module) is nn.Linear or embedding and type(module) is nn.Embedding):
                 packed[parent] = content, shape[1]
-                if embedding and tied is not None:
-                    packed.setdefault(head, packed[parent])
                 continue
         elif weight and type(module) is nn.Linear and module is not tied and _zeros(content, shape) >= least:
             values = content.values.to(dtype)

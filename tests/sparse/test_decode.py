@@ -216,14 +216,15 @@ def test_a_token_is_that_of_float64(level, kind, batch, length, size, threads):
     angles = torch.rand(most, size // 2, generator=draw).mul(6).repeat(1, 2)
     angles = torch.stack([angles.cos(), angles.sin()]).to(kind)
     both = torch.randn(6, batch, 2, most, size, generator=draw).to(kind)
-    turns, begins = torch.arange(batch) * 3 % most, torch.arange(batch) * (length - 1) // 8  # padded by none and by some
+    turns = torch.arange(batch) * 3 % most
+    begins = torch.arange(batch) * (length - 1) // 8  # padded by none and by some
     exact, kept = made.exact(made.table[ids][:, None], *angles[:, turns, None], both, length, begins)
     out, before = torch.full((batch, 50), math.nan, dtype=kind), both.clone()
     made.decode(level, [*ids.tolist(), *turns.tolist(), *begins.tolist()], angles, both, length, out, threads)
     eps = torch.finfo(kind).eps
     # Numbers that are halfway are rounded to either side, once in a while, and later ones feel it: a few units of the
     # largest. Nothing but the new place changes.
-    assert (out.double() - exact).abs().max() <= 4 * eps * exact.abs().max()
+    assert (out.double() - exact).abs().max() <= 8 * eps * exact.abs().max()
     assert (both.double() - kept).abs().max() <= 4 * eps * kept.abs().max()
     both[:, :, :, length - 1] = before[:, :, :, length - 1]
     assert torch.equal(both, before)
@@ -232,7 +233,7 @@ def test_a_token_is_that_of_float64(level, kind, batch, length, size, threads):
         alone, few = torch.empty(half, 50, dtype=kind), both[:, :half].contiguous()
         places = [number for each in (ids, turns, begins) for number in each[:half].tolist()]
         made.decode(level, places, angles, few, length, alone, threads)
-        assert (alone.double() - exact[:half]).abs().max() <= 4 * eps * exact.abs().max()
+        assert (alone.double() - exact[:half]).abs().max() <= 8 * eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
@@ -373,6 +374,48 @@ def test_hooks_inside_are_called(place, made, stepped):
     handle.remove()
     decode(made, some_ids(1), prompt=12)
     assert len(seen) == 3 and len(stepped) == 1
+
+
+@pytest.mark.machine
+def test_a_model_is_looked_at_once_for_the_tokens_of_a_text_and_again_for_a_hook(made, monkeypatch):
+    looked, real, seen = [], CompiledTokens._described, []
+    monkeypatch.setattr(CompiledTokens, "_described", lambda self: looked.append(1) or real(self))
+    ids, cache = some_ids(1), filled(made, some_ids(1)[:, :5])
+    continued(made, cache, ids[:, 5:9])
+    assert len(looked) == 1
+    handle = made.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    continued(made, cache, ids[:, 9:10])
+    assert len(seen) == 1
+    handle.remove()
+    continued(made, cache, ids[:, 10:11])
+    assert len(seen) == 1
+    # What another text needs: a weight that was replaced meanwhile is not read where it was.
+    before, others = continued(made, filled(made, ids[:, :5]), ids[:, 5:7]), filled(made, ids[:, :5])
+    first = continued(made, others, ids[:, 5:6])
+    for norm in (made.model.norm, made.model.layers[0].input_layernorm):
+        norm.weight.data = torch.full_like(norm.weight, 7)
+    assert torch.equal(torch.cat([first, continued(made, others, ids[:, 6:7])], 1), before)
+    assert not torch.equal(continued(made, filled(made, ids[:, :5]), ids[:, 5:7]), before)
+
+
+@pytest.mark.parametrize("rope", ["default", "linear", "dynamic"])
+def test_angles_that_depend_on_the_length_are_the_models_own(rope):
+    config = tiny_llama().config
+    config.rope_parameters = config.rope_parameters | {"rope_type": rope, "factor": 2.0}
+    made = with_zeros(type(tiny_llama())(config).eval())
+    sparse.sparsify(made)
+    assert compiled(made) == (rope != "dynamic")
+
+
+@torch.no_grad()
+def test_tokens_and_positions_that_do_not_exist_are_the_models_own(made, stepped):
+    ids, cache = some_ids(1), filled(made, some_ids(1)[:, :5])
+    far = torch.tensor([[500]])  # what the room's angles do not reach
+    made(ids[:, 5:6], past_key_values=cache, position_ids=far, use_cache=True)
+    for wrong in (-1, made.config.vocab_size):
+        with pytest.raises(IndexError):
+            made(torch.tensor([[wrong]]), past_key_values=cache, use_cache=True)
+    assert not stepped
 
 
 def test_another_module_or_forward_method_is_used(made, stepped):

@@ -1,6 +1,7 @@
 """int8 values: products against float64 and by pencil, files, and whole models against what the values stand for."""
 
 import copy
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,25 @@ def test_products_of_many_tokens_round_the_weights_alone(level, kind, multiplies
             assert ((layer(x) - exact).abs() <= 3 * HALF_ULP[kind] * size + 1e-6).all()
 
 
+@pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
+@pytest.mark.parametrize("zeros", [0, 0.6])
+def test_rows_of_an_embedding(level, kind, zeros, threads):
+    weight, library = matrix(40, 200, zeros, kind), kernel.load_kernel(level)
+    content = packed.pack_int8(weight)
+    table, expected = SparseEmbedding(content, 200, kernel=library), packed.unpack(content, [40, 200])
+    ids = torch.randint(40, (8, 5), generator=torch.Generator().manual_seed(1))
+    for some in (ids, ids[:, 1:2], ids.int(), ids[0, 0], ids[:0]):  # a column's numbers are apart
+        assert torch.equal(table(some), expected[some])
+    place = ctypes.addressof(table.matrix(kind))
+    front = kernel.DecoderStruct(None, place, None, None, 0, 0, 200, kind == torch.float16)
+    out, places = torch.empty(8, 200, dtype=kind), (ctypes.c_int64 * 24)(*ids[:, 2], *[0] * 16)
+    library.decode(ctypes.addressof(front), places, 8, None, None, 1, 1, out.data_ptr(), threads)
+    assert torch.equal(out, expected[ids[:, 2]])
+    for wrong in (-1, 40):
+        with pytest.raises(IndexError, match="token ids must be 0 to 39"):
+            table(torch.tensor([3, wrong]))
+
+
 # -------------------------------------------------------------------------------------------------- files and models
 
 
@@ -182,7 +202,7 @@ def test_a_model_runs_on_its_rounded_values(folder, tmp_path, tiny_windows):
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert isinstance(head, SparseLinear) and isinstance(embedding, SparseEmbedding) and compiled(model)
     assert embedding.values.data_ptr() == head.values.data_ptr()  # tied
-    assert torch.equal(embedding(torch.arange(len(head.values))), rounded.get_input_embeddings().weight)
+    assert torch.equal(embedding(torch.arange(head.out_features)), rounded.get_input_embeddings().weight)
     windows = tiny_windows % model.config.vocab_size
     assert perplexity(model, windows) == pytest.approx(perplexity(rounded, windows), rel=0.01)  # as of 16 bits
     ids = some_ids(2) % model.config.vocab_size
@@ -224,7 +244,7 @@ def test_sparsify_rounds_dense_layers_too():
     expected = decode(copy.deepcopy(model), some_ids(3))
     assert sparse.sparsify(model, values="int8") == 22 and compiled(model)
     masks = [module.mask is None for module in model.modules() if isinstance(module, SparseLinear)]
-    assert masks.count(True) == 11  # the head among them
+    assert masks.count(True) == 12  # the head and the embedding among them
     assert (decode(model, some_ids(3)) - expected).norm() <= 0.08 * expected.norm()
 
 
