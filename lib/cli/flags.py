@@ -88,7 +88,7 @@ class Flags:
 
     def paths(self) -> dict[str, Path]:
         """Return the words that were given as values, of which some may name a file or folder, by field."""
-        values = {item.name: getattr(self, item.name) for _, item, _ in self.declared()}
+        values = {i.name: getattr(self, i.name) for _, i, _ in self.declared() if not i.metadata["choices"]}
         return {name: Path(value) for name, value in values.items() if value and isinstance(value, str)}
 
     def traits(self) -> set[str]:

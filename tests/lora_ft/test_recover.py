@@ -81,8 +81,9 @@ def test_both_commands_do_the_same(flags, place, capsys):
             assert torch.equal(tensor == 0, recovered[name] == 0) and not torch.equal(tensor, recovered[name]), name
     assert Path("figures/recovery_recovered_sparsity_0.5.png").stat().st_size > 1000
     assert "held-out loss" in capsys.readouterr().out and not list(Path("recovered").glob("*.state"))
-    # What is recovered can be recovered again, from the same dense model, and is called by the same sparsity.
-    again = [*RECOVER.split(), "--model", "recovered", "--save_model", "twice", *flags.split()]
+    # What is recovered can be recovered again, from the same dense model, and is called by the same sparsity; a folder
+    # may have the name of a choice (--by model).
+    again = [*RECOVER.split(), "--model", "recovered", "--save_model", "model", *flags.split()]
     assert recover.main(again) == 0 and Path("results/run_recovered_sparsity_0.5.json").is_file()
 
 
