@@ -108,8 +108,7 @@ class CompiledTokens:
         batch, tokens = input_ids.shape if fits else (0, 0)
         fits = tokens == 1 and batch <= MAX_TOKENS and (positions is None or positions.shape in ((1, 1), (batch, 1)))
         room = self._room(cache, batch) if fits and self._plain(kwargs) else None
-        whole = room and room.length + 1 < self._window
-        places = room.places(input_ids, positions, kwargs.get("attention_mask")) if whole else None
+        places = room.places(input_ids, positions, kwargs.get("attention_mask")) if room else None
         if places is None:
             return self.__wrapped__(input_ids, *args, **kwargs)
         logits = self._decode(room.struct, places, room.angles, room.both, room.length)
@@ -125,15 +124,14 @@ class CompiledTokens:
     def _room(self, cache: DynamicCache, batch: int) -> "Room | None":
         """Return the room of ``cache``; None if the cache or the model is not as the kernel takes it.
 
-        Whether the model is, and is not watched, is asked when a room is made or somewhere there are new hooks: after
-        a prompt, and not for each of the tokens that follow.
+        The model is looked at after a prompt and after new hooks anywhere, not for each of the tokens that follow.
         """
         room = self._rooms.get(cache)
         if room is None or not room.continues(cache, batch):
             struct = self._described()
             held = struct and _held(cache, batch, struct)
             room = self._rooms[cache] = Room(held, struct, self.decoder.rotary_emb) if held else None
-        return room
+        return room if room and room.length + 1 < self._window else None
 
     def _described(self) -> DecoderStruct | None:
         """Return the model for the kernel, None if it is not as the kernel takes it, was altered, or is watched."""
@@ -164,24 +162,21 @@ class CompiledTokens:
             )
         sizes = len(blocks), table.columns, dtype == torch.float16
         struct = DecoderStruct(ctypes.addressof(blocks), places[-1], last, places[-2], last_eps, *sizes)
-        # What its addresses are of stays alive, also where a parameter gets other data meanwhile.
-        struct.array, struct.all_blocks = array, blocks
+        struct.array, struct.all_blocks = array, blocks  # stay alive, as do the data that parameters have now
         struct.parameters = [parameter.detach() for parameter in self.model.parameters()]
         return struct
 
-    def _decode(
-        self, struct: DecoderStruct, places: list[int], angles: torch.Tensor, both: torch.Tensor, filled: int
-    ) -> torch.Tensor:
+    def _decode(self, struct: DecoderStruct, places: list[int], *held: torch.Tensor | int) -> torch.Tensor:
         """Return logits, or hidden states where ``struct`` has no head, of one token per sequence, [batch, 1, numbers].
 
-        ``places``: as ``Room.places`` returns them; ``angles``: cosines and sines, [2, most, size]; ``both``: keys of
-        each block and then values of each, [2 blocks, batch, keys, most, size], of which ``filled`` places are.
+        ``places``: as ``Room.places`` returns them; ``held``: cosines and sines, [2, most, size], keys of each block
+        and then values of each, [2 blocks, batch, keys, most, size], and how many of ``most`` places are filled.
         """
-        tokens = len(places) // 3
+        tokens, (angles, both, filled) = len(places) // 3, held
         out = both.new_empty(tokens, 1, self._linears[-1].out_features if struct.head else struct.width)
-        given = (ctypes.c_int64 * len(places))(*places), tokens, angles.data_ptr(), both.data_ptr()
-        sizes = both.shape[3], filled + 1
-        self.kernel.decode(ctypes.addressof(struct), *given, *sizes, out.data_ptr(), torch.get_num_threads())
+        rows = (ctypes.c_int64 * len(places))(*places)
+        given = rows, tokens, angles.data_ptr(), both.data_ptr(), both.shape[3], filled + 1, out.data_ptr()
+        self.kernel.decode(ctypes.addressof(struct), *given, torch.get_num_threads())
         return out
 
     @torch.no_grad()
@@ -214,8 +209,8 @@ class CompiledTokens:
         turned = room.angles.shape[2] == self.layers[0].self_attn.head_dim
         turned = turned and all(map(torch.equal, angles, [*room.angles[:, None, [room.length]]] * struct.count))
         table = dense_matrix(entered[-1][:, 0].contiguous())
-        ends = ctypes.addressof(table), struct.norm, struct.head, struct.eps
-        behind = DecoderStruct(None, *ends, 0, struct.width, struct.half)
+        ends = struct.norm, struct.head, struct.eps, 0, struct.width, struct.half
+        behind = DecoderStruct(None, ctypes.addressof(table), *ends)
         logits = self._decode(behind, [0, 1, 0, 0, 0, 0], room.angles, room.both, 0)
         # Roundings of the normed numbers and of the products.
         return chained and turned and _close(logits, expected, 4 * torch.finfo(x.dtype).eps * expected.abs().max())
@@ -235,8 +230,7 @@ class CompiledTokens:
         table, address = dense_matrix(tokens.view(count, -1)), ctypes.addressof(struct.all_blocks[index])
         alone = DecoderStruct(address, ctypes.addressof(table), None, None, 0, 1, struct.width, struct.half)
         for place in range(TRIAL_TOKENS):
-            rows = [2 * place, 2 * place + 1]
-            outs.append(self._decode(alone, [*rows, *rows, 0, 0], angles, both, place))
+            outs.append(self._decode(alone, [2 * place, 2 * place + 1] * 2 + [0, 0], angles, both, place))
         eps, size, added = torch.finfo(dtype).eps, _largest, expected.float() - tokens.float()
         first = index * len(LINEARS)
         if any(matrix.scales for matrix in struct.array[first : first + len(LINEARS)]):
@@ -266,38 +260,22 @@ class Room:
             place[:, :, : self.length] = each
         self.angles = torch.cat(rotary(self.both, torch.arange(most)[None])).to(self.both.dtype)  # [2, most, size]
         self.struct, self.rows, self.hooks = struct, struct.array[-1].rows, RemovableHandle.next_id
-        self.begins, self.shown = [0] * batch, torch.ones(batch, most, dtype=torch.bool)
 
     def continues(self, cache: DynamicCache, batch: int) -> bool:
         """Return whether ``cache`` is as ``lend`` left it, there is room for a token, and nobody registered a hook."""
         held = [*(layer.keys for layer in cache.layers), *(layer.values for layer in cache.layers)]
-        same = len(held) == len(self.views) and all(map(is_, held, self.views)) and batch == len(self.begins)
+        same = len(held) == len(self.views) and all(map(is_, held, self.views)) and batch == self.both.shape[1]
         return same and self.length < self.both.shape[3] and self.hooks == RemovableHandle.next_id
 
-    def places(
-        self, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> list[int] | None:
+    def places(self, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None) -> list[int] | None:
         """Return each sequence's token, then each one's place in ``angles``, then where the keys of each begin.
 
         None if there is no such token or place, or if ``mask`` hides others than the first keys.
         """
         tokens, turns = ids.flatten().tolist(), [self.length] if positions is None else positions.flatten().tolist()
-        turns *= len(tokens) // len(turns)
-        begins = [0] * len(tokens) if mask is None else self._begins(mask)
+        turns, begins = turns * (len(tokens) // len(turns)), _begins(mask, len(tokens), self.length + 1)
         inside = min(*tokens, *turns) >= 0 and max(tokens) < self.rows and max(turns) < self.both.shape[3]
         return [*tokens, *turns, *begins] if inside and begins else None
-
-    def _begins(self, mask: torch.Tensor) -> list[int] | None:
-        """Return where the keys of each sequence begin; None if ``mask`` hides others than the first."""
-        length, shown = self.length + 1, mask != 0
-        if shown.shape != (len(self.begins), length):
-            return None
-        if not torch.equal(shown, self.shown[:, :length]):  # it is the mask of the token before, and one number more
-            hidden = (~shown).sum(1)
-            self.begins, self.shown = hidden.tolist(), torch.arange(self.both.shape[3]) >= hidden[:, None]
-            if not (shown[:, -1].all() and torch.equal(shown, self.shown[:, :length])):
-                return None
-        return self.begins
 
     def lend(self, cache: DynamicCache) -> None:
         """Let the layers of ``cache`` hold one token more, which is now in its place."""
@@ -321,6 +299,17 @@ def _held(cache: DynamicCache, batch: int, struct: DecoderStruct) -> list[torch.
     return held if fits and all(each.device.type == "cpu" for each in held) else None
 
 
+def _begins(mask: torch.Tensor | None, batch: int, length: int) -> list[int] | None:
+    """Return where the keys of each sequence begin; None if ``mask`` hides others than the first."""
+    if mask is None or (mask.shape == (batch, length) and mask.all()):
+        return [0] * batch
+    if mask.shape != (batch, length):
+        return None
+    begins = (mask == 0).sum(1)
+    padded = mask[:, -1].all() and torch.equal(mask != 0, torch.arange(length) >= begins[:, None])
+    return begins.tolist() if padded else None
+
+
 def _largest(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.float().abs().max()
 
@@ -338,11 +327,10 @@ def _is_llama(model: PreTrainedModel) -> bool:
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     parts = decoder, head, decoder.embed_tokens, decoder.layers, decoder.norm, decoder.rotary_emb
     modules = {*model.children(), *decoder.children()}
-    plain = modules == {*parts} and type(decoder.norm) is nn.RMSNorm
+    plain = modules == {*parts} and type(decoder.norm) is nn.RMSNorm and isinstance(head, SparseLinear | DenseLinear)
     plain = plain and type(decoder.embed_tokens) in (nn.Embedding, SparseEmbedding)
     # Frequencies that depend on a text's length are not those of all its places.
-    plain = plain and not any(kind in str(decoder.rotary_emb.rope_type) for kind in ("dynamic", "longrope"))
-    if not plain or not isinstance(head, SparseLinear | DenseLinear):
+    if not plain or any(kind in str(decoder.rotary_emb.rope_type) for kind in ("dynamic", "longrope")):
         return False
     blocks = [_is_block(layer, head.in_features) for layer in decoder.layers]
     sizes = {(layer.self_attn.head_dim, layer.self_attn.k_proj.out_features) for layer in decoder.layers}

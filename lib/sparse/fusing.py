@@ -73,16 +73,15 @@ def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None
     owners = Counter(id(getattr(module, "weight", None)) for module in model.modules())
     count, rounded = 0, cache(pack_int8)  # a tied lm_head shares what its embedding holds
     for name, module in tables.items():
-        weight, bias = module.weight, getattr(module, "bias", None)
+        weight, is_table = module.weight, module is embedding
         if values == "int8" and can_round(weight):
-            kind = SparseEmbedding if module is embedding else SparseLinear
-            new = kind(rounded(weight), weight.shape[1], bias, kernel)
-        elif module is embedding:
-            continue
-        else:
+            new = (SparseEmbedding if is_table else SparseLinear).from_dense(module, kernel, rounded)
+        elif not is_table:
             zeros = 1 - torch.count_nonzero(weight).item() / weight.numel()
             sparse = zeros >= least and owners[id(weight)] == 1
-            new = (SparseLinear.from_linear if sparse else DenseLinear)(module, kernel)
+            new = (SparseLinear.from_dense if sparse else DenseLinear)(module, kernel)
+        else:
+            continue
         model.set_submodule(name, new)
         count += type(new) is SparseLinear
     fuse(model, kernel)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lib.core import cpu
 from lib.sparse.kernel import KERNEL_DTYPES, MAX_TOKENS, Kernel, MatrixStruct, load_kernel
-from lib.sparse.packed import PackedTensor, pack, pack_int8, row_starts
+from lib.sparse.packed import PackedTensor, pack, row_starts
 
 # Fraction of zeros from which the float32 product of many tokens is faster if it skips them.
 SKIP_FROM = 0.45
@@ -66,10 +66,10 @@ class SparseLinear(nn.Module):
         self._matrix = MatrixStruct(*places, *sizes, scales)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, kernel: Kernel | None = None, int8: bool = False) -> "SparseLinear":
-        """Return the packed form of a dense layer."""
-        weight = linear.weight.detach()
-        return cls(pack_int8(weight) if int8 else pack(weight), linear.in_features, linear.bias, kernel)
+    @torch.no_grad()
+    def from_dense(cls, dense: nn.Module, kernel: Kernel | None = None, packer: Callable = pack) -> "SparseLinear":
+        """Return the packed form of a dense layer; ``packer``: ``packed.pack`` or ``pack_int8``."""
+        return cls(packer(dense.weight), dense.weight.shape[1], getattr(dense, "bias", None), kernel)
 
     def matrix(self, dtype: torch.dtype) -> MatrixStruct | None:
         """Return the weight for the kernel if it is of this ``dtype``."""
@@ -136,17 +136,11 @@ class DenseLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.training, self.kernel = linear.training, kernel or load_kernel()
-        self._cached_matrix = None, None
 
     def matrix(self, dtype: torch.dtype) -> MatrixStruct | None:
         """Return the weight for the kernel if it is of this ``dtype`` and on the CPU."""
         weight, bias = map(self._parameters.get, ("weight", "bias"))  # nn.Module's own lookup is slow
-        if dtype != weight.dtype:
-            return None
-        key = weight.data_ptr(), None if bias is None else bias.data_ptr(), dtype  # another after a move
-        if self._cached_matrix[0] != key:
-            self._cached_matrix = key, dense_matrix(weight, bias)
-        return self._cached_matrix[1]
+        return dense_matrix(weight, bias) if dtype == weight.dtype else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         watched = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)

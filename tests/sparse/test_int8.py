@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import error_line, tiny_llama
+from safetensors.torch import load_file
 from test_decode import compiled, decode, some_ids
 from test_layers import CLOSE, HALF_ULP, SHAPES, dense, linear, matrix, needs_kernel, rewrite, with_zeros
 from test_load_models import build
@@ -16,7 +17,7 @@ from lib.core import cpu
 from lib.core.errors import UserError
 from lib.evaluation.perplexity import perplexity
 from lib.sparse import DenseLinear, SparseEmbedding, SparseLinear, kernel, packed
-from scripts.speedup import pack
+from scripts.speedup import engines, pack
 
 
 def stood_for(weight: torch.Tensor) -> torch.Tensor:
@@ -26,7 +27,7 @@ def stood_for(weight: torch.Tensor) -> torch.Tensor:
 
 
 def layer_of(weight: torch.Tensor, level: str, bias: torch.Tensor | None = None) -> SparseLinear:
-    return SparseLinear.from_linear(linear(weight, bias), kernel.load_kernel(level), int8=True)
+    return SparseLinear.from_dense(linear(weight, bias), kernel.load_kernel(level), packed.pack_int8)
 
 
 # --------------------------------------------------------------------------------------------------- rounded weights
@@ -184,6 +185,16 @@ def test_a_folder_says_what_it_holds_and_is_smaller(folder, tmp_path, capsys):
     for (name, ours), theirs in zip(model.named_parameters(), back.parameters(), strict=True):
         rounded = packed.unpack(packed.pack_int8(ours.data), list(ours.shape)) if ours.ndim == 2 else ours
         assert torch.equal(rounded, theirs), name
+
+
+@needs_kernel
+def test_megabytes_are_those_of_the_file_and_of_where_rows_begin(folder):
+    model = engines.ENGINES["packed"]({"path": str(folder)}, {"cores": 1})
+    held = sum(buffer.nbytes for buffer in model.model.buffers())  # of the rotations
+    for name, tensor in load_file(next(folder.glob("*.safetensors"))).items():
+        owners = 2 if "embed_tokens" in name else 1  # the tied head looks up its rows itself
+        held += tensor.nbytes + (8 * owners * (len(tensor) + 1) if name.endswith(".mask") else 0)
+    assert round(1e6 * model.megabytes()) == held
 
 
 def test_values_are_refused_where_they_do_nothing(folder, tmp_path, capsys):
