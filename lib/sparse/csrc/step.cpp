@@ -64,8 +64,8 @@ T* room(std::vector<T>& buffer, int64_t count) {
 }
 
 template <bool HALF>
-void enter(const Block& b, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, const int64_t* turns, int tokens,
-           uint16_t* q, uint16_t* k, uint16_t* v, int64_t apart, int threads) {
+void enter(const Block& b, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, const int64_t* turns,
+           int tokens, uint16_t* q, uint16_t* k, uint16_t* v, int64_t apart, int threads) {
   static thread_local std::vector<uint16_t> normed;
   static thread_local std::vector<float> products;
   const int64_t queries = b.heads * b.size, keys = b.keys * b.size;
