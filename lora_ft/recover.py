@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.cli.command import command, make_parser
 from lib.cli.flags import flag
-from lib.cli.settings import AllocationFlags, Experiment, PruningFlags, ZeroShotFlags, parse_nm
+from lib.cli.settings import AllocationFlags, Experiment, MixtureFlags, PruningFlags, ZeroShotFlags, parse_nm
 from lib.cli.task import Task
 from lib.core import processes
 from lib.core.errors import UserError
@@ -29,7 +29,8 @@ class Recover(Experiment):
     _title: ClassVar[str] = "models"
     _without: ClassVar[Sequence[str]] = (
         "nsamples", "prompts", "prompt_data", "save_calib",
-        *PruningFlags.__annotations__, *AllocationFlags.__annotations__, *ZeroShotFlags.__annotations__,
+        *PruningFlags.__annotations__, *AllocationFlags.__annotations__, *MixtureFlags.__annotations__,
+        *ZeroShotFlags.__annotations__,
     )  # fmt: skip
     _spelled: ClassVar[dict[str, str]] = {"recover": "tokens"}
 

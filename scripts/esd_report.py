@@ -127,9 +127,9 @@ def draw_blocks(layers: pandas.DataFrame, sizes: pandas.Series, title: str):
 
 
 def draw_heat_map(layers: pandas.DataFrame, title: str):
-    """Draw the metric, a row for each type of matrix and a column for each block."""
+    """Draw the metric, a row for each type of matrix and a column for each block; of experts the mean."""
     metric, kinds = layers.columns[3], layers["name"].str.rpartition(".")[2]
-    grid = layers.assign(kind=kinds).pivot(index="kind", columns="block", values=metric).loc[kinds.unique()]
+    grid = layers.assign(kind=kinds).pivot_table(index="kind", columns="block", values=metric).loc[kinds.unique()]
     rows, columns = grid.shape
     figure, (axes,) = files.new_figure(max(6.0, 2.5 + 0.16 * columns), 1.2 + 0.35 * rows)
     low, high = numpy.nanpercentile(grid, [1, 99])  # one outlier would leave the rest in one colour

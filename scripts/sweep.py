@@ -150,10 +150,14 @@ class Sweep(Experiment):
 
     def _applies(self, item: Field, method: str | None) -> bool:
         """Return whether a flag of main.py does something for a ``method``."""
-        names = {flag.name for _, flag, _ in Experiment.declared()} & self.given - {*self._lists}
-        traits = Experiment(**{name: getattr(self, name) for name in names} | {"prune_method": method}).traits()
-        only = item.metadata["only"]
-        return not only or item.metadata["warns"] or bool(traits & set(only.split(" | ")))
+        declared = {flag.name: flag.metadata for _, flag, _ in Experiment.declared()}
+        names, before = declared.keys() & self.given - {*self._lists}, None
+        while names != before:  # what a flag is for may be one that does nothing itself
+            before = names
+            traits = Experiment(**{name: getattr(self, name) for name in names} | {"prune_method": method}).traits()
+            purposes = {name: declared[name]["only"] for name in names if not declared[name]["warns"]}
+            names = {x for x in names if not purposes.get(x) or traits & {*purposes[x].split(" | ")}}
+        return item.name in names
 
 
 def words(flag_value: str) -> list[str]:

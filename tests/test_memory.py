@@ -7,13 +7,14 @@ import torch
 from mixtures import tiny_mixture
 from pretend_cuda import pretend_cuda
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lib.calibration import statistics as calibration
 from lib.calibration.statistics import as_float32, hessian, squared_norms
 from lib.models import memory
 from lib.models.experts import active_share
 from lib.models.layers import prunable_layers
+from lib.models.weights import weights_of
 from lib.pruning.pruners import PRUNERS, refitted
 from lib.pruning.sparsegpt import BLOCK, inverse_factor, repair, repair_group
 
@@ -191,6 +192,17 @@ def test_a_7b_is_pruned_beside_its_weights_on_a_card_of_24_gb(name):
     hessians = PRUNERS[name].statistic == "hessian"
     bound = memory.working_set(model, torch.float16, hessians, 128, 2048, PRUNERS[name].copies)
     assert weights + bound <= 24e9  # hidden states of all windows on the card, and whatever else is held at once
+
+
+def test_experts_as_wide_as_the_model_have_two_hessians_each(monkeypatch):
+    # As in gpt-oss; gate and up share one, down has its own.
+    config = MixtralConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
+    config.num_key_value_heads = config.num_local_experts = 4
+    (block,) = weights_of(MixtralForCausalLM(config)).visit()
+    for experts, groups in ((4, 1), (3, 2), (1, 4)):
+        room = 8 * 2 * experts * 32**2 + 5 * 4 * 32**2
+        monkeypatch.setattr(memory, "free_ram", lambda room=room: room / memory._FILLED + 1)
+        assert len(memory.hessian_groups(block)) == groups
 
 
 def test_activations_of_a_mixture_are_those_of_the_experts_that_are_active():

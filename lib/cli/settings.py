@@ -16,6 +16,7 @@ from lib.calibration.hidden import CALIB_DTYPES, HIDDEN_STATES, PROPAGATE
 from lib.calibration.statistics import EXPERT_WEIGHTING
 from lib.cli.flags import Flags, flag
 from lib.cli.task import Task
+from lib.core.digests import digest
 from lib.core.errors import UserError, check_name, flag_name
 from lib.core.files import in_repository
 from lib.evaluation.zero_shot import ZERO_SHOT_TASKS
@@ -368,9 +369,14 @@ class Experiment(
     def measurement(self, model: str, whole: bool = False) -> Measurement:
         """Return how the metric of the ``model`` is measured, and where it is cached; ``whole``: before experts go."""
         farms = spectrum.Farms(self.farms_rows, self.farms_ratio, self.farms_steps) if self.farms else None
-        folder = Path(self.ww_metric_cache or Path(in_repository("data"), model))
-        folder = folder / "dropped" if self.drop_experts and not whole else folder
+        folder = Path(self.ww_metric_cache or in_repository("data"))
+        folder = folder if self.ww_metric_cache and (whole or not self.drop_experts) else folder / model
         return Measurement(self.ww_metric, folder, self.esd_driver, farms, self.seed)
+
+    def name_of(self, model: str) -> str:
+        """Return the name of the ``model`` for caches and plans: without some experts, which the text decides, too."""
+        chosen = f"{self.drop_by}-drop{self.drop_experts:g}-{digest(self.identity(TextFlags))[:8]}"
+        return f"{model}-{chosen}" if self.drop_experts else model
 
     def price_options(self) -> price.SearchOptions:
         """Return the options of the search for prices."""

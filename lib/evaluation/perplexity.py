@@ -36,7 +36,7 @@ def perplexity_by_blocks(weights: Weights, windows: torch.Tensor) -> float:
     if weights.in_memory:
         return perplexity(weights.model, windows)
     inputs = enter_blocks(weights, windows)
-    for block in tqdm(weights.visit(), total=len(weights.modules), desc="evaluating", unit="block", disable=None):
+    for block in tqdm(weights.visit(by_matrix=False), "evaluating", len(weights.modules), unit="block", disable=None):
         advance(block, inputs)
     mine = windows[processes.share(len(windows))]
     with after_blocks(weights, inputs.tuples) as logits:

@@ -29,6 +29,9 @@ Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _HUB_PATIENCE = 5.0  # seconds
 
+# Classes of models with images, of which the library may load the text model by itself.
+_WITH_IMAGES = "ForConditionalGeneration"
+
 # Python files of a model's folder are never run; transformers would ask at the terminal.
 _NO_CODE = {"trust_remote_code": False}
 
@@ -67,11 +70,13 @@ def load_skeleton(source: Source) -> transformers.PreTrainedModel:
         causal = any("ForCausalLM" in name for name in names) or getattr(config, "is_decoder", True)
         if getattr(config, "is_encoder_decoder", False):
             reason = "is an encoder-decoder"
-        elif causal and all("ForCausalLM" in name or "LMHead" in name for name in names):
+        elif causal and all("ForCausalLM" in name or "LMHead" in name or _WITH_IMAGES in name for name in names):
             with suppress(ValueError), torch.device("meta"):  # the library may have no causal model for this config
                 skeleton = transformers.AutoModelForCausalLM.from_config(config, **_NO_CODE)
-        if skeleton is None:
+        if skeleton is None or _WITH_IMAGES in type(skeleton).__name__:
             raise UserError("model", source.given, f"{architecture(config)} {reason}", f"supported: {SUPPORTED}")
+        if _WITH_IMAGES in names[0]:
+            log.warning("%s is a model with images; its text model alone is read, pruned and saved", source.given)
     except UserError:
         raise
     except Exception as error:  # OSError, ValueError, KeyError ...: whatever a wrong config.json leads to

@@ -132,7 +132,8 @@ def hessian_groups(block: Block) -> list[list[str]]:
         by_expert[name.rpartition(".")[0] if hasattr(linear, "place") else ""].append(name)
     outside, groups, used = by_expert.pop("", []), [[]], 0
     for names in by_expert.values():
-        needed = (4 if gpu else 8) * sum({columns[name] ** 2 for name in names})
+        # Gate and up share an input, and so a Hessian.
+        needed = (4 if gpu else 8) * sum({name.endswith("down_proj"): columns[name] ** 2 for name in names}.values())
         if used and used + needed > room:
             groups, used = [*groups, []], 0
         groups[-1] += names

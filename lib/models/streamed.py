@@ -144,7 +144,8 @@ class Streamed(Weights):
 def _find_tensors(weights: Weights, folder: Path) -> list[list[tuple[Place, Entry]]]:
     """Return where the checkpoint in ``folder`` holds the tensors of the model of ``weights``.
 
-    Its names are the published ones, or the model's own, and are with or without the prefix of what the head is put on.
+    Its names are the published ones, or the model's own, and are with or without the prefix of what the head is put on,
+    or with that of the text model beside images.
     A tensor that is missing or has another shape is a UserError, and so are tensors that differ though the config ties
     them: both would be used if it were loaded as a whole.
     """
@@ -158,7 +159,7 @@ def _find_tensors(weights: Weights, folder: Path) -> list[list[tuple[Place, Entr
             raise UserError("model", folder, problem, fix)
 
     def find(name: str, stored: Place) -> tuple[Place, Entry]:
-        spellings = (name, name.removeprefix(base), base + name)
+        spellings = (name, name.removeprefix(base), base + name, name.replace(base, f"{base}language_model.", 1))
         entry = next((entries[spelling] for spelling in spellings if spelling in entries), None)
         if entry is None or entry.shape != tuple(stored.view(model).shape):
             missing.append(name)

@@ -6,7 +6,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -72,11 +72,15 @@ class Weights:
         """Whether every block stays in place after its visit."""
         return not any(_offloaded(module.modules()) for module in self.modules)
 
-    def visit(self, write: bool = False, backwards: bool = False) -> Iterator[Block]:
-        """Lend the blocks one by one, in order; with ``write``, changes to their weights are kept."""
+    def visit(self, write: bool = False, backwards: bool = False, by_matrix: bool = True) -> Iterator[Block]:
+        """Lend the blocks one by one, in order; with ``write``, changes to their weights are kept.
+
+        Experts are computed ``by_matrix``, or as the model's configuration says, in another order of additions.
+        """
         indices = range(len(self.modules))
         for index in reversed(indices) if backwards else indices:
-            with self._lent(index, write) as device, bound_experts(self.modules[index]):
+            bound = bound_experts(self.modules[index]) if by_matrix else nullcontext()
+            with self._lent(index, write) as device, bound:
                 yield Block(index, self.modules[index], self._linears[index], device, self._experts[index])
 
     @contextmanager

@@ -71,6 +71,7 @@ class LanguageModel:
         dropping = (settings.drop_experts, settings.drop_by) if settings.drop_experts else None
         if (source, dropping) != (self.source, self.dropping):
             self._inspect(source, dropping)
+        self.settings, self.name, self.hidden_states = settings, settings.name_of(source.name), settings.hidden_states
         dtype, options = settings.dtype, settings.recovery_options()
         self.dtypes = sparse.packed_dtypes(source, dtype) if packed else load.choose_dtypes(dtype, self.skeleton)
 
@@ -79,7 +80,6 @@ class LanguageModel:
         if self.calib_dtype and self.dtypes.compute != torch.float32:
             problem = f"the model is computed in {str(self.dtypes.compute).removeprefix('torch.')}, which is as fast"
             raise UserError("calib_dtype", settings.calib_dtype, problem, "leave it out, or use --dtype float32")
-        self.settings, self.hidden_states = settings, settings.hidden_states
         if settings.hidden_states == "gpu" and not cpu.gpus():
             raise UserError("hidden_states", "gpu", "there is no GPU that torch can use", "use cpu or disk")
         for name, trait in (("nsamples", "calibration"), ("batch", "recover")):
@@ -118,12 +118,10 @@ class LanguageModel:
         self.scores = {}
         self._once = cache(lambda work, *how: work(*how))  # keeps what was read for an earlier run
         self.skeleton = self.whole = load.load_skeleton(source)
-        self.name, self.given = source.name, source.anywhere
+        self.given = source.anywhere
         if dropping:
-            share, by = dropping
-            self.experts_left = drop.remaining_experts(self.whole, share)
+            self.experts_left = drop.remaining_experts(self.whole, dropping[0])
             self.skeleton = with_fewer_experts(self.whole, self.experts_left)
-            self.name = f"{source.name}-{by}-drop{share:g}"
         self.layers = prunable_layers(self.skeleton)
         self.tokenizer = load.load_tokenizer(source)
         self.source, self.dropping = source, dropping
@@ -217,14 +215,17 @@ class LanguageModel:
         teacher = Streamed(locate.local_copy(source), self.dtypes, processes.device() or memory.freest())
         self.teacher, self.teacher_name = teacher, source.anywhere
         sizes = [tuple(model.get_input_embeddings().weight.shape) for model in (teacher.model, self.skeleton)]
+        # Where experts were dropped, those that stay have new numbers.
+        others = [{x.name: x.shape for x in layers if not x.expert} for layers in (teacher.layers, self.layers)]
         fix = "give the model that was pruned"
-        if sizes[0] != sizes[1] or [*teacher.layers] != [*prunable_layers(self.whole)]:
-            problem = f"is another model than the pruned one: its embedding is {sizes[0]}, the other's {sizes[1]}"
-            raise UserError("dense", source.given, problem, fix)
+        if sizes[0] != sizes[1] or others[0] != others[1]:
+            of = f"embedding is {sizes[0]}, the other's {sizes[1]}" if sizes[0] != sizes[1] else "layers are others"
+            raise UserError("dense", source.given, f"is another model than the pruned one: its {of}", fix)
         # All of the model is read for them, once.
-        expected = dense.get("fingerprints")
+        expected = dense.get("fingerprints") or {}
         self.teacher_fingerprints = teacher.fingerprints() if expected or settings.save_model else {}
-        if expected and (layer := first_difference(expected, self.teacher_fingerprints)):
+        compared = {name: x for name, x in expected.items() if name in others[0] or teacher.layers == self.layers}
+        if expected and (layer := first_difference(self.teacher_fingerprints, compared)):
             raise UserError("dense", source.given, f"is not the model that was pruned (see {layer})", fix)
 
     def _needed_memory(self, settings: Experiment) -> int:
@@ -334,7 +335,7 @@ class LanguageModel:
     def recover(self, record: Record, task: Task) -> None:
         """Distil the teacher into the weights as a stage of a run, save them, and add what it did to the ``record``."""
         content, settings, weights = record.content, self.settings, self.weights
-        if not content["sparsity"] and not settings.drop_experts:
+        if not content["sparsity"] and (self.teacher is None or self.teacher.layers == weights.layers):
             raise UserError("model", None, "is not pruned, no weight of it is zero", "prune it first")
         targets, options = settings.folders(task), settings.recovery_options()
         stored = closing(Journal(targets[-1], settings.restart)) if targets else nullcontext()

@@ -140,7 +140,8 @@ def allocate(
         key = _search_key(subject, task)
         tried, remember = journal.get("trials", key), partial(journal.put, "trials", key)
         subject.weights.use_scratch(journal.scratch)
-    grid = epsilon.epsilon_grid(formulas.largest_epsilon(layers, task.target, values, task.hyper["mapping_type"]))
+    chosen = [layer for layer in layers if layer.expert or not task.mixture.get("only")]
+    grid = epsilon.epsilon_grid(formulas.largest_epsilon(chosen, task.target, values, task.hyper["mapping_type"]))
     tries = {trial: make_plan(task, layers, values, trial) for trial in grid}
     trials = epsilon.try_epsilons(subject.weights, tries, task.pruner, subject.search, subject.dense, tried, remember)
     return tries[epsilon.best(trials)], trials

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fast, saved_tensors
+from mixtures import tiny_mixture
 from pretend_cuda import CUDA, CudaTensor, pretend_cuda
 from test_journal import hashes
 
@@ -225,6 +226,22 @@ def test_layers_are_solved_by_owners(pruner, place):
     assert different(one[1], two[1]) <= 1e-4  # measured: 0
     solved = noted("_prune_layers")
     assert len(solved[0] + solved[1]) == len(set(solved[0] + solved[1])) == 12 and min(map(len, solved)) >= 3
+
+
+def test_experts_are_shared(place, tiny_tokenizer):
+    tiny_mixture("gpt-oss").save_pretrained("tiny-mixture")  # whose matrices are views that are not contiguous
+    tiny_tokenizer.save_pretrained("tiny-mixture")
+    runs, tables = [], []
+    for count in (1, 2):
+        flags = "--model tiny-mixture --prune_method sparsegpt --drop_experts 0.25"
+        runs.append(outcome(place, flags, count))
+        lines = Path(f"by-{count}/layers_sparsegpt_sparsity_0.6_drop0.25.tsv").read_text().splitlines()
+        tables.append([(line.split("\t")[0], line.split("\t")[-1]) for line in lines])
+    assert tables[0] == tables[1] and tables[0][0] == ("name", "tokens")  # those of all windows
+    (one, weights, _), (two, others, _) = runs
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
+    pruned = [name for name in weights if "proj" in name and "bias" not in name]
+    assert max(((weights[x] == 0) != (others[x] == 0)).float().mean() for x in pruned) <= 1e-3  # measured: 0
 
 
 RECOVERED = ["--recover 600", "--recover 800 --by block --stream always", "--recover 600 --train low_rank"]

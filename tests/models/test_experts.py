@@ -515,6 +515,13 @@ def test_streamed_experts_that_are_stored_fused(tmp_path, tiny_windows):
     assert weights.sparsity() == 1
 
 
+def test_streamed_perplexity_is_that_in_memory(family, tmp_path, tiny_windows):
+    # In half precision, where another order of additions shows.
+    opened = homes(saved_model(family, tmp_path, BF16), BF16, BF16).values()
+    one, two = (perplexity_by_blocks(home(), tiny_windows) for home in opened)
+    assert one == two
+
+
 @pytest.mark.parametrize("family", ["deepseek-v3", "minimax-m2", "lfm2-moe"])
 def test_a_routers_correction_bias_is_read_from_disk(family, tmp_path, tiny_windows):
     perplexities = []

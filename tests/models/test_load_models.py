@@ -230,6 +230,10 @@ REFUSED = {
     ),
     "GPT2LMHeadModel": (tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "cannot be found"),
     "T5ForConditionalGeneration": (tf.T5Config(vocab_size=300, d_model=32, num_layers=2), "encoder-decoder"),
+    "Gemma4ForConditionalGeneration": (  # of which the library loads no text model alone
+        tf.Gemma4Config(text_config=tf.Gemma4TextConfig(**_GEMMA).to_dict()),
+        "causal",
+    ),
     "BertForMaskedLM": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),
     "BertLMHeadModel": (tf.BertConfig(vocab_size=300, hidden_size=32), "causal"),  # is_decoder is False
     "LlamaForCausalLM": (tf.LlamaConfig(**_COMMON, **_MLP, quantization_config={"quant_method": "gptq"}), "quantised"),

@@ -1,8 +1,10 @@
 """Whole runs on a tiny mixture of experts: methods, flags for mixtures, and what is refused before it is loaded."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import transformers as tf
@@ -13,6 +15,7 @@ import main
 from lib.models.layers import prunable_layers
 from lib.models.weights import weights_of
 from lib.pruning import drop
+from lora_ft import recover
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,16 @@ def test_experts_only(mixture, run):
     assert zeros_by_name(Path(record_of("again")["saved_model"])) == zeros
 
 
+def test_epsilons_that_are_tried_are_those_of_the_experts_alone(mixture, run):
+    # All else, whose alpha is far above theirs, would bound them by 0.14; the experts of two blocks, 0 and 1, by 0.25.
+    layers = prunable_layers(tiny_mixture("qwen2-moe"))
+    Path("cache").mkdir()
+    numpy.save("cache/alpha_peak.npy", [layer.block if layer.expert else 10.0 for layer in layers])
+    flags = "--prune_method magnitude_ww --sparsity_ratio 0.8 --mapping_type expert_wise --only experts --epsilon auto"
+    assert run(mixture, f"{flags} --ww_metric_cache cache --save out") == 0
+    assert [trial["epsilon"] for trial in record_of("out")["epsilon_search"]] == [0, 0.05, 0.1, 0.15, 0.2, 0.25]
+
+
 def test_experts_only_in_groups(mixture, run):
     assert run(mixture, "--prune_method wanda --sparsity_type 2:4 --only experts --save out --save_model kept") == 0
     zeros = zeros_by_name(Path(record_of("out")["saved_model"]))
@@ -141,6 +154,36 @@ def test_dropped_experts_in_memory_and_streamed(by, mixture, run):
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
+def test_a_folder_without_some_experts_is_recovered_by_itself(mixture, run, tiny_text, other_text, capsys):
+    method = "--prune_method magnitude --drop_experts 0.5"  # and nothing else
+    assert run(mixture, f"{method} --nsamples 6 --recover 256 --save both --save_model kept") == 0
+    texts = f"--calib_data {tiny_text} --eval_data {other_text} --seqlen 32 --eval_windows 4"
+    flags = f"--model kept/magnitude_0.0_drop0.5 {texts} --tokens 256 --save figures --save_model alone"
+    assert recover.main(flags.split()) == 0
+    one, two = saved_tensors(Path("kept/magnitude_0.0_drop0.5_recovered")), saved_tensors(Path("alone"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+    # Another model of the same shapes is found out by what is no expert.
+    other = tiny_mixture("qwen2-moe")
+    other.model.layers[1].self_attn.q_proj.weight.data.mul_(1.5)
+    other.save_pretrained("other")
+    shutil.copy(mixture / "tokenizer.json", "other")
+    assert recover.main([*flags.split(), *"--dense other --save_model again".split()]) == 2
+    assert "is not the model that was pruned (see model.layers.1.self_attn.q_proj)" in capsys.readouterr().err
+
+
+def test_metrics_and_plans_are_those_of_the_experts_that_stay(mixture, run, capsys):
+    flags = "--sparsity_ratio 0.5 --drop_experts 0.25 --drop_by random"
+    for seed in (1, 2):  # with which other experts stay
+        ww = f"--prune_method magnitude_ww --seed {seed} --ww_metric_cache cache --save_plan {seed}.json"
+        assert run(mixture, f"{ww} {flags} --save {seed}") == 0
+    assert record_of("1")["perplexity"] != record_of("2")["perplexity"]
+    for seed, status in ((1, 0), (2, 2)):
+        assert run(mixture, f"--prune_method magnitude --plan 1.json --seed {seed} {flags} --save again") == status
+    assert record_of("again")["perplexity"] == record_of("1")["perplexity"]
+    assert "1.json: is a plan for the model tiny-mixture-random-drop0.25-" in capsys.readouterr().err
+
+
 RECOVERED = ["", "--by block --stream always", "--train low_rank --rank 4", "--sparsity_ratio 0"]
 
 
@@ -171,6 +214,28 @@ def test_experts_are_dropped_without_a_sparsity(mixture, run):
             assert torch.equal(tensor, whole[name]) if not rows else all(any(map(row.equal, rows)) for row in tensor)
         else:
             assert any(other.shape == tensor.shape and torch.equal(other, tensor) for other in whole.values())
+
+
+def test_of_a_model_with_images_the_text_model_is_pruned(run, tmp_path, tiny_tokenizer, caplog):
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    text = tiny_mixture("qwen3.5-moe")
+    config = tf.Qwen3_5MoeConfig(text_config=text.config.to_dict(), vision_config=vision)
+    model = tf.Qwen3_5MoeForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    saved(tmp_path / "text", "qwen3.5-moe", tiny_tokenizer)
+
+    tensors = []
+    for folder, how in (("text", "never"), ("model", "never"), ("model", "always")):
+        flags = f"--prune_method wanda --sparsity_ratio 0.5 --stream {how} --save {folder}-{how}"
+        assert run(tmp_path / folder, f"{flags} --save_model kept-{folder}-{how}") == 0
+        assert ("its text model alone" in caplog.text) == (folder == "model")
+        tensors.append(saved_tensors(Path(record_of(f"{folder}-{how}")["saved_model"])))
+    for other in tensors[1:]:
+        assert tensors[0].keys() == other.keys()
+        assert all(torch.equal(tensors[0][name], other[name]) for name in other)
 
 
 REFUSED = {

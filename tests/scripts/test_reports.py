@@ -1,6 +1,7 @@
 """The report of spectra."""
 
 import esd_report
+import pandas
 import pytest
 from conftest import fast
 
@@ -26,6 +27,13 @@ def test_report_shows_what_a_run_plans(metric, tiny_folder, tmp_path, monkeypatc
     assert report[0] == ["name", "block", "shape", metric.split()[0], "planned_ratio"] and len(report) == 22
     # name, shape, metric, planned ratio
     assert [(row[0], *row[2:]) for row in report[1:]] == [tuple(row[:4]) for row in run[1:]]
+
+
+def test_heat_map_shows_the_mean_of_a_blocks_experts():
+    names = [f"layers.{i}.{m}" for i in (0, 1) for m in ("attn.o_proj", "experts.0.up_proj", "experts.1.up_proj")]
+    layers = {"name": names, "block": [0] * 3 + [1] * 3, "shape": ["4x4"] * 6, "alpha": [1, 2, 4, 5, 6, 8]}
+    figure = esd_report.draw_heat_map(pandas.DataFrame(layers), "mixture")
+    assert figure.axes[0].images[0].get_array().tolist() == [[1, 5], [3, 7]]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from conftest import ROOT
 import main
 from lib.cli.command import parse
 from lib.cli.settings import Experiment
+from lib.core.errors import UserError
 from lib.models import load as loading
 
 # The paper's settings, script -> hub id, metric cache, epsilon of magnitude / wanda / sparsegpt.
@@ -223,6 +224,16 @@ def test_a_sweeps_lists_become_settings():
     # What is recorded is what main.py would record: a run of one is complete for the other.
     alone = "--model m --save s --nsamples 7 --seed 2 --prune_method magnitude_owl --sparsity_ratio 0.6 --owl_m 3"
     assert parse(Experiment, [*alone.split(), "--save_model", "out"], main.PARSER).flags() == runs[1].flags()
+
+
+def test_a_flag_for_a_flag_goes_where_that_one_goes():
+    flags = "--model m --methods dense,wanda --sparsities 0.5 --drop_experts 0.25 --drop_by alpha --recover 64"
+    flags += " --batch 1"
+    dense, pruned = planned(*flags.split())
+    assert (dense.drop_experts, dense.drop_by, dense.recover, dense.batch) == (0.0, "reap", None, 2)
+    assert (pruned.drop_experts, pruned.drop_by, pruned.recover, pruned.batch) == (0.25, "alpha", 64, 1)
+    with pytest.raises(UserError, match="--drop_by does nothing"):
+        planned(*flags.replace("--drop_experts 0.25", "").split())
 
 
 def test_several_values_of_a_hyper_parameter_have_folders():
