@@ -132,8 +132,9 @@ def after_blocks(weights: Weights, tuples: set[int]) -> Iterator[Callable[[torch
 
 def entry_device(model: torch.nn.Module) -> torch.device:
     """Return the device on which the model expects its token ids."""
-    device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device  # offloaded: its hook fetches the ids
+    weight = getattr(model.get_input_embeddings(), "weight", None)  # none if packed, which is for the CPU
+    # An offloaded one is "meta": its hook fetches the ids.
+    return torch.device("cpu") if weight is None or weight.is_meta else weight.device
 
 
 def _allocate_hidden_states(shape: tuple[int, ...], like: torch.Tensor, place: str) -> torch.Tensor:

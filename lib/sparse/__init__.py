@@ -7,6 +7,7 @@ PACKED_VALUES = ("exact", "int8")  # of the matrices of a packed model
 # Imported when they are used: some need transformers, which takes seconds, and pruners want the compiled kernel only.
 _HOMES = {
     "DenseLinear": "layers",
+    "SparseEmbedding": "layers",
     "SparseLinear": "layers",
     "Unavailable": "kernel",
     "holds_int8": "packed",

@@ -6,10 +6,12 @@ import inspect
 import math
 from collections.abc import Callable
 from operator import is_
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -18,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lib.sparse.kernel import MAX_TOKENS, BlockStruct, DecoderStruct, Kernel, MatrixStruct
-from lib.sparse.layers import DenseLinear, SparseLinear
+from lib.sparse.layers import DenseLinear, SparseEmbedding, SparseLinear, dense_matrix
 
 GROUPED_SDPA = "grouped_sdpa"
 # Linear layers of a LLaMA's block, in the order in which the kernel takes them, and the other modules in it.
@@ -98,21 +100,18 @@ class CompiledTokens:
         self._children = [(parent._modules, *child) for parent in model.modules() for child in parent._modules.items()]
         self._cache_name = "cache" if "cache" in inspect.signature(self).parameters else "past_key_values"
         self._window = getattr(model.config, "sliding_window", None) or math.inf
-        self._key = self._struct = None
+        self._rooms: WeakKeyDictionary[DynamicCache, Room | None] = WeakKeyDictionary()
 
     def __call__(self, input_ids: torch.Tensor | None = None, *args, **kwargs) -> CausalLMOutputWithPast:
         cache, positions = kwargs.get("cache", kwargs.get("past_key_values")), kwargs.get("position_ids")
         fits = not args and input_ids is not None and type(cache) is DynamicCache and not torch.is_grad_enabled()
         batch, tokens = input_ids.shape if fits else (0, 0)
         fits = tokens == 1 and batch <= MAX_TOKENS and (positions is None or positions.shape in ((1, 1), (batch, 1)))
-        struct = self._described() if fits and self._plain(kwargs) else None
-        room = Room.of(cache, batch, struct, self._norms[0].weight) if struct else None
-        whole = room and room.length + 1 < self._window
-        begins = _begins(kwargs.get("attention_mask"), batch, room.length + 1) if whole else None
-        if begins is None:
+        room = self._room(cache, batch) if fits and self._plain(kwargs) else None
+        places = room.places(input_ids, positions, kwargs.get("attention_mask")) if room else None
+        if places is None:
             return self.__wrapped__(input_ids, *args, **kwargs)
-        positions = torch.full((1, 1), room.length) if positions is None else positions
-        logits = self._decode(struct, *self._entering(input_ids, positions), room.both, room.length, begins)
+        logits = self._decode(room.struct, places, room.angles, room.both, room.length)
         room.lend(cache)
         return CausalLMOutputWithPast(logits=logits, **{self._cache_name: cache})
 
@@ -122,6 +121,18 @@ class CompiledTokens:
         config, one = self.model.config, isinstance(options.pop("logits_to_keep", 0), int)
         return one and options == OPTIONS and config.return_dict and not config.output_hidden_states
 
+    def _room(self, cache: DynamicCache, batch: int) -> "Room | None":
+        """Return the room of ``cache``; None if the cache or the model is not as the kernel takes it.
+
+        The model is looked at after a prompt and after new hooks anywhere, not for each of the tokens that follow.
+        """
+        room = self._rooms.get(cache)
+        if room is None or not room.continues(cache, batch):
+            struct = self._described()
+            held = struct and _held(cache, batch, struct)
+            room = self._rooms[cache] = Room(held, struct, self.decoder.rotary_emb) if held else None
+        return room if room and room.length + 1 < self._window else None
+
     def _described(self) -> DecoderStruct | None:
         """Return the model for the kernel, None if it is not as the kernel takes it, was altered, or is watched."""
         if self.model.config._attn_implementation != GROUPED_SDPA:
@@ -130,16 +141,13 @@ class CompiledTokens:
             watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
             if watched or siblings.get(name) is not module:
                 return None
-        weights = [module.weight for module in (*self._norms, self.decoder.embed_tokens)]
-        dtype = weights[0].dtype
-        matrices = [linear.matrix(dtype) for linear in self._linears]
-        key = [dtype, *(weight.data_ptr() for weight in weights), *matrices]
-        if self._key != key:
-            fits = all(each.dtype == dtype and each.device.type == "cpu" for each in weights)
-            self._key, self._struct = key, self._structs(matrices, dtype) if fits and None not in matrices else None
-        return self._struct
-
-    def _structs(self, matrices: list[MatrixStruct], dtype: torch.dtype) -> DecoderStruct:
+        weights, embedding = [norm.weight for norm in self._norms], self.decoder.embed_tokens
+        dtype = weights[-1].dtype
+        table = embedding.matrix(dtype) if isinstance(embedding, SparseEmbedding) else dense_matrix(embedding.weight)
+        matrices = [*(linear.matrix(dtype) for linear in self._linears), table]
+        fits = all(weight.dtype == dtype and weight.device.type == "cpu" for weight in weights) and None not in matrices
+        if not fits or (table.columns, table.half) != (matrices[0].columns, dtype == torch.float16):
+            return None
         array, blocks = (MatrixStruct * len(matrices))(*matrices), (BlockStruct * len(self.layers))()
         places = [ctypes.addressof(array) + index * ctypes.sizeof(MatrixStruct) for index in range(len(matrices))]
         *norms, (last, last_eps) = ((norm.weight.data_ptr(), norm.eps) for norm in self._norms)
@@ -152,28 +160,23 @@ class CompiledTokens:
                 *(before, after, before_eps, after_eps, layer.self_attn.scaling),
                 *(q.columns, q.rows // size, k.rows // size, size, gate.rows),
             )
-        sizes = len(blocks), matrices[0].columns, dtype == torch.float16
-        struct = DecoderStruct(ctypes.addressof(blocks), last, places[-1], last_eps, *sizes)
-        struct.array, struct.all_blocks = array, blocks  # stay alive: their addresses are in it
+        sizes = len(blocks), table.columns, dtype == torch.float16
+        struct = DecoderStruct(ctypes.addressof(blocks), places[-1], last, places[-2], last_eps, *sizes)
+        struct.array, struct.all_blocks = array, blocks  # stay alive, as do the data that parameters have now
+        struct.parameters = [parameter.detach() for parameter in self.model.parameters()]
         return struct
 
-    def _entering(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return what enters the first block, [batch, 1, width], and cosines and sines, [1 or batch, 1, size] each."""
-        x = self.decoder.embed_tokens(ids)
-        return x.contiguous(), *(each.to(x.dtype).contiguous() for each in self.decoder.rotary_emb(x, positions))
-
-    def _decode(self, struct: DecoderStruct, *tensors: torch.Tensor | int) -> torch.Tensor:
+    def _decode(self, struct: DecoderStruct, places: list[int], *held: torch.Tensor | int) -> torch.Tensor:
         """Return logits, or hidden states where ``struct`` has no head, of one token per sequence, [batch, 1, numbers].
 
-        ``tensors``: those of ``_entering``; keys of each block and then values of each, [2 blocks, batch, keys, most,
-        size]; the place of them that is filled; where each sequence's begin, int64 [batch].
+        ``places``: as ``Room.places`` returns them; ``held``: cosines and sines, [2, most, size], keys of each block
+        and then values of each, [2 blocks, batch, keys, most, size], and how many of ``most`` places are filled.
         """
-        x, cos, sin, both, place, begins = tensors
-        out = x.new_empty(len(x), 1, self._linears[-1].out_features if struct.head else struct.width)
-        stride = cos.shape[-1] if len(cos) > 1 else 0  # 0: all sequences share one position
-        entering = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), stride, len(x)
-        held = both.data_ptr(), both.shape[3], place + 1, begins.data_ptr()
-        self.kernel.decode(ctypes.addressof(struct), *entering, *held, out.data_ptr(), torch.get_num_threads())
+        tokens, (angles, both, filled) = len(places) // 3, held
+        out = both.new_empty(tokens, 1, self._linears[-1].out_features if struct.head else struct.width)
+        rows = (ctypes.c_int64 * len(places))(*places)
+        given = rows, tokens, angles.data_ptr(), both.data_ptr(), both.shape[3], filled + 1, out.data_ptr()
+        self.kernel.decode(ctypes.addressof(struct), *given, torch.get_num_threads())
         return out
 
     @torch.no_grad()
@@ -184,107 +187,127 @@ class CompiledTokens:
         that blocks take what the one before gave, and what is in front of them and behind.
         """
         struct = self._described()
-        if struct is None or not all(map(self._block_agrees, range(struct.count))):
+        if struct is None or not all(self._block_agrees(struct, index) for index in range(struct.count)):
             return False
-        vocabulary, calls = self.decoder.embed_tokens.num_embeddings, []
-        ids = torch.randint(vocabulary, (2, TRIAL_TOKENS), generator=torch.Generator().manual_seed(0))
-        cache = {self._cache_name: DynamicCache()}
-        self.__wrapped__(ids[:, :-1], use_cache=True, **cache)
+        calls, cache, draw = [], DynamicCache(), torch.Generator().manual_seed(0)
+        ids = torch.randint(struct.array[-1].rows, (2, TRIAL_TOKENS), generator=draw)
+        self.__wrapped__(ids[:, :-1], use_cache=True, **{self._cache_name: cache})
+        room = Room(_held(cache, 2, struct), struct, self.decoder.rotary_emb)
+        places = room.places(ids[:, -1:], None, None)
         modules = (*self.layers, self.decoder.norm)
         handles = [each.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for each in modules]
         try:
-            expected = self.__wrapped__(ids[:, -1:], use_cache=True, **cache).logits
+            expected = self.__wrapped__(ids[:, -1:], use_cache=True, **{self._cache_name: cache}).logits
         finally:
             for handle in handles:
                 handle.remove()
-        x, cos, sin = self._entering(ids[:, -1:], torch.full((1, 1), TRIAL_TOKENS - 1))
+        front = DecoderStruct(None, struct.embedding, None, None, 0, 0, struct.width, struct.half)
+        x = self._decode(front, places, room.angles, room.both, 0)
         angles = [each for _, _, kwargs, _ in calls[:-1] for each in kwargs["position_embeddings"]]
         entered, left = [args[0] for _, args, _, _ in calls], [result for *_, result in calls]
         chained = len(calls) == len(modules) and all(map(torch.equal, entered, (x, *left)))
-        turned = cos.shape == (1, 1, self.layers[0].self_attn.head_dim)
-        turned = turned and all(map(torch.equal, angles, (cos, sin) * struct.count))
-        behind = DecoderStruct(None, struct.norm, struct.head, struct.eps, 0, struct.width, struct.half)
-        begins, nothing = torch.zeros(2, dtype=torch.int64), x.new_empty(1, 1, 1, 1, 1)
-        logits = self._decode(behind, entered[-1].contiguous(), cos, sin, nothing, 0, begins)
+        turned = room.angles.shape[2] == self.layers[0].self_attn.head_dim
+        turned = turned and all(map(torch.equal, angles, [*room.angles[:, None, [room.length]]] * struct.count))
+        table = dense_matrix(entered[-1][:, 0].contiguous())
+        ends = struct.norm, struct.head, struct.eps, 0, struct.width, struct.half
+        behind = DecoderStruct(None, ctypes.addressof(table), *ends)
+        logits = self._decode(behind, [0, 1, 0, 0, 0, 0], room.angles, room.both, 0)
         # Roundings of the normed numbers and of the products.
         return chained and turned and _close(logits, expected, 4 * torch.finfo(x.dtype).eps * expected.abs().max())
 
-    def _block_agrees(self, index: int) -> bool:
+    def _block_agrees(self, struct: DecoderStruct, index: int) -> bool:
         layer, cache, outs = self.layers[index], DynamicCache(), []
         attention, dtype = layer.self_attn, layer.input_layernorm.weight.dtype
-        draw = torch.Generator().manual_seed(0)
-        tokens = torch.randn(TRIAL_TOKENS, 2, 1, self._struct.width, generator=draw).to(dtype)
-        angles = torch.rand(TRIAL_TOKENS, 2, 1, attention.head_dim // 2, generator=draw).mul(6).repeat(1, 1, 1, 2)
-        turns = [(angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles]
+        draw, count = torch.Generator().manual_seed(0), 2 * TRIAL_TOKENS
+        tokens = torch.randn(TRIAL_TOKENS, 2, 1, struct.width, generator=draw).to(dtype)
+        turns = torch.rand(count, attention.head_dim // 2, generator=draw).mul(6).repeat(1, 2)
+        angles = torch.stack([turns.cos(), turns.sin()]).to(dtype)
         own = functools.partial(layer, attention_mask=None, **{self._cache_name: cache})
-        expected = torch.stack([own(x, position_embeddings=turn) for x, turn in zip(tokens, turns, strict=True)])
+        pairs = angles.unflatten(1, tokens.shape[:3]).unbind(1)
+        expected = torch.stack([own(x, position_embeddings=(*turn,)) for x, turn in zip(tokens, pairs, strict=True)])
         held = cache.layers[attention.layer_idx]
-        both, begins = torch.zeros(2, *held.keys.shape, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-        address = ctypes.addressof(self._struct.all_blocks[index])
-        alone = DecoderStruct(address, None, None, 0, 1, self._struct.width, self._struct.half)
-        for place, (x, turn) in enumerate(zip(tokens, turns, strict=True)):
-            outs.append(self._decode(alone, x, *turn, both, place, begins))
+        both = torch.zeros(2, 2, *held.keys.shape[1:2], count, attention.head_dim, dtype=dtype)
+        table, address = dense_matrix(tokens.view(count, -1)), ctypes.addressof(struct.all_blocks[index])
+        alone = DecoderStruct(address, ctypes.addressof(table), None, None, 0, 1, struct.width, struct.half)
+        for place in range(TRIAL_TOKENS):
+            outs.append(self._decode(alone, [2 * place, 2 * place + 1] * 2 + [0, 0], angles, both, place))
         eps, size, added = torch.finfo(dtype).eps, _largest, expected.float() - tokens.float()
         first = index * len(LINEARS)
-        if any(matrix.scales for matrix in self._struct.array[first : first + len(LINEARS)]):
+        if any(matrix.scales for matrix in struct.array[first : first + len(LINEARS)]):
             # Numbers that differ by eps are rounded to other steps of int8, a 127th, with a probability of eps * 127:
             # few differ by much, and the root of their mean square is the geometric mean of eps and a step.
             eps, size = (eps / 127) ** 0.5, _root_mean_square
         # Some ten roundings of what the block adds, and one of the sum, about as large as the tokens. Keys and values
         # are rounded less often: there another rotation, or none, shows.
         bound = 10 * eps * size(added) + 2 * eps * size(tokens)
-        pairs = zip(both, (held.keys, held.values), strict=True)
+        pairs = zip(both[:, :, :, :TRIAL_TOKENS], (held.keys, held.values), strict=True)
         kept = all(_close(ours, theirs, 3 * eps * size(theirs), size) for ours, theirs in pairs)
         return kept and attention.layer_idx == index and _close(torch.stack(outs), expected, bound, size)
 
 
 class Room:
-    """Keys and values of all blocks in one tensor with room for more tokens; the layers of a cache hold views of it.
+    """What the tokens after a prompt share: keys and values in one tensor with room for more, and the model as it is.
 
-    Their own update copies all of them for each token. Only views that this class made, and that nobody replaced since
-    (a crop, another order of beams), are continued in place.
+    The layers of the cache hold views of the tensor: their own update copies all of it for each token. Only views that
+    this class made, and that nobody replaced since (a crop, another order of beams), are continued in place.
     """
 
-    def __init__(self, held: list[torch.Tensor]) -> None:
+    def __init__(self, held: list[torch.Tensor], struct: DecoderStruct, rotary: nn.Module) -> None:
         batch, keys, self.length, size = held[0].shape
         most = self.length + max(SPARE_TOKENS, self.length // 4)
         self.both, self.views = held[0].new_empty(len(held), batch, keys, most, size), ()
         for place, each in zip(self.both, held, strict=True):
             place[:, :, : self.length] = each
+        self.angles = torch.cat(rotary(self.both, torch.arange(most)[None])).to(self.both.dtype)  # [2, most, size]
+        self.struct, self.rows, self.hooks = struct, struct.array[-1].rows, RemovableHandle.next_id
 
-    @classmethod
-    def of(cls, cache: DynamicCache, batch: int, struct: DecoderStruct, weight: torch.Tensor) -> "Room | None":
-        """Return the room of ``cache``, made if necessary; None if it is empty or does more than to append."""
-        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-        if not plain or len(cache.layers) != struct.count or cache.offloading or not cache.layers[0].get_seq_length():
-            return None
-        block, length, room = struct.all_blocks[0], cache.layers[0].get_seq_length(), getattr(cache, "room", None)
+    def continues(self, cache: DynamicCache, batch: int) -> bool:
+        """Return whether ``cache`` is as ``lend`` left it, there is room for a token, and nobody registered a hook."""
         held = [*(layer.keys for layer in cache.layers), *(layer.values for layer in cache.layers)]
-        shape, kind = (batch, block.keys, length, block.size), (weight.dtype, weight.device)
-        if any(each is None or each.shape != shape or (each.dtype, each.device) != kind for each in held):
-            return None
-        continued = room and room.length == length < room.both.shape[3] and all(map(is_, held, room.views))
-        return room if continued else cls(held)
+        same = len(held) == len(self.views) and all(map(is_, held, self.views)) and batch == self.both.shape[1]
+        return same and self.length < self.both.shape[3] and self.hooks == RemovableHandle.next_id
+
+    def places(self, ids: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None) -> list[int] | None:
+        """Return each sequence's token, then each one's place in ``angles``, then where the keys of each begin.
+
+        None if there is no such token or place, or if ``mask`` hides others than the first keys.
+        """
+        tokens, turns = ids.flatten().tolist(), [self.length] if positions is None else positions.flatten().tolist()
+        turns, begins = turns * (len(tokens) // len(turns)), _begins(mask, len(tokens), self.length + 1)
+        inside = min(*tokens, *turns) >= 0 and max(tokens) < self.rows and max(turns) < self.both.shape[3]
+        return [*tokens, *turns, *begins] if inside and begins else None
 
     def lend(self, cache: DynamicCache) -> None:
         """Let the layers of ``cache`` hold one token more, which is now in its place."""
         self.length += 1
-        self.views, cache.room = self.both[:, :, :, : self.length].unbind(), self
+        self.views = self.both[:, :, :, : self.length].unbind()
         for layer, keys, values in zip(cache.layers, self.views, self.views[len(cache.layers) :], strict=False):
             layer.keys, layer.values = keys, values
             if layer.is_sliding:
                 layer.cumulative_length += 1
 
 
-def _begins(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-    """Return where the keys of each sequence begin, int64 [batch]; None if ``mask`` hides others than the first."""
-    if mask is None:
-        return torch.zeros(batch, dtype=torch.int64)
+def _held(cache: DynamicCache, batch: int, struct: DecoderStruct) -> list[torch.Tensor] | None:
+    """Return the keys of all layers and then their values; None if there are none, or a layer does more than append."""
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    if not plain or len(cache.layers) != struct.count or cache.offloading or not cache.layers[0].get_seq_length():
+        return None
+    held = [*(layer.keys for layer in cache.layers), *(layer.values for layer in cache.layers)]
+    block, dtype = struct.all_blocks[0], (torch.bfloat16, torch.float16)[struct.half]
+    shape = batch, block.keys, cache.layers[0].get_seq_length(), block.size
+    fits = all(each is not None and each.shape == shape and each.dtype == dtype for each in held)
+    return held if fits and all(each.device.type == "cpu" for each in held) else None
+
+
+def _begins(mask: torch.Tensor | None, batch: int, length: int) -> list[int] | None:
+    """Return where the keys of each sequence begin; None if ``mask`` hides others than the first."""
+    if mask is None or (mask.shape == (batch, length) and mask.all()):
+        return [0] * batch
     if mask.shape != (batch, length):
         return None
     begins = (mask == 0).sum(1)
-    padded = bool(mask[:, -1].all()) and torch.equal(mask != 0, torch.arange(length) >= begins[:, None])
-    return begins if padded else None
+    padded = mask[:, -1].all() and torch.equal(mask != 0, torch.arange(length) >= begins[:, None])
+    return begins.tolist() if padded else None
 
 
 def _largest(numbers: torch.Tensor) -> torch.Tensor:
@@ -304,12 +327,14 @@ def _is_llama(model: PreTrainedModel) -> bool:
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     parts = decoder, head, decoder.embed_tokens, decoder.layers, decoder.norm, decoder.rotary_emb
     modules = {*model.children(), *decoder.children()}
-    plain = modules == {*parts} and type(decoder.norm) is nn.RMSNorm and type(decoder.embed_tokens) is nn.Embedding
-    if not plain or not isinstance(head, SparseLinear | DenseLinear):
+    plain = modules == {*parts} and type(decoder.norm) is nn.RMSNorm and isinstance(head, SparseLinear | DenseLinear)
+    plain = plain and type(decoder.embed_tokens) in (nn.Embedding, SparseEmbedding)
+    # Frequencies that depend on a text's length are not those of all its places.
+    if not plain or any(kind in str(decoder.rotary_emb.rope_type) for kind in ("dynamic", "longrope")):
         return False
     blocks = [_is_block(layer, head.in_features) for layer in decoder.layers]
     sizes = {(layer.self_attn.head_dim, layer.self_attn.k_proj.out_features) for layer in decoder.layers}
-    return all(blocks) and len(sizes) == 1 and decoder.embed_tokens.embedding_dim == head.in_features
+    return all(blocks) and len(sizes) == 1
 
 
 def _is_block(layer: nn.Module, width: int) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from functools import cache
 
 import torch
 from torch import nn
@@ -10,8 +11,8 @@ from transformers import PreTrainedModel
 from lib.core.errors import UserError
 from lib.sparse.decode import compile_tokens
 from lib.sparse.kernel import KERNEL_DTYPES, Kernel, Unavailable, load_kernel
-from lib.sparse.layers import DenseLinear, SparseLinear
-from lib.sparse.packed import can_round
+from lib.sparse.layers import DenseLinear, SparseEmbedding, SparseLinear
+from lib.sparse.packed import can_round, pack_int8
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +47,21 @@ def _torch_norm(module: nn.Module) -> nn.RMSNorm | None:
     return norm if computed.shape == expected.shape and bool(close.all()) else None
 
 
+@torch.no_grad()
 def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None = None, values: str = "exact") -> int:
     """Pack, in place, every linear layer of ``model`` with at least ``least`` zeros; return how many there are.
 
     The other linear layers stay dense, with the kernel's product (as does one that shares its weight, such as a tied
-    lm_head). With int8 for ``values`` all are packed, and rounded as in files. Without the kernel nothing changes, and
-    a one-line warning gives the reason.
+    lm_head). With int8 for ``values`` all are packed, and the embedding, and rounded as in files. Without the kernel
+    nothing changes, and a one-line warning gives the reason.
 
     Raises:
         UserError: the model is not on the CPU in bfloat16 or float16.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name, module in linears.items():
+    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) and values == "int8" else None
+    embedding = embedding if type(embedding) is nn.Embedding else None
+    tables = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear) or each is embedding}
+    for name, module in tables.items():
         if module.weight.device.type != "cpu" or module.weight.dtype not in KERNEL_DTYPES:
             problem = f"{name} is {module.weight.dtype} on {module.weight.device}"
             raise UserError(None, "sparsify", problem, "load the model on the CPU in bfloat16 or float16")
@@ -67,15 +71,18 @@ def sparsify(model: nn.Module, least: float = LEAST_ZEROS, kernel: Kernel | None
         log.warning("no sparse kernel, %s; the model stays dense", error)
         return 0
     owners = Counter(id(getattr(module, "weight", None)) for module in model.modules())
-    count = 0
-    for name, module in linears.items():
-        if values == "int8" and can_round(module.weight):
-            model.set_submodule(name, SparseLinear.from_linear(module, kernel, int8=True))
-            count += 1
+    count, rounded = 0, cache(pack_int8)  # a tied lm_head shares what its embedding holds
+    for name, module in tables.items():
+        weight, is_table = module.weight, module is embedding
+        if values == "int8" and can_round(weight):
+            new = (SparseEmbedding if is_table else SparseLinear).from_dense(module, kernel, rounded)
+        elif not is_table:
+            zeros = 1 - torch.count_nonzero(weight).item() / weight.numel()
+            sparse = zeros >= least and owners[id(weight)] == 1
+            new = (SparseLinear.from_dense if sparse else DenseLinear)(module, kernel)
+        else:
             continue
-        zeros = 1 - torch.count_nonzero(module.weight).item() / module.weight.numel()
-        sparse = zeros >= least and owners[id(module.weight)] == 1
-        model.set_submodule(name, (SparseLinear.from_linear if sparse else DenseLinear)(module, kernel))
-        count += sparse
+        model.set_submodule(name, new)
+        count += type(new) is SparseLinear
     fuse(model, kernel)
     return count

@@ -38,11 +38,11 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of weights
 _KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
 FUNCTIONS = {
     "_multiply": "pipipii",
-    "_unpack": "pnnpi",
+    "_unpack": "ppnpi",
     "_multiply_many": "ppnpi",
     "_multiply_tiles": "ppnpi",
     "_solve_block": "pppnnnpi",
-    "decode": "ppppnipnnppi",  # as step.cpp says
+    "decode": "ppippnnpi",  # as step.cpp says
 }
 _SCRATCH: list[tempfile.TemporaryDirectory] = []  # folders of libraries that are not kept
 
@@ -72,10 +72,10 @@ class BlockStruct(ctypes.Structure):
 
 
 class DecoderStruct(ctypes.Structure):
-    """A LLaMA as step.cpp sees it: addresses of its blocks, of the last norm's weight and of the head, and sizes."""
+    """A LLaMA as step.cpp sees it: addresses of its blocks, embedding, last norm's weight and head, and sizes."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("blocks", "norm", "head")),
+        *((name, ctypes.c_void_p) for name in ("blocks", "embedding", "norm", "head")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("count", "width", "half")),
     ]
@@ -136,9 +136,9 @@ class Kernel:
         self._solve_block(*places, *sizes, errors.data_ptr(), torch.get_num_threads())
         return errors
 
-    def unpack(self, matrix: MatrixStruct, first: int, last: int, out: torch.Tensor) -> None:
-        """Fill ``out`` [last - first, words * 32] with rows of a packed matrix."""
-        self._unpack(ctypes.addressof(matrix), first, last, out.data_ptr(), torch.get_num_threads())
+    def unpack(self, matrix: MatrixStruct, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """Fill ``out`` [count, words * 32] with those of a packed or int8 matrix's rows, int64 [count], 0 or more."""
+        self._unpack(ctypes.addressof(matrix), rows.data_ptr(), len(rows), out.data_ptr(), torch.get_num_threads())
 
 
 def load_kernel(level: str | None = None) -> Kernel:

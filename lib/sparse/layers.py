@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lib.core import cpu
 from lib.sparse.kernel import KERNEL_DTYPES, MAX_TOKENS, Kernel, MatrixStruct, load_kernel
-from lib.sparse.packed import PackedTensor, pack, pack_int8, row_starts
+from lib.sparse.packed import PackedTensor, pack, row_starts
 
 # Fraction of zeros from which the float32 product of many tokens is faster if it skips them.
 SKIP_FROM = 0.45
@@ -66,10 +66,10 @@ class SparseLinear(nn.Module):
         self._matrix = MatrixStruct(*places, *sizes, scales)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, kernel: Kernel | None = None, int8: bool = False) -> "SparseLinear":
-        """Return the packed form of a dense layer."""
-        weight = linear.weight.detach()
-        return cls(pack_int8(weight) if int8 else pack(weight), linear.in_features, linear.bias, kernel)
+    @torch.no_grad()
+    def from_dense(cls, dense: nn.Module, kernel: Kernel | None = None, packer: Callable = pack) -> "SparseLinear":
+        """Return the packed form of a dense layer; ``packer``: ``packed.pack`` or ``pack_int8``."""
+        return cls(packer(dense.weight), dense.weight.shape[1], getattr(dense, "bias", None), kernel)
 
     def matrix(self, dtype: torch.dtype) -> MatrixStruct | None:
         """Return the weight for the kernel if it is of this ``dtype``."""
@@ -95,13 +95,33 @@ class SparseLinear(nn.Module):
         tile = flat.new_empty(min(ROWS_AT_ONCE, self.out_features), self._matrix.words * 32)
 
         def rows(first: int, last: int) -> torch.Tensor:
-            self.kernel.unpack(self._matrix, first, last, tile)
+            self.kernel.unpack(self._matrix, torch.arange(first, last), tile)
             return tile[: last - first, : self.in_features]
 
         return by_tiles(flat, rows, self.out_features, self.bias).view(*lead, self.out_features)
 
     def _save_to_state_dict(self, *_) -> None:
         raise RuntimeError("a packed model is not saved again: copy its folder, or unpack it with pack.py --unpack")
+
+
+class SparseEmbedding(SparseLinear):
+    """An embedding whose rows are unpacked for the tokens that ask for them; a tied lm_head holds the same tensors."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = ids.flatten().to("cpu", torch.int64).contiguous()
+        if not ((rows >= 0) & (rows < self.out_features)).all():
+            raise IndexError(f"token ids must be 0 to {self.out_features - 1}")
+        out = torch.empty(len(rows), self._matrix.words * 32, dtype=self.dtype)
+        self.kernel.unpack(self._matrix, rows, out)
+        return out[:, : self.in_features].reshape(*ids.shape, self.in_features)
+
+
+def dense_matrix(weight: torch.Tensor, bias: torch.Tensor | None = None) -> MatrixStruct | None:
+    """Return a weight [rows, columns] for the kernel if it can take it."""
+    if weight.dtype not in KERNEL_DTYPES or weight.device.type != "cpu" or not weight.is_contiguous():
+        return None
+    words, place = -(-weight.shape[1] // 32), None if bias is None else bias.data_ptr()
+    return MatrixStruct(None, weight.data_ptr(), None, place, *weight.shape, words, weight.dtype == torch.float16)
 
 
 class DenseLinear(nn.Linear):
@@ -116,20 +136,11 @@ class DenseLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.training, self.kernel = linear.training, kernel or load_kernel()
-        self._cached_matrix = None, None
 
     def matrix(self, dtype: torch.dtype) -> MatrixStruct | None:
         """Return the weight for the kernel if it is of this ``dtype`` and on the CPU."""
         weight, bias = map(self._parameters.get, ("weight", "bias"))  # nn.Module's own lookup is slow
-        if dtype != weight.dtype:
-            return None
-        key = weight.data_ptr(), None if bias is None else bias.data_ptr(), dtype  # another after a move
-        if self._cached_matrix[0] != key:
-            fits = dtype in KERNEL_DTYPES and weight.device.type == "cpu" and weight.is_contiguous()
-            sizes = self.out_features, self.in_features, -(-self.in_features // 32)
-            matrix = MatrixStruct(None, key[0], None, key[1], *sizes, dtype == torch.float16)
-            self._cached_matrix = key, matrix if fits else None
-        return self._cached_matrix[1]
+        return dense_matrix(weight, bias) if dtype == weight.dtype else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         watched = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)

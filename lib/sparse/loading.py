@@ -14,7 +14,7 @@ from lib.core.errors import UserError
 from lib.models.load import Dtypes, Source, empty_llm, untie
 from lib.sparse.fusing import LEAST_ZEROS, fuse
 from lib.sparse.kernel import Unavailable, load_kernel
-from lib.sparse.layers import DenseLinear, SparseLinear
+from lib.sparse.layers import DenseLinear, SparseEmbedding, SparseLinear
 from lib.sparse.packed import PADDING, PackedTensor, is_packed, packed_files, read_file, run_dtype, unpack
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
     """Return the model packed in ``folder``, for inference on the CPU.
 
     It is in float16 if its weights were saved so, else in bfloat16 (float32 is rounded, with a line in the log).
-    Linear layers of int8 or with at least ``least`` zeros are SparseLinear, the others DenseLinear. Without the kernel
-    everything is unpacked, and a one-line warning gives the reason.
+    Linear layers of int8 or with at least ``least`` zeros are SparseLinear, the others DenseLinear, and an embedding of
+    int8 is a SparseEmbedding. Without the kernel everything is unpacked, and a one-line warning gives the reason.
 
     Raises:
         UserError: not a packed folder, a damaged file, another version of the format, or another model's config.
@@ -55,8 +55,8 @@ def load_packed(folder: Path | str, least: float = LEAST_ZEROS) -> PreTrainedMod
         raise UserError(None, folder, f"lacks {len(missing)} weights of its config.json's model, first {missing[0]}")
     for name, module in list(model.named_modules()):
         if name in packed:
-            weight, columns = packed.pop(name)
-            model.set_submodule(name, SparseLinear(weight, columns, module.bias, kernel))
+            kind = SparseEmbedding if isinstance(module, nn.Embedding) else SparseLinear
+            model.set_submodule(name, kind(*packed.pop(name), getattr(module, "bias", None), kernel))
         elif type(module) is nn.Linear and kernel is not None:
             model.set_submodule(name, DenseLinear(module, kernel))
     model.requires_grad_(False).eval()  # before ``fuse`` tries what blocks compute
@@ -90,12 +90,12 @@ def _fill(
         weight = isinstance(content, PackedTensor) and attribute == "weight"
         if weight and content.scales is not None:
             content = content._replace(scales=content.scales.to(dtype))
-            if type(module) is nn.Linear and least <= 1:
-                packed[parent] = content, shape[1]
-                if module is not tied:
-                    continue
-            elif tied is not None and module is model.get_input_embeddings() and least <= 1:
+            embedding = module is model.get_input_embeddings()
+            if embedding and tied is not None and least <= 1:
                 packed.setdefault(head, (content, shape[1]))
+            if least <= 1 and (type(module) is nn.Linear or embedding and type(module) is nn.Embedding):
+                packed[parent] = content, shape[1]
+                continue
         elif weight and type(module) is nn.Linear and module is not tied and _zeros(content, shape) >= least:
             values = content.values.to(dtype)
             # If they were rounded, a mask that stays mapped would keep all the file's pages.

@@ -56,7 +56,8 @@ class Transformers:
         return self._forward([token], 1)
 
     def _forward(self, ids: np.ndarray | list[int], keep: int) -> np.ndarray:
-        given = {"input_ids": self.torch.tensor(ids)[None], "past_key_values": self.cache, "logits_to_keep": keep}
+        tokens = self.torch.from_numpy(np.array([ids]))
+        given = {"input_ids": tokens, "past_key_values": self.cache, "logits_to_keep": keep}
         with self.torch.inference_mode():
             out = self.model(**given, use_cache=True)
         self.cache = out.past_key_values

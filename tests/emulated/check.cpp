@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -35,6 +36,7 @@ struct Block {  // as in step.cpp
 };
 struct Decoder {
   const Block* blocks;
+  const Matrix* embedding;
   const uint16_t* norm;
   const Matrix* head;
   double eps;
@@ -43,12 +45,11 @@ struct Decoder {
 
 #define FUNCTIONS(F)                                                                                                  \
   F(multiply, (const Matrix*, int, const uint16_t*, int, void* const*, int, int))                                     \
-  F(unpack, (const Matrix*, int64_t, int64_t, uint16_t*, int))                                                        \
+  F(unpack, (const Matrix*, const int64_t*, int64_t, uint16_t*, int))                                                 \
   F(multiply_many, (const Matrix*, const float*, int64_t, float*, int))                                               \
   F(multiply_tiles, (const Matrix*, const uint16_t*, int64_t, uint16_t*, int))                                        \
   F(solve_block, (float*, const float*, const void*, int64_t, int64_t, int64_t, float*, int))                         \
-  F(decode, (const Decoder*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t, int, uint16_t*, int64_t,      \
-             int64_t, const int64_t*, uint16_t*, int))
+  F(decode, (const Decoder*, const int64_t*, int, const uint16_t*, uint16_t*, int64_t, int64_t, uint16_t*, int))
 
 #if defined(__x86_64__)
 #define DECLARE(name, arguments)                                                       \
@@ -127,6 +128,12 @@ Halves randoms(int64_t count, bool half, float mean = 0, float spread = 1) {
   return made;
 }
 
+std::vector<int64_t> upwards(int64_t count) {
+  std::vector<int64_t> made(count);
+  std::iota(made.begin(), made.end(), 0);
+  return made;
+}
+
 struct Weight {  // [rows, columns] with a fraction of zeros, dense and packed
   Halves dense, values, bias;
   std::vector<uint32_t> mask;
@@ -178,7 +185,7 @@ void check_int8(const Level& level, int64_t rows, int64_t columns, double zeros,
   const double unit = half ? 1. / 2048 : 1. / 256;
   for (const Matrix& matrix : matrices) {
     Halves out(rows * padded);
-    level.unpack(&matrix, 0, rows, out.data(), 1);
+    level.unpack(&matrix, upwards(rows).data(), rows, out.data(), 1);
     for (int64_t i = 0; i < rows * padded; i++) {
       const double wanted = i % padded < columns ? weight[i / padded * columns + i % padded] : 0;
       const double off = std::fabs(decoded(out[i], half) - wanted);
@@ -281,7 +288,7 @@ void check_products(const Level& level, bool half) {
       const Weight w(rows, columns, zeros, half, true);
       const int64_t padded = w.packed.words * 32;
       Halves out(rows * padded);
-      level.unpack(&w.packed, 0, rows, out.data(), 1);
+      level.unpack(&w.packed, upwards(rows).data(), rows, out.data(), 1);
       for (int64_t i = 0; i < rows * padded; i++) {
         const uint16_t wanted = i % padded < columns ? w.dense[i / padded * columns + i % padded] : 0;
         expect(out[i] == wanted, level.name, "unpack", rows, columns, 0);
@@ -350,20 +357,20 @@ void check_tokens(const Level& level, bool half) {
   const Block block{qkv, &o.packed, gate_up, &down.packed, before.data(), after.data(), 1e-5, 1e-5, 0.25,
                     width, heads, keys, size, inner};
   const Block blocks[] = {block, block};
-  const Decoder decoders[] = {{blocks, before.data(), &head.plain, 1e-5, 2, width, half},
-                              {blocks, nullptr, nullptr, 0, 1, width, half}};
+  const Weight table(vocabulary, width, 0, half);
+  const Decoder decoders[] = {{blocks, &table.plain, before.data(), &head.plain, 1e-5, 2, width, half},
+                              {blocks, &table.packed, nullptr, nullptr, 0, 1, width, half}};
   for (const Decoder& decoder : decoders)
     for (int tokens : {1, 2, 3, 5, 8}) {
-      const Halves x = randoms(tokens * width, half);
-      const Halves cos = randoms(tokens * size, half), sin = randoms(tokens * size, half);
+      const Halves angles = randoms(2 * most * size, half);
       const Halves kept = randoms(2 * decoder.count * tokens * keys * most * size, half);
-      std::vector<int64_t> begins;
-      for (int t = 0; t < tokens; t++) begins.push_back(3 * t);
+      std::vector<int64_t> places;  // rows of the table and of the angles, and first keys
+      for (int step : {7, 4, 3})
+        for (int t = 0; t < tokens; t++) places.push_back(step * t);
       std::vector<Halves> first;  // AVX2's
       for (const Level* now : {&LEVELS[0], &level}) {
         std::vector<Halves> made{kept, Halves(tokens * (decoder.head ? vocabulary : width))};
-        now->decode(&decoder, x.data(), cos.data(), sin.data(), size, tokens, made[0].data(), most, length,
-                    begins.data(), made[1].data(), 1);
+        now->decode(&decoder, places.data(), tokens, angles.data(), made[0].data(), most, length, made[1].data(), 1);
         for (size_t part = 0; part < first.size(); part++) {
           double largest = 0;
           for (uint16_t number : first[part]) largest = std::max<double>(largest, std::fabs(decoded(number, half)));

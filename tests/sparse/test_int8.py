@@ -1,11 +1,13 @@
 """int8 values: products against float64 and by pencil, files, and whole models against what the values stand for."""
 
 import copy
+import ctypes
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import error_line, tiny_llama
+from safetensors.torch import load_file
 from test_decode import compiled, decode, some_ids
 from test_layers import CLOSE, HALF_ULP, SHAPES, dense, linear, matrix, needs_kernel, rewrite, with_zeros
 from test_load_models import build
@@ -14,8 +16,8 @@ from lib import sparse
 from lib.core import cpu
 from lib.core.errors import UserError
 from lib.evaluation.perplexity import perplexity
-from lib.sparse import DenseLinear, SparseLinear, kernel, packed
-from scripts.speedup import pack
+from lib.sparse import DenseLinear, SparseEmbedding, SparseLinear, kernel, packed
+from scripts.speedup import engines, pack
 
 
 def stood_for(weight: torch.Tensor) -> torch.Tensor:
@@ -25,7 +27,7 @@ def stood_for(weight: torch.Tensor) -> torch.Tensor:
 
 
 def layer_of(weight: torch.Tensor, level: str, bias: torch.Tensor | None = None) -> SparseLinear:
-    return SparseLinear.from_linear(linear(weight, bias), kernel.load_kernel(level), int8=True)
+    return SparseLinear.from_dense(linear(weight, bias), kernel.load_kernel(level), packed.pack_int8)
 
 
 # --------------------------------------------------------------------------------------------------- rounded weights
@@ -127,13 +129,32 @@ def test_products_of_many_tokens_round_the_weights_alone(level, kind, multiplies
             weight = matrix(rows, columns, zeros, kind, index)
             layer, content = layer_of(weight, level), packed.pack_int8(weight)
             tile = torch.empty(rows, layer._matrix.words * 32, dtype=kind)
-            layer.kernel.unpack(layer._matrix, 0, rows, tile)
+            layer.kernel.unpack(layer._matrix, torch.arange(rows), tile)
             assert torch.equal(tile[:, :columns], packed.unpack(content, [rows, columns]))
             x = torch.randn(20, columns, generator=torch.Generator().manual_seed(2)).to(kind)
             exact = x.double() @ stood_for(weight).T
             size = x.double().abs() @ stood_for(weight).abs().T
             # The weights' rounding to 16 bits, one of the sum, and on ARM torch's of parts of it.
             assert ((layer(x) - exact).abs() <= 3 * HALF_ULP[kind] * size + 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", kernel.KERNEL_DTYPES)
+@pytest.mark.parametrize("zeros", [0, 0.6])
+def test_rows_of_an_embedding(level, kind, zeros, threads):
+    weight, library = matrix(40, 200, zeros, kind), kernel.load_kernel(level)
+    content = packed.pack_int8(weight)
+    table, expected = SparseEmbedding(content, 200, kernel=library), packed.unpack(content, [40, 200])
+    ids = torch.randint(40, (8, 5), generator=torch.Generator().manual_seed(1))
+    for some in (ids, ids[:, 1:2], ids.int(), ids[0, 0], ids[:0]):  # a column's numbers are apart
+        assert torch.equal(table(some), expected[some])
+    place = ctypes.addressof(table.matrix(kind))
+    front = kernel.DecoderStruct(None, place, None, None, 0, 0, 200, kind == torch.float16)
+    out, places = torch.empty(8, 200, dtype=kind), (ctypes.c_int64 * 24)(*ids[:, 2], *[0] * 16)
+    library.decode(ctypes.addressof(front), places, 8, None, None, 1, 1, out.data_ptr(), threads)
+    assert torch.equal(out, expected[ids[:, 2]])
+    for wrong in (-1, 40):
+        with pytest.raises(IndexError, match="token ids must be 0 to 39"):
+            table(torch.tensor([3, wrong]))
 
 
 # -------------------------------------------------------------------------------------------------- files and models
@@ -166,6 +187,16 @@ def test_a_folder_says_what_it_holds_and_is_smaller(folder, tmp_path, capsys):
         assert torch.equal(rounded, theirs), name
 
 
+@needs_kernel
+def test_megabytes_are_those_of_the_file_and_of_where_rows_begin(folder):
+    model = engines.ENGINES["packed"]({"path": str(folder)}, {"cores": 1})
+    held = sum(buffer.nbytes for buffer in model.model.buffers())  # of the rotations
+    for name, tensor in load_file(next(folder.glob("*.safetensors"))).items():
+        owners = 2 if "embed_tokens" in name else 1  # the tied head looks up its rows itself
+        held += tensor.nbytes + (8 * owners * (len(tensor) + 1) if name.endswith(".mask") else 0)
+    assert round(1e6 * model.megabytes()) == held
+
+
 def test_values_are_refused_where_they_do_nothing(folder, tmp_path, capsys):
     command = [str(folder), "--unpack", "--save", str(tmp_path / "back"), "--values", "int8"]
     assert "--values does nothing" in error_line(capsys, pack.main(command))
@@ -180,8 +211,9 @@ def test_a_model_runs_on_its_rounded_values(folder, tmp_path, tiny_windows):
     sparse.unpack_files(folder, tmp_path / "back")
     rounded = dense(tmp_path / "back", torch.bfloat16)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    assert isinstance(head, SparseLinear) and compiled(model)
-    assert torch.equal(embedding.weight, rounded.get_input_embeddings().weight)
+    assert isinstance(head, SparseLinear) and isinstance(embedding, SparseEmbedding) and compiled(model)
+    assert embedding.values.data_ptr() == head.values.data_ptr()  # tied
+    assert torch.equal(embedding(torch.arange(head.out_features)), rounded.get_input_embeddings().weight)
     windows = tiny_windows % model.config.vocab_size
     assert perplexity(model, windows) == pytest.approx(perplexity(rounded, windows), rel=0.01)  # as of 16 bits
     ids = some_ids(2) % model.config.vocab_size
@@ -223,7 +255,7 @@ def test_sparsify_rounds_dense_layers_too():
     expected = decode(copy.deepcopy(model), some_ids(3))
     assert sparse.sparsify(model, values="int8") == 22 and compiled(model)
     masks = [module.mask is None for module in model.modules() if isinstance(module, SparseLinear)]
-    assert masks.count(True) == 11  # the head among them
+    assert masks.count(True) == 12  # the head and the embedding among them
     assert (decode(model, some_ids(3)) - expected).norm() <= 0.08 * expected.norm()
 
 

@@ -81,7 +81,7 @@ def test_products_are_those_of_float64(level, kind, multiplies, threads, monkeyp
                 bound = close * size + HALF_ULP[kind] * expected.abs() + 1e-7
                 # torch's own product, which is used for many tokens, may round before the bias is added
                 biased_bound = CLOSE * size + 2 * HALF_ULP[kind] * (size + bias.double().abs()) + 1e-7
-                for make in (SparseLinear.from_linear, DenseLinear):
+                for make in (SparseLinear.from_dense, DenseLinear):
                     layer = make(plain, library)
                     if tokens <= kernel.MAX_TOKENS:
                         sums = library.multiply(layer.matrix(kind), x, torch.float32)
@@ -99,7 +99,7 @@ def test_products_on_tiles_are_those_of_float64(biased, threads, monkeypatch):
         weight = matrix(rows, columns, 0.6, torch.bfloat16, index)
         bias = torch.randn(rows, generator=torch.Generator().manual_seed(9)).bfloat16() if biased else None
         layer, b = (
-            SparseLinear.from_linear(linear(weight, bias), kernel.load_kernel("amx")),
+            SparseLinear.from_dense(linear(weight, bias), kernel.load_kernel("amx")),
             0 if bias is None else bias,
         )
         for tokens in (9, 31, 33, 130, 300):  # parts of tiles, and more than are taken at a time
@@ -120,7 +120,7 @@ def test_tiles_take_many_tokens_in_bfloat16_where_the_system_allows_them(monkeyp
     for allowed in (False, True):
         monkeypatch.setattr(library, "has_tiles", allowed)
         for kind in kernel.KERNEL_DTYPES:
-            layer = SparseLinear.from_linear(linear(matrix(6, 32, 0.5, kind)), library)
+            layer = SparseLinear.from_dense(linear(matrix(6, 32, 0.5, kind)), library)
             for tokens in (8, 9):
                 assert layer(torch.ones(tokens, 32, dtype=kind)).shape == (tokens, 6)
     assert calls == [9]
@@ -128,7 +128,7 @@ def test_tiles_take_many_tokens_in_bfloat16_where_the_system_allows_them(monkeyp
 
 def test_product_by_pencil(level):
     weight = torch.tensor([[0.0, 2, 0, -3], [0, 0, 0, 0], [1, 0, 0.5, -0.0]], dtype=torch.bfloat16)
-    layer = SparseLinear.from_linear(linear(weight, torch.tensor([0.0, 7, 0]).bfloat16()), kernel.load_kernel(level))
+    layer = SparseLinear.from_dense(linear(weight, torch.tensor([0.0, 7, 0]).bfloat16()), kernel.load_kernel(level))
     x = torch.tensor([[1.0, 10, 100, 1000]], dtype=torch.bfloat16)
     assert layer(x).tolist() == [[20 - 3000 + 4, 7, 51]]  # 2,980 is 2,976 in 8 bits: ties to even
     assert layer.sparsity == pytest.approx(8 / 12)
@@ -139,7 +139,7 @@ def test_what_is_beyond_the_last_column_is_not_read(level):
     weight = torch.ones(2, 40, dtype=torch.bfloat16)
     weight[1] = torch.nan
     x = torch.ones(1, 40, dtype=torch.bfloat16)
-    for make in (SparseLinear.from_linear, DenseLinear):
+    for make in (SparseLinear.from_dense, DenseLinear):
         y = make(linear(weight), kernel.load_kernel(level))(x)
         assert y[0, 0] == 40 and y[0, 1].isnan()
 
@@ -147,7 +147,7 @@ def test_what_is_beyond_the_last_column_is_not_read(level):
 @pytest.mark.machine
 @needs_kernel
 def test_shapes_kinds_and_empty_input():
-    layer = SparseLinear.from_linear(linear(matrix(6, 32, 0.5, torch.float16)))
+    layer = SparseLinear.from_dense(linear(matrix(6, 32, 0.5, torch.float16)))
     assert layer(torch.ones(2, 3, 32).half()).shape == (2, 3, 6) and layer(torch.ones(32).half()).shape == (6,)
     assert layer(torch.ones(0, 32).half()).shape == (0, 6)
     strided = torch.randn(32, 3).half().T
@@ -159,7 +159,7 @@ def test_shapes_kinds_and_empty_input():
 
 @needs_kernel
 def test_gradients_moves_and_saving_are_refused_in_one_line():
-    model = nn.Sequential(SparseLinear.from_linear(linear(matrix(6, 32, 0.5, torch.bfloat16))))
+    model = nn.Sequential(SparseLinear.from_dense(linear(matrix(6, 32, 0.5, torch.bfloat16))))
     x = torch.ones(1, 32, dtype=torch.bfloat16)
     refused = {
         lambda: model(x.clone().requires_grad_()): "has no gradients",

@@ -55,7 +55,7 @@ def products_in_order(kind: torch.dtype) -> list[tuple[torch.Tensor, list[tuple[
 def test_sums_have_the_bits_of_additions_in_order(level, kind, threads):
     library = kernel.load_kernel(level)
     for weight, pairs in products_in_order(kind):
-        layer = None if kind == torch.float32 else SparseLinear.from_linear(linear(weight), library)
+        layer = None if kind == torch.float32 else SparseLinear.from_dense(linear(weight), library)
         skipped = weight if layer is None else layer._matrix
         for x, expected in pairs:
             assert torch.equal(library.multiply_many(skipped, x), expected)
@@ -83,7 +83,7 @@ def test_packed_layers_skip_zeros_in_prompts_where_that_pays(kind, zeros, skips,
     weight = matrix(70, 200, zeros, kind)
     bias = torch.randn(70, generator=torch.Generator().manual_seed(2)).to(kind)
     x = torch.randn(3, 11, 200, generator=torch.Generator().manual_seed(3)).to(kind)
-    y = SparseLinear.from_linear(linear(weight, bias))(x)
+    y = SparseLinear.from_dense(linear(weight, bias))(x)
     assert products == ([33] if skips else []) and y.dtype == kind
     expected = x.double() @ weight.double().T + bias.double()
     size = x.double().abs() @ weight.double().abs().T + bias.double().abs()

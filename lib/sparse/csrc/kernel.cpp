@@ -209,9 +209,9 @@ extern "C" void multiply(const Matrix* w, int count, const uint16_t* x, int toke
   (w->half ? product<true> : product<false>)(w, count, x, tokens, y, wide, threads);
 }
 
-// Rows first to last - 1 of a packed or int8 matrix, words * 32 columns each.
-extern "C" void unpack(const Matrix* w, int64_t first, int64_t last, uint16_t* out, int threads) {
+// `count` rows of a packed or int8 matrix, words * 32 columns each.
+extern "C" void unpack(const Matrix* w, const int64_t* rows, int64_t count, uint16_t* out, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t row = first; row < last; row++)
-    (w->half ? unpack_row<true> : unpack_row<false>)(*w, row, out + (row - first) * w->words * GROUP, GROUP);
+  for (int64_t i = 0; i < count; i++)
+    (w->half ? unpack_row<true> : unpack_row<false>)(*w, rows[i], out + i * w->words * GROUP, GROUP);
 }

@@ -16,6 +16,7 @@ struct Block {  // as kernel.py's BlockStruct
 };
 struct Decoder {  // as kernel.py's DecoderStruct
   const Block* blocks;
+  const Matrix* embedding;  // [tokens of the vocabulary, width]
   const uint16_t* norm;  // [width]
   const Matrix* head;    // null: the hidden states that leave the last block are the result
   double eps;
@@ -63,8 +64,8 @@ T* room(std::vector<T>& buffer, int64_t count) {
 }
 
 template <bool HALF>
-void enter(const Block& b, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t stride, int tokens,
-           uint16_t* q, uint16_t* k, uint16_t* v, int64_t apart, int threads) {
+void enter(const Block& b, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, const int64_t* turns,
+           int tokens, uint16_t* q, uint16_t* k, uint16_t* v, int64_t apart, int threads) {
   static thread_local std::vector<uint16_t> normed;
   static thread_local std::vector<float> products;
   const int64_t queries = b.heads * b.size, keys = b.keys * b.size;
@@ -74,8 +75,9 @@ void enter(const Block& b, const uint16_t* x, const uint16_t* cos, const uint16_
   float* const parts[] = {y, y + tokens * queries, y + tokens * (queries + keys)};
   multiply(b.qkv, 3, n, tokens, (void* const*)parts, 1, threads);
   for (int t = 0; t < tokens; t++) {
-    rotate<HALF>(parts[0] + t * queries, cos + t * stride, sin + t * stride, b.heads, b.size, q + t * queries, b.size);
-    rotate<HALF>(parts[1] + t * keys, cos + t * stride, sin + t * stride, b.keys, b.size, k + t * b.keys * apart, apart);
+    const uint16_t *c = cos + turns[t] * b.size, *s = sin + turns[t] * b.size;
+    rotate<HALF>(parts[0] + t * queries, c, s, b.heads, b.size, q + t * queries, b.size);
+    rotate<HALF>(parts[1] + t * keys, c, s, b.keys, b.size, k + t * b.keys * apart, apart);
   }
   for (int64_t head = 0; head < tokens * b.keys; head++)
     for (int64_t i = 0; i < b.size; i++) v[head * apart + i] = from_float<HALF>(parts[2][head * b.size + i]);
@@ -144,18 +146,24 @@ void leave(const Block& b, const uint16_t* attended, int tokens, uint16_t* h, in
 
 // The arguments of decode().
 template <bool HALF>
-void run(const Decoder& d, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t stride, int tokens,
-         uint16_t* kept, int64_t most, int64_t length, const int64_t* begins, uint16_t* out, int threads) {
-  static thread_local std::vector<uint16_t> hidden, attended;
-  uint16_t* h = d.head ? room(hidden, 2 * tokens * d.width) : out;
-  memcpy(h, x, tokens * d.width * 2);
+void run(const Decoder& d, const int64_t* places, int tokens, const uint16_t* angles, uint16_t* kept, int64_t most,
+         int64_t length, uint16_t* out, int threads) {
+  static thread_local std::vector<uint16_t> hidden, attended, unpacked;
+  const Matrix& table = *d.embedding;
+  uint16_t *h = d.head ? room(hidden, 2 * tokens * d.width) : out, *row = room(unpacked, table.words * GROUP);
+  for (int t = 0; t < tokens; t++) {
+    const bool dense = !table.mask && !table.scales;
+    if (!dense) unpack_row<HALF>(table, places[t], row, GROUP);
+    memcpy(h + t * d.width, dense ? table.values + places[t] * d.width : row, d.width * 2);
+  }
+  const int64_t *turns = places + tokens, *begins = turns + tokens;
   uint16_t* values = kept;  // those of each block lie behind the keys of all
   for (int64_t i = 0; i < d.count; i++) values += tokens * d.blocks[i].keys * most * d.blocks[i].size;
   for (int64_t i = 0; i < d.count; i++) {
     const Block& b = d.blocks[i];
     const int64_t apart = most * b.size, last = (length - 1) * b.size;
     uint16_t* q = room(attended, tokens * b.heads * b.size);
-    enter<HALF>(b, h, cos, sin, stride, tokens, q, kept + last, values + last, apart, threads);
+    enter<HALF>(b, h, angles, angles + most * b.size, turns, tokens, q, kept + last, values + last, apart, threads);
     attend<HALF>(b, q, kept, values, begins, length, apart, tokens, q, threads);
     leave<HALF>(b, q, tokens, h, threads);
     kept += tokens * b.keys * apart, values += tokens * b.keys * apart;
@@ -168,12 +176,11 @@ void run(const Decoder& d, const uint16_t* x, const uint16_t* cos, const uint16_
 
 }  // namespace
 
-// The logits [tokens, rows of the head] of x [tokens, width], one new token for each of 1 to 8 sequences.
-// cos, sin: [size], and `stride` further on for the next sequence. kept: keys of all blocks and then values of all,
-// each [tokens, keys, most, size]; place `length` - 1 is filled in, and those from the sequence's of `begins` to it are
-// read.
-extern "C" void decode(const Decoder* d, const uint16_t* x, const uint16_t* cos, const uint16_t* sin, int64_t stride,
-                       int tokens, uint16_t* kept, int64_t most, int64_t length, const int64_t* begins, uint16_t* out,
-                       int threads) {
-  (d->half ? run<true> : run<false>)(*d, x, cos, sin, stride, tokens, kept, most, length, begins, out, threads);
+// The logits [tokens, rows of the head] of one new token for each of 1 to 8 sequences.
+// places: [3, tokens], the sequences' rows of the embedding, their rows of `angles`, and their first keys. angles:
+// cosines and then sines, [2, most, size]. kept: keys of all blocks and then values of all, each [tokens, keys, most,
+// size]; place `length` - 1 is filled in, and those from the sequence's first to it are read.
+extern "C" void decode(const Decoder* d, const int64_t* places, int tokens, const uint16_t* angles, uint16_t* kept,
+                       int64_t most, int64_t length, uint16_t* out, int threads) {
+  (d->half ? run<true> : run<false>)(*d, places, tokens, angles, kept, most, length, out, threads);
 }
