@@ -165,7 +165,7 @@ def test_products_in_bfloat16(statistic, keep, tiny_model, tiny_windows):
     block = next(iter(weights.visit()))
     before = {name: linear.weight for name, linear in block.linears.items()}
     exact = enter_blocks(weights, tiny_windows)
-    rough = enter_blocks(weights, tiny_windows, dtype=torch.bfloat16)
+    rough = enter_blocks(weights, tiny_windows)._replace(dtype=torch.bfloat16)
     found = by_layer(input_statistics(block, rough, statistic, keep))
     wanted = by_layer(input_statistics(block, exact, statistic, keep))
     assert all(linear.weight is before[name] for name, linear in block.linears.items())
