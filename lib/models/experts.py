@@ -123,14 +123,10 @@ def _by_expert(
         x = hidden[token]  # one tensor for gate and up, which so share a statistic
         for linear in filter(None, (gate, up, down)):
             linear.row_weights = share
-
-        if gate is None:
-            inner = self.act_fn(up(x))
-        elif self.is_concatenated:
-            inner = self._apply_gate(torch.cat([gate(x), up(x)], -1))
-        else:
-            inner = self._apply_gate(torch.stack([gate(x), up(x)], -1).flatten(-2))
-        y = down(inner)
+        parts = [linear(x) for linear in (gate, up) if linear is not None]
+        split = gate is not None and not self.is_concatenated  # gate's and up's columns in turns
+        inner = torch.stack(parts, -1).flatten(-2) if split else torch.cat(parts, -1)
+        y = down(self.act_fn(inner) if gate is None else self._apply_gate(inner))
         y = self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
         out.index_add_(0, token, (y * share).to(out.dtype))
     return out
