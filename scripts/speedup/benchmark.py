@@ -174,8 +174,9 @@ def plot(record: dict, path: Path) -> None:
         places = [(row["megabytes"], row["perplexity"]) for row in rows]
         axes.scatter(*zip(*places, strict=True), s=[4 * speed for speed in speeds], alpha=0.5, label=engine)
         for row, place, speed in zip(rows, places, speeds, strict=True):
-            above = {"xytext": (0, -18 if number % 2 else 12), "textcoords": "offset points"}  # engines may coincide
-            axes.annotate(f"{row['model']}, {speed:.0f}/s", place, fontsize="x-small", ha="center", **above)
+            height = (12, -18, 20, -26)[number % 4]  # engines may coincide
+            offset = {"xytext": (0, height), "textcoords": "offset points"}
+            axes.annotate(f"{row['model']}, {speed:.0f}/s", place, fontsize="xx-small", ha="center", **offset)
     axes.set(yscale="log", xlabel="MB of weights", ylabel="perplexity", title="area of a dot: tokens per second")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
