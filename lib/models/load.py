@@ -29,9 +29,7 @@ Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _HUB_PATIENCE = 5.0  # seconds
 
-# Classes of models with images, of which the library may load the text model by itself.
-_WITH_IMAGES = "ForConditionalGeneration"
-
+_WITH_IMAGES = "ForConditionalGeneration"  # in names of classes whose text model may be loaded by itself
 # Python files of a model's folder are never run; transformers would ask at the terminal.
 _NO_CODE = {"trust_remote_code": False}
 

@@ -6,6 +6,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -37,21 +38,29 @@ and time only in programs that make use of them. It has all limits of the model 
 {loading}"""
 
 
+@cache  # a run writes its cards several times
+def _hub_card(place: str, cache_dir: str | None) -> Path:
+    """Return the file of the card of a model of the hub."""
+    from huggingface_hub import hf_hub_download
+
+    check_hub()
+    return Path(hf_hub_download(place, CARD, cache_dir=cache_dir))
+
+
 def write_card(folder: Path, content: Mapping, rows: Sequence[LayerReport] = ()) -> None:
     """Write the card of the model in ``folder`` from the ``content`` of a record, with versions, and layer reports.
 
     From the base model's card, if there is one, license, language and tags are taken over. That of a model that was
     pruned before is kept, and what was done since is added.
     """
-    from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+    from huggingface_hub import ModelCard, ModelCardData
 
     model, flags, base = content["model"], content["flags"], None
     place = model.get("path", model["given"])
-    path, of_hub = Path(place, CARD), not Path(place).is_dir() and place.count("/") == 1
+    of_hub = not Path(place).is_dir() and place.count("/") == 1
+    path = Path(place, CARD)
     try:
-        if of_hub:
-            check_hub()
-            path = Path(hf_hub_download(place, CARD, cache_dir=model.get("cache_dir")))
+        path = _hub_card(place, model.get("cache_dir")) if of_hub else path
         base = ModelCard.load(path) if path.is_file() else None
     except Exception as error:  # those of the hub's client, of yaml, and of the class
         log.warning("%s: license and tags are not taken over (%s)", path, first_line(error))

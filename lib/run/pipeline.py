@@ -110,11 +110,16 @@ def _search_key(subject: Subject, task: Task) -> str:
     return digest([task.identity, subject.search_digests, subject.name, subject.weights.fingerprints()])
 
 
+def _chosen(task: Task, layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers over which the sparsity is distributed."""
+    return [layer for layer in layers if layer.expert or not task.mixture.get("only")]
+
+
 def make_plan(task: Task, layers: Sequence[Layer], values: Values | None, trial: float | None = None) -> SparsityPlan:
     """Return the allocation's plan for ``values``; ``trial`` is an epsilon to try instead of the flag's."""
     allocation = formulas.ALLOCATIONS[task.allocation]
     hyper = {name: task.hyper[name] for name in allocation.flags} | ({} if trial is None else {"epsilon": trial})
-    chosen = [layer for layer in layers if layer.expert or not task.mixture.get("only")]
+    chosen = _chosen(task, layers)
     target = task.target * (sum(layer.size for layer in chosen) / sum(layer.size for layer in layers))
     ratios = allocation.share(chosen, task.target, values, **hyper)
     if task.nm is None:
@@ -140,8 +145,8 @@ def allocate(
         key = _search_key(subject, task)
         tried, remember = journal.get("trials", key), partial(journal.put, "trials", key)
         subject.weights.use_scratch(journal.scratch)
-    chosen = [layer for layer in layers if layer.expert or not task.mixture.get("only")]
-    grid = epsilon.epsilon_grid(formulas.largest_epsilon(chosen, task.target, values, task.hyper["mapping_type"]))
+    bounded = _chosen(task, layers), task.target, values, task.hyper["mapping_type"]
+    grid = epsilon.epsilon_grid(formulas.largest_epsilon(*bounded))
     tries = {trial: make_plan(task, layers, values, trial) for trial in grid}
     trials = epsilon.try_epsilons(subject.weights, tries, task.pruner, subject.search, subject.dense, tried, remember)
     return tries[epsilon.best(trials)], trials

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 import main
 from lib.pruning.walk import LayerReport
-from lib.run.card import write_card
+from lib.run.card import _hub_card, write_card
 from lora_ft import recover
 
 MODEL = {"given": "a/b", "path": "a/b", "name": "b", "cache_dir": "none"}
@@ -60,8 +60,13 @@ def test_base_models_card_is_taken_over_and_a_damaged_one_is_not(tmp_path, caplo
     assert (data["license"], data["language"], data["tags"]) == ("mit", ["en"], ["chat", "pruned", "wanda", "ww"])
     assert not {"base_model", "base_model_relation", "datasets"} & data.keys() and "Secret" not in card(tmp_path).text
     assert "| dense | -" in card(tmp_path).text
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(base / "README.md"))
-    write_card(tmp_path, CONTENT)  # of the hub, where a model is loaded without its card
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: asked.append(1) or str(base / "README.md"))
+    _hub_card.cache_clear()
+    for _ in range(2):  # of the hub, where a model is loaded without its card, which is fetched once
+        write_card(tmp_path, CONTENT)
+    _hub_card.cache_clear()
+    assert len(asked) == 1
     assert (card(tmp_path).data.license, card(tmp_path).data.base_model) == ("mit", "a/b")
     (base / "README.md").write_text("---\nlicense: [\n---\n")
     with caplog.at_level(logging.WARNING):
