@@ -72,10 +72,11 @@ class ImageMethodFlags(MethodFlags):
     hidden_device: str | None = flag(
         None, "device of hidden states; cpu saves GPU memory", only=CALIBRATES, metavar="DEVICE", title="pruning"
     )
-    ww_metric: str = redeclared(AllocationFlags, "ww_metric", "alpha_mid")
+    ww_metric: str = redeclared(AllocationFlags, "ww_metric", "alpha_mid", only="_ww")
     ww_metric_cache: str = redeclared(
-        AllocationFlags, "ww_metric_cache", "./metric_cache", help="cached in DIR/<model>", aliases=["ww_metric_cache"]
-    )
+        AllocationFlags, "ww_metric_cache", "./metric_cache", help="cached in DIR/<model>", only="_ww",
+        aliases=["ww_metric_cache"],
+    )  # fmt: skip
     epsilon: float = redeclared(AllocationFlags, "epsilon", 0.2, help="half width of the map to sparsity, in [0, 1]")
     mapping_type: str = "layer_wise"  # a ratio for each matrix, as published
 

@@ -42,6 +42,11 @@ class Comparison(Flags):
     save: str = flag("results/answers", "where figures, histogram and dense answers are written", metavar="DIR")
     cache_dir: str | None = flag(None, "where models are kept (default: the repository's llm_weights)", metavar="DIR")
 
+    def check(self) -> None:
+        super().check()
+        if self.prompts and "prompt_data" in self.given:
+            raise UserError("prompt_data", self.prompt_data, "does nothing with --prompts", "leave one of them out")
+
 
 PARSER = make_parser(Comparison, "answers.py", __doc__)
 
@@ -75,12 +80,19 @@ def run(settings: Comparison) -> None:
     skeletons = [load.load_skeleton(source) for source in sources]
     if len({skeleton.get_input_embeddings().num_embeddings for skeleton in skeletons}) > 1:
         raise UserError(None, None, "the models' vocabularies have different sizes", "give models of one origin")
-    for source, skeleton in zip(sources, skeletons, strict=True):
-        name, tokenizer, dtypes = source.given, load.load_tokenizer(source), load.choose_dtypes("auto", skeleton)
+    tokenizers = [load.load_tokenizer(source) for source in sources]
+    asked = [[own_text.prompt_tokens(tokenizer, messages) for messages in prompts] for tokenizer in tokenizers]
+    for source, skeleton, ids in zip(sources, skeletons, asked, strict=True):
+        load.check_vocabulary(source.given, skeleton, *map(torch.tensor, ids))
+        context, longest = load.context_length(skeleton), max(map(len, ids))
+        if context and longest + settings.tokens > context:
+            problem = f"is, with prompts of up to {longest} tokens, more than {source.given}'s context, {context}"
+            raise UserError("tokens", settings.tokens, problem, "lower it, or give shorter prompts")
+    for source, skeleton, tokenizer, ids in zip(sources, skeletons, tokenizers, asked, strict=True):
+        name, dtypes = source.given, load.choose_dtypes("auto", skeleton)
         packed = sparse.is_packed(source.path)
         model = sparse.load_packed(source.path) if packed else load.load_llm(source, dtypes.compute)
-        asked = [own_text.prompt_tokens(tokenizer, messages) for messages in prompts]
-        written = own_text.write_answers(model, tokenizer, asked, settings.tokens, settings.seed)
+        written = own_text.write_answers(model, tokenizer, ids, settings.tokens, settings.seed)
         answers = [answer for batch in written for answer in batch]
         if not dense:
             dense = answers

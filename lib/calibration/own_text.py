@@ -19,7 +19,7 @@ from lib.core.digests import digest
 from lib.core.errors import UserError
 from lib.core.files import reading
 from lib.core.lazy import torch, transformers
-from lib.models.load import Tokenizer
+from lib.models.load import Tokenizer, check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +49,17 @@ def read_prompts(field: str, name: str, split: str, seed: int | None) -> list[li
     elif path.suffix == ".txt":
         documents = filter(str.strip, texts.file_content(field, path).splitlines())
     else:
-        documents = texts.documents_of(field, name, texts.json_records(field, path))
+        documents = texts.documents_of(field, name, texts.json_records(field, path), kind="prompt")
     for document in documents:
         if isinstance(document, str):
             words = document.strip() if seed is None else re.match(r".+?[.!?](?=\s)|.*", document.strip())[0]
-            fits = seed is None or len(words.split()) >= _LEAST_WORDS
+            fits = type(document) is str and (seed is None or len(words.split()) >= _LEAST_WORDS)
             document = [{"role": "user", "content": words}] if fits else []
         prompts.append([*takewhile(lambda message: message["role"] != "assistant", document)])
     prompts = [prompt for prompt in prompts if any(message["content"] for message in prompt)]
     if not prompts:
-        raise UserError(field, name, "holds no prompt", None if seed is None else "separate paragraphs by empty lines")
+        fix = f"separate paragraphs by empty lines; the first sentence of one needs {_LEAST_WORDS} words"
+        raise UserError(field, name, "holds no prompt", None if seed is None else fix)
     if seed is not None:
         Random(seed).shuffle(prompts)
     return prompts
@@ -78,12 +79,14 @@ def write_answers(
 ) -> Iterator[list[Answer]]:
     """Yield the answers to each batch of ``prompts``, of at most ``limit`` tokens, in order.
 
-    They are sampled as the model's own generation config says. A batch has a seed of its own, so that the answers do
-    not depend on how many processes share the batches.
+    They are sampled as the model's own generation config says, whose temperature may be 0. A batch has a seed of its
+    own, so that the answers do not depend on how many processes share the batches.
     """
-    settings = model.generation_config.eos_token_id
-    ends = {*(settings if isinstance(settings, list) else [settings]), tokenizer.eos_token_id} - {None}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eos = model.generation_config.eos_token_id
+    ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    how = {"max_new_tokens": limit, "pad_token_id": pad, "eos_token_id": sorted(ends) or None}
+    how |= {"do_sample": model.generation_config.temperature != 0, "tokenizer": tokenizer}
     batches = [prompts[start : start + _BATCH] for start in range(0, len(prompts), _BATCH)]
     for first in range(0, len(batches), processes.count()):
         answers, mine = [], first + processes.rank()
@@ -91,7 +94,6 @@ def write_answers(
             batch, longest = batches[mine], max(map(len, batches[mine]))
             ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in batch], device=entry_device(model))
             mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=ids.device)
-            how = {"do_sample": True, "max_new_tokens": limit, "pad_token_id": pad, "eos_token_id": sorted(ends)}
             with torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []), torch.inference_mode():
                 torch.manual_seed(int(digest([seed, mine])[:8], 16))
                 written = model.generate(ids, attention_mask=mask, **how)[:, longest:].tolist()
@@ -111,6 +113,7 @@ def own_text(
     are left out with a warning. If the prompts do not suffice, it is a UserError.
     """
     tokens = [prompt_tokens(tokenizer, messages) for messages in prompts]
+    check_vocabulary(model.name_or_path, model, *map(torch.tensor, tokens))
     fitting = [ids for ids in tokens if len(ids) <= seqlen // 2]
     if left_out := len(tokens) - len(fitting):
         log.warning("%d prompts of more than half a window, %d tokens, are left out", left_out, seqlen // 2)

@@ -26,7 +26,7 @@ _DOCUMENTS_AT_ONCE = 256
 _PIECE = 100_000
 # Records of a hub's data set among which calibration draws: more are read only if they do not fill the windows.
 _DRAWN_FROM = 2000
-_FIELDS = ("marked", "messages", "conversations", "text", "prompt")
+_FIELDS = ("messages", "conversations", "text")
 _ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
 
 
@@ -134,22 +134,24 @@ def json_records(field: str, path: Path) -> list:
     with reading(path, "cannot be read", field):
         while start < len(content):  # not line by line: errors tell their line of the file, and strings may hold U+2028
             record, start = decoder.raw_decode(content, re.compile(r"\s*").match(content, start).end())
+            json.dumps(record, ensure_ascii=False).encode()  # refuses half a character, which no tokenizer takes
             records.append(record)
     return records[0] if len(records) == 1 and isinstance(records[0], list) else records
 
 
-def documents_of(field: str, name: str, rows: Iterable, column: str = "") -> Iterator[Document]:
-    """Yield what each row holds in the field ``column``, or in the first of _FIELDS that it has."""
-    wanted = f"`{column}`" if column else "`text` that holds a string, or `messages` that hold a conversation"
+def documents_of(field: str, name: str, rows: Iterable, column: str = "", kind: str = "marked") -> Iterator[Document]:
+    """Yield what each row holds in ``column``, or in the first field, of ``kind`` and _FIELDS, that is not null."""
+    string = kind.replace("marked", "text")
+    wanted = f"`{column}`" if column else f"`{string}` that holds a string, or `messages` that hold a conversation"
     with reading(Path(name), _UNREACHED, field, _LOCAL):  # where the rows of a hub's data set are fetched
         for row in rows:
             try:
-                key = column or next(key for key in _FIELDS if key in row)
+                key = column or next(key for key in (kind, *_FIELDS) if row.get(key) is not None)
                 if isinstance(row[key], str):
                     yield Marked(row[key]) if key == "marked" else row[key]
                 else:
                     yield [{**message, **_role_and_content(message)} for message in row[key]]
-            except (KeyError, TypeError, StopIteration):
+            except (AttributeError, KeyError, TypeError, StopIteration):
                 raise UserError(field, name, f"every record needs a field {wanted}") from None
 
 

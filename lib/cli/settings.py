@@ -40,9 +40,10 @@ TEXTS = (
     "(field `text`, or `messages` or `conversations` for the chat template)"
 )
 CALIBRATED = " | ".join([name for name, pruner in PRUNERS.items() if pruner.statistic] + ["refit"])
-OWN_TEXT = "--calib_data self, where it is read"  # a trait
+OWN_TEXT, BY_ALPHA = "--calib_data self, where it is read", "--drop_by alpha"  # traits
 # Published command lines give these flags to uniform methods as well, where they do nothing.
 OF_WW = {"only": "_ww", "tolerated": "uniform"}
+MEASURED = f"_ww | {BY_ALPHA}"
 
 
 @dataclass(kw_only=True)
@@ -109,11 +110,11 @@ class AllocationFlags(Flags):
 
     ww_metric: str = flag(
         "alpha_peak", "of each matrix: {choices}; the larger (for alpha: the less heavy-tailed), the more is pruned",
-        choices=[*METRICS, *WEIGHTWATCHER], **OF_WW,
+        choices=[*METRICS, *WEIGHTWATCHER], only=MEASURED, tolerated="uniform",
     )  # fmt: skip
     ww_metric_cache: str | None = flag(
         None, "folder in which the metric is cached (default: the repository's data/NAME, NAME the model's own folder)",
-        metavar="DIR", **OF_WW,
+        metavar="DIR", only=f"{MEASURED} | {OWN_TEXT}", tolerated="uniform",
     )  # fmt: skip
     epsilon: float | str = flag(
         0.3, "half width of the map from metric to sparsity, in [0, 1], or auto: the best on held-out calibration text",
@@ -123,9 +124,9 @@ class AllocationFlags(Flags):
         "block_wise", "what shares a ratio: {choices}; an expert is one of a mixture's", choices=list(MAPPINGS), **OF_WW
     )
     esd_driver: str = flag(
-        "exact", "{choices}: float32 SVD (published), float64 Gram matrix", choices=DRIVERS, only="_ww"
+        "exact", "{choices}: float32 SVD (published), float64 Gram matrix", choices=DRIVERS, only=MEASURED
     )
-    farms: bool = flag(False, "spectra of windows of one aspect ratio (FARMS) instead of whole matrices", only="_ww")
+    farms: bool = flag(False, "spectra of windows of one aspect ratio (FARMS) instead of whole matrices", only=MEASURED)
     farms_rows: int = flag(2000, "rows of a window; at most the matrix's shorter side", least=2, only="farms")
     farms_ratio: float = flag(1.0, "columns of a window over its rows", above=0, only="farms")
     farms_steps: int = flag(15, "windows in each direction, a count", least=1, only="farms", metavar="K")
@@ -328,7 +329,8 @@ class Experiment(
     def traits(self) -> set[str]:
         traits = super().traits() | ({"evaluation"} if self.eval_wikitext and not self.metrics_only else set())
         traits |= {self.train} if self.recover else set()
-        traits |= {"calibration"} if self.drop_experts and self.drop_by == "reap" else set()
+        by = self.drop_by if self.drop_experts else None
+        traits |= {"reap": {"calibration"}, "alpha": {BY_ALPHA}}.get(by, set())
         read = traits & {"calibration", "search", "recover"}
         return traits | {OWN_TEXT} if read and self.calib_data == "self" else traits
 
@@ -346,6 +348,8 @@ class Experiment(
             name = "farms" if self.farms else "esd_driver"
             problem = f"does nothing with --ww_metric {self.ww_metric}, which goes through weightwatcher's own spectrum"
             raise UserError(name, None, problem, "leave one of them out")
+        if self.save_calib and Path(self.save_calib).suffix not in (".json", ".jsonl"):
+            raise UserError("save_calib", self.save_calib, "would be read as a plain text", "end its name in .jsonl")
         task = self.task()
         if self.only and (self.plan or task.needs in (*WEIGHT_SCORES, "price")):
             problem = f"with {self.plan or task.method}, which says how much is removed of every matrix"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lib import sparse
-from lib.cli.settings import Experiment
+from lib.cli.settings import BY_ALPHA, Experiment
 from lib.cli.task import Task
 from lib.core import files, processes
 from lib.core.errors import UserError, flag_name
@@ -81,7 +81,7 @@ def check_layers(
         if layer.shape[1] % task.nm[1]:
             problem = f"{layer.name} has {layer.shape[1]} columns, which {task.nm[1]} does not divide"
             raise UserError("sparsity_type", "{}:{}".format(*task.nm), problem)
-    if task.allocation == "ww":
+    if task.allocation == "ww" or BY_ALPHA in task.traits:
         if MetricCache(measurement, name, measured).read() is None:
             files.check_writable("ww_metric_cache", measurement.folder)
         for layer in measured if measurement.farms else ():

@@ -189,6 +189,7 @@ class LanguageModel:
         how |= {"sampling": model.generation_config.to_json_string(), "template": self.tokenizer.chat_template}
         path = folder / f"self_{digest(how)[:16]}.jsonl"
         if not processes.on_main(path.is_file):
+            files.check_writable("ww_metric_cache", folder)
             records = own_text.own_text(model, self.tokenizer, prompts, seqlen, needed, seed)
             lines = [{"marked": records[0], "written_by": how}, *({"marked": record} for record in records[1:])]
             files.write_atomically(path, "".join(f"{json.dumps(line)}\n" for line in lines))

@@ -52,6 +52,16 @@ def test_answers_are_those_of_one_prompt_at_a_time(tiny_model, tiny_tokenizer):
     assert all(answer.ended == (answer.answer[-1] == 2) for answer in answers)
 
 
+def test_answers_with_unusual_settings_of_generation(tiny_model, tiny_tokenizer):
+    prompts = [own_text.prompt_tokens(tiny_tokenizer, messages) for messages in PROMPTS[:3]]
+    tokenizer, config = copy.deepcopy(tiny_tokenizer), tiny_model.generation_config
+    tokenizer.eos_token = tokenizer.pad_token = config.eos_token_id = config.pad_token_id = None
+    config.temperature, config.stop_strings = 0.0, "never"
+    (answers,) = own_text.write_answers(tiny_model, tokenizer, prompts, 6, 0)
+    tiny_model.lm_head.weight.data[2] = 0  # nothing ends here
+    assert [answer.answer for answer in answers] == [plain_answer(tiny_model, ids, 6) for ids in prompts]
+
+
 def test_answers_depend_on_the_seed_and_not_on_the_processes(tiny_model, tiny_tokenizer, monkeypatch):
     prompts = [own_text.prompt_tokens(tiny_tokenizer, messages) for messages in PROMPTS]
     tiny_model.generation_config.temperature = 0.7
@@ -79,6 +89,9 @@ def test_own_text_is_long_enough_in_both_halves(tiny_model, chat_tokenizer):
     for record, (message,) in zip(records, PROMPTS, strict=False):
         assert record.startswith(f"<s>user {message['content']}</s><s>assistant ")
     assert own_text.own_text(tiny_model, chat_tokenizer, PROMPTS, 128, (500, 300), 0) == records
+    with pytest.raises(UserError, match=r"gives token 300 and the model has 300 embeddings"):
+        chat_tokenizer.add_tokens("<|im_start|>")
+        own_text.own_text(tiny_model, chat_tokenizer, [[{"content": "<|im_start|>"}]], 128, (5, 3), 0)
     chat_tokenizer.chat_template = "{{ raise_exception('no system') }}"
     with pytest.raises(UserError, match=r"^the prompts: the model's chat template fails \(no system\)$"):
         own_text.prompt_tokens(chat_tokenizer, PROMPTS[0])
@@ -113,12 +126,15 @@ def test_prompts_of_files(tmp_path):
     chat = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
     lines = json.dumps({"prompt": "a"}) + "\n" + json.dumps({"messages": chat})
     assert read("p.jsonl", lines) == [[{"role": "user", "content": "a"}], chat[:1]]
+    both = {"messages": None, "prompt": "a", "text": "a, and its answer"}
+    assert read("p.jsonl", json.dumps(both)) == [[{"role": "user", "content": "a"}]]
     assert read("p.jsonl", '{"prompt": " "}\n{"prompt": "a"}\n{"messages": []}') == [[{"role": "user", "content": "a"}]]
-    for wrong in ('{"words": "a"}', '{"prompt": 3}', "3", '{"messages": [{}]}'):
-        with pytest.raises(UserError, match="--prompts .* every record needs a field `text` .* or `messages`"):
+    for wrong in ('{"words": "a"}', '{"prompt": 3}', "3", '{"messages": [{}]}', '{"marked": "<s>a</s>"}'):
+        with pytest.raises(UserError, match="--prompts .* every record needs a field `prompt` .* or `messages`"):
             read("p.jsonl", wrong)
     for wrong, say in (
         ("{", "cannot be read"),
+        (r'{"prompt": "\ud83d"}', "cannot be read"),
         ("[]", "holds no prompt"),
         ('{"prompt": ""}', "holds no prompt"),
         ('{"messages": []}', "holds no prompt"),
@@ -135,8 +151,10 @@ def test_prompts_are_first_sentences_or_what_comes_before_an_answer(tmp_path):
     chat = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
     (tmp_path / "t.jsonl").write_text(json.dumps({"messages": chat}))
     (tmp_path / "short.txt").write_text("Too short.\nToo.")
-    with pytest.raises(UserError, match="holds no prompt; separate paragraphs by empty lines"):
-        own_text.read_prompts("prompt_data", str(tmp_path / "short.txt"), "train", 0)
+    (tmp_path / "marked.jsonl").write_text(json.dumps({"marked": "<s>a b c d e f g</s>"}))
+    for name in ("short.txt", "marked.jsonl"):
+        with pytest.raises(UserError, match="holds no prompt; separate paragraphs by empty lines"):
+            own_text.read_prompts("prompt_data", str(tmp_path / name), "train", 0)
     assert own_text.read_prompts("prompt_data", str(tmp_path / "t.jsonl"), "train", 0) == [chat[:2]]
 
 
@@ -174,6 +192,8 @@ def test_own_text_is_written_once_and_is_an_ordinary_file(place, monkeypatch, ca
     record = json.loads(Path("results/run_wanda_price_sparsity_0.5.json").read_text())
     assert record["calibration"] == {"text": "calib.jsonl", "windows": 4, "seqlen": 64}
 
+    flags = [*SELF.replace("prompts.txt", "text.txt").split(), "--ww_metric_cache", "prompts.txt/no"]
+    assert "--ww_metric_cache prompts.txt/no: cannot be written" in error_line(capsys, main.main(flags))
     path.write_text(path.read_text()[:-20])
     capsys.readouterr()
     assert f"{path}: cannot be read" in error_line(capsys, main.main(SELF.split()))
@@ -195,6 +215,7 @@ def test_model_that_does_not_fit_writes_no_text(place, monkeypatch, capsys):
         ("--calib_data self --prompt_data nothing", "--prompt_data nothing: unknown data set"),
         ("--calib_data self --prompts p.txt --prompt_data c4", "--prompt_data c4: does nothing with --prompts"),
         ("--eval_data self", "--eval_data self: unknown data set"),
+        ("--calib_data self --save_calib out/own.txt", "--save_calib out/own.txt: would be read as a plain text"),
     ],
 )
 def test_flags_of_own_text_that_cannot_work(flags, match, tmp_path, monkeypatch):

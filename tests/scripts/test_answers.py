@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,16 @@ def test_models_are_compared(run_inputs, tmp_path, monkeypatch, capsys):
     assert len(read_text("eval_data", "out/dense.jsonl", "test").records) == 3
     line = error_line(capsys, answers.main([model, model, "--prompts", "none.txt"]))
     assert "--prompts none.txt: cannot be read" in line
+    line = error_line(capsys, answers.main([model, "a/b c", "--prompts", "prompts.txt"]))
+    assert line.startswith("answers.py: error: a/b c: ")
+    line = error_line(capsys, answers.main([model, model, *"--prompts prompts.txt --prompt_data c4".split()]))
+    assert "--prompt_data c4: does nothing with --prompts" in line
     other = LlamaForCausalLM.from_pretrained(model)
     other.resize_token_embeddings(304)
     other.save_pretrained("other")
     AutoTokenizer.from_pretrained(model).save_pretrained("other")
     monkeypatch.setattr(answers.load, "load_llm", lambda *_: pytest.fail("loaded"))
+    line = error_line(capsys, answers.main([model, model, *"--prompts prompts.txt --tokens 100".split()]))
+    assert re.search(r"--tokens 100: is, with prompts of up to \d+ tokens, more than .*'s context, 128; lower it", line)
     line = error_line(capsys, answers.main([model, "other", "--prompts", "prompts.txt"]))
     assert "error: the models' vocabularies have different sizes" in line
