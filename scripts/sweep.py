@@ -74,7 +74,7 @@ class Sweep(Experiment):
         if self.metrics_only:
             raise UserError("metrics_only", None, "prunes nothing, so there is nothing to sweep", "use main.py")
         pruned = [settings for settings in self.settings() if settings.prune_method]
-        for name in ("save_plan", "export_llmcompressor"):
+        for name in ("save_plan", "save_calib", "export_llmcompressor"):
             if getattr(self, name) and len(pruned) > 1:
                 problem = f"{len(pruned)} settings would write the same file"
                 raise UserError(name, getattr(self, name), problem, "use main.py")

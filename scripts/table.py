@@ -41,6 +41,7 @@ IGNORED = set(
 # Flags that make another method of a run, and the published value of each; the published figure is for those.
 OF_METRIC = {"ww_metric": "alpha_peak", "mapping_type": "block_wise", "farms": False}
 OF_PRUNER = {"use_variant": False, "refit": None, "damping": None, "pruner_iterations": None, "statistics": "pruned"}
+OF_MIXTURE = {"only": None, "drop_experts": 0.0}
 SETTING = {"nsamples": 128, "calib_data": "c4", "eval_windows": None, "sparsity_type": "unstructured"}
 
 # What names a row and a column of the table. Figures on different texts do not belong in one column.
@@ -111,7 +112,7 @@ def row_of(record: Mapping, value: str = "perplexity") -> dict:
     # A CPU may have been used by others, too: the run's own seconds count.
     clock = "cpu_seconds" if str(record["device"][0]).startswith("cpu") else "seconds"
     seconds = {stage: cost[clock] for stage, cost in record["stages"].items()}
-    usual = OF_PRUNER | (OF_METRIC if suffix == "ww" else {})
+    usual = OF_PRUNER | OF_MIXTURE | (OF_METRIC if suffix == "ww" else {})
     return {
         "target": float(record["target_sparsity"]),
         "pattern": "" if flags["sparsity_type"] == "unstructured" else flags["sparsity_type"],
@@ -124,8 +125,8 @@ def row_of(record: Mapping, value: str = "perplexity") -> dict:
         "seed": flags["seed"],
         "figure": figure,
         "flags": flags,
-        "steering": {name for name, value in usual.items() if flags[name] != value},
-        "as_published": all(flags[name] == value for name, value in (usual | SETTING).items()),
+        "steering": {name for name, value in usual.items() if flags.get(name, value) != value},
+        "as_published": all(flags.get(name, value) == value for name, value in (usual | SETTING).items()),
         "finished": str(record["finished"]),
         "commit": record["git_commit"] or "unknown",
         "allocating": seconds.get("measure", 0.0) + seconds.get("allocate", 0.0),

@@ -179,7 +179,7 @@ BEFORE_LOADING = {
     # contradictions
     f"{WANDA} --dtype float16 --calib_dtype bfloat16": "--calib_dtype bfloat16: the model is computed in float16",
     "--prune_method wanda --sparsity_type 2:5": "2:5",  # 32 columns
-    f"{WW} --epsilon auto": "one file",
+    f"{WW} --epsilon auto": "--eval_data's file, too",
     f"{WW} --farms --farms_rows 30 --farms_ratio 1.5": "do not fit",
     f"{WANDA} --hidden_states gpu": "--hidden_states gpu: there is no GPU",
     f"{PLANNED}/other.json": "other-model",
@@ -227,6 +227,7 @@ BEFORE_LOADING = {
     f"{WANDA} --model long.txt": "--model long.txt",
     f"{WANDA} --model bad.gguf": "bad.gguf",
     f"{WANDA} --model mismatched": "do not belong together",
+    "--prune_method magnitude --sparsity_ratio 0.5 --recover 256 --eval_wikitext false --model mismatched": "together",
     # texts
     f"{WANDA} --calib_data missing.txt": "missing.txt",
     f"{WANDA} --calib_data empty.txt": "too short",

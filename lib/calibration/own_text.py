@@ -58,8 +58,8 @@ def read_prompts(field: str, name: str, split: str, seed: int | None) -> list[li
         prompts.append([*takewhile(lambda message: message["role"] != "assistant", document)])
     prompts = [prompt for prompt in prompts if any(message["content"] for message in prompt)]
     if not prompts:
-        fix = f"separate paragraphs by empty lines; the first sentence of one needs {_LEAST_WORDS} words"
-        raise UserError(field, name, "holds no prompt", None if seed is None else fix)
+        fix = f"of a text, the first sentence of a paragraph of at least {_LEAST_WORDS} words is one"
+        raise UserError(field, name, "holds no prompt", fix)
     if seed is not None:
         Random(seed).shuffle(prompts)
     return prompts

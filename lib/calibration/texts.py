@@ -20,13 +20,10 @@ from lib.core.lazy import torch
 from lib.models.load import Tokenizer, check_hub
 
 LOCAL_SUFFIXES = (".txt", ".json", ".jsonl")
-# Documents to tokenise at once: enough for a fast tokenizer's threads.
-_DOCUMENTS_AT_ONCE = 256
-# Characters of a stream to tokenise at once.
-_PIECE = 100_000
-# Records of a hub's data set among which calibration draws: more are read only if they do not fill the windows.
-_DRAWN_FROM = 2000
-_FIELDS = ("messages", "conversations", "text")
+_DOCUMENTS_AT_ONCE = 256  # to tokenise: enough for a fast tokenizer's threads
+_PIECE = 100_000  # characters of a stream to tokenise at once
+_DRAWN_FROM = 2000  # records of a hub's data set that calibration draws from; more are read only if they are needed
+_FIELDS = {"text": "marked messages conversations text".split(), "prompt": "prompt messages conversations text".split()}
 _ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's conversations
 
 
@@ -139,14 +136,13 @@ def json_records(field: str, path: Path) -> list:
     return records[0] if len(records) == 1 and isinstance(records[0], list) else records
 
 
-def documents_of(field: str, name: str, rows: Iterable, column: str = "", kind: str = "marked") -> Iterator[Document]:
-    """Yield what each row holds in ``column``, or in the first field, of ``kind`` and _FIELDS, that is not null."""
-    string = kind.replace("marked", "text")
-    wanted = f"`{column}`" if column else f"`{string}` that holds a string, or `messages` that hold a conversation"
+def documents_of(field: str, name: str, rows: Iterable, column: str = "", kind: str = "text") -> Iterator[Document]:
+    """Yield what each row holds in the field ``column``, or in the first of _FIELDS that is not null."""
+    wanted = f"`{column}`" if column else f"`{kind}` that holds a string, or `messages` that hold a conversation"
     with reading(Path(name), _UNREACHED, field, _LOCAL):  # where the rows of a hub's data set are fetched
         for row in rows:
             try:
-                key = column or next(key for key in (kind, *_FIELDS) if row.get(key) is not None)
+                key = column or next(key for key in _FIELDS[kind] if row.get(key) is not None)
                 if isinstance(row[key], str):
                     yield Marked(row[key]) if key == "marked" else row[key]
                 else:
@@ -298,8 +294,10 @@ def recovery_windows(
 
     A text that is too short is a UserError, which says how many tokens there are.
     """
-    # Documents are in no order; a stream may be, and is drawn from as a whole.
+    # A data set's documents are in no order; a stream, and a file's, may be, and are drawn from as a whole.
     source = read_text("calib_data", name, "train")
+    if isinstance(source.records, list):
+        source = source._replace(records=random.Random(seed).sample(source.records, len(source.records)))
     most = sum(counts) if source.stream is None else None
     blocks = training_blocks("calib_data", name, tokenizer, seqlen, most, source).long()
     if len(blocks) < sum(counts):

@@ -357,10 +357,8 @@ class Experiment(
         if self.epsilon == "auto" and not (task.pruner and task.allocation == "ww"):
             raise UserError("epsilon", "auto", f"needs a --prune_method with _ww, not {task.method}")
         if (self.recover or "search" in task.traits) and self.eval_wikitext and self.one_file():
-            name, value = ("epsilon", "auto") if self.epsilon == "auto" else ("prune_method", task.method)
-            name, value = ("recover", self.recover) if self.recover else (name, value)
-            problem = "--calib_data and --eval_data are one file, so the model would see the evaluation text"
-            raise UserError(name, value, problem, "give two")
+            problem = "is --eval_data's file, too, so that the model would see the evaluation text"
+            raise UserError("calib_data", self.calib_data, problem, "give two")
 
     def pruned_from(self) -> dict:
         """Return the ``source`` that is distilled, a hub id, a folder or None, and its ``fingerprints`` if known."""
@@ -380,7 +378,8 @@ class Experiment(
 
     def name_of(self, model: str) -> str:
         """Return the name of the ``model`` for caches and plans: without some experts, which the text decides, too."""
-        chosen = f"{self.drop_by}-drop{self.drop_experts:g}-{digest(self.identity(TextFlags))[:8]}"
+        by = self.ww_metric if self.drop_by == "alpha" else self.drop_by
+        chosen = f"{by}-drop{self.drop_experts:g}-{digest(self.identity(TextFlags))[:8]}"
         return f"{model}-{chosen}" if self.drop_experts else model
 
     def price_options(self) -> price.SearchOptions:

@@ -99,7 +99,7 @@ def _figures(content: Mapping) -> list[str]:
     lines = [f"{content['sparsity']:.1%} of the weights in its blocks' matrices are zero."]
     recovery, key = content.get("recovery"), "accuracy" if "accuracy" in content else "perplexity"
     if share := content["flags"].get("drop_experts"):
-        lines.append(f"{share:.0%} of each block's experts were dropped, chosen by {content['flags']['drop_by']}.")
+        lines.append(f"{share:g} of each block's experts, rounded down, were dropped by {content['flags']['drop_by']}.")
     if recovery:
         held = "{tokens} tokens of training changed the held-out loss from {held_before:.4f} to {held_after:.4f}."
         lines.append(held.format(**recovery))
@@ -115,10 +115,10 @@ def _figures(content: Mapping) -> list[str]:
 
 def _made(content: Mapping) -> str:
     """Return the flags that are not at their defaults, and versions."""
-    defaults = {item.name: item.default for _, item, _ in Experiment.declared()}
+    usual = {item.name: str(item.default) for _, item, _ in Experiment.declared()}
     hidden = _PLACES if content.get("recovery") else _PLACES | {*RecoveryFlags.__annotations__}
-    flags = [(name, value) for name, value in content["flags"].items() if name not in hidden]
-    flags = [f"--{name} {value}" for name, value in flags if value not in (None, False, "", defaults.get(name))]
+    flags = [(name, str(value)) for name, value in content["flags"].items() if name not in hidden]
+    flags = [f"--{key} {x}".removesuffix(" True") for key, x in flags if x not in ("None", "", usual.get(key, "False"))]
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     return f"`{' '.join(flags)}`\n\nVersions: {versions}; commit {content['git_commit'] or 'unknown'}."
 

@@ -149,7 +149,7 @@ class LanguageModel:
         if "evaluation" in task.traits:
             how = (self.seqlen, settings.eval_windows)
             self.evaluation = self._once(texts.evaluation_windows, settings.eval_data, self.tokenizer, *how)
-        load.check_vocabulary(settings.model, self.skeleton, self.calibration, self.evaluation)
+        load.check_vocabulary(settings.model, self.skeleton, self.calibration, self.evaluation, *(self.search or ()))
         if settings.eval_zero_shot:
             how = (settings.tasks, settings.include_path, settings.num_fewshot)
             self.questions = self._once(zero_shot.find_tasks, *how)
@@ -209,6 +209,7 @@ class LanguageModel:
 
         counts = (options.tokens // least * options.batch, max(HELD_OUT, processes.count()))
         self.recovery = texts.recovery_windows(self.calib_data, self.tokenizer, counts, self.seqlen, settings.seed)
+        load.check_vocabulary(settings.model, self.skeleton, *self.recovery)
         self.teacher, self.teacher_name, self.teacher_fingerprints = None, None, {}
         if dense["source"] is None:
             return

@@ -153,7 +153,7 @@ def test_prompts_are_first_sentences_or_what_comes_before_an_answer(tmp_path):
     (tmp_path / "short.txt").write_text("Too short.\nToo.")
     (tmp_path / "marked.jsonl").write_text(json.dumps({"marked": "<s>a b c d e f g</s>"}))
     for name in ("short.txt", "marked.jsonl"):
-        with pytest.raises(UserError, match="holds no prompt; separate paragraphs by empty lines"):
+        with pytest.raises(UserError, match="holds no prompt; of a text, the first sentence"):
             own_text.read_prompts("prompt_data", str(tmp_path / name), "train", 0)
     assert own_text.read_prompts("prompt_data", str(tmp_path / "t.jsonl"), "train", 0) == [chat[:2]]
 

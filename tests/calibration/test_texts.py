@@ -306,8 +306,15 @@ def test_conversations_are_packed_whole(tmp_path, with_template):
     random.seed(5)
     random.shuffle(tokens)
     assert windows.flatten().tolist() == sum(tokens, [])[: 3 * SEQLEN] and windows.dtype == torch.int64
-    trained, held = texts.recovery_windows(name, with_template, (3, 2), SEQLEN, 0)
-    assert sorted(torch.cat([trained, held]).tolist()) == sorted(blocks[:5].tolist())
+
+
+def test_recovery_draws_from_both_of_two_files_that_were_joined(tmp_path, with_template):
+    one, two = ([{"messages": [CHAT[0], {"role": "assistant", "content": word * 40}]}] * 9 for word in ("ab ", "su "))
+    name = write_lines(tmp_path / "chat.jsonl", one + two)
+    trained, held = texts.recovery_windows(name, with_template, (6, 2), SEQLEN, 0)
+    assert trained.shape == (6, SEQLEN) and held.shape == (2, SEQLEN)
+    assert {"ab", "su"} <= {*with_template.decode(trained.flatten()).split()}
+    assert torch.equal(trained, texts.recovery_windows(name, with_template, (6, 2), SEQLEN, 0)[0])
 
 
 def test_search_halves_of_conversations_share_none(tmp_path, with_template):

@@ -180,7 +180,7 @@ def test_packed_folders_hold_the_same_weights(place):
         ("--stream always", "--by model: the model is streamed"),
         ("--rank 8", "--rank does nothing"),
         ("--train norm", "Did you mean 'norms'"),
-        ("--eval_data train.txt", "--tokens 512: --calib_data and --eval_data are one file"),
+        ("--eval_data train.txt", "--calib_data train.txt: is --eval_data's file, too"),
         ("--save_model full", "no pruning wrote"),
         ("--states 8bits", "Did you mean '8bit'"),
     ],

@@ -10,6 +10,8 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 
 import main
+from lib.cli.command import parse
+from lib.cli.settings import Experiment
 from lib.pruning.walk import LayerReport
 from lib.run.card import _hub_card, write_card
 from lora_ft import recover
@@ -77,7 +79,7 @@ def test_base_models_card_is_taken_over_and_a_damaged_one_is_not(tmp_path, caplo
 def test_data_set_of_the_hub_is_named(tmp_path):
     write_card(tmp_path, CONTENT | {"flags": {"calib_data": "hf:o/chats:c", "drop_experts": 0.25, "drop_by": "reap"}})
     assert card(tmp_path).data.datasets == ["o/chats"]
-    assert "25% of each block's experts were dropped, chosen by reap." in card(tmp_path).text
+    assert "0.25 of each block's experts, rounded down, were dropped by reap." in card(tmp_path).text
     for key, named in (("price_search", ["allenai/c4"]), ("epsilon", None)):
         write_card(tmp_path, CONTENT | {"calibration": None, key: {"kept": "start"}})
         assert card(tmp_path).data.datasets == named, "read by a search alone, or by nothing"
@@ -130,6 +132,12 @@ def test_card_of_a_model_beside_the_recovered_one_has_its_figure(place):
     shares = re.findall(r"([\d.]+%) of the weights", twice.text)
     assert shares == ["50.0%", f"{twice.data.to_dict()['sparsity']:.1%}"] != ["50.0%"] * 2
     assert re.findall(r"from_pretrained\(\"(.*)\"\)", twice.text) == ["twice/magnitude_0.75"]
+
+
+def test_flags_of_a_card_can_be_pasted(tmp_path):
+    given = "--model a/b --prune_method alps --sparsity_ratio 0.5 --use_variant --refit 0 --eval_wikitext False"
+    write_card(tmp_path, CONTENT | {"flags": parse(Experiment, given.split(), main.PARSER).flags()})
+    assert f"`{given}`" in card(tmp_path).text
 
 
 def test_document_says_how_to_upload():

@@ -1,6 +1,7 @@
 """Whole runs on a tiny mixture of experts: methods, flags for mixtures, and what is refused before it is loaded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -156,10 +157,14 @@ def test_dropped_experts_in_memory_and_streamed(by, mixture, run):
 
 def test_a_folder_without_some_experts_is_recovered_by_itself(mixture, run, tiny_text, other_text, capsys):
     method = "--prune_method magnitude --drop_experts 0.5"  # and nothing else
+    assert run(mixture, "--save both") == 0
     assert run(mixture, f"{method} --nsamples 6 --recover 256 --save both --save_model kept") == 0
     texts = f"--calib_data {tiny_text} --eval_data {other_text} --seqlen 32 --eval_windows 4"
     flags = f"--model kept/magnitude_0.0_drop0.5 {texts} --tokens 256 --save figures --save_model alone"
     assert recover.main(flags.split()) == 0
+    card = Path("kept/magnitude_0.0_drop0.5_recovered/README.md").read_text()
+    dense = json.loads(Path("both/run_dense_sparsity_0.0.json").read_text())["perplexity"]
+    assert re.search(rf"\| dense +\| {dense:.2f} ", card)
     one, two = saved_tensors(Path("kept/magnitude_0.0_drop0.5_recovered")), saved_tensors(Path("alone"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -170,6 +175,21 @@ def test_a_folder_without_some_experts_is_recovered_by_itself(mixture, run, tiny
     shutil.copy(mixture / "tokenizer.json", "other")
     assert recover.main([*flags.split(), *"--dense other --save_model again".split()]) == 2
     assert "is not the model that was pruned (see model.layers.1.self_attn.q_proj)" in capsys.readouterr().err
+
+
+def test_flags_of_the_metric_choose_the_experts_that_go(mixture, run, tmp_path, capsys):
+    alpha = "--prune_method wanda_atp --sparsity_ratio 0.5 --drop_experts 0.25 --drop_by alpha --ww_metric"
+    for metric in ("norm", "stable_rank"):
+        flags = (
+            f"{alpha} {metric} --ww_metric_cache cache --farms --farms_rows 8 --save {metric} --save_plan {metric}.json"
+        )
+        assert run(mixture, flags) == 0
+    assert record_of("norm")["perplexity"] != record_of("stable_rank")["perplexity"]
+    assert {path.stem.partition("_farms")[0] for path in Path("cache").glob("*.npy")} == {"norm", "stable_rank"}
+    flags = "--prune_method wanda --plan norm.json --drop_experts 0.25 --drop_by alpha --ww_metric stable_rank"
+    assert run(mixture, flags) == 2 and "norm.json: is a plan for the model" in capsys.readouterr().err
+    assert run(mixture, f"{alpha} norm --farms --ww_metric_cache cache") == 2
+    assert "lower --farms_rows" in capsys.readouterr().err
 
 
 def test_metrics_and_plans_are_those_of_the_experts_that_stay(mixture, run, capsys):

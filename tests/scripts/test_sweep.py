@@ -272,6 +272,7 @@ def test_seeds_of_a_sweep_have_folders():
         (sweep, "--sparsities ,", "holds no number"),
         (sweep, "--methods dense,wandaa", "Did you mean 'wanda'"),
         (sweep, "--save_plan p.json", "18 settings would write the same file"),
+        (sweep, "--calib_data self --save_calib p.jsonl", "18 settings would write the same file"),
         (sweep, "--metrics_only", "nothing to sweep"),
         (sweep, "--methods magnitude --model /nope", "--model /nope: folder not found"),
         (sweep, "--methods wanda_atp --atp_betas auto", "--atp_betas 'auto': is not a number"),

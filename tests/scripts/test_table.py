@@ -71,6 +71,11 @@ def test_published_figures_stand_beside_their_own_cells_only(tmp_path, capsys):
     assert elsewhere[0][-1] == "LLaMA-7B", "on another text there is nothing to compare"
 
 
+def test_experts_alone_are_another_setting(tmp_path, capsys):
+    rows = csv_of(tmp_path, {"a": record("wanda", 5.0, 0.5, only="experts")}, capsys)
+    assert rows[1] == ["wanda", "uniform, only experts", "0.5", "5.00"]
+
+
 def test_settings_are_not_mixed_in_a_cell(tmp_path, capsys):
     runs = {
         "a": record("wanda_ww", 24.0),
