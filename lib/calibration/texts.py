@@ -114,9 +114,8 @@ def read_text(field: str, name: str, split: str) -> Text:
     if path.suffix == ".txt":
         return Text(stream=file_content(field, path))
     documents = list(documents_of(field, name, json_records(field, path)))
-    if all(type(document) is str for document in documents):
-        return Text(stream="\n\n".join(documents))
-    return Text(records=documents)
+    plain = all(type(document) is str for document in documents)
+    return Text(stream="\n\n".join(documents)) if plain else Text(records=documents)
 
 
 def file_content(field: str, path: Path) -> str:

@@ -345,9 +345,8 @@ class Experiment(
         if self.prompts and "prompt_data" in self.given:
             raise UserError("prompt_data", self.prompt_data, "does nothing with --prompts", "leave one of them out")
         if self.ww_metric in WEIGHTWATCHER and (self.farms or self.esd_driver != "exact"):
-            name = "farms" if self.farms else "esd_driver"
-            problem = f"does nothing with --ww_metric {self.ww_metric}, which goes through weightwatcher's own spectrum"
-            raise UserError(name, None, problem, "leave one of them out")
+            problem = "has weightwatcher's own spectrum, on which --farms and --esd_driver do nothing"
+            raise UserError("ww_metric", self.ww_metric, problem, "leave them out")
         if self.save_calib and Path(self.save_calib).suffix not in (".json", ".jsonl"):
             raise UserError("save_calib", self.save_calib, "would be read as a plain text", "end its name in .jsonl")
         task = self.task()

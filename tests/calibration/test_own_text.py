@@ -57,8 +57,8 @@ def test_answers_with_unusual_settings_of_generation(tiny_model, tiny_tokenizer)
     tokenizer, config = copy.deepcopy(tiny_tokenizer), tiny_model.generation_config
     tokenizer.eos_token = tokenizer.pad_token = config.eos_token_id = config.pad_token_id = None
     config.temperature, config.stop_strings = 0.0, "never"
-    (answers,) = own_text.write_answers(tiny_model, tokenizer, prompts, 6, 0)
     tiny_model.lm_head.weight.data[2] = 0  # nothing ends here
+    (answers,) = own_text.write_answers(tiny_model, tokenizer, prompts, 6, 0)
     assert [answer.answer for answer in answers] == [plain_answer(tiny_model, ids, 6) for ids in prompts]
 
 
