@@ -135,7 +135,7 @@ def test_card_of_a_model_beside_the_recovered_one_has_its_figure(place):
 
 
 def test_flags_of_a_card_can_be_pasted(tmp_path):
-    given = "--model a/b --prune_method alps --sparsity_ratio 0.5 --use_variant --refit 0 --eval_wikitext False"
+    given = "--model a/b --prune_method wanda --sparsity_ratio 0.5 --use_variant --refit 0 --eval_wikitext False"
     write_card(tmp_path, CONTENT | {"flags": parse(Experiment, given.split(), main.PARSER).flags()})
     assert f"`{given}`" in card(tmp_path).text
 
