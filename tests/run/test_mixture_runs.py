@@ -199,7 +199,7 @@ def test_flags_of_the_metric_choose_the_experts_that_go(mixture, run, tmp_path, 
     assert {path.stem.partition("_farms")[0] for path in Path("cache").glob("*.npy")} == {"norm", "stable_rank"}
     flags = "--prune_method wanda --plan norm.json --drop_experts 0.25 --drop_by alpha --ww_metric stable_rank"
     assert run(mixture, flags) == 2 and "norm.json: is a plan for the model" in capsys.readouterr().err
-    assert run(mixture, f"{alpha} norm --farms --ww_metric_cache cache") == 2
+    assert run(mixture, f"{alpha} norm --farms --farms_ratio 100 --ww_metric_cache cache") == 2
     assert "lower --farms_rows" in capsys.readouterr().err
 
 

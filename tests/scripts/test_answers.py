@@ -53,7 +53,7 @@ def test_models_are_compared(run_inputs, tmp_path, monkeypatch, capsys):
     other.save_pretrained("other")
     AutoTokenizer.from_pretrained(model).save_pretrained("other")
     monkeypatch.setattr(answers.load, "load_llm", lambda *_: pytest.fail("loaded"))
-    line = error_line(capsys, answers.main([model, model, *"--prompts prompts.txt --tokens 100".split()]))
-    assert re.search(r"--tokens 100: is, with prompts of up to \d+ tokens, more than .*'s context, 128; lower it", line)
+    line = error_line(capsys, answers.main([model, model, *"--prompts prompts.txt --tokens 128".split()]))
+    assert re.search(r"--tokens 128: is, with prompts of up to \d+ tokens, more than .*'s context, 128; lower it", line)
     line = error_line(capsys, answers.main([model, "other", "--prompts", "prompts.txt"]))
     assert "error: the models' vocabularies have different sizes" in line
