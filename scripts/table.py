@@ -225,12 +225,15 @@ def by_model(cells: pandas.DataFrame) -> list[list[str]]:
     columns = [(name, cell.set_index(ROW)) for name, cell in cells.groupby(COLUMN)]
     columns.sort(key=lambda c: (models.index(c[0][0]) if c[0][0] in models else 99, c[0][1:]))
     names = [model for (model, *_), _ in columns]
+    texts = [(model, evaluation) for (model, _, evaluation, _), _ in columns]
     headings, lines = ["method", "allocation", "sparsity"], {}
     for row in sorted(cells[ROW].itertuples(index=False, name=None), key=_place):
         target, pattern, pruner, suffix, extra = row
         lines[row] = [pruner, extra if pruner == "dense" else label_of(suffix, extra), pattern or f"{target:g}"]
-    for (model, _, evaluation, _), column in columns:
+    for (model, parameters, evaluation, _), column in columns:
         headings.append(f"{model} ({evaluation})" if names.count(model) > 1 else model)
+        if texts.count((model, evaluation)) > 1:  # such as one without some of its experts
+            headings[-1] += f", {parameters:,} parameters"
         figures = ["text", "published"] if column["published"].any() else ["text"]
         headings += figures[1:]
         for row, line in lines.items():

@@ -74,6 +74,12 @@ def test_published_figures_stand_beside_their_own_cells_only(tmp_path, capsys):
 def test_experts_alone_are_another_setting(tmp_path, capsys):
     rows = csv_of(tmp_path, {"a": record("wanda", 5.0, 0.5, only="experts")}, capsys)
     assert rows[1] == ["wanda", "uniform, only experts", "0.5", "5.00"]
+    runs = {name: record("wanda", 5.0, 0.5, drop_experts=share) for name, share in (("a", 0.0), ("b", 0.25))}
+    for name, count in (("a", 4000), ("b", 3000)):
+        runs[name]["model"] = {"name": "moe", "parameters": count}
+    headings, *rows = csv_of(tmp_path / "dropped", runs, capsys)
+    assert [heading.partition("), ")[2] for heading in headings[3:]] == ["3,000 parameters", "4,000 parameters"]
+    assert [row[1] for row in rows] == ["uniform", "uniform, drop_experts 0.25"]
 
 
 def test_settings_are_not_mixed_in_a_cell(tmp_path, capsys):
