@@ -21,7 +21,7 @@ from lib.cli.settings import TEXTS
 from lib.core import files
 from lib.core.errors import UserError
 from lib.core.lazy import torch
-from lib.models import load, locate
+from lib.models import load, locate, memory
 from lib.run import report
 from lib.run.record import run_text
 
@@ -78,7 +78,8 @@ def run(settings: Comparison) -> None:
     for source, skeleton in zip(sources, skeletons, strict=True):
         name, tokenizer, dtypes = source.given, load.load_tokenizer(source), load.choose_dtypes("auto", skeleton)
         packed = sparse.is_packed(source.path)
-        model = sparse.load_packed(source.path) if packed else load.load_llm(source, dtypes.compute)
+        room = memory.working_set(skeleton, dtypes.compute, False, settings.count, 2 * settings.tokens)
+        model = sparse.load_packed(source.path) if packed else load.load_llm(source, dtypes.compute, reserve=room)
         asked = [own_text.prompt_tokens(tokenizer, messages) for messages in prompts]
         written = own_text.write_answers(model, tokenizer, asked, settings.tokens, settings.seed)
         answers = [answer for batch in written for answer in batch]
