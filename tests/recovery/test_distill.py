@@ -257,5 +257,6 @@ def test_states_of_the_dense_model_leave_the_device_to_the_training():
     with pretend_cuda():
         model = tiny_llama().half().to("cuda")
         for place, on_device in (("auto", False), ("gpu", True)):
-            work = Distillation(weights_of(prune(model)), weights_of(model), RecoveryOptions(2 * LENGTH), (WINDOWS[:2], HELD), place)
+            windows, options = (WINDOWS[:2], HELD), RecoveryOptions(2 * LENGTH)
+            work = Distillation(weights_of(prune(model)), weights_of(model), options, windows, place)
             assert work._dense_states(HELD).leaving.is_cuda == on_device
