@@ -107,7 +107,7 @@ def enter_blocks(weights: Weights, windows: torch.Tensor, place: str = "auto") -
                 raise _unsupported(weights, "what its blocks are given depends on the text")
             if sample < len(mine):
                 hidden[sample] = entering[0]
-    return BlockInputs(hidden, arguments, len(windows), set())
+    return BlockInputs(hidden, arguments, len(windows), set(), expert_weighting=weights.expert_weighting)
 
 
 @contextmanager

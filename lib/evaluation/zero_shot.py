@@ -98,16 +98,10 @@ def zero_shot(
     adapter = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
     # lm-eval's bars would fill a log file; what is logged keeps its place.
     hidden = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    options = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size, "log_samples": False}
+    options["task_manager"] = TaskManager(include_defaults=False)  # of no tasks: these are loaded
     with hidden, sparse.zeros_skipped(model.modules()):
-        full = simple_evaluate(
-            adapter,
-            tasks=tasks,
-            task_manager=TaskManager(include_defaults=False),  # of no tasks: these are loaded
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch_size,
-            log_samples=False,
-        )
+        full = simple_evaluate(adapter, tasks=tasks, **options)
 
     # lm-eval takes the first choice if log-likelihoods are NaN, which looks like an accuracy.
     answers = [r for task in tasks for request in task.instances for r in request.resps if isinstance(r, tuple)]

@@ -40,9 +40,10 @@ class Weights:
         save_dtype: the dtype of the checkpoint, or None for the dtype of the computation. Pruned weights are rounded to
             it, so that the weights measured are the weights saved.
         streamed: whether the weights live on disk.
+        expert_weighting: a name of EXPERT_WEIGHTING, for statistics.
     """
 
-    streamed = False
+    streamed, expert_weighting = False, "auto"
 
     def __init__(
         self, model: torch.nn.Module, modules: Iterable[torch.nn.Module], layers: Sequence[Layer], save_dtype=None

@@ -15,17 +15,9 @@ TILE = 32  # outputs per program: a tile of 128 columns x 32 outputs is 32 numbe
 
 @triton.jit
 def _solve(
-    block,
-    errors,
-    upper,
-    drop,
-    outputs,
-    columns,
-    GROUP: tl.constexpr,
-    STEP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-):
+    block, errors, upper, drop, outputs, columns,
+    GROUP: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, COLUMNS)  # a power of two, as arange wants it; beyond ``columns`` nothing is kept
     output = (tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
     inside = (column < columns)[:, None] & (output < outputs)[None, :]

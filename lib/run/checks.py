@@ -48,7 +48,8 @@ def check_output(
             problem = f"{target} would be replaced, and no pruning wrote {strange[0]} in it"
             raise UserError("save_model", paths.get("save_model"), problem, "move it away, or give another folder")
         if target.exists() and not (target / PROGRESS).is_file():
-            log.warning("%s already exists and will be replaced, with every file in it", target)
+            hint = "; lora_ft/recover.py recovers it as it is" if target != targets[-1] else ""
+            log.warning("%s already exists and will be replaced, with every file in it%s", target, hint)
     for name in sorted(paths.keys() & {"save_plan", "save_calib", "export_llmcompressor"}):
         if paths[name].exists() and not paths[name].is_file():
             raise UserError(name, paths[name], "is a folder, or no ordinary file", "give another file")

@@ -271,7 +271,12 @@ class LanguageModel:
         key = (self.dtypes, self.streamed, self.dropping and (self.settings.seed, self.calibration_digest))
         if self.loaded_as == key:
             self.weights.restore(self.dense)
-            return
+        else:
+            self._load()
+            self.dense, self.loaded_as = (self.weights.snapshot(), key) if self.planned else (None, None)
+        self.weights.expert_weighting = self.settings.expert_weighting
+
+    def _load(self) -> None:
         self.weights = self.dense = self.loaded_as = None
         self.scores.clear()
         source, dtypes = self.source, self.dtypes
@@ -288,8 +293,6 @@ class LanguageModel:
         if self.dropping:
             self.weights = self.weights.keeping(self._kept_experts())
         self.measured = self.weights
-        if self.planned:
-            self.dense, self.loaded_as = self.weights.snapshot(), key
 
     def _kept_experts(self) -> dict[str, list[int]]:
         """Return the numbers of the experts that stay, by experts module, for the weights of the whole model."""
@@ -306,8 +309,7 @@ class LanguageModel:
 
     def inputs(self) -> hidden.BlockInputs:
         """Return the inputs of the first block for the calibration windows."""
-        inputs = hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
-        return inputs._replace(expert_weighting=self.settings.expert_weighting)
+        return hidden.enter_blocks(self.weights, self.calibration, self.hidden_states)
 
     def price_model(self, options: price.SearchOptions, by_magnitude: bool) -> price.PriceModel:
         """Return the model whose prices are searched, measured on calibration text."""

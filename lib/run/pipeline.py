@@ -68,7 +68,8 @@ def measure_values(
 
     of_weights = block_scores.WEIGHT_SCORES.get(needs)
     multiple = {"multiple": task.hyper["owl_m"]} if needs == "outlier_ratio" else {}
-    key = (needs, task.target) if of_weights else (needs, subject.calibration_digest, *multiple.values())
+    read = (subject.calibration_digest, subject.weights.expert_weighting)
+    key = (needs, task.target) if of_weights else (needs, *read, *multiple.values())
     if key not in subject.scores:
         if of_weights:
             values = block_scores.shares_below(subject.weights, task.target, of_weights)

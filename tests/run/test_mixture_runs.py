@@ -133,6 +133,17 @@ def test_router_weighting_changes_what_is_pruned(mixture, run):
     assert not torch.equal(found["none"][name], found["router"][name])
 
 
+@pytest.mark.parametrize(("method", "search"), [("wanda_price", "price_search"), ("wanda_ww", "epsilon_search")])
+def test_searches_weight_tokens_as_the_pruning_does(method, search, mixture, run):
+    found = []
+    for weighting in ("auto", "router", "none"):
+        flags = f"--prune_method {method} --sparsity_ratio 0.5 --expert_weighting {weighting} --save {weighting}"
+        flags += " --price_steps 1" if search == "price_search" else " --epsilon auto --ww_metric_cache cache"
+        assert run(mixture, flags) == 0
+        found.append(record_of(weighting)[search])
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize("by", fast(drop.DROP_BY, 2))
 def test_dropped_experts_in_memory_and_streamed(by, mixture, run):
     tensors = []
