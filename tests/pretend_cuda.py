@@ -15,7 +15,6 @@ FREE, TOTAL = 70 * 2**30, 80 * 2**30  # bytes
 
 aten = torch.ops.aten
 _MOVES = {aten.copy_, aten._to_copy}  # copy from one device to another
-_OF_BACKWARDS = {aten._to_copy, aten.new_zeros}
 _INDEXING = {aten.index, aten.index_put, aten.index_put_}  # take indices from the CPU, too
 _driver = SimpleNamespace(initialized=False, operations=0)  # done on the device
 
@@ -99,8 +98,8 @@ def _compute(func, args: tuple, kwargs: dict) -> object:
     if ours and packet not in _MOVES:
         _refuse_mix(packet, args, tensors)
     device = kwargs.get("device")
-    if ours and packet in _OF_BACKWARDS and torch._C._current_autograd_node() is not None:
-        # The backward of a change of dtype, or of indexing, is asked for in C++, which takes the device for the CPU.
+    if ours and packet is aten._to_copy and torch._C._current_autograd_node() is not None:
+        # The backward of a change of dtype is asked for in C++, which takes the gradient's device for the CPU.
         device = CUDA
     if device is not None:
         on_cuda = torch.device(device).type == "cuda"

@@ -197,7 +197,6 @@ OF_MIXTURES = [  # not evaluated: transformers' own product of all experts asks 
     "--prune_method wanda --sparsity_ratio 0.5 --drop_experts 0.25 --stream always --save_model kept"
     " --eval_wikitext false",
     "--prune_method alps --sparsity_ratio 0.5 --statistics dense --expert_weighting router --eval_wikitext false",
-    "--prune_method wanda --sparsity_ratio 0.5 --drop_experts 0.25 --recover 200 --eval_wikitext false",
 ]
 
 
