@@ -22,7 +22,7 @@ from lib.cli.settings import TEXTS
 from lib.core import files
 from lib.core.errors import UserError
 from lib.core.lazy import torch
-from lib.models import load, locate
+from lib.models import load, locate, memory
 from lib.run import report
 from lib.run.record import run_text
 
@@ -92,7 +92,8 @@ def run(settings: Comparison) -> None:
     for source, skeleton, tokenizer, ids in zip(sources, skeletons, tokenizers, asked, strict=True):
         name, dtypes = source.given, load.choose_dtypes("auto", skeleton)
         packed = sparse.is_packed(source.path)
-        model = sparse.load_packed(source.path) if packed else load.load_llm(source, dtypes.compute)
+        room = memory.working_set(skeleton, dtypes.compute, False, settings.count, 2 * settings.tokens)
+        model = sparse.load_packed(source.path) if packed else load.load_llm(source, dtypes.compute, reserve=room)
         written = own_text.write_answers(model, tokenizer, ids, settings.tokens, settings.seed)
         answers = [answer for batch in written for answer in batch]
         if not dense:

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -182,7 +182,7 @@ def run_block(block: Block, hidden: torch.Tensor, arguments: tuple[tuple, dict],
     return output[0]
 
 
-def pass_samples(block: Block, inputs: BlockInputs, keep: bool, after_each: Callable[[], None] | None = None) -> None:
+def pass_samples(block: Block, inputs: BlockInputs, keep: bool, after_each: Callable[[], None] = lambda: None) -> None:
     """Run every sample or batch through ``block`` and call ``after_each``.
 
     With ``keep``, the output replaces the input; without it, a pass may stop early, by PassEnded.
@@ -192,11 +192,10 @@ def pass_samples(block: Block, inputs: BlockInputs, keep: bool, after_each: Call
     arguments = send_to_device(inputs.arguments[block.index], block.device)
     # Views of one sample each: [1, tokens, width].
     hidden = inputs.hidden if isinstance(inputs.hidden, list) else inputs.hidden.unsqueeze(1)
-    autocast, copies = nullcontext(), {}
-    if inputs.dtype is not None:
-        # Copies of the weights in the dtype of the products: autocast would make them for each sample.
-        autocast = torch.autocast(block.device.type, inputs.dtype)
-        copies = {name: linear.weight.detach().to(inputs.dtype) for name, linear in block.linears.items()}
+    autocast = torch.autocast(block.device.type, inputs.dtype, enabled=inputs.dtype is not None)
+    # Copies of the weights in the dtype of the products: autocast would make them for each sample.
+    cast = block.linears.items() if inputs.dtype is not None else ()
+    copies = {name: linear.weight.detach().to(inputs.dtype) for name, linear in cast}
     with torch.no_grad(), autocast, swapped_weights(block, copies):
         for i in range(len(hidden)):
             with suppress(PassEnded):
@@ -205,8 +204,7 @@ def pass_samples(block: Block, inputs: BlockInputs, keep: bool, after_each: Call
                     hidden[i] = output.to(hidden[i].device)
                 elif keep:
                     hidden[i].copy_(output)  # in place, so that pinned memory stays pinned
-            if after_each:
-                after_each()
+            after_each()
 
 
 def advance(block: Block, inputs: BlockInputs) -> None:

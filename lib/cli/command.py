@@ -137,7 +137,8 @@ def command(
             print(f"\n{prog}: interrupted; {str(error) or resume}", file=sys.stderr)
         return 130
     except Exception as error:
-        if "torch" not in sys.modules or not isinstance(error, sys.modules["torch"].OutOfMemoryError):
+        # The driver's own error, of a context or of pinned memory, has another type than the allocator's.
+        if type(error).__name__ != "OutOfMemoryError" and "CUDA error: out of memory" not in str(error):
             raise
         print(f"{prog}: error: out of GPU memory ({str(error).splitlines()[0]}); {out_of_memory}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import resource
 from collections import defaultdict
@@ -60,8 +61,7 @@ def group_rooms(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys
             with suppress(OSError, ValueError):  # without the files, or "max"
                 stat = dict(line.split() for line in (parent / "memory.stat").read_text().splitlines())
                 cached = sum(int(stat.get(f"{total}{age}_file", 0)) for age in ("active", "inactive"))
-                used = int((parent / usage).read_text()) - cached
-                rooms.append(int((parent / limit).read_text()) - used)
+                rooms.append(int((parent / limit).read_text()) - int((parent / usage).read_text()) + cached)
     return rooms
 
 
@@ -76,8 +76,8 @@ def free_memory(reserve: int) -> dict[int | str, int]:
 
     ``reserve`` bytes are left for the work on each GPU, or on the CPU where there is none.
     """
-    gpu = processes.device()
-    if gpu is not None:
+    gc.collect()  # a model that was spread holds itself by accelerate's hooks, and would still fill the GPUs
+    if gpu := processes.device():
         return {gpu.index: max(0, free_bytes(gpu) - reserve)}
     gpus = {i: max(0, free_bytes(i) - reserve) for i in range(cpu.gpus())}
     return gpus | {"cpu": max(0, free_ram() // processes.processes_on_machine() - (0 if gpus else reserve))}

@@ -179,8 +179,7 @@ class Weights:
 
     def zeros(self) -> dict[str, int]:
         """Return the number of zeros of each layer by name."""
-        counts = self.map(lambda _, weight: (weight == 0).sum())
-        return {name: int(count) for name, count in counts.items()}
+        return self.map(lambda _, weight: int((weight == 0).sum()))
 
     def sparsity(self) -> float:
         """Return the measured fraction of zeros over all layers."""

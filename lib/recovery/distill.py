@@ -87,13 +87,15 @@ class Distillation:
 
         Args:
             windows: to train on, and held out, [windows, tokens] each, of equal length.
-            place: a name of HIDDEN_STATES, where the dense model's states are kept.
+            place: a name of HIDDEN_STATES, where the dense model's states are kept; ``auto`` is the CPU's memory.
             dtype: of the products, None for the model's.
 
         Raises:
             UserError: all weights are zero, or what is needed does not fit in memory.
         """
-        self.weights, self.dense, self.options, self.place, self.dtype = weights, dense, options, place, dtype
+        self.weights, self.dense, self.options, self.dtype = weights, dense, options, dtype
+        # What is free on a GPU before the first step is for Adam's moments and activations.
+        self.place = "cpu" if place == "auto" else place
         self.seqlen = windows[0].shape[1]
         mine = windows[0].view(-1, options.batch, self.seqlen)[:, processes.share(options.batch)]
         self.windows, self.held = mine, windows[1][processes.share(len(windows[1]))]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from accelerate import cpu_offload
 from conftest import fast, saved_tensors
 from mixtures import FAMILIES, tiny_mixture
 from torch import nn
@@ -245,6 +246,19 @@ def test_walk_prunes_what_separate_experts_would_be_pruned_to(family, pruner, ti
     for name, tensor in model.state_dict().items():  # routers, biases, buffers, norms
         if name not in layers and not any(name.startswith(owner) for owner in separate) or "bias" in name:
             assert torch.equal(tensor, before[name]), name
+
+
+def test_offloaded_experts_are_pruned_to_the_same_weights(family, tiny_windows):
+    here, away = tiny_mixture(family), tiny_mixture(family)
+    cpu_offload(away, execution_device=torch.device("cpu"))
+    done = []
+    for model in (here, away):
+        weights = weights_of(model)
+        plan = SparsityPlan(0.5, uniform(weights.layers, 0.5))
+        walk(weights, plan, PRUNERS["sparsegpt"], enter_blocks(weights, tiny_windows[:4]))
+        done.append(weights.map(lambda _, weight: weight.clone()))
+    assert all(module.down_proj.is_meta for module in experts_of(away).values())  # given back
+    assert all(torch.equal(weight, done[1][name]) for name, weight in done[0].items())
 
 
 def test_marks_of_older_versions_of_transformers_are_refused():

@@ -1,9 +1,11 @@
 """Each kind of model on a tiny random configuration: what is found, how it is walked and pruned, what is refused."""
 
 import copy
+import gc
 import json
 import resource
 import shutil
+import weakref
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +17,8 @@ import psutil
 import pytest
 import torch
 import transformers as tf
-from conftest import saved_tensors
+from accelerate import cpu_offload
+from conftest import saved_tensors, tiny_llama
 
 from lib.allocation.formulas import uniform
 from lib.calibration.hidden import enter_blocks, pass_samples
@@ -439,6 +442,19 @@ def test_free_memory_is_the_least_that_anybody_allows(monkeypatch):
     assert machines.REAL_FREE_RAM() == 800
     limit = 200
     assert machines.REAL_FREE_RAM() == 0
+
+
+def test_a_model_that_was_spread_is_gone_before_memory_is_counted(monkeypatch):
+    gc.disable()
+    try:
+        model = cpu_offload(tiny_llama(), execution_device=torch.device("cpu"))
+        spread = weakref.ref(model)
+        del model
+        assert spread() is not None  # accelerate's hooks hold it
+        monkeypatch.setattr(memory, "free_ram", lambda: 0 if spread() else 1000)
+        assert memory.free_memory(0) == {"cpu": 1000}
+    finally:
+        gc.enable()
 
 
 def test_weights_fit_beside_the_work_and_a_copy(monkeypatch, tiny_model):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import fast, tiny_llama
 from mixtures import tiny_mixture
+from pretend_cuda import pretend_cuda
 from test_load_models import KINDS, build
 from test_memory import peak_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -250,3 +251,12 @@ def test_no_gradient_or_state_is_kept_for_what_is_zero():
         kept = work.trained[f"{layer.name}.weight"].tensors
         assert [len(tensor) for tensor in kept] == [work.left[layer.name]] * 3 and len(kept[0]) < 0.26 * layer.size
     assert all(parameter.grad is None for parameter in work.weights.model.parameters())
+
+
+def test_states_of_the_dense_model_leave_the_device_to_the_training():
+    with pretend_cuda():
+        model = tiny_llama().half().to("cuda")
+        for place, on_device in (("auto", False), ("gpu", True)):
+            windows, options = (WINDOWS[:2], HELD), RecoveryOptions(2 * LENGTH)
+            work = Distillation(weights_of(prune(model)), weights_of(model), options, windows, place)
+            assert work._dense_states(HELD).leaving.is_cuda == on_device

@@ -35,12 +35,14 @@ def test_perplexity_counts_the_answers_alone(tiny_model):
 def test_models_are_compared(run_inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text(tiny_sentences(5))
-    model = str(run_inputs / "tiny-llama")
+    model, rooms, load_llm = str(run_inputs / "tiny-llama"), [], answers.load.load_llm
+    monkeypatch.setattr(answers.load, "load_llm", lambda *a, reserve: rooms.append(reserve) or load_llm(*a))
     assert answers.main([model, model, *"--prompts prompts.txt --count 3 --tokens 12 --save out".split()]) == 0
     assert "answers to 3 prompts" in capsys.readouterr().out and Path("out/answers.png").stat().st_size > 1000
     one, two = json.loads(Path("out/answers.json").read_text())["models"]
     assert [*one] == [*answers.HEADINGS] and one == two | {"model": model}
     assert 0 < one["tokens"] <= 12 and one["perplexity of dense answers"] > 1
+    assert min(rooms) > 2**30 and len(rooms) == 2  # the answers' own memory is left on a GPU
     assert len(read_text("eval_data", "out/dense.jsonl", "test").records) == 3
     line = error_line(capsys, answers.main([model, model, "--prompts", "none.txt"]))
     assert "--prompts none.txt: cannot be read" in line
