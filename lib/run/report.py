@@ -33,10 +33,8 @@ def show_metric(model: str, layers: Sequence[Layer], values: Mapping[str, float]
     kinds = {"all": list(values.values())}
     for layer in layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(values[layer.name])
-    rows = [
-        (kind, *(f"{figure:.4f}" for figure in (min(numbers), sum(numbers) / len(numbers), max(numbers))))
-        for kind, numbers in kinds.items()
-    ]
+    figures = {kind: (min(numbers), sum(numbers) / len(numbers), max(numbers)) for kind, numbers in kinds.items()}
+    rows = [(kind, *(f"{figure:.4f}" for figure in three)) for kind, three in figures.items()]
     show(f"{model}: {measurement.metric}", ("matrix", "smallest", "mean", "largest"), rows)
     line(f"cached in: {measurement.folder}/{measurement.stem}.npy")
 
@@ -63,11 +61,8 @@ def show_prices(record: Record, search: SearchResult | None, data: str = "window
     record.content["price_search"] = outcome
     files.save_figure(price.draw_search(search), record.folder / f"price_{record.run}.png")
 
-    rows = [
-        (str(i), f"{step['spread']:.3f}", f"{step['fit']:.4f}", f"{step['held']:.4f}")
-        for i, step in enumerate(search.steps, 1)
-        if step["held"] is not None
-    ]
+    evaluated = [(i, step) for i, step in enumerate(search.steps, 1) if step["held"] is not None]
+    rows = [(str(i), f"{x['spread']:.3f}", f"{x['fit']:.4f}", f"{x['held']:.4f}") for i, x in evaluated]
     headings = ("step", "spread of prices", f"KL, its {data}", f"KL, held-out {data}")
     show(f"price search in {search.dtype}: KL(dense || pruned), nats per {of}", headings, rows)
     kept = {name: " <- kept" if name == search.kept else "" for name in search.held}
