@@ -128,7 +128,8 @@ def command(
             raise UserError(None, None, problem, "start it with python")
         status = run(parse(settings, argv, parser))
     except UserError as error:
-        if error.field not in {item.name for _, item, _ in settings.declared() if not item.metadata["positional"]}:
+        named = {item.name for _, item, _ in settings.declared() if not item.metadata["positional"]}
+        if error.field not in named and not settings._passes_on:
             error.field = None  # a value without a flag
         print(f"{prog}: error: {error.spelled(settings.spelling)}", file=sys.stderr, flush=True)
         return 2

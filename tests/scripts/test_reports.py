@@ -42,7 +42,7 @@ def test_heat_map_shows_the_mean_of_a_blocks_experts():
         ("--ww_metric alpha_peek", "Did you mean 'alpha_peak'"),
         ("--sparsity_ratio 0", "--sparsity_ratio 0.0: must be above 0 and below 1"),
         ("--epsilon auto", "--epsilon auto"),
-        ("--ww_metric mp_softrank --esd_driver fast", "--esd_driver does nothing with --ww_metric mp_softrank"),
+        ("--ww_metric mp_softrank --esd_driver fast", "--ww_metric mp_softrank: has weightwatcher's own spectrum"),
     ],
 )
 def test_report_refuses_in_one_line(flags, say, tiny_folder, tmp_path, monkeypatch, capsys):
