@@ -118,7 +118,7 @@ def run_raising(error: BaseException, **more) -> int:
         (KeyboardInterrupt(), 130, "\norder.py: interrupted; the same command resumes\n"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore."), 2,
          "order.py: error: out of GPU memory (CUDA out of memory. Tried 2 GiB.); eat less\n"),
-        (torch.AcceleratorError("CUDA error: out of memory\nCompile with ..."), 2,  # of pinned memory, or of a context
+        (RuntimeError("CUDA error: out of memory\nCompile with ..."), 2,  # of pinned memory, or of a context
          "order.py: error: out of GPU memory (CUDA error: out of memory); eat less\n"),
     ],
     ids=["field", "no field", "Ctrl-C", "out of memory", "the driver's"],
