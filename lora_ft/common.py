@@ -16,7 +16,7 @@ from lib.calibration import texts
 from lib.cli.flags import flag
 from lib.cli.settings import TEXTS, ModelFlags
 from lib.core import digests, files
-from lib.core.errors import UserError, flag_name
+from lib.core.errors import UserError, flag_name, is_out_of_memory
 from lib.core.lazy import peft, torch, transformers
 from lib.models import load, locate, memory
 from lib.models.layers import prunable_layers, refuse_experts
@@ -195,9 +195,9 @@ def attach(folder: str, model: torch.nn.Module) -> torch.nn.Module:
             raise UserError("lora_weights", folder, problem, "give one of finetune_lm.py")
         adapted = peft.PeftModelForCausalLM(model, config)
         keys = adapted.load_adapter(path, "default")
-    except (UserError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # peft, safetensors and torch each have their own for files that do not fit
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError("lora_weights", folder, f"is damaged, or of another model ({reason})", TRAINED_ON) from error
     for verb, names in (("lacks", keys.missing_keys), ("has in excess", keys.unexpected_keys)):

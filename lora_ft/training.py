@@ -18,7 +18,7 @@ import transformers
 
 from lib.cli.command import Parser
 from lib.core import cpu, processes
-from lib.core.errors import UserError, first_line
+from lib.core.errors import UserError, first_line, is_out_of_memory
 from lora_ft import common
 
 BATCH = 128  # Blocks to an optimizer step, as published.
@@ -46,7 +46,7 @@ def refusals(trainer: LoraTrainer | None = None) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or (trainer and trainer.state.global_step):
+        if is_out_of_memory(error) or (trainer and trainer.state.global_step):
             raise
         problem = f"training cannot be set up with these flags ({first_line(error)})"
         raise UserError(None, None, problem, "change them, or leave them out") from error

@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -84,7 +83,7 @@ def run(settings: Comparison) -> None:
     tokenizers = [load.load_tokenizer(source) for source in sources]
     asked = [[own_text.prompt_tokens(tokenizer, messages) for messages in prompts] for tokenizer in tokenizers]
     for source, skeleton, ids in zip(sources, skeletons, asked, strict=True):
-        load.check_vocabulary(source.given, skeleton, torch.tensor([0, *chain(*ids)]))
+        load.check_vocabulary(source.given, skeleton, *ids)
         context, longest = load.context_length(skeleton), max(map(len, ids))
         if context and longest + settings.tokens > context:
             problem = f"is, with prompts of up to {longest} tokens, more than {source.given}'s context, {context}"

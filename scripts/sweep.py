@@ -20,8 +20,7 @@ from lib.cli.command import command, make_parser
 from lib.cli.flags import check_values, flag
 from lib.cli.settings import METHODS, Experiment
 from lib.core import files
-from lib.core.errors import UserError, check_name, first_line
-from lib.core.lazy import torch
+from lib.core.errors import UserError, check_name, first_line, is_out_of_memory
 from lib.models import locate
 from lib.run.language import LanguageModel
 from lib.run.record import INPUTS, has_flags, inputs_of, read_run
@@ -201,7 +200,7 @@ def run_all(todo: Sequence[Experiment], force: bool) -> list[Path | None]:
                 program.run(settings, subject)
         except Exception as error:  # one setting does not stop the others, hours into a sweep
             run_files[-1] = None
-            foreseen = isinstance(error, (UserError, torch.OutOfMemoryError))
+            foreseen = isinstance(error, UserError) or is_out_of_memory(error)
             reason = error if isinstance(error, UserError) else first_line(error)
             log.error("%s failed: %s", name, reason, exc_info=None if foreseen else error)
     return run_files

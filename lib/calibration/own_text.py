@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice, takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -113,7 +113,7 @@ def own_text(
     are left out with a warning. If the prompts do not suffice, it is a UserError.
     """
     tokens = [prompt_tokens(tokenizer, messages) for messages in prompts]
-    check_vocabulary(model.name_or_path, model, torch.tensor([0, *chain(*tokens)]))
+    check_vocabulary(model.name_or_path, model, *tokens)
     fitting = [ids for ids in tokens if len(ids) <= seqlen // 2]
     if left_out := len(tokens) - len(fitting):
         log.warning("%d prompts of more than half a window, %d tokens, are left out", left_out, seqlen // 2)

@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field
 from typing import Any, NoReturn
 
 from lib.cli.flags import Flags, check_values
-from lib.core.errors import UserError, did_you_mean
+from lib.core.errors import UserError, did_you_mean, is_out_of_memory
 from lib.core.processes import is_main, started
 
 log = logging.getLogger("main")
@@ -138,8 +138,7 @@ def command(
             print(f"\n{prog}: interrupted; {str(error) or resume}", file=sys.stderr)
         return 130
     except Exception as error:
-        # The driver's own error, of a context or of pinned memory, has another type than the allocator's.
-        if type(error).__name__ != "OutOfMemoryError" and "CUDA error: out of memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         print(f"{prog}: error: out of GPU memory ({str(error).splitlines()[0]}); {out_of_memory}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from lib.core import cpu
-from lib.core.errors import UserError, first_line, flag_name
+from lib.core.errors import UserError, first_line, flag_name, is_out_of_memory
 from lib.core.lazy import accelerate, torch
 
 _state = None  # accelerate's PartialState, once this process has joined the others
@@ -110,7 +110,7 @@ def _together(operate: Callable[..., object], *arguments: object) -> None:
     try:
         operate(*arguments)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         reason = re.sub(r"^\[[^]]*\] *", "", first_line(error)).partition(". ")[0]  # gloo begins with its source file
         problem = f"another of the {started()} processes has ended ({reason})"

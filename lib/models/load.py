@@ -112,10 +112,10 @@ def load_tokenizer(source: Source) -> Tokenizer:
         raise unreadable(source, error, "the tokenizer of ") from error
 
 
-def check_vocabulary(given: str, skeleton: transformers.PreTrainedModel, *windows: torch.Tensor | None) -> None:
+def check_vocabulary(given: str, model: transformers.PreTrainedModel, *tokens: torch.Tensor | list | None) -> None:
     """Refuse token ids for which the model ``given`` has no embedding: its tokenizer is another model's."""
-    count = skeleton.get_input_embeddings().num_embeddings
-    largest = max([int(ids.max()) for ids in windows if ids is not None], default=0)
+    count = model.get_input_embeddings().num_embeddings
+    largest = max([int(torch.as_tensor(ids).max()) for ids in tokens if ids is not None and len(ids)], default=0)
     if largest >= count:
         problem = f"its tokenizer gives token {largest} and the model has {count} embeddings"
         raise UserError("model", given, problem, "they do not belong together")

@@ -84,9 +84,9 @@ class Record:
             write_atomically(self.folder / name, content)
         if self.content.get("saved_model") and processes.is_main():
             # The dense model's figure, if a run has measured it here, with all experts, on the same windows.
-            both = self.content, read_run(self.folder, "dense_sparsity_0.0") or {}
-            now, then = ({**x.get("model", {}), **(x.get("evaluation") or {}), "parameters": 0} for x in both)
-            card = {"dense": both[1].get("perplexity") if now == then else None} | self.content | provenance()
+            dense = read_run(self.folder, "dense_sparsity_0.0") or {}
+            now, then = ((x.get("model", {}) | {"parameters": 0}, x.get("evaluation")) for x in (self.content, dense))
+            card = {"dense": dense.get("perplexity") if now == then else None} | self.content | provenance()
             write_card(Path(self.content["saved_model"]), card, self.rows)
         for folder in self.saved if complete and processes.is_main() else ():
             (folder / PROGRESS).unlink(missing_ok=True)  # there is nothing left to resume
